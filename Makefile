@@ -1,0 +1,50 @@
+# `make` checks everything that is fast; `make demo` and `make test` set up .venv themselves.
+PY := .venv/bin/python
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# `make` alone is `make check`: format, lint, types, floors, fast tests.
+.PHONY: check format lint test slow demo bench bench-gpu setup setup-dev constraints clean
+
+check: lint test
+
+lint: setup-dev
+	.venv/bin/ruff format --check src tests benchmarks examples
+	.venv/bin/ruff check src tests benchmarks examples
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: setup-dev
+	.venv/bin/ruff format src tests benchmarks examples
+	.venv/bin/ruff check --fix src tests benchmarks examples
+
+demo: setup
+	.venv/bin/fp4rl quickstart
+
+test: setup-dev
+	$(PY) -m pytest -q -n 2 -m "not slow"
+
+slow: setup-dev
+	$(PY) -m pytest -q -n 2 -m slow
+
+bench: setup-dev
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+bench-gpu: setup-dev
+	@$(PY) benchmarks/numerics.py --gpu
+
+setup:
+	@./setup.sh train report
+
+setup-dev:
+	@./setup.sh train report search postgres dev oracles
+
+# Resolved without find-links, so that nothing of one machine gets in; what belongs to a CUDA build stays out.
+constraints: setup
+	echo 'torch==2.13.0' > .venv/pin.txt
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS .venv/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 \
+	  --constraint .venv/pin.txt --no-header --no-annotate --quiet \
+	  | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
