@@ -1,0 +1,43 @@
+"""At which precision, and on which problems, a policy is judged."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from fp4rl.spec.frozen import Spec
+
+MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
+
+
+class Evaluation(Spec):
+    """Step 0 and the last step are always evaluated, once per profile; noise is off.
+
+    A profile is `full` (the model as it is, in its own dtype), `deployment` (the run's own injection), the name of a
+    mode such as `w4a16` or of a format of the weights such as `mxfp8` (what a user would get by quantizing afterwards),
+    or `matmul_noise=0.05`: the deployment with that relative error in every matmul. `matmul_noise` and `formats` are a
+    robustness sweep: such profiles for the last step alone.
+    """
+
+    count: PositiveInt = Field(default=500, description="problems of the held-out split")
+    split: Literal["validation", "test"] = "test"
+    profiles: tuple[str, ...] = Field(default=("full", "deployment"), min_length=1)
+    preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
+    test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
+    max_new_tokens: PositiveInt = 48
+    batch_size: PositiveInt = 256
+    samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
+    temperature: PositiveFloat = 1.0
+    matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")
+    formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
+
+    @property
+    def sweep(self) -> tuple[str, ...]:
+        """The profiles of the robustness sweep."""
+        return (*(f"{MATMUL_NOISE}{scale:g}" for scale in self.matmul_noise), *self.formats)
+
+    @model_validator(mode="after")
+    def _profiles_differ(self) -> "Evaluation":
+        names = [*self.profiles, *self.sweep]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a profile is named twice in {names}")
+        return self

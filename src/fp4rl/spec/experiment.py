@@ -1,0 +1,81 @@
+"""One experiment, and a suite of them: arms that differ from a common base by declared factors."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
+
+from fp4rl.spec.evaluation import Evaluation
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.health import Health
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Model
+from fp4rl.spec.noise import Noise
+from fp4rl.spec.task import Arithmetic, Task
+from fp4rl.spec.training import Training
+
+
+class Experiment(Spec):
+    """Everything that decides a result. What is not in here does not change a number."""
+
+    model: Model = Model()
+    task: Task = Arithmetic()
+    training: Training = Training()
+    injection: Injection | None = None
+    noise: Noise | None = None
+    evaluation: Evaluation = Evaluation()
+    health: Health = Health()
+    seed: NonNegativeInt = 0
+
+    @field_validator("injection", "noise", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_bf16_control_rounds_nothing(cls, value: Any) -> Any:
+        """`noise.control: bf16` is the same noise on the unquantized model."""
+        noise = value.get("noise") if isinstance(value, dict) else None
+        control = noise.get("control") if isinstance(noise, dict) else getattr(noise, "control", None)
+        return {**value, "injection": None} if control == "bf16" else value
+
+
+class Comparison(Spec):
+    """A question fixed before the runs: does `treatment` differ from `control`, or reach it?
+
+    Both sides are `arm@profile`. `factors` are the keys in which the two arms may differ; any other difference refuses
+    the comparison. `reaches` is a non-inferiority test with `margin` in accuracy points (0.01 is one point).
+    """
+
+    question: str
+    treatment: str
+    control: str
+    factors: tuple[str, ...] = ()
+    test: Literal["differs", "reaches"] = "differs"
+    margin: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _a_margin_to_reach(self) -> "Comparison":
+        if (self.test == "reaches") != (self.margin is not None):
+            raise ValueError("`margin` belongs to `test: reaches`, which cannot be judged without one")
+        return self
+
+
+class Suite(Spec):
+    """Arms x axes x seeds over one base. `arms` and `axes` hold overrides of `base`, by nested keys or dotted paths."""
+
+    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the folder under runs/")
+    base: dict[str, Any] = Field(default_factory=dict)
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
+    comparisons: tuple[Comparison, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Suite":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"a seed is named twice in {list(self.seeds)}")
+        for arm in self.arms:
+            if not arm or any(c in arm for c in "@/\\ "):
+                raise ValueError(f"arm {arm!r}: a name has no '@', slash or space (arm@profile names a measurement)")
+        return self

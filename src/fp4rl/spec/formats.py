@@ -1,0 +1,259 @@
+"""Number formats as values: an element, the block that shares a scale, the scale's own format, and how both are
+rounded.
+
+A new format is a new value, never a new branch:
+
+    MXFP4 = Format("mxfp4", E2M1, block=(1, 32))
+    MXFP4_2D = replace(MXFP4, name="mxfp4_2d", block=(32, 32))
+
+Sources: OCP Microscaling Formats (MX) v1.0 for elements, E8M0 and `floor`; OCP 8-bit Floating Point v1.0 for E4M3
+and E5M2; NVIDIA's NVFP4 (E4M3 block scales under one FP32 scale a tensor). The numbers themselves are made in
+`fp4rl.numerics`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import frexp
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+
+Scale = Literal["e8m0", "e4m3", "fp32", "none"]
+ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "mse", "amax"]
+Rounding = Literal["nearest_even", "half_away", "toward_zero", "stochastic"]
+CoarseChoice = Literal["max", "search"]
+
+ROTATIONS = (16, 32, 64, 128)
+UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 scales is clipped to 6, not rescaled
+
+
+@dataclass(frozen=True)
+class Element:
+    """One small float: sign, exponent, mantissa and subnormals; `largest` is the greatest finite magnitude."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, its sign among them."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal magnitude; below it the grid is even (subnormals)."""
+        return 2 - (1 << (self.exponent_bits - 1))
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest magnitude: 2 for E2M1 (6 = 1.5 * 2^2)."""
+        return frexp(self.largest)[1] - 1
+
+    @property
+    def smallest(self) -> float:
+        """The smallest magnitude above zero."""
+        return 2.0 ** (self.min_exponent - self.mantissa_bits)
+
+    def grid(self) -> tuple[float, ...]:
+        """Every magnitude, from 0 to `largest`; its position is the code without the sign."""
+        steps = 2**self.mantissa_bits
+        values = [i * self.smallest for i in range(steps)]
+        for exponent in range(self.min_exponent, self.max_exponent + 1):
+            values += [(1 + i / steps) * 2.0**exponent for i in range(steps)]
+        return tuple(v for v in values if v <= self.largest)
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A second FP32 scale for every `columns` of a row, above the block scales (two levels, as Ascend's dual-level
+    cast).
+
+    `max` maps the macro-block's largest magnitude to the element's; `search` tries sixteen fractions of a power of
+    two and keeps the one of least squared error.
+    """
+
+    columns: int = 512
+    choice: CoarseChoice = "max"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor is rounded: `block` is (rows, columns) of the last two axes sharing one scale, None the whole
+    tensor.
+
+    Blocks of one row run along the last axis, the reduction axis of a linear layer. `scale` is the block scale's
+    own format: `e8m0` a power of two, `e4m3` under one FP32 scale for the tensor, `fp32`, or `none`. `scale_rule`
+    picks the exponent of an `e8m0` scale from the block's largest magnitude; the other scales know one rule,
+    `amax`. `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises BadValue for a
+    combination that means nothing.
+    """
+
+    name: str
+    element: Element
+    block: tuple[int, int] | None = (1, 32)
+    scale: Scale = "e8m0"
+    scale_rule: ScaleRule = "floor"
+    rounding: Rounding = "nearest_even"
+    coarse: Coarse | None = None
+    rotation: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        _check_scale(self)
+        _check_block(self)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits stored for one value of a large tensor whose axes divide: code, and its share of the scales."""
+        bits = float(self.element.bits)
+        if self.block is not None and self.scale != "none":
+            bits += {"e8m0": 8, "e4m3": 8, "fp32": 32}[self.scale] / (self.block[0] * self.block[1])
+        return bits + (32 / self.coarse.columns if self.coarse else 0)
+
+
+def _check_words(fmt: Format) -> None:
+    for key, known in (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding)):
+        word = getattr(fmt, key)
+        if word not in get_args(known):
+            raise BadValue(f"{fmt.name}: {key} {word!r} is unknown{nearest(str(word), get_args(known))}")
+    if fmt.coarse and fmt.coarse.choice not in get_args(CoarseChoice):
+        raise BadValue(f"{fmt.name}: coarse choice {fmt.coarse.choice!r} is unknown; known: max, search")
+
+
+def _check_scale(fmt: Format) -> None:
+    powers = fmt.scale == "e8m0"
+    if powers == (fmt.scale_rule == "amax"):
+        cure = "floor, ceil, rceil, even, uos or mse" if powers else "amax"
+        raise BadValue(f"{fmt.name}: a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}")
+    if fmt.scale_rule == "uos" and fmt.element.largest != 6.0:
+        raise BadValue(f"{fmt.name}: scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil")
+    if fmt.scale == "none" and fmt.rounding != "nearest_even":
+        raise BadValue(
+            f"{fmt.name}: rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
+        )
+    if fmt.coarse and not powers:
+        raise BadValue(f"{fmt.name}: a coarse scale stands above e8m0 block scales only, not above {fmt.scale}")
+
+
+def _check_block(fmt: Format) -> None:
+    whole = fmt.scale in ("fp32", "none")
+    if whole != (fmt.block is None):
+        raise BadValue(
+            f"{fmt.name}: a scale in {fmt.scale} {'is one for the tensor: block None' if whole else 'needs a block'}"
+        )
+    if fmt.block is not None and (len(fmt.block) != 2 or min(fmt.block) < 1):
+        raise BadValue(f"{fmt.name}: block {fmt.block} must be (rows, columns), each at least 1")
+    if fmt.rotation is not None and fmt.rotation not in ROTATIONS:
+        raise BadValue(f"{fmt.name}: rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}")
+    if fmt.coarse and fmt.block and (fmt.block[0] != 1 or fmt.coarse.columns % fmt.block[1]):
+        raise BadValue(
+            f"{fmt.name}: coarse columns {fmt.coarse.columns} must hold whole one-row blocks of {fmt.block[1]}"
+        )
+
+
+E2M1 = Element("E2M1", 2, 1, 6.0)
+E2M3 = Element("E2M3", 2, 3, 7.5)
+E3M2 = Element("E3M2", 3, 2, 28.0)
+E4M3 = Element("E4M3", 4, 3, 448.0)
+E5M2 = Element("E5M2", 5, 2, 57344.0)
+E8M7 = Element("BF16", 8, 7, (2 - 2**-7) * 2.0**127)
+
+MXFP4 = Format("mxfp4", E2M1)
+MXFP4_SR = replace(MXFP4, name="mxfp4_sr", scale_rule="rceil", rounding="stochastic")  # rceil never clips: unbiased
+MXFP4_2D = replace(MXFP4, name="mxfp4_2d", block=(32, 32))
+MXFP4_B16 = replace(MXFP4, name="mxfp4_b16", block=(1, 16))
+MXFP4_DUAL = replace(MXFP4, name="mxfp4_dual", coarse=Coarse(512))
+MXFP6_E2M3 = Format("mxfp6_e2m3", E2M3)
+MXFP6_E3M2 = Format("mxfp6_e3m2", E3M2)
+MXFP8 = Format("mxfp8", E4M3)
+MXFP8_E5M2 = Format("mxfp8_e5m2", E5M2)
+NVFP4 = Format("nvfp4", E2M1, block=(1, 16), scale="e4m3", scale_rule="amax")
+FP8 = Format("fp8", E4M3, block=None, scale="fp32", scale_rule="amax")
+BF16 = Format("bf16", E8M7, block=None, scale="none", scale_rule="amax")
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        fmt.name: fmt
+        for fmt in (
+            *(MXFP4, MXFP4_SR, MXFP4_2D, MXFP4_B16, MXFP4_DUAL, MXFP6_E2M3, MXFP6_E3M2),
+            *(MXFP8, MXFP8_E5M2, NVFP4, FP8, BF16),
+        )
+    }
+)
+
+
+def format_named(name: str) -> Format:
+    """The format of that name in `FORMATS`; raises NotThere, naming the nearest."""
+    if name not in FORMATS:
+        raise NotThere(f"no number format is called {name!r}{nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def format_of(value: object) -> Format:
+    """A format from what a spec file says: a name, or `{name: mxfp4, scale_rule: even, block: 16, rotation: 32, ...}`.
+
+    A mapping starts from the format of that name. `block` is columns or [rows, columns]; `coarse` is columns or
+    `{columns: 512, choice: search}`. Raises NotThere for an unknown name or key, BadValue for a value that cannot
+    stand there.
+    """
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return format_named(value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise BadValue(
+            f"a format is a name or a mapping with a name, not {value!r}; try mxfp4 or {{name: mxfp4, block: 16}}"
+        )
+    fmt = format_named(value["name"])
+    changes = {key: _field_of(fmt.name, key, given) for key, given in value.items() if key != "name"}
+    return replace(fmt, **changes)
+
+
+def _field_of(name: str, key: object, given: Any) -> Any:
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    match key:
+        case "scale_rule" | "rounding" if isinstance(given, str):
+            return given
+        case "rotation" if given is None or whole:
+            return given
+        case "block" if whole:
+            return (1, given)
+        case "block" if isinstance(given, list | tuple) and all(type(n) is int for n in given):
+            return tuple(given)
+        case "coarse" if given is None or isinstance(given, Coarse):
+            return given
+        case "coarse" if whole:
+            return replace(Coarse(), columns=given)
+        case "coarse" if isinstance(given, Mapping) and set(given) <= {"columns", "choice"}:
+            return Coarse(**given)
+        case "scale_rule" | "rounding" | "rotation" | "block" | "coarse":
+            raise BadValue(f"{name}: {key} cannot be {given!r}")
+        case _:
+            raise NotThere(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
+
+
+_SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")
+
+
+def describe(fmt: Format) -> str | dict[str, object]:
+    """The inverse of `format_of`, ready for JSON: the name alone, or the name and what differs from it."""
+    known = format_named(fmt.name)
+    if fmt == known:
+        return fmt.name
+    changed = {key: getattr(fmt, key) for key in _SETTINGS if getattr(fmt, key) != getattr(known, key)}
+    return {"name": fmt.name} | {key: _plain(value) for key, value in changed.items()}
+
+
+def _plain(value: object) -> object:
+    match value:
+        case Coarse():
+            return {"columns": value.columns, "choice": value.choice}
+        case (1, int() as columns):
+            return columns
+        case tuple():
+            return list(value)
+        case _:
+            return value

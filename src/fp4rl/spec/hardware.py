@@ -1,0 +1,98 @@
+"""Errors that hardware makes in matmuls and memories, and the one table of which of them can act where."""
+
+from collections.abc import Mapping
+from itertools import product
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.targets import Targets
+
+ErrorKind = Literal["relative", "absolute", "jitter", "bias", "dead_zone", "saturation", "spikes", "stuck"]
+ErrorPoint = Literal["matmul", "scores", "values", "input", "weight"]
+Direction = Literal["forward", "backward", "both"]
+Unit = Literal["value", "largest"]
+
+SPARSE = ("spikes", "stuck")
+PROPORTIONAL = ("relative", "jitter")
+_PRODUCTS = ("matmul", "scores", "values")
+
+# Why a pair of kind and point never acts; pairs that are not here do.
+_NEVER = {
+    **{
+        (kind, "weight"): "a weight is stored, not computed, so nothing is drawn anew; use `noise` for noisy weights"
+        for kind in ("relative", "absolute", "jitter")
+    },
+    ("bias", "weight"): "a stored number has no systematic offset of its own; take stuck, dead_zone or saturation",
+}
+_BACKWARD = {
+    "input": "the backward matmuls read gradients; use point: matmul to harm what they compute",
+    "weight": "a stored weight is wrong in both directions; write when: both",
+}
+
+
+def _refusal(kind: str, point: str, when: str) -> str | None:
+    if (kind, point) in _NEVER:
+        return _NEVER[kind, point]
+    if (kind, point) == ("bias", "scores") and when != "backward":
+        return "the softmax is blind to a constant added to all scores; take point: values, or when: backward"
+    if point == "weight":
+        return None if when == "both" else _BACKWARD["weight"]
+    return _BACKWARD.get(point) if when != "forward" else None
+
+
+CAPABILITIES: Mapping[tuple[str, str, str], str | None] = MappingProxyType(
+    {key: _refusal(*key) for key in product(get_args(ErrorKind), get_args(ErrorPoint), get_args(Direction))}
+)
+"""(kind, point, when) -> None where the error acts, else the reason why it cannot."""
+
+
+class HardwareError(Spec):
+    """One error at the sites of `targets`: on results of matmuls (`matmul` of linear layers, `scores` and `values` of
+    attention), on a matmul's `input`, or on the stored `weight`.
+
+    `relative` y + N(0,1) |y| scale and `absolute` y + N(0,1) scale are drawn from a generator of the site's own, as a
+    function of the seed, the step and the input, so that recomputing a checkpoint repeats them; `jitter` is `relative`
+    from a seed that nobody knows. `bias` y + scale; `dead_zone` 0 where |y| < scale; `saturation` clamps to +-scale;
+    `spikes` adds +-scale to a `share` of the values; `stuck` sets a fixed `share` of the channels (the last axis) to
+    `scale`. `unit: largest` counts the scale as a share of the tensor's largest magnitude. In the backward the error
+    meets both products, grad_input and grad_weight.
+    """
+
+    kind: ErrorKind = "relative"
+    point: ErrorPoint = "matmul"
+    when: Direction = "forward"
+    scale: PositiveFloat = 0.05
+    unit: Unit = "value"
+    share: float | None = Field(default=None, gt=0.0, le=1.0)
+    targets: Targets = Targets()
+
+    @model_validator(mode="after")
+    def _acts(self) -> "HardwareError":
+        reason = CAPABILITIES[self.kind, self.point, self.when]
+        if reason is not None:
+            raise BadValue(f"{self.kind} at {self.point}, {self.when}, would do nothing: {reason}")
+        if (self.share is not None) != (self.kind in SPARSE):
+            what = f"{self.kind} hits a share of the values; name it" if self.kind in SPARSE else "it would do nothing"
+            raise BadValue(f"`share` belongs to {' and '.join(SPARSE)} alone: {what}")
+        if self.unit == "largest" and self.kind in PROPORTIONAL:
+            raise BadValue(f"unit: largest would do nothing: {self.kind} is in proportion to each value already")
+        return self
+
+    @property
+    def name(self) -> str:
+        """For evidence: the kind, the point and the direction."""
+        return f"{self.kind}@{self.point}/{self.when}"
+
+    @property
+    def forward(self) -> bool:
+        """Whether it acts in the forward."""
+        return self.when != "backward"
+
+    @property
+    def backward(self) -> bool:
+        """Whether it acts in the products of the backward (a stored weight is not one)."""
+        return self.when != "forward" and self.point in _PRODUCTS

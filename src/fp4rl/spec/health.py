@@ -1,0 +1,149 @@
+"""When a run counts as ill, and what is done about it: thresholds of the monitor, policies, and rules of one's own."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.mistakes import BadValue, nearest
+
+Policy = Literal["note", "stop", "rollback"]
+State = Literal["ok", "watch", "alarm"]
+Operator = Literal["<", "<=", ">", ">=", "==", "!="]
+
+# What the monitor looks for; each name is a key of `Health.policies`.
+CHECKS = (
+    "not_a_number",
+    "accuracy_collapse",
+    "length_explosion",
+    "entropy_collapse",
+    "entropy_explosion",
+    "reward_hacking",
+    "gradient",
+    "no_spread",
+    "mismatch",
+    "dead_rollouts",
+)
+
+_RULE = re.compile(
+    r"(?P<action>note|watch|stop|rollback)\s+if\s+(?P<metric>\S+)\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<value>[-+.\w]+)"
+    r"(?:\s+(?P<when>at|from)\s+step\s+(?P<step>\d+))?"
+)
+
+
+class Rule(Spec):
+    """`stop if accuracy/rollout < 0.1 at step 20`: a red flag of one's own.
+
+    `at` asks once, at the first observation from that step on; `from` asks at every one from there; without either,
+    always. A metric is the name in `metrics.jsonl` or in an imported log, or a signal of the monitor (`accuracy`).
+    """
+
+    action: Policy = "stop"
+    metric: str
+    op: Operator
+    value: float
+    when: Literal["at", "from"] = "from"
+    step: NonNegativeInt = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Rule":
+        """The rule of one sentence. Raises BadValue with an example."""
+        match = _RULE.fullmatch(text.strip())
+        try:
+            value = float(match["value"]) if match else None
+        except ValueError:
+            value = None
+        if match is None or value is None:
+            raise BadValue(
+                f"cannot read the rule {text!r}; write it like 'stop if accuracy/rollout < 0.1 at step 20' "
+                "(note, stop or rollback; < <= > >= == !=; at or from step N, or neither)"
+            )
+        action = "note" if match["action"] == "watch" else match["action"]
+        return cls.model_validate(
+            {
+                "action": action,
+                "metric": match["metric"],
+                "op": match["op"],
+                "value": value,
+                "when": match["when"] or "from",
+                "step": int(match["step"] or 0),
+            }
+        )
+
+    def __str__(self) -> str:
+        where = f" {self.when} step {self.step}" if self.step or self.when == "at" else ""
+        return f"{self.action} if {self.metric} {self.op} {self.value:g}{where}"
+
+
+class Thresholds(Spec):
+    """Where a course turns from watch to alarm. Ratios are against the run's own past, never bare levels.
+
+    `early`: observations whose median is the run's own start. `persist`: observations in a row before an alarm (a
+    single step is a spike). `noise`: how many of the run's own step-to-step standard deviations a change must exceed.
+    """
+
+    early: PositiveInt = 20
+    persist: PositiveInt = 3
+    noise: PositiveFloat = 2.5
+    accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")
+    accuracy_points: PositiveFloat = Field(default=0.05, description="and at least this much of it")
+    harm: PositiveFloat = Field(default=0.3, description="share lost that makes another symptom an alarm")
+    below_validation: PositiveFloat = Field(default=0.25, description="rollout accuracy over validation accuracy")
+    length_ratio: PositiveFloat = Field(default=1.5, description="length over its early median")
+    truncated: PositiveFloat = Field(default=0.5, description="share cut off that makes growth harmful")
+    entropy_drop: PositiveFloat = Field(default=3.0, description="times below its own trend")
+    entropy_left: PositiveFloat = Field(default=0.2, description="share of its early median that is left")
+    entropy_rise: PositiveFloat = Field(default=1.5, description="times its lowest level, with accuracy falling")
+    entropy_burst: PositiveFloat = Field(default=4.0, description="times its early median, whatever accuracy does")
+    validation_drop: PositiveFloat = Field(default=0.05, description="validation accuracy lost while reward rose")
+    reward_rise: PositiveFloat = Field(default=0.1, description="share by which reward rose meanwhile")
+    gradient_ratio: PositiveFloat = Field(default=5.0, description="gradient norm over its recent median")
+    gradient_burst: PositiveFloat = Field(default=50.0, description="the same, an alarm whatever accuracy does")
+    gradient_gone: PositiveFloat = Field(default=1e-3, description="gradient norm over its early median")
+    no_spread: PositiveFloat = Field(default=0.95, description="share of groups whose answers all earn the same")
+    solved: PositiveFloat = Field(default=0.9, description="accuracy at which no spread means there is nothing left")
+    mismatch_kl: PositiveFloat = Field(default=0.006, description="k3 estimate of KL(rollout || train), nats a token")
+    mismatch_probability: PositiveFloat = Field(default=0.008, description="mean |probability difference| of a token")
+    dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
+    empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")
+    repetition: PositiveFloat = Field(default=0.5, description="share of repeated 4-grams")
+
+
+def _at_first() -> dict[str, Policy]:
+    """After a NaN every number is worthless, so nothing is lost by stopping."""
+    return {"not_a_number": "stop"}
+
+
+class Health(Spec):
+    """The monitor of one run: what an alarm does (`policy`, or `policies` by check), rules, and thresholds.
+
+    `note` writes the finding down; `stop` ends the run after the step; `rollback` goes back to the last checkpoint
+    before the onset and multiplies the learning rate by `rollback_lr`, at most `max_rollbacks` times.
+    """
+
+    policy: Policy = "note"
+    policies: dict[str, Policy] = Field(default_factory=_at_first)
+    rules: tuple[Rule, ...] = ()
+    thresholds: Thresholds = Thresholds()
+    rollback_lr: PositiveFloat = Field(default=0.5, lt=1.0)
+    max_rollbacks: PositiveInt = 2
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _sentences(cls, value: Any) -> Any:
+        sentences = [value] if isinstance(value, str) else value
+        if not isinstance(sentences, list | tuple):
+            return value
+        return tuple(Rule.parse(item) if isinstance(item, str) else item for item in sentences)
+
+    @model_validator(mode="after")
+    def _known_checks(self) -> "Health":
+        for name in self.policies:
+            if name not in CHECKS:
+                raise ValueError(f"policies: no check {name!r}{nearest(name, CHECKS)}")
+        return self
+
+    def policy_of(self, check: str) -> Policy:
+        """What an alarm of `check` does."""
+        return self.policies.get(check, self.policy)

@@ -1,0 +1,192 @@
+"""Which harm is put where in a model, in which phases, and what a gradient makes of it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fp4rl.spec.formats import Format
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.modes import MODES, PHASES, Mode, Phase
+from fp4rl.spec.points import (
+    FORMAT_POINTS,
+    LINEAR_POINTS,
+    ApplyDuring,
+    PatternFormats,
+    PointFormat,
+    can_clip,
+    read_format,
+)
+from fp4rl.spec.presets import Preset, preset_named
+from fp4rl.spec.targets import Targets
+
+__all__ = ["MODES", "PHASES", "ApplyDuring", "Injection", "Phase"]
+
+
+class Injection(Spec):
+    """Quantization error, and hardware error, in a model. `Injection.named("w4a16")` is the usual way in.
+
+    In YAML a mode alone (`injection: w4a4`) or a mapping with an optional `mode`. `weight`, `input` and `output` are
+    points of linear layers; `kv_cache` rounds keys and values per head; `grad_input` and `grad_weight` round the
+    gradient that arrives, as an operand of the matmul that computes the one or the other. `preset` sets the scale rule
+    and the rounding of a deployment target. `dtype` is what the quantizer sees: weights and inputs are first cast to
+    it, so that trainer, sampler and export round the same numbers. `straight_through: clipped` stops the gradient of
+    values that were clipped. `by_pattern` lists exceptions, the first match counts. Groups that serving kernels fuse
+    (q/k/v, gate/up) must agree unless `fused_groups` is `free`. `lora` says what is deployed: `adapter` Q(W) + BA,
+    `merged` Q(W + sBA). `frozen_base: packed` keeps frozen weights as codes and scales alone; taking the injection out
+    gives back the rounded weights, the only ones there are then.
+    """
+
+    mode: str | None = None
+    preset: str | None = None
+    weight: PointFormat = None
+    input: PointFormat = None
+    output: PointFormat = None
+    kv_cache: PointFormat = None
+    grad_input: PointFormat = None
+    grad_weight: PointFormat = None
+    by_pattern: tuple[PatternFormats, ...] = ()
+    errors: tuple[HardwareError, ...] = ()
+    targets: Targets = Targets()
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    straight_through: Literal["identity", "clipped"] = "identity"
+    apply_during: ApplyDuring = ApplyDuring()
+    fused_groups: Literal["agree", "free"] = "agree"
+    lora: Literal["adapter", "merged"] = "adapter"
+    frozen_base: Literal["copy", "packed"] = "copy"
+    seed: int = Field(default=0, ge=0, description="for stochastic rounding and hardware errors")
+
+    @classmethod
+    def named(cls, mode: str, preset: str | None = None, **changes: Any) -> "Injection":
+        """The injection of a mode in `MODES` under a deployment preset; raises NotThere with the nearest name."""
+        if mode not in MODES:
+            raise NotThere(f"no mode is called {mode!r}{nearest(mode, MODES)}")
+        if preset is not None:
+            preset_named(preset)
+        return cls(mode=mode, preset=preset, **changes)
+
+    @property
+    def name(self) -> str:
+        """The mode and what comes on top of it, or the points and their formats where no mode says it."""
+        beyond = [
+            point for point in FORMAT_POINTS if getattr(self, point) and not (self.mode and point in LINEAR_POINTS)
+        ]
+        words = [self.mode] if self.mode else []
+        words += [f"{point}:{getattr(self, point).name}" for point in beyond] + [error.name for error in self.errors]
+        return "+".join(word for word in words if word) or "none"
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing would be done anywhere."""
+        return not self.by_pattern and not self.errors and not any(getattr(self, point) for point in FORMAT_POINTS)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Every format that stands at a point with a forward, exceptions included."""
+        rows = [self, *self.by_pattern]
+        points = [getattr(row, point) for row in rows for point in LINEAR_POINTS]
+        return tuple(fmt for fmt in (*points, self.kv_cache) if isinstance(fmt, Format))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, value: Any) -> Any:
+        """A mode's formats under the keys that are not given, and the preset's rules on every format."""
+        value = {"mode": value} if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            return value
+        content = dict(value)
+        mode, preset = _mode_of(content), _preset_of(content)
+        for point in LINEAR_POINTS:
+            content.setdefault(point, getattr(mode, point) if mode else None)
+        for point in (*LINEAR_POINTS, "kv_cache"):
+            content[point] = _under(preset, point, content.get(point))
+        if "by_pattern" in content:
+            content["by_pattern"] = [_exception(entry, content, preset) for entry in _entries(content["by_pattern"])]
+        return content
+
+    @model_validator(mode="after")
+    def _the_mode_is_true(self) -> "Injection":
+        mode = MODES.get(self.mode or "")
+        for point in LINEAR_POINTS if mode else ():
+            asked, there = getattr(mode, point), getattr(self, point)
+            if (asked and asked.element) != (there and there.element):
+                raise BadValue(
+                    f"mode {self.mode} means {point}: {asked.name if asked else 'none'}, but {point} is "
+                    f"{there.name if there else 'none'}; drop `mode` and name the points"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_acts(self) -> "Injection":
+        during = self.apply_during
+        if self.straight_through == "clipped":
+            if not any(can_clip(fmt) for fmt in self.formats):
+                raise BadValue(
+                    "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
+                )
+            if not any("training" in getattr(during, p) for p in (*LINEAR_POINTS, "kv_cache") if getattr(self, p)):
+                raise BadValue("straight_through: clipped would do nothing: no point is active in training")
+        if any(e.when == "backward" for e in self.errors) and "training" not in during.errors:
+            raise BadValue("an error in the backward would do nothing: apply_during.errors leaves training out")
+        if (self.lora == "merged" or self.frozen_base == "packed") and not self.weight:
+            raise BadValue("lora: merged and frozen_base: packed round weights, but `weight` is none; name its format")
+        if self.frozen_base == "packed" and during.weight != PHASES:
+            raise BadValue(
+                "frozen_base: packed leaves no unrounded weight for any phase; "
+                f"write apply_during: {{weight: [{', '.join(PHASES)}]}}"
+            )
+        if self.lora == "merged" and self.frozen_base == "packed":
+            raise BadValue("lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy")
+        return self
+
+
+def _mode_of(content: Mapping[str, Any]) -> Mode | None:
+    word = content.get("mode")
+    if word is None:
+        return None
+    if word not in MODES:
+        raise BadValue(f"no mode is called {word!r}{nearest(str(word), MODES)}")
+    return MODES[word]
+
+
+def _preset_of(content: Mapping[str, Any]) -> Preset | None:
+    try:
+        return None if content.get("preset") is None else preset_named(str(content["preset"]))
+    except NotThere as error:
+        raise BadValue(str(error)) from None
+
+
+def _under(preset: Preset | None, point: str, given: Any) -> Any:
+    """The format at a point under the preset's rules; what names no format passes as it is."""
+    if given in (None, "none", "keep"):
+        return given
+    fmt = read_format(given)
+    if preset is None:
+        return fmt
+    return preset.for_weight(fmt) if point == "weight" else preset.for_input(fmt)
+
+
+def _entries(value: Any) -> list[Any]:
+    """`{pattern: format}` as a list, so that its order survives sorted JSON."""
+    if isinstance(value, Mapping):
+        return [{"pattern": pattern, "format": fmt} for pattern, fmt in value.items()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) -> Any:
+    """One exception. A bare format stands for every point that the injection rounds."""
+    if not isinstance(entry, Mapping):
+        return entry
+    entry = dict(entry)
+    if "format" in entry:
+        fmt = entry.pop("format")
+        points = fmt if isinstance(fmt, Mapping) and "name" not in fmt else _for_every_point(fmt, content)
+        entry = {**entry, **points}
+    return {key: _under(preset, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}
+
+
+def _for_every_point(fmt: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    points = {point: fmt for point in LINEAR_POINTS if content[point] not in (None, "none")}
+    return points or {"weight": fmt}

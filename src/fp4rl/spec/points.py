@@ -1,0 +1,90 @@
+"""The points where an injection rounds, how a spec file names a format there, and when each point is active."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator, model_validator
+
+from fp4rl.spec.formats import Format, describe, format_of
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.targets import compiled
+
+LINEAR_POINTS = ("weight", "input", "output")
+GRADIENTS = ("grad_input", "grad_weight")
+FORMAT_POINTS = (*LINEAR_POINTS, "kv_cache", *GRADIENTS)
+
+_POLICY: tuple[Phase, ...] = ("rollout", "training", "evaluation")
+
+
+def read_format(value: Any) -> Format:
+    """`format_of`, with unknown names as BadValue: pydantic collects ValueErrors alone, and adds the key to them."""
+    try:
+        return format_of(value)
+    except NotThere as error:
+        raise BadValue(str(error)) from None
+
+
+def _none_is_a_word(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+PointFormat = Annotated[
+    Annotated[Format, PlainValidator(read_format), PlainSerializer(describe)] | None, BeforeValidator(_none_is_a_word)
+]
+
+
+class PatternFormats(Spec):
+    """Formats for the sites that `pattern` matches; a point that is not named keeps the injection's own format."""
+
+    pattern: str
+    weight: PointFormat | Literal["keep"] = "keep"
+    input: PointFormat | Literal["keep"] = "keep"
+    output: PointFormat | Literal["keep"] = "keep"
+
+    @field_validator("pattern")
+    @classmethod
+    def _readable(cls, pattern: str) -> str:
+        compiled(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PatternFormats":
+        if self.weight == self.input == self.output == "keep":
+            raise BadValue(f"{self.pattern!r} names no format; write weight, input or output, each a format or none")
+        return self
+
+
+class ApplyDuring(Spec):
+    """The phases in which each point is active. A bare list stands for all points.
+
+    The reference policy stays in full precision unless it is named: it is what the policy is held against. Hardware
+    errors stay out of evaluations unless named. Gradient formats act wherever `training` computes a gradient.
+    """
+
+    weight: tuple[Phase, ...] = Field(default=_POLICY, min_length=1)
+    input: tuple[Phase, ...] = Field(default=_POLICY, min_length=1)
+    output: tuple[Phase, ...] = Field(default=_POLICY, min_length=1)
+    kv_cache: tuple[Phase, ...] = Field(default=_POLICY, min_length=1)
+    errors: tuple[Phase, ...] = Field(default=("rollout", "training"), min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_points(cls, value: Any) -> Any:
+        phases = (value,) if isinstance(value, str) else value
+        return dict.fromkeys(cls.model_fields, tuple(phases)) if isinstance(phases, list | tuple) else value
+
+    @field_validator("*")
+    @classmethod
+    def _in_order(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        return tuple(phase for phase in PHASES if phase in phases)
+
+    def active(self, phase: Phase) -> frozenset[str]:
+        """The points that act in `phase`, gradient points and `errors` among them."""
+        points = {point for point in type(self).model_fields if phase in getattr(self, point)}
+        return frozenset(points | set(GRADIENTS) if phase == "training" else points)
+
+
+def can_clip(fmt: Format) -> bool:
+    """Whether a value can lie beyond what its block's scale reaches: no scale that is rounded up leaves one out."""
+    return fmt.scale == "e4m3" or (fmt.scale == "e8m0" and fmt.scale_rule not in ("ceil", "rceil"))

@@ -1,0 +1,99 @@
+"""Deployment presets: which scale rule and which rounding a target really uses, for weights and for matmul inputs.
+
+`mxfp4` without a preset means `ocp`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, Format, Rounding, ScaleRule
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one deployment target does to MX formats. Formats without a power-of-two scale pass unchanged, and so
+    does one that rounds stochastically: no target does, so such a format is a training device and keeps its own
+    rule.
+    """
+
+    name: str
+    weight_rule: ScaleRule
+    weight_rounding: Rounding
+    input_rule: ScaleRule
+    input_rounding: Rounding
+    source: str
+
+    def for_weight(self, fmt: Format) -> Format:
+        """The format as this target rounds weights; raises BadValue where the format sets another rule itself."""
+        return self._applied(fmt, self.weight_rule, self.weight_rounding)
+
+    def for_input(self, fmt: Format) -> Format:
+        """The format as this target rounds matmul inputs; raises BadValue where the format sets another rule itself."""
+        return self._applied(fmt, self.input_rule, self.input_rounding)
+
+    def _applied(self, fmt: Format, rule: ScaleRule, rounding: Rounding) -> Format:
+        if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
+            return fmt
+        if rule == "uos" and fmt.element != E2M1:
+            rule = "floor"  # dst_type_max exists for FP4 alone; the wider elements keep scale_alg 0
+        if rule == "even" and fmt.element in (E4M3, E5M2):
+            rule = "even_e2m1"  # compressed-tensors rounds the 8-bit scales with the threshold of the 4-bit ones
+        known = FORMATS.get(fmt.name, fmt)
+        for key, own, usual, fixed in (
+            ("scale_rule", fmt.scale_rule, known.scale_rule, rule),
+            ("rounding", fmt.rounding, known.rounding, rounding),
+        ):
+            if own not in (usual, fixed):
+                raise BadValue(
+                    f"{fmt.name} sets {key} {own!r}, but preset {self.name!r} fixes {fixed!r}; drop one of them"
+                )
+        return replace(fmt, scale_rule=rule, rounding=rounding)
+
+
+OCP = Preset(
+    "ocp",
+    "floor",
+    "nearest_even",
+    "floor",
+    "nearest_even",
+    "OCP Microscaling Formats (MX) Specification v1.0, section 6.3",
+)
+ASCEND950 = Preset(
+    "ascend950",
+    *("floor", "nearest_even", "floor", "nearest_even"),
+    "CANN aclnnDynamicMxQuant: scale_alg 0 (the OCP rule) and round_mode rint, its defaults",
+)
+ASCEND950_UOS = Preset(
+    "ascend950_uos",
+    *("uos", "nearest_even", "uos", "nearest_even"),
+    "CANN aclnnDynamicMxQuant: scale_alg 2 with dst_type_max 7.25, round_mode rint",
+)
+VLLM_ASCEND = Preset(
+    "vllm_ascend",
+    *("floor", "nearest_even", "floor", "half_away"),
+    "vLLM-Ascend W4A4_MXFP4: weights as msModelSlim packed them, inputs by npu_dynamic_mx_quant "
+    "with round_mode 'round' (half away from zero by its name; not confirmed on hardware)",
+)
+VLLM = Preset(
+    "vllm",
+    *("even", "nearest_even", "even", "nearest_even"),
+    "compressed-tensors 0.20 (llm-compressor checkpoints) and vLLM's reference_mxfp4.py",
+)
+MODELOPT = Preset(
+    "modelopt",
+    *("rceil", "nearest_even", "rceil", "nearest_even"),
+    "nvidia-modelopt 0.47 MXFP4QTensor; its pack path sends exact ties toward zero, which this preset does not imitate",
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {p.name: p for p in (OCP, ASCEND950, ASCEND950_UOS, VLLM_ASCEND, VLLM, MODELOPT)}
+)
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of that name in `PRESETS`; raises NotThere, naming the nearest."""
+    if name not in PRESETS:
+        raise NotThere(f"no preset is called {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,124 @@
+"""Which places of a model are meant: whole patterns over dotted names, and layers by number."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Literal
+
+from pydantic import field_validator
+
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, and add its role to
+# `opt_in` where a mistake would be costly.
+LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
+
+OptIn = Literal["router", "adapter", "lm_head"]
+
+
+class Targets(Spec):
+    """Places taken by a pattern of `take`, by no pattern of `leave`, in one of `layers` (negative: from the end).
+
+    Patterns are shell patterns over the whole dotted name; `*` also crosses dots, and a number stands for itself:
+    neither `*.layers.2.*` nor `*layers.2*` touches layer 20.
+    """
+
+    take: tuple[str, ...] = ("*",)
+    leave: tuple[str, ...] = LEFT_BY_DEFAULT
+    layers: tuple[int, ...] | None = None
+    opt_in: tuple[OptIn, ...] = ()
+
+    @field_validator("take", "leave", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("take", "leave")
+    @classmethod
+    def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not pattern.strip():
+                raise ValueError("an empty pattern matches nothing; write '*' for every place, or leave it out")
+            compiled(pattern)
+        return patterns
+
+    @field_validator("take")
+    @classmethod
+    def _something(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        if not patterns:
+            raise ValueError("`take` is empty; write '*' for every place")
+        return patterns
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layer(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and not layers:
+            raise ValueError("`layers` is empty; leave it out for all layers, or name some, such as [0, -1]")
+        return layers
+
+    def why_left(self, name: str) -> str | None:
+        """The pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at)."""
+        if not any(matches(name, pattern) for pattern in self.take):
+            return "no pattern of take matches"
+        hit = next((pattern for pattern in self.leave if matches(name, pattern)), None)
+        return None if hit is None else f"left by {hit!r}"
+
+    def layer_numbers(self, count: int) -> frozenset[int] | None:
+        """The layers as numbers from 0 in a model of `count` layers, None for all; BadValue outside the model."""
+        if self.layers is None:
+            return None
+        for layer in self.layers:
+            if not -count <= layer < count:
+                raise BadValue(f"layers: {layer} is not in this model, which has layers 0 to {count - 1}")
+        return frozenset(layer % count for layer in self.layers)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the shell pattern covers the whole dotted name, numbers as whole numbers."""
+    return compiled(pattern).fullmatch(name) is not None
+
+
+def require_hit(pattern: str, names: Iterable[str], what: str) -> None:
+    """Raise NotThere, naming the nearest names, when `pattern` matches none of `names`."""
+    known = list(names)
+    if not any(matches(name, pattern) for name in known):
+        raise NotThere(f"no {what} matches {pattern!r}{_nearest_places(pattern, known)}")
+
+
+@lru_cache(maxsize=1024)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The pattern as a regular expression; BadValue for an open bracket."""
+    out, rest = "", pattern
+    while rest:
+        piece, rest = _first_piece(rest)
+        if piece == "*":
+            # A star next to a digit must not swallow part of a number: `layers.2*` is layer 2 and what is below it.
+            out += (r"(?!\d)" if out[-1:].isdigit() else "") + ".*" + (r"(?<!\d)" if rest[:1].isdigit() else "")
+        elif piece == "?":
+            out += "."
+        elif len(piece) > 1:
+            out += "[" + ("^" + piece[2:-1] if piece[1] in "!^" else piece[1:-1]).replace("\\", r"\\") + "]"
+        else:
+            out += re.escape(piece)
+    return re.compile(out, re.DOTALL)
+
+
+def _first_piece(rest: str) -> tuple[str, str]:
+    """The first character, or a whole `[...]` class, and what follows."""
+    if rest[0] != "[":
+        return rest[0], rest[1:]
+    end = rest.find("]", 2 + (rest[1:2] in ("!", "^")))
+    if end < 0:
+        raise BadValue(f"the bracket in {rest!r} is never closed; a character class is written [0-3]")
+    return rest[: end + 1], rest[end + 1 :]
+
+
+def _nearest_places(pattern: str, names: list[str]) -> str:
+    """Up to three patterns made from real names that read most like the given one."""
+    ends = {f"*.{name.rsplit('.', 1)[-1]}" for name in names if "." in name}
+    close = get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5) or get_close_matches(
+        pattern, names, n=3, cutoff=0
+    )
+    return f"; did you mean {' or '.join(repr(word) for word in close)}?" if close else "; there is none at all"

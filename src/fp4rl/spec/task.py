@@ -1,0 +1,28 @@
+"""Which problems a run trains on and is judged by."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from fp4rl.spec.frozen import Spec
+
+
+class Arithmetic(Spec):
+    """Generated word problems of additions and subtractions; splits are disjoint by operation sequence."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    seed: int = Field(default=0, ge=0)
+    difficulty: int = Field(default=2, ge=1, le=5)
+    train_count: PositiveInt = 4096
+
+
+class Gsm8k(Spec):
+    """GSM8K from a local JSONL or Parquet file with the columns `question` and `answer`."""
+
+    name: Literal["gsm8k"] = "gsm8k"
+    path: str = Field(description="the training file; the held-out split is cut from it when `test_path` is not given")
+    test_path: str | None = None
+    prompt: str = "Question: {question}\nAnswer:"
+
+
+Task = Annotated[Arithmetic | Gsm8k, Field(discriminator="name")]

@@ -1,0 +1,116 @@
+"""How a policy is trained: the settings of GRPO and its relatives under the names that verl and TRL use."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from fp4rl.spec.frozen import Spec
+
+Algorithm = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
+LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+class OverlongBuffer(Spec):
+    """DAPO's soft overlong punishment: linear over the last `len` tokens before the cap (arXiv 2503.14476, eq. 13)."""
+
+    enable: bool = True
+    len: PositiveInt = 12
+    penalty_factor: PositiveFloat = 1.0
+
+
+class FilterGroups(Spec):
+    """DAPO's dynamic sampling: groups whose metric has no spread are dropped and replaced by fresh ones."""
+
+    enable: bool = True
+    metric: Literal["acc", "reward"] = "acc"
+    max_num_gen_batches: PositiveInt = 3
+
+
+class RolloutCorrection(Spec):
+    """Importance weights for the difference between the policy that sampled and the one that is trained."""
+
+    rollout_is: Literal["none", "token", "sequence"] = "none"
+    mode: Literal["truncate", "mask"] = "truncate"
+    threshold: PositiveFloat = 2.0
+
+
+class Distillation(Spec):
+    """Distillation to the unquantized model on the student's own samples (QAD).
+
+    `teacher`: the model as it was at the `start`, or the `live` weights without quantization, which learn along.
+    """
+
+    coef: PositiveFloat = 1.0
+    teacher: Literal["start", "live"] = "start"
+    direction: Literal["forward", "reverse"] = "forward"
+    alone: bool = Field(default=False, description="leave the reinforcement-learning loss out")
+
+
+class Training(Spec):
+    """One step is one batch of rollouts and the `train_batch_size / mini_batch_size` updates made from it."""
+
+    algorithm: Algorithm = "dapo"
+    steps: PositiveInt = 30
+    train_batch_size: PositiveInt = Field(default=16, description="prompts a step")
+    rollout_n: int = Field(default=8, ge=2, description="answers a prompt")
+    mini_batch_size: PositiveInt = Field(default=8, description="prompts an update")
+    micro_batch_size: PositiveInt | None = Field(default=None, description="answers a backward pass; whole by default")
+    lr: PositiveFloat = 4e-4
+    lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    grad_clip: PositiveFloat = 1.0
+    clip_ratio_low: float | None = Field(default=None, gt=0.0, le=1.0, description="the algorithm's own by default")
+    clip_ratio_high: PositiveFloat | None = Field(default=None, description="the algorithm's own (DAPO: 0.28)")
+    loss_agg_mode: LossAggregation | None = Field(default=None, description="the algorithm's own by default")
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    norm_adv_by_std: bool | None = Field(default=None, description="the algorithm's own by default")
+    reward: str = Field(default="accuracy", description="accuracy, math_verify, or a function package.module.name")
+    kl_loss_coef: float = Field(default=0.0, ge=0.0)
+    kl_loss_type: Literal["k1", "k2", "k3", "abs", "low_var_kl"] = "low_var_kl"
+    reference_precision: Literal["full", "deployment"] = "full"
+    entropy_coeff: float = Field(default=0.0, ge=0.0)
+    temperature: PositiveFloat = 1.0
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_prompt_length: PositiveInt = 256
+    max_response_length: PositiveInt = 48
+    mask_truncated: bool = False
+    overlong_buffer: OverlongBuffer = OverlongBuffer()
+    filter_groups: FilterGroups = FilterGroups()
+    rollout_correction: RolloutCorrection = RolloutCorrection()
+    distillation: Distillation | None = None
+    gradient_checkpointing: bool = False
+    save_freq: int = Field(default=0, ge=0, description="steps between checkpoints; 0 keeps the last one only")
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates made from one batch of rollouts."""
+        return self.train_batch_size // self.mini_batch_size
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Training":
+        if self.train_batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        answers = self.mini_batch_size * self.rollout_n
+        if self.micro_batch_size and answers % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide the {answers} answers of one update "
+                f"(mini_batch_size {self.mini_batch_size} x rollout_n {self.rollout_n})"
+            )
+        if self.overlong_buffer.enable and self.overlong_buffer.len >= self.max_response_length:
+            raise ValueError(
+                f"overlong_buffer.len {self.overlong_buffer.len} must be below max_response_length "
+                f"{self.max_response_length}: every answer would be punished"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """What is allowed but cannot act, or rarely ends well (checks P32, P36)."""
+        found = []
+        if self.lr_warmup_steps > 0.2 * self.steps:
+            found.append(f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {self.steps} steps")
+        if self.kl_loss_coef == 0.0 and self.reference_precision != "full":
+            found.append("reference_precision is set but kl_loss_coef is 0: there is no reference")
+        return found

@@ -1,0 +1,111 @@
+"""The door: YAML and words in, validated descriptions out, and errors that name file, key and cure."""
+
+import pytest
+import yaml
+
+from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.matrix import planned
+from fp4rl.spec.digest import digest
+from fp4rl.spec.door import load_spec, merge
+from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+
+def written(tmp_path, content):
+    file = tmp_path / "spec.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return file
+
+
+def test_an_unknown_key_is_named_with_the_file_and_the_nearest_key(tmp_path):
+    file = written(tmp_path, {"training": {"clip_ratio_hihg": 0.3}})
+    with pytest.raises(BadValue, match=r"spec\.yaml: unknown key 'training\.clip_ratio_hihg'; did you mean 'clip_rati"):
+        load_spec(file)
+
+
+def test_an_unknown_key_inside_a_union_is_named_with_the_keys_of_that_place(tmp_path):
+    file = written(tmp_path, {"task": {"name": "gsm8k", "path": "x.jsonl", "promt": "{question}"}})
+    with pytest.raises(BadValue, match="did you mean 'prompt'"):
+        load_spec(file)
+
+
+def test_an_unknown_key_in_one_arm_names_the_arm(tmp_path):
+    file = written(tmp_path, {"suite": "s", "arms": {"a": {}, "b": {"nosie": {}}}})
+    with pytest.raises(BadValue, match=r"arm b: unknown key 'nosie'; did you mean 'noise'"):
+        load_spec(file)
+
+
+def test_an_override_changes_the_base_of_a_suite_and_the_suites_own_keys(tmp_path):
+    file = written(tmp_path, {"suite": "s", "base": {"training": {"steps": 9}}, "arms": {"a": {}}})
+    suite = load_spec(file, ["training.steps=3", "seeds=[4, 5]"])
+    assert [(r.seed, r.experiment.training.steps) for r in planned(suite)] == [(4, 3), (5, 3)]
+
+
+def test_a_fragment_is_laid_over_the_file(tmp_path):
+    file = written(tmp_path, {"training": {"steps": 9, "lr": 0.1}})
+    fragment = tmp_path / "more.yaml"
+    fragment.write_text("training: {steps: 2}\n")
+    assert load_spec(file, [f"+{fragment}"]).training.steps == 2
+    assert load_spec(file, [f"+{fragment}"]).training.lr == 0.1
+
+
+@pytest.mark.parametrize("word", ["training.steps", "=3", "training.steps=[1"])
+def test_a_malformed_override_is_refused(tmp_path, word):
+    with pytest.raises(BadValue):
+        load_spec(written(tmp_path, {}), [word])
+
+
+def test_a_missing_file_and_broken_yaml_are_named(tmp_path):
+    with pytest.raises(NotThere, match="no such file"):
+        load_spec(tmp_path / "none.yaml")
+    with pytest.raises(BadValue, match=r"line 3.*not valid YAML"):
+        load_spec(written(tmp_path, "a: 1\nb: [1\nc: 2"))
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"noise": {"schedule": {"sigma_end": 0}}}, "sigma_end"),
+        ({"noise": {"schedule": {"num_stages": 2}}}, "num_stages"),
+        ({"injection": {"weight": "mxfp5"}}, "did you mean"),
+        ({"injection": "w4a15"}, "w4a16"),
+        ({"training": {"mini_batch_size": 7}}, "not a multiple"),
+        ({"training": {"micro_batch_size": 7}}, "does not divide"),
+        ({"training": {"overlong_buffer": {"len": 48}}}, "below max_response_length"),
+        ({"model": {"path": "x", "embedded": {}}}, "either `path` or `embedded`"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_cure(tmp_path, content, part):
+    with pytest.raises(BadValue) as error:
+        load_spec(written(tmp_path, content))
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_merge_lays_dotted_paths_over_nested_keys_and_leaves_its_arguments_alone():
+    base = {"a": {"b": 1, "c": 2}}
+    assert merge(base, {"a.b": 3}) == {"a": {"b": 3, "c": 2}}
+    assert merge(base, {"a": "none"}) == {"a": "none"}
+    assert base == {"a": {"b": 1, "c": 2}}
+
+
+def test_a_described_experiment_survives_yaml_and_keeps_its_digest():
+    for name in names():
+        suite = load_spec(named(name))
+        assert isinstance(suite, Suite)
+        for run in planned(suite):
+            again = Experiment.model_validate(yaml.safe_load(yaml.safe_dump(run.experiment.model_dump(mode="json"))))
+            assert again == run.experiment
+            assert digest(again) == run.spec_digest
+
+
+def test_the_digest_tells_seeds_and_arms_apart():
+    runs = planned(load_spec(named("quickstart")))
+    assert len({run.spec_digest for run in runs}) == len(runs) == 12
+
+
+def test_axes_cross_the_arms(tmp_path):
+    file = written(
+        tmp_path, {"suite": "s", "arms": {"a": {}, "b": {}}, "axes": {"training.lr": [0.1, 0.2]}, "seeds": [0]}
+    )
+    assert [run.arm for run in planned(load_spec(file))] == ["a+lr=0.1", "a+lr=0.2", "b+lr=0.1", "b+lr=0.2"]

@@ -1,0 +1,102 @@
+"""A word or a mapping becomes an injection that says what it does and survives a round trip through JSON."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from fp4rl.spec.formats import FORMATS, MXFP4, MXFP8, NVFP4
+from fp4rl.spec.injection import MODES, Injection
+from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.presets import PRESETS
+
+parse = Injection.model_validate
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight", "inputs", "output"),
+    [
+        ("none", None, None, None),
+        ("w4a16", MXFP4, None, None),
+        ("w4a8", MXFP4, MXFP8, None),
+        ("w4a4", MXFP4, MXFP4, None),
+        ("w16a4", None, MXFP4, None),
+        ("w8a8", MXFP8, MXFP8, None),
+        ("nvfp4_w4a16", NVFP4, None, None),
+        ("nvfp4_w4a4", NVFP4, NVFP4, None),
+        ("w4a4_out", MXFP4, None, MXFP4),
+    ],
+)
+def test_each_mode_names_its_points(mode, weight, inputs, output):
+    injection = parse(mode)
+    assert (injection.weight, injection.input, injection.output) == (weight, inputs, output)
+    assert injection == Injection.named(mode)
+    assert injection.name == mode
+
+
+def test_the_table_above_is_the_whole_table():
+    assert len(MODES) == 9
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_under_every_preset_survives_a_round_trip(mode, preset):
+    injection = Injection.named(mode, preset=preset)
+    assert parse(json.loads(json.dumps(injection.model_dump(mode="json")))) == injection
+
+
+def test_a_preset_sets_the_rules_of_its_target():
+    injection = Injection.named("w4a4", preset="vllm_ascend")
+    assert (injection.weight.rounding, injection.input.rounding) == ("nearest_even", "half_away")
+
+
+def test_a_preset_applies_to_formats_named_by_hand_too():
+    assert parse({"weight": "mxfp4", "preset": "vllm"}).weight.scale_rule == "even"
+
+
+def test_a_table_of_patterns_keeps_its_order_and_its_meaning():
+    injection = parse({"mode": "w4a4", "by_pattern": {"*.down_proj": "mxfp8", "*.q_proj": {"input": "none"}}})
+    first, second = injection.by_pattern
+    assert (first.weight, first.input, first.output) == (MXFP8, MXFP8, "keep")
+    assert (second.weight, second.input, second.output) == ("keep", None, "keep")
+    assert parse(json.loads(json.dumps(injection.model_dump(mode="json")))) == injection
+
+
+def test_a_bare_list_of_phases_stands_for_all_points():
+    during = parse({"mode": "w4a4", "apply_during": ["training", "rollout"]}).apply_during
+    assert during.weight == during.input == ("rollout", "training")
+
+
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [
+        ({"mode": "w4a5"}, "did you mean 'w4a"),
+        ({"weight": "mxpf4"}, "did you mean 'mxfp4'"),
+        ({"weight": "mxfp4", "preset": "vlm"}, "did you mean 'vllm'"),
+        ({"mode": "w4a16", "input": "mxfp4"}, "drop `mode`"),
+        ({"mode": "w4a16", "weight": "nvfp4", "output": "mxfp8"}, "drop `mode`"),
+        ({"mode": "w4a16", "wieght": "mxfp4"}, "Extra inputs"),
+        ({"mode": "w4a16", "apply_during": []}, "at least 1"),
+        ({"mode": "w4a16", "by_pattern": {"*.q_proj": {}}}, "names no format"),
+        ({"mode": "w4a16", "by_pattern": {"*.[q": "mxfp8"}}, "never closed"),
+        (7, "valid dictionary"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_cure(content, cure):
+    with pytest.raises(ValidationError, match=cure):
+        parse(content)
+
+
+def test_an_unknown_mode_by_name_is_not_there():
+    with pytest.raises(NotThere, match="w4a4"):
+        Injection.named("w4a44")
+
+
+def test_every_registered_format_may_stand_at_every_point():
+    for name in FORMATS:
+        assert parse({"weight": name, "input": name, "output": name}).weight.name == name
+
+
+def test_an_injection_without_a_mode_is_named_by_its_points():
+    assert parse({"weight": "mxfp4", "input": "mxfp8"}).name == "weight:mxfp4+input:mxfp8"
+    assert parse({}).is_nothing

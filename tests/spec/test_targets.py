@@ -1,0 +1,76 @@
+"""Patterns cover whole names; numbers are whole numbers; what hits nothing names its neighbours."""
+
+import pytest
+from pydantic import ValidationError
+
+from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.targets import Targets, matches, require_hit
+
+NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 2, 20, 27) for p in "qkvo"]
+
+
+@pytest.mark.parametrize("pattern", ["*.layers.2.*", "*layers.2*", "model.layers.2*"])
+def test_layer_2_is_not_layer_20(pattern):
+    assert {name.split(".")[2] for name in NAMES if matches(name, pattern)} == {"2"}
+
+
+def test_a_star_before_a_number_does_not_swallow_its_first_digit():
+    assert not matches("model.layers.20", "*0")
+    assert matches("model.layers.0", "*0")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "hit"),
+    [
+        ("lm_head", "lm_head", True),
+        ("model.lm_head", "lm_head", False),
+        ("a.b_proj", "*.?_proj", True),
+        ("a.layers.3.q", "*.layers.[0-3].q", True),
+        ("a.layers.4.q", "*.layers.[!0-3].q", True),
+        ("a.layers.2.q", "*.layers.[!0-3].q", False),
+        ("a+b", "a+b", True),
+        ("aab", "a+b", False),
+    ],
+)
+def test_patterns_are_shell_patterns_over_the_whole_name(name, pattern, hit):
+    assert matches(name, pattern) is hit
+
+
+def test_a_pattern_without_a_hit_names_the_nearest():
+    with pytest.raises(NotThere, match=r"no linear layer matches '\*\.qproj'; did you mean '\*\.q_proj'"):
+        require_hit("*.qproj", NAMES, "linear layer")
+
+
+def test_an_open_bracket_is_an_error_at_once():
+    with pytest.raises(ValidationError, match="never closed"):
+        Targets(take=("*.layers.[0-3",))
+
+
+def test_one_pattern_may_stand_alone():
+    assert Targets.model_validate({"take": "*.q_proj"}).take == ("*.q_proj",)
+
+
+@pytest.mark.parametrize("bad", [{"take": []}, {"layers": []}, {"leave": [" "]}])
+def test_empty_choices_are_refused(bad):
+    with pytest.raises(ValidationError, match="empty"):
+        Targets.model_validate(bad)
+
+
+def test_layers_count_from_both_ends():
+    assert Targets(layers=(0, -1)).layer_numbers(28) == {0, 27}
+
+
+def test_a_layer_outside_the_model_is_refused():
+    with pytest.raises(BadValue, match="28 is not in this model, which has layers 0 to 27"):
+        Targets(layers=(28,)).layer_numbers(28)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "a.q_proj.lora_A.default", "model.norm"]
+)
+def test_what_no_engine_serves_in_4_bits_is_left_by_default(name):
+    assert Targets().why_left(name)
+
+
+def test_gate_proj_is_not_taken_for_a_router():
+    assert Targets().why_left("model.layers.0.mlp.gate_proj") is None
