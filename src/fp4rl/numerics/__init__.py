@@ -1,0 +1,1 @@
+"""Floor 1: number formats as maths on tensors."""

@@ -1,0 +1,181 @@
+"""Which backend rounds a tensor: the fastest that is ready here and worth its start. All give the same bits.
+
+    reference  plain PyTorch, the definition: tensors that fit a cache, and every format
+    chunked    the reference in cache-sized pieces: large tensors where nothing is compiled
+native     the C kernels: every CPU tensor once they are built, which a machine does once, after enough work to pay
+for it
+    compiled   torch.compile, on request: its start takes many times what the C kernels take
+    triton     CUDA
+
+A backend that does not know a format leaves it to the reference.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from time import perf_counter
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fp4rl.numerics import compiled, native, native_build
+from fp4rl.numerics.chunked import CHUNK, round_chunked
+from fp4rl.numerics.noise import Seed
+from fp4rl.numerics.reference import reference
+from fp4rl.spec.formats import Format
+from fp4rl.spec.mistakes import BadValue, nearest
+
+Backend = Literal["auto", "reference", "chunked", "native", "compiled", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+BUILD_AFTER = 1 << 22  # elements rounded before building pays: eager takes about a tenth of a second for them
+
+
+def silent(_message: str) -> None:
+    """The announcement nobody asked for."""
+
+
+@dataclass
+class _Process:
+    """What this process knows about its backends; `use` is the only thing that changes a choice."""
+
+    chosen: Backend = "auto"
+    announce: Callable[[str], None] = silent
+    library: ctypes.CDLL | None = None
+    looked: bool = False
+    failure: str = ""
+    seen: int = 0
+    compiled: set[tuple[Format, torch.dtype]] = field(default_factory=set)
+
+
+_PROCESS = _Process()
+
+
+def use(backend: str, announce: Callable[[str], None] = silent) -> None:
+    """Forces a backend (or `auto`) for this process; `announce` is told what is being compiled. For the doors alone.
+
+    Raises BadValue for a word that is no backend, and for one that cannot work here.
+    """
+    if backend not in BACKENDS:
+        raise BadValue(f"no backend is called {backend!r}{nearest(backend, BACKENDS)}")
+    if backend == "triton" and not (torch.cuda.is_available() and find_spec("triton")):
+        raise BadValue("the triton backend needs CUDA and the triton package; take auto")
+    _PROCESS.chosen, _PROCESS.announce = backend, announce
+    if backend == "native" and native_library(BUILD_AFTER) is None:
+        _PROCESS.chosen = "auto"
+        raise BadValue(f"the native backend cannot be built: {_PROCESS.failure}; take auto or chunked")
+
+
+def chosen() -> Backend:
+    """The backend that `use` forced, or `auto`."""
+    return _PROCESS.chosen
+
+
+def backend_for(x: Tensor, fmt: Format) -> Backend:
+    """The backend that would round this tensor now."""
+    wanted = _PROCESS.chosen
+    if torch.compiler.is_compiling():  # inside a user's torch.compile the definition itself goes into the graph
+        return "reference"
+    if x.device.type == "cuda":
+        return _on_cuda(x, fmt, wanted)
+    if x.device.type != "cpu" or wanted == "reference":
+        return "reference"
+    if wanted == "compiled" and compiled.supports(x, fmt):
+        return "compiled"
+    if native.supports(x, fmt) and native_library(x.numel()):
+        return "native"
+    return "chunked" if x.numel() > CHUNK or wanted == "chunked" else "reference"
+
+
+def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None = None) -> Tensor:
+    """`reference(x, fmt, seed)` by the backend that fits; into `out`, which may be x, where one is given."""
+    backend = backend_for(x, fmt)
+    if backend == "reference":
+        result = reference(x, fmt, seed)
+        return result if out is None else out.copy_(result)
+    source = x.contiguous()
+    direct = out is not None and out.is_contiguous() and (out.data_ptr() == x.data_ptr() or not _overlap(out, x))
+    target = out if out is not None and direct else torch.empty_like(source)
+    _round_into(backend, source, fmt, seed, target)
+    return target if out is None or direct else out.copy_(target)
+
+
+def _round_into(backend: Backend, source: Tensor, fmt: Format, seed: Seed | None, target: Tensor) -> None:
+    match backend:
+        case "native":
+            _round_natively(source, fmt, seed, target)
+        case "compiled":
+            _round_compiled(source, fmt, target)
+        case "triton":
+            from fp4rl.numerics import triton_kernels  # imports triton, which only CUDA machines need
+
+            triton_kernels.round_triton(source, fmt, seed, target)
+        case _:
+            round_chunked(source, fmt, seed, target)
+
+
+def _round_natively(source: Tensor, fmt: Format, seed: Seed | None, target: Tensor) -> None:
+    library = _PROCESS.library
+    assert library is not None
+    if source.dtype == torch.float16:
+        wide = source.float()
+        target.copy_(native.round_native(library, wide, fmt, seed, wide))
+    else:
+        native.round_native(library, source, fmt, seed, target)
+
+
+def _round_compiled(source: Tensor, fmt: Format, target: Tensor) -> None:
+    kind = (fmt, source.dtype)
+    if kind in _PROCESS.compiled:
+        compiled.round_compiled(source, fmt, target)
+        return
+    _PROCESS.announce(f"torch.compile of {fmt.name} in {str(source.dtype).removeprefix('torch.')} ...")
+    start = perf_counter()
+    compiled.round_compiled(source, fmt, target)
+    _PROCESS.compiled.add(kind)
+    _PROCESS.announce(f"compiled {fmt.name} in {perf_counter() - start:.1f} s")
+
+
+def _on_cuda(x: Tensor, fmt: Format, wanted: Backend) -> Backend:
+    if wanted in ("auto", "triton") and find_spec("triton"):
+        from fp4rl.numerics import triton_kernels
+
+        if triton_kernels.supports(x, fmt):
+            return "triton"
+    return "compiled" if wanted == "compiled" and compiled.supports(x, fmt) else "reference"
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def native_library(elements: int) -> ctypes.CDLL | None:
+    """The C kernels for `elements` more values: if they are built, or once enough were rounded for building to pay.
+
+    None where there is no compiler, where another backend is forced, and while little has been rounded.
+    """
+    if _PROCESS.chosen not in ("auto", "native"):
+        return None
+    if _PROCESS.library or _PROCESS.failure:
+        return _PROCESS.library
+    if not _PROCESS.looked:
+        _PROCESS.looked = True
+        found = native_build.load()
+        _PROCESS.library = native.typed(found) if found else None
+    _PROCESS.seen += elements
+    if _PROCESS.library is None and _PROCESS.seen >= BUILD_AFTER:
+        _build()
+    return _PROCESS.library
+
+
+def _build() -> None:
+    _PROCESS.announce("compiling the rounding kernels, once on this machine ...")
+    start = perf_counter()
+    try:
+        _PROCESS.library = native.typed(native_build.build())
+    except (native_build.BuildFailed, OSError) as error:
+        _PROCESS.failure = str(error)
+        _PROCESS.announce(f"no C kernels: {error}; rounding with PyTorch alone")
+        return
+    _PROCESS.announce(f"compiled the rounding kernels in {perf_counter() - start:.1f} s")

@@ -1,0 +1,168 @@
+/* Fake quantization in one pass over memory (two for NVFP4): reference.py in C, for float32 and bfloat16.
+ *
+ * Every function takes a range of rows, so that threads can share a tensor; `first` is the range's first element, counted in
+ * the whole tensor, for the hash of stochastic rounding. A last block may be short.
+ */
+#include "grid.h"
+
+enum { SHORT = 32 }; /* blocks up to this length are worked on in a buffer: a compiler knows that it overlaps nothing */
+
+/* E2M1 from bfloat16 without leaving 16 bits, twice the values in a vector: keep one mantissa bit by nearest even, clip at
+ * six scales, and below one scale choose among 0, 1/2 and 1. Every number in use must be normal: codes 3 to 253. */
+INLINE void round_e2m1_of_bfloat16(const uint16_t *x, uint16_t *out, int64_t n, int32_t code) {
+    const uint16_t one = (uint16_t)(code << 7), quarter = (uint16_t)(one - 0x100), half = (uint16_t)(one - 0x80);
+    const uint16_t most_of_one = (uint16_t)(half + 0x40), six = (uint16_t)(one + 0x140);
+    uint16_t block[SHORT];
+    memcpy(block, x, 2 * (size_t)n);
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t bits = block[i], m = bits & 0x7FFF;
+        uint16_t kept = (uint16_t)(m + 0x1F + (m >> 6 & 1)) & 0xFFC0;
+        uint16_t low = m < most_of_one ? half : one;
+        low = m > quarter ? low : 0;
+        kept = kept < six ? kept : six;
+        block[i] = (m < one ? low : kept) | (bits & 0x8000);
+    }
+    memcpy(out, block, 2 * (size_t)n);
+}
+
+INLINE void round_span(const void *x, void *out, int64_t at, int64_t n, Scale s, int divide, const Rule *r, int rounding,
+                       int dtype, uint32_t index) {
+    if (dtype == BFLOAT16 && rounding == NEAREST_EVEN && !divide && r->largest == 6.0f && n <= SHORT && s.code >= 3 &&
+        s.scale == s.scale) {
+        round_e2m1_of_bfloat16((const uint16_t *)x + at, (uint16_t *)out + at, n, s.code);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = load(x, at + i, dtype);
+        float q = on_grid(scaled(bits, s, divide), r, rounding, index + (uint32_t)i) * s.scale;
+        store(out, at + i, as_bits(q) | (bits & SIGN), dtype);
+    }
+}
+
+#define BY_ROUNDING_AND_DTYPE(r, CALL)                                                                                      \
+    switch ((r)->rounding * 2 + (r)->dtype) {                                                                               \
+    case 0: CALL(NEAREST_EVEN, FLOAT32); break;                                                                             \
+    case 1: CALL(NEAREST_EVEN, BFLOAT16); break;                                                                            \
+    case 2: CALL(THRESHOLD, FLOAT32); break;                                                                                \
+    case 3: CALL(THRESHOLD, BFLOAT16); break;                                                                               \
+    case 4: CALL(STOCHASTIC, FLOAT32); break;                                                                               \
+    default: CALL(STOCHASTIC, BFLOAT16);                                                                                    \
+    }
+
+INLINE void round_each(const void *x, void *out, int64_t at, int64_t n, const float *scales, const float *inverses,
+                       int divide, const Rule *r, int rounding, int dtype, uint32_t index) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = load(x, at + i, dtype);
+        Scale s = {scales[i], inverses[i], 0};
+        float q = on_grid(scaled(bits, s, divide), r, rounding, index + (uint32_t)i) * s.scale;
+        store(out, at + i, as_bits(q) | (bits & SIGN), dtype);
+    }
+}
+
+INLINE void rows_of(const void *x, void *out, int64_t rows, int64_t columns, int64_t width, float factor, int divide,
+                    const Rule *r, int rounding, int dtype, uint32_t first) {
+    uint32_t most[TOGETHER];
+    Scale scales[TOGETHER];
+    float scale_of[TOGETHER * WIDEST], inverse_of[TOGETHER * WIDEST];
+    for (int64_t start = 0; start < rows * columns; start += columns)
+        for (int64_t c = 0; c < columns; c += TOGETHER * width) {
+            int64_t at = start + c, left = columns - c, blocks = (left + width - 1) / width;
+            blocks = blocks < TOGETHER ? blocks : TOGETHER;
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t n = left - b * width < width ? left - b * width : width;
+#define MOST(N) most[b] = largest_bits(x, at + b * width, N, dtype)
+                BY_LENGTH(n, MOST);
+            }
+            for (int64_t b = 0; b < blocks; b++) scales[b] = block_scale(most[b], factor, divide, r);
+            if (width != 32 && width <= WIDEST) { /* short runs make poor vectors: give every value its scale, in one run */
+                for (int64_t b = 0; b < blocks; b++)
+                    for (int64_t i = 0; i < width; i++) {
+                        scale_of[b * width + i] = scales[b].scale;
+                        inverse_of[b * width + i] = scales[b].inverse;
+                    }
+                left = left < blocks * width ? left : blocks * width;
+                round_each(x, out, at, left, scale_of, inverse_of, divide, r, rounding, dtype, first + (uint32_t)at);
+                continue;
+            }
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t n = left - b * width < width ? left - b * width : width, from = at + b * width;
+#define SPAN(N) round_span(x, out, from, N, scales[b], divide, r, rounding, dtype, first + (uint32_t)from)
+                BY_32(n, SPAN);
+            }
+        }
+}
+
+/* Blocks of 1 x width: E8M0 scales where factor is 0, else NVFP4's. */
+void round_rows(const void *x, void *out, int64_t rows, int64_t columns, int64_t width, float factor, const Rule *rule,
+                uint32_t first) {
+    const Rule copy = *rule, *r = &copy;
+#define ROWS(ROUNDING, DTYPE)                                                                                               \
+    if (factor > 0.0f) rows_of(x, out, rows, columns, width, factor, 1, r, ROUNDING, DTYPE, first);                         \
+    else rows_of(x, out, rows, columns, width, 0.0f, 0, r, ROUNDING, DTYPE, first)
+    BY_ROUNDING_AND_DTYPE(r, ROWS)
+}
+
+enum { STRIP_TILES = 32 }; /* 32 rows x 1024 float32 columns stay in the second-level cache between the two visits */
+
+INLINE void strip_of(const void *x, void *out, int64_t at, int64_t height, int64_t length, int64_t columns, int64_t width,
+                     const Rule *r, int rounding, int dtype, uint32_t first) {
+    uint32_t most[STRIP_TILES] = {0};
+    for (int64_t row = at; row < at + height * columns; row += columns)
+        for (int64_t c = 0, t = 0; c < length; c += width, t++) {
+            int64_t n = length - c < width ? length - c : width;
+            uint32_t bits;
+#define LARGEST(N) bits = largest_bits(x, row + c, N, dtype)
+            BY_32(n, LARGEST);
+            most[t] = bits > most[t] ? bits : most[t];
+        }
+    Scale scales[STRIP_TILES];
+    for (int64_t t = 0; t < STRIP_TILES; t++) scales[t] = e8m0_scale(most[t], r);
+    for (int64_t row = at; row < at + height * columns; row += columns)
+        for (int64_t c = 0, t = 0; c < length; c += width, t++) {
+            int64_t n = length - c < width ? length - c : width;
+#define TILE_SPAN(N) round_span(x, out, row + c, N, scales[t], 0, r, rounding, dtype, first + (uint32_t)(row + c))
+            BY_32(n, TILE_SPAN);
+        }
+}
+
+/* Tiles of height x width in one matrix, E8M0 scales. */
+void round_tiles(const void *x, void *out, int64_t rows, int64_t columns, int64_t height, int64_t width, const Rule *rule,
+                 uint32_t first) {
+    const Rule copy = *rule, *r = &copy;
+    int64_t strip = STRIP_TILES * width;
+    for (int64_t row = 0; row < rows; row += height)
+        for (int64_t c = 0; c < columns; c += strip) {
+            int64_t tall = rows - row < height ? rows - row : height, wide = columns - c < strip ? columns - c : strip;
+#define STRIP(ROUNDING, DTYPE)                                                                                              \
+    strip_of(x, out, row * columns + c, tall, wide, columns, width, r, ROUNDING, DTYPE, first)
+            BY_ROUNDING_AND_DTYPE(r, STRIP)
+        }
+}
+
+/* One given scale for a run of values: FP8 per tensor. */
+void round_run(const void *x, void *out, int64_t n, float scale, const Rule *rule, uint32_t first) {
+    const Rule copy = *rule, *r = &copy;
+    Scale s = {scale, 0.0f, 0};
+#define RUN(ROUNDING, DTYPE) round_span(x, out, 0, n, s, 1, r, ROUNDING, DTYPE, first)
+    BY_ROUNDING_AND_DTYPE(r, RUN)
+}
+
+/* The bits of the largest magnitude; with `finite`, of the blocks of `width` in a row that hold no NaN and no infinity. */
+uint32_t largest_of(const void *x, int64_t rows, int64_t columns, int64_t width, int32_t finite, int32_t dtype) {
+    uint32_t most = 0;
+    for (int64_t start = 0; start < rows * columns; start += columns)
+        for (int64_t c = 0; c < columns; c += width) {
+            int64_t n = columns - c < width ? columns - c : width;
+            uint32_t bits;
+#define BLOCK_MOST(N) bits = dtype == FLOAT32 ? largest_bits(x, start + c, N, FLOAT32) : largest_bits(x, start + c, N, BFLOAT16)
+            BY_LENGTH(n, BLOCK_MOST);
+            if (bits > most && !(finite && bits >= INFINITE)) most = bits;
+        }
+    return most;
+}
+
+/* scales.nvfp4_global for the largest finite magnitude. */
+float nvfp4_factor(uint32_t amax, float largest) {
+    float factor = (1.0f / as_float(amax)) * (448.0f * largest);
+    return factor > 0x1.fffffep127f ? 0x1.fffffep127f : factor < 0x1p-126f ? 0x1p-126f : factor;
+}

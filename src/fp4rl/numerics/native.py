@@ -1,0 +1,172 @@
+"""The native backend: the C kernels on the rows of a CPU tensor, shared among torch's number of threads."""
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from threading import Thread
+
+import torch
+from torch import Tensor
+
+from fp4rl.numerics.blocks import columns_of
+from fp4rl.numerics.noise import Seed
+from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite
+from fp4rl.spec.formats import Format
+
+# As numbered in grid.h, with the fraction above which the middle one rounds up: from one half on, or never.
+ROUNDINGS = {
+    "nearest_even": (0, 0.0),
+    "half_away": (1, 0.5 - 2.0**-25),
+    "toward_zero": (1, 1.0),
+    "stochastic": (2, 0.0),
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ELEMENTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
+
+
+class Rule(ctypes.Structure):
+    """The struct of grid.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("mantissa_bits", "min_exponent", "max_exponent")),
+        *((name, ctypes.c_int32) for name in ("carry", "rounding", "dtype")),
+        ("seed", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_float) for name in ("largest", "threshold")),
+    )
+
+
+def supports(x: Tensor, fmt: Format) -> bool:
+    """Whether the kernels know this format: any scale but none, any rule but the search for the least error."""
+    known = fmt.scale != "none" and fmt.scale_rule != "mse" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
+    return known and x.device.type == "cpu" and x.dtype != torch.float64
+
+
+@lru_cache(maxsize=256)
+def _fixed_rule(fmt: Format, dtype: torch.dtype) -> Rule:
+    element = fmt.element
+    up = carry(fmt.scale_rule, element, 23) if fmt.scale == "e8m0" else 0
+    rounding, threshold = ROUNDINGS[fmt.rounding]
+    return Rule(
+        *(element.mantissa_bits, element.min_exponent, element.max_exponent, up),
+        *(rounding, DTYPES[dtype], (0, 0), element.largest, threshold),
+    )
+
+
+def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:
+    """The struct that tells the kernels about a format; `seed` where it rounds stochastically."""
+    rule = _fixed_rule(fmt, dtype)
+    if seed is not None:
+        rule = Rule.from_buffer_copy(rule)
+        rule.seed[0], rule.seed[1] = seed[0] & 0xFFFFFFFF, seed[1] & 0xFFFFFFFF
+    return rule
+
+
+def round_native(library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
+    """`reference(x, fmt, seed)` written into `out`, which may be x itself; both contiguous, float32 or bfloat16."""
+    rule = rule_of(fmt, x.dtype, seed)
+    if fmt.block is None:
+        return _round_whole(library, x, rule, fmt, out)
+    columns = columns_of(x)
+    if fmt.block[0] != 1:
+        return _round_tiles(library, x, rule, fmt.block, out)
+    width, rows, size = fmt.block[1], x.numel() // columns, x.element_size()
+    factor = nvfp4_factor(library, x, rule, width) if fmt.scale == "e4m3" else 0.0
+    source, target = x.data_ptr(), out.data_ptr()
+
+    def part(start: int, count: int) -> None:
+        at = start * columns
+        library.round_rows(
+            *(source + at * size, target + at * size, count, columns, width),
+            *(factor, rule, at & 0xFFFFFFFF),
+        )
+
+    share(part, rows, x.numel())
+    return out
+
+
+def _round_tiles(library: ctypes.CDLL, x: Tensor, rule: Rule, block: tuple[int, int], out: Tensor) -> Tensor:
+    rows, columns = (x.shape[-2] if x.ndim > 1 else 1), columns_of(x)
+    height, width = block
+    matrices, bands, size = x.numel() // (rows * columns), -(-rows // height), x.element_size()
+    source, target = x.data_ptr(), out.data_ptr()
+
+    def part(start: int, count: int) -> None:
+        for band in range(start, start + count):
+            matrix, row = band // bands, band % bands * height
+            at = (matrix * rows + row) * columns
+            library.round_tiles(
+                *(source + at * size, target + at * size, min(height, rows - row), columns),
+                *(height, width, rule, at & 0xFFFFFFFF),
+            )
+
+    share(part, matrices * bands, x.numel())
+    return out
+
+
+def _round_whole(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: Tensor) -> Tensor:
+    source, target, size = x.data_ptr(), out.data_ptr(), x.element_size()
+    amax = torch.tensor(_largest_bits(library, x, rule, columns_of(x), finite=False), dtype=torch.int32)
+    amax = amax.view(torch.float32)
+    scale = nan_where_not_finite(fp32_scale(amax, fmt.element), amax).item()
+
+    def part(start: int, count: int) -> None:
+        library.round_run(source + start * size, target + start * size, count, scale, rule, start & 0xFFFFFFFF)
+
+    share(part, x.numel(), x.numel())
+    return out
+
+
+def nvfp4_factor(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int) -> float:
+    """scales.nvfp4_global of the whole tensor."""
+    return float(library.nvfp4_factor(_largest_bits(library, x, rule, width, finite=True), rule.largest))
+
+
+def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finite: bool) -> int:
+    """Bits of the largest magnitude; with `finite` only of the blocks without NaN and infinity."""
+    columns = columns_of(x)
+    source, size, found = x.data_ptr(), x.element_size(), [0]
+
+    def part(start: int, count: int) -> None:
+        at = source + start * columns * size
+        found.append(library.largest_of(at, count, columns, width, finite, rule.dtype))
+
+    share(part, x.numel() // columns, x.numel())
+    return max(found)
+
+
+def share(part: Callable[[int, int], None], units: int, elements: int) -> None:
+    """Calls `part(start, count)` over all units, in as many threads as pay; the kernels let go of the interpreter's
+    lock.
+
+    Plain threads, made for the call: they survive a fork, which a pool of either language does not.
+    """
+    threads = min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD, units)
+    if threads < 2:
+        part(0, units)
+        return
+    each = -(-units // threads)
+    ranges = [(start, min(each, units - start)) for start in range(0, units, each)]
+    others = [Thread(target=part, args=r) for r in ranges[1:]]
+    for thread in others:
+        thread.start()
+    part(*ranges[0])
+    for thread in others:
+        thread.join()
+
+
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the argument types of its functions declared."""
+    pointer, count, rule = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Rule)
+    real, first, flag = ctypes.c_float, ctypes.c_uint32, ctypes.c_int32
+    for name, result, *arguments in (
+        ("round_rows", None, pointer, pointer, count, count, count, real, rule, first),
+        ("round_tiles", None, pointer, pointer, count, count, count, count, rule, first),
+        ("round_run", None, pointer, pointer, count, real, rule, first),
+        ("largest_of", first, pointer, count, count, count, flag, flag),
+        ("nvfp4_factor", real, first, real),
+        ("pack_rows", count, pointer, pointer, pointer, count, count, count, real, rule, first),
+        ("unpack_rows", None, pointer, pointer, pointer, count, count, count, real, flag),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

@@ -1,0 +1,171 @@
+"""Codes and scales: what a checkpoint holds, two 4-bit codes a byte, and the way back to the values of fake
+quantization.
+
+    quantize(x) -> codes, scales        one code a byte
+pack / unpack                       low nibble = even column, high nibble = odd column; a row starts on a byte of
+its own
+    dequantize                          bit for bit `fake_quantize(x)`
+    pack_tensor(x)                      pack(quantize(x)) in one step, by the C kernels where they are built
+
+An E8M0 scale is its byte, exponent + 127, never 255; NVFP4 block scales are float8_e4m3fn under `factor`, a
+multiplier (compressed-tensors' weight_global_scale). Layouts: compressed-tensors `mxfp4-pack-quantized` and
+`nvfp4-pack-quantized`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4rl.numerics import native_packing
+from fp4rl.numerics.blocks import Grouping, columns_of
+from fp4rl.numerics.codes import decode, encode
+from fp4rl.numerics.dispatch import native_library
+from fp4rl.numerics.levels import Levels, inside
+from fp4rl.numerics.quantize import seed_for
+from fp4rl.numerics.reference import effective_scale, stored_scales, uniform_like, widened
+from fp4rl.numerics.rounding import round_magnitude
+from fp4rl.spec.formats import Format
+from fp4rl.spec.mistakes import BadValue
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A tensor as codes [its shape] uint8 and scales, one a block: [..., blocks in a row] or [..., row blocks,
+    column blocks].
+
+    `factor` is NVFP4's float32 multiplier for the tensor; `levels` undoes a coarse scale and a rotation.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    factor: Tensor | None
+    levels: Levels
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the codes."""
+        return self.levels.fmt
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """4-bit codes two a byte, [..., ceil(columns / 2)] uint8; `columns` says whether the last nibble is filling.
+
+    `short_block` is the number of values in the last block of a row, equal to the block's width where the columns
+    divide.
+    """
+
+    data: Tensor
+    scales: Tensor
+    factor: Tensor | None
+    levels: Levels
+    columns: int
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the codes."""
+        return self.levels.fmt
+
+    @property
+    def short_block(self) -> int:
+        """Values in the last block of a row."""
+        width = self.fmt.block[1] if self.fmt.block else self.columns
+        return self.columns % width or width
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits really stored for one value, all scales among them."""
+        parts = (self.data, self.scales, self.factor, self.levels.coarse)
+        stored = sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
+        return stored / (self.data.numel() // self.data.shape[-1] * self.columns)
+
+
+@torch.no_grad()
+def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Quantized:
+    """Codes and scales of `x` [any shape, at least one axis]. Raises BadValue for a format without codes and for a
+    tensor with NaN or infinity, which no scale byte stands for, naming it.
+    """
+    _check(x, fmt, name)
+    seed = seed_for(fmt, generator, name)
+    inner, levels = inside(x, fmt)
+    grouping = Grouping(x.shape, fmt.block)
+    blocks = grouping.split(widened(inner))
+    magnitude = blocks.abs()
+    amax = magnitude.amax(grouping.axes, keepdim=True)
+    if not bool(amax.isfinite().all()):
+        raise not_finite(fmt, name)
+    stored, factor = stored_scales(magnitude, amax, grouping.axes, fmt)
+    uniform = None if seed is None else grouping.split(uniform_like(x, seed))
+    units = magnitude / effective_scale(stored, factor, fmt, amax.dtype)
+    rounded = round_magnitude(units, fmt.element, fmt.rounding, uniform).copysign(blocks)
+    scales = stored.to(torch.uint8) if fmt.scale == "e8m0" else stored
+    return Quantized(grouping.join(encode(rounded, fmt.element)), grouping.scales_outside(scales), factor, levels)
+
+
+@torch.no_grad()
+def dequantize(stored: Quantized | Packed) -> Tensor:
+    """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives."""
+    if isinstance(stored, Packed):
+        if (values := _fast_values(stored)) is not None:
+            return values
+        stored = unpack(stored)
+    fmt, dtype = stored.fmt, torch.float64 if stored.levels.dtype == torch.float64 else torch.float32
+    grouping = Grouping(stored.codes.shape, fmt.block)
+    scales = stored.scales.to(torch.int32) if fmt.scale == "e8m0" else stored.scales
+    scale = grouping.scales_inside(effective_scale(scales, stored.factor, fmt, dtype))
+    values = decode(grouping.split(stored.codes), fmt.element, dtype) * scale
+    return stored.levels.outside(grouping.join(values).to(stored.levels.dtype))
+
+
+def pack(stored: Quantized) -> Packed:
+    """Two codes a byte; raises BadValue for elements that are not 4 bits wide."""
+    if stored.fmt.element.bits != 4:
+        raise BadValue(f"{stored.fmt.name}: only 4-bit codes pack two a byte, not {stored.fmt.element.bits}-bit ones")
+    columns = columns_of(stored.codes)
+    codes = torch.nn.functional.pad(stored.codes, (0, columns % 2)).contiguous()
+    pairs = codes.view(torch.int16)  # little-endian: the even column in the low byte
+    data = (pairs | (pairs >> 4)).to(torch.uint8)
+    return Packed(data, stored.scales, stored.factor, stored.levels, columns)
+
+
+@torch.no_grad()
+def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Packed:
+    """`pack(quantize(x, fmt))`, in one pass by the C kernels where they are built; raises what those two raise."""
+    _check(x, fmt, name)
+    library = native_library(x.numel())
+    if library is None or not native_packing.supports(x, fmt):
+        return pack(quantize(x, fmt, generator=generator, name=name))
+    made = native_packing.pack_native(library, x.contiguous(), fmt, seed_for(fmt, generator, name))
+    if made is None:
+        raise not_finite(fmt, name)
+    return Packed(*made, Levels(fmt, x.dtype), columns_of(x))
+
+
+def _fast_values(packed: Packed) -> Tensor | None:
+    """`dequantize` by the C kernels, None where they are not built or do not know the format."""
+    library = native_library(2 * packed.data.numel())
+    dtype = packed.levels.dtype
+    if library is None or not native_packing.supports(packed.data.new_empty(0, dtype=dtype), packed.fmt):
+        return None
+    out = packed.data.new_empty(*packed.data.shape[:-1], packed.columns, dtype=dtype)
+    return native_packing.unpack_native(library, packed.data, packed.scales, packed.factor, packed.fmt, out)
+
+
+def unpack(packed: Packed) -> Quantized:
+    """One code a byte again."""
+    wide = packed.data.to(torch.int16)
+    codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8)[..., : packed.columns]
+    return Quantized(codes.contiguous(), packed.scales, packed.factor, packed.levels)
+
+
+def not_finite(fmt: Format, name: str) -> BadValue:
+    """What is wrong with a tensor that has no codes: no scale byte stands for NaN."""
+    return BadValue(f"{name}: holds NaN or infinity, and {fmt.name} has no code for a block of NaN; mend it first")
+
+
+def _check(x: Tensor, fmt: Format, name: str) -> None:
+    if fmt.scale == "none":
+        raise BadValue(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
+    if not x.is_floating_point() or not x.ndim:
+        raise BadValue(f"{name}: a tensor of at least one axis and of floats has codes, not {x.dtype} {tuple(x.shape)}")

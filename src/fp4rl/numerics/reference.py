@@ -1,0 +1,115 @@
+"""The definition: what a format does to a tensor, in plain PyTorch. Every faster backend equals it bit for bit.
+
+magnitudes -> one scale a block -> magnitude / scale rounded onto the grid -> times scale, the sign put back
+"""
+
+import torch
+from torch import Tensor
+
+from fp4rl.numerics.blocks import Grouping, columns_of
+from fp4rl.numerics.noise import Seed, uniform_matrix
+from fp4rl.numerics.rounding import round_magnitude
+from fp4rl.numerics.scales import (
+    E8M0_LARGEST,
+    e8m0_codes,
+    fp32_scale,
+    nan_where_not_finite,
+    nvfp4_blocks,
+    nvfp4_global,
+    power_of_two,
+)
+from fp4rl.spec.formats import Format
+
+
+def reference(
+    x: Tensor, fmt: Format, seed: Seed | None = None, factor: Tensor | None = None, first_row: int = 0
+) -> Tensor:
+    """`x` of any shape rounded to the format, same shape and dtype; its coarse scale and rotation stand above this.
+
+    float64 is computed in float64, everything else in float32. `seed` is needed for stochastic rounding alone. A
+    part of a larger tensor takes that tensor's NVFP4 `factor`, and `first_row`, the rows that stand before it.
+    """
+    if fmt.scale == "none":
+        return rounded_plainly(x, fmt)
+    grouping = Grouping(x.shape, fmt.block)
+    blocks = grouping.split(widened(x))
+    uniform = None if seed is None else grouping.split(uniform_like(x, seed, first_row))
+    return grouping.join(round_blocks(blocks, grouping.axes, fmt, uniform, factor)).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that the maths runs in: float32, or float64 where x already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def uniform_like(x: Tensor, seed: Seed, first_row: int = 0) -> Tensor:
+    """Uniform numbers for the elements of x, counted in row-major order, in the dtype that the maths runs in."""
+    columns = columns_of(x)
+    drawn = uniform_matrix(x.numel() // columns, columns, seed, x.device, first_row).view(x.shape)
+    return drawn.double() if x.dtype == torch.float64 else drawn
+
+
+def round_blocks(
+    blocks: Tensor, axes: tuple[int, ...], fmt: Format, uniform: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
+    """Blocks rounded under one scale each; `axes` are the axes that a scale spans."""
+    magnitude = blocks.abs()
+    scale = block_scale(magnitude, axes, fmt, factor)
+    rounded = round_magnitude(magnitude.div_(scale), fmt.element, fmt.rounding, uniform)
+    return rounded.mul_(scale).copysign_(blocks)
+
+
+def block_scale(magnitude: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None) -> Tensor:
+    """The scale that every block is divided by, its axes of length one; NaN for a block that is not finite."""
+    amax = magnitude.amax(axes, keepdim=True)
+    stored, factor = stored_scales(magnitude, amax, axes, fmt, factor)
+    return nan_where_not_finite(effective_scale(stored, factor, fmt, amax.dtype), amax)
+
+
+def stored_scales(
+    magnitude: Tensor, amax: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales as a checkpoint holds them: E8M0 codes as integers, float8_e4m3fn under NVFP4's factor, or float32."""
+    if fmt.scale == "fp32":
+        return fp32_scale(amax, fmt.element), None
+    if fmt.scale == "e4m3":
+        factor = nvfp4_global(amax, fmt.element) if factor is None else factor
+        return nvfp4_blocks(amax, factor, fmt.element), factor
+    codes = e8m0_codes(amax, fmt.scale_rule, fmt.element)
+    return (codes if fmt.scale_rule != "mse" else least_error_codes(magnitude, codes, axes, fmt)), None
+
+
+def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """The number that the elements are multiplied with, in the dtype that the maths runs in."""
+    if fmt.scale == "e8m0":
+        return power_of_two(stored, dtype)
+    return stored.to(dtype) if factor is None else stored.to(dtype) / factor
+
+
+def least_error_codes(magnitude: Tensor, codes: Tensor, axes: tuple[int, ...], fmt: Format) -> Tensor:
+    """Of each block's `floor` code and its two neighbours the one of least squared error; `floor` where they tie.
+
+    Errors are taken in units of the floor scale, so that no square underflows, and added in float64.
+    """
+    units = magnitude / power_of_two(codes, magnitude.dtype)
+    rounding = "nearest_even" if fmt.rounding == "stochastic" else fmt.rounding
+    best, least = codes, torch.full_like(codes, torch.inf, dtype=torch.float64)
+    for shift in (0, 1, -1):
+        rounded = round_magnitude(units * 2.0**-shift, fmt.element, rounding) * 2.0**shift
+        error = (rounded - units).double().square().sum(axes, keepdim=True)
+        error = error.masked_fill((codes + shift < 0) | (codes + shift > E8M0_LARGEST), torch.inf)
+        best = torch.where(error < least, codes + shift, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def rounded_plainly(x: Tensor, fmt: Format) -> Tensor:
+    """`x` rounded to the element itself, without a scale, as an IEEE cast does: beyond the largest comes infinity."""
+    wide = widened(x)
+    if wide.dtype == torch.float32:
+        return wide.bfloat16().to(x.dtype)
+    magnitude = wide.abs()
+    overflow = (2 - 2.0 ** -(fmt.element.mantissa_bits + 1)) * 2.0**fmt.element.max_exponent  # rounds to 2 * 2^max
+    rounded = round_magnitude(magnitude, fmt.element, "nearest_even")
+    rounded = torch.where(magnitude >= overflow, torch.inf, rounded)
+    return torch.where(magnitude.isnan(), magnitude, rounded).copysign(wide)

@@ -1,0 +1,108 @@
+"""The block scale: from a block's largest magnitude to the number its values are divided by.
+
+Every rule for a power-of-two scale asks one question of amax = m * 2^k, 1 <= m < 2: does the exponent k go up by
+one? The answer depends on m alone, so each rule is a threshold on m, and adding (2 - threshold) to the bits of amax
+carries into the exponent exactly when the threshold is met. No logarithm is taken: float32 log2 of the number just
+below 8 gives 3.0.
+"""
+
+import torch
+from torch import Tensor
+
+from fp4rl.spec.formats import UOS_LIMIT, Element, ScaleRule
+
+E8M0_BIAS = 127
+E8M0_LARGEST = 254  # byte 255 means NaN and is never a scale
+E4M3_LARGEST = 448.0
+FP32_LARGEST = torch.finfo(torch.float32).max
+FP32_TINY = torch.finfo(torch.float32).tiny
+
+_LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+
+
+def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
+    """What to add to the bits of amax so that its exponent field rises exactly where the rule raises the scale.
+
+    floor: never. ceil: above 1 * 2^k. rceil: ceil(log2(amax / largest)). even: from the middle of the element's top
+    step on, 7 * 2^k for E2M1. even_e2m1: that same 1.75 whatever the element. uos: ceil(log2(amax / 7.25)). `floor`
+    is OCP MX v1.0 section 6.3; `mse` starts from it.
+    """
+    one = 1 << mantissa_bits
+    top = 2.0**element.max_exponent
+    match rule:
+        case "floor" | "mse":
+            return 0
+        case "ceil":
+            return one - 1
+        case "rceil":
+            return round((2 - element.largest / top) * one) - 1
+        case "even":
+            return one >> (element.mantissa_bits + 1)
+        case "even_e2m1":
+            return one >> 2
+        case "uos":
+            return round((2 - UOS_LIMIT / top) * one) - 1
+        case "amax":
+            raise ValueError("the rule 'amax' picks no exponent")
+
+
+def e8m0_codes(amax: Tensor, rule: ScaleRule, element: Element) -> Tensor:
+    """Bytes of the power-of-two scales as integers: 0 (2^-127, also for a block of zeros) to 254 (2^127).
+
+    `amax` is float32 or float64; what stands for a NaN or an infinity is unspecified.
+    """
+    whole, mantissa_bits, bias = _LAYOUT[amax.dtype]
+    field = (amax.view(whole) + carry(rule, element, mantissa_bits)) >> mantissa_bits
+    return (field - (bias - E8M0_BIAS + element.max_exponent)).clamp_(0, E8M0_LARGEST)
+
+
+def power_of_two(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^(code - 127), exactly; code 0 is a float32 subnormal, whose one bit stands where the mantissa does."""
+    whole, mantissa_bits, bias = _LAYOUT[dtype]
+    if bias == E8M0_BIAS:
+        return (codes << mantissa_bits).clamp_(min=1 << (mantissa_bits - 1)).view(dtype)
+    return ((codes.to(whole) + (bias - E8M0_BIAS)) << mantissa_bits).view(dtype)
+
+
+def nan_where_not_finite(scale: Tensor, amax: Tensor) -> Tensor:
+    """The scale, NaN for a block that holds a NaN or an infinity, so that the whole block becomes NaN (OCP MX v1.0
+    6.2)."""
+    return scale + (amax - amax)  # 0 for a finite amax, NaN otherwise
+
+
+def divided(amax: Tensor, by: float) -> Tensor:
+    """amax / by, rounded once. By a plain number torch multiplies with the reciprocal on a GPU, which rounds twice."""
+    return amax / torch.full((), by, dtype=amax.dtype, device=amax.device)
+
+
+def largest_finite(amax: Tensor) -> Tensor:
+    """The largest of the finite block maxima, [] of amax's dtype: one broken block does not take the tensor with it."""
+    return amax.masked_fill(~amax.isfinite(), 0).amax()
+
+
+def nvfp4_global(amax: Tensor, element: Element) -> Tensor:
+    """NVFP4's FP32 factor for the tensor, [] float32: it maps the largest magnitude to 448 block scales of 6.
+
+    A multiplier, as compressed-tensors stores it: a block's effective scale is its E4M3 scale divided by this.
+    """
+    factor = largest_finite(amax).reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as there
+    return factor.clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)
+
+
+def nvfp4_blocks(amax: Tensor, factor: Tensor, element: Element) -> Tensor:
+    """The E4M3 block scales of NVFP4, float8_e4m3fn [like amax]; 0.125 where the scale would round to zero.
+
+    Such a block's largest magnitude is below the tensor's by more than 448 * 2^10; all its values round to zero under
+    0.125, as in compressed-tensors and in the CUDA kernels, and no value is divided by zero.
+    """
+    wanted = (factor * divided(amax, element.largest)).clamp(max=E4M3_LARGEST)
+    stored = wanted.to(torch.float32).to(torch.float8_e4m3fn)
+    return torch.where(stored.view(torch.uint8) == 0, _EIGHTH, stored.view(torch.uint8)).view(torch.float8_e4m3fn)
+
+
+_EIGHTH = 0x20  # 0.125 in E4M3
+
+
+def fp32_scale(amax: Tensor, element: Element) -> Tensor:
+    """One FP32 scale that maps amax to the element's largest magnitude; never zero, so that zeros stay zeros."""
+    return divided(amax, element.largest).clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)

@@ -1,0 +1,194 @@
+"""The Triton backend for CUDA: a program loads whole blocks once, scales and rounds them in registers, and stores
+them once.
+
+The same steps as the reference on the same bits: largest magnitudes are found on the bits (NaN above infinity above
+every number), divisions are rounded to nearest, and stochastic rounding hashes the element's index. Triton's
+interpreter (TRITON_INTERPRET=1) runs these kernels on a CPU.
+"""
+
+# Triton reads these functions as a language of its own: no types, and constants in capitals.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: N803
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4rl.numerics.blocks import columns_of
+from fp4rl.numerics.noise import Seed
+from fp4rl.numerics.scales import carry
+from fp4rl.spec.formats import Format
+
+ROUNDINGS = ("nearest_even", "half_away", "toward_zero", "stochastic")
+ELEMENTS = 4096  # of one program: 32 values a thread in four warps
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+
+def supports(x: Tensor, fmt: Format) -> bool:
+    """Whether the kernels know this format: blocks whose sides are powers of two, every rule but the search for
+    least error."""
+    if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse":
+        return False
+    height, width = fmt.block
+    powers = all(side & (side - 1) == 0 for side in fmt.block)
+    return powers and height * width <= ELEMENTS and (fmt.scale == "e8m0" or (fmt.scale == "e4m3" and height == 1))
+
+
+def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
+    """`reference(x, fmt, seed)` written into `out`, which may be x itself; both contiguous and on one device."""
+    assert fmt.block is not None
+    (height, width), columns = fmt.block, columns_of(x)
+    rows = x.shape[-2] if height > 1 and x.ndim > 1 else x.numel() // columns  # of one matrix
+    bands, across = -(-rows // height), -(-columns // width)
+    blocks = x.numel() // (rows * columns) * bands * across
+    together = max(1, ELEMENTS // (height * width))
+    grid = (-(-blocks // together),)
+    shape = (blocks, bands, across, rows, columns)
+    places = {"HEIGHT": height, "WIDTH": width, "TOGETHER": together, "RAGGED": height > 1 or columns % width > 0}
+    options = {"DTYPE": DTYPES[x.dtype], "enable_fp_fusion": False}
+    amax = torch.zeros(1, dtype=torch.int32, device=x.device)
+    source, target = _as_bits(x), _as_bits(out)
+    if fmt.scale == "e4m3":
+        _largest[grid](source, amax, *shape, **places, **options)
+    first, second = seed or (0, 0)
+    _round[grid](source, target, amax, *shape, first, second, **places, **options, **_constants(fmt))
+    return out
+
+
+def _as_bits(x: Tensor) -> Tensor:
+    """float32 and bfloat16 travel as integers, so that no cast on the way flushes a subnormal or truncates."""
+    return x.view({torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(x.dtype, x.dtype))
+
+
+def _constants(fmt: Format) -> dict[str, Any]:
+    element = fmt.element
+    return {
+        "MANTISSA_BITS": element.mantissa_bits,
+        "LEAST": (127 + element.min_exponent) << 23,
+        "MAX_EXPONENT": element.max_exponent,
+        "LARGEST": element.largest,
+        "CARRY": carry(fmt.scale_rule, element, 23) if fmt.scale == "e8m0" else 0,
+        "ROUNDING": ROUNDINGS.index(fmt.rounding),
+        "TWO_LEVELS": fmt.scale == "e4m3",
+    }
+
+
+@triton.jit
+def _places(
+    blocks, bands, across, rows, columns,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the program's blocks, [TOGETHER, HEIGHT * WIDTH], and which of them exist."""
+    block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    inside = tl.arange(0, HEIGHT * WIDTH)
+    there = (block < blocks)[:, None] & (inside >= 0)[None, :]
+    if RAGGED:
+        band = block // across
+        row = (band % bands)[:, None] * HEIGHT + (inside // WIDTH)[None, :]
+        column = (block % across)[:, None] * WIDTH + (inside % WIDTH)[None, :]
+        at = ((band // bands)[:, None] * rows + row).to(tl.int64) * columns + column
+        there = there & (row < rows) & (column < columns)
+    else:  # whole one-row blocks lie one behind the other
+        at = block.to(tl.int64)[:, None] * WIDTH + inside[None, :]
+    return at, there
+
+
+@triton.jit
+def _load_bits(x, at, there, DTYPE: tl.constexpr):
+    """The float32 bits of the values, as int32."""
+    value = tl.load(x + at, mask=there, other=0)
+    if DTYPE == 0:
+        bits = value
+    elif DTYPE == 1:
+        bits = value.to(tl.int32) << 16
+    else:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def _store_bits(out, at, bits, there, DTYPE: tl.constexpr):
+    """Stores float32 bits, rounded to the nearest even value of the output's dtype."""
+    if DTYPE == 0:
+        value = bits
+    elif DTYPE == 1:
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        value = bits.to(tl.float32, bitcast=True).to(tl.float16)
+    tl.store(out + at, value, mask=there)
+
+
+@triton.jit
+def _largest(
+    x, amax, blocks, bands, across, rows, columns,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The bits of the largest magnitude in blocks without NaN and infinity."""
+    at, there = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
+    most = tl.max(_load_bits(x, at, there, DTYPE) & 0x7FFFFFFF, axis=1)
+    tl.atomic_max(amax, tl.max(tl.where(most < 0x7F800000, most, 0), axis=0))
+
+
+@triton.jit
+def _uniform(at, first, second):
+    """noise.uniform_at: the same shifts, the same constants."""
+    value = at.to(tl.uint32) ^ first.to(tl.uint32)
+    value = (value ^ (value >> 16)) * 0x7FEB352D + second.to(tl.uint32)
+    value = (value ^ (value >> 15)) * 0x846CA68B
+    return ((value ^ (value >> 16)) >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _on_grid(
+    value, at, first, second,
+    MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """rounding.round_magnitude; NaN is put back by the scale."""
+    value = tl.where(value > LARGEST, LARGEST, value)
+    binade = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, LEAST)
+    if ROUNDING == 0:
+        magic = (binade + ((23 - MANTISSA_BITS) << 23)).to(tl.float32, bitcast=True)
+        rounded = (value + magic) - magic
+    else:
+        step = binade - (MANTISSA_BITS << 23)
+        steps = value * ((254 << 23) - step).to(tl.float32, bitcast=True)
+        whole = tl.floor(steps)
+        if ROUNDING == 1:
+            whole += tl.where(steps - whole >= 0.5, 1.0, 0.0)
+        if ROUNDING == 3:
+            whole += tl.where(steps - whole > _uniform(at, first, second), 1.0, 0.0)
+        rounded = whole * step.to(tl.float32, bitcast=True)
+    return rounded
+
+
+@triton.jit
+def _round(
+    x, out, amax, blocks, bands, across, rows, columns, first, second,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, MAX_EXPONENT: tl.constexpr, LARGEST: tl.constexpr,
+    CARRY: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
+):  # fmt: skip
+    """reference.round_blocks for the program's blocks."""
+    at, there = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
+    bits = _load_bits(x, at, there, DTYPE)
+    magnitude = bits & 0x7FFFFFFF
+    most = tl.max(magnitude, axis=1)
+    value = magnitude.to(tl.float32, bitcast=True)
+    if TWO_LEVELS:
+        factor = tl.div_rn(1.0, tl.load(amax).to(tl.float32, bitcast=True)) * (448.0 * LARGEST)
+        factor = tl.minimum(tl.maximum(factor, 1.1754943508222875e-38), 3.4028234663852886e38)
+        wanted = factor * tl.div_rn(most.to(tl.float32, bitcast=True), LARGEST + tl.zeros_like(most).to(tl.float32))
+        stored = _on_grid(wanted, at, first, second, 3, 121 << 23, 448.0, 0)
+        scale = tl.div_rn(tl.where(stored == 0.0, 0.125, stored), factor + tl.zeros_like(stored))
+        value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+    else:
+        code = tl.minimum(tl.maximum(((most + CARRY) >> 23) - MAX_EXPONENT, 0), 254)
+        scale = tl.where(code > 0, code << 23, 0x400000).to(tl.float32, bitcast=True)
+        value = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]
+    scale = tl.where(most < 0x7F800000, scale, float("nan"))
+    rounded = _on_grid(value, at, first, second, MANTISSA_BITS, LEAST, LARGEST, ROUNDING) * scale[:, None]
+    _store_bits(out, at, rounded.to(tl.int32, bitcast=True) | (bits & -2147483648), there, DTYPE)
