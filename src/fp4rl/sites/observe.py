@@ -1,0 +1,95 @@
+"""Looking at what flows into and out of named modules, all of them in one forward pass, changing nothing."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.spec.mistakes import NotThere, nearest
+
+Watch = Callable[[str, Tensor], None]
+
+
+class Eye:
+    """What an observer sees with. Set `mask` [batch, time] (1 = a real token) before a forward with padding."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self._raw: Tensor | None = None
+        self._flat: Tensor | None = None
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """[batch, time, features] -> [tokens, features] without padding; the same object for the same tensor.
+
+        Layers that share an input (query, key and value) thus share what a watcher computes from it. A tensor whose
+        leading axes are not those of the mask (tokens routed to an expert) is only flattened.
+        """
+        if self._raw is value and self._flat is not None:
+            return self._flat
+        flat = value.detach().flatten(0, -2)
+        if self.mask is not None and value.shape[:-1] == self.mask.shape:
+            flat = flat[self.mask.flatten().bool()]
+        self._raw, self._flat = value, flat
+        return flat
+
+    def forget(self) -> None:
+        """Let go of the last tensor seen."""
+        self._raw = self._flat = None
+
+
+@contextmanager
+def observe(
+    model: nn.Module, names: Iterable[str], *, on_input: Watch | None = None, on_output: Watch | None = None
+) -> Iterator[Eye]:
+    """Call the watchers with (module name, tokens [tokens, features]) at every forward of every named module.
+
+    The watchers must not change what they are given, nor keep it: memory stays that of one tensor. Raises NotThere for
+    a name that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    eye = Eye()
+    handles = []
+    try:
+        for name in names:
+            if name not in modules:
+                raise NotThere(f"the model has no module {name!r}{nearest(name, list(modules))}")
+            if on_input is not None:
+                handles.append(
+                    modules[name].register_forward_pre_hook(_input_hook(name, eye, on_input), with_kwargs=True)
+                )
+            if on_output is not None:
+                handles.append(modules[name].register_forward_hook(_output_hook(name, eye, on_output)))
+        with torch.no_grad():
+            yield eye
+    finally:
+        eye.forget()
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor itself, or the first of a tuple (decoder layers of some versions return one)."""
+    if isinstance(value, Tensor):
+        return value
+    return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else None
+
+
+def _input_hook(name: str, eye: Eye, watch: Watch) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = first_tensor(args)
+        value = first_tensor(list(kwargs.values())) if value is None else value
+        if value is not None and value.numel():
+            watch(name, eye.tokens(value))
+
+    return hook
+
+
+def _output_hook(name: str, eye: Eye, watch: Watch) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        value = first_tensor(output)
+        if value is not None and value.numel():
+            watch(name, eye.tokens(value))
+
+    return hook

@@ -1,0 +1,129 @@
+"""Every place of a model that holds a weight or computes attention, named as the checkpoint names it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
+
+# What PEFT, DDP, torch.compile and FSDP put into names; without them a place has one name in every process.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.default)(\.|$)"
+)
+_ROOTS = re.compile(r"^(module\.)*(base_model\.model\.)?")
+_ROLES = {
+    "q": ("q_proj", "wq", "query", "q"),
+    "k": ("k_proj", "wk", "key", "k"),
+    "v": ("v_proj", "wv", "value", "v"),
+    "qkv": ("qkv_proj", "query_key_value", "wqkv", "c_attn", "in_proj"),
+    "o": ("o_proj", "wo", "out_proj", "dense"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "w3"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "w2"),
+    "lm_head": ("lm_head", "embed_out"),
+    "router": ("router", "gate", "shared_expert_gate"),
+}
+_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place. `name` is free of wrappers, `path` is where the module really hangs, `parameter` its weight's name.
+
+    `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, `layer` counts from 0 and is None
+    outside the stack, `shares` names the first place that holds the very same parameter.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    parameter: str | None = "weight"
+    shares: str | None = None
+
+    @property
+    def parent(self) -> str:
+        """The place above, where the members of a fused group meet."""
+        return self.name.rpartition(".")[0]
+
+
+def walk(model: nn.Module) -> tuple[Site, ...]:
+    """All places of `model` in its own order, on any device, the meta device included; nothing is changed or read."""
+    first: dict[int, str] = {}
+    sites = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "original_module" in path.split("."):  # what PEFT keeps beside a module that it trains whole
+            continue
+        for site, weight in _at(path, module):
+            owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
+            sites.append(site if owner == site.name else _sharing(site, owner))
+    return tuple(sites)
+
+
+def plain_name(path: str) -> str:
+    """A module's or parameter's name as the checkpoint has it, without what adapters, compilers and sharding add."""
+    return _WRAPPERS.sub("", _ROOTS.sub("", path)).rstrip(".")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a dotted name belongs to: its first whole-number segment."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def layer_count(sites: tuple[Site, ...]) -> int:
+    """How many layers the stack has (0 for a model without numbered layers)."""
+    return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
+
+
+def _sharing(site: Site, owner: str) -> Site:
+    return Site(site.name, site.path, site.kind, site.role, site.layer, site.shape, site.parameter, owner)
+
+
+def _at(path: str, module: nn.Module) -> Iterator[tuple[Site, nn.Parameter | None]]:
+    """The places at one module: its attention, and each of its own weights. A bare layer is named by its class."""
+    name = plain_name(path) or type(module).__name__
+    if is_attention(module):
+        yield Site(name, path, "attention", "attention", layer_of(name), (), None), None
+    own_weights = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.Linear) and "weight" not in own_weights:  # computed from something else
+        shape = (module.out_features, module.in_features)
+        yield (
+            Site(name, path, "linear", _ROLE_OF.get(name.rpartition(".")[2], "linear"), layer_of(name), shape, None),
+            None,
+        )
+    for parameter, weight in own_weights.items():
+        kind = _kind(name, module, parameter, weight)
+        if kind is None:
+            continue
+        own = name if parameter == "weight" else f"{name}.{parameter}"
+        role = "router" if kind == "router" else _ROLE_OF.get(own.rpartition(".")[2], kind)
+        yield Site(own, path, kind, role, layer_of(own), tuple(weight.shape), parameter), weight
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this module projects keys and values itself, and so holds the products of attention."""
+    children = dict(module.named_children())
+    return "k_proj" in children and "v_proj" in children
+
+
+def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) -> Kind | None:
+    if parameter == "bias" or parameter.endswith("_bias"):
+        return None
+    last = name.rpartition(".")[2]
+    if ".lora_" in name or "lora_magnitude" in name:
+        return "adapter"
+    if "Router" in type(module).__name__ or (_ROLE_OF.get(last) == "router" and weight.ndim == 2):
+        return "router"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if weight.ndim == 3 and "experts" in name.split("."):
+        return "experts"
+    return "norm" if weight.ndim == 1 and "norm" in type(module).__name__.lower() else "other"

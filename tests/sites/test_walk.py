@@ -1,0 +1,115 @@
+"""The exact places of the models this project is about, read from shapes alone."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from fp4rl.sites.walk import layer_count, layer_of, plain_name, walk
+
+
+@pytest.fixture(scope="module")
+def dense():
+    config = Qwen2Config(
+        num_hidden_layers=28,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    config = Qwen3MoeConfig(
+        num_hidden_layers=4,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        moe_intermediate_size=768,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        return Qwen3MoeForCausalLM(config)
+
+
+DENSE_SHAPES = {
+    "self_attn.q_proj": (1536, 1536),
+    "self_attn.k_proj": (256, 1536),
+    "self_attn.v_proj": (256, 1536),
+    "self_attn.o_proj": (1536, 1536),
+    "mlp.gate_proj": (8960, 1536),
+    "mlp.up_proj": (8960, 1536),
+    "mlp.down_proj": (1536, 8960),
+}
+
+
+def test_the_linears_of_a_28_layer_qwen(dense):
+    linears = {site.name: site.shape for site in walk(dense) if site.kind == "linear"}
+    expected = {f"model.layers.{i}.{name}": shape for i in range(28) for name, shape in DENSE_SHAPES.items()}
+    assert linears == expected | {"lm_head": (151936, 1536)}
+    assert layer_count(walk(dense)) == 28
+
+
+def test_a_tied_head_names_the_weight_it_shares(dense):
+    (head,) = (site for site in walk(dense) if site.role == "lm_head")
+    assert head.shares == "model.embed_tokens"
+
+
+def test_the_weights_of_a_qwen3_moe_layer(experts):
+    sites = {
+        site.name.removeprefix("model.layers.3."): (site.kind, site.role, site.shape)
+        for site in walk(experts)
+        if site.layer == 3 and site.kind not in ("norm", "attention")
+    }
+    assert sites == {
+        "self_attn.q_proj": ("linear", "q", (4096, 2048)),
+        "self_attn.k_proj": ("linear", "k", (512, 2048)),
+        "self_attn.v_proj": ("linear", "v", (512, 2048)),
+        "self_attn.o_proj": ("linear", "o", (2048, 4096)),
+        "mlp.experts.gate_up_proj": ("experts", "gate_up", (128, 1536, 2048)),
+        "mlp.experts.down_proj": ("experts", "down", (128, 2048, 768)),
+        "mlp.gate": ("router", "router", (128, 2048)),
+    }
+
+
+def test_every_attention_is_a_place_too(dense):
+    assert Counter(site.kind for site in walk(dense))["attention"] == 28
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("_orig_mod.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("module.base_model.model.model.layers.0.q_proj.base_layer", "model.layers.0.q_proj"),
+        ("model.layers.0._fsdp_wrapped_module.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("base_model.model.lm_head.modules_to_save.default", "lm_head"),
+        ("model.modules.0.module", "model.modules.0.module"),
+    ],
+)
+def test_wrappers_leave_no_trace_in_a_name(path, name):
+    assert plain_name(path) == name
+
+
+def test_the_layer_is_the_first_whole_number():
+    assert layer_of("model.layers.12.mlp.experts.3.w1") == 12
+    assert layer_of("lm_head") is None
+
+
+def test_a_bare_layer_is_named_by_its_class():
+    (site,) = walk(nn.Linear(4, 2))
+    assert (site.name, site.path, site.shape) == ("Linear", "", (2, 4))
+
+
+def test_a_router_that_is_a_linear_layer_is_a_router():
+    block = nn.ModuleDict({"gate": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 8)})
+    assert {site.name: site.kind for site in walk(block)} == {"gate": "router", "gate_proj": "linear"}
