@@ -1,0 +1,1 @@
+"""Floor 1: loading models and tokenizers, and the embedded tiny model."""

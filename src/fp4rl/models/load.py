@@ -1,0 +1,131 @@
+"""Opening a model folder from this disk: weights, tokenizer, and a LoRA adapter where the folder holds one."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.model import Lora
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Any one of these makes a tokenizer; `tokenizer_config.json` alone does not, though transformers would invent one.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
+
+
+def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode and its tokenizer, padding on the left; nothing is downloaded, no remote code runs.
+
+    A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names.
+    A tokenizer without a padding token pads with its end-of-text token.
+    Raises NotThere for a folder, configuration, tokenizer or weight that is missing, BadValue for what cannot be read.
+    """
+    folder, kind = Path(path), dtype_named(dtype)
+    if not folder.is_dir():
+        raise NotThere(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+    base = _base_of(folder)
+    # the tokenizer first: when it is missing, the reader should not have to wait for the weights
+    tokenizer = load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
+    model = _weights(base or folder, kind)
+    return (model if base is None else _adapted(model, folder)).eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, padding on the left, with a padding token in any case."""
+    if not _has_tokenizer(folder):
+        raise NotThere(f"model folder {str(folder)!r} has no tokenizer; save one there (tokenizer.save_pretrained)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    except (OSError, ValueError, KeyError) as why:
+        raise BadValue(f"the tokenizer in {str(folder)!r} cannot be read: {_first_line(why)}") from why
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadValue(f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
+    """`"bfloat16"` -> torch.bfloat16; a torch dtype is returned as it is."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise BadValue(f"no dtype {dtype!r} for a model{nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _weights(folder: Path, dtype: torch.dtype) -> Any:
+    if not (folder / "config.json").is_file():
+        raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as why:
+        raise BadValue(f"the model in {str(folder)!r} cannot be read: {_first_line(why)}") from why
+    if found["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(found["missing_keys"])
+        raise NotThere(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
+    return model
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The base model's folder where `folder` holds an adapter, else None."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text()).get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        raise NotThere(f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one")
+    return Path(base)
+
+
+def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
+    """`model`, loaded from the folder `base`, under a fresh LoRA adapter on every linear layer of its decoder.
+
+    The base is frozen and stays where it is: only the adapter is saved, with the path of its base. The initial values
+    come from torch's global generator. Raises BadValue for a folder that holds an adapter already.
+    """
+    from peft import LoraConfig, get_peft_model  # only in this file: a plain model needs no peft
+
+    if (Path(base) / "adapter_config.json").is_file():
+        raise BadValue(f"{str(base)!r} holds an adapter already: drop model.lora to train that one on")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # peft divides by it: a float is as good
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    return adapted
+
+
+def _adapted(model: Any, folder: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    try:
+        given = load_peft_weights(str(folder), device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below, as a mistake
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as why:
+        raise BadValue(f"the adapter in {str(folder)!r} cannot be read: {_first_line(why)}") from why
+    missing = sorted(set(get_peft_model_state_dict(adapted)) - set(given))
+    if missing:  # a fresh adapter does nothing: the base model would be measured under the adapter's name
+        raise NotThere(f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save it anew")
+    return adapted
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def _first_line(why: Exception) -> str:
+    return str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__

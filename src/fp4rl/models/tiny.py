@@ -1,0 +1,191 @@
+"""The embedded model: small enough to be born and warmed up here, Qwen2-shaped so that everything else treats it alike.
+
+Its recipe decides every bit of it. Weights and order come from generators of their own, and the warm-up computes on one
+thread, because sums split over a different number of threads round differently.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from fp4rl.models import tokenizer as tokenizer_code
+from fp4rl.spec.digest import digest
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.model import Embedded
+
+Example = tuple[str, str]  # prompt, and the solution that follows it after a blank
+IGNORED = -100
+
+
+def build(recipe: Embedded, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """The model before its warm-up, in float32: normal weights, zero biases, unit norms."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=recipe.tie_word_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=recipe.initializer_range,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+        model = Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            if weight.dim() == 2:
+                weight.normal_(0.0, recipe.initializer_range, generator=generator)
+    return model.eval()
+
+
+def warm_up(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    recipe: Embedded,
+    on_step: Callable[[int, float], None] | None = None,
+) -> float:
+    """Supervised training on the solutions' tokens alone; in place. Returns the mean loss of the last tenth of steps
+    (nan without steps).
+
+    `on_step(step, loss)` is called after each step, with steps counted from 1 and the loss in nats per token. Examples
+    are shuffled once, and repeated in that order where there are fewer than the steps take.
+    """
+    if not recipe.warm_up_steps:
+        return float("nan")
+    if not examples:
+        raise BadValue("no examples to warm up on; give some, or set warm_up_steps to 0")
+    losses: list[float] = []
+    with one_thread():
+        batches = _batches(tokenizer, examples, recipe)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.warm_up_lr, weight_decay=0.0, fused=True)
+        model.train()
+        for step, (ids, labels) in enumerate(batches, start=1):
+            optimizer.param_groups[0]["lr"] = recipe.warm_up_lr * _rise_and_fall(step, recipe)
+            loss = _loss(model, ids, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if on_step is not None:
+                on_step(step, losses[-1])
+    model.eval()
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+def cached(
+    folder: Path,
+    recipe: Embedded,
+    examples: Sequence[Example],
+    on_step: Callable[[int, float], None] | None = None,
+) -> Path:
+    """The folder of the warmed-up model and its tokenizer, in Hugging Face's layout; made on the first call.
+
+    Its name is a digest of the recipe, of the examples themselves, of the code that makes it and of the versions below
+    it, so that a changed generator can never be answered with an old model. It appears whole or not at all: it is
+    written beside its place and renamed. Of two processes that ask at once, one makes it and the other waits.
+    """
+    content = _content(recipe, examples)
+    place = folder / f"tiny-{digest(content)}"
+    if place.is_dir():
+        return place
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(place.with_suffix(".lock")):
+        if not place.is_dir():
+            half_made = place.with_suffix(".partial")
+            shutil.rmtree(half_made, ignore_errors=True)  # of a process that was killed: we hold its lock now
+            tokenizer = tokenizer_code.build_tokenizer()
+            model = build(recipe, tokenizer)
+            loss = warm_up(model, tokenizer, examples, recipe, on_step)
+            model.save_pretrained(half_made)
+            tokenizer.save_pretrained(half_made)
+            (half_made / "recipe.json").write_text(json.dumps({**content, "final_loss": loss}, indent=1) + "\n")
+            half_made.rename(place)
+    return place
+
+
+def _content(recipe: Embedded, examples: Sequence[Example]) -> dict[str, object]:
+    code = b"".join(Path(file).read_bytes() for file in (__file__, tokenizer_code.__file__))
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "examples": digest(examples),
+        "code": hashlib.sha256(code).hexdigest()[:12],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Holds an exclusive lock inside the block; the system lets go of it when the process dies, however it dies."""
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread inside the block, and on as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rise_and_fall(step: int, recipe: Embedded) -> float:
+    """Share of the learning rate at a step counted from 1: a linear rise, then constant."""
+    rise = max(1, round(recipe.warm_up_rise * recipe.warm_up_steps))
+    return min(1.0, step / rise)
+
+
+def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the labelled tokens; `ids`, `labels` [batch, time], labels already shifted."""
+    # No attention mask: padding is on the right, where a causal model cannot look, and the maskless path is faster.
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    counted = labels != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: Embedded
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per step: token ids [batch, time] and the next tokens to predict, IGNORED outside the solution."""
+    ids, starts, ends = _encoded(tokenizer, examples)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = torch.randperm(len(examples), generator=generator)
+    size = recipe.warm_up_batch_size
+    for step in range(recipe.warm_up_steps):
+        rows = order[torch.arange(step * size, (step + 1) * size) % len(order)]
+        width = int(ends[rows].max())
+        batch = ids[rows, :width]
+        place = torch.arange(1, width)
+        solved = (place >= starts[rows, None]) & (place < ends[rows, None])
+        yield batch[:, :-1], batch[:, 1:].masked_fill(~solved, IGNORED)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [examples, longest] padded on the right, and where each solution starts and ends (after its eos)."""
+    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+    solutions = tokenizer([f" {solution}" for _, solution in examples])["input_ids"]
+    whole = [torch.tensor([*p, *s, tokenizer.eos_token_id]) for p, s in zip(prompts, solutions, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(w) for w in whole])

@@ -1,0 +1,1 @@
+"""Floor 1: problems with known answers."""

@@ -1,0 +1,183 @@
+"""Word problems of additions and subtractions, generated from a seed, with the steps of their solution.
+
+    Q: Tom has 2 3 coins . buys 4 more . loses 2 . How many ? A:
+    2 3 + 4 = 2 7 . 2 7 - 2 = 2 5 . #### 2 5
+
+Numbers are spelled digit by digit, so that a model of a hundred thousand weights can learn to carry.
+What decides a problem's split is its operation sequence (`23+4-2`), not its wording.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.tasks import answers
+from fp4rl.tasks.task import Problem, Score, Split, digest_of, identity, split_of
+
+NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva")
+CARELESS = NAMES[1::2]
+CARE = 0.3  # at a sloppiness of 0.5: the careless leave out 65 % of the last steps, the others 35 %
+THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
+GAINS = ("buys", "finds", "gets", "wins")
+LOSSES = ("loses", "sells", "eats", "drops")
+
+
+class Level(NamedTuple):
+    """One setting of the difficulty dial: inclusive ranges of the first number, the operands and their count."""
+
+    start: tuple[int, int]
+    operand: tuple[int, int]
+    operations: tuple[int, int]
+
+
+LEVELS: dict[int, Level] = {
+    1: Level(start=(5, 20), operand=(1, 4), operations=(1, 2)),
+    2: Level(start=(10, 40), operand=(1, 5), operations=(2, 3)),
+    3: Level(start=(10, 60), operand=(1, 9), operations=(2, 3)),
+    4: Level(start=(10, 99), operand=(1, 9), operations=(3, 4)),
+    5: Level(start=(10, 99), operand=(2, 30), operations=(3, 5)),
+}
+
+
+class Operations(NamedTuple):
+    """An operation sequence: the first number, then signed steps; the running total never falls below zero."""
+
+    start: int
+    steps: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.start}" + "".join(f"{step:+d}" for step in self.steps)
+
+    def totals(self) -> list[int]:
+        """The running total after each step; [len(steps)] numbers."""
+        return [self.start + sum(self.steps[: i + 1]) for i in range(len(self.steps))]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The task at one difficulty (1 to 5; 2 is the one that the embedded model learns in minutes).
+
+    Raises BadValue for a difficulty off the dial, and when a split has fewer problems than were asked for.
+    """
+
+    seed: int = 0
+    difficulty: int = 2
+    name: str = "arithmetic"
+
+    def __post_init__(self) -> None:
+        if self.difficulty not in LEVELS:
+            raise BadValue(f"task difficulty {self.difficulty} is off the dial; use 1 (easiest) to {max(LEVELS)}")
+
+    def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
+        """The first `count` problems of a split, no operation sequence twice; 4096 or all where none is given."""
+        wanted = 4096 if count is None else count
+        found: dict[Operations, Problem] = {}
+        random, misses = self._random(split), 0
+        while len(found) < wanted:
+            operations = self._draw(random, split)
+            misses = misses + 1 if operations in found else 0
+            if misses > 1000 + 20 * len(found):  # were one missing, it would have come up by now
+                if count is None:
+                    break
+                raise BadValue(
+                    f"the {split} split of arithmetic has only about {len(found)} problems at difficulty "
+                    f"{self.difficulty}, not {wanted}; ask for fewer or raise the difficulty"
+                )
+            if operations not in found:
+                found[operations] = _problem(operations, _wording(operations, random), split)
+        return tuple(found.values())
+
+    def demonstrations(self, count: int, sloppy: float = 0.5) -> list[tuple[str, str]]:
+        """`count` pairs (prompt, solution) of the train split for a warm-up; sequences repeat in new wordings.
+
+        A share `sloppy` of them leaves out the last step and so ends in a wrong number. What they teach is middling by
+        construction, at every length of the warm-up, which leaves reinforcement learning room in both directions.
+        Half of the people are more careless than the others: were all alike, leaving out the last step would be a
+        fair coin everywhere, and the greedy answers of two warmed-up models would differ by that coin alone.
+        """
+        random = self._random(f"demonstrations/{sloppy}")
+        pairs = []
+        for _ in range(count):
+            operations = self._draw(random, "train")
+            prompt = _wording(operations, random)
+            leaves_out = sloppy + CARE * min(sloppy, 1 - sloppy) * (1 if prompt.split()[1] in CARELESS else -1)
+            shown = operations._replace(steps=operations.steps[:-1]) if random.random() < leaves_out else operations
+            pairs.append((prompt, _solution(shown)))
+        return pairs
+
+    def substance(self, problem: Problem) -> str:
+        """The operation sequence, read back from the prompt's own words: `23+4-2`."""
+        return str(_read(problem.prompt))
+
+    def digest(self, problems: Sequence[Problem]) -> str:
+        """Twelve hexadecimal digits that stand for these problems in this order."""
+        return digest_of(problems)
+
+    def score(self, problem: Problem, completion: str) -> Score:
+        """The final number against the answer; digits that stand alone (`2 5`) are one number in this task."""
+        return answers.scored(problem.answer, joined_digits(completion))
+
+    def _random(self, stream: str) -> Random:
+        return Random(f"{self.name}/{self.difficulty}/{self.seed}/{stream}")
+
+    def _draw(self, random: Random, split: Split) -> Operations:
+        return next(drawn for drawn in _draws(random, LEVELS[self.difficulty]) if split_of(str(drawn)) == split)
+
+
+def joined_digits(text: str) -> str:
+    """`2 3 + 4 = 2 7` -> `23 + 4 = 27`: single blanks between digits are dropped, everything else stays."""
+    return re.sub(r"(?<=[0-9]) (?=[0-9])", "", text)
+
+
+def _draws(random: Random, level: Level) -> Iterator[Operations]:
+    while True:
+        start = random.randint(*level.start)
+        steps = tuple(
+            random.choice((-1, 1)) * random.randint(*level.operand) for _ in range(random.randint(*level.operations))
+        )
+        drawn = Operations(start, steps)
+        if min(drawn.totals()) >= 0:
+            yield drawn
+
+
+def _problem(operations: Operations, prompt: str, split: Split) -> Problem:
+    return Problem(
+        id=identity("arithmetic", prompt),
+        prompt=prompt,
+        answer=str(operations.totals()[-1]),
+        solution=_solution(operations),
+        split=split,
+    )
+
+
+def _wording(operations: Operations, random: Random) -> str:
+    parts = [f"{random.choice(NAMES)} has {_spelled(operations.start)} {random.choice(THINGS)} ."]
+    for step in operations.steps:
+        verb = random.choice(GAINS if step > 0 else LOSSES)
+        parts.append(f"{verb} {_spelled(abs(step))} more ." if step > 0 else f"{verb} {_spelled(abs(step))} .")
+    return f"Q: {' '.join(parts)} How many ? A:"
+
+
+def _solution(operations: Operations) -> str:
+    totals = [operations.start, *operations.totals()]
+    steps = [
+        f"{_spelled(before)} {'+' if step > 0 else '-'} {_spelled(abs(step))} = {_spelled(after)} ."
+        for before, step, after in zip(totals, operations.steps, totals[1:], strict=False)
+    ]
+    return " ".join([*steps, answers.MARK, _spelled(totals[-1])])
+
+
+def _spelled(number: int) -> str:
+    return " ".join(str(number))
+
+
+def _read(prompt: str) -> Operations:
+    text = joined_digits(prompt)
+    start = re.search(r" has ([0-9]+) ", text)
+    if start is None:
+        raise BadValue(f"not a problem of the arithmetic task: {prompt!r}")
+    steps = re.findall(rf" ({'|'.join(GAINS + LOSSES)}) ([0-9]+)", text)
+    return Operations(int(start[1]), tuple(int(size) if verb in GAINS else -int(size) for verb, size in steps))

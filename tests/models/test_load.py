@@ -1,0 +1,174 @@
+"""A model folder loads as it was saved, or one line says what it lacks."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fp4rl.models.load import load
+from fp4rl.models.tiny import build
+from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.spec.mistakes import BadValue, Mistake, NotThere
+from fp4rl.spec.model import Embedded
+
+PROMPT = "Q: Tom has 2 3 coins . loses 2 . How many ? A:"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = build_tokenizer()
+    build(Embedded(), tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def refused(folder, kind, message) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(tokenizer(PROMPT, return_tensors="pt")["input_ids"]).logits
+
+
+def test_what_was_saved_is_loaded_to_the_bit_and_in_evaluation_mode(saved):
+    model, tokenizer = load(saved)
+    assert not model.training
+    assert torch.equal(logits(model, tokenizer), logits(build(Embedded(), tokenizer), tokenizer))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_dtype_is_a_word_or_a_torch_dtype(saved, dtype):
+    assert {weight.dtype for weight in load(saved, dtype)[0].parameters()} == {torch.bfloat16}
+
+
+def test_an_unknown_dtype_names_the_nearest(saved):
+    with pytest.raises(BadValue, match="no dtype 'bfloat61' for a model; did you mean 'bfloat16'"):
+        load(saved, "bfloat61")
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    refused(tmp_path / "gone", NotThere, r"gone' does not exist; give a Hugging Face folder on this disk")
+
+
+def test_a_name_from_a_registry_is_not_looked_up():
+    refused("some-lab/some-model-1b", NotThere, "does not exist; give a Hugging Face folder")
+
+
+def test_a_folder_without_a_config(folder):
+    (folder / "config.json").unlink()
+    refused(folder, NotThere, "has no config.json; is it a Hugging Face model folder")
+
+
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
+def test_a_folder_without_a_tokenizer(folder, left):
+    for file in folder.glob("tokenizer*"):
+        if file.name not in left:
+            file.unlink()
+    refused(folder, NotThere, r"has no tokenizer; save one there \(tokenizer.save_pretrained\)")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_the_weights_are_read(folder):
+    for file in (*folder.glob("tokenizer*"), folder / "model.safetensors"):
+        file.unlink()
+    refused(folder, NotThere, "has no tokenizer")
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, Mistake, "cannot be read")
+
+
+def test_a_weights_file_that_is_cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(folder, BadValue, "cannot be read")
+
+
+def test_a_tokenizer_that_is_no_json(folder):
+    (folder / "tokenizer.json").write_text("{")
+    refused(folder, BadValue, "tokenizer in .* cannot be read")
+
+
+def test_a_config_that_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+    refused(folder, BadValue, "cannot be read")
+
+
+def test_a_missing_weight_is_refused_instead_of_being_drawn_at_random(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, NotThere, r"lacks 1 weights \('model.layers.1.mlp.up_proj.weight'\)")
+
+
+def test_a_weight_of_another_shape_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, BadValue, "cannot be read")
+
+
+def without(folder, *tokens: str) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({k: v for k, v in config.items() if k not in tokens}))
+
+
+def test_without_a_padding_token_the_end_token_pads(folder):
+    without(folder, "pad_token")
+    tokenizer = load(folder)[1]
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+    assert tokenizer([PROMPT, "Q:"], padding=True)["input_ids"][1][0] == tokenizer.eos_token_id
+
+
+def test_without_a_padding_and_an_end_token_there_is_nothing_to_pad_with(folder):
+    without(folder, "pad_token", "eos_token")
+    refused(folder, BadValue, "has no pad and no eos token; set one and save it again")
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = load(folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_folder_loads_its_base_and_really_acts(adapter, folder):
+    model, tokenizer = load(adapter)
+    base, _ = load(folder)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    assert not torch.allclose(logits(model, tokenizer), logits(base, tokenizer))
+
+
+def test_an_adapter_whose_base_is_not_here(adapter, folder):
+    shutil.rmtree(folder)
+    refused(adapter, NotThere, r"base model '.*' is no folder on this disk; set base_model_name_or_path to one")
+
+
+def test_an_adapter_that_lacks_weights_is_refused_instead_of_acting_as_the_base(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: w for name, w in weights.items() if "q_proj" not in name}, adapter / "adapter_model.safetensors")
+    refused(adapter, NotThere, r"adapter in .* lacks 4 weights")
+
+
+def test_an_adapter_without_its_weights_file(adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(adapter, BadValue, "adapter in .* cannot be read")

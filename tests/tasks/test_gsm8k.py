@@ -1,0 +1,132 @@
+"""GSM8K is read from local files, and what is wrong with a file is said in one line."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fp4rl.spec.mistakes import BadValue, Mistake, NotThere
+from fp4rl.tasks.gsm8k import Gsm8k
+from fp4rl.tasks.overlap import check_disjoint
+from fp4rl.tasks.task import SPLITS
+
+ROW = {"question": "Two and two?", "answer": "It is <<2+2=4>>4.\n#### 1,004"}
+
+
+def written(folder: Path, *lines: object, name: str = "some.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def read_all(path: Path) -> None:
+    Gsm8k(path=path).problems("train")
+
+
+def test_the_real_file_is_read_whole_and_cut_into_three_disjoint_splits(shared_data):
+    task = Gsm8k(path=shared_data / "gsm8k" / "train.jsonl")
+    train, validation, test = (task.problems(split) for split in SPLITS)
+    assert len(train) + len(validation) + len(test) == 7473
+    assert len({p.id for p in (*train, *validation, *test)}) == 7473
+    assert 650 < len(validation) < 850
+    assert 650 < len(test) < 850
+    check_disjoint(task, train, (*validation, *test))
+
+
+def test_every_gold_solution_of_the_real_file_scores_in_full(shared_data):
+    task = Gsm8k(path=shared_data / "gsm8k" / "train.jsonl")
+    scores = [task.score(problem, problem.solution) for split in SPLITS for problem in task.problems(split)]
+    assert all(score.strict and score.flexible and score.formatted for score in scores)
+
+
+def test_a_question_keeps_its_split_whatever_else_the_file_holds(tmp_path, shared_data):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    whole = Gsm8k(path=shared_data / "gsm8k" / "train.jsonl")
+    splits = {problem.id: split for split in SPLITS for problem in whole.problems(split)}
+    part = Gsm8k(path=written(tmp_path, *lines[100:160][::-1]))
+    assert all(splits[problem.id] == split for split in SPLITS for problem in part.problems(split))
+
+
+def test_a_question_in_other_letters_and_marks_stays_in_its_split(tmp_path):
+    rows = [{"question": f"Is {n} plus two more than ten?", "answer": f"#### {n}"} for n in range(60)]
+    loud = [{**row, "question": row["question"].upper().replace("?", " ...")} for row in rows]
+    one, two = (Gsm8k(path=written(tmp_path, *some, name=f"{len(some[0]['question'])}.jsonl")) for some in (rows, loud))
+    for split in SPLITS:
+        assert [p.answer for p in one.problems(split)] == [p.answer for p in two.problems(split)] != []
+
+
+def test_a_row_becomes_a_problem_with_a_plain_answer(tmp_path):
+    path = written(tmp_path, ROW)
+    (problem,) = Gsm8k(path=path, test_path=path, prompt="Ask: {question} {{say}}").problems("test")
+    assert problem.prompt == "Ask: Two and two? {{say}}"
+    assert problem.answer == "1004"
+    assert problem.solution == ROW["answer"]
+
+
+def test_with_a_test_file_nothing_of_the_training_file_is_left_out_of_train_and_validation(tmp_path, shared_data):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    task = Gsm8k(path=written(tmp_path, *lines), test_path=written(tmp_path, ROW, name="test.jsonl"))
+    assert len(task.problems("train")) + len(task.problems("validation")) == 200
+    assert [problem.answer for problem in task.problems("test")] == ["1004"]
+
+
+def test_parquet_and_jsonl_hold_the_same_problems(tmp_path):
+    jsonl, parquet = written(tmp_path, ROW), tmp_path / "some.parquet"
+    pq.write_table(pa.Table.from_pylist([ROW]), parquet)
+    one, two = (Gsm8k(path=path, test_path=path).problems("test") for path in (jsonl, parquet))
+    assert one == two
+
+
+def test_asking_for_more_problems_than_there_are_names_the_file_and_both_counts(tmp_path):
+    path = written(tmp_path, ROW)
+    with pytest.raises(BadValue, match=r"test split of .*some.jsonl has 1 problems, not 2"):
+        Gsm8k(path=path, test_path=path).problems("test", 2)
+
+
+def test_a_file_that_does_not_exist_is_named_with_the_cure(tmp_path):
+    with pytest.raises(NotThere, match=r"'.*gone.jsonl' does not exist; give the path of a local"):
+        Gsm8k(path=tmp_path / "gone.jsonl")
+    with pytest.raises(NotThere, match=r"gone\.jsonl"):
+        Gsm8k(path=written(tmp_path, ROW), test_path=tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"question": "?", "answers": "#### 1"}, r"line 2: no column 'answer'; did you mean 'answers'\?"),
+        ({"question": "?", "answer": "It is 4."}, r"line 2: the answer has no final number after '####'"),
+        ({"question": "?", "answer": "#### four"}, r"line 2: the answer has no final number after '####'"),
+        ({"question": 3, "answer": "#### 4"}, r"line 2: 'question' is int, not text"),
+        ("{'question': 3}", r"line 2: not JSON"),
+        ("[1]", r"line 2: not an object"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line_with_the_cure(tmp_path, line, message):
+    with pytest.raises(Mistake, match=r"some.jsonl, " + message) as caught:
+        read_all(written(tmp_path, ROW, line))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_without_the_column_and_a_file_that_is_no_parquet_are_named(tmp_path):
+    pq.write_table(pa.table({"question": ["?"], "reply": ["#### 1"]}), tmp_path / "a.parquet")
+    with pytest.raises(NotThere, match=r"a.parquet, row 1: no column 'answer'"):
+        read_all(tmp_path / "a.parquet")
+    with pytest.raises(BadValue, match=r"b.parquet: not a Parquet file"):
+        read_all(written(tmp_path, "no", name="b.parquet"))
+
+
+def test_an_unknown_kind_of_file_is_a_clear_mistake(tmp_path):
+    with pytest.raises(BadValue, match=r"unknown kind of file '.csv'; give a .jsonl or .parquet file"):
+        read_all(written(tmp_path, ROW, name="some.csv"))
+
+
+def test_an_empty_file_is_a_clear_mistake(tmp_path):
+    with pytest.raises(BadValue, match=r"some.jsonl holds no rows"):
+        read_all(written(tmp_path, ""))
+
+
+def test_a_prompt_without_a_place_for_the_question_is_a_clear_mistake(tmp_path):
+    with pytest.raises(BadValue, match="no place for the question"):
+        Gsm8k(path=written(tmp_path, ROW), prompt="Question: {q}")
