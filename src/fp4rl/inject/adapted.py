@@ -1,0 +1,58 @@
+"""A live LoRA layer that computes Q(W + sBA): what is deployed when adapters are merged before rounding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.inject.linear import LinearState
+from fp4rl.spec.mistakes import BadValue
+
+
+class MergedState(LinearState):
+    """The state of a layer with adapters. The gradient reaches A and B through the rounding of the sum."""
+
+    def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        """The layer's result with the rounded sum of base and active adapters in the place of both."""
+        if kwargs.get("adapter_names") is not None:
+            raise BadValue(f"{self.plan.name}: one batch with several adapters has no single merged weight")
+        if not self.weight_on:
+            original: Any = self.original
+            self.calls += 1
+            return original.forward(layer, x, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(_Sum(layer, self), x)  # type: ignore[arg-type]
+
+    def weight(self, layer: Any) -> Tensor:
+        """The rounded sum; made afresh whenever the base or an adapter may have changed."""
+        sources = layer.sources()
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.kept.holds(sources):
+            return self.copy_of(sources[0], sources)
+        return self.copy_of(layer.weight, sources)
+
+
+class _Sum:
+    """What a LoRA layer looks like to the code of a linear one: a weight and a bias."""
+
+    def __init__(self, layer: Any, state: MergedState) -> None:
+        self.layer = layer
+        self.base: nn.Linear = layer.base_layer
+        self.bias = self.base.bias
+        self.adapters = [] if layer.disable_adapters or layer.merged else self._active()
+        self.state = state
+
+    def _active(self) -> list[str]:
+        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """Every parameter that the sum is made from."""
+        pairs = [(self.layer.lora_A[name].weight, self.layer.lora_B[name].weight) for name in self.adapters]
+        return (self.base.weight, *(weight for pair in pairs for weight in pair))
+
+    @property
+    def weight(self) -> Tensor:
+        """W + sum of s B A, in W's dtype."""
+        total = self.base.weight
+        for name in self.adapters:
+            a, b = self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
+            total = total + (b @ a * self.layer.scaling[name]).to(total.dtype)
+        return total

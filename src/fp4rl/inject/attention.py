@@ -1,0 +1,121 @@
+"""A live attention module whose keys, values and products are harmed, wherever its own forward computes them.
+
+The module's forward runs unchanged under a `TorchFunctionMode`, entered inside it, so that recomputing a checkpointed
+block enters it again. It sees `scaled_dot_product_attention`, or the two matmuls of the eager formula.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from fp4rl.inject.matmul import Product
+from fp4rl.inject.state import SiteState
+
+_MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
+
+
+class AttentionState(SiteState):
+    """What an injected attention module knows: whether its cache is rounded, and which of its products go wrong."""
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its products intercepted while anything is active."""
+        original: Any = self.original
+        if not (self.points or self.errors):
+            return original.forward(module, *args, **kwargs)
+        with _Intercept(self):
+            return original.forward(module, *args, **kwargs)
+
+    def count(self) -> None:
+        """One attention was computed."""
+        if torch.compiler.is_compiling():
+            self.ticks.add_(1)
+        else:
+            self.calls += 1
+
+    def cached(self, x: Tensor) -> Tensor:
+        """Keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
+        return self.rounded_values(x, "kv_cache") if "kv_cache" in self.points else x
+
+    def product(self, a: Tensor, b: Tensor, where: str) -> Tensor:
+        """a b^T over the last axis, with the errors of `scores` or `values`."""
+        if not self.has_errors(where):
+            return a @ b.mT
+        return Product.apply(a, b, None, _At(self, where))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _At:
+    """The harm of one of attention's two products."""
+
+    def __init__(self, state: AttentionState, where: str) -> None:
+        self.state, self.where = state, where
+
+    @property
+    def in_forward(self) -> bool:
+        return any(error.forward and error.point == self.where for error in self.state.errors)
+
+    def result(self, product: str, y: Tensor, drawn_for: Tensor) -> Tensor:
+        return self.state.with_errors(y, self.where, drawn_for, backward="" if product == "forward" else product)
+
+    def gradient(self, product: str, g: Tensor) -> Tensor:  # noqa: ARG002
+        return g
+
+
+class _Intercept(TorchFunctionMode):
+    """Catches the products of one attention call; the eager formula computes scores first, values second."""
+
+    def __init__(self, state: AttentionState) -> None:
+        super().__init__()
+        self.state = state
+        self.scored = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            return _attention(self.state, *args, **kwargs)
+        if func in _MATMULS and len(args) == 2 and args[0].ndim >= 3:
+            return self._eager(*args)
+        return func(*args, **kwargs)
+
+    def _eager(self, a: Tensor, b: Tensor) -> Tensor:
+        self.scored = not self.scored
+        if self.scored:  # query [..., m, d] times key transposed [..., d, n]
+            self.state.count()
+            return self.state.product(a, self.state.cached(b.mT), "scores")
+        return self.state.product(a, self.state.cached(b).mT, "values")
+
+
+def _attention(
+    state: AttentionState,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` over a rounded cache; written out where its inner products are to go wrong."""
+    state.count()
+    key, value = state.cached(key), state.cached(value)
+    if not state.has_errors("scores", "values"):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = state.product(query, key, "scores") * (scale if scale is not None else query.shape[-1] ** -0.5)
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(above, -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return state.product(dropout(weights, dropout_p), value.mT, "values")

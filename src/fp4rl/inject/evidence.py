@@ -1,0 +1,83 @@
+"""Proof of what injection did: calls, elements and sampled errors by phase and site, and a digest of the masters."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE = 4096  # values compared per look
+LOOK_INTERVAL = 256  # after the first looks (calls 1, 2, 4, 8, ...), one call in this many
+
+
+@dataclass
+class Meter:
+    """What one point of one site did in one phase. Statistics come from looks at a sample, never from every call."""
+
+    calls: int = 0
+    elements: int = 0
+    looks: int = 0
+    _next_look: int = 1
+    _seen: int = 0
+    _changed: int = 0
+    _error: float = 0.0
+    _power: float = 0.0
+
+    def due(self, calls: int) -> bool:
+        """Whether call number `calls` (from 1) is to be looked at."""
+        return calls >= self._next_look
+
+    def look(self, calls: int, before: Tensor, after: Tensor) -> None:
+        """Compare a sample of a tensor before and after rounding, both of the same shape."""
+        self._next_look = calls + min(calls, LOOK_INTERVAL)
+        old, new = _sample(before), _sample(after)
+        error, power = (new - old).square().sum(), old.square().sum()
+        changed = (new != old).sum()
+        self.looks += 1
+        self._seen += old.numel()
+        self._changed += int(changed)
+        self._error += float(error)
+        self._power += float(power)
+
+    @property
+    def share_changed(self) -> float | None:
+        """Share of the sampled values that rounding changed; None before the first look."""
+        return self._changed / self._seen if self._seen else None
+
+    @property
+    def relative_error(self) -> float | None:
+        """|Q(x) - x| / |x| over the sampled values, as root sums of squares; None where there is nothing to relate."""
+        return (self._error / self._power) ** 0.5 if self._power else None
+
+    def row(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        measured = {"share_changed": self.share_changed, "relative_error": self.relative_error, "looks": self.looks}
+        return {"calls": self.calls, "elements": self.elements, **measured}
+
+
+def _sample(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].double()
+
+
+def _stored(model: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold a parameter's values: itself, or codes and scales where a packed weight left its place."""
+    if not parameter.is_meta:
+        return (parameter,)
+    state = model.get_submodule(name.rpartition(".")[0]).__dict__.get("injected")
+    return () if state is None else (state.packed.data, state.packed.scales)
+
+
+def master_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits over every parameter's name, dtype, shape and bits; equal means bit for bit equal.
+
+    A sharded parameter enters with the shard of this process.
+    """
+    total = hashlib.blake2b(digest_size=6)
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        local = getattr(parameter, "to_local", parameter.detach)().detach()
+        total.update(f"{name}{local.dtype}{tuple(local.shape)}".encode())
+        for tensor in _stored(model, name, local):
+            total.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,78 @@
+"""Hardware errors as maths on a tensor: what a wrong multiplier, memory or accumulator makes of right numbers."""
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from fp4rl.spec.hardware import HardwareError
+
+SAMPLE = 64  # values that stand for a tensor where a seed is made of it
+
+
+def corrupted(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
+    """`x` with the error in it, same shape and dtype; no gradient. Random kinds are drawn in float32 from `generator`,
+    `spikes` and `stuck` choose their places with it."""
+    with torch.no_grad():
+        size: float | Tensor = error.scale * x.abs().amax() if error.unit == "largest" else error.scale
+        match error.kind:
+            case "relative" | "jitter":
+                return (x + _normal(x, generator) * x.abs() * size).to(x.dtype)
+            case "absolute":
+                return (x + _normal(x, generator) * size).to(x.dtype)
+            case "bias":
+                return x + size
+            case "dead_zone":
+                return x.masked_fill(x.abs() < size, 0.0)
+            case "saturation":
+                return x.clamp(-size, size)  # type: ignore[arg-type]
+            case "spikes":
+                hit = _uniform(x.shape, x, generator) < (error.share or 0.0)
+                sign = _uniform(x.shape, x, generator).lt(0.5).to(x.dtype) * 2 - 1
+                return torch.where(hit, x + sign * size, x)
+            case _:
+                hit = _uniform(x.shape[-1:], x, generator).argsort() < max(1, round((error.share or 0.0) * x.shape[-1]))
+                return torch.where(hit, torch.as_tensor(size, dtype=x.dtype, device=x.device), x)
+
+
+def _normal(x: Tensor, generator: torch.Generator) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=wide)
+
+
+def _uniform(shape: torch.Size, x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=x.device)
+
+
+@dataclass
+class Chance:
+    """A site's own generator. What it draws is a function of the seed, the step and the tensor that it is drawn for, so
+    that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator."""
+
+    seed: int
+    step: int = 0
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
+
+    def for_tensor(self, x: Tensor, salt: str) -> torch.Generator:
+        """The generator, seeded for this tensor in this step."""
+        flat = x.detach().reshape(-1)
+        read = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu().numpy().tobytes()
+        return self._seeded(x.device, f"{self.seed}/{self.step}/{salt}".encode() + read)
+
+    def fixed(self, device: torch.device, salt: str) -> torch.Generator:
+        """The generator, seeded the same at every step: for defects that stay where they are."""
+        return self._seeded(device, f"{self.seed}/{salt}".encode())
+
+    def unknown(self, device: torch.device) -> torch.Generator:
+        """The generator with a seed from the operating system: nobody can repeat it."""
+        generator = self._generator(device)
+        generator.seed()
+        return generator
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        return self._generators.setdefault(device, torch.Generator(device))
+
+    def _seeded(self, device: torch.device, key: bytes) -> torch.Generator:
+        seed = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
+        return self._generator(device).manual_seed(seed)

@@ -1,0 +1,31 @@
+"""What an attachment has seen and where its chance stands, so that an interrupted run goes on as if it never was."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from fp4rl.inject.attach import Attachment
+from fp4rl.inject.evidence import Meter
+
+
+def remembered(attachment: Attachment) -> dict[str, Any]:
+    """Site -> its step (random kinds draw by it) and its meters, JSON-able."""
+    found = {}
+    for name, state in attachment.states.items():
+        state.book()
+        meters = [[*key, *(getattr(meter, f.name) for f in fields(Meter))] for key, meter in state.meters.items()]
+        found[name] = {"step": state.chance.step, "meters": meters}
+    return found
+
+
+def recall(attachment: Attachment, memory: Mapping[str, Any]) -> None:
+    """Put back what `remembered` gave, for the sites that it names."""
+    for name, state in attachment.states.items():
+        if name in memory:
+            state.calls = 0
+            state.ticks.zero_()
+            state.chance.step = memory[name]["step"]
+            state.meters = {
+                (phase, point): Meter(**dict(zip((f.name for f in fields(Meter)), values, strict=True)))
+                for phase, point, *values in memory[name]["meters"]
+            }

@@ -1,0 +1,119 @@
+"""What resolving comes to: one plan a site, why every other site is left out, and a digest of it all."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fp4rl.sites.walk import Site
+from fp4rl.spec.formats import Format, describe
+from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The formats of one site's points, None where a point stays as it is, and the hardware errors that reach it.
+
+    `merged` rounds the sum of base and adapters, `packed` keeps a frozen weight as codes, `note` says what a reader
+    should know.
+    """
+
+    site: Site
+    weight: Format | None = None
+    input: Format | None = None
+    output: Format | None = None
+    kv_cache: Format | None = None
+    grad_input: Format | None = None
+    grad_weight: Format | None = None
+    errors: tuple[HardwareError, ...] = ()
+    merged: bool = False
+    packed: bool = False
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
+
+    def points(self) -> tuple[str, ...]:
+        """The points that have a format."""
+        return tuple(point for point in FORMAT_POINTS if getattr(self, point) is not None)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is done here."""
+        return bool(self.points() or self.errors)
+
+    def row(self) -> dict[str, Any]:
+        """The plan as plain values for JSON."""
+        site = self.site
+        row: dict[str, Any] = {"site": site.name, "kind": site.kind, "role": site.role, "layer": site.layer}
+        row |= {"shape": list(site.shape)} | {point: describe(getattr(self, point)) for point in self.points()}
+        if self.errors:
+            row["errors"] = [_facts(error) for error in self.errors]
+        flags = {"merged": self.merged, "packed": self.packed, "note": self.note}
+        return row | {key: value for key, value in flags.items() if value}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A site that nothing is done to, and why."""
+
+    site: Site
+    reason: str
+
+    def row(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        site = self.site
+        return {"site": site.name, "kind": site.kind, "shape": list(site.shape), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """Everything that `attach` does to a model, as facts that can be printed and compared."""
+
+    injection: Injection
+    plans: tuple[SitePlan, ...]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole table: sites, formats, phases, what a gradient does."""
+        return _digest({phase: self._acting(phase) for phase in PHASES} | self._settings("straight_through", "seed"))
+
+    def digest_in(self, phase: Phase) -> str:
+        """Twelve hexadecimal digits of what acts in the forward of one phase: equal where the same numbers result."""
+        return _digest({"plans": self._acting(phase, forward_only=True)} | self._settings())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The plans as plain values for JSON, in the order of the model."""
+        return [plan.row() for plan in self.plans]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole table as plain values: `digest`, `plans`, `left_out`."""
+        return {"digest": self.digest, "plans": self.rows(), "left_out": [left.row() for left in self.left_out]}
+
+    def _settings(self, *more: str) -> dict[str, Any]:
+        return {key: getattr(self.injection, key) for key in ("dtype", *more)}
+
+    def _acting(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
+        """The rows cut down to what acts in a phase; sites where nothing does are gone."""
+        points = self.injection.apply_during.active(phase) - (set(GRADIENTS) if forward_only else set())
+        rows = []
+        for plan in self.plans:
+            row = plan.row()
+            acting = {key: row[key] for key in (*FORMAT_POINTS, "errors") if key in row and key in points}
+            if acting:
+                rows.append({"site": plan.name, "shape": row["shape"], "merged": plan.merged} | acting)
+        return rows
+
+
+def _facts(error: HardwareError) -> dict[str, Any]:
+    return error.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

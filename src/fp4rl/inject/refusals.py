@@ -1,0 +1,132 @@
+"""What must not be harmed, or cannot be, and the cure for each; called by `resolve` alone."""
+
+from collections import defaultdict
+
+from torch import nn
+
+from fp4rl.inject.plan import LeftOut, SitePlan
+from fp4rl.sites.walk import Site
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.targets import Targets
+
+OPT_IN = {"router": "router", "adapter": "adapter"}
+_CALLED = {"lm_head": "the output head", "router": "a router", "adapter": "an adapter"}
+_LEAVE = {"lm_head": "*lm_head*", "router": "*.gate", "adapter": "*lora_*"}
+_FUSED = (("q", "k", "v"), ("gate", "up"))
+
+
+def require_opt_in(site: Site, targets: Targets) -> None:
+    """BadValue for a router, an adapter or the output head that was not asked for, and for a shared weight."""
+    wanted = "lm_head" if site.role == "lm_head" else OPT_IN.get(site.kind)
+    if wanted and wanted not in targets.opt_in:
+        raise BadValue(
+            f"{site.name} is {_CALLED[wanted]}, which no engine rounds; "
+            f"leave it ({_LEAVE[wanted]!r} in targets.leave), or write targets.opt_in: [{wanted}]"
+        )
+    if site.shares is not None:
+        raise BadValue(
+            f"{site.name} shares its weight with {site.shares}, so rounding one would not be what is served; "
+            f"leave it: targets.leave: [{site.name}]"
+        )
+
+
+def require_plain_linear(site: Site, module: nn.Module) -> None:
+    """BadValue for a linear layer that computes in its own way, or with a weight that something else computes."""
+    if site.parameter is None:
+        raise BadValue(
+            f"{site.name} has no weight of its own (it is parametrized, or sharded already); attach before that is done"
+        )
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise BadValue(
+            f"{site.name} is a {type(module).__name__} with a forward of its own, which injection would bypass; "
+            f"leave it out: targets.leave: [{site.name}]"
+        )
+    if "forward" in module.__dict__:
+        raise BadValue(
+            f"{site.name} has a forward set on the instance, so a swapped class would never run; "
+            f"delete it, or leave the site out: targets.leave: [{site.name}]"
+        )
+
+
+def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> None:
+    """BadValue for a format that holds every value of the dtype that it is given."""
+    if plan.site.parameter is None:
+        return
+    own = str(getattr(module, plan.site.parameter).dtype).removeprefix("torch.")
+    for point in plan.points():
+        fmt = getattr(plan, point)
+        if fmt.scale == "none" and own == injection.dtype == "bfloat16":
+            raise BadValue(f"{plan.name}: {point}: {fmt.name} changes nothing in a {own} model; write none")
+
+
+def require_eager_experts(plan: SitePlan, module: nn.Module) -> None:
+    """BadValue where the inputs or outputs of stacked experts are asked for and their matmul cannot be reached."""
+    asked = [point for point in ("input", "output") if getattr(plan, point) is not None]
+    how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
+    if asked and how != "eager":
+        raise BadValue(
+            f"{plan.name}: the {asked[0]} of stacked experts can be rounded in the eager implementation only, not "
+            f"in {how!r}; call model.set_experts_implementation('eager'), or round their weights alone"
+        )
+
+
+def require_eager_attention(site: Site, module: nn.Module) -> None:
+    """BadValue where attention runs in a kernel whose keys, values and products cannot be reached."""
+    how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
+    if how not in ("sdpa", "eager"):
+        raise BadValue(
+            f"{site.name}: attention runs in {how!r}, out of reach; load the model with attn_implementation='sdpa'"
+        )
+
+
+def require_one_rounding(plans: list[SitePlan]) -> None:
+    """BadValue when one parameter would be rounded at two places."""
+    seen: dict[str, str] = {}
+    for plan in plans:
+        owner = plan.site.shares or plan.name
+        if owner in seen:
+            raise BadValue(f"{plan.name} and {seen[owner]} are one parameter, which would be rounded twice; leave one")
+        seen[owner] = plan.name
+
+
+def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
+    """BadValue when q/k/v or gate/up differ: they become one matmul in a serving engine, with one format for all."""
+    groups: dict[tuple[str, tuple[str, ...]], dict[str, tuple[object, object]]] = defaultdict(dict)
+    formats = [(plan.site, (plan.weight, plan.input)) for plan in plans]
+    formats += [(left.site, (None, None)) for left in left_out]
+    for site, pair in formats:
+        for roles in _FUSED:
+            if site.role in roles and site.kind == "linear":
+                groups[site.parent, roles][site.name] = pair
+    for members in groups.values():
+        if len(set(members.values())) > 1:
+            said = ", ".join(f"{name}: {_pair(*pair)}" for name, pair in members.items())
+            raise BadValue(f"a serving kernel fuses these, so their formats must agree: {said} (or fused_groups: free)")
+
+
+def _pair(weight: object, inputs: object) -> str:
+    return "/".join(getattr(fmt, "name", "none") for fmt in (weight, inputs))
+
+
+def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
+    """BadValue for an adapter that is no sum of matrices at one site, so that W + sBA is not what it computes."""
+    dropout = [m.p for m in adapted.lora_dropout.modules() if isinstance(m, nn.Dropout) and m.p > 0]  # type: ignore[union-attr]
+    reasons = {
+        "its dropout acts on the adapter's input alone; set lora_dropout=0": bool(dropout),
+        "it is a variant (DoRA or the like), no plain sum; use plain LoRA": bool(
+            getattr(adapted, "lora_variant", None)
+        ),
+        "its weight is stored transposed; use adapter": bool(getattr(adapted, "fan_in_fan_out", False)),
+        "its adapter has a bias; use lora_bias=False": any(getattr(adapted, "lora_bias", {}).values()),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise BadValue(f"{plan.name}: lora: merged cannot round this adapter: {reason}")
+
+
+def require_packable(plan: SitePlan) -> None:
+    """BadValue for a format that has no packed layout."""
+    fmt = plan.weight
+    if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):
+        raise BadValue(f"{plan.name}: frozen_base: packed stores 4-bit codes that are drawn once, not {fmt.name}")

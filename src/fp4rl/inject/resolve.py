@@ -1,0 +1,174 @@
+"""Model and spec -> the site table: what is harmed, and why the rest is not. Pure; nothing is changed or read."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fp4rl.inject import refusals
+from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
+from fp4rl.sites.walk import Site, layer_count, walk
+from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.points import GRADIENTS, LINEAR_POINTS
+from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
+
+_WEIGHTS = ("linear", "experts", "router", "adapter")
+_ERROR_KINDS = {"matmul": "linear", "input": "linear", "weight": "linear", "scores": "attention", "values": "attention"}
+_LM_HEAD = "TRL's training forward reads this weight without calling the layer"
+
+
+def resolve(model: nn.Module, injection: Injection) -> SiteTable:
+    """The table of one injection on one model; meta tensors will do.
+
+    Raises NotThere for a pattern that matches nothing (naming the nearest places), BadValue for a site that cannot or
+    must not be harmed and was asked for, for fused groups that disagree, and for a setting that would do nothing.
+    """
+    sites = walk(model)
+    if injection.is_nothing:
+        return SiteTable(injection, (), tuple(LeftOut(site, "nothing is injected") for site in sites))
+    _require_hits(sites, injection)
+    layers = layer_count(sites)
+    plans, left_out = [], []
+    for site in sites:
+        reason = _why_left(site, _kinds(injection), injection.targets, layers)
+        plan = _plan(site, model, injection, layers, taken=reason is None)
+        if plan.acts:
+            plans.append(plan)
+        else:
+            left_out.append(LeftOut(site, reason or _nothing_here(site)))
+    _require_every_setting(plans, injection)
+    if not plans:
+        raise NotThere(f"nothing to harm in {type(model).__name__}: {_what_was_left(left_out)}")
+    refusals.require_one_rounding(plans)
+    if injection.fused_groups == "agree":
+        refusals.require_agreement(plans, left_out)
+    return SiteTable(injection, tuple(plans), tuple(left_out))
+
+
+def _kinds(injection: Injection) -> tuple[str, ...]:
+    return (*_WEIGHTS, "attention") if injection.kv_cache else _WEIGHTS
+
+
+def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
+    """Every pattern that somebody wrote must match something. The default `leave` names what a model may not have."""
+    places = _names(site for site in sites if site.kind in _kinds(injection))
+    for pattern in (*injection.targets.take, *(exception.pattern for exception in injection.by_pattern)):
+        require_hit(pattern, places, "layer that can be rounded")
+    for error in injection.errors:
+        reached = _names(site for site in sites if site.kind == _ERROR_KINDS[error.point])
+        for pattern in error.targets.take:
+            require_hit(pattern, reached, f"{_ERROR_KINDS[error.point]} site")
+    for targets in (injection.targets, *(error.targets for error in injection.errors)):
+        for pattern in (p for p in targets.leave if p not in LEFT_BY_DEFAULT):
+            require_hit(pattern, _names(sites), "place")
+
+
+def _names(sites: Iterable[Site]) -> list[str]:
+    """Plain names, and the wrapped ones: a reader of `named_modules()` may write either."""
+    return [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name]
+
+
+def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int) -> str | None:
+    """Why targets leave a site out, None where they take it; refuses what was taken and must not be."""
+    if site.kind not in kinds:
+        return f"{site.kind}: no point of an injection"
+    reasons = [targets.why_left(name) for name in (site.name, site.path) if name]
+    left = next((reason for reason in reasons if reason and reason.startswith("left")), None)
+    if left or None not in reasons:
+        return left or reasons[0]
+    numbers = targets.layer_numbers(layers)
+    if numbers is not None and site.layer not in numbers:
+        return "not in layers" if site.layer is not None else "outside the layers"
+    refusals.require_opt_in(site, targets)
+    return None
+
+
+def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, taken: bool) -> SitePlan:
+    errors = tuple(error for error in injection.errors if _reaches(error, site, layers))
+    if not (taken or errors):
+        return SitePlan(site)
+    module = model.get_submodule(site.path)
+    if site.kind == "attention":
+        refusals.require_eager_attention(site, module)
+        return SitePlan(site, kv_cache=injection.kv_cache if taken else None, errors=errors)
+    plan = SitePlan(site, errors=errors, note=_LM_HEAD if site.role == "lm_head" else "")
+    if taken:
+        plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
+        refusals.require_change(plan, module, injection)
+    if site.kind == "experts":
+        refusals.require_eager_experts(plan, module)
+        return replace(plan, grad_input=None, grad_weight=None)
+    if plan.acts:
+        _require_module(plan, module)
+    return _with_adapters(plan, model, injection)
+
+
+def _require_module(plan: SitePlan, module: nn.Module) -> None:
+    if plan.site.kind == "router" and not isinstance(module, nn.Linear):
+        raise BadValue(f"{plan.name} is a {type(module).__name__}, no linear layer, and cannot be rounded; leave it")
+    refusals.require_plain_linear(plan.site, module)
+
+
+def _reaches(error: HardwareError, site: Site, layers: int) -> bool:
+    kind = _ERROR_KINDS[error.point]
+    return site.kind == kind and _why_left(site, (kind,), error.targets, layers) is None
+
+
+def _formats(site: Site, injection: Injection) -> dict[str, Any]:
+    formats = {point: getattr(injection, point) for point in (*LINEAR_POINTS, *GRADIENTS)}
+    for exception in injection.by_pattern:
+        if matches(site.name, exception.pattern) or matches(site.path, exception.pattern):
+            changes = {point: getattr(exception, point) for point in LINEAR_POINTS}
+            return formats | {point: fmt for point, fmt in changes.items() if fmt != "keep"}
+    return formats
+
+
+def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> SitePlan:
+    """What frozen weights and adapters change: a sum to round, codes to keep, no gradient to round."""
+    frozen = not model.get_submodule(plan.site.path).weight.requires_grad
+    above = model.get_submodule(plan.site.path.rpartition(".")[0]) if plan.site.path else model
+    adapted = plan.site.path.endswith("base_layer") and hasattr(above, "lora_A")
+    merged = injection.lora == "merged" and adapted and plan.weight is not None
+    if merged:
+        refusals.require_mergeable(plan, above)
+    packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
+    if packed:
+        refusals.require_packable(plan)
+    grad_weight = None if frozen and not merged else plan.grad_weight
+    return replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
+
+
+def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
+    """A setting that reached no site would be silently without effect."""
+    checks = {
+        "lora: merged": (injection.lora == "merged", any(plan.merged for plan in plans), "no adapted layer is taken"),
+        "frozen_base: packed": (
+            injection.frozen_base == "packed",
+            any(plan.packed for plan in plans),
+            "no taken weight is frozen",
+        ),
+        "kv_cache": (injection.kv_cache, any(plan.kv_cache for plan in plans), "no attention is taken"),
+        "grad_weight": (injection.grad_weight, any(plan.grad_weight for plan in plans), "every taken weight is frozen"),
+        "grad_input": (injection.grad_input, any(plan.grad_input for plan in plans), "no linear layer is taken"),
+    }
+    for setting, (asked, acts, why) in checks.items():
+        if asked and not acts:
+            raise BadValue(f"{setting} would do nothing: {why}")
+    for wanted in injection.targets.opt_in:
+        if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
+            raise BadValue(f"targets.opt_in: [{wanted}] would do nothing: targets leave every {wanted} out")
+    for error in injection.errors:
+        if not any(error in plan.errors for plan in plans):
+            raise NotThere(f"{error.name} reaches no site: its targets leave every one out")
+
+
+def _nothing_here(site: Site) -> str:
+    return "attention: no kv_cache, no error" if site.kind == "attention" else "by_pattern leaves every point as it is"
+
+
+def _what_was_left(left_out: list[LeftOut]) -> str:
+    reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
+    return "; ".join(reasons) or "the model has no linear layers"

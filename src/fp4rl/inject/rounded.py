@@ -1,0 +1,167 @@
+"""A copy made from weights, and how it is known that it still is what they would give.
+
+`Tensor._version` alone is not enough: fused optimizers and writes through `.data` leave it as it was. So a copy counts
+as current only while every weight is the same object with the same storage and version *and* a sample of its values
+reads as it did when the copy was made. Explicit invalidation comes on top (optimizer steps, loads, phase changes).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+SAMPLE = 64  # values compared on every use: 0.6 microseconds on a CPU
+ACCELERATOR_INTERVAL = 256  # comparing values waits for the device, so there it happens on one use in this many
+
+Make = Callable[[], tuple[Tensor, Tensor | None]]
+"""-> the rounded copy, and where the gradient may pass (None: everywhere)."""
+
+
+class Watch:
+    """What one weight looked like at a certain moment."""
+
+    __slots__ = ("_pointer", "_seen", "_tensor", "_version", "_window")
+
+    def __init__(self, weight: Tensor) -> None:
+        flat = weight.detach().view(-1)
+        self._tensor = weight
+        self._version, self._pointer = weight._version, weight.data_ptr()
+        self._window = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+        self._seen = self._window.clone()
+
+    def same_tensor(self, weight: Tensor) -> bool:
+        """Whether it is the same object, in the same place, with no write that PyTorch counted."""
+        return self._tensor is weight and self._version == weight._version and self._pointer == weight.data_ptr()
+
+    def same_values(self) -> bool:
+        """Whether the sample still reads the same."""
+        return torch.equal(self._window, self._seen)
+
+
+class KeptCopy:
+    """A copy made from one or more weights on demand and kept until it may be stale.
+
+    With `frozen` weights a copy outlives invalidation: it is only doubted, and kept when a checksum over every bit of
+    the weights is what it was. `made` counts how often it was made, `stale` how often the sample contradicted a copy
+    that nobody had invalidated. On an accelerator that raises CheckFailed, because calls in between used the old copy.
+    """
+
+    def __init__(self, name: str = "weight", frozen: bool = False) -> None:
+        self.name = name
+        self.frozen = frozen
+        self.copy: Tensor | None = None
+        self.reach: Tensor | None = None
+        self.made = 0
+        self.stale = 0
+        self._watches: list[Watch] = []
+        self._checksum = 0
+        self._doubted = False
+        self._uses = 0
+
+    def current(self, weight: Tensor) -> Tensor | None:
+        """The copy if it still belongs to this one weight, else None."""
+        if self.copy is None or self._doubted or not self._watches[0].same_tensor(weight):
+            return None
+        if self._contradicted(weight):
+            self.forget()
+        return self.copy
+
+    def of(self, weights: Sequence[Tensor], make: Make, keep: bool) -> Tensor:
+        """The kept copy while it is current, else a new one, which is kept only if `keep`."""
+        if not self.holds(weights):
+            # Outside inference mode: a tensor made inside it could never be saved for a backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self.copy, self.reach = make()
+                self._watches = [Watch(weight) for weight in weights] if keep else []
+                self._checksum = checksum(weights) if keep and self.frozen else 0
+            self.made += 1
+            self._uses = 0
+            self._doubted = False
+        copy = self.copy
+        assert copy is not None
+        if not keep:
+            self.copy = None
+        return copy
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether there is a copy, and these weights are what it was made from."""
+        if self.copy is None or len(self._watches) != len(weights):
+            return False
+        if self._doubted:
+            self._doubted = False
+            if checksum(weights) != self._checksum:
+                return False
+            self._watches = [Watch(weight) for weight in weights]
+        if not all(watch.same_tensor(weight) for watch, weight in zip(self._watches, weights, strict=True)):
+            return False
+        return not self._contradicted(weights[0])
+
+    def _contradicted(self, weight: Tensor) -> bool:
+        """Whether the sample was read, and reads otherwise than it did."""
+        self._uses += 1
+        if not weight.is_cpu:
+            refuse_capture(weight, self.name)
+            if self._uses % ACCELERATOR_INTERVAL:
+                return False
+        if all(watch.same_values() for watch in self._watches):
+            return False
+        self.stale += 1
+        if not weight.is_cpu:
+            raise CheckFailed(
+                f"{self.name} was written without notice, so up to {ACCELERATOR_INTERVAL} calls used an old rounded "
+                "copy; call invalidate() on the attachment after every write"
+            )
+        return True
+
+    def doubt(self) -> None:
+        """Weights may have been written: frozen ones are compared by a checksum on the next use, others made afresh."""
+        if self.frozen:
+            self._doubted = True
+        else:
+            self.forget()
+
+    def forget(self) -> None:
+        """Throw the copy away; the next use makes it afresh."""
+        self.copy = self.reach = None
+        self._watches = []
+
+
+def refuse_capture(weight: Tensor, name: str) -> None:
+    """Raise BadValue while a CUDA graph is recorded: replaying it, the rounded weight would stay as it is for ever."""
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise BadValue(f"{name}: a CUDA graph would replay the rounding of today's weight; run without CUDA graphs")
+
+
+def checksum(weights: Sequence[Tensor]) -> int:
+    """The sum of all bits read as integers: one pass over the memory, far cheaper than rounding."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(int(w.detach().view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights)
+
+
+class StraightThrough(torch.autograd.Function):
+    """The rounded copy in the forward; in the backward the gradient goes to the master as it comes, or, where `reach`
+    is given, only to values that were not clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
+        """`master`, its rounded `copy` of the same shape and dtype, and `reach` (bool, or None)."""
+        ctx.reach = reach
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradient of the master, alone."""
+        return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
+
+
+def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
+    """`copy` with the master's gradient. Inside `torch.compile` as a sum: it adds an exact zero to the copy."""
+    if not (master.requires_grad and torch.is_grad_enabled()):
+        return copy
+    if torch.compiler.is_compiling():
+        zero = master - master.detach()
+        return copy + (zero if reach is None else zero * reach)
+    return StraightThrough.apply(master, copy, reach)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,176 @@
+"""What every injected module knows: its plan, what is active in the present phase, its counters and its chance."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.inject.evidence import Meter
+from fp4rl.inject.faults import Chance, corrupted
+from fp4rl.inject.plan import SitePlan
+from fp4rl.inject.rounded import through
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.reach import within_reach
+from fp4rl.numerics.straight_through import Variant
+from fp4rl.spec.formats import Format
+from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.modes import Phase
+from fp4rl.spec.points import can_clip
+
+KEY = "injected"  # where a module holds its state
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all sites of one injection share."""
+
+    dtype: torch.dtype
+    variant: Variant
+    seed: int
+
+
+class SiteState:
+    """The frame of a site's state. A copy (deepcopy, pickle) has counters of its own and the phase of its original."""
+
+    stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
+
+    def __init__(self, plan: SitePlan, settings: Settings) -> None:
+        self.plan = plan
+        self.settings = settings
+        self.chance = Chance(settings.seed)
+        self.original: type[nn.Module] = nn.Module
+        self.meters: dict[tuple[Phase, str], Meter] = {}
+        self.calls = 0
+        self.keep_copies = True
+        self.removed = False
+        self.ticks = torch.zeros((), dtype=torch.int64)  # counts inside torch.compile, where a number would be frozen
+        self.phase: Phase = "training"
+        self.points: frozenset[str] = frozenset()
+        self.errors: tuple[HardwareError, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(self), self._ingredients(), (self.original, self.keep_copies, self.phase, self.points)
+
+    def __setstate__(self, state: tuple[type[nn.Module], bool, Phase, frozenset[str]]) -> None:
+        self.original, self.keep_copies, phase, points = state
+        self.enter(phase, points)
+
+    def _ingredients(self) -> tuple[Any, ...]:
+        return self.plan, self.settings
+
+    def enter(self, phase: Phase, points: frozenset[str]) -> None:
+        """Begin a phase in which `points` are active; what was counted so far is booked under the phase before."""
+        self.book()
+        self.phase = phase
+        self.points = points & set(self.plan.points())
+        self.errors = self.plan.errors if "errors" in points else ()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The points and errors that act in the forwards of this phase."""
+        points = [point for point in self.plan.points() if point in self.points and not point.startswith("grad_")]
+        return (*points, *(error.name for error in self.errors if error.forward))
+
+    def meter(self, point: str) -> Meter:
+        """The meter of a point in this phase."""
+        return self.meters.setdefault((self.phase, point), Meter())
+
+    def book(self) -> None:
+        """Move the running call counters into the meters of this phase."""
+        calls = self.calls + int(self.ticks)
+        for point in self.active if calls else ():
+            self.meter(point).calls += calls
+        self.calls = 0
+        self.ticks.zero_()
+
+    def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
+        """Book `elements` that were harmed, and look at a sample of them now and then.
+
+        Calls of the forward are counted once for all points; `own_call` counts one here, for what the backward does.
+        """
+        if torch.compiler.is_compiling():
+            return
+        meter = self.meter(point)
+        meter.elements += elements
+        meter.calls += own_call
+        calls = meter.calls + (0 if own_call else self.calls)
+        if meter.due(calls):
+            meter.look(calls, before, after)
+
+    def rounded_values(self, x: Tensor, point: str) -> Tensor:
+        """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""
+        fmt = getattr(self.plan, point)
+        generator = self.chance.for_tensor(x, point) if fmt.rounding == "stochastic" else None
+        # The cast is part of the rounding: left to autograd, it would cast the gradient as well.
+        copy, reach = self.rounded(x, fmt, generator)
+        self.note(point, x, copy, x.numel())
+        return through(x, copy, reach)
+
+    def rounded(self, x: Tensor, fmt: Format, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """(Q(x cast to the injection's dtype) in x's own dtype, where a gradient may pass); no gradient."""
+        with torch.no_grad():
+            seen = x.detach().to(self.settings.dtype)
+            reach = within_reach(seen, fmt) if self.settings.variant == "clipped" and can_clip(fmt) else None
+            return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
+
+    def with_errors(self, x: Tensor, where: str, drawn_for: Tensor, *, backward: str = "") -> Tensor:
+        """`x` with the errors of a point in it: those of the forward, or of the product `backward`."""
+        for error in self.errors:
+            if error.point == where and (error.backward if backward else error.forward):
+                wrong = corrupted(x, error, self._generator(error, drawn_for, backward))
+                point = f"{error.name}:{backward}" if backward else error.name
+                self.note(point, x, wrong, x.numel(), own_call=bool(backward))
+                x = wrong
+        return x
+
+    def _generator(self, error: HardwareError, drawn_for: Tensor, backward: str) -> torch.Generator:
+        salt = f"{error.name}/{self.errors.index(error)}/{backward}"
+        if error.kind == "jitter":
+            return self.chance.unknown(drawn_for.device)
+        if error.kind == "stuck" or error.point == "weight":
+            return self.chance.fixed(drawn_for.device, salt)
+        return self.chance.for_tensor(drawn_for, salt)
+
+    def gradient(self, product: str, g: Tensor) -> Tensor:
+        """The gradient as an operand of `product` (grad_input, grad_weight), rounded where its format is active."""
+        if product not in self.points:
+            return g
+        fmt = getattr(self.plan, product)
+        generator = self.chance.for_tensor(g, product) if fmt.rounding == "stochastic" else None
+        rounded, _ = self.rounded(g, fmt, generator)
+        self.note(product, g, rounded, g.numel(), own_call=True)
+        return rounded
+
+    def has_errors(self, *points: str) -> bool:
+        """Whether an error at one of these points is active."""
+        return any(error.point in points for error in self.errors)
+
+    def forget(self, *, frozen: bool = True) -> None:  # noqa: ARG002
+        """Weights may have changed (frozen ones too?): a new step begins for everything drawn or kept."""
+        self.chance.step += 1
+
+    def release(self) -> None:
+        """Act no more: a module that was wrapped since keeps its class, and so goes on asking."""
+        self.enter(self.phase, frozenset())
+
+
+class Injected(nn.Module):
+    """The frame of a module's stand-in class: whatever rewrites parameters makes its state forget."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__[KEY].forget()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[KEY].forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def label(plan: SitePlan, point: str) -> str:
+    """What stands in the evidence as the format of a point: the format's name, or the error's size."""
+    fmt = getattr(plan, point, None)
+    if fmt is not None:
+        return str(fmt.name)
+    error = next(error for error in plan.errors if point.startswith(error.name))
+    return f"{error.scale:g}"

@@ -1,0 +1,256 @@
+"""A rounded copy is never older than its weight: for every optimizer and every way of writing, live equals fresh."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from fp4rl.inject.attach import attach
+from fp4rl.inject.rounded import ACCELERATOR_INTERVAL, KeptCopy, checksum
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.formats import MXFP4
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+W4A16 = Injection.named("w4a16")
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, foreach=False, fused=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "sgd-fused": lambda p: torch.optim.SGD(p, 1e-2, fused=True),
+}
+
+
+def rounded(x):
+    return fake_quantize(x.detach().bfloat16(), MXFP4).to(x.dtype)
+
+
+def policy():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32))
+
+
+def fresh_logits(model, x):
+    """What a copy that was just loaded computes under the same injection."""
+    loaded = policy()
+    loaded.load_state_dict(copy.deepcopy(model.state_dict()))
+    with attach(loaded, W4A16) as harmed, torch.no_grad():
+        harmed.set_phase("evaluation")
+        return loaded(x)
+
+
+def live_logits(model, harmed, x):
+    harmed.set_phase("rollout")
+    with torch.no_grad():
+        first, again = model(x), model(x)
+    assert torch.equal(first, again)
+    harmed.set_phase("training")
+    return first
+
+
+@pytest.mark.parametrize("accumulate", [1, 8])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_live_logits_equal_a_fresh_copys_after_every_optimizer_step(name, accumulate):
+    model, x = policy(), torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with attach(model, W4A16) as harmed:
+        for _ in range(4):
+            before = live_logits(model, harmed, x)
+            for micro in x.chunk(accumulate):
+                (model(micro) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after = live_logits(model, harmed, x)
+            assert torch.equal(after, fresh_logits(model, x))
+            assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_sample_alone_catches_an_optimizer_that_nobody_announced(name):
+    """The same without the hook on optimizers and without a change of phase."""
+    model, x = policy(), torch.randn(16, 32)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with attach(model, W4A16) as harmed:
+        harmed._hook.remove()
+        for _ in range(3):
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                assert torch.equal(model(x), fresh_logits(model, x))
+
+
+def test_a_cache_keyed_on_the_version_alone_would_go_stale():
+    """The reason for the sample: neither a fused step nor a write through .data changes `_version`."""
+    weight = nn.Parameter(torch.randn(8, 8))
+    weight.grad = torch.ones(8, 8)
+    before, version = weight.detach().clone(), weight._version
+    torch.optim.AdamW([weight], 1e-2, fused=True).step()
+    weight.data.add_(1.0)
+    assert weight._version == version
+    assert not torch.equal(weight, before)
+
+
+WRITES = {
+    "through .data": lambda layer: layer.weight.data.mul_(2),
+    "in place": lambda layer: layer.weight.detach().mul_(2),
+    "a new tensor under .data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+    "a new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach() * 2)),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
+    "load with assign": lambda layer: layer.load_state_dict(
+        {k: v * 2 for k, v in layer.state_dict().items()}, assign=True
+    ),
+    "a cast": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+def test_every_way_of_writing_a_weight_is_noticed(write, frozen):
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    layer.requires_grad_(not frozen)
+    with attach(layer, W4A16) as harmed, torch.no_grad():
+        harmed.set_phase("rollout")
+        layer(x)
+        layer(x)
+        WRITES[write](layer)
+        x = x.to(layer.weight.dtype)
+        assert torch.equal(layer(x), linear(x, rounded(layer.weight), layer.bias))
+
+
+def test_with_the_guard_taken_out_a_write_goes_unnoticed(monkeypatch):
+    """The test above has teeth: without the sample a write through .data leaves the old copy in use."""
+    monkeypatch.setattr("fp4rl.inject.rounded.Watch.same_values", lambda self: True)
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    with attach(layer, W4A16), torch.no_grad():
+        layer(x)
+        layer.weight.data.mul_(2)
+        assert not torch.equal(layer(x), linear(x, rounded(layer.weight), layer.bias))
+
+
+def test_a_trainable_weight_is_rounded_once_between_two_optimizer_steps():
+    model, x = policy(), torch.randn(16, 32)
+    with attach(model, W4A16) as harmed:
+        for micro in x.chunk(8):
+            model(micro).sum().backward()
+        rows = harmed.evidence()
+    assert [row["calls"] for row in rows] == [8, 8]
+    assert [row["elements"] for row in rows] == [32 * 64, 32 * 64]
+
+
+def test_a_frozen_weight_is_rounded_once_for_all_steps_and_phases():
+    model, x = policy(), torch.randn(16, 32)
+    model.requires_grad_(False)
+    with attach(model, W4A16) as harmed, torch.no_grad():
+        for phase in ("training", "rollout", "training", "evaluation"):
+            harmed.set_phase(phase)
+            model(x)
+            harmed.invalidate()
+        assert sum(row["elements"] for row in harmed.evidence()) == 2 * 32 * 64
+
+
+def test_a_frozen_weight_that_was_written_all_the_same_is_rounded_again():
+    layer, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(4, 64)
+    with attach(layer, W4A16) as harmed, torch.no_grad():
+        layer(x)
+        layer.weight.data[5, 7] += 1  # one value, outside the sample
+        harmed.invalidate()
+        assert torch.equal(layer(x), linear(x, rounded(layer.weight), layer.bias))
+
+
+def test_frozen_weights_meet_the_points_of_the_new_phase():
+    layer, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(4, 64)
+    plain = layer(x)
+    with attach(layer, Injection.named("w4a16", apply_during=["rollout"])) as harmed, torch.no_grad():
+        harmed.set_phase("rollout")
+        assert not torch.equal(layer(x), plain)
+        harmed.set_phase("evaluation")
+        assert torch.equal(layer(x), plain)
+        harmed.set_phase("rollout")
+        assert not torch.equal(layer(x), plain)
+
+
+def test_the_checksum_sees_a_single_bit():
+    weight = torch.randn(33, 7, dtype=torch.bfloat16)
+    before = checksum([weight])
+    weight.view(torch.int16)[3, 3] ^= 1
+    assert checksum([weight]) != before
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained_with():
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    with attach(layer, W4A16):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+class Accelerated(nn.Parameter):
+    """A parameter that says it lives on an accelerator."""
+
+    is_cpu, is_cuda = False, True
+
+
+def test_on_an_accelerator_the_sample_is_read_now_and_then_and_a_contradiction_stops_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight, kept = Accelerated(torch.randn(8, 8)), KeptCopy("q_proj")
+    kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
+    weight.data.add_(1)
+    for _ in range(ACCELERATOR_INTERVAL - 1):
+        assert kept.current(weight) is not None
+    with pytest.raises(CheckFailed, match="q_proj was written without notice"):
+        kept.current(weight)
+
+
+def test_a_cuda_graph_cannot_record_a_rounded_copy(monkeypatch):
+    weight, kept = Accelerated(torch.randn(8, 8)), KeptCopy("q_proj")
+    kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BadValue, match="q_proj: a CUDA graph would replay"):
+        kept.current(weight)
+
+
+def test_a_model_that_is_dropped_without_removal_is_freed():
+    layer = nn.Linear(64, 64)
+    attach(layer, W4A16)
+    gone = weakref.ref(layer.__dict__["injected"])
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_optimizer_step_leaves_the_copies_of_frozen_weights_alone(monkeypatch):
+    model = policy()
+    model[0].requires_grad_(False)
+    with attach(model, W4A16) as harmed:
+        model(torch.randn(2, 32)).sum().backward()
+        sums = []
+        monkeypatch.setattr("fp4rl.inject.rounded.checksum", lambda weights: sums.append(0) or checksum(weights))
+        torch.optim.SGD(model[2].parameters(), 1e-2).step()
+        model(torch.randn(2, 32))
+        assert len(sums) == 0
+        harmed.invalidate()
+        model(torch.randn(2, 32))
+        assert len(sums) == 1
+
+
+def test_evidence_outlives_the_injection():
+    layer = nn.Linear(64, 64)
+    with attach(layer, W4A16) as harmed:
+        layer(torch.randn(2, 64))
+    assert [row["calls"] for row in harmed.evidence()] == [1]
+
+
+def test_a_stale_copy_is_counted():
+    weight = nn.Parameter(torch.randn(8, 8))
+    kept = KeptCopy()
+    for _ in range(2):
+        kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
+        weight.data.add_(1)
+    assert (kept.made, kept.stale) == (2, 1)

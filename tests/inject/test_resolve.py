@@ -1,0 +1,215 @@
+"""The site table: exact lists, a reason for everything left out, and errors that name the cure."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from fp4rl.inject.resolve import resolve
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.targets import Targets
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def on_meta(kind, config):
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    shape = {"num_hidden_layers": 28, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12}
+    return on_meta(Qwen2ForCausalLM, Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **shape))
+
+
+@pytest.fixture(scope="module")
+def moe():
+    shape = {"num_hidden_layers": 4, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4}
+    return on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(num_experts=128, moe_intermediate_size=768, **shape))
+
+
+def small(**targets):
+    return Injection.named("w4a16", targets=Targets(**targets), fused_groups="free")
+
+
+def test_w4a16_takes_the_196_linears_of_a_28_layer_qwen_and_nothing_else(dense):
+    table = resolve(dense, Injection.named("w4a16"))
+    assert len(table.plans) == 196
+    assert Counter(plan.site.role for plan in table.plans) == dict.fromkeys(ROLES, 28)
+    assert [plan.site.layer for plan in table.plans] == [i for i in range(28) for _ in ROLES]
+
+
+def test_everything_left_out_has_its_reason(dense):
+    table = resolve(dense, Injection.named("w4a16"))
+    reasons = {left.site.name: left.reason for left in table.left_out}
+    assert len(reasons) == 28 * 3 + 3  # two norms and the attention of each layer, final norm, embedding, head
+    assert reasons["lm_head"] == "left by '*lm_head*'"
+    assert reasons["model.embed_tokens"].startswith("embedding")
+
+
+def test_w4a16_of_a_qwen3_moe_takes_attention_and_stacked_experts_but_no_router(moe):
+    table = resolve(moe, Injection.named("w4a16"))
+    per_layer = Counter(plan.site.role for plan in table.plans)
+    assert per_layer == dict.fromkeys(("q", "k", "v", "o", "gate_up", "down"), 4)
+    routers = [left for left in table.left_out if left.site.kind == "router"]
+    assert [left.reason for left in routers] == ["left by '*.gate'"] * 4
+
+
+def test_inputs_of_stacked_experts_need_the_eager_implementation(moe):
+    moe.config._experts_implementation = "grouped_mm"
+    with pytest.raises(BadValue, match=r"eager.*set_experts_implementation"):
+        resolve(moe, Injection.named("w4a4"))
+    moe.config._experts_implementation = "eager"
+    assert len(resolve(moe, Injection.named("w4a4")).plans) == 4 * 6
+
+
+def test_layer_2_leaves_layers_20_to_27_alone(dense):
+    table = resolve(dense, small(take=("*.layers.2.*",)))
+    assert {plan.site.layer for plan in table.plans} == {2}
+    assert len(table.plans) == 7
+
+
+def test_layers_may_count_from_the_end(dense):
+    table = resolve(dense, small(layers=(0, -1)))
+    assert {plan.site.layer for plan in table.plans} == {0, 27}
+    with pytest.raises(BadValue, match="28 is not in this model"):
+        resolve(dense, small(layers=(28,)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"take": ("*.qproj",)}, r"no layer that can be rounded matches '\*\.qproj'; did you mean '\*\.q_proj'"),
+        ({"take": ("*.layers.28.*",)}, r"no layer that can be rounded matches '\*\.layers\.28\.\*'; did you mean"),
+        ({"leave": ("*.qproj", "*lm_head*")}, r"no place matches '\*\.qproj'; did you mean '\*\.q_proj'"),
+        ({"take": ("*norm*",)}, "no layer that can be rounded matches"),
+        ({"take": ("*lm_head*",)}, "nothing to harm in Qwen2ForCausalLM"),
+    ],
+)
+def test_a_pattern_that_hits_nothing_names_the_nearest(dense, targets, message):
+    with pytest.raises(NotThere, match=message):
+        resolve(dense, small(**targets))
+
+
+def test_a_pattern_of_the_table_that_hits_nothing_is_refused(dense):
+    with pytest.raises(NotThere, match=r"did you mean '\*\.down_proj'"):
+        resolve(dense, Injection.model_validate({"mode": "w4a16", "by_pattern": {"*.downproj": "mxfp8"}}))
+
+
+def test_a_tied_head_is_never_rounded(dense):
+    with pytest.raises(BadValue, match=r"lm_head shares its weight with model\.embed_tokens"):
+        resolve(dense, small(leave=(), opt_in=("lm_head",)))
+
+
+def test_the_head_needs_to_be_asked_for(moe):
+    with pytest.raises(BadValue, match=r"lm_head is the output head.*opt_in: \[lm_head\]"):
+        resolve(moe, small(take=("lm_head",), leave=("*norm*",)))
+    (plan,) = resolve(moe, small(take=("lm_head",), leave=("*norm*",), opt_in=("lm_head",))).plans
+    assert "TRL's training forward" in plan.note
+
+
+def test_opting_in_to_what_is_left_out_all_the_same_is_refused(dense):
+    with pytest.raises(BadValue, match=r"opt_in: \[router\] would do nothing"):
+        resolve(dense, small(opt_in=("router",)))
+
+
+def test_a_router_needs_to_be_asked_for(moe):
+    with pytest.raises(BadValue, match=r"mlp\.gate is a router.*opt_in: \[router\]"):
+        resolve(moe, small(leave=("*lm_head*",)))
+
+
+def test_one_parameter_under_two_layers_is_refused():
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(BadValue, match="b shares its weight with a"):
+        resolve(model, Injection.named("w4a16"))
+
+
+def test_one_layer_under_two_names_is_refused():
+    layer = nn.Linear(32, 32)
+    with pytest.raises(BadValue, match="b shares its weight with a"):
+        resolve(nn.ModuleDict({"a": layer, "b": layer}), Injection.named("w4a16"))
+
+
+@pytest.mark.parametrize("name", ["*.q_proj", "*.gate_proj"])
+def test_groups_that_serving_kernels_fuse_must_agree(dense, name):
+    injection = {"mode": "w4a16", "by_pattern": {name: "mxfp8"}}
+    with pytest.raises(BadValue, match="a serving kernel fuses these"):
+        resolve(dense, Injection.model_validate(injection))
+    assert resolve(dense, Injection.model_validate({**injection, "fused_groups": "free"})).plans
+
+
+def test_a_table_of_formats_gives_each_layer_its_own(dense):
+    table = {"*.layers.27.*": {"weight": "none"}, "*.down_proj": "mxfp8"}
+    plans = resolve(dense, Injection.model_validate({"mode": "w4a16", "by_pattern": table})).plans
+    assert Counter((plan.site.role, plan.weight.name) for plan in plans)["down", "mxfp8"] == 27
+    assert len(plans) == 27 * 7
+
+
+def test_a_linear_with_a_forward_of_its_own_is_refused():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(BadValue, match=r"a is a Odd with a forward of its own.*leave: \[a\]"):
+        resolve(nn.ModuleDict({"a": Odd(32, 32)}), Injection.named("w4a16"))
+
+
+def test_a_forward_set_on_the_instance_is_refused():
+    layer = nn.Linear(32, 32)
+    layer.forward = lambda x: x
+    with pytest.raises(BadValue, match="forward set on the instance"):
+        resolve(layer, Injection.named("w4a16"))
+
+
+def test_a_parametrized_weight_is_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    with pytest.raises(BadValue, match="a has no weight of its own"):
+        resolve(nn.ModuleDict({"a": layer}), Injection.named("w4a16"))
+
+
+def test_a_format_that_changes_nothing_is_refused():
+    layer = nn.Linear(32, 32, dtype=torch.bfloat16)
+    with pytest.raises(BadValue, match="weight: bf16 changes nothing in a bfloat16 model"):
+        resolve(layer, Injection(weight="bf16"))
+    assert resolve(nn.Linear(32, 32), Injection(weight="bf16")).plans
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(NotThere, match="no layer that can be rounded"):
+        resolve(nn.Embedding(4, 32), Injection.named("w4a16"))
+
+
+def test_none_needs_no_target(dense):
+    assert resolve(dense, Injection.named("none")).plans == ()
+
+
+def test_the_digest_is_of_what_acts(dense):
+    digest = resolve(dense, Injection.named("w4a16")).digest
+    assert resolve(dense, Injection(weight="mxfp4")).digest == digest
+    assert resolve(dense, Injection.named("w4a16", preset="vllm")).digest != digest
+    assert resolve(dense, Injection.named("w4a16", dtype="float32")).digest != digest
+    assert resolve(dense, Injection.named("w4a16", apply_during=["rollout"])).digest != digest
+
+
+def test_two_injections_that_act_alike_in_a_phase_have_one_digest_there(dense):
+    one = resolve(dense, Injection.named("w4a16", straight_through="clipped"))
+    other = resolve(dense, Injection.named("w4a16", apply_during=["evaluation"]))
+    assert one.digest_in("evaluation") == other.digest_in("evaluation")
+    assert one.digest_in("rollout") != other.digest_in("rollout")
+
+
+def test_rows_are_plain_values(dense):
+    row = resolve(dense, Injection.named("w4a16", preset="vllm")).rows()[0]
+    assert row == {
+        "site": "model.layers.0.self_attn.q_proj",
+        "kind": "linear",
+        "role": "q",
+        "layer": 0,
+        "shape": [1536, 1536],
+        "weight": {"name": "mxfp4", "scale_rule": "even"},
+    }
