@@ -1,0 +1,113 @@
+"""What the noise of one rollout really was: asked, realised, and how many weights it changed."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.noise import Noise
+
+
+@dataclass(frozen=True)
+class NoiseEvidence:
+    """One weight under noise. `sigma` is asked (schedule x multiplier), `realised` measured on what was really there.
+
+    `realised` is the root mean square of the change (relative to the weight for multiplicative noise), `drawn` that of
+    the noise before it was written in the weight's dtype, `share_changed` the part of the values that differ at all.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    multiplier: float
+    sigma: float
+    drawn: float
+    realised: float
+    share_changed: float
+    elements: int
+
+    @property
+    def swallowed(self) -> int:
+        """How many values the weight's dtype was too coarse to change, of those that noise was asked for."""
+        return round((1 - self.share_changed) * self.elements) if self.sigma > 0 else 0
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """All noisy weights of one layer together."""
+
+    layer: int | None
+    sigma: float
+    drawn: float
+    realised: float
+    share_changed: float
+    swallowed: int
+    elements: int
+
+
+def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
+    """Pooled over the weights of each layer (or over several rollouts); what lies outside the stack comes last."""
+
+    def place(item: NoiseEvidence) -> tuple[float, float]:
+        return (math.inf if item.layer is None else item.layer, 0.0)
+
+    return tuple(_pool(list(group)) for _, group in groupby(sorted(evidence, key=place), key=place))
+
+
+def summary(evidence: Sequence[NoiseEvidence], sigma: float) -> dict[str, Any]:
+    """JSON-able record of one rollout: what the schedule asked, what came of it, layer by layer."""
+    changed = sum(item.share_changed * item.elements for item in evidence)
+    elements = sum(item.elements for item in evidence)
+    return {
+        "sigma": sigma,
+        "weights": len(evidence),
+        "elements": elements,
+        "share_changed": changed / elements if elements else 0.0,
+        "swallowed": sum(item.swallowed for item in evidence),
+        "layers": [asdict(layer) for layer in by_layer(evidence)],
+    }
+
+
+def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
+    """CheckFailed when one rollout asked for `sigma` and no weight was drawn any noise (check P03).
+
+    What the weights' dtype swallowed was drawn: late stages in BF16 may change no weight at all, which the whole run
+    answers for (`require_noise`).
+    """
+    if sigma > 0 and not any(item.drawn > 0 for item in evidence):
+        raise CheckFailed(f"the schedule asked for noise of {sigma:g}, but no weight was given any")
+
+
+def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> None:
+    """CheckFailed when a run asked for noise and its rollouts show none, or a control shows some.
+
+    `rollouts` holds the evidence of each rollout of the whole run (or of one in which sigma was above zero).
+    """
+    changed = any(item.share_changed > 0 for rollout in rollouts for item in rollout)
+    if noise.control == "sigma_zero" and changed:
+        raise CheckFailed("the sigma_zero control changed weights: it is not a control")
+    if noise.control != "sigma_zero" and not changed:
+        raise CheckFailed(
+            f"the spec asks for noise ({noise.schedule.kind}), but no weight changed in {len(rollouts)} rollouts; "
+            "sigma stayed 0 (too few steps for the silent stage?) or the weights' dtype swallowed it "
+            "(precision: float32 keeps it)"
+        )
+
+
+def _pool(items: list[NoiseEvidence]) -> LayerNoise:
+    elements = sum(item.elements for item in items)
+
+    def root(values: list[float]) -> float:
+        return math.sqrt(sum(v * v * i.elements for v, i in zip(values, items, strict=True)) / elements)
+
+    return LayerNoise(
+        layer=items[0].layer,
+        sigma=root([item.sigma for item in items]),
+        drawn=root([item.drawn for item in items]),
+        realised=root([item.realised for item in items]),
+        share_changed=sum(item.share_changed * item.elements for item in items) / elements,
+        swallowed=sum(item.swallowed for item in items),
+        elements=elements,
+    )

@@ -1,0 +1,135 @@
+"""Noise for as long as a `with` lasts, and the exact bits back afterwards.
+
+When noise goes on linear weights that are injected (`targets.kinds` holds `linear`), whoever calls this also calls
+`Attachment.invalidate()` on the way in and on the way out: the rounded copies were made from other weights.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fp4rl.noise.evidence import NoiseEvidence
+from fp4rl.noise.targets import NoisyWeight, noisy_weights
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.noise import Noise
+
+
+@contextmanager
+def perturb(
+    model: nn.Module, noise: Noise, sigma: float, *, generator: torch.Generator, share: float | None = None
+) -> Iterator[list[NoiseEvidence]]:
+    """Put noise of standard deviation `sigma` x multiplier on the weights that `noise` names; yields the evidence.
+
+    One number is drawn from `generator`; each weight's noise follows from it and the weight's name, so that it does not
+    depend on the order, the sharding or the process. `share` is the part of the run that is done (zones that change
+    need it). Raises BadValue for a negative sigma, NotThere when nothing takes noise.
+    """
+    if not 0 <= sigma < float("inf"):
+        raise BadValue(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
+    weights = noisy_weights(model, noise, share=share)
+    seed = draw_seed(generator)
+    evidence: list[NoiseEvidence] = []
+    with ExitStack() as undo:
+        for weight in weights:
+            clean = _full(weight.parameter)
+            noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
+            evidence.append(record)
+            undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))
+        yield evidence
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """One number from the generator, from which the noise of all weights follows."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
+
+
+def standard_noise(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """Standard normal noise [shape], FP32, on the CPU (the same numbers whatever device the weight is on)."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    own = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=own, dtype=torch.float32)
+
+
+def noisy_copy(
+    weight: NoisyWeight, clean: Tensor, noise: Noise, sigma: float, seed: int
+) -> tuple[Tensor, NoiseEvidence]:
+    """The noisy weight as a new tensor, in FP32 under `precision: float32` and in the weight's dtype otherwise.
+
+    For a stream of named weights to another engine; `perturb` uses it too, so that both see the same numbers.
+    """
+    asked = sigma * weight.multiplier
+    exact = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
+    drawn = asked * standard_noise(seed, weight.name, clean.shape).to(exact.device)
+    noisy = exact + drawn if noise.operation == "additive" else exact * (1 + drawn)
+    if noise.precision == "weight":
+        noisy = noisy.to(clean.dtype)
+    record = NoiseEvidence(
+        name=weight.name,
+        kind=weight.kind,
+        layer=weight.layer,
+        multiplier=weight.multiplier,
+        sigma=asked,
+        drawn=float(drawn.square().mean().sqrt()),
+        realised=_realised(noisy.to(exact.dtype), exact, noise.operation),
+        share_changed=float((noisy.to(exact.dtype) != exact).double().mean()),
+        elements=clean.numel(),
+    )
+    return noisy, record
+
+
+def _realised(noisy: Tensor, clean: Tensor, operation: str) -> float:
+    change = noisy - clean
+    if operation == "multiplicative":
+        change = (change / clean)[clean != 0]
+    return float(change.double().square().mean().sqrt()) if change.numel() else 0.0
+
+
+def _full(parameter: nn.Parameter) -> Tensor:
+    """A gathered copy of a sharded parameter, the parameter itself otherwise."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _sharded_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+@contextmanager
+def _written(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
+    """In place: autograd then notices a graph that was built on the clean weights and is used under noise."""
+    parameter = weight.parameter
+    kept = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.copy_(_sharded_as(parameter, noisy))
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+@contextmanager
+def _in_float32(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
+    """The norm is computed by an FP32 twin that holds the noisy weight; no weight is written."""
+    module, twin = weight.module, copy.deepcopy(weight.module).float()
+    twin.register_parameter("weight", nn.Parameter(noisy, requires_grad=False))
+    before = module.__dict__.get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        computed: Tensor = twin.forward(hidden.float())
+        return computed.to(hidden.dtype)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,88 @@
+"""Model and noise spec -> the weights that take noise, each with its layer and its multiplier. Changes nothing."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fp4rl.noise.multipliers import multiplier_at, require_layers
+from fp4rl.sites.walk import Site, layer_count, walk
+from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.noise import Noise, NoiseTargets
+from fp4rl.spec.targets import matches, require_hit
+
+_QK_NORM = re.compile(r"(^|_)(q|k|query|key)_?(layer)?norm$")
+_BEFORE_EXPERTS = ("post_attention", "pre_feedforward", "pre_mlp", "ffn_norm")
+
+
+@dataclass(frozen=True)
+class NoisyWeight:
+    """One weight that takes noise. `name` is free of wrappers; `layer` is None outside the stack."""
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+    kind: Literal["norm", "linear"]
+    layer: int | None
+    multiplier: float
+
+
+def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
+    """Every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
+
+    Raises NotThere when there is none, or when a `leave` pattern matches nothing; BadValue for multipliers of layers
+    that do not exist.
+    """
+    sites = walk(model)
+    layers = layer_count(sites)
+    require_layers(noise.multipliers, layers)
+    found = []
+    for site, kind in _candidates(model, sites, noise.targets):
+        module = model.get_submodule(site.path)
+        factor = multiplier_at(noise.multipliers, site.layer, layers, share)
+        parameter = module.get_parameter("weight")
+        found.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor))
+    for pattern in noise.targets.leave:
+        require_hit(pattern, [weight.name for weight in found], "weight that would take noise")
+    found = [weight for weight in found if not any(matches(weight.name, p) for p in noise.targets.leave)]
+    if not found:
+        raise NotThere(
+            f"no weight of {type(model).__name__} takes noise under targets.kinds={list(noise.targets.kinds)}; "
+            "a norm is known by RMSNorm or LayerNorm in its class name and a weight of one dimension"
+        )
+    return tuple(found)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """By its looks, since every model family brings its own class."""
+    named = any(word in type(module).__name__ for word in ("RMSNorm", "LayerNorm"))
+    weight = getattr(module, "weight", None)
+    return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def _candidates(
+    model: nn.Module, sites: tuple[Site, ...], targets: NoiseTargets
+) -> Iterator[tuple[Site, Literal["norm", "linear"]]]:
+    with_experts = {site.layer for site in sites if "experts" in site.name.split(".")}
+    for site in sites:
+        # peft keeps an unused original beside a module that it saves whole
+        if site.parameter != "weight" or site.shares is not None or "original_module" in site.path.split("."):
+            continue
+        if site.kind == "norm" and "norm" in targets.kinds and is_norm(model.get_submodule(site.path)):
+            if _norm_wanted(site, targets, with_experts):
+                yield site, "norm"
+        elif site.kind == "linear" and "linear" in targets.kinds and site.role not in ("lm_head", "router"):
+            yield site, "linear"
+
+
+def _norm_wanted(site: Site, targets: NoiseTargets, with_experts: set[int | None]) -> bool:
+    last = site.name.rpartition(".")[2]
+    if site.layer is None:
+        return targets.final_norm
+    if _QK_NORM.search(last):
+        return targets.qk_norms
+    if site.layer in with_experts and targets.moe == "post_attention":
+        return any(word in last for word in _BEFORE_EXPERTS)
+    return True
