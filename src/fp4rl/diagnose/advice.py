@@ -1,0 +1,136 @@
+"""From findings to spec objects: what to leave out, which formats, how much noise where, and the reasons in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fp4rl.diagnose.aqn import NoiseRule, noise_multipliers
+from fp4rl.diagnose.calibration import Calibration
+from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
+from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
+from fp4rl.diagnose.report import ScanReport
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.noise import Multipliers
+
+WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
+Piece = Literal["formats", "noise", "leave", "weight_format"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to advise. `bits_per_weight` is the budget for mixed formats; `bands` are shares of sites that stand out."""
+
+    noise_rule: NoiseRule = "proportional"
+    bits_per_weight: float = 4.5
+    limit: float = STANDS_OUT
+    bands: tuple[float, float] = (0.10, 0.30)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A strategy in one line with its reasons, and the spec objects that carry it out.
+
+    `leave` are the sites that hurt most, whole fused groups of them; `formats` the knapsack's choice; `variants` other
+    ways to round the same weights, the best first.
+    """
+
+    strategy: str
+    reasons: tuple[str, ...]
+    scanned: Injection
+    multipliers: Multipliers | None
+    leave: tuple[str, ...]
+    formats: FormatAdvice | None
+    variants: tuple[Variant, ...]
+
+    def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
+        """The scanned injection with the advice that `pieces` name in it."""
+        changes: dict[str, Any] = {}
+        if "formats" in pieces and self.formats is not None:
+            changes["by_pattern"] = self.formats.exceptions(self.scanned) + self.scanned.by_pattern
+        if "leave" in pieces and self.leave:
+            targets = self.scanned.targets
+            changes["targets"] = targets.model_copy(update={"leave": (*targets.leave, *self.leave)})
+        if "weight_format" in pieces and self.variants and self.variants[0].change < -WORTH_SAYING:
+            changes["weight"] = self.variants[0].format
+        return self.scanned.model_copy(update=changes)
+
+    def fragment(self, pieces: Sequence[Piece] = ("formats", "noise")) -> dict[str, Any]:
+        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values."""
+        found = {"injection": self.injection(pieces).model_dump(mode="json", exclude_defaults=True)}
+        if "noise" in pieces and self.multipliers is not None:
+            found["noise"] = {"multipliers": self.multipliers.model_dump(exclude_defaults=True)}
+        return found
+
+
+def advise(
+    report: ScanReport, model: nn.Module, calibration: Calibration | None = None, options: Options | None = None
+) -> Advice:
+    """Advice for the model that `report` is about. Formats need the sensitivity part and the calibration behind it.
+
+    Raises BadValue for a report without measurements.
+    """
+    options = options or Options()
+    if not report.parts and report.sensitivity is None:
+        raise BadValue("nothing was measured, so there is nothing to advise; scan with precision or sensitivity")
+    out = standing_out(report, options.limit)
+    share = len(out) / max(len(report.table.plans), 1)
+    severity = report.severity()
+    multipliers = noise_multipliers(options.noise_rule, severity, layers_of(report, out)) if severity else None
+    formats = None
+    if calibration is not None and report.sensitivity is not None and report.table.injection.weight is not None:
+        generator = torch.Generator().manual_seed(0)
+        formats = advised_formats(model, report, calibration, options.bits_per_weight, generator)
+    variants = weight_variants(model, report.table)
+    return Advice(
+        strategy=strategy(share, options.bands),
+        reasons=tuple(_reasons(report, out, share, formats, variants)),
+        scanned=report.table.injection,
+        multipliers=multipliers,
+        leave=_worst(report),
+        formats=formats,
+        variants=variants,
+    )
+
+
+def strategy(share_of_sites: float, bands: tuple[float, float]) -> str:
+    """By the share of sites that stand out relative to the format's ideal."""
+    if share_of_sites == 0:
+        return "no action"
+    if share_of_sites <= bands[0]:
+        return "mixed precision"
+    return "mixed precision and noise" if share_of_sites <= bands[1] else "reconsider the format"
+
+
+def _worst(report: ScanReport) -> tuple[str, ...]:
+    """The tenth of the sites that does most harm, with what is fused to them; nothing without a sensitivity scan."""
+    if report.sensitivity is None or not report.sensitivity.sites:
+        return ()
+    ranked = sorted(report.sensitivity.sites, key=lambda site: -site.harm)
+    worst = {site.name for site in ranked[: max(1, len(ranked) // 10)]}
+    groups = fused_groups(report.table.plans).values()
+    return tuple(site for group in groups if worst & set(group) for site in group)
+
+
+def _reasons(
+    report: ScanReport, out: tuple[str, ...], share: float, formats: FormatAdvice | None, variants: tuple[Variant, ...]
+) -> list[str]:
+    found = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) are well above the format's ideal error"]
+    if report.sensitivity is not None:
+        found.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
+    if formats is not None:
+        now = sum(site.harm for site in report.sensitivity.sites) if report.sensitivity else 0.0
+        wider = len({exception.pattern for exception in formats.exceptions(report.table.injection)})
+        found.append(
+            f"{wider} {'site' if wider == 1 else 'sites'} wider, {formats.bits_per_weight:.2f} bits a weight: "
+            f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.harm:.4g}"
+        )
+    found += [
+        f"{variant.name} would change the weights' error by {variant.change:+.1%}"
+        for variant in variants
+        if variant.change < -WORTH_SAYING
+    ]
+    return found

@@ -1,0 +1,88 @@
+"""Two scans or two checkpoints side by side; equal ones are flagged, since an adapter that was not loaded looks so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from fp4rl.diagnose.shards import StoredTensor, stored_tensors
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """|b - a| / |a| of one tensor (root sums of squares), and the share of its values that differ."""
+
+    name: str
+    relative: float
+    share_changed: float
+
+
+@dataclass(frozen=True)
+class CheckpointDelta:
+    """What lies between two checkpoints: tensors that both have, and names that only one has."""
+
+    tensors: tuple[TensorDelta, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every value of every tensor is the same."""
+        return not self.only_a and not self.only_b and all(delta.share_changed == 0 for delta in self.tensors)
+
+
+@dataclass(frozen=True)
+class MeasureChange:
+    """One measure of one site and part in two scans."""
+
+    site: str
+    part: str
+    measure: str
+    a: float
+    b: float
+
+
+def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
+    """Two checkpoint folders, a few rows at a time. Raises NotThere for a folder without weights."""
+    left, right = stored_tensors(a), stored_tensors(b)
+    both = [name for name in left if name in right]
+    deltas = [_delta(left[name], right[name]) for name in both]
+    return CheckpointDelta(tuple(deltas), tuple(sorted(set(left) - set(right))), tuple(sorted(set(right) - set(left))))
+
+
+def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureChange, ...]:
+    """Measures that two JSON scans share, in the order of `a`. Raises BadValue when they share none."""
+    theirs = {(part["site"], part["part"]): part["measures"] for part in b["parts"]}
+    rows = [
+        MeasureChange(part["site"], part["part"], measure, value, theirs[part["site"], part["part"]][measure])
+        for part in a["parts"]
+        for measure, value in part["measures"].items()
+        if measure in theirs.get((part["site"], part["part"]), {})
+    ]
+    if not rows:
+        raise BadValue("the two scans share no site and measure; scan both models in the same mode and format")
+    return tuple(rows)
+
+
+def require_difference(found: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
+    """CheckFailed when nothing differs (check P18)."""
+    same = found.identical if isinstance(found, CheckpointDelta) else all(row.a == row.b for row in found)
+    if same:
+        raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
+
+
+def _delta(a: StoredTensor, b: StoredTensor) -> TensorDelta:
+    if a.shape != b.shape:
+        raise BadValue(f"{a.name} is {list(a.shape)} in one checkpoint and {list(b.shape)} in the other")
+    error = power = changed = 0.0
+    for ours, theirs in zip(a.rows(_ROWS), b.rows(_ROWS), strict=True):
+        x, y = ours.double(), theirs.double()
+        error += float((y - x).square().sum())
+        power += float(x.square().sum())
+        changed += float((y != x).sum())
+    relative = sqrt(error / power) if power else float(error > 0)
+    return TensorDelta(a.name, relative, changed / max(a.elements, 1))

@@ -1,0 +1,126 @@
+"""How the error of the residual stream grows layer by layer, and how much of it weights and activations add."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import hypot, inf, log10
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.diagnose.calibration import Batch, Calibration
+from fp4rl.diagnose.passes import Progress, logits_of
+from fp4rl.inject.attach import attach
+from fp4rl.inject.plan import SiteTable
+from fp4rl.sites.observe import Watch, observe
+from fp4rl.spec.mistakes import BadValue
+
+PARTS = ("weights", "inputs", "both")
+
+
+@dataclass(frozen=True)
+class LayerDepth:
+    """The residual stream after one layer: its root mean square, and the error in it relative to that.
+
+    `weights` and `inputs` are measured with that part alone rounded (`inputs` includes rounded outputs), `both` with
+    the whole table; `predicted` is what independent errors would come to, sqrt(weights^2 + inputs^2).
+    """
+
+    layer: int
+    rms: float
+    weights: float
+    inputs: float
+    both: float
+
+    @property
+    def predicted(self) -> float:
+        """Root sum of squares of the two parts."""
+        return hypot(self.weights, self.inputs)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to error of the whole table, in decibels."""
+        return -20 * log10(self.both) if self.both > 0 else inf
+
+
+def depth(
+    model: nn.Module, table: SiteTable, calibration: Calibration, *, on_progress: Progress | None = None
+) -> tuple[LayerDepth, ...]:
+    """One pass without harm and up to three with it per batch; the unharmed stream of one batch is held at a time.
+
+    Raises BadValue when no site belongs to a numbered layer.
+    """
+    layers = layer_paths(table)
+    tables = {part: _part(table, part) for part in PARTS}
+    power = dict.fromkeys(layers, 0.0)
+    errors = {part: dict.fromkeys(layers, 0.0) for part in PARTS}
+    counts = dict.fromkeys(layers, 0)
+    for done, batch in enumerate(calibration.batches, start=1):
+        clean: dict[str, Tensor] = {}
+        _run(model, layers, batch, _keeping(clean))
+        for name, tokens in clean.items():
+            power[name] += float(tokens.double().square().sum())
+            counts[name] += tokens.numel()
+        for part, harmed in tables.items():
+            _add_errors(model, harmed, batch, clean, errors[part])
+        if on_progress is not None:
+            on_progress(done, len(calibration.batches))
+    return tuple(
+        LayerDepth(
+            number,
+            (power[path] / counts[path]) ** 0.5,
+            *((errors[part][path] / power[path]) ** 0.5 for part in PARTS),
+        )
+        for path, number in layers.items()
+        if counts[path]
+    )
+
+
+def layer_paths(table: SiteTable) -> dict[str, int]:
+    """Path of each decoder layer that holds a site -> its number, in order."""
+    found: dict[str, int] = {}
+    for site in (*(plan.site for plan in table.plans), *(left.site for left in table.left_out)):
+        parts = site.path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if site.layer is not None and at is not None:
+            found[".".join(parts[: at + 1])] = site.layer
+    if not found:
+        raise BadValue("the model has no numbered layers (such as model.layers.0), so there is no depth to follow")
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _add_errors(
+    model: nn.Module, table: SiteTable, batch: Batch, clean: dict[str, Tensor], sums: dict[str, float]
+) -> None:
+    if not table.plans:
+        return
+
+    def watch(name: str, tokens: Tensor) -> None:
+        sums[name] += float((tokens.float() - clean[name]).double().square().sum())
+
+    with attach(model, table) as attachment:
+        attachment.set_phase("evaluation")
+        _run(model, clean, batch, watch)
+
+
+def _keeping(kept: dict[str, Tensor]) -> Watch:
+    def watch(name: str, tokens: Tensor) -> None:
+        kept[name] = tokens.float().clone()
+
+    return watch
+
+
+def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: Watch) -> None:
+    with observe(model, paths, on_output=watch) as eye, torch.no_grad():
+        eye.mask = batch.mask
+        logits_of(model, batch)
+
+
+def _part(table: SiteTable, part: str) -> SiteTable:
+    """The table with weights alone or inputs alone; sites that then do nothing are left out."""
+    if part == "both":
+        return table
+    plans = [
+        replace(plan, input=None, output=None) if part == "weights" else replace(plan, weight=None)
+        for plan in table.plans
+    ]
+    return replace(table, plans=tuple(plan for plan in plans if plan.points()))

@@ -1,0 +1,203 @@
+"""How every layer responds to small changes, all layers in one forward pass: the features in which faults show."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.diagnose.calibration import Batch, Calibration
+from fp4rl.diagnose.depth import layer_paths
+from fp4rl.diagnose.moments import Moments
+from fp4rl.diagnose.passes import logits_of
+from fp4rl.diagnose.probes import STEP, Probe, probe
+from fp4rl.inject.plan import SiteTable
+from fp4rl.sites.observe import Eye, first_tensor
+from fp4rl.sites.walk import Site
+
+# Of each linear layer in a batch, and of each decoder layer: enough for what a fault leaves blunt, for less than the
+# price of the forward pass itself.
+PROBED_TOKENS = 32
+PROBED_TEXTS = 1
+
+
+@dataclass(frozen=True)
+class LayerDynamics:
+    """One decoder layer, attention included. Noise of 2 % of the stream's root mean square goes into its input.
+
+    `gain` is the ratio of standard deviations of what comes out and what went in, `min_gain` and `max_gain` that of
+    single tokens; `kurtosis` is the excess kurtosis of its output and `kurtosis_jump` its growth over the layer before;
+    `instability` the relative difference of two identical calls.
+    """
+
+    layer: int
+    gain: float
+    min_gain: float
+    max_gain: float
+    kurtosis: float
+    kurtosis_jump: float
+    instability: float
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Every decoder layer, and every linear layer that was probed, by site name."""
+
+    layers: tuple[LayerDynamics, ...]
+    sites: Mapping[str, Probe]
+    places: Mapping[str, Site]
+    tokens: int
+
+
+def dynamics(
+    model: nn.Module,
+    table: SiteTable,
+    calibration: Calibration,
+    *,
+    generator: torch.Generator,
+    batches: int = 1,
+    probed: bool = True,
+) -> Dynamics:
+    """Features of all layers, from one forward pass per batch over the last `batches` of the calibration (the longest).
+
+    Within the pass each layer is called again with its own input, changed a little; nothing is kept but sums. The
+    model is not changed. A second batch enters as the mean of the features (of the extremes for gains). Linear layers
+    are left in peace unless `probed`.
+    """
+    sites = {plan.name: plan.site for plan in table.plans if probed and plan.site.kind == "linear"}
+    paths = layer_paths(table)
+    seen = _Seen(_stranger(generator))
+    for batch in calibration.batches[-batches:]:
+        with ExitStack() as stack, torch.no_grad():
+            seen.eye.mask = batch.mask
+            for name, site in sites.items():
+                hook = model.get_submodule(site.path).register_forward_hook(seen.site_hook(name))
+                stack.callback(hook.remove)
+            for path, number in paths.items():
+                hook = model.get_submodule(path).register_forward_hook(seen.layer_hook(number, batch), with_kwargs=True)
+                stack.callback(hook.remove)
+            logits_of(model, batch)
+            seen.eye.forget()
+    probes = {name: _merged(found) for name, found in seen.sites.items()}
+    tokens = sum(int(batch.mask.sum()) for batch in calibration.batches[-batches:])
+    return Dynamics(tuple(_with_jumps(seen.layers)), probes, {name: sites[name] for name in probes}, tokens)
+
+
+def _stranger(generator: torch.Generator) -> torch.Generator:
+    """A generator that shares no stream with any other of a small seed.
+
+    Weights that were drawn from seed 0 and probed with noise from seed 0 answer themselves: it looked like spikes.
+    """
+    drawn = int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
+    seed = hashlib.blake2b(f"probe {drawn}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+
+
+def ratios(full: Dynamics, harmed: Dynamics) -> dict[int, dict[str, float]]:
+    """Layer -> `gain_ratio` and `kurtosis_ratio` of a harmed model to the unharmed one, as the documents judge them."""
+    before = {layer.layer: layer for layer in full.layers}
+    return {
+        layer.layer: {
+            "gain_ratio": layer.gain / before[layer.layer].gain,
+            # Of the plain fourth moment ratio (3 for Gaussian data): a ratio of excesses would divide by about zero.
+            "kurtosis_ratio": (layer.kurtosis + 3) / (before[layer.layer].kurtosis + 3),
+        }
+        for layer in harmed.layers
+        if layer.layer in before
+    }
+
+
+class _Seen:
+    """What the hooks of one pass collect. Calls that a hook itself makes are not looked at again."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.eye = Eye()
+        self.sites: dict[str, list[Probe]] = {}
+        self.layers: dict[int, list[tuple[Moments, Tensor, float]]] = {}
+        self._busy = False
+
+    def site_hook(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> None:
+            if not self._busy:
+                self._busy = True
+                tokens = self.eye.tokens(args[0])
+                every = max(1, len(tokens) // PROBED_TOKENS)
+                self.sites.setdefault(name, []).append(probe(layer, tokens[::every][:PROBED_TOKENS], self.generator))
+                self._busy = False
+
+        return hook
+
+    def layer_hook(self, number: int, batch: Batch) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hidden, out = first_tensor(args), first_tensor(output)
+            if self._busy or hidden is None or out is None:
+                return
+            self._busy = True
+            moments = Moments.of(out[batch.mask.bool().to(out.device)])
+            self.layers.setdefault(number, []).append(
+                (moments, *self._asked(layer, (args, kwargs), hidden, batch.mask))
+            )
+            self._busy = False
+
+        return hook
+
+    def _asked(
+        self, layer: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor, mask: Tensor
+    ) -> tuple[Tensor, float]:
+        """Gain of every token of the probed texts [tokens], and the relative difference of two identical calls."""
+        texts = len(hidden)
+        args, kwargs = some_texts(given, texts)
+        hidden, real = some_texts(hidden, texts), some_texts(mask.bool().to(hidden.device), texts)
+        change = torch.randn(hidden.shape, generator=self.generator, dtype=torch.float32).to(hidden.device)
+        moved = (hidden.float() + STEP * float(hidden[real].float().square().mean().sqrt()) * change).to(hidden.dtype)
+        there, once, again = (_called(layer, value, args, kwargs)[real].double() for value in (moved, hidden, hidden))
+        came, went = there - once, (moved - hidden)[real].double()
+        gains = came.std(-1, correction=0) / went.std(-1, correction=0)
+        return gains, float((again - once).square().mean().sqrt() / once.square().mean().sqrt())
+
+
+def _called(layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found = first_tensor(layer(hidden, *args[1:], **kwargs))
+    assert found is not None
+    return found
+
+
+def some_texts(value: Any, texts: int) -> Any:
+    """The last texts of whatever a layer was called with: of every tensor [texts, ...], in tuples and mappings too.
+
+    One-dimensional tensors are left alone: they count tokens, even where there are as many as texts.
+    """
+    if isinstance(value, Tensor):
+        return value[-PROBED_TEXTS:] if value.dim() > 1 and len(value) == texts else value
+    if isinstance(value, tuple):
+        return tuple(some_texts(one, texts) for one in value)
+    if isinstance(value, dict):
+        return {key: some_texts(one, texts) for key, one in value.items()}
+    return value
+
+
+def _merged(found: list[Probe]) -> Probe:
+    """Means over batches, and extremes for the extremes."""
+    choose: dict[str, Callable[[list[float]], float]] = {"min_gain": min, "max_gain": max}
+    names = [field.name for field in fields(Probe)]
+    return Probe(*(choose.get(name, _mean)([getattr(one, name) for one in found]) for name in names))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _with_jumps(layers: dict[int, list[tuple[Moments, Tensor, float]]]) -> list[LayerDynamics]:
+    rows: list[LayerDynamics] = []
+    for number, found in sorted(layers.items()):
+        gains = torch.cat([gains for _, gains, _ in found])
+        kurtosis = sum((moments for moments, _, _ in found), Moments()).excess_kurtosis
+        jump = kurtosis - rows[-1].kurtosis if rows else 0.0
+        gain = float(gains.square().mean().sqrt())
+        unstable = max(unstable for _, _, unstable in found)
+        rows.append(LayerDynamics(number, gain, float(gains.min()), float(gains.max()), kurtosis, jump, unstable))
+    return rows

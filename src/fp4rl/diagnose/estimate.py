@@ -1,0 +1,104 @@
+"""The KL that rounding a site will cost, from one backward pass: gradient times error, Fisher weighted.
+
+To second order KL = 1/2 E[(sum_t g_t . d_t)^2] over answers drawn from the model itself, where g_t is the gradient of
+their log-probability at a site's output for token t and d_t the error that rounding puts there. Drawing the answers is
+what makes g g' the Fisher information (Martens 2020, arXiv 1412.1193, section 5).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fp4rl.diagnose.calibration import Batch, Calibration
+from fp4rl.diagnose.passes import logits_of
+from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.formats import Format
+
+DRAWS = 4  # answers drawn per token; each costs a backward pass and none a forward
+
+
+def estimated_kl(
+    model: nn.Module, table: SiteTable, calibration: Calibration, *, generator: torch.Generator, draws: int = DRAWS
+) -> dict[str, float]:
+    """Linear site -> predicted KL in nats per token when that site alone is rounded. No parameter gets a gradient."""
+    dtype = getattr(torch, table.injection.dtype)
+    linears = tuple(plan for plan in table.plans if plan.site.kind == "linear")
+    sums = {plan.name: 0.0 for plan in linears}
+    for batch in calibration.batches:
+        with _taps(model, linears) as taps, torch.enable_grad():
+            logits = logits_of(model, batch)
+            called = [plan for plan in linears if plan.name in taps]  # an expert may get no token
+            outputs = [taps[plan.name][1] for plan in called]
+            for draw in range(draws):
+                log_prob = _log_prob_of_own_answers(logits, batch, generator)
+                gradients = torch.autograd.grad(log_prob, outputs, retain_graph=draw + 1 < draws, allow_unused=True)
+                for plan, gradient in zip(called, gradients, strict=True):
+                    if gradient is not None:
+                        error = taps[plan.name][2](dtype)
+                        sums[plan.name] += float(_along(gradient, error, batch).square().sum()) / draws
+    return {name: 0.5 * total / calibration.tokens for name, total in sums.items()}
+
+
+def _along(gradient: Tensor, error: Tensor, batch: Batch) -> Tensor:
+    """sum_t g_t . d_t for every sequence [batch]; tokens that an expert was given are one sequence."""
+    product = (gradient.float() * error.float()).sum(-1)
+    return product.sum(-1) if product.shape == batch.mask.shape else product.sum()
+
+
+def _log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    mask = batch.mask.bool().to(logits.device)
+    log_probs = torch.log_softmax(logits[mask].float(), -1)
+    drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(logits.device)
+    return log_probs.gather(-1, drawn).sum()
+
+
+@contextmanager
+def _taps(model: nn.Module, plans: tuple[SitePlan, ...]) -> Iterator[dict[str, Any]]:
+    """Name -> (input, output in the graph, function giving the error of the output), filled by a forward pass."""
+    taps: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for plan in plans:
+            layer = model.get_submodule(plan.site.path)
+            assert isinstance(layer, nn.Linear)
+            handle = layer.register_forward_hook(_tap(taps, plan))
+            stack.callback(handle.remove)
+        yield taps
+
+
+def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
+    def hook(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # frozen weights: the graph starts here
+            output = output.detach().requires_grad_()
+        x, known = args[0].detach(), dict[torch.dtype, Tensor]()
+
+        def error(dtype: torch.dtype) -> Tensor:
+            if dtype not in known:
+                known[dtype] = output_error(x, layer, plan, dtype)
+            return known[dtype]
+
+        taps[plan.name] = (x, output, error)
+        return output
+
+    return hook
+
+
+@torch.no_grad()
+def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype) -> Tensor:
+    """What rounding adds to the layer's output: [..., out], from the input [..., in] it really had."""
+    weight = layer.weight.detach()
+    rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
+    clean = linear(x, weight, layer.bias)
+    harmed = linear(rounded_x, rounded_w, layer.bias)
+    return (harmed if plan.output is None else _rounded(harmed, plan.output, dtype)) - clean
+
+
+def _rounded(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:
+    if fmt is None:
+        return x
+    generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
+    return fake_quantize(x.to(dtype), fmt, generator=generator).to(x.dtype)

@@ -1,0 +1,111 @@
+"""What a reader should take from a scan: which sites stand out, relative to the format's ideal and to each other."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge
+from fp4rl.diagnose.sensitivity import rank_correlation
+
+STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data
+Kind = Literal["fault", "precision", "sensitivity", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence, and the places it is about (sites)."""
+
+    kind: Kind
+    text: str
+    sites: tuple[str, ...] = ()
+
+
+def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ...]:
+    """Sites with a weight or an input whose error is more than `limit` times that of ideal data in the same format."""
+    return tuple(dict.fromkeys(part.site for part in report.parts if part.excess > limit))
+
+
+def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
+    """The numbered layers that these sites belong to."""
+    places = {plan.name: plan.site.layer for plan in report.table.plans}
+    return frozenset(layer for site in sites if (layer := places.get(site)) is not None)
+
+
+def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ...]:
+    """Faults first, then what is imprecise, then what hurts, then what to know about the scan itself."""
+    return (*_faults(report), *_imprecise(report, limit), *_harmful(report), *_notes(report))
+
+
+def rule_results(report: ScanReport, rules: tuple[str, ...] = tuple(RULES)) -> tuple[RuleResult, ...]:
+    """The documents' rules on this report; each says whether ideal data would already fail it."""
+    return tuple(judge(RULES[name], places(report)) for name in rules)
+
+
+def places(report: ScanReport) -> list[Measured]:
+    """Every measured weight and input, and every layer's ratios to full precision, as something that rules judge."""
+    parts = [Measured(f"{part.site} {part.part}", part.layer, part.measures, part.ideal) for part in report.parts]
+    return parts + [Measured(f"layer {layer}", layer, found, {}) for layer, found in report.ratios.items()]
+
+
+def _faults(report: ScanReport) -> list[Finding]:
+    verdict = report.verdict
+    if verdict is None:
+        return []
+    found = []
+    if verdict.suspects:
+        worst = verdict.suspects[0]
+        sites = tuple(suspect.site for suspect in verdict.suspects)
+        text = (
+            f"layer {verdict.layer} looks faulty ({verdict.kind}): {worst.feature} of {worst.site} is "
+            f"{worst.value:.3g}, {worst.z:.0f} robust standard deviations from the other sites"
+        )
+        found.append(Finding("fault", text, sites))
+    if verdict.everywhere:
+        words = ", ".join(verdict.everywhere)
+        found.append(Finding("fault", f"every layer is out of bounds in {words}: the device, or a precision left on"))
+    return found
+
+
+def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
+    out = standing_out(report, limit)
+    if not report.parts:
+        return []
+    if not out:
+        worst = max(report.parts, key=lambda part: part.excess)
+        text = f"no site is above {limit:g} times the format's ideal error; the worst is at {worst.excess:.2f}"
+        return [Finding("precision", text, (worst.site,))]
+    total = len({part.site for part in report.parts})
+    return [
+        Finding("precision", f"{len(out)} of {total} sites are above {limit:g} times the format's ideal error", out)
+    ]
+
+
+def _harmful(report: ScanReport) -> list[Finding]:
+    found = report.sensitivity
+    if found is None or not found.sites:
+        return []
+    ranked = sorted(found.sites, key=lambda site: -site.harm)
+    total = sum(site.harm for site in ranked) or 1.0
+    top = ranked[: max(1, len(ranked) // 10)]
+    share = sum(site.harm for site in top) / total
+    makes = "makes" if len(top) == 1 else "make"
+    text = f"{len(top)} of {len(ranked)} sites {makes} {share:.0%} of the harm; the worst is {top[0].name}"
+    lines = [Finding("sensitivity", text, tuple(site.name for site in top))]
+    errors = {part.site: part.measures["relative_l2"] for part in report.parts if part.part == "weight"}
+    pairs = [(errors[site.name], site.harm) for site in ranked if site.name in errors]
+    agreement = rank_correlation([e for e, _ in pairs], [h for _, h in pairs])
+    if agreement is not None:
+        text = f"rank correlation of a weight's error with the harm it does: {agreement:.2f}; size alone does not tell"
+        lines += [Finding("sensitivity", text)] if agreement < 0.7 else []
+    return lines
+
+
+def _notes(report: ScanReport) -> list[Finding]:
+    found = []
+    short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))
+    if short:
+        text = f"the block does not divide the width of {len(short)} sites; their last block is short"
+        found.append(Finding("note", text, short))
+    if report.calibration and report.calibration["few"]:
+        found.append(Finding("note", f"only {report.calibration['texts']} calibration texts; use at least 32"))
+    return found

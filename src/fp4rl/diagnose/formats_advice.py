@@ -1,0 +1,139 @@
+"""Which format each site should have, by the knapsack on measured harm, and what another scale rule would save."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import nn
+
+from fp4rl.diagnose.calibration import Calibration
+from fp4rl.diagnose.estimate import estimated_kl
+from fp4rl.diagnose.knapsack import Choice, Chosen, knapsack
+from fp4rl.diagnose.precision import PIECE, weight_of
+from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.tally import Tally, round_piece
+from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.points import PatternFormats
+
+WIDER: tuple[Format, ...] = (MXFP8, BF16)
+_RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+
+@dataclass(frozen=True)
+class FormatAdvice:
+    """The chosen format per group of sites (fused groups stay together), and the average bits per weight."""
+
+    chosen: Chosen
+    groups: Mapping[str, tuple[str, ...]]
+    bits_per_weight: float
+
+    def exceptions(self, injection: Injection) -> tuple[PatternFormats, ...]:
+        """One exception per site whose format is not the injection's own; BF16 means that nothing is rounded there."""
+        found = []
+        for group, choice in self.chosen.choices.items():
+            if injection.weight is not None and choice.format != injection.weight.name:
+                fmt = next(wide for wide in WIDER if wide.name == choice.format)
+                point = None if fmt is BF16 else fmt
+                inputs = point if injection.input is not None else "keep"
+                found += [PatternFormats(pattern=s, weight=point, input=inputs) for s in self.groups[group]]
+        return tuple(found)
+
+
+def advised_formats(
+    model: nn.Module, report: ScanReport, calibration: Calibration, bits_per_weight: float, generator: torch.Generator
+) -> FormatAdvice:
+    """Least predicted KL under an average of `bits_per_weight`, over the scanned format, MXFP8 and BF16.
+
+    A wider format's harm is the scanned one, measured where it was, times the ratio of their one-pass estimates.
+    Raises BadValue without a sensitivity scan, and for a budget below the scanned format's own bits.
+    """
+    if report.sensitivity is None:
+        raise BadValue("formats are advised from sensitivity; scan with it")
+    injection, plans = report.table.injection, [p for p in report.table.plans if p.weight is not None]
+    if injection.weight is None or not plans:
+        raise BadValue("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
+    harm = {site.name: site.harm for site in report.sensitivity.sites}
+    narrow = estimated_kl(model, report.table, calibration, generator=generator)
+    wide = estimated_kl(model, _widened(report.table), calibration, generator=generator)
+    groups = fused_groups(plans)
+    size = {plan.name: prod(plan.site.shape) for plan in plans}
+    choices = {
+        group: _choices(injection.weight, sites, size, harm, {s: _ratio(wide[s], narrow[s]) for s in sites})
+        for group, sites in groups.items()
+    }
+    chosen = knapsack(choices, bits_per_weight * sum(size.values()))
+    return FormatAdvice(chosen, groups, chosen.bits / sum(size.values()))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to round the same weights: relative error of all of them together, and the change against now."""
+
+    name: str
+    format: Format
+    relative_l2: float
+    change: float
+
+
+def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
+    """Scale rules and a rotation beside the scanned format, on the first million values of every weight; best first."""
+    fmt = table.injection.weight
+    if fmt is None:
+        return ()
+    tried = {"as scanned": fmt}
+    if fmt.scale == "e8m0":
+        others = (rule for rule in _RULES if rule != fmt.scale_rule)
+        tried |= {f"scale_rule: {rule}": replace(fmt, scale_rule=rule) for rule in others}
+    if fmt.rotation is None:
+        tried["rotation: 32"] = replace(fmt, rotation=32)
+    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
+    errors = {name: _error(model, plans, table, variant) for name, variant in tried.items()}
+    now = errors["as scanned"]
+    found = [Variant(name, tried[name], error, error / now - 1) for name, error in errors.items() if now > 0]
+    return tuple(sorted(found, key=lambda variant: variant.relative_l2))
+
+
+def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: Format) -> float:
+    tally = Tally()
+    for plan in plans:
+        weight = weight_of(model, plan)
+        rows = max(1, PIECE // weight.shape[-1])
+        fits = fmt.rotation is None or weight.shape[-1] % fmt.rotation == 0
+        way = fmt if fits else replace(fmt, rotation=None)
+        seen = weight[:rows].to(getattr(torch, table.injection.dtype))
+        tally.add(round_piece(seen, way))
+    return tally.measures()["relative_l2"] if tally.values else float("inf")
+
+
+def _choices(
+    fmt: Format, sites: Sequence[str], size: Mapping[str, int], harm: Mapping[str, float], wider: Mapping[str, float]
+) -> list[Choice]:
+    values = sum(size[site] for site in sites)
+    return [
+        Choice(fmt.name, values * fmt.bits_per_value, sum(harm[site] for site in sites)),
+        Choice(MXFP8.name, values * MXFP8.bits_per_value, sum(harm[site] * wider[site] for site in sites)),
+        Choice(BF16.name, values * 16.0, 0.0),
+    ]
+
+
+def _ratio(wide: float, narrow: float) -> float:
+    return min(1.0, wide / narrow) if narrow > 0 else 0.0
+
+
+def _widened(table: SiteTable) -> SiteTable:
+    plans = (replace(p, weight=p.weight and MXFP8, input=p.input and MXFP8) for p in table.plans)
+    return replace(table, plans=tuple(plans))
+
+
+def fused_groups(plans: Sequence[SitePlan]) -> dict[str, tuple[str, ...]]:
+    """Sites that a serving kernel fuses form one group; every other site is its own."""
+    found: dict[str, list[str]] = {}
+    for plan in plans:
+        fused = _FUSED.get(plan.site.role)
+        found.setdefault(f"{plan.site.parent}.{fused}" if fused else plan.name, []).append(plan.name)
+    return {group: tuple(sites) for group, sites in found.items()}

@@ -1,0 +1,65 @@
+"""What noise alone does to the loss of a quantized model, without any training: the documents' first probe of AQN."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from fp4rl.diagnose.calibration import Calibration
+from fp4rl.diagnose.passes import Progress, reference_of
+from fp4rl.inject.attach import Attachment, attach
+from fp4rl.noise.perturb import perturb
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.noise import Noise
+
+
+def noise_losses(
+    model: nn.Module,
+    injection: Injection | None,
+    noises: Mapping[str, Noise | None],
+    calibration: Calibration,
+    *,
+    sigma: float,
+    draws: int,
+    on_progress: Progress | None = None,
+) -> dict[str, list[float]]:
+    """Name -> loss (nats per token) of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
+
+    Draw d uses the same noise numbers for every name, so that differences between names are paired; an arm without
+    noise has one loss, repeated. The model is unharmed afterwards.
+    """
+    if draws < 2:
+        raise BadValue(f"{draws} draws have no spread; take at least 2, better 20")
+    losses: dict[str, list[float]] = {name: [] for name in noises}
+    with attach(model, injection) if injection is not None else nullcontext() as attachment:
+        if attachment is not None:
+            attachment.set_phase("rollout")
+        for draw in range(draws):
+            for name, noise in noises.items():
+                if noise is None and losses[name]:
+                    losses[name].append(losses[name][0])
+                else:
+                    losses[name].append(_loss(model, attachment, noise, calibration, sigma, draw))
+            if on_progress is not None:
+                on_progress(draw + 1, draws)
+    return losses
+
+
+def _loss(
+    model: nn.Module,
+    attachment: Attachment | None,
+    noise: Noise | None,
+    calibration: Calibration,
+    sigma: float,
+    draw: int,
+) -> float:
+    generator = torch.Generator().manual_seed(draw)
+    with perturb(model, noise, sigma, generator=generator, share=0.0) if noise is not None else nullcontext():
+        if attachment is not None:
+            attachment.invalidate()
+        total = sum(reference_of(model, batch).loss * int(batch.mask.sum()) for batch in calibration.batches)
+    if attachment is not None:
+        attachment.invalidate()
+    return total / calibration.tokens

@@ -1,0 +1,74 @@
+"""One forward pass over a batch, and how far two of them lie apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from fp4rl.diagnose.calibration import Batch
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What an error does to the output: `kl` to the unharmed model and change of the loss, in nats per token."""
+
+    kl: float
+    loss_change: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unharmed model on one batch: log-probabilities [tokens, vocabulary] of its real tokens, and its loss."""
+
+    log_probs: Tensor
+    loss: float
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [batch, time, vocabulary] in the model's dtype."""
+    device = next(model.parameters()).device
+    # A cache would grow by every probe that calls a layer again.
+    options = {"use_cache": False} if hasattr(model, "config") else {}
+    output: Any = model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), **options)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits
+
+
+@torch.no_grad()
+def reference_of(model: nn.Module, batch: Batch) -> Reference:
+    """The model as it is now, as what others are compared with."""
+    logits = logits_of(model, batch)
+    return Reference(_log_probs(logits, batch), _loss(logits, batch))
+
+
+@torch.no_grad()
+def harm_of(model: nn.Module, batch: Batch, reference: Reference) -> Harm:
+    """How far the model as it is now lies from `reference`: KL(reference || now), averaged over real tokens."""
+    logits = logits_of(model, batch)
+    now = _log_probs(logits, batch)
+    kl = kl_div(now, reference.log_probs, reduction="sum", log_target=True) / len(now)
+    return Harm(float(kl), _loss(logits, batch) - reference.loss)
+
+
+def weighted(harms: list[Harm], weights: list[int]) -> Harm:
+    """The average over batches, each counted by its tokens."""
+    total = sum(weights)
+    pairs = list(zip(harms, weights, strict=True))
+    return Harm(sum(h.kl * w for h, w in pairs) / total, sum(h.loss_change * w for h, w in pairs) / total)
+
+
+def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
+    return log_softmax(logits[batch.mask.bool().to(logits.device)].float(), -1)
+
+
+def _loss(logits: Tensor, batch: Batch) -> float:
+    """Cross-entropy of the next token, over tokens that have one."""
+    mask = (batch.mask[:, 1:] * batch.mask[:, :-1]).bool().to(logits.device)
+    if not bool(mask.any()):
+        return 0.0
+    return float(cross_entropy(logits[:, :-1][mask].float(), batch.ids[:, 1:].to(logits.device)[mask]))

@@ -1,0 +1,138 @@
+"""How exact every site is in its format, weights and inputs apart, each beside what ideal data would give."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.diagnose.calibration import Calibration
+from fp4rl.diagnose.passes import Progress, logits_of
+from fp4rl.diagnose.tally import Tally, excess, round_piece
+from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.numerics.errors import gaussian_ideal
+from fp4rl.sites.observe import observe
+from fp4rl.spec.formats import Format
+
+Part = Literal["weight", "input"]
+Rows = Callable[[int], Iterator[Tensor]]  # pieces [at most n rows, columns] of one tensor, from its start
+
+PIECE = 1 << 20  # values held at once
+
+
+@dataclass(frozen=True)
+class PartError:
+    """One site's weight or matmul input: its measures (see `Tally.measures`) and those of ideal Gaussian data.
+
+    `short_block` is the length of the last block where the format's block does not divide the width, else 0.
+    """
+
+    site: str
+    layer: int | None
+    role: str
+    part: Part
+    format: str
+    shape: tuple[int, ...]
+    short_block: int
+    measures: Mapping[str, float]
+    ideal: Mapping[str, float]
+
+    @property
+    def excess(self) -> float:
+        """Relative error over that of ideal data: 1 is the format's floor."""
+        return excess(self.measures, self.ideal)
+
+
+def weight_errors(
+    model: nn.Module, table: SiteTable, on_progress: Progress | None = None
+) -> tuple[tuple[PartError, ...], dict[str, Tally]]:
+    """Every weight that the table rounds, and the sums behind it. Raises BadValue, naming the site, for NaN or Inf."""
+    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
+    found: dict[str, Tally] = {}
+    for done, plan in enumerate(plans, start=1):
+        found[plan.name] = rounding_error(_pieces(weight_of(model, plan)), plan, table)
+        if on_progress is not None:
+            on_progress(done, len(plans))
+    return tuple(part_error(plan, "weight", found[plan.name]) for plan in plans), found
+
+
+def weight_of(model: nn.Module, plan: SitePlan) -> Tensor:
+    """The weight [out, in] that is rounded: its layer's own, plus its active adapters where they are merged."""
+    layer: Any = model.get_submodule(plan.site.path)
+    weight: Tensor = layer.weight.detach()
+    if plan.merged:
+        above: Any = model.get_submodule(plan.site.path.rpartition(".")[0])
+        for name in (n for n in above.active_adapters if n in above.lora_A):
+            pair = above.lora_B[name].weight.detach() @ above.lora_A[name].weight.detach()
+            weight = weight + (pair * above.scaling[name]).to(weight.dtype)
+    return weight
+
+
+def _pieces(weight: Tensor) -> Rows:
+    return lambda height: iter(torch.split(weight, height))
+
+
+def input_errors(
+    model: nn.Module, table: SiteTable, calibration: Calibration, on_progress: Progress | None = None
+) -> tuple[PartError, ...]:
+    """Every matmul input that the table rounds; one forward pass per batch serves all sites."""
+    plans = {plan.site.path: plan for plan in table.plans if plan.input is not None and plan.site.kind == "linear"}
+    if not plans:
+        return ()
+    tallies = {path: Tally() for path in plans}
+    dtype = getattr(torch, table.injection.dtype)
+    last: dict[str, Any] = {}
+
+    def watch(path: str, tokens: Tensor) -> None:
+        fmt = plans[path].input
+        assert fmt is not None
+        if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read one tensor
+            seen = tokens.to(dtype)
+            one = Tally()
+            one.add(round_piece(seen, fmt, plans[path].name), each_row=True)
+            last.update(tokens=tokens, fmt=fmt, tally=one)
+        tallies[path].merge(last["tally"])
+
+    with observe(model, plans, on_input=watch) as eye:
+        for done, batch in enumerate(calibration.batches, start=1):
+            eye.mask = batch.mask
+            logits_of(model, batch)
+            last.clear()
+            if on_progress is not None:
+                on_progress(done, len(calibration.batches))
+    return tuple(part_error(plan, "input", tallies[path]) for path, plan in plans.items() if tallies[path].values)
+
+
+def part_error(plan: SitePlan, part: Part, tally: Tally) -> PartError:
+    """Sums -> measures, with the ideal beside them."""
+    fmt = plan.weight if part == "weight" else plan.input
+    assert fmt is not None
+    site, columns = plan.site, plan.site.shape[-1]
+    short = columns % fmt.block[1] if fmt.block is not None else 0
+    ideal = ideal_measures(fmt)
+    return PartError(site.name, site.layer, site.role, part, fmt.name, site.shape, short, tally.measures(), ideal)
+
+
+def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> Tally:
+    """Sums over one weight that is given in pieces, cast to the dtype that the quantizer sees."""
+    fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
+    assert fmt is not None
+    height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
+    amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if _spans_tensor(fmt) else None
+    tally = Tally()
+    for piece in rows(height):
+        seen = piece.to(dtype)
+        tally.add(round_piece(seen, fmt, plan.name, amax))
+    return tally
+
+
+def ideal_measures(fmt: Format) -> dict[str, float]:
+    """What ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
+    found = gaussian_ideal(fmt).as_dict()
+    return found | {"row_median": found["relative_l2"]}
+
+
+def _spans_tensor(fmt: Format) -> bool:
+    """Whether one scale serves the whole tensor (NVFP4's second level, FP8), so that a piece does not know it."""
+    return fmt.scale in ("e4m3", "fp32")

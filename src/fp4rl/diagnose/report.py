@@ -1,0 +1,96 @@
+"""What a scan found, as one value with a stable JSON form (see docs/concepts/diagnosis.md)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fp4rl.diagnose.depth import LayerDepth
+from fp4rl.diagnose.dynamics import Dynamics
+from fp4rl.diagnose.precision import PartError
+from fp4rl.diagnose.sensitivity import Sensitivity
+from fp4rl.diagnose.suspects import Verdict
+from fp4rl.diagnose.tally import Tally, pooled
+from fp4rl.inject.plan import SiteTable
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One site's weight before and after rounding: counts per bin, bins in units of the root mean square."""
+
+    site: str
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """Everything a scan found; parts that were not asked for are None or empty. `tallies` are the weights' sums."""
+
+    model: str
+    table: SiteTable
+    parts: tuple[PartError, ...] = ()
+    tallies: Mapping[str, Tally] | None = None
+    calibration: Mapping[str, Any] | None = None
+    sensitivity: Sensitivity | None = None
+    depth: tuple[LayerDepth, ...] = ()
+    dynamics: Dynamics | None = None
+    verdict: Verdict | None = None
+    ratios: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    distribution: Distribution | None = None
+
+    def part(self, site: str, part: str) -> PartError | None:
+        """One site's weight or input, if it was measured."""
+        return next((p for p in self.parts if p.site == site and p.part == part), None)
+
+    def severity(self) -> dict[int, float]:
+        """Layer -> harm: the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
+        mean excess of the squared error over the format's ideal."""
+        found: dict[int, list[float]] = {}
+        if self.sensitivity is not None:
+            for site in self.sensitivity.sites:
+                if site.layer is not None:
+                    found.setdefault(site.layer, []).append(site.harm)
+            return {layer: sum(values) for layer, values in sorted(found.items())}
+        for part in self.parts:
+            if part.layer is not None:
+                found.setdefault(part.layer, []).append(part.excess**2)
+        return {layer: sum(values) / len(values) for layer, values in sorted(found.items())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        injection = self.table.injection
+        total = pooled(list(self.tallies.values())).measures() if self.tallies else None
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "injection": injection.model_dump(mode="json", exclude_defaults=True),
+            "sites_digest": self.table.digest,
+            "sites": len(self.table.plans),
+            "calibration": self.calibration,
+            "weights_together": total,
+            "parts": [asdict(part) | {"excess": part.excess} for part in self.parts],
+            "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
+            "depth": [asdict(d) | {"predicted": d.predicted, "sqnr_db": _finite(d.sqnr_db)} for d in self.depth],
+            "dynamics": self._dynamics(),
+            "distribution": asdict(self.distribution) if self.distribution else None,
+        }
+
+    def _dynamics(self) -> dict[str, Any] | None:
+        if self.dynamics is None or self.verdict is None:
+            return None
+        return {
+            "tokens": self.dynamics.tokens,
+            "layers": [{k: _finite(v) for k, v in asdict(layer).items()} for layer in self.dynamics.layers],
+            "sites": {name: asdict(probe) for name, probe in self.dynamics.sites.items()},
+            "suspects": [asdict(suspect) for suspect in self.verdict.suspects],
+            "everywhere": list(self.verdict.everywhere),
+            "ratios": {str(layer): dict(found) for layer, found in self.ratios.items()},
+        }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value == value and abs(value) != float("inf") else None

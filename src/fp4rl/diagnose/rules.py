@@ -1,0 +1,101 @@
+"""The rules of the documents that this work grew from, by name, and whether each of them can tell anything apart.
+
+They are kept to be compared with, not to be trusted: a threshold that ideal data cannot meet flags every layer, so the
+result says where the format's own ideal already fails it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fp4rl.spec.mistakes import NotThere, nearest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A site is flagged when `measure` is `below` or `above` the limit."""
+
+    name: str
+    measure: str
+    side: Literal["below", "above"]
+    limit: float
+    unit: str = ""
+
+    def flags(self, value: float) -> bool:
+        """Whether this value is on the wrong side."""
+        return value < self.limit if self.side == "below" else value > self.limit
+
+
+RULES: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("sqnr", "sqnr_db", "below", 20.0, "dB"),
+        Rule("deadzone", "deadzone_share", "above", 0.05),
+        Rule("saturation", "clipped_share", "above", 0.01),
+        Rule("relative_error", "relative_l1", "above", 0.10),
+        Rule("gain_ratio", "gain_ratio", "below", 0.9),
+        Rule("kurtosis_ratio", "kurtosis_ratio", "below", 0.9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One place that rules judge: its measures, and those of ideal data in the same format where they exist."""
+
+    place: str
+    layer: int | None
+    measures: Mapping[str, float]
+    ideal: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """What one rule flagged. `ideal_fails` counts the judged places whose format's ideal value already fails it."""
+
+    rule: Rule
+    judged: int
+    flagged: tuple[str, ...]
+    layers: tuple[int, ...]
+    ideal_fails: int
+
+    @property
+    def discriminates(self) -> bool:
+        """False when ideal data would be flagged everywhere too."""
+        return self.judged > 0 and self.ideal_fails < self.judged
+
+    def remark(self) -> str:
+        """One line for a reader."""
+        rule = self.rule
+        said = f"{rule.measure} {rule.side} {rule.limit:g} {rule.unit}".rstrip()
+        if self.judged == 0:
+            return f"{said}: nothing measured"
+        if not self.discriminates:
+            return f"{said}: flags {len(self.flagged)} of {self.judged}, and ideal Gaussian data too: tells nothing"
+        return f"{said}: flags {len(self.flagged)} of {self.judged}"
+
+
+def rule_named(name: str, limit: float | None = None) -> Rule:
+    """A rule by name, with another limit where one is given; NotThere names the nearest."""
+    if name not in RULES:
+        raise NotThere(f"no rule is called {name!r}{nearest(name, RULES)}")
+    rule = RULES[name]
+    return rule if limit is None else Rule(rule.name, rule.measure, rule.side, limit, rule.unit)
+
+
+def judge(rule: Rule, places: Sequence[Measured]) -> RuleResult:
+    """Apply one rule to every place that has its measure."""
+    judged = [place for place in places if rule.measure in place.measures]
+    flagged = [place for place in judged if rule.flags(place.measures[rule.measure])]
+    hopeless = [place for place in judged if rule.measure in place.ideal and rule.flags(place.ideal[rule.measure])]
+    layers = sorted({place.layer for place in flagged if place.layer is not None})
+    return RuleResult(rule, len(judged), tuple(place.place for place in flagged), tuple(layers), len(hopeless))
+
+
+def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
+    """The documents' bands: what to do when this share of the layers is flagged."""
+    if share_of_layers == 0:
+        return "no action"
+    if share_of_layers < low:
+        return "leave the flagged layers out"
+    return "targeted noise" if share_of_layers <= high else "reconsider_quantization"

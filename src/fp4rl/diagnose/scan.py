@@ -1,0 +1,138 @@
+"""A whole scan: exactly the tensors that the injector would touch, looked at from every side that was asked for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4rl.diagnose.calibration import Calibration, calibrate
+from fp4rl.diagnose.depth import depth
+from fp4rl.diagnose.dynamics import dynamics, ratios
+from fp4rl.diagnose.passes import Progress
+from fp4rl.diagnose.precision import input_errors, weight_errors, weight_of
+from fp4rl.diagnose.report import Distribution, ScanReport
+from fp4rl.diagnose.sensitivity import sensitivity
+from fp4rl.diagnose.suspects import suspects
+from fp4rl.inject.attach import attach
+from fp4rl.inject.plan import SiteTable
+from fp4rl.inject.resolve import resolve
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.scan import Scan
+
+Stages = Callable[[str, int, int], None]  # stage, done, total
+EVERYTHING = Scan()
+BINS = 161
+REACH = 4.0  # histograms show this many root mean squares to each side
+
+
+def scan(
+    model: nn.Module,
+    injection: Injection,
+    *,
+    tokenizer: Any = None,
+    texts: Sequence[str] | Calibration = (),
+    spec: Scan = EVERYTHING,
+    on_stage: Stages | None = None,
+) -> ScanReport:
+    """Scan a live model for what `injection` would do to it. The model is not changed.
+
+    Without texts only the weights' precision can be scanned. Raises what `resolve` raises (no linear layers, patterns
+    without a hit), and BadValue for texts that cannot be used or that a part needs and has not got.
+    """
+    table = resolve(model, injection)
+    if not table.plans:
+        raise BadValue("this injection rounds nothing, so there is nothing to scan; take a mode such as w4a16")
+    calibration = _calibration(tokenizer, texts, spec)
+    if calibration is None and set(spec.parts) != {"precision"}:
+        raise BadValue("sensitivity, depth and dynamics need texts; give some, or scan with parts=('precision',)")
+    generator = torch.Generator().manual_seed(spec.seed)
+    found: dict[str, Any] = {}
+    if "precision" in spec.parts:
+        parts, found["tallies"] = weight_errors(model, table, _stage(on_stage, "weights"))
+        inputs = input_errors(model, table, calibration, _stage(on_stage, "inputs")) if calibration else ()
+        found["parts"] = (*parts, *inputs)
+    if calibration is not None:
+        found["calibration"] = calibration.described()
+        found |= _fed(model, table, calibration, spec, generator, on_stage)
+    report = ScanReport(type(model).__name__, table, **found)
+    return _with_distribution(report, model)
+
+
+def _fed(
+    model: nn.Module,
+    table: SiteTable,
+    calibration: Calibration,
+    spec: Scan,
+    generator: torch.Generator,
+    on_stage: Stages | None,
+) -> dict[str, Any]:
+    """The parts that need texts."""
+    found: dict[str, Any] = {}
+    if "dynamics" in spec.parts:
+        found["dynamics"] = dynamics(model, table, calibration, generator=generator, batches=spec.probed_batches)
+        found["verdict"] = suspects(found["dynamics"])
+        with attach(model, table) as attachment:
+            attachment.set_phase("evaluation")
+            again = torch.Generator().manual_seed(spec.seed)
+            harmed = dynamics(model, table, calibration, generator=again, batches=spec.probed_batches, probed=False)
+        found["ratios"] = ratios(found["dynamics"], harmed)
+    if "depth" in spec.parts:
+        found["depth"] = depth(model, table, calibration, on_progress=_stage(on_stage, "depth"))
+    if "sensitivity" in spec.parts:
+        found["sensitivity"] = sensitivity(
+            model,
+            table,
+            calibration,
+            measured=spec.measured,
+            spared=spec.spared,
+            generator=generator,
+            on_progress=_stage(on_stage, "sensitivity"),
+        )
+    return found
+
+
+def distribution(model: nn.Module, report: ScanReport, site: str) -> Distribution:
+    """Histogram of one scanned weight before and after rounding; BadValue for a site whose weight is not rounded."""
+    plan = next((p for p in report.table.plans if p.name == site and p.weight is not None), None)
+    if plan is None or plan.weight is None:
+        raise BadValue(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
+    seen = weight_of(model, plan).to(getattr(torch, report.table.injection.dtype))
+    generator = torch.Generator(seen.device).manual_seed(0) if plan.weight.rounding == "stochastic" else None
+    rounded = fake_quantize(seen, plan.weight, generator=generator)
+    unit = float(seen.float().square().mean().sqrt()) or 1.0
+    edges = torch.linspace(-REACH, REACH, BINS + 1)
+    counts = [torch.histogram((x.float().cpu() / unit).clamp(-REACH, REACH), edges).hist for x in (seen, rounded)]
+    before, after = (tuple(int(n) for n in count) for count in counts)
+    return Distribution(site, tuple(round(float(e), 6) for e in edges), before, after)
+
+
+def worst_site(report: ScanReport) -> str | None:
+    """The rounded weight of greatest harm, or of greatest excess where harm was not looked at."""
+    weights = {part.site: part for part in report.parts if part.part == "weight"}
+    if report.sensitivity is not None and weights:
+        known = [site for site in report.sensitivity.sites if site.name in weights]
+        return max(known, key=lambda s: s.harm).name if known else None
+    return max(weights, key=lambda name: weights[name].excess) if weights else None
+
+
+def _with_distribution(report: ScanReport, model: nn.Module) -> ScanReport:
+    site = worst_site(report)
+    return report if site is None else replace(report, distribution=distribution(model, report, site))
+
+
+def _calibration(tokenizer: Any, texts: Sequence[str] | Calibration, spec: Scan) -> Calibration | None:
+    if isinstance(texts, Calibration):
+        return texts
+    if not texts:
+        return None
+    if tokenizer is None:
+        raise BadValue("texts need the model's tokenizer; pass tokenizer=...")
+    return calibrate(tokenizer, texts, batch_size=spec.batch_size, longest=spec.longest)
+
+
+def _stage(on_stage: Stages | None, name: str) -> Progress | None:
+    return None if on_stage is None else lambda done, total: on_stage(name, done, total)

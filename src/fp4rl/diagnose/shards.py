@@ -1,0 +1,104 @@
+"""Weights straight from safetensors files, a few rows at a time, so that a checkpoint may be larger than memory.
+
+The files are read, not mapped: mapped pages would count as this process's memory.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, first byte, dtype, shape."""
+
+    name: str
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    def read(self) -> Tensor:
+        """The whole tensor in its stored dtype."""
+        return self._values(0, self.elements).view(self.shape)
+
+    def rows(self, at_once: int) -> Iterator[Tensor]:
+        """The tensor as [rows, columns] in pieces of at most `at_once` rows; leading axes are folded into rows."""
+        columns = self.shape[-1] if self.shape else 1
+        count = self.elements // max(columns, 1)
+        for first in range(0, count, at_once):
+            take = min(at_once, count - first)
+            yield self._values(first * columns, take * columns).view(take, columns)
+
+    def _values(self, first: int, count: int) -> Tensor:
+        size = self.dtype.itemsize
+        buffer = bytearray(count * size)
+        with self.file.open("rb") as handle:
+            handle.seek(self.start + first * size)
+            if handle.readinto(buffer) != len(buffer):
+                raise BadValue(f"{self.file}: the file ends inside {self.name!r}; copy it anew")
+        return torch.frombuffer(buffer, dtype=self.dtype) if count else torch.empty(0, dtype=self.dtype)
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
+
+    Raises NotThere when the folder holds no safetensors file or its index names a missing one, BadValue for a file
+    that cannot be read.
+    """
+    place = Path(folder)
+    files = _files(place)
+    if not files:
+        raise NotThere(f"{place}: no safetensors file; give a Hugging Face model folder")
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        found |= {tensor.name: tensor for tensor in _contents(file)}
+    return found
+
+
+def _files(place: Path) -> list[Path]:
+    index = place / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (place / name).is_file():
+            raise NotThere(f"{place}: the index names {name}, which is not there; copy the checkpoint anew")
+    return [place / name for name in names]
+
+
+def _contents(file: Path) -> Iterator[StoredTensor]:
+    header, data_start = _header(file)
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in _DTYPES:
+            start = data_start + entry["data_offsets"][0]
+            yield StoredTensor(name, file, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file is the header's length (8 bytes, little endian), the header in JSON, and the data."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 0 < length <= _HEADER_LIMIT:
+            raise BadValue(f"{file}: not a safetensors file")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError:
+            raise BadValue(f"{file}: not a safetensors file") from None
+    return header, 8 + length

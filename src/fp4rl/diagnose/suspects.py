@@ -1,0 +1,94 @@
+"""From features to a verdict: which layer's hardware computes wrongly, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, TypeVar
+
+from fp4rl.diagnose.dynamics import Dynamics
+from fp4rl.diagnose.probes import Probe
+
+T = TypeVar("T")
+FaultKind = Literal["non-determinism", "dead zone", "stuck channel", "saturation", "spikes", "bias", "gain"]
+
+# In the order of asking: a fault also shifts the features below its own (a dead zone makes responses jump).
+# Feature, the kind it names, and the smallest spread that counts: below it lie rounding and sampling error.
+_SIGNS: tuple[tuple[str, FaultKind, float], ...] = (
+    ("instability", "non-determinism", 1e-4),
+    ("dead", "dead zone", 1e-3),
+    ("stuck", "stuck channel", 5e-4),
+    ("edge", "saturation", 1e-5),
+    ("jumps", "spikes", 5e-5),
+    ("kurtosis", "spikes", 0.2),
+    ("offset", "bias", 1e-3),
+    ("strange_gain", "gain", 0.04),
+)
+LIMIT = 6.0  # robust z-score above which a feature stands out
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One linear layer that computes wrongly: the feature that says so, its value and its robust z-score."""
+
+    site: str
+    layer: int | None
+    kind: FaultKind
+    feature: str
+    value: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Suspects, the worst first. `everywhere` names features whose median is out of bounds: no layer stands out in
+    them, because all share the fault (or a reduced precision that was left on)."""
+
+    suspects: tuple[Suspect, ...]
+    everywhere: tuple[str, ...]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer with most of the evidence, None when nothing is suspect."""
+        return self._winner(lambda suspect: suspect.layer)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of fault with most of the evidence, in that layer."""
+        found = [suspect for suspect in self.suspects if suspect.layer == self.layer]
+        return Verdict(tuple(found), ())._winner(lambda suspect: suspect.kind)
+
+    def _winner(self, key: Callable[[Suspect], T]) -> T | None:
+        votes: dict[T, float] = {}
+        for suspect in self.suspects:
+            votes[key(suspect)] = votes.get(key(suspect), 0.0) + min(suspect.z, 100.0)
+        return max(votes, key=lambda vote: votes[vote]) if votes else None
+
+
+def suspects(found: Dynamics, limit: float = LIMIT) -> Verdict:
+    """Robust z-scores of every feature over all probed sites, and what the ones beyond `limit` mean."""
+    values = {feature: {name: _feature(p, feature) for name, p in found.sites.items()} for feature, _, _ in _SIGNS}
+    scores = {feature: robust_z(values[feature], spread) for feature, _, spread in _SIGNS}
+    named = []
+    for name in found.sites:
+        sign = next(((f, kind) for f, kind, _ in _SIGNS if scores[f][name] > limit), None)
+        if sign is not None:
+            feature, kind = sign
+            place = found.places[name]
+            named.append(Suspect(name, place.layer, kind, feature, values[feature][name], scores[feature][name]))
+    everywhere = [f for f, _, spread in _SIGNS if values[f] and median(values[f].values()) > limit * spread]
+    return Verdict(tuple(sorted(named, key=lambda s: -s.z)), tuple(everywhere))
+
+
+def robust_z(values: dict[str, float], least_spread: float) -> dict[str, float]:
+    """(value - median) / (1.4826 * median absolute deviation), the denominator at least `least_spread`."""
+    if not values:
+        return {}
+    middle = median(values.values())
+    spread = max(1.4826 * median(abs(v - middle) for v in values.values()), least_spread)
+    return {name: (value - middle) / spread for name, value in values.items()}
+
+
+def _feature(found: Probe, name: str) -> float:
+    if name == "strange_gain":
+        return abs(found.gain - 1)
+    return float(getattr(found, name))

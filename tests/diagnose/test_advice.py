@@ -1,0 +1,183 @@
+"""From findings to spec objects: the knapsack, the noise rules, the documents' thresholds, and the fragment."""
+
+import itertools
+import json
+import random
+
+import pytest
+import yaml
+
+from fp4rl.diagnose.advice import Options, advise, strategy
+from fp4rl.diagnose.aqn import RULES as NOISE_RULES
+from fp4rl.diagnose.aqn import noise_multipliers
+from fp4rl.diagnose.findings import findings, rule_results, standing_out
+from fp4rl.diagnose.knapsack import Choice, knapsack
+from fp4rl.diagnose.rules import Measured, band, judge, rule_named
+from fp4rl.diagnose.scan import scan
+from fp4rl.inject.resolve import resolve
+from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.spec.door import load_spec
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.scan import Scan
+
+SEVERITY = {0: 9.0, 1: 1.0, 2: 1.0, 3: 4.0, 4: 1.0}
+
+
+@pytest.fixture(scope="module")
+def advice(w4a4, stories, calibration):
+    return advise(w4a4, stories, calibration, Options(bits_per_weight=5.0))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_knapsack_equals_trying_everything(seed):
+    draw = random.Random(seed)
+    groups = {
+        f"g{i}": [Choice("a", 4.0 * w, h), Choice("b", 8.0 * w, h * draw.random()), Choice("c", 16.0 * w, 0.0)]
+        for i in range(6)
+        for w, h in [(draw.randint(1, 9), draw.random())]
+    }
+    floor = sum(choices[0].bits for choices in groups.values())
+    budget = floor * draw.uniform(1.0, 2.5)
+    best = min(
+        sum(c.harm for c in pick) for pick in itertools.product(*groups.values()) if sum(c.bits for c in pick) <= budget
+    )
+    found = knapsack(groups, budget)
+    assert found.bits <= budget
+    assert found.harm == pytest.approx(best, rel=0.01)
+
+
+def test_a_budget_below_the_cheapest_formats_is_refused():
+    with pytest.raises(BadValue, match="need 8 bits"):
+        knapsack({"a": [Choice("x", 8.0, 1.0)]}, 7.0)
+
+
+def test_a_budget_of_exactly_the_cheapest_keeps_them():
+    assert knapsack({"a": [Choice("x", 8.0, 1.0), Choice("y", 9.0, 0.0)]}, 8.0).choices["a"].format == "x"
+
+
+def test_proportional_and_inverse_multipliers_have_root_mean_square_one_and_opposite_order():
+    up = dict(noise_multipliers("proportional", SEVERITY, frozenset()).by_layer)
+    down = dict(noise_multipliers("inverse", SEVERITY, frozenset()).by_layer)
+    assert up[0] > up[3] > up[1]
+    assert down[0] < down[3] < down[1]
+    for found in (up, down):
+        assert sum(v * v for v in found.values()) / 5 == pytest.approx(1.0, abs=1e-3)
+
+
+def test_targeted_and_its_control_are_complements():
+    out = frozenset({0, 3})
+    targeted = dict(noise_multipliers("targeted", SEVERITY, out).by_layer)
+    control = dict(noise_multipliers("healthy_only", SEVERITY, out).by_layer)
+    assert targeted == {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0, 4: 0.0}
+    assert all(targeted[layer] + control[layer] == 1.0 for layer in SEVERITY)
+
+
+def test_targeted_takes_the_worst_fifth_when_nothing_stands_out():
+    assert dict(noise_multipliers("targeted", SEVERITY, frozenset()).by_layer)[0] == 1.0
+
+
+def test_zones_give_ends_and_middle_one_value_each():
+    multipliers = noise_multipliers("zones", SEVERITY, frozenset())
+    values = [multiplier_at(multipliers, layer, 5) for layer in range(5)]
+    assert values[0] == values[4] > values[1] == values[2]
+
+
+def test_an_unknown_noise_rule_names_the_nearest():
+    with pytest.raises(NotThere, match="did you mean 'inverse'"):
+        noise_multipliers("inverted", SEVERITY, frozenset())
+
+
+def test_a_threshold_that_ideal_data_breaks_is_said_to_tell_nothing(w4a4):
+    found = {result.rule.name: result for result in rule_results(w4a4)}
+    assert found["sqnr"].ideal_fails == found["sqnr"].judged == 70
+    assert not found["sqnr"].discriminates
+    assert "tells nothing" in found["sqnr"].remark()
+    assert found["gain_ratio"].discriminates
+
+
+def test_thresholds_are_configurable():
+    place = Measured("a weight", 0, {"sqnr_db": 18.7}, {"sqnr_db": 18.86})
+    assert judge(rule_named("sqnr"), [place]).flagged == ("a weight",)
+    assert judge(rule_named("sqnr", 18.0), [place]).flagged == ()
+    with pytest.raises(NotThere, match="did you mean 'sqnr'"):
+        rule_named("snr")
+
+
+def test_bands_and_strategies_by_share():
+    assert [band(s) for s in (0.0, 0.05, 0.2, 0.5)] == [
+        "no action",
+        "leave the flagged layers out",
+        "targeted noise",
+        "reconsider_quantization",
+    ]
+    assert [strategy(s, (0.1, 0.3)) for s in (0.0, 0.1, 0.2, 0.5)] == [
+        "no action",
+        "mixed precision",
+        "mixed precision and noise",
+        "reconsider the format",
+    ]
+
+
+def test_what_stands_out_is_relative_to_the_formats_ideal(w4a4):
+    out = standing_out(w4a4)
+    assert out
+    assert all("down_proj" in site for site in out)
+    assert standing_out(w4a4, 10.0) == ()
+
+
+def test_findings_say_what_hurts_and_that_size_alone_does_not_tell(w4a4):
+    words = " ".join(found.text for found in findings(w4a4))
+    assert "size alone does not tell" in words
+    assert "block does not divide the width of 5 sites" in words
+    assert "faulty" not in words
+
+
+def test_advised_formats_keep_fused_groups_together_and_the_budget(advice, stories, w4a4):
+    assert advice.formats.bits_per_weight <= 5.0
+    assert advice.formats.chosen.harm < sum(site.harm for site in w4a4.sensitivity.sites)
+    table = resolve(stories, advice.injection())  # refuses a split q/k/v or gate/up
+    wider = {plan.name for plan in table.plans if plan.weight.name != "mxfp4"}
+    assert wider == {entry.pattern for entry in advice.injection().by_pattern if entry.weight is not None}
+    assert wider
+
+
+def test_a_left_out_site_takes_its_fused_group_along(advice, stories):
+    assert advice.leave
+    resolve(stories, advice.injection(["leave"]))
+
+
+def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice, tmp_path):
+    spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
+    spec.write_text("injection: w4a4\nnoise: {schedule: {kind: geometric, num_stages: 4}}\ntraining: {steps: 4}\n")
+    fragment.write_text(yaml.safe_dump(advice.fragment()))
+    experiment = load_spec(spec, [f"+{fragment}"])
+    assert experiment.injection == advice.injection()
+    assert experiment.noise.multipliers == advice.multipliers
+    assert experiment.noise.schedule.num_stages == 4
+
+
+@pytest.mark.parametrize("rule", NOISE_RULES)
+def test_every_noise_rule_makes_a_valid_spec(w4a4, stories, rule):
+    found = advise(w4a4, stories, options=Options(noise_rule=rule))
+    assert found.formats is None
+    json.dumps(found.fragment())
+
+
+def test_another_scale_rule_is_recommended_with_what_it_saves(advice):
+    best = advice.variants[0]
+    assert best.name in ("scale_rule: mse", "scale_rule: even")
+    assert -0.06 < best.change < -0.015
+    assert advice.injection(["weight_format"]).weight.scale_rule == best.format.scale_rule
+
+
+def test_formats_cannot_be_advised_without_sensitivity(stories, calibration):
+    report = scan(stories, Injection.named("w4a16"), spec=Scan(parts=("precision",)))
+    found = advise(report, stories, calibration)
+    assert found.formats is None
+    assert found.multipliers is not None
+
+
+def test_a_scan_without_texts_that_needs_them_says_so(stories):
+    with pytest.raises(BadValue, match="need texts"):
+        scan(stories, Injection.named("w4a16"))

@@ -1,0 +1,139 @@
+"""What a scan reads: weights from shards, texts as tokens, moments seen piece by piece, inputs of named modules."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fp4rl.diagnose.calibration import calibrate, from_tokens, texts_of
+from fp4rl.diagnose.moments import Moments
+from fp4rl.diagnose.shards import stored_tensors
+from fp4rl.sites.observe import observe
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+
+def test_moments_merged_from_pieces_equal_those_of_the_whole():
+    values = torch.randn(10_001, generator=torch.Generator().manual_seed(0)).double() ** 3 + 0.7
+    merged = sum((Moments.of(piece) for piece in values.split(977)), Moments())
+    whole = Moments.of(values)
+    for name in ("count", "mean", "std", "rms", "excess_kurtosis", "low", "high"):
+        assert getattr(merged, name) == pytest.approx(getattr(whole, name), rel=1e-10)
+    deviation = values - values.mean()
+    assert whole.excess_kurtosis == pytest.approx(float((deviation**4).mean() / values.var(correction=0) ** 2 - 3))
+
+
+def test_gaussian_values_have_no_excess_kurtosis():
+    values = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    assert abs(Moments.of(values).excess_kurtosis) < 0.05
+
+
+def test_shards_give_back_the_stored_bits_whole_and_in_rows(tmp_path):
+    tensors = {f"t{i}": torch.randn(7, 5).to(kind) for i, kind in enumerate((torch.float32, torch.bfloat16))}
+    save_file({"t0": tensors["t0"]}, tmp_path / "a.safetensors")
+    save_file({"t1": tensors["t1"], "ids": torch.arange(3)}, tmp_path / "b.safetensors")
+    index = {"weight_map": {"t0": "a.safetensors", "t1": "b.safetensors", "ids": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = stored_tensors(tmp_path)
+    assert set(found) == {"t0", "t1"}
+    for name, stored in found.items():
+        assert torch.equal(stored.read(), tensors[name])
+        pieces = list(stored.rows(3))
+        assert [len(piece) for piece in pieces] == [3, 3, 1]
+        assert torch.equal(torch.cat(pieces), tensors[name])
+
+
+def test_a_missing_shard_and_a_folder_without_weights_are_named(tmp_path):
+    with pytest.raises(NotThere, match="no safetensors file"):
+        stored_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"t": "gone.safetensors"}}')
+    with pytest.raises(NotThere, match=r"gone\.safetensors"):
+        stored_tensors(tmp_path)
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!")
+    with pytest.raises(BadValue, match="not a safetensors file"):
+        stored_tensors(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    save_file({"t": torch.zeros(64)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(BadValue, match="ends inside 't'"):
+        stored_tensors(tmp_path)["t"].read()
+
+
+class Words:
+    pad_token_id = 0
+
+    def __call__(self, text):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_calibration_counts_texts_and_tokens_and_masks_padding():
+    found = calibrate(Words(), ["aa b", "ccc", "  "], batch_size=2)
+    assert (found.texts, found.tokens) == (2, 3)
+    (batch,) = found.batches
+    assert batch.ids.tolist() == [[3, 0], [2, 1]]
+    assert batch.mask.tolist() == [[1, 0], [1, 1]]
+    assert found.described()["few"] is True
+
+
+def test_the_digest_of_a_calibration_depends_on_its_tokens():
+    assert from_tokens([[1, 2]]).digest == from_tokens([[1, 2]], batch_size=1).digest != from_tokens([[2, 1]]).digest
+
+
+def test_empty_calibration_text_and_a_tokenizer_without_padding_are_refused_with_the_cure():
+    with pytest.raises(BadValue, match="--text FILE"):
+        calibrate(Words(), ["", "  "])
+    tokenizer = Words()
+    tokenizer.pad_token_id = None
+    with pytest.raises(BadValue, match="set one, such as"):
+        calibrate(tokenizer, ["a b"])
+
+
+def test_a_text_of_few_lines_is_cut_into_thirty_two_pieces(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text(" ".join(f"w{i}" for i in range(320)))
+    pieces = texts_of(file)
+    assert len(pieces) == 32
+    assert " ".join(pieces).split() == file.read_text().split()
+    file.write_text("\n \n")
+    with pytest.raises(BadValue, match="empty"):
+        texts_of(file)
+    with pytest.raises(NotThere, match="no such file"):
+        texts_of(tmp_path / "gone.txt")
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.q(x) + self.k(x))
+
+
+def test_one_pass_shows_the_inputs_of_all_modules_without_the_padding():
+    model, x = Two(), torch.randn(2, 5, 3)
+    seen, expected = {}, model(x)
+    with observe(
+        model, ["q", "k", "out"], on_input=lambda name, tokens: seen.setdefault(name, []).append(tokens)
+    ) as eye:
+        eye.mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+        got = model(x)
+    assert torch.equal(got, expected)
+    assert torch.equal(seen["q"][0], torch.cat([x[0], x[1, :2]]))
+    assert seen["q"][0] is seen["k"][0]  # shared work for a shared input
+    assert seen["out"][0].shape == (7, 4)
+    assert not model._modules["q"]._forward_pre_hooks
+
+
+def test_a_module_that_is_not_there_is_named_and_no_hook_stays():
+    model = Two()
+    with pytest.raises(NotThere, match="did you mean 'out'"), observe(model, ["q", "outt"], on_input=print):
+        pass
+    assert not model.q._forward_pre_hooks
