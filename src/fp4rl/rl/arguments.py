@@ -1,0 +1,67 @@
+"""A recipe in the words of TRL's `GRPOConfig`; everything that is not named here stays TRL's own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp4rl.spec.training import Training
+
+
+def arguments(recipe: Training, folder: Path, seed: int, keep: int) -> dict[str, Any]:
+    """Keyword arguments of `GRPOConfig`. `folder` gets the checkpoints, of which the last `keep` stay.
+
+    `beta` stays 0: the reference belongs to our own loss. A TRL step is one update, ours is a batch of rollouts.
+    """
+    return {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps * recipe.updates_per_step,
+        "max_completion_length": recipe.max_response_length,
+        "temperature": recipe.temperature,
+        "top_p": recipe.top_p,
+        "beta": 0.0,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "seed": seed,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "shuffle_dataset": False,
+        "remove_unused_columns": False,
+        **_batches(recipe),
+        **_optimizer(recipe),
+        **_checkpoints(recipe, keep),
+    }
+
+
+def _batches(recipe: Training) -> dict[str, Any]:
+    update = recipe.mini_batch_size * recipe.rollout_n
+    micro = recipe.micro_batch_size or update
+    return {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": update // micro,
+        "steps_per_generation": recipe.train_batch_size * recipe.rollout_n // micro,
+        "num_generations": recipe.rollout_n,
+    }
+
+
+def _optimizer(recipe: Training) -> dict[str, Any]:
+    return {
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": "constant_with_warmup" if recipe.lr_scheduler == "constant" else recipe.lr_scheduler,
+        "warmup_steps": recipe.lr_warmup_steps * recipe.updates_per_step,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.grad_clip,
+    }
+
+
+def _checkpoints(recipe: Training, keep: int) -> dict[str, Any]:
+    # At rollout boundaries alone: in between, a batch of answers would have to be saved too.
+    saved = {"save_steps": recipe.save_freq * recipe.updates_per_step, "save_total_limit": keep}
+    return {
+        "save_strategy": "steps" if recipe.save_freq else "no",
+        **(saved if recipe.save_freq else {}),
+        # Problems come from our own stream; TRL's loader only counts.
+        "ignore_data_skip": True,
+    }

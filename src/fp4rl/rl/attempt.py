@@ -1,0 +1,177 @@
+"""One attempt at training: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fp4rl.inject.attach import Attachment, attach
+from fp4rl.models.load import load, with_lora
+from fp4rl.rl.checkpoints import Checkpoint, complete
+from fp4rl.rl.evaluate import Evaluation
+from fp4rl.rl.judge import Judge
+from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.objective import loss_rule
+from fp4rl.rl.parts import Hooks, Parts
+from fp4rl.rl.phases import Phases
+from fp4rl.rl.reference import standing
+from fp4rl.rl.rewards import Rewarder, reward_named
+from fp4rl.rl.stream import PromptStream
+from fp4rl.rl.trainer import Trainer
+from fp4rl.rl.watch import Watch
+from fp4rl.spec.experiment import Experiment
+from fp4rl.tasks.task import Problem, Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same in every attempt. `stamp` names the code that writes checkpoints."""
+
+    experiment: Experiment
+    folder: Path
+    start: Path
+    task: Task
+    problems: tuple[Problem, ...]
+    judge: Judge
+    hear: Listeners
+    stamp: str
+
+    def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
+        """Every profile's evaluation of the model in `folder`."""
+
+        def heard(name: str, done: int, total: int) -> None:
+            self.hear.on_stage(f"eval {name}", done, total)
+
+        for evaluation in self.judge.judge(folder, self.experiment.model.dtype, step, last, heard):
+            self.hear.on_evaluation(evaluation)
+            yield evaluation
+
+
+@dataclass
+class Past:
+    """What happened before an attempt: the checkpoint it starts from, metrics by step, and how often it rolled back."""
+
+    checkpoint: Checkpoint | None = None
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    rollbacks: int = 0
+
+
+class Attempt:
+    """Builds everything in the order that randomness needs: seed, model, adapters, injection, trainer."""
+
+    def __init__(self, run: Run, past: Past) -> None:
+        self.run = run
+        self.past = past
+        experiment, recipe = run.experiment, run.experiment.training
+        torch.manual_seed(experiment.seed)
+        self.model, self.tokenizer = opened(run)
+        self.attachment: Attachment | None = None
+        if experiment.injection is not None:
+            self.attachment = attach(self.model, experiment.injection)
+        self.phases = Phases(
+            self.model,
+            self.attachment,
+            experiment.noise,
+            seed=experiment.seed,
+            total_steps=recipe.steps,
+            record=run.hear.record,
+        )
+        self.phases.start()
+        self.watch = Watch(experiment.health, sorted(past.metrics.items()), run.hear.record, run.hear.say)
+        self.stream = PromptStream(run.problems, experiment.seed)
+        self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
+
+    def train(self) -> None:
+        """Until the last step, or the step after which the monitor ends it."""
+        checkpoint = self.past.checkpoint
+        self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+
+    def save(self, folder: Path) -> Path:
+        """The policy as it is now, with its tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return folder
+
+    def _parts(self) -> Parts:
+        run, experiment = self.run, self.run.experiment
+        recipe = experiment.training
+        rewarder = Rewarder(run.task.score, reward_named(recipe.reward), recipe.reward, run.hear.say)
+        hooks = Hooks(self._on_step, self._on_begin, self._on_checkpoint, run.hear.say)
+        return Parts(
+            recipe,
+            loss_rule(recipe),
+            self.stream,
+            rewarder,
+            self.phases,
+            standing(experiment, run.start, self.model, self.phases),
+            hooks,
+            experiment.seed,
+            self._checkpoints_to_keep(),
+        )
+
+    def _checkpoints_to_keep(self) -> int:
+        """Two, in case one is damaged; with rollbacks, so many that one is older than the onset of an alarm."""
+        health, every = self.run.experiment.health, self.run.experiment.training.save_freq
+        policies = {health.policy, *health.policies.values(), *(rule.action for rule in health.rules)}
+        return 2 + (ceil(health.thresholds.persist / every) if every and "rollback" in policies else 0)
+
+    # -- what the trainer calls
+
+    def _on_begin(self, trainer: Any) -> None:
+        checkpoint, rolled_back = self.past.checkpoint, self.past.rollbacks
+        if checkpoint is not None:
+            self.stream.position = checkpoint.state["positions"][self.stream.rank]
+            self.phases.restore(checkpoint.state["phases"])
+            rolled_back -= checkpoint.state["rollbacks"]
+        if rolled_back:
+            _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
+
+    def _on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps
+        if every and step % every == 0 and step < last:
+            metrics = metrics | self._validated(step)
+        self.past.metrics[step] = metrics
+        self.run.hear.on_step(step, metrics)
+        return self.watch.observe(step, metrics)
+
+    def _validated(self, step: int) -> dict[str, float]:
+        """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
+        folder = self.save(self.run.folder / "on-the-way")
+        found = {e.profile.name: e.share("strict") for e in self.run.judged(folder, step)}
+        shutil.rmtree(folder)
+        goal = found.get("deployment", next(iter(found.values())))
+        return {"accuracy/validation": goal, **{f"accuracy/validation_{name}": x for name, x in found.items()}}
+
+    def _on_checkpoint(self, step: int, folder: Path) -> None:
+        if self.watch.verdict != "note":
+            return  # left incomplete: nobody should go on from where the monitor ended it
+        self.run.hear.record({"kind": "checkpoint", "step": step})
+        state = {
+            "positions": self.trainer.positions(),
+            "phases": self.phases.state(),
+            "rollbacks": self.past.rollbacks,
+        }
+        complete(folder, step, self.run.stamp, state)
+
+
+def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The start's model and tokenizer, with a fresh adapter where the spec asks for one."""
+    model, tokenizer = load(run.start, run.experiment.model.dtype)
+    if run.experiment.model.lora is not None:
+        model = with_lora(model, run.experiment.model.lora, run.start)
+    return model, tokenizer
+
+
+def _scale_lr(trainer: Any, factor: float) -> None:
+    """Lower the learning rate for good: the optimizer's, and what the schedule multiplies."""
+    for group in trainer.optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] = group.get("initial_lr", group["lr"] / factor) * factor
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
+    scheduler._last_lr = [lr * factor for lr in scheduler._last_lr]  # what is logged for the next update

@@ -1,0 +1,97 @@
+"""From the answers that are kept to the padded tensors that the loss reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4rl.rl.advantages import NORM_ADV_BY_STD, group_advantages
+from fp4rl.rl.overlong import mask_truncated
+from fp4rl.rl.rollout import ScoredRollout
+from fp4rl.spec.training import Training
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a kept group, ready for a batch."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logps: Tensor
+    reward: float
+    ended: bool
+
+
+def kept_answers(parts: Sequence[ScoredRollout], rows: Sequence[Sequence[int]]) -> list[Answer]:
+    """The answers in `rows` (row numbers, one list per part), in order."""
+    return [
+        Answer(
+            part.rollout.prompt_ids[i],
+            part.rollout.completion_ids[i],
+            part.rollout.logps[i],
+            part.scored.rewards[i],
+            part.rollout.ended[i],
+        )
+        for part, chosen in zip(parts, rows, strict=True)
+        for i in chosen
+    ]
+
+
+def training_batch(
+    answers: Sequence[Answer], stand_in: Answer, recipe: Training, rows: int, pad_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of one step: `tensors`, with `advantages` [rows] and, where truncated answers are masked,
+    `loss_mask` [rows, T]. Without any answer `stand_in` gives the batch its shape, under an empty mask."""
+    batch = tensors(answers or [stand_in], rows, pad_id, device)
+    if not answers:
+        batch["completion_mask"].zero_()
+    advantages = torch.zeros(rows)
+    if answers:
+        advantages[: len(answers)] = _advantages(answers, recipe)
+    batch["advantages"] = advantages.to(device)
+    if recipe.mask_truncated:
+        cut = torch.tensor([not a.ended for a in answers] + [False] * (rows - len(answers)), device=device)
+        batch["loss_mask"] = mask_truncated(batch["completion_mask"], cut)
+    return batch
+
+
+def _advantages(answers: Sequence[Answer], recipe: Training) -> Tensor:
+    by_std = NORM_ADV_BY_STD[recipe.algorithm] if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
+    rewards = torch.tensor([a.reward for a in answers])
+    return group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std).values
+
+
+def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Padded tensors of `rows` rows: prompts on the left, answers on the right.
+
+    Where fewer answers were kept than `rows`, the rest are copies of the first one under an empty mask: they are in
+    the batch for its shape and in no sum. Keys as TRL names them: prompt_ids, prompt_mask [rows, P]; completion_ids,
+    completion_mask, sampling_per_token_logps [rows, T].
+    """
+    padded = [*answers, *([answers[0]] * (rows - len(answers)))]
+    counts = torch.tensor([1] * len(answers) + [0] * (rows - len(answers)))
+    prompts, prompt_mask = _pad([a.prompt_ids for a in padded], pad_id, left=True)
+    completions, completion_mask = _pad([a.completion_ids for a in padded], pad_id, left=False)
+    logps = torch.zeros(completions.shape, dtype=torch.float32)
+    for row, answer in zip(logps, padded, strict=True):
+        row[: len(answer.logps)] = answer.logps
+    batch = {
+        "prompt_ids": prompts,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completions,
+        "completion_mask": completion_mask * counts.unsqueeze(-1),
+        "sampling_per_token_logps": logps,
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _pad(sequences: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, kept, sequence in zip(ids, mask, sequences, strict=True):
+        place = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        row[place] = torch.tensor(sequence, dtype=torch.long)
+        kept[place] = 1
+    return ids, mask

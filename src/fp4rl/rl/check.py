@@ -1,0 +1,61 @@
+"""What can be known to be wrong before a run starts: data, model, patterns and profiles, without loading a weight."""
+
+from fp4rl.inject.resolve import resolve
+from fp4rl.models.load import with_lora
+from fp4rl.models.skeleton import embedded_skeleton, skeleton
+from fp4rl.noise.targets import noisy_weights
+from fp4rl.rl.judge import judge_of
+from fp4rl.rl.rewards import reward_named
+from fp4rl.rl.start import task_of, training_problems
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.model import Embedded
+from fp4rl.tasks.overlap import check_disjoint
+
+
+def check(experiment: Experiment) -> None:
+    """Go through everything that a run will need.
+
+    Raises NotThere or BadValue for what the experiment names and cannot be used, CheckFailed when held-out problems
+    are also trained on (P37).
+    """
+    reward_named(experiment.training.reward)
+    _reference_can_be_what_it_says(experiment)
+    _one_correction_is_enough(experiment)
+    task = task_of(experiment.task)
+    judge = judge_of(experiment, task)
+    check_disjoint(task, training_problems(experiment.task, task), judge.problems)
+    if experiment.model.path is not None:
+        model = skeleton(experiment.model.path)
+    else:
+        model = embedded_skeleton(experiment.model.embedded or Embedded())
+    if experiment.model.lora is not None:
+        model = with_lora(model, experiment.model.lora, experiment.model.path or "")
+    for injection in (experiment.injection, *(p.injection for p in judge.precisions().values())):
+        if injection is not None:
+            resolve(model, injection)
+    if experiment.noise is not None:
+        noisy_weights(model, experiment.noise, share=0.0)
+
+
+def _reference_can_be_what_it_says(experiment: Experiment) -> None:
+    """A policy in full precision cannot be scored in a phase that the injection acts in."""
+    recipe, injection = experiment.training, experiment.injection
+    distills = recipe.distillation is not None
+    if injection is None or not (recipe.kl_loss_coef or distills):
+        return
+    full = distills or recipe.reference_precision == "full"
+    if full and injection.apply_during.active("reference"):
+        raise BadValue(
+            "injection.apply_during names the reference phase, but the reference is meant in full precision: "
+            "leave it out there, or set training.reference_precision: deployment"
+        )
+
+
+def _one_correction_is_enough(experiment: Experiment) -> None:
+    noise, asked = experiment.noise, experiment.training.rollout_correction
+    if noise is not None and noise.logprobs == "noisy" and asked.rollout_is != "none":
+        raise BadValue(
+            "training.rollout_correction would correct twice: noise.logprobs: noisy takes the ratio against the noisy "
+            "sampler already; drop one of them"
+        )

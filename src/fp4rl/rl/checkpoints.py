@@ -1,0 +1,103 @@
+"""Checkpoints at rollout boundaries: the trainer's own files, and beside them one of ours, written last.
+
+A checkpoint without that file is not complete; one whose files are not those that it lists is damaged. Either way the
+one before it is taken.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATE = "fp4rl.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, the steps done, and what was remembered beside model and optimizer."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+
+
+def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> None:
+    """Make the trainer's checkpoint in `folder` a complete one. `stamp` names the code that may go on from it."""
+    content = {"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)}
+    partial = folder / f".{STATE}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / STATE)
+
+
+def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that is complete, whole and of this code; `say` hears why others are not."""
+    for path in _by_age(folder):
+        found, why = _read(path, stamp)
+        if found is not None:
+            return found
+        say(f"checkpoint {path.name} is left out: {why}")
+    return None
+
+
+def all_of(folder: Path) -> dict[int, Path]:
+    """Steps done -> folder, of every complete checkpoint."""
+    found = {}
+    for path in _by_age(folder):
+        if (path / STATE).is_file():
+            found[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
+    return found
+
+
+def read(path: Path, stamp: str) -> Checkpoint | None:
+    """The checkpoint in `path`, None when it is not whole."""
+    return _read(path, stamp)[0]
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete checkpoints; our file first, so that none is ever half there."""
+    for path in paths:
+        (path / STATE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def _read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
+    if not (path / STATE).is_file():
+        return None, "it was not written to its end"
+    try:
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if content["stamp"] != stamp:
+            return None, "other code wrote it"
+        damaged = next((name for name, seen in _fingerprints(path).items() if content["files"].get(name) != seen), None)
+        missing = next((name for name in content["files"] if not (path / name).is_file()), None)
+        if damaged or missing:
+            return None, f"its file {damaged or missing} is {'damaged' if damaged else 'missing'}"
+        return Checkpoint(path, int(content["step"]), content["state"]), ""
+    except (ValueError, KeyError, TypeError) as error:
+        return None, f"its {STATE} cannot be read ({error})"
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((STATE, ".partial")))
+    return {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
+
+
+def _fingerprint(path: Path) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK):
+            found.update(part)
+    return found.hexdigest()

@@ -1,0 +1,182 @@
+"""Judge a policy: answers to held-out problems under a named precision, one row kept per problem and sample."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fp4rl.rl.rewards import Scorer
+from fp4rl.tasks.task import Problem
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything besides the weights that a score depends on; it stands beside every number."""
+
+    name: str
+    precision: str
+    sites_digest: str | None
+    noise: str
+    scorer: str
+    max_new_tokens: int
+    sampling: str
+    items_digest: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer. `length` counts generated tokens, the end-of-sequence token included."""
+
+    problem_id: str
+    sample: int
+    strict: bool
+    flexible: bool
+    formatted: bool
+    completion: str
+    length: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of one evaluation and the profile they were measured under."""
+
+    step: int
+    last: bool
+    profile: Profile
+    items: tuple[Item, ...]
+
+    def share(self, what: str) -> float:
+        """Share of the answers that are `strict`, `flexible`, `formatted` or `truncated`."""
+        return sum(bool(getattr(item, what)) for item in self.items) / len(self.items)
+
+    def pass_at(self, k: int) -> float:
+        """Chance that at least one of `k` answers to a problem is right, unbiased (arXiv 2107.03374, eq. 1)."""
+        right: dict[str, list[bool]] = {}
+        for item in self.items:
+            right.setdefault(item.problem_id, []).append(item.strict)
+        return sum(1 - comb(len(r) - sum(r), k) / comb(len(r), k) for r in right.values()) / len(right)
+
+    def _of_samples(self) -> dict[str, Any]:
+        """What several answers to each problem say: `mean@k` is the mean accuracy, `pass@k` that one of k is right."""
+        samples = max(item.sample for item in self.items) + 1
+        if samples == 1:
+            return {}
+        powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
+        passed = {f"pass@{k}": self.pass_at(k) for k in (*powers, samples)}
+        return {"problems": len(self.items) // samples, f"mean@{samples}": self.share("strict"), **passed}
+
+    def summary(self) -> dict[str, Any]:
+        """Shares over all items, beside the profile; JSON-able."""
+        n = len(self.items)
+        return {
+            "step": self.step,
+            "last": self.last,
+            "profile": asdict(self.profile),
+            "n": n,
+            "strict": self.share("strict"),
+            "flexible": self.share("flexible"),
+            "formatted": self.share("formatted"),
+            "truncated": self.share("truncated"),
+            "mean_length": sum(i.length for i in self.items) / n,
+            **self._of_samples(),
+        }
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: `samples` 1 is greedy, more are drawn at `temperature` from `generator_seed`."""
+
+    max_new_tokens: int = 48
+    batch_size: int = 256
+    samples: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the profile calls it."""
+        return "greedy" if self.samples == 1 else f"{self.samples} samples at temperature {self.temperature:g}"
+
+
+def items_digest(problems: Sequence[Problem]) -> str:
+    """Twelve hex digits over the identities of the problems, in order."""
+    return hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    scorer: Scorer,
+    decoding: Decoding,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Item, ...]:
+    """Generate and score answers to `problems`; rows come back in the order of `problems`, samples of one together.
+
+    Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
+    """
+    config = _generation_config(tokenizer, decoding)
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
+    size = max(decoding.batch_size // decoding.samples, 1)
+    rows: dict[int, list[Item]] = {}
+    try:
+        # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
+        with torch.random.fork_rng():
+            torch.default_generator.manual_seed(decoding.seed)
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                batch = [problems[i] for i in chosen]
+                answered = _answer_batch(model, tokenizer, batch, scorer, config)
+                rows.update(zip(chosen, answered, strict=True))
+                if on_batch is not None:
+                    on_batch(min(start + size, len(order)), len(order))
+    finally:
+        model.train(was_training)
+    return tuple(item for i in range(len(problems)) for item in rows[i])
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    sampled = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_return_sequences=decoding.samples,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **(sampled if decoding.samples > 1 else {"do_sample": False}),
+    )
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    scorer: Scorer,
+    config: GenerationConfig,
+) -> list[list[Item]]:
+    device = next(model.parameters()).device
+    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, padding_side="left").to(device)
+    generated = model.generate(
+        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config
+    )[:, encoded["input_ids"].shape[1] :]
+    samples = config.num_return_sequences
+    rows = []
+    for i, problem in enumerate(problems):
+        ids = generated[i * samples : (i + 1) * samples].tolist()
+        rows.append([_item(tokenizer, problem, k, tokens, scorer) for k, tokens in enumerate(ids)])
+    return rows
+
+
+def _item(tokenizer: PreTrainedTokenizerBase, problem: Problem, sample: int, tokens: list[int], scorer: Scorer) -> Item:
+    ended = tokenizer.eos_token_id in tokens
+    tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1] if ended else tokens
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    score = scorer(problem, text)
+    return Item(problem.id, sample, score.strict, score.flexible, score.formatted, text, len(tokens), not ended)

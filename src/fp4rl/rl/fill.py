@@ -1,0 +1,98 @@
+"""Fill one training batch: generate, score, drop groups without spread and generate again, up to a limit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4rl.rl.batch import Answer, kept_answers
+from fp4rl.rl.overlong import soft_overlong_penalty
+from fp4rl.rl.rewards import Rewarder
+from fp4rl.rl.rollout import Rollout, ScoredRollout
+from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
+from fp4rl.rl.stream import PromptStream
+from fp4rl.spec.training import Training
+from fp4rl.tasks.task import Problem
+
+Sampler = Callable[[list[Problem]], Rollout]
+"""Problems, each repeated `rollout_n` times in a row -> their answers."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One training batch before it is padded. `answers` are those that reach the loss, whole groups in a row."""
+
+    generations: tuple[ScoredRollout, ...]
+    refill: Refill
+    answers: tuple[Answer, ...]
+
+    @property
+    def any_answer(self) -> Answer:
+        """Some answer, kept or not."""
+        return kept_answers(self.generations[:1], [[0]])[0]
+
+    def metrics(self) -> dict[str, float]:
+        """Of the first generation, which no filter has looked at, and of the filter."""
+        first = self.generations[0]
+        return {**first.scored.means(), **first.rollout.shape(), **self.refill.metrics()}
+
+
+class Filler:
+    """Takes problems from the stream until enough groups teach something."""
+
+    def __init__(self, recipe: Training, stream: PromptStream, rewarder: Rewarder, groups: int) -> None:
+        self.recipe = recipe
+        self.stream = stream
+        self.rewarder = rewarder
+        self.groups = groups
+
+    def fill(self, sample: Sampler) -> Filled:
+        """Generate until enough groups have spread, or the limit of generations is reached."""
+        filtered = self._filtered
+        refill = Refill(self.groups, self.recipe.filter_groups.max_num_gen_batches if filtered else 1)
+        parts: list[ScoredRollout] = []
+        spreads: list[Tensor] = []
+        while not refill.done:
+            problems = self.stream.take(refill.ask(self.groups))
+            parts.append(self._scored(sample([p for p in problems for _ in range(self.recipe.rollout_n)])))
+            spreads.append(self._spread(parts[-1]) if filtered else torch.ones(len(problems), dtype=torch.bool))
+            refill = refill.after(int(spreads[-1].sum()), len(problems))
+        return Filled(tuple(parts), refill, tuple(kept_answers(parts, _rows(spreads, refill.wanted, self.recipe))))
+
+    @property
+    def _filtered(self) -> bool:
+        # Distillation alone has no advantages, so a group without spread teaches as much as any other.
+        alone = self.recipe.distillation is not None and self.recipe.distillation.alone
+        return self.recipe.filter_groups.enable and not alone
+
+    def _spread(self, part: ScoredRollout) -> Tensor:
+        by_reward = self.recipe.filter_groups.metric == "reward"
+        metric = part.scored.rewards if by_reward else part.scored.strict
+        return groups_with_spread(torch.tensor(metric, dtype=torch.float32), self.recipe.rollout_n)
+
+    def _scored(self, rollout: Rollout) -> ScoredRollout:
+        lengths = [len(ids) for ids in rollout.completion_ids]
+        return ScoredRollout(
+            rollout, self.rewarder.score(rollout.problems, rollout.completions, self._penalties(lengths))
+        )
+
+    def _penalties(self, lengths: list[int]) -> list[float]:
+        buffer = self.recipe.overlong_buffer
+        if not buffer.enable:
+            return [0.0] * len(lengths)
+        found: list[float] = soft_overlong_penalty(
+            torch.tensor(lengths), self.recipe.max_response_length, buffer.len, buffer.penalty_factor
+        ).tolist()
+        return found
+
+
+def _rows(spreads: list[Tensor], wanted: int, recipe: Training) -> list[list[int]]:
+    """Row numbers of the answers that reach the loss, one list per generation."""
+    rows: list[list[int]] = []
+    missing = wanted
+    for spread in spreads:
+        groups = choose(spread, missing)
+        missing -= len(groups)
+        rows.append(answers_of(groups, recipe.rollout_n).tolist())
+    return rows

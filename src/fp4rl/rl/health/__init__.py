@@ -1,0 +1,1 @@
+"""The monitor: is this run well? Works live, and on any log whose metrics it knows."""

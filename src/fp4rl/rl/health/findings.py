@@ -1,0 +1,44 @@
+"""What the monitor says: a state with its evidence."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fp4rl.spec.health import Policy, State
+
+ORDER: dict[State, int] = {"ok": 0, "watch": 1, "alarm": 2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one check thinks of the run as it stands: a state, and the numbers that say so."""
+
+    state: State
+    evidence: str = ""
+
+
+OK = Verdict("ok")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check's state from `step` on. `since`: the first step of what led to it. `policy`: what an alarm does."""
+
+    check: str
+    state: State
+    step: int
+    since: int
+    evidence: str
+    policy: Policy = "note"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, for evidence.jsonl and `--json`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        onset = f" (since step {self.since})" if self.since != self.step else ""
+        return f"step {self.step}: {self.check} {self.state}{onset}: {self.evidence}"
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """The most serious of several, the first of equals."""
+    return max(verdicts, key=lambda v: ORDER[v.state], default=OK)

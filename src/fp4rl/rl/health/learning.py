@@ -1,0 +1,79 @@
+"""Checks on whether the policy learns what it should: accuracy, reward against validation, and rewards that differ."""
+
+from fp4rl.rl.health.courses import Courses, lost, solved
+from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.spec.health import Thresholds
+
+# Validations in a row without a new best before a rising reward looks suspicious.
+_FLAT = 4
+
+
+def accuracy_collapse(courses: Courses, t: Thresholds) -> Verdict:
+    """Most of the best accuracy is gone, or the rollouts are far worse than the same policy when it is evaluated."""
+    return worst([_against_its_best(courses, t), _against_validation(courses, t)])
+
+
+def _against_its_best(courses: Courses, t: Thresholds) -> Verdict:
+    goal, drop = courses.goal, lost(courses, t)
+    if drop < t.harm or goal.last is None:
+        return OK
+    what = "accuracy" if len(courses["accuracy"]) else "reward"
+    evidence = f"{what} {goal.last:.3g}, {drop:.0%} below its best of {goal.best:.3g}"
+    return Verdict("alarm" if drop >= t.accuracy_drop else "watch", evidence)
+
+
+def _against_validation(courses: Courses, t: Thresholds) -> Verdict:
+    """Noise or quantization in the rollout alone leaves a policy that only validates well."""
+    rollout, validation = courses.value("accuracy"), courses["validation"].last
+    if rollout is None or validation is None or validation - rollout < 2 * t.accuracy_points:
+        return OK
+    if rollout >= t.below_validation * validation:
+        return OK
+    return Verdict("alarm", f"accuracy {rollout:.3g} in rollouts against {validation:.3g} at validation")
+
+
+def reward_hacking(courses: Courses, t: Thresholds) -> Verdict:
+    """Reward climbs while what it stands for does not."""
+    return worst([_against_accuracy(courses, t), _reward_against_validation(courses, t)])
+
+
+def _against_accuracy(courses: Courses, t: Thresholds) -> Verdict:
+    """Fast: accuracy of the very answers that earned the reward."""
+    reward, accuracy = courses["reward"], courses["accuracy"]
+    now, start = reward.level(3), reward.early(t.early)
+    if now is None or start is None or not len(accuracy):
+        return OK
+    drop = lost(courses, t)
+    if drop < t.harm or not _rose(now, start, reward.noise(), t):
+        return OK
+    return Verdict("alarm", f"reward {start:.3g} -> {now:.3g} while rollout accuracy lost {drop:.0%} of its best")
+
+
+def _reward_against_validation(courses: Courses, t: Thresholds) -> Verdict:
+    """Slow, and the one that counts: reward since the best validation against what validation has become."""
+    validation, reward = courses["validation"], courses["reward"]
+    if not len(validation):
+        return OK
+    best = max(range(len(validation)), key=validation.values.__getitem__)
+    later = validation.values[best + 1 :]
+    then, now = reward.level_at(validation.steps[best]), reward.level(3)
+    if len(later) < 2 or then is None or now is None or not _rose(now, then, reward.noise(), t):
+        return OK
+    evidence = f"reward {then:.3g} -> {now:.3g} while validation {validation.values[best]:.3g} -> {later[-1]:.3g}"
+    if validation.values[best] - max(later[-2:]) >= t.validation_drop:
+        return Verdict("alarm", evidence)
+    return Verdict("watch", f"{evidence}: flat") if len(later) >= _FLAT else OK
+
+
+def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool:
+    return now - before > max(t.reward_rise * abs(before), t.noise * (noise or 0.0))
+
+
+def no_spread(courses: Courses, t: Thresholds) -> Verdict:
+    """Every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
+    share = courses.value("no_spread")
+    if share is None or share < t.no_spread:
+        return OK
+    if solved(courses, t):
+        return Verdict("watch", f"{share:.0%} of the groups have no spread: the training problems are solved")
+    return Verdict("alarm", f"{share:.0%} of the groups earn one and the same reward: no learning signal")

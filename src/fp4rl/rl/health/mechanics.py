@@ -1,0 +1,53 @@
+"""Checks on the machine: numbers that are none, gradients that burst or vanish, a sampler that is another policy."""
+
+from math import isfinite
+
+from fp4rl.rl.health.courses import Courses, lost, solved
+from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.spec.health import Thresholds
+
+_MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch_kl")
+_RECENT = 20
+_AGO = 3
+
+
+def not_a_number(courses: Courses, t: Thresholds) -> Verdict:  # noqa: ARG001
+    """A NaN or an infinity in what drives the update: every number after it is worthless."""
+    broken = [f"{name} is {courses.now[name]}" for name in _MUST_BE_FINITE if not isfinite(courses.now.get(name, 0.0))]
+    return Verdict("alarm", ", ".join(broken)) if broken else OK
+
+
+def gradient(courses: Courses, t: Thresholds) -> Verdict:
+    """A spike passes (watch); divergence stays and takes accuracy along; no gradient at all means no learning."""
+    return worst([_burst(courses, t), _vanished(courses, t)])
+
+
+def _burst(courses: Courses, t: Thresholds) -> Verdict:
+    now, usual = courses.value("grad_norm"), courses["grad_norm"].recent(_RECENT, _AGO)
+    if now is None or usual is None or usual <= 0 or now < t.gradient_ratio * usual:
+        return OK
+    evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
+    drop = lost(courses, t)
+    if drop >= t.harm:
+        return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
+    return Verdict("alarm" if now >= t.gradient_burst * usual else "watch", evidence)
+
+
+def _vanished(courses: Courses, t: Thresholds) -> Verdict:
+    now, start = courses.value("grad_norm"), courses["grad_norm"].early(_RECENT)
+    if now is None or start is None or start <= 0 or now > t.gradient_gone * start:
+        return OK
+    evidence = f"gradient norm {now:.3g} after {start:.3g} in the beginning"
+    return Verdict("watch" if solved(courses, t) else "alarm", evidence)
+
+
+def mismatch(courses: Courses, t: Thresholds) -> Verdict:
+    """Answers were sampled from a policy other than the one that is trained on them."""
+    kl, probability = courses.value("mismatch_kl"), courses.value("mismatch_probability")
+    if kl is not None and kl >= t.mismatch_kl:
+        return Verdict("alarm", f"KL(rollout || train) {kl:.3g} nats a token: the sampler is another policy")
+    if probability is not None and probability >= t.mismatch_probability:
+        return Verdict(
+            "alarm", f"token probabilities differ by {probability:.3g} on average between sampler and trainer"
+        )
+    return OK

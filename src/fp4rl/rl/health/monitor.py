@@ -1,0 +1,154 @@
+"""The monitor of one run: metrics in, step by step; findings out when a state changes."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fp4rl.rl.health.answers import dead_rollouts, length_explosion
+from fp4rl.rl.health.courses import Courses, told
+from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
+from fp4rl.rl.health.findings import ORDER, Finding, Verdict
+from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking
+from fp4rl.rl.health.mechanics import gradient, mismatch, not_a_number
+from fp4rl.rl.health.rules import RuleWatch
+from fp4rl.rl.health.signals import signals_of
+from fp4rl.spec.health import Health, Policy, State, Thresholds
+
+Check = Callable[[Courses, Thresholds], Verdict]
+
+CHECKS: Mapping[str, Check] = {
+    "not_a_number": not_a_number,
+    "accuracy_collapse": accuracy_collapse,
+    "length_explosion": length_explosion,
+    "entropy_collapse": entropy_collapse,
+    "entropy_explosion": entropy_explosion,
+    "reward_hacking": reward_hacking,
+    "gradient": gradient,
+    "no_spread": no_spread,
+    "mismatch": mismatch,
+    "dead_rollouts": dead_rollouts,
+}
+# What each check looks at, for its evidence while all is well.
+_SIGNALS: Mapping[str, tuple[str, ...]] = {
+    "not_a_number": ("loss", "grad_norm"),
+    "accuracy_collapse": ("accuracy", "validation"),
+    "length_explosion": ("length", "truncated"),
+    "entropy_collapse": ("entropy",),
+    "entropy_explosion": ("entropy",),
+    "reward_hacking": ("reward", "validation"),
+    "gradient": ("grad_norm",),
+    "no_spread": ("no_spread",),
+    "mismatch": ("mismatch_kl", "mismatch_probability"),
+    "dead_rollouts": ("truncated", "empty", "repetition"),
+}
+# What is beyond doubt at first sight; everything else must persist.
+_AT_ONCE = ("not_a_number",)
+_STRENGTH: Mapping[Policy, int] = {"note": 0, "stop": 1, "rollback": 2}
+
+
+@dataclass
+class _Standing:
+    """Where one check stands: its confirmed finding, and how long it has thought otherwise."""
+
+    finding: Finding
+    bad: int = 0
+    good: int = 0
+    onset: int = 0
+
+
+class Monitor:
+    """Judges a run as it goes. The same metrics give the same findings, so a resumed run replays its metrics.
+
+    A check must see an alarm in `persist` observations in a row before it is one; until then it is a watch. A standing
+    alarm ends after as many good observations.
+    """
+
+    def __init__(self, spec: Health | None = None) -> None:
+        self.spec = spec or Health()
+        self.alarms: list[Finding] = []
+        self.steps = 0
+        self._courses = Courses()
+        self._rules = [RuleWatch(rule) for rule in self.spec.rules]
+        self._standing = {name: _Standing(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
+        self._standing |= {str(rule): _Standing(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+        """One more step; returns what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
+        self.steps += 1
+        signals = signals_of(metrics)
+        self._courses.add(step, signals)
+        news = [self._judge(step, name, check) for name, check in CHECKS.items()]
+        news += [self._ask(step, watch, {**signals, **metrics}) for watch in self._rules]
+        found = [finding for finding in news if finding is not None]
+        self.alarms += [finding for finding in found if finding.state == "alarm"]
+        return found
+
+    def standing(self) -> list[Finding]:
+        """Every check and rule as it stands now, the most serious first."""
+        findings = [self._with_evidence(s.finding) for s in self._standing.values()]
+        return sorted(findings, key=lambda f: -ORDER[f.state])
+
+    @property
+    def state(self) -> State:
+        """The most serious state now."""
+        return self.standing()[0].state
+
+    @property
+    def healthy(self) -> bool:
+        """No alarm so far."""
+        return not self.alarms
+
+    def _with_evidence(self, finding: Finding) -> Finding:
+        if finding.state != "ok":
+            return finding
+        signals = _SIGNALS.get(finding.check)
+        return replace(finding, evidence=told(self._courses, signals) if signals else "not broken")
+
+    def _judge(self, step: int, name: str, check: Check) -> Finding | None:
+        verdict = check(self._courses, self.spec.thresholds)
+        needed = 1 if name in _AT_ONCE else self.spec.thresholds.persist
+        return self._settle(step, name, verdict, needed, self.spec.policy_of(name))
+
+    def _ask(self, step: int, watch: RuleWatch, values: Mapping[str, float]) -> Finding | None:
+        return self._settle(step, str(watch.rule), watch.judge(step, values), 1, watch.rule.action)
+
+    def _settle(self, step: int, name: str, verdict: Verdict, needed: int, policy: Policy) -> Finding | None:
+        """The new finding if the state of `name` changes by this verdict, else None (evidence is kept up to date)."""
+        standing = self._standing[name]
+        if verdict.state == "alarm":
+            standing.onset = step if standing.bad == 0 else standing.onset
+            standing.bad, standing.good = standing.bad + 1, 0
+        else:
+            standing.bad, standing.good = 0, standing.good + 1
+        before = standing.finding
+        state = verdict.state
+        if state == "alarm" and standing.bad < needed and before.state != "alarm":
+            state = "watch"
+        if before.state == "alarm" and state != "alarm" and standing.good < self.spec.thresholds.persist:
+            return None  # one good step does not end an alarm
+        since = standing.onset if verdict.state == "alarm" else step
+        if state == before.state:
+            standing.finding = replace(before, evidence=verdict.evidence)
+            return None
+        standing.finding = Finding(name, state, step, since, verdict.evidence or "over", policy)
+        return standing.finding
+
+
+def action(findings: Iterable[Finding]) -> Policy:
+    """The strongest policy among alarms; `note` when there is none."""
+    return max((f.policy for f in findings if f.state == "alarm"), key=_STRENGTH.__getitem__, default="note")
+
+
+def replay(
+    courses: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
+) -> tuple[Monitor, list[Finding]]:
+    """A monitor that has seen a whole log, and everything it said on the way."""
+    monitor = Monitor(spec)
+    said = [finding for step, metrics in courses for finding in monitor.observe(step, metrics)]
+    return monitor, said
+
+
+def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int | None:
+    """The latest of `checkpoints` (steps) before the onset of every alarm among `findings`; None when there is none."""
+    onset = min((f.since for f in findings if f.state == "alarm"), default=None)
+    before = [step for step in checkpoints if onset is None or step < onset]
+    return max(before, default=None)

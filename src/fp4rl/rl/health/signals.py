@@ -1,0 +1,60 @@
+"""What the monitor watches, and under which names the trainers of this world log it."""
+
+import re
+from collections.abc import Mapping
+
+# First name found wins. Ours, then verl's (`actor/`, `critic/`, `training/`), then TRL's (`completions/`, `frac_`).
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "accuracy": (
+        "accuracy/rollout",
+        "critic/acc/mean",
+        "train/acc",
+        "rewards/accuracy_reward/mean",
+    ),
+    "reward": ("reward/mean", "critic/rewards/mean", "critic/score/mean", "reward"),
+    "validation": ("accuracy/validation", "eval/accuracy", "eval_rewards/accuracy_reward/mean"),
+    "entropy": ("entropy", "actor/entropy", "actor/entropy_loss"),
+    "length": ("response_length/mean", "completions/mean_length"),
+    "truncated": ("response_length/clip_ratio", "completions/clipped_ratio"),
+    "empty": ("response_length/empty_ratio", "response/empty_ratio"),
+    "repetition": ("response/repetition",),
+    "grad_norm": ("grad_norm", "actor/grad_norm"),
+    "loss": ("policy_loss", "actor/pg_loss", "loss"),
+    "no_spread": ("sampling/dropped_share", "frac_reward_zero_std"),
+    "mismatch_kl": ("rollout_corr/k3_kl",),
+    "mismatch_probability": ("training/rollout_probs_diff_mean",),
+}
+
+# A step in which no group had spread made no update; what it logs for these is the mean of nothing.
+_OF_AN_UPDATE = ("entropy", "loss", "grad_norm")
+
+# verl names validation after the data set: val-core/openai/gsm8k/acc/mean@1, val/test_score/openai/gsm8k.
+_VALIDATION = re.compile(r"val-core/.+/(?:acc|reward|score)/mean@\d+|val/test_score/.+")
+
+
+def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The signals that one step's metrics hold; non-finite values are kept, so that they can be noticed.
+
+    Validation on several data sets is averaged. Where nobody logs accuracy, a reward that is a share of solved answers
+    (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
+    """
+    found = {signal: metrics[name] for signal, names in NAMES.items() for name in _first(names, metrics)}
+    if metrics.get("sampling/trained_groups") == 0:
+        for signal in _OF_AN_UPDATE:
+            found.pop(signal, None)
+    if "validation" not in found:
+        values = [value for name, value in metrics.items() if _VALIDATION.fullmatch(name)]
+        if values:
+            found["validation"] = sum(values) / len(values)
+    if "accuracy" not in found and "reward" in found and _is_share(metrics):
+        found["accuracy"] = found["reward"]
+    return found
+
+
+def _first(names: tuple[str, ...], metrics: Mapping[str, float]) -> list[str]:
+    return [name for name in names if name in metrics][:1]
+
+
+def _is_share(metrics: Mapping[str, float]) -> bool:
+    low, high = metrics.get("critic/score/min"), metrics.get("critic/score/max")
+    return low is not None and high is not None and low >= 0.0 and high <= 1.0

@@ -1,0 +1,106 @@
+"""Evaluate a saved model under every profile of an experiment: what is judged is what was written to disk."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from fp4rl.inject.attach import Attachment, attach
+from fp4rl.models.load import load, with_lora
+from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
+from fp4rl.rl.profiles import Precision, precision_named
+from fp4rl.rl.start import task_of
+from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Lora
+from fp4rl.tasks.task import Problem, Task
+
+OnItems = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Held-out problems and the profiles they are answered under; the same for every step of a run.
+
+    `injection` is the run's own: what `deployment` means. Noise on weights is off in every profile. `lora`: a folder
+    without an adapter is judged under a fresh one, which changes no number.
+    """
+
+    spec: EvaluationSpec
+    injection: Injection | None
+    task: Task
+    problems: tuple[Problem, ...]
+    seed: int = 0
+    lora: Lora | None = None
+
+    def precisions(self, *, last: bool = True) -> dict[str, Precision]:
+        """Profile name -> what is injected while it is measured; the robustness sweep belongs to the `last` step.
+
+        Raises NotThere for a profile that no precision is called by.
+        """
+        names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
+        return {name: precision_named(name, self.spec, self.injection) for name in names}
+
+    def judge(
+        self, folder: Path, dtype: str, step: int, last: bool, on_items: OnItems | None = None
+    ) -> Iterator[Evaluation]:
+        """Load `folder` afresh and answer all problems once per profile."""
+        model, tokenizer = load(folder, dtype)
+        if self.lora is not None and not (folder / "adapter_config.json").is_file():
+            model = with_lora(model, self.lora, folder).eval()
+        for name, precision in self.precisions(last=last).items():
+            with _harmed(model, precision.injection) as attachment:
+
+                def heard(done: int, total: int, name: str = name) -> None:
+                    if on_items is not None:
+                        on_items(name, done, total)
+
+                items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard)
+                yield Evaluation(step, last, self._profile(name, precision, attachment), items)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers are generated."""
+        spec = self.spec
+        return Decoding(spec.max_new_tokens, spec.batch_size, spec.samples, spec.temperature, self.seed)
+
+    def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> Profile:
+        return Profile(
+            name=name,
+            precision=precision.name,
+            sites_digest=attachment.table.digest if attachment is not None else None,
+            noise=precision.noise,
+            scorer=self.task.name,
+            max_new_tokens=self.spec.max_new_tokens,
+            sampling=self.decoding.name,
+            items_digest=items_digest(self.problems),
+        )
+
+
+def judge_of(experiment: Experiment, task: Task) -> Judge:
+    """The judge of one experiment, with its held-out problems."""
+    spec = experiment.evaluation
+    problems = task.problems(spec.split, spec.count)
+    return Judge(spec, experiment.injection, task, problems, lora=experiment.model.lora)
+
+
+@contextmanager
+def _harmed(model: PreTrainedModel, injection: Injection | None) -> Iterator[Attachment | None]:
+    if injection is None:
+        yield None
+        return
+    with attach(model, injection) as attachment:
+        attachment.set_phase("evaluation")
+        yield attachment
+
+
+def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:
+    """Judge the model in `folder` as `experiment` would: its task, its held-out problems, every profile it names.
+
+    Raises NotThere for a folder, a file or a profile that does not exist.
+    """
+    task = task_of(experiment.task)
+    return tuple(judge_of(experiment, task).judge(folder, experiment.model.dtype, experiment.training.steps, True))

@@ -1,0 +1,28 @@
+"""Who hears what while a run goes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fp4rl.rl.evaluate import Evaluation
+
+
+def _ignore(*_: Any) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Every one is optional; none can change a number.
+
+    `on_stage(name, done, total)`, `on_step(steps done, metrics)`, `on_evaluation(evaluation)`, `record(evidence)`,
+    `on_sites(table)`, `on_rollback(steps done that stay)`, `say(line)`.
+    """
+
+    on_stage: Callable[[str, int, int], None] = _ignore
+    on_step: Callable[[int, dict[str, float]], None] = _ignore
+    on_evaluation: Callable[[Evaluation], None] = _ignore
+    record: Callable[[dict[str, Any]], None] = _ignore
+    on_sites: Callable[[dict[str, Any]], None] = _ignore
+    on_rollback: Callable[[int], None] = _ignore
+    say: Callable[[str], None] = _ignore

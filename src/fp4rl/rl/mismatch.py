@@ -1,0 +1,138 @@
+"""The policy that sampled an answer is not quite the one that is trained on it: how far apart, and how to correct.
+
+With rho = pi_train(token) / pi_rollout(token), both at the weights the answer was sampled from. Quantizing one side and
+not the other, noise in the rollout alone, or two engines with different kernels all show up here. Metrics carry verl's
+names (`rollout_corr/*`, `training/rollout_probs_diff_*`), so that its dashboards and our monitor read them alike.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fp4rl.rl.divergence import SAFE_LOG_RATIO
+from fp4rl.spec.mistakes import BadValue
+
+
+@dataclass(frozen=True)
+class Correction:
+    """`weights`, to multiply per-token losses by: [answers, tokens] (token level) or [answers, 1] (sequence level)."""
+
+    weights: Tensor
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def correct_rollout(
+    train_logps: Tensor,
+    rollout_logps: Tensor,
+    mask: Tensor,
+    rollout_is: Literal["token", "sequence"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    threshold: float = 2.0,
+) -> Correction:
+    """Importance weights rho that turn samples of the rollout policy into samples of the trained one.
+
+    `token`: each token's own ratio (small variance, biased). `sequence`: the product over the answer (unbiased, large
+    variance). `truncate` (TIS): min(rho, threshold). `mask` (IcePop, MIS): 0 outside [1/threshold, threshold], so that
+    a token or an answer the two policies disagree about does not train at all. Weights carry no gradient.
+    All inputs [answers, tokens]; a NaN log-prob (a sampler that could not say) counts as rho = 1.
+
+    Source: arXiv 2508.03501 and "When Speed Kills Stability" (richardli.xyz/rl-collapse); verl rollout_corr.
+    Raises BadValue for a threshold of 1 or less.
+    """
+    if threshold <= 1.0:
+        raise BadValue(f"rollout correction threshold {threshold} would cut ratios of 1: take 2 or more")
+    log_rho = _log_ratio(train_logps, rollout_logps, mask)
+    if rollout_is == "sequence":
+        log_rho = log_rho.sum(-1, keepdim=True)
+    rho = log_rho.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO).exp()
+    low, high = rho < 1 / threshold, rho > threshold
+    weights = rho.clamp(max=threshold) if mode == "truncate" else rho.masked_fill(low | high, 0.0)
+    counted = mask if rollout_is == "token" else mask.amax(-1, keepdim=True)
+    return Correction(weights, _weight_metrics(weights, low, high, counted.bool()))
+
+
+def _weight_metrics(weights: Tensor, low: Tensor, high: Tensor, counted: Tensor) -> dict[str, float]:
+    """verl's `rollout_is_*`. The effective sample size is a share: 1 when all weights are equal."""
+    if not counted.any():
+        return {}
+    kept = weights[counted]
+    mean = kept.mean()
+    return {
+        "rollout_corr/rollout_is_mean": mean.item(),
+        "rollout_corr/rollout_is_max": kept.max().item(),
+        "rollout_corr/rollout_is_min": kept.min().item(),
+        "rollout_corr/rollout_is_eff_sample_size": (mean.square() / kept.square().mean().clamp(min=1e-30)).item(),
+        "rollout_corr/rollout_is_ratio_fraction_high": high[counted].float().mean().item(),
+        "rollout_corr/rollout_is_ratio_fraction_low": low[counted].float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def mismatch_metrics(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the trained policy is from the one that sampled. All inputs [answers, tokens]; nats.
+
+    - `rollout_corr/kl`: E[log pi_rollout - log pi_train], k1 of KL(rollout || train); may be negative by chance.
+    - `rollout_corr/k3_kl`: E[rho - 1 - log rho], the same divergence, never negative: the one to watch.
+    - `rollout_corr/chi2_token`, `chi2_seq`: E[rho^2] - 1 over tokens, and over whole answers (product of rho).
+    - `rollout_corr/ppl_ratio`: mean over answers of perplexity under pi_train over that under pi_rollout.
+    - `training/rollout_probs_diff_{mean,max,std}`: of |pi_train(token) - pi_rollout(token)|.
+
+    Empty when no token counts. Answers without a counted token are left out (verl counts them as log-prob 0).
+    """
+    answers = mask.sum(-1) > 0
+    if not answers.any():
+        return {}
+    mask = mask[answers].bool()
+    log_rho = _log_ratio(train_logps[answers], rollout_logps[answers], mask)
+    rollout_logps = rollout_logps[answers].float().masked_fill(~mask, 0.0)
+    train_logps = train_logps[answers].float().masked_fill(~mask, 0.0)
+    tokens = mask.sum(-1)
+    drift = (-log_rho).sum(-1) / tokens  # [answers]: mean of log pi_rollout - log pi_train
+    return {
+        **_divergences(log_rho, mask),
+        "rollout_corr/training_ppl": (-train_logps.sum(-1) / tokens).exp().mean().item(),
+        "rollout_corr/rollout_ppl": (-rollout_logps.nan_to_num(nan=0.0).sum(-1) / tokens).exp().mean().item(),
+        "rollout_corr/log_ppl_diff": drift.mean().item(),
+        "rollout_corr/log_ppl_abs_diff": drift.abs().mean().item(),
+        "rollout_corr/ppl_ratio": drift.exp().mean().item(),
+        **_probability_differences(train_logps[mask], rollout_logps[mask]),
+    }
+
+
+def _divergences(log_rho: Tensor, mask: Tensor) -> dict[str, float]:
+    safe = log_rho.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
+    rho = safe[mask].exp()
+    whole = log_rho.sum(-1).clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
+    return {
+        "rollout_corr/kl": -log_rho[mask].mean().item(),
+        "rollout_corr/k3_kl": (rho - 1 - safe[mask]).mean().item(),
+        "rollout_corr/chi2_token": (rho.square().mean() - 1).item(),
+        "rollout_corr/chi2_seq": ((2 * whole).exp().mean() - 1).item(),
+    }
+
+
+def _probability_differences(train_logps: Tensor, rollout_logps: Tensor) -> dict[str, float]:
+    """Over tokens [n]; those the sampler could not score (NaN) are left out."""
+    differences = (train_logps.exp() - rollout_logps.exp()).abs()
+    differences = differences[differences.isfinite()]
+    if differences.numel() == 0:
+        return {}
+    return {
+        "training/rollout_probs_diff_mean": differences.mean().item(),
+        "training/rollout_probs_diff_max": differences.max().item(),
+        "training/rollout_probs_diff_std": differences.std(correction=min(1, differences.numel() - 1)).item(),
+    }
+
+
+def _log_ratio(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tensor:
+    """log rho in float32 [answers, tokens]; 0 in the padding and where the sampler could not say."""
+    if not train_logps.shape == rollout_logps.shape == mask.shape:
+        raise BadValue(
+            f"log-probs of the trained policy {tuple(train_logps.shape)}, of the sampler {tuple(rollout_logps.shape)} "
+            f"and the mask {tuple(mask.shape)} must have one shape"
+        )
+    log_rho = (train_logps.float() - rollout_logps.float()).masked_fill(mask == 0, 0.0)
+    return log_rho.nan_to_num(nan=0.0, posinf=SAFE_LOG_RATIO, neginf=-SAFE_LOG_RATIO)

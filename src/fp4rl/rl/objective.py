@@ -1,0 +1,91 @@
+"""The loss of one micro-batch: policy gradient, rollout correction, KL, distillation and entropy bonus together."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fp4rl.rl.aggregation import Whole, aggregate
+from fp4rl.rl.losses import LossInputs, LossRule, loss_named, policy_loss
+from fp4rl.rl.mismatch import correct_rollout, mismatch_metrics
+from fp4rl.spec.training import Training
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the forwards of a micro-batch came to; all [answers, tokens], `advantages` [answers].
+
+    `logps` carries the gradient, `entropies` too. `mask` is 1 where a token counts. `old_logps` is the policy that the
+    updates started from, None when that is this very policy. `sampler_logps` are those of the sampler, `ref_logps` of
+    the reference, `teacher_kl` the divergence from the teacher, where there are any. `first`: no update has been made
+    since the answers were sampled. `old_is_sampler`: the ratio is taken against the (noisy) sampler itself.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    advantages: Tensor
+    mask: Tensor
+    sampler_logps: Tensor
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    teacher_kl: Tensor | None = None
+    first: bool = True
+    old_is_sampler: bool = False
+
+
+def loss_rule(recipe: Training) -> LossRule:
+    """The policy loss that a recipe describes: the algorithm's own shape, under the recipe's numbers."""
+    rule = loss_named(recipe.algorithm)
+    return replace(
+        rule,
+        clip_ratio_low=rule.clip_ratio_low if recipe.clip_ratio_low is None else recipe.clip_ratio_low,
+        clip_ratio_high=rule.clip_ratio_high if recipe.clip_ratio_high is None else recipe.clip_ratio_high,
+        loss_agg_mode=recipe.loss_agg_mode or rule.loss_agg_mode,
+        loss_scale_factor=recipe.max_response_length,
+        kl_loss_coef=recipe.kl_loss_coef,
+        kl_loss_type=recipe.kl_loss_type,
+    )
+
+
+def objective(batch: MicroBatch, recipe: Training, rule: LossRule, whole: Whole) -> tuple[Tensor, dict[str, float]]:
+    """(loss, metrics). `whole` counts the optimizer step that the micro-batch is a part of."""
+    metrics = {"entropy": _mean(batch.entropies, batch.mask)}
+    weights, found = _correction(batch, recipe)
+    metrics |= found
+    loss = batch.logps.new_zeros(())
+    if recipe.distillation is None or not recipe.distillation.alone:
+        inputs = LossInputs(batch.logps, batch.advantages, batch.mask, batch.old_logps, batch.ref_logps, weights, whole)
+        outputs = policy_loss(inputs, rule)
+        loss = outputs.loss
+        metrics |= {name: value.item() for name, value in outputs.metrics.items()}
+    if recipe.distillation is not None and batch.teacher_kl is not None:
+        kl = aggregate(batch.teacher_kl, batch.mask, rule.loss_agg_mode, whole, rule.loss_scale_factor)
+        metrics["distill/kl"] = _mean(batch.teacher_kl, batch.mask)
+        loss = loss + recipe.distillation.coef * kl
+    if recipe.entropy_coeff:
+        bonus = aggregate(batch.entropies, batch.mask, rule.loss_agg_mode, whole, rule.loss_scale_factor)
+        loss = loss - recipe.entropy_coeff * bonus
+    return loss, metrics
+
+
+def _correction(batch: MicroBatch, recipe: Training) -> tuple[Tensor | None, dict[str, float]]:
+    """Importance weights of the rollout correction, None without one; and how far the sampler was from the policy.
+
+    Both are taken at the weights the answers were sampled from: the old log-probabilities, or the policy's own while
+    nothing has been updated yet, so that no forward is made for them.
+    """
+    if batch.old_is_sampler:  # the ratio corrects for the sampler already
+        clean = mismatch_metrics(batch.logps.detach(), batch.sampler_logps, batch.mask) if batch.first else {}
+        return None, clean
+    trained = batch.logps.detach() if batch.old_logps is None else batch.old_logps
+    metrics = mismatch_metrics(trained, batch.sampler_logps, batch.mask)
+    asked = recipe.rollout_correction
+    if asked.rollout_is == "none":
+        return None, metrics
+    found = correct_rollout(trained, batch.sampler_logps, batch.mask, asked.rollout_is, asked.mode, asked.threshold)
+    return found.weights, metrics | found.metrics
+
+
+@torch.no_grad()
+def _mean(values: Tensor, mask: Tensor) -> float:
+    return (values.detach() * mask).sum().item() / max(mask.sum().item(), 1)

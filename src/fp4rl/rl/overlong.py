@@ -1,0 +1,44 @@
+"""What to do with answers that run into the length limit: a soft penalty before it, a mask for those cut off by it."""
+
+import torch
+from torch import Tensor
+
+from fp4rl.spec.mistakes import BadValue
+
+
+def soft_overlong_penalty(
+    lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float = 1.0
+) -> Tensor:
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13), to be *added* to the reward; always in [-penalty_factor, 0].
+
+        0                                        up to max_response_length - buffer_len tokens
+        -penalty_factor * (tokens over) / buffer_len          inside the buffer
+        -penalty_factor                          at max_response_length and beyond
+
+    lengths [answers], in tokens. verl's `overlong_buffer_cfg` and TRL's `get_soft_overlong_punishment` give the same
+    numbers. Raises BadValue when the buffer does not fit: with buffer_len = max_response_length every answer is
+    punished, and a buffer that starts below the usual length teaches the policy to skip steps.
+    """
+    if not 0 < buffer_len < max_response_length:
+        raise BadValue(
+            f"overlong buffer of {buffer_len} tokens does not fit below max_response_length {max_response_length}: "
+            "take about a quarter of it"
+        )
+    over = lengths.to(torch.float32) - (max_response_length - buffer_len)
+    return -penalty_factor * (over / buffer_len).clamp(0.0, 1.0)
+
+
+def was_truncated(lengths: Tensor, ended: Tensor, max_response_length: int) -> Tensor:
+    """True where an answer hit the limit without ending itself. lengths, ended [answers] -> bool [answers].
+
+    An answer whose last allowed token *is* the end token is complete.
+    """
+    return (lengths >= max_response_length) & ~ended.bool()
+
+
+def mask_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
+    """The loss mask [answers, tokens] without the truncated answers: they are neither rewarded nor punished.
+
+    The attention mask must stay as it is: only the loss forgets them.
+    """
+    return mask.masked_fill(truncated.bool().unsqueeze(-1), 0)

@@ -1,0 +1,184 @@
+"""The one switch that moves injection and noise together, and watches that neither harms the master weights."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4rl.inject.attach import Attachment
+from fp4rl.inject.evidence import master_digest
+from fp4rl.inject.memory import recall, remembered
+from fp4rl.noise.course import StageLog
+from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
+from fp4rl.noise.perturb import perturb
+from fp4rl.noise.schedule import asked_sigma
+from fp4rl.spec.injection import Phase
+from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.noise import Noise
+
+Record = Callable[[dict[str, Any]], None]
+
+
+class Phases:
+    """Rollout, training and evaluation of one model under one injection and one noise.
+
+    `record` receives evidence as plain dictionaries. A rollout or an evaluation that leaves the master weights
+    different from what it found raises CheckFailed (P06, P09), and so does noise that was asked for and is not there
+    (P03).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attachment: Attachment | None,
+        noise: Noise | None,
+        *,
+        seed: int,
+        total_steps: int,
+        record: Record,
+    ) -> None:
+        self.model = model
+        self.attachment = attachment
+        self.noise = noise
+        self.seed = seed
+        self.total_steps = total_steps
+        self.record = record
+        self.sigma = 0.0
+        self.stages = StageLog()
+        self._noise_seen: list[NoiseEvidence] = []  # one for each rollout, its weights pooled
+        self._called: set[Phase] = set()
+
+    def start(self) -> None:
+        """Before the first step: the model computes as in training."""
+        self._switch("training")
+
+    @contextmanager
+    def rollout(self, step: int) -> Iterator[None]:
+        """Sample at `step` (counted from 0): injection as in rollouts, noise drawn afresh from the clean weights."""
+        with self._unharmed("rollout", step):
+            self._switch("rollout")
+            try:
+                with self._noisy(step):
+                    yield
+                self.require_calls("rollout")
+            finally:
+                self._switch("training")
+
+    @contextmanager
+    def evaluation(self, step: int) -> Iterator[None]:
+        """Judge the policy as deployed: injection as in evaluation, noise off."""
+        with self._unharmed("evaluation", step):
+            self._switch("evaluation")
+            try:
+                yield
+            finally:
+                self._switch("training")
+
+    @property
+    def scores_with_noise(self) -> bool:
+        """Whether the loss starts from the log-probabilities that the noisy sampler gave."""
+        return self.noise is not None and self.noise.logprobs == "noisy"
+
+    @contextmanager
+    def reference(self, phase: Phase = "reference") -> Iterator[None]:
+        """Score as a policy that stands still does: unquantized, or in the precision of another `phase`."""
+        self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch("training")
+
+    def weights_changed(self) -> None:
+        """To be called after every optimizer step and every load: cached rounded weights are thrown away."""
+        if self.attachment is not None:
+            self.attachment.invalidate()
+
+    def require_calls(self, phase: Phase) -> None:
+        """Once a phase, in the first steps: a site that should act and was never called stops the run (P10)."""
+        if self.attachment is not None and phase not in self._called:
+            self._called.add(phase)
+            self.attachment.require_calls()
+
+    def noise_summary(self) -> dict[str, Any] | None:
+        """What the noise of the whole run came to, None without noise: largest sigma, shares of weights changed."""
+        if self.noise is None:
+            return None
+        seen = self._noise_seen
+        return {
+            "rollouts": len(seen),
+            "noisy_rollouts": sum(one.share_changed > 0 for one in seen),
+            "largest_sigma": max((one.sigma for one in seen), default=0.0),
+            "largest_realised": max((one.realised for one in seen), default=0.0),
+            "mean_share_changed": sum(one.share_changed for one in seen) / max(len(seen), 1),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a run that is resumed needs to end like one that was not; JSON-able."""
+        return {
+            "noise": [asdict(one) for one in self._noise_seen],
+            "stages": self.stages.ran,
+            "injection": remembered(self.attachment) if self.attachment is not None else {},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, after the weights of that moment were loaded."""
+        self._noise_seen = [NoiseEvidence(**one) for one in state["noise"]]
+        self.stages = StageLog([(sigma, count) for sigma, count in state["stages"]])
+        if self.attachment is not None:
+            recall(self.attachment, state["injection"])
+
+    def _switch(self, phase: Phase) -> None:
+        if self.attachment is not None:
+            self.attachment.set_phase(phase)
+
+    @contextmanager
+    def _noisy(self, step: int) -> Iterator[None]:
+        if self.noise is None:
+            yield
+            return
+        self.sigma = asked_sigma(self.noise, step, self.total_steps)
+        # Seeded by (seed, step), so that a resumed run and every rank draw the same noise.
+        generator = torch.Generator().manual_seed((self.seed << 24) + step)
+        share = step / self.total_steps
+        with perturb(self.model, self.noise, self.sigma, generator=generator, share=share) as evidence:
+            self.weights_changed()
+            yield
+        self.weights_changed()
+        self.stages.note(self.sigma)
+        if evidence:
+            self._noise_seen.append(_pooled(evidence))
+        self.record({"kind": "noise", "step": step, **summary(evidence, self.sigma)})
+        require_drawn(evidence, self.sigma)
+
+    def finish(self) -> None:
+        """At the end of a run: noise that was asked for must have acted, a control must not have (P03)."""
+        if self.noise is None:
+            return
+        missed = self.stages.missed(self.noise.schedule, self.total_steps)
+        self.record({"kind": "noise_stages", "ran": self.stages.ran, "missed": missed})
+        require_noise(self.noise, [[one] for one in self._noise_seen])
+
+    @contextmanager
+    def _unharmed(self, phase: Phase, step: int) -> Iterator[None]:
+        before = master_digest(self.model)
+        yield
+        unharmed = master_digest(self.model) == before
+        self.record({"kind": "master", "phase": phase, "step": step, "unharmed": unharmed, "digest": before})
+        if not unharmed:
+            raise CheckFailed(f"step {step}: the master weights are not the same after {phase} as before it")
+
+
+def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:
+    """All noisy weights of one rollout as one: the largest of their noise, the share of all their values."""
+    elements = sum(one.elements for one in evidence)
+    return replace(
+        max(evidence, key=lambda one: one.sigma),
+        name="all",
+        layer=None,
+        realised=max(one.realised for one in evidence),
+        share_changed=sum(one.share_changed * one.elements for one in evidence) / elements,
+        elements=elements,
+    )

@@ -1,0 +1,58 @@
+"""From the name of an evaluation profile to what is injected while it is measured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fp4rl.spec.evaluation import MATMUL_NOISE, Evaluation
+from fp4rl.spec.formats import FORMATS
+from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.injection import MODES, Injection
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`injection` is None for the model as it is. `noise` is what the profile says about noise: `off`, or its size."""
+
+    injection: Injection | None
+    noise: str = "off"
+
+    @property
+    def name(self) -> str:
+        """The precision's own name, whatever the profile is called."""
+        return "full" if self.injection is None else self.injection.name
+
+
+def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> Precision:
+    """What a profile means. `deployed` is the run's own injection.
+
+    `full` is the model as it is, `deployment` the run's injection; a mode (`w4a16`) or a format of the weights
+    (`mxfp8`) is what quantizing afterwards gives; `matmul_noise=0.05` is the deployment with relative errors of that
+    size in the result of every matmul.
+    Raises NotThere for any other name.
+    """
+    if name == "full":
+        return Precision(None)
+    if name == "deployment":
+        return Precision(deployed)
+    if name in MODES:
+        return Precision(Injection.named(name, preset=spec.preset))
+    if name in FORMATS:
+        return Precision(Injection.model_validate({"weight": name, "preset": spec.preset}))
+    if name.startswith(MATMUL_NOISE):
+        return _with_matmul_noise(name.removeprefix(MATMUL_NOISE), deployed)
+    known = ["full", "deployment", *MODES, *FORMATS, f"{MATMUL_NOISE}0.05"]
+    raise NotThere(f"evaluation.profiles: no profile {name!r}{nearest(name, known)}")
+
+
+def _with_matmul_noise(size: str, deployed: Injection | None) -> Precision:
+    try:
+        error = HardwareError(scale=float(size)) if float(size) else None
+    except ValueError:
+        raise BadValue(f"evaluation.profiles: {MATMUL_NOISE}{size}: write a number such as 0.05") from None
+    if error is None:
+        return Precision(deployed)
+    content: dict[str, Any] = deployed.model_dump() if deployed is not None else {}
+    content["errors"] = (error,)  # in the place of errors that the run trained with
+    content["apply_during"] = {**content.get("apply_during", {}), "errors": ("evaluation",)}
+    return Precision(Injection.model_validate(content), f"matmul relative {error.scale:g}")

@@ -1,0 +1,65 @@
+"""What a finished training proves of itself: which sites acted, and that the live policy is the one that was saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fp4rl.inject.attach import Attachment, attach
+from fp4rl.models.load import load
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import CheckFailed
+
+Record = Callable[[dict[str, Any]], None]
+
+
+def sites(attachment: Attachment | None) -> dict[str, Any]:
+    """The resolved table as plain values; empty where nothing is injected."""
+    return {"digest": None, "plans": [], "left_out": []} if attachment is None else attachment.table.as_dict()
+
+
+def proved(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
+) -> dict[str, Any]:
+    """The summary that stands by the result; its details go to `record`.
+
+    Raises CheckFailed when the live policy is not the one in `final` (P35).
+    """
+    rows = attachment.evidence() if attachment is not None else []
+    for row in rows:
+        record({"kind": "injection", **row})
+    difference = _live_against_fresh(experiment, model, attachment, final)
+    record({"kind": "live_equals_fresh", "max_difference": difference})
+    if difference != 0.0:
+        raise CheckFailed(
+            f"the live policy's logits differ from those of its saved copy by up to {difference:g}: "
+            "rounded weights went stale"
+        )
+    calls: dict[str, int] = {}
+    for row in rows:
+        calls[row["phase"]] = calls.get(row["phase"], 0) + row["calls"]
+    return {
+        "sites": len(attachment.table.plans) if attachment is not None else 0,
+        "calls": calls,
+        "live_equals_fresh": True,
+        "master_unharmed": True,
+    }
+
+
+@torch.no_grad()
+def _live_against_fresh(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path
+) -> float:
+    """Largest difference between the live policy's logits and those of a freshly loaded copy, injected alike."""
+    fresh, _ = load(final, experiment.model.dtype)
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
+    model.eval()
+    if attachment is None or experiment.injection is None:
+        return float((model(input_ids=ids).logits - fresh.to(device)(input_ids=ids).logits).abs().max())
+    attachment.set_phase("evaluation")
+    with attach(fresh.to(device), experiment.injection) as other:
+        other.set_phase("evaluation")
+        return float((model(input_ids=ids).logits - fresh(input_ids=ids).logits).abs().max())

@@ -1,0 +1,127 @@
+"""From a scored answer to the number that reinforcement learning climbs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
+from fp4rl.tasks.task import Problem, Score
+
+Scorer = Callable[[Problem, str], Score]
+Reward = Callable[..., Any]
+"""`reward(prompt=..., completion=..., answer=...)` -> a number; None or NaN for an answer that cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answers of one batch: what each is worth, and what it got right. All sequences are as long as the batch.
+
+    A reward is NaN where the reward function could not judge: such an answer takes no part in its group.
+    """
+
+    rewards: tuple[float, ...]
+    strict: tuple[bool, ...]
+    flexible: tuple[bool, ...]
+    formatted: tuple[bool, ...]
+
+    def means(self) -> Mapping[str, float]:
+        """Shares of the batch under the names they are logged by."""
+        n = max(len(self.rewards), 1)
+        judged = [reward for reward in self.rewards if math.isfinite(reward)]
+        return {
+            "reward/mean": sum(judged) / len(judged) if judged else 0.0,
+            "reward/unjudged": 1 - len(judged) / n,
+            "accuracy/rollout": sum(self.strict) / n,
+            "accuracy/rollout_flexible": sum(self.flexible) / n,
+            "accuracy/rollout_format": sum(self.formatted) / n,
+        }
+
+
+@dataclass
+class Rewarder:
+    """Rewards answers: one point for a strictly correct one, or what `function` says, plus the overlong penalty.
+
+    `say` hears, once, of the first answer that the function could not judge.
+    """
+
+    scorer: Scorer
+    function: Reward | None = None
+    name: str = "accuracy"
+    say: Callable[[str], None] = field(default=lambda line: None, repr=False)  # noqa: ARG005
+    _told: bool = False
+
+    def score(self, problems: Sequence[Problem], completions: Sequence[str], penalties: Sequence[float]) -> Scored:
+        """Raises CheckFailed, naming the problem, when the function raises or returns what is no number.
+
+        The same for a batch of which it could judge nothing.
+        """
+        scores = [self.scorer(problem, text) for problem, text in zip(problems, completions, strict=True)]
+        rewards = [
+            self._reward(problem, text, score) + penalty
+            for problem, text, score, penalty in zip(problems, completions, scores, penalties, strict=True)
+        ]
+        if rewards and all(math.isnan(reward) for reward in rewards):
+            raise CheckFailed(
+                f"the reward {self.name} judged none of {len(rewards)} answers (first problem: {problems[0].id}); "
+                "it must return a number for at least some"
+            )
+        return Scored(
+            rewards=tuple(rewards),
+            strict=tuple(s.strict for s in scores),
+            flexible=tuple(s.flexible for s in scores),
+            formatted=tuple(s.formatted for s in scores),
+        )
+
+    def _reward(self, problem: Problem, text: str, score: Score) -> float:
+        if self.function is None:
+            return float(score.strict)
+        try:
+            value = self.function(prompt=problem.prompt, completion=text, answer=problem.answer)
+            value = math.nan if value is None else float(value)
+        except Exception as error:
+            raise CheckFailed(
+                f"the reward {self.name} failed on problem {problem.id} (answer {text[:60]!r}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(value) and not self._told:
+            self._told = True
+            self.say(f"the reward {self.name} returned no number for problem {problem.id}; such answers teach nothing")
+        return value if math.isfinite(value) else math.nan
+
+
+def reward_named(name: str) -> Reward | None:
+    """`accuracy` (None: the task's own strict score), `math_verify`, or the function at `package.module.function`.
+
+    Raises NotThere for what cannot be imported, BadValue for what is no function.
+    """
+    if name == "accuracy":
+        return None
+    if name == "math_verify":
+        return _math_verify()
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise BadValue(f"training.reward {name!r}: write accuracy, math_verify, or the path package.module.function")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise NotThere(f"training.reward {name!r}: {error}; is its folder on PYTHONPATH?") from None
+    if found is None:
+        raise NotThere(f"training.reward {name!r}: {module} has no {attribute!r}")
+    if not callable(found):
+        raise BadValue(f"training.reward {name!r} is {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _math_verify() -> Reward:
+    """Whether the completion and the answer mean the same mathematically (LaTeX, fractions, sets, intervals)."""
+    try:
+        math_verify = import_module("math_verify")
+    except ImportError:
+        raise NotThere("training.reward math_verify needs the extra `math`: pip install 'fp4rl[math]'") from None
+
+    def equivalent(*, completion: str, answer: str, **_: str) -> bool:
+        return bool(math_verify.verify(math_verify.parse(answer), math_verify.parse(completion)))
+
+    return equivalent

@@ -1,0 +1,107 @@
+"""One run from its description to its numbers: start, judge, train, save, judge what was saved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4rl.rl.attempt import Attempt, Past, Run
+from fp4rl.rl.check import check
+from fp4rl.rl.checkpoints import all_of, read, remove
+from fp4rl.rl.health.monitor import last_healthy
+from fp4rl.rl.judge import judge_of
+from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.losses import cannot_act
+from fp4rl.rl.objective import loss_rule
+from fp4rl.rl.prove import proved, sites
+from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.spec.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to. `final` is the trained model's folder, `evidence` the summary that stands by the result.
+
+    `stopped` says why the monitor ended it before the steps that were asked for; None when it did not.
+    """
+
+    final: Path
+    steps_done: int
+    evidence: Mapping[str, Any]
+    stopped: str | None = None
+
+
+def train(
+    experiment: Experiment,
+    folder: Path,
+    cache: Path,
+    listeners: Listeners | None = None,
+    past: Past | None = None,
+    *,
+    stamp: str = "",
+) -> Trained:
+    """Run one experiment; the trained model lands in `folder`/final, warmed-up models in `cache`.
+
+    `past` goes on from a checkpoint in `folder`/checkpoints, with the metrics up to it; step 0 is not judged again.
+    Raises NotThere and BadValue for what the experiment names and cannot be used, before anything is trained, and
+    CheckFailed when the run's own evidence contradicts its spec.
+    """
+    check(experiment)
+    run = _run(experiment, folder, cache, listeners or Listeners(), stamp)
+    past = past or Past()
+    if past.checkpoint is None:
+        list(run.judged(run.start, 0))
+    for line in (*experiment.training.warnings(), *_cannot_act(experiment)):
+        run.hear.say(line)
+    attempt = Attempt(run, past)
+    run.hear.on_sites(sites(attempt.attachment))
+    attempt.train()
+    while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
+        _roll_back(run, attempt)
+        attempt = Attempt(run, past)
+        attempt.train()
+    return _ended(run, attempt)
+
+
+def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, stamp: str) -> Run:
+    task = task_of(experiment.task)
+    problems = training_problems(experiment.task, task)
+    warm_up_steps = experiment.model.embedded.warm_up_steps if experiment.model.embedded else 0
+    start = start_folder(experiment.model, task, cache, lambda step, _: hear.on_stage("warm-up", step, warm_up_steps))
+    return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp)
+
+
+def _cannot_act(experiment: Experiment) -> tuple[str, ...]:
+    return cannot_act(loss_rule(experiment.training), experiment.training.updates_per_step)
+
+
+def _roll_back(run: Run, attempt: Attempt) -> None:
+    """Back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
+    past, finding = attempt.past, attempt.watch.decisive
+    if attempt.attachment is not None:
+        attempt.attachment.remove()
+    found = all_of(run.folder / "checkpoints")
+    step = last_healthy(found, attempt.watch.alarms)
+    past.checkpoint = read(found[step], run.stamp) if step is not None else None
+    back = past.checkpoint.step if past.checkpoint is not None else 0
+    remove([path for done, path in found.items() if done > back])
+    past.metrics = {done: metrics for done, metrics in past.metrics.items() if done <= back}
+    past.rollbacks += 1
+    lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks
+    run.hear.on_rollback(back)
+    run.hear.record({"kind": "rollback", "step": attempt.trainer.step, "to": back, "lr": lr, "why": str(finding)})
+    run.hear.say(f"rolled back from step {attempt.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
+
+
+def _ended(run: Run, attempt: Attempt) -> Trained:
+    stopped = str(attempt.watch.decisive) if attempt.watch.decisive is not None else None
+    if stopped is None:  # a run that was ended early may not have come to its noisy stages
+        attempt.phases.finish()
+    final = attempt.save(run.folder / "final")
+    evidence = {
+        **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
+        "noise": attempt.phases.noise_summary(),
+        "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
+    }
+    list(run.judged(final, attempt.trainer.step, last=True))
+    return Trained(final, attempt.trainer.step, evidence, stopped)

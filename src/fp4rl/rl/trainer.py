@@ -1,0 +1,230 @@
+"""TRL's GRPOTrainer with our own rollout, dynamic sampling and loss: the only file that imports trl.
+
+TRL keeps the loop, the optimizer, mixed precision, gradient accumulation, several processes and checkpoints. Touched
+are four seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`), a
+micro-batch (`_compute_loss`), the ends of optimizer steps and checkpoints (a callback) and the log line (`log`).
+"""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import add_fused_lm_head
+
+from fp4rl.rl.aggregation import Whole
+from fp4rl.rl.arguments import arguments
+from fp4rl.rl.batch import training_batch
+from fp4rl.rl.fill import Filler
+from fp4rl.rl.objective import MicroBatch, objective
+from fp4rl.rl.parts import Parts
+from fp4rl.rl.reference import Teacher
+from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
+from fp4rl.tasks.task import Problem
+
+
+class Trainer(GRPOTrainer):  # type: ignore[misc]
+    """One step: fill a batch with groups that have spread, then `updates_per_step` updates from it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Parts, folder: Path) -> None:
+        self.parts = parts
+        self._totals: dict[str, list[float]] = defaultdict(list)
+        self._step_metrics: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self.learned = True
+        recipe = parts.recipe
+        super().__init__(
+            model=model,
+            reward_funcs=[_scored_by_the_stream],
+            args=GRPOConfig(**arguments(recipe, folder, parts.seed, parts.keep)),
+            # Prompts come from the stream: dynamic sampling takes a varying number of them. TRL's loader only counts.
+            train_dataset=Dataset.from_dict({"prompt": [""] * recipe.train_batch_size}),
+            processing_class=tokenizer,
+        )
+        parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
+        self.teacher = None
+        if parts.standing.teacher is not None and recipe.distillation is not None:
+            self.teacher = Teacher(parts.standing.teacher, self.model, recipe.distillation, recipe.temperature)
+        if parts.standing.reference is not None and parts.standing.reference.is_copy:
+            add_fused_lm_head(parts.standing.reference.model, temperature=recipe.temperature)
+        self.add_callback(_AroundTheOptimizer(self))
+
+    @property
+    def step(self) -> int:
+        """Steps done: full batches of rollouts whose updates are over."""
+        return int(self.state.global_step) // self.parts.recipe.updates_per_step
+
+    def positions(self) -> list[int]:
+        """How many problems each process has taken from its stream."""
+        return list(gather_object([self.parts.stream.position]))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No model card beside a checkpoint: it would name what TRL's own defaults are."""
+
+    # -- a generation batch
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        self._started, recipe = time.perf_counter(), self.parts.recipe
+        seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
+        with self.parts.phases.rollout(self.step):
+            filled = self.filler.fill(self._sample)
+        if line := filled.refill.report():
+            self.parts.hooks.say(f"step {self.step}: {line}")
+        batch = training_batch(
+            filled.answers, filled.any_answer, recipe, len(inputs), self._tokenizer.pad_token_id, self._device
+        )
+        self._step_metrics = {
+            **filled.metrics(),
+            "noise/sigma": self.parts.phases.sigma,
+            "time/rollout_s": time.perf_counter() - self._started,
+        }
+        if self.parts.standing.reference is not None:
+            with torch.no_grad(), self.parts.standing.reference.scoring():
+                batch["ref_per_token_logps"], _ = self._score(self.parts.standing.reference.model, batch)
+        if self.parts.phases.scores_with_noise:
+            batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
+        return batch
+
+    def _sample(self, problems: list[Problem]) -> Rollout:
+        recipe = self.parts.recipe
+        config = GenerationConfig(
+            max_new_tokens=recipe.max_response_length,
+            do_sample=True,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            top_k=0,
+            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=self.eos_token_ids,
+        )
+        sampling = Sampling(config, recipe.max_prompt_length, self.eos_token_ids)
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            return roll_out(model, self._tokenizer, problems, sampling)
+
+    def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            *_whole_sequences(batch),
+            batch["completion_ids"].shape[1],
+            batch_size=self.args.per_device_train_batch_size,
+            compute_entropy=entropy,
+        )
+        return logps, entropies
+
+    # -- a micro-batch
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        mask = inputs.get("loss_mask", inputs["completion_mask"])
+        logps, entropies = self._score(model, inputs, entropy=True)
+        assert entropies is not None
+        self.learned, whole = self._whole()
+        batch = MicroBatch(
+            logps,
+            entropies,
+            inputs["advantages"],
+            mask,
+            inputs["sampling_per_token_logps"],
+            inputs.get("old_per_token_logps"),
+            inputs.get("ref_per_token_logps"),
+            self.teacher.kl(*_whole_sequences(inputs), mask) if self.teacher is not None else None,
+            first=self._step % self.args.steps_per_generation < self.args.gradient_accumulation_steps,
+            old_is_sampler=self.parts.phases.scores_with_noise,
+        )
+        loss, metrics = objective(batch, self.parts.recipe, self.parts.rule, whole)
+        for name, value in metrics.items():
+            self._totals[name].append(value)
+        return loss
+
+    def _whole(self) -> tuple[bool, Whole]:
+        """Whether the optimizer step that this micro-batch belongs to has any answer, and its counts per process."""
+        span = self.args.gradient_accumulation_steps
+        first = self._step % self.args.steps_per_generation // span * span
+        parts = self._buffered_inputs[first : first + span]
+        masks = [p.get("loss_mask", p["completion_mask"]) for p in parts]
+        counts = torch.stack([sum(m.sum() for m in masks), sum((m.sum(-1) > 0).sum() for m in masks)]).float()
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="mean")
+        return bool(counts[1] > 0), Whole(tokens=counts[0].clamp(min=1), sequences=counts[1].clamp(min=1))
+
+    @torch.no_grad()
+    def score_later_updates(self) -> None:
+        """Before the first update of a step: log-probabilities, as the policy still is, of what later updates learn.
+
+        The first update needs none: it starts from this very policy.
+        """
+        done, span = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if self.parts.recipe.updates_per_step == 1 or done != span:
+            return
+        for batch in self._buffered_inputs[span:]:
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"], _ = self._score(self.model, batch)
+
+    # -- the log line
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Collect what TRL logs after each update; one line of metrics goes out when a step's updates are over."""
+        if "grad_norm" not in logs:
+            return
+        self._metrics["train"].clear()
+        self._totals["grad_norm"].append(float(logs["grad_norm"]))
+        self._totals["lr"].append(float(logs["learning_rate"]))
+        if self.state.global_step % self.parts.recipe.updates_per_step:
+            return
+        # A maximum over micro-batches is their largest value; everything else is a mean.
+        found = {name: max(v) if "max" in name else sum(v) / len(v) for name, v in self._totals.items()}
+        self._totals.clear()
+        found["time/step_s"] = time.perf_counter() - self._started
+        if self.parts.hooks.on_step(self.step, {**self._step_metrics, **found}):
+            self.control.should_training_stop = True
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+
+class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
+    """What must happen right before and right after the optimizer touches the weights, and around checkpoints."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Model, optimizer and scheduler have been loaded: the rest of a checkpoint's state follows."""
+        self._trainer.parts.hooks.on_begin(self._trainer)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Ask, once, whether training met every site; and drop the gradient of a batch without any answer.
+
+        A zero gradient would still move the weights by momentum.
+        """
+        self._trainer.parts.phases.require_calls("training")
+        self._trainer.score_later_updates()
+        if not self._trainer.learned:
+            self._trainer.model.zero_grad(set_to_none=True)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Cached rounded weights are thrown away: nothing else tells that a fused AdamW has run."""
+        self._trainer.parts.phases.weights_changed()
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """The trainer's checkpoint is whole: ours, written last, completes it."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._trainer.parts.hooks.on_checkpoint(self._trainer.step, folder)
+
+
+def _whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts and answers side by side, and their attention mask: [rows, P + T] both."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _scored_by_the_stream(**_: Any) -> list[float]:
+    raise AssertionError("TRL's own reward path was taken; answers are scored by the filler")

@@ -1,0 +1,79 @@
+"""Small experiments that still go the whole way: a warmed-up embedded model, real rollouts, real updates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.train import train
+from fp4rl.spec.door import merge
+from fp4rl.spec.experiment import Experiment
+
+SMALL = {
+    "model": {"embedded": {"warm_up_steps": 60}},
+    "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
+    "training": {
+        "steps": 2,
+        "train_batch_size": 4,
+        "mini_batch_size": 2,
+        "rollout_n": 4,
+        "max_response_length": 32,
+        "overlong_buffer": {"len": 8},
+        "filter_groups": {"enable": False},
+    },
+    "evaluation": {"count": 24, "max_new_tokens": 12, "profiles": ["full", "deployment"], "preset": "vllm"},
+}
+NOISE = {"schedule": {"kind": "constant", "sigma": 0.05}}
+ARMS = {
+    "bf16": {},
+    "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}},
+    "w4a16+aqn": {"injection": {"mode": "w4a16", "preset": "vllm"}, "noise": NOISE},
+    "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+}
+
+
+class Heard:
+    """Everything that a run told its listeners."""
+
+    def __init__(self):
+        self.steps, self.evaluations, self.records, self.sites, self.lines = [], [], [], [], []
+
+    def listeners(self):
+        return Listeners(
+            on_step=lambda step, metrics: self.steps.append((step, metrics)),
+            on_evaluation=self.evaluations.append,
+            record=self.records.append,
+            on_sites=self.sites.append,
+            say=self.lines.append,
+        )
+
+    def of(self, kind):
+        return [record for record in self.records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def experiment():
+    """`experiment(arm, training={...})` -> a small Experiment of that arm."""
+
+    def described(arm="bf16", **changes):
+        return Experiment.model_validate(merge(merge(SMALL, ARMS[arm]), changes))
+
+    return described
+
+
+@pytest.fixture
+def run(model_cache, tmp_path):
+    """`run(experiment)` -> (Trained, Heard)."""
+
+    def go(described, name="run"):
+        torch.set_num_threads(1)
+        heard = Heard()
+        return train(described, tmp_path / name, model_cache, heard.listeners()), heard
+
+    return go

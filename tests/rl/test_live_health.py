@@ -1,0 +1,131 @@
+"""The monitor inside a run: what it sees, what it says, and that it ends or turns back a run that has gone wrong."""
+
+import json
+
+import pytest
+
+from fp4rl.lab.folders import run_folder
+from fp4rl.lab.matrix import single
+from fp4rl.lab.work import carry_out
+from fp4rl.rl import attempt as attempt_room
+
+FOUR = {"steps": 4, "rollout_n": 4, "train_batch_size": 8, "mini_batch_size": 8}
+POLICY = ["rollout", "training", "evaluation"]
+
+
+def mismatch_alarms(heard):
+    return [r for r in heard.of("health") if r["check"] == "mismatch" and r["state"] == "alarm"]
+
+
+@pytest.mark.parametrize("left_out", ["rollout", "training"])
+def test_quantizing_one_side_alone_raises_the_mismatch_alarm_within_three_steps(left_out, run, experiment):
+    phases = [phase for phase in POLICY if phase != left_out]
+    _, heard = run(experiment("w4a4", injection={"apply_during": phases}, training=FOUR))
+    assert [alarm["step"] <= 3 for alarm in mismatch_alarms(heard)] == [True]
+    assert any("mismatch alarm" in line for line in heard.lines)
+
+
+SLOW = [pytest.param(arm, marks=pytest.mark.slow) for arm in ("bf16", "w4a16")]
+
+
+@pytest.mark.parametrize("arm", [*SLOW, "w4a4"])
+def test_a_healthy_run_has_one_policy_on_both_sides(arm, run, experiment):
+    _, heard = run(experiment(arm, training=FOUR))
+    assert not mismatch_alarms(heard)
+    assert all(abs(metrics["rollout_corr/k3_kl"]) < 1e-4 for _, metrics in heard.steps)
+
+
+@pytest.mark.slow
+def test_mismatch_has_verls_names_in_every_step(run, experiment):
+    _, heard = run(experiment("w4a16+aqn"))
+    names = {f"rollout_corr/{name}" for name in ("kl", "k3_kl", "chi2_token", "ppl_ratio")}
+    names |= {f"training/rollout_probs_diff_{name}" for name in ("mean", "max")}
+    assert all(names <= metrics.keys() for _, metrics in heard.steps)
+    assert all(metrics["rollout_corr/k3_kl"] > 1e-6 for _, metrics in heard.steps)
+
+
+def test_a_rule_stops_the_run_after_its_step_and_that_step_is_judged_as_the_last(run, experiment):
+    health = {"rules": ["stop if response_length/mean > 1 at step 2"]}
+    trained, heard = run(experiment("w4a16", health=health, training={"steps": 6}))
+    assert trained.steps_done == 2
+    assert "response_length/mean is" in trained.stopped
+    assert [(e.step, e.last) for e in heard.evaluations] == [(0, False)] * 2 + [(2, True)] * 2
+    assert trained.evidence["health"]["state"] == "alarm"
+
+
+@pytest.mark.slow
+def test_an_alarm_that_is_only_noted_ends_nothing(run, experiment):
+    health = {"rules": ["note if response_length/mean > 1 at step 1"]}
+    trained, heard = run(experiment("w4a16", health=health))
+    assert (trained.steps_done, trained.stopped) == (2, None)
+    assert [r["state"] for r in heard.of("health") if r["check"].startswith("note if")] == ["alarm"]
+
+
+def test_the_result_says_that_the_run_was_stopped_and_why(experiment, model_cache, tmp_path):
+    (tmp_path / "models").symlink_to(model_cache)
+    described = experiment(
+        "w4a16",
+        noise={"schedule": {"kind": "geometric", "num_stages": 3}},  # silent so far, and no fault of the run
+        training={"steps": 6},
+        health={"rules": ["stop if loss_scale < 1 from step 1", "stop if entropy > 0 at step 1"]},
+    )
+    result = carry_out(single(described, "trial"), tmp_path).result()
+    assert (result["steps_asked"], result["steps_done"]) == (6, 1)
+    assert result["stopped"].startswith("step 1: stop if entropy > 0")
+    assert {e["step"] for e in result["evaluations"] if e["last"]} == {1}
+
+
+ROLLBACK = {
+    "training": {"steps": 5, "save_freq": 1, "lr": 1e-3},
+    "health": {"rules": ["rollback if response_length/mean > 1 at step 3"], "max_rollbacks": 2, "rollback_lr": 0.5},
+    "evaluation": {"count": 8, "profiles": ["deployment"]},
+}
+
+
+def test_a_rollback_goes_on_from_before_the_alarm_with_a_lower_learning_rate(run, experiment):
+    trained, heard = run(experiment("w4a16", **ROLLBACK))
+    lr = [(step, metrics["lr"]) for step, metrics in heard.steps]
+    halves = [(step, 1e-3 * 0.5**turn) for turn in range(3) for step in ([1, 2, 3] if turn == 0 else [3])]
+    assert [step for step, _ in lr] == [step for step, _ in halves]
+    assert [value for _, value in lr] == pytest.approx([value for _, value in halves])
+    assert [(r["step"], r["to"]) for r in heard.of("rollback")] == [(3, 2), (3, 2)]
+    assert trained.stopped is not None, "the third alarm has no rollback left"
+
+
+@pytest.mark.slow
+def test_what_was_rolled_back_is_gone_from_the_metrics_and_a_kill_in_between_changes_nothing(
+    experiment, model_cache, tmp_path, monkeypatch
+):
+    planned = single(experiment("w4a16", **ROLLBACK), "trial")
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "models").symlink_to(model_cache)
+    whole = carry_out(planned, tmp_path / "whole")
+    assert list(whole.metrics()) == [1, 2, 3]
+    assert whole.metrics()[3]["lr"] == pytest.approx(2.5e-4)
+
+    class Killed(BaseException):
+        pass
+
+    real = attempt_room.Attempt.__init__
+
+    def killed(self, run, past):
+        if past.rollbacks:
+            raise Killed
+        real(self, run, past)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt_room.Attempt, "__init__", killed)
+        with pytest.raises(Killed):
+            carry_out(planned, tmp_path / "broken")
+    carry_out(planned, tmp_path / "broken")
+    broken = run_folder(tmp_path / "broken", planned.suite, planned.run_id)
+    assert numbers(broken) == numbers(whole)
+
+
+def numbers(folder):
+    metrics = {
+        step: {name: value for name, value in values.items() if not name.startswith("time/")}
+        for step, values in folder.metrics().items()
+    }
+    return json.dumps([metrics, folder.result()["evaluations"]], sort_keys=True)

@@ -1,0 +1,107 @@
+"""What an evaluation profile means, what stands beside every number, and the robustness sweep of the last step."""
+
+import pytest
+
+from fp4rl.cli.main import main
+from fp4rl.rl.evaluate import Evaluation, Item, Profile
+from fp4rl.rl.profiles import precision_named
+from fp4rl.spec import evaluation as spec
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+VLLM = spec.Evaluation(preset="vllm")
+W4A4 = Injection.named("w4a4", preset="vllm")
+PROFILE = Profile("full", "full", None, "off", "arithmetic", 48, "greedy", "0" * 12)
+
+
+def items(*right):
+    """One problem a tuple, one sample an element."""
+    return tuple(
+        Item(f"p{p}", k, strict, strict, True, "", 3, False)
+        for p, answers in enumerate(right)
+        for k, strict in enumerate(answers)
+    )
+
+
+@pytest.mark.parametrize(
+    "name, precision, noise",
+    [
+        ("full", "full", "off"),
+        ("deployment", "w4a4", "off"),
+        ("w4a16", "w4a16", "off"),
+        ("mxfp8", "weight:mxfp8", "off"),
+        ("matmul_noise=0", "w4a4", "off"),
+        ("matmul_noise=0.05", "w4a4+relative@matmul/forward", "matmul relative 0.05"),
+    ],
+)
+def test_a_profile_says_its_precision_and_its_noise(name, precision, noise):
+    found = precision_named(name, VLLM, W4A4)
+    assert (found.name, found.noise) == (precision, noise)
+
+
+def test_a_formats_profile_follows_the_preset_of_the_target():
+    assert precision_named("mxfp4", VLLM, None).injection.weight.scale_rule == "even"
+    assert precision_named("mxfp4", spec.Evaluation(preset="ocp"), None).injection.weight.scale_rule == "floor"
+
+
+@pytest.mark.parametrize("name, kind", [("w4a17", NotThere), ("mxfp5", NotThere), ("matmul_noise=much", BadValue)])
+def test_a_profile_that_means_nothing_is_refused(name, kind):
+    with pytest.raises(kind, match=r"evaluation\.profiles"):
+        precision_named(name, VLLM, W4A4)
+
+
+def test_matmul_noise_acts_in_the_evaluation_alone_and_replaces_what_was_trained_with():
+    trained = Injection.model_validate({"mode": "w4a4", "errors": [{"scale": 0.3}]})
+    found = precision_named("matmul_noise=0.05", VLLM, trained).injection
+    assert [error.scale for error in found.errors] == [0.05]
+    assert found.apply_during.errors == ("evaluation",)
+
+
+def test_the_sweep_belongs_to_the_last_step_and_names_what_it_measured(run, experiment):
+    sweep = {"matmul_noise": [0.0, 0.5], "formats": ["bf16", "mxfp8", "nvfp4", "mxfp4"], "profiles": ["deployment"]}
+    _, heard = run(experiment("w4a16", evaluation={**sweep, "count": 64}))
+    first = [e for e in heard.evaluations if not e.last]
+    last = {e.profile.name: e for e in heard.evaluations if e.last}
+    assert [e.profile.name for e in first] == ["deployment"]
+    assert list(last) == ["deployment", "matmul_noise=0", "matmul_noise=0.5", "bf16", "mxfp8", "nvfp4", "mxfp4"]
+    digests = {name: e.profile.sites_digest for name, e in last.items()}
+    assert digests["matmul_noise=0"] == digests["mxfp4"] == digests["deployment"], "W4A16 is MXFP4 weights"
+    assert len(set(digests.values())) == 5
+    assert last["matmul_noise=0"].items == last["deployment"].items
+    assert last["matmul_noise=0.5"].items != last["deployment"].items
+
+
+def test_a_name_twice_in_profiles_and_sweep_is_refused(experiment):
+    with pytest.raises(ValueError, match="named twice"):
+        experiment("bf16", evaluation={"profiles": ["full", "mxfp8"], "formats": ["mxfp8"]})
+
+
+def test_pass_at_k_is_the_unbiased_estimate_and_mean_at_k_the_mean():
+    found = Evaluation(0, True, PROFILE, items((True, False, False, False), (False,) * 4, (True,) * 4)).summary()
+    assert found["mean@4"] == pytest.approx(5 / 12)
+    assert found["pass@1"] == pytest.approx(5 / 12)
+    assert found["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)  # 1 - C(3,2)/C(4,2) = 1/2
+    assert found["pass@4"] == pytest.approx(2 / 3)
+    assert found["problems"] == 3
+
+
+def test_one_answer_a_problem_has_no_pass_at_k():
+    assert not [name for name in Evaluation(0, True, PROFILE, items((True,), (False,))).summary() if "@" in name]
+
+
+@pytest.mark.slow
+def test_several_samples_differ_and_repeat_with_the_seed(run, experiment):
+    changes = {"evaluation": {"samples": 3, "count": 8, "profiles": ["full"]}, "training": {"steps": 1}}
+    first, second = (run(experiment("bf16", **changes), name)[1].evaluations[0] for name in ("a", "b"))
+    assert first.items == second.items
+    assert len({(i.problem_id, i.completion) for i in first.items}) > 8
+    assert first.profile.sampling == "3 samples at temperature 1"
+
+
+def test_fp4rl_eval_shows_the_sweep_with_intervals(run, experiment, capsys):
+    trained, _ = run(experiment("bf16", training={"steps": 1}))
+    words = ["eval", str(trained.final), "--count", "8", "--preset", "vllm", "--max-new-tokens", "16"]
+    code = main([*words, "-p", "full", "-p", "mxfp8", "-p", "matmul_noise=0.05", "--samples", "2"])
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert all(name in shown for name in ("mxfp8", "matmul_noise=0.05", "pass@2", "Wilson"))

@@ -1,0 +1,221 @@
+"""A run that was interrupted and goes on ends like one that never was: bit-equal metrics, evaluations and evidence."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from fp4rl.lab import work
+from fp4rl.lab.folders import all_runs, run_folder
+from fp4rl.lab.matrix import single
+from fp4rl.lab.work import carry_out
+from fp4rl.rl import attempt as attempt_room
+from fp4rl.rl import checkpoints
+from fp4rl.rl.trainer import Trainer
+from fp4rl.spec.mistakes import CheckFailed
+
+STEPS = 4
+HARD = {  # everything that has a state of its own
+    "training": {
+        "steps": STEPS,
+        "save_freq": 1,
+        "lr": 2e-3,
+        "lr_scheduler": "cosine",
+        "filter_groups": {"enable": True, "max_num_gen_batches": 2},
+    },
+    "evaluation": {"count": 8, "profiles": ["deployment"]},
+    "noise": {"schedule": {"kind": "geometric", "sigma_start": 0.05, "sigma_end": 0.01, "num_stages": 3}},
+    "injection": {
+        "mode": "w4a16",
+        "preset": "vllm",
+        "errors": [{"kind": "relative", "scale": 0.01, "targets": {"take": ["*down_proj"]}}],
+    },
+}
+
+
+class Interrupted(BaseException):
+    """Not an Exception: nothing may catch it, like a kill."""
+
+
+@pytest.fixture
+def carried(experiment, model_cache, tmp_path, monkeypatch):
+    """`carried(name, stop_at=None)` -> the folder after a run below `tmp_path/name`; it may be interrupted."""
+
+    def go(name, stop_at=None, **changes):
+        torch.set_num_threads(1)
+        (tmp_path / name).mkdir(exist_ok=True)
+        if not (tmp_path / name / "models").exists():
+            (tmp_path / name / "models").symlink_to(model_cache)
+        planned = single(experiment("bf16", **{**HARD, **changes}), "trial")
+        with monkeypatch.context() as patch:
+            if stop_at is not None:
+                patch.setattr(Trainer, "_sample", _interrupting(Trainer._sample, stop_at))
+            try:
+                return carry_out(planned, tmp_path / name)
+            except Interrupted:
+                return run_folder(tmp_path / name, planned.suite, planned.run_id)
+
+    return go
+
+
+def _interrupting(sample, step):
+    def interrupted(self, problems):
+        if self.step == step:
+            raise Interrupted
+        return sample(self, problems)
+
+    return interrupted
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """The uninterrupted run's numbers, made once."""
+    return {}
+
+
+def numbers(folder):
+    metrics = {
+        step: {name: value for name, value in values.items() if not name.startswith("time/")}
+        for step, values in folder.metrics().items()
+    }
+    items = {f"{step}-{name}": folder.items(step, name).to_pylist() for step, name in folder.item_sets()}
+    return json.dumps([metrics, folder.result()["evaluations"], folder.result()["evidence"], items, folder.evidence()])
+
+
+def whole(carried, kept):
+    if not kept:
+        kept["folder"] = carried("whole")
+        kept["numbers"] = numbers(kept["folder"])
+    return kept["numbers"]
+
+
+@pytest.mark.parametrize(
+    "stop_at", [3, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_run_ends_in_the_same_bits(carried, kept, stop_at):
+    whole(carried, kept)
+    broken = carried("broken", stop_at)
+    assert not broken.finished
+    folder = carried("broken")
+    assert numbers(folder) == kept["numbers"]
+    resumed = f"resumed from the checkpoint after step {stop_at}"
+    assert (resumed in (folder.path / "log.txt").read_text()) == (stop_at > 0)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_taken(carried, kept):
+    whole(carried, kept)
+    broken = carried("broken", 3)
+    (newest, *_) = sorted((broken.path / "checkpoints").iterdir(), key=lambda p: -int(p.name.rpartition("-")[2]))
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    folder = carried("broken")
+    log = (folder.path / "log.txt").read_text()
+    assert f"checkpoint {newest.name} is left out: its file model.safetensors is damaged" in log
+    assert "resumed from the checkpoint after step 2" in log
+    assert numbers(folder) == kept["numbers"]
+
+
+@pytest.mark.slow
+def test_without_a_good_checkpoint_the_run_starts_over(carried, kept):
+    whole(carried, kept)
+    broken = carried("broken", 3)
+    for path in (broken.path / "checkpoints").iterdir():
+        (path / checkpoints.STATE).write_text("{")
+    folder = carried("broken")
+    assert "starting over from the seed" in (folder.path / "log.txt").read_text()
+    assert numbers(folder) == kept["numbers"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_code_is_not_gone_on_from(carried, monkeypatch):
+    carried("broken", 3)
+    monkeypatch.setattr(work, "code_digest", lambda: "other")
+    folder = carried("broken")
+    assert "other code wrote it" in (folder.path / "log.txt").read_text()
+    assert "resumed" not in (folder.path / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_forgotten_state_would_be_noticed(carried, kept, monkeypatch):
+    """The plant: a resume that does not put the stream of problems back."""
+    whole(carried, kept)
+    carried("broken", 3)
+    real = attempt_room.Attempt._on_begin
+
+    def forgetful(self, trainer):
+        real(self, trainer)
+        self.stream.position = 0
+
+    monkeypatch.setattr(attempt_room.Attempt, "_on_begin", forgetful)
+    assert numbers(carried("broken")) != kept["numbers"]
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(carried, kept, monkeypatch):
+    whole(carried, kept)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt_room, "complete", full)
+        with pytest.raises(CheckFailed, match=r"the disk of .* is full; make room") as caught:
+            carried("broken")
+    assert "\n" not in str(caught.value)
+    assert numbers(carried("broken")) == kept["numbers"]
+
+
+@pytest.mark.slow
+def test_ten_kills_in_the_middle_of_a_run_change_nothing(tmp_path, experiment):
+    """kill -9 of the process that trains, at ten moments drawn by chance inside its steps."""
+    changes = {**HARD, "training": {**HARD["training"], "steps": 60}}
+    spec = tmp_path / "run.yaml"
+    spec.write_text(yaml.safe_dump(experiment("bf16", **changes).model_dump(mode="json")))
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from fp4rl.lab.matrix import single\nfrom fp4rl.lab.work import carry_out\n"
+        "from fp4rl.spec.door import load_spec\n"
+        "print(carry_out(single(load_spec(sys.argv[1]), 'trial'), Path(sys.argv[2])).path)\n"
+    )
+
+    def start(root):
+        with (tmp_path / "err.txt").open("w") as err:
+            return subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, spec, root], stderr=err)
+
+    def finished(root):
+        assert start(root).wait(timeout=600) == 0, (tmp_path / "err.txt").read_text()
+        (found,) = all_runs(root)
+        return found
+
+    want = numbers(finished(tmp_path / "whole"))
+    chance, kills = random.Random(0), 0
+    root = tmp_path / "killed"
+    root.mkdir()
+    (root / "models").symlink_to(tmp_path / "whole" / "models")
+    while kills < 10:
+        process, before = start(root), _steps(root)
+        while process.poll() is None and _steps(root) <= before:  # not during the imports
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.3))
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 10
+    assert numbers(finished(root)) == want
+
+
+def _steps(root):
+    """A clock that moves with every step: lines ever written."""
+    return sum(len((run.path / "metrics.jsonl").read_bytes()) for run in all_runs(root) if run.metrics())
