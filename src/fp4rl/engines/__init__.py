@@ -1,0 +1,1 @@
+"""Floor 5: processes and other people's engines."""

@@ -1,0 +1,194 @@
+"""Runs side by side on this machine: one spawned process per slot, each with its own threads and its own torch."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.runner import Event, OnEvent, Outcome
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    run: PlannedRun | None = None
+
+
+@dataclass(frozen=True)
+class LocalPool:
+    """`workers` processes of `threads` threads each. They end with this process, however it ends.
+
+    A worker that dies (killed, out of memory) costs its own run, which is reported and can be run again; another worker
+    takes its place.
+    """
+
+    workers: int = 2
+    threads: int = 1
+
+    def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
+        """Outcomes as they come. On any exception here (Ctrl-C), all workers are ended before it goes on."""
+        waiting = list(runs)
+        workers: list[_Worker] = []
+        with _interruptible() as interrupted:
+            yield from self._carry_out(waiting, workers, root, on_event, interrupted)
+
+    def _carry_out(
+        self,
+        waiting: list[PlannedRun],
+        workers: list[_Worker],
+        root: Path,
+        on_event: OnEvent,
+        interrupted: threading.Event,
+    ) -> Generator[Outcome, None, None]:
+        try:
+            while waiting and len(workers) < self.workers:
+                workers.append(self._hired(waiting.pop(0), root))
+            while workers:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                for pipe in wait([w.pipe for w in workers], timeout=1.0):
+                    worker = next(w for w in workers if w.pipe is pipe)
+                    outcome = _heard(worker, on_event)
+                    if outcome is None:
+                        continue
+                    yield outcome
+                    workers.remove(worker)
+                    if not waiting:
+                        _dismiss(worker)
+                    elif worker.process.is_alive():
+                        workers.append(_given(worker, waiting.pop(0), root))
+                    else:
+                        workers.append(self._hired(waiting.pop(0), root))
+        finally:
+            for worker in workers:
+                worker.process.kill()
+                worker.process.join()
+
+    def _hired(self, run: PlannedRun, root: Path) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads), daemon=True)
+        # Read by OpenMP when the child loads torch, so it must stand in the environment before that.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
+        try:
+            process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()
+        return _given(_Worker(process, ours), run, root)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Remembers Ctrl-C: raised inside a destructor or a callback, a KeyboardInterrupt is printed and lost."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def remember(*_: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _given(worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
+    worker.run = run
+    worker.pipe.send((run, root))
+    return worker
+
+
+def _heard(worker: _Worker, on_event: OnEvent) -> Outcome | None:
+    """Pass an event on, or return how the worker's run ended."""
+    assert worker.run is not None
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        return Outcome(worker.run, f"its process died (exit code {worker.process.exitcode}); run again to repeat it")
+    if isinstance(message, Event):
+        on_event(message)
+        return None
+    error, mistake = message
+    return Outcome(worker.run, error, mistake)
+
+
+def _dismiss(worker: _Worker) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        worker.pipe.send(None)
+    worker.process.join()
+
+
+def _serve(pipe: Connection, parent: int, threads: int) -> None:
+    """In the child: carry out runs until told to stop; each answer is what `_attempt` returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _prepare(threads)
+    while (order := pipe.recv()) is not None:
+        run, root = order
+        pipe.send(_attempt(run, root, pipe))
+
+
+def _prepare(threads: int) -> None:
+    import torch
+
+    from fp4rl.models.quiet import quiet
+
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def _attempt(run: PlannedRun, root: Path, pipe: Connection) -> tuple[str | None, bool]:
+    """(what went wrong or None, whether it is the user's mistake)."""
+    from fp4rl.lab.work import carry_out
+    from fp4rl.spec.mistakes import CheckFailed, Mistake
+
+    def tell(stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None:
+        pipe.send(Event(run.run_id, stage, done, total, metrics))
+
+    try:
+        carry_out(run, root, tell)
+    except Mistake as error:
+        return str(error), True
+    except CheckFailed as error:
+        return str(error), False
+    except BrokenPipeError:
+        os._exit(1)
+    except Exception as error:
+        _keep_traceback(run, root, error)
+        what = str(error).splitlines()[0] if str(error) else "no message"
+        return f"{type(error).__name__}: {what} (traceback in its log.txt)", False
+    return None, False
+
+
+def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> None:
+    log = root / run.suite / run.run_id / "log.txt"
+    with log.open("a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+
+
+def _die_with(parent: int, every_s: float = 0.5) -> Any:
+    """A parent that was killed cannot end its children: they watch for it."""
+    while os.getppid() == parent:
+        time.sleep(every_s)
+    os._exit(1)

@@ -1,0 +1,1 @@
+"""Floor 4: suites, runs, the ledger, statistics and the report."""

@@ -1,0 +1,1 @@
+"""What published results allow to be said: intervals, confounds, and treatments that never happened."""

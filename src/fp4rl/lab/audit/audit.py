@@ -1,0 +1,126 @@
+"""The audit of a file of reports: each comparison with its interval and confounds, each record with its noise."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fp4rl.lab.audit.confounds import confounds
+from fp4rl.lab.audit.noise import NoiseFinding, noise_finding
+from fp4rl.lab.audit.pairs import Pair, hardware_error, pairs
+from fp4rl.lab.audit.records import Record, Reports
+from fp4rl.lab.statistics.families import holm
+from fp4rl.lab.statistics.proportions import ShareDifference, newcombe
+from fp4rl.lab.statistics.spread import Spread, pooled
+
+
+@dataclass(frozen=True)
+class AuditedPair:
+    """One published comparison in points. The interval is over problems (Newcombe); each arm is one run, so no word.
+
+    `replicates`: the treatment's noise was never effective, so the two arms are repeats of each other.
+    `inside_band`: the difference is no larger than two equal runs show, None where no repeats tell.
+    """
+
+    pair: Pair
+    solved: tuple[int, int]
+    difference: ShareDifference
+    p_family: float
+    noise: NoiseFinding
+    replicates: bool
+    inside_band: bool | None
+
+
+@dataclass(frozen=True)
+class AuditedRecord:
+    record: Record
+    noise: NoiseFinding
+    confounds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """`spread`: run-to-run, from arms that turned out to be repeats; `repeats`: the ids that it rests on."""
+
+    problems: int
+    pairs: tuple[AuditedPair, ...]
+    records: tuple[AuditedRecord, ...]
+    spread: Spread | None
+    repeats: tuple[tuple[str, ...], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a program; differences in points."""
+        return {
+            "problems": self.problems,
+            "run_to_run": asdict(self.spread) if self.spread else None,
+            "repeats": self.repeats,
+            "comparisons": [_pair_dict(pair) for pair in self.pairs],
+            "records": [
+                {"id": one.record.id, "noise": asdict(one.noise), "confounds": one.confounds} for one in self.records
+            ],
+        }
+
+
+def audit(reports: Reports) -> Audit:
+    """Every comparison and every record of the file; p-values corrected over all comparisons shown."""
+    findings = {record.id: noise_finding(record) for record in reports.records}
+    groups = _repeats(reports.records, findings)
+    spread = pooled([[record.logged_final or 0.0 for record in group] for group in groups])
+    found = pairs(reports.records)
+    n = reports.gsm8k_test_n
+    solved = [(pair.treatment.solved(n), pair.control.solved(n)) for pair in found]
+    shares = [newcombe((first, n), (second, n)) for first, second in solved]
+    corrected = holm([share.p for share in shares])
+    return Audit(
+        problems=n,
+        pairs=tuple(
+            AuditedPair(
+                pair, counts, share, p, findings[pair.treatment.id], _replicates(pair, findings), _inside(share, spread)
+            )
+            for pair, counts, share, p in zip(found, solved, shares, corrected, strict=True)
+        ),
+        records=tuple(
+            AuditedRecord(record, findings[record.id], confounds(record, reports)) for record in reports.records
+        ),
+        spread=spread,
+        repeats=tuple(tuple(record.id for record in group) for group in groups),
+    )
+
+
+def _replicates(pair: Pair, findings: dict[str, NoiseFinding]) -> bool:
+    """Only where nothing else differs either: then the comparison measures chance, and nothing else."""
+    return pair.factor == "noise" and findings[pair.treatment.id].state == "never effective" and not pair.differs
+
+
+def _inside(share: ShareDifference, spread: Spread | None) -> bool | None:
+    return None if spread is None else abs(100 * share.value) <= spread.band((1, 1))
+
+
+def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> list[list[Record]]:
+    """Runs that were the same but for the seed: equal settings, and noise not asked for or never effective."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        silent = findings[record.id].state in ("none asked for", "never effective")
+        if record.counts_as_result and record.status == "completed" and silent:
+            fields = (record.model, record.algorithm, record.format, record.quant_mode, record.injection_point)
+            places = (record.lora, record.epochs, record.steps, record.batch, record.logged_step)
+            groups[repr((fields, hardware_error(record), places))].append(record)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _pair_dict(one: AuditedPair) -> dict[str, Any]:
+    return {
+        "treatment": one.pair.treatment.id,
+        "control": one.pair.control.id,
+        "factor": one.pair.factor,
+        "accuracy": [one.pair.treatment.final_accuracy, one.pair.control.final_accuracy],
+        "solved": one.solved,
+        "difference": 100 * one.difference.value,
+        "low": 100 * one.difference.low,
+        "high": 100 * one.difference.high,
+        "p": one.difference.p,
+        "p_family": one.p_family,
+        "treatment_noise": one.noise.state,
+        "replicates": one.replicates,
+        "inside_run_to_run_band": one.inside_band,
+        "differs": one.pair.differs,
+    }

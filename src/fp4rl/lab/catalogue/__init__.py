@@ -1,0 +1,20 @@
+"""Suites that come with the package: read as files, so that a user can copy and change them."""
+
+from pathlib import Path
+
+from fp4rl.spec.mistakes import NotThere, nearest
+
+_HERE = Path(__file__).parent
+
+
+def named(name: str) -> Path:
+    """The YAML file of a suite that comes with the package. Raises NotThere with the nearest name."""
+    file = _HERE / f"{name}.yaml"
+    if not file.is_file():
+        raise NotThere(f"no suite {name!r} in the catalogue{nearest(name, names())}")
+    return file
+
+
+def names() -> list[str]:
+    """All suites of the catalogue."""
+    return sorted(file.stem for file in _HERE.glob("*.yaml"))

@@ -1,0 +1,1 @@
+"""Two arms held against each other: first whether they may be, then by how much they differ."""

@@ -1,0 +1,52 @@
+"""In which factors two descriptions differ, seeds aside."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Described as a whole: two recipes of noise or injection differ in one factor, however many keys write it down.
+_WHOLE = ("injection", "noise")
+# Which profiles are measured changes no number; what a number was measured under is compared where the number is.
+_NO_FACTOR = ("evaluation.profiles",)
+
+Differences = dict[str, tuple[Any, Any]]
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differences:
+    """Dotted key -> (value in the first, value in the second)."""
+    found = dict(_differ(first, second, ""))
+    return {key: pair for key, pair in found.items() if key != "seed" and not covered(key, _NO_FACTOR)}
+
+
+def undeclared(found: Differences, factors: Sequence[str]) -> Differences:
+    """The differences that no declared factor covers.
+
+    Where none is declared, one factor may differ: one key, or the injection, or the noise, each as a whole.
+    """
+    if factors:
+        return {key: pair for key, pair in found.items() if not covered(key, factors)}
+    return found if len({factor_of(key) for key in found}) > 1 else {}
+
+
+def covered(key: str, factors: Sequence[str]) -> bool:
+    """A factor covers its own key and everything below it."""
+    return any(key == factor or key.startswith(f"{factor}.") for factor in factors)
+
+
+def factor_of(key: str) -> str:
+    """The factor that a key belongs to when none is declared."""
+    head = key.partition(".")[0]
+    return head if head in _WHOLE else key
+
+
+def said(value: Any) -> str:
+    """A value in few words."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+def _differ(first: Any, second: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys((*first, *second)):
+            yield from _differ(first.get(key), second.get(key), f"{path}.{key}" if path else str(key))
+    elif first != second:
+        yield path, (first, second)

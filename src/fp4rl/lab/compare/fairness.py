@@ -1,0 +1,105 @@
+"""May two sides be compared? Every reason why not, each with the difference that is behind it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fp4rl.lab.compare.difference import covered, differences, factor_of, said, undeclared
+from fp4rl.lab.compare.sides import Side
+
+Kind = Literal["spec", "step", "precision", "noise", "scorer", "token limit", "sampling", "items", "code", "evidence"]
+
+_CONDITIONS: tuple[tuple[str, Kind], ...] = (
+    ("precision", "precision"),
+    ("sites_digest", "precision"),
+    ("noise", "noise"),
+    ("scorer", "scorer"),
+    ("max_new_tokens", "token limit"),
+    ("sampling", "sampling"),
+    ("items_digest", "items"),
+)
+
+
+@dataclass(frozen=True)
+class Objection:
+    """Why a comparison is refused: the kind of unfairness, what differs, and the value on each side."""
+
+    kind: Kind
+    what: str
+    treatment: str
+    control: str
+
+    def sentence(self) -> str:
+        return f"{self.what}: {self.treatment} against {self.control}"
+
+
+def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> tuple[Objection, ...]:
+    """Every reason to refuse; empty for a fair pair.
+
+    `factors`: the keys in which the specs may differ. `precision` among them lets the sides be judged at different
+    precisions, which is the question when 4 bits are held against BF16.
+    """
+    return (
+        *_specs(treatment, control, factors),
+        *_steps(treatment, control),
+        *_conditions(treatment, control, covered("precision", factors)),
+        *_code(treatment, control),
+        *_evidence(treatment, control),
+    )
+
+
+def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    found = differences(treatment.spec, control.spec)
+    for key, (first, second) in undeclared(found, factors).items():
+        name = f"the specs also differ in {key}" if factors else f"the specs differ in {key}"
+        if not factors and factor_of(key) != key:
+            name += f" (part of {factor_of(key)})"
+        yield Objection("spec", name, said(first), said(second))
+
+
+def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
+    yield from _unequal("step", "the evaluated step", *_both(treatment, control, lambda run: run.measured.step))
+    for side in (treatment, control):
+        for key in side.unmeasured:
+            yield Objection("step", f"{key} was not evaluated there", "no number", "the other runs have one")
+        short = [run for run in side.runs if run.measured.last and run.steps[0] not in (None, run.steps[1])]
+        if short:
+            asked, done = short[0].steps
+            yield Objection("step", f"a run of {side.name} stopped early", f"{done} steps done", f"{asked} asked for")
+
+
+def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterator[Objection]:
+    for key, kind in _CONDITIONS:
+        sides = _both(treatment, control, lambda run, key=key: run.measured.conditions.get(key))
+        if kind == "precision" and other_precision and all(len(side) == 1 for side in sides):
+            continue
+        if len(sides[0] | sides[1]) > 1:
+            yield from _unequal(kind, f"the evaluation's {key}", *sides)
+        elif key != "sites_digest" and None in sides[0]:
+            yield Objection(kind, f"the evaluation's {key} is not known", _listed(sides[0]), _listed(sides[1]))
+    yield from _unequal("items", "the number of answers", *_both(treatment, control, lambda run: run.measured.n))
+
+
+def _code(treatment: Side, control: Side) -> Iterator[Objection]:
+    sides = _both(treatment, control, lambda run: run.code_digest)
+    yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)
+
+
+def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:
+    for side in (treatment, control):
+        for run in side.runs:
+            for gap in run.gaps:
+                yield Objection("evidence", f"{run.key} lacks evidence", gap, "a run proves its treatment")
+
+
+def _both(treatment: Side, control: Side, value: Any) -> tuple[set[Any], set[Any]]:
+    return {value(run) for run in treatment.runs}, {value(run) for run in control.runs}
+
+
+def _unequal(kind: Kind, what: str, first: set[Any], second: set[Any]) -> Iterator[Objection]:
+    if len(first | second) > 1:
+        yield Objection(kind, f"{what} differs", _listed(first), _listed(second))
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(sorted(said(value) for value in values))

@@ -1,0 +1,209 @@
+"""A run on disk: one folder of whole or appended files, finished once `result.json` is there.
+
+runs/<suite>/<run-id>/
+  spec.yaml        the whole experiment, as the door reads it
+  sites.json       {"digest", "plans", "left_out"}: what was resolved
+  evidence.jsonl   one object a line: what really happened
+  metrics.jsonl    one object a line, each with its "step"
+  items/<step>-<profile>.parquet   one row per problem and sample
+  result.json      written last, whole: its presence means finished
+  log.txt
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, write_whole
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Record = dict[str, Any]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_ITEMS_FILE = re.compile(r"(\d+)-(.+)\.parquet")
+
+
+@dataclass(frozen=True, order=True)
+class RunFolder:
+    """The paths of one run, and the only code that reads or writes them. Making the value touches no disk."""
+
+    path: Path
+
+    @property
+    def suite(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def key(self) -> str:
+        """`suite/run-id`: what names a run among all runs."""
+        return f"{self.suite}/{self.run_id}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    # -- written by the runner
+
+    def write_spec(self, text: str) -> None:
+        """The experiment as YAML text."""
+        write_whole(self.path / "spec.yaml", text)
+
+    def write_sites(self, sites: Mapping[str, Any]) -> None:
+        write_whole(self.path / "sites.json", dumps(sites) + "\n")
+
+    def add_evidence(self, record: Mapping[str, Any]) -> None:
+        """Append one line; `record` needs a "kind"."""
+        if "kind" not in record:
+            raise BadValue(f"a line of evidence needs a 'kind'; got the keys {sorted(record)}")
+        append_line(self.path / "evidence.jsonl", record)
+
+    def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line of numbers measured at `step`; not-a-number and infinities survive the trip."""
+        if "step" in values:
+            raise BadValue("a metric cannot be called 'step': that key names the step it belongs to")
+        append_line(self.path / "metrics.jsonl", {"step": step, **values})
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what was logged after `step`: a run resumed from that checkpoint takes those steps again."""
+        kept = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] <= step]
+        write_whole(self.path / "metrics.jsonl", "".join(dumps(record) + "\n" for record in kept))
+
+    def drop_evidence_after(self, mark: Mapping[str, Any]) -> bool:
+        """Forget every line after the last one that has all of `mark`; False, and nothing done, if there is none."""
+        kept = list(read_lines(self.path / "evidence.jsonl"))
+        places = [i for i, record in enumerate(kept) if mark.items() <= record.items()]
+        if not places:
+            return False
+        write_whole(self.path / "evidence.jsonl", "".join(dumps(record) + "\n" for record in kept[: places[-1] + 1]))
+        return True
+
+    def write_items(self, step: int, profile: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One row per problem and sample, with exactly the columns of `items_schema`."""
+        import pyarrow
+        from pyarrow import parquet
+
+        table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=items_schema())
+        target = self._items_file(step, profile)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        parquet.write_table(table, partial, compression="zstd")
+        partial.replace(target)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """The end of the run. Accuracies are shares between 0 and 1.
+
+        Raises `BadValue` when the run is finished already (a result is never overwritten) or an accuracy is no share.
+        """
+        if self.finished:
+            raise BadValue(f"{self.key} is finished already; give the new run another seed or another suite")
+        for evaluation in result.get("evaluations", ()):
+            for name in ("strict", "flexible", "formatted"):
+                value = evaluation.get(name)
+                if value is not None and not 0 <= value <= 1:
+                    raise BadValue(
+                        f"{self.key}: {name} = {value} at step {evaluation.get('step')} is no share (0 to 1)"
+                    )
+        write_whole(self.path / "result.json", json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
+
+    # -- read by everyone
+
+    def spec(self) -> Record:
+        """The described experiment as plain values; empty for a run that came from a foreign log."""
+        file = self.path / "spec.yaml"
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=loader) or {} if file.is_file() else {}
+
+    def sites(self) -> Record:
+        file = self.path / "sites.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def evidence(self) -> list[Record]:
+        return list(read_lines(self.path / "evidence.jsonl"))
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Step -> name -> value. Lines of one step are joined; the first value of a key stays."""
+        steps: dict[int, dict[str, float]] = {}
+        for record in read_lines(self.path / "metrics.jsonl"):
+            values = steps.setdefault(int(record.pop("step")), {})
+            for name, value in record.items():
+                if isinstance(value, str):
+                    value = _NOT_FINITE.get(value)
+                if isinstance(value, int | float):
+                    values.setdefault(name, float(value))
+        return dict(sorted(steps.items()))
+
+    def result(self) -> Record:
+        """The parsed `result.json`. Raises `NotThere` for an unfinished run."""
+        if not self.finished:
+            raise NotThere(f"{self.key} has no result.json: the run is not finished")
+        result: Record = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        return result
+
+    def item_sets(self) -> list[tuple[int, str]]:
+        """(step, profile) of every stored evaluation, in order of step."""
+        found = (_ITEMS_FILE.fullmatch(file.name) for file in (self.path / "items").glob("*.parquet"))
+        return sorted((int(match[1]), match[2]) for match in found if match)
+
+    def items(self, step: int, profile: str, columns: list[str] | None = None) -> "pyarrow.Table":
+        """One evaluation's rows (all columns, or those named). Raises `NotThere` naming the sets that exist."""
+        from pyarrow import parquet
+
+        file = self._items_file(step, profile)
+        if not file.is_file():
+            raise NotThere(f"{self.key} holds no items {file.stem}" + nearest(file.stem, self._stems()))
+        with parquet.ParquetFile(file) as opened:  # read_table would import pandas where it is installed
+            return opened.read(columns=columns)
+
+    def _stems(self) -> list[str]:
+        return [f"{step}-{profile}" for step, profile in self.item_sets()]
+
+    def _items_file(self, step: int, profile: str) -> Path:
+        if not _NAME.fullmatch(profile):
+            raise BadValue(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
+        return self.path / "items" / f"{step}-{profile}.parquet"
+
+
+def items_schema() -> "pyarrow.Schema":
+    """The columns of an items file: `length` counts generated tokens, `truncated` tells that the limit cut it."""
+    import pyarrow as pa
+
+    flags = [(name, pa.bool_()) for name in ("strict", "flexible", "formatted")]
+    text = [("completion", pa.string()), ("length", pa.int32()), ("truncated", pa.bool_())]
+    return pa.schema([("problem_id", pa.string()), ("sample", pa.int32()), *flags, *text])
+
+
+def run_folder(root: Path, suite: str, run_id: str) -> RunFolder:
+    """The folder of one run below `root`. Raises `BadValue` for a name that is no plain file name."""
+    for name in (suite, run_id):
+        if not _NAME.fullmatch(name):
+            raise BadValue(f"the name of a suite or run is letters, digits and ._+=-; got {name!r}")
+    return RunFolder(root / suite / run_id)
+
+
+def all_runs(root: Path) -> list[RunFolder]:
+    """Every run folder below `root` (finished or not), in order of suite and id."""
+    if not root.is_dir():
+        return []
+    marks = ("spec.yaml", "metrics.jsonl", "result.json")
+    folders = (folder for suite in root.iterdir() if suite.is_dir() for folder in suite.iterdir() if folder.is_dir())
+    return sorted(RunFolder(folder) for folder in folders if any((folder / mark).is_file() for mark in marks))
+
+
+def finished_runs(root: Path) -> list[RunFolder]:
+    """The runs below `root` that have a result."""
+    return [run for run in all_runs(root) if run.finished]

@@ -1,0 +1,137 @@
+"""Opening a ledger: SQLite that several processes may write to at once, or PostgreSQL by address."""
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+
+from fp4rl.lab.ledger.tables import SCHEMA
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+_WAIT_S = 60.0  # for another process's write to end
+_MIGRATING = 7_406_015  # the advisory lock under which PostgreSQL ledgers are made and migrated
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """An open ledger of the newest schema. `reading()` and `writing()` are the only ways in, each one transaction."""
+
+    engine: Engine
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Committed when the block ends, undone when it raises."""
+        with self.engine.connect().execution_options(fp4rl_writes=True) as connection, connection.begin():
+            yield connection
+
+    @property
+    def name(self) -> str:
+        """The address without its password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_ledger(where: str | os.PathLike[str]) -> Ledger:
+    """Open, make or migrate a ledger: a path means SQLite, `postgresql://user@host/name` a server.
+
+    Raises `NotThere` for a server that does not answer or a missing driver, `BadValue` for an address that is none and
+    for a ledger that a newer version of fp4rl made.
+    """
+    ledger = Ledger(_postgres(str(where)) if "://" in str(where) else _sqlite(Path(where)))
+    try:
+        _bring_up_to_date(ledger)
+    except OperationalError as error:
+        raise NotThere(f"the ledger {ledger.name} cannot be opened: {str(error.orig).splitlines()[0]}") from None
+    except DatabaseError as error:
+        why = str(error.orig).splitlines()[0]
+        raise BadValue(f"{ledger.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one") from None
+    return ledger
+
+
+def _sqlite(path: Path) -> Engine:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S})
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None  # the driver's own way to begin would take the write lock too late
+        _use_wal(connection)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A reader that turns into a writer cannot wait for another writer; who will write says so at the start.
+        writes = connection.get_execution_options().get("fp4rl_writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Readers and a writer side by side. The first opener changes the file, and SQLite does not wait for that lock."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _postgres(address: str) -> Engine:
+    scheme, _, rest = address.partition("://")
+    if scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
+        raise BadValue(f"a ledger is a file or postgresql://user@host/name; got the scheme {scheme!r}")
+    try:
+        return create_engine(make_url(f"postgresql+psycopg://{rest}"))
+    except ModuleNotFoundError:
+        raise NotThere("a PostgreSQL ledger needs psycopg: pip install 'fp4rl[postgres]'") from None
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise BadValue(f"{error}; an address is written postgresql://user@host/name") from None
+
+
+def _bring_up_to_date(ledger: Ledger) -> None:
+    with ledger.reading() as connection:
+        if _schema_of(connection) == SCHEMA:
+            return
+    with ledger.writing() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
+        if _schema_of(connection) != SCHEMA:  # another process may have come first
+            _migrate(connection)
+
+
+def _schema_of(connection: Connection) -> str | None:
+    if not connection.dialect.has_table(connection, "alembic_version"):
+        return None
+    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return found
+
+
+def _migrate(connection: Connection) -> None:
+    from fp4rl.lab.ledger.migrate import migrate
+
+    migrate(connection, SCHEMA)

@@ -1,0 +1,45 @@
+"""From a suite to its runs: arms x axes x seeds, each with an id that needs no model to be known."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fp4rl.spec.digest import digest
+from fp4rl.spec.door import arm_contents
+from fp4rl.spec.experiment import Experiment, Suite
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One cell of the matrix. `run_id` is arm, seed and the digest of the described experiment with its seed."""
+
+    suite: str
+    arm: str
+    seed: int
+    experiment: Experiment
+
+    @property
+    def spec_digest(self) -> str:
+        """Twelve hex digits of the experiment, seed included."""
+        return digest(self.experiment)
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.arm}-s{self.seed}-{self.spec_digest}"
+
+
+def planned(suite: Suite) -> tuple[PlannedRun, ...]:
+    """Every run of a suite, seed by seed, so that an interrupted suite holds complete comparisons first."""
+    return tuple(_planned(suite))
+
+
+def single(experiment: Experiment, name: str) -> PlannedRun:
+    """An experiment of its own as the only run of a suite called `name`."""
+    return PlannedRun(name, "run", experiment.seed, experiment)
+
+
+def _planned(suite: Suite) -> Iterator[PlannedRun]:
+    arms = list(arm_contents(suite))
+    for seed in suite.seeds:
+        for arm, experiment in arms:
+            yield PlannedRun(suite.suite, arm, seed, experiment.model_copy(update={"seed": seed}))

@@ -1,0 +1,105 @@
+"""What was asked, in words: where arms differ, what a number was measured under, which versions computed it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fp4rl.lab.report.collect import SuiteReport
+from fp4rl.lab.report.runs import Profile
+from fp4rl.lab.report.scores import Score
+from fp4rl.rl.profiles import precision_named
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.formats import describe
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.noise import Noise
+from fp4rl.spec.points import FORMAT_POINTS
+
+Row = tuple[str, list[str]]
+NOT_RECORDED = "not recorded"
+_ABSENT = object()
+
+
+def arm_differences(report: SuiteReport) -> list[Row]:
+    """Key -> its value in every arm, for the keys in which arms differ.
+
+    An arm without injection (or noise) has none of its keys; of the others' only what is no default is shown.
+    """
+    described = [experiment.model_dump(mode="json", exclude={"seed"}) for experiment in report.arms.values()]
+    arms = [dict(_leaves(content, "")) for content in described]
+    keys = dict.fromkeys(key for arm in arms for key in arm)
+    rows = []
+    for key in keys:
+        values = [arm.get(key, _ABSENT) for arm in arms]
+        present = [value for value in values if value is not _ABSENT]
+        same = all(value == present[0] for value in present)
+        above = any(other.startswith(f"{key}.") for other in keys)
+        if above or (same and (len(present) == len(arms) or present[0] == _DEFAULTS.get(key, _ABSENT))):
+            continue
+        rows.append((key, ["-" if value is _ABSENT else _said(value) for value in values]))
+    return rows
+
+
+def measured_under(profile: Profile, score: Score, experiment: Experiment) -> list[tuple[str, str]]:
+    """Everything that a number depends on besides the weights; what a run did not say is named as not recorded.
+
+    The formats are those of the description; the digest of the site table is what was really there.
+    """
+    facts = {
+        "precision": profile.precision,
+        "formats": _formats(profile.name, experiment),
+        "site table": profile.sites_digest or ("none" if profile.precision == "full" else None),
+        "noise": profile.noise,
+        "scorer": profile.scorer,
+        "answers": profile.sampling,
+        "token limit": profile.max_new_tokens,
+        "problems": score.problems,
+        "item set": profile.items_digest,
+    }
+    return [(name, NOT_RECORDED if value is None else str(value)) for name, value in facts.items()]
+
+
+def versions(report: SuiteReport) -> list[Row]:
+    """Library -> the versions that the finished runs name."""
+    names = dict.fromkeys(name for run in report.finished for name in run.versions)
+    return [(name, sorted({run.versions[name] for run in report.finished if name in run.versions})) for name in names]
+
+
+def _formats(profile: str, experiment: Experiment) -> str:
+    injection = precision_named(profile, experiment.evaluation, experiment.injection).injection
+    if injection is None or injection.is_nothing:
+        return experiment.model.dtype
+    found = [(point, getattr(injection, point)) for point in FORMAT_POINTS]
+    formats = [f"{point} {format_words(describe(fmt))}" for point, fmt in found if fmt is not None]
+    return "; ".join([*formats, *(f"{error.name} {error.scale:g}" for error in injection.errors)])
+
+
+def format_words(value: object) -> str:
+    """A described format: its name, and in brackets what differs from it."""
+    if not isinstance(value, dict):
+        return str(value)
+    rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "name")
+    return f"{value.get('name')} ({rest})"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value of everything below; a format is one value."""
+    if isinstance(value, dict) and "name" not in value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _said(value: Any) -> str:
+    match value:
+        case None:
+            return "none"
+        case dict():
+            return format_words(value)
+        case list():
+            return ", ".join(_said(inner) for inner in value) or "none"
+    return str(value)
+
+
+_DEFAULTS = dict(
+    _leaves({"injection": Injection().model_dump(mode="json"), "noise": Noise().model_dump(mode="json")}, "")
+)

@@ -1,0 +1,153 @@
+"""The evidence of an arm as rows of words: a column per run, and `not recorded` for what a run did not say."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from fp4rl.lab.folders import Record
+from fp4rl.lab.report.collect import SuiteReport
+from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, format_words
+from fp4rl.lab.report.evidence import Evidence
+from fp4rl.lab.report.runs import Run
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS
+
+_ORDER: dict[str, int] = {phase: order for order, phase in enumerate(PHASES)}
+
+
+@dataclass(frozen=True)
+class ArmEvidence:
+    """One arm: a column per finished run (`heads`), a row per fact. `sites`: the site table of its first run."""
+
+    arm: str
+    heads: list[str]
+    rows: list[Row]
+    sites: list[list[str]]
+    left_out: list[list[str]]
+
+
+def evidence_of(report: SuiteReport, arm: str) -> ArmEvidence:
+    """Everything that an arm's finished runs recorded, missing facts named as such."""
+    runs = [run for run in report.finished if run.planned.arm == arm]
+    shown = next((run.evidence for run in runs if run.evidence and run.evidence.plans), None)
+    return ArmEvidence(
+        arm=arm,
+        heads=[f"seed {run.planned.seed}" for run in runs],
+        rows=list(_rows(runs)) if runs else [],
+        sites=[_site(shown, plan) for plan in shown.plans] if shown else [],
+        left_out=[[str(row.get("site")), str(row.get("reason"))] for row in shown.left_out] if shown else [],
+    )
+
+
+def _rows(runs: Sequence[Run]) -> Iterator[Row]:
+    facts = [run.evidence for run in runs if run.evidence is not None]
+    yield "enters the means", ["yes" if run.counts else f"no: {'; '.join(run.gaps)}" for run in runs]
+    yield "sites quantized", [_known(e.sites) for e in facts]
+    if any(e.sites_digest for e in facts):
+        yield "site table", [e.sites_digest or NOT_RECORDED for e in facts]
+    yield from _rounding_rows(facts, runs[0].planned.experiment.injection)
+    yield from _noise_rows(facts)
+    yield "master weights", [_master(e) for e in facts]
+    yield "live policy", [_live(e) for e in facts]
+    if any(e.health for e in facts):
+        yield "monitor", [_health(e) for e in facts]
+    yield "code", [f"{run.code_digest or NOT_RECORDED}{' (stale)' if run.stale else ''}" for run in runs]
+    yield "duration", ["-" if run.wall_s is None else f"{run.wall_s:.0f} s" for run in runs]
+
+
+def _rounding_rows(facts: Sequence[Evidence], injection: Injection | None) -> Iterator[Row]:
+    """Calls, share changed and error of every phase and point that the spec asks for or some run recorded."""
+    found = [{(r.phase, r.point): r for r in e.roundings} for e in facts]
+    seen = dict.fromkeys(key for rows in found for key in rows)
+    # Evaluations record themselves per profile: "evaluation as deployment".
+    unseen = [
+        (phase, point) for phase, point in _asked(injection) if not any(_within(key, phase, point) for key in seen)
+    ]
+    keys = [*seen, *unseen]
+    for phase, point in sorted(keys, key=lambda key: _ORDER.get(key[0].partition(" ")[0], len(_ORDER))):
+        rows = [one.get((phase, point)) for one in found]
+        yield f"{point}s rounded in {phase}", [NOT_RECORDED if r is None else f"{r.calls:,} calls" for r in rows]
+        if any(rows):
+            yield "  values changed", [_share(r.share_changed if r else None) for r in rows]
+            yield "  relative error", [_share(r.relative_error if r else None) for r in rows]
+
+
+def _within(key: tuple[str, str], phase: str, point: str) -> bool:
+    return key[1] == point and key[0].partition(" ")[0] == phase
+
+
+def _asked(injection: Injection | None) -> Iterator[tuple[str, str]]:
+    """(phase, point) of every matmul operand that the injection rounds."""
+    if injection is None:
+        return
+    for point in LINEAR_POINTS:
+        if getattr(injection, point) is not None:
+            yield from ((phase, point) for phase in getattr(injection.apply_during, point))
+
+
+def _noise_rows(facts: Sequence[Evidence]) -> Iterator[Row]:
+    if not any(e.noise for e in facts):
+        return
+    peaks = [max(e.noise, key=lambda step: step.asked, default=None) for e in facts]
+    yield "noise, largest sigma asked", [_known(p and f"{p.asked:.4g}") for p in peaks]
+    yield "  realised there", [_known(p and p.realised is not None and f"{p.realised:.4g}") for p in peaks]
+    shares = [[step.share_changed for step in e.noise if step.asked > 0] for e in facts]
+    yield "  weights changed", [_share(fmean(values)) if values else NOT_RECORDED for values in shares]
+    yield (
+        "  rollouts with noise",
+        [f"{sum(s.asked > 0 for s in e.noise)} of {len(e.noise)}" if e.noise else NOT_RECORDED for e in facts],
+    )
+    if any(e.noise_missed for e in facts):
+        yield "  sigma never reached", [", ".join(f"{v:.3g}" for v in e.noise_missed) or "none" for e in facts]
+
+
+def _site(evidence: Evidence, plan: dict[str, object]) -> list[str]:
+    """Site, shape, formats, and by phase how often it was called and what rounding did to its operands."""
+    name = str(plan.get("site"))
+    shape = plan.get("shape")
+    size = " x ".join(str(n) for n in shape) if isinstance(shape, list) else ""
+    points = [f"{point} {format_words(plan[point])}" for point in FORMAT_POINTS if point in plan]
+    phases: dict[str, list[Record]] = {}
+    for row in (row for row in evidence.site_rows if row.get("site") == name):
+        phases.setdefault(str(row.get("phase")), []).append(row)
+    return [name, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
+
+
+def _in_phase(phase: str, rows: list[Record]) -> str:
+    calls = max(int(row.get("calls", 0)) for row in rows)
+    errors = [f"{r.get('point')} {_share(r['relative_error'])}" for r in rows if r.get("relative_error") is not None]
+    return ", ".join([f"{phase} {calls:,} calls", *errors])
+
+
+def _master(evidence: Evidence) -> str:
+    if evidence.master_unharmed is None:
+        return NOT_RECORDED
+    word = "unharmed" if evidence.master_unharmed else "HARMED"
+    return f"{word}, {evidence.master_checks} checks"
+
+
+def _live(evidence: Evidence) -> str:
+    if evidence.live_difference is None:
+        return NOT_RECORDED
+    if evidence.live_difference == 0:
+        return "equals a fresh copy"
+    return f"differs by {evidence.live_difference:g}"
+
+
+def _health(evidence: Evidence) -> str:
+    """The worst state of the run, its alarms by name, and how often it was rolled back."""
+    if evidence.health is None:
+        return NOT_RECORDED
+    alarms = [f"{alarm.get('check')} at step {alarm.get('step')}" for alarm in evidence.health.get("alarms") or ()]
+    rollbacks = evidence.health.get("rollbacks") or 0
+    again = [f"rolled back {rollbacks} x, at a lower learning rate"] if rollbacks else []
+    return "; ".join([str(evidence.health.get("state")), *alarms, *again])
+
+
+def _known(value: object) -> str:
+    return NOT_RECORDED if value is None or value is False else str(value)
+
+
+def _share(value: float | None) -> str:
+    return NOT_RECORDED if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,126 @@
+"""What a reader must know beside the numbers: each note is one sentence, computed from the runs."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
+
+from fp4rl.lab.report.questions import Question
+from fp4rl.lab.report.runs import Run
+from fp4rl.lab.report.scores import Score
+from fp4rl.lab.statistics.seeds import variance
+
+
+def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Question]) -> tuple[str, ...]:
+    """In order: what is missing or does not count, then what the numbers rest on."""
+    return tuple(
+        line
+        for part in (
+            _missing(runs),
+            _without_evidence(runs),
+            _stale(runs),
+            _ill(runs),
+            _before(scores),
+            _spread(scores),
+            _clipping(runs),
+            _dropped(runs),
+            _shared_start(runs),
+            _family(questions),
+        )
+        for line in part
+    )
+
+
+def _missing(runs: Sequence[Run]) -> Iterator[str]:
+    missing = [run for run in runs if run.state != "finished"]
+    if missing:
+        yield f"Partial: {len(runs) - len(missing)} of {len(runs)} runs; missing: {_named(missing)}."
+
+
+def _without_evidence(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        if run.gaps:
+            yield f"Not comparable, left out of every mean: {_named([run])} ({'; '.join(run.gaps)})."
+
+
+def _stale(runs: Sequence[Run]) -> Iterator[str]:
+    stale = [run for run in runs if run.stale]
+    if stale:
+        finished = sum(run.state == "finished" for run in runs)
+        which = f"all {finished} runs" if len(stale) == finished else _named(stale)
+        yield f"Stale, computed by other code than this: {which}; `fp4rl run --rerun-stale` repeats them."
+
+
+def _ill(runs: Sequence[Run]) -> Iterator[str]:
+    """A run that the monitor ended or rolled back was not trained as its spec says."""
+    for run in runs:
+        if run.stopped:
+            yield f"Ended early by the monitor: {_named([run])} ({run.stopped})."
+    back = [run for run in runs if run.evidence and (run.evidence.health or {}).get("rollbacks")]
+    if back:
+        yield f"Rolled back by the monitor and continued at a lower learning rate: {_named(back)}."
+
+
+def _before(scores: Sequence[Score]) -> Iterator[str]:
+    """Arms that share a warm-up share their start; a start of bad format is not a start of bad arithmetic (P07)."""
+    starts: dict[tuple[str, float], str] = {}
+    for score in scores:
+        if score.before is not None:
+            profile = score.by_seed[0].start.profile if score.by_seed and score.by_seed[0].start else None
+            precision = (profile.precision if profile else None) or score.profile
+            starts.setdefault((precision, round(score.before.value, 1)), precision)
+    if starts:
+        shown = ", ".join(f"{value:.1f} % ({precision})" for precision, value in starts)
+        formats = [s.formatted_before.value for s in scores if s.formatted_before is not None]
+        answers = f"; {min(formats):.0f} % of the answers had the asked format" if formats else ""
+        yield f"Before training (step 0): {shown}{answers}."
+
+
+def _spread(scores: Sequence[Score]) -> Iterator[str]:
+    spreads = {s.name: math.sqrt(variance(s.values)) for s in scores if len(s.values) > 1}
+    if spreads:
+        low, high = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+        span = f"{spreads[low]:.1f} ({low}) to {spreads[high]:.1f} points ({high})"
+        yield f"Runs that differ in the seed alone spread by a standard deviation of {span}."
+
+
+def _clipping(runs: Sequence[Run]) -> Iterator[str]:
+    updates = {run.planned.experiment.training.updates_per_step for run in runs}
+    if updates == {1}:
+        yield "One update is made from each rollout: the probability ratio is always 1, so clip-higher never acted."
+    elif share := _mean_of(runs, "clip_ratio/high"):
+        shown = " or ".join(map(str, sorted(updates)))
+        yield f"{shown} updates are made from each rollout; clip-higher cut {100 * share:.2f} % of the tokens."
+
+
+def _dropped(runs: Sequence[Run]) -> Iterator[str]:
+    dropped, batches = _mean_of(runs, "sampling/dropped_share"), _mean_of(runs, "sampling/gen_batches")
+    if dropped and batches:
+        yield (
+            f"Dynamic sampling dropped {100 * dropped:.0f} % of the groups (all answers equal), "
+            f"at {batches:.1f} generations a step."
+        )
+
+
+def _shared_start(runs: Sequence[Run]) -> Iterator[str]:
+    if len({run.planned.seed for run in runs}) > 1:
+        yield (
+            "All seeds start from the same model: the intervals cover the chance in training it, not other models, "
+            "tasks or longer runs."
+        )
+
+
+def _family(questions: Sequence[Question]) -> Iterator[str]:
+    if len(questions) > 1:
+        yield f"The {len(questions)} questions are those that suite.yaml names, corrected as one family (Holm)."
+
+
+def _mean_of(runs: Iterable[Run], metric: str) -> float | None:
+    """Mean of a metric over steps and runs, not-a-number left out."""
+    values = [step[metric] for run in runs for step in run.curves.values() if metric in step]
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
+
+
+def _named(runs: Sequence[Run]) -> str:
+    shown = [f"{run.planned.arm} seed {run.planned.seed}" for run in runs]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

@@ -1,0 +1,159 @@
+"""One run as the report sees it: what was planned, what was measured under which profile, and whether it counts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp4rl.lab.compare.evidence import gaps
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.report.evidence import Evidence, read_evidence
+from fp4rl.spec.mistakes import BadValue
+
+Curves = Mapping[int, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a score depends on besides the weights, as the run recorded it; None where it did not."""
+
+    name: str
+    precision: str | None = None
+    sites_digest: str | None = None
+    noise: str | None = None
+    scorer: str | None = None
+    max_new_tokens: int | None = None
+    sampling: str | None = None
+    items_digest: str | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Profile":
+        known = {key: record[key] for key in cls.__dataclass_fields__ if record.get(key) is not None}
+        return cls(**{"name": "unnamed", **known})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation of one run; accuracies, format rate and truncation are in points (percent).
+
+    With several answers to a problem `strict` is their mean, and `of_samples` holds `pass@k` and `mean@k`.
+    """
+
+    step: int
+    last: bool
+    profile: Profile
+    problems: int
+    strict: float
+    flexible: float | None
+    formatted: float | None
+    truncated: float | None
+    mean_length: float | None
+    of_samples: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet) or `finished`.
+
+    `gaps` says why a finished run is not comparable: evidence that its spec asks for and that is not there. `stopped`
+    is the monitor's reason to end it early.
+    """
+
+    planned: PlannedRun
+    state: str
+    code_digest: str | None = None
+    stale: bool = False
+    measurements: tuple[Measurement, ...] = ()
+    evidence: Evidence | None = None
+    gaps: tuple[str, ...] = ()
+    curves: Curves = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    steps_done: int | None = None
+    wall_s: float | None = None
+    stopped: str | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether its numbers may enter a mean or a comparison."""
+        return self.state == "finished" and not self.gaps
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Every profile that its last step is to be judged under."""
+        asked = self.planned.experiment.evaluation
+        return (*asked.profiles, *asked.sweep)
+
+    def at_start(self, profile: str) -> Measurement | None:
+        """The evaluation before the first step."""
+        return next((m for m in self.measurements if m.profile.name == profile and m.step == 0 and not m.last), None)
+
+    def at_end(self, profile: str) -> Measurement | None:
+        """The evaluation at the last step; an earlier one never stands in for it."""
+        return next((m for m in self.measurements if m.profile.name == profile and m.last), None)
+
+
+def read_run(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
+    """What the folder of a planned run holds. Raises `BadValue` for a finished run whose files cannot be read."""
+    if not folder.finished:
+        return Run(planned, "unfinished" if folder.path.is_dir() else "missing")
+    try:
+        return _finished(planned, folder, code_now)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise BadValue(f"{folder.path} holds a damaged file ({said}); move the folder away and run again") from error
+
+
+def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
+    result, lines = folder.result(), folder.evidence()
+    summary = result.get("evidence") or {}
+    evidence = read_evidence(lines, folder.sites(), summary)
+    measurements = tuple(_measurement(record) for record in result.get("evaluations", ()))
+    spec = planned.experiment.model_dump(mode="json")
+    proof = [*gaps(spec, summary, lines), *_other_gaps(planned, evidence, measurements)]
+    code = result.get("code_digest")
+    return Run(
+        planned=planned,
+        state="finished",
+        code_digest=code,
+        stale=code != code_now,
+        measurements=measurements,
+        evidence=evidence,
+        gaps=tuple(proof),
+        curves=folder.metrics(),
+        versions=result.get("versions") or {},
+        steps_done=result.get("steps_done"),
+        wall_s=result.get("wall_s"),
+        stopped=result.get("stopped"),
+    )
+
+
+def _other_gaps(planned: PlannedRun, evidence: Evidence, measurements: tuple[Measurement, ...]) -> Iterator[str]:
+    """What the report needs besides the proof of the treatment: who was judged, at the last step, under what."""
+    if evidence.live_difference is None and evidence.master_checks:
+        yield "nothing shows that its live policy equals the saved one"
+    asked = planned.experiment.training.steps
+    for profile in planned.experiment.evaluation.profiles:
+        last = next((m for m in measurements if m.profile.name == profile and m.last), None)
+        if last is None:
+            yield f"no evaluation of {profile} at the last step"
+        elif last.step != asked:
+            yield f"its last evaluation of {profile} is of step {last.step}, not {asked}"
+
+
+def _measurement(record: Mapping[str, Any]) -> Measurement:
+    return Measurement(
+        step=int(record.get("step", 0)),
+        last=bool(record.get("last", False)),
+        profile=Profile.of(record.get("profile") or {}),
+        problems=int(record.get("problems", record.get("n", 0))),
+        strict=100 * float(record["strict"]),
+        flexible=_points(record.get("flexible")),
+        formatted=_points(record.get("formatted")),
+        truncated=_points(record.get("truncated")),
+        mean_length=record.get("mean_length"),
+        of_samples={key: 100 * float(value) for key, value in record.items() if key.startswith(("pass@", "mean@"))},
+    )
+
+
+def _points(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -1,0 +1,20 @@
+"""How far runs lie apart that differ in the seed alone, for suites whose own arms cannot tell."""
+
+from pathlib import Path
+
+from fp4rl.lab.ledger.query import repeats
+from fp4rl.lab.ledger.store import open_ledger
+from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.spec.digest import digest
+from fp4rl.spec.experiment import Experiment
+
+
+def from_ledger(root: Path, experiment: Experiment) -> Spread | None:
+    """The spread in points over every repeat of the same task and model in `root/ledger.db`; None without any."""
+    file = root / "ledger.db"
+    if not file.is_file():
+        return None
+    described = experiment.model_dump(mode="json")
+    with open_ledger(file) as ledger, ledger.reading() as connection:
+        groups = repeats(connection, digest(described["task"]), digest(described["model"]))
+    return pooled([100 * share for share in group] for group in groups)

@@ -1,0 +1,112 @@
+"""Carry out what is planned and not yet finished, through an executor that is handed down."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from fp4rl.lab.files import write_whole
+from fp4rl.lab.folders import run_folder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.provenance import code_digest
+from fp4rl.spec.mistakes import BadValue
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run is doing: the stage and how far it is, or the metrics of a step that is done."""
+
+    run_id: str
+    stage: str
+    done: int
+    total: int
+    metrics: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended: `error` is None, or one line that says what went wrong; `mistake` if it is the user's."""
+
+    run: PlannedRun
+    error: str | None = None
+    mistake: bool = False
+
+
+OnEvent = Callable[[Event], None]
+
+
+class Executor(Protocol):
+    """Runs things somewhere. Yields outcomes as they come, in any order."""
+
+    def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
+        """Carry out `runs` below `root`, telling `on_event` how they go."""
+        ...
+
+
+@dataclass
+class SuiteOutcome:
+    """What happened to the runs of a suite."""
+
+    skipped: list[PlannedRun] = field(default_factory=list)
+    done: list[PlannedRun] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+
+
+def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[PlannedRun], list[PlannedRun]]:
+    """(finished, still to do), each in the order given."""
+    finished = [run for run in runs if run_folder(root, run.suite, run.run_id).finished]
+    return finished, [run for run in runs if run not in finished]
+
+
+def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
+    """Finished runs whose result was computed by other code than this."""
+    now = code_digest()
+    found = []
+    for run in runs:
+        folder = run_folder(root, run.suite, run.run_id)
+        if folder.finished and folder.result().get("code_digest") != now:
+            found.append(run)
+    return found
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    root: Path,
+    executor: Executor,
+    on_event: OnEvent,
+    on_outcome: Callable[[Outcome], None],
+) -> SuiteOutcome:
+    """Carry out what is not finished. A failed run does not stop the others."""
+    finished, missing = split_finished(runs, root)
+    outcome = SuiteOutcome(skipped=finished)
+    if not missing:
+        return outcome
+    # Closed at once on an exception here: the executor's own clean-up ends its workers.
+    with closing(executor(missing, root, on_event)) as outcomes:
+        for ended in outcomes:
+            if ended.error is None:
+                outcome.done.append(ended.run)
+            else:
+                outcome.failed.append(ended)
+            on_outcome(ended)
+    return outcome
+
+
+def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:
+    """Write the suite's own description beside its runs, for the report and for whoever reads the folder."""
+    try:
+        write_whole(root / suite / "suite.yaml", yaml.safe_dump(dict(content), sort_keys=False))
+    except OSError as error:
+        raise BadValue(f"cannot write to {root / suite}: {error.strerror}; give another place with --runs") from None
+
+
+def set_aside(runs: Sequence[PlannedRun], root: Path) -> None:
+    """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
+    for run in runs:
+        folder = run_folder(root, run.suite, run.run_id)
+        place = root / run.suite / "stale" / f"{run.run_id}-{folder.result().get('code_digest', 'unknown')}"
+        place.parent.mkdir(exist_ok=True)
+        folder.path.rename(place)

@@ -1,0 +1,41 @@
+"""TensorBoard event files, written without torch or TensorFlow, in float64."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.mistakes import NotThere
+
+
+class TensorBoardSink:
+    """Event files in the run's folder `tensorboard/`.
+
+    Scalars are written as tensors of float64 with the scalar plugin's metadata: the usual `simple_value` is a float32,
+    and would export another number than was logged.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        try:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ModuleNotFoundError:
+            raise NotThere("curves need tensorboard: pip install 'fp4rl[train]'") from None
+        self._writer = EventFileWriter(str(run.path / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        shown_as_scalar = create_summary_metadata(display_name=None, description="")
+        exported = [
+            Summary.Value(tag=name, tensor=make_tensor_proto(np.float64(value)), metadata=shown_as_scalar)
+            for name, value in values.items()
+        ]
+        self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=exported)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,29 @@
+"""Weights & Biases, online or offline as its own settings say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.mistakes import NotThere
+
+
+class WandbSink:
+    """One W&B run per run folder, in the project named after the suite; its files lie in the run folder."""
+
+    def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise NotThere("the sink 'wandb' needs its package: pip install 'fp4rl[wandb]'") from None
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=run.suite, id=run.run_id, name=run.run_id, dir=str(run.path), config=dict(spec), resume="allow"
+        )
+        # A step of W&B's own must never go back, and what is logged to an earlier one is dropped; ours is a metric.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,39 @@
+"""How many seeds: the chance that a difference of a given size is seen, before any hour is spent."""
+
+import math
+
+from scipy import special
+
+from fp4rl.spec.mistakes import BadValue
+
+_MOST_SEEDS = 10_000
+
+
+def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, margin: float | None = None) -> float:
+    """The chance that a test over `seeds` an arm calls a true `difference`, at run-to-run standard deviation `spread`.
+
+    Without a margin: the two-sided t test. With one: the one-sided non-inferiority test of a treatment whose true
+    difference is `difference` (0: it is as good). Noncentral t with 2 * (seeds - 1) degrees of freedom.
+    Raises `BadValue` for fewer than two seeds or a spread that is not positive.
+    """
+    if seeds < 2 or not spread > 0:
+        raise BadValue(f"power needs two seeds an arm and a positive spread; got {seeds} and {spread}")
+    freedom = 2.0 * (seeds - 1)
+    shift = abs(difference) if margin is None else difference + margin
+    noncentral = shift / (spread * math.sqrt(2 / seeds))
+    tail = alpha / 2 if margin is None else alpha
+    quantile = float(special.stdtrit(freedom, 1 - tail))
+    seen = 1 - float(special.nctdtr(freedom, noncentral, quantile))
+    return seen + float(special.nctdtr(freedom, noncentral, -quantile)) if margin is None else seen
+
+
+def seeds_needed(
+    difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
+) -> int:
+    """The fewest seeds an arm that see `difference` with probability `chance`. Raises `BadValue` where none suffice."""
+    if (abs(difference) if margin is None else difference + margin) <= 0:
+        raise BadValue("a difference of 0 is never seen, and one at the margin never clears it; ask for a larger one")
+    for seeds in range(2, _MOST_SEEDS):
+        if power(seeds, difference, spread, alpha=alpha, margin=margin) >= chance:
+            return seeds
+    raise BadValue(f"{_MOST_SEEDS} seeds an arm do not see a difference of {difference} at a spread of {spread}")

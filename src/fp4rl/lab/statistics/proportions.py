@@ -1,0 +1,75 @@
+"""Shares of problems solved, with intervals over problems alone: for published totals, and for two checkpoints.
+
+These say how well a *checkpoint* is measured, or whether two checkpoints differ. They do not say that the recipes
+behind them differ: that needs seeds (`statistics.seeds`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from scipy import special
+
+from fp4rl.spec.mistakes import BadValue
+
+
+@dataclass(frozen=True)
+class ShareDifference:
+    """`value` = first share - second share, with an interval over problems and the p of 'the shares are equal'."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    p: float
+
+
+@dataclass(frozen=True)
+class PairedFlips:
+    """McNemar on the same problems: `gained` only the first solves, `lost` only the second; exact two-sided p."""
+
+    gained: int
+    lost: int
+    p: float
+
+
+def wilson(solved: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share. Raises `BadValue` unless 0 <= solved <= total and total > 0."""
+    if not (0 <= solved <= total and total > 0):
+        raise BadValue(f"{solved} solved of {total} is no share")
+    z = _z(level)
+    share = solved / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def newcombe(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> ShareDifference:
+    """Difference of two independent shares (solved, total), each without its items.
+
+    Interval: Newcombe, Statistics in Medicine 17 (1998), method 10 (hybrid of two Wilson intervals). p: the pooled
+    two-sample z test. For shares of the same problems it is wide: pairing needs the items.
+    """
+    (share_1, low_1, high_1), (share_2, low_2, high_2) = _shares(first, second, level)
+    value = share_1 - share_2
+    low = value - math.hypot(share_1 - low_1, high_2 - share_2)
+    high = value + math.hypot(high_1 - share_1, share_2 - low_2)
+    together = (first[0] + second[0]) / (first[1] + second[1])
+    error = math.sqrt(together * (1 - together) * (1 / first[1] + 1 / second[1]))
+    p = 2 * float(special.ndtr(-abs(value) / error)) if error else 1.0
+    return ShareDifference(value, low, high, level, p)
+
+
+def _shares(first: tuple[int, int], second: tuple[int, int], level: float) -> list[tuple[float, float, float]]:
+    return [(solved / total, *wilson(solved, total, level)) for solved, total in (first, second)]
+
+
+def mcnemar(gained: int, lost: int) -> PairedFlips:
+    """Exact McNemar test of two *checkpoints* on the same problems: are gains and losses equally likely?"""
+    flips = gained + lost
+    tail = float(special.bdtr(min(gained, lost), flips, 0.5)) if flips else 1.0
+    return PairedFlips(gained, lost, min(1.0, 2 * tail))
+
+
+def _z(level: float) -> float:
+    return float(special.ndtri((1 + level) / 2))

@@ -1,0 +1,97 @@
+"""Two arms compared over training seeds: the difference of seed means with a Welch interval.
+
+Every function is free of units: give accuracies in points and the answer is in points. The seed is the replicate
+because two runs that differ in nothing but the seed differ by more than the problems' sampling explains; a test that
+takes only the problems as random calls that an effect in 20 to 25 % of comparisons (docs/concepts/statistics.md).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import special
+
+from fp4rl.spec.mistakes import BadValue
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`value` = mean(treatment) - mean(control), with its two-sided interval and the p of 'there is no difference'."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    standard_error: float
+    freedom: float
+    p: float
+    seeds: tuple[int, int]  # treatment, control
+
+
+@dataclass(frozen=True)
+class NotWorse:
+    """Non-inferiority: the one-sided lower bound of the difference, and the p of 'worse by the margin or more'."""
+
+    margin: float
+    lower_bound: float
+    level: float
+    p: float
+
+    @property
+    def clears(self) -> bool:
+        return self.lower_bound > -self.margin
+
+
+def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0.95) -> Difference:
+    """Welch's t over seeds: one value per seed, spreads need not be equal.
+
+    Raises `BadValue` with fewer than two seeds an arm, and where no seed differs from another (there is nothing to
+    measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
+    """
+    _check_level(level)
+    value = _mean(treatment) - _mean(control)
+    error, freedom = standard_error(treatment, control)
+    half = float(special.stdtrit(freedom, (1 + level) / 2)) * error
+    p = 2 * float(special.stdtr(freedom, -abs(value) / error))
+    return Difference(value, value - half, value + half, level, error, freedom, p, (len(treatment), len(control)))
+
+
+def not_worse(treatment: Sequence[float], control: Sequence[float], margin: float, level: float = 0.95) -> NotWorse:
+    """Is the treatment less than `margin` worse? Welch's one-sided lower bound must lie above -margin.
+
+    Raises `BadValue` for a margin that is not positive, and as `welch` does.
+    """
+    _check_level(level)
+    if not margin > 0:
+        raise BadValue(f"a margin of non-inferiority is a positive number fixed beforehand; got {margin}")
+    value = _mean(treatment) - _mean(control)
+    error, freedom = standard_error(treatment, control)
+    bound = value - float(special.stdtrit(freedom, level)) * error
+    return NotWorse(margin, bound, level, float(special.stdtr(freedom, -(value + margin) / error)))
+
+
+def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
+    """(standard error of the difference of means, Satterthwaite's degrees of freedom)."""
+    if min(len(treatment), len(control)) < 2:
+        raise BadValue(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
+    parts = [variance(arm) / len(arm) for arm in (treatment, control)]
+    total = sum(parts)
+    if not total > 0:
+        raise BadValue("no seed differs from another in either arm, so chance cannot be measured")
+    shares = (part**2 / (len(arm) - 1) for part, arm in zip(parts, (treatment, control), strict=True))
+    return math.sqrt(total), total**2 / sum(shares)
+
+
+def variance(values: Sequence[float]) -> float:
+    """The unbiased sample variance (divisor n - 1), 0 for values that are all the same."""
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _check_level(level: float) -> None:
+    if not 0.5 < level < 1:
+        raise BadValue(f"a confidence level lies between 0.5 and 1, as 0.95 does; got {level}")

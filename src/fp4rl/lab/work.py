@@ -1,0 +1,187 @@
+"""One planned run, carried out into its folder; what a worker process executes.
+
+A folder without `result.json` is a run that did not finish. It goes on from its newest good checkpoint, and what was
+logged after that is dropped; without one it starts over from its seed. Either way it ends in the same numbers as a run
+that was never interrupted. A folder with a result is never touched.
+"""
+
+import errno
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.provenance import code_digest, versions
+from fp4rl.lab.sinks.sink import Sinks
+from fp4rl.rl.attempt import Past
+from fp4rl.rl.check import check
+from fp4rl.rl.checkpoints import all_of, newest, remove
+from fp4rl.rl.evaluate import Evaluation
+from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.train import Trained, train
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+_PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
+_LEFTOVERS = (
+    *("evidence.jsonl", "metrics.jsonl", "items", "checkpoints", "on-the-way", "final", "sites.json", "log.txt"),
+    "tensorboard",
+)
+
+
+class OnStage(Protocol):
+    """Hears how a run goes: `done` of `total` (0: unknown) in a stage, with the metrics where a step was done."""
+
+    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None: ...
+
+
+def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None) -> RunFolder:
+    """Train and judge `run` below `root`; returns its folder. A finished run is returned as it is.
+
+    Raises what `check` raises, before anything is written, and what `train` raises; the folder then holds everything
+    up to that point and no `result.json`.
+    """
+    folder = run_folder(root, run.suite, run.run_id)
+    if folder.finished:
+        return folder
+    check(run.experiment)
+    with _alone(folder):
+        if folder.finished:
+            return folder
+        past = _past(folder)
+        folder.write_spec(yaml.safe_dump(run.experiment.model_dump(mode="json"), sort_keys=False))
+        started = time.perf_counter()
+        with _room_on_disk(folder), Sinks(folder) as sinks:
+            hear = _listeners(run, folder, sinks, on_stage)
+            trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
+            folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
+    return folder
+
+
+def _past(folder: RunFolder) -> Past:
+    """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
+    checkpoints, lines = folder.path / "checkpoints", list[str]()
+    found = newest(checkpoints, code_digest(), lines.append)
+    if found is None or not folder.drop_evidence_after({"kind": "checkpoint", "step": found.step}):
+        _clear(folder)
+        for line in (*lines, "starting over from the seed") if lines else ():
+            _say(folder, line)
+        return Past()
+    remove([path for step, path in all_of(checkpoints).items() if step > found.step])
+    folder.drop_metrics_after(found.step)
+    for line in (*lines, f"resumed from the checkpoint after step {found.step}"):
+        _say(folder, line)
+    return Past(found, folder.metrics(), found.state["rollbacks"])
+
+
+def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnStage | None) -> Listeners:
+    def keep(evaluation: Evaluation) -> None:
+        folder.write_items(evaluation.step, evaluation.profile.name, [asdict(item) for item in evaluation.items])
+        folder.add_evidence({"kind": "evaluation", **evaluation.summary()})
+
+    def stage(name: str, done: int, total: int) -> None:
+        if on_stage is not None:
+            on_stage(name, done, total)
+
+    def step(done: int, metrics: dict[str, float]) -> None:
+        folder.add_metrics(done, metrics)
+        sinks.log(done, metrics)
+        if on_stage is not None:
+            on_stage("training", done, run.experiment.training.steps, metrics)
+
+    return Listeners(
+        stage,
+        step,
+        keep,
+        folder.add_evidence,
+        folder.write_sites,
+        folder.drop_metrics_after,
+        lambda line: _say(folder, line),
+    )
+
+
+def _say(folder: RunFolder, line: str) -> None:
+    with (folder.path / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """What was judged, in order; after a rollback the newest evaluation of a step counts."""
+    found = {}
+    for record in folder.evidence():
+        if record.pop("kind") == "evaluation":
+            found[record["step"], record["last"], record["profile"]["name"]] = record
+    return list(found.values())
+
+
+@contextmanager
+def _room_on_disk(folder: RunFolder) -> Iterator[None]:
+    """A full disk is one line, not a traceback; the libraries below each have their own way of saying it."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(word in str(error) for word in ("No space left", "PytorchStreamWriter failed")):
+            raise CheckFailed(
+                f"the disk of {folder.path} is full; make room and run the same command again: "
+                "it goes on from the last checkpoint"
+            ) from None
+        raise
+
+
+def _result(run: PlannedRun, trained: Trained, evaluations: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "suite": run.suite,
+        "arm": run.arm,
+        "seed": run.seed,
+        "spec_digest": run.spec_digest,
+        "code_digest": code_digest(),
+        "versions": versions(),
+        "evaluations": evaluations,
+        "evidence": dict(trained.evidence),
+        "steps_asked": run.experiment.training.steps,
+        "steps_done": trained.steps_done,
+        **({"stopped": trained.stopped} if trained.stopped is not None else {}),
+        "wall_s": round(wall_s, 3),
+    }
+
+
+def _clear(folder: RunFolder) -> None:
+    for name in _LEFTOVERS:
+        path = folder.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: RunFolder) -> Iterator[None]:
+    """Holds the run's lock; the system lets go of it when the process dies, however it dies.
+
+    Raises BadValue when another process keeps it.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = (folder.path / ".lock").open("w")
+    except OSError as error:
+        raise BadValue(f"cannot write to {folder.path}: {error.strerror}; give another place with --runs") from None
+    with lock:
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise BadValue(f"{folder.key} is being run by another process; wait for it to end") from None
+                time.sleep(0.2)
+        yield

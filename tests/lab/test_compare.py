@@ -1,0 +1,281 @@
+"""`compare` refuses every kind of unfair pair, says what differs, and gives no word it has not earned."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp4rl.lab.compare.comparison import Compared, Question, compare_all
+from fp4rl.lab.compare.difference import differences, undeclared
+from fp4rl.lab.compare.evidence import gaps
+from fp4rl.lab.ledger.record import record_new
+from fp4rl.lab.ledger.store import Ledger
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
+QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
+Ask = Callable[..., Compared]
+
+
+@pytest.fixture
+def ask(make_run, opened, tmp_path: Path) -> Ask:
+    """Record all runs, then compare w4a4 with bf16 (or what is named) in the injection."""
+
+    def answer(treatment: str = "w4a4", control: str = "bf16", anyway: bool = False, **asked: Any) -> Compared:
+        ledger: Ledger = opened(tmp_path / "ledger.db")
+        record_new(ledger, tmp_path / "runs")
+        question = Question(treatment, control, **({"factors": ("injection",)} | asked))
+        return compare_all(ledger, [question], anyway=anyway)[0]
+
+    return answer
+
+
+@pytest.fixture
+def two_arms(make_run) -> Callable[..., None]:
+    """Three seeds of bf16 and of w4a4; what is given changes the w4a4 runs."""
+
+    def make(**change: Any) -> None:
+        spec = W4A4 | change.pop("spec", {})
+        for seed in range(3):
+            make_run("bf16", seed, 0.70 + 0.01 * seed, evidence={"sites": 0, "calls": {}, "master_unharmed": True})
+            make_run("w4a4", seed, 0.60 + 0.01 * seed, **{"spec": spec, "evidence": QUANTIZED} | change)
+
+    return make
+
+
+def _kinds(compared: Compared) -> set[str]:
+    return {objection.kind for objection in compared.objections}
+
+
+def test_a_fair_pair_gets_its_word(two_arms, ask: Ask):
+    two_arms()
+    compared = ask()
+    assert compared.objections == ()
+    assert compared.verdict is not None
+    assert compared.verdict.word == "worse"
+    assert compared.verdict.difference == pytest.approx(-10)
+    assert compared.verdict.seeds == (3, 3)
+
+
+def test_specs_that_differ_in_more_than_the_declared_factor_are_refused(two_arms, ask: Ask):
+    two_arms(spec={"training": {"lr": 1e-3}})
+    compared = ask()
+    assert _kinds(compared) == {"spec"}
+    assert compared.objections[0].sentence() == "the specs also differ in training.lr: 0.001 against 0.0004"
+    assert compared.verdict is None
+    assert ask(factors=("injection", "training.lr")).comparable
+
+
+def test_a_factor_does_not_cover_keys_that_only_begin_like_it(two_arms, ask: Ask):
+    two_arms(spec={"training": {"lr_warmup_steps": 9}})
+    assert _kinds(ask(factors=("injection", "training.lr"))) == {"spec"}
+
+
+def test_without_a_declared_factor_one_may_differ_and_no_more(two_arms, ask: Ask):
+    two_arms()
+    assert ask(factors=()).comparable
+    assert undeclared(differences({"noise": {"a": 1}, "injection": None}, {"noise": None, "injection": {"b": 1}}), ())
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        ({"precision": "full"}, "precision"),
+        ({"sites_digest": "bbbb"}, "precision"),
+        ({"noise": "on"}, "noise"),
+        ({"scorer": "flexible"}, "scorer"),
+        ({"max_new_tokens": 64}, "token limit"),
+        ({"sampling": "8 samples"}, "sampling"),
+        ({"items_digest": "qqqq"}, "items"),
+        ({"items_digest": None}, "items"),
+    ],
+)
+def test_numbers_measured_differently_are_refused(two_arms, ask: Ask, change: dict[str, Any], kind: str):
+    two_arms(profile=change)
+    compared = ask()
+    assert _kinds(compared) == {kind}
+    (key,) = change
+    assert f"the evaluation's {key} differs" in compared.objections[0].sentence()
+
+
+def test_a_precision_may_differ_where_that_is_the_question(two_arms, ask: Ask):
+    two_arms(profile={"precision": "full", "sites_digest": None})
+    assert not ask().comparable
+    assert ask(factors=("injection", "precision")).comparable
+
+
+@pytest.fixture
+def evaluated(make_run) -> Callable[..., dict[str, Any]]:
+    """The `evaluations` of a result that holds one number, as `make_run` would write it but for what is given."""
+    profile = make_run("example", suite="examples").result()["evaluations"][-1]["profile"]
+
+    def result(step: int = 30, n: int = 40, last: bool = True) -> dict[str, Any]:
+        return {"evaluations": [{"step": step, "last": last, "profile": profile, "n": n, "strict": 0.5}]}
+
+    return result
+
+
+def test_another_number_of_answers_is_refused(two_arms, evaluated, ask: Ask):
+    two_arms(**evaluated(n=20))
+    assert _kinds(ask()) == {"items"}
+
+
+def test_another_step_is_refused(two_arms, evaluated, ask: Ask):
+    two_arms(**evaluated(step=20))
+    compared = ask()
+    assert _kinds(compared) == {"step"}
+    assert compared.objections[0].sentence() == "the evaluated step differs: 20 against 30"
+
+
+def test_a_run_that_stopped_early_is_refused(two_arms, ask: Ask):
+    two_arms(steps_done=20)
+    assert [o.sentence() for o in ask().objections] == [
+        "a run of w4a4 stopped early: 20 steps done against 30 asked for"
+    ]
+
+
+def test_a_run_that_lacks_the_number_is_not_left_out_in_silence(make_run, two_arms, evaluated, ask: Ask):
+    two_arms()
+    make_run("w4a4", 7, spec=W4A4, evidence=QUANTIZED, **evaluated(step=20, last=False))
+    compared = ask()
+    assert _kinds(compared) == {"step"}
+    assert "was not evaluated there" in compared.objections[0].what
+
+
+def test_results_of_other_code_are_refused(two_arms, ask: Ask):
+    two_arms(code_digest="dddd")
+    assert _kinds(ask()) == {"code"}
+
+
+@pytest.mark.parametrize(
+    "evidence, gap",
+    [
+        (
+            {"sites": 14, "calls": {"training": 9}, "master_unharmed": True},
+            "no quantized call was counted during rollout",
+        ),
+        ({"sites": 0, "calls": {}, "master_unharmed": True}, "no site is recorded as quantized"),
+        (QUANTIZED | {"master_unharmed": False}, "its master weights were harmed"),
+    ],
+)
+def test_a_run_without_its_evidence_is_refused(two_arms, ask: Ask, evidence: dict[str, Any], gap: str):
+    two_arms(evidence=evidence)
+    compared = ask()
+    assert _kinds(compared) == {"evidence"}
+    assert gap in compared.objections[0].sentence()
+
+
+def test_a_foreign_log_has_no_evidence(make_run, two_arms, ask: Ask):
+    two_arms()
+    make_run("verl", 0, 0.6, imported={"dialect": "verl"})
+    assert "evidence" in _kinds(ask("verl"))
+
+
+def test_anyway_shows_the_difference_and_labels_it(two_arms, ask: Ask):
+    two_arms(profile={"scorer": "flexible"})
+    compared = ask(anyway=True)
+    assert compared.verdict is not None
+    assert compared.verdict.word is None
+    assert "not comparable" in compared.verdict.why
+    assert compared.verdict.low is not None
+
+
+def test_refused_comparisons_still_count_in_the_family(two_arms, make_run, opened, tmp_path: Path):
+    two_arms()
+    make_run("odd", 0, 0.5, spec=W4A4, evidence=QUANTIZED, profile={"scorer": "x"})
+    ledger = opened(tmp_path / "ledger.db")
+    record_new(ledger, tmp_path / "runs")
+    asked = [Question("w4a4", "bf16", ("injection",)), Question("odd", "bf16", ("injection",))]
+    first, second = compare_all(ledger, asked)
+    assert first.verdict is not None
+    assert second.verdict is None
+    assert first.verdict.comparisons == 2
+    assert first.verdict.p_family == pytest.approx(2 * (first.verdict.p or 0))
+
+
+def test_an_arm_of_two_experiments_is_no_set_of_repeats(make_run, two_arms, ask: Ask):
+    two_arms()
+    make_run("w4a4", 9, 0.6, spec=W4A4 | {"training": {"lr": 1e-3}})
+    with pytest.raises(BadValue, match="2 different experiments, which are no repeats"):
+        ask()
+
+
+def test_an_arm_of_two_suites_asks_for_the_suite(make_run, two_arms, ask: Ask):
+    two_arms()
+    make_run("bf16", 0, suite="other")
+    with pytest.raises(BadValue, match="is in the suites other, trial; write other/bf16"):
+        ask()
+    assert ask("trial/w4a4", "trial/bf16").comparable
+
+
+def test_unknown_names_and_profiles_come_with_the_nearest(two_arms, ask: Ask):
+    two_arms()
+    with pytest.raises(NotThere, match="did you mean 'trial/w4a4'"):
+        ask("trial/w4a5")
+    with pytest.raises(NotThere, match="not evaluated as 'deploy'; did you mean 'deployment'"):
+        ask("w4a4@deploy")
+    with pytest.raises(NotThere, match="no evaluation at step 7; there are: 0, 30"):
+        ask(step=7)
+
+
+def test_a_side_is_not_compared_with_itself(two_arms, ask: Ask):
+    two_arms()
+    with pytest.raises(BadValue, match="the same numbers of the same runs"):
+        ask("bf16", "trial/bf16")
+
+
+def test_one_seed_an_arm_gets_the_band_of_the_repeats_in_the_ledger(make_run, two_arms, ask: Ask):
+    two_arms()
+    make_run("lone", 0, 0.62, spec=W4A4 | {"training": {"lr": 1e-3}}, evidence=QUANTIZED)
+    compared = ask("lone", factors=("injection", "training.lr"))
+    assert compared.verdict is not None
+    assert (compared.verdict.word, compared.verdict.interval) == (None, "run-to-run band")
+    assert "1.00 points run-to-run SD" in compared.verdict.why
+
+
+def test_items_give_the_cross_checks_over_seeds_and_problems(make_run, ask: Ask):
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        make_run("bf16", seed, (rng.random(40) < 0.4).tolist(), evidence={"sites": 0, "master_unharmed": True})
+        make_run("w4a4", seed, (rng.random(40) < 0.9).tolist(), spec=W4A4, evidence=QUANTIZED)
+    compared = ask()
+    assert compared.verdict is not None
+    assert compared.checks.two_way is not None
+    assert compared.checks.bootstrap is not None
+    assert compared.checks.two_way.value == pytest.approx(compared.verdict.difference)
+    assert compared.checks.bootstrap.low > 0
+    assert compared.checks.checkpoints is None
+
+
+def test_two_single_runs_get_mcnemar_as_a_test_of_two_checkpoints(make_run, ask: Ask):
+    make_run("bf16", 0, [True] * 20 + [False] * 20, evidence={"sites": 0, "master_unharmed": True})
+    make_run("w4a4", 0, [True] * 10 + [False] * 30, spec=W4A4, evidence=QUANTIZED)
+    compared = ask()
+    assert compared.verdict is not None
+    assert compared.verdict.word is None
+    assert compared.checks.checkpoints is not None
+    assert (compared.checks.checkpoints.gained, compared.checks.checkpoints.lost) == (0, 10)
+
+
+def test_noise_that_changed_nothing_is_a_gap():
+    spec = {"noise": {"schedule": {}}}
+    still = [{"kind": "noise", "share_changed": 0.0}, {"kind": "master", "unharmed": True}]
+    assert gaps(spec, {"sites": 0}, still) == ("its noise was never effective: no weight changed in any rollout",)
+    real = [{"kind": "noise", "share_changed": 0.3}, {"kind": "master", "unharmed": True}]
+    assert gaps(spec, {"sites": 0}, real) == ()
+    assert gaps({"noise": None}, {"sites": 0}, real) == ("noise was put on weights, but its spec asks for none",)
+    control = {"noise": {"control": "sigma_zero"}}
+    assert gaps(control, {"sites": 0}, still) == ()
+    assert gaps(control, {"sites": 0}, real) == ("the control without noise changed weights",)
+
+
+def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_no_number():
+    for difference in (0.5, "nan", "inf"):
+        lines = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": difference}]
+        assert gaps({}, {"sites": 0}, lines) == ("its live policy differed from the saved one",)
+
+
+def test_nothing_recorded_is_a_gap():
+    assert gaps({}, {}, []) == ("it left no evidence",)

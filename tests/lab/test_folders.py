@@ -1,0 +1,123 @@
+"""The run folder: whole files, appended lines, and what a crash leaves behind."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fp4rl.lab.files import append_line, read_lines, write_whole
+from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+ROW = {
+    "problem_id": "p1",
+    "sample": 0,
+    "strict": True,
+    "flexible": True,
+    "formatted": True,
+    "completion": "#### 3",
+    "length": 4,
+    "truncated": False,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return run_folder(tmp_path, "trial", "bf16-s0-0123456789ab")
+
+
+def test_metrics_of_one_step_are_joined_and_the_first_value_of_a_key_stays(run: RunFolder):
+    run.add_metrics(1, {"reward/mean": 0.5})
+    run.add_metrics(1, {"accuracy/test": 0.25, "reward/mean": 0.9})
+    assert run.metrics() == {1: {"reward/mean": 0.5, "accuracy/test": 0.25}}
+
+
+def test_numbers_that_json_has_no_word_for_survive(run: RunFolder):
+    run.add_metrics(1, {"loss": math.nan, "ratio": math.inf, "low": -math.inf})
+    values = run.metrics()[1]
+    assert math.isnan(values["loss"])
+    assert (values["ratio"], values["low"]) == (math.inf, -math.inf)
+
+
+def test_metrics_files_are_strict_json(run: RunFolder):
+    run.add_metrics(1, {"loss": math.nan})
+
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    json.loads((run.path / "metrics.jsonl").read_text(), parse_constant=refuse)
+
+
+def test_a_line_torn_by_a_crash_is_not_read_and_is_cut_off_by_the_next_append(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2, "b')
+    assert list(read_lines(file)) == [{"a": 1}]
+    append_line(file, {"a": 3})
+    assert list(read_lines(file)) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_file_torn_in_its_only_line_starts_anew(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"a": 2, "b')
+    append_line(file, {"a": 3})
+    assert list(read_lines(file)) == [{"a": 3}]
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "x.json"
+    write_whole(file, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_a_result_is_never_overwritten(run: RunFolder):
+    run.write_result({"evaluations": []})
+    with pytest.raises(BadValue, match="finished already"):
+        run.write_result({"evaluations": []})
+
+
+def test_an_accuracy_in_percent_is_refused(run: RunFolder):
+    with pytest.raises(BadValue, match="no share"):
+        run.write_result({"evaluations": [{"step": 5, "strict": 67.48}]})
+    assert not run.finished
+
+
+def test_items_come_back_as_they_went_in(run: RunFolder):
+    run.write_items(5, "w4a4", [ROW, ROW | {"sample": 1, "strict": False}])
+    assert run.items(5, "w4a4").to_pylist() == [ROW, ROW | {"sample": 1, "strict": False}]
+    assert run.item_sets() == [(5, "w4a4")]
+
+
+def test_asking_for_items_that_are_not_there_names_those_that_are(run: RunFolder):
+    run.write_items(5, "w4a4", [ROW])
+    with pytest.raises(NotThere, match="did you mean '5-w4a4'"):
+        run.items(5, "w4a5")
+
+
+def test_only_runs_with_a_result_count_as_finished(tmp_path: Path):
+    done, open_ = run_folder(tmp_path, "s", "a-s0"), run_folder(tmp_path, "s", "a-s1")
+    done.write_result({})
+    open_.write_spec("seed: 1\n")
+    (tmp_path / "s" / "notes").mkdir()
+    assert [run.run_id for run in all_runs(tmp_path)] == ["a-s0", "a-s1"]
+    assert [run.run_id for run in finished_runs(tmp_path)] == ["a-s0"]
+
+
+def test_a_name_that_leaves_the_runs_folder_is_refused(tmp_path: Path):
+    with pytest.raises(BadValue, match="letters, digits"):
+        run_folder(tmp_path, "..", "x")
+
+
+def test_resuming_forgets_the_steps_after_the_checkpoint(run: RunFolder):
+    for step in (1, 2, 3):
+        run.add_metrics(step, {"loss": step})
+    run.drop_metrics_after(2)
+    assert list(run.metrics()) == [1, 2]
+
+
+def test_evidence_without_a_kind_is_refused(run: RunFolder):
+    with pytest.raises(BadValue, match="kind"):
+        run.add_evidence({"phase": "training"})

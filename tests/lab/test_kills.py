@@ -1,0 +1,97 @@
+"""A suite that is killed again and again ends like one that never was: every run once, none twice, the same numbers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from fp4rl.lab.folders import all_runs, finished_runs
+
+SUITE = {
+    "suite": "killed",
+    "seeds": list(range(10)),
+    "base": {
+        "model": {"embedded": {"warm_up_steps": 60}},
+        "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
+        "training": {
+            "steps": 12,
+            "train_batch_size": 4,
+            "mini_batch_size": 2,
+            "rollout_n": 4,
+            "max_response_length": 32,
+            "overlong_buffer": {"len": 8},
+        },
+        "evaluation": {"count": 24, "max_new_tokens": 32, "profiles": ["full", "deployment"], "preset": "vllm"},
+    },
+    "arms": {
+        "bf16": {},
+        "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+        "aqn": {
+            "injection": {"mode": "w4a16", "preset": "vllm"},
+            "noise": {"schedule": {"kind": "constant", "sigma": 0.05}},
+        },
+    },
+}
+PROGRAM = "from fp4rl.cli.main import entry; entry()"
+
+
+def start(spec, root):
+    with spec.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM, "run", str(spec), "--runs", str(root)],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def finish(spec, root):
+    process = start(spec, root)
+    assert process.wait(timeout=900) == 0, spec.with_suffix(".log").read_text()
+
+
+def numbers(root):
+    """Everything that a run measured, by run id; times left out."""
+    found = {}
+    for run in finished_runs(root):
+        metrics = {
+            step: {name: value for name, value in values.items() if not name.startswith("time/")}
+            for step, values in run.metrics().items()
+        }
+        items = {f"{step}-{name}": run.items(step, name).to_pylist() for step, name in run.item_sets()}
+        evidence = [r for r in run.evidence() if r["kind"] != "injection"]
+        found[run.run_id] = (metrics, run.result()["evaluations"], items, evidence)
+    return found
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+    spec = tmp_path / "killed.yaml"
+    spec.write_text(yaml.safe_dump(SUITE))
+    finish(spec, tmp_path / "whole")
+
+    root, moments, finished_at = tmp_path / "runs", random.Random(0), {}
+    for kill in range(10):
+        process = start(spec, root)
+        # Mostly inside the work, some during the imports; kill -9 of the parent alone, or Ctrl-C to the whole group.
+        time.sleep(moments.uniform(3.0, 12.0) if kill % 3 else moments.uniform(0.2, 6.0))
+        assert process.poll() is None, "the suite was over before the kill: give it more runs"
+        if kill % 2:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        process.wait(timeout=60)
+        for run in finished_runs(root):
+            written = (run.path / "result.json").stat().st_mtime_ns
+            assert finished_at.setdefault(run.run_id, written) == written, f"{run.run_id} ran twice"
+    finish(spec, root)
+    for run_id, written in finished_at.items():
+        assert (root / "killed" / run_id / "result.json").stat().st_mtime_ns == written
+    assert len(all_runs(root)) == len(finished_runs(root)) == 30
+    assert json.dumps(numbers(root), sort_keys=True) == json.dumps(numbers(tmp_path / "whole"), sort_keys=True)

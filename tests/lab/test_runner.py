@@ -1,0 +1,134 @@
+"""Suites carried out: what is finished stays, what failed does not stop the rest, and nobody runs a run twice."""
+
+import fcntl
+import json
+
+import pytest
+
+from fp4rl.engines.processes import LocalPool
+from fp4rl.lab import work
+from fp4rl.lab.folders import run_folder
+from fp4rl.lab.matrix import planned
+from fp4rl.lab.runner import Outcome, run_all, set_aside, split_finished, stale
+from fp4rl.rl.train import Trained
+from fp4rl.spec.experiment import Suite
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+SUITE = Suite.model_validate({"suite": "s", "arms": {"a": {}, "b": {"training": {"steps": 3}}}, "seeds": [0, 1]})
+RUNS = planned(SUITE)
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Training that takes no time: the names of what was trained, in order."""
+    names = []
+
+    def train(experiment, folder, cache, listeners, past, *, stamp):
+        names.append(folder.name)
+        listeners.on_step(1, {"loss": 0.5})
+        listeners.record({"kind": "master", "unharmed": True})
+        return Trained(folder / "final", 1, {"master_unharmed": True})
+
+    monkeypatch.setattr(work, "train", train)
+    return names
+
+
+def in_process(runs, root, on_event):
+    for run in runs:
+        try:
+            work.carry_out(run, root)
+        except Exception as error:
+            yield Outcome(run, str(error))
+        else:
+            yield Outcome(run)
+
+
+def carry_out_all(root, runs=RUNS):
+    return run_all(runs, root, in_process, lambda event: None, lambda outcome: None)
+
+
+def test_seeds_come_before_arms_so_that_an_interrupted_suite_holds_whole_comparisons():
+    assert [(run.arm, run.seed) for run in RUNS] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_finished_runs_are_skipped_and_not_touched(trained, tmp_path):
+    carry_out_all(tmp_path)
+    before = [(run_folder(tmp_path, r.suite, r.run_id).path / "result.json").stat().st_mtime_ns for r in RUNS]
+    outcome = carry_out_all(tmp_path)
+    after = [(run_folder(tmp_path, r.suite, r.run_id).path / "result.json").stat().st_mtime_ns for r in RUNS]
+    assert (len(outcome.skipped), outcome.done, len(trained)) == (4, [], 4)
+    assert before == after
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(trained, tmp_path, monkeypatch):
+    real = work.train
+
+    def failing(experiment, *rest, **words):
+        if experiment.training.steps == 3:
+            raise NotThere("the data is gone; put it back")
+        return real(experiment, *rest, **words)
+
+    monkeypatch.setattr(work, "train", failing)
+    outcome = carry_out_all(tmp_path)
+    assert [o.error for o in outcome.failed] == ["the data is gone; put it back"] * 2
+    monkeypatch.setattr(work, "train", real)
+    assert len(carry_out_all(tmp_path).done) == 2
+
+
+def test_leftovers_of_an_unfinished_run_are_cleared_before_it_starts_over(trained, tmp_path):
+    folder = run_folder(tmp_path, "s", RUNS[0].run_id)
+    folder.add_metrics(1, {"loss": 9.0})
+    folder.add_metrics(2, {"loss": 9.0})
+    work.carry_out(RUNS[0], tmp_path)
+    assert folder.metrics() == {1: {"loss": 0.5}}
+
+
+def test_a_run_that_another_process_holds_is_left_alone(trained, tmp_path, monkeypatch):
+    folder = run_folder(tmp_path, "s", RUNS[0].run_id)
+    folder.path.mkdir(parents=True)
+    monkeypatch.setattr(work, "_PATIENCE_S", 0.0)
+    with (folder.path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BadValue, match="being run by another process"):
+            work.carry_out(RUNS[0], tmp_path)
+    assert trained == []
+
+
+def test_the_result_names_what_made_it(trained, tmp_path):
+    result = work.carry_out(RUNS[0], tmp_path).result()
+    assert result["spec_digest"] == RUNS[0].spec_digest
+    assert (result["arm"], result["seed"], result["steps_asked"], result["steps_done"]) == ("a", 0, 30, 1)
+    assert {"torch", "transformers", "trl", "fp4rl", "python"} <= set(result["versions"])
+
+
+def test_a_result_of_other_code_is_stale_and_is_set_aside_whole_before_a_rerun(trained, tmp_path):
+    folder = work.carry_out(RUNS[0], tmp_path)
+    assert stale(RUNS, tmp_path) == []
+    file = folder.path / "result.json"
+    file.write_text(json.dumps({**folder.result(), "code_digest": "0" * 12}))
+    assert stale(RUNS, tmp_path) == [RUNS[0]]
+    set_aside(stale(RUNS, tmp_path), tmp_path)
+    assert split_finished(RUNS, tmp_path)[0] == []
+    assert (tmp_path / "s" / "stale" / f"{RUNS[0].run_id}-{'0' * 12}" / "result.json").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_one_line_with_the_cure(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(BadValue, match="give another place with --runs"):
+        work.carry_out(RUNS[0], tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_own_run_alone(tmp_path):
+    """The pool's own test: two runs that cannot start (no such data) and one process killed under way."""
+    bad = Suite.model_validate(
+        {"suite": "t", "arms": {"a": {"task": {"name": "gsm8k", "path": "/nowhere.jsonl"}}}, "seeds": [0, 1]}
+    )
+    outcomes = list(LocalPool(2)(planned(bad), tmp_path, lambda event: None))
+    assert len(outcomes) == 2
+    assert all("does not exist" in outcome.error for outcome in outcomes)
+
+
+def test_the_curves_of_a_run_are_in_tensorboard_too(trained, tmp_path):
+    folder = work.carry_out(RUNS[0], tmp_path)
+    assert list((folder.path / "tensorboard").glob("events.*"))

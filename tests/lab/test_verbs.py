@@ -1,0 +1,214 @@
+"""The ledger's verbs on the command line: what a reader sees, what a program reads, and how mistakes end."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fp4rl.cli.main import main
+
+QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
+W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
+
+
+@pytest.fixture
+def root(make_run, tmp_path: Path) -> str:
+    """Two arms of three seeds, in the suite `trial`, which declared its comparison."""
+    for seed in range(3):
+        flags = [True] * (30 + seed) + [False] * (10 - seed)
+        make_run("bf16", seed, flags, evidence={"sites": 0, "master_unharmed": True})
+        make_run("w4a4", seed, flags[10:] + [False] * 10, spec=W4A4, evidence=QUANTIZED)
+    sides = {"treatment": "w4a4@deployment", "control": "bf16@deployment", "factors": ["injection"]}
+    asked = {"question": "Does W4A4 cost accuracy?", "test": "differs", "margin": None} | sides
+    (tmp_path / "runs" / "trial" / "suite.yaml").write_text(yaml.safe_dump({"comparisons": [asked]}))
+    return str(tmp_path / "runs")
+
+
+def read(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_runs_lists_what_is_finished_and_filters(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["runs", "--runs", root, "--json"]) == 0
+    rows = read(capsys)
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, s) for arm in ("bf16", "w4a4") for s in range(3)]
+    assert rows[0]["strict"] == {"deployment": 0.75}
+    assert not rows[0]["imported"]
+    assert main(["runs", "--runs", root, "--arm", "w4a4", "--seed", "2", "--json"]) == 0
+    assert [row["arm"] for row in read(capsys)] == ["w4a4"]
+    assert main(["runs", "--runs", root, "--limit", "2"]) == 0
+    assert "4 more; --limit 0 shows all" in capsys.readouterr().out
+
+
+def test_a_filter_that_takes_nothing_says_so(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["runs", "--runs", root, "--suite", "nothing"]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for verb in (["runs"], ["show", "x"], ["compare", "a", "b"]):
+        assert main([*verb, "--runs", str(tmp_path / "no")]) == 2
+        assert "no folder of runs here; name it with --runs" in capsys.readouterr().err
+
+
+def test_show_tells_everything_about_a_run(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "w4a4-s0", "--runs", root]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "50.0 [35.2, 64.8]",
+        "w4a4",
+        "reward/mean",
+        "injection: 1 lines",
+        "items/30-deployment.parquet",
+        "lr: 0.0004",
+    ):
+        assert part in text
+    assert main(["show", "w4a4-s0", "--runs", root, "--json"]) == 0
+    found = read(capsys)
+    assert found["items"] == [{"step": 30, "profile": "deployment", "answers": 40, "solved": 20}]
+    assert found["metrics"]["grad_norm"]["last"] is None
+
+
+def test_show_finds_the_answers_to_one_problem(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "w4a4-s0", "--problem", "p0003", "--runs", root, "--json"]) == 0
+    (answer,) = read(capsys)["answers"]
+    assert (answer["strict"], answer["length"], answer["completion"]) == (True, 4, "#### 3")
+    assert main(["show", "w4a4-s0", "--problem", "p9", "--runs", root]) == 2
+
+
+def test_show_names_the_nearest_run(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "w4a5-s0-", "--runs", root]) == 2
+    assert "did you mean" in capsys.readouterr().err or "lists all 6" in capsys.readouterr().err
+    assert main(["show", "w4", "--runs", root]) == 2
+    assert "3 runs begin with 'w4'" in capsys.readouterr().err
+
+
+def test_compare_prints_the_verdict_with_interval_and_seeds(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "w4a4", "bf16", "--factor", "injection", "--runs", root]) == 0
+    text = capsys.readouterr().out
+    assert "-25.0 points [-30.7, -19.3], 3 vs 3 seeds" in text
+    assert "worse" in text
+    assert "Multi-Bootstrap" in text
+
+
+def test_compare_answers_what_the_suite_declared(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "trial", "--runs", root]) == 0
+    assert "Does W4A4 cost accuracy?" in capsys.readouterr().out
+
+
+def test_compare_of_two_sides_keeps_to_what_was_declared_about_them(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "w4a4", "bf16", "--runs", root]) == 0
+    assert "Does W4A4 cost accuracy?" in capsys.readouterr().out
+    assert main(["compare", "bf16", "w4a4", "--runs", root]) == 0
+    assert "bf16 against w4a4" in capsys.readouterr().out
+
+
+def test_a_suite_that_declares_nothing_asks_for_two_sides(root: str, capsys: pytest.CaptureFixture[str]):
+    Path(root, "trial", "suite.yaml").write_text("suite: trial\n")
+    assert main(["compare", "trial", "--runs", root]) == 2
+    assert "declares no comparisons; name two sides" in capsys.readouterr().err
+    Path(root, "trial", "suite.yaml").unlink()
+    assert main(["compare", "trial", "--runs", root]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_compare_refuses_with_exit_code_1_and_prints_the_difference(make_run, root: str, capsys):
+    make_run("odd", 0, 0.5, spec=W4A4 | {"training": {"lr": 1e-3}}, evidence=QUANTIZED)
+    assert main(["compare", "odd", "bf16", "--factor", "injection", "--runs", root]) == 1
+    printed = capsys.readouterr()
+    assert "the specs also differ in training.lr: 0.001 against 0.0004" in printed.out
+    assert "--anyway" in printed.err
+    assert "points" not in printed.out
+
+
+def test_compare_anyway_labels_what_it_shows(make_run, root: str, capsys: pytest.CaptureFixture[str]):
+    make_run("odd", 0, 0.5, spec=W4A4 | {"training": {"lr": 1e-3}}, evidence=QUANTIZED)
+    assert main(["compare", "odd", "bf16", "--factor", "injection", "--anyway", "--runs", root]) == 0
+    text = capsys.readouterr().out
+    assert "not comparable" in text
+    assert "no verdict" in text
+    assert main(["compare", "odd", "bf16", "--anyway", "--runs", root, "--json"]) == 0
+    (answer,) = read(capsys)
+    assert not answer["comparable"]
+    assert answer["verdict"]["word"] is None
+
+
+def test_power_answers_how_many_seeds(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["power", "2.5", "--spread", "1.57", "--json"]) == 0
+    found = read(capsys)
+    assert found["seeds_needed"] == 8
+    assert 0.75 < found["power"]["7"] < 0.8
+    assert main(["power", "2.5", "--runs", root, "--json"]) == 0
+    found = read(capsys)
+    assert found["spread"] == pytest.approx(2.5)
+    assert found["spread_from"].startswith("arithmetic on embedded, 2 groups of repeats")
+
+
+def test_power_without_repeats_asks_for_the_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "runs").mkdir()
+    assert main(["power", "2.5", "--runs", str(tmp_path / "runs")]) == 2
+    assert "give --spread" in capsys.readouterr().err
+
+
+def test_a_log_is_imported_listed_and_shown(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log, root = str(shared_data / "logs" / "grpo_like_healthy_verl.log"), str(tmp_path / "runs")
+    assert main(["runs", "import", log, "--arm", "gpg", "--seed", "1", "--runs", root]) == 0
+    assert "106 steps (0 to 105), 53 keys" in capsys.readouterr().out
+    assert main(["runs", "--runs", root, "--json"]) == 0
+    (row,) = read(capsys)
+    assert row["imported"]
+    assert row["strict"] == {"val-core-openai-gsm8k-reward-mean-1": 0.88}
+    assert main(["show", "gpg", "--runs", root]) == 0
+    text = capsys.readouterr().out
+    assert "actor/entropy" in text
+    assert "foreign log without evidence" in text
+
+
+def test_importing_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "x.log").write_text("hello\n")
+    assert main(["runs", "import", str(tmp_path / "x.log"), "--runs", str(tmp_path / "runs")]) == 2
+    assert "known are verl console logs" in capsys.readouterr().err
+
+
+def test_the_ledger_is_made_again_from_the_folders(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["ledger", "rebuild", "--runs", root]) == 0
+    assert "6 runs recorded in sqlite" in capsys.readouterr().out
+    assert main(["ledger", "info", "--runs", root, "--json"]) == 0
+    assert read(capsys)["rows"]["items"] == 6
+
+
+def test_a_broken_ledger_file_is_one_line(root: str, capsys: pytest.CaptureFixture[str]):
+    Path(root, "ledger.db").write_text("this is no database, but it is longer than a header of one hundred bytes " * 3)
+    assert main(["runs", "--runs", root]) == 2
+    assert "fp4rl ledger rebuild" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("verb", [["runs"], ["show", "w4a4-s0"], ["compare", "trial"], ["power", "5", "--spread", "2"]])
+def test_nothing_is_wider_than_the_terminal(root: str, verb: list[str], width: int, capsys, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    place = ["--runs", root] if verb[0] != "power" else []
+    assert main([*verb, *place]) == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).splitlines()
+    assert lines
+    assert max(len(line) for line in lines) <= width
+
+
+def test_help_shows_an_example_without_importing_torch_or_scipy():
+    code = """
+import sys
+from fp4rl.cli.main import main
+for verb in ("runs", "show", "compare", "audit", "power", "ledger"):
+    main([*([verb, "rebuild"] if verb == "ledger" else [verb]), "--help"])
+print([name for name in ("torch", "scipy", "sqlalchemy", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    assert done.stdout.count("Example") == 6
