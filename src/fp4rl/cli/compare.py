@@ -1,0 +1,116 @@
+"""`fp4rl compare`: two arms held against each other, or every comparison that a suite declared."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp4rl.cli.ledger import Address, AsJson, opened
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+if TYPE_CHECKING:
+    from fp4rl.lab.compare.comparison import Compared, Question
+    from fp4rl.lab.compare.sides import Side
+
+Margin = Annotated[
+    float | None,
+    typer.Option(help="Points that the treatment may be worse and still reach the control (fixed before)."),
+]
+
+
+def command(
+    treatment: Annotated[str, typer.Argument(help="arm, suite/arm or run, each with @profile; or a suite alone.")],
+    control: Annotated[str | None, typer.Argument(help="What it is held against.")] = None,
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    factor: Annotated[
+        list[str] | None, typer.Option(help="Key in which the specs may differ; `precision` for the evaluation's.")
+    ] = None,
+    margin: Margin = None,
+    step: Annotated[int | None, typer.Option(help="Step of the evaluation; the last one where none is named.")] = None,
+    score: Annotated[str, typer.Option(help="strict or flexible.")] = "strict",
+    anyway: Annotated[bool, typer.Option("--anyway", help="Show an unfair pair, labelled 'not comparable'.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two arms over their seeds; an unfair pair is refused with the difference.
+
+    Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
+    """
+    from fp4rl.lab.compare.comparison import compare_all
+
+    if score not in ("strict", "flexible"):
+        raise BadValue(f"--score is strict or flexible; got {score!r}")
+    with opened(runs, ledger) as found:
+        questions = _questions(treatment, control, runs, factor, margin)
+        asked = [replace(question, step=step, score=score) for question in questions]
+        answers = compare_all(found, asked, anyway=anyway)
+    if as_json:
+        print_json([answer.as_dict() for answer in answers])
+    else:
+        for answer in answers:
+            _print(answer)
+    refused = sum(not answer.comparable for answer in answers)
+    if refused and not anyway:
+        count = f"{refused} of {len(answers)} comparisons are" if len(answers) > 1 else "this pair is"
+        raise CheckFailed(f"{count} not comparable; --anyway shows the numbers, labelled so")
+
+
+def _questions(
+    treatment: str, control: str | None, runs: Path, factor: list[str] | None, margin: float | None
+) -> "tuple[Question, ...]":
+    """What was declared stands; `--factor` and `--margin` ask another question."""
+    from fp4rl.lab.compare.comparison import Question
+    from fp4rl.lab.compare.declared import declared_question, declared_questions
+
+    if control is None:
+        declared = declared_questions(runs, treatment)
+        if not declared:
+            raise BadValue(f"the suite {treatment} declares no comparisons; name two sides")
+        return declared
+    known = declared_question(runs, treatment, control) if not factor and margin is None else None
+    return (known or Question(treatment, control, tuple(factor or ()), margin),)
+
+
+def _print(answer: "Compared") -> None:
+    screen = console()
+    label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
+    screen.print(f"[bold]{label}[/bold]", highlight=False)
+    for side in (answer.treatment, answer.control):
+        screen.print(f"  {side.name}: {_side(side)}", highlight=False)
+    for objection in answer.objections[:_MOST]:
+        screen.print(f"  [red]not comparable[/red]: {objection.sentence()}", highlight=False)
+    if len(answer.objections) > _MOST:
+        screen.print(f"  and {len(answer.objections) - _MOST} more differences (--json lists all)", highlight=False)
+    if answer.verdict is None:
+        return
+    screen.print(f"  {answer.verdict.sentence()}", highlight=False)
+    screen.print(f"  {answer.verdict.why}", highlight=False)
+    checks = answer.checks
+    if checks.two_way and checks.bootstrap:
+        two, many = checks.two_way, checks.bootstrap
+        screen.print(
+            f"  over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}", highlight=False
+        )
+        line = f"  Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
+        screen.print(line, highlight=False)
+    if checks.checkpoints:
+        flips = checks.checkpoints
+        line = f"  McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{flips.lost} problems"
+        screen.print(f"{line}, p = {flips.p:.2g}", highlight=False)
+
+
+_MOST = 12
+
+
+def _side(side: "Side") -> str:
+    """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`."""
+    measured = side.runs[0].measured
+    shown = side.runs[:_MOST]
+    seeds = " ".join("?" if run.seed is None else str(run.seed) for run in shown)
+    values = " ".join(f"{100 * run.measured.value:.1f}" for run in shown)
+    more = f" and {len(side.runs) - _MOST} more" if len(side.runs) > _MOST else ""
+    precision = measured.conditions.get("precision") or "precision not known"
+    return f"seeds {seeds}: {values}{more} % at step {measured.step} ({measured.profile}: {precision})"

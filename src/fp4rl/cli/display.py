@@ -1,0 +1,106 @@
+"""The live picture of runs side by side: what each is doing, its last numbers, and the time left of all."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.runner import Event, Outcome
+
+# Stages of one run before and after its steps, in units of steps: only for the bar and the time left.
+_AROUND = 4
+
+
+class Display:
+    """Shows events of running runs; on a pipe it prints one line per finished run instead."""
+
+    def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
+        self._runs = {run.run_id: run for run in runs}
+        self._steps = {run.run_id: run.experiment.training.steps + _AROUND for run in runs}
+        self._done = dict.fromkeys(self._runs, 0.0)
+        self._active: dict[str, Event] = {}
+        self._numbers: dict[str, dict[str, float]] = {}
+        self._started = time.monotonic()
+        self._finished = 0
+        self._console = console
+        self._progress = Progress(
+            TextColumn("runs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = self._progress.add_task("runs", total=len(runs), left="")
+        self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def on_event(self, event: Event) -> None:
+        """A run went on."""
+        self._active[event.run_id] = event
+        if event.metrics is not None:
+            self._numbers[event.run_id] = event.metrics
+        if event.stage == "training":
+            self._done[event.run_id] = event.done + _AROUND / 2
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """A run ended."""
+        run = outcome.run
+        self._active.pop(run.run_id, None)
+        self._done[run.run_id] = self._steps[run.run_id]
+        self._finished += 1
+        self._progress.update(self._bar, completed=self._finished)
+        if outcome.mistake:
+            return  # said once, at the end, for all runs that share it
+        if outcome.error is not None:
+            self._console.print(f"[red]failed[/red] {run.arm}, seed {run.seed}: {outcome.error}", highlight=False)
+        elif not self._console.is_terminal:
+            count = f"{self._finished} of {len(self._runs)}"
+            rest = ", ".join(part for part in (count, self._left()) if part)
+            self._console.print(f"finished {run.arm}, seed {run.seed} ({rest})", highlight=False)
+
+    def _picture(self) -> RenderableType:
+        table = Table(box=None, padding=(0, 1), show_edge=False)
+        table.add_column("arm", no_wrap=True, overflow="ellipsis", max_width=16)
+        for name in ("seed", "step", "accuracy", "entropy", "length"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("doing", no_wrap=True, overflow="ellipsis", max_width=18)
+        for run_id, event in sorted(self._active.items()):
+            run, numbers = self._runs[run_id], self._numbers.get(run_id, {})
+            training = event.stage == "training"
+            table.add_row(
+                run.arm,
+                str(run.seed),
+                f"{event.done}/{event.total}" if training else "-",
+                _shown(numbers.get("accuracy/rollout"), ".1%"),
+                _shown(numbers.get("entropy"), ".3f"),
+                _shown(numbers.get("response_length/mean"), ".1f"),
+                event.stage if training or not event.total else f"{event.stage} {event.done}/{event.total}",
+            )
+        self._progress.update(self._bar, left=self._left())
+        return Group(table, self._progress)
+
+    def _left(self) -> str:
+        share = sum(self._done.values()) / max(sum(self._steps.values()), 1)
+        if share < 0.02:
+            return ""
+        seconds = (time.monotonic() - self._started) * (1 - share) / share
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,102 @@
+"""`fp4rl eval`: judge a Hugging Face model folder on a task, at a named precision."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fp4rl.cli.terminal import console, print_json, progress
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder on this disk.")],
+    task: Annotated[str, typer.Option(help="arithmetic, or gsm8k with --data.")] = "arithmetic",
+    data: Annotated[Path | None, typer.Option(help="GSM8K's JSONL or Parquet file.")] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision", "-p", help="full, a mode (w4a16), a format (mxfp8) or matmul_noise=0.05; may repeat."
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
+    count: Annotated[int, typer.Option(min=1, help="Problems of the test split.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="1 is greedy; more are sampled: mean@k, pass@k.")] = 1,
+    dtype: Annotated[str, typer.Option(help="The dtype that the model is loaded in.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write one row per problem to this Parquet file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON.")] = False,
+) -> None:
+    """Answer the task's test problems greedily and print strict, flexible and format rate with 95 % intervals.
+
+    Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
+    """
+    from fp4rl.models.quiet import quiet
+    from fp4rl.rl.judge import Judge
+    from fp4rl.rl.start import task_of
+    from fp4rl.spec.door import parse
+    from fp4rl.spec.evaluation import Evaluation
+    from fp4rl.spec.experiment import Experiment
+
+    quiet()
+    described = parse(
+        Experiment,
+        {
+            "task": {"name": task, **({"path": str(data)} if data else {})},
+            "evaluation": {
+                "profiles": precision or ["full"],
+                "preset": preset,
+                "count": count,
+                "max_new_tokens": max_new_tokens,
+                "samples": samples,
+            },
+        },
+        "fp4rl eval",
+    )
+    found_task = task_of(described.task)
+    spec: Evaluation = described.evaluation
+    judge = Judge(spec, None, found_task, found_task.problems(spec.split, spec.count))
+    judge.precisions()
+    with progress(console(stderr=True)) as bar:
+        places = {name: bar.add_task(name, total=count) for name in spec.profiles}
+        found = list(judge.judge(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
+    if out is not None:
+        _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
+    if as_json:
+        print_json([e.summary() for e in found])
+        return
+    console().print(_table(str(model), [e.summary() for e in found]))
+
+
+def _table(title: str, summaries: list[dict[str, object]]) -> Table:
+    from fp4rl.lab.statistics.proportions import wilson
+
+    table = Table(
+        title=title, title_justify="left", caption="95 % Wilson intervals over problems", caption_justify="left"
+    )
+    passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@")))
+    for name in ("precision", "n", "strict", "flexible", "format", "tokens", *passed):
+        table.add_column(name, justify="left" if name == "precision" else "right")
+    for s in summaries:
+        n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
+        cells = [str(s["profile"]["name"]), str(n)]  # type: ignore[index]
+        for key in ("strict", "flexible", "formatted"):
+            share = float(str(s[key]))
+            low, high = wilson(round(share * n), n)
+            cells.append(f"{share:.1%} [{low:.1%}, {high:.1%}]" if key == "strict" else f"{share:.1%}")
+        table.add_row(*cells, f"{float(str(s['mean_length'])):.1f}", *(f"{float(str(s[name])):.1%}" for name in passed))
+    return table
+
+
+def _write(out: Path, rows: list[tuple[str, dict[str, object]]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from fp4rl.spec.mistakes import BadValue
+
+    if out.exists():
+        raise BadValue(f"{out} is there already; name another file")
+    partial = out.with_name(f".{out.name}.partial")
+    parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)
+    partial.rename(out)

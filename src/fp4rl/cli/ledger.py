@@ -1,0 +1,98 @@
+"""`fp4rl ledger`: the database behind `runs`, `show` and `compare`, and the way to make it again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.spec.mistakes import NotThere
+
+if TYPE_CHECKING:
+    from fp4rl.lab.ledger.store import Ledger
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        envvar="FP4RL_LEDGER",
+        help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+app = typer.Typer(no_args_is_help=True, help="Make the ledger again from the run folders, or say what it holds.")
+
+
+@app.command("rebuild")
+def rebuild_ledger(
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Forget runs whose folder is not here, too.")
+    ] = False,
+) -> None:
+    """Empty the ledger and record every finished run of the run folders.
+
+    Example: `fp4rl ledger rebuild --runs runs`
+    """
+    from fp4rl.lab.ledger.rebuild import rebuild
+    from fp4rl.lab.ledger.store import open_ledger
+
+    screen = console(stderr=True)
+    with open_ledger(_place(runs, ledger)) as found, progress(screen) as bar:
+        task = bar.add_task("reading runs", total=None)
+        count = rebuild(
+            found,
+            runs,
+            drop_missing=drop_missing,
+            on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
+        )
+        name = found.name
+    console().print(f"{count} runs recorded in {name}", highlight=False, soft_wrap=True)
+
+
+@app.command("info")
+def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson = False) -> None:
+    """Where the ledger is, its schema, and how many rows each table holds.
+
+    Example: `fp4rl ledger info --ledger postgresql://lab@server/fp4rl`
+    """
+    from sqlalchemy import func, select
+
+    from fp4rl.lab.ledger import tables
+
+    with opened(runs, ledger) as found, found.reading() as connection:
+        counts = {
+            table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
+            for table in tables.metadata.sorted_tables
+        }
+        name = found.name
+    if as_json:
+        print_json({"ledger": name, "schema": tables.SCHEMA, "rows": counts})
+        return
+    console().print(f"{name}, schema {tables.SCHEMA}", highlight=False, soft_wrap=True)
+    for table, count in counts.items():
+        console().print(f"  {count:>9,} {table}", highlight=False)
+
+
+@contextmanager
+def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
+    """The ledger with every finished run below `runs` in it."""
+    from fp4rl.lab.ledger.record import record_new
+    from fp4rl.lab.ledger.store import open_ledger
+
+    if address is None and not runs.is_dir():
+        raise NotThere(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
+    with open_ledger(_place(runs, address)) as ledger:
+        with progress(console(stderr=True)) as bar:
+            task = bar.add_task("recording runs", total=None)
+            record_new(ledger, runs, on_run=lambda done, all_: bar.update(task, completed=done, total=all_))
+        yield ledger
+
+
+def _place(runs: Path, address: str | None) -> str | Path:
+    return address or runs / "ledger.db"

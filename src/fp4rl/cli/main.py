@@ -1,0 +1,117 @@
+"""The command line: one file a verb, one line an error, and three exit codes (0 fine, 1 check failed, 2 bad input)."""
+
+import ast
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from fp4rl import __version__
+from fp4rl.spec.mistakes import CheckFailed, Mistake
+
+# In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs).
+VERBS = (
+    "quickstart",
+    "formats",
+    "sites",
+    "schedule",
+    "scan",
+    "plan",
+    "run",
+    "eval",
+    "health",
+    "report",
+    "runs",
+    "show",
+    "compare",
+    "audit",
+    "power",
+    "ledger",
+)
+
+_HELP = (
+    "A lab for RL post-training of language models that survive 4-bit hardware.\n\n"
+    "Exit codes: 0 fine, 1 a check failed, 2 bad input. fp4rl VERB --help shows an example of each verb."
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fp4rl {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options that stand before the verb; `main` reads --debug itself, so that it also covers errors in parsing."""
+
+
+def _app(verb: str | None) -> typer.Typer:
+    """The command line with one verb loaded, or, to list them all, with the first line of each one's docstring."""
+    app = typer.Typer(name="fp4rl", no_args_is_help=True, rich_markup_mode="rich", add_completion=False, help=_HELP)
+    app.callback()(_options)
+    if verb not in VERBS:
+        for name in VERBS:
+            app.command(name=name, help=_first_line(name))(lambda: None)
+        return app
+    module = import_module(f"fp4rl.cli.{verb.replace('-', '_')}")
+    if hasattr(module, "app"):
+        app.add_typer(module.app, name=verb)
+    else:
+        app.command(name=verb)(module.command)
+    return app
+
+
+def _first_line(verb: str) -> str:
+    """What the verb's module says of itself, read without importing it: a list of verbs should cost nothing."""
+    source = Path(__file__).with_name(f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
+    said = (ast.get_docstring(found[0]) if found else None) or ast.get_docstring(tree) or ""
+    return said.split("\n\n")[0].replace("\n", " ").replace("`", "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; the return value is its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        return int(_app(verb)(arguments, standalone_mode=False) or 0)
+    except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, BrokenPipeError) as error:
+        if debug:
+            raise
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    match error:
+        case TyperException():
+            shown = str(error.format_message()).strip()
+            if shown:
+                print(f"fp4rl: {shown.rstrip('.')}; fp4rl --help lists the verbs and their options", file=sys.stderr)
+            return 2 if shown else 0
+        case CheckFailed():
+            print(f"fp4rl: {error}", file=sys.stderr)
+            return 1
+        case KeyboardInterrupt() | typer.Abort():
+            print("fp4rl: stopped; the same command continues where it left off", file=sys.stderr)
+            return 130
+        case BrokenPipeError():
+            return 0
+        case _:
+            print(f"fp4rl: {error}", file=sys.stderr)
+            return 2
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""`fp4rl power`: how many seeds an arm it takes to see a difference, before any hour is spent."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fp4rl.cli.ledger import Address, AsJson, opened
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+_SHOWN_AROUND = 3
+
+
+def command(
+    difference: Annotated[float, typer.Argument(help="Points that should be seen; with --margin the true difference.")],
+    spread: Annotated[
+        float | None, typer.Option(help="Run-to-run standard deviation in points; from the ledger where not given.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="A run: the spread is that of its task and model.")] = None,
+    chance: Annotated[float, typer.Option(help="Chance of seeing it.")] = 0.8,
+    comparisons: Annotated[int, typer.Option(min=1, help="Comparisons that will be shown together.")] = 1,
+    margin: Annotated[float | None, typer.Option(help="Non-inferiority margin in points.")] = None,
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many seeds an arm see a difference of so many points?
+
+    Example: `fp4rl power 2.5 --spread 1.57`
+    """
+    from fp4rl.lab.statistics.power import power, seeds_needed
+
+    if not 0 < chance < 1:
+        raise BadValue(f"--chance lies between 0 and 1; got {chance}")
+    source = "as given"
+    if spread is None:
+        spread, source = _from_ledger(runs, ledger, like)
+    alpha = 0.05 / comparisons
+    needed = seeds_needed(difference, spread, chance=chance, alpha=alpha, margin=margin)
+    around = range(max(2, needed - _SHOWN_AROUND), needed + _SHOWN_AROUND)
+    table = {seeds: power(seeds, difference, spread, alpha=alpha, margin=margin) for seeds in around}
+    if as_json:
+        print_json(
+            {"seeds_needed": needed, "chance": chance, "spread": spread, "spread_from": source, "power": table}
+            | {"difference": difference, "margin": margin, "comparisons": comparisons}
+        )
+        return
+    _print(needed, table, f"run-to-run standard deviation {spread:.2f} points ({source})")
+
+
+def _print(needed: int, table: dict[int, float], basis: str) -> None:
+    screen = console()
+    screen.print(f"[bold]{needed} seeds an arm[/bold], at a {basis}", highlight=False)
+    for seeds, chance in table.items():
+        mark = "  <-" if seeds == needed else ""
+        screen.print(f"  {seeds:>4} seeds: seen in {100 * chance:3.0f} of 100 tries{mark}", highlight=False)
+
+
+def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
+    from fp4rl.lab.ledger.spread import known_spreads
+
+    with opened(runs, address) as found, found.reading() as connection:
+        spreads: list[tuple[str, Any]] = known_spreads(connection, like)
+    if not spreads:
+        raise NotThere("the ledger holds no repeats (runs that differ in the seed alone); give --spread")
+    if len(spreads) > 1:
+        names = "; ".join(f"{name}: {spread.sd:.2f}" for name, spread in spreads)
+        raise BadValue(f"the ledger holds repeats of {len(spreads)} tasks and models ({names}); choose with --like RUN")
+    name, spread = spreads[0]
+    return spread.sd, f"{name}, {spread.groups} groups of repeats, {spread.freedom} degrees of freedom"

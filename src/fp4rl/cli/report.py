@@ -1,0 +1,32 @@
+"""`fp4rl report`: what the runs of a suite allow one to say, as a table and as one HTML file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json
+
+
+def command(
+    suite: Annotated[str, typer.Argument(help="Folder of a suite, or its name below --runs.")],
+    runs: RunsRoot = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Print the comparison table of a suite and write report.html beside its runs.
+
+    Example: `fp4rl report runs/quickstart`
+    """
+    from fp4rl.lab.report.collect import collect
+    from fp4rl.lab.report.html import write_html
+    from fp4rl.lab.report.terminal import terminal
+
+    folder = Path(suite) if Path(suite).is_dir() else runs / suite
+    report = collect(folder)
+    page = write_html(report, folder / "report.html")
+    if as_json:
+        print_json(report.as_dict() | {"html": str(page)})
+        return
+    console().print(terminal(report))
+    console().print(f"HTML report: {page}", highlight=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""`fp4rl run`: carry out every run of a file that is not finished, then show what the suite says."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp4rl.cli.options import Jobs, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.mistakes import BadValue, CheckFailed
+
+if TYPE_CHECKING:
+    from fp4rl.lab.runner import SuiteOutcome
+    from fp4rl.spec.experiment import Experiment, Suite
+
+
+def command(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    runs: RunsRoot = Path("runs"),
+    jobs: Jobs = 2,
+    rerun_stale: Annotated[
+        bool, typer.Option("--rerun-stale", help="Also repeat finished runs that other code computed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Carry out the runs of a suite or an experiment. Finished runs are skipped; the same command resumes.
+
+    Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
+    """
+    from fp4rl.cli.described import spec_file
+    from fp4rl.spec.door import load_spec
+
+    described = load_spec(spec_file(spec), overrides or [])
+    outcome = carry_out_all(described, spec.stem, runs, jobs, rerun_stale=rerun_stale, quiet=as_json)
+    if as_json:
+        print_json(_as_dict(outcome))
+    end(outcome)
+
+
+def end(outcome: "SuiteOutcome") -> None:
+    """Leave with 2 if a run could not start for a mistake in its spec, with 1 if one failed under way."""
+    mistakes = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
+    if mistakes:
+        more = f" (and {len(mistakes) - 1} other mistakes)" if len(mistakes) > 1 else ""
+        raise BadValue(f"{mistakes[0]}{more}")
+    if outcome.failed:
+        raise CheckFailed(f"{len(outcome.failed)} of the runs failed; the same command tries them again")
+
+
+def carry_out_all(
+    described: "Suite | Experiment", name: str, root: Path, jobs: int, *, rerun_stale: bool = False, quiet: bool = False
+) -> "SuiteOutcome":
+    """Run what is described below `root` with a live picture; used by `run` and `quickstart`."""
+    from fp4rl.cli.display import Display
+    from fp4rl.engines.processes import LocalPool
+    from fp4rl.lab.ledger.record import record_new
+    from fp4rl.lab.ledger.store import open_ledger
+    from fp4rl.lab.matrix import PlannedRun, planned, single
+    from fp4rl.lab.runner import Outcome, keep_suite, run_all, set_aside, split_finished, stale
+    from fp4rl.spec.experiment import Suite
+
+    runs: tuple[PlannedRun, ...] = planned(described) if isinstance(described, Suite) else (single(described, name),)
+    keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
+    if rerun_stale:
+        set_aside(stale(runs, root), root)
+    finished, missing = split_finished(runs, root)
+    screen = console(stderr=True)
+    if finished and not quiet:
+        screen.print(f"{len(finished)} of {len(runs)} runs are finished already", highlight=False)
+    ledger = open_ledger(root / "ledger.db")
+    with Display(missing, screen) as display:
+
+        def ended(outcome: Outcome) -> None:
+            display.on_outcome(outcome)
+            record_new(ledger, root)
+
+        outcome = run_all(runs, root, LocalPool(jobs), display.on_event, ended)
+    record_new(ledger, root)  # also what a killed process finished and did not get to enter
+    return outcome
+
+
+def _as_dict(outcome: "SuiteOutcome") -> dict[str, object]:
+    return {
+        "skipped": [run.run_id for run in outcome.skipped],
+        "done": [run.run_id for run in outcome.done],
+        "failed": {ended.run.run_id: ended.error for ended in outcome.failed},
+    }

@@ -1,0 +1,117 @@
+"""`fp4rl runs`: list and filter the finished runs; `fp4rl runs import` takes over a foreign log."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fp4rl.cli.ledger import Address, AsJson, opened
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.mistakes import NotThere
+
+if TYPE_CHECKING:
+    from fp4rl.lab.foreign.importer import Imported
+
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback()
+def list_all(
+    context: typer.Context,
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Only runs judged so, and only that accuracy.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List the finished runs with their last accuracies, in percent.
+
+    Example: `fp4rl runs --suite quickstart --profile deployment`
+    """
+    if context.invoked_subcommand:
+        return
+    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs
+
+    wanted = Filter(suite, arm, seed, profile)
+    with opened(runs, ledger) as found, found.reading() as connection:
+        rows = list_runs(connection, wanted, limit or None)
+        total = count_runs(connection, wanted)
+    if as_json:
+        print_json([{name: value for name, value in row.items() if name != "id"} for row in rows])
+        return
+    if not total:
+        raise NotThere(
+            f"no finished run in {runs} answers to this; `fp4rl run` makes some, `fp4rl runs import` takes a log"
+        )
+    _print(rows, total, profile)
+
+
+def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
+    from rich.table import Table
+
+    from fp4rl.lab.provenance import code_digest
+
+    table = Table(title=f"{total} finished runs", title_justify="left")
+    for name in ("suite", "run", "steps", "accuracy %", ""):
+        table.add_column(name, overflow="fold", justify="right" if name == "steps" else "left")
+    now = code_digest()
+    for row in rows:
+        asked = row["steps_asked"]
+        steps = f"{row['steps_done']}" + (f"/{asked}" if asked not in (None, row["steps_done"]) else "")
+        state = "foreign" if row["imported"] else "" if row["code_digest"] == now else "stale"
+        scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
+        shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
+        table.add_row(row["suite"], row["run_id"], steps, shown or "-", state)
+    console().print(table)
+    if total > len(rows):
+        console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose", highlight=False)
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="verl console log, trainer_state.json, TensorBoard file or folder.")],
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; the file's name where none is given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Training seed of the run, if it is known.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over a log that another trainer wrote, as a run of the suite `imported`.
+
+    Example: `fp4rl runs import train.log --arm gpg --seed 1`
+    """
+    from fp4rl.lab.foreign.importer import import_log
+
+    found = import_log(file, runs, arm=arm, seed=seed)
+    with opened(runs, ledger):
+        pass
+    if as_json:
+        print_json(_as_dict(found))
+        return
+    log = found.log
+    screen = console()
+    verb = "is here already as" if found.already_there else f"({found.dialect}) is now"
+    screen.print(f"{file.name} {verb} {found.run.key}", highlight=False, soft_wrap=True)
+    screen.print(
+        f"{len(log.steps)} steps ({min(log.steps)} to {max(log.steps)}), {len(log.names)} keys", highlight=False
+    )
+    for what, lines in (("repeated with another value, the first one kept", log.conflicts), ("no number", log.skipped)):
+        if lines:
+            screen.print(f"{len(lines)} {what}: {'; '.join(lines[:3])}", highlight=False, soft_wrap=True)
+
+
+def _as_dict(found: "Imported") -> dict[str, Any]:
+    log = found.log
+    return {
+        "run": found.run.key,
+        "dialect": found.dialect,
+        "steps": len(log.steps),
+        "keys": log.names,
+        "conflicts": log.conflicts,
+        "skipped": log.skipped,
+        "already_there": found.already_there,
+    }

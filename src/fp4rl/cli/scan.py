@@ -1,0 +1,182 @@
+"""`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.scan_source import Wish, described, folder_of, injection_of, loaded
+from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.spec.mistakes import BadValue, nearest
+
+if TYPE_CHECKING:
+    from fp4rl.diagnose.advice import Advice
+    from fp4rl.diagnose.calibration import Calibration
+    from fp4rl.diagnose.report import ScanReport
+    from fp4rl.spec.injection import Injection
+
+PIECES = ("formats", "noise", "leave", "weight_format")
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, a spec file, or the word `embedded`.")],
+    mode: Annotated[
+        str | None, typer.Option(help="What is rounded: w4a16 (the default), w4a4, ...; else what a spec file says.")
+    ] = None,
+    fmt: Annotated[
+        str | None, typer.Option("--format", help="Another format in the places that the mode rounds.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Deployment preset of scale rule and rounding.")] = None,
+    leave: Annotated[list[str] | None, typer.Option(help="Pattern of sites to leave out; may be repeated.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibrate on this text file.")] = None,
+    task: Annotated[str, typer.Option(help="Calibrate on this task: arithmetic, or gsm8k with --data.")] = "arithmetic",
+    data: Annotated[Path | None, typer.Option(help="GSM8K's JSONL or Parquet file.")] = None,
+    texts: Annotated[int, typer.Option(min=1, help="How many texts of the task.")] = 32,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Read the weights from their files, never loading the model.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Estimate sensitivity instead of measuring it.")] = False,
+    spared: Annotated[bool, typer.Option("--spared", help="Also measure what sparing each site saves.")] = False,
+    site: Annotated[
+        str | None, typer.Option(help="Show this weight's distribution instead of the worst one's.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="The dtype that the model is loaded in (float32).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with a model folder or with the JSON of another scan.")
+    ] = None,
+    advise: Annotated[Path | None, typer.Option(help="Write advice as a fragment for `fp4rl run SPEC +FILE`.")] = None,
+    take: Annotated[
+        list[str] | None, typer.Option(help=f"What the advice holds: {', '.join(PIECES)} (formats and noise).")
+    ] = None,
+    noise_rule: Annotated[
+        str, typer.Option(help="global, targeted, healthy_only, proportional, inverse or zones.")
+    ] = "proportional",
+    bits: Annotated[float, typer.Option(min=1.0, help="Average bits a weight for mixed formats.")] = 4.5,
+    runs: RunsRoot = Path("runs"),
+) -> None:
+    """Measure what rounding does to every site of a model, find faulty layers, and advise.
+
+    Example: `fp4rl scan embedded --mode w4a4 --html scan.html --advise advice.yaml`
+    """
+    experiment = described(model, task, data, dtype)
+    injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
+    pieces = _pieces(take)
+    if weights_only:
+        _refuse(advise, "--advise", "advice needs the model; drop --weights-only")
+        _refuse(site, "--site", "the distribution needs the model; drop --weights-only")
+        report, advice = _stored(folder_of(experiment), injection), None
+    else:
+        wishes = {"measured": not quick, "spared": spared}
+        live = loaded(experiment, text, texts, runs)
+        report = _scanned(*live, injection, wishes, site)
+        advice = _advice(report, live, noise_rule, bits) if advise else None
+    if advise and advice:
+        _write_advice(advise, advice, pieces)
+    if html:
+        from fp4rl.diagnose.page import page
+
+        html.write_text(page(report), encoding="utf-8")
+    _print(report, advice, as_json)
+    if against:
+        _compare(model, report, against, quiet=as_json)
+
+
+def _pieces(take: list[str] | None) -> list[str]:
+    for piece in take or []:
+        if piece not in PIECES:
+            raise BadValue(f"--take {piece!r} is no piece of advice{nearest(piece, PIECES)}")
+    return take or ["formats", "noise"]
+
+
+def _refuse(given: object, option: str, cure: str) -> None:
+    if given:
+        raise BadValue(f"{option} cannot be used with --weights-only: {cure}")
+
+
+def _scanned(
+    model: Any, calibration: "Calibration", injection: "Injection", wishes: dict[str, bool], site: str | None
+) -> "ScanReport":
+    from dataclasses import replace
+
+    from fp4rl.diagnose.scan import distribution, scan
+    from fp4rl.spec.scan import Scan
+
+    with progress(console(stderr=True)) as bar:
+        places: dict[str, Any] = {}
+
+        def on_stage(stage: str, done: int, total: int) -> None:
+            if stage not in places:
+                places[stage] = bar.add_task(stage, total=total)
+            bar.update(places[stage], completed=done)
+
+        report = scan(model, injection, texts=calibration, spec=Scan(**wishes), on_stage=on_stage)
+    return replace(report, distribution=distribution(model, report, site)) if site else report
+
+
+def _stored(model: str, injection: "Injection") -> "ScanReport":
+    from fp4rl.diagnose.report import ScanReport
+    from fp4rl.diagnose.stored import stored_weight_errors
+    from fp4rl.models.quiet import quiet
+
+    quiet()
+    with progress(console(stderr=True)) as bar:
+        place = bar.add_task("weights", total=None)
+        table, parts, tallies = stored_weight_errors(
+            model, injection, lambda done, total: bar.update(place, completed=done, total=total)
+        )
+    return ScanReport(Path(model).name, table, parts, tallies)
+
+
+def _advice(report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: str, bits: float) -> "Advice":
+    from fp4rl.diagnose.advice import Options, advise
+
+    return advise(report, *live, options=Options(noise_rule=noise_rule, bits_per_weight=bits))  # type: ignore[arg-type]
+
+
+def _write_advice(file: Path, advice: "Advice", pieces: list[str]) -> None:
+    import yaml
+
+    reasons = "".join(f"#   {reason}\n" for reason in advice.reasons)
+    content = yaml.safe_dump(advice.fragment(pieces), sort_keys=False, allow_unicode=True)  # type: ignore[arg-type]
+    file.write_text(f"# Advice of `fp4rl scan`: {advice.strategy}\n{reasons}{content}", encoding="utf-8")
+
+
+def _print(report: "ScanReport", advice: "Advice | None", as_json: bool) -> None:
+    from fp4rl.cli.scan_view import show, show_advice
+
+    if as_json:
+        found = report.as_dict()
+        if advice is not None:
+            found["advice"] = {
+                "strategy": advice.strategy,
+                "reasons": list(advice.reasons),
+                "leave": list(advice.leave),
+            }
+        print_json(found)
+        return
+    show(console(), report)
+    if advice is not None:
+        show_advice(console(), advice)
+
+
+def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:
+    """Print what differs most; leave with 1 when nothing does."""
+    from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference
+
+    if other.is_dir():
+        delta = compare_checkpoints(other, model)
+        require_difference(delta, f"the weights of {other} and {model}")
+        lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
+        words = "weights that differ most, |change| / |weight|"
+    else:
+        rows = compare_scans(json.loads(other.read_text(encoding="utf-8")), report.as_dict())
+        require_difference(rows, f"the scans {other} and of {model}")
+        errors = sorted((r for r in rows if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]
+        lines = [f"{r.site} {r.part}: relative error {r.a:.4f} -> {r.b:.4f}" for r in errors]
+        words = "sites that differ most"
+    if not quiet:
+        console().print(f"{words}:\n  " + "\n  ".join(lines), highlight=False)

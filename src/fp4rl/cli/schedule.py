@@ -1,0 +1,164 @@
+"""`fp4rl schedule`: what sigma will be at every step, before a run spends hours on it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fp4rl.cli.described import runs_of
+from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
+from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
+from fp4rl.cli.pictures import log_curve
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.noise.resolution import share_bf16_can_change
+from fp4rl.noise.schedule import asked_sigma, stages, values_missed
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.noise import Noise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WITHOUT_MODEL = Counter({1.0: 1})  # norms are born as ones
+
+
+def command(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder: its norm weights decide what BF16 can hold of the noise.")
+    ] = None,
+    loss: Annotated[
+        int | None, typer.Option(min=2, help="Also draw the noise so often and measure the loss, without training.")
+    ] = None,
+    sigma: Annotated[float | None, typer.Option(min=0.0, help="Sigma of --loss; the schedules' greatest else.")] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for a program, sigma of every step in it.")
+    ] = False,
+) -> None:
+    """Print and plot sigma per step, the multipliers, and what BF16 can hold of each stage.
+
+    Example: `fp4rl schedule catalogue/quickstart noise.schedule.num_stages=5 training.steps=40`
+    """
+    require_draws(loss, sigma)
+    norms = _norm_values(model) if model else None
+    planned = runs_of(spec, overrides or [])
+    found = [_facts(arms, experiment, norms) for experiment, arms in _with_noise(spec, planned)]
+    losses = losses_of(planned, loss, sigma, runs) if loss else None
+    if as_json:
+        print_json({"schedules": found, "losses": losses})
+        return
+    screen = console()
+    for facts in found:
+        _show(screen, facts, "its norm weights" if model else "norm weights of 1.0")
+    if losses:
+        show_losses(screen, losses)
+
+
+def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experiment, list[str]]]:
+    """Experiments with noise, one for each different (noise, steps), with the arms that share it."""
+    groups: dict[tuple[Noise, int], tuple[Experiment, list[str]]] = {}
+    for run in planned:
+        if run.experiment.noise is not None:
+            key = (run.experiment.noise, run.experiment.training.steps)
+            arms = groups.setdefault(key, (run.experiment, []))[1]
+            if run.arm not in arms:
+                arms.append(run.arm)
+    if not groups:
+        raise BadValue(
+            f"{spec}: no noise in it; add `noise: {{schedule: geometric}}`, or noise=... on the command line"
+        )
+    return list(groups.values())
+
+
+def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None) -> dict[str, Any]:
+    noise, total = experiment.noise, experiment.training.steps
+    assert noise is not None
+    sigmas = [asked_sigma(noise, step, total) for step in range(total)]
+    silent = noise.control == "sigma_zero"
+    rows = [
+        {
+            "first_step": stage.first,
+            "last_step": stage.last,
+            "sigma": 0.0 if silent else stage.sigma,
+            "bf16_share_changed": share_bf16_can_change(
+                norms or WITHOUT_MODEL, 0.0 if silent else stage.sigma, noise.operation
+            ),
+        }
+        for stage in stages(noise.schedule, total)
+    ]
+    return {
+        "arms": arms,
+        "schedule": noise.schedule.model_dump(mode="json"),
+        "control": noise.control,
+        "operation": noise.operation,
+        "precision": noise.precision,
+        "steps": total,
+        "sigma": sigmas,
+        "stages": rows,
+        "values_missed": list(values_missed(noise.schedule, total)),
+        "multipliers": _multipliers(noise, experiment),
+    }
+
+
+def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
+    """Factor per layer at the start and at the end of the run; named layers only when the depth is unknown."""
+    embedded = experiment.model.embedded
+    named = max((layer for layer, _ in noise.multipliers.by_layer), default=-1) + 1
+    depth = embedded.num_layers if embedded else named
+    return [
+        {
+            "layer": layer,
+            "at_start": multiplier_at(noise.multipliers, layer, depth, 0.0),
+            "at_end": multiplier_at(noise.multipliers, layer, depth, 1.0),
+        }
+        for layer in [*range(depth), None]
+    ]
+
+
+def _show(screen: "Console", facts: dict[str, Any], weights: str) -> None:
+    screen.print(f"[bold]{', '.join(facts['arms'])}[/]: {facts['schedule']['kind']}, {facts['steps']} steps")
+    if facts["control"] != "no":
+        screen.print(f"control: {facts['control']}")
+    for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):
+        screen.print(line, highlight=False, markup=False)
+    table = Table("steps", "sigma", f"changed in bf16 ({weights})")
+    shown = facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]
+    for row in shown:
+        low = " [yellow]mostly swallowed[/]" if row["sigma"] > 0 and row["bf16_share_changed"] < 0.05 else ""
+        steps = f"{row['first_step']}-{row['last_step']}"
+        table.add_row(steps, f"{row['sigma']:.4g}", f"{row['bf16_share_changed']:.1%}{low}")
+    screen.print(table)
+    _show_multipliers(screen, facts["multipliers"])
+    if facts["values_missed"]:
+        missed = ", ".join(f"{value:.4g}" for value in facts["values_missed"])
+        screen.print(f"[yellow]the run is too short to reach sigma {missed}; use fewer stages or more steps[/]")
+
+
+def _show_multipliers(screen: "Console", rows: list[dict[str, Any]]) -> None:
+    if all(row["at_start"] == row["at_end"] == 1.0 for row in rows):
+        screen.print("multipliers: 1 on every layer")
+        return
+    changing = any(row["at_start"] != row["at_end"] for row in rows)
+    for key, when in (("at_start", " at the start"), ("at_end", " at the end")) if changing else (("at_start", ""),):
+        cells = (f"{'others' if row['layer'] is None else row['layer']}:{row[key]:g}" for row in rows)
+        screen.print(f"multipliers{when}, layer:factor  {' '.join(cells)}", highlight=False)
+
+
+def _norm_values(folder: Path) -> Counter[float]:
+    """Every one-dimensional weight with `norm` in its name, as BF16, counted; needs torch, but loads no model."""
+    from fp4rl.diagnose.shards import stored_tensors
+
+    values: Counter[float] = Counter()
+    for name, stored in stored_tensors(folder).items():
+        if "norm" in name and name.endswith("weight") and len(stored.shape) == 1:
+            values.update(stored.read().bfloat16().float().tolist())
+    if not values:
+        raise BadValue(f"{folder}: no norm weight in its safetensors files; give a Hugging Face model folder")
+    return values

@@ -1,0 +1,134 @@
+"""`fp4rl show`: everything about one run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fp4rl.cli.ledger import Address, AsJson, opened
+from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.terminal import console, print_json
+
+_FEW = 12
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="suite/run-id, run id, or the beginning of either.")],
+    runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
+    problem: Annotated[str | None, typer.Option(help="Show the answers to this problem instead.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: how it was described, what it scored under which conditions, its evidence, curves and files.
+
+    Example: `fp4rl show quickstart/w4a4-s0`
+    """
+    from fp4rl.lab.files import json_ready
+    from fp4rl.lab.ledger.about import about, answers
+
+    with opened(runs, ledger) as found, found.reading() as connection:
+        everything = about(connection, run)
+        if problem is not None:
+            everything = {"run": everything["run"], "answers": answers(connection, everything["run"], problem, runs)}
+    if as_json:
+        print_json(json_ready(everything))
+    elif problem is not None:
+        _print_answers(everything, problem)
+    else:
+        _print(everything)
+
+
+def _print(about: dict[str, Any]) -> None:
+    import yaml
+    from rich.padding import Padding
+
+    run, screen = about["run"], console()
+    seed = f"seed {run['seed']}" if run["seed"] is not None else "seed not known"
+    screen.print(f"[bold]{run['suite']}/{run['run_id']}[/bold]  arm {run['arm']}, {seed}", highlight=False)
+    wall = f", {run['wall_s']:.0f} s" if run["wall_s"] is not None else ""
+    screen.print(
+        f"{run['steps_done']} of {run['steps_asked'] or '?'} steps{wall}, code {run['code_digest']}", highlight=False
+    )
+    if run["imported"]:
+        source = run["imported"]
+        screen.print(f"from {source['source']} ({source['dialect']})", highlight=False, soft_wrap=True)
+    _print_evaluations(about["evaluations"])
+    screen.print("[bold]evidence[/bold]", highlight=False)
+    for gap in about["gaps"]:
+        screen.print(f"  [red]missing[/red]: {gap}", highlight=False)
+    for kind, count in about["evidence_lines"].items():
+        screen.print(f"  {kind}: {count} lines", highlight=False)
+    for name, value in run["evidence"].items():
+        screen.print(f"  {name}: {value}", highlight=False)
+    _print_metrics(about["metrics"])
+    files = about["artefacts"]
+    size = sum(file["bytes"] for file in files) / 2**20
+    screen.print(
+        f"[bold]files[/bold] {len(files)}, {size:.1f} MiB: " + _some([f["path"] for f in files]), highlight=False
+    )
+    if about["spec"]:
+        screen.print("[bold]described as[/bold]")
+        text = yaml.safe_dump(_said(about["spec"]), sort_keys=False, default_flow_style=None, width=76)
+        screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
+
+
+def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from fp4rl.lab.statistics.proportions import wilson
+
+    table = Table(title="accuracy % (95 % interval over problems)", title_justify="left")
+    for name in ("step", "profile", "precision", "n", "strict", "flexible", "format", "tokens"):
+        table.add_column(name, justify="left" if name in ("profile", "precision") else "right", overflow="fold")
+    for row in evaluations:
+        conditions, n, strict = row["conditions"], row["n"], row["strict"]
+        shown = _percent(strict)
+        if n and strict is not None:
+            low, high = wilson(round(strict * n), n)
+            shown += f" [{100 * low:.1f}, {100 * high:.1f}]"
+        cells = (_percent(row["flexible"]), _percent(row["formatted"]))
+        step = f"{row['step']}{' last' if row['last'] else ''}"
+        length = f"{row['mean_length']:.1f}" if row["mean_length"] is not None else "-"
+        table.add_row(step, row["profile"], conditions.get("precision") or "?", str(n or "?"), shown, *cells, length)
+    if evaluations:
+        console().print(table)
+
+
+def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not metrics:
+        return
+    table = Table(title=f"{len(metrics)} curves", title_justify="left")
+    for name in ("curve", "steps", "first", "last", "lowest", "highest"):
+        table.add_column(name, justify="left" if name == "curve" else "right", overflow="fold")
+    for name, curve in metrics.items():
+        numbers = (curve[key] for key in ("first", "last", "lowest", "highest"))
+        table.add_row(name, str(curve["count"]), *("nan" if number is None else f"{number:.4g}" for number in numbers))
+    console().print(table)
+
+
+def _print_answers(found: dict[str, Any], problem: str) -> None:
+    screen = console()
+    screen.print(f"[bold]{found['run']['suite']}/{found['run']['run_id']}[/bold] on {problem}", highlight=False)
+    for answer in found["answers"]:
+        verdict = "solved" if answer["strict"] else "not solved"
+        where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"
+        screen.print(f"{where}: {verdict}, {answer['length']} tokens", highlight=False)
+        if answer["completion"] is not None:
+            screen.print(f"  {answer['completion']!r}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _said(spec: Any) -> Any:
+    """The description without what it leaves at none."""
+    if isinstance(spec, dict):
+        return {key: _said(value) for key, value in spec.items() if value is not None}
+    return spec
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"

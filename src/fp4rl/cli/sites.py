@@ -1,0 +1,175 @@
+"""`fp4rl sites`: what an injection would do to a model, place by place, and why the rest is left out."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+
+from fp4rl.cli.described import runs_of
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.door import parse
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.legacy import translate
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.model import Model
+
+if TYPE_CHECKING:
+    from fp4rl.inject.plan import SiteTable
+
+POINTS = ("weight", "input", "output", "kv_cache", "grad_input", "grad_weight")
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="A model folder, `embedded`, or a spec file of a suite or experiment.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="For a spec file: key.path=value.")] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="A mode or a mapping, instead of the spec's own.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="The deployment target's rules.")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a suite; else the first that rounds.")] = None,
+    old: Annotated[
+        list[str] | None, typer.Option("--old", help="An old setting KEY=VALUE (hw_error_injection, VERL_NOISY_OPS).")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="One line per place instead of one per role.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """Print what is rounded in a model and in which format, what is left out, and the counts to expect.
+
+    Examples: `fp4rl sites embedded --mode w4a4`, `fp4rl sites suite.yaml --arm w4a16`,
+    `fp4rl sites MODEL --old hw_error_injection.enabled=true --old hw_error_injection.error_type=mxfp4`
+    """
+    model_spec, injection = _described(source, overrides or [], arm)
+    warnings: tuple[str, ...] = ()
+    if old:
+        translation = translate(dict(_setting(word) for word in old))
+        injection, warnings = translation.injection, translation.warnings
+    elif mode is not None or preset is not None:
+        injection = _asked(mode, preset, injection)
+    table = _resolved(model_spec, injection)
+    if as_json:
+        print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
+        return
+    for line in warnings:
+        console(stderr=True).print(f"[yellow]old setting:[/yellow] {line}", highlight=False, soft_wrap=True)
+    _show(table, every)
+
+
+def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Model, Injection]:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml") and path.parent.name != "catalogue":
+        if overrides or arm:
+            raise BadValue(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
+        content: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
+        return parse(Model, content, "fp4rl sites"), Injection.named("w4a16")
+    runs = runs_of(path, overrides)
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    if arm is not None and arm not in arms:
+        raise NotThere(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
+    chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection] or list(runs)
+    return chosen[0].experiment.model, chosen[0].experiment.injection or Injection()
+
+
+def _asked(mode: str | None, preset: str | None, present: Injection) -> Injection:
+    content: Any = yaml.safe_load(mode) if mode else None
+    if content is None:
+        content = present.model_dump(mode="json")
+    content = {"mode": content} if isinstance(content, str) else content
+    return parse(Injection, content | ({"preset": preset} if preset else {}), "--mode")
+
+
+def _setting(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise BadValue(f"--old {word!r}: an old setting is written KEY=VALUE")
+    return key.lstrip("+").strip(), value.strip().strip("'")
+
+
+def _resolved(spec: Model, injection: Injection) -> "SiteTable":
+    from fp4rl.inject.resolve import resolve
+    from fp4rl.models.quiet import quiet
+    from fp4rl.models.skeleton import embedded_skeleton, skeleton
+
+    quiet()
+    model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path))
+    return resolve(model, injection)
+
+
+def _show(table: "SiteTable", every: bool) -> None:
+    screen = console()
+    rows = table.rows()
+    active = [point for point in POINTS if any(point in row for row in rows)]
+    wrong = ["errors"] if any("errors" in row for row in rows) else []
+    shown = Table("place", "layers", "shape", *active, *wrong, box=None, pad_edge=False)
+    for cells in _each(rows, active) if every else _by_role(rows, active):
+        shown.add_row(*cells[: len(shown.columns)])
+    if rows:
+        screen.print(shown)
+    screen.print(_counts(rows), highlight=False)
+    left = Table("left out", "places", "such as", box=None, pad_edge=False)
+    for reason, names in _by_reason(table).items():
+        left.add_row(reason, str(len(names)), names[0])
+    if left.row_count:
+        screen.print("")
+        screen.print(left)
+    screen.print(f"\ntable {table.digest}, {table.injection.name} on {table.injection.dtype}", highlight=False)
+
+
+def _each(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
+    return [(row["site"], _layers([row["layer"]]), _shape(row), *_harm(row, active)) for row in rows]
+
+
+def _by_role(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
+    for row in rows:
+        groups[(row["role"], _shape(row), *_harm(row, active))].append(row["layer"])
+    return [(role, _layers(layers), *rest) for (role, *rest), layers in groups.items()]
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return " x ".join(map(str, row["shape"])) or "-"
+
+
+def _harm(row: dict[str, Any], active: list[str]) -> tuple[str, ...]:
+    errors = [f"{e['kind']}@{e['point']} {e['scale']:g}" for e in row.get("errors", [])]
+    return *(_format(row.get(point)) for point in active), ", ".join(errors)
+
+
+def _format(fmt: Any) -> str:
+    if fmt is None:
+        return "-"
+    if isinstance(fmt, str):
+        return fmt
+    return " ".join([fmt["name"], *(str(value) for key, value in fmt.items() if key != "name")])
+
+
+def _layers(layers: list[int | None]) -> str:
+    """`0-27`, or `0, 2-5`; a dash for what stands outside the layers."""
+    numbers = sorted({layer for layer in layers if layer is not None})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"
+
+
+def _counts(rows: list[dict[str, Any]]) -> str:
+    """`196 places = 28 layers x 7`, so that a miscount is seen at a glance."""
+    per_layer: dict[int | None, int] = defaultdict(int)
+    for row in rows:
+        per_layer[row["layer"]] += 1
+    if not rows:
+        return "nothing is rounded"
+    sizes = set(per_layer.values())
+    if len(sizes) == 1 and None not in per_layer:
+        return f"{len(rows)} places = {len(per_layer)} layers x {sizes.pop()}"
+    return f"{len(rows)} places in {len(per_layer)} layers"
+
+
+def _by_reason(table: "SiteTable") -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for left in table.left_out:
+        groups[left.reason].append(left.site.name)
+    return groups

@@ -1,0 +1,101 @@
+"""What a user gets wrong: one line with the cure on standard error, exit code 2, no traceback, nothing half-written."""
+
+import shutil
+
+import pytest
+
+from fp4rl.cli.main import main
+
+SUITE = "suite: s\nbase: {}\narms: {a: {}}\nseeds: [0]\n"
+
+
+@pytest.fixture
+def said(capsys, tmp_path, monkeypatch):
+    """`said(arguments)` -> (exit code, the lines on standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = main([str(a) for a in arguments])
+        return code, capsys.readouterr().err.strip()
+
+    return run
+
+
+def one_line(code, err, *parts):
+    assert code == 2, err
+    assert "\n" not in err, err
+    assert err.startswith("fp4rl: ")
+    for part in parts:
+        assert part in err, err
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("training.stpes=3", ["training.stpes", "'steps'"]),
+        ("noise={schedule: {sigma_end: 0}}", ["sigma_end", "noise: none"]),
+        ("noise={schedule: {num_stages: 2}}", ["num_stages", "at least 3"]),
+        ("injection={weight: mxfp5}", ["mxfp5", "did you mean"]),
+        ("injection=w5a16", ["w5a16", "did you mean"]),
+        ("task={name: arithmetik}", ["task", "arithmetic"]),
+        ("training.lr=fast", ["training.lr", "fast"]),
+        ("training.lr", ["key.path=value"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_wrong_spec(said, tmp_path, verb, change, parts):
+    file = tmp_path / "s.yaml"
+    file.write_text(SUITE)
+    one_line(*said(verb, file, change), *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_key_names_the_file(said, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("trainig: {steps: 3}\n")
+    one_line(*said("plan", file), "mine.yaml", "'trainig'", "'training'")
+
+
+def test_a_spec_that_is_not_there(said):
+    one_line(*said("plan", "nothing.yaml"), "nothing.yaml", "no such file")
+
+
+def test_a_suite_that_the_catalogue_does_not_hold(said):
+    one_line(*said("plan", "catalogue/quickstrat"), "did you mean 'quickstart'")
+
+
+def test_a_runs_folder_that_cannot_be_written(said, tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text(SUITE)
+    (tmp_path / "taken").write_text("a file")
+    one_line(*said("run", file, "--runs", tmp_path / "taken"), "cannot write", "--runs")
+
+
+def test_eval_of_a_folder_that_is_not_there(said, tmp_path):
+    one_line(*said("eval", tmp_path / "none"), "does not exist")
+
+
+def test_eval_at_a_precision_that_does_not_exist(said, tmp_path):
+    one_line(*said("eval", tmp_path, "-p", "w4a17"), "w4a17", "did you mean")
+
+
+def test_eval_of_a_model_without_a_tokenizer(said, tmp_path, embedded_model):
+    folder = shutil.copytree(embedded_model, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    one_line(*said("eval", folder), "no tokenizer", "save")
+
+
+def test_a_gsm8k_file_that_is_not_there(said, tmp_path):
+    one_line(*said("eval", tmp_path, "--task", "gsm8k", "--data", "gone.jsonl"), "gone.jsonl", "does not exist")
+
+
+def test_a_gsm8k_task_without_a_file(said, tmp_path):
+    one_line(*said("eval", tmp_path, "--task", "gsm8k"), "task.gsm8k.path", "required")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["plan"], ["plan", "--rnus", "x", "y.yaml"], ["run", "--jobs", "0", "x.yaml"]]
+)
+def test_a_wrong_command_line(said, arguments):
+    one_line(*said(*arguments), "--help")
