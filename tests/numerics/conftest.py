@@ -47,6 +47,9 @@ def _edges() -> Iterator[Tensor]:
     for towards in (0.0, torch.inf):  # an ulp below and above every power of two
         yield torch.nextafter(near, torch.tensor(towards)).repeat(32, 1).t().contiguous()
     yield torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0]).repeat(30, 4)  # ties
+    two_level = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(8, 4)
+    two_level[0] = 2688.0  # makes NVFP4's factor one, so that the rows below are ties of it
+    yield two_level * torch.exp2(-torch.arange(8.0))[:, None]
     outlier = 0.01 * normal(8, 64)
     outlier[:, 7] = 1e6
     yield outlier
