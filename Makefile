@@ -37,7 +37,7 @@ setup:
 	@./setup.sh train report
 
 setup-dev:
-	@./setup.sh train report search postgres dev oracles
+	@./setup.sh train report search postgres dev oracles wandb mlflow math
 
 # Resolved without find-links, so that nothing of one machine gets in; what belongs to a CUDA build stays out.
 constraints: setup

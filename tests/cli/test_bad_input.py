@@ -50,6 +50,14 @@ def test_a_wrong_spec(said, tmp_path, verb, change, parts):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("verb", ["run", "quickstart"])
+def test_a_wrong_place_to_report_to(said, tmp_path, verb):
+    (tmp_path / "s.yaml").write_text(SUITE)
+    file = ["s.yaml"] if verb == "run" else []
+    one_line(*said(verb, *file, "--report-to", "wandbb"), "wandbb", "did you mean 'wandb'")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_key_names_the_file(said, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("trainig: {steps: 3}\n")

@@ -66,6 +66,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         run.write_sites({"digest": "aaaa", "plans": [], "left_out": []})
         run.add_evidence({"kind": "injection", "phase": "rollout", "step": 1, "calls": 900})
         run.add_evidence({"kind": "master", "step": 30, "unharmed": True})
+        run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
         for step in range(3):
             run.add_metrics(step, {"reward/mean": 0.1 * step + 0.01 * seed, "grad_norm": float("nan")})
         conditions = PROFILE | dict(profile or {})

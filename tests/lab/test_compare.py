@@ -16,6 +16,7 @@ from fp4rl.spec.mistakes import BadValue, NotThere
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
+PROVEN = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": 0.0}]
 Ask = Callable[..., Compared]
 
 
@@ -261,14 +262,26 @@ def test_two_single_runs_get_mcnemar_as_a_test_of_two_checkpoints(make_run, ask:
 
 def test_noise_that_changed_nothing_is_a_gap():
     spec = {"noise": {"schedule": {}}}
-    still = [{"kind": "noise", "share_changed": 0.0}, {"kind": "master", "unharmed": True}]
+    still = [{"kind": "noise", "share_changed": 0.0}, *PROVEN]
     assert gaps(spec, {"sites": 0}, still) == ("its noise was never effective: no weight changed in any rollout",)
-    real = [{"kind": "noise", "share_changed": 0.3}, {"kind": "master", "unharmed": True}]
+    real = [{"kind": "noise", "share_changed": 0.3}, *PROVEN]
     assert gaps(spec, {"sites": 0}, real) == ()
     assert gaps({"noise": None}, {"sites": 0}, real) == ("noise was put on weights, but its spec asks for none",)
     control = {"noise": {"control": "sigma_zero"}}
     assert gaps(control, {"sites": 0}, still) == ()
     assert gaps(control, {"sites": 0}, real) == ("the control without noise changed weights",)
+
+
+def test_a_run_that_never_held_its_live_policy_against_the_saved_one_lacks_evidence():
+    assert gaps({}, {"sites": 0}, PROVEN[:1]) == ("no check of its live policy against the saved one is recorded",)
+
+
+def test_rounding_that_changed_nothing_in_training_is_a_gap_though_an_evaluation_was_rounded():
+    spec = {"injection": {"weight": "mxfp4"}}
+    summary = {"sites": 3, "calls": {"training": 9, "rollout": 9}}
+    idle = {"kind": "injection", "phase": "training", "point": "weight", "share_changed": 0.0}
+    judged = {"kind": "injection", "phase": "evaluation", "point": "weight", "share_changed": 1.0}
+    assert gaps(spec, summary, [idle, judged, *PROVEN]) == ("rounding changed no weight",)
 
 
 def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_no_number():

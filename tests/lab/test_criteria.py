@@ -59,6 +59,14 @@ def test_a_family_is_corrected_by_holm():
     assert "Holm over 2 comparisons" in first.why
 
 
+def test_a_comparison_that_cannot_be_tested_is_shown_and_so_counts():
+    family = [Comparison("a", HIGH, LOW), Comparison("one seed", (80.0,), LOW)]
+    first, second = judge_family(family)
+    assert first.p_family == pytest.approx(2 * (first.p or 0))
+    assert second.word is None
+    assert (first.comparisons, second.comparisons) == (2, 2)
+
+
 def test_reaches_needs_the_lower_bound_to_clear_the_margin():
     control = (70.0, 70.4, 69.8, 70.2, 70.1)
     assert verdict_over_seeds((69.9, 70.2, 69.7, 70.3, 69.9), control, margin=1.0).word == "reaches"

@@ -2,14 +2,18 @@
 
 import fcntl
 import json
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
 from fp4rl.lab import work
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import planned
 from fp4rl.lab.runner import Outcome, run_all, set_aside, split_finished, stale
+from fp4rl.lab.sinks import sink
 from fp4rl.rl.train import Trained
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.mistakes import BadValue, NotThere
@@ -127,6 +131,39 @@ def test_a_worker_that_is_killed_costs_its_own_run_alone(tmp_path):
     outcomes = list(LocalPool(2)(planned(bad), tmp_path, lambda event: None))
     assert len(outcomes) == 2
     assert all("does not exist" in outcome.error for outcome in outcomes)
+
+
+class Recorded:
+    """A sink that keeps what it is told."""
+
+    told: ClassVar[list] = []
+
+    def __init__(self, _, spec):
+        self.told.append(("spec", spec["training"]["steps"]))
+
+    def log(self, step, values):
+        self.told.append((step, values))
+
+    def close(self):
+        self.told.append("closed")
+
+
+def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sink._ASKED, "wandb", Recorded)
+    monkeypatch.setattr(sink, "find_spec", lambda name: object())
+    folder = work.carry_out(RUNS[0], tmp_path, report_to=("wandb",))
+    assert Recorded.told == [("spec", 30), (1, {"loss": 0.5}), "closed"]
+    assert folder.result()["spec_digest"] == RUNS[0].spec_digest
+
+
+def test_the_pool_hands_its_workers_what_to_report_to():
+    class Pipe:
+        def send(self, order):
+            self.order = order
+
+    worker = processes._Worker(None, Pipe())
+    LocalPool(report_to=("mlflow",))._given(worker, RUNS[0], Path("runs"))
+    assert worker.pipe.order == (RUNS[0], Path("runs"), ("mlflow",))
 
 
 def test_the_curves_of_a_run_are_in_tensorboard_too(trained, tmp_path):

@@ -69,7 +69,7 @@ def test_an_unknown_sink_is_refused_before_the_run(run: RunFolder):
 
 
 def test_a_sink_whose_package_is_missing_names_the_cure(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setattr("fp4rl.lab.sinks.sink.find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(NotThere, match=r"pip install 'fp4rl\[wandb\]'"):
         Sinks(run, ["wandb"])
 
@@ -110,6 +110,20 @@ def test_mlflow_exports_what_was_logged(run: RunFolder, tmp_path: Path, monkeypa
     assert exported.keys() == logged.keys()
     finite = {key: value for key, value in logged.items() if math.isfinite(value)}
     assert {key: exported[key] for key in finite} == finite
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_run_that_goes_on_stays_one_run_in_mlflow(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tracking = pytest.importorskip("mlflow.tracking", reason="MLflow is not installed (extra 'mlflow')")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for step in (1, 2):
+        with Sinks(run, ["mlflow"], {"seed": 0}) as sinks:
+            sinks.log(step, {"loss": float(step)})
+        assert sinks.failures == {}
+    client = tracking.MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert [m.value for m in client.get_metric_history(found.info.run_id, "loss")] == [1.0, 2.0]
 
 
 def _names() -> set[str]:

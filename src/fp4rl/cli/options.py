@@ -11,3 +11,6 @@ Overrides = Annotated[
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder that holds all runs.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side.")]
+ReportTo = Annotated[
+    list[str] | None, typer.Option("--report-to", help="wandb or mlflow, besides TensorBoard; may be given twice.")
+]

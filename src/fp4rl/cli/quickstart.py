@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fp4rl.cli.options import Jobs, Overrides, RunsRoot
+from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot
 from fp4rl.cli.run import carry_out_all, end
 from fp4rl.cli.terminal import console, print_json
 
@@ -14,6 +14,7 @@ def command(
     overrides: Overrides = None,
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
+    report_to: ReportTo = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Build and warm up the embedded model, train every arm, and print what the intervals allow one to say.
@@ -24,7 +25,7 @@ def command(
     from fp4rl.spec.door import load_spec
 
     suite = load_spec(named("quickstart"), overrides or [])
-    outcome = carry_out_all(suite, "quickstart", runs, jobs, quiet=as_json)
+    outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), quiet=as_json)
     show(runs / "quickstart", as_json=as_json)
     end(outcome)
 

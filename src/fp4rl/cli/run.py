@@ -1,11 +1,12 @@
 """`fp4rl run`: carry out every run of a file that is not finished, then show what the suite says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp4rl.cli.options import Jobs, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
@@ -19,6 +20,7 @@ def command(
     overrides: Overrides = None,
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
+    report_to: ReportTo = None,
     rerun_stale: Annotated[
         bool, typer.Option("--rerun-stale", help="Also repeat finished runs that other code computed.")
     ] = False,
@@ -32,7 +34,9 @@ def command(
     from fp4rl.spec.door import load_spec
 
     described = load_spec(spec_file(spec), overrides or [])
-    outcome = carry_out_all(described, spec.stem, runs, jobs, rerun_stale=rerun_stale, quiet=as_json)
+    outcome = carry_out_all(
+        described, spec.stem, runs, jobs, report_to=report_to or (), rerun_stale=rerun_stale, quiet=as_json
+    )
     if as_json:
         print_json(_as_dict(outcome))
     end(outcome)
@@ -49,7 +53,14 @@ def end(outcome: "SuiteOutcome") -> None:
 
 
 def carry_out_all(
-    described: "Suite | Experiment", name: str, root: Path, jobs: int, *, rerun_stale: bool = False, quiet: bool = False
+    described: "Suite | Experiment",
+    name: str,
+    root: Path,
+    jobs: int,
+    *,
+    report_to: Sequence[str] = (),
+    rerun_stale: bool = False,
+    quiet: bool = False,
 ) -> "SuiteOutcome":
     """Run what is described below `root` with a live picture; used by `run` and `quickstart`."""
     from fp4rl.cli.display import Display
@@ -58,8 +69,10 @@ def carry_out_all(
     from fp4rl.lab.ledger.store import open_ledger
     from fp4rl.lab.matrix import PlannedRun, planned, single
     from fp4rl.lab.runner import Outcome, keep_suite, run_all, set_aside, split_finished, stale
+    from fp4rl.lab.sinks.sink import require_sinks
     from fp4rl.spec.experiment import Suite
 
+    require_sinks(report_to)
     runs: tuple[PlannedRun, ...] = planned(described) if isinstance(described, Suite) else (single(described, name),)
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
@@ -75,7 +88,7 @@ def carry_out_all(
             display.on_outcome(outcome)
             record_new(ledger, root)
 
-        outcome = run_all(runs, root, LocalPool(jobs), display.on_event, ended)
+        outcome = run_all(runs, root, LocalPool(jobs, report_to=tuple(report_to)), display.on_event, ended)
     record_new(ledger, root)  # also what a killed process finished and did not get to enter
     return outcome
 

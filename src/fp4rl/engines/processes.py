@@ -29,12 +29,15 @@ class _Worker:
 class LocalPool:
     """`workers` processes of `threads` threads each. They end with this process, however it ends.
 
+    `report_to`: see `lab.work.carry_out`.
+
     A worker that dies (killed, out of memory) costs its own run, which is reported and can be run again; another worker
     takes its place.
     """
 
     workers: int = 2
     threads: int = 1
+    report_to: tuple[str, ...] = ()
 
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Outcomes as they come. On any exception here (Ctrl-C), all workers are ended before it goes on."""
@@ -67,7 +70,7 @@ class LocalPool:
                     if not waiting:
                         _dismiss(worker)
                     elif worker.process.is_alive():
-                        workers.append(_given(worker, waiting.pop(0), root))
+                        workers.append(self._given(worker, waiting.pop(0), root))
                     else:
                         workers.append(self._hired(waiting.pop(0), root))
         finally:
@@ -90,7 +93,12 @@ class LocalPool:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        return _given(_Worker(process, ours), run, root)
+        return self._given(_Worker(process, ours), run, root)
+
+    def _given(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
+        worker.run = run
+        worker.pipe.send((run, root, self.report_to))
+        return worker
 
 
 @contextlib.contextmanager
@@ -110,12 +118,6 @@ def _interruptible() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _given(worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
-    worker.run = run
-    worker.pipe.send((run, root))
-    return worker
 
 
 def _heard(worker: _Worker, on_event: OnEvent) -> Outcome | None:
@@ -145,8 +147,8 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     _prepare(threads)
     while (order := pipe.recv()) is not None:
-        run, root = order
-        pipe.send(_attempt(run, root, pipe))
+        run, root, report_to = order
+        pipe.send(_attempt(run, root, report_to, pipe))
 
 
 def _prepare(threads: int) -> None:
@@ -158,7 +160,7 @@ def _prepare(threads: int) -> None:
     quiet()
 
 
-def _attempt(run: PlannedRun, root: Path, pipe: Connection) -> tuple[str | None, bool]:
+def _attempt(run: PlannedRun, root: Path, report_to: tuple[str, ...], pipe: Connection) -> tuple[str | None, bool]:
     """(what went wrong or None, whether it is the user's mistake)."""
     from fp4rl.lab.work import carry_out
     from fp4rl.spec.mistakes import CheckFailed, Mistake
@@ -167,7 +169,7 @@ def _attempt(run: PlannedRun, root: Path, pipe: Connection) -> tuple[str | None,
         pipe.send(Event(run.run_id, stage, done, total, metrics))
 
     try:
-        carry_out(run, root, tell)
+        carry_out(run, root, tell, report_to)
     except Mistake as error:
         return str(error), True
     except CheckFailed as error:

@@ -105,7 +105,9 @@ def judge_family(
     tested = [_test(comparison, alpha) for comparison in family]
     p_values: dict[tuple[Hashable, ...], float] = {(f"elsewhere {i}", "difference"): 1.0 for i in range(others)}
     for index, tests in enumerate(tested):
-        if isinstance(tests, _Tests):
+        if isinstance(tests, str):
+            p_values[index, "difference"] = 1.0  # shown, so it counts, though nothing can be tested
+        else:
             p_values[index, "difference"] = tests.difference.p
             if tests.margin:
                 p_values[index, "margin"] = tests.margin.p

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -42,8 +42,10 @@ class OnStage(Protocol):
     def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None: ...
 
 
-def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None) -> RunFolder:
+def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, report_to: Sequence[str] = ()) -> RunFolder:
     """Train and judge `run` below `root`; returns its folder. A finished run is returned as it is.
+
+    `report_to` names the sinks besides TensorBoard: they follow the run and are no part of the experiment.
 
     Raises what `check` raises, before anything is written, and what `train` raises; the folder then holds everything
     up to that point and no `result.json`.
@@ -56,11 +58,14 @@ def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None) -> R
         if folder.finished:
             return folder
         past = _past(folder)
-        folder.write_spec(yaml.safe_dump(run.experiment.model_dump(mode="json"), sort_keys=False))
+        spec = run.experiment.model_dump(mode="json")
+        folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
-        with _room_on_disk(folder), Sinks(folder) as sinks:
+        with _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
             hear = _listeners(run, folder, sinks, on_stage)
             trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
+            for name, why in sinks.failures.items():
+                _say(folder, f"{name} was left out from some step on: {why}")
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
     return folder
 

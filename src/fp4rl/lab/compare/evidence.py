@@ -41,7 +41,11 @@ def _injection_gaps(injection: Any, summary: Record, lines: list[Record]) -> Ite
         if not calls.get(phase):
             yield f"no quantized call was counted during {phase}"
     for point in points:
-        shares = [line["share_changed"] for line in lines if line.get("point") == point and "share_changed" in line]
+        shares = [
+            line["share_changed"]
+            for line in lines
+            if line.get("point") == point and line.get("phase") in wanted and "share_changed" in line
+        ]
         if shares and not any(_positive(share) for share in shares):
             yield f"rounding changed no {point}"
 
@@ -69,6 +73,8 @@ def _weight_gaps(summary: Record, lines: list[Record]) -> Iterator[str]:
 
 
 def _live_gaps(lines: list[Record]) -> Iterator[str]:
+    if not lines:
+        yield "no check of its live policy against the saved one is recorded"
     if any(_positive(line.get("max_difference")) for line in lines):
         yield "its live policy differed from the saved one"
 

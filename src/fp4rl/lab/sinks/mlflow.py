@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp4rl.lab.folders import RunFolder
-from fp4rl.spec.mistakes import NotThere
 
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]")
 _MOST_PER_CALL = 1000  # the limit of log_batch
@@ -16,14 +15,17 @@ class MlflowSink:
     """One MLflow run per run folder, in the experiment named after the suite."""
 
     def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
-        try:
-            from mlflow.tracking import MlflowClient
-        except ModuleNotFoundError:
-            raise NotThere("the sink 'mlflow' needs its package: pip install 'fp4rl[mlflow]'") from None
+        from mlflow.tracking import MlflowClient
+
         self._client = MlflowClient()
         known = self._client.get_experiment_by_name(run.suite)
         experiment = known.experiment_id if known else self._client.create_experiment(run.suite)
-        self.mlflow_run_id: str = self._client.create_run(experiment, run_name=run.run_id).info.run_id
+        before = self._client.search_runs([experiment], f"attributes.run_name = '{run.run_id}'", max_results=1)
+        if before:  # a run that goes on after it was interrupted
+            self.mlflow_run_id: str = before[0].info.run_id
+            self._client.update_run(self.mlflow_run_id, status="RUNNING")
+            return
+        self.mlflow_run_id = self._client.create_run(experiment, run_name=run.run_id).info.run_id
         for key, value in spec.items():
             self._client.log_param(self.mlflow_run_id, key, str(value)[:6000])
 

@@ -1,13 +1,14 @@
 """All sinks of one run behind one `log`: TensorBoard always, others when asked."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.sinks.mlflow import MlflowSink
 from fp4rl.lab.sinks.tensorboard import TensorBoardSink
 from fp4rl.lab.sinks.wandb import WandbSink
-from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 
 class Sink(Protocol):
@@ -19,6 +20,16 @@ class Sink(Protocol):
 
 
 _ASKED: dict[str, Callable[[RunFolder, Mapping[str, Any]], Sink]] = {"wandb": WandbSink, "mlflow": MlflowSink}
+_EXTRAS = {"tensorboard": "train"}
+
+
+def require_sinks(asked: Sequence[str]) -> None:
+    """Raise `BadValue` for a word that names no sink, `NotThere` where its package is missing; loads none of them."""
+    for name in asked:
+        if name not in _ASKED and name != "tensorboard":
+            raise BadValue(f"no sink {name!r}" + nearest(name, ("tensorboard", *_ASKED)))
+        if find_spec(name) is None:
+            raise NotThere(f"the sink {name!r} needs its package: pip install 'fp4rl[{_EXTRAS.get(name, name)}]'")
 
 
 class Sinks:
@@ -30,9 +41,7 @@ class Sinks:
 
     def __init__(self, run: RunFolder, asked: Sequence[str] = (), spec: Mapping[str, Any] | None = None) -> None:
         """`asked`: "wandb", "mlflow" or both. Raises `BadValue` for another word, `NotThere` for a missing package."""
-        for name in asked:
-            if name not in _ASKED and name != "tensorboard":
-                raise BadValue(f"no sink {name!r}" + nearest(name, ("tensorboard", *_ASKED)))
+        require_sinks(("tensorboard", *asked))
         self.failures: dict[str, str] = {}
         self._open: dict[str, Sink] = {"tensorboard": TensorBoardSink(run)}
         for name in dict.fromkeys(asked):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from fp4rl.lab.folders import RunFolder
-from fp4rl.spec.mistakes import NotThere
 
 
 class TensorBoardSink:
@@ -17,10 +16,8 @@ class TensorBoardSink:
     """
 
     def __init__(self, run: RunFolder) -> None:
-        try:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ModuleNotFoundError:
-            raise NotThere("curves need tensorboard: pip install 'fp4rl[train]'") from None
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self._writer = EventFileWriter(str(run.path / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

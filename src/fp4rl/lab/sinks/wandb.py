@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp4rl.lab.folders import RunFolder
-from fp4rl.spec.mistakes import NotThere
 
 
 class WandbSink:
     """One W&B run per run folder, in the project named after the suite; its files lie in the run folder."""
 
     def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise NotThere("the sink 'wandb' needs its package: pip install 'fp4rl[wandb]'") from None
+        import wandb
+
         run.path.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=run.suite, id=run.run_id, name=run.run_id, dir=str(run.path), config=dict(spec), resume="allow"
