@@ -290,5 +290,13 @@ def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_
         assert gaps({}, {"sites": 0}, lines) == ("its live policy differed from the saved one",)
 
 
+def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
+    place = {"kind": "injection", "point": "weight", "site": "a"}
+    lines = [{"kind": "master", "unharmed": True}, place | {"phase": "training", "share_changed": 0.0}]
+    judged = place | {"phase": "evaluation", "profile": "w4a16", "share_changed": 0.9}
+    spec = {"injection": {"weight": "mxfp4"}}
+    assert gaps(spec, QUANTIZED, [*lines, judged]) == ("rounding changed no weight",)
+
+
 def test_nothing_recorded_is_a_gap():
     assert gaps({}, {}, []) == ("it left no evidence",)

@@ -6,8 +6,8 @@ from fp4rl.cli.main import main
 from fp4rl.rl.evaluate import Evaluation, Item, Profile
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec import evaluation as spec
-from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.injection import PHASES, Injection
+from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 
 VLLM = spec.Evaluation(preset="vllm")
 W4A4 = Injection.named("w4a4", preset="vllm")
@@ -69,6 +69,42 @@ def test_the_sweep_belongs_to_the_last_step_and_names_what_it_measured(run, expe
     assert len(set(digests.values())) == 5
     assert last["matmul_noise=0"].items == last["deployment"].items
     assert last["matmul_noise=0.5"].items != last["deployment"].items
+
+
+def test_every_evaluation_says_what_it_rounded_and_that_the_masters_are_unharmed(run, experiment):
+    _, heard = run(experiment("w4a16", evaluation={"profiles": ["full", "deployment", "w4a4"], "count": 8}))
+    rows = [row for row in heard.of("injection") if row["phase"] == "evaluation"]
+    found = {(row["step"], row["profile"], row["point"]) for row in rows}
+    points = [("deployment", "weight"), ("w4a4", "weight"), ("w4a4", "input")]
+    assert found == {(step, *point) for step in (0, 2) for point in points}
+    assert all(row["calls"] > 0 and row["relative_error"] > 0.05 for row in rows)
+    masters = [(row["step"], row["profile"], row["unharmed"]) for row in heard.of("master") if "profile" in row]
+    assert masters == [(step, name, True) for step in (0, 2) for name in ("full", "deployment", "w4a4")]
+
+
+def test_what_acts_in_training_alone_does_not_make_the_evaluation_another_one(run, experiment):
+    plain, rounding = (
+        run(experiment("w4a16", injection=changes, training={"steps": 1}), name)[1].evaluations[-1]
+        for name, changes in {"a": {"seed": 3}, "b": {"seed": 4, "grad_input": "mxfp8"}}.items()
+    )
+    assert plain.profile.sites_digest == rounding.profile.sites_digest is not None
+
+
+def test_an_injection_that_never_runs_ends_the_evaluation(run, experiment, monkeypatch):
+    monkeypatch.setattr("fp4rl.rl.judge.answer", lambda *_: ())
+    with pytest.raises(CheckFailed, match="never called during evaluation"):
+        run(experiment("w4a16"))
+
+
+def test_profiles_after_a_packed_deployment_see_the_unrounded_weights(run, experiment, model_cache):
+    """Taking a packed injection out leaves rounded weights: `full` measured after it would be W4A16 under that name."""
+    lora = {"lora": {"rank": 2, "alpha": 4.0}}
+    packed = {"frozen_base": "packed", "apply_during": {"weight": list(PHASES)}}
+    steps, profiles = {"steps": 1, "lr": 1e-9}, ["deployment", "full"]
+    _, heard = run(experiment("w4a16", model=lora, training=steps, injection=packed, evaluation={"profiles": profiles}))
+    after = {e.profile.name: e.items for e in heard.evaluations if not e.last}
+    _, alone = run(experiment("bf16", model=lora, training=steps, evaluation={"profiles": ["full"]}), "alone")
+    assert after["full"] == alone.evaluations[0].items != after["deployment"]
 
 
 def test_a_name_twice_in_profiles_and_sweep_is_refused(experiment):

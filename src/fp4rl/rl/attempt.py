@@ -47,7 +47,8 @@ class Run:
         def heard(name: str, done: int, total: int) -> None:
             self.hear.on_stage(f"eval {name}", done, total)
 
-        for evaluation in self.judge.judge(folder, self.experiment.model.dtype, step, last, heard):
+        dtype, record = self.experiment.model.dtype, self.hear.record
+        for evaluation in self.judge.judge(folder, dtype, step, last, heard, record):
             self.hear.on_evaluation(evaluation)
             yield evaluation
 

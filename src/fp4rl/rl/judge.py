@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from fp4rl.models.load import load, with_lora
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.start import task_of
+from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -19,6 +21,10 @@ from fp4rl.spec.model import Lora
 from fp4rl.tasks.task import Problem, Task
 
 OnItems = Callable[[str, int, int], None]
+
+
+def _ignore(_: dict[str, Any]) -> None:
+    return
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,35 @@ class Judge:
         return {name: precision_named(name, self.spec, self.injection) for name in names}
 
     def judge(
-        self, folder: Path, dtype: str, step: int, last: bool, on_items: OnItems | None = None
+        self,
+        folder: Path,
+        dtype: str,
+        step: int,
+        last: bool,
+        on_items: OnItems | None = None,
+        record: Record = _ignore,
     ) -> Iterator[Evaluation]:
-        """Load `folder` afresh and answer all problems once per profile."""
+        """Load `folder` afresh and answer all problems once per profile; `record` hears what was rounded meanwhile.
+
+        Raises CheckFailed for sites that were never called while the answers were made, and for harmed masters.
+        """
         model, tokenizer = load(folder, dtype)
         if self.lora is not None and not (folder / "adapter_config.json").is_file():
             model = with_lora(model, self.lora, folder).eval()
         for name, precision in self.precisions(last=last).items():
-            with _harmed(model, precision.injection) as attachment:
 
-                def heard(done: int, total: int, name: str = name) -> None:
-                    if on_items is not None:
-                        on_items(name, done, total)
+            def heard(done: int, total: int, name: str = name) -> None:
+                if on_items is not None:
+                    on_items(name, done, total)
 
+            with (
+                unharmed(model, "evaluation", step, record, profile=name),
+                _harmed(model, precision.injection) as attachment,
+            ):
                 items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard)
-                yield Evaluation(step, last, self._profile(name, precision, attachment), items)
+                for row in _proved(attachment):
+                    record({"kind": "injection", "profile": name, "step": step, **row})
+            yield Evaluation(step, last, self._profile(name, precision, attachment), items)
 
     @property
     def decoding(self) -> Decoding:
@@ -71,7 +91,7 @@ class Judge:
         return Profile(
             name=name,
             precision=precision.name,
-            sites_digest=attachment.table.digest if attachment is not None else None,
+            sites_digest=attachment.table.digest_in("evaluation") if attachment is not None else None,
             noise=precision.noise,
             scorer=self.task.name,
             max_new_tokens=self.spec.max_new_tokens,
@@ -92,9 +112,18 @@ def _harmed(model: PreTrainedModel, injection: Injection | None) -> Iterator[Att
     if injection is None:
         yield None
         return
-    with attach(model, injection) as attachment:
+    # Packed weights come back rounded, and the next profile would be measured on them; the numbers are the same.
+    with attach(model, injection.model_copy(update={"frozen_base": "copy"})) as attachment:
         attachment.set_phase("evaluation")
         yield attachment
+
+
+def _proved(attachment: Attachment | None) -> list[dict[str, Any]]:
+    """What was rounded while the answers were made."""
+    if attachment is None:
+        return []
+    attachment.require_calls()
+    return attachment.evidence()
 
 
 def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:

@@ -1,6 +1,6 @@
 """The one switch that moves injection and noise together, and watches that neither harms the master weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,17 +9,14 @@ import torch
 from torch import nn
 
 from fp4rl.inject.attach import Attachment
-from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.memory import recall, remembered
 from fp4rl.noise.course import StageLog
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
 from fp4rl.noise.schedule import asked_sigma
+from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.injection import Phase
-from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
-
-Record = Callable[[dict[str, Any]], None]
 
 
 class Phases:
@@ -58,7 +55,7 @@ class Phases:
     @contextmanager
     def rollout(self, step: int) -> Iterator[None]:
         """Sample at `step` (counted from 0): injection as in rollouts, noise drawn afresh from the clean weights."""
-        with self._unharmed("rollout", step):
+        with unharmed(self.model, "rollout", step, self.record):
             self._switch("rollout")
             try:
                 with self._noisy(step):
@@ -70,7 +67,7 @@ class Phases:
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:
         """Judge the policy as deployed: injection as in evaluation, noise off."""
-        with self._unharmed("evaluation", step):
+        with unharmed(self.model, "evaluation", step, self.record):
             self._switch("evaluation")
             try:
                 yield
@@ -160,15 +157,6 @@ class Phases:
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record({"kind": "noise_stages", "ran": self.stages.ran, "missed": missed})
         require_noise(self.noise, [[one] for one in self._noise_seen])
-
-    @contextmanager
-    def _unharmed(self, phase: Phase, step: int) -> Iterator[None]:
-        before = master_digest(self.model)
-        yield
-        unharmed = master_digest(self.model) == before
-        self.record({"kind": "master", "phase": phase, "step": step, "unharmed": unharmed, "digest": before})
-        if not unharmed:
-            raise CheckFailed(f"step {step}: the master weights are not the same after {phase} as before it")
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:

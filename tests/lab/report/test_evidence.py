@@ -72,6 +72,16 @@ def test_an_evaluation_that_recorded_itself_is_shown_under_its_profile(make_tria
     assert "weights rounded in evaluation" not in rows
 
 
+def test_the_site_table_keeps_evaluations_under_several_profiles_apart(make_trial):
+    folder = make_trial().write()
+    for run in folder.glob("w4a16-s*"):
+        site = RunFolder(run).sites()["plans"][0]["site"]
+        for profile, error in (("w4a16", 0.1), ("bf16", 0.002)):
+            RunFolder(run).add_evidence(row(site, "evaluation", profile=profile, relative_error=error))
+    shown = evidence_of(collect(folder), "w4a16").sites[0][-1]
+    assert "evaluation as w4a16 3 calls, weight 10.0 %; evaluation as bf16 3 calls, weight 0.2 %" in shown
+
+
 def test_noise_asked_and_realised_stand_side_by_side(complete):
     rows = rows_of(complete, "w4a16+aqn")
     assert rows["noise, largest sigma asked"] == ["0.01"] * 3

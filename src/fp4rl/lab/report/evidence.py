@@ -77,8 +77,7 @@ def read_evidence(lines: Iterable[Record], sites: Record, summary: Record) -> Ev
 def _roundings(rows: Iterable[Record]) -> tuple[Rounding, ...]:
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for row in rows:
-        phase = f"{row.get('phase')} as {row['profile']}" if row.get("profile") else str(row.get("phase"))
-        groups[phase, str(row.get("point", "weight"))].append(row)
+        groups[phase_of(row), str(row.get("point", "weight"))].append(row)
     return tuple(
         Rounding(
             phase=phase,
@@ -91,6 +90,11 @@ def _roundings(rows: Iterable[Record]) -> tuple[Rounding, ...]:
         )
         for (phase, point), group in groups.items()
     )
+
+
+def phase_of(row: Record) -> str:
+    """`rollout`, or `evaluation as w4a16`: evaluations record themselves under each profile."""
+    return f"{row.get('phase')} as {row['profile']}" if row.get("profile") else str(row.get("phase"))
 
 
 def _noise_step(record: Mapping[str, Any]) -> NoiseStep:

@@ -7,7 +7,7 @@ from statistics import fmean
 from fp4rl.lab.folders import Record
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, format_words
-from fp4rl.lab.report.evidence import Evidence
+from fp4rl.lab.report.evidence import Evidence, phase_of
 from fp4rl.lab.report.runs import Run
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.modes import PHASES
@@ -110,7 +110,7 @@ def _site(evidence: Evidence, plan: dict[str, object]) -> list[str]:
     points = [f"{point} {format_words(plan[point])}" for point in FORMAT_POINTS if point in plan]
     phases: dict[str, list[Record]] = {}
     for row in (row for row in evidence.site_rows if row.get("site") == name):
-        phases.setdefault(str(row.get("phase")), []).append(row)
+        phases.setdefault(phase_of(row), []).append(row)
     return [name, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
 
 
