@@ -92,6 +92,7 @@ def write_lines(run: RunFolder, rng: np.random.Generator) -> None:
     for step in range(1, STEPS + 1):
         run.add_metrics(step, dict(zip(names, rng.random(20).tolist(), strict=True)))
         run.add_evidence({"kind": "master", "phase": "rollout", "step": step, "unharmed": True})
+    run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
     for site in range(14):
         row = {"kind": "injection", "phase": "rollout", "site": f"layers.{site}", "point": "weight", "calls": 900}
         run.add_evidence(row | {"share_changed": 0.93})

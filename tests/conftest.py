@@ -5,11 +5,17 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():  # Triton's interpreter is chosen before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples every time, so that what is tested does not hang on luck; HYPOTHESIS_PROFILE=explore draws others.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 SHARED = Path(os.environ.get("FP4RL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

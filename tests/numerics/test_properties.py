@@ -31,7 +31,7 @@ def tensors(draw: st.DrawFn, low: int = -100, high: int = 100) -> torch.Tensor:
     return torch.where(torch.rand((rows, columns), generator=generator) < draw(st.sampled_from((0.0, 0.2))), 0.0, x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(x=tensors(-60, 60), fmt=formats([f for f in SINGLE if f.scale != "e4m3"] + POWERS))
 def test_rounding_twice_is_rounding_once(x: torch.Tensor, fmt: Format):
     once = fake_quantize(x, fmt)
@@ -42,20 +42,20 @@ def test_rounding_twice_is_rounding_once(x: torch.Tensor, fmt: Format):
         assert torch.equal(fake_quantize(twice, fmt), twice)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(), fmt=formats(NEAREST + POWERS))
 def test_rounding_is_odd(x: torch.Tensor, fmt: Format):
     assert torch.equal(fake_quantize(-x, fmt), -fake_quantize(x, fmt))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(-40, 40), fmt=formats([*POWERS, NVFP4, FP8]), shift=st.integers(-30, 30))
 def test_rounding_follows_powers_of_two(x: torch.Tensor, fmt: Format, shift: int):
     scaled = fake_quantize(x * 2.0**shift, fmt)
     assert torch.equal(scaled, fake_quantize(x, fmt) * 2.0**shift)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(-60, 60), fmt=formats([f for f in POWERS if f.block[0] == 1]))
 def test_every_value_lies_on_the_grid_of_its_block(x: torch.Tensor, fmt: Format):
     made = torch.nn.functional.pad(fake_quantize(x, fmt), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32)).double()
@@ -68,14 +68,14 @@ def test_every_value_lies_on_the_grid_of_its_block(x: torch.Tensor, fmt: Format)
     assert (fits | (largest == 0)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(-60, 60), fmt=formats(POWERS[:6]), rows=st.permutations(range(4)))
 def test_blocks_do_not_know_of_each_other(x: torch.Tensor, fmt: Format, rows: list[int]):
     order = torch.tensor([r % len(x) for r in rows])
     assert torch.equal(fake_quantize(x[order], fmt), fake_quantize(x, fmt)[order])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**31), fmt=formats([MXFP4, NVFP4, FP8]))
 def test_the_error_does_not_know_the_size_of_the_data(seed: int, fmt: Format):
     x = torch.randn(384, 384, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
@@ -86,7 +86,7 @@ def test_the_error_does_not_know_the_size_of_the_data(seed: int, fmt: Format):
     assert max(decibels) - min(decibels) < 0.15
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**31),
     fmt=formats([replace(f, rounding="stochastic") for f in (NVFP4, MXFP8, FP8)] + [FORMATS["mxfp4_sr"]]),
