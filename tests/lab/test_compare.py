@@ -276,12 +276,15 @@ def test_a_run_that_never_held_its_live_policy_against_the_saved_one_lacks_evide
     assert gaps({}, {"sites": 0}, PROVEN[:1]) == ("no check of its live policy against the saved one is recorded",)
 
 
-def test_rounding_that_changed_nothing_in_training_is_a_gap_though_an_evaluation_was_rounded():
-    spec = {"injection": {"weight": "mxfp4"}}
-    summary = {"sites": 3, "calls": {"training": 9, "rollout": 9}}
-    idle = {"kind": "injection", "phase": "training", "point": "weight", "share_changed": 0.0}
-    judged = {"kind": "injection", "phase": "evaluation", "point": "weight", "share_changed": 1.0}
-    assert gaps(spec, summary, [idle, judged, *PROVEN]) == ("rounding changed no weight",)
+def test_an_evaluation_under_a_site_table_that_rounded_nothing_is_a_gap():
+    profile = {"name": "w4a16", "sites_digest": "aaaa"}
+    judged = {"kind": "evaluation", "step": 30, "profile": profile}
+    full = {"kind": "evaluation", "step": 30, "profile": {"name": "full", "sites_digest": None}}
+    row = {"kind": "injection", "phase": "evaluation", "profile": "w4a16", "step": 30, "point": "weight", "calls": 5}
+    assert gaps({}, {"sites": 0}, [judged, full, row, *PROVEN]) == ()
+    missing = ("no quantized call was counted while it was judged as w4a16 at step 30",)
+    for other in ({"step": 0}, {"profile": "w4a4"}, {"calls": 0}):
+        assert gaps({}, {"sites": 0}, [judged, full, row | other, *PROVEN]) == missing
 
 
 def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_no_number():
@@ -292,7 +295,7 @@ def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_
 
 def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
     place = {"kind": "injection", "point": "weight", "site": "a"}
-    lines = [{"kind": "master", "unharmed": True}, place | {"phase": "training", "share_changed": 0.0}]
+    lines = [*PROVEN, place | {"phase": "training", "share_changed": 0.0}]
     judged = place | {"phase": "evaluation", "profile": "w4a16", "share_changed": 0.9}
     spec = {"injection": {"weight": "mxfp4"}}
     assert gaps(spec, QUANTIZED, [*lines, judged]) == ("rounding changed no weight",)

@@ -18,6 +18,7 @@ def gaps(spec: Record, summary: Record, lines: Sequence[Record]) -> tuple[str, .
         *_noise_gaps(spec.get("noise"), _of_kind(lines, "noise")),
         *_weight_gaps(summary, _of_kind(lines, "master")),
         *_live_gaps(_of_kind(lines, "live_equals_fresh")),
+        *_judging_gaps(lines),
     )
 
 
@@ -46,11 +47,7 @@ def _injection_gaps(injection: Any, summary: Record, lines: list[Record]) -> Ite
         if not calls.get(phase):
             yield f"no quantized call was counted during {phase}"
     for point in points:
-        shares = [
-            line["share_changed"]
-            for line in lines
-            if line.get("point") == point and line.get("phase") in wanted and "share_changed" in line
-        ]
+        shares = [line["share_changed"] for line in lines if line.get("point") == point and "share_changed" in line]
         if shares and not any(_positive(share) for share in shares):
             yield f"rounding changed no {point}"
 
@@ -82,6 +79,19 @@ def _live_gaps(lines: list[Record]) -> Iterator[str]:
         yield "no check of its live policy against the saved one is recorded"
     if any(_positive(line.get("max_difference")) for line in lines):
         yield "its live policy differed from the saved one"
+
+
+def _judging_gaps(lines: Sequence[Record]) -> Iterator[str]:
+    """Evaluations under a site table of which nothing was rounded while the answers were made."""
+    rounded = {(row["profile"], row.get("step")) for row in _of_kind(lines, "injection") if _counted(row)}
+    for evaluation in _of_kind(lines, "evaluation"):
+        profile, step = evaluation["profile"], evaluation["step"]
+        if profile["sites_digest"] is not None and (profile["name"], step) not in rounded:
+            yield f"no quantized call was counted while it was judged as {profile['name']} at step {step}"
+
+
+def _counted(row: Record) -> bool:
+    return "profile" in row and _positive(row.get("calls"))
 
 
 def _positive(value: Any) -> bool:
