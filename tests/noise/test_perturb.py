@@ -1,6 +1,7 @@
 """Noise that is really there while sampling, of the size asked for, and gone to the last bit afterwards."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -134,6 +135,22 @@ def test_rollouts_are_noisy_and_training_and_evaluation_are_not(model):
         with phases.evaluation(step):
             assert _bits(model) == clean
     assert [r["sigma"] for r in records if r["kind"] == "noise"] == [0.05, 0.05]
+
+
+def test_the_course_of_an_epoch_aware_schedule_survives_a_resume(model):
+    """The second of two epochs began at step 6 because the data did; a resumed run must not fall back to step 12."""
+    from fp4rl.rl.phases import Phases
+
+    def phases():
+        noise = Noise(schedule={"kind": "epoch_aware", "epochs": 2})
+        return Phases(model, None, noise, seed=0, total_steps=24, record=lambda _: None)
+
+    before, after = phases(), phases()
+    with before.rollout(6, data_epochs=1.0):
+        pass
+    after.restore(json.loads(json.dumps(before.state())))
+    with after.rollout(9, data_epochs=1.5):
+        assert after.sigma == pytest.approx(0.005)
 
 
 def test_the_bits_come_back_after_an_exception(model):

@@ -132,20 +132,53 @@ def test_the_sigma_zero_control_asks_for_nothing_at_any_step():
     assert asked_sigma(Noise(), 3, 29) == 0.05
 
 
-def test_when_an_epoch_ends_early_the_schedule_follows():
-    schedule, course, log = EpochAware(epochs=2), Course(steps_per_epoch=12, epochs=2), StageLog()
-    for _ in range(6):  # dynamic sampling used the data of 12 steps up in 6
-        log.note(sigma_at(schedule, *course.position))
-        course = course.step_done()
-    course = course.epoch_ended()
-    for _ in range(6):
-        log.note(sigma_at(schedule, *course.position))
-        course = course.step_done()
-    assert course.completed == 12
-    assert log.ran[-1] == (pytest.approx(0.0005), 1)  # the last value is reached
-    assert (
-        len(log.missed(schedule, 24)) == 2
-    )  # of the first epoch: .0088914 and the .005 that both epochs share ran later
+def _ran(noise, total, data_epochs):
+    """Sigma of every step when the data have been gone through `data_epochs(step)` times before it."""
+    course, found = Course.of(noise, total), []
+    for step in range(total):
+        course = course.at(step, data_epochs(step))
+        found.append(course.sigma(noise, step))
+    return found
+
+
+def test_when_dynamic_sampling_ends_an_epoch_early_the_next_begins_there():
+    # 24 steps in two epochs; the data of the first are used up after 6 steps, so that its second half never runs. The
+    # second epoch has the 18 steps that are left: six slots of three.
+    noise = Noise(schedule={"kind": "epoch_aware", "epochs": 2})
+    first = [0, 0, 0.05, 0.05, 0.0281171, 0.0281171]
+    second = [v for v in (0, 0.005, 0.0028117, 0.0015811, 0.00088914, 0.0005) for _ in range(3)]
+    found = _ran(noise, 24, lambda step: step / 6)
+    assert found == pytest.approx(first + second, rel=5e-5)
+    log = StageLog()
+    for sigma in found:
+        log.note(sigma)
+    assert log.missed(noise.schedule, 24) == pytest.approx((0.0158114, 0.0088914), rel=5e-5)
+
+
+def test_of_three_epochs_the_middle_one_is_expected_to_be_as_long_as_the_first_was():
+    # 30 steps in three epochs; data of 4 steps an epoch. Epoch 1 runs from step 4 to 8, epoch 2 from 8 to the end.
+    noise = Noise(schedule={"kind": "epoch_aware", "epochs": 3, "stages_per_epoch": 3, "sigma_end": 0.00005})
+    found = _ran(noise, 30, lambda step: step / 4)
+    assert found[:4] == pytest.approx([0, 0, 0, 0.05])  # slots of 2.5 steps: 0-2 silent, the first value at step 3
+    assert found[4:8] == pytest.approx([0, 0.005, 0.005 / 10**0.5, 0.0005])  # four slots of one step
+    assert found[8:14] == [0.0] * 6  # 22 steps in four slots of 5.5
+    assert found[-1] == pytest.approx(0.00005)
+
+
+def test_data_that_last_longer_than_planned_delay_nothing():
+    for noise in (Noise(), Noise(schedule={"kind": "epoch_aware", "epochs": 2})):
+        for epochs in (lambda _: 0.0, lambda step: step / 20):
+            assert _ran(noise, 29, epochs) == [asked_sigma(noise, step, 29) for step in range(29)]
+
+
+def test_data_gone_through_more_often_than_the_schedule_has_epochs_change_nothing_more():
+    noise = Noise(schedule={"kind": "epoch_aware", "epochs": 1})
+    assert _ran(noise, 24, lambda step: step / 3) == [asked_sigma(noise, step, 24) for step in range(24)]
+
+
+def test_the_sigma_zero_control_follows_the_data_without_noise():
+    noise = Noise(schedule={"kind": "epoch_aware", "epochs": 2}, control="sigma_zero")
+    assert set(_ran(noise, 24, lambda step: step / 6)) == {0.0}
 
 
 def test_a_stage_log_says_which_values_never_ran():
@@ -153,10 +186,3 @@ def test_a_stage_log_says_which_values_never_ran():
     for step in range(20):
         log.note(sigma_at(Geometric(), step, 29))
     assert log.missed(Geometric(), 29) == pytest.approx((0.0015811, 0.00088914, 0.0005), rel=5e-5)
-
-
-def test_a_longer_epoch_stays_in_its_last_stage():
-    course = Course(steps_per_epoch=3, epochs=2)
-    for _ in range(5):
-        course = course.step_done()
-    assert course.position == (2, 6)

@@ -156,3 +156,16 @@ def test_an_evaluation_on_the_way_changes_no_number_of_the_training(run, experim
     _, without = run(experiment("w4a4"), "a")
     _, among = run(experiment("w4a4", evaluation={"test_freq": 1, "samples": 2}), "b")
     assert numbers(without) == numbers(among)
+
+
+def test_an_epoch_aware_schedule_begins_its_second_epoch_when_the_data_begin_anew(run, experiment):
+    """Eight problems, four a step: the data are used up after two steps where the schedule had planned three."""
+    schedule = {"kind": "epoch_aware", "epochs": 2, "stages_per_epoch": 2}
+    task = {"name": "arithmetic", "difficulty": 1, "train_count": 8}
+    training = {"steps": 6, "rollout_n": 2, "max_response_length": 12, "overlong_buffer": {"len": 4}}
+    _, heard = run(experiment(task=task, training=training, noise={"schedule": schedule}))
+    sigmas = [record["sigma"] for record in heard.of("noise")]
+    # Slots of one step, then of 4 / 3 steps.
+    assert sigmas == pytest.approx([0, 0.05, 0, 0, 0.005, 0.0005])
+    (stages,) = heard.of("noise_stages")
+    assert not stages["missed"]

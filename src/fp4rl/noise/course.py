@@ -1,46 +1,63 @@
-"""Where a run really is: dynamic sampling can use up an epoch's data early, and the schedule follows."""
+"""Where a run really is: dynamic sampling can use up an epoch's data early, and an epoch-aware schedule follows."""
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
-from fp4rl.noise.schedule import sigma_at
+from fp4rl.noise.schedule import asked_sigma, epoch_aware, sigma_at
 from fp4rl.spec.mistakes import BadValue
-from fp4rl.spec.noise import NoiseSchedule
+from fp4rl.spec.noise import EpochAware, Noise, NoiseSchedule
 
 
 @dataclass(frozen=True)
 class Course:
-    """A run in epochs, on optimisation steps really completed.
+    """A run of `total` optimisation steps in `epochs` equal parts, until the data begin anew sooner than that.
 
-    An epoch that ends after n steps makes n the expected length of those to come; an epoch that runs longer than
-    expected stays in its last stage until it ends. `position` is the (step, total) pair that a schedule wants.
+    Epoch `epoch` of the schedule began at step `begun`. From then on an epoch is expected to last `length` steps, and
+    the last one lasts to the end of the run. Data that last longer than planned delay nothing: the number of steps is
+    fixed, and a schedule that waited for them would never fade.
     """
 
-    steps_per_epoch: int
+    total: int
     epochs: int = 1
     epoch: int = 0
-    step_in_epoch: int = 0
-    completed: int = 0
+    begun: int = 0
+    length: Fraction = Fraction(0)
 
     def __post_init__(self) -> None:
-        if self.steps_per_epoch < 1 or self.epochs < 1:
-            raise BadValue(f"a run of {self.epochs} epochs of {self.steps_per_epoch} steps has no step; use 1 or more")
+        if self.total < 1 or self.epochs < 1:
+            raise BadValue(f"a run of {self.epochs} epochs in {self.total} steps has no step; use 1 or more")
+        if not self.length:
+            object.__setattr__(self, "length", Fraction(self.total, self.epochs))
 
-    @property
-    def position(self) -> tuple[int, int]:
-        """(step, total) for `sigma_at`, in steps of the length now expected."""
-        inside = min(self.step_in_epoch, self.steps_per_epoch - 1)
-        epoch = min(self.epoch, self.epochs - 1)
-        return epoch * self.steps_per_epoch + inside, self.epochs * self.steps_per_epoch
+    @classmethod
+    def of(cls, noise: Noise, total: int) -> "Course":
+        """The plan of a run under `noise`: only an epoch-aware schedule has more than one epoch."""
+        return cls(total, noise.schedule.epochs if isinstance(noise.schedule, EpochAware) else 1)
 
-    def step_done(self) -> "Course":
-        """After a completed optimisation step (not after a skipped or refilled batch)."""
-        return replace(self, step_in_epoch=self.step_in_epoch + 1, completed=self.completed + 1)
+    def sigma(self, noise: Noise, step: int) -> float:
+        """What the rollout of `step` asks for; steps are counted from 0."""
+        if noise.control == "sigma_zero" or not isinstance(noise.schedule, EpochAware):
+            return asked_sigma(noise, step, self.total)
+        return epoch_aware(noise.schedule, self.share(min(step, self.total - 1)))
 
-    def epoch_ended(self) -> "Course":
-        """When the data of an epoch is used up; an epoch without a single step keeps the expected length."""
-        return replace(
-            self, epoch=self.epoch + 1, step_in_epoch=0, steps_per_epoch=self.step_in_epoch or self.steps_per_epoch
-        )
+    def share(self, step: int) -> Fraction:
+        """How much of the schedule is done at `step` (0..1): whole epochs, and what is done of the one it is in."""
+        done = self.epoch + (step - self.begun) // self.length
+        last = self.epochs - 1
+        if done < last:
+            return (done + (step - self.begun) % self.length / self.length) / self.epochs
+        began = self.begun + (last - self.epoch) * self.length
+        return (last + (step - began) / (self.total - began)) / self.epochs
+
+    def at(self, step: int, data_epochs: float) -> "Course":
+        """Before `step`, when the data have been gone through `data_epochs` times: the next epoch if that is early."""
+        fresh = int(data_epochs)
+        if fresh >= self.epochs or fresh <= int(self.share(step) * self.epochs):
+            return self
+        return replace(self, epoch=fresh, begun=step, length=min(Fraction(step, fresh), self._room(step, fresh)))
+
+    def _room(self, step: int, epoch: int) -> Fraction:
+        return Fraction(self.total - step, self.epochs - epoch)
 
 
 @dataclass

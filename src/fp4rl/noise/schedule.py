@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Constant, Cosine, EpochAware, Geometric, Linear, Noise, NoiseSchedule
@@ -19,7 +20,7 @@ def sigma_at(schedule: NoiseSchedule, step: int, total: int) -> float:
         case Geometric():
             return _geometric(schedule, step, total)
         case EpochAware():
-            return _epoch_aware(schedule, step, total)
+            return epoch_aware(schedule, Fraction(step, total))
         case Constant():
             return schedule.sigma
         case Linear() | Cosine():
@@ -40,11 +41,11 @@ def _geometric(schedule: Geometric, step: int, total: int) -> float:
     return float(schedule.sigma_start * ratio ** ((interval - 1) / (schedule.num_stages - 2)))
 
 
-def _epoch_aware(schedule: EpochAware, step: int, total: int) -> float:
-    """In whole numbers, because step * epochs / total in floats can fall just below a boundary."""
+def epoch_aware(schedule: EpochAware, share: Fraction) -> float:
+    """Sigma when this share of the epochs is done, below 1. Exact: in floats 1/3 of three epochs is not quite one."""
     stages = schedule.stages_per_epoch
-    epoch, inside = divmod(step * schedule.epochs, total)
-    slot = inside * (stages + 1) // total
+    epoch, inside = divmod(share * schedule.epochs, 1)
+    slot = int(inside * (stages + 1))
     if slot == 0:
         return 0.0
     ratio = schedule.sigma_end / schedule.sigma_start

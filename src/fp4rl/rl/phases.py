@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch import nn
 
 from fp4rl.inject.attach import Attachment
 from fp4rl.inject.memory import recall, remembered
-from fp4rl.noise.course import StageLog
+from fp4rl.noise.course import Course, StageLog
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
-from fp4rl.noise.schedule import asked_sigma
 from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
@@ -45,6 +45,7 @@ class Phases:
         self.record = record
         self.sigma = 0.0
         self.stages = StageLog()
+        self.course = Course.of(noise, total_steps) if noise is not None else None
         self._noise_seen: list[NoiseEvidence] = []  # one for each rollout, its weights pooled
         self._called: set[Phase] = set()
 
@@ -53,12 +54,15 @@ class Phases:
         self._switch("training")
 
     @contextmanager
-    def rollout(self, step: int) -> Iterator[None]:
-        """Sample at `step` (counted from 0): injection as in rollouts, noise drawn afresh from the clean weights."""
+    def rollout(self, step: int, data_epochs: float = 0.0) -> Iterator[None]:
+        """Sample at `step` (counted from 0): injection as in rollouts, noise drawn afresh from the clean weights.
+
+        `data_epochs` says how often the training problems have been gone through: an epoch-aware schedule follows.
+        """
         with unharmed(self.model, "rollout", step, self.record):
             self._switch("rollout")
             try:
-                with self._noisy(step):
+                with self._noisy(step, data_epochs):
                     yield
                 self.require_calls("rollout")
             finally:
@@ -117,6 +121,7 @@ class Phases:
         return {
             "noise": [asdict(one) for one in self._noise_seen],
             "stages": self.stages.ran,
+            "course": _course_as_json(self.course) if self.course is not None else None,
             "injection": remembered(self.attachment) if self.attachment is not None else {},
         }
 
@@ -124,6 +129,9 @@ class Phases:
         """Go on from `state`, after the weights of that moment were loaded."""
         self._noise_seen = [NoiseEvidence(**one) for one in state["noise"]]
         self.stages = StageLog([(sigma, count) for sigma, count in state["stages"]])
+        if self.course is not None:
+            epoch, begun, *length = state["course"]
+            self.course = replace(self.course, epoch=epoch, begun=begun, length=Fraction(*length))
         if self.attachment is not None:
             recall(self.attachment, state["injection"])
 
@@ -132,11 +140,12 @@ class Phases:
             self.attachment.set_phase(phase)
 
     @contextmanager
-    def _noisy(self, step: int) -> Iterator[None]:
-        if self.noise is None:
+    def _noisy(self, step: int, data_epochs: float) -> Iterator[None]:
+        if self.noise is None or self.course is None:
             yield
             return
-        self.sigma = asked_sigma(self.noise, step, self.total_steps)
+        self.course = self.course.at(step, data_epochs)
+        self.sigma = self.course.sigma(self.noise, step)
         # Seeded by (seed, step), so that a resumed run and every rank draw the same noise.
         generator = torch.Generator().manual_seed((self.seed << 24) + step)
         share = step / self.total_steps
@@ -157,6 +166,10 @@ class Phases:
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record({"kind": "noise_stages", "ran": self.stages.ran, "missed": missed})
         require_noise(self.noise, [[one] for one in self._noise_seen])
+
+
+def _course_as_json(course: Course) -> list[int]:
+    return [course.epoch, course.begun, course.length.numerator, course.length.denominator]
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:

@@ -66,6 +66,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         """How many problems each process has taken from its stream."""
         return list(gather_object([self.parts.stream.position]))
 
+    def _data_epochs(self) -> float:
+        """How often all processes together have gone through the training problems; the same in every process."""
+        return sum(self.positions()) / len(self.parts.stream.problems)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No model card beside a checkpoint: it would name what TRL's own defaults are."""
 
@@ -74,7 +78,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         self._started, recipe = time.perf_counter(), self.parts.recipe
         seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
-        with self.parts.phases.rollout(self.step):
+        with self.parts.phases.rollout(self.step, self._data_epochs()):
             filled = self.filler.fill(self._sample)
         if line := filled.refill.report():
             self.parts.hooks.say(f"step {self.step}: {line}")
