@@ -175,11 +175,60 @@ def test_frozen_weights_meet_the_points_of_the_new_phase():
         assert not torch.equal(layer(x), plain)
 
 
-def test_the_checksum_sees_a_single_bit():
-    weight = torch.randn(33, 7, dtype=torch.bfloat16)
+WORDS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", WORDS)
+def test_the_checksum_sees_every_single_bit(dtype, offset):
+    """Also in the last values, which fill no eight bytes, and in a view that begins in the middle of eight."""
+    weight = torch.randn(offset + 33 * 7).to(dtype)[offset:].view(33, 7)
     before = checksum([weight])
-    weight.view(torch.int16)[3, 3] ^= 1
-    assert checksum([weight]) != before
+    for row, column in ((0, 0), (3, 3), (32, 6)):
+        weight.view(WORDS[dtype])[row, column] ^= 1
+        assert checksum([weight]) != before
+        weight.view(WORDS[dtype])[row, column] ^= 1
+    assert checksum([weight]) == before
+
+
+def test_frozen_weights_in_another_order_have_the_same_bits_and_are_rounded_again():
+    layer, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(4, 64)
+    with attach(layer, W4A16) as harmed, torch.no_grad():
+        layer(x)
+        before = checksum([layer.weight])
+        layer.weight.data.copy_(layer.weight.roll(1, 0))
+        assert checksum([layer.weight]) == before
+        harmed.invalidate()
+        assert torch.equal(layer(x), linear(x, rounded(layer.weight), layer.bias))
+
+
+def test_a_copy_stays_behind_when_its_frozen_weight_moves_to_another_device():
+    weight, kept = nn.Parameter(torch.randn(8, 8), requires_grad=False), KeptCopy("q_proj", frozen=True)
+    kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
+    kept.doubt()
+    assert kept.holds((weight,))
+    kept.doubt()
+    assert not kept.holds((nn.Parameter(weight.to("meta"), requires_grad=False),))
+
+
+UNWATCHED = {
+    "a strided weight": lambda: nn.Parameter(torch.randn(64, 64).T),
+    "a weight of inference mode": torch.inference_mode()(
+        lambda: nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", UNWATCHED)
+def test_what_cannot_be_watched_is_rounded_at_every_call(kind, frozen):
+    layer, x = nn.Linear(64, 64, bias=False), torch.randn(4, 64)
+    layer.weight = UNWATCHED[kind]()
+    with torch.inference_mode(), attach(layer.requires_grad_(not frozen), W4A16) as harmed:
+        for _ in range(2):
+            layer.weight.data.mul_(2)
+            assert torch.equal(layer(x), linear(x, rounded(layer.weight)))
+        assert harmed.evidence()[0]["elements"] == 2 * 64 * 64
 
 
 def test_a_copy_made_in_inference_mode_can_be_trained_with():

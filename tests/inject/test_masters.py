@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from fp4rl.inject import install
 from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.linear import InjectedLinear
@@ -154,10 +155,38 @@ def test_a_deep_copy_computes_alike_and_counts_for_itself():
     assert not torch.equal(twin(IDS).logits, model(IDS).logits)
 
 
-def test_an_injected_layer_survives_pickling():
-    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
-    with attach(layer, INJECTIONS["w4a4"]):
-        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_copied_layer_computes_as_its_original_does_at_that_step_and_in_that_phase(twin, injection):
+    layer, x = nn.ModuleDict({"q_proj": nn.Linear(64, 64)}), torch.randn(2, 64)
+    injection = INJECTIONS[injection].model_copy(update={"kv_cache": None})
+    injection = injection.model_copy(update={"errors": tuple(e for e in injection.errors if e.point == "matmul")})
+    with attach(layer, injection) as harmed:
+        for phase in ("training", "rollout", "reference", "training"):
+            harmed.set_phase(phase)
+            assert torch.equal(twin(layer)["q_proj"](x), layer["q_proj"](x))
+
+
+def test_an_injection_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny()
+    before, classes = master_digest(model), [type(module) for module in model.modules()]
+    swapped, swap = [], install.swap
+
+    def fails_at_the_third(module, state):
+        if len(swapped) == 2:
+            raise RuntimeError("boom")
+        swapped.append(module)
+        swap(module, state)
+
+    monkeypatch.setattr(install, "swap", fails_at_the_third)
+    with pytest.raises(RuntimeError, match="boom"):
+        attach(model, INJECTIONS["w4a16"])
+    monkeypatch.undo()
+    assert [type(module) for module in model.modules()] == classes
+    assert master_digest(model) == before
+    attach(model, INJECTIONS["w4a16"]).remove()
 
 
 def test_what_is_saved_is_the_master(tmp_path):

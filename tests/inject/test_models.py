@@ -112,6 +112,15 @@ def test_experts_follow_the_optimizer():
             assert torch.equal(model(IDS).logits, fresh(IDS).logits)
 
 
+def test_frozen_experts_are_rounded_once_for_all_phases():
+    model = moe("grouped_mm").requires_grad_(False)
+    with attach(model, Injection(weight=MXFP4, targets=EXPERTS)) as harmed, torch.no_grad():
+        for phase in ("training", "rollout", "training"):
+            harmed.set_phase(phase)
+            model(IDS)
+        assert sum(row["elements"] for row in harmed.evidence()) == 2 * 4 * 3 * 64 * 32
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_rounded_cache_gives_the_same_next_token_with_and_without_reading_it_back(attention):
     model = dense(attention)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fp4rl.inject.attach import attach
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
 
 MECHANISMS = ("fsdp2", "fsdp2_late", "fsdp1", "fsdp1_late", "fsdp1_flat", "ddp")
 FEATURES = ("plain", "checkpoint", "accumulate", "checkpoint+accumulate", "lora", "lora+checkpoint", "merged+lora")
@@ -93,6 +94,19 @@ def test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept(order):
     assert all(layer.__dict__["injected"].kept.copy is None for layer in model)
     harmed.remove()
     assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_packing_what_is_sharded_is_refused_before_anything_is_touched():
+    model = blocks().requires_grad_(False)
+    fully_shard(model)
+    weights = [id(p) for p in model.parameters()]
+    always = {"weight": ["rollout", "training", "evaluation", "reference"]}
+    packed = Injection.model_validate({"mode": "w4a16", "frozen_base": "packed", "apply_during": always})
+    with pytest.raises(BadValue, match="FSDP cannot shard packed weights"):
+        attach(model, packed)
+    assert [id(p) for p in model.parameters()] == weights
+    assert not any("injected" in module.__dict__ for module in model.modules())
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fp4rl.inject.install import install
-from fp4rl.inject.packed import PackedState
+from fp4rl.inject.install import install, uninstall
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.report import evidence_rows, report
 from fp4rl.inject.resolve import resolve
 from fp4rl.inject.state import SiteState
-from fp4rl.inject.swap import is_injected, restore
+from fp4rl.inject.swap import is_injected
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.modes import PHASES, Phase
@@ -58,10 +57,7 @@ class Attachment:
         if phase not in PHASES:
             raise BadValue(f"no phase is called {phase!r}; known: {', '.join(PHASES)}")
         points, sharded = self.table.injection.apply_during.active(phase), _is_sharded(self.model)
-        if sharded and any(isinstance(state, PackedState) for state in self._states.values()):
-            raise BadValue(
-                "FSDP cannot shard packed weights, which have no tensor to shard; use DDP, or frozen_base: copy"
-            )
+        _refuse_packed_shards(self.table, sharded)
         self._phase: Phase = phase
         for state in self._states.values():
             state.keep_copies = not sharded
@@ -75,8 +71,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Give every module its own class back. The weights were never written; calling it twice is harmless."""
-        for module in self._modules:
-            restore(module)
+        uninstall(self.model, self.table, self._modules)
         for state in self._states.values():
             state.release()
         self._modules = []
@@ -129,7 +124,14 @@ def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
     taken = next((name for name, module in model.named_modules() if is_injected(module)), None)
     if taken is not None:
         raise BadValue(f"{taken or 'this layer'} already carries an injection; call remove() on it first")
-    return Attachment(model, resolve(model, injection) if isinstance(injection, Injection) else injection)
+    table = resolve(model, injection) if isinstance(injection, Injection) else injection
+    _refuse_packed_shards(table, _is_sharded(model))
+    return Attachment(model, table)
+
+
+def _refuse_packed_shards(table: SiteTable, sharded: bool) -> None:
+    if sharded and any(plan.packed for plan in table.plans):
+        raise BadValue("FSDP cannot shard packed weights, which have no tensor to shard; use DDP, or frozen_base: copy")
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -15,43 +15,65 @@ from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import PackedState
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.state import Settings, SiteState
-from fp4rl.inject.swap import swap
+from fp4rl.inject.swap import restore, swap
 
 _READ_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
-    """Swap the class of every module that the table names; -> these modules, and the state of each site by name."""
+    """Swap the class of every module that the table names; -> these modules, and the state of each site by name.
+
+    What raises on the way leaves the model as it was.
+    """
     shared = _shared_inputs(table.plans)
     states: dict[str, SiteState] = {}
     stacks: dict[str, dict[str, StackState]] = defaultdict(dict)
-    modules = []
-    for plan in table.plans:
-        settings = _settings(table, plan)
-        module = model.get_submodule(plan.site.path)
-        if plan.site.kind == "experts":
-            stack = StackState(plan, settings, SharedInput(1))
-            states[plan.name] = stacks[plan.site.path][str(plan.site.parameter)] = stack
-            continue
-        if plan.site.kind == "attention":
-            state: SiteState = AttentionState(plan, settings)
-        elif plan.merged:
-            module = model.get_submodule(plan.site.path.rpartition(".")[0])
-            state = MergedState(plan, settings, shared[plan.name])
-        elif plan.packed:
-            state = packed = PackedState(plan, settings, shared[plan.name])
-            packed.take(module)  # type: ignore[arg-type]
-            _hide_from_ddp(model, f"{plan.site.path}.weight")
-        else:
-            state = LinearState(plan, settings, shared[plan.name], frozen=_is_frozen(module))
-        swap(module, state)
-        states[plan.name] = state
-        modules.append(module)
-    for path, by_name in stacks.items():
-        module = model.get_submodule(path)
-        swap(module, ExpertsState(by_name))
-        modules.append(module)
+    modules: list[nn.Module] = []
+    try:
+        for plan in table.plans:
+            module, state = _made(model, plan, _settings(table, plan), shared[plan.name])
+            states[plan.name] = state
+            if isinstance(state, StackState):
+                stacks[plan.site.path][str(plan.site.parameter)] = state
+                continue
+            swap(module, state)
+            modules.append(module)
+        for path, by_name in stacks.items():
+            module = model.get_submodule(path)
+            swap(module, ExpertsState(by_name))
+            modules.append(module)
+    except BaseException:
+        uninstall(model, table, modules)
+        raise
     return modules, states
+
+
+def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) -> None:
+    """Give the modules that `install` swapped their own class back."""
+    for module in modules:
+        restore(module)
+    hidden = {f"{plan.site.path}.weight" for plan in table.plans if plan.packed}
+    if hidden:
+        model._ddp_params_and_buffers_to_ignore = [name for name in _ignored_by_ddp(model) if name not in hidden]  # type: ignore[assignment]
+
+
+def _made(model: nn.Module, plan: SitePlan, settings: Settings, shared: SharedInput) -> tuple[nn.Module, SiteState]:
+    """The module whose class is to be swapped for a plan, and its state."""
+    site = plan.site
+    module = model.get_submodule(site.path)
+    if site.kind == "attention":
+        return module, AttentionState(plan, settings)
+    frozen = not module.get_parameter(str(site.parameter)).requires_grad
+    if site.kind == "experts":
+        return module, StackState(plan, settings, shared, frozen)
+    if plan.merged:
+        return model.get_submodule(site.path.rpartition(".")[0]), MergedState(plan, settings, shared)
+    if plan.packed:
+        packed = PackedState(plan, settings, shared)
+        packed.take(module)  # type: ignore[arg-type]
+        model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{site.path}.weight"]  # type: ignore[assignment]
+        return module, packed
+    return module, LinearState(plan, settings, shared, frozen)
 
 
 def _settings(table: SiteTable, plan: SitePlan) -> Settings:
@@ -60,14 +82,9 @@ def _settings(table: SiteTable, plan: SitePlan) -> Settings:
     return Settings(getattr(torch, injection.dtype), injection.straight_through, seed)
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    return not next(module.parameters()).requires_grad
-
-
-def _hide_from_ddp(model: nn.Module, name: str) -> None:
-    """A weight without memory has nothing that ranks could compare or send; DDP reads this list when it wraps."""
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-    model._ddp_params_and_buffers_to_ignore = [*ignored, name]  # type: ignore[assignment]
+def _ignored_by_ddp(model: nn.Module) -> list[str]:
+    """Names that DDP passes over when it wraps: a weight without memory has nothing to compare or send."""
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", [])
 
 
 def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from fp4rl.inject.inputs import SharedInput
 from fp4rl.inject.matmul import harmed_linear
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.rounded import KeptCopy, through
+from fp4rl.inject.rounded import KeptCopy, through, watchable
 from fp4rl.inject.state import Injected, Settings, SiteState
 from fp4rl.spec.points import GRADIENTS
 
@@ -79,8 +79,7 @@ class LinearState(SiteState):
                 copy, reach = self._make(weight)
             return through(weight, copy, reach)
         made = self.kept.made
-        # FSDP1 puts plain views in the place of parameters, whose storage comes and goes.
-        keep = self.keep_copies and all(isinstance(tensor, nn.Parameter) for tensor in made_from)
+        keep = self.keep_copies and all(watchable(tensor) for tensor in made_from)
         copy = self.kept.of(made_from, lambda: self._make(weight), keep)
         for point in self.weight_points:
             self.note(point, weight, copy, (self.kept.made - made) * weight.numel())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
@@ -39,6 +39,10 @@ class Watch:
     def same_values(self) -> bool:
         """Whether the sample still reads the same."""
         return torch.equal(self._window, self._seen)
+
+    def saw_the_same(self, other: "Watch") -> bool:
+        """Whether another look, perhaps at another tensor, read the same sample."""
+        return torch.equal(self._seen, other._seen)
 
 
 class KeptCopy:
@@ -92,12 +96,18 @@ class KeptCopy:
             return False
         if self._doubted:
             self._doubted = False
-            if checksum(weights) != self._checksum:
-                return False
-            self._watches = [Watch(weight) for weight in weights]
+            return self._still_right(self.copy, weights)
         if not all(watch.same_tensor(weight) for watch, weight in zip(self._watches, weights, strict=True)):
             return False
         return not self._contradicted(weights[0])
+
+    def _still_right(self, copy: Tensor, weights: Sequence[Tensor]) -> bool:
+        """Whether a doubted copy is where its weights are, and they hold what they held: all bits, and the sample in
+        its order."""
+        if copy.device != weights[0].device or checksum(weights) != self._checksum:
+            return False
+        before, self._watches = self._watches, [Watch(weight) for weight in weights]
+        return all(old.saw_the_same(new) for old, new in zip(before, self._watches, strict=True))
 
     def _contradicted(self, weight: Tensor) -> bool:
         """Whether the sample was read, and reads otherwise than it did."""
@@ -106,7 +116,8 @@ class KeptCopy:
             refuse_capture(weight, self.name)
             if self._uses % ACCELERATOR_INTERVAL:
                 return False
-        if all(watch.same_values() for watch in self._watches):
+        first, *more = self._watches
+        if first.same_values() and all(watch.same_values() for watch in more):
             return False
         self.stale += 1
         if not weight.is_cpu:
@@ -135,10 +146,26 @@ def refuse_capture(weight: Tensor, name: str) -> None:
         raise BadValue(f"{name}: a CUDA graph would replay the rounding of today's weight; run without CUDA graphs")
 
 
+def watchable(weight: Tensor) -> bool:
+    """Whether a copy of it may be kept: a view, a stride or inference mode would hide from us how it is written.
+
+    FSDP1 puts plain views in the place of parameters, whose storage comes and goes.
+    """
+    return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference()
+
+
 def checksum(weights: Sequence[Tensor]) -> int:
-    """The sum of all bits read as integers: one pass over the memory, far cheaper than rounding."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sum(int(w.detach().view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights)
+    """The sum of all bits of contiguous weights, eight bytes at a time: 2 ms for 28 MB, where rounding takes 15."""
+    return sum(_sum_of_bits(weight.detach().view(-1)) for weight in weights)
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    own = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    at_once = 8 // flat.element_size()
+    if flat.storage_offset() % at_once:  # a view into a larger storage, beginning in the middle of eight bytes
+        return int(flat.view(own).sum(dtype=torch.int64))
+    whole = flat.numel() // at_once * at_once
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].view(own).sum(dtype=torch.int64))
 
 
 class StraightThrough(torch.autograd.Function):

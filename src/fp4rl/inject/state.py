@@ -31,7 +31,7 @@ class Settings:
 
 
 class SiteState:
-    """The frame of a site's state. A copy (deepcopy, pickle) has counters of its own and the phase of its original."""
+    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now."""
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
 
@@ -50,10 +50,11 @@ class SiteState:
         self.errors: tuple[HardwareError, ...] = ()
 
     def __reduce__(self) -> Any:
-        return type(self), self._ingredients(), (self.original, self.keep_copies, self.phase, self.points)
+        points = self.points | ({"errors"} if self.errors else set())
+        return type(self), self._ingredients(), (self.original, self.keep_copies, self.chance.step, self.phase, points)
 
-    def __setstate__(self, state: tuple[type[nn.Module], bool, Phase, frozenset[str]]) -> None:
-        self.original, self.keep_copies, phase, points = state
+    def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
+        self.original, self.keep_copies, self.chance.step, phase, points = state
         self.enter(phase, points)
 
     def _ingredients(self) -> tuple[Any, ...]:
