@@ -1,6 +1,11 @@
 """What the tests of numerics share: the tensors on which roundings go wrong, and equality of bits."""
 
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -59,6 +64,31 @@ def _edges() -> Iterator[Tensor]:
 def edges() -> Callable[[torch.dtype], list[Tensor]]:
     """Tensors of a dtype with ties, zeros, NaN, ragged shapes, outliers, and both ends of the range."""
     return lambda dtype: [x.to(dtype) for x in _edges()]
+
+
+@pytest.fixture(scope="session")
+def hard() -> ModuleType:
+    """hard_values.py: what the peers are compared on."""
+    where = Path(__file__).with_name("hard_values.py")
+    spec = importlib.util.spec_from_file_location("hard_values", where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[[str], ModuleType]:
+    """Imports a module of another quantizer, whose own warnings are none of ours; skips where it is not installed."""
+
+    def load(name: str) -> ModuleType:
+        pytest.importorskip(name.split(".")[0], reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(name)
+
+    return load
 
 
 @pytest.fixture
