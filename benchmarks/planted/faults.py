@@ -1,0 +1,125 @@
+"""Failures planted in real runs of the embedded model: from the first step on, or in the middle of a healthy run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fp4rl.rl.attempt import Attempt, Past, Run
+from fp4rl.spec.noise import Noise
+
+BASE: Mapping[str, Any] = MappingProxyType(
+    {
+        "task": {"name": "arithmetic", "difficulty": 2},
+        "evaluation": {"count": 1, "profiles": ["full"]},
+        "health": {"policy": "note"},
+    }
+)
+STEPS = 12
+"""Steps that a run goes on after the failure was planted."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`plant` changes a live attempt between two steps. `recipe`, `more`: what the spec says from the beginning."""
+
+    name: str
+    plant: Callable[[Attempt], None]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    onsets: tuple[int, ...] = (0, 12)
+
+    def described(self, seed: int, onset: int) -> dict[str, Any]:
+        """The whole description of the run that the failure is planted in after step `onset`."""
+        return {**BASE, **self.more, "training": {"steps": onset + STEPS, **self.recipe}, "seed": seed}
+
+
+def _learning_rate(lr: float) -> Callable[[Attempt], None]:
+    def plant(attempt: Attempt) -> None:
+        for group in attempt.trainer.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = lr
+        scheduler = getattr(attempt.trainer.lr_scheduler, "scheduler", attempt.trainer.lr_scheduler)
+        scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
+
+    return plant
+
+
+def _noise_on_linear_weights(attempt: Attempt) -> None:
+    attempt.phases.noise = Noise.model_validate(
+        {"schedule": {"kind": "constant", "sigma": 0.05}, "targets": {"kinds": ["linear"]}}
+    )
+
+
+def _length_is_rewarded(attempt: Attempt) -> None:
+    filler = attempt.trainer.filler
+    filler.rewarder.function = lambda completion, **_: 0.1 * len(completion.split())
+    buffer = filler.recipe.overlong_buffer.model_copy(update={"enable": False})
+    filler.recipe = filler.recipe.model_copy(update={"overlong_buffer": buffer})
+    _learning_rate(1e-3)(attempt)
+
+
+def _wrong_sign(attempt: Attempt) -> None:
+    attempt.trainer.filler.rewarder.function = lambda completion, answer, **_: (
+        -float(completion.split("####")[-1].replace(" ", "") == answer)
+    )
+
+
+def _equal_rewards(attempt: Attempt) -> None:
+    attempt.trainer.filler.rewarder.function = lambda **_: 1.0
+
+
+def _no_end(attempt: Attempt) -> None:
+    """The sampler waits for a token that the model never says."""
+    attempt.trainer.eos_token_ids = [attempt.tokenizer.bos_token_id]
+
+
+def _not_a_number(attempt: Attempt) -> None:
+    weight = next(p for p in attempt.model.parameters() if p.requires_grad)
+    weight.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+
+
+def _nothing(attempt: Attempt) -> None:
+    """The description alone is the failure."""
+
+
+def _one_side(phase: str) -> dict[str, Any]:
+    return {"injection": {"mode": "w4a16", "preset": "vllm", "apply_during": {"weight": [phase, "evaluation"]}}}
+
+
+FAULTS = (
+    Fault("learning rate 5e-3", _learning_rate(5e-3)),
+    Fault("noise 0.05 on linear weights in the rollout", _noise_on_linear_weights),
+    Fault(
+        "reward of 0.1 a token, no penalty, learning rate 1e-3",
+        _length_is_rewarded,
+        {"filter_groups": {"enable": False}},
+    ),
+    Fault("advantage of the wrong sign", _wrong_sign),
+    Fault("one reward for every answer", _equal_rewards, {"filter_groups": {"metric": "reward"}}),
+    Fault("the end token is not recognised", _no_end),
+    Fault("a gradient that is NaN", _not_a_number, onsets=(12,)),
+    Fault("W4A16 in training, not in the rollout", _nothing, more=_one_side("training"), onsets=(0,)),
+    Fault("W4A16 in the rollout, not in training", _nothing, more=_one_side("rollout"), onsets=(0,)),
+)
+
+
+class Planted(Attempt):
+    """An attempt that meets `fault` after `onset` steps."""
+
+    def __init__(self, run: Run, fault: Fault, onset: int) -> None:
+        self.fault = fault
+        self.onset = onset
+        super().__init__(run, Past())
+
+    def _on_begin(self, trainer: Any) -> None:
+        super()._on_begin(trainer)
+        if self.onset == 0:
+            self.fault.plant(self)
+
+    def _on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        ended = super()._on_step(step, metrics)
+        if step == self.onset:
+            self.fault.plant(self)
+        return ended
