@@ -83,6 +83,15 @@ class Phases:
         """Whether the loss starts from the log-probabilities that the noisy sampler gave."""
         return self.noise is not None and self.noise.logprobs == "noisy"
 
+    @property
+    def comparable(self) -> bool:
+        """Whether two forwards of the same tokens in the same phase give the same bits, so that two phases can be held
+        against each other: there is an injection, and nothing in it is left to chance."""
+        if self.attachment is None:
+            return False
+        injection = self.attachment.table.injection
+        return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)
+
     @contextmanager
     def reference(self, phase: Phase = "reference") -> Iterator[None]:
         """Score as a policy that stands still does: unquantized, or in the precision of another `phase`."""

@@ -23,11 +23,15 @@ from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
 from fp4rl.rl.fill import Filler
+from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.parts import Parts
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
 from fp4rl.tasks.task import Problem
+
+# Rollout and training phase are held against each other in the first steps and then every so often, on a few answers.
+_COMPARED_STEPS, _COMPARED_EVERY, _COMPARED_ROWS = 3, 10, 32
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -93,6 +97,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.parts.standing.reference is not None:
             with torch.no_grad(), self.parts.standing.reference.scoring():
                 batch["ref_per_token_logps"], _ = self._score(self.parts.standing.reference.model, batch)
+        if self.parts.phases.comparable and (self.step < _COMPARED_STEPS or self.step % _COMPARED_EVERY == 0):
+            self._step_metrics |= self._phases_apart(batch)
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
         return batch
@@ -122,6 +128,23 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             compute_entropy=entropy,
         )
         return logps, entropies
+
+    @torch.no_grad()
+    def _phases_apart(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """How far the policy as it is in rollouts is from the one in training, on the same tokens in the same way.
+
+        Unlike the sampler's own log-probabilities these carry no noise and no arithmetic of step-by-step decoding: 0
+        exactly where both phases round alike, in any dtype.
+        """
+        rows = {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
+        was_training = self.model.training
+        self.model.eval()
+        with self.parts.phases.reference("rollout"):
+            sampling, _ = self._score(self.model, rows)
+        training, _ = self._score(self.model, rows)
+        self.model.train(was_training)
+        found = mismatch_metrics(training, sampling, rows["completion_mask"])
+        return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]} if found else {}
 
     # -- a micro-batch
 

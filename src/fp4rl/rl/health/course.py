@@ -68,6 +68,10 @@ class Course:
         end = len(self.values) - ago
         return median(self.values[end - width : end]) if end >= width else None
 
+    def lately(self, most: int) -> float | None:
+        """Median of the last observations, at most `most` of them; None before there is one."""
+        return median(self.values[-most:]) if self.values else None
+
     def level_at(self, step: int) -> float | None:
         """Median of the last 3 observations up to `step`."""
         past = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step][-3:]

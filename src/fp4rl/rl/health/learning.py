@@ -6,6 +6,10 @@ from fp4rl.spec.health import Thresholds
 
 # Validations in a row without a new best before a rising reward looks suspicious.
 _FLAT = 4
+_RECENT = 20
+_AGO = 3
+# A share of groups with spread from which a fall can be told from chance: 1 of 16 groups is 0.06.
+_SPREAD_ENOUGH = 0.3
 
 
 def accuracy_collapse(courses: Courses, t: Thresholds) -> Verdict:
@@ -72,8 +76,18 @@ def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool
 def no_spread(courses: Courses, t: Thresholds) -> Verdict:
     """Every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
     share = courses.value("no_spread")
-    if share is None or share < t.no_spread:
+    if share is None:
         return OK
-    if solved(courses, t):
-        return Verdict("watch", f"{share:.0%} of the groups have no spread: the training problems are solved")
-    return Verdict("alarm", f"{share:.0%} of the groups earn one and the same reward: no learning signal")
+    if share >= t.no_spread:
+        if solved(courses, t):
+            return Verdict("watch", f"{share:.0%} of the groups have no spread: the training problems are solved")
+        return Verdict("alarm", f"{share:.0%} of the groups earn one and the same reward: no learning signal")
+    return _spread_gone(courses, share, t)
+
+
+def _spread_gone(courses: Courses, share: float, t: Thresholds) -> Verdict:
+    """Few groups still differ, all of a sudden, in a task that is not solved: the reward has stopped telling."""
+    usual = courses["no_spread"].recent(_RECENT, _AGO)
+    if usual is None or 1 - usual < _SPREAD_ENOUGH or 1 - share > t.spread_left * (1 - usual) or solved(courses, t):
+        return OK
+    return Verdict("alarm", f"{1 - share:.0%} of the groups have spread, {1 - usual:.0%} had: the reward hardly tells")

@@ -9,6 +9,7 @@ from fp4rl.spec.health import Thresholds
 _MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch_kl")
 _RECENT = 20
 _AGO = 3
+_WINDOW = 3
 
 
 def not_a_number(courses: Courses, t: Thresholds) -> Verdict:  # noqa: ARG001
@@ -43,11 +44,30 @@ def _vanished(courses: Courses, t: Thresholds) -> Verdict:
 
 def mismatch(courses: Courses, t: Thresholds) -> Verdict:
     """Answers were sampled from a policy other than the one that is trained on them."""
-    kl, probability = courses.value("mismatch_kl"), courses.value("mismatch_probability")
+    phases = courses["mismatch_phases"].lately(_WINDOW)
+    if phases is not None and phases >= t.mismatch_phases:
+        return Verdict("alarm", f"rollout and training round differently: KL {phases:.3g} nats a token between them")
+    found = _apart(courses, t)
+    # Where both sides round alike and no noise is on, what is left is arithmetic in low precision, until it grows.
+    explained = phases is not None and not courses.value("sigma")
+    if found and explained and not _grew(courses, t):
+        return Verdict("watch", f"{found}, though both round alike: low-precision arithmetic; see rollout_correction")
+    return Verdict("alarm", found) if found else OK
+
+
+def _apart(courses: Courses, t: Thresholds) -> str:
+    """What the sampler's own log-probabilities say; empty where they are close. The median of the last few steps, since
+    the estimate of one step is carried by few tokens."""
+    if courses.value("mismatch_kl") is None and courses.value("mismatch_probability") is None:
+        return ""
+    kl, probability = courses["mismatch_kl"].lately(_WINDOW), courses["mismatch_probability"].lately(_WINDOW)
     if kl is not None and kl >= t.mismatch_kl:
-        return Verdict("alarm", f"KL(rollout || train) {kl:.3g} nats a token: the sampler is another policy")
+        return f"KL(rollout || train) {kl:.3g} nats a token: the sampler is another policy"
     if probability is not None and probability >= t.mismatch_probability:
-        return Verdict(
-            "alarm", f"token probabilities differ by {probability:.3g} on average between sampler and trainer"
-        )
-    return OK
+        return f"token probabilities differ by {probability:.3g} on average between sampler and trainer"
+    return ""
+
+
+def _grew(courses: Courses, t: Thresholds) -> bool:
+    start, now = courses["mismatch_kl"].early(_RECENT), courses["mismatch_kl"].lately(_WINDOW)
+    return start is not None and now is not None and now >= t.mismatch_growth * start

@@ -37,7 +37,7 @@ _SIGNALS: Mapping[str, tuple[str, ...]] = {
     "reward_hacking": ("reward", "validation"),
     "gradient": ("grad_norm",),
     "no_spread": ("no_spread",),
-    "mismatch": ("mismatch_kl", "mismatch_probability"),
+    "mismatch": ("mismatch_kl", "mismatch_probability", "mismatch_phases"),
     "dead_rollouts": ("truncated", "empty", "repetition"),
 }
 # What is beyond doubt at first sight; everything else must persist.

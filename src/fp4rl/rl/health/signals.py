@@ -23,6 +23,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "no_spread": ("sampling/dropped_share", "frac_reward_zero_std"),
     "mismatch_kl": ("rollout_corr/k3_kl",),
     "mismatch_probability": ("training/rollout_probs_diff_mean",),
+    "mismatch_phases": ("rollout_corr/phase_k3_kl",),
+    "sigma": ("noise/sigma",),
 }
 
 # A step in which no group had spread made no update; what it logs for these is the mean of nothing.
