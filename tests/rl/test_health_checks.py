@@ -230,6 +230,34 @@ def test_a_sampler_of_another_precision_is_seen_by_kl_or_by_probabilities():
     assert judged("mismatch", mismatch_kl=[0.003], mismatch_probability=[0.003]).state == "ok"
 
 
+def test_one_noisy_step_neither_makes_nor_hides_a_mismatch():
+    assert judged("mismatch", mismatch_kl=[0.012, 0.014, 0.003]).state == "alarm"
+    assert judged("mismatch", mismatch_kl=[0.001, 0.09, 0.001]).state == "ok"
+
+
+def test_phases_that_round_differently_are_an_alarm_however_small_the_divergence():
+    assert judged("mismatch", mismatch_kl=[0.001] * 3, mismatch_phases=[0.0007] * 3).state == "alarm"
+    assert judged("mismatch", mismatch_kl=[0.001] * 3, mismatch_phases=[0.0] * 3).state == "ok"
+
+
+def test_low_precision_arithmetic_is_a_watch_where_both_phases_round_alike_unless_it_grows_or_noise_is_on():
+    """bfloat16 under W4A4 shows .009 nats although nothing is wrong."""
+    alike = {"mismatch_phases": [0.0, 0.0, 0.0] + [None] * 5}
+    assert judged("mismatch", mismatch_kl=[0.009] * 8, **alike).state == "watch"
+    assert judged("mismatch", mismatch_kl=[0.009] * 5 + [0.2] * 3, **alike).state == "alarm"
+    assert judged("mismatch", mismatch_kl=[0.009] * 8, sigma=[0.05] * 8, **alike).state == "alarm"
+    assert judged("mismatch", mismatch_kl=[0.009] * 8).state == "alarm"
+
+
+def test_spread_that_goes_all_of_a_sudden_is_an_alarm_unless_the_task_is_solved():
+    gone = [0.5] * 10 + [0.94, 0.9, 0.94]
+    assert judged("no_spread", no_spread=gone, accuracy=[0.7] * 13).state == "alarm"
+    assert judged("no_spread", no_spread=gone, accuracy=[0.97] * 13).state == "ok"
+    slowly = [0.5 + 0.01 * step for step in range(44)]
+    assert judged("no_spread", no_spread=slowly, accuracy=[0.7] * 44).state == "ok"
+    assert judged("no_spread", no_spread=[0.85] * 10 + [0.94] * 3, accuracy=[0.2] * 13).state == "ok"
+
+
 def test_empty_and_repeated_answers_are_dead():
     assert judged("dead_rollouts", empty=[0.9]).state == "alarm"
     assert judged("dead_rollouts", length=[20.0] * 8 + [1.0]).state == "alarm"

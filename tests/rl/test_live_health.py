@@ -18,9 +18,10 @@ def mismatch_alarms(heard):
 
 
 @pytest.mark.parametrize("left_out", ["rollout", "training"])
-def test_quantizing_one_side_alone_raises_the_mismatch_alarm_within_three_steps(left_out, run, experiment):
+@pytest.mark.parametrize("arm", ["w4a4", pytest.param("w4a16", marks=pytest.mark.slow)])
+def test_quantizing_one_side_alone_raises_the_mismatch_alarm_within_three_steps(arm, left_out, run, experiment):
     phases = [phase for phase in POLICY if phase != left_out]
-    _, heard = run(experiment("w4a4", injection={"apply_during": phases}, training=FOUR))
+    _, heard = run(experiment(arm, injection={"apply_during": phases}, training=FOUR))
     assert [alarm["step"] <= 3 for alarm in mismatch_alarms(heard)] == [True]
     assert any("mismatch alarm" in line for line in heard.lines)
 
@@ -33,6 +34,14 @@ def test_a_healthy_run_has_one_policy_on_both_sides(arm, run, experiment):
     _, heard = run(experiment(arm, training=FOUR))
     assert not mismatch_alarms(heard)
     assert all(abs(metrics["rollout_corr/k3_kl"]) < 1e-4 for _, metrics in heard.steps)
+
+
+def test_bfloat16_under_w4a4_is_no_other_policy(run, experiment):
+    """Its decoding and its training forward differ by arithmetic alone, and 4-bit inputs make much of that."""
+    _, heard = run(experiment("w4a4", model={"dtype": "bfloat16"}, training=FOUR))
+    assert not mismatch_alarms(heard)
+    assert heard.steps[0][1]["rollout_corr/k3_kl"] > 1e-5
+    assert [metrics["rollout_corr/phase_k3_kl"] for _, metrics in heard.steps[:3]] == [0.0] * 3
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_every_method_that_we_call_takes_what_we_give_it(name):
 
 def test_our_callback_answers_to_events_that_exist():
     ours = {name for name in vars(_AroundTheOptimizer) if name.startswith("on_")}
-    assert ours == {"on_train_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_save"}
+    assert ours == {"on_train_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_save"}
     assert all(hasattr(TrainerCallback, name) for name in ours)
 
 

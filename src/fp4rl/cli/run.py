@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.profiled import profiled
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
@@ -24,6 +25,9 @@ def command(
     rerun_stale: Annotated[
         bool, typer.Option("--rerun-stale", help="Also repeat finished runs that other code computed.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a step's time goes; every run keeps it as profile.md.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Carry out the runs of a suite or an experiment. Finished runs are skipped; the same command resumes.
@@ -37,8 +41,12 @@ def command(
     outcome = carry_out_all(
         described, spec.stem, runs, jobs, report_to=report_to or (), rerun_stale=rerun_stale, quiet=as_json
     )
+    done = [*outcome.skipped, *outcome.done]
+    table = profiled(done, runs) if profile and done else None
     if as_json:
         print_json(_as_dict(outcome))
+    elif table is not None:
+        console().print(table)
     end(outcome)
 
 

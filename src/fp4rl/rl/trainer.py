@@ -23,6 +23,7 @@ from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
 from fp4rl.rl.fill import Filler
+from fp4rl.rl.laps import Laps
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.parts import Parts
@@ -42,6 +43,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self._totals: dict[str, list[float]] = defaultdict(list)
         self._step_metrics: dict[str, float] = {}
         self._started = time.perf_counter()
+        self.laps = Laps()
         self.learned = True
         recipe = parts.recipe
         super().__init__(
@@ -80,10 +82,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- a generation batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        self.laps.lap("between")
         self._started, recipe = time.perf_counter(), self.parts.recipe
         seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
         with self.parts.phases.rollout(self.step, self._data_epochs()):
+            self.laps.lap("noise")
             filled = self.filler.fill(self._sample)
+            self.laps.lap("rewards")
+        self.laps.lap("noise")
         if line := filled.refill.report():
             self.parts.hooks.say(f"step {self.step}: {line}")
         batch = training_batch(
@@ -94,16 +100,20 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             "noise/sigma": self.parts.phases.sigma,
             "time/rollout_s": time.perf_counter() - self._started,
         }
+        self.laps.lap("batch")
         if self.parts.standing.reference is not None:
             with torch.no_grad(), self.parts.standing.reference.scoring():
                 batch["ref_per_token_logps"], _ = self._score(self.parts.standing.reference.model, batch)
+            self.laps.lap("reference")
         if self.parts.phases.comparable and (self.step < _COMPARED_STEPS or self.step % _COMPARED_EVERY == 0):
             self._step_metrics |= self._phases_apart(batch)
+            self.laps.lap("comparison")
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
         return batch
 
     def _sample(self, problems: list[Problem]) -> Rollout:
+        self.laps.lap("rewards")
         recipe = self.parts.recipe
         config = GenerationConfig(
             max_new_tokens=recipe.max_response_length,
@@ -116,7 +126,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         )
         sampling = Sampling(config, recipe.max_prompt_length, self.eos_token_ids)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            return roll_out(model, self._tokenizer, problems, sampling)
+            found = roll_out(model, self._tokenizer, problems, sampling)
+        self.laps.lap("generation")
+        return found
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
@@ -149,10 +161,16 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- a micro-batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        self.laps.lap("other")
         mask = inputs.get("loss_mask", inputs["completion_mask"])
         logps, entropies = self._score(model, inputs, entropy=True)
         assert entropies is not None
         self.learned, whole = self._whole()
+        self.laps.lap("forward")
+        teacher_kl = None
+        if self.teacher is not None:
+            teacher_kl = self.teacher.kl(*_whole_sequences(inputs), mask)
+            self.laps.lap("teacher")
         batch = MicroBatch(
             logps,
             entropies,
@@ -161,13 +179,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             inputs["sampling_per_token_logps"],
             inputs.get("old_per_token_logps"),
             inputs.get("ref_per_token_logps"),
-            self.teacher.kl(*_whole_sequences(inputs), mask) if self.teacher is not None else None,
+            teacher_kl,
             first=self._step % self.args.steps_per_generation < self.args.gradient_accumulation_steps,
             old_is_sampler=self.parts.phases.scores_with_noise,
         )
         loss, metrics = objective(batch, self.parts.recipe, self.parts.rule, whole)
         for name, value in metrics.items():
             self._totals[name].append(value)
+        self.laps.lap("loss")
         return loss
 
     def _whole(self) -> tuple[bool, Whole]:
@@ -193,6 +212,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         for batch in self._buffered_inputs[span:]:
             if "old_per_token_logps" not in batch:
                 batch["old_per_token_logps"], _ = self._score(self.model, batch)
+        self.laps.lap("old_logps")
 
     # -- the log line
 
@@ -209,6 +229,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         found = {name: max(v) if "max" in name else sum(v) / len(v) for name, v in self._totals.items()}
         self._totals.clear()
         found["time/step_s"] = time.perf_counter() - self._started
+        self.laps.lap("other")
+        found |= {f"time/{name}_s": seconds for name, seconds in self.laps.take().items()}
         if self.parts.hooks.on_step(self.step, {**self._step_metrics, **found}):
             self.control.should_training_stop = True
 
@@ -226,12 +248,18 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Model, optimizer and scheduler have been loaded: the rest of a checkpoint's state follows."""
         self._trainer.parts.hooks.on_begin(self._trainer)
+        self._trainer.laps.restart()
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """The backward of a micro-batch is done, and more of the update are to come."""
+        self._trainer.laps.lap("backward")
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Ask, once, whether training met every site; and drop the gradient of a batch without any answer.
 
         A zero gradient would still move the weights by momentum.
         """
+        self._trainer.laps.lap("backward")
         self._trainer.parts.phases.require_calls("training")
         self._trainer.score_later_updates()
         if not self._trainer.learned:
@@ -240,6 +268,7 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Cached rounded weights are thrown away: nothing else tells that a fused AdamW has run."""
         self._trainer.parts.phases.weights_changed()
+        self._trainer.laps.lap("optimizer")
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The trainer's checkpoint is whole: ours, written last, completes it."""

@@ -106,7 +106,7 @@ class Thresholds(Spec):
     solved: PositiveFloat = Field(default=0.9, description="accuracy at which no spread means there is nothing left")
     mismatch_kl: PositiveFloat = Field(default=0.006, description="k3 estimate of KL(rollout || train), nats a token")
     mismatch_probability: PositiveFloat = Field(default=0.008, description="mean |probability difference| of a token")
-    mismatch_phases: PositiveFloat = Field(default=1e-4, description="the KL that rounding alone makes, nats a token")
+    mismatch_phases: PositiveFloat = Field(default=5e-5, description="the KL that rounding alone makes, nats a token")
     mismatch_growth: PositiveFloat = Field(default=10.0, description="KL over its early median where rounding is alike")
     dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
     empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")

@@ -1,0 +1,66 @@
+"""Where a step's time goes, out of the laps that every run logs (`time/*_s` in metrics.jsonl)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
+
+from fp4rl.lab.files import write_whole
+from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.mistakes import NotThere
+
+WHAT: Mapping[str, str] = {
+    "generation": "sampling the answers",
+    "rewards": "scoring the answers, choosing groups",
+    "noise": "noise on and off, proof that the masters are unharmed",
+    "batch": "padding and advantages",
+    "reference": "log-probabilities of the KL reference",
+    "comparison": "rollout phase against training phase (first steps, then every tenth)",
+    "forward": "forward of the policy, with rounding",
+    "teacher": "forward and KL of the teacher",
+    "loss": "loss and its metrics",
+    "backward": "backward and gradient clipping",
+    "old_logps": "old log-probabilities of later updates",
+    "optimizer": "the optimizer's step",
+    "other": "the trainer's own work",
+    "between": "evaluations on the way, checkpoints, logs",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One kind of work: seconds a step, and its share of all."""
+
+    name: str
+    seconds: float
+    share: float
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return WHAT[self.name]
+
+
+def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
+    """The kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
+
+    Raises NotThere when the run logged no step.
+    """
+    steps = list(folder.metrics().values())
+    steps = steps[1:] or steps
+    found = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
+    whole = sum(found.values())
+    if not whole:
+        raise NotThere(f"{folder.key} has logged no times: it ended before its first step, or older code ran it")
+    shares = [Share(name, seconds, seconds / whole) for name, seconds in found.items() if seconds > 0]
+    return tuple(sorted(shares, key=lambda one: -one.seconds))
+
+
+def write_profile(folder: RunFolder) -> tuple[Share, ...]:
+    """`profile.md` beside the run's results; returns what stands in it."""
+    shares = where_time_goes(folder)
+    rows = [f"| {one.name} | {one.seconds:.4f} | {one.share:.1%} | {one.what} |" for one in shares]
+    whole = sum(one.seconds for one in shares)
+    head = [f"# Where a step of {folder.key} goes", "", f"{whole:.4f} s a step, mean over all steps but the first.", ""]
+    table = ["| work | s a step | share | what it is |", "|---|---|---|---|", *rows, ""]
+    write_whole(folder.path / "profile.md", "\n".join([*head, *table]))
+    return shares

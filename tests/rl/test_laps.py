@@ -1,0 +1,81 @@
+"""Where the time of a step goes: laps that add up, from the trainer to the table of `--profile`."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from fp4rl.cli.main import main
+from fp4rl.cli.profiled import profiled
+from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.profile import WHAT, where_time_goes, write_profile
+from fp4rl.rl.laps import Laps
+from fp4rl.spec.mistakes import NotThere
+
+
+def test_every_moment_belongs_to_the_lap_that_ends_next():
+    clock = iter([0.0, 1.0, 3.0, 7.0, 8.0])
+    laps = Laps(lambda: next(clock))
+    laps.lap("a")
+    laps.lap("b")
+    laps.restart()  # 3 to 7 belongs to nothing
+    laps.lap("a")
+    assert laps.take() == {"a": 2.0, "b": 2.0}
+    assert laps.take() == {}
+
+
+def test_the_laps_of_a_step_are_known_and_add_up_to_it(run, experiment):
+    training = {"kl_loss_coef": 0.1, "distillation": {"coef": 0.5}, "steps": 2}
+    _, heard = run(experiment("w4a4", training=training))
+    for _, metrics in heard.steps:
+        laps = {name: s for name in WHAT if (s := metrics.get(f"time/{name}_s")) is not None}
+        assert set(laps) == set(WHAT)
+        assert sum(laps.values()) - laps["between"] == pytest.approx(metrics["time/step_s"], rel=0.02)
+
+
+def folder_of(tmp_path, *steps):
+    folder = RunFolder(tmp_path / "suite" / "run")
+    for number, times in enumerate(steps, start=1):
+        folder.add_metrics(number, {f"time/{name}_s": seconds for name, seconds in times.items()})
+    return folder
+
+
+def test_the_first_step_is_left_out_and_the_longest_comes_first(tmp_path):
+    folder = folder_of(
+        tmp_path, {"backward": 100.0}, {"generation": 3.0, "backward": 1.0}, {"generation": 3.0, "backward": 1.0}
+    )
+    found = [(one.name, one.seconds, one.share) for one in write_profile(folder)]
+    assert found == [("generation", 3.0, 0.75), ("backward", 1.0, 0.25)]
+    assert "| generation | 3.0000 | 75.0% | sampling the answers |" in (folder.path / "profile.md").read_text()
+
+
+def test_a_run_without_times_says_so(tmp_path):
+    with pytest.raises(NotThere, match="suite/run has logged no times"):
+        where_time_goes(folder_of(tmp_path, {}))
+
+
+def test_arms_stand_side_by_side_in_80_columns(tmp_path, experiment):
+    runs = [PlannedRun("suite", arm, seed, experiment(seed=seed)) for arm in ("bf16", "w4a4") for seed in (0, 1)]
+    for run, seconds in zip(runs, (1.0, 3.0, 5.0, 5.0), strict=True):
+        folder = run_folder(tmp_path, run.suite, run.run_id)
+        folder.add_metrics(1, {"time/generation_s": seconds, "time/teacher_s": 0.0})
+    screen = Console(width=80, record=True, file=io.StringIO())
+    screen.print(profiled(runs, tmp_path))
+    text = screen.export_text()
+    assert "2.000 100%" in text
+    assert "5.000 100%" in text
+    assert "teacher" not in text
+
+
+@pytest.mark.slow
+def test_run_shows_the_profile_on_request(experiment, model_cache, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "models").symlink_to(model_cache)
+    spec = tmp_path / "trial.json"
+    spec.write_text(json.dumps(experiment("bf16").model_dump(mode="json")))
+    assert main(["run", str(spec), "--runs", str(tmp_path / "runs"), "--jobs", "1", "--profile"]) == 0
+    assert "generation" in capsys.readouterr().out
+    (written,) = (tmp_path / "runs").glob("*/*/profile.md")
+    assert "backward and gradient clipping" in written.read_text()
