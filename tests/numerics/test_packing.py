@@ -49,6 +49,21 @@ def test_pack_unpack_dequantize_is_fake_quantization(fmt, name, edges, equal, ba
             assert torch.equal(packed.scales.view(torch.uint8), stored.scales.view(torch.uint8))
 
 
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_values_are_written_where_they_are_wanted(name, equal, backend):
+    backend(name)
+    x = torch.randn(6, 45)
+    packed, wide = pack_tensor(x, MXFP4), torch.full((6, 90), 7.0)
+    for out in (torch.full_like(x, 7.0), wide[:, ::2]):
+        assert dequantize(packed, out=out) is out
+        assert equal(out.contiguous(), fake_quantize(x, MXFP4))
+    assert (wide[:, 1::2] == 7).all()
+    with pytest.raises(BadValue, match="out is"):
+        dequantize(packed, out=x[:, 1:])
+    with pytest.raises(BadValue, match="out is"):
+        dequantize(quantize(x, MXFP4), out=x.bfloat16())
+
+
 @pytest.mark.parametrize("fmt", WIDER, ids=lambda f: f.name)
 def test_codes_of_wider_elements_give_the_values_back(fmt, edges, equal):
     for dtype in (torch.float32, torch.bfloat16):

@@ -32,6 +32,7 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
+    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.models.quiet import quiet
     from fp4rl.rl.judge import Judge
     from fp4rl.rl.start import task_of
@@ -40,6 +41,7 @@ def command(
     from fp4rl.spec.experiment import Experiment
 
     quiet()
+    ready_to_round()
     described = parse(
         Experiment,
         {

@@ -165,8 +165,10 @@ def _ideal(fmt: Format) -> dict[str, float]:
 
 
 def _compare(as_json: bool) -> None:
+    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.numerics.distributions import DATA, errors_on
 
+    ready_to_round()
     rows: list[tuple[str, float, dict[str, dict[str, float]]]] = []
     with progress(console(stderr=True)) as bar:
         for label, fmt in bar.track(list(_compared()), description="measuring"):

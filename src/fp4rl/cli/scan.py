@@ -62,6 +62,9 @@ def command(
 
     Example: `fp4rl scan embedded --mode w4a4 --html scan.html --advise advice.yaml`
     """
+    from fp4rl.cli.rounding import ready_to_round
+
+    ready_to_round()
     experiment = described(model, task, data, dtype)
     injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
     pieces = _pieces(take)

@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from fp4rl.engines.rounding import choose_backend
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import Event, OnEvent, Outcome
 
@@ -169,6 +170,7 @@ def _attempt(run: PlannedRun, root: Path, report_to: tuple[str, ...], pipe: Conn
         pipe.send(Event(run.run_id, stage, done, total, metrics))
 
     try:
+        choose_backend(lambda message: tell(message, 0, 0))
         carry_out(run, root, tell, report_to)
     except Mistake as error:
         return str(error), True

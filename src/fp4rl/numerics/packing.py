@@ -104,10 +104,18 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
 
 
 @torch.no_grad()
-def dequantize(stored: Quantized | Packed) -> Tensor:
-    """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives."""
+def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tensor:
+    """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives.
+
+    `out` takes them; raises BadValue where its shape or dtype is another.
+    """
+    shape = stored.codes.shape if isinstance(stored, Quantized) else (*stored.data.shape[:-1], stored.columns)
+    if out is not None and (out.shape != shape or out.dtype != stored.levels.dtype):
+        raise BadValue(
+            f"out is {out.dtype} {tuple(out.shape)}, but the values are {stored.levels.dtype} {tuple(shape)}"
+        )
     if isinstance(stored, Packed):
-        if (values := _fast_values(stored)) is not None:
+        if (values := _fast_values(stored, out)) is not None:
             return values
         stored = unpack(stored)
     fmt, dtype = stored.fmt, torch.float64 if stored.levels.dtype == torch.float64 else torch.float32
@@ -115,7 +123,8 @@ def dequantize(stored: Quantized | Packed) -> Tensor:
     scales = stored.scales.to(torch.int32) if fmt.scale == "e8m0" else stored.scales
     scale = grouping.scales_inside(effective_scale(scales, stored.factor, fmt, dtype))
     values = decode(grouping.split(stored.codes), fmt.element, dtype) * scale
-    return stored.levels.outside(grouping.join(values).to(stored.levels.dtype))
+    result = stored.levels.outside(grouping.join(values).to(stored.levels.dtype))
+    return result if out is None else out.copy_(result)
 
 
 def pack(stored: Quantized) -> Packed:
@@ -142,14 +151,17 @@ def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = N
     return Packed(*made, Levels(fmt, x.dtype), columns_of(x))
 
 
-def _fast_values(packed: Packed) -> Tensor | None:
+def _fast_values(packed: Packed, out: Tensor | None) -> Tensor | None:
     """`dequantize` by the C kernels, None where they are not built or do not know the format."""
     library = native_library(2 * packed.data.numel())
     dtype = packed.levels.dtype
     if library is None or not native_packing.supports(packed.data.new_empty(0, dtype=dtype), packed.fmt):
         return None
-    out = packed.data.new_empty(*packed.data.shape[:-1], packed.columns, dtype=dtype)
-    return native_packing.unpack_native(library, packed.data, packed.scales, packed.factor, packed.fmt, out)
+    fits = out is not None and out.is_contiguous() and out.device == packed.data.device
+    target = out if fits else packed.data.new_empty(*packed.data.shape[:-1], packed.columns, dtype=dtype)
+    assert target is not None
+    native_packing.unpack_native(library, packed.data, packed.scales, packed.factor, packed.fmt, target)
+    return target if out is None or fits else out.copy_(target)
 
 
 def unpack(packed: Packed) -> Quantized:

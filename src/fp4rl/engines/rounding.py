@@ -1,0 +1,20 @@
+"""The rounding backend that the environment asks for: read here, at the doors, and nowhere below."""
+
+import os
+from collections.abc import Callable
+
+from fp4rl.spec.mistakes import BadValue
+
+VARIABLE = "FP4RL_BACKEND"
+
+
+def choose_backend(announce: Callable[[str], None]) -> None:
+    """Forces the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and what they
+    took. Raises BadValue for a word that is no backend and for one that cannot work here.
+    """
+    from fp4rl.numerics.dispatch import use
+
+    try:
+        use(os.environ.get(VARIABLE) or "auto", announce)
+    except BadValue as error:
+        raise BadValue(f"{VARIABLE}: {error}") from None
