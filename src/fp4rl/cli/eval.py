@@ -32,15 +32,16 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.models.quiet import quiet
+
+    quiet()
+    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.rl.judge import Judge
     from fp4rl.rl.start import task_of
     from fp4rl.spec.door import parse
     from fp4rl.spec.evaluation import Evaluation
     from fp4rl.spec.experiment import Experiment
 
-    quiet()
     ready_to_round()
     described = parse(
         Experiment,
