@@ -27,11 +27,11 @@ def policy():
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
 
 
-def eager(injection):
+def eager(injection, dtype=torch.float32):
     """(y, gradients) without compilation."""
-    model = policy()
+    model = policy().to(dtype)
     with attach(model, injection):
-        y = model(X)
+        y = model(X.to(dtype))
         y.square().sum().backward()
     return y.detach(), [p.grad for p in model.parameters()]
 
@@ -109,15 +109,38 @@ def test_a_scripted_model_offers_nothing_that_could_be_swapped():
         attach(torch.jit.trace(policy(), X), Injection.named("w4a16"))
 
 
+INDUCTOR = {
+    "w4a4": Injection.named("w4a4"),
+    "clipped": Injection.named("w4a4", straight_through="clipped"),
+    "nvfp4": Injection.named("nvfp4_w4a4"),
+    "all in float16": Injection(weight="mxfp8", input="mxfp4", output="fp8", dtype="float16"),
+}
+
+
 @pytest.mark.slow
-def test_inductor_compiles_it_to_the_same_numbers():
-    injection, model = Injection.named("w4a4"), policy()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_inductor_rounds_in_the_dtype_that_was_asked(name, dtype):
+    """Left to itself it drops casts that go down and up again, and rounds what the model holds instead."""
+    injection, model = INDUCTOR[name], policy().to(dtype)
     with attach(model, injection) as harmed:
-        y = compiled(model, "inductor")(X)
+        y = compiled(model, "inductor")(X.to(dtype))
         y.square().sum().backward()
         assert all(row["calls"] == 1 for row in harmed.evidence())
-    expected, gradients = eager(injection)
-    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
-    assert all(
-        torch.allclose(p.grad, g, rtol=1e-4, atol=1e-5) for p, g in zip(model.parameters(), gradients, strict=True)
-    )
+    expected, gradients = eager(injection, dtype)
+    wrong, _ = eager(injection.model_copy(update={"dtype": "float32"}), dtype)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert torch.allclose(y, expected, **close)
+    if dtype == torch.float32:
+        assert not torch.allclose(y, wrong, **close)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert float((parameter.grad - gradient).norm() / gradient.norm()) < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.slow
+def test_a_graph_breaks_for_what_is_drawn_and_the_numbers_stay():
+    injection, model = Injection(weight="mxfp4_sr", input="mxfp4_sr"), policy()
+    with attach(model, injection), torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(X), model(X))
+    with attach(model, injection), pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(model, "eager")(X)

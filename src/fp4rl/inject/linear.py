@@ -90,7 +90,7 @@ class LinearState(SiteState):
         fmt = self.plan.weight if "weight" in self.points else None
         if fmt is not None:
             generator = self._rounding_chance(weight) if fmt.rounding == "stochastic" else None
-            copy, reach = self.rounded(weight, fmt, generator)
+            copy, reach = self.rounded(weight, "weight", generator)
         if self.has_errors("weight"):
             copy = self.with_errors(copy, "weight", copy)
         return copy, reach

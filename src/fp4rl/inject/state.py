@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import Chance, corrupted
+from fp4rl.inject.graph import reach_as, round_as, words
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounded import through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
 from fp4rl.numerics.straight_through import Variant
-from fp4rl.spec.formats import Format
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.modes import Phase
-from fp4rl.spec.points import can_clip
+from fp4rl.spec.points import GRADIENTS, can_clip
 
 KEY = "injected"  # where a module holds its state
 
@@ -38,6 +38,10 @@ class SiteState:
     def __init__(self, plan: SitePlan, settings: Settings) -> None:
         self.plan = plan
         self.settings = settings
+        formats = {point: getattr(plan, point) for point in plan.points()}
+        self._words = {point: words(fmt) for point, fmt in formats.items()}
+        clipped = settings.variant == "clipped"
+        self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
         self.chance = Chance(settings.seed)
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}
@@ -101,19 +105,31 @@ class SiteState:
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
         """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""
-        fmt = getattr(self.plan, point)
-        generator = self.chance.for_tensor(x, point) if fmt.rounding == "stochastic" else None
+        generator = self.chance.for_tensor(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
         # The cast is part of the rounding: left to autograd, it would cast the gradient as well.
-        copy, reach = self.rounded(x, fmt, generator)
+        copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
         return through(x, copy, reach)
 
-    def rounded(self, x: Tensor, fmt: Format, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """(Q(x cast to the injection's dtype) in x's own dtype, where a gradient may pass); no gradient."""
+        if not torch.compiler.is_compiling():
+            return self._rounded_now(x, point, generator)
+        if generator is not None:
+            return self._rounded_outside(x, point, generator)
+        dtype, fmt = self.settings.dtype, self._words[point]
         with torch.no_grad():
-            seen = x.detach().to(self.settings.dtype)
-            reach = within_reach(seen, fmt) if self.settings.variant == "clipped" and can_clip(fmt) else None
+            reach = reach_as(x.detach(), fmt, dtype) if point in self._clipping else None
+            return round_as(x.detach(), fmt, dtype), reach
+
+    def _rounded_now(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            fmt, seen = getattr(self.plan, point), x.detach().to(self.settings.dtype)
+            reach = within_reach(seen, fmt) if point in self._clipping else None
             return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
+
+    # Where something is drawn, a compiled graph breaks, or refuses if it may not.
+    _rounded_outside = torch.compiler.disable(_rounded_now)
 
     def with_errors(self, x: Tensor, where: str, drawn_for: Tensor, *, backward: str = "") -> Tensor:
         """`x` with the errors of a point in it: those of the forward, or of the product `backward`."""
@@ -137,9 +153,9 @@ class SiteState:
         """The gradient as an operand of `product` (grad_input, grad_weight), rounded where its format is active."""
         if product not in self.points:
             return g
-        fmt = getattr(self.plan, product)
-        generator = self.chance.for_tensor(g, product) if fmt.rounding == "stochastic" else None
-        rounded, _ = self.rounded(g, fmt, generator)
+        stochastic = getattr(self.plan, product).rounding == "stochastic"
+        generator = self.chance.for_tensor(g, product) if stochastic else None
+        rounded, _ = self.rounded(g, product, generator)
         self.note(product, g, rounded, g.numel(), own_call=True)
         return rounded
 

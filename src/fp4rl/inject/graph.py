@@ -1,0 +1,48 @@
+"""Rounding as one opaque node of a compiled graph.
+
+Inductor leaves out casts that go down and up again (float32 -> bfloat16 -> float32), and so would round other numbers
+than eager mode does: those of the model's dtype instead of the injection's. What happens inside a custom operator is
+the operator's own, and the node stays in the graph.
+"""
+
+import json
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.reach import within_reach
+from fp4rl.spec.formats import Format, describe, format_of
+
+
+def words(fmt: Format) -> str:
+    """A format as an argument of these operators: text, which means the same in every process that shares a graph."""
+    return json.dumps(describe(fmt))
+
+
+@torch.library.custom_op("fp4rl::round_as", mutates_args=())
+def round_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    """Q(x cast to `dtype`) in x's own dtype, contiguous."""
+    return fake_quantize(x.to(dtype), _read(fmt)).to(x.dtype, copy=True)
+
+
+@torch.library.custom_op("fp4rl::reach_as", mutates_args=())
+def reach_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    """Bool like x: which values of x, cast to `dtype`, are not clipped."""
+    return within_reach(x.to(dtype), _read(fmt)).contiguous()
+
+
+@round_as.register_fake
+def _(x: Tensor, _fmt: str, _dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@reach_as.register_fake
+def _(x: Tensor, _fmt: str, _dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
+
+
+@lru_cache
+def _read(fmt: str) -> Format:
+    return format_of(json.loads(fmt))
