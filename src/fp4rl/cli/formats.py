@@ -76,9 +76,19 @@ def _list(as_json: bool) -> None:
         )
     screen = console()
     screen.print(table)
+    screen.print("\n[bold]Grids[/bold]: the magnitudes that an element can hold, in units of its scale")
+    screen.print(_grids(), highlight=False)
     screen.print("\n[bold]Presets[/bold]: what a deployment target does to MX formats, weights | inputs")
     screen.print(_presets())
     screen.print("\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor.")
+
+
+def _grids() -> Table:
+    table = Table("element", "codes", "magnitudes", box=None, pad_edge=False)
+    for element in dict.fromkeys(fmt.element for fmt in FORMATS.values()):
+        if element.bits <= 8:
+            table.add_row(element.name, str(2 * len(element.grid())), _grid(element.grid(), ends=4))
+    return table
 
 
 def _presets() -> Table:
@@ -218,6 +228,6 @@ def _block(fmt: Format) -> str:
     return f"{fmt.block[0]} x {fmt.block[1]}" if fmt.block else ("tensor" if fmt.scale != "none" else "-")
 
 
-def _grid(values: tuple[float, ...]) -> str:
-    shown = values if len(values) <= 16 else (*values[:6], None, *values[-6:])
-    return " ".join("..." if v is None else f"{v:g}" for v in shown)
+def _grid(values: tuple[float, ...], ends: int = 6) -> str:
+    shown = values if len(values) <= 16 else (*values[:ends], None, *values[-ends:])
+    return " ".join("..." if v is None else f"{v:.3g}" if v < 0.01 else f"{v:g}" for v in shown)

@@ -121,11 +121,12 @@ def _scanned(
 
 
 def _stored(model: str, injection: "Injection") -> "ScanReport":
-    from fp4rl.diagnose.report import ScanReport
-    from fp4rl.diagnose.stored import stored_weight_errors
     from fp4rl.models.quiet import quiet
 
     quiet()
+    from fp4rl.diagnose.report import ScanReport
+    from fp4rl.diagnose.stored import stored_weight_errors
+
     with progress(console(stderr=True)) as bar:
         place = bar.add_task("weights", total=None)
         table, parts, tallies = stored_weight_errors(

@@ -61,12 +61,13 @@ def injection_of(wish: Wish, experiment: Experiment) -> Injection:
 
 def loaded(experiment: Experiment, text: Path | None, texts: int, runs: Path) -> tuple[Any, "Calibration"]:
     """The live model, and the texts that it is fed: of the file, or of the experiment's task."""
-    from fp4rl.diagnose.calibration import calibrate, texts_of
-    from fp4rl.models.load import load
     from fp4rl.models.quiet import quiet
-    from fp4rl.rl.start import start_folder, task_of
 
     quiet()
+    from fp4rl.diagnose.calibration import calibrate, texts_of
+    from fp4rl.models.load import load
+    from fp4rl.rl.start import start_folder, task_of
+
     task = task_of(experiment.task)
     found = texts_of(text) if text else [f"{p.prompt} {p.solution}" for p in task.problems("train", texts)]
     model, tokenizer = load(start_folder(experiment.model, task, runs / "models"), experiment.model.dtype)

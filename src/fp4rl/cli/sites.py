@@ -86,11 +86,12 @@ def _setting(word: str) -> tuple[str, str]:
 
 
 def _resolved(spec: Model, injection: Injection) -> "SiteTable":
-    from fp4rl.inject.resolve import resolve
     from fp4rl.models.quiet import quiet
-    from fp4rl.models.skeleton import embedded_skeleton, skeleton
 
     quiet()
+    from fp4rl.inject.resolve import resolve
+    from fp4rl.models.skeleton import embedded_skeleton, skeleton
+
     model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path))
     return resolve(model, injection)
 
