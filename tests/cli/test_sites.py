@@ -51,6 +51,26 @@ def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_pat
     assert "did you mean 'mixed'" in sites(file, "--arm", "mixd")[2]
 
 
+def test_settings_of_a_format_errors_and_phases_are_in_words(sites):
+    rotated = "by_pattern: {'*.down_proj': {weight: {name: mxfp4, scale_rule: even, rotation: 64, coarse: 512}}}"
+    errors = "errors: [{kind: relative}, {kind: spikes, share: 0.01, scale: 3, when: both}]"
+    _, out, _ = sites("embedded", "--mode", f"{{weight: mxfp4, input: mxfp8, {rotated}, {errors}}}")
+    assert "mxfp4 even coarse 512 max rotation 64" in " ".join(out.split())
+    assert "relative@matmul/forward 0.05" in out
+    assert "spikes@matmul/both 3" in out
+    assert "weight, input: in rollout, training, evaluation" in out
+    assert "errors: in rollout, training" in out
+
+
+def test_what_a_reader_should_know_of_a_place_is_said(sites, tmp_path):
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 1, "hidden_size": 64}
+    config |= {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    _, out, _ = sites(tmp_path, "--mode", "{mode: w4a16, targets: {leave: ['*norm*'], opt_in: [lm_head]}}")
+    assert "lm_head: TRL's training forward reads this weight without calling the layer" in out
+
+
 def test_json_is_the_whole_table(sites):
     _, out, _ = sites("embedded", "--mode", "{weight: mxfp4, errors: [{kind: relative}]}", "--json")
     table = json.loads(out)
@@ -71,6 +91,10 @@ def test_old_settings_are_translated_with_a_line_for_each_trap(sites):
     ("arguments", "cure"),
     [
         (["embedded", "--mode", "w4a5"], "did you mean 'w4a"),
+        (["embedded", "--mode", "{weight: mxfp4"], "is not valid YAML; write a mode such as w4a4"),
+        (["embedded", "--mode", "[w4a4]"], "is neither a name nor a mapping"),
+        (["embedded", "--mode", "3"], "is neither a name nor a mapping"),
+        (["embedded", "--mode", "{weight: mxfp4, targets: {take: '*.layers.7.*'}}"], "did you mean '*.layers.1.*'"),
         (["embedded", "--preset", "vlm"], "did you mean 'vllm'"),
         (["embedded", "x=1"], "is no spec file"),
         (["embedded", "--old", "error_type"], "KEY=VALUE"),

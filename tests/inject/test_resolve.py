@@ -13,6 +13,31 @@ from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.targets import Targets
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+DENSE = {
+    "self_attn.q_proj": (1536, 1536),
+    "self_attn.k_proj": (256, 1536),
+    "self_attn.v_proj": (256, 1536),
+    "self_attn.o_proj": (1536, 1536),
+    "mlp.gate_proj": (8960, 1536),
+    "mlp.up_proj": (8960, 1536),
+    "mlp.down_proj": (1536, 8960),
+}
+MOE = {
+    "self_attn.q_proj": (4096, 2048),
+    "self_attn.k_proj": (512, 2048),
+    "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 4096),
+    "mlp.experts.gate_up_proj": (128, 1536, 2048),
+    "mlp.experts.down_proj": (128, 2048, 768),
+}
+MOE_LEFT = {
+    "self_attn": "attention: no point of an injection",
+    "self_attn.q_norm": "norm: no point of an injection",
+    "self_attn.k_norm": "norm: no point of an injection",
+    "mlp.gate": "left by '*.gate'",
+    "input_layernorm": "norm: no point of an injection",
+    "post_attention_layernorm": "norm: no point of an injection",
+}
 
 
 def on_meta(kind, config):
@@ -29,7 +54,12 @@ def dense():
 @pytest.fixture(scope="module")
 def moe():
     shape = {"num_hidden_layers": 4, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4}
-    return on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(num_experts=128, moe_intermediate_size=768, **shape))
+    config = Qwen3MoeConfig(num_experts=128, moe_intermediate_size=768, head_dim=128, **shape)
+    return on_meta(Qwen3MoeForCausalLM, config)
+
+
+def in_layers(count, places):
+    return [(f"model.layers.{i}.{place}", fact) for i in range(count) for place, fact in places.items()]
 
 
 def small(**targets):
@@ -38,6 +68,7 @@ def small(**targets):
 
 def test_w4a16_takes_the_196_linears_of_a_28_layer_qwen_and_nothing_else(dense):
     table = resolve(dense, Injection.named("w4a16"))
+    assert [(plan.name, plan.site.shape) for plan in table.plans] == in_layers(28, DENSE)
     assert len(table.plans) == 196
     assert Counter(plan.site.role for plan in table.plans) == dict.fromkeys(ROLES, 28)
     assert [plan.site.layer for plan in table.plans] == [i for i in range(28) for _ in ROLES]
@@ -55,8 +86,11 @@ def test_w4a16_of_a_qwen3_moe_takes_attention_and_stacked_experts_but_no_router(
     table = resolve(moe, Injection.named("w4a16"))
     per_layer = Counter(plan.site.role for plan in table.plans)
     assert per_layer == dict.fromkeys(("q", "k", "v", "o", "gate_up", "down"), 4)
-    routers = [left for left in table.left_out if left.site.kind == "router"]
-    assert [left.reason for left in routers] == ["left by '*.gate'"] * 4
+    assert [(plan.name, plan.site.shape) for plan in table.plans] == in_layers(4, MOE)
+    left = {place.site.name: place.reason for place in table.left_out}
+    outside = {"model.embed_tokens", "model.norm", "lm_head"}
+    assert {name: reason for name, reason in left.items() if name not in outside} == dict(in_layers(4, MOE_LEFT))
+    assert set(left) >= outside
 
 
 def test_inputs_of_stacked_experts_need_the_eager_implementation(moe):
@@ -84,7 +118,7 @@ def test_layers_may_count_from_the_end(dense):
     ("targets", "message"),
     [
         ({"take": ("*.qproj",)}, r"no layer that can be rounded matches '\*\.qproj'; did you mean '\*\.q_proj'"),
-        ({"take": ("*.layers.28.*",)}, r"no layer that can be rounded matches '\*\.layers\.28\.\*'; did you mean"),
+        ({"take": ("*.layers.28.*",)}, r"matches '\*\.layers\.28\.\*'; did you mean '\*\.layers\.8\.\*'"),
         ({"leave": ("*.qproj", "*lm_head*")}, r"no place matches '\*\.qproj'; did you mean '\*\.q_proj'"),
         ({"take": ("*norm*",)}, "no layer that can be rounded matches"),
         ({"take": ("*lm_head*",)}, "nothing to harm in Qwen2ForCausalLM"),

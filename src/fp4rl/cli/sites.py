@@ -1,6 +1,7 @@
 """`fp4rl sites`: what an injection would do to a model, place by place, and why the rest is left out."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,11 @@ from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.model import Model
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import FORMAT_POINTS
 
 if TYPE_CHECKING:
     from fp4rl.inject.plan import SiteTable
-
-POINTS = ("weight", "input", "output", "kv_cache", "grad_input", "grad_weight")
 
 
 def command(
@@ -71,11 +72,19 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
 
 
 def _asked(mode: str | None, preset: str | None, present: Injection) -> Injection:
-    content: Any = yaml.safe_load(mode) if mode else None
-    if content is None:
-        content = present.model_dump(mode="json")
-    content = {"mode": content} if isinstance(content, str) else content
+    content = present.model_dump(mode="json") if mode is None else _mapping(mode)
     return parse(Injection, content | ({"preset": preset} if preset else {}), "--mode")
+
+
+def _mapping(mode: str) -> dict[str, Any]:
+    cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"
+    try:
+        content = yaml.safe_load(mode)
+    except yaml.YAMLError:
+        raise BadValue(f"--mode {mode!r} is not valid YAML; {cure}") from None
+    if not isinstance(content, str | dict):
+        raise BadValue(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
+    return {"mode": content} if isinstance(content, str) else content
 
 
 def _setting(word: str) -> tuple[str, str]:
@@ -99,7 +108,7 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
 def _show(table: "SiteTable", every: bool) -> None:
     screen = console()
     rows = table.rows()
-    active = [point for point in POINTS if any(point in row for row in rows)]
+    active = [point for point in FORMAT_POINTS if any(point in row for row in rows)]
     wrong = ["errors"] if any("errors" in row for row in rows) else []
     shown = Table("place", "layers", "shape", *active, *wrong, box=None, pad_edge=False)
     for cells in _each(rows, active) if every else _by_role(rows, active):
@@ -113,7 +122,21 @@ def _show(table: "SiteTable", every: bool) -> None:
     if left.row_count:
         screen.print("")
         screen.print(left)
-    screen.print(f"\ntable {table.digest}, {table.injection.name} on {table.injection.dtype}", highlight=False)
+    for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
+        screen.print(f"\n{note}", highlight=False)
+    screen.print(f"\n{table.injection.name} on {table.injection.dtype}, table {table.digest}", highlight=False)
+    for line in _phases(table.injection, active, bool(wrong)):
+        screen.print(line, highlight=False)
+
+
+def _phases(injection: Injection, active: list[str], errors: bool) -> Iterator[str]:
+    """`weight, input: rollout, training, evaluation`, a line for each set of phases."""
+    points: dict[str, list[str]] = defaultdict(list)
+    for point in [*active, *(["errors"] if errors else [])]:
+        phases = [phase for phase in PHASES if point in injection.apply_during.active(phase)]
+        points[", ".join(phases)].append(point)
+    for where, names in points.items():
+        yield f"{', '.join(names)}: in {where}"
 
 
 def _each(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
@@ -132,16 +155,23 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _harm(row: dict[str, Any], active: list[str]) -> tuple[str, ...]:
-    errors = [f"{e['kind']}@{e['point']} {e['scale']:g}" for e in row.get("errors", [])]
-    return *(_format(row.get(point)) for point in active), ", ".join(errors)
+    errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
+    return *(_format(row.get(point)) for point in active), "\n".join(errors)
 
 
 def _format(fmt: Any) -> str:
+    """`mxfp4`, or `mxfp4 even rotation 64 coarse 512 max`."""
     if fmt is None:
         return "-"
     if isinstance(fmt, str):
         return fmt
-    return " ".join([fmt["name"], *(str(value) for key, value in fmt.items() if key != "name")])
+    return " ".join([fmt["name"], *(_setting_of(key, value) for key, value in fmt.items() if key != "name")])
+
+
+def _setting_of(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{key} {' '.join(map(str, value.values() if isinstance(value, dict) else [value]))}"
 
 
 def _layers(layers: list[int | None]) -> str:

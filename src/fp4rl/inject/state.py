@@ -116,7 +116,7 @@ class SiteState:
         if not torch.compiler.is_compiling():
             return self._rounded_now(x, point, generator)
         if generator is not None:
-            return self._rounded_outside(x, point, generator)
+            return self._rounded_outside(x, point, generator)  # type: ignore[no-any-return]
         dtype, fmt = self.settings.dtype, self._words[point]
         with torch.no_grad():
             reach = reach_as(x.detach(), fmt, dtype) if point in self._clipping else None
@@ -129,7 +129,7 @@ class SiteState:
             return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
 
     # Where something is drawn, a compiled graph breaks, or refuses if it may not.
-    _rounded_outside = torch.compiler.disable(_rounded_now)
+    _rounded_outside = torch.compiler.disable(_rounded_now)  # type: ignore[no-untyped-call]
 
     def with_errors(self, x: Tensor, where: str, drawn_for: Tensor, *, backward: str = "") -> Tensor:
         """`x` with the errors of a point in it: those of the forward, or of the product `backward`."""

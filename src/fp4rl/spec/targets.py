@@ -118,7 +118,8 @@ def _first_piece(rest: str) -> tuple[str, str]:
 def _nearest_places(pattern: str, names: list[str]) -> str:
     """Up to three patterns made from real names that read most like the given one."""
     ends = {f"*.{name.rsplit('.', 1)[-1]}" for name in names if "." in name}
-    close = get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5) or get_close_matches(
+    layers = {f"*.{found[1]}.*" for name in names if (found := re.search(r"(?:^|\.)(\w+\.\d+)\.", name))}
+    close = get_close_matches(pattern, sorted(ends | layers), n=3, cutoff=0.5) or get_close_matches(
         pattern, names, n=3, cutoff=0
     )
     return f"; did you mean {' or '.join(repr(word) for word in close)}?" if close else "; there is none at all"
