@@ -31,6 +31,8 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
     assert "14 sites" in shown
     assert "8 texts" in shown
     assert "only 8 calibration texts; use at least 32" in shown
+    assert "rank correlation of the one-pass estimate with the measured harm" in shown
+    assert "reconsider_quantization" in shown
     assert "advice:" in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
     text = html.read_text()
@@ -44,6 +46,16 @@ def test_the_json_of_a_scan_is_one_document(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["sensitivity"]["sites"][0]["alone"] is None
     assert found["sensitivity"]["sites"][0]["estimate"] > 0
+
+
+def test_a_limit_of_the_documents_can_be_changed(folder, capsys):
+    def flagged(*options):
+        assert main(["scan", str(folder), "--weights-only", "--json", *options]) == 0
+        return {rule["name"]: rule for rule in json.loads(capsys.readouterr().out)["rules"]}["sqnr"]
+
+    strict, mild = flagged(), flagged("--limit", "sqnr=15")
+    assert (len(strict["flagged"]), strict["discriminates"], strict["bands"]) == (14, False, "reconsider_quantization")
+    assert (mild["flagged"], mild["limit"], mild["bands"]) == ([], 15.0, "no action")
 
 
 def test_weights_alone_are_scanned_from_their_files(folder, capsys):
@@ -67,6 +79,8 @@ def test_the_same_folder_twice_is_flagged_with_exit_code_1(folder, capsys):
         (["{folder}", "--mode", "none", "--format", "mxfp4"], "name another mode"),
         (["{folder}", "--take", "noises"], "did you mean 'noise'"),
         (["{folder}", "--text", "{empty}"], "empty"),
+        (["{folder}", "--limit", "snr=18"], "did you mean 'sqnr'"),
+        (["{folder}", "--limit", "sqnr"], "write for example sqnr=18"),
         (["{folder}", "--task", "gsm8k"], "path"),
         (["{folder}", "--weights-only", "--advise", "x.yaml"], "drop --weights-only"),
         (["{folder}", "--leave", "*.qproj"], "*.q_proj"),

@@ -117,3 +117,22 @@ def test_a_model_without_numbered_layers_has_no_depth():
     model.add_module("up", torch.nn.Linear(32, 32))
     with pytest.raises(BadValue, match="no numbered layers"):
         depth(model, resolve(model, Injection.named("w4a16")), from_tokens([[1]]))
+
+
+@pytest.mark.slow
+def test_the_estimate_ranks_the_sites_of_the_embedded_trained_model_as_measuring_does(tmp_path):
+    from fp4rl.diagnose.calibration import calibrate
+    from fp4rl.diagnose.scan import scan
+    from fp4rl.models.load import load
+    from fp4rl.rl.start import warmed_up
+    from fp4rl.spec.model import Embedded
+    from fp4rl.spec.scan import Scan
+    from fp4rl.tasks.arithmetic import Arithmetic
+
+    model, tokenizer = load(warmed_up(Embedded(), Arithmetic(), tmp_path), "float32")
+    texts = [f"{p.prompt} {p.solution}" for p in Arithmetic().problems("train", 32)]
+    for mode in ("w4a16", "w4a4"):
+        report = scan(
+            model, Injection.named(mode), texts=calibrate(tokenizer, texts), spec=Scan(parts=("sensitivity",))
+        )
+        assert report.sensitivity.rank_correlation >= 0.8

@@ -1,6 +1,7 @@
 """`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,9 @@ def command(
     noise_rule: Annotated[
         str, typer.Option(help="global, targeted, healthy_only, proportional, inverse or zones.")
     ] = "proportional",
+    limit: Annotated[
+        list[str] | None, typer.Option(help="Another limit for a rule of the documents, such as sqnr=18; repeatable.")
+    ] = None,
     bits: Annotated[float, typer.Option(min=1.0, help="Average bits a weight for mixed formats.")] = 4.5,
     runs: RunsRoot = Path("runs"),
 ) -> None:
@@ -67,7 +71,7 @@ def command(
     ready_to_round()
     experiment = described(model, task, data, dtype)
     injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
-    pieces = _pieces(take)
+    pieces, limits = _pieces(take), _limits(limit)
     if weights_only:
         _refuse(advise, "--advise", "advice needs the model; drop --weights-only")
         _refuse(site, "--site", "the distribution needs the model; drop --weights-only")
@@ -77,6 +81,7 @@ def command(
         live = loaded(experiment, text, texts, runs)
         report = _scanned(*live, injection, wishes, site)
         advice = _advice(report, live, noise_rule, bits) if advise else None
+    report = replace(report, limits=limits)
     if advise and advice:
         _write_advice(advise, advice, pieces)
     if html:
@@ -95,6 +100,19 @@ def _pieces(take: list[str] | None) -> list[str]:
     return take or ["formats", "noise"]
 
 
+def _limits(given: list[str] | None) -> dict[str, float]:
+    from fp4rl.diagnose.rules import rule_named
+
+    found = {}
+    for one in given or []:
+        name, _, value = one.partition("=")
+        try:
+            found[rule_named(name).name] = float(value)
+        except ValueError:
+            raise BadValue(f"--limit {one!r} has no number after `=`; write for example sqnr=18") from None
+    return found
+
+
 def _refuse(given: object, option: str, cure: str) -> None:
     if given:
         raise BadValue(f"{option} cannot be used with --weights-only: {cure}")
@@ -103,8 +121,6 @@ def _refuse(given: object, option: str, cure: str) -> None:
 def _scanned(
     model: Any, calibration: "Calibration", injection: "Injection", wishes: dict[str, bool], site: str | None
 ) -> "ScanReport":
-    from dataclasses import replace
-
     from fp4rl.diagnose.scan import distribution, scan
     from fp4rl.spec.scan import Scan
 
@@ -153,7 +169,9 @@ def _print(report: "ScanReport", advice: "Advice | None", as_json: bool) -> None
     from fp4rl.cli.scan_view import show, show_advice
 
     if as_json:
-        found = report.as_dict()
+        from fp4rl.diagnose.findings import rules_as_dicts
+
+        found = report.as_dict() | {"rules": rules_as_dicts(report)}
         if advice is not None:
             found["advice"] = {
                 "strategy": advice.strategy,

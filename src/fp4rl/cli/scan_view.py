@@ -22,6 +22,7 @@ NAMED = 3  # sites named under a finding
 def show(screen: "Console", report: "ScanReport") -> None:
     """Head, layers, findings and the rules of the documents."""
     from fp4rl.diagnose.findings import findings, rule_results
+    from fp4rl.diagnose.rules import COLUMNS
 
     injection = report.table.injection
     screen.print(f"[bold]{escape(report.model)}[/] {injection.name}: {len(report.table.plans)} sites", highlight=False)
@@ -29,14 +30,15 @@ def show(screen: "Console", report: "ScanReport") -> None:
         given = report.calibration
         screen.print(f"{given['texts']} texts, {given['tokens']} tokens, digest {given['digest']}", highlight=False)
     _show_together(screen, report)
-    screen.print(_layers(report))
+    _show_layers(screen, report)
     for found in findings(report):
         _show_finding(screen, found)
-    judged = [result for result in rule_results(report) if result.judged]
-    if judged:
-        screen.print("thresholds of earlier documents:", highlight=False)
+    if judged := rule_results(report):
+        screen.print("thresholds of earlier documents, kept for comparison:", highlight=False)
+        table = Table(*COLUMNS, box=None, padding=(0, 2, 0, 2), style="dim", header_style="dim")
         for result in judged:
-            screen.print(f"  {result.rule.name}: {result.remark()}", highlight=False, style="dim")
+            table.add_row(*result.cells())
+        screen.print(table)
 
 
 def show_advice(screen: "Console", advice: "Advice") -> None:
@@ -65,13 +67,14 @@ def _show_together(screen: "Console", report: "ScanReport") -> None:
     screen.print(f"{error}; its parts, which add with their signs: {said}", highlight=False)
 
 
-def _layers(report: "ScanReport") -> Table:
+def _show_layers(screen: "Console", report: "ScanReport") -> None:
     layers = sorted({plan.site.layer for plan in report.table.plans if plan.site.layer is not None})
     roles = list(dict.fromkeys(plan.site.role for plan in report.table.plans if plan.site.layer is not None))
     columns: dict[str, dict[int | None, Text]] = {
         "weights": _strips(report, "weight", layers, roles),
         "inputs": _strips(report, "input", layers, roles),
         "harm, KL": _harm(report, layers),
+        "spared": _saved(report),
         "stream": {d.layer: Text(f"{d.both:.1%}") for d in report.depth},
         "gain": {d.layer: Text(f"{d.gain:.2f}") for d in report.dynamics.layers} if report.dynamics else {},
         "fault": {s.layer: Text(s.kind, style="red") for s in reversed(report.verdict.suspects)}
@@ -79,13 +82,14 @@ def _layers(report: "ScanReport") -> Table:
         else {},
     }
     shown = {name: cells for name, cells in columns.items() if cells}
-    caption = f"cells: {' '.join(roles)}; 0 is the format's ideal error, 9 is {WORST_SHOWN:g} times it"
-    table = Table(caption=caption, caption_justify="left")
+    table = Table()
     for name in ("layer", *shown):
         table.add_column(name, justify="left" if name in ("weights", "inputs", "fault") else "right", no_wrap=True)
     for layer in layers:
         table.add_row(str(layer), *(cells.get(layer, Text("")) for cells in shown.values()))
-    return table
+    screen.print(table)
+    scale = f"0 is the format's ideal error, 9 is {WORST_SHOWN:g} times it"
+    screen.print(f"cells: {' '.join(roles)}; {scale}", style="dim", highlight=False)
 
 
 def _strips(report: "ScanReport", part: str, layers: list[int], roles: list[str]) -> dict[int | None, Text]:
@@ -111,6 +115,15 @@ def _harm(report: "ScanReport", layers: list[int]) -> dict[int | None, Text]:
         value = severity.get(layer, 0.0)
         cells[layer] = Text(f"{value:.4f} ") + heat_strip([value], 0.0, worst)
     return cells
+
+
+def _saved(report: "ScanReport") -> dict[int | None, Text]:
+    """KL that sparing each site of a layer saves, added up."""
+    saved: dict[int | None, float] = {}
+    for site in report.sensitivity.sites if report.sensitivity is not None else ():
+        if site.spared is not None:
+            saved[site.layer] = saved.get(site.layer, 0.0) + site.spared.kl
+    return {layer: Text(f"{value:.4f}") for layer, value in saved.items()}
 
 
 def _show_finding(screen: "Console", found: "Finding") -> None:

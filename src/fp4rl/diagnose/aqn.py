@@ -27,7 +27,9 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
     if rule == "global":
         return Multipliers()
     if not severity:
-        raise BadValue("no layer was measured, so no multiplier can be advised; scan with --sensitivity or calibration")
+        raise BadValue(
+            "no layer was measured, so no multiplier can be advised; scan with its precision or its sensitivity"
+        )
     if rule in ("targeted", "healthy_only"):
         chosen = standing_out & set(severity) or worst_fifth(severity)
         wanted = chosen if rule == "targeted" else set(severity) - chosen

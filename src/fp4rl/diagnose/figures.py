@@ -96,6 +96,15 @@ def sensitivity_bars(report: ScanReport) -> Figure | None:
         "y": names,
         "marker": {"color": AFTER, "symbol": "line-ns-open", "size": 12, "line": {"width": 2}},
     }
+    saved = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "saved when it alone is spared",
+        "x": [site.spared.kl if site.spared is not None else None for site in ranked],
+        "y": names,
+        "marker": {"color": INK, "symbol": "circle-open", "size": 8},
+    }
+    shown = [bars] + [marks] * (ranked[0].alone is not None) + [saved] * (ranked[0].spared is not None)
     layout = _LAYOUT | {
         "height": 120 + _ROW * len(ranked),
         "margin": {"l": 130, "r": 20, "t": 50, "b": 50},
@@ -103,7 +112,7 @@ def sensitivity_bars(report: ScanReport) -> Figure | None:
         "yaxis": {"automargin": True},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
     }
-    return {"data": [bars, marks] if ranked[0].alone is not None else [bars], "layout": layout}
+    return {"data": shown, "layout": layout}
 
 
 def depth_lines(report: ScanReport) -> Figure | None:

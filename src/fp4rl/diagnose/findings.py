@@ -1,10 +1,10 @@
 """What a reader should take from a scan: which sites stand out, relative to the format's ideal and to each other."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge
+from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge, rule_named
 from fp4rl.diagnose.sensitivity import rank_correlation
 
 STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data
@@ -36,9 +36,26 @@ def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ..
     return (*_faults(report), *_imprecise(report, limit), *_harmful(report), *_notes(report))
 
 
-def rule_results(report: ScanReport, rules: tuple[str, ...] = tuple(RULES)) -> tuple[RuleResult, ...]:
-    """The documents' rules on this report; each says whether ideal data would already fail it."""
-    return tuple(judge(RULES[name], places(report)) for name in rules)
+def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
+    """The documents' rules on this report, with its limits; those that nothing was measured for are left out."""
+    results = (judge(rule_named(name, report.limits.get(name)), places(report)) for name in RULES)
+    return tuple(result for result in results if result.judged)
+
+
+def rules_as_dicts(report: ScanReport) -> list[dict[str, Any]]:
+    """The same for JSON."""
+    return [
+        {
+            **asdict(result.rule),
+            "judged": result.judged,
+            "flagged": list(result.flagged),
+            "layers": list(result.layers),
+            "ideal_fails": result.ideal_fails,
+            "discriminates": result.discriminates,
+            "bands": result.advice,
+        }
+        for result in rule_results(report)
+    ]
 
 
 def places(report: ScanReport) -> list[Measured]:
@@ -97,6 +114,9 @@ def _harmful(report: ScanReport) -> list[Finding]:
     if agreement is not None:
         text = f"rank correlation of a weight's error with the harm it does: {agreement:.2f}; size alone does not tell"
         lines += [Finding("sensitivity", text)] if agreement < 0.7 else []
+    if found.rank_correlation is not None:
+        text = f"rank correlation of the one-pass estimate with the measured harm: {found.rank_correlation:.2f}"
+        lines.append(Finding("sensitivity", text))
     return lines
 
 

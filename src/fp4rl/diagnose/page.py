@@ -6,6 +6,7 @@ from html import escape
 from fp4rl.diagnose import figures
 from fp4rl.diagnose.findings import findings, rule_results
 from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.rules import COLUMNS
 from fp4rl.diagnose.tally import pooled
 from fp4rl.spec.mistakes import BadValue
 
@@ -102,25 +103,24 @@ def _layers(report: ScanReport) -> str:
 
 
 def _rules(report: ScanReport) -> str:
-    rows = [[result.rule.name, result.remark()] for result in rule_results(report) if result.judged]
+    rows = [list(result.cells()) for result in rule_results(report)]
     if not rows:
         return ""
     note = '<p class="note">A rule that ideal data already breaks cannot tell one layer from another.</p>'
-    return f"<h2>Thresholds of earlier documents</h2>{note}" + _table(("rule", "result"), rows)
+    return f"<h2>Thresholds of earlier documents</h2>{note}" + _table(COLUMNS, rows, numbers=False)
 
 
-def _table(names: tuple[str, ...], rows: list[list[str]]) -> str:
-    wide = len(names) == 2
-    head = "".join(f'<th class="{_side(i, wide)}">{escape(name)}</th>' for i, name in enumerate(names))
+def _table(names: tuple[str, ...], rows: list[list[str]], *, numbers: bool = True) -> str:
+    head = "".join(f'<th class="{_side(i, numbers)}">{escape(name)}</th>' for i, name in enumerate(names))
     body = "".join(
-        "<tr>" + "".join(f'<td class="{_side(i, wide)}">{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(f'<td class="{_side(i, numbers)}">{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _side(column: int, words: bool) -> str:
-    return "" if column == 0 or words else "number"
+def _side(column: int, numbers: bool) -> str:
+    return "number" if column and numbers else ""
 
 
 def _distribution_title(report: ScanReport) -> str:

@@ -27,7 +27,8 @@ class Distribution:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Everything a scan found; parts that were not asked for are None or empty. `tallies` are the weights' sums."""
+    """Everything a scan found; parts that were not asked for are None or empty. `tallies` are the weights' sums,
+    `limits` other limits for the documents' rules, by name."""
 
     model: str
     table: SiteTable
@@ -40,6 +41,7 @@ class ScanReport:
     verdict: Verdict | None = None
     ratios: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     distribution: Distribution | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def part(self, site: str, part: str) -> PartError | None:
         """One site's weight or input, if it was measured."""

@@ -51,12 +51,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What one rule flagged. `ideal_fails` counts the judged places whose format's ideal value already fails it."""
+    """What one rule flagged. `ideal_fails` counts the judged places whose format's ideal value already fails it;
+    `layers` are those with a flagged place, of `layers_judged` that have any."""
 
     rule: Rule
     judged: int
     flagged: tuple[str, ...]
     layers: tuple[int, ...]
+    layers_judged: int
     ideal_fails: int
 
     @property
@@ -64,15 +66,20 @@ class RuleResult:
         """False when ideal data would be flagged everywhere too."""
         return self.judged > 0 and self.ideal_fails < self.judged
 
-    def remark(self) -> str:
-        """One line for a reader."""
-        rule = self.rule
-        said = f"{rule.measure} {rule.side} {rule.limit:g} {rule.unit}".rstrip()
-        if self.judged == 0:
-            return f"{said}: nothing measured"
-        if not self.discriminates:
-            return f"{said}: flags {len(self.flagged)} of {self.judged}, and ideal Gaussian data too: tells nothing"
-        return f"{said}: flags {len(self.flagged)} of {self.judged}"
+    @property
+    def advice(self) -> str:
+        """What the documents' bands make of it."""
+        return band(len(self.layers) / self.layers_judged) if self.layers_judged else "no action"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """For a reader, under COLUMNS."""
+        rule, sign = self.rule, "<" if self.rule.side == "below" else ">"
+        ideal = "" if not self.ideal_fails else "flagged too" if self.discriminates else "all: tells nothing"
+        flagged = f"{len(self.flagged)} of {self.judged}"
+        return f"{rule.name} {sign} {rule.limit:g} {rule.unit}".rstrip(), flagged, ideal, self.advice
+
+
+COLUMNS = ("rule", "flagged", "ideal data", "by their bands")
 
 
 def rule_named(name: str, limit: float | None = None) -> Rule:
@@ -89,7 +96,8 @@ def judge(rule: Rule, places: Sequence[Measured]) -> RuleResult:
     flagged = [place for place in judged if rule.flags(place.measures[rule.measure])]
     hopeless = [place for place in judged if rule.measure in place.ideal and rule.flags(place.ideal[rule.measure])]
     layers = sorted({place.layer for place in flagged if place.layer is not None})
-    return RuleResult(rule, len(judged), tuple(place.place for place in flagged), tuple(layers), len(hopeless))
+    of = len({place.layer for place in judged if place.layer is not None})
+    return RuleResult(rule, len(judged), tuple(place.place for place in flagged), tuple(layers), of, len(hopeless))
 
 
 def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:

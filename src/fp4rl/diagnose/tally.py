@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, log10, sqrt
+from math import inf, isfinite, log10, sqrt
 from statistics import median
 
 import torch
@@ -38,10 +38,11 @@ class Tally:
 
     def add(self, piece: "Rounded", *, each_row: bool = False) -> None:
         """One piece; `each_row` also keeps the relative error of every row."""
-        # Rows are added in the dtype of the maths, float32 mostly, and sums of rows in float64; masks cost more
-        # than all the arithmetic.
-        exact, parts = _safe(piece.values), piece.parts
-        error = piece.rounded.to(exact.dtype) - exact
+        # Rows are added in the dtype of the maths, float32 mostly, and sums of rows in float64. Masks cost more than
+        # all the arithmetic, so counts are sums of zeros and ones.
+        exact, parts = _safe(piece.values, piece.largest), piece.parts
+        rounded, reach = piece.rounded.to(exact.dtype), piece.reach.to(exact.dtype)
+        error = rounded - exact
         size, off = exact.abs(), error.abs()
         square = error * error
         power, each = _rows(exact * exact), _rows(square)
@@ -51,11 +52,11 @@ class Tally:
         self.abs_signal += _sum(size)
         self.abs_error += _sum(off)
         self.ratio += _sum(off / size.clamp_min(torch.finfo(size.dtype).tiny))  # of a zero the error is zero
-        nonzero = int(torch.count_nonzero(size))
+        nonzero = round(_sum(size.sign()))
         self.nonzero += nonzero
-        self.dead += nonzero - int(torch.count_nonzero(piece.rounded))
-        self.clipped += size.numel() - int(torch.count_nonzero(piece.reach))
-        self.clipped_error += float(each.sum()) - _sum(square * piece.reach.to(square.dtype))
+        self.dead += nonzero - round(_sum(rounded.abs().sign()))
+        self.clipped += size.numel() - round(_sum(reach))
+        self.clipped_error += float(each.sum()) - _sum(square * reach)
         self.scale_bias += _sum(parts.scale_bias.square())
         self.deadzone += _sum(parts.deadzone.square())
         self.grid_noise += _sum(parts.grid_noise.square())
@@ -108,18 +109,21 @@ def _rows(values: Tensor) -> Tensor:
     return values.sum(-1).double()
 
 
-def _safe(values: Tensor) -> Tensor:
+def _safe(values: Tensor, largest: float) -> Tensor:
     """In float32 where squares neither vanish nor overflow there, else in float64."""
     wide = widened(values)
-    largest = float(wide.abs().max()) if wide.numel() else 0.0
     return wide if largest == 0.0 or 1e-12 < largest < 1e15 else wide.double()
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error."""
+    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error.
+
+    `largest` is the largest magnitude of the values, or of the tensor that they are a piece of.
+    """
 
     values: Tensor
+    largest: float
     rounded: Tensor
     reach: Tensor
     parts: ErrorSplit
@@ -136,7 +140,8 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
         beyond[0, 0] = amax
         x = torch.cat([x, beyond])
     generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
-    rounded = fake_quantize(x, fmt, generator=generator, check_finite=True, name=name)
+    largest = float(widened(x).abs().max()) if x.numel() else 0.0
+    rounded = fake_quantize(x, fmt, generator=generator, check_finite=not isfinite(largest), name=name)
     rows = len(x) - (amax is not None)
     parts = {part: value[:rows] for part, value in vars(split(x, rounded, fmt)).items()}
-    return Rounded(x[:rows], rounded[:rows], within_reach(x, fmt)[:rows], ErrorSplit(**parts))
+    return Rounded(x[:rows], largest, rounded[:rows], within_reach(x, fmt)[:rows], ErrorSplit(**parts))

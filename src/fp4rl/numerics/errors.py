@@ -104,8 +104,8 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
     settled = fake_quantize(wide, steady) if fmt.rounding == "stochastic" else rounded
     bias = settled.double() - ideal.double()
     rest = (rounded.double() - wide.double()) - bias
-    dead = ideal == 0
-    return ErrorSplit(bias, rest.masked_fill(~dead, 0), rest.masked_fill(dead, 0))
+    dead = torch.where(ideal == 0, rest, 0.0)
+    return ErrorSplit(bias, dead, rest - dead)
 
 
 def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
