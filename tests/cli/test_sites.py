@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fp4rl.cli.main import main
+from fp4rl.models.tokenizer import build_tokenizer
 
 SUITE = """
 suite: s
@@ -66,7 +67,7 @@ def test_what_a_reader_should_know_of_a_place_is_said(sites, tmp_path):
     config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 1, "hidden_size": 64}
     config |= {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    (tmp_path / "tokenizer.json").write_text("{}")
+    build_tokenizer().save_pretrained(tmp_path)
     _, out, _ = sites(tmp_path, "--mode", "{mode: w4a16, targets: {leave: ['*norm*'], opt_in: [lm_head]}}")
     assert "lm_head: TRL's training forward reads this weight without calling the layer" in out
 
