@@ -50,6 +50,23 @@ def test_a_wrong_spec(said, tmp_path, verb, change, parts):
     assert not (tmp_path / "runs").exists()
 
 
+def test_files_that_are_not_there_stop_a_run_before_anything_is_written(said, tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("model: {path: models/none}\ntask: {name: gsm8k, path: gone.jsonl}\n")
+    one_line(*said("run", file), "model.path: models/none does not exist", "1 more")
+    assert not (tmp_path / "runs").exists()
+    assert said("plan", file)[0] == 0
+
+
+def test_an_interrupted_command_says_how_to_go_on(said, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fp4rl.cli.formats.command", interrupted)
+    code, err = said("formats")
+    assert (code, err) == (130, "fp4rl: stopped; the same command continues where it left off")
+
+
 @pytest.mark.parametrize("verb", ["run", "quickstart"])
 def test_a_wrong_place_to_report_to(said, tmp_path, verb):
     (tmp_path / "s.yaml").write_text(SUITE)

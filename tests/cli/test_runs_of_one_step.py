@@ -15,7 +15,7 @@ from fp4rl.spec.mistakes import Mistake
 def in_process(monkeypatch):
     """Runs without worker processes: their start costs seconds and is tested elsewhere."""
 
-    def pool(_jobs):
+    def pool(_jobs, report_to):
         def carry_out(runs, root, _on_event):
             for run in runs:
                 try:

@@ -17,8 +17,9 @@ W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 
 
 @pytest.fixture
-def root(make_run, tmp_path: Path) -> str:
-    """Two arms of three seeds, in the suite `trial`, which declared its comparison."""
+def root(make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two arms of three seeds, in the suite `trial`, which declared its comparison; seen at 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
     for seed in range(3):
         flags = [True] * (30 + seed) + [False] * (10 - seed)
         make_run("bf16", seed, flags, evidence={"sites": 0, "master_unharmed": True})
@@ -63,7 +64,7 @@ def test_show_tells_everything_about_a_run(root: str, capsys: pytest.CaptureFixt
         "50.0 [35.2, 64.8]",
         "w4a4",
         "reward/mean",
-        "injection: 1 lines",
+        "injection: 1 line",
         "items/30-deployment.parquet",
         "lr: 0.0004",
     ):
@@ -106,6 +107,21 @@ def test_compare_of_two_sides_keeps_to_what_was_declared_about_them(root: str, c
     assert "Does W4A4 cost accuracy?" in capsys.readouterr().out
     assert main(["compare", "bf16", "w4a4", "--runs", root]) == 0
     assert "bf16 against w4a4" in capsys.readouterr().out
+
+
+def test_one_question_of_a_suite_gets_the_verdict_that_it_has_among_all(root, make_run, capsys):
+    for seed in range(3):
+        make_run("w4a16", seed, 0.7 + 0.01 * seed, spec=W4A4, evidence=QUANTIZED)
+    file = Path(root) / "trial" / "suite.yaml"
+    first = yaml.safe_load(file.read_text())["comparisons"][0]
+    second = first | {"question": "W4A16?", "treatment": "w4a16@deployment"}
+    never_run = first | {"question": "W8A8?", "treatment": "w8a8@deployment"}
+    file.write_text(yaml.safe_dump({"comparisons": [first, second, never_run]}))
+    assert main(["compare", "w4a4@deployment", "bf16@deployment", "--runs", root, "--json"]) == 0
+    (alone,) = read(capsys)
+    assert alone["question"]["label"] == "Does W4A4 cost accuracy?"
+    assert alone["verdict"]["comparisons"] == 3
+    assert alone["verdict"]["p_family"] == pytest.approx(min(1.0, 3 * alone["verdict"]["p"]))
 
 
 def test_a_suite_that_declares_nothing_asks_for_two_sides(root: str, capsys: pytest.CaptureFixture[str]):

@@ -50,7 +50,7 @@ def _print_pairs(found: "Audit") -> None:
         accuracies = f"{pair.treatment.final_accuracy:.2f} against {pair.control.final_accuracy:.2f}"
         interval = f"{100 * share.value:+.1f} [{100 * share.low:+.1f}, {100 * share.high:+.1f}]"
         screen.print(f"\n{pair.treatment.id} against {pair.control.id} ({pair.factor}): {accuracies}", highlight=False)
-        _indented(f"{interval}, p = {_p(share.p)}, Holm over all {_p(one.p_family)}")
+        _indented(f"{interval}, {_p(share.p)}, after Holm {_p(one.p_family)}")
         both = dict.fromkeys((*confounds[pair.treatment.id], *confounds[pair.control.id]))
         _indented("; ".join([*_remarks(one), *(text for text in both if text != ONE_RUN)]))
 
@@ -95,4 +95,4 @@ def _indented(text: str) -> None:
 
 
 def _p(value: float) -> str:
-    return "<1e-9" if value < 1e-9 else f"{value:.2g}"
+    return "p < 1e-9" if value < 1e-9 else f"p = {value:.2g}"

@@ -39,14 +39,17 @@ def command(
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
-    from fp4rl.lab.compare.comparison import compare_all
+    from fp4rl.lab.compare.comparison import compare_all, compare_among
 
     if score not in ("strict", "flexible"):
         raise BadValue(f"--score is strict or flexible; got {score!r}")
     with opened(runs, ledger) as found:
-        questions = _questions(treatment, control, runs, factor, margin)
-        asked = [replace(question, step=step, score=score) for question in questions]
-        answers = compare_all(found, asked, anyway=anyway)
+        asked, family = _questions(treatment, control, runs, factor, margin)
+        family = tuple(replace(question, step=step, score=score) for question in family)
+        if asked is None:
+            answers = compare_all(found, family, anyway=anyway)
+        else:
+            answers = compare_among(found, family, replace(asked, step=step, score=score), anyway=anyway)
     if as_json:
         print_json([answer.as_dict() for answer in answers])
     else:
@@ -60,8 +63,9 @@ def command(
 
 def _questions(
     treatment: str, control: str | None, runs: Path, factor: list[str] | None, margin: float | None
-) -> "tuple[Question, ...]":
-    """What was declared stands; `--factor` and `--margin` ask another question."""
+) -> "tuple[Question | None, tuple[Question, ...]]":
+    """(the question, or None for all; the family it stands in). What was declared stands, among the questions of its
+    suite; `--factor` and `--margin` ask another one, alone."""
     from fp4rl.lab.compare.comparison import Question
     from fp4rl.lab.compare.declared import declared_question, declared_questions
 
@@ -69,9 +73,12 @@ def _questions(
         declared = declared_questions(runs, treatment)
         if not declared:
             raise BadValue(f"the suite {treatment} declares no comparisons; name two sides")
-        return declared
+        return None, declared
     known = declared_question(runs, treatment, control) if not factor and margin is None else None
-    return (known or Question(treatment, control, tuple(factor or ()), margin),)
+    if known is not None:
+        return known, declared_questions(runs, str(known.suite))
+    alone = Question(treatment, control, tuple(factor or ()), margin)
+    return alone, (alone,)
 
 
 def _print(answer: "Compared") -> None:

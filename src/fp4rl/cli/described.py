@@ -5,7 +5,7 @@ from pathlib import Path
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
-from fp4rl.spec.experiment import Suite
+from fp4rl.spec.experiment import Experiment, Suite
 
 
 def spec_file(spec: Path) -> Path:
@@ -15,7 +15,16 @@ def spec_file(spec: Path) -> Path:
     return named(spec.name) if spec.parent.name == "catalogue" or spec.name in names() else spec
 
 
+def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
+    """What a file, or a name of the catalogue, describes."""
+    return load_spec(spec_file(spec), overrides)
+
+
+def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:
+    """The runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
+    return planned(described) if isinstance(described, Suite) else (single(described, name),)
+
+
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
-    """The runs that a file describes: those of a suite, or a single one named after the file."""
-    described = load_spec(spec_file(spec), overrides)
-    return planned(described) if isinstance(described, Suite) else (single(described, spec.stem),)
+    """The runs that a file, or a name of the catalogue, describes."""
+    return runs_described(described_by(spec, overrides), spec.stem)

@@ -14,10 +14,11 @@ from fp4rl.lab.runner import Event, Outcome
 
 # Stages of one run before and after its steps, in units of steps: only for the bar and the time left.
 _AROUND = 4
+_BEAT_S = 15.0  # on a pipe, a line as often as this
 
 
 class Display:
-    """Shows events of running runs; on a pipe it prints one line per finished run instead."""
+    """Shows events of running runs; on a pipe it prints lines instead, for finished runs and now and then."""
 
     def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
         self._runs = {run.run_id: run for run in runs}
@@ -27,6 +28,7 @@ class Display:
         self._numbers: dict[str, dict[str, float]] = {}
         self._started = time.monotonic()
         self._finished = 0
+        self._last_beat = float("-inf")
         self._console = console
         self._progress = Progress(
             TextColumn("runs"),
@@ -56,6 +58,14 @@ class Display:
             self._numbers[event.run_id] = event.metrics
         if event.stage == "training":
             self._done[event.run_id] = event.done + _AROUND / 2
+        if not self._console.is_terminal and time.monotonic() - self._last_beat > _BEAT_S:
+            self._last_beat = time.monotonic()
+            self._console.print("; ".join(map(self._doing, self._active.values())), highlight=False, soft_wrap=True)
+
+    def _doing(self, event: Event) -> str:
+        run = self._runs[event.run_id]
+        where = f" {event.done}/{event.total}" if event.total else ""
+        return f"{run.arm}, seed {run.seed}: {event.stage}{where}"
 
     def on_outcome(self, outcome: Outcome) -> None:
         """A run ended."""
@@ -99,6 +109,8 @@ class Display:
         if share < 0.02:
             return ""
         seconds = (time.monotonic() - self._started) * (1 - share) / share
+        if share == 1:
+            return ""
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
 

@@ -32,6 +32,8 @@ VERBS = (
     "ledger",
 )
 
+_INTERRUPTED = 130
+
 _HELP = (
     "A lab for RL post-training of language models that survive 4-bit hardware.\n\n"
     "Exit codes: 0 fine, 1 a check failed, 2 bad input. fp4rl VERB --help shows an example of each verb."
@@ -85,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        return int(_app(verb)(arguments, standalone_mode=False) or 0)
+        code = int(_app(verb)(arguments, standalone_mode=False) or 0)
+        return _report(KeyboardInterrupt()) if code == _INTERRUPTED else code  # typer catches it, and says nothing
     except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, BrokenPipeError) as error:
         if debug:
             raise
@@ -97,19 +100,25 @@ def _report(error: BaseException) -> int:
         case TyperException():
             shown = str(error.format_message()).strip()
             if shown:
-                print(f"fp4rl: {shown.rstrip('.')}; fp4rl --help lists the verbs and their options", file=sys.stderr)
+                print(f"fp4rl: {shown.rstrip('.')}; {_where_to_look(error)}", file=sys.stderr)
             return 2 if shown else 0
         case CheckFailed():
             print(f"fp4rl: {error}", file=sys.stderr)
             return 1
         case KeyboardInterrupt() | typer.Abort():
             print("fp4rl: stopped; the same command continues where it left off", file=sys.stderr)
-            return 130
+            return _INTERRUPTED
         case BrokenPipeError():
             return 0
         case _:
             print(f"fp4rl: {error}", file=sys.stderr)
             return 2
+
+
+def _where_to_look(error: TyperException) -> str:
+    """The help of the verb that was used, where one was."""
+    path = getattr(getattr(error, "ctx", None), "command_path", "fp4rl")
+    return f"{path} --help shows {'its options' if path != 'fp4rl' else 'the verbs and their options'}"
 
 
 def entry() -> None:

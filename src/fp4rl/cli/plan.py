@@ -1,15 +1,20 @@
-"""`fp4rl plan`: which runs a file describes, under which ids, and which of them are done; no model, no torch."""
+"""`fp4rl plan`: what a file describes: arms, questions, runs with their ids, and which are done; no model, no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.model import Embedded
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fp4rl.lab.matrix import PlannedRun
+    from fp4rl.spec.experiment import Experiment, Suite
 
 
 def command(
@@ -18,26 +23,78 @@ def command(
     runs: RunsRoot = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Print the runs that a file describes, with their ids.
+    """Print what a file describes: its arms, its questions, and its runs with their ids.
 
-    Example: `fp4rl plan catalogue/quickstart.yaml training.steps=10`
+    Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
-    from rich.table import Table
-
-    from fp4rl.cli.described import runs_of
+    from fp4rl.cli.described import described_by, runs_described
+    from fp4rl.lab.here import not_here
     from fp4rl.lab.runner import split_finished
 
-    found = runs_of(spec, overrides or [])
+    described = described_by(spec, overrides or [])
+    found = runs_described(described, spec.stem)
     finished, _ = split_finished(found, runs)
     if as_json:
         print_json([_row(run, run in finished) for run in found])
         return
+    screen = console()
+    _print_what(screen, found[0].experiment)
+    _print_suite(screen, described)
+    _print_runs(screen, found, finished)
+    for line in not_here(found):
+        screen.print(f"[yellow]missing[/yellow]: {line}", highlight=False)
+
+
+def _print_what(screen: "Console", one: "Experiment") -> None:
+    """What the first run trains; the arms say in which keys the others differ."""
+    recipe, judged = one.training, one.evaluation
+    model = one.model.path or f"the embedded model ({(one.model.embedded or Embedded()).hidden_size} wide)"
+    screen.print(
+        f"{recipe.algorithm} on {one.task.name}, {recipe.steps} steps of {recipe.train_batch_size} x "
+        f"{recipe.rollout_n} answers, from {model}; judged on {judged.count} problems",
+        highlight=False,
+    )
+
+
+def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fp4rl.spec.experiment import Suite
+
+    if not isinstance(described, Suite):
+        return
+    arms = Table(title="arms", title_justify="left")
+    for name in ("arm", "differs from the base in"):
+        arms.add_column(name, overflow="fold")
+    for name, change in described.arms.items():
+        arms.add_row(name, escape(_as_line(change)))
+    screen.print(arms)
+    for key, values in described.axes.items():
+        screen.print(f"each with {key} = {', '.join(map(str, values))}", highlight=False)
+    for number, asked in enumerate(described.comparisons, 1):
+        sides = f"{asked.treatment} against {asked.control}"
+        screen.print(f"{number}. {escape(asked.question)} [dim]({sides})[/dim]", highlight=False)
+    if not described.comparisons:
+        screen.print("no comparisons: the report will show the arms side by side and say nothing", highlight=False)
+
+
+def _as_line(change: dict[str, Any]) -> str:
+    import yaml
+
+    text = yaml.safe_dump(change, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return text[1:-1] or "-"
+
+
+def _print_runs(screen: "Console", found: "Sequence[PlannedRun]", finished: "Sequence[PlannedRun]") -> None:
+    from rich.table import Table
+
     table = Table(title=f"{found[0].suite}: {len(found)} runs, {len(finished)} finished", title_justify="left")
     for name in ("arm", "seed", "run", "state"):
         table.add_column(name, justify="right" if name == "seed" else "left", overflow="fold")
     for run in found:
         table.add_row(run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do")
-    console().print(table)
+    screen.print(table)
 
 
 def _row(run: "PlannedRun", finished: bool) -> dict[str, object]:

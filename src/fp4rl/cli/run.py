@@ -9,7 +9,7 @@ import typer
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 
 if TYPE_CHECKING:
     from fp4rl.lab.runner import SuiteOutcome
@@ -34,10 +34,9 @@ def command(
 
     Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
     """
-    from fp4rl.cli.described import spec_file
-    from fp4rl.spec.door import load_spec
+    from fp4rl.cli.described import described_by
 
-    described = load_spec(spec_file(spec), overrides or [])
+    described = described_by(spec, overrides or [])
     outcome = carry_out_all(
         described, spec.stem, runs, jobs, report_to=report_to or (), rerun_stale=rerun_stale, quiet=as_json
     )
@@ -71,17 +70,21 @@ def carry_out_all(
     quiet: bool = False,
 ) -> "SuiteOutcome":
     """Run what is described below `root` with a live picture; used by `run` and `quickstart`."""
+    from fp4rl.cli.described import runs_described
     from fp4rl.cli.display import Display
     from fp4rl.engines.processes import LocalPool
+    from fp4rl.lab.here import not_here
     from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import open_ledger
-    from fp4rl.lab.matrix import PlannedRun, planned, single
     from fp4rl.lab.runner import Outcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
-    from fp4rl.spec.experiment import Suite
 
     require_sinks(report_to)
-    runs: tuple[PlannedRun, ...] = planned(described) if isinstance(described, Suite) else (single(described, name),)
+    runs = runs_described(described, name)
+    gone = not_here(runs)
+    if gone:
+        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        raise NotThere(f"{gone[0]}{more}; put it there, or name another place")
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
         set_aside(stale(runs, root), root)

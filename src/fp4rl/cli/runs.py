@@ -56,13 +56,13 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
     from fp4rl.lab.provenance import code_digest
 
     table = Table(title=f"{total} finished runs", title_justify="left")
-    for name in ("suite", "run", "steps", "accuracy %", ""):
+    for name in ("suite", "run", "steps", "accuracy %", "code"):
         table.add_column(name, overflow="fold", justify="right" if name == "steps" else "left")
     now = code_digest()
     for row in rows:
         asked = row["steps_asked"]
         steps = f"{row['steps_done']}" + (f"/{asked}" if asked not in (None, row["steps_done"]) else "")
-        state = "foreign" if row["imported"] else "" if row["code_digest"] == now else "stale"
+        state = "foreign" if row["imported"] else "current" if row["code_digest"] == now else "stale"
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
         table.add_row(row["suite"], row["run_id"], steps, shown or "-", state)

@@ -57,9 +57,9 @@ def _print(about: dict[str, Any]) -> None:
     for gap in about["gaps"]:
         screen.print(f"  [red]missing[/red]: {gap}", highlight=False)
     for kind, count in about["evidence_lines"].items():
-        screen.print(f"  {kind}: {count} lines", highlight=False)
+        screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}", highlight=False)
     for name, value in run["evidence"].items():
-        screen.print(f"  {name}: {value}", highlight=False)
+        screen.print(f"  {name}: {_plain(value)}", highlight=False)
     _print_metrics(about["metrics"])
     files = about["artefacts"]
     size = sum(file["bytes"] for file in files) / 2**20
@@ -68,7 +68,7 @@ def _print(about: dict[str, Any]) -> None:
     )
     if about["spec"]:
         screen.print("[bold]described as[/bold]")
-        text = yaml.safe_dump(_said(about["spec"]), sort_keys=False, default_flow_style=None, width=76)
+        text = yaml.safe_dump(_said(about["spec"]), sort_keys=False, default_flow_style=None, width=screen.width - 8)
         screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
 
 
@@ -124,6 +124,14 @@ def _said(spec: Any) -> Any:
     if isinstance(spec, dict):
         return {key: _said(value) for key, value in spec.items() if value is not None}
     return spec
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "none"
+    if value is None:
+        return "not recorded"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _some(names: list[str]) -> str:

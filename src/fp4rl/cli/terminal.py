@@ -1,6 +1,7 @@
 """What every verb shares on the screen: one console, and JSON that a program can read."""
 
 import json
+import os
 from typing import Any
 
 from rich.console import Console
@@ -8,9 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that fits the terminal, and 100 columns where there is none (a pipe, a log)."""
+    """A console that fits the terminal or COLUMNS, and 100 columns where there is neither (a pipe, a log)."""
     plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=max(plain.width, 100))
+    sized = plain.is_terminal or "COLUMNS" in os.environ
+    return plain if sized else Console(stderr=stderr, width=max(plain.width, 100))
 
 
 def print_json(value: Any) -> None:

@@ -61,7 +61,9 @@ class Verdict:
     def sentence(self) -> str:
         """One line: the difference, its interval, the seeds, the word."""
         interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low is not None else ""
-        chance = f", p = {self.p_family:.2g}" if self.p_family is not None else ""
+        chance = f", p = {self.p:.2g}" if self.p is not None else ""
+        if self.p_family is not None and self.comparisons > 1:
+            chance += f" ({self.p_family:.2g} after Holm over {self.comparisons})"
         word = self.word or "no verdict"
         return f"{self.difference:+.1f} points{interval}, {self.seeds[0]} vs {self.seeds[1]} seeds{chance}: {word}"
 

@@ -1,17 +1,18 @@
 """The one door from YAML and `key=value` words to validated descriptions, with errors that name the cure."""
 
 import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.keys import keys_at
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.questions import check_questions
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -29,8 +30,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     if not is_suite:
         return parse(Experiment, content, str(path))
     suite = parse(Suite, content, str(path))
-    for _ in arm_contents(suite):
-        pass
+    check_questions(suite.comparisons, dict(arm_contents(suite)), str(path))
     return suite
 
 
@@ -38,7 +38,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML mapping from a file; BadValue names the line of a syntax error."""
     file = Path(path)
     if not file.is_file():
-        raise NotThere(f"{file}: no such file; name a YAML file of a suite or an experiment")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise NotThere(f"{file}: {what}; name a YAML file")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -108,7 +109,7 @@ def _first_error(kind: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _fields_at(kind, first["loc"][:-1])
+        known = keys_at(kind, first["loc"][:-1])
         return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
@@ -116,20 +117,3 @@ def _first_error(kind: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: this key is required"
     return f"{where}: expected {message}, found {first['input']!r}"
-
-
-def _fields_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """The keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
-    here = [kind]
-    for part in path:
-        below = [m for k in here if part in k.model_fields for m in _models_in(k.model_fields[str(part)].annotation)]
-        here = below or here
-    return sorted({name for k in here for name in k.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
-    return []

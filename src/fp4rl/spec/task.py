@@ -13,7 +13,7 @@ class Arithmetic(Spec):
     name: Literal["arithmetic"] = "arithmetic"
     seed: int = Field(default=0, ge=0)
     difficulty: int = Field(default=2, ge=1, le=5)
-    train_count: PositiveInt = 4096
+    train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
 
 
 class Gsm8k(Spec):

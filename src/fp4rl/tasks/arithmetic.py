@@ -84,7 +84,8 @@ class Arithmetic:
                     break
                 raise BadValue(
                     f"the {split} split of arithmetic has only about {len(found)} problems at difficulty "
-                    f"{self.difficulty}, not {wanted}; ask for fewer or raise the difficulty"
+                    f"{self.difficulty}, not {wanted}; lower "
+                    f"{'task.train_count' if split == 'train' else 'evaluation.count'} or raise task.difficulty"
                 )
             if operations not in found:
                 found[operations] = _problem(operations, _wording(operations, random), split)

@@ -19,7 +19,7 @@ from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference
 from fp4rl.lab.statistics.spread import Spread, pooled
 from fp4rl.lab.statistics.two_way import two_way
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.mistakes import BadValue, NotThere
 
 _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
 
@@ -76,8 +76,11 @@ class Compared:
         }
 
 
-def compare_all(ledger: Ledger, questions: Sequence[Question], *, anyway: bool = False) -> tuple[Compared, ...]:
-    """Answer questions that are shown together, as one family. One that is refused still counts among them.
+def compare_all(
+    ledger: Ledger, questions: Sequence[Question], *, anyway: bool = False, others: int = 0
+) -> tuple[Compared, ...]:
+    """Answer questions that are shown together, as one family. One that is refused still counts among them, and so do
+    `others` that cannot be answered.
 
     With `anyway` the difference of an unfair pair is shown with its interval, without an effect word.
     """
@@ -86,11 +89,29 @@ def compare_all(ledger: Ledger, questions: Sequence[Question], *, anyway: bool =
         family = [_family_member(one) for one in found if one.comparable]
         spreads = [_spread(connection, one) for one in found]
         spread = spreads[0] if len(found) == 1 else next((one for one in spreads if one), None)
-        judged = iter(judge_family(family, spread=spread, others=len(found) - len(family)))
+        judged = iter(judge_family(family, spread=spread, others=others + len(found) - len(family)))
         return tuple(
             _checked(connection, replace(one, verdict=next(judged) if one.comparable else _shown_anyway(one, spread)))
             for one in found
         )
+
+
+def compare_among(
+    ledger: Ledger, family: Sequence[Question], asked: Question, *, anyway: bool = False
+) -> tuple[Compared, ...]:
+    """Answer one question of a `family` with the verdict that it has among them; those without runs count in full."""
+    with ledger.reading() as connection:
+        there = [question for question in family if question == asked or _has_runs(connection, question)]
+    answers = compare_all(ledger, there, anyway=anyway, others=len(family) - len(there))
+    return (answers[there.index(asked)],)
+
+
+def _has_runs(connection: Connection, question: Question) -> bool:
+    try:
+        _looked_up(connection, question, anyway=False)
+    except NotThere:
+        return False
+    return True
 
 
 def _looked_up(connection: Connection, question: Question, anyway: bool) -> Compared:

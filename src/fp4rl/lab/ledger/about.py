@@ -11,7 +11,7 @@ from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.packing import unpack_flags, unpack_lengths, unpack_problems
 from fp4rl.lab.ledger.query import find_run, rows_of_runs, specs
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.mistakes import NotThere
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ def about(connection: Connection, word: str) -> Row:
 def answers(connection: Connection, run: Row, problem: str, root: Path) -> list[Row]:
     """Every answer of a run to one problem; the text is None where the run's folder is not below `root`.
 
-    Raises `NotThere` with the nearest problem id.
+    Raises `NotThere` with the first ids that there are.
     """
     found: list[Row] = []
     known: set[str] = set()
@@ -64,7 +64,8 @@ def answers(connection: Connection, run: Row, problem: str, root: Path) -> list[
             if name == problem
         ]
     if not found:
-        raise NotThere(f"{run['run_id']} has no answer to {problem!r}" + (nearest(problem, known) if known else ""))
+        ids = f"; its {len(known)} problems are {', '.join(sorted(known)[:3])}, ..." if known else ""
+        raise NotThere(f"{run['run_id']} has no answer to {problem!r}{ids}")
     return found
 
 

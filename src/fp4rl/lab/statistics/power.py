@@ -16,8 +16,10 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
     difference is `difference` (0: it is as good). Noncentral t with 2 * (seeds - 1) degrees of freedom.
     Raises `BadValue` for fewer than two seeds or a spread that is not positive.
     """
-    if seeds < 2 or not spread > 0:
-        raise BadValue(f"power needs two seeds an arm and a positive spread; got {seeds} and {spread}")
+    if not spread > 0:
+        raise BadValue(f"the run-to-run spread is a positive number of points; got {spread:g}")
+    if seeds < 2:
+        raise BadValue(f"power needs two seeds an arm; got {seeds}")
     freedom = 2.0 * (seeds - 1)
     shift = abs(difference) if margin is None else difference + margin
     noncentral = shift / (spread * math.sqrt(2 / seeds))

@@ -1,0 +1,38 @@
+"""The questions of a suite ask about arms, measurements and keys that are there; a slip would cost the runs."""
+
+from collections.abc import Mapping
+
+from fp4rl.spec.experiment import Comparison, Experiment
+from fp4rl.spec.keys import keys_at, wrong_part
+from fp4rl.spec.mistakes import BadValue, nearest
+
+_OWN_WORDS = ("precision",)  # a factor that is no key: the evaluation's
+
+
+def check_questions(questions: tuple[Comparison, ...], arms: Mapping[str, Experiment], source: str) -> None:
+    """Raise BadValue for a side whose arm or profile is not in the suite, and for a factor that is no key."""
+    for number, question in enumerate(questions):
+        place = f"{source}: comparisons.{number}"
+        for key, side in (("treatment", question.treatment), ("control", question.control)):
+            _check_side(f"{place}.{key}", side, arms)
+        for factor in question.factors:
+            parts = factor.split(".")
+            wrong = None if factor in _OWN_WORDS else wrong_part(Experiment, parts)
+            if wrong is not None:
+                raise BadValue(
+                    f"{place}.factors: {factor!r} is no key{nearest(parts[wrong], keys_at(Experiment, parts[:wrong]))}"
+                )
+
+
+def _check_side(place: str, side: str, arms: Mapping[str, Experiment]) -> None:
+    arm, _, profile = side.partition("@")
+    if arm not in arms:
+        raise BadValue(f"{place}: no arm is called {arm!r}{nearest(arm, arms)}")
+    evaluation = arms[arm].evaluation
+    judged = (*evaluation.profiles, *evaluation.sweep)
+    if not profile:
+        raise BadValue(f"{place}: a side is written arm@profile; {arm} is judged as {', '.join(judged)}")
+    if profile not in judged:
+        raise BadValue(
+            f"{place}: {arm} is not judged as {profile!r}{nearest(profile, judged)}; its evaluation.profiles say which"
+        )
