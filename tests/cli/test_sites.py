@@ -17,8 +17,8 @@ seeds: [0]
 
 @pytest.fixture
 def sites(capsys, monkeypatch):
-    """`sites(arguments)` -> (exit code, standard output, standard error), 80 columns wide."""
-    monkeypatch.setenv("COLUMNS", "80")
+    """`sites(arguments)` -> (exit code, standard output, standard error), 100 columns wide."""
+    monkeypatch.setenv("COLUMNS", "100")
 
     def run(*arguments):
         code = main(["sites", *map(str, arguments)])

@@ -25,7 +25,9 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
 
     The quiet arm is the first without noise, or the first of all. Sigma is the greatest of any schedule unless given.
     """
+    from fp4rl.models.quiet import quiet
 
+    quiet()
     from fp4rl.cli.rounding import ready_to_round
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.noise_loss import noise_losses
