@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 WORST_SHOWN = 1.5  # times the ideal error: the darkest cell
 NAMED = 3  # sites named under a finding
+TOGETHER = {  # what all weights together are said to have: measure and form
+    "SQNR, dB": ("sqnr_db", ".2f"),
+    "sum|e|/sum|w|": ("relative_l1", ".3f"),
+    "zeroed": ("deadzone_share", ".1%"),
+    "error": ("relative_l2", ".1%"),
+    "scale": ("scale_bias", ".1%"),
+    "dead zone": ("deadzone", ".1%"),
+    "grid": ("grid_noise", ".1%"),
+}
 
 
 def show(screen: "Console", report: "ScanReport") -> None:
@@ -34,8 +43,8 @@ def show(screen: "Console", report: "ScanReport") -> None:
     for found in findings(report):
         _show_finding(screen, found)
     if judged := rule_results(report):
-        screen.print("thresholds of earlier documents, kept for comparison:", highlight=False)
-        table = Table(*COLUMNS, box=None, padding=(0, 2, 0, 2), style="dim", header_style="dim")
+        screen.print("[bold]thresholds of earlier documents[/], to compare with", highlight=False)
+        table = _plain(*COLUMNS)
         for result in judged:
             table.add_row(*result.cells())
         screen.print(table)
@@ -45,7 +54,9 @@ def show_advice(screen: "Console", advice: "Advice") -> None:
     """The strategy and its reasons."""
     screen.print(f"[bold]advice: {advice.strategy}[/]")
     for reason in advice.reasons:
-        screen.print(f"  {reason}", highlight=False)
+        line = Table.grid(padding=(0, 1))
+        line.add_row(" ", Text(reason))
+        screen.print(line)
 
 
 def _show_together(screen: "Console", report: "ScanReport") -> None:
@@ -54,17 +65,20 @@ def _show_together(screen: "Console", report: "ScanReport") -> None:
     weights = [part for part in report.parts if part.part == "weight"]
     if not report.tallies or not weights:
         return
-    found, ideal = pooled(list(report.tallies.values())).measures(), weights[0].ideal
-    screen.print(
-        f"all weights: SQNR {found['sqnr_db']:.2f} dB (ideal {ideal['sqnr_db']:.2f}), "
-        f"sum|e|/sum|w| {found['relative_l1']:.3f} ({ideal['relative_l1']:.3f}), "
-        f"dead zone {found['deadzone_share']:.1%} ({ideal['deadzone_share']:.1%})",
-        highlight=False,
-    )
-    parts = (("scale", "scale_bias"), ("dead zone", "deadzone"), ("grid", "grid_noise"))
-    said = ", ".join(f"{word} {found[name]:.1%} ({ideal[name]:.1%})" for word, name in parts)
-    error = f"error {found['relative_l2']:.1%} ({ideal['relative_l2']:.1%})"
-    screen.print(f"{error}; its parts, which add with their signs: {said}", highlight=False)
+    measures = {"all weights": pooled(list(report.tallies.values())).measures(), "ideal Gaussian": weights[0].ideal}
+    table = _plain("", *TOGETHER, right=True)
+    for name, found in measures.items():
+        table.add_row(name, *(f"{found[measure]:{form}}" for measure, form in TOGETHER.values()))
+    screen.print(table)
+    screen.print("scale, dead zone and grid add up to the error with their signs", style="dim")
+
+
+def _plain(*names: str, right: bool = False) -> Table:
+    """A table without lines that fits 80 columns; its first column never wraps."""
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if right and number else "left", no_wrap=number == 0)
+    return table
 
 
 def _show_layers(screen: "Console", report: "ScanReport") -> None:
@@ -128,7 +142,11 @@ def _saved(report: "ScanReport") -> dict[int | None, Text]:
 
 def _show_finding(screen: "Console", found: "Finding") -> None:
     style = {"fault": "bold red", "note": "dim"}.get(found.kind)
-    screen.print(f"- {found.text}", style=style, highlight=False, markup=False)
-    if found.sites and found.kind != "note":
+    line = Table.grid(padding=(0, 1))
+    line.add_row("-", Text(found.text, style=style or ""))
+    screen.print(line)
+    if found.kind != "note" and not all(site in found.text for site in found.sites):
         more = f" and {len(found.sites) - NAMED} more" if len(found.sites) > NAMED else ""
-        screen.print(f"    {', '.join(found.sites[:NAMED])}{more}", style="dim", highlight=False, markup=False)
+        named = Table.grid(padding=(0, 1))
+        named.add_row(" ", Text(f"{', '.join(found.sites[:NAMED])}{more}", style="dim"))
+        screen.print(named)

@@ -15,6 +15,7 @@ _LAYOUT: dict[str, Any] = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
     "margin": {"l": 70, "r": 20, "t": 30, "b": 50},
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": INK},
 }
 _ROW = 22  # pixels of one bar
 MOST_BARS = 40
