@@ -14,6 +14,7 @@ TORCH_FREE = [
     ["--help"],
     ["--version"],
     ["formats"],
+    ["keys"],
     ["plan", "catalogue/quickstart"],
     ["run", "--help"],
     ["schedule", "--help"],

@@ -19,6 +19,7 @@ VERBS = (
     "sites",
     "schedule",
     "scan",
+    "keys",
     "plan",
     "run",
     "eval",

@@ -1,10 +1,13 @@
 """Which keys a description has at a path: for hints on wrong keys, and for keys that are named as values."""
 
 import types
-from collections.abc import Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+_WORDS = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "none"}
 
 
 def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
@@ -37,3 +40,55 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
         return [model for part in get_args(annotation) for model in _models_in(part)]
     return []
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its dotted path, its type in words, its default (... where it is required) and its description."""
+
+    path: str
+    kind: str
+    default: Any
+    meaning: str
+
+
+def described_keys(kind: type[BaseModel]) -> list[Key]:
+    """All keys below `kind`, depth first in the order of their definition; below a union, those of every member."""
+    return _once(_described(kind, ""))
+
+
+def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
+    for name, field in kind.model_fields.items():
+        path = f"{above}{name}"
+        given = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = ... if field.is_required() else None if isinstance(given, BaseModel) else given
+        yield Key(path, _in_words(field.annotation), default, field.description or "")
+        for model in _models_in(field.annotation):
+            yield from _described(model, f"{path}.")
+
+
+def _once(keys: Iterable[Key]) -> list[Key]:
+    """Keys of several members of a union as one, with all their types."""
+    found: dict[str, Key] = {}
+    for key in keys:
+        before = found.get(key.path, key)
+        kinds = dict.fromkeys([*before.kind.split(" | "), *key.kind.split(" | ")])
+        found[key.path] = replace(before, kind=" | ".join(kinds), meaning=before.meaning or key.meaning)
+    return list(found.values())
+
+
+def _in_words(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _in_words(parts[0])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return " | ".join(dict.fromkeys(_in_words(part) for part in parts))
+    if origin in (tuple, list):
+        return f"list of {_in_words(parts[0])}"
+    if origin is dict:
+        return f"{_in_words(parts[0])}: {_in_words(parts[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "keys"
+    return _WORDS.get(annotation, "text")

@@ -1,0 +1,86 @@
+"""`fp4rl keys`: every key that an experiment or a suite may have, with its type, its default and what it means."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fp4rl.cli.terminal import console, print_json
+from fp4rl.spec.mistakes import NotThere, nearest
+
+if TYPE_CHECKING:
+    from fp4rl.spec.keys import Key
+
+
+def command(
+    prefix: Annotated[str, typer.Argument(help="Only the keys below this one, such as training or noise.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the keys as JSON.")] = False,
+) -> None:
+    """List the keys of an experiment, the `base` of a suite, with defaults.
+
+    Example: `fp4rl keys training.rollout_correction`
+    """
+    from fp4rl.spec.experiment import Experiment
+    from fp4rl.spec.keys import described_keys
+
+    every = described_keys(Experiment)
+    found = [key for key in every if key.path == prefix or key.path.startswith(f"{prefix}." if prefix else "")]
+    if not found:
+        raise NotThere(f"no key is called {prefix!r}{nearest(prefix, {key.path for key in every})}")
+    if as_json:
+        print_json([_row(key) for key in found])
+        return
+    _print(found)
+
+
+def _row(key: "Key") -> dict[str, Any]:
+    default = None if key.default is ... else key.default
+    return {
+        "key": key.path,
+        "type": key.kind,
+        "required": key.default is ...,
+        "default": default,
+        "meaning": key.meaning,
+    }
+
+
+def _print(found: "list[Key]") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column("key", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for key, begins in _with_breaks(found):
+        if begins:
+            table.add_row()
+        said = [escape(key.kind), _default(key), escape(key.meaning)]
+        table.add_row(key.path, "; ".join(part for part in said if part))
+    console().print(table)
+
+
+def _with_breaks(found: "list[Key]") -> "Iterator[tuple[Key, bool]]":
+    """Each key, and whether a new part of the experiment begins with it."""
+    before = None
+    for key in found:
+        part = key.path.partition(".")[0]
+        yield key, before is not None and part != before
+        before = part
+
+
+def _default(key: "Key") -> str:
+    from rich.markup import escape
+
+    if key.kind.startswith("keys"):
+        return ""
+    if key.default is ...:
+        return "[bold]required[/bold]"
+    return f"default [bold]{escape(_as_yaml(key.default))}[/bold]"
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return (
+        {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

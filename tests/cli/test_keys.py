@@ -1,0 +1,59 @@
+"""`fp4rl keys` knows every key that an experiment takes, and no other."""
+
+import json
+
+import pytest
+
+from fp4rl.cli.main import main
+from fp4rl.spec.experiment import Experiment
+
+
+@pytest.fixture
+def keys(capsys):
+    def run(*arguments):
+        assert main(["keys", *arguments, "--json"]) == 0
+        return {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+
+    return run
+
+
+def leaves(content, above=""):
+    for name, value in content.items():
+        yield f"{above}{name}"
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{name}.")
+
+
+def test_every_key_of_a_full_experiment_is_listed(keys):
+    full = Experiment.model_validate(
+        {"noise": {}, "model": {"embedded": {}, "lora": {}}, "training": {"distillation": {}}, "health": {}}
+    )
+    own = {name for name in leaves(full.model_dump(mode="json")) if not name.startswith("health.policies.")}
+    assert own <= set(keys())
+
+
+def test_a_default_is_what_an_empty_experiment_has(keys):
+    empty = Experiment().model_dump(mode="json")
+    for name, row in keys("training").items():
+        value = empty
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not (row["type"].startswith("keys") or name.startswith("training.distillation.")):
+            assert row["default"] == value, name
+
+
+def test_members_of_a_union_are_one_key_with_all_their_types(keys):
+    found = keys("task")
+    assert found["task.name"]["type"] == "arithmetic | gsm8k"
+    assert found["task.path"]["required"]
+
+
+def test_an_unknown_part_names_the_nearest(capsys):
+    assert main(["keys", "trainin"]) == 2
+    assert "did you mean 'training'" in capsys.readouterr().err
+
+
+def test_nothing_is_wider_than_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["keys", "noise"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
