@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fp4rl.numerics import native_build
 from fp4rl.numerics.codes import decode, encode
 from fp4rl.numerics.packing import dequantize, pack, pack_tensor, quantize, unpack
 from fp4rl.numerics.quantize import fake_quantize
@@ -18,6 +19,11 @@ FOUR_BITS = [
     *(replace(fmt, rounding=way) for fmt in (MXFP4, NVFP4) for way in ("half_away", "toward_zero", "stochastic")),
     replace(MXFP4, rotation=32),
     replace(MXFP4, coarse=Coarse(128, "search")),
+]
+# Forced: `auto` takes the C kernels only where a machine has built them already.
+BY = [
+    pytest.param("native", marks=pytest.mark.skipif(not native_build.compiler(), reason="no C compiler")),
+    "reference",
 ]
 WIDER = [fmt for fmt in FORMATS.values() if fmt.element.bits in (6, 8)]
 
@@ -33,11 +39,12 @@ def finite(edges, dtype, fmt):
             yield x
 
 
-@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("name", BY)
 @pytest.mark.parametrize("fmt", FOUR_BITS, ids=lambda f: f"{f.name}-{f.scale_rule}-{f.rounding}")
 def test_pack_unpack_dequantize_is_fake_quantization(fmt, name, edges, equal, backend):
     backend(name)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    searching = fmt.coarse is not None and fmt.coarse.choice == "search"  # takes a hundred times as long
+    for dtype in (torch.bfloat16,) if searching else (torch.float32, torch.bfloat16, torch.float16):
         for x in finite(edges, dtype, fmt):
             wanted = fake_quantize(x, fmt, generator=generator())
             stored = quantize(x, fmt, generator=generator())
@@ -49,7 +56,7 @@ def test_pack_unpack_dequantize_is_fake_quantization(fmt, name, edges, equal, ba
             assert torch.equal(packed.scales.view(torch.uint8), stored.scales.view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("name", BY)
 def test_values_are_written_where_they_are_wanted(name, equal, backend):
     backend(name)
     x = torch.randn(6, 45)
@@ -88,7 +95,7 @@ def test_minus_zero_has_a_code_of_its_own():
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=lambda f: f.name)
-@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("name", BY)
 def test_a_block_of_nan_cannot_be_packed(fmt, name, backend):
     backend(name)
     x = torch.randn(4, 64)
