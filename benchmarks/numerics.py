@@ -49,17 +49,18 @@ PEER_TIMES = 30.0  # every peer at least so many times slower than this project'
 Deed = Callable[[], object]
 
 
-def ratios(deed: Deed, copy: Deed, rounds: int, clock: Callable[[], float]) -> list[float]:
-    """deed's time over copy's, one for each round, both warm."""
+def in_turn(deed: Deed, copy: Deed, rounds: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """(median of deed's time over copy's, median seconds of the copy), both warm and taking turns."""
     deed(), copy()
-    found = []
+    ratios, copies = [], []
     for _ in range(rounds):
         start = clock()
         copy()
         between = clock()
         deed()
-        found.append((clock() - between) / max(between - start, 1e-9))
-    return found
+        copies.append(max(between - start, 1e-9))
+        ratios.append((clock() - between) / copies[-1])
+    return statistics.median(ratios), statistics.median(copies)
 
 
 def data(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -154,15 +155,17 @@ def table(
     aims: dict[str, tuple[float, float]],
 ) -> Iterator[str]:
     """One row a deed, one column a dtype and shape; a figure beyond its aim stands in bold."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {"a copy, ms": []}
     for place, dtype in enumerate(DTYPES):
         for shape in SHAPES:
             x = data(shape, dtype)
-            target = torch.empty_like(x)
+            target, copies = torch.empty_like(x), []
             for label, deed in deeds(x):
-                found = statistics.median(ratios(deed, lambda t=target, x=x: t.copy_(x), rounds, clock))
+                found, copied = in_turn(deed, lambda t=target, x=x: t.copy_(x), rounds, clock)
                 late = label in aims and found > aims[label][place]
                 rows.setdefault(label, []).append(f"**{found:.2f}**" if late else f"{found:.2f}")
+                copies.append(copied)
+            rows["a copy, ms"].append(f"{1000 * statistics.median(copies):.2f}")
     for label, cells in rows.items():
         if aims:
             cells.append(" / ".join(f"{aim:g}" for aim in aims[label]) if label in aims else "")
@@ -179,9 +182,9 @@ def against_peers() -> Iterator[str]:
         target, out = torch.empty_like(x), torch.empty_like(x)
         for label, deed in peers(x):
             fmt = NVFP4 if label.endswith("nvfp4") else MXFP4
-            copies = statistics.median(ratios(deed, lambda t=target, x=x: t.copy_(x), 3, time.process_time))
+            copies, _ = in_turn(deed, lambda t=target, x=x: t.copy_(x), 3, time.process_time)
             own: Deed = lambda x=x, f=fmt, o=out: fake_quantize(x, f, out=o)  # noqa: E731
-            times = statistics.median(ratios(deed, own, 3, time.process_time))
+            times, _ = in_turn(deed, own, 3, time.process_time)
             package = label.split()[0].replace("modelopt", "nvidia-modelopt")
             few = f"**{times:.0f}**" if times < PEER_TIMES else f"{times:.0f}"
             rows.setdefault(f"{label} ({version(package)})", []).extend((f"{copies:.0f}", few))
