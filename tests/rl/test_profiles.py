@@ -1,7 +1,11 @@
 """What an evaluation profile means, what stands beside every number, and the robustness sweep of the last step."""
 
-import pytest
+from io import StringIO
 
+import pytest
+from rich.console import Console
+
+from fp4rl.cli.eval import _table
 from fp4rl.cli.main import main
 from fp4rl.rl.evaluate import Evaluation, Item, Profile
 from fp4rl.rl.profiles import precision_named
@@ -119,6 +123,14 @@ def test_pass_at_k_is_the_unbiased_estimate_and_mean_at_k_the_mean():
     assert found["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)  # 1 - C(3,2)/C(4,2) = 1/2
     assert found["pass@4"] == pytest.approx(2 / 3)
     assert found["problems"] == 3
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_keeps_the_names_of_precisions_whole(width):
+    counted = {"n": 1319, "strict": 1.0, "flexible": 1.0, "formatted": 1.0, "mean_length": 256.0, "pass@16": 1.0}
+    out = Console(width=width, file=StringIO())
+    out.print(_table("a model", [{"profile": {"name": "matmul_noise=0.05"}, **counted}]))
+    assert "matmul_noise=0.05" in out.file.getvalue()
 
 
 def test_one_answer_a_problem_has_no_pass_at_k():

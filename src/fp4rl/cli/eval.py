@@ -80,7 +80,8 @@ def _table(title: str, summaries: list[dict[str, object]]) -> Table:
     )
     passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@")))
     for name in ("precision", "n", "strict", "flexible", "format", "tokens", *passed):
-        table.add_column(name, justify="left" if name == "precision" else "right")
+        first = name == "precision"  # a name must stay whole: the shares wrap where the terminal is narrow
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for s in summaries:
         n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
         cells = [str(s["profile"]["name"]), str(n)]  # type: ignore[index]
