@@ -215,7 +215,7 @@ def estimates(folder: Path, stories: Path | None) -> list[str]:
 
 def models(folder: Path, stories: Path | None) -> Iterator[tuple[str, nn.Module, Calibration]]:
     texts = [f"{p.prompt} {p.solution}" for p in Arithmetic().problems("train", ENOUGH_TEXTS)]
-    for layers in (2, 4):
+    for layers in (2, 5):
         model, tokenizer = load(warmed_up(Embedded(num_layers=layers), Arithmetic(), folder / "models"), "float32")
         yield f"embedded, {layers} layers", model, calibrate(tokenizer, texts)
     if stories is not None:

@@ -34,6 +34,7 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
     assert "rank correlation of the one-pass estimate with the measured harm" in shown
     assert "reconsider_quantization" in shown
     assert "advice:" in shown
+    assert f"fp4rl run SPEC +{advice}" in " ".join(shown.split())
     assert max(len(line) for line in shown.splitlines()) <= 100
     text = html.read_text()
     assert "<script src" not in text  # one file, nothing from a network

@@ -35,14 +35,19 @@ def test_values_are_weighted_by_how_often_they_occur():
 
 def test_a_curve_has_its_ends_labelled_and_silence_left_empty():
     lines = log_curve([0.0, 0.0, 0.1, 0.01], width=4, height=4)
-    assert lines[0].split() == ["0.1", "█"]
-    assert lines[-1].startswith("     0.01   █▁")
+    assert lines[0].split() == ["0.1", "│", "█"]
+    assert lines[3] == "     0.01 │  ██"  # the smallest value fills its row: no bar lies on the axis
+    assert lines[4:] == ["          └────", "     step  0  3"]
     assert log_curve([0.0, 0.0], width=4) == ["(silent at every step)"]
+
+
+def test_a_constant_is_one_row():
+    assert log_curve([0.1, 0.1, 0.1], width=3)[:2] == ["      0.1 │███", "          └───"]
 
 
 def test_a_long_run_fits_the_width_and_keeps_its_peak():
     lines = log_curve([0.001] * 500 + [0.1] + [0.001] * 499, width=60)
-    assert max(len(line) for line in lines) <= 70
+    assert max(len(line) for line in lines) <= 71
     assert "█" in lines[0]
 
 
@@ -74,6 +79,20 @@ def test_the_verb_warns_of_stages_that_bf16_swallows_and_of_runs_too_short(spec,
     shown = capsys.readouterr().out
     assert "mostly swallowed" in shown
     assert "too short to reach sigma" in shown
+
+
+def test_arms_that_differ_in_multipliers_alone_share_one_curve(tmp_path, capsys):
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "suite: zones\nseeds: [0]\nbase: {training: {steps: 29}}\narms:\n"
+        "  even: {noise: {schedule: geometric}}\n"
+        "  first: {noise: {schedule: geometric, multipliers: {by_layer: {0: 2.0}, others: 0.0}}}\n"
+    )
+    assert main(["schedule", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("step  0") == 1
+    assert "first: sigma as in even" in shown
+    assert "0:2" in shown
 
 
 def test_the_verb_says_what_to_do_about_a_spec_without_noise(tmp_path, capsys):

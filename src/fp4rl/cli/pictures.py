@@ -12,21 +12,26 @@ _HEAT = ("grey93", "light_goldenrod2", "orange1", "dark_orange3", "red3")
 
 
 def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]:
-    """Lines from top to bottom; zeros stay empty. Each column shows the largest of the values that fall on it."""
-    columns = _binned(values, min(width, len(values)) if len(values) > width else len(values))
+    """Lines from top to bottom over an axis of steps. Each column shows the largest of the values that fall on it.
+
+    Zeros stay empty; the smallest value fills the lowest row, so that its bar cannot be taken for the axis.
+    """
+    columns = _binned(values, min(width, len(values)))
     widen = max(1, width // max(1, len(columns)))
     positive = [v for v in columns if v > 0]
     if not positive:
         return ["(silent at every step)"]
     top, low = math.log10(max(positive)), math.log10(min(positive))
+    rows = height if top > low else 1
     span = max(top - low, 1e-9)
-    levels = [0.0 if v <= 0 else 1 + (math.log10(v) - low) / span * (height * 8 - 1) for v in columns]
+    levels = [0.0 if v <= 0 else 8 + (math.log10(v) - low) / span * (rows - 1) * 8 for v in columns]
     lines = []
-    for row in range(height - 1, -1, -1):
+    for row in range(rows - 1, -1, -1):
         cells = (_EIGHTHS[max(0, min(8, round(level - 8 * row)))] for level in levels)
-        label = _label(row, height, max(positive), min(positive))
-        lines.append(f"{label:>9} " + "".join(cell * widen for cell in cells).rstrip())
-    return lines
+        label = _label(row, rows, max(positive), min(positive))
+        lines.append(f"{label:>9} │" + "".join(cell * widen for cell in cells).rstrip())
+    long = len(columns) * widen
+    return [*lines, f"{'':>9} └{'─' * long}", f"{'step':>9}  0{len(values) - 1:>{max(1, long - 1)}}"]
 
 
 def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:

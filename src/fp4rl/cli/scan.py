@@ -89,6 +89,8 @@ def command(
 
         html.write_text(page(report), encoding="utf-8")
     _print(report, advice, as_json)
+    if not as_json:
+        _say_written(html, advise)
     if against:
         _compare(model, report, against, quiet=as_json)
 
@@ -183,6 +185,13 @@ def _print(report: "ScanReport", advice: "Advice | None", as_json: bool) -> None
     show(console(), report)
     if advice is not None:
         show_advice(console(), advice)
+
+
+def _say_written(html: Path | None, advise: Path | None) -> None:
+    if html:
+        console().print(f"page: {html}", highlight=False, markup=False)
+    if advise:
+        console().print(f"advice: {advise}; run with it: fp4rl run SPEC +{advise}", highlight=False, markup=False)
 
 
 def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:

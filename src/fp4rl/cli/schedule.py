@@ -55,8 +55,9 @@ def command(
         print_json({"schedules": found, "losses": losses})
         return
     screen = console()
-    for facts in found:
-        _show(screen, facts, "its norm weights" if model else "norm weights of 1.0")
+    for number, facts in enumerate(found):
+        alike = next((other for other in found[:number] if _looks(other) == _looks(facts)), None)
+        _show(screen, facts, "its norm weights" if model else "norm weights of 1.0", alike)
     if losses:
         show_losses(screen, losses)
 
@@ -122,8 +123,18 @@ def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
     ]
 
 
-def _show(screen: "Console", facts: dict[str, Any], weights: str) -> None:
-    screen.print(f"[bold]{', '.join(facts['arms'])}[/]: {facts['schedule']['kind']}, {facts['steps']} steps")
+def _looks(facts: dict[str, Any]) -> list[Any]:
+    """What the curve and the table of a schedule follow from; arms may differ in their multipliers alone."""
+    return [facts[key] for key in ("schedule", "steps", "control", "operation")]
+
+
+def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[str, Any] | None) -> None:
+    name = f"[bold]{', '.join(facts['arms'])}[/]"
+    if alike is not None:
+        screen.print(f"{name}: sigma as in {', '.join(alike['arms'])}", highlight=False)
+        _show_multipliers(screen, facts["multipliers"])
+        return
+    screen.print(f"{name}: {facts['schedule']['kind']}, {facts['steps']} steps", highlight=False)
     if facts["control"] != "no":
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):

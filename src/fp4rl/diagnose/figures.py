@@ -106,10 +106,11 @@ def sensitivity_bars(report: ScanReport) -> Figure | None:
         "marker": {"color": INK, "symbol": "circle-open", "size": 8},
     }
     shown = [bars] + [marks] * (ranked[0].alone is not None) + [saved] * (ranked[0].spared is not None)
+    known = "" if ranked[0].alone is not None else ", estimated by one backward pass"
     layout = _LAYOUT | {
         "height": 120 + _ROW * len(ranked),
         "margin": {"l": 130, "r": 20, "t": 50, "b": 50},
-        "xaxis": {"title": {"text": "KL to the unharmed model, nats per token"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": f"KL to the unharmed model, nats per token{known}"}, "rangemode": "tozero"},
         "yaxis": {"automargin": True},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
     }
