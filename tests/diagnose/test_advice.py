@@ -1,7 +1,6 @@
 """From findings to spec objects: the knapsack, the noise rules, the documents' thresholds, and the fragment."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -159,10 +158,14 @@ def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice
 
 
 @pytest.mark.parametrize("rule", NOISE_RULES)
-def test_every_noise_rule_makes_a_valid_spec(w4a4, stories, rule):
+def test_every_noise_rule_takes_the_place_of_the_factors_that_the_spec_had(w4a4, stories, tmp_path, rule):
     found = advise(w4a4, stories, options=Options(noise_rule=rule))
     assert found.formats is None
-    json.dumps(found.fragment())
+    spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
+    before = "{by_layer: {0: 9.0, 4: 9.0}, zones: {edge: 3.0}, others: 7.0}"
+    spec.write_text(f"injection: w4a4\nnoise: {{schedule: constant, multipliers: {before}}}\n")
+    fragment.write_text(yaml.safe_dump(found.fragment()))
+    assert load_spec(spec, [f"+{fragment}"]).noise.multipliers == found.multipliers
 
 
 def test_another_scale_rule_is_recommended_with_what_it_saves(advice):

@@ -1,6 +1,7 @@
 """`fp4rl scan` as a user meets it: a table, one HTML file, JSON, advice, and one line for every mistake."""
 
 import json
+from html import escape
 
 import pytest
 import yaml
@@ -104,3 +105,15 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     for name in ("heat", "harm", "depth", "distribution"):
         assert f'class="figure" id="{name}"' in text
     assert "<b>odd</b>" not in text
+
+
+def test_the_page_carries_the_advice_and_the_sites_of_a_finding(w4a4, stories):
+    from fp4rl.diagnose.advice import advise
+    from fp4rl.diagnose.findings import findings
+
+    advice = advise(w4a4, stories)
+    text = page(w4a4, advice)
+    assert f"Advice: {advice.strategy}" in text
+    assert all(escape(reason) in text for reason in advice.reasons)
+    assert any(found.places() for found in findings(w4a4))
+    assert all(found.places() in text for found in findings(w4a4))

@@ -89,6 +89,11 @@ def test_merge_lays_dotted_paths_over_nested_keys_and_leaves_its_arguments_alone
     assert base == {"a": {"b": 1, "c": 2}}
 
 
+@pytest.mark.parametrize("change", [{"by_layer": {0: 3.0}}, {"by_layer": {"0": 3.0}}, {"by_layer.0": 3.0}])
+def test_merge_knows_a_layer_by_its_number_however_it_is_written(change):
+    assert merge({"by_layer": {0: 1.0, 1: 2.0}}, change) == {"by_layer": {0: 3.0, 1: 2.0}}
+
+
 def test_a_described_experiment_survives_yaml_and_keeps_its_digest():
     for name in names():
         suite = load_spec(named(name))

@@ -79,7 +79,7 @@ def command(
     else:
         wishes = {"measured": not quick, "spared": spared}
         live = loaded(experiment, text, texts, runs)
-        report = _scanned(*live, injection, wishes, site)
+        report = replace(_scanned(*live, injection, wishes, site), model=Path(model).resolve().name)
         advice = _advice(report, live, noise_rule, bits) if advise else None
     report = replace(report, limits=limits)
     if advise and advice:
@@ -87,8 +87,8 @@ def command(
     if html:
         from fp4rl.diagnose.page import page
 
-        html.write_text(page(report), encoding="utf-8")
-    _print(report, advice, as_json)
+        html.write_text(page(report, advice), encoding="utf-8")
+    _print(report, advice, pieces, as_json)
     if not as_json:
         _say_written(html, advise)
     if against:
@@ -150,7 +150,7 @@ def _stored(model: str, injection: "Injection") -> "ScanReport":
         table, parts, tallies = stored_weight_errors(
             model, injection, lambda done, total: bar.update(place, completed=done, total=total)
         )
-    return ScanReport(Path(model).name, table, parts, tallies)
+    return ScanReport(Path(model).resolve().name, table, parts, tallies)
 
 
 def _advice(report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: str, bits: float) -> "Advice":
@@ -167,7 +167,7 @@ def _write_advice(file: Path, advice: "Advice", pieces: list[str]) -> None:
     file.write_text(f"# Advice of `fp4rl scan`: {advice.strategy}\n{reasons}{content}", encoding="utf-8")
 
 
-def _print(report: "ScanReport", advice: "Advice | None", as_json: bool) -> None:
+def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str], as_json: bool) -> None:
     from fp4rl.cli.scan_view import show, show_advice
 
     if as_json:
@@ -179,6 +179,7 @@ def _print(report: "ScanReport", advice: "Advice | None", as_json: bool) -> None
                 "strategy": advice.strategy,
                 "reasons": list(advice.reasons),
                 "leave": list(advice.leave),
+                "fragment": advice.fragment(pieces),  # type: ignore[arg-type]
             }
         print_json(found)
         return

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fp4rl.diagnose.report import ScanReport
 
 WORST_SHOWN = 1.5  # times the ideal error: the darkest cell
-NAMED = 3  # sites named under a finding
 TOGETHER = {  # what all weights together are said to have: measure and form
     "SQNR, dB": ("sqnr_db", ".2f"),
     "sum|e|/sum|w|": ("relative_l1", ".3f"),
@@ -70,7 +69,7 @@ def _show_together(screen: "Console", report: "ScanReport") -> None:
     for name, found in measures.items():
         table.add_row(name, *(f"{found[measure]:{form}}" for measure, form in TOGETHER.values()))
     screen.print(table)
-    screen.print("scale, dead zone and grid add up to the error with their signs", style="dim")
+    screen.print("scale, dead zone and grid are parts of each value's error, with signs", style="dim")
 
 
 def _plain(*names: str, right: bool = False) -> Table:
@@ -145,8 +144,7 @@ def _show_finding(screen: "Console", found: "Finding") -> None:
     line = Table.grid(padding=(0, 1))
     line.add_row("-", Text(found.text, style=style or ""))
     screen.print(line)
-    if found.kind != "note" and not all(site in found.text for site in found.sites):
-        more = f" and {len(found.sites) - NAMED} more" if len(found.sites) > NAMED else ""
+    if places := found.places():
         named = Table.grid(padding=(0, 1))
-        named.add_row(" ", Text(f"{', '.join(found.sites[:NAMED])}{more}", style="dim"))
+        named.add_row(" ", Text(places, style="dim"))
         screen.print(named)

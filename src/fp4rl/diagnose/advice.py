@@ -62,7 +62,9 @@ class Advice:
         """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values."""
         found = {"injection": self.injection(pieces).model_dump(mode="json", exclude_defaults=True)}
         if "noise" in pieces and self.multipliers is not None:
-            found["noise"] = {"multipliers": self.multipliers.model_dump(exclude_defaults=True)}
+            # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
+            factors = self.multipliers.model_dump(mode="json")
+            found["noise"] = {"multipliers": factors | {"by_layer": factors["by_layer"] or []}}
         return found
 
 
@@ -85,9 +87,12 @@ def advise(
         generator = torch.Generator().manual_seed(0)
         formats = advised_formats(model, report, calibration, options.bits_per_weight, generator)
     variants = weight_variants(model, report.table)
+    reasons = _reasons(report, out, share, formats, variants)
+    if multipliers is not None:
+        reasons.append(_noise_in_words(options.noise_rule, multipliers))
     return Advice(
         strategy=strategy(share, options.bands),
-        reasons=tuple(_reasons(report, out, share, formats, variants)),
+        reasons=tuple(reasons),
         scanned=report.table.injection,
         multipliers=multipliers,
         leave=_worst(report),
@@ -134,3 +139,14 @@ def _reasons(
         if variant.change < -WORTH_SAYING
     ]
     return found
+
+
+def _noise_in_words(rule: str, multipliers: Multipliers) -> str:
+    factors = dict(multipliers.by_layer)
+    if len(set(factors.values())) < 2:
+        return f"noise by the rule {rule}: the same on every layer that has a factor of its own"
+    most, least = max(factors, key=lambda layer: factors[layer]), min(factors, key=lambda layer: factors[layer])
+    return (
+        f"noise by the rule {rule}: from {factors[least]:.2g} times sigma in layer {least} "
+        f"to {factors[most]:.2g} times in layer {most}"
+    )

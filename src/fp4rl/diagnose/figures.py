@@ -16,6 +16,7 @@ _LAYOUT: dict[str, Any] = {
     "plot_bgcolor": "rgba(0,0,0,0)",
     "margin": {"l": 70, "r": 20, "t": 30, "b": 50},
     "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": INK},
+    "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
 }
 _ROW = 22  # pixels of one bar
 MOST_BARS = 40
@@ -106,13 +107,12 @@ def sensitivity_bars(report: ScanReport) -> Figure | None:
         "marker": {"color": INK, "symbol": "circle-open", "size": 8},
     }
     shown = [bars] + [marks] * (ranked[0].alone is not None) + [saved] * (ranked[0].spared is not None)
-    known = "" if ranked[0].alone is not None else ", estimated by one backward pass"
+    known = "" if ranked[0].alone is not None else " (estimated)"
     layout = _LAYOUT | {
         "height": 120 + _ROW * len(ranked),
         "margin": {"l": 130, "r": 20, "t": 50, "b": 50},
-        "xaxis": {"title": {"text": f"KL to the unharmed model, nats per token{known}"}, "rangemode": "tozero"},
-        "yaxis": {"automargin": True},
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        "xaxis": {"title": {"text": f"KL, nats per token{known}"}, "rangemode": "tozero"},
+        "yaxis": {"automargin": True, "ticksuffix": " "},
     }
     return {"data": shown, "layout": layout}
 
@@ -135,15 +135,17 @@ def depth_lines(report: ScanReport) -> Figure | None:
     ]
     layout = _LAYOUT | {
         "height": 340,
-        "xaxis": {"title": {"text": "after layer"}, "dtick": max(1, len(x) // 14)},
+        "xaxis": {"title": {"text": "after layer"}, "dtick": max(1, len(x) // 14), "zeroline": False},
         "yaxis": {"title": {"text": "error / stream"}, "tickformat": ".0%", "rangemode": "tozero"},
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
     }
     return {"data": data, "layout": layout}
 
 
 def before_and_after(report: ScanReport) -> Figure | None:
-    """Histogram of one weight before and after rounding, on a logarithmic axis so that the tails show."""
+    """Histogram of one weight before and after rounding, on a logarithmic axis so that the tails show.
+
+    What lies beyond four root mean squares is in the last bins.
+    """
     found = report.distribution
     if found is None:
         return None
@@ -170,9 +172,8 @@ def before_and_after(report: ScanReport) -> Figure | None:
     ]
     layout = _LAYOUT | {
         "height": 320,
-        "xaxis": {"title": {"text": "value, in root mean squares (beyond 4: in the last bin)"}},
-        "yaxis": {"title": {"text": "values"}, "type": "log"},
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        "xaxis": {"title": {"text": "value / root mean square"}, "zeroline": False},
+        "yaxis": {"title": {"text": "values"}, "type": "log", "dtick": 1},
     }
     return {"data": data, "layout": layout}
 

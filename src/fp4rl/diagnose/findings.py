@@ -19,6 +19,13 @@ class Finding:
     text: str
     sites: tuple[str, ...] = ()
 
+    def places(self, most: int = 3) -> str:
+        """The first of its sites in words; empty for a note, and where the sentence names them all."""
+        if self.kind == "note" or all(site in self.text for site in self.sites):
+            return ""
+        more = f" and {len(self.sites) - most} more" if len(self.sites) > most else ""
+        return f"{', '.join(self.sites[:most])}{more}"
+
 
 def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ...]:
     """Sites with a weight or an input whose error is more than `limit` times that of ideal data in the same format."""

@@ -4,6 +4,7 @@ import json
 from html import escape
 
 from fp4rl.diagnose import figures
+from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.findings import findings, rule_results
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.rules import COLUMNS
@@ -18,8 +19,10 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 6p
 p.facts, caption, p.note { color: #5b6474; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e6e2d8; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-li { margin: 4px 0; } li.fault { color: #a3200d; font-weight: 600; } code { font-size: 13px; }
+li { margin: 4px 0; } li small { display: block; color: #5b6474; overflow-wrap: anywhere; }
+.table { overflow-x: auto; } li.fault { color: #a3200d; font-weight: 600; } code { font-size: 13px; }
 .figure { width: 100%; overflow-x: auto; }
+@media (max-width: 640px) { body { padding: 12px; } table { font-size: 13px; } th, td { padding-right: 8px; } }
 """
 _WORDS = {
     "sqnr_db": "signal to error, dB",
@@ -35,12 +38,16 @@ _WORDS = {
 }
 _SCRIPT = """
 for (const found of JSON.parse(document.getElementById("figures").textContent))
-  Plotly.newPlot(found.id, found.data, found.layout, {responsive: true, displaylogo: false});
+  Plotly.newPlot(found.id, found.data, found.layout, {responsive: true, displaylogo: false,
+    modeBarButtons: [["toImage"]]});
 """
 
 
-def page(report: ScanReport) -> str:
-    """The whole page. Raises BadValue when Plotly (the extra `report`) is not installed."""
+def page(report: ScanReport, advice: Advice | None = None) -> str:
+    """The whole page, with the advice where there is any.
+
+    Raises BadValue when Plotly (the extra `report`) is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -57,7 +64,7 @@ def page(report: ScanReport) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Scan of {escape(report.model)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
-        f"<script>{get_plotlyjs()}</script></head><body>{_head(report)}{_findings(report)}{_together(report)}"
+        f"<script>{get_plotlyjs()}</script></head><body>{_head(report)}{_findings(report)}{_advice(advice)}{_together(report)}"
         f"{sections}{_layers(report)}{_rules(report)}"
         f'<script type="application/json" id="figures">{data}</script><script>{_SCRIPT}</script></body></html>'
     )
@@ -72,8 +79,18 @@ def _head(report: ScanReport) -> str:
 
 
 def _findings(report: ScanReport) -> str:
-    lines = "".join(f'<li class="{found.kind}">{escape(found.text)}</li>' for found in findings(report))
+    lines = "".join(
+        f'<li class="{found.kind}">{escape(found.text)}<small>{escape(found.places())}</small></li>'
+        for found in findings(report)
+    )
     return f"<h2>Findings</h2><ul>{lines}</ul>"
+
+
+def _advice(advice: Advice | None) -> str:
+    if advice is None:
+        return ""
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in advice.reasons)
+    return f"<h2>Advice: {escape(advice.strategy)}</h2><ul>{reasons}</ul>"
 
 
 def _together(report: ScanReport) -> str:
@@ -83,7 +100,9 @@ def _together(report: ScanReport) -> str:
         return ""
     measures, ideal = pooled(list(report.tallies.values())).measures(), weights[0].ideal
     rows = [[_WORDS[name], f"{value:.4g}", f"{ideal[name]:.4g}"] for name, value in measures.items() if name in _WORDS]
-    return "<h2>All weights together</h2>" + _table(("measure", "these weights", "ideal Gaussian data"), rows)
+    note = '<p class="note">Scale, dead zone and grid are parts of each value\'s error and add up with their signs.</p>'
+    table = _table(("measure", "these weights", "ideal Gaussian data"), rows)
+    return f"<h2>All weights together</h2>{note}{table}"
 
 
 def _layers(report: ScanReport) -> str:
@@ -116,7 +135,7 @@ def _table(names: tuple[str, ...], rows: list[list[str]], *, numbers: bool = Tru
         "<tr>" + "".join(f'<td class="{_side(i, numbers)}">{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _side(column: int, numbers: bool) -> str:

@@ -78,6 +78,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in change.items():
         # A layer number is a key too, and `*.layers.0.*` is one key.
         head, _, rest = str(key).partition(".") if "*" not in str(key) else (key, "", "")
+        head = next((known for known in merged if str(known) == head), head)  # 0 and "0" are the same layer
         below = {rest: value} if rest else value
         present = merged.get(head)
         if isinstance(below, Mapping):
