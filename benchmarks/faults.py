@@ -90,8 +90,12 @@ def missed_lines(missed: Counter[tuple[str, float, str]]) -> list[str]:
     """Which kinds were missed where."""
     if not missed:
         return [f"None of the {len(KINDS) * LAYERS * len(MAGNITUDES) * len(EXTENTS)} was missed."]
-    said = (f"{name} at {magnitude:g} {extent}: {count}" for (name, magnitude, extent), count in missed.items())
-    return [f"Missed, of {LAYERS} each: {'; '.join(said)}."]
+    names = dict.fromkeys((name, magnitude) for name, magnitude, _ in missed)
+    said = (
+        f"{name} at {magnitude:g} ({', '.join(f'{missed[name, magnitude, extent]} {extent}' for extent in EXTENTS)})"
+        for name, magnitude in names
+    )
+    return [f"Missed, of {LAYERS} each:", *(f"- {one}" for one in said)]
 
 
 def healthy(folder: Path) -> list[str]:
@@ -191,7 +195,7 @@ def into_docs(lines: list[str]) -> None:
     text = DOCS.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    DOCS.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]), encoding="utf-8")
+    DOCS.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]), encoding="utf-8")
 
 
 def main() -> None:
