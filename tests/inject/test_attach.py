@@ -11,6 +11,7 @@ from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.linear import InjectedLinear
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import MXFP4
+from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
@@ -121,10 +122,17 @@ def test_evidence_can_start_afresh(layer, x):
         assert harmed.evidence() == []
 
 
-def test_the_report_names_phase_point_and_error(layer, x):
-    with attach(layer, W4A16) as harmed:
-        layer(x)
-        assert "training   weight       mxfp4" in harmed.report()
+def test_the_report_is_a_table_of_phases_points_and_errors(layer, x):
+    injection = Injection(weight="mxfp4", errors=(HardwareError(when="both"),))
+    with attach(layer, injection) as harmed:
+        assert harmed.report() == f"1 sites, table {harmed.table.digest}, phase training"
+        layer(x).sum().backward()
+        first, *others = harmed.report().splitlines()[1:]
+    assert first.split()[:6] == ["training", "weight", "mxfp4", "1", "sites", "1"]
+    assert [line.split()[1] for line in others] == [
+        "relative@matmul/both" + backward for backward in ("", ":grad_weight")
+    ]
+    assert len({len(line) for line in (first, *others)}) == 1
 
 
 def test_two_injections_on_one_model_are_refused(layer):

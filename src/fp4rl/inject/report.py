@@ -25,16 +25,22 @@ def report(table: SiteTable, phase: Phase, rows: Iterable[dict[str, Any]]) -> st
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["phase"], row["point"], row["format"]].append(row)
+    lines = [(*key, *_counts(group)) for key, group in groups.items()]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     head = f"{len(table.plans)} sites, table {table.digest}, phase {phase}"
-    return "\n".join([head, *(_line(key, group) for key, group in groups.items())])
+    return "\n".join([head, *("  ".join(_aligned(line, widths)) for line in lines)])
 
 
-def _line(key: tuple[str, str, str], rows: list[dict[str, Any]]) -> str:
-    phase, point, fmt = key
+def _aligned(cells: Iterable[str], widths: list[int]) -> Iterable[str]:
+    """Words (phase, point, format) to the left, counts to the right."""
+    for place, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        yield cell.ljust(width) if place < 3 else cell.rjust(width)
+
+
+def _counts(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     calls, elements = sum(row["calls"] for row in rows), sum(row["elements"] for row in rows)
-    changed, error = _mean(rows, "share_changed"), _mean(rows, "relative_error")
-    counts = f"{len(rows):>4} sites {calls:>9} calls {elements:>13} harmed"
-    return f"{phase:<10} {point:<12} {fmt:<10} {counts} {changed:>6} changed {error:>7} error"
+    counts = f"{len(rows)} sites", f"{calls} calls", f"{elements} harmed"
+    return *counts, f"{_mean(rows, 'share_changed')} changed", f"{_mean(rows, 'relative_error')} error"
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:

@@ -1,0 +1,35 @@
+"""What docs/concepts/injection.md shows and counts is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fp4rl.inject.resolve import resolve
+from fp4rl.models.skeleton import embedded_skeleton
+from fp4rl.spec.hardware import CAPABILITIES
+from fp4rl.spec.injection import MODES, PHASES, Injection
+from fp4rl.spec.model import Embedded
+from fp4rl.spec.points import FORMAT_POINTS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "concepts" / "injection.md").read_text(encoding="utf-8")
+DESCRIBED, ERRORS = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+
+
+@pytest.mark.parametrize("more", [{}, ERRORS], ids=["formats", "and errors"])
+def test_what_it_describes_can_be_injected(more):
+    table = resolve(embedded_skeleton(Embedded()), Injection.model_validate(DESCRIBED["injection"] | more))
+    assert len(table.plans) == 16
+    assert any(plan.errors for plan in table.plans) == bool(more)
+
+
+def test_it_names_every_mode_point_phase_and_kind_of_error():
+    kinds = {kind for kind, _, _ in CAPABILITIES}
+    assert {word for word in (*MODES, *FORMAT_POINTS, *PHASES, *kinds) if f"`{word}`" not in PAGE} == {"none"}
+
+
+def test_it_counts_the_table_of_capabilities():
+    acting = sum(reason is None for reason in CAPABILITIES.values())
+    assert f"which of the {len(CAPABILITIES)} triples" in PAGE
+    assert f"act ({acting})" in PAGE
