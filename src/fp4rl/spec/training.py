@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fp4rl.spec.frozen import Spec
 
@@ -31,7 +31,7 @@ class RolloutCorrection(Spec):
 
     rollout_is: Literal["none", "token", "sequence"] = "none"
     mode: Literal["truncate", "mask"] = "truncate"
-    threshold: PositiveFloat = 2.0
+    threshold: float = Field(default=2.0, gt=1.0, description="1 or less would cut ratios of 1")
 
 
 class Distillation(Spec):
@@ -82,6 +82,16 @@ class Training(Spec):
     gradient_checkpointing: bool = False
     save_freq: int = Field(default=0, ge=0, description="steps between checkpoints; 0 keeps the last one only")
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _no_critic(cls, value: object) -> object:
+        if value == "ppo":
+            raise ValueError(
+                "ppo is left out: it needs a critic of the policy's size, whose work the mean of the group does in "
+                "dapo and grpo"
+            )
+        return value
+
     @property
     def updates_per_step(self) -> int:
         """Optimizer updates made from one batch of rollouts."""
@@ -113,4 +123,6 @@ class Training(Spec):
             found.append(f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {self.steps} steps")
         if self.kl_loss_coef == 0.0 and self.reference_precision != "full":
             found.append("reference_precision is set but kl_loss_coef is 0: there is no reference")
+        if self.rollout_correction.rollout_is == "none" and self.rollout_correction != RolloutCorrection():
+            found.append("rollout_correction has settings but rollout_is is none: nothing is corrected")
         return found

@@ -1,0 +1,36 @@
+"""A recipe that cannot be carried out is refused in one line that names the cure, before anything is loaded."""
+
+import pytest
+from pydantic import ValidationError
+
+from fp4rl.spec.training import Training
+
+REFUSED = [
+    ({"algorithm": "ppo"}, "ppo is left out: it needs a critic"),
+    ({"algorithm": "dapoo"}, "'dapo', 'grpo', 'dr_grpo', 'gspo' or 'cispo'"),
+    ({"train_batch_size": 10}, "train_batch_size 10 is not a multiple of mini_batch_size 8"),
+    ({"mini_batch_size": 32}, "train_batch_size 16 is not a multiple of mini_batch_size 32"),
+    ({"micro_batch_size": 7}, "micro_batch_size 7 does not divide the 64 answers of one update"),
+    ({"micro_batch_size": 128}, "micro_batch_size 128 does not divide the 64 answers of one update"),
+    ({"rollout_n": 1}, "greater than or equal to 2"),
+    ({"overlong_buffer": {"len": 48}}, "overlong_buffer.len 48 must be below max_response_length 48"),
+    ({"rollout_correction": {"rollout_is": "token", "threshold": 1.0}}, "greater than 1"),
+    ({"learning_rate": 1e-3}, "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(
+    "recipe, said", REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_an_impossible_recipe_is_refused(recipe, said):
+    with pytest.raises(ValidationError) as caught:
+        Training.model_validate(recipe)
+    assert said in str(caught.value)
+
+
+def test_settings_that_cannot_act_are_said():
+    recipe = {"rollout_correction": {"mode": "mask"}, "reference_precision": "deployment", "lr_warmup_steps": 9}
+    told = " ".join(Training.model_validate(recipe).warnings())
+    for words in ("rollout_is is none", "there is no reference", "more than a fifth"):
+        assert words in told
+    assert Training().warnings() == []
