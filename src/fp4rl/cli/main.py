@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from fp4rl import __version__
+from fp4rl.engines.launcher import launched, leave
 from fp4rl.spec.mistakes import CheckFailed, Mistake
 
 # In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs).
@@ -124,4 +125,7 @@ def _where_to_look(error: TyperException) -> str:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    if launched():
+        leave(code)
+    sys.exit(code)

@@ -41,6 +41,8 @@ def command(
         described, spec.stem, runs, jobs, report_to=report_to or (), rerun_stale=rerun_stale, quiet=as_json
     )
     done = [*outcome.skipped, *outcome.done]
+    if not done and not outcome.failed:
+        return  # one of several processes: the first one speaks
     table = profiled(done, runs) if profile and done else None
     if as_json:
         print_json(_as_dict(outcome))
@@ -69,14 +71,19 @@ def carry_out_all(
     rerun_stale: bool = False,
     quiet: bool = False,
 ) -> "SuiteOutcome":
-    """Run what is described below `root` with a live picture; used by `run` and `quickstart`."""
+    """Run what is described below `root` with a live picture; used by `run` and `quickstart`.
+
+    Under a launcher (torchrun) all its processes train each run together, and the first one alone shows anything.
+    """
     from fp4rl.cli.described import runs_described
     from fp4rl.cli.display import Display
+    from fp4rl.engines.launcher import launched
     from fp4rl.engines.processes import LocalPool
+    from fp4rl.engines.together import Together, follow, is_first, tell
     from fp4rl.lab.here import not_here
     from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import open_ledger
-    from fp4rl.lab.runner import Outcome, keep_suite, run_all, set_aside, split_finished, stale
+    from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
 
     require_sinks(report_to)
@@ -85,10 +92,16 @@ def carry_out_all(
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         raise NotThere(f"{gone[0]}{more}; put it there, or name another place")
+    if launched() and not is_first():
+        follow(root)
+        return SuiteOutcome()
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
         set_aside(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
+    executor = Together(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
+    if launched():
+        tell(missing)
     screen = console(stderr=True)
     if finished and not quiet:
         screen.print(f"{len(finished)} of {len(runs)} runs are finished already", highlight=False)
@@ -99,7 +112,7 @@ def carry_out_all(
             display.on_outcome(outcome)
             record_new(ledger, root)
 
-        outcome = run_all(runs, root, LocalPool(jobs, report_to=tuple(report_to)), display.on_event, ended)
+        outcome = run_all(runs, root, executor, display.on_event, ended)
     record_new(ledger, root)  # also what a killed process finished and did not get to enter
     return outcome
 

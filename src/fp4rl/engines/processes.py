@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fp4rl.engines.rounding import choose_backend
 from fp4rl.lab.matrix import PlannedRun
@@ -149,7 +149,7 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
     _prepare(threads)
     while (order := pipe.recv()) is not None:
         run, root, report_to = order
-        pipe.send(_attempt(run, root, report_to, pipe))
+        pipe.send(attempt(run, root, report_to, pipe))
 
 
 def _prepare(threads: int) -> None:
@@ -161,7 +161,15 @@ def _prepare(threads: int) -> None:
     quiet()
 
 
-def _attempt(run: PlannedRun, root: Path, report_to: tuple[str, ...], pipe: Connection) -> tuple[str | None, bool]:
+class Hearer(Protocol):
+    """Whom a run tells its events."""
+
+    def send(self, event: Event, /) -> None: ...
+
+
+def attempt(
+    run: PlannedRun, root: Path, report_to: tuple[str, ...], pipe: "Connection | Hearer"
+) -> tuple[str | None, bool]:
     """(what went wrong or None, whether it is the user's mistake)."""
     from fp4rl.lab.work import carry_out
     from fp4rl.spec.mistakes import CheckFailed, Mistake

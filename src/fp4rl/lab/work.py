@@ -21,6 +21,7 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
+from fp4rl.rl import processes
 from fp4rl.rl.attempt import Past
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
@@ -54,10 +55,13 @@ def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, repo
     if folder.finished:
         return folder
     check(run.experiment)
+    if not processes.is_first():  # one of several that train this run together: the first keeps the folder
+        train(run.experiment, folder.path, root / "models", None, processes.from_first(Past()), stamp=code_digest())
+        return folder
     with _alone(folder):
         if folder.finished:
             return folder
-        past = _past(folder)
+        past = processes.from_first(_past(folder))
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()

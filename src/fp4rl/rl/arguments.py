@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 
+from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.training import Training
 
 
-def arguments(recipe: Training, folder: Path, seed: int, keep: int) -> dict[str, Any]:
+def arguments(recipe: Training, folder: Path, seed: int, keep: int, processes: int = 1) -> dict[str, Any]:
     """Keyword arguments of `GRPOConfig`. `folder` gets the checkpoints, of which the last `keep` stay.
+
+    Batches are those of all `processes` together, which must be able to share them (`require_shares`).
 
     `beta` stays 0: the reference belongs to our own loss. A TRL step is one update, ours is a batch of rollouts.
     """
@@ -29,19 +32,36 @@ def arguments(recipe: Training, folder: Path, seed: int, keep: int) -> dict[str,
         "disable_tqdm": True,
         "shuffle_dataset": False,
         "remove_unused_columns": False,
-        **_batches(recipe),
+        **_batches(recipe, processes),
         **_optimizer(recipe),
         **_checkpoints(recipe, keep),
     }
 
 
-def _batches(recipe: Training) -> dict[str, Any]:
-    update = recipe.mini_batch_size * recipe.rollout_n
-    micro = recipe.micro_batch_size or update
+def require_shares(recipe: Training, processes: int) -> None:
+    """Raises BadValue for what several processes cannot do as one would."""
+    share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
+    micro = recipe.micro_batch_size or share
+    if recipe.train_batch_size % processes or rest or share % micro:
+        raise BadValue(
+            f"{processes} processes cannot share train_batch_size {recipe.train_batch_size}, mini_batch_size "
+            f"{recipe.mini_batch_size} x rollout_n {recipe.rollout_n} and micro_batch_size {micro} evenly; "
+            f"take multiples of {processes}"
+        )
+    if processes > 1 and recipe.adv_estimator == "reinforce_plus_plus_baseline":
+        raise BadValue(
+            "adv_estimator reinforce_plus_plus_baseline divides by the spread of the whole batch, of which each of "
+            f"{processes} processes has a share: take grpo or rloo"
+        )
+
+
+def _batches(recipe: Training, processes: int) -> dict[str, Any]:
+    share = recipe.mini_batch_size * recipe.rollout_n // processes
+    micro = recipe.micro_batch_size or share
     return {
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": update // micro,
-        "steps_per_generation": recipe.train_batch_size * recipe.rollout_n // micro,
+        "gradient_accumulation_steps": share // micro,
+        "steps_per_generation": recipe.updates_per_step * share // micro,
         "num_generations": recipe.rollout_n,
     }
 

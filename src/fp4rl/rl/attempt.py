@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
+from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, complete
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.judge import Judge
@@ -48,9 +49,11 @@ class Run:
             self.hear.on_stage(f"eval {name}", done, total)
 
         dtype, record = self.experiment.model.dtype, self.hear.record
-        for evaluation in self.judge.judge(folder, dtype, step, last, heard, record):
-            self.hear.on_evaluation(evaluation)
-            yield evaluation
+        if processes.is_first():
+            for evaluation in self.judge.judge(folder, dtype, step, last, heard, record):
+                self.hear.on_evaluation(evaluation)
+                yield evaluation
+        processes.wait()
 
 
 @dataclass
@@ -94,8 +97,10 @@ class Attempt:
 
     def save(self, folder: Path) -> Path:
         """The policy as it is now, with its tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if processes.is_first():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        processes.wait()
         return folder
 
     def _parts(self) -> Parts:
@@ -127,7 +132,7 @@ class Attempt:
         checkpoint, rolled_back = self.past.checkpoint, self.past.rollbacks
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
-            self.phases.restore(checkpoint.state["phases"])
+            self.phases.restore(checkpoint.state["phases"][self.stream.rank])
             rolled_back -= checkpoint.state["rollbacks"]
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
@@ -143,8 +148,9 @@ class Attempt:
     def _validated(self, step: int) -> dict[str, float]:
         """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
-        found = {e.profile.name: e.share("strict") for e in self.run.judged(folder, step)}
-        shutil.rmtree(folder)
+        found = processes.from_first({e.profile.name: e.share("strict") for e in self.run.judged(folder, step)})
+        if processes.is_first():
+            shutil.rmtree(folder)
         goal = found.get("deployment", next(iter(found.values())))
         return {"accuracy/validation": goal, **{f"accuracy/validation_{name}": x for name, x in found.items()}}
 
@@ -154,10 +160,13 @@ class Attempt:
         self.run.hear.record({"kind": "checkpoint", "step": step})
         state = {
             "positions": self.trainer.positions(),
-            "phases": self.phases.state(),
+            "phases": processes.from_all(self.phases.state()),
             "rollbacks": self.past.rollbacks,
         }
-        complete(folder, step, self.run.stamp, state)
+        processes.wait()  # each writes a file of its own into it
+        if processes.is_first():
+            complete(folder, step, self.run.stamp, state)
+        processes.wait()
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -165,7 +174,7 @@ def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load(run.start, run.experiment.model.dtype)
     if run.experiment.model.lora is not None:
         model = with_lora(model, run.experiment.model.lora, run.start)
-    return model, tokenizer
+    return model.to(processes.device()), tokenizer
 
 
 def _scale_lr(trainer: Any, factor: float) -> None:

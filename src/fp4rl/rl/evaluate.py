@@ -130,7 +130,7 @@ def answer(
     try:
         # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
         with torch.random.fork_rng():
-            torch.default_generator.manual_seed(decoding.seed)
+            torch.manual_seed(decoding.seed)
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
                 batch = [problems[i] for i in chosen]

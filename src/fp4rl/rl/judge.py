@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
+from fp4rl.rl import processes
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.start import task_of
@@ -66,6 +67,7 @@ class Judge:
         model, tokenizer = load(folder, dtype)
         if self.lora is not None and not (folder / "adapter_config.json").is_file():
             model = with_lora(model, self.lora, folder).eval()
+        model.to(processes.device())
         for name, precision in self.precisions(last=last).items():
 
             def heard(done: int, total: int, name: str = name) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp4rl.rl import processes
+from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.attempt import Attempt, Past, Run
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
@@ -16,6 +18,7 @@ from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.prove import proved, sites
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import BadValue
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ def train(
     CheckFailed when the run's own evidence contradicts its spec.
     """
     check(experiment)
-    run = _run(experiment, folder, cache, listeners or Listeners(), stamp)
+    require_shares(experiment.training, processes.count())
     past = past or Past()
+    _require_as_many(past)
+    run = _run(experiment, folder, cache, _heard_by_one(listeners), stamp)
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
     for line in (*experiment.training.warnings(), *_cannot_act(experiment)):
@@ -71,6 +76,22 @@ def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, sta
     return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp)
 
 
+def _heard_by_one(listeners: Listeners | None) -> Listeners:
+    return listeners if listeners is not None and processes.is_first() else Listeners()
+
+
+def _require_as_many(past: Past) -> None:
+    """Each process goes on from its own place in the problems and its own counters."""
+    if past.checkpoint is None:
+        return
+    before = len(past.checkpoint.state["positions"])
+    if before != processes.count():
+        raise BadValue(
+            f"{past.checkpoint.path} was written by {before} processes and this is {processes.count()}: start as many, "
+            "or delete the checkpoints"
+        )
+
+
 def _cannot_act(experiment: Experiment) -> tuple[str, ...]:
     return cannot_act(loss_rule(experiment.training), experiment.training.updates_per_step)
 
@@ -84,7 +105,10 @@ def _roll_back(run: Run, attempt: Attempt) -> None:
     step = last_healthy(found, attempt.watch.alarms)
     past.checkpoint = read(found[step], run.stamp) if step is not None else None
     back = past.checkpoint.step if past.checkpoint is not None else 0
-    remove([path for done, path in found.items() if done > back])
+    processes.wait()  # all have read what is there
+    if processes.is_first():
+        remove([path for done, path in found.items() if done > back])
+    processes.wait()
     past.metrics = {done: metrics for done, metrics in past.metrics.items() if done <= back}
     past.rollbacks += 1
     lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -19,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
+from fp4rl.rl import processes
 from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
@@ -33,6 +33,8 @@ from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other in the first steps and then every so often, on a few answers.
 _COMPARED_STEPS, _COMPARED_EVERY, _COMPARED_ROWS = 3, 10, 32
+# Metrics of a micro-batch that are its part of an update's.
+_IN_PARTS = {"policy_loss", "kl_loss"}
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -49,7 +51,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             reward_funcs=[_scored_by_the_stream],
-            args=GRPOConfig(**arguments(recipe, folder, parts.seed, parts.keep)),
+            args=GRPOConfig(**arguments(recipe, folder, parts.seed, parts.keep, processes.count())),
             # Prompts come from the stream: dynamic sampling takes a varying number of them. TRL's loader only counts.
             train_dataset=Dataset.from_dict({"prompt": [""] * recipe.train_batch_size}),
             processing_class=tokenizer,
@@ -70,7 +72,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def positions(self) -> list[int]:
         """How many problems each process has taken from its stream."""
-        return list(gather_object([self.parts.stream.position]))
+        return processes.from_all(self.parts.stream.position)
 
     def _data_epochs(self) -> float:
         """How often all processes together have gone through the training problems; the same in every process."""
@@ -225,13 +227,15 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self._totals["lr"].append(float(logs["learning_rate"]))
         if self.state.global_step % self.parts.recipe.updates_per_step:
             return
-        # A maximum over micro-batches is their largest value; everything else is a mean.
+        # A maximum over micro-batches is their largest value, a loss the sum of its parts; everything else is a mean.
         found = {name: max(v) if "max" in name else sum(v) / len(v) for name, v in self._totals.items()}
+        for name in _IN_PARTS & found.keys():
+            found[name] *= self.args.gradient_accumulation_steps
         self._totals.clear()
         found["time/step_s"] = time.perf_counter() - self._started
         self.laps.lap("other")
         found |= {f"time/{name}_s": seconds for name, seconds in self.laps.take().items()}
-        if self.parts.hooks.on_step(self.step, {**self._step_metrics, **found}):
+        if self.parts.hooks.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
             self.control.should_training_stop = True
 
     @property

@@ -1,0 +1,61 @@
+"""Runs one after another, each trained by all the processes of a launcher (torchrun); the first one alone speaks."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4rl.engines.processes import attempt
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.runner import Event, OnEvent, Outcome
+from fp4rl.spec.mistakes import CheckFailed
+
+
+@dataclass(frozen=True)
+class Together:
+    """In the first process: what `LocalPool` is where there is one. The first run that fails ends the series.
+
+    `report_to`: see `lab.work.carry_out`.
+    """
+
+    report_to: tuple[str, ...] = ()
+
+    def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
+        """Outcomes as they come."""
+        for run in runs:
+            error, mistake = attempt(run, root, self.report_to, _Told(on_event))
+            yield Outcome(run, error, mistake)
+            if error is not None:  # the other processes are still in the middle of it
+                return
+
+
+def is_first() -> bool:
+    """Whether this process is the one that plans and speaks."""
+    from fp4rl.rl import processes
+
+    return processes.is_first()
+
+
+def tell(runs: Sequence[PlannedRun]) -> None:
+    """In the first process: what all are to carry out now."""
+    from fp4rl.rl import processes
+
+    processes.from_first(list(runs))
+
+
+def follow(root: Path) -> None:
+    """In every other process: take part in what the first one tells. Raises CheckFailed when this one's share fails."""
+    from fp4rl.rl import processes
+
+    runs: list[PlannedRun] = processes.from_first([])
+    for run in runs:
+        error, _ = attempt(run, root, (), _Told(lambda event: None))  # noqa: ARG005
+        if error is not None:
+            raise CheckFailed(f"process {processes.rank()}, {run.run_id}: {error}")
+
+
+@dataclass(frozen=True)
+class _Told:
+    on_event: OnEvent
+
+    def send(self, event: Event, /) -> None:
+        self.on_event(event)

@@ -1,0 +1,85 @@
+"""Several processes train one policy (torchrun): each samples and learns its share, the first alone writes and judges.
+
+Without a launcher there is one process, it is the first, and nothing here costs anything. `accelerate` is imported
+where it is used: judging a model needs none of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_SUMS = ("sampling/generated_groups", "sampling/trained_groups")
+# The others wait while the first judges; one that died is noticed by the launcher, not by a clock.
+_PATIENCE = timedelta(days=1)
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(_state().num_processes)
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(_state().process_index)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and judges."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """What this process computes on: its own accelerator (the launcher's processes have one each), or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    _state().wait_for_everyone()
+
+
+def from_first(value: T) -> T:
+    """The first process's `value`, everywhere."""
+    if count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every process's `value`, by rank, everywhere."""
+    if count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return list(gather_object([value]))
+
+
+def of_all(metrics: Mapping[str, float]) -> dict[str, float]:
+    """One line of metrics out of those of all processes, the same everywhere."""
+    return joined(from_all(dict(metrics)))
+
+
+def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Maxima stay maxima, numbers of groups are added, the rest are means over the processes that have them."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: _one(name, [line[name] for line in lines if name in line]) for name in names}
+
+
+def _one(name: str, values: list[float]) -> float:
+    if "max" in name:
+        return max(values)
+    return sum(values) if name in _SUMS else sum(values) / len(values)

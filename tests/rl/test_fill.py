@@ -1,0 +1,63 @@
+"""Filling a batch: what reaches the loss are whole groups whose answers differ, in order, and no others."""
+
+import torch
+
+from fp4rl.rl.fill import Filler
+from fp4rl.rl.rewards import Rewarder
+from fp4rl.rl.rollout import Rollout
+from fp4rl.rl.stream import PromptStream
+from fp4rl.spec.training import Training
+from fp4rl.tasks.task import Problem, Score
+
+N = 4
+PROBLEMS = [Problem(f"p{i}", f"q{i}", "yes", "yes", "train") for i in range(40)]
+
+
+def filler(mixed, groups=3, **changes):
+    """Problems whose number is in `mixed` get two right answers of four; odd others four, even others none."""
+    recipe = Training.model_validate({"rollout_n": N, "overlong_buffer": {"enable": False}, **changes})
+    scorer = lambda problem, text: Score(text == "yes", text == "yes", True)  # noqa: E731
+    stream = PromptStream(PROBLEMS, seed=0)
+    numbers = {}
+
+    def sample(problems):
+        texts = []
+        for place, problem in enumerate(problems):
+            number = numbers.setdefault(problem.id, len(numbers))
+            right = place % N < 2 if number in mixed else number % 2
+            texts.append("yes" if right else "no")
+        ids = tuple([7] * (1 + numbers[p.id]) for p in problems)  # the length says which problem it was
+        logps = tuple(torch.zeros(len(row)) for row in ids)
+        return Rollout(tuple(problems), tuple([1] for _ in problems), ids, logps, (True,) * len(ids), tuple(texts))
+
+    return Filler(recipe, stream, Rewarder(scorer), groups).fill(sample)
+
+
+def groups_of(filled):
+    return [len(answer.completion_ids) - 1 for answer in filled.answers][::N]
+
+
+def test_groups_without_spread_never_reach_the_loss():
+    filled = filler(mixed={1, 4, 5, 7})
+    assert groups_of(filled) == [1, 4, 5]
+    rewards = torch.tensor([answer.reward for answer in filled.answers]).view(-1, N)
+    assert (rewards.std(-1) > 0).all()
+
+
+def test_at_the_cap_it_trains_on_what_there_is_and_says_so():
+    filled = filler(mixed={1})
+    assert groups_of(filled) == [1]
+    assert "1 of 3 groups have spread after 3 generations" in filled.refill.report()
+    assert filled.metrics()["sampling/trained_groups"] == 1
+
+
+def test_with_nothing_to_learn_from_there_is_no_answer_and_no_crash():
+    filled = filler(mixed=set())
+    assert filled.answers == ()
+    assert "no update in this step" in filled.refill.report()
+
+
+def test_without_the_filter_every_group_reaches_the_loss_once():
+    filled = filler(mixed={1}, filter_groups={"enable": False})
+    assert groups_of(filled) == [0, 1, 2]
+    assert filled.metrics()["sampling/gen_batches"] == 1
