@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference
+from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 from fp4rl.diagnose.scan import scan
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, CheckFailed
@@ -66,6 +66,21 @@ def test_scans_of_different_weights_are_told_apart(stories):
     changed = compare_scans(_scanned(stories), _scanned(other))
     require_difference(changed, "the scans")
     assert {row.site for row in changed if row.a != row.b} == {"model.layers.1.self_attn.q_proj"}
+
+
+def test_whole_figures_stand_side_by_side(w4a4):
+    ours = json.loads(json.dumps(w4a4.as_dict()))
+    theirs = json.loads(json.dumps(ours))
+    theirs["sensitivity"]["everything"]["kl"] += 1.0
+    for site in theirs["sensitivity"]["sites"]:
+        if site["layer"] == 3:
+            site["alone"]["kl"] += 1.0
+    found = {total.name: total.b - total.a for total in totals(ours, theirs)}
+    assert found.pop("KL of everything, nats") == pytest.approx(1.0)
+    assert found.pop("KL of layer 3's sites, nats") == pytest.approx(7.0)
+    assert set(found.values()) == {0.0}
+    assert "weights: SQNR, dB" in found
+    assert totals({"parts": []}, theirs) == ()
 
 
 def test_scans_that_share_nothing_are_refused():

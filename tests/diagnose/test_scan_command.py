@@ -72,6 +72,18 @@ def test_the_same_folder_twice_is_flagged_with_exit_code_1(folder, capsys):
     assert "adapters not loaded" in capsys.readouterr().err
 
 
+def test_two_scans_stand_side_by_side(folder, tmp_path, capsys):
+    assert main(["scan", str(folder), "--weights-only", "--json"]) == 0
+    before = tmp_path / "before.json"
+    before.write_text(capsys.readouterr().out)
+    assert main(["scan", str(folder), "--weights-only", "--format", "mxfp8", "--against", str(before)]) == 0
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if line.startswith("weights: SQNR"))
+    mxfp4, mxfp8 = (float(cell) for cell in line.split()[-2:])
+    assert (mxfp4, mxfp8) == (pytest.approx(18.7, abs=0.3), pytest.approx(31.5, abs=1.5))
+    assert "before.json" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "cure"),
     [

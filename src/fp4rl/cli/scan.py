@@ -79,7 +79,7 @@ def command(
     else:
         wishes = {"measured": not quick, "spared": spared}
         live = loaded(experiment, text, texts, runs)
-        report = replace(_scanned(*live, injection, wishes, site), model=Path(model).resolve().name)
+        report = replace(_scanned(*live, injection, wishes, site), model=_name(model))
         advice = _advice(report, live, noise_rule, bits) if advise else None
     report = replace(report, limits=limits)
     if advise and advice:
@@ -93,6 +93,12 @@ def command(
         _say_written(html, advise)
     if against:
         _compare(model, report, against, quiet=as_json)
+
+
+def _name(model: str) -> str:
+    """What the report calls it; the model that a run ends with is `final` in every run."""
+    place = Path(model).resolve()
+    return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
 
 
 def _pieces(take: list[str] | None) -> list[str]:
@@ -150,7 +156,7 @@ def _stored(model: str, injection: "Injection") -> "ScanReport":
         table, parts, tallies = stored_weight_errors(
             model, injection, lambda done, total: bar.update(place, completed=done, total=total)
         )
-    return ScanReport(Path(model).resolve().name, table, parts, tallies)
+    return ScanReport(_name(model), table, parts, tallies)
 
 
 def _advice(report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: str, bits: float) -> "Advice":
@@ -196,8 +202,9 @@ def _say_written(html: Path | None, advise: Path | None) -> None:
 
 
 def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:
-    """Print what differs most; leave with 1 when nothing does."""
-    from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference
+    """Print both side by side and what differs most; leave with 1 when nothing does."""
+    from fp4rl.cli.scan_view import show_totals
+    from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 
     if other.is_dir():
         delta = compare_checkpoints(other, model)
@@ -205,10 +212,13 @@ def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> N
         lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
         words = "weights that differ most, |change| / |weight|"
     else:
-        rows = compare_scans(json.loads(other.read_text(encoding="utf-8")), report.as_dict())
+        before, after = json.loads(other.read_text(encoding="utf-8")), report.as_dict()
+        rows = compare_scans(before, after)
         require_difference(rows, f"the scans {other} and of {model}")
+        if not quiet:
+            show_totals(console(), totals(before, after), (other.name, "this scan"))
         errors = sorted((r for r in rows if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]
-        lines = [f"{r.site} {r.part}: relative error {r.a:.4f} -> {r.b:.4f}" for r in errors]
-        words = "sites that differ most"
+        lines = [f"{r.site} {r.part}: {r.a:.4f} -> {r.b:.4f}" for r in errors]
+        words = "sites whose relative error differs most"
     if not quiet:
         console().print(f"{words}:\n  " + "\n  ".join(lines), highlight=False)

@@ -9,9 +9,12 @@ from rich.text import Text
 from fp4rl.cli.pictures import heat_strip
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from fp4rl.diagnose.advice import Advice
+    from fp4rl.diagnose.compare import Total
     from fp4rl.diagnose.findings import Finding
     from fp4rl.diagnose.report import ScanReport
 
@@ -56,6 +59,14 @@ def show_advice(screen: "Console", advice: "Advice") -> None:
         line = Table.grid(padding=(0, 1))
         line.add_row(" ", Text(reason))
         screen.print(line)
+
+
+def show_totals(screen: "Console", totals: "Sequence[Total]", names: tuple[str, str]) -> None:
+    """Whole figures of two scans beside each other."""
+    table = _plain("", *names, right=True)
+    for total in totals:
+        table.add_row(total.name, f"{total.a:.4g}", f"{total.b:.4g}")
+    screen.print(table)
 
 
 def _show_together(screen: "Console", report: "ScanReport") -> None:

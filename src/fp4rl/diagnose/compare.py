@@ -10,6 +10,7 @@ from fp4rl.diagnose.shards import StoredTensor, stored_tensors
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 _ROWS = 1024
+_TOGETHER = {"sqnr_db": "SQNR, dB", "relative_l1": "sum|e|/sum|w|", "deadzone_share": "became zero, share"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class MeasureChange:
     b: float
 
 
+@dataclass(frozen=True)
+class Total:
+    """One figure of a whole scan, side by side with another's."""
+
+    name: str
+    a: float
+    b: float
+
+
 def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
     """Two checkpoint folders, a few rows at a time. Raises NotThere for a folder without weights."""
     left, right = stored_tensors(a), stored_tensors(b)
@@ -68,11 +78,29 @@ def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureCh
     return tuple(rows)
 
 
+def totals(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Total, ...]:
+    """Whole figures that two JSON scans share: all weights together, the harm of everything, and of each layer."""
+    ours, theirs = _totals(a), _totals(b)
+    return tuple(Total(name, value, theirs[name]) for name, value in ours.items() if name in theirs)
+
+
 def require_difference(found: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
     """CheckFailed when nothing differs (check P18)."""
     same = found.identical if isinstance(found, CheckpointDelta) else all(row.a == row.b for row in found)
     if same:
         raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
+
+
+def _totals(scan: Mapping[str, Any]) -> dict[str, float]:
+    together, harm = scan.get("weights_together"), scan.get("sensitivity")
+    found = {f"weights: {word}": together[key] for key, word in _TOGETHER.items()} if together else {}
+    if harm:
+        found |= {"KL of everything, nats": harm["everything"]["kl"], "loss change": harm["everything"]["loss_change"]}
+        for site in harm["sites"]:
+            if site["layer"] is not None:
+                name = f"KL of layer {site['layer']}'s sites, nats"
+                found[name] = found.get(name, 0.0) + (site["alone"]["kl"] if site["alone"] else site["estimate"] or 0.0)
+    return found
 
 
 def _delta(a: StoredTensor, b: StoredTensor) -> TensorDelta:
