@@ -28,7 +28,9 @@ def test_the_public_healthy_log_leaves_with_0_and_shows_every_check(healthy_log,
     assert "106 steps (verl)" in shown
     assert "entropy_collapse" in shown
     assert "0.336 -> 0.064" in shown
-    assert "not judged" in shown  # this log has no share of groups without spread
+    (spread,) = [line for line in shown.splitlines() if "no_spread" in line]
+    assert "not judged" in spread
+    assert "needs sampling/dropped_share" in spread
 
 
 def test_a_collapsed_run_leaves_with_1_and_names_the_step(tmp_path, capsys):
@@ -60,6 +62,14 @@ def test_a_rule_of_ones_own_is_applied(healthy_log, capsys):
     assert "actor/entropy is 0.192" in capsys.readouterr().out
 
 
+def test_a_rule_that_the_log_never_came_to_is_not_judged(tmp_path, capsys):
+    folder = run_folder(tmp_path, [0.4] * 10)
+    assert main(["health", folder, "--rule", "stop if accuracy < 0.5 at step 20", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    (rule,) = [check for check in checks if check["check"].startswith("stop if")]
+    assert (rule["state"], rule["evidence"]) == ("not judged", "accuracy was not logged from step 20 on")
+
+
 def test_a_threshold_can_be_set(tmp_path, capsys):
     folder = run_folder(tmp_path, [0.4] * 10 + [0.25] * 5)
     assert main(["health", folder]) == 0
@@ -70,6 +80,7 @@ def test_a_threshold_can_be_set(tmp_path, capsys):
     "words, message",
     [
         (["--rule", "stop when x"], "write it like 'stop if"),
+        (["--rule", "stop if actor/entropyy < 0.2"], "no metric 'actor/entropyy'; did you mean 'actor/entropy'?"),
         (["--set", "length_rato=2"], "did you mean 'length_ratio'"),
         (["--set", "length_ratio"], "write it like length_ratio=2"),
     ],
@@ -84,3 +95,10 @@ def test_a_mistake_leaves_with_2_and_one_line(words, message, healthy_log, capsy
 def test_a_log_that_is_not_there_leaves_with_2(tmp_path, capsys):
     assert main(["health", str(tmp_path / "nothing.log")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_log_in_which_nothing_can_be_judged_is_not_called_healthy(tmp_path, capsys):
+    run = RunFolder(tmp_path / "suite" / "arm-s0-0123456789ab")
+    run.add_metrics(1, {"time/step_s": 1.0})
+    assert main(["health", str(run.path)]) == 2
+    assert "nothing that a check looks at" in capsys.readouterr().err

@@ -112,8 +112,19 @@ def test_a_check_without_its_data_keeps_still_and_says_that_it_did_not_judge(che
     monitor = Monitor()
     assert monitor.observe(1, {"time/step_s": 1.0}) == []
     finding = {f.check: f for f in monitor.standing()}[check]
-    assert finding.state == "ok"
-    assert "not judged" in finding.evidence
+    assert finding.state == "not judged"
+    assert finding.evidence.startswith("needs ")
+    assert monitor.state == "not judged"
+
+
+def test_a_check_that_can_do_without_a_metric_is_judged_without_it():
+    monitor = Monitor()
+    monitor.observe(1, {"reward/mean": 0.5})
+    states = {f.check: (f.state, f.evidence) for f in monitor.standing()}
+    assert states["accuracy_collapse"] == ("ok", "no accuracy or validation logged, goes by reward 0.5 -> 0.5")
+    assert states["reward_hacking"][0] == "not judged"
+    assert "accuracy/rollout" in states["reward_hacking"][1]
+    assert monitor.state == "ok"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,14 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 if TYPE_CHECKING:
     from fp4rl.rl.health.findings import Finding
     from fp4rl.rl.health.monitor import Monitor
     from fp4rl.spec.health import Health
 
-_COLOURS = {"ok": "green", "watch": "yellow", "alarm": "bold red"}
+_COLOURS = {"not judged": "cyan", "ok": "green", "watch": "yellow", "alarm": "bold red"}
 
 
 def command(
@@ -32,7 +32,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Judge every step of a log: ok, watch or alarm, each with its evidence. Exit code 1 after an alarm.
+    """Judge every step of a log: ok, watch or alarm with the evidence, or not judged. Exit code 1 after an alarm.
 
     Example: `fp4rl health runs/quickstart/RUN --rule 'stop if accuracy/rollout < 0.1 at step 20'`
     """
@@ -40,6 +40,7 @@ def command(
 
     spec = _spec(rule or [], thresholds or [])
     dialect, steps = read_steps(log)
+    _require_logged(spec, steps)
     monitor, said = replay(steps.items(), spec)
     title = f"{log}: {len(steps)} steps ({dialect})"
     if as_json:
@@ -53,6 +54,8 @@ def command(
     if not monitor.healthy:
         count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
         raise CheckFailed(f"{count} at step {monitor.alarms[0].step}: {monitor.alarms[0].check}")
+    if monitor.state == "not judged":
+        raise BadValue(f"{log} has nothing that a check looks at; the table names what each of them needs")
 
 
 def read_steps(log: Path) -> tuple[str, dict[int, dict[str, float]]]:
@@ -85,13 +88,23 @@ def _validations(evaluations: list[dict[str, Any]]) -> dict[int, float]:
 def _spec(rules: list[str], thresholds: list[str]) -> "Health":
     from fp4rl.spec.door import parse
     from fp4rl.spec.health import Health
-    from fp4rl.spec.mistakes import BadValue
 
     pairs = [word.partition("=") for word in thresholds]
     for word, (key, equals, _) in zip(thresholds, pairs, strict=True):
         if not key or not equals:
             raise BadValue(f"--set {word!r}: write it like length_ratio=2")
     return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "fp4rl health")
+
+
+def _require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:
+    """A rule about a metric that the log does not have would never be broken."""
+    from fp4rl.rl.health.signals import signals_of
+    from fp4rl.spec.mistakes import NotThere, nearest
+
+    known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
+    for rule in spec.rules:
+        if rule.metric not in known:
+            raise NotThere(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")
 
 
 def _as_dict(title: str, monitor: "Monitor", said: list["Finding"]) -> dict[str, object]:

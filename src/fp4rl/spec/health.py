@@ -9,7 +9,7 @@ from fp4rl.spec.frozen import Spec
 from fp4rl.spec.mistakes import BadValue, nearest
 
 Policy = Literal["note", "stop", "rollback"]
-State = Literal["ok", "watch", "alarm"]
+State = Literal["not judged", "ok", "watch", "alarm"]
 Operator = Literal["<", "<=", ">", ">=", "==", "!="]
 
 # What the monitor looks for; each name is a key of `Health.policies`.

@@ -34,11 +34,22 @@ class Courses:
 
 
 def told(courses: Courses, signals: tuple[str, ...]) -> str:
-    """The courses of `signals` in a few words, and which of them nobody logs: a check without data is no good news."""
+    """The courses of `signals` in a few words, and which of them nobody logs."""
     seen = [f"{name} {courses[name].first:.3g} -> {courses[name].last:.3g}" for name in signals if len(courses[name])]
     unseen = [name for name in signals if not len(courses[name])]
-    missing = [f"no {' or '.join(unseen)} logged"] if unseen else []
-    return ", ".join([*seen, *missing]) if seen else f"not judged: {missing[0]}"
+    beside = [f"no {' or '.join(unseen)} logged"] if unseen else []
+    if "accuracy" in unseen and len(courses["reward"]) and "reward" not in signals:
+        beside.append(f"goes by {told(courses, ('reward',))}")
+    return ", ".join([*seen, *beside])
+
+
+def lacking(courses: Courses, needs: tuple[tuple[str, ...], ...]) -> str:
+    """What is not logged although one of it is needed, by the names that trainers log it under; empty if all is there.
+
+    A check without data is no good news.
+    """
+    missing = [signals for signals in needs if not any(len(courses[signal]) for signal in signals)]
+    return "; ".join(f"needs {' or '.join(n for signal in signals for n in NAMES[signal])}" for signals in missing)
 
 
 def lost(courses: Courses, t: Thresholds) -> float:

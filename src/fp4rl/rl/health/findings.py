@@ -5,7 +5,7 @@ from typing import Any
 
 from fp4rl.spec.health import Policy, State
 
-ORDER: dict[State, int] = {"ok": 0, "watch": 1, "alarm": 2}
+ORDER: dict[State, int] = {"not judged": -1, "ok": 0, "watch": 1, "alarm": 2}
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ OK = Verdict("ok")
 
 @dataclass(frozen=True)
 class Finding:
-    """A check's state from `step` on. `since`: the first step of what led to it. `policy`: what an alarm does."""
+    """A check's state from `step` on. `since`: the first step of what led to it. `policy`: what an alarm does.
+
+    `not judged` is no state that a check comes to: it stands where nobody logs what the check looks at.
+    """
 
     check: str
     state: State

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fp4rl.rl.health.answers import dead_rollouts, length_explosion
-from fp4rl.rl.health.courses import Courses, told
+from fp4rl.rl.health.courses import Courses, lacking, told
 from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
 from fp4rl.rl.health.findings import ORDER, Finding, Verdict
 from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking
@@ -39,6 +39,19 @@ _SIGNALS: Mapping[str, tuple[str, ...]] = {
     "no_spread": ("no_spread",),
     "mismatch": ("mismatch_kl", "mismatch_probability", "mismatch_phases"),
     "dead_rollouts": ("truncated", "empty", "repetition"),
+}
+# What each check cannot do without: at least one signal of every line.
+_NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "not_a_number": (("loss", "grad_norm", "entropy", "reward", "length"),),
+    "accuracy_collapse": (("accuracy", "reward"),),
+    "length_explosion": (("length",), ("truncated", "accuracy", "reward")),
+    "entropy_collapse": (("entropy",),),
+    "entropy_explosion": (("entropy",),),
+    "reward_hacking": (("reward",), ("accuracy", "validation")),
+    "gradient": (("grad_norm",),),
+    "no_spread": (("no_spread",),),
+    "mismatch": (("mismatch_phases", "mismatch_kl", "mismatch_probability"),),
+    "dead_rollouts": (("truncated", "empty", "repetition", "length"),),
 }
 # What is beyond doubt at first sight; everything else must persist.
 _AT_ONCE = ("not_a_number",)
@@ -83,7 +96,7 @@ class Monitor:
         return found
 
     def standing(self) -> list[Finding]:
-        """Every check and rule as it stands now, the most serious first."""
+        """Every check and rule as it stands now, the most serious first, what could not be judged last."""
         findings = [self._with_evidence(s.finding) for s in self._standing.values()]
         return sorted(findings, key=lambda f: -ORDER[f.state])
 
@@ -100,8 +113,11 @@ class Monitor:
     def _with_evidence(self, finding: Finding) -> Finding:
         if finding.state != "ok":
             return finding
-        signals = _SIGNALS.get(finding.check)
-        return replace(finding, evidence=told(self._courses, signals) if signals else "not broken")
+        rule = next((watch for watch in self._rules if str(watch.rule) == finding.check), None)
+        missing = rule.unasked if rule is not None else lacking(self._courses, _NEEDS[finding.check])
+        if missing:
+            return replace(finding, state="not judged", evidence=missing)
+        return replace(finding, evidence="not broken" if rule else told(self._courses, _SIGNALS[finding.check]))
 
     def _judge(self, step: int, name: str, check: Check) -> Finding | None:
         verdict = check(self._courses, self.spec.thresholds)
