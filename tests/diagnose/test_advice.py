@@ -166,6 +166,8 @@ def test_every_noise_rule_takes_the_place_of_the_factors_that_the_spec_had(w4a4,
     spec.write_text(f"injection: w4a4\nnoise: {{schedule: constant, multipliers: {before}}}\n")
     fragment.write_text(yaml.safe_dump(found.fragment()))
     assert load_spec(spec, [f"+{fragment}"]).noise.multipliers == found.multipliers
+    (said,) = (reason for reason in found.reasons if reason.startswith(f"noise by the rule {rule}"))
+    assert ("the same on every layer" in said) == (rule == "global")
 
 
 def test_another_scale_rule_is_recommended_with_what_it_saves(advice):

@@ -12,6 +12,7 @@ from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
+from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Multipliers
@@ -89,7 +90,7 @@ def advise(
     variants = weight_variants(model, report.table)
     reasons = _reasons(report, out, share, formats, variants)
     if multipliers is not None:
-        reasons.append(_noise_in_words(options.noise_rule, multipliers))
+        reasons.append(_noise_in_words(options.noise_rule, multipliers, list(severity)))
     return Advice(
         strategy=strategy(share, options.bands),
         reasons=tuple(reasons),
@@ -141,11 +142,11 @@ def _reasons(
     return found
 
 
-def _noise_in_words(rule: str, multipliers: Multipliers) -> str:
-    factors = dict(multipliers.by_layer)
-    if len(set(factors.values())) < 2:
-        return f"noise by the rule {rule}: the same on every layer that has a factor of its own"
-    most, least = max(factors, key=lambda layer: factors[layer]), min(factors, key=lambda layer: factors[layer])
+def _noise_in_words(rule: str, multipliers: Multipliers, layers: Sequence[int]) -> str:
+    factors = {layer: multiplier_at(multipliers, layer, max(layers) + 1) for layer in layers}
+    most, least = max(layers, key=lambda layer: factors[layer]), min(layers, key=lambda layer: factors[layer])
+    if factors[most] == factors[least]:
+        return f"noise by the rule {rule}: the same on every layer"
     return (
         f"noise by the rule {rule}: from {factors[least]:.2g} times sigma in layer {least} "
         f"to {factors[most]:.2g} times in layer {most}"
