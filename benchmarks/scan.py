@@ -5,7 +5,7 @@
 `speed` compares with one pass per layer and prompt on a 28-layer model, `memory` scans a sharded checkpoint of 3 GB in
 a fresh process, `sensitivity` compares the estimate of one backward pass with rounding one site at a time, on the
 embedded model after its warm-up and, with `--stories FOLDER`, on the trained Llama of 260 k parameters (llama2.c).
-`--write` puts the figures into benchmarks/results/scan.md; planted faults are benchmarks/faults.py.
+`--write` puts each section into benchmarks/results/scan.md when it is done; planted faults are benchmarks/faults.py.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from fp4rl.spec.scan import Scan
 from fp4rl.tasks.arithmetic import Arithmetic
 
 LAYERS, PROMPTS, TOKENS = 28, 8, 32
+RESULTS = Path(__file__).parent / "results" / "scan.md"
 
 
 # ---------------------------------------------------------------------------------------------------- speed
@@ -238,6 +239,14 @@ def trained_llama(folder: Path) -> tuple[nn.Module, Calibration]:
 # ---------------------------------------------------------------------------------------------------- frame
 
 
+def keep(title: str, lines: list[str]) -> None:
+    """Put one section into the results, in place of its last one."""
+    head = ["# Scan", "", f"`python benchmarks/scan.py`, torch {torch.__version__}, {platform.machine()}.", ""]
+    old = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:] if RESULTS.is_file() else []
+    sections = {one.splitlines()[0]: f"## {one}".rstrip() for one in old} | {title: "\n".join(lines)}
+    RESULTS.write_text("\n".join(head) + "\n" + "\n\n".join(sections.values()) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=["speed", "memory", "sensitivity", []], default=[])
@@ -251,26 +260,17 @@ def main() -> None:
         scan_child(given.scan_child)
         return
     quiet()
-    wanted = given.what or ["speed", "memory", "sensitivity"]
-    lines = [
-        "# Scan",
-        "",
-        f"`python benchmarks/scan.py`, torch {torch.__version__}, {platform.machine()}, "
-        f"{torch.get_num_threads()} of {os.cpu_count()} cores.",
-    ]
-    for title, name, work in (
-        ("One pass for all layers", "speed", speed),
-        ("Memory", "memory", lambda: memory(given.folder)),
-        ("Sensitivity: estimated and measured", "sensitivity", lambda: estimates(given.folder, given.stories)),
-    ):
-        if name in wanted:
-            lines += ["", f"## {title}", "", *work()]
-    print("\n".join(lines))
-    if given.write:
-        if given.what:
-            parser.error("--write keeps one whole set of figures; drop the names of parts")
-        out = Path(__file__).parent / "results" / "scan.md"
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    parts = {
+        "speed": ("One pass for all layers", speed),
+        "sensitivity": ("Sensitivity: estimated and measured", lambda: estimates(given.folder, given.stories)),
+        "memory": ("Memory", lambda: memory(given.folder)),
+    }
+    for name in given.what or parts:
+        title, work = parts[name]
+        lines = [f"## {title}", "", *work()]
+        print("\n".join(lines), end="\n\n", flush=True)
+        if given.write:
+            keep(title, lines)
     if not given.keep:
         shutil.rmtree(given.folder / "checkpoint-1.5b", ignore_errors=True)
 
