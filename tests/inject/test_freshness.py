@@ -303,3 +303,15 @@ def test_a_stale_copy_is_counted():
         kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
         weight.data.add_(1)
     assert (kept.made, kept.stale) == (2, 1)
+
+
+def test_watching_a_weight_leaves_its_storage_free_to_be_resized():
+    layer = policy()[0]
+    with attach(layer, W4A16), torch.no_grad():
+        layer(torch.randn(2, 32))
+        before = layer(torch.ones(2, 32))
+        kept, size = layer.weight.detach().clone(), layer.weight.untyped_storage().nbytes()
+        layer.weight.untyped_storage().resize_(0)  # as an engine does that lends the memory out
+        layer.weight.untyped_storage().resize_(size)
+        layer.weight.copy_(kept)
+        assert torch.equal(layer(torch.ones(2, 32)), before)

@@ -68,13 +68,13 @@ class SiteState:
         """Begin a phase in which `points` are active; what was counted so far is booked under the phase before."""
         self.book()
         self.phase = phase
-        self.points = points & set(self.plan.points())
+        self.points = points.intersection(self._words)
         self.errors = self.plan.errors if "errors" in points else ()
 
     @property
     def active(self) -> tuple[str, ...]:
         """The points and errors that act in the forwards of this phase."""
-        points = [point for point in self.plan.points() if point in self.points and not point.startswith("grad_")]
+        points = [point for point in self._words if point in self.points and not point.startswith("grad_")]
         return (*points, *(error.name for error in self.errors if error.forward))
 
     def meter(self, point: str) -> Meter:
@@ -83,11 +83,13 @@ class SiteState:
 
     def book(self) -> None:
         """Move the running call counters into the meters of this phase."""
-        calls = self.calls + int(self.ticks)
+        ticks = int(self.ticks)
+        calls = self.calls + ticks
         for point in self.active if calls else ():
             self.meter(point).calls += calls
         self.calls = 0
-        self.ticks.zero_()
+        if ticks:
+            self.ticks.zero_()
 
     def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
         """Book `elements` that were harmed, and look at a sample of them now and then.
