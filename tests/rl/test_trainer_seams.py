@@ -11,6 +11,7 @@ from fp4rl.models.load import load
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.attempt import Attempt, Past, Run
+from fp4rl.rl.by_length import by_length
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.start import start_folder, task_of, training_problems
@@ -18,6 +19,7 @@ from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
 
 SEAMS = {
     "_generate_and_score_completions": ["self", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
     "create_model_card": None,
@@ -26,7 +28,6 @@ USED = {  # what ours call of TRL's, and the arguments it is called with
     "_get_per_token_logps_and_entropies": {
         *("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy")
     },
-    "_prepare_inputs": {"generation_batch"},
 }
 
 
@@ -144,6 +145,7 @@ def test_the_loss_of_an_update_does_not_depend_on_its_micro_batches(attempt):
     whole._buffered_inputs = [batch]
     want = gradients(whole, whole._compute_loss(whole.model, batch))
     parts = [{name: value[i : i + 4] for name, value in batch.items() if value.dim()} for i in range(0, 16, 4)]
+    parts = by_length(parts, 4)
     split = attempt(train_batch_size=4, mini_batch_size=4, micro_batch_size=4).trainer
     split.model.train()
     split._buffered_inputs = parts

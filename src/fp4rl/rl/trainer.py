@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer with our own rollout, dynamic sampling and loss: the only file that imports trl.
 
 TRL keeps the loop, the optimizer, mixed precision, gradient accumulation, several processes and checkpoints. Touched
-are four seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`), a
-micro-batch (`_compute_loss`), the ends of optimizer steps and checkpoints (a callback) and the log line (`log`).
+are four seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`,
+`_prepare_inputs`), a micro-batch (`_compute_loss`), the ends of optimizer steps and checkpoints (a callback) and the
+log line (`log`).
 """
 
 import time
@@ -22,6 +23,7 @@ from fp4rl.rl import processes
 from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
+from fp4rl.rl.by_length import by_length
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.laps import Laps
 from fp4rl.rl.mismatch import mismatch_metrics
@@ -39,6 +41,8 @@ _IN_PARTS = {"policy_loss", "kl_loss"}
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
     """One step: fill a batch with groups that have spread, then `updates_per_step` updates from it."""
+
+    _buffered_inputs: Any  # TRL's: the micro-batches of the step, None before the first
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Parts, folder: Path) -> None:
         self.parts = parts
@@ -161,6 +165,15 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]} if found else {}
 
     # -- a micro-batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        """A new batch of answers, once it is split into micro-batches, is put in the order of their lengths."""
+        before = self._buffered_inputs
+        inputs: dict[str, Tensor] = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         self.laps.lap("other")
