@@ -228,7 +228,7 @@ def main() -> None:
     """Run what is missing, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=4, help="healthy runs")
-    parser.add_argument("--first", type=int, default=100, help="number of the first healthy run")
+    parser.add_argument("--first", type=int, default=130, help="number of the first healthy run")
     parser.add_argument("--faults", type=int, default=1, help="seeds of every planted failure")
     parser.add_argument("--courses", type=int, default=50, help="synthesised courses of every kind")
     parser.add_argument("--log", type=Path, help="a public healthy log")

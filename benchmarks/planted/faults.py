@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fp4rl.noise.course import Course
 from fp4rl.rl.attempt import Attempt, Past, Run
 from fp4rl.spec.noise import Noise
 
@@ -47,9 +48,11 @@ def _learning_rate(lr: float) -> Callable[[Attempt], None]:
 
 
 def _noise_on_linear_weights(attempt: Attempt) -> None:
-    attempt.phases.noise = Noise.model_validate(
+    phases = attempt.phases
+    phases.noise = Noise.model_validate(
         {"schedule": {"kind": "constant", "sigma": 0.05}, "targets": {"kinds": ["linear"]}}
     )
+    phases.course = Course.of(phases.noise, phases.total_steps)
 
 
 def _length_is_rewarded(attempt: Attempt) -> None:

@@ -108,6 +108,7 @@ class Thresholds(Spec):
     mismatch_probability: PositiveFloat = Field(default=0.008, description="mean |probability difference| of a token")
     mismatch_phases: PositiveFloat = Field(default=5e-5, description="the KL that rounding alone makes, nats a token")
     mismatch_growth: PositiveFloat = Field(default=10.0, description="KL over its early median where rounding is alike")
+    mismatch_noise: PositiveFloat = Field(default=0.2, description="the same KL under noise, where rounding is alike")
     dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
     empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")
     repetition: PositiveFloat = Field(default=0.5, description="share of repeated 4-grams")

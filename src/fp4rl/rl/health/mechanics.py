@@ -48,11 +48,24 @@ def mismatch(courses: Courses, t: Thresholds) -> Verdict:
     if phases is not None and phases >= t.mismatch_phases:
         return Verdict("alarm", f"rollout and training round differently: KL {phases:.3g} nats a token between them")
     found = _apart(courses, t)
-    # Where both sides round alike and no noise is on, what is left is arithmetic in low precision, until it grows.
-    explained = phases is not None and not courses.value("sigma")
-    if found and explained and not _grew(courses, t):
-        return Verdict("watch", f"{found}, though both round alike: low-precision arithmetic; see rollout_correction")
-    return Verdict("alarm", found) if found else OK
+    if not found or phases is None:
+        return Verdict("alarm", found) if found else OK
+    return _though_alike(courses, t, found)
+
+
+def _though_alike(courses: Courses, t: Thresholds, found: str) -> Verdict:
+    """Both sides round alike: what is left is the noise that was asked for, or arithmetic in low precision.
+
+    Noise tips inputs of 4 bits over to the next value: runs that learn well have .04 nats a token.
+    """
+    if courses.value("sigma"):
+        kl = courses["mismatch_kl"].lately(_WINDOW)
+        if kl is not None and kl >= t.mismatch_noise:
+            return Verdict("alarm", f"{found}; more than noise should do")
+        return Verdict("watch", f"{found}: noise of the rollout; see rollout_correction")
+    if _grew(courses, t):
+        return Verdict("alarm", found)
+    return Verdict("watch", f"{found}, though both round alike: low-precision arithmetic; see rollout_correction")
 
 
 def _apart(courses: Courses, t: Thresholds) -> str:
