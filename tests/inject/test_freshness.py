@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -315,3 +316,23 @@ def test_watching_a_weight_leaves_its_storage_free_to_be_resized():
         layer.weight.untyped_storage().resize_(size)
         layer.weight.copy_(kept)
         assert torch.equal(layer(torch.ones(2, 32)), before)
+
+
+TWINS = {"itself": lambda model: model, "its copy": copy.deepcopy, "a pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("which", [*TWINS, "its copy after removal"])
+def test_a_step_that_neither_version_nor_sample_shows_is_heard_of_by_a_model_and_its_copies(which):
+    model, x = policy(), torch.randn(2, 32)
+    with attach(model, W4A16) as harmed, torch.no_grad():
+        one = TWINS[which.removesuffix(" after removal")](model)
+        if "removal" in which:
+            harmed.remove()
+        weight, before = one[0].weight, one(x)
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0, 1] = -100.0  # the sample reads every 32nd value
+        version = weight._version
+        torch.optim.SGD([weight], 1.0, fused=True).step()
+        assert weight._version == version
+        assert not torch.equal(one(x), before)
+        assert torch.equal(one(x), fresh_logits(one, x))

@@ -33,10 +33,12 @@ class Attachment:
         self.table = table
         self._modules, self._states = install(model, table)
         # Weak: a model that is dropped without `remove` must not live on in the hook.
-        states = WeakSet(self._states.values())
+        audience = self._audience = WeakSet(self._states.values())
+        for state in self._states.values():
+            state.audience = audience
 
         def stepped(*_: Any) -> None:
-            for state in states:
+            for state in audience:
                 state.forget(frozen=False)
 
         self._hook = register_optimizer_step_post_hook(stepped)
@@ -74,8 +76,10 @@ class Attachment:
         uninstall(self.model, self.table, self._modules)
         for state in self._states.values():
             state.release()
+            self._audience.discard(state)
         self._modules = []
-        self._hook.remove()
+        if not self._audience:  # else there are deep copies, which go on
+            self._hook.remove()
 
     def evidence(self) -> list[dict[str, Any]]:
         """One row per phase, site and point: calls, elements harmed, share changed, realised relative error."""

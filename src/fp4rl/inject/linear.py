@@ -79,7 +79,8 @@ class LinearState(SiteState):
                 copy, reach = self._make(weight)
             return through(weight, copy, reach)
         made = self.kept.made
-        keep = self.keep_copies and all(watchable(tensor) for tensor in made_from)
+        told = self.kept.frozen or self.audience is not None
+        keep = told and self.keep_copies and all(watchable(tensor) for tensor in made_from)
         copy = self.kept.of(made_from, lambda: self._make(weight), keep)
         for point in self.weight_points:
             self.note(point, weight, copy, (self.kept.made - made) * weight.numel())

@@ -1,7 +1,9 @@
 """What every injected module knows: its plan, what is active in the present phase, its counters and its chance."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,10 @@ class Settings:
 
 
 class SiteState:
-    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now."""
+    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now.
+
+    The `audience` hears of every optimizer step of the process. A deep copy joins it; what was pickled is told nothing.
+    """
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
 
@@ -47,6 +52,7 @@ class SiteState:
         self.meters: dict[tuple[Phase, str], Meter] = {}
         self.calls = 0
         self.keep_copies = True
+        self.audience: WeakSet[SiteState] | None = None
         self.removed = False
         self.ticks = torch.zeros((), dtype=torch.int64)  # counts inside torch.compile, where a number would be frozen
         self.phase: Phase = "training"
@@ -60,6 +66,15 @@ class SiteState:
     def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
         self.original, self.keep_copies, self.chance.step, phase, points = state
         self.enter(phase, points)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SiteState":
+        kind, ingredients, now = self.__reduce__()
+        twin: SiteState = kind(*deepcopy(ingredients, memo))
+        twin.__setstate__(now)
+        if self.audience is not None:
+            self.audience.add(twin)
+            twin.audience = self.audience
+        return twin
 
     def _ingredients(self) -> tuple[Any, ...]:
         return self.plan, self.settings
