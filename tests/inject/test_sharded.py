@@ -1,5 +1,6 @@
 """Two gloo ranks under FSDP2, FSDP1 and DDP train what one process trains, injection included."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,9 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 
 from fp4rl.inject.attach import attach
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue
 
@@ -94,6 +103,26 @@ def test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept(order):
     assert all(layer.__dict__["injected"].kept.copy is None for layer in model)
     harmed.remove()
     assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1"])
+def test_mixed_precision_rounds_what_bfloat16_always_rounds(sharding):
+    x, half = torch.randn(4, 64), torch.bfloat16
+    model = blocks()
+    oracle = copy.deepcopy(model).to(half)
+    for layer in oracle:
+        layer.weight.data = fake_quantize(layer.weight.data, MXFP4)
+    expected = oracle(x.to(half)).detach().float()
+    with attach(model, Injection.named("w4a16")), torch.no_grad():
+        if sharding == "fsdp2":
+            fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=half))
+        else:
+            how = {"sharding_strategy": ShardingStrategy.NO_SHARD, "device_id": torch.device("cpu")}
+            mixed = MixedPrecision(param_dtype=half)
+            model = FullyShardedDataParallel(model, mixed_precision=mixed, use_orig_params=True, **how)
+        found = model(x).float()
+    assert float((found - expected).norm() / expected.norm()) < 2e-2  # Q of the float32 weights lies at 0.09
 
 
 @pytest.mark.usefixtures("one_rank")
