@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp4rl.cli.main import main
-from fp4rl.diagnose.calibration import from_tokens
+from fp4rl.diagnose.calibration import calibrate_answers, from_tokens
 from fp4rl.diagnose.noise_loss import noise_losses
 from fp4rl.diagnose.passes import reference_of
 from fp4rl.lab.catalogue import named
@@ -48,6 +48,14 @@ def test_without_an_injection_the_model_itself_is_probed(stories, story_tokens):
     found = noise_losses(stories, None, {"none": None}, few, sigma=0.1, draws=2)
     clean = sum(reference_of(stories, b).loss * int(b.mask.sum()) for b in few.batches) / few.tokens
     assert found["none"][0] == pytest.approx(clean)
+
+
+def test_the_loss_counts_the_answers_alone():
+    tokenizer = build_tokenizer()
+    found = calibrate_answers(tokenizer, [("Q: 1 + 2 A:", "3"), ("Q: 1 A:", "1 1")])
+    (batch,) = found.batches
+    counted = [tokenizer.decode(row[1:][places]) for row, places in zip(batch.ids, batch.predicted, strict=True)]
+    assert sorted(word.strip() for word in counted) == ["1 1", "3"]
 
 
 def test_one_draw_is_refused(stories, story_tokens):

@@ -29,7 +29,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
 
     quiet()
     from fp4rl.cli.rounding import ready_to_round
-    from fp4rl.diagnose.calibration import calibrate
+    from fp4rl.diagnose.calibration import calibrate_answers
     from fp4rl.diagnose.noise_loss import noise_losses
     from fp4rl.models.load import load
     from fp4rl.rl.start import start_folder, task_of
@@ -40,7 +40,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     alike = {arm: found for arm, found in reversed(arms.items()) if _same_start(found, first)}
     task = task_of(first.task)
     model, tokenizer = load(start_folder(first.model, task, root / "models"), first.model.dtype)
-    texts = [f"{p.prompt} {p.solution}" for p in task.problems("train", TEXTS)]
+    pairs = [(p.prompt, p.solution) for p in task.problems("train", TEXTS)]
     asked = sigma if sigma is not None else max(_greatest(found) for found in alike.values())
     with progress(console(stderr=True)) as bar:
         place = bar.add_task("draws", total=draws)
@@ -48,7 +48,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
             model,
             first.injection,
             {arm: found.noise for arm, found in alike.items()},
-            calibrate(tokenizer, texts),
+            calibrate_answers(tokenizer, pairs),
             sigma=asked,
             draws=draws,
             on_progress=lambda done, _: bar.update(place, completed=done),
@@ -59,7 +59,8 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
 
 def show_losses(screen: "Console", found: dict[str, Any]) -> None:
     """One row per arm; p after Holm over the arms."""
-    title = f"loss without training, sigma {found['sigma']:g}, {found['draws']} draws, against {found['against']}"
+    draws = f"sigma {found['sigma']:g}, {found['draws']} draws"
+    title = f"loss of the answers without training, {draws}, against {found['against']}"
     table = Table(title=title, title_justify="left")
     for name in ("arm", "loss", "sd", "difference", "95 % interval", "p (Holm)"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)

@@ -17,10 +17,16 @@ ENOUGH_TEXTS = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and attention mask, both [batch, time]; mask 1 is a real token."""
+    """Token ids and masks, all [batch, time]: 1 in `mask` is a real token, 1 in `answers` one that the loss counts."""
 
     ids: Tensor
     mask: Tensor
+    answers: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """Which positions predict a token that the loss counts [batch, time - 1]."""
+        return (self.answers[:, 1:] * self.mask[:, 1:] * self.mask[:, :-1]).bool()
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Calibration:
 
 
 def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, longest: int = 256) -> Calibration:
-    """Tokenize `texts`, longest token counts first in a batch cut at `longest`.
+    """Tokenize `texts`, each cut at `longest` tokens.
 
     Raises BadValue when there is no text with a token in it, or the tokenizer cannot pad.
     """
@@ -50,12 +56,27 @@ def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, long
     return from_tokens(rows, batch_size=batch_size, padding=int(tokenizer.pad_token_id))
 
 
-def from_tokens(rows: Sequence[Sequence[int]], *, batch_size: int = 8, padding: int = 0) -> Calibration:
-    """Batches of rows of token ids, padded on the right, rows of like length together."""
+def calibrate_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch_size: int = 8) -> Calibration:
+    """Prompts with their answers after a blank; the loss counts the answers' tokens alone.
+
+    A policy is never asked to write a prompt, and what it makes of one would drown what it makes of the answer.
+    """
+    rows = [list(tokenizer(f"{prompt} {answer}")["input_ids"]) for prompt, answer in pairs]
+    starts = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
+    return from_tokens(rows, batch_size=batch_size, padding=int(tokenizer.pad_token_id), starts=starts)
+
+
+def from_tokens(
+    rows: Sequence[Sequence[int]], *, batch_size: int = 8, padding: int = 0, starts: Sequence[int] | None = None
+) -> Calibration:
+    """Batches of rows of token ids, padded on the right, rows of like length together.
+
+    The loss counts the tokens of each row from its place in `starts` on (all of them without).
+    """
     if not rows or not all(rows):
         raise BadValue("a calibration row has no token; give texts with at least one token each")
     digest = hashlib.sha256(repr([list(row) for row in rows]).encode()).hexdigest()[:12]
-    ordered = sorted(rows, key=len)
+    ordered = sorted(zip(rows, starts or [0] * len(rows), strict=True), key=lambda pair: len(pair[0]))
     batches = [_batch(ordered[i : i + batch_size], padding) for i in range(0, len(ordered), batch_size)]
     return Calibration(tuple(batches), len(rows), sum(len(row) for row in rows), digest)
 
@@ -78,8 +99,10 @@ def texts_of(file: Path) -> list[str]:
     return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
 
 
-def _batch(rows: Sequence[Sequence[int]], padding: int) -> Batch:
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return Batch(ids, (torch.arange(width) < lengths[:, None]).long())
+def _batch(rows: Sequence[tuple[Sequence[int], int]], padding: int) -> Batch:
+    width = max(len(row) for row, _ in rows)
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row, _ in rows])
+    lengths = torch.tensor([len(row) for row, _ in rows])
+    starts = torch.tensor([start for _, start in rows])
+    mask = torch.arange(width) < lengths[:, None]
+    return Batch(ids, mask.long(), (mask & (torch.arange(width) >= starts[:, None])).long())

@@ -25,10 +25,10 @@ def noise_losses(
     draws: int,
     on_progress: Progress | None = None,
 ) -> dict[str, list[float]]:
-    """Name -> loss (nats per token) of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
+    """Name -> loss of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
 
-    Draw d uses the same noise numbers for every name, so that differences between names are paired; an arm without
-    noise has one loss, repeated. The model is unharmed afterwards.
+    A loss is in nats per token that the calibration counts. Draw d uses the same noise numbers for every name, so that
+    differences between names are paired; an arm without noise has one loss, repeated. The model is unharmed afterwards.
     """
     if draws < 2:
         raise BadValue(f"{draws} draws have no spread; take at least 2, better 20")
@@ -59,7 +59,8 @@ def _loss(
     with perturb(model, noise, sigma, generator=generator, share=0.0) if noise is not None else nullcontext():
         if attachment is not None:
             attachment.invalidate()
-        total = sum(reference_of(model, batch).loss * int(batch.mask.sum()) for batch in calibration.batches)
+        counts = [int(batch.predicted.sum()) for batch in calibration.batches]
+        losses = [reference_of(model, batch).loss for batch in calibration.batches]
     if attachment is not None:
         attachment.invalidate()
-    return total / calibration.tokens
+    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

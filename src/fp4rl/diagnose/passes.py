@@ -67,8 +67,8 @@ def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _loss(logits: Tensor, batch: Batch) -> float:
-    """Cross-entropy of the next token, over tokens that have one."""
-    mask = (batch.mask[:, 1:] * batch.mask[:, :-1]).bool().to(logits.device)
+    """Cross-entropy of the next token, over those that the loss counts."""
+    mask = batch.predicted.to(logits.device)
     if not bool(mask.any()):
         return 0.0
     return float(cross_entropy(logits[:, :-1][mask].float(), batch.ids[:, 1:].to(logits.device)[mask]))
