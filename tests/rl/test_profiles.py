@@ -149,7 +149,8 @@ def test_several_samples_differ_and_repeat_with_the_seed(run, experiment):
 def test_fp4rl_eval_shows_the_sweep_with_intervals(run, experiment, capsys):
     trained, _ = run(experiment("bf16", training={"steps": 1}))
     words = ["eval", str(trained.final), "--count", "8", "--preset", "vllm", "--max-new-tokens", "16"]
-    code = main([*words, "-p", "full", "-p", "mxfp8", "-p", "matmul_noise=0.05", "--samples", "2"])
+    code = main([*words, "-p", "w4a4", "--sweep", "--samples", "2"])
     shown = capsys.readouterr().out
     assert code == 0
-    assert all(name in shown for name in ("mxfp8", "matmul_noise=0.05", "pass@2", "Wilson"))
+    swept = (*(f"matmul_noise={size}" for size in (0, 0.01, 0.02, 0.05, 0.1)), "bf16", "mxfp8", "nvfp4", "mxfp4")
+    assert all(name in shown for name in ("w4a4", *swept, "pass@2", "Wilson"))

@@ -1,6 +1,7 @@
 """A run as a whole: what it proves of itself, and that each of its checks catches the defect it is for."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -169,3 +170,14 @@ def test_an_epoch_aware_schedule_begins_its_second_epoch_when_the_data_begin_ane
     assert sigmas == pytest.approx([0, 0.05, 0, 0, 0.005, 0.0005])
     (stages,) = heard.of("noise_stages")
     assert not stages["missed"]
+
+
+@pytest.mark.parametrize("kind, after", [("cosine", 0.5), ("constant_with_warmup", 1.0)])
+def test_the_learning_rate_warms_up_and_follows_its_schedule_in_steps(kind, after, run, experiment):
+    """Two updates a step: a warm-up of two steps takes four of them. Logged is what the updates had, their mean."""
+    recipe = {"steps": 4, "lr": 1e-3, "lr_scheduler": kind, "lr_warmup_steps": 2}
+    _, heard = run(experiment("bf16", training=recipe, evaluation={"count": 1, "profiles": ["full"]}))
+    rates = [metrics["lr"] for _, metrics in heard.steps]
+    assert rates[:2] == pytest.approx([(0 + 0.25e-3) / 2, (0.5e-3 + 0.75e-3) / 2])
+    halves = [0.5 * (1 + math.cos(math.pi * done / 4)) if after < 1 else 1.0 for done in range(4)]
+    assert rates[2:] == pytest.approx([1e-3 * sum(halves[:2]) / 2, 1e-3 * sum(halves[2:]) / 2])

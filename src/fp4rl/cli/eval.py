@@ -9,6 +9,9 @@ from rich.table import Table
 
 from fp4rl.cli.terminal import console, print_json, progress
 
+# The robustness of one checkpoint: relative errors in every matmul, and formats of the weights.
+_SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
+
 
 def command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder on this disk.")],
@@ -24,6 +27,9 @@ def command(
     count: Annotated[int, typer.Option(min=1, help="Problems of the test split.")] = 500,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     samples: Annotated[int, typer.Option(min=1, help="1 is greedy; more are sampled: mean@k, pass@k.")] = 1,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also: matmul noise of 0 to 10 %, and BF16, MXFP8, NVFP4, MXFP4 weights.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="The dtype that the model is loaded in.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write one row per problem to this Parquet file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON.")] = False,
@@ -53,6 +59,7 @@ def command(
                 "count": count,
                 "max_new_tokens": max_new_tokens,
                 "samples": samples,
+                **(_SWEEP if sweep else {}),
             },
         },
         "fp4rl eval",
@@ -60,9 +67,9 @@ def command(
     found_task = task_of(described.task)
     spec: Evaluation = described.evaluation
     judge = Judge(spec, None, found_task, found_task.problems(spec.split, spec.count))
-    judge.precisions()
+    names = judge.precisions()
     with progress(console(stderr=True)) as bar:
-        places = {name: bar.add_task(name, total=count) for name in spec.profiles}
+        places = {name: bar.add_task(name, total=count) for name in names}
         found = list(judge.judge(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
     if out is not None:
         _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
