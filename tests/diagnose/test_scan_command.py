@@ -82,6 +82,9 @@ def test_two_scans_stand_side_by_side(folder, tmp_path, capsys):
     mxfp4, mxfp8 = (float(cell) for cell in line.split()[-2:])
     assert (mxfp4, mxfp8) == (pytest.approx(18.7, abs=0.3), pytest.approx(31.5, abs=1.5))
     assert "before.json" in shown
+    again = ["scan", str(folder), "--weights-only", "--against", str(before)]
+    assert main([*again, "--leave", "*.layers.0.*"]) == 0  # another question to the same model
+    assert main(again) == 1
 
 
 @pytest.mark.parametrize(
