@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fp4rl.models.endings import keep_endings_alone
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.model import Lora
 
@@ -21,7 +22,8 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     """The model in evaluation mode and its tokenizer, padding on the left; nothing is downloaded, no remote code runs.
 
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names.
-    A tokenizer without a padding token pads with its end-of-text token.
+    A tokenizer without a padding token pads with its end-of-text token. Of the folder's generation settings only what
+    ends an answer is kept: everything else is for the spec to say.
     Raises NotThere for a folder, configuration, tokenizer or weight that is missing, BadValue for what cannot be read.
     """
     folder, kind = Path(path), dtype_named(dtype)
@@ -31,6 +33,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
     tokenizer = load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
     model = _weights(base or folder, kind)
+    keep_endings_alone(model, tokenizer)
     return (model if base is None else _adapted(model, folder)).eval(), tokenizer
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fp4rl.models.endings import end_ids
 from fp4rl.rl.rewards import Scorer
+from fp4rl.rl.rollout import until_end
 from fp4rl.tasks.task import Problem
 
 
@@ -121,7 +123,7 @@ def answer(
 
     Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
     """
-    config = _generation_config(tokenizer, decoding)
+    config = _generation_config(tokenizer, decoding, end_ids(model))
     was_training = model.training
     model.eval()
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
@@ -143,13 +145,13 @@ def answer(
     return tuple(item for i in range(len(problems)) for item in rows[i])
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+def _generation_config(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ends: list[int]) -> GenerationConfig:
     sampled = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_return_sequences=decoding.samples,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         **(sampled if decoding.samples > 1 else {"do_sample": False}),
     )
 
@@ -168,15 +170,17 @@ def _answer_batch(
     )[:, encoded["input_ids"].shape[1] :]
     samples = config.num_return_sequences
     rows = []
+    lengths, ended = until_end(generated, config.eos_token_id)
+    answers = [row[:length].tolist() for row, length in zip(generated, lengths, strict=True)]
     for i, problem in enumerate(problems):
-        ids = generated[i * samples : (i + 1) * samples].tolist()
-        rows.append([_item(tokenizer, problem, k, tokens, scorer) for k, tokens in enumerate(ids)])
+        of_one = range(i * samples, (i + 1) * samples)
+        rows.append([_item(tokenizer, problem, j - of_one.start, answers[j], ended[j], scorer) for j in of_one])
     return rows
 
 
-def _item(tokenizer: PreTrainedTokenizerBase, problem: Problem, sample: int, tokens: list[int], scorer: Scorer) -> Item:
-    ended = tokenizer.eos_token_id in tokens
-    tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1] if ended else tokens
+def _item(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, sample: int, tokens: list[int], ended: bool, scorer: Scorer
+) -> Item:
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     score = scorer(problem, text)
     return Item(problem.id, sample, score.strict, score.flexible, score.formatted, text, len(tokens), not ended)

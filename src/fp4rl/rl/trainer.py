@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
+from fp4rl.models.endings import end_ids
 from fp4rl.rl import processes
 from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
@@ -60,6 +61,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             train_dataset=Dataset.from_dict({"prompt": [""] * recipe.train_batch_size}),
             processing_class=tokenizer,
         )
+        self.eos_token_ids = end_ids(model)
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
         self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
         self.teacher = None
