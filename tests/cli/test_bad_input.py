@@ -111,6 +111,28 @@ def test_eval_of_a_model_without_a_tokenizer(said, tmp_path, embedded_model):
     one_line(*said("eval", folder), "no tokenizer", "save")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["eval", "--out", "no/x.parquet"], ["scan", "--html", "no/x.html"], ["scan", "--advise", "no/x.yaml"]],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(said, arguments):
+    verb, option, file = arguments
+    one_line(*said(verb, "gone", option, file), option, "no folder no", "another place")
+
+
+def test_a_file_that_is_there_is_not_written_over_by_eval(said, tmp_path):
+    (tmp_path / "x.parquet").write_text("mine")
+    one_line(*said("eval", "gone", "--out", "x.parquet"), "is there already")
+
+
+def test_a_folder_as_the_file_to_write_is_refused(said, tmp_path):
+    one_line(*said("scan", "gone", "--html", tmp_path), "is a folder")
+
+
+def test_a_scan_to_compare_with_that_is_not_there(said):
+    one_line(*said("scan", "gone", "--against", "gone.json"), "gone.json", "does not exist")
+
+
 def test_a_gsm8k_file_that_is_not_there(said, tmp_path):
     one_line(*said("eval", tmp_path, "--task", "gsm8k", "--data", "gone.jsonl"), "gone.jsonl", "does not exist")
 

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.spec.mistakes import BadValue
 
 # The robustness of one checkpoint: relative errors in every matmul, and formats of the weights.
 _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
@@ -38,6 +40,7 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
+    _require_new(out)
     from fp4rl.models.quiet import quiet
 
     quiet()
@@ -100,14 +103,16 @@ def _table(title: str, summaries: list[dict[str, object]]) -> Table:
     return table
 
 
+def _require_new(out: Path | None) -> None:
+    if out is not None and out.is_file():
+        raise BadValue(f"--out {out}: is there already; name another file")
+    require_writable(out, "--out")
+
+
 def _write(out: Path, rows: list[tuple[str, dict[str, object]]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from fp4rl.spec.mistakes import BadValue
-
-    if out.exists():
-        raise BadValue(f"{out} is there already; name another file")
     partial = out.with_name(f".{out.name}.partial")
     parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)
     partial.rename(out)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.scan_source import Wish, described, folder_of, injection_of, loaded
 from fp4rl.cli.terminal import console, print_json, progress
-from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
@@ -68,6 +69,9 @@ def command(
     """
     from fp4rl.cli.rounding import ready_to_round
 
+    require_writable(html, "--html")
+    require_writable(advise, "--advise")
+    _require_scan(against)
     ready_to_round()
     experiment = described(model, task, data, dtype)
     injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
@@ -124,6 +128,11 @@ def _limits(given: list[str] | None) -> dict[str, float]:
 def _refuse(given: object, option: str, cure: str) -> None:
     if given:
         raise BadValue(f"{option} cannot be used with --weights-only: {cure}")
+
+
+def _require_scan(other: Path | None) -> None:
+    if other is not None and not other.exists():
+        raise NotThere(f"--against {other}: does not exist; give a model folder or the JSON of another scan")
 
 
 def _scanned(
