@@ -85,6 +85,7 @@ def carry_out_all(
     from fp4rl.lab.ledger.store import open_ledger
     from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
+    from fp4rl.models.quiet import quiet as quiet_libraries
 
     require_sinks(report_to)
     runs = runs_described(described, name)
@@ -92,9 +93,11 @@ def carry_out_all(
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         raise NotThere(f"{gone[0]}{more}; put it there, or name another place")
-    if launched() and not is_first():
-        follow(root)
-        return SuiteOutcome()
+    if launched():
+        quiet_libraries()
+        if not is_first():
+            follow(root)
+            return SuiteOutcome()
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
         set_aside(stale(runs, root), root)
