@@ -12,6 +12,7 @@ from fp4rl.lab.compare.difference import differences, undeclared
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.ledger.record import record_new
 from fp4rl.lab.ledger.store import Ledger
+from fp4rl.spec.digest import digest
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
@@ -148,6 +149,53 @@ def test_a_run_that_lacks_the_number_is_not_left_out_in_silence(make_run, two_ar
 def test_results_of_other_code_are_refused(two_arms, ask: Ask):
     two_arms(code_digest="dddd")
     assert _kinds(ask()) == {"code"}
+
+
+def test_results_of_other_libraries_are_refused(two_arms, ask: Ask):
+    two_arms(versions={"torch": "2.9", "python": "3.12"})
+    (objection,) = ask().objections
+    assert (objection.kind, objection.sentence()) == ("code", "torch's version differs: 2.9 against 2.13")
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        ({"inputs": {"start model": "bbbb", "problems": "p"}, "processes": 1}, "the start model differs"),
+        ({"inputs": {"start model": "aaaa", "problems": "q"}, "processes": 1}, "the problems differs"),
+        ({"inputs": {"start model": "aaaa", "problems": "p"}, "processes": 2}, "the number of processes differs"),
+        ({"inputs": {"start model": "aaaa"}, "processes": 1}, "the problems differs"),
+    ],
+)
+def test_runs_made_from_other_files_are_refused(make_run, ask: Ask, made: dict[str, Any], what: str):
+    usual = {"inputs": {"start model": "aaaa", "problems": "p"}, "processes": 1}
+    for seed in range(3):
+        make_run("bf16", seed, 0.7 + 0.01 * seed, evidence={"sites": 0, "calls": {}, "master_unharmed": True} | usual)
+        make_run("w4a4", seed, 0.6 + 0.01 * seed, spec=W4A4, evidence=QUANTIZED | made)
+    compared = ask()
+    assert _kinds(compared) == {"inputs"}
+    assert what in compared.objections[0].sentence()
+    covering = {"the start model differs": "model.path", "the problems differs": "task"}.get(what)
+    if covering:
+        assert ask(factors=("injection", covering)).comparable
+
+
+def test_a_recipe_under_two_names_is_no_treatment(make_run, ask: Ask):
+    for seed in range(3):
+        for arm in ("bf16", "noise"):
+            make_run(arm, seed, 0.5 + 0.01 * seed, evidence={"sites": 0, "calls": {}, "master_unharmed": True})
+    (objection,) = ask("noise", factors=("noise",), margin=1.0).objections
+    assert "the sides do not differ in noise, nor in anything else" in objection.what
+
+
+def test_a_seed_counts_once_a_side(make_run, ask: Ask):
+    for seed in range(2):
+        for arm in ("bf16", "again"):
+            run = make_run(arm, seed, 0.5 + 0.01 * seed, evidence={"sites": 0, "calls": {}, "master_unharmed": True})
+        make_run("w4a4", seed, 0.6, spec=W4A4, evidence=QUANTIZED)
+    described = {key: value for key, value in run.spec().items() if key != "seed"}
+    compared = ask(control=digest(described))
+    assert _kinds(compared) == {"seeds"}
+    assert "seed 0 counts 2 times" in compared.objections[0].what
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.migrate import migrate, newest
 from fp4rl.lab.ledger.packing import pack, unpack_flags, unpack_lengths, unpack_problems
+from fp4rl.lab.ledger.query import repeats
 from fp4rl.lab.ledger.rebuild import rebuild
 from fp4rl.lab.ledger.record import record, record_new
 from fp4rl.lab.ledger.store import Ledger, open_ledger
+from fp4rl.spec.digest import digest
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 
@@ -224,3 +226,30 @@ def test_a_server_that_does_not_answer_is_named_without_its_password():
     pytest.importorskip("psycopg")
     with pytest.raises(NotThere, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/x cannot be opened"):
         open_ledger("postgresql://me:secret@127.0.0.1:9/x")
+
+
+def test_a_step_that_was_judged_twice_is_one_row_as_it_was_judged_last(make_run, opened, tmp_path: Path):
+    scores = {"n": 40, "flexible": 0.5, "formatted": 1.0, "mean_length": 20.0, "profile": {"name": "full"}}
+    judged = [{"step": 5, "last": last, "strict": strict} | scores for last, strict in ((True, 0.6), (False, 0.5))]
+    run = make_run(evaluations=judged, steps_done=5, stopped="an alarm")
+    ledger = opened(tmp_path / "ledger.db")
+    assert record(ledger, run)
+    with ledger.reading() as connection:
+        (row,) = connection.execute(select(tables.evaluations)).mappings()
+    assert (row["last"], row["strict"]) == (True, 0.6)
+
+
+def test_a_seed_is_one_repeat_however_many_suites_and_profiles_show_it(make_run, opened, tmp_path: Path):
+    scores = {"n": 40, "flexible": 0.5, "formatted": 1.0, "mean_length": 20.0, "step": 30, "last": True}
+    ledger = opened(tmp_path / "ledger.db")
+    for suite in ("one", "two"):
+        for seed, strict in enumerate((0.50, 0.54, 0.47)):
+            shown = [
+                scores | {"profile": {"name": name}, "strict": strict + extra}
+                for name, extra in (("full", 0.1), ("deployment", 0.0), ("w4a16", 0.2))
+            ]
+            run = make_run("bf16", seed, evaluations=shown, suite=suite)
+            record(ledger, run)
+    with ledger.reading() as connection:
+        groups = repeats(connection, digest(run.spec()["task"]), digest(run.spec()["model"]))
+    assert groups == [[0.50, 0.54, 0.47]]

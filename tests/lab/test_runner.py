@@ -2,20 +2,25 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+import fp4rl
+from fp4rl.cli.run import refuse_others
 from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
 from fp4rl.lab import work
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.matrix import planned
+from fp4rl.lab.inputs import inputs, made_from_others
+from fp4rl.lab.matrix import planned, single
+from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.runner import Outcome, run_all, set_aside, split_finished, stale
 from fp4rl.lab.sinks import sink
 from fp4rl.rl.train import Trained
-from fp4rl.spec.experiment import Suite
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 SUITE = Suite.model_validate({"suite": "s", "arms": {"a": {}, "b": {"training": {"steps": 3}}}, "seeds": [0, 1]})
@@ -31,7 +36,8 @@ def trained(monkeypatch, tmp_path):
         names.append(folder.name)
         listeners.on_step(1, {"loss": 0.5})
         listeners.record({"kind": "master", "unharmed": True})
-        return Trained(folder / "final", 1, {"master_unharmed": True})
+        (folder / "config.json").write_text("{}")
+        return Trained(folder, folder / "final", 1, {"master_unharmed": True})
 
     monkeypatch.setattr(work, "train", train)
     return names
@@ -114,6 +120,55 @@ def test_a_result_of_other_code_is_stale_and_is_set_aside_whole_before_a_rerun(t
     set_aside(stale(RUNS, tmp_path), tmp_path)
     assert split_finished(RUNS, tmp_path)[0] == []
     assert (tmp_path / "s" / "stale" / f"{RUNS[0].run_id}-{'0' * 12}" / "result.json").is_file()
+
+
+def test_a_finished_run_whose_files_have_changed_is_neither_skipped_in_silence_nor_overwritten(trained, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "train.jsonl"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"these weights")
+    data.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    described = {"model": {"path": str(model)}, "task": {"name": "gsm8k", "path": str(data)}}
+    run = single(Experiment.model_validate(described), "s")
+    folder = run_folder(tmp_path, "s", run.run_id)
+    folder.write_result({"evidence": {"inputs": inputs(run.experiment, model)}, "code_digest": code_digest()})
+    assert made_from_others([run], tmp_path) == {}
+    assert stale([run], tmp_path) == []
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert made_from_others([run], tmp_path) == {run.run_id: ["start model"]}
+    data.write_text('{"question": "1 + 1?", "answer": "#### 3"}')
+    assert made_from_others([run], tmp_path) == {run.run_id: ["problems", "start model"]}
+    assert stale([run], tmp_path) == [run]
+    with pytest.raises(BadValue, match=r"was made from another problems and start model .* --rerun-stale"):
+        refuse_others([run], tmp_path)
+
+
+def test_the_digest_of_the_code_sees_compiled_kernels(tmp_path, monkeypatch):
+    root = tmp_path / "fp4rl"
+    shutil.copytree(Path(fp4rl.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fp4rl, "__file__", str(root / "__init__.py"))
+    try:
+        code_digest.cache_clear()
+        before = code_digest()
+        kernel = next(root.rglob("*.c"))
+        kernel.write_text(kernel.read_text() + "/* other arithmetic */")
+        code_digest.cache_clear()
+        assert code_digest() != before
+    finally:
+        code_digest.cache_clear()
+
+
+def test_a_run_that_is_ended_at_a_judged_step_has_one_number_there(trained, tmp_path, monkeypatch):
+    real = work.train
+
+    def stopped(experiment, folder, cache, listeners, past, *, stamp):
+        for last in (False, True):
+            evaluation = {"kind": "evaluation", "step": 1, "last": last, "profile": {"name": "full"}, "strict": 0.5}
+            listeners.record(evaluation)
+        return real(experiment, folder, cache, listeners, past, stamp=stamp)
+
+    monkeypatch.setattr(work, "train", stopped)
+    folder = work.carry_out(RUNS[0], tmp_path)
+    assert [(e["step"], e["last"]) for e in folder.result()["evaluations"]] == [(1, True)]
 
 
 def test_a_place_that_cannot_be_written_is_one_line_with_the_cure(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,10 +146,14 @@ def test_wandb_exports_what_was_logged(run: RunFolder, monkeypatch: pytest.Monke
 def _read_wandb(file: Path) -> dict[tuple[int, str], float]:
     from wandb.proto import wandb_internal_pb2
 
+    until = time.monotonic() + 60  # its own process writes the end of the file after `finish` has returned
+    while True:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in _leveldb_records(file.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > until:
+            break
+        time.sleep(0.1)
     found = {}
-    for data in _leveldb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
         found |= {(items["step"], key): float(value) for key, value in items.items() if key[0] != "_" and key != "step"}
     return found

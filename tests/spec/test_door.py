@@ -6,7 +6,7 @@ import yaml
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
-from fp4rl.spec.door import load_spec, merge
+from fp4rl.spec.door import arm_contents, load_spec, merge
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere
 
@@ -47,6 +47,38 @@ def test_a_fragment_is_laid_over_the_file(tmp_path):
     fragment.write_text("training: {steps: 2}\n")
     assert load_spec(file, [f"+{fragment}"]).training.steps == 2
     assert load_spec(file, [f"+{fragment}"]).training.lr == 0.1
+
+
+def test_a_fragment_can_be_laid_over_one_arm(tmp_path):
+    spec, advice = tmp_path / "s.yaml", tmp_path / "advice.yaml"
+    spec.write_text("suite: s\narms: {bf16: {}, w4a16: {injection: {mode: w4a16}}}\n")
+    advice.write_text("injection: {mode: w4a16, by_pattern: {'*.o_proj': mxfp8}}\n")
+    arms = dict(arm_contents(load_spec(spec, [f"arms.w4a16=+{advice}"])))
+    assert arms["bf16"].injection is None
+    assert arms["w4a16"].injection.by_pattern
+
+
+def test_two_arms_that_an_override_makes_one_are_refused(tmp_path):
+    spec, advice = tmp_path / "s.yaml", tmp_path / "advice.yaml"
+    spec.write_text("suite: s\narms: {bf16: {}, w4a16: {injection: {mode: w4a16}}}\n")
+    advice.write_text("injection: {mode: w4a16}\n")
+    with pytest.raises(BadValue, match=r"arms bf16 and w4a16 describe the same experiment.*arms.NAME=\+file.yaml"):
+        load_spec(spec, [f"+{advice}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("base: {seed: 7}\narms: {a: {}}", "base.seed"),
+        ("arms: {a: {seed: 5}}", "arms.a.seed"),
+        ("axes: {seed: [1, 2]}\narms: {a: {}}", "axes.seed"),
+    ],
+)
+def test_a_seed_inside_a_suite_is_refused_since_its_own_seeds_would_replace_it(tmp_path, content, part):
+    spec = tmp_path / "s.yaml"
+    spec.write_text(f"suite: s\n{content}\n")
+    with pytest.raises(BadValue, match=f"{part}: .*`seeds`"):
+        load_spec(spec)
 
 
 @pytest.mark.parametrize("word", ["training.steps", "=3", "training.steps=[1"])
@@ -111,6 +143,12 @@ def test_the_digest_tells_seeds_and_arms_apart():
 
 def test_axes_cross_the_arms(tmp_path):
     file = written(
-        tmp_path, {"suite": "s", "arms": {"a": {}, "b": {}}, "axes": {"training.lr": [0.1, 0.2]}, "seeds": [0]}
+        tmp_path,
+        {
+            "suite": "s",
+            "arms": {"a": {}, "b": {"training": {"steps": 3}}},
+            "axes": {"training.lr": [0.1, 0.2]},
+            "seeds": [0],
+        },
     )
     assert [run.arm for run in planned(load_spec(file))] == ["a+lr=0.1", "a+lr=0.2", "b+lr=0.1", "b+lr=0.2"]

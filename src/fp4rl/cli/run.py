@@ -12,6 +12,7 @@ from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 
 if TYPE_CHECKING:
+    from fp4rl.lab.matrix import PlannedRun
     from fp4rl.lab.runner import SuiteOutcome
     from fp4rl.spec.experiment import Experiment, Suite
 
@@ -23,7 +24,10 @@ def command(
     jobs: Jobs = 2,
     report_to: ReportTo = None,
     rerun_stale: Annotated[
-        bool, typer.Option("--rerun-stale", help="Also repeat finished runs that other code computed.")
+        bool,
+        typer.Option(
+            "--rerun-stale", help="Also repeat finished runs that were made by other code or from other files."
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step's time goes; every run keeps it as profile.md.")
@@ -102,6 +106,7 @@ def carry_out_all(
     if rerun_stale:
         set_aside(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
+    refuse_others(finished, root)
     executor = Together(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
     if launched():
         tell(missing)
@@ -118,6 +123,20 @@ def carry_out_all(
         outcome = run_all(runs, root, executor, display.on_event, ended)
     record_new(ledger, root)  # also what a killed process finished and did not get to enter
     return outcome
+
+
+def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
+    """Raises BadValue where a finished run was made from other files than those that are there now."""
+    from fp4rl.lab.inputs import made_from_others
+
+    changed = made_from_others(finished, root)
+    if changed:
+        run, names = next(iter(changed.items()))
+        more = f" (and {len(changed) - 1} other runs)" if len(changed) > 1 else ""
+        raise BadValue(
+            f"{run} is finished, but was made from another {' and '.join(names)} than there is now{more}; "
+            "--rerun-stale repeats it, --runs names a place for new ones"
+        )
 
 
 def _as_dict(outcome: "SuiteOutcome") -> dict[str, object]:

@@ -10,6 +10,7 @@ import fp4rl
 
 # A change in any of these rooms can change a number; the lab, the engines and the command line only move numbers.
 _ROOMS = ("spec", "numerics", "sites", "tasks", "models", "inject", "noise", "rl")
+_SOURCE = (".py", ".c", ".h")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
 
 
@@ -19,7 +20,7 @@ def code_digest() -> str:
     root = Path(fp4rl.__file__).parent
     found = hashlib.sha256()
     for room in _ROOMS:
-        for file in sorted((root / room).rglob("*.py")):
+        for file in sorted(path for path in (root / room).rglob("*") if path.suffix in _SOURCE):
             found.update(f"{file.relative_to(root).as_posix()}\n".encode())
             found.update(file.read_bytes())
     return found.hexdigest()[:12]

@@ -10,6 +10,7 @@ import yaml
 
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
+from fp4rl.lab.inputs import made_from_others
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.mistakes import BadValue
@@ -62,14 +63,15 @@ def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[Planned
 
 
 def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
-    """Finished runs whose result was computed by other code than this."""
+    """Finished runs whose result was computed by other code than this, or from other files than are there now."""
     now = code_digest()
-    found = []
-    for run in runs:
-        folder = run_folder(root, run.suite, run.run_id)
-        if folder.finished and folder.result().get("code_digest") != now:
-            found.append(run)
-    return found
+    finished, _ = split_finished(runs, root)
+    others = made_from_others(finished, root)
+    return [
+        run
+        for run in finished
+        if run.run_id in others or run_folder(root, run.suite, run.run_id).result().get("code_digest") != now
+    ]
 
 
 def run_all(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import yaml
 
 from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.inputs import inputs
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
@@ -122,11 +123,14 @@ def _say(folder: RunFolder, line: str) -> None:
 
 
 def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """What was judged, in order; after a rollback the newest evaluation of a step counts."""
-    found = {}
+    """What was judged, in order. The newest evaluation of a step counts: after a rollback, and where a run was ended at
+    a step that had just been judged on the way."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
     for record in folder.evidence():
         if record.pop("kind") == "evaluation":
-            found[record["step"], record["last"], record["profile"]["name"]] = record
+            place = record["step"], record["profile"]["name"]
+            found.pop(place, None)
+            found[place] = record
     return list(found.values())
 
 
@@ -155,7 +159,11 @@ def _result(run: PlannedRun, trained: Trained, evaluations: list[dict[str, Any]]
         "code_digest": code_digest(),
         "versions": versions(),
         "evaluations": evaluations,
-        "evidence": dict(trained.evidence),
+        "evidence": {
+            **trained.evidence,
+            "inputs": inputs(run.experiment, trained.start),
+            "processes": processes.count(),
+        },
         "steps_asked": run.experiment.training.steps,
         "steps_done": trained.steps_done,
         **({"stopped": trained.stopped} if trained.stopped is not None else {}),

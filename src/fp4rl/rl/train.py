@@ -23,11 +23,13 @@ from fp4rl.spec.mistakes import BadValue
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to. `final` is the trained model's folder, `evidence` the summary that stands by the result.
+    """What a run came to. `start` and `final` are the folders of the model before and after, `evidence` the summary
+    that stands by the result.
 
     `stopped` says why the monitor ended it before the steps that were asked for; None when it did not.
     """
 
+    start: Path
     final: Path
     steps_done: int
     evidence: Mapping[str, Any]
@@ -128,4 +130,4 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
         "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
     }
     list(run.judged(final, attempt.trainer.step, last=True))
-    return Trained(final, attempt.trainer.step, evidence, stopped)
+    return Trained(run.start, final, attempt.trainer.step, evidence, stopped)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fp4rl.spec.digest import canonical
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import keys_at
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
@@ -20,7 +21,8 @@ S = TypeVar("S", bound=BaseModel)
 def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment | Suite:
     """Read a YAML file (a suite if it has `arms`, else one experiment), overridden by `key.path=value` or `+file.yaml`.
 
-    In a suite, `key.path=value` changes the base unless the key is the suite's own (`seeds=[0]`).
+    In a suite, `key.path=value` changes the base unless the key is the suite's own (`seeds=[0]`). `key.path=+file.yaml`
+    lays the file's content there (`arms.w4a16=+advice.yaml`).
     Raises NotThere for a missing file, BadValue for anything in it that is not allowed; both name file, key and cure.
     """
     content = read_yaml(path)
@@ -62,13 +64,24 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
 
 
 def arm_contents(suite: Suite) -> Iterator[tuple[str, Experiment]]:
-    """Every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file."""
+    """Every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
+
+    Raises BadValue for arms that describe one experiment: their names would tell apart what is the same.
+    """
     crossed: list[tuple[str, dict[str, Any]]] = [(name, merge(suite.base, a)) for name, a in suite.arms.items()]
     for key, values in suite.axes.items():
         last = key.rsplit(".", 1)[-1]
         crossed = [(f"{name}+{last}={value}", merge(c, {key: value})) for name, c in crossed for value in values]
+    known: dict[str, str] = {}
     for name, content in crossed:
-        yield name, parse(Experiment, content, f"suite {suite.suite}, arm {name}")
+        experiment = parse(Experiment, content, f"suite {suite.suite}, arm {name}")
+        twin = known.setdefault(canonical(experiment), name)
+        if twin != name:
+            raise BadValue(
+                f"suite {suite.suite}: arms {twin} and {name} describe the same experiment; an override changes the "
+                "base of all arms, `arms.NAME.key=value` and `arms.NAME=+file.yaml` change one"
+            )
+        yield name, experiment
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, A
         if not equals or not key:
             raise BadValue(f"{word!r}: an override is written key.path=value, or +file.yaml for a fragment")
         try:
-            change = {key: yaml.safe_load(text)}
+            change = {key: read_yaml(text[1:]) if text.startswith("+") else yaml.safe_load(text)}
         except yaml.YAMLError:
             raise BadValue(f"{word!r}: the value is not valid YAML; quote it") from None
     if not is_suite:

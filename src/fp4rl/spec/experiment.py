@@ -75,6 +75,11 @@ class Suite(Spec):
     def _names_fit(self) -> "Suite":
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"a seed is named twice in {list(self.seeds)}")
+        for name, content in (("base", self.base), *((f"arms.{arm}", content) for arm, content in self.arms.items())):
+            if "seed" in content:
+                raise ValueError(f"{name}.seed: a suite runs every arm with each of its own `seeds`; name them there")
+        if "seed" in self.axes:
+            raise ValueError("axes.seed: the seeds of a suite stand in its own `seeds`")
         for arm in self.arms:
             if not arm or any(c in arm for c in "@/\\ "):
                 raise ValueError(f"arm {arm!r}: a name has no '@', slash or space (arm@profile names a measurement)")

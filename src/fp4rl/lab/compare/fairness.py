@@ -1,13 +1,16 @@
 """May two sides be compared? Every reason why not, each with the difference that is behind it."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fp4rl.lab.compare.difference import covered, differences, factor_of, said, undeclared
-from fp4rl.lab.compare.sides import Side
+from fp4rl.lab.compare.sides import Side, SideRun
+from fp4rl.lab.inputs import POINTERS
 
-Kind = Literal["spec", "step", "precision", "noise", "scorer", "token limit", "sampling", "items", "code", "evidence"]
+Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
+Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence"]
 
 _CONDITIONS: tuple[tuple[str, Kind], ...] = (
     ("precision", "precision"),
@@ -18,6 +21,9 @@ _CONDITIONS: tuple[tuple[str, Kind], ...] = (
     ("sampling", "sampling"),
     ("items_digest", "items"),
 )
+
+_OF_MEASURING = ("precision", "evaluation.profiles")
+_VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code says more
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     """
     return (
         *_specs(treatment, control, factors),
+        *_nothing_differs(treatment, control, factors),
+        *_seeds(treatment, control),
         *_steps(treatment, control),
         *_conditions(treatment, control, covered("precision", factors)),
         *_code(treatment, control),
+        *_inputs(treatment, control, factors),
         *_evidence(treatment, control),
     )
 
@@ -55,6 +64,29 @@ def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[O
         if not factors and factor_of(key) != key:
             name += f" (part of {factor_of(key)})"
         yield Objection("spec", name, said(first), said(second))
+
+
+def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    """A knob that was never wired to anything makes two names of one recipe."""
+    described = [factor for factor in factors if factor not in _OF_MEASURING]
+    if not described or not treatment.spec or not control.spec or differences(treatment.spec, control.spec):
+        return
+    if _same_place(treatment) == _same_place(control):
+        yield Objection(
+            "spec", f"the sides do not differ in {' or '.join(described)}, nor in anything else", "one", "the same"
+        )
+
+
+def _same_place(side: Side) -> set[tuple[Any, ...]]:
+    return {(run.measured.step, *(run.measured.conditions.get(key) for key, _ in _CONDITIONS)) for run in side.runs}
+
+
+def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
+    for side in (treatment, control):
+        seeds = Counter(run.seed for run in side.runs if run.seed is not None)
+        for seed, count in seeds.items():
+            if count > 1:
+                yield Objection("seeds", f"seed {seed} counts {count} times in {side.name}", f"{count} runs", "one")
 
 
 def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
@@ -83,6 +115,20 @@ def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterat
 def _code(treatment: Side, control: Side) -> Iterator[Objection]:
     sides = _both(treatment, control, lambda run: run.code_digest)
     yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)
+    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.versions}):
+        if name not in _VERSIONS_IN_THE_CODE:
+            yield from _unequal("code", f"{name}'s version", *_both(treatment, control, _entry("versions", name)))
+
+
+def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.inputs}):
+        pointer = POINTERS.get(name)
+        if pointer is None or not any(covered(pointer, [factor]) or covered(factor, [pointer]) for factor in factors):
+            yield from _unequal("inputs", f"the {name}", *_both(treatment, control, _entry("inputs", name)))
+
+
+def _entry(table: str, name: str) -> Callable[[SideRun], Any]:
+    return lambda run: getattr(run, table).get(name)
 
 
 def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:

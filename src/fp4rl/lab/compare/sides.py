@@ -1,7 +1,7 @@
 """One side of a comparison: the finished runs of an arm, each with its last number and what that was measured under."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, or_, select
@@ -36,6 +36,8 @@ class SideRun:
     steps: tuple[int | None, int | None]  # asked, done
     measured: Measured
     gaps: tuple[str, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,15 @@ def _side_run(row: Any, measured: Measured, lines: list[Mapping[str, Any]], spec
         (row["steps_asked"], row["steps_done"]),
         measured,
         missing,
+        row["versions"],
+        inputs_of(row["evidence"]),
     )
+
+
+def inputs_of(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says it was made from: digests by name, and the number of processes that trained it."""
+    number = {"number of processes": evidence["processes"]} if "processes" in evidence else {}
+    return {**(evidence.get("inputs") or {}), **number}
 
 
 def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:

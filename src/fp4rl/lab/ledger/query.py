@@ -97,21 +97,23 @@ def specs(connection: Connection, digests: Iterable[str]) -> dict[str, Row]:
 
 
 def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
-    """Last strict accuracies (shares) of runs of the same task and model, one list per experiment and profile.
+    """Last strict accuracies (shares) of runs of the same task and model, one list per experiment.
 
-    Within a list the runs differ in nothing but the seed.
+    Within a list the runs differ in nothing but the seed, and a seed counts once, in whichever suites it was run. Of
+    several profiles `deployment` is taken, or else the first: other views of the same runs are no further repeats.
     """
     query = (
-        select(runs.c.experiment, evaluations.c.profile, evaluations.c.strict)
+        select(runs.c.experiment, evaluations.c.profile, runs.c.seed, evaluations.c.strict)
         .select_from(runs.join(evaluations, evaluations.c.run == runs.c.id).join(experiments))
         .where(evaluations.c.last, experiments.c.task == task, experiments.c.model == model)
         .where(evaluations.c.strict.is_not(None))
-        .order_by(runs.c.experiment, evaluations.c.profile, runs.c.seed)
+        .order_by(runs.c.experiment, evaluations.c.profile, runs.c.seed, runs.c.suite)
     )
-    groups: dict[tuple[str, str], list[float]] = {}
-    for experiment, profile, value in connection.execute(query):
-        groups.setdefault((experiment, profile), []).append(value)
-    return list(groups.values())
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for experiment, profile, seed, value in connection.execute(query):
+        found.setdefault(experiment, {}).setdefault(profile, {}).setdefault(seed, value)
+    chosen = (profiles.get("deployment") or next(iter(profiles.values())) for profiles in found.values())
+    return [list(values.values()) for values in chosen]
 
 
 def chunks(ids: Sequence[int], size: int = 500) -> Iterable[Sequence[int]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def rows_of(folder: RunFolder) -> Rows:
     }
     rows = Rows(run, experiment)
     rows.of_run[tables.metrics] = _metrics(folder, number)
-    rows.of_run[tables.evaluations] = [_evaluation(one, number) for one in result.get("evaluations", ())]
+    rows.of_run[tables.evaluations] = _evaluations(result.get("evaluations", ()), number)
     rows.of_run[tables.evidence] = [_evidence(line, one, number) for line, one in enumerate(folder.evidence())]
     rows.of_run[tables.artefacts] = _artefacts(folder, number)
     rows.of_run[tables.items] = []
@@ -122,6 +122,12 @@ def _metrics(folder: RunFolder, number: int) -> list[Row]:
         for step, values in folder.metrics().items()
         for name, value in values.items()
     ]
+
+
+def _evaluations(found: Iterable[Row], number: int) -> list[Row]:
+    """One a step and profile; a step that was judged twice counts as it was judged last."""
+    rows = [_evaluation(one, number) for one in found]
+    return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 
 def _evaluation(found: Row, number: int) -> Row:

@@ -47,6 +47,8 @@ def _side_run(run: Run, end: Measurement) -> SideRun:
             end.step, end.last, end.profile.name, end.problems, end.strict / 100, _conditions(end.profile)
         ),
         gaps=run.gaps,
+        versions=run.versions,
+        inputs=run.inputs,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fp4rl.lab.compare.evidence import gaps
+from fp4rl.lab.compare.sides import inputs_of
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.report.evidence import Evidence, read_evidence
@@ -68,6 +69,7 @@ class Run:
     gaps: tuple[str, ...] = ()
     curves: Curves = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     steps_done: int | None = None
     wall_s: float | None = None
     stopped: str | None = None
@@ -121,6 +123,7 @@ def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
         gaps=tuple(proof),
         curves=folder.metrics(),
         versions=result.get("versions") or {},
+        inputs=inputs_of(summary),
         steps_done=result.get("steps_done"),
         wall_s=result.get("wall_s"),
         stopped=result.get("stopped"),
