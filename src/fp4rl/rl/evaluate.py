@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.models.endings import end_ids
+from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.rewards import Scorer
 from fp4rl.rl.rollout import until_end
 from fp4rl.tasks.task import Problem
@@ -124,24 +125,19 @@ def answer(
     Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
     """
     config = _generation_config(tokenizer, decoding, end_ids(model))
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
     size = max(decoding.batch_size // decoding.samples, 1)
     rows: dict[int, list[Item]] = {}
-    try:
-        # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
-        with torch.random.fork_rng():
-            torch.manual_seed(decoding.seed)
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                batch = [problems[i] for i in chosen]
-                answered = _answer_batch(model, tokenizer, batch, scorer, config)
-                rows.update(zip(chosen, answered, strict=True))
-                if on_batch is not None:
-                    on_batch(min(start + size, len(order)), len(order))
-    finally:
-        model.train(was_training)
+    # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
+    with dropout_off(model), torch.random.fork_rng():
+        torch.manual_seed(decoding.seed)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = [problems[i] for i in chosen]
+            answered = _answer_batch(model, tokenizer, batch, scorer, config)
+            rows.update(zip(chosen, answered, strict=True))
+            if on_batch is not None:
+                on_batch(min(start + size, len(order)), len(order))
     return tuple(item for i in range(len(problems)) for item in rows[i])
 
 

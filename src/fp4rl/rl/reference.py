@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.rl.distill import teacher_kl
+from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.phases import Phases
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection, Phase
@@ -106,7 +107,7 @@ class Teacher:
         """KL at each token of the answers [rows, T], for the student's last forward of `ids` [rows, P + T]."""
         student = self._hidden
         assert student is not None, "the student has not been run on these tokens"
-        with torch.no_grad(), self.still.scoring():
+        with torch.no_grad(), self.still.scoring(), dropout_off(self.still.model):
             teacher = backbone(self.still.model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)
         self._hidden = None
         tokens = slice(-mask.shape[1] - 1, -1)  # the state before a token is what predicts it

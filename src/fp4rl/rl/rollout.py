@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.repetition import answer_metrics
 from fp4rl.rl.rewards import Scored
 from fp4rl.tasks.task import Problem
@@ -108,7 +109,8 @@ def roll_out(
         max_length=sampling.max_prompt_length,
     ).to(next(model.parameters()).device)
     prompts, mask = encoded["input_ids"], encoded["attention_mask"]
-    ids, logps = generate(model, prompts, mask, sampling.config)
+    with dropout_off(model):
+        ids, logps = generate(model, prompts, mask, sampling.config)
     lengths, ended = until_end(ids, sampling.end_ids)
     completion_ids = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -7,7 +7,6 @@ log line (`log`).
 """
 
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
 from fp4rl.rl.by_length import by_length
+from fp4rl.rl.dropout import dropout_off, drops
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.laps import Laps
+from fp4rl.rl.means import StepMeans
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.parts import Parts
@@ -36,8 +37,6 @@ from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other in the first steps and then every so often, on a few answers.
 _COMPARED_STEPS, _COMPARED_EVERY, _COMPARED_ROWS = 3, 10, 32
-# Metrics of a micro-batch that are its part of an update's.
-_IN_PARTS = {"policy_loss", "kl_loss"}
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -47,7 +46,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Parts, folder: Path) -> None:
         self.parts = parts
-        self._totals: dict[str, list[float]] = defaultdict(list)
+        self._means = StepMeans()
         self._step_metrics: dict[str, float] = {}
         self._started = time.perf_counter()
         self.laps = Laps()
@@ -110,14 +109,18 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         }
         self.laps.lap("batch")
         if self.parts.standing.reference is not None:
-            with torch.no_grad(), self.parts.standing.reference.scoring():
-                batch["ref_per_token_logps"], _ = self._score(self.parts.standing.reference.model, batch)
+            reference = self.parts.standing.reference
+            with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
+                batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.laps.lap("reference")
         if self.parts.phases.comparable and (self.step < _COMPARED_STEPS or self.step % _COMPARED_EVERY == 0):
             self._step_metrics |= self._phases_apart(batch)
             self.laps.lap("comparison")
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
+        elif drops(self.model):
+            batch["old_per_token_logps"] = self._old(batch)
+            self.laps.lap("old_logps")
         return batch
 
     def _sample(self, problems: list[Problem]) -> Rollout:
@@ -150,6 +153,13 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return logps, entropies
 
     @torch.no_grad()
+    def _old(self, batch: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities under the policy as it is now, the whole of it: what the answers were sampled from."""
+        with dropout_off(self.model):
+            logps, _ = self._score(self.model, batch)
+        return logps
+
+    @torch.no_grad()
     def _phases_apart(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """How far the policy as it is in rollouts is from the one in training, on the same tokens in the same way.
 
@@ -157,12 +167,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         exactly where both phases round alike, in any dtype.
         """
         rows = {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
-        was_training = self.model.training
-        self.model.eval()
-        with self.parts.phases.reference("rollout"):
-            sampling, _ = self._score(self.model, rows)
-        training, _ = self._score(self.model, rows)
-        self.model.train(was_training)
+        with dropout_off(self.model):
+            with self.parts.phases.reference("rollout"):
+                sampling, _ = self._score(self.model, rows)
+            training, _ = self._score(self.model, rows)
         found = mismatch_metrics(training, sampling, rows["completion_mask"])
         return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]} if found else {}
 
@@ -201,8 +209,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             old_is_sampler=self.parts.phases.scores_with_noise,
         )
         loss, metrics = objective(batch, self.parts.recipe, self.parts.rule, whole)
-        for name, value in metrics.items():
-            self._totals[name].append(value)
+        self._means.add(metrics, mask)
         self.laps.lap("loss")
         return loss
 
@@ -221,14 +228,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     def score_later_updates(self) -> None:
         """Before the first update of a step: log-probabilities, as the policy still is, of what later updates learn.
 
-        The first update needs none: it starts from this very policy.
+        The first update needs none: it starts from this very policy. With dropout it does not, and has them already.
         """
         done, span = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
         if self.parts.recipe.updates_per_step == 1 or done != span:
             return
         for batch in self._buffered_inputs[span:]:
             if "old_per_token_logps" not in batch:
-                batch["old_per_token_logps"], _ = self._score(self.model, batch)
+                batch["old_per_token_logps"] = self._old(batch)
         self.laps.lap("old_logps")
 
     # -- the log line
@@ -238,15 +245,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if "grad_norm" not in logs:
             return
         self._metrics["train"].clear()
-        self._totals["grad_norm"].append(float(logs["grad_norm"]))
-        self._totals["lr"].append(float(logs["learning_rate"]))
+        self._means.add_update(grad_norm=float(logs["grad_norm"]), lr=float(logs["learning_rate"]))
         if self.state.global_step % self.parts.recipe.updates_per_step:
             return
-        # A maximum over micro-batches is their largest value, a loss the sum of its parts; everything else is a mean.
-        found = {name: max(v) if "max" in name else sum(v) / len(v) for name, v in self._totals.items()}
-        for name in _IN_PARTS & found.keys():
-            found[name] *= self.args.gradient_accumulation_steps
-        self._totals.clear()
+        found = self._means.take(self.parts.recipe.updates_per_step)
         found["time/step_s"] = time.perf_counter() - self._started
         self.laps.lap("other")
         found |= {f"time/{name}_s": seconds for name, seconds in self.laps.take().items()}

@@ -1,0 +1,54 @@
+"""One number a step out of those of its micro-batches: the number of the whole batch, however it was cut."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import Tensor
+
+# Of a micro-batch these are its part of an update's, so that they add up.
+_IN_PARTS = {"policy_loss", "kl_loss"}
+# Means over answers; every other one is a mean over tokens.
+_OF_ANSWERS = {
+    f"rollout_corr/{name}"
+    for name in ("chi2_seq", "training_ppl", "rollout_ppl", "log_ppl_diff", "log_ppl_abs_diff", "ppl_ratio")
+}
+
+
+class StepMeans:
+    """Collects the metrics of micro-batches and updates until `take`.
+
+    A mean weighs by the tokens (or answers) that it was taken over; a micro-batch without any has no mean to give. A
+    maximum stays the largest, a minimum the smallest, a loss is the sum of its parts over the updates.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (value, weight)
+
+    def add(self, metrics: Mapping[str, float], mask: Tensor) -> None:
+        """The metrics of one micro-batch, taken over the tokens that `mask` [answers, tokens] counts."""
+        of_each = mask.sum(-1)
+        tokens, answers = float(of_each.sum()), float((of_each > 0).sum())
+        for name, value in metrics.items():
+            if name in _IN_PARTS:
+                self._found[name].append((value, 1.0))
+            elif tokens:
+                self._found[name].append((value, answers if name in _OF_ANSWERS else tokens))
+
+    def add_update(self, **values: float) -> None:
+        """What an optimizer step says once."""
+        for name, value in values.items():
+            self._found[name].append((value, 1.0))
+
+    def take(self, updates: int) -> dict[str, float]:
+        """The metrics of the step, which made `updates`; the next one begins."""
+        found = {name: _one(name, values, updates) for name, values in self._found.items()}
+        self._found.clear()
+        return found
+
+
+def _one(name: str, values: list[tuple[float, float]], updates: int) -> float:
+    if name in _IN_PARTS:
+        return sum(value for value, _ in values) / updates
+    if "max" in name or "_min" in name:
+        return (max if "max" in name else min)(value for value, _ in values)
+    return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
