@@ -103,7 +103,7 @@ def one_call(rounds: int) -> Iterator[str]:
                 with attach(layer, Injection.named(mode)) as harmed:
                     harmed.set_phase(phase)
                     more.append(microseconds(lambda: layer(x), rounds) - plain)
-        yield f"| {phase} | {plain:.1f} us | +{more[0]:.1f} us | +{more[1]:.1f} us |"
+        yield f"| {phase} | {plain:.1f} us | {more[0]:+.1f} us | {more[1]:+.1f} us |"
 
 
 def microseconds(deed: Callable[[], Any], rounds: int, calls: int = 1000) -> float:
