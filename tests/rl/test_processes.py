@@ -125,13 +125,13 @@ def lines(folder):
     return [{name: value for name, value in step.items() if not name.startswith("time/")} for step in steps]
 
 
-def test_maxima_stay_maxima_groups_are_added_and_the_rest_are_means():
+def test_extremes_stay_extremes_groups_are_added_and_the_rest_are_means():
     lines = [
-        {"response_length/max": 4.0, "sampling/trained_groups": 3.0, "entropy": 0.2},
-        {"response_length/max": 9.0, "sampling/trained_groups": 5.0, "entropy": 0.4, "kl": 1.0},
+        {"response_length/max": 4.0, "is_min": 0.5, "sampling/trained_groups": 3.0, "entropy": 0.2},
+        {"response_length/max": 9.0, "is_min": 0.1, "sampling/trained_groups": 5.0, "entropy": 0.4, "kl": 1.0},
     ]
     want = {"response_length/max": 9.0, "sampling/trained_groups": 8.0, "entropy": pytest.approx(0.3), "kl": 1.0}
-    assert processes.joined(lines) == want
+    assert processes.joined(lines) == want | {"is_min": 0.1}
 
 
 def test_one_process_is_the_first_and_waits_for_nobody():

@@ -74,12 +74,12 @@ def of_all(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Maxima stay maxima, numbers of groups are added, the rest are means over the processes that have them."""
+    """Extremes stay extremes, numbers of groups are added, the rest are means over the processes that have them."""
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: _one(name, [line[name] for line in lines if name in line]) for name in names}
 
 
 def _one(name: str, values: list[float]) -> float:
-    if "max" in name:
-        return max(values)
+    if "max" in name or "_min" in name:
+        return (max if "max" in name else min)(values)
     return sum(values) if name in _SUMS else sum(values) / len(values)
