@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 import fp4rl
+from fp4rl.cli.display import Display
 from fp4rl.cli.run import refuse_others
 from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
@@ -186,6 +188,13 @@ def test_a_worker_that_is_killed_costs_its_own_run_alone(tmp_path):
     outcomes = list(LocalPool(2)(planned(bad), tmp_path, lambda event: None))
     assert len(outcomes) == 2
     assert all("does not exist" in outcome.error for outcome in outcomes)
+
+
+def test_a_failed_run_is_not_counted_as_finished(capsys):
+    display = Display(RUNS[:3], Console(width=100))
+    display.on_outcome(Outcome(RUNS[0], "its process died"))
+    display.on_outcome(Outcome(RUNS[1]))
+    assert "(1 of 3, 1 failed" in capsys.readouterr().out
 
 
 class Recorded:

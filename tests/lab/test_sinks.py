@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_tensorboard_exports_what_was_logged_to_the_last_bit(run: RunFolder):
     found = read_tensorboard(run.path / "tensorboard").in_order()
     assert {step: sorted(values) for step, values in found.items()} == {s: sorted(v) for s, v in LOGGED.items()}
     assert all(_same(found[step][name], value) for step, values in LOGGED.items() for name, value in values.items())
+
+
+def test_tensorboards_thread_starts_with_the_first_step(run: RunFolder):
+    # accelerate clears the environment while the trainer is made: no thread may be there to read it.
+    def writers():
+        return [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboard")]
+
+    with Sinks(run) as sinks:
+        assert not writers()
+        sinks.log(0, {"x": 1.0})
+        assert writers()
 
 
 def test_tensorboard_itself_shows_the_numbers_as_scalars(run: RunFolder):

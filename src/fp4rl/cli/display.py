@@ -27,7 +27,7 @@ class Display:
         self._active: dict[str, Event] = {}
         self._numbers: dict[str, dict[str, float]] = {}
         self._started = time.monotonic()
-        self._finished = 0
+        self._finished = self._failed = 0
         self._last_beat = float("-inf")
         self._console = console
         self._progress = Progress(
@@ -72,15 +72,16 @@ class Display:
         run = outcome.run
         self._active.pop(run.run_id, None)
         self._done[run.run_id] = self._steps[run.run_id]
-        self._finished += 1
+        self._finished += outcome.error is None
+        self._failed += outcome.error is not None
         self._progress.update(self._bar, completed=self._finished)
         if outcome.mistake:
             return  # said once, at the end, for all runs that share it
         if outcome.error is not None:
             self._console.print(f"[red]failed[/red] {run.arm}, seed {run.seed}: {outcome.error}", highlight=False)
         elif not self._console.is_terminal:
-            count = f"{self._finished} of {len(self._runs)}"
-            rest = ", ".join(part for part in (count, self._left()) if part)
+            failed = f"{self._failed} failed" if self._failed else ""
+            rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)
             self._console.print(f"finished {run.arm}, seed {run.seed} ({rest})", highlight=False)
 
     def _picture(self) -> RenderableType:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp4rl.engines.rounding import choose_backend
+from fp4rl.lab.faults import FATAL
+from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import Event, OnEvent, Outcome
 
@@ -63,7 +65,7 @@ class LocalPool:
                     raise KeyboardInterrupt
                 for pipe in wait([w.pipe for w in workers], timeout=1.0):
                     worker = next(w for w in workers if w.pipe is pipe)
-                    outcome = _heard(worker, on_event)
+                    outcome = _heard(worker, root, on_event)
                     if outcome is None:
                         continue
                     yield outcome
@@ -121,19 +123,32 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _heard(worker: _Worker, on_event: OnEvent) -> Outcome | None:
+def _heard(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
     """Pass an event on, or return how the worker's run ended."""
     assert worker.run is not None
     try:
         message = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join()
-        return Outcome(worker.run, f"its process died (exit code {worker.process.exitcode}); run again to repeat it")
+        return Outcome(worker.run, died(worker.process.exitcode, run_folder(root, worker.run.suite, worker.run.run_id)))
     if isinstance(message, Event):
         on_event(message)
         return None
     error, mistake = message
     return Outcome(worker.run, error, mistake)
+
+
+def died(code: int | None, folder: RunFolder) -> str:
+    """What is known of a process that ended without a word: its signal, and the stacks if it left any."""
+    how = f"exit code {code}"
+    if code is not None and code < 0:
+        how = signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            how += ", often for want of memory"
+    log = folder.path / "log.txt"
+    stacks = log.is_file() and FATAL in log.read_text(encoding="utf-8", errors="replace")
+    where = f"; its stacks are in {log}" if stacks else ""
+    return f"its process died ({how}){where}; run again to repeat it"
 
 
 def _dismiss(worker: _Worker) -> None:
@@ -153,12 +168,12 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
 
 
 def _prepare(threads: int) -> None:
-    import torch
-
     from fp4rl.models.quiet import quiet
 
+    quiet()  # before torch and its threads: it writes to the environment
+    import torch
+
     torch.set_num_threads(threads)
-    quiet()
 
 
 class Hearer(Protocol):
@@ -194,7 +209,7 @@ def attempt(
 
 
 def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> None:
-    log = root / run.suite / run.run_id / "log.txt"
+    log = run_folder(root, run.suite, run.run_id).path / "log.txt"
     with log.open("a", encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
 

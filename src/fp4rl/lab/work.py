@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from fp4rl.lab.faults import faults_kept
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.inputs import inputs
 from fp4rl.lab.matrix import PlannedRun
@@ -66,7 +67,7 @@ def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, repo
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
-        with _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
+        with faults_kept(folder.path / "log.txt"), _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
             hear = _listeners(run, folder, sinks, on_stage)
             trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
             for name, why in sinks.failures.items():

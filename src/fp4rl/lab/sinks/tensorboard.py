@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,19 +14,24 @@ class TensorBoardSink:
 
     Scalars are written as tensors of float64 with the scalar plugin's metadata: the usual `simple_value` is a float32,
     and would export another number than was logged.
+
+    The writer and its thread start with the first step. accelerate empties and refills the whole environment while the
+    trainer is made, and a thread that reads the environment meanwhile takes the process with it.
     """
 
     def __init__(self, run: RunFolder) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._writer = EventFileWriter(str(run.path / "tensorboard"))
+        self._folder = run.path / "tensorboard"
+        self._writer: Any = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.scalar.metadata import create_summary_metadata
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
         from tensorboard.util.tensor_util import make_tensor_proto
 
+        if self._writer is None:
+            self._writer = EventFileWriter(str(self._folder))
         shown_as_scalar = create_summary_metadata(display_name=None, description="")
         exported = [
             Summary.Value(tag=name, tensor=make_tensor_proto(np.float64(value)), metadata=shown_as_scalar)
@@ -35,4 +41,5 @@ class TensorBoardSink:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
