@@ -64,7 +64,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         run = run_folder(tmp_path / "runs", suite, f"{arm}-s{seed}-{key}")
         run.write_spec(yaml.safe_dump(described, sort_keys=False))
         run.write_sites({"digest": "aaaa", "plans": [], "left_out": []})
-        run.add_evidence({"kind": "injection", "phase": "rollout", "step": 1, "calls": 900})
+        for row in _rounded(described, result.get("evidence", EVIDENCE)):
+            run.add_evidence(row)
         run.add_evidence({"kind": "master", "step": 30, "unharmed": True})
         run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
         for step in range(3):
@@ -96,6 +97,15 @@ def make_run(tmp_path: Path) -> MakeRun:
         return run
 
     return make
+
+
+def _rounded(spec: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row of proof for each point of the injection, in every phase that the summary counts calls of."""
+    for phase, calls in evidence.get("calls", {}).items():
+        for point in ("weight", "input"):
+            if (spec["injection"] or {}).get(point):
+                seen = {"calls": calls, "share_changed": 0.9, "looks": 3, "missed": 0}
+                yield {"kind": "injection", "phase": phase, "site": "q_proj", "point": point} | seen
 
 
 def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -342,11 +342,14 @@ def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_
 
 
 def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
-    place = {"kind": "injection", "point": "weight", "site": "a"}
-    lines = [*PROVEN, place | {"phase": "training", "share_changed": 0.0}]
+    place = {"kind": "injection", "point": "weight", "site": "a", "calls": 9}
+    lines = [*PROVEN, *(place | {"phase": phase, "share_changed": 0.0} for phase in ("rollout", "training"))]
     judged = place | {"phase": "evaluation", "profile": "w4a16", "share_changed": 0.9}
     spec = {"injection": {"weight": "mxfp4"}}
-    assert gaps(spec, QUANTIZED, [*lines, judged]) == ("rounding changed no weight",)
+    assert gaps(spec, QUANTIZED, [*lines, judged]) == (
+        "rounding changed no weight at 1 of 1 sites during rollout",
+        "rounding changed no weight at 1 of 1 sites during training",
+    )
 
 
 def test_nothing_recorded_is_a_gap():

@@ -51,7 +51,7 @@ def test_a_rebuilt_ledger_has_the_same_rows(opened, all_rows, make_run, ledger: 
         "evaluations": 6,
         "problem_lists": 1,
         "items": 3,
-        "evidence": 9,
+        "evidence": 6,
         "artefacts": 18,
     }
 

@@ -64,7 +64,7 @@ def test_show_tells_everything_about_a_run(root: str, capsys: pytest.CaptureFixt
         "50.0 [35.2, 64.8]",
         "w4a4",
         "reward/mean",
-        "injection: 1 line",
+        "injection: 4 lines",
         "items/30-deployment.parquet",
         "lr: 0.0004",
     ):

@@ -22,6 +22,10 @@ class MergedState(LinearState):
             return original.forward(layer, x, **kwargs)  # type: ignore[no-any-return]
         return super().forward(_Sum(layer, self), x)  # type: ignore[arg-type]
 
+    def master(self, layer: Any) -> Tensor:
+        """The sum of base and active adapters, which exists for the moment alone."""
+        return (layer if isinstance(layer, _Sum) else _Sum(layer, self)).weight
+
     def weight(self, layer: Any) -> Tensor:
         """The rounded sum; made afresh whenever the base or an adapter may have changed."""
         sources = layer.sources()

@@ -50,6 +50,11 @@ class Attachment:
         return self._states
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules whose class was swapped; none after `remove`."""
+        return tuple(self._modules)
+
+    @property
     def phase(self) -> Phase:
         """The phase that is on."""
         return self._phase
@@ -92,12 +97,17 @@ class Attachment:
             state.meters.clear()
 
     def require_calls(self) -> None:
-        """Raise CheckFailed, naming them, for sites that should act in the present phase and were never called."""
-        silent = [state.plan.name for state in self._silent()]
-        if silent:
+        """Raise CheckFailed, naming them, for sites that should act in the present phase and were never called, or were
+        called and left as they were what rounding changes."""
+        everywhere = len(self._states)
+        if silent := [state.plan.name for state in self._silent()]:
             raise CheckFailed(
-                f"{len(silent)} of {len(self._states)} sites were never called during {self.phase}, so nothing was "
-                f"harmed there: {', '.join(silent[:4])}{' ...' if len(silent) > 4 else ''}"
+                f"{len(silent)} of {everywhere} sites were never called during {self.phase}, so nothing was "
+                f"harmed there: {_first(silent)}"
+            )
+        if idle := [state.plan.name for state in self._states.values() if state.missed()]:
+            raise CheckFailed(
+                f"{len(idle)} of {everywhere} sites were called during {self.phase} and rounded nothing: {_first(idle)}"
             )
 
     def _silent(self) -> Iterator[SiteState]:
@@ -131,6 +141,10 @@ def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
     table = resolve(model, injection) if isinstance(injection, Injection) else injection
     _refuse_packed_shards(table, _is_sharded(model))
     return Attachment(model, table)
+
+
+def _first(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
 
 
 def _refuse_packed_shards(table: SiteTable, sharded: bool) -> None:

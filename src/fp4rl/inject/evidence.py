@@ -1,6 +1,7 @@
 """Proof of what injection did: calls, elements and sampled errors by phase and site, and a digest of the masters."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,16 @@ LOOK_INTERVAL = 256  # after the first looks (calls 1, 2, 4, 8, ...), one call i
 
 @dataclass
 class Meter:
-    """What one point of one site did in one phase. Statistics come from looks at a sample, never from every call."""
+    """What one point of one site did in one phase. Statistics come from looks at a sample, never from every call.
+
+    `missed` counts the looks at which a tensor came out as it went in although rounding changes it: a call is no
+    rounding. What lies on the grid already, zeros above all, is left as it is by right.
+    """
 
     calls: int = 0
     elements: int = 0
     looks: int = 0
+    missed: int = 0
     _next_look: int = 1
     _seen: int = 0
     _changed: int = 0
@@ -28,10 +34,18 @@ class Meter:
         """Whether call number `calls` (from 1) is to be looked at."""
         return calls >= self._next_look
 
-    def look(self, calls: int, before: Tensor, after: Tensor) -> None:
-        """Compare a sample of a tensor before and after rounding, both of the same shape."""
+    def look(self, calls: int, before: Tensor, after: Tensor, would_change: Callable[[], bool]) -> None:
+        """Compare a tensor before and after rounding, both of the same shape: a sample, or all where it shows nothing.
+
+        `would_change` says whether rounding `before` afresh changes anything; it is asked where nothing changed.
+        """
         self._next_look = calls + min(calls, LOOK_INTERVAL)
         old, new = _sample(before), _sample(after)
+        if torch.equal(old, new):
+            if torch.equal(before, after):
+                self.missed += would_change()
+            else:
+                old, new = before.detach().reshape(-1).double(), after.detach().reshape(-1).double()
         error, power = (new - old).square().sum(), old.square().sum()
         changed = (new != old).sum()
         self.looks += 1
@@ -52,8 +66,8 @@ class Meter:
 
     def row(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        measured = {"share_changed": self.share_changed, "relative_error": self.relative_error, "looks": self.looks}
-        return {"calls": self.calls, "elements": self.elements, **measured}
+        measured = {"share_changed": self.share_changed, "relative_error": self.relative_error}
+        return {"calls": self.calls, "elements": self.elements, **measured, "looks": self.looks, "missed": self.missed}
 
 
 def _sample(x: Tensor) -> Tensor:

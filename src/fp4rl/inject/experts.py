@@ -30,6 +30,13 @@ class StackState(LinearState):
             return copy, reach
         return copy.mT.contiguous(), None if reach is None else reach.mT.contiguous()
 
+    def would_change(self, point: str, x: Tensor) -> bool:
+        """As for one matrix, expert by expert."""
+        if x.ndim < 3:
+            return super().would_change(point, x)
+        turned = x.mT if self.transposed else x
+        return any(super(StackState, self).would_change(point, expert.contiguous()) for expert in turned.unbind(0))
+
     def count(self) -> None:
         """The experts were called once."""
         if torch.compiler.is_compiling():

@@ -68,6 +68,10 @@ class LinearState(SiteState):
         """The result of one product of the matmul with its errors."""
         return self.with_errors(y, "matmul", drawn_for, backward="" if product == "forward" else product)
 
+    def master(self, layer: nn.Linear) -> Tensor:
+        """What is rounded here, as it is now."""
+        return layer.weight
+
     def weight(self, layer: nn.Linear) -> Tensor:
         """The harmed weight, with a gradient to the master where one is computed."""
         return self.copy_of(layer.weight, (layer.weight,))

@@ -54,6 +54,10 @@ class PackedState(LinearState):
         moved = packed.data.to(device), packed.scales.to(device), factor
         self.packed = Packed(*moved, packed.levels, packed.columns)
 
+    def would_change(self, point: str, x: Tensor) -> bool:
+        """Codes can hold nothing but rounded values: a packed weight that did not change lay on the grid."""
+        return point != "weight" and super().would_change(point, x)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """As in `LinearState`; the weight is unpacked in the forward and again in the backward, never kept, unless

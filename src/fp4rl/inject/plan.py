@@ -88,6 +88,16 @@ class SiteTable:
         """Twelve hexadecimal digits of what acts in the forward of one phase: equal where the same numbers result."""
         return _digest({"plans": self._acting(phase, forward_only=True)} | self._settings())
 
+    def acting(self, phase: Phase) -> dict[str, int]:
+        """What acts in a phase, and at how many sites: points with a format, and hardware errors by their names."""
+        points = self.injection.apply_during.active(phase)
+        counts: dict[str, int] = {}
+        for plan in self.plans:
+            errors = {error.name for error in plan.errors} if "errors" in points else set()
+            for point in (*(point for point in plan.points() if point in points), *sorted(errors)):
+                counts[point] = counts.get(point, 0) + 1
+        return counts
+
     def rows(self) -> list[dict[str, Any]]:
         """The plans as plain values for JSON, in the order of the model."""
         return [plan.row() for plan in self.plans]

@@ -96,6 +96,10 @@ class SiteState:
         """The meter of a point in this phase."""
         return self.meters.setdefault((self.phase, point), Meter())
 
+    def missed(self) -> bool:
+        """Whether some look of this phase found a tensor as it was that rounding changes."""
+        return any(meter.missed for (phase, _), meter in self.meters.items() if phase == self.phase)
+
     def book(self) -> None:
         """Move the running call counters into the meters of this phase."""
         ticks = int(self.ticks)
@@ -118,7 +122,16 @@ class SiteState:
         meter.calls += own_call
         calls = meter.calls + (0 if own_call else self.calls)
         if meter.due(calls):
-            meter.look(calls, before, after)
+            meter.look(calls, before, after, lambda: self.would_change(point, before))
+
+    def would_change(self, point: str, x: Tensor) -> bool:
+        """Whether rounding `x` afresh to the format of a point changes any value. An error owes no change."""
+        fmt = getattr(self.plan, point, None)
+        if fmt is None:
+            return False
+        generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
+        rounded = fake_quantize(x.detach().to(self.settings.dtype), fmt, generator=generator)
+        return not torch.equal(rounded.to(x.dtype), x)
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
         """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
+from fp4rl.rl.acting import acting, rounded
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.start import task_of
@@ -80,7 +81,7 @@ class Judge:
             ):
                 items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard)
                 for row in _proved(attachment):
-                    record({"kind": "injection", "profile": name, "step": step, **row})
+                    record({"profile": name, "step": step, **row})
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)
 
     @property
@@ -93,7 +94,7 @@ class Judge:
         return Profile(
             name=name,
             precision=precision.name,
-            sites_digest=attachment.table.digest_in("evaluation") if attachment is not None else None,
+            sites_digest=_digest(attachment),
             noise=precision.noise,
             scorer=self.task.name,
             max_new_tokens=self.spec.max_new_tokens,
@@ -120,12 +121,20 @@ def _harmed(model: PreTrainedModel, injection: Injection | None) -> Iterator[Att
         yield attachment
 
 
+def _digest(attachment: Attachment | None) -> str | None:
+    """Of the sites that act; None where none does, as under errors that stay out of evaluations: that is `full`."""
+    if attachment is None or not attachment.table.acting("evaluation"):
+        return None
+    return attachment.table.digest_in("evaluation")
+
+
 def _proved(attachment: Attachment | None) -> list[dict[str, Any]]:
-    """What was rounded while the answers were made."""
+    """What should have acted while the answers were made, and what did."""
     if attachment is None:
         return []
     attachment.require_calls()
-    return attachment.evidence()
+    rows = [acting(attachment, "evaluation"), rounded(attachment)]
+    return rows + [{"kind": "injection", **row} for row in attachment.evidence()]
 
 
 def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:

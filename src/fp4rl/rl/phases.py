@@ -14,9 +14,13 @@ from fp4rl.inject.memory import recall, remembered
 from fp4rl.noise.course import Course, StageLog
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
+from fp4rl.rl.acting import rounded
 from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
+
+# Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
+_HELD_STEPS, _HELD_EVERY = 3, 10
 
 
 class Phases:
@@ -48,6 +52,7 @@ class Phases:
         self.course = Course.of(noise, total_steps) if noise is not None else None
         self._noise_seen: list[NoiseEvidence] = []  # one for each rollout, its weights pooled
         self._called: set[Phase] = set()
+        self._to_hold: int | None = None  # the step whose training is still to be held against its masters
 
     def start(self) -> None:
         """Before the first step: the model computes as in training."""
@@ -64,6 +69,8 @@ class Phases:
             try:
                 with self._noisy(step, data_epochs):
                     yield
+                    # While the noise is still on: it is part of what was sampled from.
+                    self._to_hold = self._require_rounded(step)
                 self.require_calls("rollout")
             finally:
                 self._switch("training")
@@ -107,10 +114,26 @@ class Phases:
             self.attachment.invalidate()
 
     def require_calls(self, phase: Phase) -> None:
-        """Once a phase, in the first steps: a site that should act and was never called stops the run (P10)."""
-        if self.attachment is not None and phase not in self._called:
+        """Once a phase, in the first steps: a site that should act and did not stops the run (P10). Training's matmuls
+        are held against their masters as a rollout's are: once, in each step whose rollout was held."""
+        if self.attachment is None:
+            return
+        if phase not in self._called:
             self._called.add(phase)
             self.attachment.require_calls()
+        if phase == "training" and self._to_hold is not None:
+            self._require_rounded(self._to_hold)
+            self._to_hold = None
+
+    def _require_rounded(self, step: int) -> int | None:
+        """In the first steps and every so often: what the matmuls receive is what their masters round to now (P35).
+
+        Returns the step if it was one of these.
+        """
+        if self.attachment is None or not (step < _HELD_STEPS or step % _HELD_EVERY == 0):
+            return None
+        self.record({"step": step, **rounded(self.attachment)})
+        return step
 
     def noise_summary(self) -> dict[str, Any] | None:
         """What the noise of the whole run came to, None without noise: largest sigma, shares of weights changed."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load
+from fp4rl.rl.acting import acting
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import CheckFailed
 
@@ -27,7 +28,11 @@ def proved(
 
     Raises CheckFailed when the live policy is not the one in `final` (P35).
     """
-    rows = attachment.evidence() if attachment is not None else []
+    rows = []
+    if attachment is not None:
+        rows = attachment.evidence()
+        record(acting(attachment, "rollout"))
+        record(acting(attachment, "training"))
     for row in rows:
         record({"kind": "injection", **row})
     difference = _live_against_fresh(experiment, model, attachment, final)

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fp4rl.lab.compare.rounding import rounding_gaps, wanted
+from fp4rl.spec.modes import Phase
+
 Record = Mapping[str, Any]
 
-_TRAINED_IN = ("rollout", "training")  # evaluations load the saved model afresh, and record their own precision
-_POINTS = ("weight", "input", "output")
+_TRAINED_IN: tuple[Phase, ...] = ("rollout", "training")  # evaluations record their own precision, under a profile
 
 
 def gaps(spec: Record, summary: Record, lines: Sequence[Record]) -> tuple[str, ...]:
@@ -14,7 +16,7 @@ def gaps(spec: Record, summary: Record, lines: Sequence[Record]) -> tuple[str, .
     if not summary and not lines:
         return ("it left no evidence",)
     return (
-        *_injection_gaps(spec.get("injection"), summary, _in_the_run(_of_kind(lines, "injection"))),
+        *_injection_gaps(spec.get("injection"), summary, lines),
         *_noise_gaps(spec.get("noise"), _of_kind(lines, "noise")),
         *_weight_gaps(summary, _of_kind(lines, "master")),
         *_live_gaps(_of_kind(lines, "live_equals_fresh")),
@@ -26,30 +28,21 @@ def _of_kind(lines: Iterable[Record], kind: str) -> list[Record]:
     return [line for line in lines if line.get("kind") == kind]
 
 
-def _in_the_run(lines: Iterable[Record]) -> list[Record]:
-    """Without what evaluations recorded under a profile: what was rounded there says nothing about the training."""
-    return [line for line in lines if "profile" not in line]
-
-
-def _injection_gaps(injection: Any, summary: Record, lines: list[Record]) -> Iterator[str]:
-    points = [point for point in _POINTS if isinstance(injection, Mapping) and injection.get(point)]
-    if not points and not (isinstance(injection, Mapping) and injection.get("by_pattern")):
+def _injection_gaps(injection: Any, summary: Record, lines: Sequence[Record]) -> Iterator[str]:
+    asked = {phase: wanted(injection, phase) for phase in _TRAINED_IN} if isinstance(injection, Mapping) else {}
+    if not any(asked.values()):
         if summary.get("sites"):
             yield f"{summary['sites']} sites were quantized, but its spec injects nothing"
         return
     if not summary.get("sites"):
         yield "no site is recorded as quantized"
         return
-    calls = summary.get("calls") or {}
-    during = injection.get("apply_during") or {}
-    wanted = {phase for point in points for phase in during.get(point, _TRAINED_IN) if phase in _TRAINED_IN}
-    for phase in sorted(wanted):
-        if not calls.get(phase):
-            yield f"no quantized call was counted during {phase}"
-    for point in points:
-        shares = [line["share_changed"] for line in lines if line.get("point") == point and "share_changed" in line]
-        if shares and not any(_positive(share) for share in shares):
-            yield f"rounding changed no {point}"
+    # Without what evaluations recorded: what was rounded there says nothing about the training.
+    own = [line for line in lines if "profile" not in line]
+    for phase in _TRAINED_IN:
+        rows = [row for row in _of_kind(own, "injection") if row.get("phase") == phase]
+        acting = [line for line in _of_kind(own, "acting") if line.get("phase") == phase]
+        yield from rounding_gaps(asked[phase], acting, rows, f"during {phase}")
 
 
 def _noise_gaps(noise: Any, lines: list[Record]) -> Iterator[str]:
@@ -82,16 +75,16 @@ def _live_gaps(lines: list[Record]) -> Iterator[str]:
 
 
 def _judging_gaps(lines: Sequence[Record]) -> Iterator[str]:
-    """Evaluations under a site table of which nothing was rounded while the answers were made."""
-    rounded = {(row["profile"], row.get("step")) for row in _of_kind(lines, "injection") if _counted(row)}
+    """Evaluations under a site table of which not everything acted while the answers were made."""
     for evaluation in _of_kind(lines, "evaluation"):
         profile, step = evaluation["profile"], evaluation["step"]
-        if profile["sites_digest"] is not None and (profile["name"], step) not in rounded:
-            yield f"no quantized call was counted while it was judged as {profile['name']} at step {step}"
-
-
-def _counted(row: Record) -> bool:
-    return "profile" in row and _positive(row.get("calls"))
+        if profile["sites_digest"] is None:
+            continue
+        own = [line for line in lines if line.get("profile") == profile["name"] and line.get("step") == step]
+        rows, acting = _of_kind(own, "injection"), _of_kind(own, "acting")
+        # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
+        points = {str(row.get("point")) for row in rows} or {"weight"}
+        yield from rounding_gaps(points, acting, rows, f"while it was judged as {profile['name']} at step {step}")
 
 
 def _positive(value: Any) -> bool:

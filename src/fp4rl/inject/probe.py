@@ -1,0 +1,141 @@
+"""What the matmuls of injected layers really receive, held against what their masters round to at this moment.
+
+Counters say that a layer was called, looks say what its rounding gave. Neither sees a copy that went stale afterwards,
+nor a forward that takes another way. So now and then every layer is run on a few rows of its own, outside the model,
+and the operands that reach its product are compared by value with a rounding made here and now, by numerics alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from fp4rl.inject.adapted import MergedState
+from fp4rl.inject.attach import Attachment
+from fp4rl.inject.experts import ExpertsState, StackState
+from fp4rl.inject.linear import LinearState
+from fp4rl.inject.packed import PackedState
+from fp4rl.inject.state import KEY, SiteState
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.mistakes import CheckFailed
+
+ROWS = 4
+
+
+def require_rounded(attachment: Attachment) -> int:
+    """CheckFailed when a site's operands are not what its master and its formats give now; -> how many sites were held.
+
+    Left out is what cannot be known here: what is drawn (stochastic rounding, hardware errors), attention, packed
+    weights (they have no master) and sharded ones (no copy of them is kept).
+    """
+    held, wrong = 0, []
+    for module in attachment.modules:
+        state = module.__dict__[KEY]
+        for site, points in _held(module, state):
+            held += 1
+            wrong += [f"{site.plan.name} ({point})" for point, right in points.items() if not right]
+    if wrong:
+        raise CheckFailed(
+            f"{attachment.phase}: at {len(wrong)} of {held} sites the matmul receives other numbers than the master "
+            f"rounds to now: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}; a copy went stale, or nothing "
+            "was rounded"
+        )
+    return held
+
+
+def _held(module: nn.Module, state: Any) -> Iterator[tuple[SiteState, dict[str, bool]]]:
+    """Each site of a module with what could be compared there: point -> whether it is right."""
+    stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
+    for name, stack in stacks:
+        if stack.keep_copies and _repeatable(stack, "weight"):
+            with _uncounted(stack):
+                yield stack, {"weight": _stack_is_right(stack, module._parameters[name])}  # type: ignore[arg-type]
+    if isinstance(state, LinearState) and not isinstance(state, PackedState) and state.keep_copies:
+        if isinstance(state, MergedState) and not state.weight_on:
+            return  # the layer's own forward runs, with the adapters' products in it
+        with _uncounted(state):
+            yield state, _operands_are_right(module, state)
+
+
+def _repeatable(state: SiteState, point: str) -> bool:
+    """Whether what becomes of an operand is a function of it alone."""
+    fmt = getattr(state.plan, point)
+    return not state.has_errors(point) and (fmt is None or fmt.rounding != "stochastic")
+
+
+def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
+    """`x` as it should arrive: rounded where the point is active, itself where it is not."""
+    if point not in state.points:
+        return x
+    return fake_quantize(x.to(state.settings.dtype), getattr(state.plan, point)).to(x.dtype)
+
+
+@torch.no_grad()
+def _stack_is_right(stack: StackState, weight: Tensor) -> bool:
+    seen = stack.copy_of(weight, (weight,)) if stack.weight_on else weight
+    seen, master = (seen.mT, weight.mT) if stack.transposed else (seen, weight)
+    experts = zip(seen.unbind(0), master.unbind(0), strict=True)
+    return all(_same(one, _expected(stack, "weight", own.contiguous())) for one, own in experts)
+
+
+def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool]:
+    layer: Any = module
+    with torch.no_grad():
+        master = state.master(layer).detach()
+    rows = torch.randn(ROWS, master.shape[1], generator=torch.Generator().manual_seed(0))
+    rows = rows.to(master.device, master.dtype)
+    # Training keeps a graph, and takes another way through the layer than generating does.
+    with torch.set_grad_enabled(state.phase == "training"), _Listener(master.shape) as heard:
+        y = layer.forward(rows)
+    if heard.operands is None:
+        return {"weight": False}  # no product of this shape was computed
+    x, weight, product = heard.operands
+    arrived = {"weight": (master, weight), "input": (rows, x)}
+    if state.output_on and not state.products_on:
+        arrived["output"] = (product.detach(), y)
+    return {
+        point: _same(seen.reshape(given.shape), _expected(state, point, given))
+        for point, (given, seen) in arrived.items()
+        if _repeatable(state, point)
+    }
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Value by value; what is no number equals itself, since a run that diverged has nothing to do with staleness."""
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+class _Listener(TorchFunctionMode):
+    """Hears the last product [rows, in] x [out, in]^T that is computed: its operands and its result."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+        self.operands: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is linear and args[1].shape == self.shape:
+            self.operands = args[0], args[1], y
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[1].mT.shape == self.shape:
+            self.operands = args[0], args[1].mT, y
+        return y
+
+
+@contextmanager
+def _uncounted(state: LinearState) -> Iterator[None]:
+    """What the probe does is no evidence of what the model did."""
+    state.book()
+    meters = {key: replace(meter) for key, meter in state.meters.items()}
+    yield
+    state.calls = 0
+    state.ticks.zero_()
+    state.meters = meters
+    state.shared.forget()
