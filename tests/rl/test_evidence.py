@@ -1,5 +1,9 @@
 """What a whole run proves of its treatment, and mutants that only its evidence can tell from a sound run."""
 
+import itertools
+import sys
+import types
+
 import pytest
 
 from fp4rl.inject.linear import InjectedLinear, LinearState
@@ -7,6 +11,15 @@ from fp4rl.lab.compare.evidence import gaps
 from fp4rl.spec.mistakes import CheckFailed
 
 SHORT = {"steps": 1}
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """A reward under which every group has spread, whatever the answers are, so that every update moves the weights."""
+    module, counted = types.ModuleType("rewards_of_mine"), itertools.count()
+    module.alternating = lambda **_: float(next(counted) % 2)
+    monkeypatch.setitem(sys.modules, "rewards_of_mine", module)
+    return {"reward": "rewards_of_mine.alternating", "lr": 1e-2}
 
 
 def missing(experiment, trained, heard):
@@ -45,7 +58,7 @@ def test_a_phase_in_bf16_under_the_label_w4a16_stops_the_run(phase, run, experim
 
 
 def test_a_sampler_that_keeps_the_first_rounded_weights_stops_the_run_in_its_second_rollout(
-    run, experiment, monkeypatch
+    run, experiment, monkeypatch, spread
 ):
     copy_of = LinearState.copy_of
 
@@ -59,4 +72,4 @@ def test_a_sampler_that_keeps_the_first_rounded_weights_stops_the_run_in_its_sec
     monkeypatch.setattr(LinearState, "copy_of", stale)
     monkeypatch.setattr(InjectedLinear, "forward", lambda self, x: self.injected.forward(self, x))
     with pytest.raises(CheckFailed, match="rollout: at 14 of 14 sites the matmul receives other numbers"):
-        run(experiment("w4a16", training={"lr": 1e-2}))
+        run(experiment("w4a16", training=spread))
