@@ -22,6 +22,8 @@ def in_process(monkeypatch):
                     work.carry_out(run, root)
                 except Mistake as error:
                     yield Outcome(run, str(error), mistake=True)
+                else:
+                    yield Outcome(run)
 
         return carry_out
 
@@ -45,6 +47,36 @@ def test_a_pattern_without_a_hit_is_one_line_with_the_nearest_name_before_anythi
     assert "*.qproj" in err
     assert "q_proj" in err
     assert not list((tmp_path / "runs" / "s").glob("run-*"))
+
+
+SMALL = {
+    "model": {"embedded": {"warm_up_steps": 2}},
+    "training": {
+        "steps": 1,
+        "train_batch_size": 2,
+        "mini_batch_size": 2,
+        "rollout_n": 2,
+        "max_response_length": 8,
+        "overlong_buffer": {"enable": False},
+        "filter_groups": {"enable": False},
+    },
+    "evaluation": {"count": 4, "max_new_tokens": 8, "profiles": ["full"]},
+}
+
+
+def test_a_suite_leaves_its_table_and_page_and_a_single_run_says_where_it_is(in_process, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({"suite": "trial", "base": SMALL, "arms": {"bf16": {}}, "seeds": [0]})
+    )
+    assert main(["run", "s.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "trial  1 of 1 runs" in shown
+    assert "HTML report: runs/trial/report.html" in shown
+    assert (tmp_path / "runs" / "trial" / "report.html").is_file()
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(SMALL))
+    assert main(["run", "one.yaml"]) == 0
+    assert "`fp4rl show one/run-s0-" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -187,6 +187,22 @@ def test_a_recipe_under_two_names_is_no_treatment(make_run, ask: Ask):
     assert "the sides do not differ in noise, nor in anything else" in objection.what
 
 
+def test_a_margin_named_after_the_runs_reaches_nothing(two_arms, ask: Ask):
+    two_arms()
+    asked = ask(margin=20.0, declared=True).verdict
+    later = ask(margin=20.0).verdict
+    assert (asked.word, later.word) == ("reaches", None)
+    assert "where the suite fixed it beforehand" in later.why
+    assert ask().verdict.word == "worse"  # a difference needs no margin
+
+
+def test_a_side_may_be_named_by_the_beginning_of_its_run(two_arms, ask: Ask):
+    two_arms()
+    assert [run.seed for run in ask("w4a4-s1", "bf16-s1").treatment.runs] == [1]
+    with pytest.raises(BadValue, match="3 runs begin with 'w4a4-'"):
+        ask("w4a4-", "bf16")
+
+
 def test_a_seed_counts_once_a_side(make_run, ask: Ask):
     for seed in range(2):
         for arm in ("bf16", "again"):

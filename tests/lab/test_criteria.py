@@ -106,3 +106,8 @@ def test_every_word_comes_with_its_interval_and_seeds():
 def test_an_empty_arm_is_refused():
     with pytest.raises(BadValue, match="without any seed"):
         judge_family([Comparison("a against b", (), LOW)])
+
+
+def test_repeats_that_do_not_vary_measure_no_chance():
+    verdict = verdict_over_seeds((50.0,), (48.0,), spread=Spread(0.0, 4, 2))
+    assert (verdict.low, verdict.word) == (None, None)

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,23 +29,20 @@ def _program(name: str) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server() -> Iterator[str]:
     """The address of a fresh server, up to the name of a database."""
     pytest.importorskip("psycopg", reason="psycopg is not installed (extra 'postgres')")
     initdb, pg_ctl = _program("initdb"), _program("pg_ctl")
     if not (initdb and pg_ctl):
         pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
     become: list[str] = []
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="fp4rl-postgres-"))  # pytest's own folders are closed to other users
     if os.geteuid() == 0:  # the server refuses to run as root
         user = next((name for name in ("postgres", "nobody") if _has_user(name)), None)
         if user is None or not shutil.which("runuser"):
             pytest.skip("PostgreSQL refuses root, and there is no other user to run it as")
         become = ["runuser", "-u", user, "--"]
         shutil.chown(folder, user)
-        for parent in folder.parents:  # pytest's folders are closed to others
-            if parent.owner() == "root" and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     _run([*become, pg_ctl, "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "-t", "60", "start"], folder)
     yield f"postgresql://lab@127.0.0.1:{port}/"
     _run([*become, pg_ctl, "-D", data, "-m", "immediate", "-w", "stop"], folder)
+    shutil.rmtree(folder)
 
 
 def _has_user(name: str) -> bool:

@@ -46,6 +46,28 @@ def test_runs_lists_what_is_finished_and_filters(root: str, capsys: pytest.Captu
     assert "4 more; --limit 0 shows all" in capsys.readouterr().out
 
 
+def test_runs_of_a_profile_are_counted_and_an_unknown_one_is_a_mistake(root: str, make_run, capsys):
+    make_run("full", 0, 0.5, profile={"name": "full"})
+    assert main(["runs", "--runs", root, "--profile", "full"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 finished run " in shown
+    assert "more" not in shown
+    assert main(["runs", "--runs", root, "--profile", "ful"]) == 2
+    assert "no run was judged as 'ful'; did you mean 'full'" in capsys.readouterr().err
+
+
+def test_a_factor_that_is_no_key_is_a_mistake(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "w4a4", "bf16", "--factor", "injektion", "--runs", root]) == 2
+    assert "'injektion' is no key; did you mean 'injection'" in capsys.readouterr().err
+
+
+def test_a_question_that_no_suite_declared_is_called_exploratory(root: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "w4a4", "bf16", "--factor", "injection", "--runs", root]) == 0
+    assert "exploratory" in capsys.readouterr().out
+    assert main(["compare", "trial", "--runs", root]) == 0
+    assert "exploratory" not in capsys.readouterr().out
+
+
 def test_a_filter_that_takes_nothing_says_so(root: str, capsys: pytest.CaptureFixture[str]):
     assert main(["runs", "--runs", root, "--suite", "nothing"]) == 2
     assert "no finished run" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def _print_pairs(found: "Audit") -> None:
     if found.spread:
         groups, sd, band = found.spread.groups, found.spread.sd, found.spread.band((1, 1))
         line = f"Runs that turned out to be repeats ({groups} groups) have a standard deviation of {sd:.2f} points:"
-        screen.print(f"{line} two equal runs differ by up to {band:.1f} points by chance.", highlight=False)
+        screen.print(f"{line} 95 % of pairs of equal runs differ by less than {band:.1f} points.", highlight=False)
     for one in found.pairs:
         share, pair = one.difference, one.pair
         accuracies = f"{pair.treatment.final_accuracy:.2f} against {pair.control.final_accuracy:.2f}"

@@ -10,6 +10,7 @@ from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.questions import check_factors
 
 if TYPE_CHECKING:
     from fp4rl.lab.compare.comparison import Compared, Question
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 Margin = Annotated[
     float | None,
-    typer.Option(help="Points that the treatment may be worse and still reach the control (fixed before)."),
+    typer.Option(help="Points that the treatment may be worse; a word needs a margin that the suite fixed before."),
 ]
 
 
@@ -41,6 +42,7 @@ def command(
     """
     from fp4rl.lab.compare.comparison import compare_all, compare_among
 
+    check_factors(factor or (), "--factor")
     if score not in ("strict", "flexible"):
         raise BadValue(f"--score is strict or flexible; got {score!r}")
     with opened(runs, ledger) as found:
@@ -95,6 +97,10 @@ def _print(answer: "Compared") -> None:
         return
     screen.print(f"  {answer.verdict.sentence()}", highlight=False)
     screen.print(f"  {answer.verdict.why}", highlight=False)
+    if not answer.question.declared:
+        screen.print(
+            "  exploratory: no suite declared this question before its runs, so it stands alone", highlight=False
+        )
     checks = answer.checks
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot
+from fp4rl.cli.report import show
 from fp4rl.cli.run import carry_out_all, end
-from fp4rl.cli.terminal import console, print_json
 
 
 def command(
@@ -28,18 +28,3 @@ def command(
     outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), quiet=as_json)
     show(runs / "quickstart", as_json=as_json)
     end(outcome)
-
-
-def show(suite_folder: Path, *, as_json: bool = False) -> None:
-    """Print the comparison table of a suite and write its HTML report beside its runs."""
-    from fp4rl.lab.report.collect import collect
-    from fp4rl.lab.report.html import write_html
-    from fp4rl.lab.report.terminal import terminal
-
-    report = collect(suite_folder)
-    page = write_html(report, suite_folder / "report.html")
-    if as_json:
-        print_json(report.as_dict())
-        return
-    console().print(terminal(report))
-    console().print(f"HTML report: {page}", highlight=False, soft_wrap=True)

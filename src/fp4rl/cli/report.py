@@ -18,11 +18,15 @@ def command(
 
     Example: `fp4rl report runs/quickstart`
     """
+    show(Path(suite) if Path(suite).is_dir() else runs / suite, as_json=as_json)
+
+
+def show(folder: Path, *, as_json: bool = False) -> None:
+    """Print the comparison table of a suite and write its HTML report beside its runs."""
     from fp4rl.lab.report.collect import collect
     from fp4rl.lab.report.html import write_html
     from fp4rl.lab.report.terminal import terminal
 
-    folder = Path(suite) if Path(suite).is_dir() else runs / suite
     report = collect(folder)
     page = write_html(report, folder / "report.html")
     if as_json:

@@ -8,6 +8,7 @@ import typer
 
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
+from fp4rl.cli.report import show
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 
@@ -50,9 +51,23 @@ def command(
     table = profiled(done, runs) if profile and done else None
     if as_json:
         print_json(_as_dict(outcome))
-    elif table is not None:
-        console().print(table)
+    elif done:
+        _show(described, runs, done)
+        if table is not None:
+            console().print(table)
     end(outcome)
+
+
+def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]") -> None:
+    """A suite's table and page, or where a single run can be looked at."""
+    from fp4rl.spec.experiment import Suite
+
+    if isinstance(described, Suite):
+        show(root / described.suite)
+        return
+    for run in done:
+        line = f"{root / run.suite / run.run_id}: `fp4rl show {run.suite}/{run.run_id}` shows all of it"
+        console().print(line, highlight=False, soft_wrap=True)
 
 
 def end(outcome: "SuiteOutcome") -> None:

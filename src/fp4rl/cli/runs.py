@@ -8,7 +8,7 @@ import typer
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.mistakes import NotThere, nearest
 
 if TYPE_CHECKING:
     from fp4rl.lab.foreign.importer import Imported
@@ -34,12 +34,15 @@ def list_all(
     """
     if context.invoked_subcommand:
         return
-    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs
+    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
 
     wanted = Filter(suite, arm, seed, profile)
     with opened(runs, ledger) as found, found.reading() as connection:
         rows = list_runs(connection, wanted, limit or None)
         total = count_runs(connection, wanted)
+        known = profiles_of(connection)
+    if profile is not None and profile not in known and known:
+        raise NotThere(f"no run was judged as {profile!r}{nearest(profile, known)}")
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "id"} for row in rows])
         return
@@ -55,7 +58,7 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
 
     from fp4rl.lab.provenance import code_digest
 
-    table = Table(title=f"{total} finished runs", title_justify="left")
+    table = Table(title=f"{total} finished run{'s' * (total != 1)}", title_justify="left")
     for name in ("suite", "run", "steps", "accuracy %", "code"):
         table.add_column(name, overflow="fold", justify="right" if name == "steps" else "left")
     now = code_digest()

@@ -163,25 +163,29 @@ def _word(
         return "better", f"the difference is above 0, p = {p:.2g}"
     if below and p_margin is not None and p_margin <= alpha:
         lower = ", though below 0" if p <= alpha else ""
-        return "reaches", f"the lower bound {below.lower_bound:+.2f} clears the margin -{below.margin:g}{lower}"
+        return (
+            "reaches",
+            f"the one-sided lower bound {below.lower_bound:+.2f} clears the margin -{below.margin:g}{lower}",
+        )
     if p <= alpha:
         return "worse", f"the difference is below 0, p = {p:.2g}"
     if found.p <= alpha:
         return "no difference shown", f"p = {found.p:.2g} alone becomes {p:.2g} after correction"
     if below:
-        reason = f"the lower bound {below.lower_bound:+.2f} does not clear the margin -{below.margin:g}"
+        reason = f"the one-sided lower bound {below.lower_bound:+.2f} does not clear the margin -{below.margin:g}"
         if below.clears:
-            reason = f"the lower bound {below.lower_bound:+.2f} clears the margin only before correction"
+            reason = f"the one-sided lower bound {below.lower_bound:+.2f} clears the margin only before correction"
         return "no difference shown", reason
     return "no difference shown", f"the interval holds 0, p = {p:.2g}"
 
 
 def _without_word(comparison: Comparison, why: str, spread: Spread | None, level: float, count: int) -> Verdict:
-    if spread is None:
+    if spread is None or spread.sd == 0:  # repeats that do not vary at all measure no chance
         unknown = "no repeats of this task and model tell how far equal runs lie apart"
         return _shown(comparison, f"{why}; {unknown}", level, count)
     half = spread.band((len(comparison.treatment), len(comparison.control)), level)
-    why = f"{why}; equal runs lie within {half:.1f} points of each other ({spread.sd:.2f} points run-to-run SD)"
+    band = f"{level:.0%} of equal runs lie within {half:.1f} points of each other"
+    why = f"{why}; {band} ({spread.sd:.2f} points run-to-run SD)"
     shown = _shown(comparison, why, level, count)
     low, high = shown.difference - half, shown.difference + half
     return replace(shown, low=low, high=high, interval="run-to-run band")

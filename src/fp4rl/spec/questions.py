@@ -1,6 +1,6 @@
 """The questions of a suite ask about arms, measurements and keys that are there; a slip would cost the runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fp4rl.spec.experiment import Comparison, Experiment
 from fp4rl.spec.keys import keys_at, wrong_part
@@ -15,13 +15,17 @@ def check_questions(questions: tuple[Comparison, ...], arms: Mapping[str, Experi
         place = f"{source}: comparisons.{number}"
         for key, side in (("treatment", question.treatment), ("control", question.control)):
             _check_side(f"{place}.{key}", side, arms)
-        for factor in question.factors:
-            parts = factor.split(".")
-            wrong = None if factor in _OWN_WORDS else wrong_part(Experiment, parts)
-            if wrong is not None:
-                raise BadValue(
-                    f"{place}.factors: {factor!r} is no key{nearest(parts[wrong], keys_at(Experiment, parts[:wrong]))}"
-                )
+        check_factors(question.factors, f"{place}.factors")
+
+
+def check_factors(factors: Iterable[str], place: str) -> None:
+    """Raise BadValue for a factor that is neither a key of an experiment nor `precision`."""
+    for factor in factors:
+        parts = factor.split(".")
+        wrong = None if factor in _OWN_WORDS else wrong_part(Experiment, parts)
+        if wrong is not None:
+            known = nearest(parts[wrong], keys_at(Experiment, parts[:wrong]))
+            raise BadValue(f"{place}: {factor!r} is no key{known}")
 
 
 def _check_side(place: str, side: str, arms: Mapping[str, Experiment]) -> None:

@@ -60,6 +60,7 @@ def _question(comparison: Comparison, suite: str) -> Question:
         margin=None if comparison.margin is None else 100 * comparison.margin,
         label=comparison.question,
         suite=suite,
+        declared=True,
     )
 
 

@@ -122,7 +122,7 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
     query = select(tables.runs).where(name).order_by(table.suite, table.arm, table.seed)
     if head or suite:
         query = query.where(table.suite == (head or suite))
-    found = list(connection.execute(query).mappings())
+    found = list(connection.execute(query).mappings()) or _beginning(connection, tail, head or suite)
     found = [row for row in found if row["run_id"] == tail] or found
     if not found:
         known = {f"{suite}/{arm}" for suite, arm in connection.execute(select(table.suite, table.arm).distinct())}
@@ -136,6 +136,17 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
             f"{word!r} names runs of {len(digests)} different experiments, which are no repeats; "
             f"name one by its digest: {', '.join(digests)}"
         )
+    return found
+
+
+def _beginning(connection: Connection, start: str, suite: str | None) -> list[Any]:
+    """The one run whose id begins so. Raises BadValue where several do."""
+    table = tables.runs.c
+    query = select(tables.runs).where(table.run_id.startswith(start, autoescape=True)).order_by(table.run_id)
+    found = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())
+    if len(found) > 1:
+        some = ", ".join(f"{row['suite']}/{row['run_id']}" for row in found[:4])
+        raise BadValue(f"{len(found)} runs begin with {start!r}: {some}; name more of it")
     return found
 
 

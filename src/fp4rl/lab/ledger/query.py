@@ -26,7 +26,10 @@ class Filter:
         for name in ("suite", "arm", "seed"):
             wanted = getattr(self, name)
             query = query.where(runs.c[name] == wanted) if wanted is not None else query
-        return query
+        if self.profile is None:
+            return query
+        judged = select(evaluations.c.run).where(evaluations.c.last, evaluations.c.profile == self.profile)
+        return query.where(runs.c.id.in_(judged))
 
 
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
@@ -36,11 +39,7 @@ def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) 
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
     found = [dict(row) for row in connection.execute(query).mappings()]
     scores = _last_scores(connection, [row["id"] for row in found])
-    return [row | {"strict": scores.get(row["id"], {})} for row in found if _has(scores, row["id"], wanted.profile)]
-
-
-def _has(scores: dict[int, dict[str, float]], run: int, profile: str | None) -> bool:
-    return profile is None or profile in scores.get(run, {})
+    return [row | {"strict": scores.get(row["id"], {})} for row in found]
 
 
 def _last_scores(connection: Connection, ids: Sequence[int]) -> dict[int, dict[str, float]]:
@@ -54,8 +53,14 @@ def _last_scores(connection: Connection, ids: Sequence[int]) -> dict[int, dict[s
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:
-    """How many runs the filter takes, its profile aside."""
+    """How many runs the filter takes."""
     return int(connection.execute(wanted.applied(select(func.count()).select_from(runs))).scalar_one())
+
+
+def profiles_of(connection: Connection) -> list[str]:
+    """Every profile that a run was judged under at its end."""
+    query = select(evaluations.c.profile).where(evaluations.c.last).distinct().order_by(evaluations.c.profile)
+    return list(connection.execute(query).scalars())
 
 
 def find_run(connection: Connection, word: str) -> Row:

@@ -77,7 +77,9 @@ def _before(scores: Sequence[Score]) -> Iterator[str]:
 
 def _spread(scores: Sequence[Score]) -> Iterator[str]:
     spreads = {s.name: math.sqrt(variance(s.values)) for s in scores if len(s.values) > 1}
-    if spreads:
+    if spreads and not any(spreads.values()):
+        yield "Runs that differ in the seed alone came out equal: here is no chance to measure an effect against."
+    elif spreads:
         low, high = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
         span = f"{spreads[low]:.1f} ({low}) to {spreads[high]:.1f} points ({high})"
         yield f"Runs that differ in the seed alone spread by a standard deviation of {span}."

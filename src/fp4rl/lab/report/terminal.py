@@ -87,7 +87,7 @@ def _row(name: str, score: Score, full: str, deployed: str) -> list[tuple[str, b
 
 
 def _questions(questions: tuple[Question, ...], wide: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="Questions, points [95 % over seeds]")
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Questions, points [95 % over seeds, before correction]")
     table.title_justify = "left"
     table.title_style = "bold"
     table.add_column("", justify="right")
