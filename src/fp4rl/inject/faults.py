@@ -48,10 +48,13 @@ def _uniform(shape: torch.Size, x: Tensor, generator: torch.Generator) -> Tensor
 @dataclass
 class Chance:
     """A site's own generator. What it draws is a function of the seed, the step and the tensor that it is drawn for, so
-    that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator."""
+    that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator.
+
+    `repeatable`: for a proof, even what nobody can repeat is drawn from the seed."""
 
     seed: int
     step: int = 0
+    repeatable: bool = False
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
 
     def for_tensor(self, x: Tensor, salt: str) -> torch.Generator:
@@ -64,8 +67,10 @@ class Chance:
         """The generator, seeded the same at every step: for defects that stay where they are."""
         return self._seeded(device, f"{self.seed}/{salt}".encode())
 
-    def unknown(self, device: torch.device) -> torch.Generator:
+    def unknown(self, device: torch.device, salt: str) -> torch.Generator:
         """The generator with a seed from the operating system: nobody can repeat it."""
+        if self.repeatable:
+            return self.fixed(device, salt)
         generator = self._generator(device)
         generator.seed()
         return generator

@@ -174,7 +174,7 @@ class SiteState:
     def _generator(self, error: HardwareError, drawn_for: Tensor, backward: str) -> torch.Generator:
         salt = f"{error.name}/{self.errors.index(error)}/{backward}"
         if error.kind == "jitter":
-            return self.chance.unknown(drawn_for.device)
+            return self.chance.unknown(drawn_for.device, salt)
         if error.kind == "stuck" or error.point == "weight":
             return self.chance.fixed(drawn_for.device, salt)
         return self.chance.for_tensor(drawn_for, salt)

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.models.load import load
+from fp4rl.inject.memory import drawing_alike, recall, remembered
+from fp4rl.models.load import load, with_lora
 from fp4rl.rl.acting import acting
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import CheckFailed
@@ -53,18 +55,53 @@ def proved(
     }
 
 
+def require_provable(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, start: Path
+) -> None:
+    """Before anything is trained: that the comparison at the end can be made, for the live policy is its start.
+
+    Leaves chance and evidence of the attachment as they were. Raises CheckFailed.
+    """
+    before = remembered(attachment) if attachment is not None else {}
+    difference = _live_against_fresh(experiment, model, attachment, start)
+    if attachment is not None:
+        attachment.set_phase("training")
+        recall(attachment, before)
+    if difference != 0.0:
+        raise CheckFailed(
+            f"before any training the policy's logits differ from those of a fresh copy, injected alike, by up to "
+            f"{difference:g}: something in the evaluation phase cannot be repeated, so that no run could prove what it "
+            "saved; leave it out there (injection.apply_during)"
+        )
+
+
 @torch.no_grad()
 def _live_against_fresh(
-    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, folder: Path
 ) -> float:
-    """Largest difference between the live policy's logits and those of a freshly loaded copy, injected alike."""
-    fresh, _ = load(final, experiment.model.dtype)
+    """Largest difference between the live policy's logits and those of a copy loaded from `folder`, injected alike and
+    drawing alike."""
     device = next(model.parameters()).device
+    fresh = _fresh(experiment, folder).to(device)
     ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
     model.eval()
     if attachment is None or experiment.injection is None:
-        return float((model(input_ids=ids).logits - fresh.to(device)(input_ids=ids).logits).abs().max())
+        return _difference(model, fresh, ids)
     attachment.set_phase("evaluation")
-    with attach(fresh.to(device), experiment.injection) as other:
+    with attach(fresh, experiment.injection) as other:
         other.set_phase("evaluation")
-        return float((model(input_ids=ids).logits - fresh(input_ids=ids).logits).abs().max())
+        with drawing_alike(attachment, other):
+            return _difference(model, fresh, ids)
+
+
+def _fresh(experiment: Experiment, folder: Path) -> PreTrainedModel:
+    """What `folder` holds; a start without an adapter under a fresh one, which changes no number."""
+    model, _ = load(folder, experiment.model.dtype)
+    if experiment.model.lora is None or (folder / "adapter_config.json").is_file():
+        return model
+    with torch.random.fork_rng():
+        return with_lora(model, experiment.model.lora, folder).eval()
+
+
+def _difference(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
+    return float((model(input_ids=ids).logits - other(input_ids=ids).logits).abs().max())

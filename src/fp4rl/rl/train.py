@@ -15,7 +15,7 @@ from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.losses import cannot_act
 from fp4rl.rl.objective import loss_rule
-from fp4rl.rl.prove import proved, sites
+from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import BadValue
@@ -61,6 +61,8 @@ def train(
     for line in (*experiment.training.warnings(), *_cannot_act(experiment)):
         run.hear.say(line)
     attempt = Attempt(run, past)
+    if past.checkpoint is None:
+        require_provable(experiment, attempt.model, attempt.attachment, run.start)
     run.hear.on_sites(sites(attempt.attachment))
     attempt.train()
     while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
