@@ -155,6 +155,7 @@ def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice
     assert experiment.injection == advice.injection()
     assert experiment.noise.multipliers == advice.multipliers
     assert experiment.noise.schedule.num_stages == 4
+    assert set(yaml.safe_load(fragment.read_text())["noise"]["multipliers"]["by_layer"]) == set(range(5))
 
 
 @pytest.mark.parametrize("rule", NOISE_RULES)

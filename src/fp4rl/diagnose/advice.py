@@ -64,7 +64,7 @@ class Advice:
         found = {"injection": self.injection(pieces).model_dump(mode="json", exclude_defaults=True)}
         if "noise" in pieces and self.multipliers is not None:
             # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
-            factors = self.multipliers.model_dump(mode="json")
+            factors = self.multipliers.model_dump()
             found["noise"] = {"multipliers": factors | {"by_layer": factors["by_layer"] or []}}
         return found
 
