@@ -137,8 +137,15 @@ def test_a_gsm8k_file_that_is_not_there(said, tmp_path):
     one_line(*said("eval", tmp_path, "--task", "gsm8k", "--data", "gone.jsonl"), "gone.jsonl", "does not exist")
 
 
-def test_a_gsm8k_task_without_a_file(said, tmp_path):
-    one_line(*said("eval", tmp_path, "--task", "gsm8k"), "task.gsm8k.path", "required")
+@pytest.mark.parametrize("verb", ["eval", "scan"])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [(["--task", "gsm8k"], "needs --data"), (["--data", "x.jsonl"], "--task gsm8k"), (["--task", "gsm9k"], "'gsm8k'")],
+)
+def test_a_task_and_its_file_belong_together(said, tmp_path, verb, options, part):
+    code, err = said(verb, tmp_path, *options)
+    one_line(code, err, part)
+    assert err.count("fp4rl") == 1
 
 
 @pytest.mark.parametrize(

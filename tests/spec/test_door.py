@@ -35,6 +35,29 @@ def test_an_unknown_key_in_one_arm_names_the_arm(tmp_path):
         load_spec(file)
 
 
+def test_an_unknown_key_in_the_base_names_the_file_and_the_base_and_no_arm(tmp_path):
+    file = written(tmp_path, {"suite": "s", "base": {"training": {"stpes": 3}}, "arms": {"a": {}, "b": {"noise": {}}}})
+    with pytest.raises(BadValue, match=r"spec\.yaml: base: unknown key 'training\.stpes'"):
+        load_spec(file)
+
+
+def test_a_wrong_word_of_the_command_line_is_named_and_a_right_one_beside_it_is_not(tmp_path):
+    file = written(tmp_path, {"suite": "s", "arms": {"a": {}}})
+    with pytest.raises(BadValue, match=r"spec\.yaml with 'training\.stpes=3': base: unknown key") as error:
+        load_spec(file, ["training.lr=0.1", "training.stpes=3", "seeds=[1]"])
+    assert "training.lr" not in str(error.value)
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_a_word_of_the_command_line(tmp_path):
+    with pytest.raises(BadValue, match=r"spec\.yaml: unknown key 'trainig'"):
+        load_spec(written(tmp_path, {"trainig": {}}), ["training.lr=0.1"])
+
+
+def test_a_misspelled_arms_is_named_and_not_taken_for_an_experiment(tmp_path):
+    with pytest.raises(BadValue, match=r"unknown key 'armz'; did you mean 'arms'\?"):
+        load_spec(written(tmp_path, {"suite": "s", "armz": {"a": {}}}))
+
+
 def test_an_override_changes_the_base_of_a_suite_and_the_suites_own_keys(tmp_path):
     file = written(tmp_path, {"suite": "s", "base": {"training": {"steps": 9}}, "arms": {"a": {}}})
     suite = load_spec(file, ["training.steps=3", "seeds=[4, 5]"])
@@ -105,6 +128,18 @@ def test_a_missing_file_and_broken_yaml_are_named(tmp_path):
         ({"training": {"micro_batch_size": 7}}, "does not divide"),
         ({"training": {"overlong_buffer": {"len": 48}}}, "below max_response_length"),
         ({"model": {"path": "x", "embedded": {}}}, "either `path` or `embedded`"),
+        ({"injection": {"weight": "mxfp5"}}, "'mxfp4' or 'mxfp8'"),
+        ({"training": {"steps": "fast"}}, "training.steps: expected a whole number, found 'fast'"),
+        ({"training": {"steps": 0}}, "training.steps: expected a number greater than 0, found 0"),
+        ({"training": {"lr": "fast"}}, "training.lr: expected a number, found 'fast'"),
+        ({"training": None}, "training: expected keys and values, found nothing"),
+        ({"training": {"mask_truncated": "perhaps"}}, "expected true or false"),
+        ({"evaluation": {"profiles": []}}, "evaluation.profiles: is empty; name at least one"),
+        ({"task": {"name": "gsm9k"}}, "task.name: 'gsm9k' is not known; did you mean 'gsm8k'?"),
+        ({"task": {"name": "gsm8k"}}, "task.path: this key is required"),
+        ({"task": {"path": "x"}}, "task.name: this key is required"),
+        ("", "expected keys and values, found nothing: the file is empty"),
+        ("[1]", "found a list"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_cure(tmp_path, content, part):

@@ -6,6 +6,7 @@ from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.mistakes import BadValue
 
 
 def spec_file(spec: Path) -> Path:
@@ -28,3 +29,12 @@ def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
     """The runs that a file, or a name of the catalogue, describes."""
     return runs_described(described_by(spec, overrides), spec.stem)
+
+
+def asked_task(name: str, data: Path | None) -> dict[str, str]:
+    """What `--task` and `--data` say, as the key `task` of an experiment."""
+    if name == "gsm8k" and data is None:
+        raise BadValue("--task gsm8k needs --data FILE: GSM8K's JSONL or Parquet file")
+    if name == "arithmetic" and data is not None:
+        raise BadValue(f"--data {data}: the arithmetic task makes its own problems; add --task gsm8k")
+    return {"name": name, **({"path": str(data)} if data else {})}

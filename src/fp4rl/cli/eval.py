@@ -44,6 +44,7 @@ def command(
     from fp4rl.models.quiet import quiet
 
     quiet()
+    from fp4rl.cli.described import asked_task
     from fp4rl.cli.rounding import ready_to_round
     from fp4rl.rl.judge import Judge
     from fp4rl.rl.start import task_of
@@ -55,7 +56,7 @@ def command(
     described = parse(
         Experiment,
         {
-            "task": {"name": task, **({"path": str(data)} if data else {})},
+            "task": asked_task(task, data),
             "evaluation": {
                 "profiles": precision or ["full"],
                 "preset": preset,
@@ -65,7 +66,7 @@ def command(
                 **(_SWEEP if sweep else {}),
             },
         },
-        "fp4rl eval",
+        "",
     )
     found_task = task_of(described.task)
     spec: Evaluation = described.evaluation

@@ -93,7 +93,7 @@ def _spec(rules: list[str], thresholds: list[str]) -> "Health":
     for word, (key, equals, _) in zip(thresholds, pairs, strict=True):
         if not key or not equals:
             raise BadValue(f"--set {word!r}: write it like length_ratio=2")
-    return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "fp4rl health")
+    return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
 
 
 def _require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:

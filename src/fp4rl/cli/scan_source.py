@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.cli.described import runs_of
+from fp4rl.cli.described import asked_task, runs_of
 from fp4rl.spec.door import parse
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -37,8 +37,7 @@ def described(model: str, task: str, data: Path | None, dtype: str | None) -> Ex
         runs = runs_of(Path(model), [f"model.dtype={dtype}"] if dtype else [])
         return next((run.experiment for run in runs if run.experiment.injection), runs[0].experiment)
     source: dict[str, Any] = {"embedded": {}} if model == "embedded" else {"path": model}
-    asked = {"name": task, **({"path": str(data)} if data else {})}
-    return parse(Experiment, {"model": {**source, "dtype": dtype or "float32"}, "task": asked}, "fp4rl scan")
+    return parse(Experiment, {"model": {**source, "dtype": dtype or "float32"}, "task": asked_task(task, data)}, "")
 
 
 def injection_of(wish: Wish, experiment: Experiment) -> Injection:
@@ -56,7 +55,7 @@ def injection_of(wish: Wish, experiment: Experiment) -> Injection:
         raise BadValue(f"mode {mode} rounds nothing, so --format {wish.format} has no place; name another mode")
     leave = {"leave": [*LEFT_BY_DEFAULT, *wish.leave]}
     content = {"preset": wish.preset, "targets": leave, **(places or {"mode": mode})}
-    return parse(Injection, content, "fp4rl scan")
+    return parse(Injection, content, "")
 
 
 def loaded(experiment: Experiment, text: Path | None, texts: int, runs: Path) -> tuple[Any, "Calibration"]:

@@ -62,7 +62,7 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
         if overrides or arm:
             raise BadValue(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
         content: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
-        return parse(Model, content, "fp4rl sites"), Injection.named("w4a16")
+        return parse(Model, content, ""), Injection.named("w4a16")
     runs = runs_of(path, overrides)
     arms = list(dict.fromkeys(run.arm for run in runs))
     if arm is not None and arm not in arms:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fp4rl.spec.complaints import complaint
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.keys import keys_at
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.questions import check_questions
 
 S = TypeVar("S", bound=BaseModel)
@@ -26,14 +26,34 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     Raises NotThere for a missing file, BadValue for anything in it that is not allowed; both name file, key and cure.
     """
     content = read_yaml(path)
-    is_suite = "arms" in content
+    is_suite = "arms" in content or "suite" in content
+    stages = [content]
     for word in overrides:
-        content = _override(content, word, is_suite)
+        stages.append(_override(stages[-1], word, is_suite))
+    try:
+        return _described(stages[-1], is_suite, str(path))
+    except BadValue as error:
+        same = next(i for i, stage in enumerate(stages) if _wrong(stage, is_suite, str(path)) == str(error))
+        if same == 0:
+            raise
+        return _described(stages[-1], is_suite, f"{path} with {overrides[same - 1]!r}")
+
+
+def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experiment | Suite:
     if not is_suite:
-        return parse(Experiment, content, str(path))
-    suite = parse(Suite, content, str(path))
-    check_questions(suite.comparisons, dict(arm_contents(suite)), str(path))
+        return parse(Experiment, content, source)
+    suite = parse(Suite, content, source)
+    check_questions(suite.comparisons, dict(arm_contents(suite, source)), source)
     return suite
+
+
+def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
+    """What is wrong with it: a word of the command line is named with the mistake that came with it."""
+    try:
+        _described(content, is_suite, source)
+    except BadValue as error:
+        return str(error)
+    return None
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,37 +71,54 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise BadValue(f"{file}: not a text file in UTF-8") from None
     if not isinstance(content, dict):
-        raise BadValue(f"{file}: expected keys and values, found {type(content).__name__}")
+        found = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
+        raise BadValue(f"{file}: expected keys and values, found {found}")
     return content
 
 
 def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
-    """Validate `content` as a `kind`; the first error becomes one line that names `source`, the key and the cure."""
+    """Validate `content` as a `kind`; the first error becomes one line that names `source` (a file or an option, empty
+    where the key says it all), the key and the cure."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise BadValue(f"{source}: {_first_error(kind, error)}") from None
+        said = complaint(kind, error)
+        raise BadValue(f"{source}: {said}" if source else said) from None
 
 
-def arm_contents(suite: Suite) -> Iterator[tuple[str, Experiment]]:
+def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
     """Every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
 
-    Raises BadValue for arms that describe one experiment: their names would tell apart what is the same.
+    `source` is the file for messages; the suite's own name else. Raises BadValue for arms that describe one experiment:
+    their names would tell apart what is the same.
     """
+    source = source or f"suite {suite.suite}"
     crossed: list[tuple[str, dict[str, Any]]] = [(name, merge(suite.base, a)) for name, a in suite.arms.items()]
     for key, values in suite.axes.items():
         last = key.rsplit(".", 1)[-1]
         crossed = [(f"{name}+{last}={value}", merge(c, {key: value})) for name, c in crossed for value in values]
     known: dict[str, str] = {}
     for name, content in crossed:
-        experiment = parse(Experiment, content, f"suite {suite.suite}, arm {name}")
+        experiment = _of_arm(name, content, suite.base, source)
         twin = known.setdefault(canonical(experiment), name)
         if twin != name:
             raise BadValue(
-                f"suite {suite.suite}: arms {twin} and {name} describe the same experiment; an override changes the "
+                f"{source}: arms {twin} and {name} describe the same experiment; an override changes the "
                 "base of all arms, `arms.NAME.key=value` and `arms.NAME=+file.yaml` change one"
             )
         yield name, experiment
+
+
+def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: str) -> Experiment:
+    try:
+        return parse(Experiment, content, "")
+    except BadValue as error:
+        try:
+            parse(Experiment, base, "")
+        except BadValue as same:
+            if str(same) == str(error):  # all arms have it from the base
+                raise BadValue(f"{source}: base: {error}") from None
+        raise BadValue(f"{source}: arm {name}: {error}") from None
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,17 +154,3 @@ def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, A
     own = {k: v for k, v in change.items() if k.partition(".")[0] in Suite.model_fields}
     to_base = {k: v for k, v in change.items() if k not in own}
     return merge(content, {**own, **({"base": to_base} if to_base else {})})
-
-
-def _first_error(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = keys_at(kind, first["loc"][:-1])
-        return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if first["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    if first["type"] == "missing":
-        return f"{where}: this key is required"
-    return f"{where}: expected {message}, found {first['input']!r}"

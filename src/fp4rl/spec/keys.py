@@ -14,7 +14,7 @@ def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
     here = [kind]
     for part in path:
-        here = _below(here, str(part)) or here
+        here = below(here, str(part)) or here
     return sorted({name for k in here for name in k.model_fields})
 
 
@@ -24,13 +24,14 @@ def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
     for index, part in enumerate(path):
         if not any(part in k.model_fields for k in here):
             return index
-        here = _below(here, part)
+        here = below(here, part)
         if not here:
             return None  # a value, or a mapping with keys of the user's own
     return None
 
 
-def _below(kinds: list[type[BaseModel]], part: str) -> list[type[BaseModel]]:
+def below(kinds: list[type[BaseModel]], part: str) -> list[type[BaseModel]]:
+    """The descriptions that may stand under the key `part` of any of `kinds`."""
     return [model for k in kinds if part in k.model_fields for model in _models_in(k.model_fields[part].annotation)]
 
 

@@ -4,7 +4,7 @@ Each message says what is wrong and names the cure. `Mistake` leaves with exit c
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class Mistake(Exception):
@@ -24,7 +24,11 @@ class CheckFailed(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'mxfp4'?"` for the closest known word, or the list of all of them when none is close."""
-    words = sorted(known)
-    close = get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"
+    """`"; did you mean 'mxfp4'?"` for the closest known word, or those equally close; all of them when none is."""
+    words = sorted(set(known))
+    close = get_close_matches(word, words, n=3, cutoff=0.5)
+    if not close:
+        return f"; known: {', '.join(words)}"
+    ratios = [SequenceMatcher(None, one, word).ratio() for one in close]  # as get_close_matches asks it
+    *others, last = sorted(repr(one) for one, ratio in zip(close, ratios, strict=True) if ratio == ratios[0])
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
