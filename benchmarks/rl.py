@@ -142,7 +142,7 @@ def generation(run: Run, rounds: int) -> tuple[float, float]:
             for name, model in (("plain", one), ("w4a16", other)):
                 torch.manual_seed(turn)
                 start = time.process_time()
-                roll_out(model, tokenizer, problems, Sampling(config, 256, end))
+                roll_out(model, tokenizer, problems, Sampling(config, end))
                 found[name].append(time.process_time() - start)
     ratios = [b / a for a, b in zip(found["plain"], found["w4a16"], strict=True)]
     return statistics.median(found["plain"]), statistics.median(ratios[1:])

@@ -60,7 +60,7 @@ def sampling(model, tokenizer):
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
     )
-    return Sampling(config, 256, ends)
+    return Sampling(config, ends)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -31,10 +31,16 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
         raise NotThere(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
     base = _base_of(folder)
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
-    tokenizer = load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
+    tokenizer = tokenizer_of(folder)
     model = _weights(base or folder, kind)
     keep_endings_alone(model, tokenizer)
     return (model if base is None else _adapted(model, folder)).eval(), tokenizer
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model folder is used with: its own, or that of an adapter's base."""
+    base = _base_of(folder)
+    return load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

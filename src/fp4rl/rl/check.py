@@ -1,10 +1,14 @@
 """What can be known to be wrong before a run starts: data, model, patterns and profiles, without loading a weight."""
 
+from pathlib import Path
+
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import with_lora
+from fp4rl.models.load import tokenizer_of, with_lora
 from fp4rl.models.skeleton import embedded_skeleton, skeleton
+from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.judge import judge_of
+from fp4rl.rl.prompts import require_prompts_fit
 from fp4rl.rl.rewards import reward_named
 from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.experiment import Experiment
@@ -24,13 +28,20 @@ def check(experiment: Experiment) -> None:
     _one_correction_is_enough(experiment)
     task = task_of(experiment.task)
     judge = judge_of(experiment, task)
-    check_disjoint(task, training_problems(experiment.task, task), judge.problems)
-    if experiment.model.path is not None:
-        model = skeleton(experiment.model.path)
+    learned = training_problems(experiment.task, task)
+    check_disjoint(task, learned, judge.problems)
+    path = experiment.model.path
+    require_prompts_fit(
+        (*learned, *judge.problems),
+        experiment.training.max_prompt_length,
+        build_tokenizer if path is None else lambda: tokenizer_of(Path(path)),
+    )
+    if path is not None:
+        model = skeleton(path)
     else:
         model = embedded_skeleton(experiment.model.embedded or Embedded())
     if experiment.model.lora is not None:
-        model = with_lora(model, experiment.model.lora, experiment.model.path or "")
+        model = with_lora(model, experiment.model.lora, path or "")
     for injection in (experiment.injection, *(p.injection for p in judge.precisions().values())):
         if injection is not None:
             resolve(model, injection)

@@ -89,10 +89,9 @@ class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. `max_prompt_length`: longer prompts lose their beginning, in tokens."""
+    """How answers are drawn, and the tokens that end them."""
 
     config: GenerationConfig
-    max_prompt_length: int
     end_ids: Sequence[int]
 
 
@@ -100,14 +99,9 @@ def roll_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], sampling: Sampling
 ) -> Rollout:
     """One sampled answer to each of `problems` (which may repeat)."""
-    encoded = tokenizer(
-        [p.prompt for p in problems],
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        truncation=True,
-        max_length=sampling.max_prompt_length,
-    ).to(next(model.parameters()).device)
+    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, padding_side="left").to(
+        next(model.parameters()).device
+    )
     prompts, mask = encoded["input_ids"], encoded["attention_mask"]
     with dropout_off(model):
         ids, logps = generate(model, prompts, mask, sampling.config)

@@ -135,7 +135,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=self.eos_token_ids,
         )
-        sampling = Sampling(config, recipe.max_prompt_length, self.eos_token_ids)
+        sampling = Sampling(config, self.eos_token_ids)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             found = roll_out(model, self._tokenizer, problems, sampling)
         self.laps.lap("generation")

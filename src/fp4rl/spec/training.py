@@ -72,7 +72,7 @@ class Training(Spec):
     entropy_coeff: float = Field(default=0.0, ge=0.0)
     temperature: PositiveFloat = 1.0
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_prompt_length: PositiveInt = 256
+    max_prompt_length: PositiveInt = Field(default=256, description="tokens; a longer prompt refuses the run")
     max_response_length: PositiveInt = 48
     mask_truncated: bool = False
     overlong_buffer: OverlongBuffer = OverlongBuffer()
