@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fp4rl.noise.evidence import by_layer, require_drawn, require_noise, summary
+from fp4rl.noise import perturb as perturb_room
+from fp4rl.noise.evidence import NoiseEvidence, by_layer, require_drawn, require_noise, summary
+from fp4rl.noise.forewarn import forewarned
 from fp4rl.noise.perturb import draw_seed, noisy_copy, perturb
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.spec.mistakes import BadValue, CheckFailed
@@ -255,6 +258,50 @@ def test_a_rollout_that_was_given_no_noise_although_asked_fails(model):
         pass
     with pytest.raises(CheckFailed, match="was given any"):
         require_drawn(unwired, 0.05)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
+def test_noise_of_another_size_than_asked_fails(model, factor, monkeypatch):
+    drawn = perturb_room.standard_noise
+    monkeypatch.setattr(perturb_room, "standard_noise", lambda *place: drawn(*place) * factor)
+    with perturb(model, Noise(), 0.05, generator=_generator()) as noisy:
+        pass
+    with pytest.raises(CheckFailed, match="times the size that was asked for was drawn"):
+        require_drawn(noisy, 0.05)
+
+
+def test_noise_that_is_a_little_too_small_everywhere_fails_by_all_weights_together():
+    one = NoiseEvidence("norm", "norm", 0, 1.0, 0.05, 0.05 * 0.8, 0.04, 1.0, 64)
+    require_drawn([one], 0.05)
+    with pytest.raises(CheckFailed, match=r"all weights together: noise of 0\.8 times"):
+        require_drawn([replace(one, name=f"norm {i}") for i in range(20)], 0.05)
+
+
+def test_a_healthy_rollout_is_never_stopped_for_the_size_of_its_noise():
+    """Down to a weight of one value, whose sample says next to nothing."""
+    for size in (1, 2, 8, 64):
+        for seed in range(300):
+            values = 0.05 * perturb_room.standard_noise(seed, "norm", torch.Size([size]))
+            drawn = float(values.square().mean().sqrt())
+            require_drawn([NoiseEvidence("norm", "norm", 0, 1.0, 0.05, drawn, drawn, 1.0, size)], 0.05)
+
+
+FADING = {"kind": "geometric", "sigma_start": 0.05, "sigma_end": 0.0005, "num_stages": 10}
+
+
+def test_what_noise_will_not_do_is_said_before_the_run(model):
+    coarse = Stack().bfloat16()
+    assert list(forewarned(model, Noise.model_validate({"schedule": FADING}), 30)) == []
+    (late,) = forewarned(coarse, Noise.model_validate({"schedule": FADING}), 30)
+    assert "bfloat16 will swallow its noise from sigma 0.0008" in late
+    faint = {"schedule": FADING | {"sigma_start": 0.001, "sigma_end": 0.0001}}
+    (lost,) = forewarned(coarse, Noise.model_validate(faint), 30)
+    assert "bfloat16 will swallow all of its noise" in lost
+    assert "take noise.precision: float32" in lost
+    assert list(forewarned(coarse, Noise.model_validate(faint | {"precision": "float32"}), 30)) == []
+    (short,) = forewarned(model, Noise.model_validate({"schedule": FADING}), 5)
+    assert "5 steps are too few for its schedule, sigma never reaches 0.05" in short
+    assert list(forewarned(coarse, Noise.model_validate(faint | {"control": "sigma_zero"}), 5)) == []
 
 
 def test_a_control_that_shows_noise_fails(model):

@@ -8,6 +8,8 @@ import pytest
 
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.lab.compare.evidence import gaps
+from fp4rl.noise import perturb
+from fp4rl.rl import sound
 from fp4rl.spec.mistakes import CheckFailed
 
 SHORT = {"steps": 1}
@@ -37,8 +39,8 @@ def missing(experiment, trained, heard):
     ],
     ids=["cache", "errors", "gradients", "everything"],
 )
-def test_every_point_alone_and_beside_others_leaves_no_gap(injection, run, experiment):
-    described = experiment(injection=injection, training=SHORT)
+def test_every_point_alone_and_beside_others_leaves_no_gap(injection, run, experiment, spread):
+    described = experiment(injection=injection, training=SHORT | spread)
     trained, heard = run(described)
     assert missing(described, trained, heard) == ()
     digests = {one.profile.sites_digest for one in heard.evaluations if one.profile.name == "deployment"}
@@ -73,3 +75,60 @@ def test_a_sampler_that_keeps_the_first_rounded_weights_stops_the_run_in_its_sec
     monkeypatch.setattr(InjectedLinear, "forward", lambda self, x: self.injected.forward(self, x))
     with pytest.raises(CheckFailed, match="rollout: at 14 of 14 sites the matmul receives other numbers"):
         run(experiment("w4a16", training=spread))
+
+
+def test_rollout_and_training_that_round_alike_may_not_score_apart(run, experiment, monkeypatch):
+    """The probe looks at matmuls; a sampler that differs anywhere else is seen in what it scores."""
+    monkeypatch.setattr("fp4rl.rl.phases.rounded", lambda attachment: {"kind": "rounded"})
+    made = LinearState._make
+
+    def make(self, weight):
+        copy, reach = made(self, weight)
+        return (copy * 1.05, reach) if self.phase == "rollout" else (copy, reach)
+
+    monkeypatch.setattr(LinearState, "_make", make)
+    with pytest.raises(CheckFailed, match="step 0: rollout and training round alike, but score"):
+        run(experiment("w4a16", training=SHORT))
+
+
+def test_a_broken_quantizer_stops_the_run_before_anything_is_trained(run, experiment, monkeypatch):
+    """The fault that was made: stochastic rounding that returned half the value."""
+    whole = sound.fake_quantize
+
+    def halved(x, fmt, generator):
+        return whole(x, fmt, generator=generator) / (2 if fmt.rounding == "stochastic" else 1)
+
+    monkeypatch.setattr(sound, "fake_quantize", halved)
+    with pytest.raises(CheckFailed, match="the quantizer is broken: stochastic rounding is unbiased"):
+        run(experiment("w4a16"))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapter"])
+def test_a_training_that_changed_no_weight_is_a_gap(lora, run, experiment, spread, monkeypatch):
+    described = experiment(model={"lora": lora}, training=SHORT | spread)
+    trained, heard = run(described)
+    assert trained.evidence["weights_changed"] > 0
+    assert [line["share"] for line in heard.of("moved")] == [trained.evidence["weights_changed"]]
+    assert missing(described, trained, heard) == ()
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda self, closure=None: None)
+    trained, heard = run(described, "still")
+    assert trained.evidence["weights_changed"] == 0.0
+    assert missing(described, trained, heard) == ("training changed none of its weights",)
+
+
+def test_masters_that_swallow_their_updates_are_said_with_the_cure(run, experiment, spread):
+    coarse = experiment(model={"dtype": "bfloat16"}, training=SHORT | spread | {"lr": 1e-6})
+    trained, heard = run(coarse)
+    assert trained.evidence["weights_changed"] < 0.1
+    assert [line for line in heard.lines if "half a step of bfloat16; take model.dtype: float32" in line]
+
+
+def test_noise_of_another_size_stops_the_run(run, experiment, monkeypatch):
+    drawn = perturb.standard_noise
+
+    def smaller(seed, name, shape):
+        return drawn(seed, name, shape) * 0.1
+
+    monkeypatch.setattr(perturb, "standard_noise", smaller)
+    with pytest.raises(CheckFailed, match=r"noise of 0\.1.* times the size that was asked for was drawn"):
+        run(experiment("w4a16+aqn", training=SHORT))

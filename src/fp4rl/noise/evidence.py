@@ -9,6 +9,8 @@ from typing import Any
 from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
 
+_DEVIATIONS = 7
+
 
 @dataclass(frozen=True)
 class NoiseEvidence:
@@ -71,13 +73,27 @@ def summary(evidence: Sequence[NoiseEvidence], sigma: float) -> dict[str, Any]:
 
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
-    """CheckFailed when one rollout asked for `sigma` and no weight was drawn any noise (check P03).
+    """CheckFailed when one rollout asked for `sigma` and no weight was drawn any noise, or noise of another size was
+    drawn, for one weight or for all together (check P03).
 
     What the weights' dtype swallowed was drawn: late stages in BF16 may change no weight at all, which the whole run
     answers for (`require_noise`).
     """
     if sigma > 0 and not any(item.drawn > 0 for item in evidence):
         raise CheckFailed(f"the schedule asked for noise of {sigma:g}, but no weight was given any")
+    noisy = [item for item in evidence if item.sigma > 0]
+    for item in noisy:
+        _require_size(item.name, item.drawn / item.sigma, item.elements)
+    if noisy:
+        elements = sum(item.elements for item in noisy)
+        square = sum((item.drawn / item.sigma) ** 2 * item.elements for item in noisy) / elements
+        _require_size("all weights together", math.sqrt(square), elements)
+
+
+def _require_size(name: str, ratio: float, elements: int) -> None:
+    """A sample's standard deviation lies within 1 / sqrt(2n) of the true one, seven times that never happens."""
+    if not abs(ratio - 1) <= _DEVIATIONS / math.sqrt(2 * elements) or ratio <= 0:
+        raise CheckFailed(f"{name}: noise of {ratio:.3g} times the size that was asked for was drawn")
 
 
 def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> None:

@@ -177,6 +177,13 @@ def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(processes.device()), tokenizer
 
 
+def beginning(run: Run) -> PreTrainedModel:
+    """The model once more as the first attempt found it: the same folder, the same values in a fresh adapter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(run.experiment.seed)
+        return opened(run)[0]
+
+
 def _scale_lr(trainer: Any, factor: float) -> None:
     """Lower the learning rate for good: the optimizer's, and what the schedule multiplies."""
     for group in trainer.optimizer.param_groups:

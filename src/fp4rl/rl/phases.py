@@ -17,10 +17,13 @@ from fp4rl.noise.perturb import perturb
 from fp4rl.rl.acting import rounded
 from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.injection import Phase
+from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
 
 # Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
 _HELD_STEPS, _HELD_EVERY = 3, 10
+
+_FLOAT = 1e-6  # nats that arithmetic alone may put between two scorings of the same tokens
 
 
 class Phases:
@@ -98,6 +101,17 @@ class Phases:
             return False
         injection = self.attachment.table.injection
         return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)
+
+    def require_alike(self, step: int, k3: float) -> None:
+        """CheckFailed when a `comparable` policy scores the same tokens differently in rollout and in training by `k3`
+        nats, though the same acts in both: one of them holds other weights (P35)."""
+        assert self.attachment is not None
+        table = self.attachment.table
+        if table.digest_in("rollout") == table.digest_in("training") and k3 > _FLOAT:
+            raise CheckFailed(
+                f"step {step}: rollout and training round alike, but score the same tokens {k3:.3g} nats apart: "
+                "the sampler holds other weights than the trainer"
+            )
 
     @contextmanager
     def reference(self, phase: Phase = "reference") -> Iterator[None]:

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp4rl.noise.forewarn import forewarned
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
-from fp4rl.rl.attempt import Attempt, Past, Run
+from fp4rl.rl.attempt import Attempt, Past, Run, beginning
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.losses import cannot_act
+from fp4rl.rl.moved import few_moved, moved
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.prove import proved, require_provable, sites
+from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import BadValue
@@ -52,6 +55,7 @@ def train(
     CheckFailed when the run's own evidence contradicts its spec.
     """
     check(experiment)
+    require_sound_here()
     require_shares(experiment.training, processes.count())
     past = past or Past()
     _require_as_many(past)
@@ -63,6 +67,9 @@ def train(
     attempt = Attempt(run, past)
     if past.checkpoint is None:
         require_provable(experiment, attempt.model, attempt.attachment, run.start)
+    if experiment.noise is not None:
+        for line in forewarned(attempt.model, experiment.noise, experiment.training.steps):
+            run.hear.say(line)
     run.hear.on_sites(sites(attempt.attachment))
     attempt.train()
     while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
@@ -126,8 +133,12 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
         attempt.phases.finish()
     final = attempt.save(run.folder / "final")
+    share = moved(beginning(run), attempt.model, run.hear.record)
+    if line := few_moved(share, run.experiment.model.dtype):
+        run.hear.say(line)
     evidence = {
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
+        "weights_changed": share,
         "noise": attempt.phases.noise_summary(),
         "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
     }

@@ -172,7 +172,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
                 sampling, _ = self._score(self.model, rows)
             training, _ = self._score(self.model, rows)
         found = mismatch_metrics(training, sampling, rows["completion_mask"])
-        return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]} if found else {}
+        if not found:
+            return {}
+        self.parts.phases.require_alike(self.step, found["rollout_corr/k3_kl"])
+        return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]}
 
     # -- a micro-batch
 

@@ -65,6 +65,8 @@ def _weight_gaps(summary: Record, lines: list[Record]) -> Iterator[str]:
         yield "its master weights were harmed"
     elif not unharmed and not summary.get("master_unharmed"):
         yield "no check of its master weights is recorded"
+    if "weights_changed" in summary and not _positive(summary["weights_changed"]):
+        yield "training changed none of its weights"
 
 
 def _live_gaps(lines: list[Record]) -> Iterator[str]:

@@ -1,0 +1,51 @@
+"""What a run's noise will not do, said before it begins: values never reached, and what BF16 swallows (P02, P05)."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fp4rl.noise.resolution import share_bf16_can_change
+from fp4rl.noise.schedule import asked_sigma, values_missed
+from fp4rl.noise.targets import noisy_weights
+from fp4rl.spec.noise import Noise
+
+_SWALLOWED = 0.05  # less than this share of the values can change
+_VALUES = 1024  # of each weight
+_STEPS = 24  # of a smooth schedule; a staged one has hardly more
+
+
+def forewarned(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
+    """One line for each thing that a reader should know before `total` steps are spent."""
+    if noise.control == "sigma_zero":
+        return
+    if missed := values_missed(noise.schedule, total):
+        values = ", ".join(f"{value:.4g}" for value in missed)
+        yield f"noise: {total} steps are too few for its schedule, sigma never reaches {values}"
+    weights = noisy_weights(model, noise, share=0.0)
+    if noise.precision != "weight" or any(weight.parameter.dtype != torch.bfloat16 for weight in weights):
+        return
+    by_factor: dict[float, Counter[float]] = defaultdict(Counter)
+    for weight in weights:
+        flat = weight.parameter.detach().reshape(-1)
+        by_factor[weight.multiplier].update(flat[:: max(1, flat.numel() // _VALUES)].float().tolist())
+    asked = {asked_sigma(noise, step, total) for step in range(0, total, max(1, total // _STEPS))}
+    sigmas = sorted(sigma for sigma in asked if sigma > 0)
+    shares = {sigma: _share(by_factor, sigma, noise) for sigma in sigmas}
+    lost = [sigma for sigma in sigmas if shares[sigma] < _SWALLOWED]
+    if lost:
+        how = "all of its noise" if len(lost) == len(sigmas) else f"its noise from sigma {lost[-1]:.4g} down"
+        yield (
+            f"noise: bfloat16 will swallow {how}: at most {shares[lost[-1]]:.1%} of the values can change there; "
+            "take noise.precision: float32"
+        )
+
+
+def _share(by_factor: dict[float, Counter[float]], sigma: float, noise: Noise) -> float:
+    total = sum(values.total() for values in by_factor.values())
+    changed = (
+        values.total() * share_bf16_can_change(values, sigma * factor, noise.operation)
+        for factor, values in by_factor.items()
+    )
+    return sum(changed) / total
