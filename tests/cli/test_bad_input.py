@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from fp4rl.cli.main import main
+from fp4rl.lab.runner import SuiteOutcome
 
 SUITE = "suite: s\nbase: {}\narms: {a: {}}\nseeds: [0]\n"
 
@@ -56,6 +57,16 @@ def test_files_that_are_not_there_stop_a_run_before_anything_is_written(said, tm
     one_line(*said("run", file), "model.path: models/none does not exist", "1 more")
     assert not (tmp_path / "runs").exists()
     assert said("plan", file)[0] == 0
+
+
+def test_what_is_hardly_meant_is_one_line_in_the_plan_and_before_the_run(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "s.yaml"
+    file.write_text(SUITE.replace("[0]", "[0, 1]"))
+    monkeypatch.setattr("fp4rl.lab.runner.run_all", lambda *_: SuiteOutcome())
+    for verb, rest in (("plan", ()), ("run", ("--runs", str(tmp_path / "runs")))):
+        assert main([verb, str(file), "evaluation.test_freq=7", *rest]) == 0
+        shown = "".join(capsys.readouterr())
+        assert shown.count("warning: evaluation.test_freq 7 does not divide 30 steps") == 1
 
 
 def test_an_interrupted_command_says_how_to_go_on(said, monkeypatch):

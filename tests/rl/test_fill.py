@@ -61,3 +61,13 @@ def test_without_the_filter_every_group_reaches_the_loss_once():
     filled = filler(mixed={1}, filter_groups={"enable": False})
     assert groups_of(filled) == [0, 1, 2]
     assert filled.metrics()["sampling/gen_batches"] == 1
+
+
+def test_a_start_that_cannot_teach_anything_is_said():
+    """With and without a filter; one group with spread is enough."""
+    off = {"filter_groups": {"enable": False}}
+    assert "none of the 9 groups of answers has any spread" in filler(mixed=set()).without_spread(N)
+    assert "none of the 3 groups of answers has any spread (mean reward 0.333" in filler(
+        mixed=set(), **off
+    ).without_spread(N)
+    assert filler(mixed={1}).without_spread(N) is filler(mixed={1}, **off).without_spread(N) is None

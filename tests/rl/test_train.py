@@ -127,6 +127,7 @@ def test_without_spread_nothing_is_learned_and_the_log_says_so(run, experiment, 
     trained, heard = run(experiment("bf16", training={"filter_groups": {"enable": True, "max_num_gen_batches": 2}}))
     (start,) = model_cache.glob("tiny-*/")
     assert master_digest(load(trained.final)[0]) == master_digest(load(start)[0])
+    assert any("before any training: none of the" in line for line in heard.lines)
     said = [line for line in heard.lines if "dynamic sampling" in line]
     assert len(said) == 2
     assert all("no update in this step" in line for line in said)

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.training import Training
 
 REFUSED = [
@@ -34,3 +35,16 @@ def test_settings_that_cannot_act_are_said():
     for words in ("rollout_is is none", "there is no reference", "more than a fifth"):
         assert words in told
     assert Training().warnings() == []
+
+
+def test_a_checkpoint_that_is_never_written_is_said():
+    assert "no checkpoint" in Training(steps=30, save_freq=31).warnings()[0]
+    assert Training(steps=30, save_freq=30).warnings() == []
+
+
+@pytest.mark.parametrize(
+    "every, said", [(31, "nothing is judged on the way"), (7, "from step 28 to 30"), (0, ""), (10, ""), (30, "")]
+)
+def test_evaluations_that_do_not_come_to_the_last_step_are_said(every, said):
+    found = Experiment.model_validate({"training": {"steps": 30}, "evaluation": {"test_freq": every}}).warnings()
+    assert [said in line for line in found] == [True] * bool(said)

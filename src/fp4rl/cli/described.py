@@ -1,5 +1,6 @@
 """From what stands on a command line to the runs it describes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fp4rl.lab.catalogue import named, names
@@ -24,6 +25,11 @@ def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:
     """The runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
     return planned(described) if isinstance(described, Suite) else (single(described, name),)
+
+
+def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
+    """What stands in some run's description and is hardly ever meant, each once."""
+    return list(dict.fromkeys(line for run in runs for line in run.experiment.warnings()))
 
 
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:

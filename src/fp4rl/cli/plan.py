@@ -27,7 +27,9 @@ def command(
 
     Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
-    from fp4rl.cli.described import described_by, runs_described
+    from rich.markup import escape
+
+    from fp4rl.cli.described import described_by, runs_described, warnings_of
     from fp4rl.lab.here import not_here
     from fp4rl.lab.runner import split_finished
 
@@ -41,6 +43,8 @@ def command(
     _print_what(screen, found[0].experiment)
     _print_suite(screen, described)
     _print_runs(screen, found, finished)
+    for line in warnings_of(found):
+        screen.print(f"[yellow]warning[/yellow]: {escape(line)}", highlight=False)
     for line in not_here(found):
         screen.print(f"[yellow]missing[/yellow]: {line}", highlight=False)
 

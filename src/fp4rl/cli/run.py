@@ -94,7 +94,7 @@ def carry_out_all(
 
     Under a launcher (torchrun) all its processes train each run together, and the first one alone shows anything.
     """
-    from fp4rl.cli.described import runs_described
+    from fp4rl.cli.described import runs_described, warnings_of
     from fp4rl.cli.display import Display
     from fp4rl.engines.launcher import launched
     from fp4rl.engines.processes import LocalPool
@@ -128,6 +128,8 @@ def carry_out_all(
     screen = console(stderr=True)
     if finished and not quiet:
         screen.print(f"{len(finished)} of {len(runs)} runs are finished already", highlight=False)
+    for line in warnings_of(missing) if not quiet else ():
+        screen.print(f"warning: {line}", markup=False, highlight=False)
     ledger = open_ledger(root / "ledger.db")
     with Display(missing, screen) as display:
 

@@ -32,6 +32,18 @@ class Filled:
         """Some answer, kept or not."""
         return kept_answers(self.generations[:1], [[0]])[0]
 
+    def without_spread(self, rollout_n: int) -> str | None:
+        """One line where no group of answers differs in what it earned, or none was kept for it (P25)."""
+        rewards = [torch.tensor(part.scored.rewards) for part in self.generations]
+        if self.answers and any(groups_with_spread(of_part, rollout_n).any() for of_part in rewards):
+            return None
+        groups, mean = sum(map(len, rewards)) // rollout_n, torch.cat(rewards).nanmean().item()
+        return (
+            f"none of the {groups} groups of answers has any spread (mean reward {mean:g}), so nothing can be learned "
+            "from them: take easier problems or a better start, more answers a group (training.rollout_n) or a "
+            "higher training.temperature"
+        )
+
     def metrics(self) -> dict[str, float]:
         """Of the first generation, which no filter has looked at, and of the filter."""
         first = self.generations[0]
@@ -62,9 +74,13 @@ class Filler:
 
     @property
     def _filtered(self) -> bool:
-        # Distillation alone has no advantages, so a group without spread teaches as much as any other.
-        alone = self.recipe.distillation is not None and self.recipe.distillation.alone
-        return self.recipe.filter_groups.enable and not alone
+        # A group without spread teaches as much as any other where there are no advantages.
+        return self.recipe.filter_groups.enable and not self.distils_alone
+
+    @property
+    def distils_alone(self) -> bool:
+        """Whether rewards have no part in what is learned."""
+        return self.recipe.distillation is not None and self.recipe.distillation.alone
 
     def _spread(self, part: ScoredRollout) -> Tensor:
         by_reward = self.recipe.filter_groups.metric == "reward"

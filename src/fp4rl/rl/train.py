@@ -62,7 +62,7 @@ def train(
     run = _run(experiment, folder, cache, _heard_by_one(listeners), stamp)
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
-    for line in (*experiment.training.warnings(), *_cannot_act(experiment)):
+    for line in (*experiment.warnings(), *_cannot_act(experiment)):
         run.hear.say(line)
     attempt = Attempt(run, past)
     if past.checkpoint is None:

@@ -99,6 +99,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.laps.lap("noise")
         if line := filled.refill.report():
             self.parts.hooks.say(f"step {self.step}: {line}")
+        # Nothing has been learned yet: this is the start, under the noise that was planned.
+        if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):
+            self.parts.hooks.say(f"before any training: {line}")
         batch = training_batch(
             filled.answers, filled.any_answer, recipe, len(inputs), self._tokenizer.pad_token_id, self._device
         )

@@ -39,6 +39,18 @@ class Experiment(Spec):
         control = noise.get("control") if isinstance(noise, dict) else getattr(noise, "control", None)
         return {**value, "injection": None} if control == "bf16" else value
 
+    def warnings(self) -> list[str]:
+        """What is allowed and hardly ever meant, one line each, to be said before a run (checks P19, P28, P32, P36)."""
+        steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
+        if every > steps:
+            found.append(f"evaluation.test_freq {every} is more than {steps} steps: nothing is judged on the way")
+        elif every and steps % every:
+            found.append(
+                f"evaluation.test_freq {every} does not divide {steps} steps: the last part, from step "
+                f"{steps // every * every} to {steps}, is shorter than the others"
+            )
+        return found
+
 
 class Comparison(Spec):
     """A question fixed before the runs: does `treatment` differ from `control`, or reach it?
