@@ -8,6 +8,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.spec.formats import FORMATS, Rounding, ScaleRule
+from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "formats.md"
@@ -31,11 +32,11 @@ def test_the_list_names_every_format_its_bits_grid_largest_value_and_every_prese
     assert code == 0
     for fmt in FORMATS.values():
         line = next(line for line in out.splitlines() if line.startswith(f"{fmt.name} "))
-        assert f"{fmt.bits_per_value:.4g}" in line
+        assert f"{fmt.bits_per_value:.4f}".rstrip("0").rstrip(".") in line.split()
         assert f"{fmt.element.largest:.5g}" in line
     assert "0 0.5 1 1.5 2 3 4 6" in out
-    for preset in PRESETS:
-        assert preset in out
+    for word in (*PRESETS, *MODES):
+        assert word in out
     assert "…" not in out
 
 
@@ -68,10 +69,19 @@ def test_the_comparison_ranks_the_formats_as_they_are(shown, monkeypatch):
     assert found["mxfp4_2d"]["heavy_tailed"]["relative_l2"] > 1.3 * found["mxfp4"]["heavy_tailed"]["relative_l2"]
 
 
+def test_the_comparison_is_a_line_a_format_on_80_columns(shown, monkeypatch):
+    monkeypatch.setattr("fp4rl.numerics.distributions.SHAPE", (64, 512))
+    code, out, _ = shown("--compare")
+    assert code == 0
+    rows = out.split("\n\n")[0].splitlines()[1:]
+    assert all(row.count(" %") == 3 for row in rows)
+    assert [row.split()[0] for row in rows if len(row.split()) == 11] == list(FORMATS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["mxfp5"], "did you mean"),
+        (["mxfp5"], "did you mean 'mxfp4' or 'mxfp8'?"),
         (["mxfp4", "--compare"], "leave the name away"),
         (["{name: mxfp4, blok: 16}"], "'block'"),
         (["{name: [}"], "no YAML mapping"),

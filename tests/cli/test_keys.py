@@ -6,6 +6,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.modes import MODES
 
 
 @pytest.fixture
@@ -46,6 +47,30 @@ def test_members_of_a_union_are_one_key_with_all_their_types(keys):
     found = keys("task")
     assert found["task.name"]["type"] == "arithmetic | gsm8k"
     assert found["task.path"]["required"]
+
+
+def test_the_keys_of_a_suite_are_listed_and_a_margin_says_its_unit(keys):
+    assert {"suite", "base", "arms", "axes", "seeds", "comparisons.factors"} <= set(keys()) & set(keys("suite"))
+    assert "0.01 is one point" in keys("comparisons")["comparisons.margin"]["meaning"]
+    assert "training.steps" not in keys("suite")
+
+
+def test_the_base_of_a_suite_has_the_keys_of_an_experiment(keys):
+    assert keys("base.training.distillation") == keys("training.distillation")
+
+
+def test_a_mode_is_told_by_the_modes_there_are_and_factors_of_layers_as_a_mapping(keys):
+    assert all(mode in keys("injection.mode")["injection.mode"]["meaning"] for mode in MODES)
+    assert keys("injection.weight")["injection.weight"]["type"] == "format | none"
+    by_layer = keys("noise.multipliers.by_layer")["noise.multipliers.by_layer"]
+    assert (by_layer["type"], by_layer["default"]) == ("layer: number", {})
+
+
+def test_a_word_that_is_near_to_no_key_gets_a_short_answer(capsys):
+    assert main(["keys", "xyzzy"]) == 2
+    err = capsys.readouterr().err
+    assert "training" in err
+    assert len(err) < 200
 
 
 def test_an_unknown_part_names_the_nearest(capsys):

@@ -12,6 +12,7 @@ from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
 from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 
 RULES = {
@@ -36,7 +37,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
-    """List the number formats and deployment presets, show one in detail, or compare their errors.
+    """List the number formats, modes and deployment presets, show one in detail, or compare their errors.
 
     Examples: `fp4rl formats`, `fp4rl formats mxfp4`, `fp4rl formats --compare`
     """
@@ -64,23 +65,29 @@ def _parsed(text: str) -> Format:
 def _list(as_json: bool) -> None:
     if as_json:
         presets = {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in PRESETS.values()}
-        print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "presets": presets})
+        modes = {mode.name: mode.meaning for mode in MODES.values()}
+        print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes, "presets": presets})
         return
     table = Table(
         "format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB", box=None, pad_edge=False
     )
     for fmt in FORMATS.values():
         table.add_row(
-            *(fmt.name, f"{fmt.bits_per_value:.4g}", fmt.element.name, _block(fmt), SCALES[fmt.scale]),
+            *(fmt.name, _bits(fmt.bits_per_value), fmt.element.name, _block(fmt), SCALES[fmt.scale]),
             *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{ideal_of(fmt.name)['sqnr_db']:.1f}"),
         )
     screen = console()
     screen.print(table)
     screen.print("\n[bold]Grids[/bold]: the magnitudes that an element can hold, in units of its scale")
     screen.print(_grids(), highlight=False)
+    screen.print("\n[bold]Modes[/bold]: formats of all linear layers at once, as `injection: w4a4` or `--mode w4a4`")
+    screen.print(_modes(), highlight=False)
     screen.print("\n[bold]Presets[/bold]: what a deployment target does to MX formats, weights | inputs")
     screen.print(_presets())
-    screen.print("\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor.")
+    screen.print(
+        "\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor; a mean over eight "
+        "sizes within an octave,\nbecause a scale that is a power of two fits some sizes better (--compare takes one)."
+    )
 
 
 def _grids() -> Table:
@@ -88,6 +95,13 @@ def _grids() -> Table:
     for element in dict.fromkeys(fmt.element for fmt in FORMATS.values()):
         if element.bits <= 8:
             table.add_row(element.name, str(2 * len(element.grid())), _grid(element.grid(), ends=4))
+    return table
+
+
+def _modes() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for mode in MODES.values():
+        table.add_row(mode.name, mode.meaning)
     return table
 
 
@@ -105,7 +119,7 @@ def _show_one(fmt: Format, as_json: bool) -> None:
         print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "presets": dict(_under_presets(fmt))})
         return
     screen = console()
-    screen.print(f"[bold]{fmt.name}[/bold]  {fmt.bits_per_value:.4g} bits a value", highlight=False)
+    screen.print(f"[bold]{fmt.name}[/bold]  {_bits(fmt.bits_per_value)} bits a value", highlight=False)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for key, value in _in_words(fmt):
         facts.add_row(key, value)
@@ -186,13 +200,16 @@ def _compare(as_json: bool) -> None:
     if as_json:
         print_json([{"format": label, "bits_per_value": bits, "errors": errors} for label, bits, errors in rows])
         return
-    table = Table("format", "bits", *(f"{kind.replace('_', ' ')}" for kind in DATA), box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("format", "bits", *(kind.replace("_", " ") for kind in DATA)):
+        table.add_column(name, no_wrap=True)
     for label, bits, errors in rows:
-        cells = (f"{100 * m['relative_l2']:6.2f} %  {m['sqnr_db']:4.1f} dB" for m in errors.values())
-        table.add_row(label, f"{bits:.4g}", *cells)
+        cells = (f"{100 * m['relative_l2']:5.2f} %  {m['sqnr_db']:4.1f}" for m in errors.values())
+        table.add_row(label, _bits(bits), *cells)
     screen = console()
     screen.print(table, highlight=False)
-    screen.print("\nRoot mean square of the error over that of the values, and SQNR; 512 x 2048 values of size 0.02.")
+    screen.print("\nRoot mean square of the error over that of the values, and SQNR in dB.", highlight=False)
+    screen.print("512 x 2048 values of size 0.02, one size; the ideal dB of `fp4rl formats` is the mean of eight.")
     screen.print("heavy tailed: Student's t, 4 degrees. outlier channels: every 128th column 30 times as large.")
 
 
@@ -222,6 +239,11 @@ def _facts(fmt: Format) -> dict[str, object]:
         "coarse": vars(fmt.coarse) if fmt.coarse else None,
         "rotation": fmt.rotation,
     }
+
+
+def _bits(value: float) -> str:
+    """4.25, 4.3125, 8: no digit rounded away at the fourth place."""
+    return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
 def _block(fmt: Format) -> str:

@@ -16,21 +16,33 @@ def command(
     prefix: Annotated[str, typer.Argument(help="Only the keys below this one, such as training or noise.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the keys as JSON.")] = False,
 ) -> None:
-    """List the keys of an experiment, the `base` of a suite, with defaults.
+    """List the keys of an experiment, the `base` of a suite, and those of a suite, with defaults.
 
-    Example: `fp4rl keys training.rollout_correction`
+    Examples: `fp4rl keys training.rollout_correction`, `fp4rl keys suite`
     """
-    from fp4rl.spec.experiment import Experiment
+    from fp4rl.spec.experiment import Experiment, Suite
     from fp4rl.spec.keys import described_keys
 
-    every = described_keys(Experiment)
-    found = [key for key in every if key.path == prefix or key.path.startswith(f"{prefix}." if prefix else "")]
+    of_suite = described_keys(Suite)
+    every = [*described_keys(Experiment), *of_suite]
+    asked = prefix.removeprefix("base.")  # the base holds an experiment's keys
+    found = of_suite if asked == "suite" else [key for key in every if _below(key, asked)]
     if not found:
-        raise NotThere(f"no key is called {prefix!r}{nearest(prefix, {key.path for key in every})}")
+        raise NotThere(f"no key is called {prefix!r}{_nearest(asked, every)}")
     if as_json:
         print_json([_row(key) for key in found])
         return
     _print(found)
+
+
+def _below(key: "Key", prefix: str) -> bool:
+    return not prefix or key.path == prefix or key.path.startswith(f"{prefix}.")
+
+
+def _nearest(word: str, every: "list[Key]") -> str:
+    """The nearest of all keys; where none is near, the first words that there are."""
+    close = nearest(word, {key.path for key in every})
+    return close if close.startswith("; did") else nearest(word, {key.path.partition(".")[0] for key in every})
 
 
 def _row(key: "Key") -> dict[str, Any]:
@@ -79,6 +91,8 @@ def _default(key: "Key") -> str:
 
 
 def _as_yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_as_yaml(one)}' for key, one in value.items())}}}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_as_yaml, value))}]"
     return (

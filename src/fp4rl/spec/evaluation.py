@@ -20,11 +20,15 @@ class Evaluation(Spec):
 
     count: PositiveInt = Field(default=500, description="problems of the held-out split")
     split: Literal["validation", "test"] = "test"
-    profiles: tuple[str, ...] = Field(default=("full", "deployment"), min_length=1)
+    profiles: tuple[str, ...] = Field(
+        default=("full", "deployment"),
+        min_length=1,
+        description="precisions: full, deployment, a mode (w4a16), a format of the weights (mxfp8), matmul_noise=0.05",
+    )
     preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
     test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
-    max_new_tokens: PositiveInt = 48
-    batch_size: PositiveInt = 256
+    max_new_tokens: PositiveInt = Field(default=48, description="tokens an answer may have")
+    batch_size: PositiveInt = Field(default=256, description="problems answered at once")
     samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
     temperature: PositiveFloat = 1.0
     matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")

@@ -59,12 +59,16 @@ class Comparison(Spec):
     the comparison. `reaches` is a non-inferiority test with `margin` in accuracy points (0.01 is one point).
     """
 
-    question: str
-    treatment: str
-    control: str
-    factors: tuple[str, ...] = ()
-    test: Literal["differs", "reaches"] = "differs"
-    margin: PositiveFloat | None = None
+    question: str = Field(description="in words, for the report")
+    treatment: str = Field(description="arm@profile, such as w4a16@deployment")
+    control: str = Field(description="arm@profile that it is held against")
+    factors: tuple[str, ...] = Field(
+        default=(), description="keys in which the two arms may differ; any other difference refuses the comparison"
+    )
+    test: Literal["differs", "reaches"] = Field(default="differs", description="reaches: is it worse by < margin?")
+    margin: PositiveFloat | None = Field(
+        default=None, description="of `reaches`, a share: 0.01 is one point of accuracy (--margin 1 on a command line)"
+    )
 
     @model_validator(mode="after")
     def _a_margin_to_reach(self) -> "Comparison":
@@ -77,11 +81,17 @@ class Suite(Spec):
     """Arms x axes x seeds over one base. `arms` and `axes` hold overrides of `base`, by nested keys or dotted paths."""
 
     suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the folder under runs/")
-    base: dict[str, Any] = Field(default_factory=dict)
-    arms: dict[str, dict[str, Any]] = Field(min_length=1)
-    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
-    comparisons: tuple[Comparison, ...] = ()
+    base: dict[str, Any] = Field(
+        default_factory=dict, description="what all arms share: the keys of an experiment, but `seed`"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="the name of each arm, and the keys in which it differs from the base"
+    )
+    axes: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict, description="a key and its values: every arm is run with each of them"
+    )
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1, description="every arm is run with each")
+    comparisons: tuple[Comparison, ...] = Field(default=(), description="the questions, fixed before the runs")
 
     @model_validator(mode="after")
     def _names_fit(self) -> "Suite":

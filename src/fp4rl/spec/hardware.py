@@ -63,11 +63,11 @@ class HardwareError(Spec):
     """
 
     kind: ErrorKind = "relative"
-    point: ErrorPoint = "matmul"
-    when: Direction = "forward"
-    scale: PositiveFloat = 0.05
-    unit: Unit = "value"
-    share: float | None = Field(default=None, gt=0.0, le=1.0)
+    point: ErrorPoint = Field(default="matmul", description="what the error meets")
+    when: Direction = Field(default="forward", description="in the forward, the backward, or both")
+    scale: PositiveFloat = Field(default=0.05, description="its size")
+    unit: Unit = Field(default="value", description="largest: the scale is a share of the largest magnitude")
+    share: float | None = Field(default=None, gt=0.0, le=1.0, description="of spikes and stuck: how many are hit")
     targets: Targets = Targets()
 
     @model_validator(mode="after")

@@ -95,7 +95,9 @@ class Thresholds(Spec):
     entropy_drop: PositiveFloat = Field(default=3.0, description="times below its own trend")
     entropy_left: PositiveFloat = Field(default=0.2, description="share of its early median that is left")
     entropy_rise: PositiveFloat = Field(default=1.5, description="times its lowest level, with accuracy falling")
-    entropy_burst: PositiveFloat = Field(default=4.0, description="times its early median, whatever accuracy does")
+    entropy_burst: PositiveFloat = Field(
+        default=4.0, description="times its early median, while accuracy does not rise"
+    )
     validation_drop: PositiveFloat = Field(default=0.05, description="validation accuracy lost while reward rose")
     reward_rise: PositiveFloat = Field(default=0.1, description="share by which reward rose meanwhile")
     gradient_ratio: PositiveFloat = Field(default=5.0, description="gradient norm over its recent median")

@@ -19,7 +19,7 @@ from fp4rl.spec.points import (
     can_clip,
     read_format,
 )
-from fp4rl.spec.presets import Preset, preset_named
+from fp4rl.spec.presets import PRESETS, Preset, preset_named
 from fp4rl.spec.targets import Targets
 
 __all__ = ["MODES", "PHASES", "ApplyDuring", "Injection", "Phase"]
@@ -39,23 +39,33 @@ class Injection(Spec):
     gives back the rounded weights, the only ones there are then.
     """
 
-    mode: str | None = None
-    preset: str | None = None
-    weight: PointFormat = None
-    input: PointFormat = None
-    output: PointFormat = None
-    kv_cache: PointFormat = None
-    grad_input: PointFormat = None
-    grad_weight: PointFormat = None
-    by_pattern: tuple[PatternFormats, ...] = ()
+    mode: str | None = Field(default=None, description=f"formats at once: {', '.join(MODES)}")
+    preset: str | None = Field(default=None, description=f"scale rule and rounding of a target: {', '.join(PRESETS)}")
+    weight: PointFormat = Field(default=None, description="weights of linear layers; `fp4rl formats` lists the formats")
+    input: PointFormat = Field(default=None, description="inputs of their matmuls")
+    output: PointFormat = Field(default=None, description="outputs of their matmuls")
+    kv_cache: PointFormat = Field(default=None, description="keys and values, per head")
+    grad_input: PointFormat = Field(default=None, description="the gradient, in the matmul of the input's gradient")
+    grad_weight: PointFormat = Field(default=None, description="the gradient, in the matmul of the weight's gradient")
+    by_pattern: tuple[PatternFormats, ...] = Field(default=(), description="exceptions; the first match counts")
     errors: tuple[HardwareError, ...] = ()
     targets: Targets = Targets()
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    straight_through: Literal["identity", "clipped"] = "identity"
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="what is rounded is cast to it first, whatever the model's own dtype"
+    )
+    straight_through: Literal["identity", "clipped"] = Field(
+        default="identity", description="clipped: no gradient for values that were clipped"
+    )
     apply_during: ApplyDuring = ApplyDuring()
-    fused_groups: Literal["agree", "free"] = "agree"
-    lora: Literal["adapter", "merged"] = "adapter"
-    frozen_base: Literal["copy", "packed"] = "copy"
+    fused_groups: Literal["agree", "free"] = Field(
+        default="agree", description="whether q/k/v and gate/up must have the same format"
+    )
+    lora: Literal["adapter", "merged"] = Field(
+        default="adapter", description="what is deployed: Q(W) + BA, or Q(W + sBA)"
+    )
+    frozen_base: Literal["copy", "packed"] = Field(
+        default="copy", description="packed: frozen weights are kept as codes and scales alone"
+    )
     seed: int = Field(default=0, ge=0, description="for stochastic rounding and hardware errors")
 
     @classmethod

@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-_WORDS = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "none"}
+from fp4rl.spec.formats import Format
+
+_WORDS = {
+    Any: "value",
+    Format: "format",
+    int: "whole number",
+    float: "number",
+    bool: "true | false",
+    str: "text",
+    type(None): "none",
+}
 
 
 def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
@@ -63,9 +73,20 @@ def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
         path = f"{above}{name}"
         given = None if field.is_required() else field.get_default(call_default_factory=True)
         default = ... if field.is_required() else None if isinstance(given, BaseModel) else given
-        yield Key(path, _in_words(field.annotation), default, field.description or "")
-        for model in _models_in(field.annotation):
+        models = _models_in(field.annotation)
+        said = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}  # where the type hides it
+        meaning = field.description or (_first_sentence(models[0]) if len(models) == 1 else "")
+        kind_in_words = str(said.get("kind", _in_words(field.annotation)))
+        yield Key(path, kind_in_words, said.get("default", default), meaning)
+        for model in models:
             yield from _described(model, f"{path}.")
+
+
+def _first_sentence(model: type[BaseModel]) -> str:
+    """What a part of a description says of itself."""
+    paragraph = " ".join((model.__doc__ or "").split("\n\n")[0].split())
+    sentence = paragraph.partition(". ")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:] if sentence[1:2] in (" ", *"abcdefghijklmnopqrstuvwxyz") else sentence
 
 
 def _once(keys: Iterable[Key]) -> list[Key]:
@@ -89,7 +110,7 @@ def _in_words(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_in_words(parts[0])}"
     if origin is dict:
-        return f"{_in_words(parts[0])}: {_in_words(parts[1])}"
+        return "keys" if parts[1] is Any else f"name: {_in_words(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys"
     return _WORDS.get(annotation, "text")

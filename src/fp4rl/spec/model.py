@@ -56,7 +56,7 @@ class Model(Spec):
 
     path: str | None = Field(default=None, description="a Hugging Face folder on this disk; nothing is downloaded")
     embedded: Embedded | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype = Field(default="float32", description="of the weights and of the arithmetic around what is rounded")
     lora: Lora | None = None
 
     @model_validator(mode="before")

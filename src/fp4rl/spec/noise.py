@@ -172,9 +172,13 @@ class Zones(Spec):
 class Multipliers(Spec):
     """Factors on sigma: a layer's own value first, else its zone's, else `others` (the final norm has no layer)."""
 
-    by_layer: tuple[tuple[int, float], ...] = ()
+    by_layer: tuple[tuple[int, float], ...] = Field(
+        default=(),
+        description="factor of each layer, such as {0: 2.0}",
+        json_schema_extra={"kind": "layer: number", "default": {}},
+    )
     zones: Zones | None = None
-    others: float = Field(default=1.0, ge=0.0)
+    others: float = Field(default=1.0, ge=0.0, description="factor of what has no factor of its own")
 
     @field_validator("by_layer", mode="before")
     @classmethod
@@ -210,10 +214,14 @@ class Noise(Spec):
     schedule: NoiseSchedule = Geometric()
     targets: NoiseTargets = NoiseTargets()
     multipliers: Multipliers = Multipliers()
-    operation: Literal["additive", "multiplicative"] = "additive"
-    precision: Literal["weight", "float32"] = "weight"
-    logprobs: Literal["clean", "noisy"] = "clean"
-    control: Literal["no", "sigma_zero", "bf16"] = "no"
+    operation: Literal["additive", "multiplicative"] = Field(default="additive", description="w + noise, w (1 + noise)")
+    precision: Literal["weight", "float32"] = Field(
+        default="weight", description="weight: in the weight's dtype; float32: norms compute with the noisy weight"
+    )
+    logprobs: Literal["clean", "noisy"] = Field(default="clean", description="weights that the loss is computed with")
+    control: Literal["no", "sigma_zero", "bf16"] = Field(
+        default="no", description="sigma_zero: all steps of it with sigma 0; bf16: the noise without an injection"
+    )
 
     @model_validator(mode="after")
     def _carried(self) -> "Noise":

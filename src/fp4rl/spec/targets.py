@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.mistakes import BadValue, NotThere
@@ -25,10 +25,10 @@ class Targets(Spec):
     neither `*.layers.2.*` nor `*layers.2*` touches layer 20.
     """
 
-    take: tuple[str, ...] = ("*",)
-    leave: tuple[str, ...] = LEFT_BY_DEFAULT
-    layers: tuple[int, ...] | None = None
-    opt_in: tuple[OptIn, ...] = ()
+    take: tuple[str, ...] = Field(default=("*",), description="patterns of the places that are meant")
+    leave: tuple[str, ...] = Field(default=LEFT_BY_DEFAULT, description="patterns of places that are not")
+    layers: tuple[int, ...] | None = Field(default=None, description="only these; negative ones count from the end")
+    opt_in: tuple[OptIn, ...] = Field(default=(), description="what is rounded only where it is named here")
 
     @field_validator("take", "leave", mode="before")
     @classmethod

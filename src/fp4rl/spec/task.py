@@ -12,7 +12,7 @@ class Arithmetic(Spec):
 
     name: Literal["arithmetic"] = "arithmetic"
     seed: int = Field(default=0, ge=0)
-    difficulty: int = Field(default=2, ge=1, le=5)
+    difficulty: int = Field(default=2, ge=1, le=5, description="1 to 5: more and longer steps")
     train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
 
 
@@ -21,8 +21,8 @@ class Gsm8k(Spec):
 
     name: Literal["gsm8k"] = "gsm8k"
     path: str = Field(description="the training file; the held-out split is cut from it when `test_path` is not given")
-    test_path: str | None = None
-    prompt: str = "Question: {question}\nAnswer:"
+    test_path: str | None = Field(default=None, description="file of the held-out problems")
+    prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
 
 
 Task = Annotated[Arithmetic | Gsm8k, Field(discriminator="name")]

@@ -49,32 +49,40 @@ class Distillation(Spec):
 class Training(Spec):
     """One step is one batch of rollouts and the `train_batch_size / mini_batch_size` updates made from it."""
 
-    algorithm: Algorithm = "dapo"
-    steps: PositiveInt = 30
+    algorithm: Algorithm = Field(default="dapo", description="the loss, and defaults of clipping and aggregation")
+    steps: PositiveInt = Field(default=30, description="batches of rollouts")
     train_batch_size: PositiveInt = Field(default=16, description="prompts a step")
     rollout_n: int = Field(default=8, ge=2, description="answers a prompt")
     mini_batch_size: PositiveInt = Field(default=8, description="prompts an update")
     micro_batch_size: PositiveInt | None = Field(default=None, description="answers a backward pass; whole by default")
-    lr: PositiveFloat = 4e-4
+    lr: PositiveFloat = Field(default=4e-4, description="learning rate of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
-    lr_warmup_steps: int = Field(default=0, ge=0)
+    lr_warmup_steps: int = Field(default=0, ge=0, description="steps in which lr rises")
     weight_decay: float = Field(default=0.0, ge=0.0)
-    grad_clip: PositiveFloat = 1.0
+    grad_clip: PositiveFloat = Field(default=1.0, description="greatest norm of the gradient")
     clip_ratio_low: float | None = Field(default=None, gt=0.0, le=1.0, description="the algorithm's own by default")
     clip_ratio_high: PositiveFloat | None = Field(default=None, description="the algorithm's own (DAPO: 0.28)")
     loss_agg_mode: LossAggregation | None = Field(default=None, description="the algorithm's own by default")
-    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
+        default="grpo", description="how rewards of a group become advantages"
+    )
     norm_adv_by_std: bool | None = Field(default=None, description="the algorithm's own by default")
     reward: str = Field(default="accuracy", description="accuracy, math_verify, or a function package.module.name")
-    kl_loss_coef: float = Field(default=0.0, ge=0.0)
-    kl_loss_type: Literal["k1", "k2", "k3", "abs", "low_var_kl"] = "low_var_kl"
-    reference_precision: Literal["full", "deployment"] = "full"
-    entropy_coeff: float = Field(default=0.0, ge=0.0)
-    temperature: PositiveFloat = 1.0
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    kl_loss_coef: float = Field(default=0.0, ge=0.0, description="weight of the KL to the reference; 0 has none")
+    kl_loss_type: Literal["k1", "k2", "k3", "abs", "low_var_kl"] = Field(
+        default="low_var_kl", description="the estimator; low_var_kl is k3"
+    )
+    reference_precision: Literal["full", "deployment"] = Field(
+        default="full", description="whether the reference is rounded like the policy"
+    )
+    entropy_coeff: float = Field(default=0.0, ge=0.0, description="weight of an entropy bonus")
+    temperature: PositiveFloat = Field(default=1.0, description="of the rollouts")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="of the rollouts")
     max_prompt_length: PositiveInt = Field(default=256, description="tokens; a longer prompt refuses the run")
-    max_response_length: PositiveInt = 48
-    mask_truncated: bool = False
+    max_response_length: PositiveInt = Field(default=48, description="tokens an answer may have")
+    mask_truncated: bool = Field(
+        default=False, description="whether answers that were cut off are left out of the loss"
+    )
     overlong_buffer: OverlongBuffer = OverlongBuffer()
     filter_groups: FilterGroups = FilterGroups()
     rollout_correction: RolloutCorrection = RolloutCorrection()
