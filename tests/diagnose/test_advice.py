@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -150,7 +151,7 @@ def test_a_left_out_site_takes_its_fused_group_along(advice, stories):
 def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice, tmp_path):
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     spec.write_text("injection: w4a4\nnoise: {schedule: {kind: geometric, num_stages: 4}}\ntraining: {steps: 4}\n")
-    fragment.write_text(yaml.safe_dump(advice.fragment()))
+    fragment.write_text(yaml.safe_dump(advice.fragment(("formats", "noise"))))
     experiment = load_spec(spec, [f"+{fragment}"])
     assert experiment.injection == advice.injection()
     assert experiment.noise.multipliers == advice.multipliers
@@ -165,7 +166,7 @@ def test_every_noise_rule_takes_the_place_of_the_factors_that_the_spec_had(w4a4,
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     before = "{by_layer: {0: 9.0, 4: 9.0}, zones: {edge: 3.0}, others: 7.0}"
     spec.write_text(f"injection: w4a4\nnoise: {{schedule: constant, multipliers: {before}}}\n")
-    fragment.write_text(yaml.safe_dump(found.fragment()))
+    fragment.write_text(yaml.safe_dump(found.fragment(("formats", "noise"))))
     assert load_spec(spec, [f"+{fragment}"]).noise.multipliers == found.multipliers
     (said,) = (reason for reason in found.reasons if reason.startswith(f"noise by the rule {rule}"))
     assert ("the same on every layer" in said) == (rule == "global")
@@ -188,3 +189,14 @@ def test_formats_cannot_be_advised_without_sensitivity(stories, calibration):
 def test_a_scan_without_texts_that_needs_them_says_so(stories):
     with pytest.raises(BadValue, match="need texts"):
         scan(stories, Injection.named("w4a16"))
+
+
+@pytest.mark.parametrize(
+    ("said", "pieces"),
+    [("no action", ()), ("mixed precision", ("formats",)), ("mixed precision and noise", ("formats", "noise"))],
+)
+def test_a_fragment_holds_what_the_strategy_asks_for_and_no_more(advice, said, pieces):
+    found = replace(advice, strategy=said)
+    assert found.fragment() == found.fragment(pieces)
+    assert ("noise" in found.fragment()) == ("noise" in pieces)
+    assert bool(found.fragment()["injection"].get("by_pattern")) == ("formats" in pieces)

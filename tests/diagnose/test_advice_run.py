@@ -34,6 +34,7 @@ def test_a_run_under_advice_shows_the_advised_multipliers_and_formats_per_layer(
     spec, advice = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     spec.write_text(SPEC.format(folder=folder))
     scanned = ["scan", str(folder), "--mode", "w4a4", "--quick", "--bits", "5", "--advise", str(advice)]
+    scanned += ["--take", "formats", "--take", "noise"]
     assert main(scanned) == 0
     assert main(["run", str(spec), f"+{advice}", "--runs", str(tmp_path / "runs")]) == 0
 

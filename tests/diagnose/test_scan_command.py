@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsys):
     html, advice = tmp_path / "scan.html", tmp_path / "advice.yaml"
     arguments = ["scan", str(folder), "--mode", "w4a4", "--texts", "8", "--html", str(html), "--advise", str(advice)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--take", "formats", "--take", "noise"]) == 0
     shown = capsys.readouterr().out
     assert "14 sites" in shown
     assert "8 texts" in shown
@@ -35,6 +35,7 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
     assert "rank correlation of the one-pass estimate with the measured harm" in shown
     assert "reconsider_quantization" in shown
     assert "advice:" in shown
+    assert "holds formats and noise; its noise turns AQN on where a spec has none" in " ".join(shown.split())
     assert f"fp4rl run SPEC +{advice}" in " ".join(shown.split())
     assert max(len(line) for line in shown.splitlines()) <= 100
     text = html.read_text()

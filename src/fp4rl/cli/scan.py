@@ -52,7 +52,8 @@ def command(
     ] = None,
     advise: Annotated[Path | None, typer.Option(help="Write advice as a fragment for `fp4rl run SPEC +FILE`.")] = None,
     take: Annotated[
-        list[str] | None, typer.Option(help=f"What the advice holds: {', '.join(PIECES)} (formats and noise).")
+        list[str] | None,
+        typer.Option(help=f"What the advice holds: {', '.join(PIECES)}; what the strategy asks for by default."),
     ] = None,
     noise_rule: Annotated[
         str, typer.Option(help="global, targeted, healthy_only, proportional, inverse or zones.")
@@ -75,7 +76,8 @@ def command(
     ready_to_round()
     experiment = described(model, task, data, dtype)
     injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
-    pieces, limits = _pieces(take), _limits(limit)
+    _check_pieces(take)
+    limits = _limits(limit)
     if weights_only:
         _refuse(advise, "--advise", "advice needs the model; drop --weights-only")
         _refuse(site, "--site", "the distribution needs the model; drop --weights-only")
@@ -87,14 +89,14 @@ def command(
         advice = _advice(report, live, noise_rule, bits) if advise else None
     report = replace(report, limits=limits)
     if advise and advice:
-        _write_advice(advise, advice, pieces)
+        _write_advice(advise, advice, take)
     if html:
         from fp4rl.diagnose.page import page
 
         html.write_text(page(report, advice), encoding="utf-8")
-    _print(report, advice, pieces, as_json)
+    _print(report, advice, take, as_json)
     if not as_json:
-        _say_written(html, advise)
+        _say_written(html, advise, advice, take)
     if against:
         _compare(model, report, against, quiet=as_json)
 
@@ -105,11 +107,10 @@ def _name(model: str) -> str:
     return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
 
 
-def _pieces(take: list[str] | None) -> list[str]:
+def _check_pieces(take: list[str] | None) -> None:
     for piece in take or []:
         if piece not in PIECES:
             raise BadValue(f"--take {piece!r} is no piece of advice{nearest(piece, PIECES)}")
-    return take or ["formats", "noise"]
 
 
 def _limits(given: list[str] | None) -> dict[str, float]:
@@ -174,7 +175,7 @@ def _advice(report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: s
     return advise(report, *live, options=Options(noise_rule=noise_rule, bits_per_weight=bits))  # type: ignore[arg-type]
 
 
-def _write_advice(file: Path, advice: "Advice", pieces: list[str]) -> None:
+def _write_advice(file: Path, advice: "Advice", pieces: list[str] | None) -> None:
     import yaml
 
     reasons = "".join(f"#   {reason}\n" for reason in advice.reasons)
@@ -182,7 +183,7 @@ def _write_advice(file: Path, advice: "Advice", pieces: list[str]) -> None:
     file.write_text(f"# Advice of `fp4rl scan`: {advice.strategy}\n{reasons}{content}", encoding="utf-8")
 
 
-def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str], as_json: bool) -> None:
+def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str] | None, as_json: bool) -> None:
     from fp4rl.cli.scan_view import show, show_advice
 
     if as_json:
@@ -203,11 +204,18 @@ def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str], as_
         show_advice(console(), advice)
 
 
-def _say_written(html: Path | None, advise: Path | None) -> None:
+def _say_written(html: Path | None, advise: Path | None, advice: "Advice | None", take: list[str] | None) -> None:
     if html:
         console().print(f"page: {html}", highlight=False, markup=False)
-    if advise:
-        console().print(f"advice: {advise}; run with it: fp4rl run SPEC +{advise}", highlight=False, markup=False)
+    if advise and advice:
+        pieces = take or advice.pieces
+        held = " and ".join(pieces) if pieces else "nothing but the injection as scanned (--take puts more in)"
+        on = "; its noise turns AQN on where a spec has none" if "noise" in pieces else ""
+        for line in (
+            f"advice: {advise} holds {held}{on}",
+            f"run with it: fp4rl run SPEC +{advise}; for one arm of a suite: arms.NAME=+{advise}",
+        ):
+            console().print(line, highlight=False, markup=False)
 
 
 def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:

@@ -19,6 +19,13 @@ from fp4rl.spec.noise import Multipliers
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
 Piece = Literal["formats", "noise", "leave", "weight_format"]
+Strategy = Literal["no action", "mixed precision", "mixed precision and noise", "reconsider the format"]
+_PIECES: dict[Strategy, tuple[Piece, ...]] = {
+    "no action": (),
+    "mixed precision": ("formats",),
+    "mixed precision and noise": ("formats", "noise"),
+    "reconsider the format": ("formats",),
+}
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,18 @@ class Advice:
     ways to round the same weights, the best first.
     """
 
-    strategy: str
+    strategy: Strategy
     reasons: tuple[str, ...]
     scanned: Injection
     multipliers: Multipliers | None
     leave: tuple[str, ...]
     formats: FormatAdvice | None
     variants: tuple[Variant, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the strategy itself puts into a fragment; where it is no action, nothing but what was scanned."""
+        return _PIECES[self.strategy]
 
     def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
         """The scanned injection with the advice that `pieces` name in it."""
@@ -59,8 +71,10 @@ class Advice:
             changes["weight"] = self.variants[0].format
         return self.scanned.model_copy(update=changes)
 
-    def fragment(self, pieces: Sequence[Piece] = ("formats", "noise")) -> dict[str, Any]:
-        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values."""
+    def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
+        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; by default the strategy's own
+        pieces."""
+        pieces = self.pieces if pieces is None else pieces
         found = {"injection": self.injection(pieces).model_dump(mode="json", exclude_defaults=True)}
         if "noise" in pieces and self.multipliers is not None:
             # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
@@ -102,7 +116,7 @@ def advise(
     )
 
 
-def strategy(share_of_sites: float, bands: tuple[float, float]) -> str:
+def strategy(share_of_sites: float, bands: tuple[float, float]) -> Strategy:
     """By the share of sites that stand out relative to the format's ideal."""
     if share_of_sites == 0:
         return "no action"
@@ -129,11 +143,11 @@ def _reasons(
         found.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
     if formats is not None:
         now = sum(site.harm for site in report.sensitivity.sites) if report.sensitivity else 0.0
-        wider = len({exception.pattern for exception in formats.exceptions(report.table.injection)})
-        found.append(
-            f"{wider} {'site' if wider == 1 else 'sites'} wider, {formats.bits_per_weight:.2f} bits a weight: "
-            f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.harm:.4g}"
-        )
+        names = list(dict.fromkeys(exception.pattern for exception in formats.exceptions(report.table.injection)))
+        some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        sites = f"{len(names)} {'site' if len(names) == 1 else 'sites'} wider{some}"
+        fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.harm:.4g}"
+        found.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
     found += [
         f"{variant.name} would change the weights' error by {variant.change:+.1%}"
         for variant in variants
