@@ -115,6 +115,14 @@ def test_eval_at_a_precision_that_does_not_exist(said, tmp_path):
     one_line(*said("eval", tmp_path, "-p", "w4a17"), "w4a17", "did you mean")
 
 
+def test_eval_under_a_preset_that_does_not_exist_although_no_profile_uses_it(said, tmp_path):
+    one_line(*said("eval", tmp_path, "-p", "full", "--preset", "vlm"), "evaluation.preset", "did you mean 'vllm'")
+
+
+def test_power_without_runs_names_the_other_cure(said):
+    one_line(*said("power", "2.5"), "--spread")
+
+
 def test_eval_of_a_model_without_a_tokenizer(said, tmp_path, embedded_model):
     folder = shutil.copytree(embedded_model, tmp_path / "model")
     for file in folder.glob("tokenizer*"):

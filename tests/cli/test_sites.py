@@ -43,7 +43,7 @@ def test_one_line_a_place(sites):
 def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_path):
     file = tmp_path / "suite.yaml"
     file.write_text(SUITE)
-    assert "w4a4 on bfloat16" in sites(file)[1]
+    assert "w4a4 of values cast to bfloat16" in sites(file)[1]
     _, out, _ = sites(file, "--arm", "mixed")
     assert "mxfp8" in out
     assert "21 places = 3 layers x 7" in out
@@ -84,7 +84,7 @@ def test_old_settings_are_translated_with_a_line_for_each_trap(sites):
     old = ("hw_error_injection.enabled=true", "hw_error_injection.error_type=mxfp4", "hw_error_injection.use_ste=false")
     code, out, err = sites("embedded", *(word for setting in old for word in ("--old", setting)))
     assert code == 0
-    assert "input:mxfp4 on bfloat16" in out
+    assert "input:mxfp4 of values cast to bfloat16" in out
     assert "let the backward see unrounded numbers" in " ".join(err.split())
 
 

@@ -75,10 +75,24 @@ def test_the_verb_prints_every_step_for_a_program(spec, capsys):
 
 
 def test_the_verb_warns_of_stages_that_bf16_swallows_and_of_runs_too_short(spec, capsys):
-    assert main(["schedule", str(spec), "training.steps=7"]) == 0
+    assert main(["schedule", str(spec), "training.steps=7", "model.dtype=bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert "mostly swallowed" in shown
     assert "too short to reach sigma" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["model.dtype=float32"], "weights are float32"),
+        (["model.dtype=bfloat16", "noise.precision=float32"], "the norms"),
+    ],
+)
+def test_the_verb_says_that_nothing_is_swallowed_where_nothing_is_written_in_bf16(spec, capsys, words, why):
+    assert main(["schedule", str(spec), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "mostly swallowed" not in shown
+    assert f"swallows none of it: {why}" in shown
 
 
 def test_arms_that_differ_in_multipliers_alone_share_one_curve(tmp_path, capsys):

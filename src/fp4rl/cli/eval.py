@@ -87,21 +87,39 @@ def _table(title: str, summaries: list[dict[str, object]]) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
     table = Table(
-        title=title, title_justify="left", caption="95 % Wilson intervals over problems", caption_justify="left"
+        title=f"{title}: shares in %",
+        title_justify="left",
+        caption=_caption(summaries),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
+    table.caption_justify = "left"
     passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@")))
     for name in ("precision", "n", "strict", "flexible", "format", "tokens", *passed):
-        first = name == "precision"  # a name must stay whole: the shares wrap where the terminal is narrow
-        table.add_column(name, justify="left" if first else "right", no_wrap=first)
+        table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
     for s in summaries:
         n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
         cells = [str(s["profile"]["name"]), str(n)]  # type: ignore[index]
         for key in ("strict", "flexible", "formatted"):
             share = float(str(s[key]))
             low, high = wilson(round(share * n), n)
-            cells.append(f"{share:.1%} [{low:.1%}, {high:.1%}]" if key == "strict" else f"{share:.1%}")
-        table.add_row(*cells, f"{float(str(s['mean_length'])):.1f}", *(f"{float(str(s[name])):.1%}" for name in passed))
+            cells.append(f"{100 * share:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if key == "strict" else ""))
+        table.add_row(
+            *cells, f"{float(str(s['mean_length'])):.1f}", *(f"{100 * float(str(s[name])):.1f}" for name in passed)
+        )
     return table
+
+
+def _caption(summaries: list[dict[str, object]]) -> str:
+    """What n counts, and what the intervals are of."""
+    answers = max(int(str(s["n"])) // int(str(s.get("problems", s["n"]))) for s in summaries)
+    if answers == 1:
+        return "n problems, one answer each; 95 % Wilson intervals over problems"
+    return (
+        f"n problems, {answers} answers each; strict, flexible and format are means over all answers.\n95 % Wilson "
+        "intervals with n problems as trials: answers to one problem are not independent"
+    )
 
 
 def _require_new(out: Path | None) -> None:

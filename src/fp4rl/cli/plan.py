@@ -76,9 +76,12 @@ def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
     screen.print(arms)
     for key, values in described.axes.items():
         screen.print(f"each with {key} = {', '.join(map(str, values))}", highlight=False)
+    questions = Table.grid(padding=(0, 1))  # a long question wraps below itself
     for number, asked in enumerate(described.comparisons, 1):
         sides = f"{asked.treatment} against {asked.control}"
-        screen.print(f"{number}. {escape(asked.question)} [dim]({sides})[/dim]", highlight=False)
+        questions.add_row(f"{number}.", f"{escape(asked.question)} [dim]({sides})[/dim]")
+    if questions.row_count:
+        screen.print(questions, highlight=False)
     if not described.comparisons:
         screen.print("no comparisons: the report will show the arms side by side and say nothing", highlight=False)
 

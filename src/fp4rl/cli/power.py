@@ -61,6 +61,10 @@ def _print(needed: int, table: dict[int, float], basis: str) -> None:
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
     from fp4rl.lab.ledger.spread import known_spreads
 
+    if address is None and not runs.is_dir():
+        raise NotThere(
+            f"{runs}: no runs to take the spread from; give --spread POINTS, or name their folder with --runs"
+        )
     with opened(runs, address) as found, found.reading() as connection:
         spreads: list[tuple[str, Any]] = known_spreads(connection, like)
     if not spreads:

@@ -60,7 +60,8 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
 
     table = Table(title=f"{total} finished run{'s' * (total != 1)}", title_justify="left")
     for name in ("suite", "run", "steps", "accuracy %", "code"):
-        table.add_column(name, overflow="fold", justify="right" if name == "steps" else "left")
+        # A run's id must stay whole, to be copied.
+        table.add_column(name, overflow="fold", no_wrap=name == "run", justify="right" if name == "steps" else "left")
     now = code_digest()
     for row in rows:
         asked = row["steps_asked"]

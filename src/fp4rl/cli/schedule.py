@@ -63,11 +63,11 @@ def command(
 
 
 def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experiment, list[str]]]:
-    """Experiments with noise, one for each different (noise, steps), with the arms that share it."""
-    groups: dict[tuple[Noise, int], tuple[Experiment, list[str]]] = {}
+    """Experiments with noise, one for each different (noise, steps, dtype), with the arms that share it."""
+    groups: dict[tuple[Noise, int, str], tuple[Experiment, list[str]]] = {}
     for run in planned:
         if run.experiment.noise is not None:
-            key = (run.experiment.noise, run.experiment.training.steps)
+            key = (run.experiment.noise, run.experiment.training.steps, run.experiment.model.dtype)
             arms = groups.setdefault(key, (run.experiment, []))[1]
             if run.arm not in arms:
                 arms.append(run.arm)
@@ -100,6 +100,7 @@ def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None
         "control": noise.control,
         "operation": noise.operation,
         "precision": noise.precision,
+        "weights_dtype": experiment.model.dtype,
         "steps": total,
         "sigma": sigmas,
         "stages": rows,
@@ -125,7 +126,7 @@ def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
 
 def _looks(facts: dict[str, Any]) -> list[Any]:
     """What the curve and the table of a schedule follow from; arms may differ in their multipliers alone."""
-    return [facts[key] for key in ("schedule", "steps", "control", "operation")]
+    return [facts[key] for key in ("schedule", "steps", "control", "operation", "precision", "weights_dtype")]
 
 
 def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[str, Any] | None) -> None:
@@ -139,17 +140,31 @@ def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[st
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):
         screen.print(line, highlight=False, markup=False)
-    table = Table("steps", "sigma", f"changed in bf16 ({weights})")
+    # BF16 swallows noise where it is written into BF16 weights: not in wider ones, and not where the norm computes it.
+    in_bf16 = facts["weights_dtype"] == "bfloat16" and facts["precision"] == "weight"
+    table = Table("steps", "sigma", f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})")
     shown = facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]
     for row in shown:
-        low = " [yellow]mostly swallowed[/]" if row["sigma"] > 0 and row["bf16_share_changed"] < 0.05 else ""
+        low = (
+            " [yellow]mostly swallowed[/]" if in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05 else ""
+        )
         steps = f"{row['first_step']}-{row['last_step']}"
         table.add_row(steps, f"{row['sigma']:.4g}", f"{row['bf16_share_changed']:.1%}{low}")
     screen.print(table)
+    if not in_bf16:
+        screen.print(_why_not_swallowed(facts), highlight=False)
     _show_multipliers(screen, facts["multipliers"])
     if facts["values_missed"]:
         missed = ", ".join(f"{value:.4g}" for value in facts["values_missed"])
         screen.print(f"[yellow]the run is too short to reach sigma {missed}; use fewer stages or more steps[/]")
+
+
+def _why_not_swallowed(facts: dict[str, Any]) -> str:
+    if facts["precision"] == "float32":
+        return "this run swallows none of it: the norms compute with it"
+    if facts["weights_dtype"] == "float16":
+        return "weights are float16, whose steps are an eighth of bfloat16's"
+    return "this run swallows none of it: weights are float32"
 
 
 def _show_multipliers(screen: "Console", rows: list[dict[str, Any]]) -> None:

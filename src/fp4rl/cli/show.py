@@ -77,9 +77,15 @@ def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:
 
     from fp4rl.lab.statistics.proportions import wilson
 
-    table = Table(title="accuracy % (95 % interval over problems)", title_justify="left")
+    table = Table(
+        title="accuracy % (95 % interval over problems)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("step", "profile", "precision", "n", "strict", "flexible", "format", "tokens"):
-        table.add_column(name, justify="left" if name in ("profile", "precision") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("profile", "precision") else "right", no_wrap=True)
     for row in evaluations:
         conditions, n, strict = row["conditions"], row["n"], row["strict"]
         shown = _percent(strict)

@@ -124,7 +124,9 @@ def _show(table: "SiteTable", every: bool) -> None:
         screen.print(left)
     for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
         screen.print(f"\n{note}", highlight=False)
-    screen.print(f"\n{table.injection.name} on {table.injection.dtype}, table {table.digest}", highlight=False)
+    screen.print(
+        f"\n{table.injection.name} of values cast to {table.injection.dtype}, table {table.digest}", highlight=False
+    )
     for line in _phases(table.injection, active, bool(wrong)):
         screen.print(line, highlight=False)
 

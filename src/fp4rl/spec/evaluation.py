@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fp4rl.spec.frozen import Spec
+from fp4rl.spec.mistakes import nearest
+from fp4rl.spec.presets import PRESETS
 
 MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
 
@@ -38,6 +40,13 @@ class Evaluation(Spec):
     def sweep(self) -> tuple[str, ...]:
         """The profiles of the robustness sweep."""
         return (*(f"{MATMUL_NOISE}{scale:g}" for scale in self.matmul_noise), *self.formats)
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"no preset is called {preset!r}{nearest(preset, PRESETS)}")
+        return preset
 
     @model_validator(mode="after")
     def _profiles_differ(self) -> "Evaluation":
