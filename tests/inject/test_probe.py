@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fp4rl.inject.attach import attach
 from fp4rl.inject.linear import LinearState
@@ -128,6 +130,50 @@ def test_a_stale_copy_is_caught_after_the_first_update_while_every_counter_is_co
         generate(model)
         harmed.require_calls()
         with pytest.raises(CheckFailed, match="rollout: at 2 of 2 sites the matmul receives other numbers"):
+            require_rounded(harmed)
+
+
+def merged():
+    torch.manual_seed(0)
+    plan = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "2"])
+    return get_peft_model(nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32)), plan)
+
+
+def mixture():
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 32}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=20, **shape, **experts)).eval()
+
+
+KINDS = {
+    "merged adapters": (merged, lambda: torch.randn(3, 32), {"mode": "w4a4", "lora": "merged"}, 2),
+    "stacked experts": (
+        mixture,
+        lambda: torch.arange(8).unsqueeze(0),
+        {"mode": "w4a16", "targets": {"take": "*.experts.*"}},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_sums_and_of_experts_are_held_to_their_masters_too(kind, monkeypatch):
+    make, rows, spec, sites = KINDS[kind]
+    model, x = make(), rows()
+    with attach(model, Injection.model_validate(spec)) as harmed:
+        for phase in ("training", "rollout"):
+            harmed.set_phase(phase)
+            with torch.no_grad():
+                model(x)
+            harmed.require_calls()
+            assert require_rounded(harmed) == sites
+        monkeypatch.setattr(KeptCopy, "holds", lambda self, weights: self.copy is not None)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or "experts" in name:
+                    parameter.add_(0.3)
+        with pytest.raises(CheckFailed, match=f"at {sites} of {sites} sites"):
             require_rounded(harmed)
 
 

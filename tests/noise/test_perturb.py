@@ -1,5 +1,6 @@
 """Noise that is really there while sampling, of the size asked for, and gone to the last bit afterwards."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -268,6 +269,12 @@ def test_noise_of_another_size_than_asked_fails(model, factor, monkeypatch):
         pass
     with pytest.raises(CheckFailed, match="times the size that was asked for was drawn"):
         require_drawn(noisy, 0.05)
+
+
+def test_noise_that_is_measured_and_never_written_fails(model, monkeypatch):
+    monkeypatch.setattr(perturb_room, "_written", lambda weight, noisy: contextlib.nullcontext())
+    with pytest.raises(CheckFailed, match="does not hold the noise that was drawn for it"):
+        perturb(model, Noise(), 0.05, generator=_generator()).__enter__()
 
 
 def test_noise_that_is_a_little_too_small_everywhere_fails_by_all_weights_together():

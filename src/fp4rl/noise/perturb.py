@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp4rl.noise.evidence import NoiseEvidence
 from fp4rl.noise.targets import NoisyWeight, noisy_weights
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.noise import Noise
 
 
@@ -27,7 +27,8 @@ def perturb(
 
     One number is drawn from `generator`; each weight's noise follows from it and the weight's name, so that it does not
     depend on the order, the sharding or the process. `share` is the part of the run that is done (zones that change
-    need it). Raises BadValue for a negative sigma, NotThere when nothing takes noise.
+    need it). Raises BadValue for a negative sigma, NotThere when nothing takes noise, CheckFailed when a weight did not
+    take what was written.
     """
     if not 0 <= sigma < float("inf"):
         raise BadValue(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
@@ -40,6 +41,8 @@ def perturb(
             noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
             evidence.append(record)
             undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))
+            if noise.precision == "weight":
+                _require_there(weight, noisy)
         yield evidence
 
 
@@ -87,6 +90,12 @@ def _realised(noisy: Tensor, clean: Tensor, operation: str) -> float:
     if operation == "multiplicative":
         change = (change / clean)[clean != 0]
     return float(change.double().square().mean().sqrt()) if change.numel() else 0.0
+
+
+def _require_there(weight: NoisyWeight, noisy: Tensor) -> None:
+    """CheckFailed when the weight is not what the evidence was measured on."""
+    if not torch.equal(_full(weight.parameter).detach().nan_to_num(), noisy.nan_to_num()):
+        raise CheckFailed(f"{weight.name} does not hold the noise that was drawn for it")
 
 
 def _full(parameter: nn.Parameter) -> Tensor:
