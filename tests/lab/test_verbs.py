@@ -119,6 +119,26 @@ def test_compare_prints_the_verdict_with_interval_and_seeds(root: str, capsys: p
     assert "Multi-Bootstrap" in text
 
 
+def test_a_long_line_of_a_comparison_wraps_below_itself(root: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["compare", "w4a4", "bf16", "--runs", root]) == 0
+    first, *rest = capsys.readouterr().out.rstrip().splitlines()
+    assert not first.startswith(" ")
+    assert len(rest) > 6
+    assert all(line.startswith("  ") for line in rest)
+
+
+def test_run_ids_and_names_of_profiles_stay_whole_on_80_columns(root: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["runs", "--runs", root, "--json"]) == 0
+    ids = [row["run_id"] for row in read(capsys)]
+    assert main(["runs", "--runs", root]) == 0
+    listed = capsys.readouterr().out
+    assert all(run in listed for run in ids)
+    assert main(["show", "w4a4-s0", "--runs", root]) == 0
+    assert " deployment " in capsys.readouterr().out
+
+
 def test_compare_answers_what_the_suite_declared(root: str, capsys: pytest.CaptureFixture[str]):
     assert main(["compare", "trial", "--runs", root]) == 0
     assert "Does W4A4 cost accuracy?" in capsys.readouterr().out

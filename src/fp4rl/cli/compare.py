@@ -84,35 +84,38 @@ def _questions(
 
 
 def _print(answer: "Compared") -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     screen = console()
+
+    def indented(line: str) -> None:
+        screen.print(Padding(Text.from_markup(line), (0, 0, 0, 2), expand=False))  # a long line wraps below itself
+
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
     screen.print(f"[bold]{label}[/bold]", highlight=False)
     for side in (answer.treatment, answer.control):
-        screen.print(f"  {side.name}: {_side(side)}", highlight=False)
+        indented(f"{side.name}: {_side(side)}")
     for objection in answer.objections[:_MOST]:
-        screen.print(f"  [red]not comparable[/red]: {objection.sentence()}", highlight=False)
+        indented(f"[red]not comparable[/red]: {objection.sentence()}")
     if len(answer.objections) > _MOST:
-        screen.print(f"  and {len(answer.objections) - _MOST} more differences (--json lists all)", highlight=False)
+        indented(f"and {len(answer.objections) - _MOST} more differences (--json lists all)")
     if answer.verdict is None:
         return
-    screen.print(f"  {answer.verdict.sentence()}", highlight=False)
-    screen.print(f"  {answer.verdict.why}", highlight=False)
+    indented(answer.verdict.sentence())
+    indented(answer.verdict.why)
     if not answer.question.declared:
-        screen.print(
-            "  exploratory: no suite declared this question before its runs, so it stands alone", highlight=False
-        )
+        indented("exploratory: no suite declared this question before its runs, so it stands alone")
     checks = answer.checks
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
-        screen.print(
-            f"  over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}", highlight=False
-        )
-        line = f"  Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
-        screen.print(line, highlight=False)
+        indented(f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}")
+        line = f"Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
+        indented(line)
     if checks.checkpoints:
         flips = checks.checkpoints
-        line = f"  McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{flips.lost} problems"
-        screen.print(f"{line}, p = {flips.p:.2g}", highlight=False)
+        line = f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{flips.lost} problems"
+        indented(f"{line}, p = {flips.p:.2g}")
 
 
 _MOST = 12
@@ -126,4 +129,5 @@ def _side(side: "Side") -> str:
     values = " ".join(f"{100 * run.measured.value:.1f}" for run in shown)
     more = f" and {len(side.runs) - _MOST} more" if len(side.runs) > _MOST else ""
     precision = measured.conditions.get("precision") or "precision not known"
-    return f"seeds {seeds}: {values}{more} % at step {measured.step} ({measured.profile}: {precision})"
+    word = "seeds" if len(side.runs) > 1 else "seed"
+    return f"{word} {seeds}: {values}{more} % at step {measured.step} ({measured.profile}: {precision})"
