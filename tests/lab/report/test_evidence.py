@@ -1,5 +1,7 @@
 """Reading evidence: what is not there is None, never a good result."""
 
+import json
+
 import pytest
 
 from fp4rl.lab.folders import RunFolder
@@ -46,8 +48,31 @@ def test_one_harmed_master_is_enough():
     assert (evidence.master_checks, evidence.master_unharmed) == (3, False)
 
 
+def test_phases_whose_operands_were_held_are_named_once_and_what_moved_is_a_share():
+    held = [{"kind": "rounded", "phase": "rollout", "step": step, "sites": 14} for step in (0, 1)]
+    held += [{"kind": "rounded", "phase": "evaluation", "profile": name, "sites": 14} for name in ("w4a16", "w4a4")]
+    evidence = read_evidence(held, {}, {"weights_changed": 0.25})
+    assert (evidence.operands_held, evidence.moved) == (("rollout", "evaluation"), 0.25)
+    nothing = read_evidence([], {}, {})
+    assert (nothing.operands_held, nothing.moved) == ((), None)
+
+
 def rows_of(report, arm):
     return dict(evidence_of(report, arm).rows)
+
+
+def test_what_moved_and_was_held_stands_in_the_arms_rows(make_trial):
+    folder = make_trial().write()
+    for place in folder.glob("w4a16-s*"):
+        own = RunFolder(place)
+        own.add_evidence({"kind": "rounded", "phase": "rollout", "step": 0, "sites": 14})
+        result = own.result()
+        result["evidence"]["weights_changed"] = 0.25
+        (place / "result.json").write_text(json.dumps(result))
+    rows = rows_of(collect(folder), "w4a16")
+    assert rows["operands equal their masters' rounding"] == ["rollout"] * 3
+    assert rows["weights changed by training"] == ["25.0 %"] * 3
+    assert "weights changed by training" not in rows_of(collect(folder), "w4a4")
 
 
 def test_a_run_without_evidence_shows_what_is_not_recorded(make_trial):

@@ -48,6 +48,8 @@ class Evidence:
     master_checks: int
     master_unharmed: bool | None
     live_difference: float | None
+    operands_held: tuple[str, ...]  # the phases whose operands were compared with their masters by value
+    moved: float | None
     health: Record | None
 
 
@@ -70,6 +72,8 @@ def read_evidence(lines: Iterable[Record], sites: Record, summary: Record) -> Ev
         master_checks=len(masters),
         master_unharmed=all(masters) if masters else None,
         live_difference=max(live) if live else None,
+        operands_held=tuple(dict.fromkeys(phase_of(record).partition(" ")[0] for record in kinds["rounded"])),
+        moved=_number(summary.get("weights_changed")),
         health=summary.get("health"),
     )
 

@@ -48,6 +48,10 @@ def _rows(runs: Sequence[Run]) -> Iterator[Row]:
         yield "site table", [e.sites_digest or NOT_RECORDED for e in facts]
     yield from _rounding_rows(facts, runs[0].planned.experiment.injection)
     yield from _noise_rows(facts)
+    if any(e.operands_held for e in facts):
+        yield "operands equal their masters' rounding", [", ".join(e.operands_held) or NOT_RECORDED for e in facts]
+    if any(e.moved is not None for e in facts):
+        yield "weights changed by training", [_share(e.moved) for e in facts]
     yield "master weights", [_master(e) for e in facts]
     yield "live policy", [_live(e) for e in facts]
     if any(e.health for e in facts):
