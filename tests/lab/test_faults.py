@@ -43,7 +43,7 @@ def test_a_segmentation_fault_leaves_its_stacks_in_the_runs_log_and_the_error_na
 
 
 def test_a_process_that_was_killed_is_told_by_its_signal_and_points_at_no_log(folder):
-    (folder.path / "log.txt").write_text("resumed from the checkpoint after step 2\n")
+    (folder.path / "log.txt").write_text(f"{FATAL}: of an earlier death\nresumed\n")
     assert died(-signal.SIGKILL, folder) == (
         "its process died (SIGKILL, often for want of memory); run again to repeat it"
     )

@@ -140,13 +140,13 @@ def _heard(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
 
 def died(code: int | None, folder: RunFolder) -> str:
     """What is known of a process that ended without a word: its signal, and the stacks if it left any."""
-    how = f"exit code {code}"
+    how, log, stacks = f"exit code {code}", folder.path / "log.txt", False
     if code is not None and code < 0:
         how = signal.Signals(-code).name
         if -code == signal.SIGKILL:
-            how += ", often for want of memory"
-    log = folder.path / "log.txt"
-    stacks = log.is_file() and FATAL in log.read_text(encoding="utf-8", errors="replace")
+            how += ", often for want of memory"  # and no stacks: those in a log are of an earlier death
+        elif log.is_file():
+            stacks = FATAL in log.read_text(encoding="utf-8", errors="replace")
     where = f"; its stacks are in {log}" if stacks else ""
     return f"its process died ({how}){where}; run again to repeat it"
 
