@@ -51,9 +51,9 @@ class Geometric(Spec):
     """`num_stages` equal intervals of the run: the first one silent, then values that fade by equal ratios."""
 
     kind: Literal["geometric"] = "geometric"
-    sigma_start: PositiveFloat = 5e-2
-    sigma_end: float = 5e-4
-    num_stages: int = 10
+    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
+    sigma_end: float = Field(default=5e-4, description="standard deviation at last")
+    num_stages: int = Field(default=10, description="equal intervals of the run, the first one silent")
 
     _end = field_validator("sigma_end")(_above_zero)
     _stages = field_validator("num_stages")(_enough_stages)
@@ -68,10 +68,10 @@ class EpochAware(Spec):
     """Epoch e fades from b_e to b_(e+1), b_e = start * (end/start)^(e/epochs), after a silent 1/(stages + 1) of it."""
 
     kind: Literal["epoch_aware"] = "epoch_aware"
-    sigma_start: PositiveFloat = 5e-2
-    sigma_end: float = 5e-4
-    epochs: PositiveInt = 1
-    stages_per_epoch: int = 5
+    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
+    sigma_end: float = Field(default=5e-4, description="standard deviation at last")
+    epochs: PositiveInt = Field(default=1, description="parts of the run, each with a fade of its own")
+    stages_per_epoch: int = Field(default=5, description="values in each")
 
     _end = field_validator("sigma_end")(_above_zero)
     _stages = field_validator("stages_per_epoch")(_enough_values)
@@ -86,15 +86,15 @@ class Constant(Spec):
     """The same sigma at every step."""
 
     kind: Literal["constant"] = "constant"
-    sigma: PositiveFloat = 1e-2
+    sigma: PositiveFloat = Field(default=1e-2, description="standard deviation at every step")
 
 
 class Linear(Spec):
     """A straight line from the first step to the last."""
 
     kind: Literal["linear"] = "linear"
-    sigma_start: PositiveFloat = 5e-2
-    sigma_end: float = Field(default=5e-4, ge=0.0)
+    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
+    sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
 
     @model_validator(mode="after")
     def _fading(self) -> "Linear":
@@ -106,8 +106,8 @@ class Cosine(Spec):
     """Half a cosine from the first step to the last."""
 
     kind: Literal["cosine"] = "cosine"
-    sigma_start: PositiveFloat = 5e-2
-    sigma_end: float = Field(default=5e-4, ge=0.0)
+    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
+    sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
 
     @model_validator(mode="after")
     def _fading(self) -> "Cosine":
