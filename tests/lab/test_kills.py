@@ -48,6 +48,8 @@ def start(spec, root):
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
+            # A shell tells what it runs in the background to ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
@@ -86,7 +88,10 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
         for run in finished_runs(root):
             written = (run.path / "result.json").stat().st_mtime_ns
             assert finished_at.setdefault(run.run_id, written) == written, f"{run.run_id} ran twice"
