@@ -36,8 +36,8 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
     assert "reconsider_quantization" in shown
     assert "advice:" in shown
     assert "holds formats and noise; its noise turns AQN on where a spec has none" in " ".join(shown.split())
-    assert f"fp4rl run SPEC +{advice}" in " ".join(shown.split())
-    assert max(len(line) for line in shown.splitlines()) <= 100
+    assert f"fp4rl run SPEC +{advice}; for one arm of a suite: arms.NAME=+{advice}\n" in shown  # to be copied
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 100
     text = html.read_text()
     assert "<script src" not in text  # one file, nothing from a network
     assert "Layers and projections" in text
@@ -99,7 +99,7 @@ def test_two_scans_stand_side_by_side(folder, tmp_path, capsys):
         (["{folder}", "--text", "{empty}"], "empty"),
         (["{folder}", "--limit", "snr=18"], "did you mean 'sqnr'"),
         (["{folder}", "--limit", "sqnr"], "write for example sqnr=18"),
-        (["{folder}", "--task", "gsm8k"], "path"),
+        (["{folder}", "--task", "gsm8k"], "--data FILE"),
         (["{folder}", "--weights-only", "--advise", "x.yaml"], "drop --weights-only"),
         (["{folder}", "--leave", "*.qproj"], "*.q_proj"),
     ],

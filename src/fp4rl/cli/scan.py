@@ -206,7 +206,7 @@ def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str] | No
 
 def _say_written(html: Path | None, advise: Path | None, advice: "Advice | None", take: list[str] | None) -> None:
     if html:
-        console().print(f"page: {html}", highlight=False, markup=False)
+        console().print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
     if advise and advice:
         pieces = take or advice.pieces
         held = " and ".join(pieces) if pieces else "nothing but the injection as scanned (--take puts more in)"
@@ -215,7 +215,7 @@ def _say_written(html: Path | None, advise: Path | None, advice: "Advice | None"
             f"advice: {advise} holds {held}{on}",
             f"run with it: fp4rl run SPEC +{advise}; for one arm of a suite: arms.NAME=+{advise}",
         ):
-            console().print(line, highlight=False, markup=False)
+            console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:
