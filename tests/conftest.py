@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from time import monotonic
 from zlib import crc32
 
 import pytest
@@ -17,6 +18,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+TESTS, BEGAN = Path(__file__).parent, monotonic()
 SHARED = Path(os.environ.get("FP4RL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -30,14 +32,36 @@ def shared_data() -> Path:
 
 def pytest_addoption(parser):
     parser.addoption("--turn", help="K/N: of the slow tests, only those whose turn K (from 0) of N it is")
+    parser.addoption("--rooms", help="with --turn: also every slow test of these rooms; all, none, or such as rl,lab")
+    parser.addoption("--minutes", type=float, help="slow tests that have not begun after so long are skipped")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every slow test belongs to one of N turns, so that N runs in a row have run them all."""
+    """Of the slow tests, keep those of this turn and, after them, those of the named rooms.
+
+    Every slow test belongs to one of N turns, so that N turns have run them all. The rooms' tests begin at another
+    place each turn, so that it is not always the same ones that --minutes cuts off.
+    """
     turn = config.getoption("--turn")
     if turn is None:
         return
     this, of = (int(part) for part in turn.split("/"))
-    out = [i for i in items if i.get_closest_marker("slow") and crc32(i.nodeid.encode()) % of != this % of]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in out]
+    rooms = (config.getoption("--rooms") or "none").split(",")
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    place = {item: (crc32(item.nodeid.encode()) - this) % of for item in slow}
+    kept = [item for item in slow if place[item] == 0 or _is_of(item.path, rooms)]
+    config.hook.pytest_deselected(items=[item for item in slow if item not in kept])
+    items[:] = [item for item in items if item not in slow] + sorted(kept, key=place.__getitem__)
+
+
+def _is_of(file, rooms):
+    """Whether `file` tests one of `rooms`: it lies there, or names a room that has no folder of tests."""
+    if rooms == ["all"] or file.relative_to(TESTS).parts[0] in rooms:
+        return True
+    return any(f"fp4rl.{room}" in file.read_text() for room in rooms if not (TESTS / room).is_dir())
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and item.get_closest_marker("slow") and monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes of slow tests are over; `make slow` runs them all")
