@@ -71,6 +71,25 @@ def test_values_are_written_where_they_are_wanted(name, equal, backend):
         dequantize(quantize(x, MXFP4), out=x.bfloat16())
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 40), (3, 0), (2, 0, 32), (2, 70, 0)])
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4, FORMATS["mxfp4_2d"], FORMATS["mxfp4_dual"]], ids=lambda f: f.name)
+@pytest.mark.parametrize("name", BY)
+def test_a_tensor_without_elements_has_no_codes_and_comes_back(fmt, shape, name, backend):
+    """Tensors without elements: every way into codes and out of them. Right: what `numel` 0 leaves, by hand."""
+    backend(name)
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    packed, stored = pack_tensor(x, fmt), quantize(x, fmt)
+    assert packed.data.shape == (*shape[:-1], -(-shape[-1] // 2))
+    height, width = fmt.block
+    rows = (-(-shape[-2] // height),) if len(shape) > 1 else (1,) if height > 1 else ()
+    assert packed.scales.shape == (*shape[:-2], *rows, -(-shape[-1] // width))
+    assert packed.bits_per_value == 0.0
+    for way in (packed, stored, unpack(packed)):
+        assert dequantize(way).shape == x.shape
+        assert dequantize(way).dtype == x.dtype
+        assert dequantize(way, out=x) is x
+
+
 @pytest.mark.parametrize("fmt", WIDER, ids=lambda f: f.name)
 def test_codes_of_wider_elements_give_the_values_back(fmt, edges, equal):
     for dtype in (torch.float32, torch.bfloat16):

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp4rl.numerics import native_build
+from fp4rl.numerics.packing import dequantize, pack_tensor
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, NVFP4, Format
 
@@ -103,6 +106,41 @@ def test_stochastic_rounding_is_unbiased(seed: int, fmt: Format):
     each = 6 * fresh_counters.std(0) / draws**0.5  # one of 32 values lies beyond 4 by luck now and then
     rare = 2 * 8 / draws  # a value this near the grid may never have moved
     assert ((fresh_counters.mean(0) - x.double()).abs() <= each + rare).all()
+
+
+LARGEST = [
+    pytest.param(torch.float32, 3.5 * 2.0**126, id="float32"),  # between 3 and 4 scales of 2^126; 4 of them are 2^128
+    pytest.param(torch.bfloat16, 3.5 * 2.0**126, id="bfloat16"),
+    pytest.param(torch.float16, 57344.0, id="float16"),  # 3.5 scales of 2^14; 4 of them are 65536
+]
+
+
+@pytest.mark.parametrize(("dtype", "value"), LARGEST)
+@pytest.mark.parametrize("name", ["reference", "chunked", "native"])
+def test_stochastic_rounding_is_right_on_average_at_the_largest_values_too(name, dtype, value, backend):
+    """A finite value that stochastic rounding carries beyond its dtype: infinity has no average. By hand: half of the
+    draws give 3 scales, half the largest finite number, which stands for 4."""
+    if name == "native" and native_build.compiler() is None:
+        pytest.skip("no C compiler here")
+    backend(name)
+    fmt = FORMATS["mxfp4_sr"]
+    x = torch.full((200, 64), value, dtype=dtype)
+    x[:, ::2] = -value
+    made = fake_quantize(x, fmt, generator=torch.Generator().manual_seed(0))
+    assert set(made.abs().double().unique().tolist()) == {value / 3.5 * 3, torch.finfo(dtype).max}
+    assert (made / x).double().mean().item() == pytest.approx(1.0, abs=0.01)
+    packed = pack_tensor(x, fmt, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dequantize(packed), made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("fmt", STOCHASTIC, ids=lambda fmt: fmt.name)
+def test_no_stochastic_format_makes_an_infinity_of_a_finite_number(fmt, dtype):
+    """As above, for every format that draws, at the very largest number; what is infinite becomes NaN as ever."""
+    x = torch.full((4, 64), torch.finfo(dtype).max, dtype=dtype)
+    assert fake_quantize(x, fmt, generator=torch.Generator().manual_seed(0)).isfinite().all()
+    x[3, 40] = torch.inf
+    assert fake_quantize(x, fmt, generator=torch.Generator().manual_seed(0))[3, 40].isnan()
 
 
 def test_stochastic_rounding_over_the_floor_scale_is_biased_as_the_docs_say():

@@ -44,6 +44,16 @@ class Grouping:
             return (-1,)
         return (-1,) if self.block[0] == 1 else (-3, -1)
 
+    @property
+    def shape_of_scales(self) -> tuple[int, ...]:
+        """One number a block, in the tensor's own leading axes."""
+        if self.block is None:
+            return ()
+        across = -(-self.columns // self.block[1])
+        if self.block[0] == 1:
+            return (*self.shape[:-1], across)
+        return (*self.shape[:-2], -(-self.rows // self.block[0]), across)
+
     def split(self, x: Tensor) -> Tensor:
         """[..., rows, columns] -> blocks, zeros where an axis does not divide; a view where nothing is padded."""
         if self.block is None:
@@ -72,11 +82,7 @@ class Grouping:
 
     def scales_outside(self, scales: Tensor) -> Tensor:
         """Scales that broadcast over blocks -> one number a block, in the tensor's own leading axes."""
-        if self.block is None:
-            return scales.reshape(())
-        if self.block[0] == 1:
-            return scales.reshape(*self.shape[:-1], -1)
-        return scales.reshape(*self.shape[:-2], -(-self.rows // self.block[0]), -1)
+        return scales.reshape(self.shape_of_scales)
 
     def scales_inside(self, scales: Tensor) -> Tensor:
         """The inverse of `scales_outside`: scales that broadcast over split blocks."""

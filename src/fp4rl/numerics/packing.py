@@ -13,6 +13,7 @@ multiplier (compressed-tensors' weight_global_scale). Layouts: compressed-tensor
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from fp4rl.numerics.dispatch import native_library
 from fp4rl.numerics.levels import Levels, inside
 from fp4rl.numerics.quantize import seed_for
 from fp4rl.numerics.reference import effective_scale, stored_scales, uniform_like, widened
-from fp4rl.numerics.rounding import round_magnitude
+from fp4rl.numerics.rounding import round_magnitude, saturated
 from fp4rl.spec.formats import Format
 from fp4rl.spec.mistakes import BadValue
 
@@ -75,10 +76,11 @@ class Packed:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits really stored for one value, all scales among them."""
+        """Bits really stored for one value, all scales among them; 0 where there are no values."""
         parts = (self.data, self.scales, self.factor, self.levels.coarse)
         stored = sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
-        return stored / (self.data.numel() // self.data.shape[-1] * self.columns)
+        values = prod(self.data.shape[:-1]) * self.columns
+        return stored / values if values else 0.0
 
 
 @torch.no_grad()
@@ -88,8 +90,10 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
     """
     _check(x, fmt, name)
     seed = seed_for(fmt, generator, name)
-    inner, levels = inside(x, fmt)
     grouping = Grouping(x.shape, fmt.block)
+    if not x.numel():
+        return _no_values(x, fmt, grouping)
+    inner, levels = inside(x, fmt)
     blocks = grouping.split(widened(inner))
     magnitude = blocks.abs()
     amax = magnitude.amax(grouping.axes, keepdim=True)
@@ -103,6 +107,15 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
     return Quantized(grouping.join(encode(rounded, fmt.element)), grouping.scales_outside(scales), factor, levels)
 
 
+def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
+    """Codes and scales of a tensor without elements: the scales are as many as its axes ask for, each that of zeros."""
+    zero = widened(x.new_zeros(1))
+    stored, factor = stored_scales(zero, zero, (-1,), fmt)
+    scales = (stored.to(torch.uint8) if fmt.scale == "e8m0" else stored).reshape(()).expand(grouping.shape_of_scales)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    return Quantized(codes, scales.clone(), factor, Levels(fmt, x.dtype))
+
+
 @torch.no_grad()
 def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tensor:
     """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives.
@@ -114,16 +127,19 @@ def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tens
         raise BadValue(
             f"out is {out.dtype} {tuple(out.shape)}, but the values are {stored.levels.dtype} {tuple(shape)}"
         )
+    if not prod(shape):
+        return torch.empty(shape, dtype=stored.levels.dtype, device=stored.scales.device) if out is None else out
     if isinstance(stored, Packed):
         if (values := _fast_values(stored, out)) is not None:
-            return values
+            return saturated(values, stored.fmt.rounding)
         stored = unpack(stored)
     fmt, dtype = stored.fmt, torch.float64 if stored.levels.dtype == torch.float64 else torch.float32
     grouping = Grouping(stored.codes.shape, fmt.block)
     scales = stored.scales.to(torch.int32) if fmt.scale == "e8m0" else stored.scales
     scale = grouping.scales_inside(effective_scale(scales, stored.factor, fmt, dtype))
     values = decode(grouping.split(stored.codes), fmt.element, dtype) * scale
-    result = stored.levels.outside(grouping.join(values).to(stored.levels.dtype))
+    rounded = saturated(grouping.join(values).to(stored.levels.dtype), fmt.rounding)
+    result = saturated(stored.levels.outside(rounded), fmt.rounding)
     return result if out is None else out.copy_(result)
 
 
@@ -133,6 +149,8 @@ def pack(stored: Quantized) -> Packed:
         raise BadValue(f"{stored.fmt.name}: only 4-bit codes pack two a byte, not {stored.fmt.element.bits}-bit ones")
     columns = columns_of(stored.codes)
     codes = torch.nn.functional.pad(stored.codes, (0, columns % 2)).contiguous()
+    if not codes.numel():  # nothing to join, and no two bytes that could be read as one number
+        return Packed(codes[..., ::2], stored.scales, stored.factor, stored.levels, columns)
     pairs = codes.view(torch.int16)  # little-endian: the even column in the low byte
     data = (pairs | (pairs >> 4)).to(torch.uint8)
     return Packed(data, stored.scales, stored.factor, stored.levels, columns)
@@ -143,7 +161,7 @@ def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = N
     """`pack(quantize(x, fmt))`, in one pass by the C kernels where they are built; raises what those two raise."""
     _check(x, fmt, name)
     library = native_library(x.numel())
-    if library is None or not native_packing.supports(x, fmt):
+    if library is None or not x.numel() or not native_packing.supports(x, fmt):
         return pack(quantize(x, fmt, generator=generator, name=name))
     made = native_packing.pack_native(library, x.contiguous(), fmt, seed_for(fmt, generator, name))
     if made is None:

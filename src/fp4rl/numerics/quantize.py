@@ -6,6 +6,7 @@ from torch import Tensor
 from fp4rl.numerics.dispatch import round_tensor
 from fp4rl.numerics.levels import inside
 from fp4rl.numerics.noise import Seed, draw_seed
+from fp4rl.numerics.rounding import saturated
 from fp4rl.spec.formats import Format
 from fp4rl.spec.mistakes import BadValue
 
@@ -39,9 +40,10 @@ def fake_quantize(
     if not x.numel():
         return x.clone() if out is None else out
     if fmt.coarse is None and fmt.rotation is None:
-        return round_tensor(x, fmt, seed, out)
+        return saturated(round_tensor(x, fmt, seed, out), fmt.rounding)
     inner, levels = inside(x, fmt)
-    result = levels.outside(round_tensor(inner, fmt, seed))
+    rounded = saturated(round_tensor(inner, fmt, seed), fmt.rounding)
+    result = saturated(levels.outside(rounded), fmt.rounding)
     return result if out is None else out.copy_(result)
 
 

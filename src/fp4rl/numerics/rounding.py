@@ -33,6 +33,18 @@ def round_steps(steps: Tensor, rounding: Rounding, uniform: Tensor | None = None
     return whole + (fraction > uniform)
 
 
+def saturated(values: Tensor, rounding: Rounding) -> Tensor:
+    """What stochastic rounding carried beyond the largest finite number of its dtype, put back to that number.
+
+    An infinity would be no average of anything. What is rounded otherwise stays as deployment tools give it, infinity
+    included. Changes `values` in place; NaN stays NaN.
+    """
+    if rounding != "stochastic":
+        return values
+    largest = torch.finfo(values.dtype).max
+    return values.clamp_(-largest, largest)
+
+
 def round_magnitude(magnitude: Tensor, element: Element, rounding: Rounding, uniform: Tensor | None = None) -> Tensor:
     """The grid value for each non-negative magnitude, clipped to the element's largest; NaN stays NaN.
 
