@@ -84,7 +84,7 @@ def test_the_comparison_is_a_line_a_format_on_80_columns(shown, monkeypatch):
         (["mxfp5"], "did you mean 'mxfp4' or 'mxfp8'?"),
         (["mxfp4", "--compare"], "leave the name away"),
         (["{name: mxfp4, blok: 16}"], "'block'"),
-        (["{name: [}"], "no YAML mapping"),
+        (["{name: [}"], "not valid YAML; try"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_cure(shown, arguments, part):

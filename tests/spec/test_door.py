@@ -1,12 +1,14 @@
 """The door: YAML and words in, validated descriptions out, and errors that name file, key and cure."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
-from fp4rl.spec.door import arm_contents, load_spec, merge
+from fp4rl.spec.door import arm_contents, load_spec, merge, read_yaml
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere
 
@@ -147,6 +149,77 @@ def test_a_bad_value_is_one_line_that_names_the_cure(tmp_path, content, part):
         load_spec(written(tmp_path, content))
     assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# What a hand, or a program, can write and no description means. Each with what its line must name.
+ODD = [
+    ("training: {steps: 3}\ntraining: {steps: 4}", "line 2: the key 'training' stands here twice"),
+    ("training: {steps: 3, lr: 0.1, steps: 4}", "'steps' stands here twice"),
+    ("training: &a {steps: *a}", "alias *a stands inside"),
+    ("[" * 5000, "nested deeper than"),
+    ("a: " + "{b: " * 5000, "nested deeper than"),
+    (
+        "a: &a [x, x]\n" + "".join(f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n" for p, c in pairwise("abcdefghi")),
+        "100,000",
+    ),
+    ("training: {steps: !!int abc}", "does not fit"),
+    ("training: !!python/object:os.system 1", "!!python/object:os.system have no place"),
+    ("? [a]\n: b", "a key is a single word"),
+    ("training: {steps: true}", "training.steps: expected a number, found true"),
+    (
+        "noise: {multipliers: {by_layer: {1: 1.0, 0: true}}}",
+        "noise.multipliers.by_layer.0: expected a number, found true",
+    ),
+    ("'tra[ining': {}", "unknown key 'tra[ining'"),
+    ("'[/think]': {}", "unknown key '[/think]'"),
+    ("training: {'[x]': 3}", "unknown key 'training.[x]'"),
+    ("injection: {mode: {name: w4a4}}", "no mode is called {'name': 'w4a4'}"),
+    ("injection: {mode: [w4a4]}", "no mode is called ['w4a4']"),
+    ("evaluation: {profiles: [w4a17]}", "no profile is called 'w4a17'; did you mean 'w4a16'"),
+    ("evaluation: {profiles: [matmul_noise=much]}", "write a number such as matmul_noise=0.05"),
+    ("evaluation: {formats: [mxfp5]}", "no profile is called 'mxfp5'"),
+    ("suite: s\narms: {a: {}}\naxes: {training.lr: []}", "axes.training.lr: is empty"),
+    ("suite: s\narms: {a: {}}\naxes: {training.lr: [0.1, 0.2, 0.1]}", "an axis holds the same value twice"),
+    ("suite: s\narms: {a: {}}\naxes: {training.steps: [1, 1.0]}", "describe the same experiment"),
+    ("suite: s\narms: {" + "a" * 400 + ": {}}", "400 letters is too long"),
+    ("suite: " + "s" * 400 + "\narms: {a: {}}", "suite: is 400 letters long; 150 fit"),
+    ("suite: a b\narms: {a: {}}", "'a b' is no name: write letters"),
+    ("suite: s\narms: {ä: {}}", "arm 'ä': a name is letters"),
+    ("suite: s\narms: {a: {}}\naxes: {model.path: [models/x]}", "of an axis with other values make arms"),
+]
+
+
+@pytest.mark.parametrize(("text", "part"), ODD, ids=range(len(ODD)))
+def test_odd_yaml_and_odd_values_are_one_line(tmp_path, text, part):
+    """Kind: what a file can hold and a description cannot, from YAML's own corners to values of another sort."""
+    with pytest.raises(BadValue) as error:
+        load_spec(written(tmp_path, text))
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_comparison_of_a_side_with_itself_is_refused(tmp_path):
+    text = "suite: s\narms: {a: {}, b: {noise: {}}}\ncomparisons: [{question: q, treatment: b@full, control: b@full}]"
+    with pytest.raises(BadValue, match=r"comparisons\.0: b@full is compared with itself"):
+        load_spec(written(tmp_path, text))
+
+
+def test_merge_keys_aliases_and_dates_still_mean_what_they_mean(tmp_path):
+    file = written(tmp_path, "base: &b {steps: 3, lr: 0.1}\nmore: {<<: *b, steps: 4}\nday: 2026-01-31\n")
+    assert read_yaml(file) == {"base": {"steps": 3, "lr": 0.1}, "more": {"steps": 4, "lr": 0.1}, "day": "2026-01-31"}
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_bytes(b"\xef\xbb\xbftraining: {steps: 3}\n")
+    assert load_spec(file).training.steps == 3
+
+
+@pytest.mark.parametrize("word", ["training={steps: 3, steps: 4}", "training.steps=!!int x", "training=" + "[" * 999])
+def test_an_override_is_read_as_strictly_as_a_file(tmp_path, word):
+    with pytest.raises(BadValue) as error:
+        load_spec(written(tmp_path, {}), [word])
+    assert len(str(error.value)) < 250
 
 
 def test_merge_lays_dotted_paths_over_nested_keys_and_leaves_its_arguments_alone():

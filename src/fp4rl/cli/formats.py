@@ -11,8 +11,9 @@ from rich.table import Table
 from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.mistakes import BadValue, shown
 from fp4rl.spec.modes import MODES
+from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.presets import PRESETS
 
 RULES = {
@@ -54,12 +55,7 @@ def command(
 def _parsed(text: str) -> Format:
     if "{" not in text:
         return format_of(text)
-    import yaml
-
-    try:
-        return format_of(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise BadValue(f"{text!r} is no YAML mapping ({error.args[0]}); try '{{name: mxfp4, block: 16}}'") from None
+    return format_of(plain_values(text, shown(text), "try '{name: mxfp4, block: 16}'"))
 
 
 def _list(as_json: bool) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.table import Table
 
 from fp4rl.cli.described import runs_of
@@ -14,9 +13,10 @@ from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.door import parse
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
 from fp4rl.spec.model import Model
 from fp4rl.spec.modes import PHASES
+from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def _asked(mode: str | None, preset: str | None, present: Injection) -> Injectio
 
 def _mapping(mode: str) -> dict[str, Any]:
     cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"
-    try:
-        content = yaml.safe_load(mode)
-    except yaml.YAMLError:
-        raise BadValue(f"--mode {mode!r} is not valid YAML; {cure}") from None
+    content = plain_values(mode, f"--mode {shown(mode)}", cure)
     if not isinstance(content, str | dict):
         raise BadValue(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
     return {"mode": content} if isinstance(content, str) else content

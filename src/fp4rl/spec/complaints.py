@@ -1,12 +1,12 @@
 """What validation found wrong, as one line in the words of the file: the key, what stands there, and the cure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from fp4rl.spec.keys import below, keys_at
-from fp4rl.spec.mistakes import nearest
+from fp4rl.spec.mistakes import nearest, shown
 
 # By pydantic's own names of errors, or how these begin.
 _EXPECTED = {
@@ -27,10 +27,12 @@ def complaint(kind: type[BaseModel], error: ValidationError) -> str:
     misspelling."""
     found = error.errors(include_url=False)
     first = min(found, key=lambda one: one["type"] == "missing")
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        *above, key = first["loc"]  # the key itself, whatever letters it has
+        where = ".".join([*written(kind, above), str(key)])
+        return f"unknown key {shown(where)}{nearest(str(key), keys_at(kind, above))}"
     path = written(kind, first["loc"])
     where = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{nearest(path[-1], keys_at(kind, first['loc'][:-1]))}"
     if first["type"].startswith("union_tag"):
         path.append(first["ctx"]["discriminator"].strip("'"))
         where = ".".join(path)
@@ -43,13 +45,17 @@ def _said(sort: str, message: str, given: Any, about: dict[str, Any]) -> str:
         return message.removeprefix("Value error, ")
     if sort in ("missing", "union_tag_not_found"):
         return "this key is required"
+    if sort == "string_too_long":
+        return f"is {len(given)} letters long; {about['max_length']} fit"
+    if sort == "string_pattern_mismatch":
+        return f"{shown(given)} is no name: write letters, digits and ._-, since it names a folder"
     if sort == "too_short":
         return "is empty; name at least one"
     if sort == "union_tag_invalid":
         known = [word.strip("'") for word in str(about["expected_tags"]).split(", ")]
         return f"{about['tag']!r} is not known{nearest(str(about['tag']), known)}"
     expected = next((words for start, words in _EXPECTED.items() if sort.startswith(start)), None)
-    return f"expected {expected or _in_words(message)}, found {_shown(given)}"
+    return f"expected {expected or _in_words(message)}, found {_given(given)}"
 
 
 def _in_words(message: str) -> str:
@@ -57,8 +63,10 @@ def _in_words(message: str) -> str:
     return f"a number {words}" if words.startswith(("greater", "less", "a multiple")) else words
 
 
-def _shown(given: Any) -> str:
-    return "nothing" if given is None else repr(given)
+def _given(given: Any) -> str:
+    if given is None:
+        return "nothing"
+    return {True: "true", False: "false"}[given] if isinstance(given, bool) else shown(given)
 
 
 def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
@@ -73,3 +81,34 @@ def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
         if known:
             here = below(here, str(part))
     return path
+
+
+def truth_as_number(given: Any, value: Any, above: str = "") -> str | None:
+    """The complaint about a `true` or `false` of the file that became a number; None where there is none."""
+    if isinstance(given, bool) and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{above}: expected a number, found {_given(given)}"
+    for key, part in _children(given):
+        said = truth_as_number(part, _child(value, key), f"{above}.{key}" if above else str(key))
+        if said is not None:
+            return said
+    return None
+
+
+def _children(given: Any) -> list[tuple[Any, Any]]:
+    if isinstance(given, Mapping):
+        return list(given.items())
+    return list(enumerate(given)) if isinstance(given, list | tuple) else []
+
+
+def _child(value: Any, key: Any) -> Any:
+    """What became of the part `key`; None where the description keeps it under another name."""
+    if isinstance(value, BaseModel):
+        return getattr(value, str(key), None)
+    if isinstance(value, Mapping):
+        return next((inner for known, inner in value.items() if str(known) == str(key)), None)
+    if not isinstance(value, list | tuple):
+        return None
+    pairs = [pair for pair in value if isinstance(pair, tuple) and len(pair) == 2]
+    if pairs and len(pairs) == len(value):  # a mapping that is kept as sorted pairs
+        return _child(dict(pairs), key)
+    return value[key] if isinstance(key, int) and key < len(value) else None

@@ -1,18 +1,19 @@
 """The one door from YAML and `key=value` words to validated descriptions, with errors that name the cure."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from fp4rl.spec.complaints import complaint
+from fp4rl.spec.complaints import complaint, truth_as_number
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.mistakes import BadValue, NotThere, shown
+from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.questions import check_questions
 
 S = TypeVar("S", bound=BaseModel)
@@ -57,19 +58,17 @@ def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML mapping from a file; BadValue names the line of a syntax error."""
-    file = Path(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "no such file"
-        raise NotThere(f"{file}: {what}; name a YAML file")
+    """A YAML mapping from a file; BadValue names the line of a mistake in it."""
+    file = Path(path).expanduser()
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise BadValue(f"{file}: {where}{getattr(error, 'problem', None) or error}; this is not valid YAML") from None
+        content = plain_values(file.read_text(encoding="utf-8-sig"), str(file))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise NotThere(f"{file}: {what}; name a YAML file") from None
     except UnicodeDecodeError:
         raise BadValue(f"{file}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise NotThere(f"{file}: cannot be read: {error.strerror}; name a YAML file") from None
     if not isinstance(content, dict):
         found = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
         raise BadValue(f"{file}: expected keys and values, found {found}")
@@ -80,10 +79,14 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
     """Validate `content` as a `kind`; the first error becomes one line that names `source` (a file or an option, empty
     where the key says it all), the key and the cure."""
     try:
-        return kind.model_validate(content)
+        value = kind.model_validate(content)
     except ValidationError as error:
-        said = complaint(kind, error)
-        raise BadValue(f"{source}: {said}" if source else said) from None
+        said: str | None = complaint(kind, error)
+    else:
+        said = truth_as_number(content, value)
+        if said is None:
+            return value
+    raise BadValue(f"{source}: {said}" if source else said)
 
 
 def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
@@ -99,14 +102,36 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
         crossed = [(f"{name}+{last}={value}", merge(c, {key: value})) for name, c in crossed for value in values]
     known: dict[str, str] = {}
     for name, content in crossed:
+        _check_name(name, f"{source}: arm")
         experiment = _of_arm(name, content, suite.base, source)
-        twin = known.setdefault(canonical(experiment), name)
-        if twin != name:
-            raise BadValue(
-                f"{source}: arms {twin} and {name} describe the same experiment; an override changes the "
-                "base of all arms, `arms.NAME.key=value` and `arms.NAME=+file.yaml` change one"
-            )
+        twin = known.get(canonical(experiment))
+        if twin is not None:
+            raise BadValue(f"{source}: {_twins(twin, name)}")
+        if name in known.values():
+            raise BadValue(f"{source}: two arms are called {name!r}; rename the one or drop the value of its axis")
+        known[canonical(experiment)] = name
         yield name, experiment
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+_LONGEST = 150  # a run's folder is called by its arm, seed and digest, and a file system takes 255 bytes
+
+
+def _check_name(name: str, what: str) -> None:
+    if not _NAME.fullmatch(name):
+        cure = "; of an axis with other values make arms, whose names are yours" if "=" in name else ""
+        raise BadValue(f"{what} {name!r}: a name is letters, digits and ._+=-, since it names folders{cure}")
+    if len(name) > _LONGEST:
+        raise BadValue(f"{what} {shown(name)}: a name of {len(name)} letters is too long for a folder; {_LONGEST} fit")
+
+
+def _twins(one: str, other: str) -> str:
+    if one == other:
+        return f"arm {one}: an axis holds the same value twice; a run would count twice"
+    return (
+        f"arms {one} and {other} describe the same experiment; an override changes the "
+        "base of all arms, `arms.NAME.key=value` and `arms.NAME=+file.yaml` change one"
+    )
 
 
 def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: str) -> Experiment:
@@ -144,11 +169,8 @@ def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, A
     else:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise BadValue(f"{word!r}: an override is written key.path=value, or +file.yaml for a fragment")
-        try:
-            change = {key: read_yaml(text[1:]) if text.startswith("+") else yaml.safe_load(text)}
-        except yaml.YAMLError:
-            raise BadValue(f"{word!r}: the value is not valid YAML; quote it") from None
+            raise BadValue(f"{shown(word)}: an override is written key.path=value, or +file.yaml for a fragment")
+        change = {key: read_yaml(text[1:]) if text.startswith("+") else plain_values(text, shown(word))}
     if not is_suite:
         return merge(content, change)
     own = {k: v for k, v in change.items() if k.partition(".")[0] in Suite.model_fields}

@@ -1,14 +1,27 @@
 """At which precision, and on which problems, a policy is judged."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.frozen import Spec
-from fp4rl.spec.mistakes import nearest
+from fp4rl.spec.mistakes import BadValue, nearest, shown
+from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 
 MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
+
+
+def require_profile(name: str) -> None:
+    """Raise BadValue, with the nearest name, for what names no profile."""
+    size = name.removeprefix(MATMUL_NOISE)
+    if size != name:
+        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):
+            raise BadValue(f"{name}: write a number such as {MATMUL_NOISE}0.05")
+    elif name not in (known := ("full", "deployment", *MODES, *FORMATS)):
+        raise BadValue(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
 
 
 class Evaluation(Spec):
@@ -47,6 +60,13 @@ class Evaluation(Spec):
         if preset not in PRESETS:
             raise ValueError(f"no preset is called {preset!r}{nearest(preset, PRESETS)}")
         return preset
+
+    @field_validator("profiles", "formats")
+    @classmethod
+    def _known_profiles(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            require_profile(name)
+        return names
 
     @model_validator(mode="after")
     def _profiles_differ(self) -> "Evaluation":

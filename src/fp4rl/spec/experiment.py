@@ -80,7 +80,9 @@ class Comparison(Spec):
 class Suite(Spec):
     """Arms x axes x seeds over one base. `arms` and `axes` hold overrides of `base`, by nested keys or dotted paths."""
 
-    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the folder under runs/")
+    suite: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=150, description="names the folder under runs/"
+    )
     base: dict[str, Any] = Field(
         default_factory=dict, description="what all arms share: the keys of an experiment, but `seed`"
     )
@@ -100,6 +102,9 @@ class Suite(Spec):
         for name, content in (("base", self.base), *((f"arms.{arm}", content) for arm, content in self.arms.items())):
             if "seed" in content:
                 raise ValueError(f"{name}.seed: a suite runs every arm with each of its own `seeds`; name them there")
+        for key, values in self.axes.items():
+            if not values:
+                raise ValueError(f"axes.{key}: is empty; name at least one value, or drop the axis")
         if "seed" in self.axes:
             raise ValueError("axes.seed: the seeds of a suite stand in its own `seeds`")
         for arm in self.arms:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from fp4rl.spec.formats import Format
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.hardware import HardwareError
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
 from fp4rl.spec.modes import MODES, PHASES, Mode, Phase
 from fp4rl.spec.points import (
     FORMAT_POINTS,
@@ -156,8 +156,8 @@ def _mode_of(content: Mapping[str, Any]) -> Mode | None:
     word = content.get("mode")
     if word is None:
         return None
-    if word not in MODES:
-        raise BadValue(f"no mode is called {word!r}{nearest(str(word), MODES)}")
+    if not isinstance(word, str) or word not in MODES:
+        raise BadValue(f"no mode is called {shown(word)}{nearest(str(word), MODES)}")
     return MODES[word]
 
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 PREFIX = "VERL_NOISY_OPS_"
@@ -72,7 +71,7 @@ def _known(old: Mapping[str, Any]) -> dict[str, Any]:
         key = path.rpartition(".")[2].removeprefix("hw_error_injection_").lstrip("+'")
         if key not in _DEFAULTS:
             raise BadValue(f"{path}: the old settings had no {key!r}{nearest(key, _DEFAULTS)}")
-        content[key] = yaml.safe_load(value) if isinstance(value, str) else value
+        content[key] = plain_values(value, path) if isinstance(value, str) else value
     return content
 
 

@@ -23,6 +23,12 @@ class CheckFailed(Exception):
     """A check that ran and found what it looks for. Exit code 1."""
 
 
+def shown(value: object, longest: int = 80) -> str:
+    """What was given, for a message: on one line, as Python writes it, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 4]}...{text[-1]}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'mxfp4'?"` for the closest known word, or those equally close; all of them when none is."""
     words = sorted(set(known))

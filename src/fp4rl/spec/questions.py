@@ -15,6 +15,8 @@ def check_questions(questions: tuple[Comparison, ...], arms: Mapping[str, Experi
         place = f"{source}: comparisons.{number}"
         for key, side in (("treatment", question.treatment), ("control", question.control)):
             _check_side(f"{place}.{key}", side, arms)
+        if question.treatment == question.control:
+            raise BadValue(f"{place}: {question.treatment} is compared with itself; name two sides that differ")
         check_factors(question.factors, f"{place}.factors")
 
 

@@ -1,0 +1,133 @@
+"""YAML as a description uses it: plain values, each key once, aliases that end. Anything else is one line."""
+
+from typing import Any
+
+import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import Resolver
+from yaml.scanner import Scanner
+
+from fp4rl.spec.mistakes import BadValue
+
+_DEEPEST = 40
+_MOST_VALUES = 100_000  # with every alias written out: a few lines of aliases can mean billions of values
+_KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+_TEXT, _DATE, _EQUALS = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "value"))
+
+
+class _PythonParser(Reader, Scanner, Parser):
+    def __init__(self, text: str) -> None:
+        Reader.__init__(self, text)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+
+
+# libyaml's parser where PyYAML was built with it. Its composer is not used: deep nesting overflows its stack.
+_Parser: Any = vars(yaml.cyaml)["CParser"] if yaml.__with_libyaml__ else _PythonParser
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that no description may hold."""
+
+    def __init__(self, problem: str, node: Any) -> None:
+        super().__init__(problem=problem, problem_mark=node.start_mark)
+
+
+class _Loader(Composer, SafeConstructor, Resolver, _Parser):  # type: ignore[misc]
+    """Composes in Python, so that depth, size, keys and tags are looked at before anything is built."""
+
+    def __init__(self, text: str) -> None:
+        _Parser.__init__(self, text)
+        Composer.__init__(self)
+        SafeConstructor.__init__(self)
+        Resolver.__init__(self)
+        self._depth = 0
+        self._values: dict[Node, int] = {}  # how many values stand below a node that is complete
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        event = self.peek_event()
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _Refused(f"nested deeper than {_DEEPEST} levels", event)
+        node: Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            self._look_at(node, event)
+        return node
+
+    def _look_at(self, node: Node, event: yaml.Event) -> None:
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._values:
+                raise _Refused(f"the alias *{event.anchor} stands inside what it means", event)
+            return
+        if node.tag in (_DATE, _EQUALS) and isinstance(node, ScalarNode):
+            node.tag = _TEXT
+        if node.tag not in _KINDS:
+            raise _Refused(
+                f"values of the kind {node.tag.replace('tag:yaml.org,2002:', '!!')} have no place here", event
+            )
+        self._values[node] = 1 + sum(self._values[below] for below in _below(node))
+        if self._values[node] > _MOST_VALUES:
+            raise _Refused(f"more than {_MOST_VALUES:,} values with its aliases written out", event)
+        if isinstance(node, MappingNode):
+            _require_each_key_once(node)
+
+
+def _below(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, CollectionNode) else []
+
+
+def _require_each_key_once(node: MappingNode) -> None:
+    """`0` and `"0"` are one key here: a layer's number."""
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, ScalarNode):
+            raise _Refused("a key is a single word or number", key)
+        if key.value in seen:
+            raise _Refused(f"the key {key.value!r} stands here twice; keep one", key)
+        seen.add(key.value)
+
+
+def plain_values(text: str, source: str, cure: str = "") -> Any:
+    """The values that `text` holds. Raises BadValue, in one line with `source` and the line, for anything but plain
+    YAML: a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an object."""
+    try:
+        loader = _Loader(text)
+        try:
+            return _encodable(loader.get_single_data())
+        finally:
+            loader.dispose()
+    except _Refused as error:
+        raise BadValue(f"{source}: {_line(error)}{error.problem}") from None
+    except yaml.YAMLError as error:
+        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise BadValue(f"{source}: {_line(error)}{said}; this is not valid YAML{cure and f'; {cure}'}") from None
+    except UnicodeEncodeError:
+        raise BadValue(f"{source}: holds half a surrogate pair, which is no text") from None
+    except (ValueError, KeyError, OverflowError) as error:  # a tag such as !!int before a word
+        raise BadValue(f"{source}: {error}; a value does not fit the kind that it is said to be") from None
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: " if mark else ""
+
+
+def _encodable(value: Any) -> Any:
+    """`value`, or UnicodeEncodeError where some text in it could not be written to a file."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            one.encode()
+        elif isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+    return value
