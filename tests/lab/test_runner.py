@@ -16,11 +16,12 @@ from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
 from fp4rl.lab import work
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.inputs import inputs, made_from_others
+from fp4rl.lab.inputs import made_from_others
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.runner import Outcome, run_all, set_aside, split_finished, stale
 from fp4rl.lab.sinks import sink
+from fp4rl.rl.inputs import inputs
 from fp4rl.rl.train import Trained
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere

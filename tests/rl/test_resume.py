@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from fp4rl.lab.matrix import single
 from fp4rl.lab.work import carry_out
 from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import checkpoints
+from fp4rl.rl.inputs import inputs
 from fp4rl.rl.trainer import Trainer
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 STEPS = 4
 HARD = {  # everything that has a state of its own
@@ -49,12 +52,12 @@ class Interrupted(BaseException):
 def carried(experiment, model_cache, tmp_path, monkeypatch):
     """`carried(name, stop_at=None)` -> the folder after a run below `tmp_path/name`; it may be interrupted."""
 
-    def go(name, stop_at=None, **changes):
+    def go(name, stop_at=None, described=None, **changes):
         torch.set_num_threads(1)
         (tmp_path / name).mkdir(exist_ok=True)
         if not (tmp_path / name / "models").exists():
             (tmp_path / name / "models").symlink_to(model_cache)
-        planned = single(experiment("bf16", **{**HARD, **changes}), "trial")
+        planned = single(described or experiment("bf16", **{**HARD, **changes}), "trial")
         with monkeypatch.context() as patch:
             if stop_at is not None:
                 patch.setattr(Trainer, "_sample", _interrupting(Trainer._sample, stop_at))
@@ -219,3 +222,59 @@ def test_ten_kills_in_the_middle_of_a_run_change_nothing(tmp_path, experiment):
 def _steps(root):
     """A clock that moves with every step: lines ever written."""
     return sum(len((run.path / "metrics.jsonl").read_bytes()) for run in all_runs(root) if run.metrics())
+
+
+@pytest.fixture
+def with_files(model_cache, experiment, carried, tmp_path, monkeypatch):
+    """An experiment that points to files, and these by the name of the input."""
+    carried("made", 0)  # the embedded model is warmed up
+    (made,) = model_cache.glob("tiny-*/")
+    model = shutil.copytree(made, tmp_path / "model")
+    data, source = tmp_path / "train.jsonl", tmp_path / "my_reward.py"
+    data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
+    source.write_text("def length(completion, **_):\n    return len(completion) % 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = experiment("bf16").model_dump() | {
+        "model": {"path": str(model)},
+        "task": {"name": "gsm8k", "path": str(data)},
+        "evaluation": {"count": 4, "profiles": ["full"], "max_new_tokens": 8},
+    }
+    described["training"] |= {"save_freq": 1, "reward": "my_reward.length"}
+    files = {"start model": model / "config.json", "problems": data, "reward's source": source}
+    return Experiment.model_validate(described), files
+
+
+def test_what_changed_behind_its_path_is_not_gone_on_with(with_files, carried):
+    """Inputs that a description only points to: a resume on others is refused with the cure, the same ones go on."""
+    described, files = with_files
+    broken = carried("broken", 1, described)
+    assert not broken.finished
+    for name, file in files.items():
+        before = file.read_text()
+        file.write_text(before.replace("39", "40").replace("% 7", "% 5") + "\n")
+        with pytest.raises(BadValue, match=rf"changed since the checkpoint after step 1 .*{name} .*delete .*broken"):
+            carried("broken", described=described)
+        file.write_text(before)
+    folder = carried("broken", described=described)
+    assert "resumed from the checkpoint after step 1" in (folder.path / "log.txt").read_text()
+    assert set(folder.result()["evidence"]["inputs"]) == set(files)
+
+
+def test_the_base_of_an_adapter_and_the_modules_beside_a_reward_are_inputs_too(tmp_path, monkeypatch, experiment):
+    """Contents at second hand: an adapter names its base, a reward imports from its own package."""
+    base, adapter, package = (tmp_path / name for name in ("base", "adapter", "rewards_of_mine"))
+    for folder in (base, adapter, package):
+        folder.mkdir()
+    (base / "model.safetensors").write_bytes(b"these")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    for name in ("__init__", "exact", "words"):
+        (package / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = experiment("bf16", training={"reward": "rewards_of_mine.exact.score"})
+    first = inputs(described, adapter)
+    (package / "words.py").write_text("WORDS = ()")
+    second = inputs(described, adapter)
+    assert first["start model"] == second["start model"]
+    assert first["reward's source"] != second["reward's source"]
+    (base / "model.safetensors").write_bytes(b"those")
+    assert inputs(described, adapter)["start model"] != first["start model"]

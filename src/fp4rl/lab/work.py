@@ -19,7 +19,6 @@ import yaml
 
 from fp4rl.lab.faults import faults_kept
 from fp4rl.lab.folders import RunFolder, run_folder
-from fp4rl.lab.inputs import inputs
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
@@ -162,7 +161,6 @@ def _result(run: PlannedRun, trained: Trained, evaluations: list[dict[str, Any]]
         "evaluations": evaluations,
         "evidence": {
             **trained.evidence,
-            "inputs": inputs(run.experiment, trained.start),
             "processes": processes.count(),
         },
         "steps_asked": run.experiment.training.steps,

@@ -1,7 +1,7 @@
 """One attempt at training: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -31,7 +31,8 @@ from fp4rl.tasks.task import Problem, Task
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same in every attempt. `stamp` names the code that writes checkpoints."""
+    """What stays the same in every attempt. `stamp` names the code that writes checkpoints, `inputs` what the paths
+    and names of the description pointed to."""
 
     experiment: Experiment
     folder: Path
@@ -41,6 +42,7 @@ class Run:
     judge: Judge
     hear: Listeners
     stamp: str
+    inputs: Mapping[str, str]
 
     def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
         """Every profile's evaluation of the model in `folder`."""
@@ -162,6 +164,7 @@ class Attempt:
             "positions": self.trainer.positions(),
             "phases": processes.from_all(self.phases.state()),
             "rollbacks": self.past.rollbacks,
+            "inputs": self.run.inputs,
         }
         processes.wait()  # each writes a file of its own into it
         if processes.is_first():

@@ -12,6 +12,7 @@ from fp4rl.rl.attempt import Attempt, Past, Run, beginning
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
 from fp4rl.rl.health.monitor import last_healthy
+from fp4rl.rl.inputs import inputs, require_unchanged
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.losses import cannot_act
@@ -60,6 +61,9 @@ def train(
     past = past or Past()
     _require_as_many(past)
     run = _run(experiment, folder, cache, _heard_by_one(listeners), stamp)
+    if past.checkpoint is not None:
+        then = past.checkpoint.state["inputs"]
+        require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
     for line in (*experiment.warnings(), *_cannot_act(experiment)):
@@ -84,7 +88,8 @@ def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, sta
     problems = training_problems(experiment.task, task)
     warm_up_steps = experiment.model.embedded.warm_up_steps if experiment.model.embedded else 0
     start = start_folder(experiment.model, task, cache, lambda step, _: hear.on_stage("warm-up", step, warm_up_steps))
-    return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp)
+    found = processes.from_first(inputs(experiment, start))
+    return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp, found)
 
 
 def _heard_by_one(listeners: Listeners | None) -> Listeners:
@@ -139,6 +144,7 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
     evidence = {
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
         "weights_changed": share,
+        "inputs": run.inputs,
         "noise": attempt.phases.noise_summary(),
         "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
     }

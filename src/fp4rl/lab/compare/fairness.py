@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fp4rl.lab.compare.difference import covered, differences, factor_of, said, undeclared
 from fp4rl.lab.compare.sides import Side, SideRun
-from fp4rl.lab.inputs import POINTERS
+from fp4rl.rl.inputs import POINTERS
 
 Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
 Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence"]

@@ -1,0 +1,94 @@
+"""What a run is made from besides its description: digests of contents that a path or a name only points to.
+
+They stand in every checkpoint and beside the result. No torch: finished runs are compared with them too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.task import Gsm8k
+
+# Each with the part of a description that points to it: where that is a declared factor, the contents may differ too.
+POINTERS = {"start model": "model", "problems": "task", "reward's source": "training.reward"}
+
+_read: dict[tuple[Path, int, int], str] = {}
+
+
+def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
+    """Name -> twelve hex digits, for the model that training starts from (`start`), the file of problems and the
+    source of a reward of one's own."""
+    return {"start model": of_model(start), **pointed_at(experiment)}
+
+
+def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:
+    """Raises BadValue where a checkpoint after `step` was trained on other contents than are there `now`: going on
+    would train on both and record the new ones alone (P49)."""
+    others = [f"{name} ({key})" for name, key in POINTERS.items() if then.get(name) != now.get(name)]
+    if others:
+        raise BadValue(
+            f"changed since the checkpoint after step {step} was written: {', '.join(others)}; "
+            f"put it back as it was, or delete {checkpoints} to start over with what is there now"
+        )
+
+
+def of_model(folder: Path) -> str:
+    """The files of a model: weights, settings and tokenizer, but no notes; an adapter's base belongs to it."""
+    parts = list(_parts(folder))
+    settings = folder / "adapter_config.json"
+    if settings.is_file():
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        parts += _parts(Path(base)) if base and Path(base).is_dir() else []
+    return _of_files(parts)
+
+
+def pointed_at(experiment: Experiment) -> dict[str, str]:
+    """The inputs that are known without a start model."""
+    found = {}
+    if isinstance(experiment.task, Gsm8k):
+        paths = (experiment.task.path, experiment.task.test_path)
+        found["problems"] = _of_files([Path(path) for path in paths if path is not None])
+    source = _sources(experiment.training.reward.rpartition(".")[0])
+    if source:
+        found["reward's source"] = _of_files(source)
+    return found
+
+
+def _sources(module: str) -> list[Path]:
+    """The file of a module; where it stands in a package, every source file of that package: it may import them."""
+    try:
+        spec = find_spec(module) if module else None
+    except ImportError:  # the run itself says so
+        return []
+    if spec is None or not spec.origin:
+        return []
+    file = Path(spec.origin)
+    return sorted(file.parent.rglob("*.py")) if spec.parent else [file]
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    return (
+        path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md" and path.name[0] != "."
+    )
+
+
+def _of_files(paths: Iterable[Path]) -> str:
+    """Over names and contents."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(f"{path.name}\n{_of_file(path)}\n".encode())
+    return found.hexdigest()[:12]
+
+
+def _of_file(path: Path) -> str:
+    """A large model is read once a process, not once a run."""
+    stat = path.stat()
+    place = path, stat.st_size, stat.st_mtime_ns
+    if place not in _read:
+        with path.open("rb") as file:
+            _read[place] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _read[place]
