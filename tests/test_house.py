@@ -1,6 +1,7 @@
 """The house itself: its floors hold, and describing things never costs an import of torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,19 @@ def test_every_public_name_has_a_home():
 def test_a_name_that_is_not_there_is_an_attribute_error_that_lists_those_that_are():
     with pytest.raises(AttributeError, match=r"it offers .*fake_quantize"):
         fp4rl.fake_quantise  # noqa: B018
+
+
+_TAG = re.compile(r"\[/?(bold|dim|italic|red|green|yellow|blue|cyan|magenta|link)\b[^\]]*\]|\[/\]")
+
+
+def test_no_source_writes_markup_or_makes_a_console_of_its_own():
+    found = []
+    for file in (ROOT / "src" / "fp4rl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and _TAG.search(node.value):
+                found.append(f"{file.name}:{node.lineno}: markup in a string; use styled() of cli/terminal.py")
+            if isinstance(node, ast.Attribute) and node.attr == "from_markup":
+                found.append(f"{file.name}:{node.lineno}: from_markup; use styled() of cli/terminal.py")
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console" and file.name != "terminal.py":
+                found.append(f"{file.name}:{node.lineno}: a console; take console() of cli/terminal.py")
+    assert not found, found

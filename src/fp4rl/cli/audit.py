@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp4rl.cli.ledger import AsJson
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.audit.confounds import ONE_RUN
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _print_pairs(found: "Audit") -> None:
     screen = console()
     confounds = {one.record.id: one.confounds for one in found.records}
     heading = f"{len(found.pairs)} comparisons in points, 95 % intervals over {found.problems} problems (Newcombe)"
-    screen.print(f"[bold]{heading}[/bold]", highlight=False)
+    screen.print(styled((heading, "bold")), highlight=False)
     screen.print("Each arm is one run: no comparison earns an effect word.", highlight=False)
     if found.spread:
         groups, sd, band = found.spread.groups, found.spread.sd, found.spread.band((1, 1))
@@ -71,14 +71,14 @@ def _print_silent(found: "Audit") -> None:
         if one.noise.state == "never effective":
             reasons.setdefault("; ".join(one.noise.reasons), []).append(one.record.id)
     count = sum(len(ids) for ids in reasons.values())
-    console().print(f"\n[bold]{count} arms whose noise was never effective[/bold]", highlight=False)
+    console().print(styled((f"\n{count} arms whose noise was never effective", "bold")), highlight=False)
     for reason, ids in reasons.items():
         console().print(", ".join(ids), highlight=False)
         _indented(reason)
 
 
 def _print_records(found: "Audit") -> None:
-    console().print(f"\n[bold]{len(found.records)} records[/bold]", highlight=False)
+    console().print(styled((f"\n{len(found.records)} records", "bold")), highlight=False)
     for one in found.records:
         final = "no result" if one.record.final_accuracy is None else f"{one.record.final_accuracy:.2f} %"
         console().print(f"{one.record.id}: {final}; noise: {one.noise.state}", highlight=False)

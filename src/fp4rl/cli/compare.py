@@ -8,7 +8,7 @@ import typer
 
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.questions import check_factors
 
@@ -85,19 +85,18 @@ def _questions(
 
 def _print(answer: "Compared") -> None:
     from rich.padding import Padding
-    from rich.text import Text
 
     screen = console()
 
-    def indented(line: str) -> None:
-        screen.print(Padding(Text.from_markup(line), (0, 0, 0, 2), expand=False))  # a long line wraps below itself
+    def indented(*parts: str | tuple[str, str]) -> None:
+        screen.print(Padding(styled(*parts), (0, 0, 0, 2), expand=False))  # a long line wraps below itself
 
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
-    screen.print(f"[bold]{label}[/bold]", highlight=False)
+    screen.print(styled((label, "bold")), highlight=False)
     for side in (answer.treatment, answer.control):
         indented(f"{side.name}: {_side(side)}")
     for objection in answer.objections[:_MOST]:
-        indented(f"[red]not comparable[/red]: {objection.sentence()}")
+        indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
         indented(f"and {len(answer.objections) - _MOST} more differences (--json lists all)")
     if answer.verdict is None:

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fp4rl.cli.terminal import styled
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import Event, Outcome
 
@@ -35,7 +36,7 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
         )
         self._bar = self._progress.add_task("runs", total=len(runs), left="")
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
@@ -78,7 +79,8 @@ class Display:
         if outcome.mistake:
             return  # said once, at the end, for all runs that share it
         if outcome.error is not None:
-            self._console.print(f"[red]failed[/red] {run.arm}, seed {run.seed}: {outcome.error}", highlight=False)
+            said = f" {run.arm}, seed {run.seed}: {outcome.error}"
+            self._console.print(styled(("failed", "red"), said), highlight=False)
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)

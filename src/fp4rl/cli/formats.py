@@ -8,7 +8,7 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.cli.terminal import console, print_json, progress, styled
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
 from fp4rl.spec.mistakes import BadValue, shown
@@ -74,11 +74,13 @@ def _list(as_json: bool) -> None:
         )
     screen = console()
     screen.print(table)
-    screen.print("\n[bold]Grids[/bold]: the magnitudes that an element can hold, in units of its scale")
+    screen.print(styled(("\nGrids", "bold"), ": the magnitudes that an element can hold, in units of its scale"))
     screen.print(_grids(), highlight=False)
-    screen.print("\n[bold]Modes[/bold]: formats of all linear layers at once, as `injection: w4a4` or `--mode w4a4`")
+    screen.print(
+        styled(("\nModes", "bold"), ": formats of all linear layers at once, as `injection: w4a4` or `--mode w4a4`")
+    )
     screen.print(_modes(), highlight=False)
-    screen.print("\n[bold]Presets[/bold]: what a deployment target does to MX formats, weights | inputs")
+    screen.print(styled(("\nPresets", "bold"), ": what a deployment target does to MX formats, weights | inputs"))
     screen.print(_presets())
     screen.print(
         "\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor; a mean over eight "
@@ -115,7 +117,7 @@ def _show_one(fmt: Format, as_json: bool) -> None:
         print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "presets": dict(_under_presets(fmt))})
         return
     screen = console()
-    screen.print(f"[bold]{fmt.name}[/bold]  {_bits(fmt.bits_per_value)} bits a value", highlight=False)
+    screen.print(styled((fmt.name, "bold"), f"  {_bits(fmt.bits_per_value)} bits a value"), highlight=False)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for key, value in _in_words(fmt):
         facts.add_row(key, value)

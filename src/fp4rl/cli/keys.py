@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.mistakes import NotThere, nearest
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from fp4rl.spec.keys import Key
 
 
@@ -57,7 +59,6 @@ def _row(key: "Key") -> dict[str, Any]:
 
 
 def _print(found: "list[Key]") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -66,8 +67,8 @@ def _print(found: "list[Key]") -> None:
     for key, begins in _with_breaks(found):
         if begins:
             table.add_row()
-        said = [escape(key.kind), _default(key), escape(key.meaning)]
-        table.add_row(key.path, "; ".join(part for part in said if part))
+        said = [part for part in (styled(key.kind), _default(key), styled(key.meaning)) if part]
+        table.add_row(key.path, styled("; ").join(said))
     console().print(table)
 
 
@@ -80,14 +81,12 @@ def _with_breaks(found: "list[Key]") -> "Iterator[tuple[Key, bool]]":
         before = part
 
 
-def _default(key: "Key") -> str:
-    from rich.markup import escape
-
+def _default(key: "Key") -> "Text":
     if key.kind.startswith("keys"):
-        return ""
+        return styled()
     if key.default is ...:
-        return "[bold]required[/bold]"
-    return f"default [bold]{escape(_as_yaml(key.default))}[/bold]"
+        return styled(("required", "bold"))
+    return styled("default ", (_as_yaml(key.default), "bold"))
 
 
 def _as_yaml(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The command line: one file a verb, one line an error, and three exit codes (0 fine, 1 check failed, 2 bad input)."""
 
 import ast
+import io
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -102,19 +103,24 @@ def _report(error: BaseException) -> int:
         case TyperException():
             shown = str(error.format_message()).strip()
             if shown:
-                print(f"fp4rl: {shown.rstrip('.')}; {_where_to_look(error)}", file=sys.stderr)
+                _say(f"{shown.rstrip('.')}; {_where_to_look(error)}")
             return 2 if shown else 0
         case CheckFailed():
-            print(f"fp4rl: {error}", file=sys.stderr)
+            _say(str(error))
             return 1
         case KeyboardInterrupt() | typer.Abort():
-            print("fp4rl: stopped; the same command continues where it left off", file=sys.stderr)
+            _say("stopped; the same command continues where it left off")
             return _INTERRUPTED
         case BrokenPipeError():
             return 0
         case _:
-            print(f"fp4rl: {error}", file=sys.stderr)
+            _say(str(error))
             return 2
+
+
+def _say(line: str) -> None:
+    """One line on standard error, whatever stands in it: names and messages come from outside."""
+    print("fp4rl:", " ".join(line.split("\n")), file=sys.stderr)
 
 
 def _where_to_look(error: TyperException) -> str:
@@ -125,6 +131,9 @@ def _where_to_look(error: TyperException) -> str:
 
 def entry() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = main()
     if launched():
         leave(code)

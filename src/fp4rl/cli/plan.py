@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.model import Embedded
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ def command(
 
     Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
-    from rich.markup import escape
-
     from fp4rl.cli.described import described_by, runs_described, warnings_of
     from fp4rl.lab.here import not_here
     from fp4rl.lab.runner import split_finished
@@ -44,9 +42,9 @@ def command(
     _print_suite(screen, described)
     _print_runs(screen, found, finished)
     for line in warnings_of(found):
-        screen.print(f"[yellow]warning[/yellow]: {escape(line)}", highlight=False)
+        screen.print(styled(("warning", "yellow"), f": {line}"), highlight=False)
     for line in not_here(found):
-        screen.print(f"[yellow]missing[/yellow]: {line}", highlight=False)
+        screen.print(styled(("missing", "yellow"), f": {line}"), highlight=False)
 
 
 def _print_what(screen: "Console", one: "Experiment") -> None:
@@ -61,7 +59,6 @@ def _print_what(screen: "Console", one: "Experiment") -> None:
 
 
 def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from fp4rl.spec.experiment import Suite
@@ -72,14 +69,14 @@ def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
     for name in ("arm", "differs from the base in"):
         arms.add_column(name, overflow="fold")
     for name, change in described.arms.items():
-        arms.add_row(name, escape(_as_line(change)))
+        arms.add_row(name, _as_line(change))
     screen.print(arms)
     for key, values in described.axes.items():
         screen.print(f"each with {key} = {', '.join(map(str, values))}", highlight=False)
     questions = Table.grid(padding=(0, 1))  # a long question wraps below itself
     for number, asked in enumerate(described.comparisons, 1):
         sides = f"{asked.treatment} against {asked.control}"
-        questions.add_row(f"{number}.", f"{escape(asked.question)} [dim]({sides})[/dim]")
+        questions.add_row(f"{number}.", styled(f"{asked.question} ", (f"({sides})", "dim")))
     if questions.row_count:
         screen.print(questions, highlight=False)
     if not described.comparisons:

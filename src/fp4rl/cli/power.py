@@ -7,7 +7,7 @@ import typer
 
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 _SHOWN_AROUND = 3
@@ -52,7 +52,7 @@ def command(
 
 def _print(needed: int, table: dict[int, float], basis: str) -> None:
     screen = console()
-    screen.print(f"[bold]{needed} seeds an arm[/bold], at a {basis}", highlight=False)
+    screen.print(styled((f"{needed} seeds an arm", "bold"), f", at a {basis}"), highlight=False)
     for seeds, chance in table.items():
         mark = "  <-" if seeds == needed else ""
         screen.print(f"  {seeds:>4} seeds: seen in {100 * chance:3.0f} of 100 tries{mark}", highlight=False)

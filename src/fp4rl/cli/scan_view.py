@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.pictures import heat_strip
+from fp4rl.cli.terminal import styled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def show(screen: "Console", report: "ScanReport") -> None:
     from fp4rl.diagnose.rules import COLUMNS
 
     injection = report.table.injection
-    screen.print(f"[bold]{escape(report.model)}[/] {injection.name}: {len(report.table.plans)} sites", highlight=False)
+    screen.print(styled((report.model, "bold"), f" {injection.name}: {len(report.table.plans)} sites"), highlight=False)
     if report.calibration:
         given = report.calibration
         screen.print(f"{given['texts']} texts, {given['tokens']} tokens, digest {given['digest']}", highlight=False)
@@ -45,7 +45,7 @@ def show(screen: "Console", report: "ScanReport") -> None:
     for found in findings(report):
         _show_finding(screen, found)
     if judged := rule_results(report):
-        screen.print("[bold]thresholds of earlier documents[/], to compare with", highlight=False)
+        screen.print(styled(("thresholds of earlier documents", "bold"), ", to compare with"), highlight=False)
         table = _plain(*COLUMNS)
         for result in judged:
             table.add_row(*result.cells())
@@ -54,7 +54,7 @@ def show(screen: "Console", report: "ScanReport") -> None:
 
 def show_advice(screen: "Console", advice: "Advice") -> None:
     """The strategy and its reasons."""
-    screen.print(f"[bold]advice: {advice.strategy}[/]")
+    screen.print(styled((f"advice: {advice.strategy}", "bold")))
     for reason in advice.reasons:
         line = Table.grid(padding=(0, 1))
         line.add_row(" ", Text(reason))

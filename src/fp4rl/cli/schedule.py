@@ -12,7 +12,7 @@ from fp4rl.cli.described import runs_of
 from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
 from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.noise.resolution import share_bf16_can_change
@@ -130,12 +130,12 @@ def _looks(facts: dict[str, Any]) -> list[Any]:
 
 
 def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[str, Any] | None) -> None:
-    name = f"[bold]{', '.join(facts['arms'])}[/]"
+    name = (", ".join(facts["arms"]), "bold")
     if alike is not None:
-        screen.print(f"{name}: sigma as in {', '.join(alike['arms'])}", highlight=False)
+        screen.print(styled(name, f": sigma as in {', '.join(alike['arms'])}"), highlight=False)
         _show_multipliers(screen, facts["multipliers"])
         return
-    screen.print(f"{name}: {facts['schedule']['kind']}, {facts['steps']} steps", highlight=False)
+    screen.print(styled(name, f": {facts['schedule']['kind']}, {facts['steps']} steps"), highlight=False)
     if facts["control"] != "no":
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):
@@ -145,18 +145,17 @@ def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[st
     table = Table("steps", "sigma", f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})")
     shown = facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]
     for row in shown:
-        low = (
-            " [yellow]mostly swallowed[/]" if in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05 else ""
-        )
+        swallowed = in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05
+        low = (" mostly swallowed" if swallowed else "", "yellow")
         steps = f"{row['first_step']}-{row['last_step']}"
-        table.add_row(steps, f"{row['sigma']:.4g}", f"{row['bf16_share_changed']:.1%}{low}")
+        table.add_row(steps, f"{row['sigma']:.4g}", styled(f"{row['bf16_share_changed']:.1%}", low))
     screen.print(table)
     if not in_bf16:
         screen.print(_why_not_swallowed(facts), highlight=False)
     _show_multipliers(screen, facts["multipliers"])
     if facts["values_missed"]:
         missed = ", ".join(f"{value:.4g}" for value in facts["values_missed"])
-        screen.print(f"[yellow]the run is too short to reach sigma {missed}; use fewer stages or more steps[/]")
+        screen.print(f"the run is too short to reach sigma {missed}; use fewer stages or more steps", style="yellow")
 
 
 def _why_not_swallowed(facts: dict[str, Any]) -> str:

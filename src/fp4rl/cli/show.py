@@ -7,7 +7,7 @@ import typer
 
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 
 _FEW = 12
 
@@ -44,7 +44,7 @@ def _print(about: dict[str, Any]) -> None:
 
     run, screen = about["run"], console()
     seed = f"seed {run['seed']}" if run["seed"] is not None else "seed not known"
-    screen.print(f"[bold]{run['suite']}/{run['run_id']}[/bold]  arm {run['arm']}, {seed}", highlight=False)
+    screen.print(styled((f"{run['suite']}/{run['run_id']}", "bold"), f"  arm {run['arm']}, {seed}"), highlight=False)
     wall = f", {run['wall_s']:.0f} s" if run["wall_s"] is not None else ""
     screen.print(
         f"{run['steps_done']} of {run['steps_asked'] or '?'} steps{wall}, code {run['code_digest']}", highlight=False
@@ -53,9 +53,9 @@ def _print(about: dict[str, Any]) -> None:
         source = run["imported"]
         screen.print(f"from {source['source']} ({source['dialect']})", highlight=False, soft_wrap=True)
     _print_evaluations(about["evaluations"])
-    screen.print("[bold]evidence[/bold]", highlight=False)
+    screen.print(styled(("evidence", "bold")), highlight=False)
     for gap in about["gaps"]:
-        screen.print(f"  [red]missing[/red]: {gap}", highlight=False)
+        screen.print(styled("  ", ("missing", "red"), f": {gap}"), highlight=False)
     for kind, count in about["evidence_lines"].items():
         screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}", highlight=False)
     for name, value in run["evidence"].items():
@@ -64,10 +64,11 @@ def _print(about: dict[str, Any]) -> None:
     files = about["artefacts"]
     size = sum(file["bytes"] for file in files) / 2**20
     screen.print(
-        f"[bold]files[/bold] {len(files)}, {size:.1f} MiB: " + _some([f["path"] for f in files]), highlight=False
+        styled(("files", "bold"), f" {len(files)}, {size:.1f} MiB: {_some([f['path'] for f in files])}"),
+        highlight=False,
     )
     if about["spec"]:
-        screen.print("[bold]described as[/bold]")
+        screen.print(styled(("described as", "bold")))
         text = yaml.safe_dump(_said(about["spec"]), sort_keys=False, default_flow_style=None, width=screen.width - 8)
         screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
 
@@ -116,7 +117,9 @@ def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
 
 def _print_answers(found: dict[str, Any], problem: str) -> None:
     screen = console()
-    screen.print(f"[bold]{found['run']['suite']}/{found['run']['run_id']}[/bold] on {problem}", highlight=False)
+    screen.print(
+        styled((f"{found['run']['suite']}/{found['run']['run_id']}", "bold"), f" on {problem}"), highlight=False
+    )
     for answer in found["answers"]:
         verdict = "solved" if answer["strict"] else "not solved"
         where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from fp4rl.cli.described import runs_of
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.door import parse
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
@@ -52,7 +52,7 @@ def command(
         print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
         return
     for line in warnings:
-        console(stderr=True).print(f"[yellow]old setting:[/yellow] {line}", highlight=False, soft_wrap=True)
+        console(stderr=True).print(styled(("old setting:", "yellow"), f" {line}"), highlight=False, soft_wrap=True)
     _show(table, every)
 
 
