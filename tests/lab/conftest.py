@@ -25,7 +25,7 @@ SPEC: dict[str, Any] = {
     "training": {"algorithm": "dapo", "steps": 30, "lr": 4e-4},
     "injection": None,
     "noise": None,
-    "evaluation": {"count": 40, "profiles": ["full", "deployment"]},
+    "evaluation": {"count": 40},
 }
 PROFILE: dict[str, Any] = {
     "name": "deployment",
@@ -59,7 +59,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         profile: Mapping[str, Any] | None = None,
         **result: Any,
     ) -> RunFolder:
-        described = _merged(SPEC, spec or {}) | {"seed": seed}
+        conditions = PROFILE | dict(profile or {})
+        judged = {"evaluation": {"profiles": [conditions["name"]]}}
+        described = _merged(_merged(SPEC, judged), spec or {}) | {"seed": seed}
         key = digest(described)
         run = run_folder(tmp_path / "runs", suite, f"{arm}-s{seed}-{key}")
         run.write_spec(yaml.safe_dump(described, sort_keys=False))
@@ -70,7 +72,6 @@ def make_run(tmp_path: Path) -> MakeRun:
         run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
         for step in range(3):
             run.add_metrics(step, {"reward/mean": 0.1 * step + 0.01 * seed, "grad_norm": float("nan")})
-        conditions = PROFILE | dict(profile or {})
         share = strict if isinstance(strict, float) else sum(strict) / len(strict)
         if not isinstance(strict, float):
             run.write_items(30, conditions["name"], _items(strict))

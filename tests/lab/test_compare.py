@@ -127,7 +127,7 @@ def test_another_number_of_answers_is_refused(two_arms, evaluated, ask: Ask):
 def test_another_step_is_refused(two_arms, evaluated, ask: Ask):
     two_arms(**evaluated(step=20))
     compared = ask()
-    assert _kinds(compared) == {"step"}
+    assert _kinds(compared) == {"step", "evidence"}
     assert compared.objections[0].sentence() == "the evaluated step differs: 20 against 30"
 
 
@@ -366,6 +366,104 @@ def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
         "rounding changed no weight at 1 of 1 sites during rollout",
         "rounding changed no weight at 1 of 1 sites during training",
     )
+
+
+@pytest.fixture
+def of_values(make_run, ask: Ask) -> Callable[..., Compared]:
+    """Two arms of two seeds with one site table, whose digests are given by arm and seed; then they are compared."""
+
+    def make(key: str, weights: dict[str, Any], answers: dict[str, Any], **control: Any) -> Compared:
+        for arm, described in (("with", {"training": {key: "k2"}}), ("without", control.get("spec", {}))):
+            for seed in range(2):
+                digests = {"final_weights": weights[arm][seed]} if weights else {}
+                summary = {"sites": 0, "calls": {}, "master_unharmed": True} | digests
+                run = make_run(arm, seed, 0.5 + 0.01 * seed, spec=described, evidence=summary)
+                judged = {"kind": "evaluation", "step": 30, "profile": {"name": "deployment", "sites_digest": None}}
+                run.add_evidence(judged | ({"answers_digest": answers[arm][seed]} if answers else {}))
+        return ask("with", "without", factors=(f"training.{key}",))
+
+    return make
+
+
+ANSWERS = {"with": ["a", "b"], "without": ["c", "d"]}
+WEIGHTS = {"with": ["w", "v"], "without": ["u", "t"]}
+
+
+@pytest.mark.parametrize(
+    "weights, answers, what",
+    [
+        ({"with": ["w", "v"], "without": ["w", "v"]}, ANSWERS, "the final weights are bit-identical (seed 0, 1)"),
+        ({"with": ["w", "v"], "without": ["w", "t"]}, ANSWERS, "the final weights are bit-identical (seed 0)"),
+        (WEIGHTS, {"with": ["a", "b"], "without": ["a", "b"]}, "every answer is the same on both sides"),
+        ({}, {"with": ["a", "b"], "without": ["a", "b"]}, "every answer is the same on both sides"),
+    ],
+)
+def test_a_knob_wired_to_nothing_is_refused_by_value(of_values, weights, answers, what: str):
+    """Kind: two names for one thing; whatever the descriptions say, the weights or the answers are the same bits."""
+    compared = of_values("kl_loss_type", weights, answers)
+    assert _kinds(compared) == {"identical"}
+    assert what in compared.objections[0].sentence()
+    assert compared.verdict is None
+
+
+def test_one_seed_that_answers_alike_is_no_identity(of_values):
+    alike = {"with": ["a", "b"], "without": ["a", "d"]}
+    assert of_values("kl_loss_type", WEIGHTS, alike).comparable
+
+
+def test_a_rounding_that_costs_no_answer_is_a_result(make_run, ask: Ask):
+    """Other site tables on the two sides: that both give the same answers is what was asked."""
+    for seed in range(2):
+        for arm, name, table in (("bf16", "full", None), ("bf16x", "w8a8", "aaaa")):
+            change = {"name": name, "precision": name, "sites_digest": table}
+            summary = {"sites": 0, "calls": {}, "master_unharmed": True, "final_weights": f"{arm}{seed}"}
+            run = make_run(arm, seed, 0.5 + 0.01 * seed, profile=change, evidence=summary, suite=arm)
+            judged = {"kind": "evaluation", "step": 30, "profile": {"name": name, "sites_digest": None}}
+            run.add_evidence(judged | {"answers_digest": f"same{seed}"})
+    assert ask("bf16x/bf16x@w8a8", "bf16/bf16@full", factors=("precision",)).comparable
+
+
+def test_a_treatment_of_evaluations_alone_leaves_the_weights_alone(make_run, ask: Ask):
+    """Kind: a treatment that acts in one phase only; the same weights are then what it must end in."""
+    alone = {"injection": {"weight": "mxfp4", "apply_during": {"weight": ["evaluation"]}}}
+    for seed in range(2):
+        summary = {"calls": {}, "master_unharmed": True, "final_weights": f"w{seed}"}
+        make_run("bf16", seed, 0.7 + 0.01 * seed, profile={"sites_digest": None}, evidence=summary | {"sites": 0})
+        run = make_run("later", seed, 0.6 + 0.01 * seed, spec=alone, evidence=summary | {"sites": 14})
+        profile = {"name": "deployment", "sites_digest": "aaaa"}
+        run.add_evidence({"kind": "evaluation", "step": 30, "profile": profile, "answers_digest": f"b{seed}"})
+        row = {"point": "weight", "site": "a", "calls": 9, "share_changed": 0.9, "looks": 1}
+        run.add_evidence({"kind": "injection", "phase": "evaluation", "profile": "deployment", "step": 30} | row)
+    assert ask("later", "bf16", factors=("injection", "precision")).objections == ()
+
+
+def test_an_injection_that_its_spec_leaves_out_of_training_has_no_gap_there():
+    """Kind: a treatment that acts in evaluations alone; it was refused as 'its spec injects nothing'."""
+    spec = {"injection": {"weight": "mxfp4", "apply_during": {"weight": ["evaluation"]}}}
+    judged = {"kind": "evaluation", "step": 30, "profile": {"name": "deployment", "sites_digest": "aaaa"}}
+    place = {"kind": "injection", "point": "weight", "site": "a", "calls": 9, "share_changed": 0.9}
+    row = place | {"phase": "evaluation", "profile": "deployment", "step": 30}
+    assert gaps(spec, {"sites": 14}, [judged, row, *PROVEN]) == ()
+    assert gaps(spec, {"sites": 14}, [judged, row, place | {"phase": "training"}, *PROVEN]) == (
+        "sites were rounded during training, which its spec leaves out",
+    )
+    assert gaps(spec, {"sites": 14}, PROVEN) == (
+        "its spec injects in evaluations alone, and none was made under the injection",
+    )
+    assert gaps({}, {"sites": 14}, PROVEN) == ("14 sites were quantized, but its spec injects nothing",)
+
+
+def test_a_run_without_one_of_its_evaluations_is_refused_as_in_the_report(two_arms, make_run, ask: Ask):
+    """Kind: two pipelines for one question; the report has always refused such a run."""
+    two_arms()
+    run = make_run("w4a4", 3, 0.63, spec=W4A4 | {"evaluation": {"profiles": ["deployment", "full"]}})
+    assert gaps(run.spec(), QUANTIZED, run.evidence(), [{"step": 30, "profile": "deployment", "last": True}]) == (
+        "no evaluation of full at the last step",
+    )
+    compared = ask("trial/" + run.run_id)
+    assert [o.treatment for o in compared.objections if o.kind == "evidence"] == [
+        "no evaluation of full at the last step"
+    ]
 
 
 def test_nothing_recorded_is_a_gap():

@@ -1,13 +1,18 @@
 """What an evaluation profile means, what stands beside every number, and the robustness sweep of the last step."""
 
+from copy import deepcopy
+from dataclasses import replace
 from io import StringIO
 
 import pytest
+import torch
 from rich.console import Console
 
 from fp4rl.cli.eval import _table
 from fp4rl.cli.main import main
-from fp4rl.rl.evaluate import Evaluation, Item, Profile
+from fp4rl.lab.compare.evidence import gaps
+from fp4rl.rl.evaluate import Evaluation, Item, Profile, answers_digest
+from fp4rl.rl.moved import weights_digest
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec import evaluation as spec
 from fp4rl.spec.injection import PHASES, Injection
@@ -154,3 +159,35 @@ def test_fp4rl_eval_shows_the_sweep_with_intervals(run, experiment, capsys):
     assert code == 0
     swept = (*(f"matmul_noise={size}" for size in (0, 0.01, 0.02, 0.05, 0.1)), "bf16", "mxfp8", "nvfp4", "mxfp4")
     assert all(name in shown for name in ("w4a4", *swept, "pass@2", "Wilson"))
+
+
+def test_an_injection_of_evaluations_alone_trains_as_without_it_and_proves_itself(run, experiment):
+    """Kind: a treatment that acts in one phase only; it was refused with 'its spec injects nothing'."""
+    later = {"mode": "w4a4", "apply_during": ["evaluation"]}
+    plain, _ = run(experiment("bf16", evaluation={"count": 8}), "plain")
+    trained, heard = run(experiment("bf16", injection=later, evaluation={"count": 8}), "later")
+    assert trained.evidence["final_weights"] == plain.evidence["final_weights"]
+    spec = experiment("bf16", injection=later, evaluation={"count": 8}).model_dump(mode="json")
+    lines = [*heard.records, *({"kind": "evaluation", **e.summary()} for e in heard.evaluations)]
+    assert gaps(spec, trained.evidence, lines) == ()
+    tables = {e.profile.name: e.profile.sites_digest is not None for e in heard.evaluations}
+    assert tables == {"full": False, "deployment": True}
+
+
+def test_the_digest_of_weights_is_of_their_bits_and_names():
+    """By hand: one bit, one name, one dtype or one frozen weight more make another policy, or none."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    before = weights_digest(model)
+    assert before == weights_digest(deepcopy(model))
+    other = deepcopy(model)
+    other.weight.data.view(torch.int32)[0, 0] ^= 1
+    assert weights_digest(other) != before
+    assert weights_digest(deepcopy(model).to(torch.bfloat16)) != before
+    assert weights_digest(torch.nn.Sequential(model)) != before
+
+
+def test_the_digest_of_answers_is_of_what_was_said():
+    first, other = items((True, False)), items((True, True))
+    assert answers_digest(first) == answers_digest(other), "scores are made from the answers"
+    assert answers_digest(first) != answers_digest((replace(first[0], completion="18"), first[1]))
+    assert answers_digest(first) != answers_digest(first[:1])

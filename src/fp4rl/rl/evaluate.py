@@ -86,6 +86,7 @@ class Evaluation:
             "formatted": self.share("formatted"),
             "truncated": self.share("truncated"),
             "mean_length": sum(i.length for i in self.items) / n,
+            "answers_digest": answers_digest(self.items),
             **self._of_samples(),
         }
 
@@ -109,6 +110,12 @@ class Decoding:
 def items_digest(problems: Sequence[Problem]) -> str:
     """Twelve hex digits over the identities of the problems, in order."""
     return hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()[:12]
+
+
+def answers_digest(items: Sequence[Item]) -> str:
+    """Twelve hex digits over all answers, as they were generated: equal digests are the same answers (P48)."""
+    rows = (f"{item.problem_id}\x1f{item.sample}\x1f{item.length}\x1f{item.completion}" for item in items)
+    return hashlib.sha256("\x1e".join(rows).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""How many of the trainable weights a run changed, start against end: training that changed nothing is none (P24)."""
+"""What training made of the weights: how many it changed, start against end (P24), and a digest of what they are."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,18 @@ def moved(start: PreTrainedModel, trained: PreTrainedModel, record: Callable[[di
     share = changed / total
     record({"kind": "moved", "trainable": total, "changed": changed, "share": share})
     return share
+
+
+@torch.no_grad()
+def weights_digest(model: PreTrainedModel) -> str:
+    """Twelve hex digits over the names and bits of the trainable weights: equal digests are equal policies (P48)."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = _whole(parameter).detach().contiguous().cpu()
+            found.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+            found.update(whole.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fp4rl.rl.inputs import inputs, require_unchanged
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.losses import cannot_act
-from fp4rl.rl.moved import few_moved, moved
+from fp4rl.rl.moved import few_moved, moved, weights_digest
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.sound import require_sound_here
@@ -145,6 +145,7 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
         "weights_changed": share,
         "inputs": run.inputs,
+        "final_weights": weights_digest(attempt.model),
         "noise": attempt.phases.noise_summary(),
         "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
     }

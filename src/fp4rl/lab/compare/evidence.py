@@ -4,15 +4,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fp4rl.lab.compare.rounding import rounding_gaps, wanted
-from fp4rl.spec.modes import Phase
+from fp4rl.spec.modes import PHASES, Phase
 
 Record = Mapping[str, Any]
 
 _TRAINED_IN: tuple[Phase, ...] = ("rollout", "training")  # evaluations record their own precision, under a profile
 
 
-def gaps(spec: Record, summary: Record, lines: Sequence[Record]) -> tuple[str, ...]:
-    """Empty for a run whose treatment is proven. `summary` stands in `result.json`, `lines` in `evidence.jsonl`."""
+def gaps(
+    spec: Record, summary: Record, lines: Sequence[Record], judged: Sequence[Record] | None = None
+) -> tuple[str, ...]:
+    """Empty for a run whose treatment is proven. `summary` stands in `result.json`, `lines` in `evidence.jsonl`.
+
+    `judged`: the evaluations of the result, each with its `step`, `profile` and whether it is the `last` one; None
+    where they are not looked at.
+    """
     if not summary and not lines:
         return ("it left no evidence",)
     return (
@@ -21,6 +27,7 @@ def gaps(spec: Record, summary: Record, lines: Sequence[Record]) -> tuple[str, .
         *_weight_gaps(summary, _of_kind(lines, "master")),
         *_live_gaps(_of_kind(lines, "live_equals_fresh")),
         *_judging_gaps(lines),
+        *(_missing_evaluations(spec, judged) if judged is not None else ()),
     )
 
 
@@ -29,7 +36,7 @@ def _of_kind(lines: Iterable[Record], kind: str) -> list[Record]:
 
 
 def _injection_gaps(injection: Any, summary: Record, lines: Sequence[Record]) -> Iterator[str]:
-    asked = {phase: wanted(injection, phase) for phase in _TRAINED_IN} if isinstance(injection, Mapping) else {}
+    asked = {phase: wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
     if not any(asked.values()):
         if summary.get("sites"):
             yield f"{summary['sites']} sites were quantized, but its spec injects nothing"
@@ -42,7 +49,16 @@ def _injection_gaps(injection: Any, summary: Record, lines: Sequence[Record]) ->
     for phase in _TRAINED_IN:
         rows = [row for row in _of_kind(own, "injection") if row.get("phase") == phase]
         acting = [line for line in _of_kind(own, "acting") if line.get("phase") == phase]
-        yield from rounding_gaps(asked[phase], acting, rows, f"during {phase}")
+        if asked[phase]:
+            yield from rounding_gaps(asked[phase], acting, rows, f"during {phase}")
+        elif any(_positive(row.get("calls")) for row in rows):
+            yield f"sites were rounded during {phase}, which its spec leaves out"
+    if not any(asked[phase] for phase in PHASES if phase != "evaluation") and not _judged_under_a_table(lines):
+        yield "its spec injects in evaluations alone, and none was made under the injection"
+
+
+def _judged_under_a_table(lines: Sequence[Record]) -> bool:
+    return any((line.get("profile") or {}).get("sites_digest") for line in _of_kind(lines, "evaluation"))
 
 
 def _noise_gaps(noise: Any, lines: list[Record]) -> Iterator[str]:
@@ -87,6 +103,17 @@ def _judging_gaps(lines: Sequence[Record]) -> Iterator[str]:
         # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
         points = {str(row.get("point")) for row in rows} or {"weight"}
         yield from rounding_gaps(points, acting, rows, f"while it was judged as {profile['name']} at step {step}")
+
+
+def _missing_evaluations(spec: Record, judged: Sequence[Record]) -> Iterator[str]:
+    """Profiles that the spec names and that were not judged at the last step: it is not known what else is missing."""
+    asked = (spec.get("training") or {}).get("steps")
+    for profile in (spec.get("evaluation") or {}).get("profiles") or ():
+        last = next((one for one in judged if one["profile"] == profile and one["last"]), None)
+        if last is None:
+            yield f"no evaluation of {profile} at the last step"
+        elif asked is not None and last["step"] != asked:
+            yield f"its last evaluation of {profile} is of step {last['step']}, not {asked}"
 
 
 def _positive(value: Any) -> bool:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fp4rl.lab.compare.difference import covered, differences, factor_of, said, undeclared
+from fp4rl.lab.compare.identical import identical
 from fp4rl.lab.compare.sides import Side, SideRun
 from fp4rl.rl.inputs import POINTERS
 
 Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
-Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence"]
+Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence", "identical"]
 
 _CONDITIONS: tuple[tuple[str, Kind], ...] = (
     ("precision", "precision"),
@@ -48,6 +49,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     return (
         *_specs(treatment, control, factors),
         *_nothing_differs(treatment, control, factors),
+        *(Objection("identical", what, digest, "the same") for what, digest in identical(treatment, control)),
         *_seeds(treatment, control),
         *_steps(treatment, control),
         *_conditions(treatment, control, covered("precision", factors)),

@@ -1,6 +1,6 @@
 """One side of a comparison: the finished runs of an arm, each with its last number and what that was measured under."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class SideRun:
     gaps: tuple[str, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # digest of the final weights
+    answers: str | None = None  # digest of the answers that were measured
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,33 @@ def read_side(
         lines[line["run"]].append(line["content"])
     digest = found[0]["experiment"]
     spec = specs(connection, [digest])[digest] if digest else {}
-    runs = tuple(_side_run(row, chosen[row["id"]], lines[row["id"]], spec) for row in found if row["id"] in chosen)
+    judged = _judged(connection, list(lines))
+    runs = tuple(
+        _side_run(row, chosen[row["id"]], lines[row["id"]], judged[row["id"]], spec)
+        for row in found
+        if row["id"] in chosen
+    )
     unmeasured = tuple(f"{row['suite']}/{row['run_id']}" for row in found if row["id"] not in chosen)
     return Side(text, found[0]["suite"], runs, spec, unmeasured)
 
 
-def _side_run(row: Any, measured: Measured, lines: list[Mapping[str, Any]], spec: Mapping[str, Any]) -> SideRun:
-    missing = gaps(spec, row["evidence"], lines) if not row["imported"] else ("it is a foreign log without evidence",)
+def _judged(connection: Connection, ids: list[int]) -> dict[int, list[Mapping[str, Any]]]:
+    """Run -> its evaluations."""
+    found: dict[int, list[Mapping[str, Any]]] = {number: [] for number in ids}
+    for row in rows_of_runs(connection, tables.evaluations, ids):
+        found[row["run"]].append(row)
+    return found
+
+
+def _side_run(
+    row: Any,
+    measured: Measured,
+    lines: list[Mapping[str, Any]],
+    judged: list[Mapping[str, Any]],
+    spec: Mapping[str, Any],
+) -> SideRun:
+    foreign = ("it is a foreign log without evidence",)
+    missing = gaps(spec, row["evidence"], lines, judged) if not row["imported"] else foreign
     return SideRun(
         row["id"],
         f"{row['suite']}/{row['run_id']}",
@@ -105,7 +127,16 @@ def _side_run(row: Any, measured: Measured, lines: list[Mapping[str, Any]], spec
         missing,
         row["versions"],
         inputs_of(row["evidence"]),
+        row["evidence"].get("final_weights"),
+        answers_of(lines, measured.step, measured.profile),
     )
+
+
+def answers_of(lines: Sequence[Mapping[str, Any]], step: int, profile: str) -> str | None:
+    """The digest of the answers that an evaluation recorded; the last record of it counts, as in the result."""
+    found = [line for line in lines if line.get("kind") == "evaluation" and line.get("step") == step]
+    own = [line.get("answers_digest") for line in found if (line.get("profile") or {}).get("name") == profile]
+    return own[-1] if own else None
 
 
 def inputs_of(evidence: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,15 @@ def about(connection: Connection, word: str) -> Row:
     digest = run["experiment"]
     spec = specs(connection, [digest])[digest] if digest else {}
     lines = rows_of_runs(connection, tables.evidence, [run["id"]])
+    judged = rows_of_runs(connection, tables.evaluations, [run["id"]])
     foreign = ("it is a foreign log without evidence",)
     return {
         "run": run,
         "spec": spec,
-        "evaluations": _without_run(rows_of_runs(connection, tables.evaluations, [run["id"]])),
-        "gaps": foreign if run["imported"] else gaps(spec, run["evidence"], [line["content"] for line in lines]),
+        "evaluations": _without_run(judged),
+        "gaps": foreign
+        if run["imported"]
+        else gaps(spec, run["evidence"], [line["content"] for line in lines], judged),
         "evidence_lines": dict(Counter(line["kind"] for line in lines)),
         "metrics": _curves(rows_of_runs(connection, tables.metrics, [run["id"]])),
         "items": _items(connection, run["id"]),

@@ -49,6 +49,8 @@ def _side_run(run: Run, end: Measurement) -> SideRun:
         gaps=run.gaps,
         versions=run.versions,
         inputs=run.inputs,
+        weights=run.weights,
+        answers=end.answers,
     )
 
 

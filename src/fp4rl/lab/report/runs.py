@@ -1,6 +1,6 @@
 """One run as the report sees it: what was planned, what was measured under which profile, and whether it counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ class Profile:
 class Measurement:
     """One evaluation of one run; accuracies, format rate and truncation are in points (percent).
 
-    With several answers to a problem `strict` is their mean, and `of_samples` holds `pass@k` and `mean@k`.
+    `answers` is the digest of them. With several to a problem `strict` is their mean, and `of_samples` holds `pass@k`
+    and `mean@k`.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Measurement:
     formatted: float | None
     truncated: float | None
     mean_length: float | None
+    answers: str | None = None
     of_samples: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ class Run:
     curves: Curves = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     steps_done: int | None = None
     wall_s: float | None = None
     stopped: str | None = None
@@ -111,7 +114,7 @@ def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
     evidence = read_evidence(lines, folder.sites(), summary)
     measurements = tuple(_measurement(record) for record in result.get("evaluations", ()))
     spec = planned.experiment.model_dump(mode="json")
-    proof = [*gaps(spec, summary, lines), *_other_gaps(planned, evidence, measurements)]
+    judged = [{"step": m.step, "profile": m.profile.name, "last": m.last} for m in measurements]
     code = result.get("code_digest")
     return Run(
         planned=planned,
@@ -120,27 +123,15 @@ def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
         stale=code != code_now,
         measurements=measurements,
         evidence=evidence,
-        gaps=tuple(proof),
+        gaps=gaps(spec, summary, lines, judged),
         curves=folder.metrics(),
         versions=result.get("versions") or {},
         inputs=inputs_of(summary),
+        weights=summary.get("final_weights"),
         steps_done=result.get("steps_done"),
         wall_s=result.get("wall_s"),
         stopped=result.get("stopped"),
     )
-
-
-def _other_gaps(planned: PlannedRun, evidence: Evidence, measurements: tuple[Measurement, ...]) -> Iterator[str]:
-    """What the report needs besides the proof of the treatment: who was judged, at the last step, under what."""
-    if evidence.live_difference is None and evidence.master_checks:
-        yield "nothing shows that its live policy equals the saved one"
-    asked = planned.experiment.training.steps
-    for profile in planned.experiment.evaluation.profiles:
-        last = next((m for m in measurements if m.profile.name == profile and m.last), None)
-        if last is None:
-            yield f"no evaluation of {profile} at the last step"
-        elif last.step != asked:
-            yield f"its last evaluation of {profile} is of step {last.step}, not {asked}"
 
 
 def _measurement(record: Mapping[str, Any]) -> Measurement:
@@ -154,6 +145,7 @@ def _measurement(record: Mapping[str, Any]) -> Measurement:
         formatted=_points(record.get("formatted")),
         truncated=_points(record.get("truncated")),
         mean_length=record.get("mean_length"),
+        answers=record.get("answers_digest"),
         of_samples={key: 100 * float(value) for key, value in record.items() if key.startswith(("pass@", "mean@"))},
     )
 

@@ -1,0 +1,65 @@
+"""Two names for one thing: sides whose runs end in the same weights, or gave the same answers, bit for bit (P48)."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
+
+if TYPE_CHECKING:
+    from fp4rl.lab.compare.sides import Side, SideRun
+
+_TRAINED_IN = tuple(phase for phase in PHASES if phase != "evaluation")
+
+
+def identical(treatment: "Side", control: "Side") -> Iterator[tuple[str, str]]:
+    """(what is the same, its digest). Runs made before digests were recorded say nothing.
+
+    Weights may be the same where the descriptions differ in nothing that training sees. Answers may be where different
+    sites were rounded for them, which evidence proves: that rounding cost nothing is a result.
+    """
+    same = _same_weights(treatment, control)
+    if same and training_part(treatment.spec) != training_part(control.spec):
+        seeds = ", ".join(str(run.seed) for run, _ in same)
+        yield f"the final weights are bit-identical (seed {seeds}): what differs did not act", str(same[0][0].weights)
+        return
+    pairs = [(a, b) for a in treatment.runs for b in control.runs if a.seed == b.seed and a.answers and b.answers]
+    if pairs and all(a.answers == b.answers and _sites(a) == _sites(b) for a, b in pairs):
+        yield "every answer is the same on both sides: what differs did not act", str(pairs[0][0].answers)
+
+
+def _same_weights(treatment: "Side", control: "Side") -> "list[tuple[SideRun, SideRun]]":
+    return [
+        (a, b) for a in treatment.runs for b in control.runs if a.key != b.key and a.weights and a.weights == b.weights
+    ]
+
+
+def _sites(run: "SideRun") -> Any:
+    return run.measured.conditions.get("sites_digest")
+
+
+def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a description can touch a weight: all but how it is judged."""
+    part = {key: value for key, value in spec.items() if key not in ("evaluation", "seed")}
+    injection = spec.get("injection")
+    return part | {"injection": _trained_under(injection) if isinstance(injection, Mapping) else None}
+
+
+def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An injection without the points that act in evaluations alone; None where nothing is left of it."""
+    during = ApplyDuring.model_validate(injection.get("apply_during") or {})
+    active = frozenset[str]().union(*(during.active(phase) for phase in _TRAINED_IN))
+    idle = {point for point in (*FORMAT_POINTS, "errors") if point not in active}
+
+    def acting(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in table.items() if key not in idle}
+
+    tables = [acting(injection), *map(acting, injection.get("by_pattern") or ())]
+    there = {point for table in tables for point in FORMAT_POINTS if table.get(point) not in (None, "none", "keep")}
+    there |= {"errors"} if tables[0].get("errors") else set()
+    if not there:
+        return None
+    # The mode and the preset only name what the points hold.
+    phases = {phase: sorted(during.active(phase) & there) for phase in _TRAINED_IN}
+    named = {key: value for key, value in tables[0].items() if key not in ("mode", "preset", "apply_during")}
+    return named | {"by_pattern": tables[1:], "phases": phases}
