@@ -62,7 +62,7 @@ def _sources(module: str) -> list[Path]:
     """The file of a module; where it stands in a package, every source file of that package: it may import them."""
     try:
         spec = find_spec(module) if module else None
-    except ImportError:  # the run itself says so
+    except (ImportError, ValueError):  # the run itself says so; a module made in memory has no source
         return []
     if spec is None or not spec.origin:
         return []
