@@ -1,5 +1,6 @@
 """Filling a batch: what reaches the loss are whole groups whose answers differ, in order, and no others."""
 
+import pytest
 import torch
 
 from fp4rl.rl.fill import Filler
@@ -13,7 +14,7 @@ N = 4
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "yes", "yes", "train") for i in range(40)]
 
 
-def filler(mixed, groups=3, **changes):
+def filler(mixed, groups=3, function=None, **changes):
     """Problems whose number is in `mixed` get two right answers of four; odd others four, even others none."""
     recipe = Training.model_validate({"rollout_n": N, "overlong_buffer": {"enable": False}, **changes})
     scorer = lambda problem, text: Score(text == "yes", text == "yes", True)  # noqa: E731
@@ -30,7 +31,7 @@ def filler(mixed, groups=3, **changes):
         logps = tuple(torch.zeros(len(row)) for row in ids)
         return Rollout(tuple(problems), tuple([1] for _ in problems), ids, logps, (True,) * len(ids), tuple(texts))
 
-    return Filler(recipe, stream, Rewarder(scorer), groups).fill(sample)
+    return Filler(recipe, stream, Rewarder(scorer, function), groups).fill(sample)
 
 
 def groups_of(filled):
@@ -48,7 +49,7 @@ def test_at_the_cap_it_trains_on_what_there_is_and_says_so():
     filled = filler(mixed={1})
     assert groups_of(filled) == [1]
     assert "1 of 3 groups have spread after 3 generations" in filled.refill.report()
-    assert filled.metrics()["sampling/trained_groups"] == 1
+    assert filled.metrics(N)["sampling/trained_groups"] == 1
 
 
 def test_with_nothing_to_learn_from_there_is_no_answer_and_no_crash():
@@ -60,7 +61,7 @@ def test_with_nothing_to_learn_from_there_is_no_answer_and_no_crash():
 def test_without_the_filter_every_group_reaches_the_loss_once():
     filled = filler(mixed={1}, filter_groups={"enable": False})
     assert groups_of(filled) == [0, 1, 2]
-    assert filled.metrics()["sampling/gen_batches"] == 1
+    assert filled.metrics(N)["sampling/gen_batches"] == 1
 
 
 def test_a_start_that_cannot_teach_anything_is_said():
@@ -71,3 +72,24 @@ def test_a_start_that_cannot_teach_anything_is_said():
         mixed=set(), **off
     ).without_spread(N)
     assert filler(mixed={1}).without_spread(N) is filler(mixed={1}, **off).without_spread(N) is None
+
+
+ALL_ON = {"enable": True, "len": 2, "penalty_factor": 0.5}
+
+
+@pytest.mark.parametrize("filtered", [{"enable": False}, {"enable": True, "metric": "acc"}])
+def test_groups_that_earn_one_and_the_same_are_counted_whatever_the_filter_looks_at(filtered):
+    """Kind: a signal that only one setting logs. Neither the filter nor an overlong penalty hides a constant reward."""
+    long = {"max_response_length": 3, "overlong_buffer": ALL_ON, "filter_groups": filtered}
+    constant = filler({0, 1, 2}, function=lambda **_: 1.0, **long).metrics(N)
+    assert (constant["reward/no_spread"], constant["rollout/groups"], constant["rollout/answers"]) == (1.0, 3.0, 12.0)
+    assert filler({0, 1}, **long).metrics(N)["reward/no_spread"] == pytest.approx(1 / 3)
+
+
+def test_how_often_and_how_hard_long_answers_are_punished_is_logged():
+    """By hand: groups of 1, 2 and 3 tokens under a cap of 3 with a buffer of 2 lose 0, 1/2 and 2/2 of 0.5."""
+    found = filler({0, 1, 2}, max_response_length=3, overlong_buffer=ALL_ON).metrics(N)
+    assert found["overlong/share"] == pytest.approx(2 / 3)
+    assert found["overlong/mean_penalty"] == pytest.approx(-(0 + 0.25 + 0.5) / 3)
+    assert found["reward/mean"] == pytest.approx(found["accuracy/rollout"] + found["overlong/mean_penalty"])
+    assert filler({0, 1, 2}).metrics(N)["overlong/share"] == 0.0

@@ -138,3 +138,32 @@ def numbers(folder):
         for step, values in folder.metrics().items()
     }
     return json.dumps([metrics, folder.result()["evaluations"]], sort_keys=True)
+
+
+MATMUL_NOISE = {"errors": [{"kind": "relative", "scale": 0.05}]}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"noise": {"schedule": {"kind": "constant", "sigma": 0.05}}},
+        {"injection": MATMUL_NOISE},
+        pytest.param({"injection": {"weight": "mxfp4_sr"}}, marks=pytest.mark.slow),
+    ],
+    ids=["aqn alone", "matmul noise", "stochastic"],
+)
+def test_what_the_description_puts_between_sampler_and_trainer_is_measured_beside_it(described, run, experiment):
+    """Kind: chance that is described (noise, hardware errors, stochastic formats) held against nothing."""
+    _, heard = run(experiment(training=FOUR, **described))
+    first = [metrics for _, metrics in heard.steps[:3]]
+    assert all("rollout_corr/phase_k3_kl" not in metrics or metrics["noise/sigma"] for metrics in first)
+    seen = sum(metrics["training/rollout_probs_diff_mean"] for metrics in first)
+    foreseen = sum(metrics["rollout_corr/described_probs_diff"] for metrics in first)
+    assert seen > 0.001
+    assert foreseen / 2 < seen < 2 * foreseen
+
+
+def test_where_nothing_differs_nothing_is_foreseen(run, experiment):
+    _, heard = run(experiment(training=FOUR | {"steps": 1}))
+    assert heard.steps[0][1]["rollout_corr/described_k3_kl"] == 0.0
+    assert heard.steps[0][1]["rollout_corr/described_probs_diff"] == 0.0

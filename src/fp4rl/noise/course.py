@@ -73,6 +73,12 @@ class StageLog:
         else:
             self.ran.append((sigma, 1))
 
+    @property
+    def rose(self) -> bool:
+        """Whether the last rollout was the first at a sigma above the one before."""
+        before = self.ran[-2][0] if len(self.ran) > 1 else 0.0
+        return bool(self.ran) and self.ran[-1][1] == 1 and self.ran[-1][0] > before
+
     def missed(self, schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
         """Values that the plan for `total` steps holds and that never ran."""
         planned = {sigma_at(schedule, step, total) for step in range(total)}

@@ -44,10 +44,12 @@ class Filled:
             "higher training.temperature"
         )
 
-    def metrics(self) -> dict[str, float]:
-        """Of the first generation, which no filter has looked at, and of the filter."""
+    def metrics(self, rollout_n: int) -> dict[str, float]:
+        """Of the first generation, which no filter has looked at and no penalty touched; and of the filter."""
         first = self.generations[0]
-        return {**first.scored.means(), **first.rollout.shape(), **self.refill.metrics()}
+        told = groups_with_spread(torch.tensor(first.scored.earned), rollout_n)
+        of_groups = {"reward/no_spread": 1 - told.float().mean().item(), "rollout/groups": float(len(told))}
+        return {**first.scored.means(), **of_groups, **first.rollout.shape(), **self.refill.metrics()}
 
 
 class Filler:

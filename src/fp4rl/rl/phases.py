@@ -19,9 +19,12 @@ from fp4rl.rl.unharmed import Record, unharmed
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.points import LINEAR_POINTS
 
 # Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
 _HELD_STEPS, _HELD_EVERY = 3, 10
+# The sampler is held against the policy that is trained as often, and whenever the noise grows.
+_COMPARED_STEPS, _COMPARED_EVERY = 3, 10
 
 _FLOAT = 1e-6  # nats that arithmetic alone may put between two scorings of the same tokens
 
@@ -93,6 +96,27 @@ class Phases:
         """Whether the loss starts from the log-probabilities that the noisy sampler gave."""
         return self.noise is not None and self.noise.logprobs == "noisy"
 
+    def to_be_compared(self, step: int) -> bool:
+        """Whether sampler and trainer are held against each other at `step`, whose rollout is over."""
+        return step < _COMPARED_STEPS or step % _COMPARED_EVERY == 0 or self.stages.rose
+
+    @property
+    def are_one(self) -> bool:
+        """Whether nothing that is described makes the sampler another policy than the trainer: no injection, and no
+        noise in this step."""
+        return self.attachment is None and not self.sigma
+
+    @property
+    def round_alike(self) -> bool:
+        """Whether the same formats act in rollout and in training; hardware errors are none."""
+        return self._formats("rollout") == self._formats("training")
+
+    def _formats(self, phase: Phase) -> dict[str, int]:
+        if self.attachment is None:
+            return {}
+        acting = self.attachment.table.acting(phase)
+        return {point: sites for point, sites in acting.items() if point in (*LINEAR_POINTS, "kv_cache")}
+
     @property
     def comparable(self) -> bool:
         """Whether two forwards of the same tokens in the same phase give the same bits, so that two phases can be held
@@ -119,6 +143,17 @@ class Phases:
         self._switch(phase)
         try:
             yield
+        finally:
+            self._switch("training")
+
+    @contextmanager
+    def as_sampled(self, step: int) -> Iterator[None]:
+        """Score as the sampler of `step` did: injection as in rollouts, and the very noise that was on."""
+        assert self.noise is not None
+        self._switch("rollout")
+        try:
+            with self._perturbed(self.noise, step):
+                yield
         finally:
             self._switch("training")
 
@@ -192,18 +227,25 @@ class Phases:
             return
         self.course = self.course.at(step, data_epochs)
         self.sigma = self.course.sigma(self.noise, step)
-        # Seeded by (seed, step), so that a resumed run and every rank draw the same noise.
-        generator = torch.Generator().manual_seed((self.seed << 24) + step)
-        share = step / self.total_steps
-        with perturb(self.model, self.noise, self.sigma, generator=generator, share=share) as evidence:
-            self.weights_changed()
+        with self._perturbed(self.noise, step) as evidence:
             yield
-        self.weights_changed()
         self.stages.note(self.sigma)
         if evidence:
             self._noise_seen.append(_pooled(evidence))
         self.record({"kind": "noise", "step": step, **summary(evidence, self.sigma)})
         require_drawn(evidence, self.sigma)
+
+    @contextmanager
+    def _perturbed(self, noise: Noise, step: int) -> Iterator[list[NoiseEvidence]]:
+        # Seeded by (seed, step), so that a resumed run and every rank draw the same noise.
+        generator = torch.Generator().manual_seed((self.seed << 24) + step)
+        share = step / self.total_steps
+        try:
+            with perturb(self.model, noise, self.sigma, generator=generator, share=share) as evidence:
+                self.weights_changed()
+                yield evidence
+        finally:
+            self.weights_changed()
 
     def finish(self) -> None:
         """At the end of a run: noise that was asked for must have acted, a control must not have (P03)."""

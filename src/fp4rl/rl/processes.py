@@ -12,7 +12,7 @@ import torch
 
 T = TypeVar("T")
 
-_SUMS = ("sampling/generated_groups", "sampling/trained_groups")
+_SUMS = ("rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups")
 # The others wait while the first judges; one that died is noticed by the launcher, not by a clock.
 _PATIENCE = timedelta(days=1)
 

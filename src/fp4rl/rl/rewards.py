@@ -18,21 +18,31 @@ Reward = Callable[..., Any]
 class Scored:
     """The answers of one batch: what each is worth, and what it got right. All sequences are as long as the batch.
 
-    A reward is NaN where the reward function could not judge: such an answer takes no part in its group.
+    A reward is what an answer `earned` plus its overlong penalty. It is NaN where the reward function could not judge:
+    such an answer takes no part in its group.
     """
 
-    rewards: tuple[float, ...]
+    earned: tuple[float, ...]
+    penalties: tuple[float, ...]
     strict: tuple[bool, ...]
     flexible: tuple[bool, ...]
     formatted: tuple[bool, ...]
 
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """What training climbs."""
+        return tuple(earned + penalty for earned, penalty in zip(self.earned, self.penalties, strict=True))
+
     def means(self) -> Mapping[str, float]:
         """Shares of the batch under the names they are logged by."""
-        n = max(len(self.rewards), 1)
-        judged = [reward for reward in self.rewards if math.isfinite(reward)]
+        rewards = self.rewards
+        n = max(len(rewards), 1)
+        judged = [reward for reward in rewards if math.isfinite(reward)]
         return {
             "reward/mean": sum(judged) / len(judged) if judged else 0.0,
             "reward/unjudged": 1 - len(judged) / n,
+            "overlong/share": sum(penalty < 0 for penalty in self.penalties) / n,
+            "overlong/mean_penalty": sum(self.penalties) / n,
             "accuracy/rollout": sum(self.strict) / n,
             "accuracy/rollout_flexible": sum(self.flexible) / n,
             "accuracy/rollout_format": sum(self.formatted) / n,
@@ -58,17 +68,18 @@ class Rewarder:
         The same for a batch of which it could judge nothing.
         """
         scores = [self.scorer(problem, text) for problem, text in zip(problems, completions, strict=True)]
-        rewards = [
-            self._reward(problem, text, score) + penalty
-            for problem, text, score, penalty in zip(problems, completions, scores, penalties, strict=True)
+        earned = [
+            self._reward(problem, text, score)
+            for problem, text, score in zip(problems, completions, scores, strict=True)
         ]
-        if rewards and all(math.isnan(reward) for reward in rewards):
+        if earned and all(math.isnan(reward) for reward in earned):
             raise CheckFailed(
-                f"the reward {self.name} judged none of {len(rewards)} answers (first problem: {problems[0].id}); "
+                f"the reward {self.name} judged none of {len(earned)} answers (first problem: {problems[0].id}); "
                 "it must return a number for at least some"
             )
         return Scored(
-            rewards=tuple(rewards),
+            earned=tuple(earned),
+            penalties=tuple(penalties),
             strict=tuple(s.strict for s in scores),
             flexible=tuple(s.flexible for s in scores),
             formatted=tuple(s.formatted for s in scores),

@@ -40,6 +40,7 @@ class Rollout:
         lengths = [len(ids) for ids in self.completion_ids]
         n = len(lengths)
         return {
+            "rollout/answers": float(n),
             "response_length/mean": sum(lengths) / n,
             "response_length/max": float(max(lengths)),
             "response_length/clip_ratio": 1 - sum(self.ended) / n,

@@ -35,8 +35,13 @@ from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
 from fp4rl.tasks.task import Problem
 
-# Rollout and training phase are held against each other in the first steps and then every so often, on a few answers.
-_COMPARED_STEPS, _COMPARED_EVERY, _COMPARED_ROWS = 3, 10, 32
+# Rollout and training phase are held against each other now and then, on a few answers.
+_COMPARED_ROWS = 32
+# What of the mismatch is told twice: as measured, and as far as the description makes it.
+_DESCRIBED = {
+    "rollout_corr/k3_kl": "rollout_corr/described_k3_kl",
+    "training/rollout_probs_diff_mean": "rollout_corr/described_probs_diff",
+}
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -106,7 +111,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             filled.answers, filled.any_answer, recipe, len(inputs), self._tokenizer.pad_token_id, self._device
         )
         self._step_metrics = {
-            **filled.metrics(),
+            **filled.metrics(recipe.rollout_n),
             "noise/sigma": self.parts.phases.sigma,
             "time/rollout_s": time.perf_counter() - self._started,
         }
@@ -116,7 +121,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.laps.lap("reference")
-        if self.parts.phases.comparable and (self.step < _COMPARED_STEPS or self.step % _COMPARED_EVERY == 0):
+        if self.parts.phases.to_be_compared(self.step):
             self._step_metrics |= self._phases_apart(batch)
             self.laps.lap("comparison")
         if self.parts.phases.scores_with_noise:
@@ -164,21 +169,33 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _phases_apart(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """How far the policy as it is in rollouts is from the one in training, on the same tokens in the same way.
+        """How far the policy that samples is described to be from the one that is trained, on the same tokens.
 
-        Unlike the sampler's own log-probabilities these carry no noise and no arithmetic of step-by-step decoding: 0
-        exactly where both phases round alike, in any dtype.
+        Unlike the sampler's own log-probabilities these carry no arithmetic of step-by-step decoding. `phase_k3_kl` is
+        what the formats of the two phases make, 0 exactly where both round alike, in any dtype; `described_*` have the
+        step's noise and errors in them too: what the sampler may differ by, and no more.
         """
-        rows = {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
+        phases, rows = self.parts.phases, {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
+        if phases.are_one:
+            return dict.fromkeys(_DESCRIBED.values(), 0.0)
         with dropout_off(self.model):
-            with self.parts.phases.reference("rollout"):
-                sampling, _ = self._score(self.model, rows)
             training, _ = self._score(self.model, rows)
-        found = mismatch_metrics(training, sampling, rows["completion_mask"])
-        if not found:
+            with phases.reference("rollout"):
+                clean, _ = self._score(self.model, rows)
+            sampling = clean
+            if phases.sigma:
+                with phases.as_sampled(self.step):
+                    sampling, _ = self._score(self.model, rows)
+        mask = rows["completion_mask"]
+        between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
+        if not between:
             return {}
-        self.parts.phases.require_alike(self.step, found["rollout_corr/k3_kl"])
-        return {"rollout_corr/phase_k3_kl": found["rollout_corr/k3_kl"]}
+        found = {name: described[metric] for metric, name in _DESCRIBED.items() if metric in described}
+        if phases.comparable:
+            phases.require_alike(self.step, between["rollout_corr/k3_kl"])
+        if phases.comparable or not phases.round_alike:
+            found["rollout_corr/phase_k3_kl"] = between["rollout_corr/k3_kl"]
+        return found
 
     # -- a micro-batch
 
