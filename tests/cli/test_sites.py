@@ -52,6 +52,15 @@ def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_pat
     assert "did you mean 'mixed'" in sites(file, "--arm", "mixd")[2]
 
 
+def test_a_preset_takes_the_place_of_the_specs_own(sites, tmp_path):
+    file = tmp_path / "spec.yaml"
+    file.write_text("injection: {mode: w4a16, preset: vllm, targets: {layers: [0]}}\n")
+    code, out, _ = sites(file, "--preset", "modelopt")
+    assert code == 0
+    assert "mxfp4 rceil" in out
+    assert "7 places = 1 layers x 7" in out.replace("1 layer x", "1 layers x")
+
+
 def test_settings_of_a_format_errors_and_phases_are_in_words(sites):
     rotated = "by_pattern: {'*.down_proj': {weight: {name: mxfp4, scale_rule: even, rotation: 64, coarse: 512}}}"
     errors = "errors: [{kind: relative}, {kind: spikes, share: 0.01, scale: 3, when: both}]"

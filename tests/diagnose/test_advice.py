@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from fp4rl.diagnose.advice import Options, advise, strategy
@@ -12,10 +13,12 @@ from fp4rl.diagnose.aqn import RULES as NOISE_RULES
 from fp4rl.diagnose.aqn import noise_multipliers
 from fp4rl.diagnose.findings import findings, rule_results, standing_out
 from fp4rl.diagnose.knapsack import Choice, knapsack
-from fp4rl.diagnose.rules import Measured, band, judge, rule_named
+from fp4rl.diagnose.rules import Measured, band, judge, meanings, rule_named
 from fp4rl.diagnose.scan import scan
+from fp4rl.diagnose.tally import Rounded, Tally
 from fp4rl.inject.resolve import resolve
 from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.numerics.errors import ErrorSplit
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, NotThere
@@ -96,6 +99,23 @@ def test_a_threshold_that_ideal_data_breaks_is_said_to_tell_nothing(w4a4):
     assert found["gain_ratio"].discriminates
 
 
+def test_the_documents_relative_error_is_the_mean_of_ratios_and_stands_beside_ours():
+    """By hand: |e|/|w| of (1 -> 2, 10 -> 10) is 1 and 0, mean 0.5; sum|e|/sum|w| is 1/11."""
+    tally = Tally()
+    values, rounded = torch.tensor([[1.0, 10.0]]), torch.tensor([[2.0, 10.0]])
+    parts = ErrorSplit(rounded - values, torch.zeros(1, 2), torch.zeros(1, 2))
+    tally.add(Rounded(values, 10.0, rounded, torch.ones(1, 2, dtype=torch.bool), parts))
+    place = Measured("a weight", 0, tally.measures(), {})
+    assert place.measures["mean_relative"] == pytest.approx(0.5)
+    assert place.measures["relative_l1"] == pytest.approx(1 / 11)
+    assert judge(rule_named("relative_error", 0.4), [place]).flagged == ("a weight",)
+    assert judge(rule_named("relative_error", 0.6), [place]).flagged == ()
+    assert judge(rule_named("relative_l1", 0.4), [place]).flagged == ()
+    judged = [judge(rule_named(name), [place]) for name in ("sqnr", "relative_error", "relative_l1")]
+    said = "relative_error: mean |e|/|w|, as they define it; relative_l1: sum|e|/sum|w|"
+    assert meanings(judged) == said
+
+
 def test_thresholds_are_configurable():
     place = Measured("a weight", 0, {"sqnr_db": 18.7}, {"sqnr_db": 18.86})
     assert judge(rule_named("sqnr"), [place]).flagged == ("a weight",)
@@ -109,7 +129,7 @@ def test_bands_and_strategies_by_share():
     assert [band(s) for s in (0.0, 0.05, 0.2, 0.5)] == [
         "no action",
         "leave the flagged layers out",
-        "targeted noise",
+        "wider for the worst and noise for the moderate",
         "reconsider_quantization",
     ]
     assert [strategy(s, (0.1, 0.3)) for s in (0.0, 0.1, 0.2, 0.5)] == [
@@ -176,7 +196,40 @@ def test_another_scale_rule_is_recommended_with_what_it_saves(advice):
     best = advice.variants[0]
     assert best.name in ("scale_rule: mse", "scale_rule: even")
     assert -0.06 < best.change < -0.015
-    assert advice.injection(["weight_format"]).weight.scale_rule == best.format.scale_rule
+    assert advice.variant.name == "scale_rule: even"
+    assert advice.injection(["weight_format"]).weight.scale_rule == "even"
+    (mse,) = (reason for reason in advice.reasons if reason.startswith("scale_rule: mse"))
+    assert mse.endswith("no deployment preset rounds so")
+
+
+@pytest.mark.parametrize("preset", [None, "vllm", "modelopt"])
+def test_every_piece_of_advice_makes_a_fragment_that_its_own_preset_accepts(stories, calibration, tmp_path, preset):
+    """The kind: advice that the door refuses (`mse`, which no preset rounds with)."""
+    injection = Injection.named("w4a16", preset)
+    report = scan(stories, injection, texts=calibration, spec=Scan(parts=("precision", "sensitivity"), measured=False))
+    found = advise(report, stories, calibration, Options(bits_per_weight=5.0))
+    spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
+    spec.write_text(yaml.safe_dump({"injection": {"mode": "w4a16"} | ({"preset": preset} if preset else {})}))
+    fragment.write_text(yaml.safe_dump(found.fragment(("formats", "noise", "leave", "weight_format"))))
+    loaded = load_spec(spec, [f"+{fragment}"]).injection
+    assert loaded == found.injection(("formats", "leave", "weight_format"))
+    assert loaded.preset == preset
+    assert ("weight_format" in found.held(("weight_format",))) == (loaded.weight != injection.weight)
+
+
+def test_between_the_bands_the_worst_are_wider_and_noise_goes_to_what_they_leave(w4a4, stories, calibration):
+    """With bands that put this scan between them; worked out from the sites' own harm."""
+    found = advise(w4a4, stories, calibration, Options(bits_per_weight=5.0, bands=(0.0, 1.0)))
+    assert found.strategy == "mixed precision and noise"
+    wider = {entry.pattern for entry in found.formats.exceptions(w4a4.table.injection)}
+    left = dict.fromkeys(range(5), 0.0)
+    for site in w4a4.sensitivity.sites:
+        left[site.layer] += 0.0 if site.name in wider else site.harm
+    assert wider
+    assert found.multipliers == noise_multipliers("proportional", left, frozenset())
+    everywhere = advise(w4a4, stories, calibration, Options(bits_per_weight=5.0, bands=(1.0, 1.0)))
+    assert everywhere.multipliers == noise_multipliers("proportional", w4a4.severity(), frozenset())
+    assert everywhere.multipliers != found.multipliers
 
 
 def test_formats_cannot_be_advised_without_sensitivity(stories, calibration):

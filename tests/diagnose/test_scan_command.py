@@ -1,14 +1,19 @@
 """`fp4rl scan` as a user meets it: a table, one HTML file, JSON, advice, and one line for every mistake."""
 
 import json
+import subprocess
+import sys
 from html import escape
 
 import pytest
 import yaml
 
+from fp4rl.cli.described import runs_of
 from fp4rl.cli.main import main
 from fp4rl.diagnose.page import page
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +93,150 @@ def test_two_scans_stand_side_by_side(folder, tmp_path, capsys):
     assert main(again) == 1
 
 
+SUITE = """
+suite: s
+base: {{model: {{path: "{folder}"}}}}
+arms:
+  plain: {{}}
+  mixed: {{injection: {{mode: w4a4, preset: vllm, by_pattern: {{"*.down_proj": mxfp8}}}}}}
+  layer1: {{injection: {{mode: w4a16, targets: {{layers: [1]}}}}}}
+seeds: [0]
+"""
+
+
+@pytest.fixture
+def spec(folder, tmp_path):
+    file = tmp_path / "suite.yaml"
+    file.write_text(SUITE.format(folder=folder))
+    return file
+
+
+def scanned(capsys, *words):
+    assert main(["scan", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+MIXED = {"mode": "w4a4", "preset": "vllm", "by_pattern": {"*.down_proj": "mxfp8"}}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "cure"),
+    ("words", "injection"),
     [
-        (["nowhere"], "does not exist"),
-        (["{folder}", "--mode", "w4a17"], "did you mean"),
-        (["{folder}", "--format", "mxfp5"], "did you mean"),
-        (["{folder}", "--mode", "none", "--format", "mxfp4"], "name another mode"),
-        (["{folder}", "--take", "noises"], "did you mean 'noise'"),
-        (["{folder}", "--text", "{empty}"], "empty"),
-        (["{folder}", "--limit", "snr=18"], "did you mean 'sqnr'"),
-        (["{folder}", "--limit", "sqnr"], "write for example sqnr=18"),
-        (["{folder}", "--task", "gsm8k"], "--data FILE"),
-        (["{folder}", "--weights-only", "--advise", "x.yaml"], "drop --weights-only"),
-        (["{folder}", "--leave", "*.qproj"], "*.q_proj"),
+        ((), MIXED),
+        (("--preset", "modelopt"), MIXED | {"preset": "modelopt"}),
+        (("--format", "mxfp6_e2m3"), {**MIXED, "mode": None, "weight": "mxfp6_e2m3", "input": "mxfp6_e2m3"}),
+        (("--arm", "layer1"), {"mode": "w4a16", "targets": {"layers": [1]}}),
+        (("--arm", "layer1", "--preset", "vllm"), {"mode": "w4a16", "preset": "vllm", "targets": {"layers": [1]}}),
+        (("arms.mixed.injection.preset=ocp",), MIXED | {"preset": "ocp"}),
+        (("--mode", "w4a16"), {"mode": "w4a16"}),
     ],
 )
-def test_every_mistake_is_one_line_with_the_cure(folder, tmp_path, capsys, arguments, cure):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    words = [word.format(folder=folder, empty=empty) for word in arguments]
+def test_options_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, capsys, words, injection):
+    """The kind: an option that silently throws away what it was to change."""
+    found = scanned(capsys, spec, *words, "--weights-only")
+    wanted = Injection.model_validate(injection)
+    assert Injection.model_validate(found["injection"]) == wanted
+    assert found["model"] == f"suite.yaml, arm {'layer1' if 'layer1' in words else 'mixed'}"
+    wide = {part["format"] for part in found["parts"] if part["site"].endswith("down_proj")}
+    assert wide == ({"mxfp8"} if wanted.by_pattern else {"mxfp4"})
+    assert len(found["parts"]) == (7 if wanted.targets.layers else 14)
+
+
+def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsys):
+    """Another preset than the arm's own, so that only the arm itself can take it."""
+    advice = tmp_path / "advice.yaml"
+    words = ["scan", str(spec), "--preset", "modelopt", "--quick", "--texts", "2", "--advise", str(advice)]
+    assert main([*words, "--take", "leave", "--take", "weight_format"]) == 0
+    said = capsys.readouterr().out
+    assert f"run with it: fp4rl run {spec} arms.mixed=+{advice}\n" in said
+    assert "relative_error: mean |e|/|w|, as they define it; relative_l1: sum|e|/sum|w|" in " ".join(said.split())
+    mixed = next(run for run in runs_of(spec, [f"arms.mixed=+{advice}"]) if run.arm == "mixed").experiment.injection
+    assert (mixed.preset, mixed.weight.scale_rule, mixed.by_pattern[0].weight.scale_rule) == (
+        "modelopt",
+        "rceil",
+        "rceil",
+    )
+    assert len(mixed.targets.leave) > len(LEFT_BY_DEFAULT)
+
+
+def test_a_mode_in_place_of_a_specs_injection_is_said(spec, capsys):
+    assert main(["scan", str(spec), "--mode", "w4a16", "--weights-only"]) == 0
+    assert "--mode w4a16 takes the place of the spec's injection, w4a4" in capsys.readouterr().err
+
+
+def test_a_dtype_and_a_task_are_those_of_the_command_line_whatever_the_arm_says(spec, tmp_path):
+    from fp4rl.cli.scan_source import Source, described
+
+    file = tmp_path / "train.jsonl"
+    file.write_text("{}")
+    source = Source(str(spec), ["arms.mixed.model.dtype=float16"], "mixed", "gsm8k", file, "bfloat16")
+    _, experiment = described(source)
+    assert (experiment.model.dtype, experiment.task.name) == ("bfloat16", "gsm8k")
+
+
+MISTAKES = [
+    (["nowhere"], "does not exist"),
+    (["{folder}", "--mode", "w4a17"], "did you mean"),
+    (["{folder}", "--format", "mxfp5"], "did you mean"),
+    (["{folder}", "--mode", "none", "--format", "mxfp4"], "name another mode"),
+    (["{folder}", "--take", "noises"], "did you mean 'noise'"),
+    (["{folder}", "--take", "noise"], "add --advise FILE"),
+    (["{folder}", "--noise-rule", "inverted", "--advise", "x.yaml"], "did you mean 'inverse'"),
+    (["{folder}", "--bits", "4", "--advise", "x.yaml"], "mxfp4 itself takes 4.25 bits a weight"),
+    (["{folder}", "--preset", "vlm"], "did you mean 'vllm'"),
+    (["{folder}", "--dtype", "float46"], "float16"),
+    (["{folder}", "training.steps=3"], "is no spec file"),
+    (["{spec}", "--arm", "mixd"], "has no arm 'mixd'; did you mean 'mixed'"),
+    (["{spec}", "trainin.steps=3"], "did you mean 'training'"),
+    (["{folder}", "--text", "{text}", "--task", "arithmetic"], "both name what to calibrate on"),
+    (["{folder}", "--text", "gone.txt"], "no such file"),
+    (["{folder}", "--against", "gone.json"], "does not exist"),
+    (["{folder}", "--against", "{text}"], "is no JSON of `fp4rl scan --json`"),
+    (["embedded", "--against", "{folder}"], "the embedded model has no files to compare"),
+    (["embedded", "--weights-only"], "is scanned without it"),
+    (["{folder}", "--weights-only", "--quick"], "--quick needs the model"),
+    (["{empty_folder}"], "has no config.json"),
+    (["{folder}", "--text", "{empty}"], "empty"),
+    (["{folder}", "--limit", "snr=18"], "did you mean 'sqnr'"),
+    (["{folder}", "--limit", "sqnr"], "write for example sqnr=18"),
+    (["{folder}", "--task", "gsm8k"], "--data FILE"),
+    (["{folder}", "--weights-only", "--advise", "x.yaml"], "--advise needs the model"),
+    (["{folder}", "--leave", "*.qproj"], "*.q_proj"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "cure"), MISTAKES)
+def test_every_mistake_is_one_line_with_the_cure(folder, spec, tmp_path, capsys, arguments, cure):
+    words = _words(arguments, folder, spec, tmp_path)
     assert main(["scan", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert cure in error
     assert len(error.splitlines()) == 1
+
+
+def _words(arguments, folder, spec, place):
+    empty, text, empty_folder = place / "empty.txt", place / "text.txt", place / "empty"
+    empty.write_text("\n")
+    text.write_text("some words\n")
+    empty_folder.mkdir(exist_ok=True)
+    places = {"folder": folder, "spec": spec, "empty": empty, "text": text, "empty_folder": empty_folder}
+    return [word.format(**places) for word in arguments]
+
+
+NEED_THE_MODEL = {"*.q_proj"}
+
+
+def test_mistakes_are_answered_before_torch_is_imported(folder, spec, tmp_path):
+    """The kind: seconds of imports before a word of the command line is looked at."""
+    mistakes = [_words(arguments, folder, spec, tmp_path) for arguments, cure in MISTAKES if cure not in NEED_THE_MODEL]
+    program = (
+        "import sys\nfrom fp4rl.cli.main import main\n"
+        f"for words in {mistakes!r}:\n"
+        "    assert main(['scan', *words]) == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_the_page_shows_every_figure_and_escapes_names(w4a4):

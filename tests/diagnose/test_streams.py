@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fp4rl.diagnose.calibration import calibrate, from_tokens, texts_of
+from fp4rl.diagnose.calibration import calibrate, from_tokens
 from fp4rl.diagnose.moments import Moments
 from fp4rl.diagnose.shards import stored_tensors
+from fp4rl.diagnose.texts import texts_of
 from fp4rl.sites.observe import observe
 from fp4rl.spec.mistakes import BadValue, NotThere
 

@@ -7,7 +7,7 @@ from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 
 def spec_file(spec: Path) -> Path:
@@ -35,6 +35,27 @@ def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
     """The runs that a file, or a name of the catalogue, describes."""
     return runs_described(described_by(spec, overrides), spec.stem)
+
+
+def is_spec(source: str) -> bool:
+    """Whether a verb's first word names a spec file, or a suite of the catalogue, and not a model."""
+    return Path(source).suffix in (".yaml", ".yml") or Path(source).parent.name == "catalogue"
+
+
+def run_described(source: str, overrides: list[str], arm: str | None) -> PlannedRun:
+    """The first run of the arm that is named, else of the first arm that rounds something, else of the first."""
+    runs = runs_of(Path(source), overrides)
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    if arm is not None and arm not in arms:
+        raise NotThere(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
+    chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection]
+    return (chosen or list(runs))[0]
+
+
+def refuse_words_for_a_spec(source: str, overrides: list[str], arm: str | None) -> None:
+    """BadValue where a model, which is no spec file, was given words that change one."""
+    if overrides or arm:
+        raise BadValue(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
 
 
 def asked_task(name: str, data: Path | None) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,9 +8,9 @@ import typer
 
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.outputs import require_writable
-from fp4rl.cli.scan_source import Wish, described, folder_of, injection_of, loaded
-from fp4rl.cli.terminal import console, print_json, progress
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.cli.scan_source import Source, Wish, described, folder_of, injection_of, loaded, replaced, takes_advice
+from fp4rl.cli.terminal import console, progress
+from fp4rl.spec.mistakes import BadValue, nearest
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
@@ -24,16 +23,20 @@ PIECES = ("formats", "noise", "leave", "weight_format")
 
 def command(
     model: Annotated[str, typer.Argument(help="A Hugging Face model folder, a spec file, or the word `embedded`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="For a spec file: key.path=value.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Which arm of a suite; else the first that rounds.")] = None,
     mode: Annotated[
-        str | None, typer.Option(help="What is rounded: w4a16 (the default), w4a4, ...; else what a spec file says.")
+        str | None, typer.Option(help="What is rounded, instead of the spec's own: w4a16 (the default), w4a4, ...")
     ] = None,
     fmt: Annotated[
-        str | None, typer.Option("--format", help="Another format in the places that the mode rounds.")
+        str | None, typer.Option("--format", help="Another format wherever a linear layer is rounded.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Deployment preset of scale rule and rounding.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Another deployment preset of scale rule and rounding.")] = None,
     leave: Annotated[list[str] | None, typer.Option(help="Pattern of sites to leave out; may be repeated.")] = None,
     text: Annotated[Path | None, typer.Option(help="Calibrate on this text file.")] = None,
-    task: Annotated[str, typer.Option(help="Calibrate on this task: arithmetic, or gsm8k with --data.")] = "arithmetic",
+    task: Annotated[
+        str | None, typer.Option(help="Calibrate on this task instead of the spec's: arithmetic, or gsm8k with --data.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="GSM8K's JSONL or Parquet file.")] = None,
     texts: Annotated[int, typer.Option(min=1, help="How many texts of the task.")] = 32,
     weights_only: Annotated[
@@ -56,61 +59,83 @@ def command(
         typer.Option(help=f"What the advice holds: {', '.join(PIECES)}; what the strategy asks for by default."),
     ] = None,
     noise_rule: Annotated[
-        str, typer.Option(help="global, targeted, healthy_only, proportional, inverse or zones.")
-    ] = "proportional",
+        str | None, typer.Option(help="global, targeted, healthy_only, proportional (the default), inverse or zones.")
+    ] = None,
     limit: Annotated[
         list[str] | None, typer.Option(help="Another limit for a rule of the documents, such as sqnr=18; repeatable.")
     ] = None,
-    bits: Annotated[float, typer.Option(min=1.0, help="Average bits a weight for mixed formats.")] = 4.5,
+    bits: Annotated[float | None, typer.Option(min=1.0, help="Average bits a weight for mixed formats (4.5).")] = None,
     runs: RunsRoot = Path("runs"),
 ) -> None:
     """Measure what rounding does to every site of a model, find faulty layers, and advise.
 
-    Example: `fp4rl scan embedded --mode w4a4 --html scan.html --advise advice.yaml`
+    Examples: `fp4rl scan embedded --mode w4a4 --html scan.html --advise advice.yaml`,
+    `fp4rl scan suite.yaml --arm w4a4 --preset vllm`
     """
-    from fp4rl.cli.rounding import ready_to_round
+    from fp4rl.cli.scan_output import compare, other_scan, print_scan, say_written, write_advice
 
+    # Everything that can be said without torch, which takes seconds to import, is said before it.
     require_writable(html, "--html")
     require_writable(advise, "--advise")
-    _require_scan(against)
-    ready_to_round()
-    experiment = described(model, task, data, dtype)
-    injection = injection_of(Wish(mode, fmt, preset, leave or ()), experiment)
-    _check_pieces(take)
+    other = other_scan(against)
+    name, experiment = described(Source(model, overrides or (), arm, task, data, dtype))
+    wish = Wish(mode, fmt, preset, leave or ())
+    injection = injection_of(wish, experiment)
     limits = _limits(limit)
+    options = {"--take": take, "--noise-rule": noise_rule, "--bits": bits}
+    _check_advice(advise, options, injection)
     if weights_only:
-        _refuse(advise, "--advise", "advice needs the model; drop --weights-only")
-        _refuse(site, "--site", "the distribution needs the model; drop --weights-only")
-        report, advice = _stored(folder_of(experiment), injection), None
+        folder_of(experiment)
+        heavy = {"--advise": advise, "--site": site, "--quick": quick, "--spared": spared}
+        _refuse_without_model(heavy | {"--text": text, "--task": task, "--data": data})
+    if against and against.is_dir() and experiment.model.path is None:
+        raise BadValue(
+            f"--against {against}: the embedded model has no files to compare; give the JSON of another scan"
+        )
+    lines = _lines(text, task, data)
+    if said := replaced(wish, experiment):
+        console(stderr=True).print(said, highlight=False, markup=False)
+
+    from fp4rl.cli.rounding import ready_to_round
+
+    ready_to_round()
+    advice = None
+    if weights_only:
+        report = _stored(folder_of(experiment), injection)
     else:
-        wishes = {"measured": not quick, "spared": spared}
-        live = loaded(experiment, text, texts, runs)
-        report = replace(_scanned(*live, injection, wishes, site), model=_name(model))
+        live = loaded(experiment, lines, texts, runs)
+        report = _scanned(*live, injection, {"measured": not quick, "spared": spared}, site)
         advice = _advice(report, live, noise_rule, bits) if advise else None
-    report = replace(report, limits=limits)
+    report = replace(report, model=name, limits=limits)
     if advise and advice:
-        _write_advice(advise, advice, take)
+        write_advice(advise, advice, take)
     if html:
         from fp4rl.diagnose.page import page
 
         html.write_text(page(report, advice), encoding="utf-8")
-    _print(report, advice, take, as_json)
+    print_scan(report, advice, take, json_only=as_json)
     if not as_json:
-        _say_written(html, advise, advice, take)
+        say_written(html, advise, advice, take, takes_advice(model, name))
     if against:
-        _compare(model, report, against, quiet=as_json)
+        compare(experiment.model.path or model, report, against, other, quiet=as_json)
 
 
-def _name(model: str) -> str:
-    """What the report calls it; the model that a run ends with is `final` in every run."""
-    place = Path(model).resolve()
-    return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
+def _check_advice(advise: Path | None, options: dict[str, Any], injection: "Injection") -> None:
+    """BadValue or NotThere for a piece, a rule or a budget of advice that cannot be, or that nobody would see."""
+    from fp4rl.diagnose.aqn import require_rule
 
-
-def _check_pieces(take: list[str] | None) -> None:
-    for piece in take or []:
+    for piece in options["--take"] or []:
         if piece not in PIECES:
             raise BadValue(f"--take {piece!r} is no piece of advice{nearest(piece, PIECES)}")
+    if options["--noise-rule"] is not None:
+        require_rule(options["--noise-rule"])
+    bits, weight = options["--bits"], injection.weight
+    if bits is not None and weight is not None and bits < weight.bits_per_value:
+        least = f"{weight.name} itself takes {weight.bits_per_value:g} bits a weight"
+        raise BadValue(f"--bits {bits:g}: {least}; name at least that many")
+    for option, given in options.items():
+        if given and advise is None:
+            raise BadValue(f"{option} chooses what advice says, and none is asked for; add --advise FILE")
 
 
 def _limits(given: list[str] | None) -> dict[str, float]:
@@ -126,14 +151,18 @@ def _limits(given: list[str] | None) -> dict[str, float]:
     return found
 
 
-def _refuse(given: object, option: str, cure: str) -> None:
-    if given:
-        raise BadValue(f"{option} cannot be used with --weights-only: {cure}")
+def _refuse_without_model(options: dict[str, Any]) -> None:
+    for option, given in options.items():
+        if given:
+            raise BadValue(f"{option} needs the model, which --weights-only never loads; drop one of the two")
 
 
-def _require_scan(other: Path | None) -> None:
-    if other is not None and not other.exists():
-        raise NotThere(f"--against {other}: does not exist; give a model folder or the JSON of another scan")
+def _lines(text: Path | None, task: str | None, data: Path | None) -> list[str] | None:
+    from fp4rl.diagnose.texts import texts_of
+
+    if text is not None and (task or data):
+        raise BadValue(f"--text {text} and {'--task' if task else '--data'} both name what to calibrate on; drop one")
+    return None if text is None else texts_of(text)
 
 
 def _scanned(
@@ -166,78 +195,13 @@ def _stored(model: str, injection: "Injection") -> "ScanReport":
         table, parts, tallies = stored_weight_errors(
             model, injection, lambda done, total: bar.update(place, completed=done, total=total)
         )
-    return ScanReport(_name(model), table, parts, tallies)
+    return ScanReport(model, table, parts, tallies)
 
 
-def _advice(report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: str, bits: float) -> "Advice":
+def _advice(
+    report: "ScanReport", live: tuple[Any, "Calibration"], noise_rule: str | None, bits: float | None
+) -> "Advice":
     from fp4rl.diagnose.advice import Options, advise
 
-    return advise(report, *live, options=Options(noise_rule=noise_rule, bits_per_weight=bits))  # type: ignore[arg-type]
-
-
-def _write_advice(file: Path, advice: "Advice", pieces: list[str] | None) -> None:
-    import yaml
-
-    reasons = "".join(f"#   {reason}\n" for reason in advice.reasons)
-    content = yaml.safe_dump(advice.fragment(pieces), sort_keys=False, allow_unicode=True)  # type: ignore[arg-type]
-    file.write_text(f"# Advice of `fp4rl scan`: {advice.strategy}\n{reasons}{content}", encoding="utf-8")
-
-
-def _print(report: "ScanReport", advice: "Advice | None", pieces: list[str] | None, as_json: bool) -> None:
-    from fp4rl.cli.scan_view import show, show_advice
-
-    if as_json:
-        from fp4rl.diagnose.findings import rules_as_dicts
-
-        found = report.as_dict() | {"rules": rules_as_dicts(report)}
-        if advice is not None:
-            found["advice"] = {
-                "strategy": advice.strategy,
-                "reasons": list(advice.reasons),
-                "leave": list(advice.leave),
-                "fragment": advice.fragment(pieces),  # type: ignore[arg-type]
-            }
-        print_json(found)
-        return
-    show(console(), report)
-    if advice is not None:
-        show_advice(console(), advice)
-
-
-def _say_written(html: Path | None, advise: Path | None, advice: "Advice | None", take: list[str] | None) -> None:
-    if html:
-        console().print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
-    if advise and advice:
-        pieces = take or advice.pieces
-        held = " and ".join(pieces) if pieces else "nothing but the injection as scanned (--take puts more in)"
-        on = "; its noise turns AQN on where a spec has none" if "noise" in pieces else ""
-        for line in (
-            f"advice: {advise} holds {held}{on}",
-            f"run with it: fp4rl run SPEC +{advise}; for one arm of a suite: arms.NAME=+{advise}",
-        ):
-            console().print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _compare(model: str, report: "ScanReport", other: Path, *, quiet: bool) -> None:
-    """Print both side by side and what differs most; leave with 1 when nothing does."""
-    from fp4rl.cli.scan_view import show_totals
-    from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
-
-    if other.is_dir():
-        delta = compare_checkpoints(other, model)
-        require_difference(delta, f"the weights of {other} and {model}")
-        lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
-        words = "weights that differ most, |change| / |weight|"
-    else:
-        before, after = json.loads(other.read_text(encoding="utf-8")), report.as_dict()
-        rows = compare_scans(before, after)
-        other_sites = before["model"] == after["model"] and before["sites_digest"] != after["sites_digest"]
-        if not other_sites:  # the same model with some sites left out is the same in all others
-            require_difference(rows, f"the scans {other} and of {model}")
-        if not quiet:
-            show_totals(console(), totals(before, after), (other.name, "this scan"))
-        errors = sorted((r for r in rows if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]
-        lines = [f"{r.site} {r.part}: {r.a:.4f} -> {r.b:.4f}" for r in errors]
-        words = "sites whose relative error differs most"
-    if not quiet:
-        console().print(f"{words}:\n  " + "\n  ".join(lines), highlight=False)
+    given = {"noise_rule": noise_rule, "bits_per_weight": bits}
+    return advise(report, *live, options=Options(**{key: value for key, value in given.items() if value}))  # type: ignore[arg-type]

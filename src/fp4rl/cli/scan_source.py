@@ -5,19 +5,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.cli.described import asked_task, runs_of
+from fp4rl.cli.described import asked_task, is_spec, refuse_words_for_a_spec, run_described
+from fp4rl.lab.here import not_here
+from fp4rl.lab.matrix import PlannedRun, single
 from fp4rl.spec.door import parse
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.modes import MODES
+from fp4rl.spec.retarget import in_format, under_preset
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.calibration import Calibration
 
 DEFAULT_MODE = "w4a16"
-POINTS = ("weight", "input", "output")
+_ARM = ", arm "  # between a suite's file and the arm of it that is scanned
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model as it was named, with the words for a spec file, and the options that take a spec's place."""
+
+    model: str
+    overrides: Sequence[str]
+    arm: str | None
+    task: str | None
+    data: Path | None
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -30,45 +45,88 @@ class Wish:
     leave: Sequence[str]
 
 
-def described(model: str, task: str, data: Path | None, dtype: str | None) -> Experiment:
-    """The experiment that `model` stands for: a folder, the word `embedded`, or a spec file (a suite's first arm that
-    rounds something, else its first)."""
-    if Path(model).suffix in (".yaml", ".yml") or Path(model).parent.name == "catalogue":
-        runs = runs_of(Path(model), [f"model.dtype={dtype}"] if dtype else [])
-        return next((run.experiment for run in runs if run.experiment.injection), runs[0].experiment)
-    source: dict[str, Any] = {"embedded": {}} if model == "embedded" else {"path": model}
-    return parse(Experiment, {"model": {**source, "dtype": dtype or "float32"}, "task": asked_task(task, data)}, "")
+def described(source: Source) -> tuple[str, Experiment]:
+    """What the report calls the model, and the experiment that it stands for: a folder, the word `embedded`, or one arm
+    of a spec file. Raises NotThere where a file that it names is not on this machine."""
+    run = _of_spec(source) if is_spec(source.model) else _of_model(source)
+    gone = not_here([run])
+    if gone:
+        raise NotThere(f"{gone[0]}; put it there, or name another place")
+    path = run.experiment.model.path
+    if path is not None and not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise NotThere(f"model folder {path!r} has no config.json; is it a Hugging Face model folder?")
+    return _name(source.model, run), run.experiment
+
+
+def _of_spec(source: Source) -> PlannedRun:
+    run = run_described(source.model, list(source.overrides), source.arm)
+    content = run.experiment.model_dump(mode="json")
+    if source.dtype is not None:
+        content["model"]["dtype"] = source.dtype
+    if source.task is not None or source.data is not None:
+        content["task"] = asked_task(source.task or "gsm8k", source.data)
+    return PlannedRun(run.suite, run.arm, run.seed, parse(Experiment, content, ""))
+
+
+def _of_model(source: Source) -> PlannedRun:
+    refuse_words_for_a_spec(source.model, list(source.overrides), source.arm)
+    model: dict[str, Any] = {"embedded": {}} if source.model == "embedded" else {"path": source.model}
+    content = {"model": {**model, "dtype": source.dtype or "float32"}}
+    task = asked_task(source.task or "arithmetic", source.data)
+    return single(parse(Experiment, content | {"task": task}, ""), source.model)
+
+
+def _name(model: str, run: PlannedRun) -> str:
+    """What the report calls it; the model that a run ends with is `final` in every run."""
+    place = Path(model).resolve()
+    if is_spec(model):
+        return f"{place.name}{_ARM}{run.arm}" if run.arm != "run" else place.name
+    return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
 
 
 def injection_of(wish: Wish, experiment: Experiment) -> Injection:
-    """The wish, or the experiment's own injection when there is no wish, or W4A16."""
-    plain = wish.mode is None and wish.format is None and wish.preset is None
-    if plain and experiment.injection is not None:
-        targets = experiment.injection.targets
-        changed = targets.model_copy(update={"leave": (*targets.leave, *wish.leave)})
-        return experiment.injection.model_copy(update={"targets": changed})
-    mode = wish.mode or DEFAULT_MODE
-    if mode not in MODES:
-        raise NotThere(f"no mode is called {mode!r}{nearest(mode, MODES)}")
-    places = {point: wish.format for point in POINTS if wish.format and getattr(MODES[mode], point)}
-    if wish.format and not places:
-        raise BadValue(f"mode {mode} rounds nothing, so --format {wish.format} has no place; name another mode")
-    leave = {"leave": [*LEFT_BY_DEFAULT, *wish.leave]}
-    content = {"preset": wish.preset, "targets": leave, **(places or {"mode": mode})}
-    return parse(Injection, content, "")
+    """The experiment's own injection, or W4A16 where it has none, under what the wish changes in it.
+
+    A mode takes the place of the whole injection; a format and a preset change what is there.
+    """
+    if wish.mode is not None and wish.mode not in MODES:
+        raise NotThere(f"no mode is called {wish.mode!r}{nearest(wish.mode, MODES)}")
+    own = experiment.injection if wish.mode is None else None
+    found = own or parse(Injection, {"mode": wish.mode or DEFAULT_MODE, "targets": {"leave": LEFT_BY_DEFAULT}}, "")
+    if wish.format is not None:
+        found = in_format(found, wish.format)
+    if wish.preset is not None:
+        found = under_preset(found, wish.preset)
+    changed = found.targets.model_copy(update={"leave": (*found.targets.leave, *wish.leave)})
+    return found.model_copy(update={"targets": changed})
 
 
-def loaded(experiment: Experiment, text: Path | None, texts: int, runs: Path) -> tuple[Any, "Calibration"]:
-    """The live model, and the texts that it is fed: of the file, or of the experiment's task."""
+def replaced(wish: Wish, experiment: Experiment) -> str | None:
+    """What a mode on the command line throws out of a spec, in words; None where nothing is."""
+    if wish.mode is None or experiment.injection is None:
+        return None
+    return f"--mode {wish.mode} takes the place of the spec's injection, {experiment.injection.name}"
+
+
+def takes_advice(model: str, name: str) -> str:
+    """The command that lays a file of advice, {}, over what was scanned under this name."""
+    if not is_spec(model):
+        return "fp4rl run SPEC +{0}; for one arm of a suite: arms.NAME=+{0}"
+    _, _, arm = name.partition(_ARM)
+    return f"fp4rl run {model} arms.{arm}=+{{0}}" if arm else f"fp4rl run {model} +{{0}}"
+
+
+def loaded(experiment: Experiment, lines: list[str] | None, texts: int, runs: Path) -> tuple[Any, "Calibration"]:
+    """The live model, and the texts that it is fed: the lines given, or so many of the experiment's task."""
     from fp4rl.models.quiet import quiet
 
     quiet()
-    from fp4rl.diagnose.calibration import calibrate, texts_of
+    from fp4rl.diagnose.calibration import calibrate
     from fp4rl.models.load import load
     from fp4rl.rl.start import start_folder, task_of
 
     task = task_of(experiment.task)
-    found = texts_of(text) if text else [f"{p.prompt} {p.solution}" for p in task.problems("train", texts)]
+    found = lines or [f"{p.prompt} {p.solution}" for p in task.problems("train", texts)]
     model, tokenizer = load(start_folder(experiment.model, task, runs / "models"), experiment.model.dtype)
     return model, calibrate(tokenizer, found)
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from fp4rl.cli.pictures import heat_strip
 from fp4rl.cli.terminal import styled
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,13 +34,15 @@ TOGETHER = {  # what all weights together are said to have: measure and form
 def show(screen: "Console", report: "ScanReport") -> None:
     """Head, layers, findings and the rules of the documents."""
     from fp4rl.diagnose.findings import findings, rule_results
-    from fp4rl.diagnose.rules import COLUMNS
+    from fp4rl.diagnose.rules import COLUMNS, meanings
 
     injection = report.table.injection
-    screen.print(styled((report.model, "bold"), f" {injection.name}: {len(report.table.plans)} sites"), highlight=False)
+    sites = counted(len(report.table.plans), "site")
+    screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"), highlight=False)
     if report.calibration:
         given = report.calibration
-        screen.print(f"{given['texts']} texts, {given['tokens']} tokens, digest {given['digest']}", highlight=False)
+        texts, tokens = counted(given["texts"], "text"), counted(given["tokens"], "token")
+        screen.print(f"{texts}, {tokens}, digest {given['digest']}", highlight=False)
     _show_together(screen, report)
     _show_layers(screen, report)
     for found in findings(report):
@@ -50,6 +53,7 @@ def show(screen: "Console", report: "ScanReport") -> None:
         for result in judged:
             table.add_row(*result.cells())
         screen.print(table)
+        screen.print(meanings(judged), style="dim", highlight=False)
 
 
 def show_advice(screen: "Console", advice: "Advice") -> None:

@@ -2,22 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from fp4rl.cli.described import runs_of
+from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, run_described
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.door import parse
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
+from fp4rl.spec.mistakes import BadValue, shown
 from fp4rl.spec.model import Model
 from fp4rl.spec.modes import PHASES
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
+from fp4rl.spec.retarget import under_preset
 
 if TYPE_CHECKING:
     from fp4rl.inject.plan import SiteTable
@@ -57,23 +57,18 @@ def command(
 
 
 def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Model, Injection]:
-    path = Path(source)
-    if path.suffix not in (".yaml", ".yml") and path.parent.name != "catalogue":
-        if overrides or arm:
-            raise BadValue(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
+    if not is_spec(source):
+        refuse_words_for_a_spec(source, overrides, arm)
         content: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
         return parse(Model, content, ""), Injection.named("w4a16")
-    runs = runs_of(path, overrides)
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    if arm is not None and arm not in arms:
-        raise NotThere(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
-    chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection] or list(runs)
-    return chosen[0].experiment.model, chosen[0].experiment.injection or Injection()
+    experiment = run_described(source, overrides, arm).experiment
+    return experiment.model, experiment.injection or Injection()
 
 
 def _asked(mode: str | None, preset: str | None, present: Injection) -> Injection:
-    content = present.model_dump(mode="json") if mode is None else _mapping(mode)
-    return parse(Injection, content | ({"preset": preset} if preset else {}), "--mode")
+    if mode is not None:
+        return parse(Injection, _mapping(mode) | ({"preset": preset} if preset else {}), "--mode")
+    return present if preset is None else under_preset(present, preset)
 
 
 def _mapping(mode: str) -> dict[str, Any]:

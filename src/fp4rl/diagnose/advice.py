@@ -16,6 +16,8 @@ from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Multipliers
+from fp4rl.spec.presets import accepted
+from fp4rl.spec.words import agreeing, counted
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
 Piece = Literal["formats", "noise", "leave", "weight_format"]
@@ -59,6 +61,24 @@ class Advice:
         """What the strategy itself puts into a fragment; where it is no action, nothing but what was scanned."""
         return _PIECES[self.strategy]
 
+    @property
+    def variant(self) -> Variant | None:
+        """The other way to round the weights that saves most, of those that a deployment target rounds with: the
+        scanned preset, or any where none was scanned."""
+        preset = self.scanned.preset
+        fitting = (v for v in self.variants if v.change < -WORTH_SAYING and accepted(v.format, preset))
+        return next(fitting, None)
+
+    def held(self, pieces: Sequence[Piece] | None = None) -> tuple[Piece, ...]:
+        """Those of `pieces`, by default the strategy's own, that there is something to say of."""
+        said = {
+            "formats": self.formats is not None and bool(self.formats.exceptions(self.scanned)),
+            "noise": self.multipliers is not None,
+            "leave": bool(self.leave),
+            "weight_format": self.variant is not None,
+        }
+        return tuple(piece for piece in (self.pieces if pieces is None else pieces) if said[piece])
+
     def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
         """The scanned injection with the advice that `pieces` name in it."""
         changes: dict[str, Any] = {}
@@ -67,9 +87,10 @@ class Advice:
         if "leave" in pieces and self.leave:
             targets = self.scanned.targets
             changes["targets"] = targets.model_copy(update={"leave": (*targets.leave, *self.leave)})
-        if "weight_format" in pieces and self.variants and self.variants[0].change < -WORTH_SAYING:
-            changes["weight"] = self.variants[0].format
-        return self.scanned.model_copy(update=changes)
+        if "weight_format" in pieces and self.variant is not None:
+            changes["weight"] = self.variant.format
+        changed = self.scanned.model_copy(update=changes)
+        return Injection.model_validate(changed.model_dump(mode="json"))  # as a file says it: its preset's rules on all
 
     def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
         """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; by default the strategy's own
@@ -95,18 +116,23 @@ def advise(
         raise BadValue("nothing was measured, so there is nothing to advise; scan with precision or sensitivity")
     out = standing_out(report, options.limit)
     share = len(out) / max(len(report.table.plans), 1)
-    severity = report.severity()
-    multipliers = noise_multipliers(options.noise_rule, severity, layers_of(report, out)) if severity else None
     formats = None
     if calibration is not None and report.sensitivity is not None and report.table.injection.weight is not None:
         generator = torch.Generator().manual_seed(0)
         formats = advised_formats(model, report, calibration, options.bits_per_weight, generator)
     variants = weight_variants(model, report.table)
     reasons = _reasons(report, out, share, formats, variants)
+    plan = strategy(share, options.bands)
+    both = plan == "mixed precision and noise"
+    wider = _widened(formats, report.table.injection) if both else frozenset[str]()
+    severity = report.severity(without=wider)
+    noisy = layers_of(report, tuple(site for site in out if site not in wider))
+    multipliers = noise_multipliers(options.noise_rule, severity, noisy) if severity else None
     if multipliers is not None:
-        reasons.append(_noise_in_words(options.noise_rule, multipliers, list(severity)))
+        left = ", for the harm that the wider sites leave" if wider else ""
+        reasons.append(_noise_in_words(options.noise_rule, multipliers, list(severity)) + left)
     return Advice(
-        strategy=strategy(share, options.bands),
+        strategy=plan,
         reasons=tuple(reasons),
         scanned=report.table.injection,
         multipliers=multipliers,
@@ -125,6 +151,11 @@ def strategy(share_of_sites: float, bands: tuple[float, float]) -> Strategy:
     return "mixed precision and noise" if share_of_sites <= bands[1] else "reconsider the format"
 
 
+def _widened(formats: FormatAdvice | None, injection: Injection) -> frozenset[str]:
+    """The sites that advice makes wider: the worst, which then need no noise."""
+    return frozenset(entry.pattern for entry in formats.exceptions(injection)) if formats is not None else frozenset()
+
+
 def _worst(report: ScanReport) -> tuple[str, ...]:
     """The tenth of the sites that does most harm, with what is fused to them; nothing without a sensitivity scan."""
     if report.sensitivity is None or not report.sensitivity.sites:
@@ -138,22 +169,31 @@ def _worst(report: ScanReport) -> tuple[str, ...]:
 def _reasons(
     report: ScanReport, out: tuple[str, ...], share: float, formats: FormatAdvice | None, variants: tuple[Variant, ...]
 ) -> list[str]:
-    found = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) are well above the format's ideal error"]
+    are = agreeing(len(out), "is", "are")
+    found = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) {are} well above the format's ideal error"]
     if report.sensitivity is not None:
         found.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
     if formats is not None:
         now = sum(site.harm for site in report.sensitivity.sites) if report.sensitivity else 0.0
         names = list(dict.fromkeys(exception.pattern for exception in formats.exceptions(report.table.injection)))
         some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-        sites = f"{len(names)} {'site' if len(names) == 1 else 'sites'} wider{some}"
+        sites = f"{counted(len(names), 'site')} wider{some}"
         fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.harm:.4g}"
         found.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
     found += [
-        f"{variant.name} would change the weights' error by {variant.change:+.1%}"
+        f"{variant.name} would change the weights' error by {variant.change:+.1%}{_target(variant, report)}"
         for variant in variants
         if variant.change < -WORTH_SAYING
     ]
     return found
+
+
+def _target(variant: Variant, report: ScanReport) -> str:
+    """What stands in the way of a variant that no deployment target carries out."""
+    preset = report.table.injection.preset
+    if accepted(variant.format, preset):
+        return ""
+    return f"; preset {preset} does not round so" if preset else "; no deployment preset rounds so"
 
 
 def _noise_in_words(rule: str, multipliers: Multipliers, layers: Sequence[int]) -> str:

@@ -22,8 +22,7 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
     inverse       falls with it; root mean square 1
     zones         one value for the layers at both ends and one for the middle, by their mean severity
     """
-    if rule not in RULES:
-        raise NotThere(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
+    require_rule(rule)
     if rule == "global":
         return Multipliers()
     if not severity:
@@ -38,6 +37,12 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
         return Multipliers(zones=_zones(severity))
     power = 0.5 if rule == "proportional" else -0.5
     return Multipliers(by_layer=tuple(sorted(_scaled(severity, power).items())))
+
+
+def require_rule(rule: str) -> None:
+    """Raise NotThere, naming the nearest, for a word that is no noise rule."""
+    if rule not in RULES:
+        raise NotThere(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
 
 
 def worst_fifth(severity: Mapping[int, float]) -> frozenset[int]:

@@ -1,18 +1,15 @@
 """The texts that a scan feeds a model, as batches of tokens, with the count and digest that stand in its report."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4rl.spec.mistakes import BadValue, NotThere
-
-ENOUGH_TEXTS = 32
+from fp4rl.diagnose.texts import ENOUGH_TEXTS
+from fp4rl.spec.mistakes import BadValue
 
 
 @dataclass(frozen=True)
@@ -79,24 +76,6 @@ def from_tokens(
     ordered = sorted(zip(rows, starts or [0] * len(rows), strict=True), key=lambda pair: len(pair[0]))
     batches = [_batch(ordered[i : i + batch_size], padding) for i in range(0, len(ordered), batch_size)]
     return Calibration(tuple(batches), len(rows), sum(len(row) for row in rows), digest)
-
-
-def texts_of(file: Path) -> list[str]:
-    """The lines of a text file; one with fewer than 32 lines is cut into 32 pieces of equally many words instead.
-
-    Raises NotThere for a missing file and BadValue for an empty one.
-    """
-    if not file.is_file():
-        raise NotThere(f"{file}: no such file; give a text file to calibrate on")
-    text = file.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise BadValue(f"{file}: empty; a calibration text needs some lines")
-    if len(lines) >= ENOUGH_TEXTS:
-        return lines
-    words = text.split()
-    size = math.ceil(len(words) / ENOUGH_TEXTS)
-    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
 
 
 def _batch(rows: Sequence[tuple[Sequence[int], int]], padding: int) -> Batch:

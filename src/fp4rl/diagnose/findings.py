@@ -6,6 +6,8 @@ from typing import Any, Literal
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge, rule_named
 from fp4rl.diagnose.sensitivity import rank_correlation
+from fp4rl.diagnose.texts import ENOUGH_TEXTS
+from fp4rl.spec.words import agreeing, counted
 
 STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data
 Kind = Literal["fault", "precision", "sensitivity", "note"]
@@ -98,9 +100,9 @@ def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
         worst = max(report.parts, key=lambda part: part.excess)
         text = f"no site is above {limit:g} times the format's ideal error; the worst is at {worst.excess:.2f}"
         return [Finding("precision", text, (worst.site,))]
-    total = len({part.site for part in report.parts})
+    total, are = len({part.site for part in report.parts}), agreeing(len(out), "is", "are")
     return [
-        Finding("precision", f"{len(out)} of {total} sites are above {limit:g} times the format's ideal error", out)
+        Finding("precision", f"{len(out)} of {total} sites {are} above {limit:g} times the format's ideal error", out)
     ]
 
 
@@ -112,7 +114,7 @@ def _harmful(report: ScanReport) -> list[Finding]:
     total = sum(site.harm for site in ranked) or 1.0
     top = ranked[: max(1, len(ranked) // 10)]
     share = sum(site.harm for site in top) / total
-    makes = "makes" if len(top) == 1 else "make"
+    makes = agreeing(len(top), "makes", "make")
     text = f"{len(top)} of {len(ranked)} sites {makes} {share:.0%} of the harm; the worst is {top[0].name}"
     lines = [Finding("sensitivity", text, tuple(site.name for site in top))]
     errors = {part.site: part.measures["relative_l2"] for part in report.parts if part.part == "weight"}
@@ -131,8 +133,9 @@ def _notes(report: ScanReport) -> list[Finding]:
     found = []
     short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))
     if short:
-        text = f"the block does not divide the width of {len(short)} sites; their last block is short"
+        text = f"the block does not divide the width of {counted(len(short), 'site')}; the last block there is short"
         found.append(Finding("note", text, short))
     if report.calibration and report.calibration["few"]:
-        found.append(Finding("note", f"only {report.calibration['texts']} calibration texts; use at least 32"))
+        texts = counted(report.calibration["texts"], "calibration text")
+        found.append(Finding("note", f"only {texts}; use at least {ENOUGH_TEXTS}"))
     return found

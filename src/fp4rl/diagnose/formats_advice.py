@@ -18,6 +18,7 @@ from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.points import PatternFormats
+from fp4rl.spec.presets import preset_named
 
 WIDER: tuple[Format, ...] = (MXFP8, BF16)
 _RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
@@ -126,7 +127,11 @@ def _ratio(wide: float, narrow: float) -> float:
 
 
 def _widened(table: SiteTable) -> SiteTable:
-    plans = (replace(p, weight=p.weight and MXFP8, input=p.input and MXFP8) for p in table.plans)
+    """Every site in MXFP8, as the scanned preset rounds it."""
+    named = table.injection.preset
+    weight = preset_named(named).for_weight(MXFP8) if named else MXFP8
+    inputs = preset_named(named).for_input(MXFP8) if named else MXFP8
+    plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)
     return replace(table, plans=tuple(plans))
 
 

@@ -7,9 +7,10 @@ from fp4rl.diagnose import figures
 from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.findings import findings, rule_results
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.rules import COLUMNS
+from fp4rl.diagnose.rules import COLUMNS, meanings
 from fp4rl.diagnose.tally import pooled
 from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.words import counted
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -71,10 +72,11 @@ def page(report: ScanReport, advice: Advice | None = None) -> str:
 
 
 def _head(report: ScanReport) -> str:
-    facts = [report.table.injection.name, f"{len(report.table.plans)} sites, table {report.table.digest}"]
+    facts = [report.table.injection.name, f"{counted(len(report.table.plans), 'site')}, table {report.table.digest}"]
     if report.calibration:
         given = report.calibration
-        facts.append(f"{given['texts']} texts, {given['tokens']} tokens, digest {given['digest']}")
+        texts, tokens = counted(given["texts"], "text"), counted(given["tokens"], "token")
+        facts.append(f"{texts}, {tokens}, digest {given['digest']}")
     return f'<h1>Scan of {escape(report.model)}</h1><p class="facts">{escape(" · ".join(facts))}</p>'
 
 
@@ -122,10 +124,12 @@ def _layers(report: ScanReport) -> str:
 
 
 def _rules(report: ScanReport) -> str:
-    rows = [list(result.cells()) for result in rule_results(report)]
+    results = rule_results(report)
+    rows = [list(result.cells()) for result in results]
     if not rows:
         return ""
-    note = '<p class="note">A rule that ideal data already breaks cannot tell one layer from another.</p>'
+    said = "A rule that ideal data already breaks cannot tell one layer from another."
+    note = f'<p class="note">{said} {escape(meanings(results))}</p>'
     return f"<h2>Thresholds of earlier documents</h2>{note}" + _table(COLUMNS, rows, numbers=False)
 
 

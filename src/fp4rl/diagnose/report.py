@@ -47,14 +47,14 @@ class ScanReport:
         """One site's weight or input, if it was measured."""
         return next((p for p in self.parts if p.site == site and p.part == part), None)
 
-    def severity(self) -> dict[int, float]:
+    def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
         """Layer -> harm: the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
-        mean excess of the squared error over the format's ideal."""
+        mean excess of the squared error over the format's ideal. Sites in `without` do no harm."""
         found: dict[int, list[float]] = {}
         if self.sensitivity is not None:
             for site in self.sensitivity.sites:
                 if site.layer is not None:
-                    found.setdefault(site.layer, []).append(site.harm)
+                    found.setdefault(site.layer, []).append(0.0 if site.name in without else site.harm)
             return {layer: sum(values) for layer, values in sorted(found.items())}
         for part in self.parts:
             if part.layer is not None:

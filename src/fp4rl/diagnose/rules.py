@@ -5,7 +5,7 @@ result says where the format's own ideal already fails it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fp4rl.spec.mistakes import NotThere, nearest
@@ -13,13 +13,15 @@ from fp4rl.spec.mistakes import NotThere, nearest
 
 @dataclass(frozen=True)
 class Rule:
-    """A site is flagged when `measure` is `below` or `above` the limit."""
+    """A site is flagged when `measure` is `below` or `above` the limit; `meaning` says what is measured where the name
+    could mean several things."""
 
     name: str
     measure: str
     side: Literal["below", "above"]
     limit: float
     unit: str = ""
+    meaning: str = ""
 
     def flags(self, value: float) -> bool:
         """Whether this value is on the wrong side."""
@@ -32,7 +34,8 @@ RULES: Mapping[str, Rule] = {
         Rule("sqnr", "sqnr_db", "below", 20.0, "dB"),
         Rule("deadzone", "deadzone_share", "above", 0.05),
         Rule("saturation", "clipped_share", "above", 0.01),
-        Rule("relative_error", "relative_l1", "above", 0.10),
+        Rule("relative_error", "mean_relative", "above", 0.10, meaning="mean |e|/|w|, as they define it"),
+        Rule("relative_l1", "relative_l1", "above", 0.10, meaning="sum|e|/sum|w|"),
         Rule("gain_ratio", "gain_ratio", "below", 0.9),
         Rule("kurtosis_ratio", "kurtosis_ratio", "below", 0.9),
     )
@@ -79,6 +82,11 @@ class RuleResult:
         return f"{rule.name} {sign} {rule.limit:g} {rule.unit}".rstrip(), flagged, ideal, self.advice
 
 
+def meanings(results: Sequence[RuleResult]) -> str:
+    """What is measured by the rules whose name does not say it; empty where there is none."""
+    return "; ".join(f"{r.rule.name}: {r.rule.meaning}" for r in results if r.rule.meaning)
+
+
 COLUMNS = ("rule", "flagged", "ideal data", "by their bands")
 
 
@@ -87,7 +95,7 @@ def rule_named(name: str, limit: float | None = None) -> Rule:
     if name not in RULES:
         raise NotThere(f"no rule is called {name!r}{nearest(name, RULES)}")
     rule = RULES[name]
-    return rule if limit is None else Rule(rule.name, rule.measure, rule.side, limit, rule.unit)
+    return rule if limit is None else replace(rule, limit=limit)
 
 
 def judge(rule: Rule, places: Sequence[Measured]) -> RuleResult:
@@ -106,4 +114,4 @@ def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
         return "no action"
     if share_of_layers < low:
         return "leave the flagged layers out"
-    return "targeted noise" if share_of_layers <= high else "reconsider_quantization"
+    return "wider for the worst and noise for the moderate" if share_of_layers <= high else "reconsider_quantization"

@@ -33,6 +33,13 @@ class Preset:
         """The format as this target rounds matmul inputs; raises BadValue where the format sets another rule itself."""
         return self._applied(fmt, self.input_rule, self.input_rounding)
 
+    def accepts(self, weight: Format) -> bool:
+        """Whether this target rounds weights as the format says: a rule of its own would be refused."""
+        try:
+            return self.for_weight(weight) == weight
+        except BadValue:
+            return False
+
     def _applied(self, fmt: Format, rule: ScaleRule, rounding: Rounding) -> Format:
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
@@ -97,3 +104,9 @@ def preset_named(name: str) -> Preset:
     if name not in PRESETS:
         raise NotThere(f"no preset is called {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]
+
+
+def accepted(weight: Format, preset: str | None) -> bool:
+    """Whether the preset, or any preset where none is named, rounds weights as the format says."""
+    targets = PRESETS.values() if preset is None else (preset_named(preset),)
+    return any(target.accepts(weight) for target in targets)

@@ -1,0 +1,26 @@
+"""The texts of a file that a scan is calibrated on, read before anything heavy is loaded."""
+
+import math
+from pathlib import Path
+
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+ENOUGH_TEXTS = 32
+
+
+def texts_of(file: Path) -> list[str]:
+    """The lines of a text file; one with fewer than 32 lines is cut into 32 pieces of equally many words instead.
+
+    Raises NotThere for a missing file and BadValue for an empty one.
+    """
+    if not file.is_file():
+        raise NotThere(f"{file}: no such file; give a text file to calibrate on")
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadValue(f"{file}: empty; a calibration text needs some lines")
+    if len(lines) >= ENOUGH_TEXTS:
+        return lines
+    words = text.split()
+    size = math.ceil(len(words) / ENOUGH_TEXTS)
+    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]

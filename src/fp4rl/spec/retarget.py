@@ -1,0 +1,54 @@
+"""One injection under another preset or in another format, everything else of it kept."""
+
+from dataclasses import replace
+from typing import Any
+
+from fp4rl.spec.door import parse
+from fp4rl.spec.formats import FORMATS, Format, describe, format_of
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.presets import preset_named
+
+_ROUNDED = (*LINEAR_POINTS, "kv_cache")
+
+
+def under_preset(injection: Injection, preset: str) -> Injection:
+    """The injection with the rules of `preset` in place of those of its own.
+
+    Raises NotThere for an unknown preset, BadValue where a format sets a rule of its own that the preset fixes.
+    """
+    preset_named(preset)
+    content = {point: _without_rules(injection, point, getattr(injection, point)) for point in _ROUNDED}
+    exceptions = [
+        entry.model_dump() | {point: _without_rules(injection, point, getattr(entry, point)) for point in LINEAR_POINTS}
+        for entry in injection.by_pattern
+    ]
+    changed = _kept(injection) | content | {"preset": preset, "by_pattern": exceptions}
+    return parse(Injection, changed, "--preset")
+
+
+def in_format(injection: Injection, fmt: str) -> Injection:
+    """The injection with `fmt`, under its own preset, wherever its linear layers are rounded; exceptions stay.
+
+    Raises NotThere for an unknown format, BadValue where no linear layer is rounded.
+    """
+    places = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
+    if not places:
+        raise BadValue(f"{injection.name} rounds no linear layer, so --format {fmt} has no place; name another mode")
+    return parse(Injection, _kept(injection) | places | {"mode": None}, "--format")
+
+
+def _kept(injection: Injection) -> dict[str, Any]:
+    return injection.model_dump(mode="json")
+
+
+def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:
+    """The format as it was described: a rule that its preset put there is taken out again."""
+    if not isinstance(fmt, Format) or injection.preset is None:
+        return fmt
+    known = FORMATS.get(fmt.name, fmt)
+    plain = replace(fmt, scale_rule=known.scale_rule, rounding=known.rounding)
+    preset = preset_named(injection.preset)
+    put = preset.for_weight(plain) if point == "weight" else preset.for_input(plain)
+    return plain if put == fmt else fmt
