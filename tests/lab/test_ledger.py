@@ -224,7 +224,7 @@ def test_an_address_that_is_no_ledger_is_refused(address: str):
 
 def test_a_server_that_does_not_answer_is_named_without_its_password():
     pytest.importorskip("psycopg")
-    with pytest.raises(NotThere, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/x cannot be opened"):
+    with pytest.raises(NotThere, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/x cannot be used"):
         open_ledger("postgresql://me:secret@127.0.0.1:9/x")
 
 

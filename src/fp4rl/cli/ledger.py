@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fp4rl.cli.late import leave_out
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.mistakes import NotThere
@@ -42,6 +43,7 @@ def rebuild_ledger(
     from fp4rl.lab.ledger.rebuild import rebuild
     from fp4rl.lab.ledger.store import open_ledger
 
+    _require_runs(runs)
     screen = console(stderr=True)
     with open_ledger(_place(runs, ledger)) as found, progress(screen) as bar:
         task = bar.add_task("reading runs", total=None)
@@ -50,6 +52,7 @@ def rebuild_ledger(
             runs,
             drop_missing=drop_missing,
             on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
+            on_damaged=leave_out,
         )
         name = found.name
     console().print(f"{count} runs recorded in {name}", highlight=False, soft_wrap=True)
@@ -81,17 +84,27 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
 @contextmanager
 def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
-    """The ledger with every finished run below `runs` in it."""
+    """The ledger with every finished run below `runs` in it. One that cannot be read is named and left out."""
     from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import open_ledger
 
-    if address is None and not runs.is_dir():
-        raise NotThere(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
+    if address is None:
+        _require_runs(runs)
     with open_ledger(_place(runs, address)) as ledger:
         with progress(console(stderr=True)) as bar:
             task = bar.add_task("recording runs", total=None)
-            record_new(ledger, runs, on_run=lambda done, all_: bar.update(task, completed=done, total=all_))
+            record_new(
+                ledger,
+                runs,
+                on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
+                on_damaged=leave_out,
+            )
         yield ledger
+
+
+def _require_runs(runs: Path) -> None:
+    if not runs.is_dir():
+        raise NotThere(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
 
 
 def _place(runs: Path, address: str | None) -> str | Path:

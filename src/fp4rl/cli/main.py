@@ -11,6 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from fp4rl import __version__
+from fp4rl.cli import late
 from fp4rl.engines.launcher import launched, leave
 from fp4rl.spec.mistakes import CheckFailed, Mistake
 
@@ -89,9 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
+    late.begin()
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
-        return _report(KeyboardInterrupt()) if code == _INTERRUPTED else code  # typer catches it, and says nothing
+        if code == _INTERRUPTED:  # typer catches it, and says nothing
+            return _report(KeyboardInterrupt())
+        late.end()
+        return code
     except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, BrokenPipeError) as error:
         if debug:
             raise

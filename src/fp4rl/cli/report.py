@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fp4rl.cli.late import leave_out
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
 
@@ -28,9 +29,16 @@ def show(folder: Path, *, as_json: bool = False) -> None:
     from fp4rl.lab.report.terminal import terminal
 
     report = collect(folder)
-    page = write_html(report, folder / "report.html")
+    for damage in report.damages:
+        leave_out(damage)
+    try:
+        page: str | None = str(write_html(report, folder / "report.html"))
+    except OSError as error:  # an archive can be read all the same
+        page = None
+        console(stderr=True).print(f"no HTML report: {folder} cannot be written ({error.strerror})", soft_wrap=True)
     if as_json:
-        print_json(report.as_dict() | {"html": str(page)})
+        print_json(report.as_dict() | {"html": page})
         return
     console().print(terminal(report))
-    console().print(f"HTML report: {page}", highlight=False, soft_wrap=True)
+    if page is not None:
+        console().print(f"HTML report: {page}", highlight=False, soft_wrap=True)

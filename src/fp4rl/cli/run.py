@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fp4rl.cli.late import leave_out
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
@@ -13,6 +14,9 @@ from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fp4rl.lab.ledger.store import Ledger
     from fp4rl.lab.matrix import PlannedRun
     from fp4rl.lab.runner import SuiteOutcome
     from fp4rl.spec.experiment import Experiment, Suite
@@ -100,7 +104,6 @@ def carry_out_all(
     from fp4rl.engines.processes import LocalPool
     from fp4rl.engines.together import Together, follow, is_first, tell
     from fp4rl.lab.here import not_here
-    from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import open_ledger
     from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
@@ -135,11 +138,23 @@ def carry_out_all(
 
         def ended(outcome: Outcome) -> None:
             display.on_outcome(outcome)
-            record_new(ledger, root)
+            _record(ledger, root, screen)
 
         outcome = run_all(runs, root, executor, display.on_event, ended)
-    record_new(ledger, root)  # also what a killed process finished and did not get to enter
+    _record(ledger, root, screen)  # also what a killed process finished and did not get to enter
     return outcome
+
+
+def _record(ledger: "Ledger", root: Path, screen: "Console") -> None:
+    """Enter what is finished. Old runs that cannot be read, and a ledger that another process keeps, stop no new run:
+    whoever opens the ledger next enters what is missing in it."""
+    from fp4rl.lab.ledger.record import record_new
+    from fp4rl.lab.ledger.store import Locked
+
+    try:
+        record_new(ledger, root, on_damaged=leave_out)
+    except Locked as error:
+        screen.print(f"warning: {error}", soft_wrap=True)
 
 
 def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from fp4rl.lab.damage import damage_named
 from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, write_whole
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
+from fp4rl.spec.plain_yaml import plain_values
 
 if TYPE_CHECKING:
     import pyarrow
@@ -80,12 +80,14 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after `step`: a run resumed from that checkpoint takes those steps again."""
-        kept = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] <= step]
-        write_whole(self.path / "metrics.jsonl", "".join(dumps(record) + "\n" for record in kept))
+        file = self.path / "metrics.jsonl"
+        with damage_named(file):
+            kept = [record for record in read_lines(file) if record["step"] <= step]
+        write_whole(file, "".join(dumps(record) + "\n" for record in kept))
 
     def drop_evidence_after(self, mark: Mapping[str, Any]) -> bool:
         """Forget every line after the last one that has all of `mark`; False, and nothing done, if there is none."""
-        kept = list(read_lines(self.path / "evidence.jsonl"))
+        kept = self.evidence()
         places = [i for i, record in enumerate(kept) if mark.items() <= record.items()]
         if not places:
             return False
@@ -125,34 +127,39 @@ class RunFolder:
     def spec(self) -> Record:
         """The described experiment as plain values; empty for a run that came from a foreign log."""
         file = self.path / "spec.yaml"
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=loader) or {} if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        with damage_named(file):
+            return _mapping(plain_values(file.read_text(encoding="utf-8"), "YAML") or {})
 
     def sites(self) -> Record:
         file = self.path / "sites.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _json(file) if file.is_file() else {}
 
     def evidence(self) -> list[Record]:
-        return list(read_lines(self.path / "evidence.jsonl"))
+        file = self.path / "evidence.jsonl"
+        with damage_named(file):
+            return [_mapping(record) for record in read_lines(file)]
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step -> name -> value. Lines of one step are joined; the first value of a key stays."""
         steps: dict[int, dict[str, float]] = {}
-        for record in read_lines(self.path / "metrics.jsonl"):
-            values = steps.setdefault(int(record.pop("step")), {})
-            for name, value in record.items():
-                if isinstance(value, str):
-                    value = _NOT_FINITE.get(value)
-                if isinstance(value, int | float):
-                    values.setdefault(name, float(value))
-        return dict(sorted(steps.items()))
+        file = self.path / "metrics.jsonl"
+        with damage_named(file):
+            for record in read_lines(file):
+                values = steps.setdefault(int(_mapping(record).pop("step")), {})
+                for name, value in record.items():
+                    if isinstance(value, str):
+                        value = _NOT_FINITE.get(value)
+                    if isinstance(value, int | float):
+                        values.setdefault(name, float(value))
+            return dict(sorted(steps.items()))
 
     def result(self) -> Record:
         """The parsed `result.json`. Raises `NotThere` for an unfinished run."""
         if not self.finished:
             raise NotThere(f"{self.key} has no result.json: the run is not finished")
-        result: Record = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-        return result
+        return _json(self.path / "result.json")
 
     def item_sets(self) -> list[tuple[int, str]]:
         """(step, profile) of every stored evaluation, in order of step."""
@@ -166,7 +173,8 @@ class RunFolder:
         file = self._items_file(step, profile)
         if not file.is_file():
             raise NotThere(f"{self.key} holds no items {file.stem}" + nearest(file.stem, self._stems()))
-        with parquet.ParquetFile(file) as opened:  # read_table would import pandas where it is installed
+        # read_table would import pandas where it is installed
+        with damage_named(file), parquet.ParquetFile(file) as opened:
             return opened.read(columns=columns)
 
     def _stems(self) -> list[str]:
@@ -176,6 +184,17 @@ class RunFolder:
         if not _NAME.fullmatch(profile):
             raise BadValue(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
         return self.path / "items" / f"{step}-{profile}.parquet"
+
+
+def _json(file: Path) -> Record:
+    with damage_named(file):
+        return _mapping(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _mapping(value: Any) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"keys and values expected, found {shown(value)}")
+    return value
 
 
 def items_schema() -> "pyarrow.Schema":

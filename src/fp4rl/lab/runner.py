@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from fp4rl.lab.damage import Damaged
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.inputs import made_from_others
@@ -63,15 +64,19 @@ def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[Planned
 
 
 def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
-    """Finished runs whose result was computed by other code than this, or from other files than are there now."""
+    """Finished runs whose result was computed by other code than this, or from other files than are there now, or
+    cannot be read."""
     now = code_digest()
     finished, _ = split_finished(runs, root)
     others = made_from_others(finished, root)
-    return [
-        run
-        for run in finished
-        if run.run_id in others or run_folder(root, run.suite, run.run_id).result().get("code_digest") != now
-    ]
+    return [run for run in finished if run.run_id in others or _code_of(run, root) != now]
+
+
+def _code_of(run: PlannedRun, root: Path) -> str:
+    try:
+        return str(run_folder(root, run.suite, run.run_id).result().get("code_digest", "unknown"))
+    except Damaged:
+        return "unknown"
 
 
 def run_all(
@@ -109,6 +114,6 @@ def set_aside(runs: Sequence[PlannedRun], root: Path) -> None:
     """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
     for run in runs:
         folder = run_folder(root, run.suite, run.run_id)
-        place = root / run.suite / "stale" / f"{run.run_id}-{folder.result().get('code_digest', 'unknown')}"
+        place = root / run.suite / "stale" / f"{run.run_id}-{_code_of(run, root)}"
         place.parent.mkdir(exist_ok=True)
         folder.path.rename(place)

@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 STATE = "fp4rl.json"
 _CHUNK = 1 << 20
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Checkpoint:
 
 def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> None:
     """Make the trainer's checkpoint in `folder` a complete one. `stamp` names the code that may go on from it."""
-    content = {"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)}
+    written = json.dumps({"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)})
+    content = json.loads(written)  # as it will be read
+    content["sum"] = _sum(content)
     partial = folder / f".{STATE}.partial"
     with partial.open("w", encoding="utf-8") as file:
         json.dump(content, file)
@@ -51,7 +55,7 @@ def all_of(folder: Path) -> dict[int, Path]:
     """Steps done -> folder, of every complete checkpoint."""
     found = {}
     for path in _by_age(folder):
-        if (path / STATE).is_file():
+        with suppress(*_UNREADABLE):  # the same that `newest` leaves out, and says so
             found[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
     return found
 
@@ -81,13 +85,20 @@ def _read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         if content["stamp"] != stamp:
             return None, "other code wrote it"
+        if content.pop("sum") != _sum(content):
+            return None, f"its {STATE} is damaged"
         damaged = next((name for name, seen in _fingerprints(path).items() if content["files"].get(name) != seen), None)
         missing = next((name for name in content["files"] if not (path / name).is_file()), None)
         if damaged or missing:
             return None, f"its file {damaged or missing} is {'damaged' if damaged else 'missing'}"
         return Checkpoint(path, int(content["step"]), content["state"]), ""
-    except (ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         return None, f"its {STATE} cannot be read ({error})"
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    """Of everything else in our file: one that is changed and can still be read would go on from elsewhere."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

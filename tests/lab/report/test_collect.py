@@ -11,7 +11,7 @@ from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.evidence_rows import evidence_of
 from fp4rl.lab.report.scores import mean_over_seeds
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.mistakes import NotThere
 
 
 def score(report, name):
@@ -120,12 +120,16 @@ def test_a_folder_without_a_suite_names_the_nearest_one(make_trial):
         collect(folder.with_name("trail"))
 
 
-def test_a_damaged_result_names_the_folder(make_trial):
+def test_a_damaged_result_is_named_and_the_other_runs_are_shown(make_trial):
     folder = make_trial().write()
     run = next(folder.glob("w4a4-s1-*"))
     (run / "result.json").write_text('{"evaluations": [{"step": 1}]}')
-    with pytest.raises(BadValue, match=rf"{run.name} holds a damaged file .*strict"):
-        collect(folder)
+    report = collect(folder)
+    (damage,) = report.damages
+    assert run.name in str(damage)
+    assert "strict" in str(damage)
+    assert report.state == "partial: 11 of 12 runs"
+    assert any(note.startswith("Partial: 11 of 12 runs; damaged: w4a4") for note in report.notes), report.notes
 
 
 def test_a_single_experiment_is_shown_without_questions(tmp_path: Path):

@@ -1,24 +1,30 @@
 """The whole ledger again from the run folders, in one transaction: readers see the old one until the new one stands."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, text
 
+from fp4rl.lab.damage import Damaged, OnDamaged, tell
 from fp4rl.lab.folders import finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.record import known_content, rows_of, write_rows
+from fp4rl.lab.ledger.record import OnRun, known_content, rows_of, write_rows
 from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.mistakes import BadValue
 
 
 def rebuild(
-    ledger: Ledger, root: Path, *, drop_missing: bool = False, on_run: Callable[[int, int], None] | None = None
+    ledger: Ledger,
+    root: Path,
+    *,
+    drop_missing: bool = False,
+    on_run: OnRun | None = None,
+    on_damaged: OnDamaged | None = None,
 ) -> int:
     """Empty the ledger and record every finished run below `root`; how many those were.
 
     Raises `BadValue` where the ledger holds runs without a folder here (a shared ledger, a folder moved away), unless
-    `drop_missing` says that they may go. `on_run(done, total)` is called after each run.
+    `drop_missing` says that they may go. `on_run(done, total)` is called after each run, `on_damaged` for a run that
+    cannot be read and is left out; without it nothing is changed and the first of these is raised.
     """
     folders = finished_runs(root)
     with ledger.writing() as connection:
@@ -28,11 +34,16 @@ def rebuild(
             raise BadValue(_missing_message(missing, root))
         for table in (*tables.OF_A_RUN, tables.runs, tables.experiments, tables.problem_lists):
             connection.execute(delete(table))
+        damaged: list[Damaged] = []
         for done, folder in enumerate(folders, start=1):
-            write_rows(connection, rows_of(folder))
+            try:
+                write_rows(connection, rows_of(folder), folder)
+            except Damaged as error:
+                damaged.append(error)
             if on_run:
                 on_run(done, len(folders))
-    return len(folders)
+        tell(damaged, on_damaged)  # raises within the transaction where nobody listens
+    return len(folders) - len(damaged)
 
 
 def _keep_writers_waiting(connection: Connection) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError, StatementError
 
+from fp4rl.lab.damage import Damaged, OnDamaged, damage_named, tell
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.packing import pack
@@ -17,6 +19,7 @@ from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.digest import digest
 
 Row = dict[str, Any]
+OnRun = Callable[[int, int], None]
 
 # Written while or after the result is, so their content is not settled by it.
 _UNSETTLED = ("log.txt", "tensorboard", "wandb")
@@ -44,23 +47,28 @@ def record(ledger: Ledger, folder: RunFolder) -> bool:
             return False
     rows = rows_of(folder)
     with ledger.writing() as connection:
-        write_rows(connection, rows)
+        write_rows(connection, rows, folder)
     return True
 
 
-def record_new(ledger: Ledger, root: Path, on_run: Callable[[int, int], None] | None = None) -> int:
+def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damaged: OnDamaged | None = None) -> int:
     """Record every finished run below `root` that the ledger does not hold as it is; how many those were.
 
-    `on_run(done, total)` is called after each.
+    `on_run(done, total)` is called after each, `on_damaged` for a run that cannot be read and is left out; without it
+    the first of these is raised once all others are recorded.
     """
     with ledger.reading() as connection:
         known = known_content(connection)
-    new = [run for run in finished_runs(root) if known.get((run.suite, run.run_id)) != content_of(run)]
-    recorded = 0
-    for done, run in enumerate(new, start=1):
-        recorded += record(ledger, run)
+    finished, damaged, recorded = finished_runs(root), list[Damaged](), 0
+    for done, run in enumerate(finished, start=1):
+        try:
+            if known.get((run.suite, run.run_id)) != content_of(run):
+                recorded += record(ledger, run)
+        except Damaged as error:
+            damaged.append(error)
         if on_run:
-            on_run(done, len(new))
+            on_run(done, len(finished))
+    tell(damaged, on_damaged)
     return recorded
 
 
@@ -74,12 +82,23 @@ def known_content(connection: Connection) -> dict[tuple[str, str], str]:
 def content_of(folder: RunFolder) -> str:
     """SHA-256 of `result.json`, which is written last and never again; empty where there is none."""
     file = folder.path / "result.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    with damage_named(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def rows_of(folder: RunFolder) -> Rows:
-    """Read a run's folder into rows. Raises `NotThere` for a run that is not finished."""
+    """Read a run's folder into rows. Raises `NotThere` for a run that is not finished, `Damaged` for one that cannot be
+    read."""
+    if not folder.finished:
+        folder.result()
+    with damage_named(folder.path):
+        return _rows(folder)
+
+
+def _rows(folder: RunFolder) -> Rows:
     result, spec = folder.result(), folder.spec()
+    if spec and result.get("spec_digest") not in (None, digest(spec)):  # YAML that lost its end can still be YAML
+        raise ValueError("spec.yaml is not what its result was computed from")
     number = tables.run_number(folder.suite, folder.run_id)
     experiment = _experiment(spec) if spec else None
     run = {
@@ -154,8 +173,20 @@ def _artefacts(folder: RunFolder, number: int) -> list[Row]:
     return found
 
 
-def write_rows(connection: Connection, rows: Rows) -> None:
-    """Replace the run. Its own row comes first: whoever holds it keeps others that record the same run waiting."""
+def write_rows(connection: Connection, rows: Rows, folder: RunFolder) -> None:
+    """Replace the run, or raise `Damaged` and leave the ledger as it was where a value does not fit its column."""
+    try:
+        with connection.begin_nested():
+            _write(connection, rows)
+    except (StatementError, OverflowError, ValueError, TypeError) as error:
+        if isinstance(error, OperationalError):
+            raise
+        why = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise Damaged(f"{folder.path} is damaged ({why}); put back a copy, or move it away") from error
+
+
+def _write(connection: Connection, rows: Rows) -> None:
+    """The run's own row comes first: whoever holds it keeps others that record the same run waiting."""
     if rows.experiment:
         _unless_there(connection, tables.experiments, [rows.experiment])
     _unless_there(connection, tables.problem_lists, rows.problem_lists)

@@ -1,5 +1,6 @@
 """Opening a ledger: SQLite that several processes may write to at once, or PostgreSQL by address."""
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -9,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
 from fp4rl.lab.ledger.tables import SCHEMA
 from fp4rl.spec.mistakes import BadValue, NotThere
 
-_WAIT_S = 60.0  # for another process's write to end
+_WAIT_S = 20.0  # for another process's write to end
 _MIGRATING = 7_406_015  # the advisory lock under which PostgreSQL ledgers are made and migrated
+
+
+class Locked(NotThere):
+    """Another process keeps the ledger for itself."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,32 @@ class Ledger:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        with self.engine.connect() as connection:
+        with self._usable(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Committed when the block ends, undone when it raises."""
-        with self.engine.connect().execution_options(fp4rl_writes=True) as connection, connection.begin():
+        with (
+            self._usable(),
+            self.engine.connect().execution_options(fp4rl_writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """What the database itself refuses is one line: locked, damaged, gone, or out of room."""
+        try:
+            yield
+        except OperationalError as error:
+            why = str(error.orig).splitlines()[0]
+            if "locked" in why:
+                raise Locked(f"the ledger {self.name} is locked: another process writes to it; try again") from None
+            raise NotThere(f"the ledger {self.name} cannot be used: {why}") from None
+        except DatabaseError as error:
+            why = str(error.orig).splitlines()[0]
+            raise BadValue(f"{self.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one") from None
 
     @property
     def name(self) -> str:
@@ -54,28 +77,30 @@ class Ledger:
 def open_ledger(where: str | os.PathLike[str]) -> Ledger:
     """Open, make or migrate a ledger: a path means SQLite, `postgresql://user@host/name` a server.
 
-    Raises `NotThere` for a server that does not answer or a missing driver, `BadValue` for an address that is none and
-    for a ledger that a newer version of fp4rl made.
+    Raises `NotThere` for a server that does not answer, a missing driver or folder, `BadValue` for an address that is
+    none and for a ledger that a newer version of fp4rl made.
     """
     ledger = Ledger(_postgres(str(where)) if "://" in str(where) else _sqlite(Path(where)))
-    try:
-        _bring_up_to_date(ledger)
-    except OperationalError as error:
-        raise NotThere(f"the ledger {ledger.name} cannot be opened: {str(error.orig).splitlines()[0]}") from None
-    except DatabaseError as error:
-        why = str(error.orig).splitlines()[0]
-        raise BadValue(f"{ledger.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one") from None
+    _bring_up_to_date(ledger)
     return ledger
 
 
 def _sqlite(path: Path) -> Engine:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S})
+    if not path.parent.is_dir():
+        raise NotThere(f"{path.parent}: no such folder, so no ledger is made there; name another place")
+    writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
+    if writable:
+        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S})
+    else:  # an archive: what it holds, and what is recorded of its folders, lives in memory alone
+        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # the driver's own way to begin would take the write lock too late
-        _use_wal(connection)
+        if writable:
+            _use_wal(connection)
+        else:
+            _copy(path, connection)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
 
@@ -86,6 +111,17 @@ def _sqlite(path: Path) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _copy(path: Path, into: sqlite3.Connection) -> None:
+    """What a ledger that cannot be written holds. Where it cannot be read either, the folders are read instead."""
+    if not path.is_file():
+        return
+    with (
+        contextlib.suppress(sqlite3.DatabaseError),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as found,
+    ):
+        found.backup(into)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp4rl.lab.damage import Damaged
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import code_digest
@@ -45,6 +46,11 @@ class SuiteReport:
     def missing(self) -> tuple[Run, ...]:
         """Planned runs without a result."""
         return tuple(run for run in self.runs if run.state != "finished")
+
+    @property
+    def damages(self) -> tuple[Damaged, ...]:
+        """What is wrong with finished runs that cannot be read."""
+        return tuple(run.damage for run in self.runs if run.damage is not None)
 
     @property
     def stale(self) -> tuple[Run, ...]:

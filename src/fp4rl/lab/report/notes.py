@@ -31,9 +31,13 @@ def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Ques
 
 
 def _missing(runs: Sequence[Run]) -> Iterator[str]:
-    missing = [run for run in runs if run.state != "finished"]
-    if missing:
-        yield f"Partial: {len(runs) - len(missing)} of {len(runs)} runs; missing: {_named(missing)}."
+    others = [run for run in runs if run.state != "finished"]
+    damaged = [run for run in others if run.state == "damaged"]
+    missing = [run for run in others if run.state != "damaged"]
+    if others:
+        parts = (("missing", missing), ("damaged", damaged))
+        named = "; ".join(f"{state}: {_named(some)}" for state, some in parts if some)
+        yield f"Partial: {len(runs) - len(others)} of {len(runs)} runs; {named}."
 
 
 def _without_evidence(runs: Sequence[Run]) -> Iterator[str]:

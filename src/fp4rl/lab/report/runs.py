@@ -6,10 +6,10 @@ from typing import Any
 
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.compare.sides import inputs_of
+from fp4rl.lab.damage import Damaged, damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.report.evidence import Evidence, read_evidence
-from fp4rl.spec.mistakes import BadValue
 
 Curves = Mapping[int, Mapping[str, float]]
 
@@ -56,7 +56,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet) or `finished`.
+    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet), `damaged` or `finished`.
 
     `gaps` says why a finished run is not comparable: evidence that its spec asks for and that is not there. `stopped`
     is the monitor's reason to end it early.
@@ -76,6 +76,7 @@ class Run:
     steps_done: int | None = None
     wall_s: float | None = None
     stopped: str | None = None
+    damage: Damaged | None = None
 
     @property
     def counts(self) -> bool:
@@ -98,14 +99,14 @@ class Run:
 
 
 def read_run(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
-    """What the folder of a planned run holds. Raises `BadValue` for a finished run whose files cannot be read."""
+    """What the folder of a planned run holds; `damaged` for a finished run whose files cannot be read."""
     if not folder.finished:
         return Run(planned, "unfinished" if folder.path.is_dir() else "missing")
     try:
-        return _finished(planned, folder, code_now)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise BadValue(f"{folder.path} holds a damaged file ({said}); move the folder away and run again") from error
+        with damage_named(folder.path):
+            return _finished(planned, folder, code_now)
+    except Damaged as error:
+        return Run(planned, "damaged", damage=error)
 
 
 def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:

@@ -1,0 +1,38 @@
+"""A run whose files cannot be read as what they are: named in one line, left out, never repaired or changed."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fp4rl.spec.mistakes import BadValue
+
+# What reading a truncated, mixed-up or unreadable file ends in, in any of the libraries that read them.
+_SYMPTOMS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+
+
+class Damaged(BadValue):
+    """A file of a run, or the whole of its folder, is not what it should be. The message names it and the cure."""
+
+
+OnDamaged = Callable[[Damaged], None]
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while `path` is read is Damaged, in one line that names it."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (*_SYMPTOMS, NotImplementedError) as error:
+        said = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise Damaged(f"{path} is damaged ({why}); put back a copy, or move its run's folder away") from error
+
+
+def tell(damaged: Iterable[Damaged], on_damaged: OnDamaged | None) -> None:
+    """Tell of each, or raise the first where nobody listens."""
+    for error in damaged:
+        if on_damaged is None:
+            raise error
+        on_damaged(error)
