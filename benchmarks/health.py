@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from scipy.stats import chi2
 
-from fp4rl.lab.foreign.importer import read_log
+from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.attempt import Run
 from fp4rl.rl.health.monitor import Monitor, replay

@@ -76,6 +76,27 @@ def test_tensorboard_itself_shows_the_numbers_as_scalars(run: RunFolder):
     assert values == [(1, 2 / 3), (7, 0.5)]
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["rollback", "resume"])
+def test_tensorboard_itself_shows_one_course_of_a_run_that_went_back(run: RunFolder, resumed: bool):
+    """Two attempts in one log: steps 3 to 5 of the first one are gone, for TensorBoard and for our own reader."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    sinks = Sinks(run)
+    for step, value in [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5), (3, 30.0), (4, 40.0)]:
+        if resumed and value == 30.0:
+            sinks.close()
+            sinks = Sinks(run)
+        sinks.log(step, {"loss": value})
+        sinks.log(step, {"reward": -value})  # a second line of a step is no second attempt
+    sinks.close()
+    shown = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    right = [(1, 0.1), (2, 0.2), (3, 30.0), (4, 40.0)]
+    assert [(e.step, e.tensor_proto.double_val[0]) for e in shown.Tensors("loss")] == right
+    log = read_tensorboard(run.path / "tensorboard")
+    assert log.in_order() == {step: {"loss": value, "reward": -value} for step, value in right}
+    assert (log.met_twice, log.left_behind) == (4, 2)
+
+
 def test_an_unknown_sink_is_refused_before_the_run(run: RunFolder):
     with pytest.raises(BadValue, match="did you mean 'wandb'"):
         Sinks(run, ["wandbb"])

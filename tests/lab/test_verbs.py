@@ -230,7 +230,7 @@ def test_a_log_is_imported_listed_and_shown(shared_data: Path, tmp_path: Path, c
 def test_importing_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "x.log").write_text("hello\n")
     assert main(["runs", "import", str(tmp_path / "x.log"), "--runs", str(tmp_path / "runs")]) == 2
-    assert "known are verl console logs" in capsys.readouterr().err
+    assert "known are verl logs" in capsys.readouterr().err
 
 
 def test_the_ledger_is_made_again_from_the_folders(root: str, capsys: pytest.CaptureFixture[str]):

@@ -60,7 +60,7 @@ def test_a_solved_task_is_a_watch_and_no_alarm():
 
 
 def test_the_public_healthy_log_is_judged_healthy(shared_data):
-    from fp4rl.lab.foreign.importer import read_log
+    from fp4rl.lab.foreign.reader import read_log
 
     dialect, log = read_log(shared_data / "logs" / "grpo_like_healthy_verl.log")
     monitor, said = replay(log.in_order().items())

@@ -1,12 +1,15 @@
 """`fp4rl health`: is this run well? Judges a run of ours or an imported log with the monitor that watches live runs."""
 
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from fp4rl.cli.health_suite import COLOURS, require_logged, suite
+from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 
@@ -15,13 +18,16 @@ if TYPE_CHECKING:
     from fp4rl.rl.health.monitor import Monitor
     from fp4rl.spec.health import Health
 
-_COLOURS = {"not judged": "cyan", "ok": "green", "watch": "yellow", "alarm": "bold red"}
+_METRICS = "metrics.jsonl"
 
 
 def command(
     log: Annotated[
         Path,
-        typer.Argument(help="A run folder, a verl console log, a trainer_state.json, or TensorBoard event files."),
+        typer.Argument(
+            help="A run or a suite (folder, or its name below --runs), or a log of another trainer: verl, TRL, "
+            "ms-swift, JSON lines, CSV, TensorBoard, or the folder of one."
+        ),
     ],
     rule: Annotated[
         list[str] | None,
@@ -30,27 +36,42 @@ def command(
     thresholds: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A threshold, as length_ratio=2; may be repeated.")
     ] = None,
+    runs: RunsRoot = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Judge every step of a log: ok, watch or alarm with the evidence, or not judged. Exit code 1 after an alarm.
 
     Example: `fp4rl health runs/quickstart/RUN --rule 'stop if accuracy/rollout < 0.1 at step 20'`
     """
+    spec, place = _spec(rule or [], thresholds or []), _place(log, runs)
+    members = _runs_in(place)
+    if members:
+        suite(place, members, spec, as_json)
+    else:
+        _one(place, spec, as_json)
+
+
+def _one(log: Path, spec: "Health", as_json: bool) -> None:
+    """Judge one log and show every check."""
+    from fp4rl.lab.foreign.numbers import readable
+    from fp4rl.lab.foreign.ours import read_steps
     from fp4rl.rl.health.monitor import replay
 
-    spec = _spec(rule or [], thresholds or [])
-    dialect, steps = read_steps(log)
-    _require_logged(spec, steps)
+    dialect, joined = read_steps(log)
+    steps = joined.in_order()
+    require_logged(spec, steps)
     monitor, said = replay(steps.items(), spec)
-    title = f"{log}: {len(steps)} steps ({dialect})"
+    title = readable(f"{log}: {len(steps)} step{'s' * (len(steps) != 1)} ({dialect})")
     if as_json:
-        print_json(_as_dict(title, monitor, said))
+        print_json(_as_dict(title, monitor, said) | {"read": joined.said()})
     else:
         screen = console()
         screen.print(Text(title))
+        for line in joined.said():
+            screen.print(Text(line, style="yellow"))
         screen.print(_table(monitor))
         for finding in said:  # what the monitor would have said live
-            screen.print(Text(str(finding), style=_COLOURS[finding.state]))
+            screen.print(Text(str(finding), style=COLOURS[finding.state]))
     if not monitor.healthy:
         count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
         raise CheckFailed(f"{count} at step {monitor.alarms[0].step}: {monitor.alarms[0].check}")
@@ -58,31 +79,21 @@ def command(
         raise BadValue(f"{log} has nothing that a check looks at; the table names what each of them needs")
 
 
-def read_steps(log: Path) -> tuple[str, dict[int, dict[str, float]]]:
-    """(kind of log, step -> metrics). A run of ours gets its evaluations as `accuracy/validation`.
-
-    Raises NotThere and BadValue for what cannot be read.
-    """
-    from fp4rl.lab.folders import RunFolder
-    from fp4rl.lab.foreign.importer import read_log
-
-    folder = log.parent if log.name == "metrics.jsonl" else log
-    if not (folder / "metrics.jsonl").is_file():
-        dialect, joined = read_log(log)
-        return dialect, joined.in_order()
-    run = RunFolder(folder)
-    steps = run.metrics()
-    for step, accuracy in _validations(run.result()["evaluations"] if run.finished else []).items():
-        steps.setdefault(step, {})["accuracy/validation"] = accuracy
-    return "fp4rl", dict(sorted(steps.items()))
+def _place(log: Path, runs: Path) -> Path:
+    """What is named: a path, or a run or a suite below the folder of runs by its name or the beginning of it."""
+    if log.exists() or log.is_absolute():
+        return log
+    if (runs / log).exists():
+        return runs / log
+    found = sorted(runs.glob(f"{escape(str(log))}*/")) if ".." not in log.parts else []
+    return found[0] if len(found) == 1 else log
 
 
-def _validations(evaluations: list[dict[str, Any]]) -> dict[int, float]:
-    """Step -> strict accuracy at the precision the policy samples in; other profiles are no validation."""
-    found: dict[int, float] = {}
-    for name in ("full", "deployment"):  # the second overrides the first
-        found |= {int(e["step"]): float(e["strict"]) for e in evaluations if e["profile"]["name"] == name}
-    return found
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs of a suite, or of all suites where `folder` holds those; none where it is a run or a log itself."""
+    if not folder.is_dir() or (folder / _METRICS).is_file():
+        return []
+    return sorted(file.parent for file in (*folder.glob(f"*/{_METRICS}"), *folder.glob(f"*/*/{_METRICS}")))
 
 
 def _spec(rules: list[str], thresholds: list[str]) -> "Health":
@@ -94,17 +105,6 @@ def _spec(rules: list[str], thresholds: list[str]) -> "Health":
         if not key or not equals:
             raise BadValue(f"--set {word!r}: write it like length_ratio=2")
     return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
-
-
-def _require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:
-    """A rule about a metric that the log does not have would never be broken."""
-    from fp4rl.rl.health.signals import signals_of
-    from fp4rl.spec.mistakes import NotThere, nearest
-
-    known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
-    for rule in spec.rules:
-        if rule.metric not in known:
-            raise NotThere(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")
 
 
 def _as_dict(title: str, monitor: "Monitor", said: list["Finding"]) -> dict[str, object]:
@@ -125,6 +125,6 @@ def _table(monitor: "Monitor") -> Table:
     table.add_column("evidence", overflow="fold")
     for finding in monitor.standing():
         alarms = sum(alarm.check == finding.check for alarm in monitor.alarms)
-        state = Text(finding.state, style=_COLOURS[finding.state])
+        state = Text(finding.state, style=COLOURS[finding.state])
         table.add_row(Text(finding.check), state, str(alarms or ""), Text(finding.evidence))
     return table

@@ -66,7 +66,8 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
     for row in rows:
         asked = row["steps_asked"]
         steps = f"{row['steps_done']}" + (f"/{asked}" if asked not in (None, row["steps_done"]) else "")
-        state = "foreign" if row["imported"] else "current" if row["code_digest"] == now else "stale"
+        own = "current" if row["code_digest"] == now else "stale"
+        state = ", ".join(filter(None, ("foreign", row["status"]))) if row["imported"] else own
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
         table.add_row(row["suite"], row["run_id"], steps, shown or "-", state)
@@ -77,35 +78,48 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
 
 @app.command("import")
 def import_file(
-    file: Annotated[Path, typer.Argument(help="verl console log, trainer_state.json, TensorBoard file or folder.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A log of verl, TRL or ms-swift (console, JSON lines), CSV, TensorBoard events, or its folder."
+        ),
+    ],
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
     arm: Annotated[str | None, typer.Option(help="Name of the arm; the file's name where none is given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed of the run, if it is known.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The trainer's configuration, YAML or JSON.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="How the run ended: finished, stopped, failed, or running still.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="A remark to be shown with the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take over a log that another trainer wrote, as a run of the suite `imported`.
 
-    Example: `fp4rl runs import train.log --arm gpg --seed 1`
+    Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """
-    from fp4rl.lab.foreign.importer import import_log
+    from fp4rl.lab.foreign.importer import About, import_log
+    from fp4rl.spec.door import read_yaml
 
-    found = import_log(file, runs, arm=arm, seed=seed)
+    about = About(read_yaml(config) if config is not None else None, status, note)
+    found = import_log(file, runs, arm=arm, seed=seed, about=about)
     with opened(runs, ledger):
         pass
     if as_json:
         print_json(_as_dict(found))
         return
+    from fp4rl.lab.foreign.numbers import readable
+
     log = found.log
     screen = console()
     verb = "is here already as" if found.already_there else f"({found.dialect}) is now"
-    screen.print(f"{file.name} {verb} {found.run.key}", highlight=False, soft_wrap=True)
+    screen.print(f"{readable(file.name)} {verb} {found.run.key}", highlight=False, markup=False, soft_wrap=True)
     screen.print(
         f"{len(log.steps)} steps ({min(log.steps)} to {max(log.steps)}), {len(log.names)} keys", highlight=False
     )
-    for what, lines in (("repeated with another value, the first one kept", log.conflicts), ("no number", log.skipped)):
-        if lines:
-            screen.print(f"{len(lines)} {what}: {'; '.join(lines[:3])}", highlight=False, soft_wrap=True)
+    for line in log.said():
+        screen.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _as_dict(found: "Imported") -> dict[str, Any]:
@@ -115,7 +129,9 @@ def _as_dict(found: "Imported") -> dict[str, Any]:
         "dialect": found.dialect,
         "steps": len(log.steps),
         "keys": log.names,
-        "conflicts": log.conflicts,
+        "went_back": log.went_back,
+        "met_twice": log.met_twice,
+        "left_behind": log.left_behind,
         "skipped": log.skipped,
         "already_there": found.already_there,
     }

@@ -50,8 +50,7 @@ def _print(about: dict[str, Any]) -> None:
         f"{run['steps_done']} of {run['steps_asked'] or '?'} steps{wall}, code {run['code_digest']}", highlight=False
     )
     if run["imported"]:
-        source = run["imported"]
-        screen.print(f"from {source['source']} ({source['dialect']})", highlight=False, soft_wrap=True)
+        _print_source(run["imported"])
     _print_evaluations(about["evaluations"])
     screen.print(styled(("evidence", "bold")), highlight=False)
     for gap in about["gaps"]:
@@ -67,10 +66,17 @@ def _print(about: dict[str, Any]) -> None:
         styled(("files", "bold"), f" {len(files)}, {size:.1f} MiB: {_some([f['path'] for f in files])}"),
         highlight=False,
     )
-    if about["spec"]:
+    described = about["spec"] or (run["imported"] or {}).get("config")
+    if described:
         screen.print(styled(("described as", "bold")))
-        text = yaml.safe_dump(_said(about["spec"]), sort_keys=False, default_flow_style=None, width=screen.width - 8)
+        text = yaml.safe_dump(_said(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
         screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
+
+
+def _print_source(source: dict[str, Any]) -> None:
+    """Where a foreign log came from, and what was said of it when it was taken over."""
+    said = [f"from {source['source']} ({source['dialect']})", source.get("status"), source.get("note")]
+    console().print("; ".join(filter(None, said)), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:

@@ -1,19 +1,21 @@
 """A foreign log becomes a run folder, so that it is listed, shown and judged beside our own, and survives a rebuild."""
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4rl.lab.files import dumps, write_whole
+from fp4rl.lab.files import dumps, json_ready, write_whole
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
-from fp4rl.lab.foreign.trl import read_trl
-from fp4rl.lab.foreign.verl import read_verl
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.lab.foreign.numbers import readable
+from fp4rl.lab.foreign.reader import read_log
+from fp4rl.spec.mistakes import BadValue, nearest
+
+STATUSES = ("finished", "stopped", "failed", "running")
 
 # What verl calls the share of validation problems solved (reward 1 or 0 for a rule-based scorer).
 _ACCURACY = re.compile(r"val(?:-core)?/.+/(?:mean@\d+|acc(?:uracy)?(?:/mean@\d+)?)|val/test_score/.+")
@@ -29,51 +31,75 @@ class Imported:
     already_there: bool
 
 
-def read_log(path: Path) -> tuple[str, Joined]:
-    """(dialect, numbers) of a log; the form is recognised from the content.
+@dataclass(frozen=True)
+class About:
+    """What the log itself does not say: the trainer's configuration, how the run ended, and a remark."""
 
-    Raises `NotThere` for a missing file, `BadValue` for one in which no step of a known form is found.
+    config: Mapping[str, Any] | None = None
+    status: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `BadValue` for a status that is none of `STATUSES`."""
+        if self.status is not None and self.status not in STATUSES:
+            raise BadValue(f"no status {self.status!r}{nearest(self.status, STATUSES)}; one of {', '.join(STATUSES)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known, in the values that JSON has (YAML knows dates besides)."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        plain: dict[str, Any] = json.loads(json.dumps(json_ready(known), default=str))
+        return plain
+
+
+def import_log(
+    path: Path, root: Path, *, arm: str | None = None, seed: int | None = None, about: About | None = None
+) -> Imported:
+    """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run.
+
+    Raises as `read_log` does, and `BadValue` where the log is here already with another configuration, status or note.
     """
-    if not path.exists():
-        raise NotThere(f"{path}: no such file or folder; name a verl log, a trainer_state.json or TensorBoard events")
-    if path.is_dir() or path.match(EVENTS):
-        dialect, log = "tensorboard", read_tensorboard(path)
-    else:
-        data = path.read_bytes()
-        is_json = data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-        dialect, log = ("trl", read_trl(data)) if is_json else ("verl", read_verl(data))
-    if not log.steps:
-        raise BadValue(
-            f"{path}: no step found; known are verl console logs (lines 'step:1 - group/name:0.5'), "
-            "a trainer_state.json with a log_history, and TensorBoard event files"
-        )
-    return dialect, log
-
-
-def import_log(path: Path, root: Path, *, arm: str | None = None, seed: int | None = None) -> Imported:
-    """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run."""
     dialect, log = read_log(path)
-    arm = arm or re.sub(r"[^A-Za-z0-9_.=+-]+", "-", path.name.removesuffix(".log").removesuffix(".json")).strip("-.")
+    said = (about or About()).as_dict()
+    arm = arm or _arm(path)
     content = dumps({"steps": log.in_order()})
     checksum = hashlib.sha256(content.encode()).hexdigest()
     name = f"{arm}-s{seed}-{checksum[:12]}" if seed is not None else f"{arm}-{checksum[:12]}"
     run = run_folder(root, "imported", name)
     if run.finished:
+        _refuse_other(run, said)
         return Imported(run, dialect, log, already_there=True)
     lines = (dumps({"step": step, **values}) + "\n" for step, values in log.in_order().items())
     write_whole(run.path / "metrics.jsonl", "".join(lines))
-    run.write_result(_result(run, log, arm, seed, {"dialect": dialect, "source": path.name, "sha256": checksum}))
+    source = {"dialect": dialect, "source": readable(path.name), "sha256": checksum, **said}
+    run.write_result(_result(run, log, arm, seed, source))
     return Imported(run, dialect, log, already_there=False)
+
+
+def _arm(path: Path) -> str:
+    """The file's name, or the folder's where the file has the name that all of its kind have."""
+    named = path.parent if path.stem in ("trainer_state", "logging", "metrics") and path.parent.name else path
+    plain = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", re.sub(r"\.(log|json|jsonl|csv|txt)$", "", named.name))
+    return plain.strip("-._+=")[:100] or "log"
+
+
+def _refuse_other(run: RunFolder, said: Mapping[str, Any]) -> None:
+    known = run.result().get("imported") or {}
+    other = [name for name, value in said.items() if known.get(name) != value]
+    if other:
+        raise BadValue(
+            f"{run.key} is here already with another {' and '.join(other)}; remove {run.path} to import it again"
+        )
 
 
 def _result(run: RunFolder, log: Joined, arm: str, seed: int | None, source: dict[str, Any]) -> dict[str, Any]:
     last = max(log.steps)
+    joined = {"went_back": len(log.went_back), "met_twice": log.met_twice, "left_behind": log.left_behind}
     return {
         "run_id": run.run_id,
         "suite": run.suite,
         "arm": arm,
         "seed": seed,
-        "imported": source | {"conflicts": len(log.conflicts), "skipped": len(log.skipped)},
+        "imported": source | joined | {"skipped": len(log.skipped)},
         "evaluations": list(_evaluations(log, last)),
         "evidence": {},
         "steps_done": last,

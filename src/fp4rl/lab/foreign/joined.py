@@ -1,25 +1,57 @@
-"""Numbers of one step arrive in several lines; joined, no later line takes the place of an earlier number."""
+"""Numbers of one step arrive in several lines, and steps that were repeated arrive twice: joined into one course."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from fp4rl.lab.foreign.numbers import number, readable
 
 
 @dataclass
 class Joined:
-    """Step -> name -> value, and what could not be taken over as it stood (nothing is dropped without being listed)."""
+    """Step -> name -> value, and what could not be taken over as it stood (nothing is dropped without being said).
+
+    A trainer that is started again from a checkpoint goes back to an earlier step. The later attempt counts: what the
+    earlier one logged from there on belongs to a policy that is gone.
+    """
 
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
-    conflicts: list[str] = field(default_factory=list)  # "name at step": met again with another value, the first stays
     skipped: list[str] = field(default_factory=list)  # what is no number
+    went_back: list[tuple[int, int]] = field(default_factory=list)  # (step reached, step it was started again at)
+    met_twice: int = 0  # numbers that came again: the later one stands
+    counted: bool = False  # the log names no steps: its lines are numbered
+    _top: int = -1
+    _gone: dict[int, set[str]] = field(default_factory=dict)  # names of earlier attempts that have not come again
 
-    def add(self, step: int, name: str, value: float) -> None:
-        values = self.steps.setdefault(step, {})
-        if name == "step":  # the name that a line of metrics.jsonl gives to its own step
-            self.skipped.append(f"step {step}: a number called 'step'")
+    def row(self, step: int, values: Mapping[str, Any]) -> None:
+        """Join what one line says of `step`; values that are no numbers are listed in `skipped`."""
+        new = self._numbers(step, values)
+        if not new:
             return
-        kept = values.setdefault(name, value)
-        if kept != value and not (math.isnan(kept) and math.isnan(value)):
-            self.conflicts.append(f"{name} at step {step}")
+        kept = self.steps.setdefault(step, {})
+        common = kept.keys() & new.keys()
+        differ = {name for name in common if not _same(kept[name], new[name])}
+        back = step < self._top
+        if back and differ and 2 * len(differ) >= len(new):
+            self._forget(step + 1, said_as=step)
+            if 2 * len(differ) >= len(kept):  # else it is a validation before the first step of the new attempt
+                self._drop(step, kept.keys() - new.keys())
+        self.met_twice += len(common if back else differ) + len(self._gone.get(step, set()) & new.keys())
+        if step in self._gone:
+            self._gone[step] -= new.keys()
+        kept |= new
+        self._top = max(self._top, step)
+
+    def restarted(self, step: int) -> None:
+        """The writer itself says that it goes on at `step`: what it had from there on is dropped."""
+        if step <= self._top:
+            self._forget(step, said_as=step)
+
+    @property
+    def left_behind(self) -> int:
+        """Numbers of an earlier attempt to which the later one never came."""
+        return sum(len(names) for names in self._gone.values())
 
     @property
     def names(self) -> list[str]:
@@ -27,3 +59,49 @@ class Joined:
 
     def in_order(self) -> dict[int, dict[str, float]]:
         return dict(sorted(self.steps.items()))
+
+    def said(self) -> list[str]:
+        """What a reader must know of how the numbers were joined, a sentence each."""
+        lines = ["the log names no steps: its lines are numbered"] if self.counted else []
+        if self.went_back:
+            times = "once," if len(self.went_back) == 1 else f"{len(self.went_back)} times, first"
+            top, back = self.went_back[0]
+            lines.append(f"the steps go back {times} from {top} to {back}: the later attempt counts")
+        if self.met_twice:
+            lines.append(f"{_count(self.met_twice)} met twice: the later one counts")
+        if self.left_behind:
+            lines.append(f"{_count(self.left_behind)} of an earlier attempt left out: the later one has none there")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} no number: {'; '.join(self.skipped[:3])}")
+        return lines
+
+    def _numbers(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, value in values.items():
+            as_number = number(value)
+            if as_number is None or name == "step":  # a line of metrics.jsonl gives that name to its own step
+                self.skipped.append(readable(f"step {step}: {name}: {value}"[:80]))
+            else:
+                found[readable(name)] = as_number
+        return found
+
+    def _forget(self, first: int, said_as: int) -> None:
+        self.went_back.append((self._top, said_as))
+        for step in [step for step in self.steps if step >= first]:
+            self._drop(step, self.steps[step].keys())
+            del self.steps[step]
+        self._top = max(self.steps, default=-1)
+
+    def _drop(self, step: int, names: Iterable[str]) -> None:
+        gone = set(names)
+        self._gone.setdefault(step, set()).update(gone)
+        for name in gone:
+            self.steps[step].pop(name, None)
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+def _count(numbers: int) -> str:
+    return f"{numbers} number{'s were' if numbers != 1 else ' was'}"

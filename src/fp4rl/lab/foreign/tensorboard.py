@@ -1,41 +1,91 @@
 """TensorBoard event files: every scalar of one run, however it was written."""
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fp4rl.lab.foreign.joined import Joined
+from fp4rl.lab.foreign.numbers import step_of
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 EVENTS = "*tfevents*"
 
 
 def read_tensorboard(path: Path) -> Joined:
-    """The scalars of an event file, or of all event files of one folder.
+    """The scalars of an event file, or of all event files of one folder, in the order in which they were written.
 
-    Steps that a resumed run wrote again are kept as logged: the first value of a key stays, the others are listed.
-    Raises `BadValue` for a folder that holds several runs, `NotThere` where tensorboard is not installed.
+    A damaged record ends its file, as it does for TensorBoard itself. Raises `BadValue` for a folder that holds several
+    runs, `NotThere` where tensorboard is not installed.
     """
     joined = Joined()
     for file in _event_files(path):
-        events = _load(file)
-        for name in events.Tags()["scalars"]:
-            for event in events.Scalars(name):
-                joined.add(event.step, name, float(event.value))
-        for name in events.Tags()["tensors"]:
-            _take_tensors(joined, name, events.Tensors(name))
+        read = _take(joined, file)
+        there = _records_in(file)
+        if read < there:
+            joined.skipped.append(f"{file.name}: damaged after {read} of {there} records")
     return joined
 
 
-def _take_tensors(joined: Joined, name: str, events: list[Any]) -> None:
-    """TensorFlow 2 and our own sink write a scalar as a tensor without axes."""
+def _take(joined: Joined, file: Path) -> int:
+    """Join what a file holds; how many of its records could be read."""
+    step, values, read = 0, dict[str, Any](), 0
+    for event in _events(file):
+        read += 1
+        started = event.session_log.status == event.session_log.START
+        new = dict(_scalars(event)) if event.HasField("summary") else {}
+        if started or (new and (event.step != step or values.keys() & new.keys())):
+            _join(joined, step, values)  # torch writes an event a scalar: those of a step in a row are one line
+            step, values = event.step, {}
+        if started:
+            joined.restarted(event.step)
+        values |= new
+    _join(joined, step, values)
+    return read
+
+
+def _join(joined: Joined, step: int, values: dict[str, Any]) -> None:
+    if step_of(step) is not None:
+        joined.row(step, values)
+    elif values:
+        joined.skipped.append(f"{step} is no step: {', '.join(values)}"[:80])
+
+
+def _scalars(event: Any) -> Iterator[tuple[str, float | str]]:
+    """Name and number of each scalar, which is a tensor without axes; what else there is by its shape."""
     from tensorboard.util import tensor_util
 
-    for event in events:
-        value = tensor_util.make_ndarray(event.tensor_proto)
-        if value.ndim == 0 and value.dtype.kind in "fiub":
-            joined.add(event.step, name, float(value))
-        else:
-            joined.skipped.append(f"step {event.step}: {name} has the shape {value.shape} and type {value.dtype}")
+    for value in event.summary.value:
+        try:
+            array = tensor_util.make_ndarray(value.tensor)
+        except (TypeError, ValueError):
+            yield value.tag, "a tensor that cannot be read"
+            continue
+        is_scalar = array.ndim == 0 and array.dtype.kind in "fiub"
+        yield value.tag, float(array) if is_scalar else f"of shape {array.shape} and type {array.dtype}"
+
+
+def _events(file: Path) -> Iterator[Any]:
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    except ModuleNotFoundError:
+        raise NotThere("reading event files needs tensorboard: pip install 'fp4rl[train]'") from None
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        yield from EventFileLoader(str(file)).Load()
+    except DecodeError:
+        return
+
+
+def _records_in(file: Path) -> int:
+    """How many records a file should hold, by their lengths (a record: 8 bytes of length, 4 of checksum, data, 4)."""
+    data, place, count = file.read_bytes(), 0, 0
+    while place < len(data):
+        length = struct.unpack("<Q", data[place : place + 8])[0] if place + 8 <= len(data) else 0
+        place += 16 + length
+        count += 1
+    return count
 
 
 def _event_files(path: Path) -> list[Path]:
@@ -48,13 +98,3 @@ def _event_files(path: Path) -> list[Path]:
     if len(folders) > 1:
         raise BadValue(f"{path} holds {len(folders)} runs; name one of {', '.join(folder.name for folder in folders)}")
     return files
-
-
-def _load(file: Path) -> Any:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ModuleNotFoundError:
-        raise NotThere("reading event files needs tensorboard: pip install 'fp4rl[train]'") from None
-    # 0 keeps every value; the default keeps a sample of 10,000. Purging would drop what a resumed run wrote again.
-    every = {"scalars": 0, "tensors": 0, "images": 1, "audio": 1, "histograms": 1, "compressedHistograms": 1}
-    return EventAccumulator(str(file), size_guidance=every, purge_orphaned_data=False).Reload()

@@ -4,11 +4,9 @@ import re
 
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.lines import plain_lines
+from fp4rl.lab.foreign.numbers import number, step_of
 
-_STEP = re.compile(r"(?:^|[^\w-])step:(\d+) - (.+)")
-_NUMBER = re.compile(
-    r"(?:(?:np|numpy)\.\w+\(|tensor\()?([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf))\)?", re.I
-)
+_STEP = re.compile(r"(?:^|[^\w-])step:([0-9]+) - (.+)")
 
 
 def read_verl(data: bytes) -> Joined:
@@ -16,24 +14,13 @@ def read_verl(data: bytes) -> Joined:
     joined = Joined()
     for line in plain_lines(data):
         match = _STEP.search(line)
-        if match:
-            _take(joined, int(match[1]), match[2])
+        step = step_of(match[1]) if match else None
+        if match is None or step is None:
+            continue
+        parts = [part.strip().rpartition(":") for part in match[2].split(" - ")]
+        values = {name: value for name, _, value in parts if name}
+        # An answer of the model, printed at validation, may hold the words "step:1 - ".
+        if any("/" in name and number(value) is not None for name, value in values.items()):
+            joined.row(step, values)
+            joined.skipped += [f"step {step}: {rest}"[:80] for name, _, rest in parts if not name]
     return joined
-
-
-def _take(joined: Joined, step: int, text: str) -> None:
-    parts = [part.strip().rpartition(":") for part in text.split(" - ")]
-    numbers = [(name, _number(value)) for name, _, value in parts]
-    if not any("/" in name and value is not None for name, value in numbers):
-        return  # an answer of the model, printed at validation, may hold the words "step:1 - "
-    for (name, value), (_, _, raw) in zip(numbers, parts, strict=True):
-        if name and value is not None:
-            joined.add(step, name, value)
-        else:
-            joined.skipped.append(f"step {step}: {name}:{raw}"[:80])
-
-
-def _number(text: str) -> float | None:
-    """The value as verl prints it: a Python number, or since NumPy 2 `np.float64(0.5)`."""
-    match = _NUMBER.fullmatch(text.strip())
-    return float(match[1]) if match else None

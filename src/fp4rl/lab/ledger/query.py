@@ -35,7 +35,8 @@ class Filter:
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
     """One row per run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
     shown = (runs.c.id, runs.c.suite, runs.c.run_id, runs.c.arm, runs.c.seed, runs.c.steps_asked, runs.c.steps_done)
-    query = wanted.applied(select(*shown, runs.c.code_digest, runs.c.imported.is_not(None).label("imported")))
+    foreign = (runs.c.imported.is_not(None).label("imported"), runs.c.imported["status"].as_string().label("status"))
+    query = wanted.applied(select(*shown, runs.c.code_digest, *foreign))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
     found = [dict(row) for row in connection.execute(query).mappings()]
     scores = _last_scores(connection, [row["id"] for row in found])

@@ -1,0 +1,64 @@
+"""What counts as a number and as a step in a log, however a trainer wrote it down."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# A Python number, or as NumPy 2 and torch print one: `np.float64(0.5)`, `tensor(0.5, device='cuda:0')`.
+_NUMBER = re.compile(
+    r"(?:(?:np|numpy)\.\w+\(|tensor\()?"
+    r"([-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?|nan|inf(?:inity)?))(?:,[^)]*)?\)?",
+    re.IGNORECASE,
+)
+# First name found wins. `global_step/max_steps` is ms-swift's ("3/609"), `current_steps` LLaMA-Factory's,
+# `_step` that of W&B.
+STEP_NAMES = (
+    "step",
+    "global_step",
+    "train/global_step",
+    "training/global_step",
+    "trainer/global_step",
+    "global_step/max_steps",
+    "current_steps",
+    "iteration",
+    "_step",
+)
+_STEP = re.compile(r"([0-9]{1,18})(?:\.0*)?(?:/[0-9]+)?")
+_HIGHEST_STEP = 2**31 - 1  # what the ledger's column holds
+
+
+def number(value: Any) -> float | None:
+    """The value as a float; an integer too large for one becomes infinite, what is no number None."""
+    if isinstance(value, int | float):
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf") if value > 0 else float("-inf")
+    match = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(match[1]) if match else None
+
+
+def step_name(names: Mapping[str, Any]) -> str | None:
+    """Which entry of a record, or column of a table, names the step."""
+    known = {name.strip().lower(): name for name in reversed(list(names))}
+    return next((known[name] for name in STEP_NAMES if name in known), None)
+
+
+def step_of(value: Any) -> int | None:
+    """The step that a value names: 3, 3.0, "3" or "3/609"; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    match = _STEP.fullmatch(str(value).strip()) if isinstance(value, str) else None
+    if match:
+        step = int(match[1])
+    elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        step = int(value)
+    else:
+        return None
+    return step if 0 <= step <= _HIGHEST_STEP else None
+
+
+def readable(name: Any) -> str:
+    """A name that can be printed and stored: lone surrogates and control characters become U+FFFD."""
+    text = str(name).encode("utf-8", errors="replace").decode("utf-8")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)

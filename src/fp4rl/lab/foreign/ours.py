@@ -1,0 +1,34 @@
+"""Any log as the monitor takes it: another trainer's, or that of a run of ours with its evaluations."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.foreign.joined import Joined
+from fp4rl.lab.foreign.reader import read_log
+
+_METRICS = "metrics.jsonl"
+
+
+def read_steps(log: Path) -> tuple[str, Joined]:
+    """(kind of log, its numbers). A run of ours gets its evaluations as `accuracy/validation`.
+
+    Raises NotThere and BadValue for what cannot be read.
+    """
+    folder = log.parent if log.name == _METRICS else log
+    if not (folder / _METRICS).is_file():
+        return read_log(log)
+    _, joined = read_log(folder / _METRICS)
+    run = RunFolder(folder)
+    for step, accuracy in _validations(run.result().get("evaluations", ()) if run.finished else ()).items():
+        joined.row(step, {"accuracy/validation": accuracy})
+    return "fp4rl", joined
+
+
+def _validations(evaluations: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """Step -> strict accuracy at the precision the policy samples in; other profiles are no validation."""
+    found: dict[int, float] = {}
+    for name in ("full", "deployment"):  # the second overrides the first
+        found |= {int(e["step"]): float(e["strict"]) for e in evaluations if e["profile"]["name"] == name}
+    return found

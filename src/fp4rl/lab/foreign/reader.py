@@ -1,0 +1,63 @@
+"""Which of the known forms a log has, told by its content; a folder by the log in it."""
+
+from pathlib import Path
+
+from fp4rl.lab.foreign.joined import Joined
+from fp4rl.lab.foreign.lines import text_of
+from fp4rl.lab.foreign.records import join, whole_file
+from fp4rl.lab.foreign.table import read_table
+from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
+from fp4rl.lab.foreign.trl import STATE, newest_state, read_printed, read_trl
+from fp4rl.lab.foreign.verl import read_verl
+from fp4rl.spec.mistakes import BadValue, NotThere
+
+KNOWN = (
+    "verl logs (console or file logger), trainer_state.json, the dicts that a trainer prints, JSON lines (as ms-swift's "
+    "logging.jsonl), CSV with a step column, and TensorBoard events"
+)
+_SWIFT = "logging.jsonl"
+
+
+def read_log(path: Path) -> tuple[str, Joined]:
+    """(form, numbers) of a log, or of the log in a folder: a checkpoint of TRL, an output of ms-swift, event files.
+
+    Raises `NotThere` for a missing file, `BadValue` for one in which no step of a known form is found.
+    """
+    try:
+        form, log = _read(_file_in(path))
+    except BadValue as error:
+        raise BadValue(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    except OSError as error:
+        raise NotThere(f"{path}: {error.strerror or error}; known are {KNOWN}") from None
+    if not log.steps:
+        raise BadValue(f"{path}: no step found; known are {KNOWN}")
+    return form, log
+
+
+def _file_in(path: Path) -> Path:
+    if not path.exists():
+        raise NotThere(f"{path}: no such file or folder; known are {KNOWN}")
+    if not path.is_dir():
+        return path
+    swift = path / _SWIFT
+    return newest_state(path) or (swift if swift.is_file() else path)
+
+
+def _read(path: Path) -> tuple[str, Joined]:
+    if path.is_dir() or path.match(EVENTS):
+        return "tensorboard", read_tensorboard(path)
+    data = path.read_bytes()
+    text = text_of(data).strip()
+    if path.name == STATE or (text.startswith("{") and '"log_history"' in text and "\n{" not in text):
+        return "trl", read_trl(data)
+    whole = whole_file(text)
+    if whole is not None:
+        records, torn = whole
+        log = join(records)
+        log.skipped += [f"{torn} lines that hold no whole record"] if torn else []
+        return "json", log
+    for form, read in (("verl", read_verl), ("printed", read_printed)):
+        log = read(data)
+        if log.steps:
+            return form, log
+    return "table", read_table(text) or Joined()

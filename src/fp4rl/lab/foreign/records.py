@@ -1,0 +1,131 @@
+"""Records that trainers write one a line: JSON, or a Python dict as `print` shows it."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fp4rl.lab.foreign.joined import Joined
+from fp4rl.lab.foreign.numbers import number, readable, step_name, step_of
+
+Record = dict[str, Any]
+
+_PAIR = re.compile(
+    r"""(?P<quote>['"])(?P<name>(?:(?!(?P=quote)).){1,300})(?P=quote)\s*:\s*
+        (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s,'"{}\[\]][^,'"{}\[\]]*))""",
+    re.VERBOSE,
+)
+# Boxes around the numbers that are no part of their names: verl's file logger, NeMo's metric logger.
+_BOXES = ("data", "metrics", "logs")
+_DEEPEST = 4
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text. Raises ValueError for whatever is wrong with it, its depth included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_record(line: str) -> Record | None:
+    """The object that a line of JSON holds, flat; None where it holds something else."""
+    try:
+        content = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    if content.keys() == {"step", "data"} and isinstance(content["data"], dict):
+        # verl's file logger writes with orjson, for which what is no finite number is null.
+        content["data"] = {name: math.nan if value is None else value for name, value in content["data"].items()}
+    return flat(content)
+
+
+def printed_record(line: str) -> Record | None:
+    """The pairs of a dict somewhere in a line of a console, JSON or Python; None where there is none.
+
+    Read pair by pair, because `nan` and `np.float64(0.5)` are no literals.
+    """
+    start, end = line.find("{"), line.rfind("}")
+    if start < 0 or end < start:
+        return None
+    found = json_record(line[start : end + 1])
+    if found is None:
+        pairs = _PAIR.finditer(line, start, end)
+        found = {pair["name"]: pair["single"] or pair["double"] or pair["bare"] or "" for pair in pairs}
+    return found or None
+
+
+def flat(record: Mapping[str, Any], above: str = "", depth: int = 0) -> Record:
+    """Mappings inside a mapping by their path, `group/name`; lists stay as they are and are no numbers."""
+    found: Record = {}
+    for name, value in record.items():
+        path = above if not above.strip("/") and name in _BOXES and isinstance(value, Mapping) else f"{above}{name}"
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            found |= flat(value, f"{path}/" if path else "", depth + 1)
+        else:
+            found.setdefault(path, value)
+    return found
+
+
+def join(records: Iterable[Record]) -> Joined:
+    """All records by the step they name. Where none names one they are numbered; else those without are listed."""
+    joined, nameless = Joined(), list[Record]()
+    for record in records:
+        name = step_name(record)
+        step = step_of(record[name]) if name is not None else None
+        if step is None:
+            nameless.append(record)
+        else:
+            joined.row(step, {key: value for key, value in record.items() if key != name})
+    if joined.steps:
+        joined.skipped += [readable(f"a record without a step: {record}"[:80]) for record in nameless]
+    else:
+        _number(joined, nameless)
+    return joined
+
+
+def _number(joined: Joined, records: Iterable[Record]) -> None:
+    """Records that name no step, by their order; where `epoch` goes back, to the first step that had come as far.
+
+    An evaluation (`eval_...`) and the summary at the end (`train_runtime`) belong to the step before them.
+    """
+    joined.counted = True
+    step, epochs = 0, dict[int, float]()
+    for record in records:
+        own = [name for name in record if name != "epoch"]
+        if not all(name.startswith("eval_") for name in own) and "train_runtime" not in record:
+            epoch = number(record.get("epoch"))
+            step += 1
+            if epoch is not None:
+                if epoch < epochs.get(step - 1, epoch):
+                    step = min((at for at, there in epochs.items() if there >= epoch and at < step), default=step)
+                epochs[step] = epoch
+        joined.row(step, record)
+
+
+def tells_of_a_step(record: Record) -> bool:
+    """Whether a printed dict tells of training: it names a step or, as Hugging Face trainers do, the epoch."""
+    name = step_name(record)
+    named = name is not None and step_of(record[name]) is not None
+    rest = [value for key, value in record.items() if key not in (name, "epoch")]
+    return (named or number(record.get("epoch")) is not None) and any(number(value) is not None for value in rest)
+
+
+def whole_file(text: str) -> tuple[list[Record], int] | None:
+    """The records of a JSON-lines file or of one JSON list, and how many lines hold none; None for another text.
+
+    A line that was cut off by a crash, or torn by two writers, holds no record.
+    """
+    if text.startswith("["):
+        try:
+            content = parse_json(text)
+        except ValueError:
+            return None
+        found = [flat(one) for one in content if isinstance(one, dict)]
+        return (found, len(content) - len(found)) if found else None
+    lines = [line for line in text.split("\n") if line.strip()]
+    found = [record for line in lines if line.lstrip().startswith("{") and (record := json_record(line)) is not None]
+    return (found, len(lines) - len(found)) if found and 2 * len(found) >= len(lines) else None
