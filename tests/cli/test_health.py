@@ -1,6 +1,7 @@
 """`fp4rl health` on logs of ours and of others."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,64 @@ def test_a_log_in_which_nothing_can_be_judged_is_not_called_healthy(tmp_path, ca
     run.add_metrics(1, {"time/step_s": 1.0})
     assert main(["health", str(run.path)]) == 2
     assert "nothing that a check looks at" in capsys.readouterr().err
+
+
+def runs_with_a_collapse(path):
+    return [run_folder(path / name, [0.4] * 10 + end) for name, end in (("a", [0.4] * 5), ("b", [0.01] * 5))]
+
+
+def test_a_suite_is_judged_run_by_run_and_leaves_with_1_after_an_alarm_in_any(tmp_path, capsys):
+    """What can be named: a suite, the folder of all suites, a run by the beginning of its name."""
+    good, bad = runs_with_a_collapse(tmp_path)
+    suite = RunFolder(tmp_path / "a" / "suite")
+    assert main(["health", str(suite.path)]) == 0
+    assert main(["health", str(tmp_path / "b")]) == 1
+    captured = capsys.readouterr()
+    assert "suite/arm-s0-0123456789ab" in captured.out
+    assert captured.err == "fp4rl: 1 of 1 run had an alarm\n"
+    assert main(["health", "suite/arm-s0", "--runs", str(tmp_path / "a")]) == 0
+    assert main(["health", "suite/arm-s0", "--runs", str(tmp_path / "b")]) == 1
+    assert main(["health", "suite/arm-s7", "--runs", str(tmp_path / "b")]) == 2
+    assert (good, bad) == (str(suite.path / "arm-s0-0123456789ab"), str(tmp_path / "b/suite/arm-s0-0123456789ab"))
+
+
+def test_a_suite_with_a_run_that_cannot_be_read_judges_the_others_and_names_it(tmp_path, capsys):
+    good, bad = (Path(run) for run in runs_with_a_collapse(tmp_path))
+    bad.rename(good.with_name("broken"))
+    (good.with_name("broken") / "metrics.jsonl").write_text("\0\0\0")
+    assert main(["health", str(good.parent), "--json"]) == 1
+    captured = capsys.readouterr()
+    runs = {one["run"]: one for one in json.loads(captured.out)["runs"]}
+    assert runs["arm-s0-0123456789ab"]["state"] != "unreadable"
+    assert runs["broken"]["state"] == "unreadable"
+    assert captured.err == "fp4rl: 1 run cannot be read\n"
+
+
+def test_a_checkpoint_of_trl_is_judged_by_its_state(tmp_path, capsys):
+    """A folder as Hugging Face trainers leave it, with the names that TRL logs under."""
+    place = tmp_path / "out" / "checkpoint-15"
+    place.mkdir(parents=True)
+    history = [
+        {"step": step, "reward": reward, "rewards/my_own_check/mean": reward, "completion_length": 100.0, "loss": 0.1}
+        for step, reward in enumerate([0.4] * 10 + [0.01] * 5, start=1)
+    ]
+    (place / "trainer_state.json").write_text(json.dumps({"global_step": 15, "log_history": history}))
+    for folder in (place, place.parent):
+        assert main(["health", str(folder)]) == 1
+        captured = capsys.readouterr()
+        assert "15 steps (trl)" in captured.out
+        assert "100 -> 100" in captured.out  # length by its older name
+        assert captured.err == "fp4rl: an alarm at step 13: accuracy_collapse\n"
+
+
+def test_a_log_of_two_attempts_is_judged_by_the_later_one_and_says_so(tmp_path, capsys):
+    """Steps that go back: the collapse of the earlier attempt is not that of the run."""
+    log = tmp_path / "metrics.csv"
+    rows = [*enumerate([0.4] * 10 + [0.01] * 5), *((step, 0.4) for step in range(8, 20))]
+    log.write_text("step,reward\n" + "".join(f"{step},{reward}\n" for step, reward in rows))
+    assert main(["health", str(log), "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)["read"]
+    assert read == [
+        "the steps go back once, from 14 to 8: the later attempt counts",
+        "7 numbers were met twice: the later one counts",
+    ]

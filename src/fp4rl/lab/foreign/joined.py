@@ -21,7 +21,9 @@ class Joined:
     went_back: list[tuple[int, int]] = field(default_factory=list)  # (step reached, step it was started again at)
     met_twice: int = 0  # numbers that came again: the later one stands
     counted: bool = False  # the log names no steps: its lines are numbered
-    _top: int = -1
+    _top: int = -1  # the highest step
+    _last: int = -1  # the step of the line before
+    _turn: int = -1  # where the lines last went back to; numbers that come again as they were show no new attempt yet
     _gone: dict[int, set[str]] = field(default_factory=dict)  # names of earlier attempts that have not come again
 
     def row(self, step: int, values: Mapping[str, Any]) -> None:
@@ -33,8 +35,10 @@ class Joined:
         common = kept.keys() & new.keys()
         differ = {name for name in common if not _same(kept[name], new[name])}
         back = step < self._top
+        self._turn = step if step < self._last else self._turn
+        self._last = step
         if back and differ and 2 * len(differ) >= len(new):
-            self._forget(step + 1, said_as=step)
+            self._forget(step + 1, said_as=self._turn)
             if 2 * len(differ) >= len(kept):  # else it is a validation before the first step of the new attempt
                 self._drop(step, kept.keys() - new.keys())
         self.met_twice += len(common if back else differ) + len(self._gone.get(step, set()) & new.keys())

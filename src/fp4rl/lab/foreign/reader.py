@@ -12,8 +12,8 @@ from fp4rl.lab.foreign.verl import read_verl
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 KNOWN = (
-    "verl logs (console or file logger), trainer_state.json, the dicts that a trainer prints, JSON lines (as ms-swift's "
-    "logging.jsonl), CSV with a step column, and TensorBoard events"
+    "verl logs (console or file logger), trainer_state.json, the dicts that a trainer prints, JSON lines "
+    "(ms-swift's logging.jsonl), CSV with a step column, and TensorBoard events"
 )
 _SWIFT = "logging.jsonl"
 

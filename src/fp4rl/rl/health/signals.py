@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from fp4rl.rl.health.names import known_names
+
 # First name found wins. Ours, then verl's (`actor/`, `critic/`, `training/`), then TRL's (`completions/`, `frac_`).
 NAMES: Mapping[str, tuple[str, ...]] = {
     "accuracy": (
@@ -40,6 +42,7 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     Validation on several data sets is averaged. Where nobody logs accuracy, a reward that is a share of solved answers
     (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
     """
+    metrics = known_names(metrics)
     found = {signal: metrics[name] for signal, names in NAMES.items() for name in _first(names, metrics)}
     if metrics.get("sampling/trained_groups") == 0:
         for signal in _OF_AN_UPDATE:
