@@ -79,19 +79,23 @@ class Rule(Spec):
 class Thresholds(Spec):
     """Where a course turns from watch to alarm. Ratios are against the run's own past, never bare levels.
 
-    `early`: observations whose median is the run's own start. `persist`: observations in a row before an alarm (a
-    single step is a spike). `noise`: how many of the run's own step-to-step standard deviations a change must exceed.
+    `early`: steps whose median is the run's own start. `persist`: steps in a row before an alarm (a single one is a
+    spike). `noise`: how many standard deviations a change must exceed, of the run's own steps and at least of what the
+    logged number of answers makes; `certain`: how many are taken off a best level.
     """
 
     early: PositiveInt = 20
     persist: PositiveInt = 3
     noise: PositiveFloat = 2.5
+    certain: PositiveFloat = 3.25
+    watched: PositiveInt = Field(default=20, description="steps that a watch stays before it may become an alarm")
+    worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it is by then")
     accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")
     accuracy_points: PositiveFloat = Field(default=0.05, description="and at least this much of it")
     harm: PositiveFloat = Field(default=0.3, description="share lost that makes another symptom an alarm")
     below_validation: PositiveFloat = Field(default=0.25, description="rollout accuracy over validation accuracy")
     length_ratio: PositiveFloat = Field(default=1.5, description="length over its early median")
-    truncated: PositiveFloat = Field(default=0.5, description="share cut off that makes growth harmful")
+    truncated: PositiveFloat = Field(default=1 / 3, description="share cut off that was not from the beginning")
     entropy_drop: PositiveFloat = Field(default=3.0, description="times below its own trend")
     entropy_left: PositiveFloat = Field(default=0.2, description="share of its early median that is left")
     entropy_rise: PositiveFloat = Field(default=1.5, description="times its lowest level, with accuracy falling")
@@ -109,8 +113,9 @@ class Thresholds(Spec):
     mismatch_kl: PositiveFloat = Field(default=0.006, description="k3 estimate of KL(rollout || train), nats a token")
     mismatch_probability: PositiveFloat = Field(default=0.008, description="mean |probability difference| of a token")
     mismatch_phases: PositiveFloat = Field(default=5e-5, description="the KL that rounding alone makes, nats a token")
-    mismatch_growth: PositiveFloat = Field(default=10.0, description="KL over its early median where rounding is alike")
-    mismatch_noise: PositiveFloat = Field(default=0.2, description="the same KL under noise, where rounding is alike")
+    mismatch_noise: PositiveFloat = Field(default=0.2, description="the same KL where all of it is described")
+    described: PositiveFloat = Field(default=3.0, description="times what is described, beside these two")
+    effective: PositiveFloat = Field(default=0.5, description="effective sample size that a rollout correction keeps")
     dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
     empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")
     repetition: PositiveFloat = Field(default=0.5, description="share of repeated 4-grams")

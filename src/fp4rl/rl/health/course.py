@@ -9,6 +9,9 @@ _MAD_TO_SD = 1.4826
 _SQRT2 = 2**0.5
 _NOISE_WINDOW = 30
 _SMOOTH = 5
+_FALL = 3
+LEVELS = (3, 5, 10, 20)
+"""Widths of the windows over which levels are compared."""
 
 
 class Course:
@@ -20,7 +23,8 @@ class Course:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
-        self._best: float | None = None
+        self._total = [0.0]  # of the first n values
+        self._best: dict[int, float] = {}
         self._lowest: float | None = None
 
     def add(self, step: int, value: float) -> None:
@@ -29,10 +33,14 @@ class Course:
             return
         self.steps.append(step)
         self.values.append(value)
+        self._total.append(self._total[-1] + value)
         if len(self.values) >= 3:
             smooth = median(self.values[-_SMOOTH:])
-            self._best = smooth if self._best is None else max(self._best, smooth)
             self._lowest = smooth if self._lowest is None else min(self._lowest, smooth)
+        for width in LEVELS:
+            mean = self.mean(width)
+            if mean is not None:
+                self._best[width] = max(self._best.get(width, mean), mean)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -46,8 +54,18 @@ class Course:
         return self.values[0] if self.values else None
 
     @property
-    def best(self) -> float | None:
-        """Highest running median of five so far."""
+    def spacing(self) -> float:
+        """Steps from one observation to the next, as a rule; 1 before there are two."""
+        recent = self.steps[-_NOISE_WINDOW:]
+        return max(1.0, median(b - a for a, b in pairwise(recent))) if len(recent) > 1 else 1.0
+
+    def mean(self, width: int) -> float | None:
+        """Mean of the last `width` observations; None before there are as many."""
+        n = len(self.values)
+        return (self._total[n] - self._total[n - width]) / width if 0 < width <= n else None
+
+    def bests(self) -> dict[int, float]:
+        """Width of a window -> the highest mean that any window so wide has had; how far to trust it, see `loss`."""
         return self._best
 
     @property
@@ -58,10 +76,10 @@ class Course:
     def early(self, most: int) -> float | None:
         """Median of the first observations: a quarter of them, so that an early failure does not become the measure.
 
-        At least 3 and at most `most` of them; None before there are 4.
+        At least 3 observations and at most `most` steps of them; None before there are 4.
         """
-        n = len(self.values)
-        return median(self.values[: max(3, min(most, n // 4))]) if n >= 4 else None
+        n, limit = len(self.values), round(most / self.spacing)
+        return median(self.values[: max(3, min(limit, n // 4))]) if n >= 4 else None
 
     def level(self, width: int = 3, ago: int = 0) -> float | None:
         """Median of `width` observations that ended `ago` observations before the last."""
@@ -90,6 +108,17 @@ class Course:
         steps = [b - a for a, b in pairwise(window)]
         middle = median(steps)
         return _MAD_TO_SD * median(abs(s - middle) for s in steps) / _SQRT2
+
+    def spread(self) -> float:
+        """The same, not blind where most observations are equal: the larger of both; 0 before it is known.
+
+        Shares of few answers are often 0 or 1 twice in a row, and a median of such differences is 0. The last few
+        observations are left out: a fall is no measure of itself.
+        """
+        past = self.values[: max(len(self.values) - _FALL, 4)][-_NOISE_WINDOW:]
+        steps = [b - a for a, b in pairwise(past)]
+        plain = (sum(s * s for s in steps) / len(steps)) ** 0.5 / _SQRT2 if steps else 0.0
+        return max(plain, self.noise() or 0.0)
 
 
 def trend(values: list[float]) -> tuple[float, float] | None:

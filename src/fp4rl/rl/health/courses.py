@@ -1,24 +1,45 @@
 """All signals of one run, and the one question every check asks of them: is the policy getting worse?"""
 
 from collections.abc import Mapping
+from math import ceil
 
 from fp4rl.rl.health.course import Course
+from fp4rl.rl.health.shares import grain, independent
 from fp4rl.rl.health.signals import NAMES
 from fp4rl.spec.health import Thresholds
 
+# Groups of answers that a mean needs before one prompt no longer makes it.
+POOLED_GROUPS = 8
+
 
 class Courses:
-    """One `Course` per signal; a signal nobody logs has an empty one."""
+    """One `Course` per signal; a signal nobody logs has an empty one.
+
+    `groups`: of answers a step. `independent`: its answers, counted as independent ones.
+    """
 
     def __init__(self) -> None:
         self._of = {signal: Course() for signal in NAMES}
+        self._lines = Course()
         self.now: Mapping[str, float] = {}
+        # Per step, as logged or as the shares let on; None where nobody knows.
+        self.groups: float | None = None
+        self.independent: float | None = None
 
     def add(self, step: int, signals: Mapping[str, float]) -> None:
         """The signals of one more step; `now` keeps them as they came, non-finite ones too."""
         self.now = signals
+        self._lines.add(step, 0.0)
         for signal, value in signals.items():
             self._of[signal].add(step, value)
+        self.groups = self["groups"].last or grain(self["no_spread"].values)
+        answers = self["answers"].last or grain(self.goal.values)
+        self.independent = independent(answers, self.groups) if answers else None
+
+    @property
+    def spacing(self) -> float:
+        """Steps between two lines of the log, as a rule."""
+        return self._lines.spacing
 
     def __getitem__(self, signal: str) -> Course:
         return self._of[signal]
@@ -31,6 +52,23 @@ class Courses:
     def goal(self) -> Course:
         """What the run is for: rollout accuracy, or the reward where nobody logs accuracy."""
         return self["accuracy"] if len(self["accuracy"]) else self["reward"]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the goal has a zero to fall to: accuracy, or a reward that has never been negative."""
+        return len(self["accuracy"]) > 0 or min(self["reward"].values, default=0.0) >= 0
+
+    def pooled(self, signal: str, groups: int = POOLED_GROUPS, unknown: float = POOLED_GROUPS) -> float | None:
+        """The signal over as many of the last steps as hold `groups` groups of answers; this very step where it does.
+
+        `unknown`: how many a step has where nobody knows. None when this step does not have the signal, or there are
+        too few steps yet.
+        """
+        return self[signal].mean(ceil(groups / (self.groups or unknown))) if signal in self.now else None
+
+    def width(self) -> int:
+        """How many steps hold enough groups of answers that one prompt no longer makes their mean."""
+        return ceil(POOLED_GROUPS / (self.groups or POOLED_GROUPS))
 
 
 def told(courses: Courses, signals: tuple[str, ...]) -> str:
@@ -50,18 +88,6 @@ def lacking(courses: Courses, needs: tuple[tuple[str, ...], ...]) -> str:
     """
     missing = [signals for signals in needs if not any(len(courses[signal]) for signal in signals)]
     return "; ".join(f"needs {' or '.join(n for signal in signals for n in NAMES[signal])}" for signals in missing)
-
-
-def lost(courses: Courses, t: Thresholds) -> float:
-    """Share of its best accuracy that the policy has lost by now; 0 while the loss is within the run's own noise."""
-    goal = courses.goal
-    best, last = goal.best, goal.last
-    if best is None or last is None or best <= 0:
-        return 0.0
-    points = best - last
-    if points < max(t.accuracy_points, t.noise * (goal.noise() or 0.0)):
-        return 0.0
-    return points / best
 
 
 def rising(courses: Courses, ago: int = 5) -> bool:

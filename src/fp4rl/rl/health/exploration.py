@@ -3,8 +3,9 @@
 from math import exp, log
 
 from fp4rl.rl.health.course import Course, trend
-from fp4rl.rl.health.courses import Courses, lost, rising
+from fp4rl.rl.health.courses import Courses, rising
 from fp4rl.rl.health.findings import OK, Verdict
+from fp4rl.rl.health.loss import lost
 from fp4rl.spec.health import Thresholds
 
 # The trend is drawn through observations that ended this long ago, so that a collapse cannot bend its own yardstick.
@@ -17,7 +18,7 @@ _FLOOR = 1e-6
 def entropy_collapse(courses: Courses, t: Thresholds) -> Verdict:
     """Far below where its own trend was heading, little of it left, and accuracy not rising meanwhile."""
     course = courses["entropy"]
-    now, start = courses.value("entropy"), course.early(t.early)
+    now, start = courses.pooled("entropy"), course.early(t.early)
     expected = _expected(course)
     if now is None or start is None or expected is None or start <= _FLOOR or now > t.entropy_left * start:
         return OK
@@ -33,10 +34,10 @@ def entropy_collapse(courses: Courses, t: Thresholds) -> Verdict:
 def entropy_explosion(courses: Courses, t: Thresholds) -> Verdict:
     """Rising while accuracy falls, or rising so far that accuracy will follow."""
     course = courses["entropy"]
-    now, start, lowest = courses.value("entropy"), course.early(t.early), course.lowest
+    now, start, lowest = courses.pooled("entropy"), course.early(t.early), course.lowest
     if now is None or start is None or lowest is None or min(now, start) <= _FLOOR:
         return OK
-    drop = lost(courses, t)
+    drop = lost(courses, t).share
     if now >= t.entropy_rise * lowest and drop >= t.harm:
         return Verdict(
             "alarm", f"entropy {now:.3g} nats, up from {lowest:.3g}, while accuracy lost {drop:.0%} of its best"

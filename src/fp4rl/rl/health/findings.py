@@ -10,10 +10,14 @@ ORDER: dict[State, int] = {"not judged": -1, "ok": 0, "watch": 1, "alarm": 2}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check thinks of the run as it stands: a state, and the numbers that say so."""
+    """What one check thinks of the run as it stands: a state, and the numbers that say so.
+
+    `severity` of a watch that becomes an alarm when it stays and gets worse; None for one that does not.
+    """
 
     state: State
     evidence: str = ""
+    severity: float | None = None
 
 
 OK = Verdict("ok")

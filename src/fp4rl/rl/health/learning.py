@@ -1,13 +1,18 @@
 """Checks on whether the policy learns what it should: accuracy, reward against validation, and rewards that differ."""
 
-from fp4rl.rl.health.courses import Courses, lost, solved
+from fp4rl.rl.health.courses import Courses, solved
 from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.rl.health.loss import lost
+from fp4rl.rl.health.shares import grain, sampling_error
 from fp4rl.spec.health import Thresholds
 
 # Validations in a row without a new best before a rising reward looks suspicious.
 _FLAT = 4
 _RECENT = 20
 _AGO = 3
+# Groups that must all lack spread before it is said that nearly all do: 0.95 ** 48 is 0.09, three times in a row.
+_GROUPS = 48
+_FEW = 3.0  # groups a step, where nobody knows
 # A share of groups with spread from which a fall can be told from chance: 1 of 16 groups is 0.06.
 _SPREAD_ENOUGH = 0.3
 
@@ -18,17 +23,19 @@ def accuracy_collapse(courses: Courses, t: Thresholds) -> Verdict:
 
 
 def _against_its_best(courses: Courses, t: Thresholds) -> Verdict:
-    goal, drop = courses.goal, lost(courses, t)
-    if drop < t.harm or goal.last is None:
+    loss = lost(courses, t)
+    if loss.share < t.harm:
         return OK
     what = "accuracy" if len(courses["accuracy"]) else "reward"
-    evidence = f"{what} {goal.last:.3g}, {drop:.0%} below its best of {goal.best:.3g}"
-    return Verdict("alarm" if drop >= t.accuracy_drop else "watch", evidence)
+    part = f"{loss.share:.0%} below" if courses.is_share else "down from"
+    over = f" over {loss.width} steps" if loss.width > 1 else ""
+    evidence = f"{what} {loss.now:.3g}{over}, {part} its best of {loss.best:.3g}"
+    return Verdict("alarm" if loss.share >= t.accuracy_drop else "watch", evidence, severity=loss.share)
 
 
 def _against_validation(courses: Courses, t: Thresholds) -> Verdict:
     """Noise or quantization in the rollout alone leaves a policy that only validates well."""
-    rollout, validation = courses.value("accuracy"), courses["validation"].last
+    rollout, validation = courses.pooled("accuracy"), courses["validation"].last
     if rollout is None or validation is None or validation - rollout < 2 * t.accuracy_points:
         return OK
     if rollout >= t.below_validation * validation:
@@ -47,7 +54,7 @@ def _against_accuracy(courses: Courses, t: Thresholds) -> Verdict:
     now, start = reward.level(3), reward.early(t.early)
     if now is None or start is None or not len(accuracy):
         return OK
-    drop = lost(courses, t)
+    drop = lost(courses, t).share
     if drop < t.harm or not _rose(now, start, reward.noise(), t):
         return OK
     return Verdict("alarm", f"reward {start:.3g} -> {now:.3g} while rollout accuracy lost {drop:.0%} of its best")
@@ -64,9 +71,16 @@ def _reward_against_validation(courses: Courses, t: Thresholds) -> Verdict:
     if len(later) < 2 or then is None or now is None or not _rose(now, then, reward.noise(), t):
         return OK
     evidence = f"reward {then:.3g} -> {now:.3g} while validation {validation.values[best]:.3g} -> {later[-1]:.3g}"
-    if validation.values[best] - max(later[-2:]) >= t.validation_drop:
+    if validation.values[best] - max(later[-2:]) >= max(t.validation_drop, t.noise * _of_validation(courses)):
         return Verdict("alarm", evidence)
     return Verdict("watch", f"{evidence}: flat") if len(later) >= _FLAT else OK
+
+
+def _of_validation(courses: Courses) -> float:
+    """Sampling error of the difference of two validations; 0 where nobody knows how many answers they had."""
+    validation = courses["validation"]
+    cases = courses["validated"].last or grain(validation.values)
+    return 2**0.5 * sampling_error(sum(validation.values) / len(validation), cases) if cases else 0.0
 
 
 def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool:
@@ -75,7 +89,7 @@ def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool
 
 def no_spread(courses: Courses, t: Thresholds) -> Verdict:
     """Every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
-    share = courses.value("no_spread")
+    share = courses.pooled("no_spread", _GROUPS, unknown=_FEW)
     if share is None:
         return OK
     if share >= t.no_spread:

@@ -2,8 +2,9 @@
 
 from math import isfinite
 
-from fp4rl.rl.health.courses import Courses, lost, solved
+from fp4rl.rl.health.courses import Courses, solved
 from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.rl.health.loss import lost
 from fp4rl.spec.health import Thresholds
 
 _MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch_kl")
@@ -28,7 +29,7 @@ def _burst(courses: Courses, t: Thresholds) -> Verdict:
     if now is None or usual is None or usual <= 0 or now < t.gradient_ratio * usual:
         return OK
     evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
-    drop = lost(courses, t)
+    drop = lost(courses, t).share
     if drop >= t.harm:
         return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
     return Verdict("alarm" if now >= t.gradient_burst * usual else "watch", evidence)
@@ -43,44 +44,57 @@ def _vanished(courses: Courses, t: Thresholds) -> Verdict:
 
 
 def mismatch(courses: Courses, t: Thresholds) -> Verdict:
-    """Answers were sampled from a policy other than the one that is trained on them."""
+    """Answers were sampled from another policy than the one that is trained on them, and nothing makes up for it.
+
+    Only what was measured is named: the formats of two phases are held against each other on the same tokens, and the
+    noise, hardware errors and stochastic rounding that are described are measured as they act.
+    """
     phases = courses["mismatch_phases"].lately(_WINDOW)
     if phases is not None and phases >= t.mismatch_phases:
-        return Verdict("alarm", f"rollout and training round differently: KL {phases:.3g} nats a token between them")
-    found = _apart(courses, t)
-    if not found or phases is None:
-        return Verdict("alarm", found) if found else OK
-    return _though_alike(courses, t, found)
+        return _unless_corrected(
+            courses, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
+        )
+    return worst([_apart(courses, t, *side) for side in _sides(t)])
 
 
-def _though_alike(courses: Courses, t: Thresholds, found: str) -> Verdict:
-    """Both sides round alike: what is left is the noise that was asked for, or arithmetic in low precision.
-
-    Noise tips inputs of 4 bits over to the next value: runs that learn well have .04 nats a token.
-    """
-    if courses.value("sigma"):
-        kl = courses["mismatch_kl"].lately(_WINDOW)
-        if kl is not None and kl >= t.mismatch_noise:
-            return Verdict("alarm", f"{found}; more than noise should do")
-        return Verdict("watch", f"{found}: noise of the rollout; see rollout_correction")
-    if _grew(courses, t):
-        return Verdict("alarm", found)
-    return Verdict("watch", f"{found}, though both round alike: low-precision arithmetic; see rollout_correction")
+def _sides(t: Thresholds) -> tuple[tuple[str, str, float, str], ...]:
+    """(signal, what of it is described, threshold, words) for both measures of the same thing."""
+    return (
+        ("mismatch_kl", "described_kl", t.mismatch_kl, "KL(rollout || train) {:.3g} nats a token"),
+        (
+            "mismatch_probability",
+            "described_probability",
+            t.mismatch_probability,
+            "token probabilities differ by {:.3g} on average between sampler and trainer",
+        ),
+    )
 
 
-def _apart(courses: Courses, t: Thresholds) -> str:
-    """What the sampler's own log-probabilities say; empty where they are close. The median of the last few steps, since
-    the estimate of one step is carried by few tokens."""
-    if courses.value("mismatch_kl") is None and courses.value("mismatch_probability") is None:
-        return ""
-    kl, probability = courses["mismatch_kl"].lately(_WINDOW), courses["mismatch_probability"].lately(_WINDOW)
-    if kl is not None and kl >= t.mismatch_kl:
-        return f"KL(rollout || train) {kl:.3g} nats a token: the sampler is another policy"
-    if probability is not None and probability >= t.mismatch_probability:
-        return f"token probabilities differ by {probability:.3g} on average between sampler and trainer"
-    return ""
+def _apart(courses: Courses, t: Thresholds, signal: str, described: str, most: float, words: str) -> Verdict:
+    """The median of the last few steps, since the estimate of one step is carried by few tokens."""
+    width = max(_WINDOW, courses.width())
+    now = courses[signal].lately(width) if signal in courses.now else None
+    if now is None or now < most:
+        return OK
+    found, foreseen = words.format(now), _foreseen(courses, described)
+    if foreseen is None:
+        return _unless_corrected(courses, t, f"{found}; the log does not tell why")
+    if now >= most + t.described * foreseen:
+        return _unless_corrected(courses, t, f"{found}, {foreseen:.3g} of it as described; the rest is not explained")
+    if signal == "mismatch_kl" and now >= t.mismatch_noise:
+        return _unless_corrected(courses, t, f"{found}, as described, but too much to learn from")
+    return OK  # as large as the noise, the errors and the chance that are described make it
 
 
-def _grew(courses: Courses, t: Thresholds) -> bool:
-    start, now = courses["mismatch_kl"].early(_RECENT), courses["mismatch_kl"].lately(_WINDOW)
-    return start is not None and now is not None and now >= t.mismatch_growth * start
+def _foreseen(courses: Courses, described: str) -> float | None:
+    """What the description makes of a measure, by the last times that it was measured; None where nobody does."""
+    values = courses[described].values[-_WINDOW:]
+    return max(sum(values) / len(values), values[-1]) if values else None
+
+
+def _unless_corrected(courses: Courses, t: Thresholds, found: str) -> Verdict:
+    """Importance weights make up for another sampler for as long as they leave most of the answers their say."""
+    effective = courses["effective"].lately(_WINDOW) if "effective" in courses.now else None
+    if effective is not None and effective >= t.effective:
+        return Verdict("watch", f"{found}; rollout_correction makes up for it (effective sample size {effective:.0%})")
+    return Verdict("alarm", found)

@@ -1,13 +1,15 @@
 """The monitor of one run: metrics in, step by step; findings out when a state changes."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 from fp4rl.rl.health.answers import dead_rollouts, length_explosion
 from fp4rl.rl.health.courses import Courses, lacking, told
 from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
 from fp4rl.rl.health.findings import ORDER, Finding, Verdict
 from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking
+from fp4rl.rl.health.long_watch import LongWatch
 from fp4rl.rl.health.mechanics import gradient, mismatch, not_a_number
 from fp4rl.rl.health.rules import RuleWatch
 from fp4rl.rl.health.signals import signals_of
@@ -37,7 +39,7 @@ _SIGNALS: Mapping[str, tuple[str, ...]] = {
     "reward_hacking": ("reward", "validation"),
     "gradient": ("grad_norm",),
     "no_spread": ("no_spread",),
-    "mismatch": ("mismatch_kl", "mismatch_probability", "mismatch_phases"),
+    "mismatch": ("mismatch_kl", "mismatch_probability", "mismatch_phases", "described_kl"),
     "dead_rollouts": ("truncated", "empty", "repetition"),
 }
 # What each check cannot do without: at least one signal of every line.
@@ -66,19 +68,21 @@ class _Standing:
     bad: int = 0
     good: int = 0
     onset: int = 0
+    watch: LongWatch = field(default_factory=LongWatch)
 
 
 class Monitor:
     """Judges a run as it goes. The same metrics give the same findings, so a resumed run replays its metrics.
 
-    A check must see an alarm in `persist` observations in a row before it is one; until then it is a watch. A standing
-    alarm ends after as many good observations.
+    A check must see an alarm for `persist` steps in a row before it is one; until then it is a watch. A standing alarm
+    ends after as many good steps. Where a line is logged every few steps, two lines in a row do. A watch that stays and
+    gets worse becomes an alarm too.
     """
 
     def __init__(self, spec: Health | None = None) -> None:
         self.spec = spec or Health()
         self.alarms: list[Finding] = []
-        self.steps = 0
+        self.steps = 0  # lines seen
         self._courses = Courses()
         self._rules = [RuleWatch(rule) for rule in self.spec.rules]
         self._standing = {name: _Standing(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
@@ -121,8 +125,15 @@ class Monitor:
 
     def _judge(self, step: int, name: str, check: Check) -> Finding | None:
         verdict = check(self._courses, self.spec.thresholds)
-        needed = 1 if name in _AT_ONCE else self.spec.thresholds.persist
+        verdict = self._standing[name].watch.judge(step, verdict, self.spec.thresholds)
+        needed = 1 if name in _AT_ONCE else self._persist
         return self._settle(step, name, verdict, needed, self.spec.policy_of(name))
+
+    @property
+    def _persist(self) -> int:
+        """Observations that span `persist` steps; at least two, unless one step in a row is all that is asked for."""
+        persist = self.spec.thresholds.persist
+        return max(min(persist, 2), ceil(persist / self._courses.spacing))
 
     def _ask(self, step: int, watch: RuleWatch, values: Mapping[str, float]) -> Finding | None:
         return self._settle(step, str(watch.rule), watch.judge(step, values), 1, watch.rule.action)
@@ -139,7 +150,7 @@ class Monitor:
         state = verdict.state
         if state == "alarm" and standing.bad < needed and before.state != "alarm":
             state = "watch"
-        if before.state == "alarm" and state != "alarm" and standing.good < self.spec.thresholds.persist:
+        if before.state == "alarm" and state != "alarm" and standing.good < self._persist:
             return None  # one good step does not end an alarm
         since = standing.onset if verdict.state == "alarm" else step
         if state == before.state:

@@ -22,11 +22,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "repetition": ("response/repetition",),
     "grad_norm": ("grad_norm", "actor/grad_norm"),
     "loss": ("policy_loss", "actor/pg_loss", "loss"),
-    "no_spread": ("sampling/dropped_share", "frac_reward_zero_std"),
+    "no_spread": ("reward/no_spread", "sampling/dropped_share", "frac_reward_zero_std"),
+    "answers": ("rollout/answers",),
+    "groups": ("rollout/groups",),
+    "validated": ("accuracy/validation_answers",),
     "mismatch_kl": ("rollout_corr/k3_kl",),
     "mismatch_probability": ("training/rollout_probs_diff_mean",),
     "mismatch_phases": ("rollout_corr/phase_k3_kl",),
-    "sigma": ("noise/sigma",),
+    "described_kl": ("rollout_corr/described_k3_kl",),
+    "described_probability": ("rollout_corr/described_probs_diff",),
+    "effective": ("rollout_corr/rollout_is_eff_sample_size",),
 }
 
 # A step in which no group had spread made no update; what it logs for these is the mean of nothing.
@@ -47,6 +52,8 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     if metrics.get("sampling/trained_groups") == 0:
         for signal in _OF_AN_UPDATE:
             found.pop(signal, None)
+    if found.get("no_spread") == 1.0 and found.get("grad_norm") == 0.0:
+        del found["grad_norm"]  # nothing to learn in this step is what `no_spread` says
     if "validation" not in found:
         values = [value for name, value in metrics.items() if _VALIDATION.fullmatch(name)]
         if values:
