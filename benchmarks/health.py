@@ -1,7 +1,7 @@
 """How often the monitor is wrong on healthy runs, and how soon it sees a failure: on real runs and synthesised courses.
 
 `python benchmarks/health.py [--healthy 4] [--faults 1] [--write]`. Real runs are those of the embedded model in
-`planted/`, 40 steps each, about 20 s of one core; a finished one is kept in `--keep` and not run again, and
+`planted/`, 40 steps each (80 of those with 4 or 8 answers a step), about 20 s of one core; a finished one is kept in `--keep` and not run again, and
 `--minutes` ends a long series early, to be gone on with by the same command. `--write` puts the tables into
 `docs/concepts/health.md` and every run into `results/health.md`. The thresholds were settled on other runs than these:
 healthy runs are numbered from `--first`, and lower numbers are for looking at.
@@ -30,10 +30,9 @@ from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.rl.train import train
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
-from planted.courses import NEVER_PROVOKED, ONSET, SEEN
-from planted.courses import healthy as healthy_course
+from planted.courses import HEALTHY, NEVER_PROVOKED, ONSET, SEEN
 from planted.faults import FAULTS, STEPS, Fault, Planted
-from planted.healthy import setting, was_healthy
+from planted.healthy import SIZES, acts_in, setting, was_healthy
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "health.md"
@@ -94,7 +93,7 @@ class Bench:
         start = start_folder(experiment.model, task, self.models)
         problems = training_problems(experiment.task, task)
         listeners = Listeners(on_step=lambda step, metrics: rows.append((step, metrics)))
-        run = Run(experiment, folder, start, task, problems, judge_of(experiment, task), listeners, "")
+        run = Run(experiment, folder, start, task, problems, judge_of(experiment, task), listeners, "", {})
         Planted(run, fault, onset).train()
         return rows
 
@@ -105,6 +104,8 @@ class HealthyRuns:
     def __init__(self, numbers: Iterable[int], bench: Bench) -> None:
         self.lines: list[str] = []
         self.steps = self.runs = self.missing = 0
+        self.of_few = 0
+        self.classes: dict[str, int] = {}
         self.alarms: list[str] = []
         self.ill: list[str] = []
         for number in numbers:
@@ -121,6 +122,8 @@ class HealthyRuns:
         healthy = was_healthy(trained)
         if healthy:
             self.runs, self.steps = self.runs + 1, self.steps + len(trained)
+            self.of_few += len(trained) if _prompts(number) < max(SIZES)[0] else 0
+            self.classes[acts_in(number)] = self.classes.get(acts_in(number), 0) + len(trained)
             self.alarms += [f"run {number}: {words}" for words in told]
         else:
             self.ill.append(f"run {number}: {', '.join(told) or 'no alarm'}")
@@ -134,6 +137,15 @@ class HealthyRuns:
             f"{1000 * len(self.alarms) / self.steps:.2f} in 1,000 steps, 95 % interval {low:.2f} to {high:.2f}"
         )
 
+    def beside(self) -> str:
+        """How the steps are made up."""
+        classes = ", ".join(f"{name} {steps}" for name, steps in sorted(self.classes.items()))
+        return f"{self.of_few} of the steps have 4 or 8 answers, the others 128. Steps by what acts: {classes}"
+
+
+def _prompts(number: int) -> int:
+    return int(setting(number, LENGTH)["training"]["train_batch_size"])
+
 
 def rate(alarms: int, steps: int) -> tuple[float, float]:
     """Exact 95 % interval of a Poisson rate, per 1,000 steps."""
@@ -144,7 +156,7 @@ def rate(alarms: int, steps: int) -> tuple[float, float]:
 def _line(number: int, rows: Rows, beside: str, told: list[str]) -> str:
     described = setting(number, LENGTH)
     recipe = described["training"]
-    arm = described.get("injection", {}).get("mode", "bf16") + ("+aqn" if "noise" in described else "")
+    prompts, answers = recipe["train_batch_size"], recipe["rollout_n"]
     more = [
         word
         for word, there in (
@@ -158,12 +170,13 @@ def _line(number: int, rows: Rows, beside: str, told: list[str]) -> str:
         )
         if there
     ]
-    accuracy = [metrics["accuracy/rollout"] for _, metrics in rows]
+    accuracy, span = [metrics["accuracy/rollout"] for _, metrics in rows], max(3, len(rows) // 10)
     entropy = [metrics["entropy"] for _, metrics in rows if metrics.get("sampling/trained_groups")]
     return (
-        f"| {number} | {recipe['algorithm']} | {arm} | {recipe['lr']:g} | {16 // recipe['mini_batch_size']} "
+        f"| {number} | {recipe['algorithm']} | {acts_in(number)} | {prompts} x {answers} | {recipe['lr']:g} "
+        f"| {prompts // recipe['mini_batch_size']} "
         f"| {described['task']['difficulty']} | {', '.join(more)} "
-        f"| {statistics.mean(accuracy[:3]):.2f} -> {statistics.mean(accuracy[-3:]):.2f} "
+        f"| {statistics.mean(accuracy[:span]):.2f} -> {statistics.mean(accuracy[-span:]):.2f} "
         f"| {entropy[0]:.3f} -> {entropy[-1]:.3f} | {beside}{', '.join(told) or 'no alarm'} |"
     )
 
@@ -209,9 +222,9 @@ def _delay(rows: list[dict[str, float]], expected: set[str]) -> int | None:
     return next((a.step - ONSET for a in monitor.alarms if a.check in expected and a.step > ONSET), None)
 
 
-def healthy_courses(count: int) -> str:
-    """False alarms on synthesised healthy runs of 200 steps."""
-    monitors = [replay(enumerate(healthy_course(seed), start=1))[0] for seed in range(1000, 1000 + count)]
+def healthy_courses(course: Callable[[int], list[dict[str, float]]], count: int) -> str:
+    """False alarms on synthesised healthy runs."""
+    monitors = [replay(enumerate(course(seed), start=1))[0] for seed in range(1000, 1000 + count)]
     alarms, steps = [a.check for m in monitors for a in m.alarms], sum(m.steps for m in monitors)
     which = f" ({', '.join(sorted(set(alarms)))})" if alarms else ""
     return f"{len(alarms)} false alarms in {steps} steps of {count} synthesised healthy runs{which}"
@@ -253,16 +266,19 @@ def main() -> None:
         PAGE.write_text(before + BEGIN + "\n" + text + rest[rest.index(END) :], encoding="utf-8")
 
 
-HEAD_RUNS = "| run | algorithm | arm | lr | updates | difficulty | besides | rollout accuracy | entropy | alarms |"
-RULE_RUNS = "|---|---|---|---|---|---|---|---|---|---|"
+HEAD_RUNS = (
+    "| run | algorithm | what acts | prompts x answers | lr | updates | difficulty | besides | rollout accuracy "
+    "| entropy | alarms |"
+)
+RULE_RUNS = "|---|---|---|---|---|---|---|---|---|---|---|"
 
 
 def page(runs: HealthyRuns, faults: list[str], asked: argparse.Namespace) -> str:
     """The measured part of docs/concepts/health.md."""
-    false = [f"- Embedded model, {LENGTH} steps each: {runs.sentence()}." + _which(runs.alarms)]
+    false = [f"- Embedded model: {runs.sentence()}." + _which(runs.alarms), f"- {runs.beside()}."]
     if runs.ill:
-        false.append(f"- Left out, since accuracy fell in them by more than 5 points: {'; '.join(runs.ill)}.")
-    false.append(f"- Synthesised: {healthy_courses(asked.courses)}.")
+        false.append(f"- Left out, since accuracy fell in them beyond sampling error: {'; '.join(runs.ill)}.")
+    false += [f"- Synthesised{words}: {healthy_courses(course, asked.courses)}." for course, words in HEALTHY.items()]
     if asked.log is not None:
         false.append(f"- A public healthy run: {public_log(asked.log)}.")
     lines = [

@@ -39,6 +39,62 @@ def healthy(seed, steps=200):
     return rows
 
 
+def _of_few(random, chance, prompts, answers):
+    """(share of right answers, share of groups that are all right or all wrong); prompts differ in difficulty."""
+    chance = min(max(chance, 1e-6), 1 - 1e-6)
+    difficulty = [random.betavariate(chance, 1 - chance) for _ in range(prompts)]
+    right = [sum(random.random() < p for _ in range(answers)) for p in difficulty]
+    return sum(right) / (prompts * answers), sum(r in (0, answers) for r in right) / prompts
+
+
+def of_few_answers(seed, steps=200):
+    """A run on one small GPU: 4 or 8 answers a step, of which the log lets on only the shares; reward or accuracy."""
+    random = Random(seed)
+    prompts, answers = random.choice([(1, 4), (1, 8), (2, 4), (4, 2)])
+    start, gain = random.uniform(0.15, 0.6), random.choice([0.0, 0.1, 0.3])
+    shift, size = random.choice([(0.0, 1.0), (-1.0, 2.0), (-0.5, 1.0)])
+    rows = []
+    for step in range(1, steps + 1):
+        share, unspread = _of_few(random, start + gain * step / steps, prompts, answers)
+        cut, _ = _of_few(random, 0.05, prompts, answers)
+        rows.append(
+            {
+                "reward": shift + size * share,
+                "frac_reward_zero_std": unspread,
+                "entropy": 0.4 * exp(-step / steps) * exp(random.gauss(0, 0.4)),
+                "completions/mean_length": 150 * exp(random.gauss(0, 0.35)),
+                "completions/clipped_ratio": cut,
+                "grad_norm": 0.0 if unspread == 1.0 else 0.3 * exp(random.gauss(0, 0.8)),
+                "loss": random.gauss(0, 0.02),
+            }
+        )
+    return rows
+
+
+def long(seed):
+    """A healthy run of 1,120 steps whose entropy falls to a twentieth, with a single spike of the gradient now and then.
+
+    Validated every 20 steps on 200 problems.
+    """
+    random = Random(seed)
+    rows = healthy(seed, 1120)
+    for step, row in enumerate(rows, start=1):
+        row["entropy"] = 0.4 * 0.05 ** (step / 1120) * exp(random.gauss(0, 0.08))
+        row["grad_norm"] *= random.choice([8.0, 40.0]) if random.random() < 0.004 else 1.0
+        if step % 20 == 0:
+            level = min(0.95, row["accuracy/rollout"])
+            row["accuracy/validation"] = sum(random.random() < level for _ in range(200)) / 200
+    return rows
+
+
+HEALTHY = {
+    healthy: ", 128 answers a step",
+    of_few_answers: ", 4 or 8 answers a step, half of them with rewards that cross zero",
+    long: ", 1,120 steps long",
+}
+"""Course -> what is special about it."""
+
+
 def falls(before, after, over):
     """A value that goes from `before` to `after`, mostly within `over` steps."""
     return lambda t: after + (before - after) * exp(-2.5 * t / over)
@@ -166,12 +222,37 @@ def loss_is_nan(seed):
     return ill(seed, loss=lambda _: nan)
 
 
+def length_creeps(seed):
+    """Seen in a log: answers grow 2.6 times and the share cut off from 0.4 to 49 %, while reward stays where it was.
+
+    There it took 50 steps; here a third is passed 6 steps after the onset.
+    """
+    was = at_onset(seed)
+    return ill(
+        seed,
+        length=falls(was["length"], 2.6 * was["length"], 12),
+        truncated=falls(0.004, 0.49, 12),
+        reward=lambda _: was["reward"],
+        accuracy=lambda _: was["accuracy"],
+    )
+
+
+def constant_reward(seed):
+    """Seen for real: every answer earns the same, while the filter looks at accuracy and keeps its groups."""
+    rows = ill(seed)
+    for step, row in enumerate(rows):
+        row |= {"rollout/groups": 16.0, "reward/no_spread": 1.0 if step >= ONSET else row["sampling/dropped_share"]}
+    return rows
+
+
 SEEN = {
     learning_rate_too_high: {"accuracy_collapse"},
     length_reward: {"length_explosion", "reward_hacking"},
     noise_on_weights: {"accuracy_collapse"},
     wrong_sign: {"accuracy_collapse"},
     all_cut_off: {"dead_rollouts"},
+    length_creeps: {"length_explosion", "dead_rollouts"},
+    constant_reward: {"no_spread"},
     loss_is_nan: {"not_a_number"},
 }
 """Course -> the checks that must raise the alarm."""

@@ -150,11 +150,13 @@ class Attempt:
     def _validated(self, step: int) -> dict[str, float]:
         """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
-        found = processes.from_first({e.profile.name: e.share("strict") for e in self.run.judged(folder, step)})
+        judged = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.judged(folder, step)}
+        found = processes.from_first(judged)
         if processes.is_first():
             shutil.rmtree(folder)
-        goal = found.get("deployment", next(iter(found.values())))
-        return {"accuracy/validation": goal, **{f"accuracy/validation_{name}": x for name, x in found.items()}}
+        goal, answers = found.get("deployment", next(iter(found.values())))
+        of_each = {f"accuracy/validation_{name}": share for name, (share, _) in found.items()}
+        return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
 
     def _on_checkpoint(self, step: int, folder: Path) -> None:
         if self.watch.verdict != "note":
