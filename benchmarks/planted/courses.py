@@ -72,7 +72,7 @@ def of_few_answers(seed, steps=200):
 
 
 def long(seed):
-    """A healthy run of 1,120 steps whose entropy falls to a twentieth, with a single spike of the gradient now and then.
+    """A healthy run of 1,120 steps whose entropy falls to a twentieth, with single spikes of the gradient.
 
     Validated every 20 steps on 200 problems.
     """
@@ -239,7 +239,7 @@ def length_creeps(seed):
 
 def constant_reward(seed):
     """Seen for real: every answer earns the same, while the filter looks at accuracy and keeps its groups."""
-    rows = ill(seed)
+    rows = ill(seed, accuracy=lambda _: 0.6)  # beyond 0.9 the task would be solved
     for step, row in enumerate(rows):
         row |= {"rollout/groups": 16.0, "reward/no_spread": 1.0 if step >= ONSET else row["sampling/dropped_share"]}
     return rows

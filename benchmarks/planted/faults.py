@@ -102,7 +102,9 @@ FAULTS = (
     Fault("advantage of the wrong sign", _wrong_sign),
     Fault("one reward for every answer, filtered by reward", _equal_rewards, {"filter_groups": {"metric": "reward"}}),
     Fault("one reward for every answer, filtered by accuracy", _equal_rewards, {"filter_groups": {"metric": "acc"}}),
-    Fault("one reward for every answer, unfiltered", _equal_rewards, {"filter_groups": {"enable": False}}, onsets=(12,)),
+    Fault(
+        "one reward for every answer, unfiltered", _equal_rewards, {"filter_groups": {"enable": False}}, onsets=(12,)
+    ),
     Fault("the end token is not recognised", _no_end),
     Fault("a gradient that is NaN", _not_a_number, onsets=(12,)),
     Fault("W4A16 in training, not in the rollout", _nothing, more=_one_side("training"), onsets=(0,)),

@@ -37,8 +37,12 @@ CLASSES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """What acts -> that part of the description."""
 
-SIZES = ((16, 8), (1, 4), (16, 8), (1, 8), (16, 8), (2, 4), (16, 8), (4, 2))
-"""(prompts a step, answers a prompt): 128 answers, and 4 or 8 as on one small GPU."""
+SIZES = ((16, 8), (1, 4), (8, 8), (1, 8), (16, 8), (2, 4), (8, 8), (4, 2))
+"""(prompts a step, answers a prompt): 128 or 64 answers, and 4 or 8 as on one small GPU."""
+
+
+SMALL = 8
+"""Prompts a step below which a run counts as one of few answers."""
 
 
 def setting(number: int, steps: int) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def setting(number: int, steps: int) -> dict[str, Any]:
     dial = Random(number)
     acts = list(CLASSES)[number % len(CLASSES)]
     prompts, answers = SIZES[number % len(SIZES)]
-    small = prompts < 16
+    small = prompts < SMALL
     difficulty, problems = dial.choice(TASKS)
     lora = dial.random() < 1 / 5
     rates = ((5e-4, 1e-3), (2e-5, 5e-5)) if small else ((1e-3, 2e-3), (1e-4, 2e-4, 4e-4))

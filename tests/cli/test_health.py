@@ -31,7 +31,7 @@ def test_the_public_healthy_log_leaves_with_0_and_shows_every_check(healthy_log,
     assert "0.336 -> 0.064" in shown
     (spread,) = [line for line in shown.splitlines() if "no_spread" in line]
     assert "not judged" in spread
-    assert "needs sampling/dropped_share" in spread
+    assert "needs reward/no_spread or sampling/dropped_share" in spread
 
 
 def test_a_collapsed_run_leaves_with_1_and_names_the_step(tmp_path, capsys):

@@ -383,6 +383,7 @@ def test_a_reward_below_zero_that_loses_all_that_it_gained_is_an_alarm():
 
 def test_a_watch_that_stays_and_gets_worse_becomes_an_alarm():
     """Kind: a state that is bad but below a bare limit is said once and forgotten."""
+
     def lengthening(worse):
         rows = [(20.0, 0.0)] * 30 + [(32.0 + worse * step, 0.25) for step in range(60)]
         return monitored(rows, names=("response_length/mean", "response_length/clip_ratio"))

@@ -6,7 +6,7 @@ The courses are synthesised in `benchmarks/planted/courses.py`; `benchmarks/heal
 import pytest
 
 from fp4rl.rl.health.monitor import Monitor, last_healthy, replay
-from planted.courses import FAILURES, ONSET, all_cut_off, healthy, length_reward
+from planted.courses import FAILURES, ONSET, all_cut_off, healthy, length_reward, long, of_few_answers
 
 
 def numbered(rows):
@@ -25,11 +25,13 @@ def test_a_failure_is_an_alarm_within_ten_steps_of_its_onset(failure, seed):
     assert all(a.step > ONSET for a in monitor.alarms)
 
 
-def test_healthy_runs_raise_at_most_one_false_alarm_in_a_thousand_steps():
-    runs = [replay(numbered(healthy(seed)))[0] for seed in range(100)]
-    steps = sum(run.steps for run in runs)
-    alarms = [alarm for run in runs for alarm in run.alarms]
-    assert steps == 20_000
+@pytest.mark.parametrize(("course", "runs"), [(healthy, 25), (of_few_answers, 30), (long, 4)])
+def test_healthy_runs_raise_at_most_one_false_alarm_in_a_thousand_steps(course, runs):
+    """Kind: a healthy set that leaves out a class hides its alarms: few answers, rewards below zero, long runs."""
+    monitors = [replay(numbered(course(seed)))[0] for seed in range(runs)]
+    steps = sum(run.steps for run in monitors)
+    alarms = [alarm for run in monitors for alarm in run.alarms]
+    assert steps > 4000
     assert len(alarms) <= steps / 1000, [str(a) for a in alarms]
 
 
