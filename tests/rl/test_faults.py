@@ -4,10 +4,12 @@ import json
 import math
 
 import pytest
+import torch
 
 from fp4rl.lab.matrix import single
 from fp4rl.lab.work import carry_out
 from fp4rl.models.load import load
+from fp4rl.models.positions import forward_inputs
 from fp4rl.rl import rollout as rollout_room
 from fp4rl.rl.check import check
 from fp4rl.rl.rewards import Rewarder, reward_named
@@ -133,11 +135,12 @@ def test_a_tokenizer_without_a_chat_template_trains(run, experiment):
 
 def test_empty_answers_are_counted_and_survived(run, experiment, monkeypatch):
     """Every answer ends at once: nothing but the end token."""
-    real = rollout_room.generate
 
+    @torch.no_grad()
     def ending(model, input_ids, attention_mask, config):
-        ids, logps = real(model, input_ids, attention_mask, config)
-        return ids.new_full((len(ids), 1), config.eos_token_id[0]), logps[:, :1]
+        end = config.eos_token_id[0]
+        logits = model(**forward_inputs(model, input_ids, attention_mask)).logits[:, -1] / config.temperature
+        return input_ids.new_full((len(input_ids), 1), end), logits.log_softmax(-1)[:, [end]]
 
     monkeypatch.setattr(rollout_room, "generate", ending)
     _, heard = run(experiment("bf16"))

@@ -1,13 +1,16 @@
 """Where our trainer meets TRL's: names and arguments, that ours are the ones called, and that the loss is TRL's."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from fp4rl.models.load import load
+from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.attempt import Attempt, Past, Run
@@ -24,11 +27,6 @@ SEAMS = {
     "log": ["self", "logs", "start_time"],
     "create_model_card": None,
 }
-USED = {  # what ours call of TRL's, and the arguments it is called with
-    "_get_per_token_logps_and_entropies": {
-        *("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy")
-    },
-}
 
 
 @pytest.mark.parametrize("name", SEAMS)
@@ -40,9 +38,11 @@ def test_every_method_that_we_replace_is_there_in_trl_with_the_arguments_we_know
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == SEAMS[name]
 
 
-@pytest.mark.parametrize("name", USED)
-def test_every_method_that_we_call_takes_what_we_give_it(name):
-    assert USED[name] <= set(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+def test_trls_fused_head_is_asked_for_in_its_own_words():
+    taken = inspect.signature(add_fused_lm_head).parameters
+    assert {"temperature", "outputs"} <= set(taken)
+    assert "fused_lm_head=False, labels=None" in inspect.getsource(add_fused_lm_head)
+    assert {"log_probs", "entropy"} <= {field.name for field in fields(FusedCausalLMOutput)}
 
 
 def test_our_callback_answers_to_events_that_exist():
@@ -84,7 +84,7 @@ def attempt(experiment, model_cache, tmp_path):
         task = task_of(described.task)
         start = start_folder(described.model, task, model_cache)
         judge, problems = judge_of(described, task), training_problems(described.task, task)
-        return Attempt(Run(described, tmp_path, start, task, problems, judge, Listeners(), ""), Past())
+        return Attempt(Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), Past())
 
     return begun
 
@@ -160,12 +160,13 @@ def test_the_loss_of_an_update_does_not_depend_on_its_micro_batches(attempt):
 def test_the_first_update_needs_no_forward_for_old_log_probabilities(run, experiment, monkeypatch):
     """One step of two updates: the second one's rows are scored once more, the first one's are not."""
     scored = []
-    real = Trainer._get_per_token_logps_and_entropies
+    real = trainer_room.answer_logps
 
-    def counted(self, model, ids, *args, **words):
+    def counted(model, ids, *args, **words):
         scored.append((len(ids), torch.is_grad_enabled()))
-        return real(self, model, ids, *args, **words)
+        return real(model, ids, *args, **words)
 
-    monkeypatch.setattr(Trainer, "_get_per_token_logps_and_entropies", counted)
+    monkeypatch.setattr(trainer_room, "answer_logps", counted)
     run(experiment("bf16", training={"steps": 1}))
-    assert scored == [(8, True), (8, False), (8, True)]
+    compared = (16, False)  # the sampler's own answers, once, while its noise is on
+    assert scored == [compared, (8, True), (8, False), (8, True)]

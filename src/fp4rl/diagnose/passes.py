@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from fp4rl.diagnose.calibration import Batch
+from fp4rl.models.positions import forward_inputs
 
 Progress = Callable[[int, int], None]
 
@@ -34,7 +35,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     # A cache would grow by every probe that calls a layer again.
     options = {"use_cache": False} if hasattr(model, "config") else {}
-    output: Any = model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), **options)
+    output: Any = model(**forward_inputs(model, batch.ids.to(device), batch.mask.to(device)), **options)
     logits: Tensor = output.logits if hasattr(output, "logits") else output
     return logits
 

@@ -72,7 +72,7 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
         raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as why:
         raise BadValue(f"the model in {str(folder)!r} cannot be read: {_first_line(why)}") from why
@@ -80,6 +80,16 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
         missing = sorted(found["missing_keys"])
         raise NotThere(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
     return model
+
+
+def _attention(dtype: torch.dtype) -> dict[str, str]:
+    """Choose attention that gives one query the bits that it gives many, where the model's own would not.
+
+    The CPU's fused kernel rounds 16-bit products otherwise while decoding than in one pass; 4-bit inputs make up to
+    0.01 nats a token of it. The eager formula makes 0.
+    """
+    apart = dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available()
+    return {"attn_implementation": "eager"} if apart else {}
 
 
 def _base_of(folder: Path) -> Path | None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,9 +18,28 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@torch.no_grad()
 def drops(model: nn.Module) -> bool:
-    """Whether anything in `model` is left out at random while it learns: of hidden states, adapters or attention."""
-    return any(
-        (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "attention_dropout", 0) > 0
-        for module in model.modules()
-    )
+    """Tell whether `model` leaves anything to chance while it learns, by running it once in training mode.
+
+    What draws random numbers need not be a dropout layer: OPT calls the function, some models skip whole layers or
+    jitter a router. The generators are left as they were.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        before = _random_state(device)
+        try:
+            model(input_ids=torch.ones(1, 8, dtype=torch.long, device=device), use_cache=False)
+        finally:
+            model.train(was_training)
+        return not torch.equal(before, _random_state(device))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """States of the CPU's generator and the device's own, which is where dropout draws from."""
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

@@ -27,6 +27,10 @@ _HELD_STEPS, _HELD_EVERY = 3, 10
 _COMPARED_STEPS, _COMPARED_EVERY = 3, 10
 
 _FLOAT = 1e-6  # nats that arithmetic alone may put between two scorings of the same tokens
+# Nats a token (k3) that arithmetic may put between decoding and one pass. With attention written out, or in float32 on
+# a CPU, it is 0 but for a value on a tie now and then (at most 2e-4 seen); fused 16-bit attention under 4-bit inputs
+# made up to 0.011. Positions that are counted differently make 0.005 to 1.5.
+_DECODED, _DECODED_FUSED = 1e-3, 0.02
 
 
 class Phases:
@@ -118,13 +122,17 @@ class Phases:
         return {point: sites for point, sites in acting.items() if point in (*LINEAR_POINTS, "kv_cache")}
 
     @property
-    def comparable(self) -> bool:
-        """Whether two forwards of the same tokens in the same phase give the same bits, so that two phases can be held
-        against each other: there is an injection, and nothing in it is left to chance."""
+    def repeatable(self) -> bool:
+        """Whether two forwards of the same tokens in the same phase give the same bits: nothing is left to chance."""
         if self.attachment is None:
-            return False
+            return True
         injection = self.attachment.table.injection
         return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether rollout and training can be held against each other: something acts, and nothing by chance."""
+        return self.attachment is not None and self.repeatable
 
     def require_alike(self, step: int, k3: float) -> None:
         """CheckFailed when a `comparable` policy scores the same tokens differently in rollout and in training by `k3`
@@ -135,6 +143,16 @@ class Phases:
             raise CheckFailed(
                 f"step {step}: rollout and training round alike, but score the same tokens {k3:.3g} nats apart: "
                 "the sampler holds other weights than the trainer"
+            )
+
+    def require_decoded(self, step: int, k3: float) -> None:
+        """CheckFailed when a `repeatable` sampler and one pass under the same weights, noise and rounding are `k3` nats
+        a token apart: they read the tokens differently, in positions, mask, cache or kernel."""
+        if k3 > (_DECODED_FUSED if _fused(self.model) else _DECODED):
+            raise CheckFailed(
+                f"step {step}: decoding and one pass over the same tokens with the same weights are {k3:.3g} nats a "
+                "token apart: the model reads positions, mask or cache differently in the two, or leaves something to "
+                "chance; such a sampler is another policy than the one that is trained"
             )
 
     @contextmanager
@@ -156,6 +174,15 @@ class Phases:
                 yield
         finally:
             self._switch("training")
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Try the unquantized model out, leaving no trace in the counters or in what is drawn later."""
+        before = remembered(self.attachment) if self.attachment is not None else {}
+        with self.reference():
+            yield
+        if self.attachment is not None:
+            recall(self.attachment, before)
 
     def weights_changed(self) -> None:
         """To be called after every optimizer step and every load: cached rounded weights are thrown away."""
@@ -254,6 +281,13 @@ class Phases:
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record({"kind": "noise_stages", "ran": self.stages.ran, "missed": missed})
         require_noise(self.noise, [[one] for one in self._noise_seen])
+
+
+def _fused(model: nn.Module) -> bool:
+    """Whether attention runs in a fused kernel whose rounding depends on how many queries there are."""
+    weight = next(model.parameters())
+    written_out = getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager"
+    return not written_out and (weight.is_cuda or weight.dtype != torch.float32)
 
 
 def _course_as_json(course: Course) -> list[int]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
+from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.distill import teacher_kl
 from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.phases import Phases
@@ -108,7 +109,8 @@ class Teacher:
         student = self._hidden
         assert student is not None, "the student has not been run on these tokens"
         with torch.no_grad(), self.still.scoring(), dropout_off(self.still.model):
-            teacher = backbone(self.still.model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            below_head = backbone(self.still.model)
+            teacher = below_head(**forward_inputs(below_head, ids, attention_mask), use_cache=False)
         self._hidden = None
         tokens = slice(-mask.shape[1] - 1, -1)  # the state before a token is what predicts it
         return teacher_kl(

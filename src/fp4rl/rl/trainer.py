@@ -33,6 +33,7 @@ from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.parts import Parts
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
+from fp4rl.rl.scoring import answer_logps, whole_sequences
 from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other now and then, on a few answers.
@@ -66,6 +67,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             processing_class=tokenizer,
         )
         self.eos_token_ids = end_ids(model)
+        with parts.phases.unobserved():
+            self._drops = drops(self.model)
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
         self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
         self.teacher = None
@@ -126,7 +129,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             self.laps.lap("comparison")
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
-        elif drops(self.model):
+        elif self._drops:
             batch["old_per_token_logps"] = self._old(batch)
             self.laps.lap("old_logps")
         return batch
@@ -151,14 +154,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model,
-            *_whole_sequences(batch),
-            batch["completion_ids"].shape[1],
-            batch_size=self.args.per_device_train_batch_size,
-            compute_entropy=entropy,
-        )
-        return logps, entropies
+        with self.accelerator.autocast():
+            return answer_logps(
+                model,
+                *whole_sequences(batch),
+                batch["completion_ids"].shape[1],
+                rows=self.args.per_device_train_batch_size,
+                entropy=entropy,
+            )
 
     @torch.no_grad()
     def _old(self, batch: dict[str, Tensor]) -> Tensor:
@@ -169,33 +172,44 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _phases_apart(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """How far the policy that samples is described to be from the one that is trained, on the same tokens.
+        """How far the policy that samples is from the one that is trained, on the same tokens, and by what.
 
-        Unlike the sampler's own log-probabilities these carry no arithmetic of step-by-step decoding. `phase_k3_kl` is
-        what the formats of the two phases make, 0 exactly where both round alike, in any dtype; `described_*` have the
-        step's noise and errors in them too: what the sampler may differ by, and no more.
+        `decode_k3_kl` is what decoding token by token makes beside one pass with the same weights, noise and rounding:
+        arithmetic alone, unless something draws at random. `phase_k3_kl` is what the formats of the two phases make, 0
+        exactly where both round alike, in any dtype. `described_*` have the step's noise and errors in them too: what
+        the sampler may differ by, and no more.
         """
         phases, rows = self.parts.phases, {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
-        if phases.are_one:
-            return dict.fromkeys(_DESCRIBED.values(), 0.0)
-        with dropout_off(self.model):
-            training, _ = self._score(self.model, rows)
-            with phases.reference("rollout"):
-                clean, _ = self._score(self.model, rows)
-            sampling = clean
-            if phases.sigma:
-                with phases.as_sampled(self.step):
-                    sampling, _ = self._score(self.model, rows)
         mask = rows["completion_mask"]
-        between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
-        if not between:
+        training, clean, sampling = self._scored_in_turn(rows)
+        decoded = mismatch_metrics(sampling, rows["sampling_per_token_logps"], mask)
+        if not decoded:
             return {}
+        if phases.repeatable:
+            phases.require_decoded(self.step, decoded["rollout_corr/k3_kl"])
+        between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
         found = {name: described[metric] for metric, name in _DESCRIBED.items() if metric in described}
+        found["rollout_corr/decode_k3_kl"] = decoded["rollout_corr/k3_kl"]
         if phases.comparable:
             phases.require_alike(self.step, between["rollout_corr/k3_kl"])
         if phases.comparable or not phases.round_alike:
             found["rollout_corr/phase_k3_kl"] = between["rollout_corr/k3_kl"]
         return found
+
+    def _scored_in_turn(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Score `rows` as training does, as rollouts do without noise, and as this step's rollout did."""
+        phases = self.parts.phases
+        with dropout_off(self.model):
+            training, _ = self._score(self.model, rows)
+            if phases.are_one:
+                return training, training, training
+            with phases.reference("rollout"):
+                clean, _ = self._score(self.model, rows)
+            if not phases.sigma:
+                return training, clean, clean
+            with phases.as_sampled(self.step):
+                noisy, _ = self._score(self.model, rows)
+        return training, clean, noisy
 
     # -- a micro-batch
 
@@ -217,7 +231,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.laps.lap("forward")
         teacher_kl = None
         if self.teacher is not None:
-            teacher_kl = self.teacher.kl(*_whole_sequences(inputs), mask)
+            teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask)
             self.laps.lap("teacher")
         batch = MicroBatch(
             logps,
@@ -318,12 +332,6 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """The trainer's checkpoint is whole: ours, written last, completes it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._trainer.parts.hooks.on_checkpoint(self._trainer.step, folder)
-
-
-def _whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts and answers side by side, and their attention mask: [rows, P + T] both."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
 
 def _scored_by_the_stream(**_: Any) -> list[float]:
