@@ -1,8 +1,11 @@
-"""The final number of a text, read exactly.
+r"""The final number of a text, read exactly, or not at all.
 
-`strict` reads the number right after the last `####` (GSM8K's own format), `flexible` the last number anywhere. Both
+`strict` reads what stands right after the first `####` (GSM8K's own format), `flexible` the last number anywhere. Both
 are needed: an early model that computes well but formats badly scores 0 on the first alone, and the difference is not
 a damage of quantization (check P22). Numbers are decimals, never floats: 0.1 + 0.2 is 0.3 here.
+
+A part of a number is not the number: digits are taken together with all that is tied to them (`2 2/3`, `10^3`, `3:20`),
+and the whole either is one number as it is written (`1 080`, `3.0e2`, `-$5`), or none. Nothing is computed.
 """
 
 import re
@@ -10,32 +13,73 @@ from decimal import Decimal
 
 from fp4rl.tasks.task import Score
 
-# A sign belongs to the number only where no word, digit or bracket stands before it: "27-2" ends in 2, "= -2" in -2.
-# "10,00" and "3/4" are no numbers: reading 10 or 3 from them would reward a wrong answer.
-_SIGN = r"(?:(?<![\w)\]])[-−+])?"
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = rf"(?P<sign>{_SIGN}\$?|\${_SIGN})(?<![0-9.,/])(?P<digits>{_DIGITS})(?![0-9]|[.,/][0-9])"
-_ANYWHERE = re.compile(_NUMBER)
-_AFTER_MARK = re.compile(rf"[ \t]*{_NUMBER}")
 MARK = "####"
+
+_BLANK = r"[ \t\u00a0\u2009\u202f]"
+_SIGN = r"[-−–+]"
+_CURRENCY = r"[$€£¥]"
+_OF_ONE = "[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+_RAISED = "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]"
+
+# One run of digits with its commas, points and signs of a fraction; possessive, so that no part of it is taken alone.
+_RUN = rf"{_CURRENCY}?(?:\.?[0-9]++(?:[.,][0-9]++)*+(?:{_BLANK}?{_OF_ONE})?|{_OF_ONE}){_RAISED}*+%?"
+# What ties two runs to one expression. An operator has blanks on both sides or on none: `**18** 5` is no power.
+_OPERATOR = r"(?:[-−–—+*×·÷/^±:xX]|\*\*)"
+_TIE = (
+    rf"(?:[)\]}}]?(?:{_OPERATOR}|{_BLANK}++{_OPERATOR}{_BLANK}++)[(\[{{]?|{_BLANK}++(?:or|to){_BLANK}++"
+    rf"|{_BLANK}|[eE_'’]|\}}\{{|{_BLANK}?\\[dt]?frac\{{?)"
+)
+_HEAD = r"(?:√|\\sqrt(?:\[[0-9]+\])?\{?|\\[dt]?frac\{?|(?<=\w)[/^]\{?)"
+# What makes another number of the one before it.
+_SCALE = (
+    rf"(?:{_BLANK}?(?:(?:hundred|thousand|million|billion|trillion)s?\b|[万亿千百])"
+    r"|(?:[kKMBxyn]|\\pi|π)(?![A-Za-z]))"
+)
+_EXPRESSION = rf"(?P<head>{_HEAD})?+(?P<body>{_RUN}(?:{_TIE}{_SIGN}?{_RUN})*+)(?P<scale>{_SCALE})?"
+
+# Between numbers a sign needs care: "27 -2" is no -2, "x=-2" and "= - 2" are.
+_ANYWHERE = re.compile(
+    rf"(?P<sign>(?<==){_BLANK}?{_SIGN}{_BLANK}?{_CURRENCY}?|(?<![\w)\]]){_SIGN}{_CURRENCY}?|{_CURRENCY}{_SIGN})?{_EXPRESSION}"
+)
+# Right after the mark it does not; there, too, the dress of Markdown and LaTeX is taken off: `**$18**`, `\boxed{-5}`.
+_DRESS = rf"(?:{_BLANK}|[*_`\"'“‘(\[{{]|{_CURRENCY}|\\(?:boxed|fbox|text|textbf|mathbf|mathrm)\{{|\\[(\[])*+"
+_AFTER_MARK = re.compile(
+    rf"(?<!#)#{{4,}}+{_DRESS}(?P<sign>{_SIGN})?{_DRESS}{_EXPRESSION}(?P<heading>[.):]{_BLANK}+[^\W\d])?"
+)
+
+_NUMBER = re.compile(
+    rf"{_CURRENCY}?(?P<digits>(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,3}}(?:{_BLANK}[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?"
+    r"|\.[0-9]+)(?P<exponent>[eE][-−+]?[0-9]{1,2})?%?"
+)
+_LATEX = {r"\$": "$", r"\%": "%", "{,}": ",", r"\!": "", r"\,": "\u2009", r"\ ": " "}
+_LATEX |= {r"\times": "×", r"\cdot": "·", r"\div": "÷", r"\pm": "±"}
 
 
 def strict_number(text: str) -> Decimal | None:
-    """The number that follows the last `####` on its line; None where there is no mark, or no number right after it.
+    """The number that stands right after the first `####`; None where there is no mark, or no number right after it.
 
-    Read are signs, thousands commas, decimals, a `$` before and a `%` or full stop after the number (`50%` is 50).
+    A mark before words is a heading and passed over; so is a numbered one (`#### 1. Add`) where another mark follows.
+    Read are signs, thousands commas or blanks, decimals, powers of ten (`3.0e2`), a currency before and a `%`, a unit
+    or a full stop behind (`50%` is 50), in bold type, LaTeX and `\\boxed{}`. Fractions, sums, times, ranges and
+    `5 million` are not: they would have to be computed or understood, and a part of them is another number.
     """
-    _, mark, after = text.rpartition(MARK)
-    found = _AFTER_MARK.match(after) if mark else None
+    found = _marked(_plain_latex(text))
     return _value(found) if found else None
 
 
 def flexible_number(text: str) -> Decimal | None:
-    """The last number of the text, wherever it stands; None where there is none."""
-    found = None
-    for found in _ANYWHERE.finditer(text):  # noqa: B007 - the last one counts
+    """The strict number where there is one; else the last number, up to the line's end where a mark has been found.
+
+    None where there is no number, and where the last digits belong to an expression that is none.
+    """
+    text = _plain_latex(text)
+    marked, last = _marked(text), None
+    if marked and (strict := _value(marked)) is not None:
+        return strict
+    end = text.find("\n", marked.end()) if marked else -1
+    for last in _ANYWHERE.finditer(text, 0, end if end >= 0 else len(text)):  # noqa: B007 - the last one counts
         pass
-    return _value(found) if found else None
+    return _value(last) if last else None
 
 
 def same_number(a: Decimal | None, b: Decimal | None) -> bool:
@@ -59,6 +103,23 @@ def plain(number: Decimal) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
 
 
-def _value(found: re.Match[str]) -> Decimal:
-    size = Decimal(found["digits"].replace(",", ""))
-    return -size if any(sign in found["sign"] for sign in "-−") else size
+def _marked(text: str) -> re.Match[str] | None:
+    """The first mark with digits right after it; a numbered heading only where no other follows."""
+    found = list(_AFTER_MARK.finditer(text))
+    return next((mark for mark in found if mark["heading"] is None), found[0] if found else None)
+
+
+def _value(found: re.Match[str]) -> Decimal | None:
+    number = None if found["head"] or found["scale"] else _NUMBER.fullmatch(found["body"])
+    if number is None:
+        return None
+    digits = re.sub(rf"{_BLANK}|,", "", number["digits"])
+    size = Decimal(digits + (number["exponent"] or "").replace("−", "-"))
+    return -size if any(sign in (found["sign"] or "") for sign in "-−–") else size
+
+
+def _plain_latex(text: str) -> str:
+    if "\\" in text or "{,}" in text:
+        for written, mark in _LATEX.items():
+            text = text.replace(written, mark)
+    return text
