@@ -1,14 +1,22 @@
 """A prompt that is too long is refused with its name, wherever it is, and none is cut."""
 
-import pytest
+import json
 
-from fp4rl.models.tokenizer import build_tokenizer
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig
+
+from fp4rl.models.tiny import build
+from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
-from fp4rl.rl.prompts import require_prompts_fit
-from fp4rl.rl.rollout import roll_out
+from fp4rl.rl.evaluate import Decoding, answer
+from fp4rl.rl.prompts import encoded, require_prompts_fit
+from fp4rl.rl.rollout import Sampling, roll_out
 from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.mistakes import BadValue
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.model import Embedded
+from fp4rl.spec.task import Gsm8k
+from fp4rl.tasks.task import Problem, Score
 
 
 def problem(prompt, split="train"):
@@ -60,3 +68,57 @@ def test_the_rollout_sees_whole_prompts(run, experiment, monkeypatch):
     run(experiment("bf16", training={"steps": 1}, evaluation={"count": 1, "profiles": ["full"]}))
     assert len(seen) == 16
     assert all(asked == given for asked, given in seen)
+
+
+@pytest.fixture(scope="module")
+def opening():
+    """A tokenizer that begins every text with its own mark, as Llama's and Gemma's do, and a model for it."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    return build(Embedded(num_layers=1), tokenizer), tokenizer
+
+
+def test_prompts_are_encoded_as_they_stand_padded_on_the_left(opening):
+    model, tokenizer = opening
+    ids, mask = encoded(model, tokenizer, [problem("1 2"), problem("1")])
+    one, two, bos, pad = (*tokenizer("1 2")["input_ids"][1:], tokenizer.bos_token_id, tokenizer.pad_token_id)
+    assert ids.tolist() == [[bos, one, two], [pad, bos, one]]
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (f"{BOS}1 2", r"problem id-8 begins with '<bos>' twice .*take that token out of task.prompt"),
+        (f"1 2{EOS}", r"problem id-8 ends with '<eos>', before it is answered"),
+    ],
+)
+def test_a_prompt_that_begins_twice_or_is_over_is_refused_wherever_one_is_answered(opening, prompt, message):
+    """The kind: a template with a model's own marks; a rollout, an evaluation and the check before a run agree."""
+    with pytest.raises(BadValue, match=message):
+        encoded(*opening, [problem("1"), problem(prompt)])
+    with pytest.raises(BadValue, match=message):
+        answer(*opening, [problem(prompt)], lambda *_: Score(False, False, False), Decoding(2))
+    config = GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=[2], pad_token_id=0)
+    with pytest.raises(BadValue, match=message):
+        roll_out(*opening, [problem(prompt)], Sampling(config, [2]))
+
+
+def test_a_token_of_a_prompt_outside_the_embedding_is_named(opening):
+    model, _ = opening
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    number = len(tokenizer) - 1
+    with pytest.raises(BadValue, match=rf"hold '<image>', token {number} .* ends at {number - 1}"):
+        encoded(model, tokenizer, [problem("1"), problem("<image> 1")])
+
+
+def test_a_run_whose_template_ends_its_prompts_is_refused_before_it_starts(experiment, tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(400)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = experiment("bf16").model_copy(update={"task": Gsm8k(path=str(file), prompt=f"{{question}}{EOS}")})
+    with pytest.raises(BadValue, match="ends with '<eos>'"):
+        check(described)

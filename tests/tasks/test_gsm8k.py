@@ -130,3 +130,54 @@ def test_an_empty_file_is_a_clear_mistake(tmp_path):
 def test_a_prompt_without_a_place_for_the_question_is_a_clear_mistake(tmp_path):
     with pytest.raises(BadValue, match="no place for the question"):
         Gsm8k(path=written(tmp_path, ROW), prompt="Question: {q}")
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    """The kind: text as editors of other systems write it; read where it says what it is, else one line."""
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(ROW)}\r\n".encode())
+    assert [problem.answer for problem in Gsm8k(path=path, test_path=path).problems("test")] == ["1004"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", r"some.jsonl, line 1: UTF-16, not UTF-8; save the file again as UTF-8"),
+        ("latin-1", r"some.jsonl, line 2: byte 0xe9 is not UTF-8 \(Latin-1\?\); save the file again"),
+    ],
+)
+def test_text_in_another_encoding_is_one_line_with_the_cure(tmp_path, encoding, message):
+    path = tmp_path / "some.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in (ROW, {**ROW, "question": "A café?"})]
+    path.write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(BadValue, match=message) as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "\\ud800", "answer": "#### 1"}', r"line 1: 'question' holds half of a character"),
+        ('{"question": "?", "answer": %s}' % ("9" * 5000), r"line 1: not JSON \(Exceeds the limit"),
+        ("[" * 100_000, r"line 1: not JSON \(maximum recursion depth"),
+    ],
+)
+def test_what_no_file_means_to_hold_is_one_line_too(tmp_path, line, message):
+    with pytest.raises(BadValue, match=message):
+        read_all(written(tmp_path, line))
+
+
+def test_a_question_that_is_held_out_twice_is_named_by_both_its_lines(tmp_path):
+    """The kind: a repeated problem counts twice and makes the interval too narrow."""
+    again = {"question": "two  AND two", "answer": "#### 4"}
+    path = written(tmp_path, ROW, {"question": "Three?", "answer": "#### 3"}, again)
+    with pytest.raises(BadValue, match=r"line 3: asks what .*some.jsonl, line 1 asks .*1 of 3 held-out problems are"):
+        Gsm8k(path=written(tmp_path, ROW, name="train.jsonl"), test_path=path).problems("test")
+
+
+def test_a_question_that_is_trained_on_twice_is_no_fault(tmp_path):
+    rows = [{"question": f"Is {n} plus two more than ten?", "answer": f"#### {n}"} for n in range(9)]
+    (seldom,) = (row for row in rows if "4 plus" in row["question"])
+    task = Gsm8k(path=written(tmp_path, *rows, seldom, seldom), test_path=written(tmp_path, ROW, name="test.jsonl"))
+    assert [problem.answer for problem in task.problems("train")].count("4") == 3

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.models.endings import keep_endings_alone
+from fp4rl.models.fit import require_bare_texts, require_ids_inside, require_unquantized
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.model import Lora
 
@@ -24,7 +25,8 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names.
     A tokenizer without a padding token pads with its end-of-text token. Of the folder's generation settings only what
     ends an answer is kept: everything else is for the spec to say.
-    Raises NotThere for a folder, configuration, tokenizer or weight that is missing, BadValue for what cannot be read.
+    Raises NotThere for a folder, configuration, tokenizer or weight that is missing, BadValue for what cannot be read,
+    for weights that are quantized already, and for a tokenizer that closes its prompts or does not fit the embedding.
     """
     folder, kind = Path(path), dtype_named(dtype)
     if not folder.is_dir():
@@ -33,6 +35,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
     tokenizer = tokenizer_of(folder)
     model = _weights(base or folder, kind)
+    require_ids_inside(model, tokenizer, base or folder)
     keep_endings_alone(model, tokenizer)
     return (model if base is None else _adapted(model, folder)).eval(), tokenizer
 
@@ -55,6 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if tokenizer.eos_token is None:
             raise BadValue(f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again")
         tokenizer.pad_token = tokenizer.eos_token
+    require_bare_texts(tokenizer, folder)
     return tokenizer
 
 
@@ -70,11 +74,12 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
 def _weights(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
+    require_unquantized(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as why:
+    except (OSError, ValueError, KeyError, AssertionError, RuntimeError, SafetensorError) as why:
         raise BadValue(f"the model in {str(folder)!r} cannot be read: {_first_line(why)}") from why
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(found["missing_keys"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fp4rl.models.fit import require_ids_inside, require_unquantized
 from fp4rl.models.load import load_tokenizer
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
@@ -31,10 +32,13 @@ def skeleton(path: str | Path) -> PreTrainedModel:
         return skeleton(json.loads(adapter.read_text())["base_model_name_or_path"])
     if not (folder / "config.json").is_file():
         raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
-    load_tokenizer(folder)
+    require_unquantized(folder)
+    tokenizer = load_tokenizer(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
         raise BadValue(f"the config.json in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    require_ids_inside(model, tokenizer, folder)
+    return model

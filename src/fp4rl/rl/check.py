@@ -1,5 +1,6 @@
 """What can be known to be wrong before a run starts: data, model, patterns and profiles, without loading a weight."""
 
+from functools import cache
 from pathlib import Path
 
 from fp4rl.inject.resolve import resolve
@@ -8,7 +9,7 @@ from fp4rl.models.skeleton import embedded_skeleton, skeleton
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.judge import judge_of
-from fp4rl.rl.prompts import require_prompts_fit
+from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
 from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.experiment import Experiment
@@ -31,11 +32,10 @@ def check(experiment: Experiment) -> None:
     learned = training_problems(experiment.task, task)
     check_disjoint(task, learned, judge.problems)
     path = experiment.model.path
-    require_prompts_fit(
-        (*learned, *judge.problems),
-        experiment.training.max_prompt_length,
-        build_tokenizer if path is None else lambda: tokenizer_of(Path(path)),
-    )
+    tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
+    require_prompts_fit((*learned, *judge.problems), experiment.training.max_prompt_length, tokenizer)
+    one_of_each = (*learned[:1], *judge.problems[:1])  # they share their template
+    require_prompts_open(one_of_each, tokenizer()([p.prompt for p in one_of_each])["input_ids"], tokenizer())
     if path is not None:
         model = skeleton(path)
     else:

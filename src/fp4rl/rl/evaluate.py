@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fp4rl.models.endings import end_ids
 from fp4rl.rl.dropout import dropout_off
+from fp4rl.rl.prompts import encoded
 from fp4rl.rl.rewards import Scorer
 from fp4rl.rl.rollout import until_end
 from fp4rl.tasks.task import Problem
@@ -166,11 +167,8 @@ def _answer_batch(
     scorer: Scorer,
     config: GenerationConfig,
 ) -> list[list[Item]]:
-    device = next(model.parameters()).device
-    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, padding_side="left").to(device)
-    generated = model.generate(
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config
-    )[:, encoded["input_ids"].shape[1] :]
+    ids, mask = encoded(model, tokenizer, problems)
+    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
     samples = config.num_return_sequences
     rows = []
     lengths, ended = until_end(generated, config.eos_token_id)

@@ -6,7 +6,8 @@ be trained on under the whole question's number. verl refuses by default too (`d
 
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.tasks.task import Problem
@@ -34,3 +35,46 @@ def require_prompts_fit(
         f"{max(too_long)} tokens ({one.split} problem {one.id}, {one.prompt.strip()[:40]!r}); set "
         f"training.max_prompt_length={max(too_long)}, or take such problems out of the data"
     )
+
+
+def encoded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> tuple[Tensor, Tensor]:
+    """The prompts' token ids and attention mask, both [problems, T], padded on the left, on the model's device.
+
+    Raises BadValue for a prompt that is no open text, and for a token that the model has no embedding of.
+    """
+    texts = [problem.prompt for problem in problems]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    require_prompts_open(problems, [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)], tokenizer)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if int(ids.max()) >= rows:
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise BadValue(
+            f"the prompts hold {token!r}, token {int(ids.max())} of the tokenizer, but the model's embedding ends at "
+            f"{rows - 1}: take it out of task.prompt, or resize the embedding and save the model again"
+        )
+    device = next(model.parameters()).device
+    return ids.to(device), mask.to(device)
+
+
+def require_prompts_open(
+    problems: Sequence[Problem], rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise BadValue for a prompt that begins twice or is ended already; `rows` are the problems' token ids.
+
+    A template that was copied with a model's own marks gets them from the tokenizer again. The answers change without
+    a word: no model has seen such a text.
+    """
+    for problem, ids in zip(problems, rows, strict=True):
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            wrong = f"begins with {tokenizer.bos_token!r} twice"
+        elif ids and ids[-1] == tokenizer.eos_token_id:
+            wrong = f"ends with {tokenizer.eos_token!r}, before it is answered"
+        else:
+            continue
+        raise BadValue(
+            f"the prompt of {problem.split} problem {problem.id} {wrong} ({problem.prompt.strip()[:40]!r}); take that "
+            "token out of task.prompt"
+        )

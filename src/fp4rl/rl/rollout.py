@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from fp4rl.rl.dropout import dropout_off
+from fp4rl.rl.prompts import encoded
 from fp4rl.rl.repetition import answer_metrics
 from fp4rl.rl.rewards import Scored
 from fp4rl.tasks.task import Problem
@@ -100,10 +101,7 @@ def roll_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], sampling: Sampling
 ) -> Rollout:
     """One sampled answer to each of `problems` (which may repeat)."""
-    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, padding_side="left").to(
-        next(model.parameters()).device
-    )
-    prompts, mask = encoded["input_ids"], encoded["attention_mask"]
+    prompts, mask = encoded(model, tokenizer, problems)
     with dropout_off(model):
         ids, logps = generate(model, prompts, mask, sampling.config)
     lengths, ended = until_end(ids, sampling.end_ids)

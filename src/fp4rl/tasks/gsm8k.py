@@ -7,13 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.tasks import answers
-from fp4rl.tasks.task import Problem, Score, Split, digest_of, identity, split_of
+from fp4rl.tasks.task import SPLITS, Problem, Score, Split, digest_of, identity, split_of
 
 COLUMNS = ("question", "answer")
+
+
+class Row(NamedTuple):
+    """One row of a file: `gold` is the final number of `answer` as a plain string, `place` the file and the line."""
+
+    question: str
+    answer: str
+    gold: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -62,22 +71,23 @@ class Gsm8k:
 
     @cached_property
     def _by_split(self) -> dict[Split, tuple[Problem, ...]]:
-        found: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": []}
-        for question, answer, gold in rows(self.path):
-            split = self._split(question)
-            found[split].append(self._problem(question, answer, gold, split))
+        found: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
+        for row in rows(self.path):
+            found[self._split(row.question)].append(row)
         if self.test_path is not None:
-            found["test"] = [self._problem(*row, "test") for row in rows(self.test_path)]
-        return {split: tuple(problems) for split, problems in found.items()}
+            found["test"] = list(rows(self.test_path))
+        for split in ("validation", "test"):
+            _require_distinct(found[split])
+        return {split: tuple(self._problem(row, split) for row in found[split]) for split in SPLITS}
 
     def _split(self, question: str) -> Split:
         split = split_of(normalised(question))
         return "train" if split == "test" and self.test_path is not None else split
 
-    def _problem(self, question: str, answer: str, gold: str, split: Split) -> Problem:
+    def _problem(self, row: Row, split: Split) -> Problem:
         # replace, not format: a template may hold braces of its own (LaTeX, JSON), and so may a question
-        prompt = self.prompt.replace("{question}", question)
-        return Problem(identity("gsm8k", question, answer), prompt, gold, answer, split)
+        prompt = self.prompt.replace("{question}", row.question)
+        return Problem(identity("gsm8k", row.question, row.answer), prompt, row.gold, row.answer, split)
 
 
 def normalised(question: str) -> str:
@@ -85,8 +95,24 @@ def normalised(question: str) -> str:
     return " ".join(re.sub(f"[{re.escape(string.punctuation)}]", " ", question.casefold()).split())
 
 
-def rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(question, answer text, final number as a plain string) of every row, in the file's order."""
+def _require_distinct(held_out: Sequence[Row]) -> None:
+    """Raise BadValue for a question that is asked twice: it would count twice, as two problems would."""
+    places: dict[str, str] = {}
+    repeated = [
+        (row, first)
+        for row in held_out
+        if (first := places.setdefault(normalised(row.question), row.place)) != row.place
+    ]
+    if repeated:
+        row, first = repeated[0]
+        raise BadValue(
+            f"{row.place}: asks what {first} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
+            "problems are repetitions, take them out of the file"
+        )
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """Every row, in the file's order."""
     place = None
     for row, place in _records(Path(path)):
         for column in COLUMNS:
@@ -94,10 +120,12 @@ def rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 raise NotThere(f"{place}: no column {column!r}{nearest(column, map(str, row))}")
             if not isinstance(row[column], str):
                 raise BadValue(f"{place}: {column!r} is {type(row[column]).__name__}, not text; write it as a string")
+            if any("\ud800" <= mark <= "\udfff" for mark in row[column]):
+                raise BadValue(f"{place}: {column!r} holds half of a character (a lone surrogate); write it whole")
         gold = answers.strict_number(row["answer"])
         if gold is None:
             raise BadValue(f"{place}: the answer has no final number after '####'; end it with a line like '#### 42'")
-        yield row["question"].strip(), row["answer"].strip(), answers.plain(gold)
+        yield Row(row["question"].strip(), row["answer"].strip(), answers.plain(gold), place)
     if place is None:
         raise BadValue(f"{path} holds no rows; give a file with the columns {' and '.join(COLUMNS)}")
 
@@ -112,18 +140,31 @@ def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}, line {number}"
-            if not line.strip():
+            text = _utf8(line, place)
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as why:
-                raise BadValue(f"{place}: not JSON ({why.msg}); write one object a line") from None
+                row = json.loads(text)
+            except (ValueError, RecursionError) as why:  # also numbers of thousands of digits, and endless nesting
+                said = getattr(why, "msg", str(why).splitlines()[0])
+                raise BadValue(f"{place}: not JSON ({said}); write one object a line") from None
             if not isinstance(row, dict):
                 raise BadValue(f"{place}: not an object; write one {{'question': ..., 'answer': ...}} a line")
             yield row, place
+
+
+def _utf8(line: bytes, place: str) -> str:
+    """The line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadValue(f"{place}: UTF-16, not UTF-8; save the file again as UTF-8")
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as why:
+        byte = line[why.start]
+        raise BadValue(f"{place}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
