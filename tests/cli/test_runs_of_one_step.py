@@ -76,7 +76,12 @@ def test_a_suite_leaves_its_table_and_page_and_a_single_run_says_where_it_is(in_
     assert (tmp_path / "runs" / "trial" / "report.html").is_file()
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(SMALL))
     assert main(["run", "one.yaml"]) == 0
-    assert "`fp4rl show one/run-s0-" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "`fp4rl show one/run-s0-" in shown
+    (last,) = [line.split() for line in shown.splitlines() if " last " in line]
+    (run,) = (tmp_path / "runs" / "one").glob("run-s0-*")
+    right = json.loads((run / "result.json").read_text())["evaluations"][-1]["strict"]
+    assert last[:6] == ["1", "last", "full", "full", "4", f"{100 * right:.1f}"]
 
 
 @pytest.mark.slow

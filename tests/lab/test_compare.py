@@ -17,6 +17,7 @@ from fp4rl.spec.mistakes import BadValue, NotThere
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
+NONE = {"sites": 0, "calls": {}, "master_unharmed": True}
 PROVEN = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": 0.0}]
 Ask = Callable[..., Compared]
 
@@ -106,6 +107,15 @@ def test_a_precision_may_differ_where_that_is_the_question(two_arms, ask: Ask):
     two_arms(profile={"precision": "full", "sites_digest": None})
     assert not ask().comparable
     assert ask(factors=("injection", "precision")).comparable
+
+
+def test_labels_are_compared_by_what_acted(two_arms, make_run, ask: Ask):
+    """Kind: a label that says what was described; what did not act makes no other number."""
+    for seed in range(3):
+        for arm, said in (("plain", "full"), ("errors", "clean: no errors in evaluation"), ("w", "w4a16")):
+            make_run(arm, seed, 0.5 + 0.01 * seed, profile={"precision": said, "sites_digest": None}, evidence=NONE)
+    assert ask("errors", "plain", factors=()).comparable
+    assert _kinds(ask("w", "plain", factors=())) == {"precision"}
 
 
 @pytest.fixture

@@ -62,10 +62,58 @@ def test_a_factor_that_is_no_key_is_a_mistake(root: str, capsys: pytest.CaptureF
 
 
 def test_a_question_that_no_suite_declared_is_called_exploratory(root: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["compare", "w4a4", "bf16", "--factor", "injection", "--runs", root]) == 0
+    other = ["--factor", "injection", "--factor", "training"]
+    assert main(["compare", "w4a4", "bf16", *other, "--runs", root]) == 0
     assert "exploratory" in capsys.readouterr().out
     assert main(["compare", "trial", "--runs", root]) == 0
     assert "exploratory" not in capsys.readouterr().out
+
+
+def test_a_comparison_by_the_suites_own_factor_is_the_suites(root: str, capsys: pytest.CaptureFixture[str]):
+    """Kind: two pipelines for one question; the same factor on the command line refused what the suite answers."""
+    sides = ["w4a4@deployment", "bf16@deployment"]
+    assert main(["compare", "trial", "--json", "--runs", root]) == 0
+    (of_the_suite,) = read(capsys)
+    assert main(["compare", *sides, "--factor", "injection", "--json", "--runs", root]) == 0
+    assert read(capsys) == [of_the_suite]
+
+
+def test_precisions_may_differ_where_a_factor_named_by_hand_says_so(root: str, make_run, capsys):
+    for seed in range(3):
+        change = {"precision": f"w8a{8}", "sites_digest": "bbbb"}
+        make_run("w8a8", seed, 0.7 + 0.01 * seed, spec=W4A4 | {"task": {"seed": 1}}, profile=change, evidence=QUANTIZED)
+    asked = ["w8a8@deployment", "bf16@deployment", "--factor", "injection", "--factor", "task", "--runs", root]
+    assert main(["compare", *asked]) == 0
+    assert "(deployment: w8a8)" in capsys.readouterr().out
+
+
+def test_one_label_over_two_site_tables_is_told_apart(root: str, make_run, capsys):
+    """Kind: two arms under one label that were measured under different things."""
+    for seed in range(3):
+        profile = {"sites_digest": "bbbb"}
+        make_run(
+            "vllm", seed, 0.5 + 0.01 * seed, spec=W4A4 | {"task": {"seed": 1}}, profile=profile, evidence=QUANTIZED
+        )
+    asked = ["vllm@deployment", "w4a4@deployment", "--factor", "injection", "--factor", "task", "--runs", root]
+    assert main(["compare", *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "(deployment: w4a4, site table bbbb)" in shown
+    assert "(deployment: w4a4, site table aaaa)" in shown
+
+
+def test_show_keeps_numbers_whole_and_leaves_times_out(root: str, make_run, capsys, monkeypatch):
+    run = make_run("long", 0, 0.5)
+    name = "a/rather/long/name/of/a/metric/that/must/go/on/below"
+    run.add_metrics(0, {name: -1.2345e-17, "time/all": 3.0})
+    run.add_evidence({"kind": "warning", "line": "none of the 4 groups of answers has any spread"})
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["show", "long-s0", "--runs", root]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("-1.234e-17") + shown.count("-1.235e-17") == 4
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "time/" not in shown
+    assert "1 of time" in shown
+    assert "warning: none of the 4 groups" in shown
 
 
 def test_a_filter_that_takes_nothing_says_so(root: str, capsys: pytest.CaptureFixture[str]):

@@ -8,7 +8,7 @@ import torch
 
 from fp4rl.rl.aggregation import LOSS_AGG_MODES, Whole, aggregate
 from fp4rl.rl.divergence import kl_per_token
-from fp4rl.rl.losses import CISPO, DAPO, DR_GRPO, GRPO, GSPO, LOSSES, LossInputs, cannot_act, loss_named, policy_loss
+from fp4rl.rl.losses import CISPO, DAPO, DR_GRPO, GRPO, GSPO, LOSSES, LossInputs, loss_named, policy_loss
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 # One answer of two tokens. pi_old = 1/2, 1/2; pi = 3/5, 3/10: the ratios are 1.2 and 0.6. pi_ref = 1/2, 3/5.
@@ -223,10 +223,3 @@ def test_mistakes_name_their_cure():
         policy_loss(replace(inputs, ref_logps=None), replace(DAPO, kl_loss_coef=0.1))
     with pytest.raises(BadValue, match="differ in shape"):
         policy_loss(replace(inputs, mask=inputs.mask[:, 1:]), DAPO)
-
-
-def test_settings_that_cannot_act_are_named():
-    assert "never act" in cannot_act(DAPO, updates_per_rollout=1)[0]
-    assert cannot_act(DAPO, updates_per_rollout=2) == ()
-    assert "zero on average" in cannot_act(replace(DAPO, kl_loss_coef=0.1, kl_loss_type="k1"), 2)[0]
-    assert "sequence ratio" in cannot_act(replace(GSPO, clip_ratio_high=0.28), 2)[0]

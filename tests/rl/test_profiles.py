@@ -10,13 +10,17 @@ from rich.console import Console
 
 from fp4rl.cli.eval import _table
 from fp4rl.cli.main import main
+from fp4rl.inject.label import label
+from fp4rl.inject.resolve import resolve
 from fp4rl.lab.compare.evidence import gaps
+from fp4rl.models.skeleton import embedded_skeleton
 from fp4rl.rl.evaluate import Evaluation, Item, Profile, answers_digest
 from fp4rl.rl.moved import weights_digest
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec import evaluation as spec
 from fp4rl.spec.injection import PHASES, Injection
 from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
+from fp4rl.spec.model import Embedded
 
 VLLM = spec.Evaluation(preset="vllm")
 W4A4 = Injection.named("w4a4", preset="vllm")
@@ -33,19 +37,24 @@ def items(*right):
 
 
 @pytest.mark.parametrize(
-    "name, precision, noise",
+    "name, said, noise",
     [
         ("full", "full", "off"),
         ("deployment", "w4a4", "off"),
         ("w4a16", "w4a16", "off"),
         ("mxfp8", "weight:mxfp8", "off"),
         ("matmul_noise=0", "w4a4", "off"),
-        ("matmul_noise=0.05", "w4a4+relative@matmul/forward", "matmul relative 0.05"),
+        ("matmul_noise=0.05", "w4a4, relative 0.05@matmul", "matmul relative 0.05"),
+        ("mine", "w4a4, 7 sites mxfp8, relative 0.1@matmul", "off"),
     ],
 )
-def test_a_profile_says_its_precision_and_its_noise(name, precision, noise):
-    found = precision_named(name, VLLM, W4A4)
-    assert (found.name, found.noise) == (precision, noise)
+def test_a_profile_says_what_acted_and_its_noise(name, said, noise):
+    """Kind: the label beside a number; it is read off the site table, and an injection of one's own is a profile."""
+    mine = {"mode": "w4a4", "by_pattern": {"*.layers.0.*": "mxfp8"}, "errors": [{"scale": 0.1}]}
+    asked = spec.Evaluation(preset="vllm", injections={"mine": {"injection": mine}}, profiles=("full", "mine"))
+    found = precision_named(name, asked, W4A4)
+    table = resolve(embedded_skeleton(Embedded()), found.injection) if found.injection is not None else None
+    assert (label(table), found.noise) == (said, noise)
 
 
 def test_a_formats_profile_follows_the_preset_of_the_target():

@@ -67,19 +67,20 @@ def _questions(
     treatment: str, control: str | None, runs: Path, factor: list[str] | None, margin: float | None
 ) -> "tuple[Question | None, tuple[Question, ...]]":
     """(the question, or None for all; the family it stands in). What was declared stands, among the questions of its
-    suite; `--factor` and `--margin` ask another one, alone."""
+    suite; another `--factor` or `--margin` asks another one, alone."""
     from fp4rl.lab.compare.comparison import Question
-    from fp4rl.lab.compare.declared import declared_question, declared_questions
+    from fp4rl.lab.compare.declared import declared_question, declared_questions, factors_between
 
     if control is None:
         declared = declared_questions(runs, treatment)
         if not declared:
             raise BadValue(f"the suite {treatment} declares no comparisons; name two sides")
         return None, declared
-    known = declared_question(runs, treatment, control) if not factor and margin is None else None
+    known = declared_question(runs, treatment, control, tuple(factor or ()), margin)
     if known is not None:
         return known, declared_questions(runs, str(known.suite))
-    alone = Question(treatment, control, tuple(factor or ()), margin)
+    factors = factors_between(treatment, control, factor) if factor else ()
+    alone = Question(treatment, control, factors, margin)
     return alone, (alone,)
 
 
@@ -94,7 +95,7 @@ def _print(answer: "Compared") -> None:
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
     screen.print(styled((label, "bold")), highlight=False)
     for side in (answer.treatment, answer.control):
-        indented(f"{side.name}: {_side(side)}")
+        indented(f"{side.name}: {_side(side, with_table=_one_label(answer))}")
     for objection in answer.objections[:_MOST]:
         indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
@@ -120,13 +121,24 @@ def _print(answer: "Compared") -> None:
 _MOST = 12
 
 
-def _side(side: "Side") -> str:
-    """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`."""
+def _one_label(answer: "Compared") -> bool:
+    """Whether both sides go by one label, though other sites were rounded or the same ones otherwise."""
+    labels, tables = (
+        {run.measured.conditions.get(key) for side in (answer.treatment, answer.control) for run in side.runs}
+        for key in ("precision", "sites_digest")
+    )
+    return len(labels) == 1 < len(tables)
+
+
+def _side(side: "Side", *, with_table: bool) -> str:
+    """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the digest of the site table where that tells."""
     measured = side.runs[0].measured
     shown = side.runs[:_MOST]
     seeds = " ".join("?" if run.seed is None else str(run.seed) for run in shown)
     values = " ".join(f"{100 * run.measured.value:.1f}" for run in shown)
     more = f" and {len(side.runs) - _MOST} more" if len(side.runs) > _MOST else ""
     precision = measured.conditions.get("precision") or "precision not known"
+    if with_table:
+        precision += f", site table {measured.conditions.get('sites_digest') or 'none'}"
     word = "seeds" if len(side.runs) > 1 else "seed"
     return f"{word} {seeds}: {values}{more} % at step {measured.step} ({measured.profile}: {precision})"

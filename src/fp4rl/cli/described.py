@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
@@ -28,8 +29,8 @@ def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun
 
 
 def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
-    """What stands in some run's description and is hardly ever meant, each once."""
-    return list(dict.fromkeys(line for run in runs for line in run.experiment.warnings()))
+    """What can be known beforehand of the arms of some runs, and is hardly ever meant."""
+    return forewarned({run.arm: run.experiment for run in runs})
 
 
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:

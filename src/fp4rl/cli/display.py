@@ -1,5 +1,6 @@
 """The live picture of runs side by side: what each is doing, its last numbers, and the time left of all."""
 
+import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -23,6 +24,8 @@ class Display:
 
     def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
         self._runs = {run.run_id: run for run in runs}
+        self._said: set[tuple[str, str]] = set()
+        self._lines: set[str] = set()
         self._steps = {run.run_id: run.experiment.training.steps + _AROUND for run in runs}
         self._done = dict.fromkeys(self._runs, 0.0)
         self._active: dict[str, Event] = {}
@@ -53,7 +56,10 @@ class Display:
             self._live.stop()
 
     def on_event(self, event: Event) -> None:
-        """A run went on."""
+        """A run went on, or has something to say."""
+        if event.line is not None:
+            self._say(event.run_id, event.line)
+            return
         self._active[event.run_id] = event
         if event.metrics is not None:
             self._numbers[event.run_id] = event.metrics
@@ -62,6 +68,15 @@ class Display:
         if not self._console.is_terminal and time.monotonic() - self._last_beat > _BEAT_S:
             self._last_beat = time.monotonic()
             self._console.print("; ".join(map(self._doing, self._active.values())), highlight=False, soft_wrap=True)
+
+    def _say(self, run_id: str, line: str) -> None:
+        """Once a run and kind of line, whatever the numbers in it; a line that several runs share once for all."""
+        kind = run_id, re.sub(r"\d[\d.]*", "#", line)
+        if kind not in self._said and line not in self._lines:
+            run = self._runs[run_id]
+            self._console.print(styled(("warning", "yellow"), f": {run.arm}, seed {run.seed}: {line}"), highlight=False)
+        self._said.add(kind)
+        self._lines.add(line)
 
     def _doing(self, event: Event) -> str:
         run = self._runs[event.run_id]

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,7 +22,10 @@ def command(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            "--precision", "-p", help="full, a mode (w4a16), a format (mxfp8) or matmul_noise=0.05; may repeat."
+            "--precision",
+            "-p",
+            help="full, a mode (w4a16), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
+            "NAME=FILE; may repeat.",
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
@@ -44,6 +47,7 @@ def command(
     from fp4rl.models.quiet import quiet
 
     quiet()
+    from fp4rl.cli.asked_profiles import asked_profiles
     from fp4rl.cli.described import asked_task
     from fp4rl.cli.rounding import ready_to_round
     from fp4rl.rl.judge import Judge
@@ -58,7 +62,7 @@ def command(
         {
             "task": asked_task(task, data),
             "evaluation": {
-                "profiles": precision or ["full"],
+                **asked_profiles(precision or ["full"]),
                 "preset": preset,
                 "count": count,
                 "max_new_tokens": max_new_tokens,
@@ -83,7 +87,7 @@ def command(
     console().print(_table(str(model), [e.summary() for e in found]))
 
 
-def _table(title: str, summaries: list[dict[str, object]]) -> Table:
+def _table(title: str, summaries: list[dict[str, Any]]) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
     table = Table(
@@ -100,7 +104,7 @@ def _table(title: str, summaries: list[dict[str, object]]) -> Table:
         table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
     for s in summaries:
         n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
-        cells = [str(s["profile"]["name"]), str(n)]  # type: ignore[index]
+        cells = [str(s["profile"]["name"]), str(n)]
         for key in ("strict", "flexible", "formatted"):
             share = float(str(s[key]))
             low, high = wilson(round(share * n), n)
@@ -111,8 +115,17 @@ def _table(title: str, summaries: list[dict[str, object]]) -> Table:
     return table
 
 
-def _caption(summaries: list[dict[str, object]]) -> str:
-    """What n counts, and what the intervals are of."""
+def _caption(summaries: list[dict[str, Any]]) -> str:
+    """What n counts, what the intervals are of, and what acted under names that do not say it."""
+    return "\n".join([_counts(summaries), *_labels(summaries)])
+
+
+def _labels(summaries: list[dict[str, Any]]) -> list[str]:
+    pairs = [(s["profile"]["name"], s["profile"].get("precision")) for s in summaries]
+    return [f"{name}: {label}" for name, label in pairs if label is not None and label != name]
+
+
+def _counts(summaries: list[dict[str, Any]]) -> str:
     answers = max(int(str(s["n"])) // int(str(s.get("problems", s["n"]))) for s in summaries)
     if answers == 1:
         return "n problems, one answer each; 95 % Wilson intervals over problems"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,15 +63,24 @@ def command(
 
 
 def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]") -> None:
-    """A suite's table and page, or where a single run can be looked at."""
+    """A suite's table and page, or a single run's accuracies and where all of it can be looked at."""
+    from fp4rl.cli.show import accuracies
+    from fp4rl.lab.folders import run_folder
     from fp4rl.spec.experiment import Suite
 
     if isinstance(described, Suite):
         show(root / described.suite)
         return
     for run in done:
+        console().print(accuracies(_last(run_folder(root, run.suite, run.run_id).result())))
         line = f"{root / run.suite / run.run_id}: `fp4rl show {run.suite}/{run.run_id}` shows all of it"
         console().print(line, highlight=False, soft_wrap=True)
+
+
+def _last(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations of step 0 and the last step, as the ledger would hold them."""
+    judged = [one for one in result.get("evaluations", ()) if one["last"] or one["step"] == 0]
+    return [{**one, "profile": one["profile"]["name"], "conditions": one["profile"]} for one in judged]
 
 
 def end(outcome: "SuiteOutcome") -> None:

@@ -1,13 +1,17 @@
 """`fp4rl show`: everything about one run."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _FEW = 12
 
@@ -51,7 +55,8 @@ def _print(about: dict[str, Any]) -> None:
     )
     if run["imported"]:
         _print_source(run["imported"])
-    _print_evaluations(about["evaluations"])
+    if about["evaluations"]:
+        screen.print(accuracies(about["evaluations"]))
     screen.print(styled(("evidence", "bold")), highlight=False)
     for gap in about["gaps"]:
         screen.print(styled("  ", ("missing", "red"), f": {gap}"), highlight=False)
@@ -59,6 +64,8 @@ def _print(about: dict[str, Any]) -> None:
         screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}", highlight=False)
     for name, value in run["evidence"].items():
         screen.print(f"  {name}: {_plain(value)}", highlight=False)
+    for line in dict.fromkeys(about["warnings"]):
+        screen.print(Padding(styled(("warning", "yellow"), f": {line}"), (0, 0, 0, 2), expand=False), highlight=False)
     _print_metrics(about["metrics"])
     files = about["artefacts"]
     size = sum(file["bytes"] for file in files) / 2**20
@@ -79,7 +86,8 @@ def _print_source(source: dict[str, Any]) -> None:
     console().print("; ".join(filter(None, said)), highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:
+def accuracies(evaluations: Sequence[dict[str, Any]]) -> "Table":
+    """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
     from rich.table import Table
 
     from fp4rl.lab.statistics.proportions import wilson
@@ -92,7 +100,8 @@ def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:
         padding=(0, 1, 0, 0),
     )
     for name in ("step", "profile", "precision", "n", "strict", "flexible", "format", "tokens"):
-        table.add_column(name, justify="left" if name in ("profile", "precision") else "right", no_wrap=True)
+        words = name in ("profile", "precision")  # these may go on below themselves, numbers stay whole
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row in evaluations:
         conditions, n, strict = row["conditions"], row["n"], row["strict"]
         shown = _percent(strict)
@@ -103,8 +112,7 @@ def _print_evaluations(evaluations: list[dict[str, Any]]) -> None:
         step = f"{row['step']}{' last' if row['last'] else ''}"
         length = f"{row['mean_length']:.1f}" if row["mean_length"] is not None else "-"
         table.add_row(step, row["profile"], conditions.get("precision") or "?", str(n or "?"), shown, *cells, length)
-    if evaluations:
-        console().print(table)
+    return table
 
 
 def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
@@ -112,10 +120,14 @@ def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
 
     if not metrics:
         return
-    table = Table(title=f"{len(metrics)} curves", title_justify="left")
+    shown = {name: curve for name, curve in metrics.items() if not name.startswith("time/")}
+    hidden = f", and {len(metrics) - len(shown)} of time (--json)" if len(shown) < len(metrics) else ""
+    title = f"{len(shown)} curves{hidden}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("curve", "steps", "first", "last", "lowest", "highest"):
-        table.add_column(name, justify="left" if name == "curve" else "right", overflow="fold")
-    for name, curve in metrics.items():
+        number = name != "curve"  # a name may go on below itself, a number may not
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for name, curve in shown.items():
         numbers = (curve[key] for key in ("first", "last", "lowest", "highest"))
         table.add_row(name, str(curve["count"]), *("nan" if number is None else f"{number:.4g}" for number in numbers))
     console().print(table)

@@ -189,8 +189,10 @@ def attempt(
     from fp4rl.lab.work import carry_out
     from fp4rl.spec.mistakes import CheckFailed, Mistake
 
-    def tell(stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None:
-        pipe.send(Event(run.run_id, stage, done, total, metrics))
+    def tell(
+        stage: str, done: int, total: int, metrics: dict[str, float] | None = None, line: str | None = None
+    ) -> None:
+        pipe.send(Event(run.run_id, stage, done, total, metrics, line))
 
     try:
         choose_backend(lambda message: tell(message, 0, 0))

@@ -19,13 +19,14 @@ from fp4rl.spec.mistakes import BadValue
 
 @dataclass(frozen=True)
 class Event:
-    """What a run is doing: the stage and how far it is, or the metrics of a step that is done."""
+    """What a run is doing: the stage and how far it is, the metrics of a step that is done, or a `line` to be heard."""
 
     run_id: str
     stage: str
     done: int
     total: int
     metrics: dict[str, float] | None = None
+    line: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import yaml
 
 from fp4rl.lab.faults import faults_kept
 from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
@@ -39,9 +40,12 @@ _LEFTOVERS = (
 
 
 class OnStage(Protocol):
-    """Hears how a run goes: `done` of `total` (0: unknown) in a stage, with the metrics where a step was done."""
+    """Hears how a run goes: `done` of `total` (0: unknown) in a stage, with the metrics where a step was done; or a
+    `line` that people must hear."""
 
-    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None: ...
+    def __call__(
+        self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None, line: str | None = None
+    ) -> None: ...
 
 
 def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, report_to: Sequence[str] = ()) -> RunFolder:
@@ -68,6 +72,8 @@ def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, repo
         started = time.perf_counter()
         with faults_kept(folder.path / "log.txt"), _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
             hear = _listeners(run, folder, sinks, on_stage)
+            for line in forewarned({run.arm: run.experiment}):
+                _say(folder, line)
             trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
             for name, why in sinks.failures.items():
                 _say(folder, f"{name} was left out from some step on: {why}")
@@ -106,6 +112,12 @@ def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnSta
         if on_stage is not None:
             on_stage("training", done, run.experiment.training.steps, metrics)
 
+    def say(line: str) -> None:
+        _say(folder, line)
+        folder.add_evidence({"kind": "warning", "line": line})
+        if on_stage is not None:
+            on_stage("", 0, 0, None, line)
+
     return Listeners(
         stage,
         step,
@@ -113,6 +125,7 @@ def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnSta
         folder.add_evidence,
         folder.write_sites,
         folder.drop_metrics_after,
+        say,
         lambda line: _say(folder, line),
     )
 

@@ -1,4 +1,4 @@
-"""What a run's noise will not do, said before it begins: values never reached, and what BF16 swallows (P02, P05)."""
+"""What a run's noise will not do, said before it begins: weights that are not there, what BF16 swallows (P05)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fp4rl.noise.resolution import share_bf16_can_change
-from fp4rl.noise.schedule import asked_sigma, values_missed
+from fp4rl.noise.schedule import asked_sigma
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.spec.noise import Noise
 
@@ -20,9 +20,6 @@ def forewarned(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
     """One line for each thing that a reader should know before `total` steps are spent."""
     if noise.control == "sigma_zero":
         return
-    if missed := values_missed(noise.schedule, total):
-        values = ", ".join(f"{value:.4g}" for value in missed)
-        yield f"noise: {total} steps are too few for its schedule, sigma never reaches {values}"
     weights = noisy_weights(model, noise, share=0.0)
     if noise.precision != "weight" or any(weight.parameter.dtype != torch.bfloat16 for weight in weights):
         return
@@ -40,6 +37,19 @@ def forewarned(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
             f"noise: bfloat16 will swallow {how}: at most {shares[lost[-1]]:.1%} of the values can change there; "
             "take noise.precision: float32"
         )
+
+
+def without_effect(model: nn.Module, noise: Noise) -> Iterator[str]:
+    """Choices of norms that this model does not offer."""
+    for key in ("qk_norms", "moe"):
+        usual = type(noise.targets).model_fields[key].default
+        if getattr(noise.targets, key) == usual:
+            continue
+        targets = noise.targets.model_copy(update={key: usual})
+        without = noisy_weights(model, noise.model_copy(update={"targets": targets}), share=0.0)
+        if [weight.name for weight in without] == [weight.name for weight in noisy_weights(model, noise, share=0.0)]:
+            what = "norms of queries and keys" if key == "qk_norms" else "norms around experts"
+            yield f"noise.targets.{key} cannot act: {type(model).__name__} has no {what} that it would choose"
 
 
 def _share(by_factor: dict[float, Counter[float]], sigma: float, noise: Noise) -> float:

@@ -88,7 +88,8 @@ class Attempt:
             record=run.hear.record,
         )
         self.phases.start()
-        self.watch = Watch(experiment.health, sorted(past.metrics.items()), run.hear.record, run.hear.say)
+        hear = run.hear
+        self.watch = Watch(experiment.health, sorted(past.metrics.items()), hear.record, hear.say, hear.note)
         self.stream = PromptStream(run.problems, experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
+from fp4rl.inject.label import label
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.acting import acting, rounded
@@ -93,7 +94,7 @@ class Judge:
     def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> Profile:
         return Profile(
             name=name,
-            precision=precision.name,
+            precision=label(attachment.table if attachment is not None else None),
             sites_digest=_digest(attachment),
             noise=precision.noise,
             scorer=self.task.name,

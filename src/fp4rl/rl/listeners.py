@@ -16,7 +16,8 @@ class Listeners:
     """Every one is optional; none can change a number.
 
     `on_stage(name, done, total)`, `on_step(steps done, metrics)`, `on_evaluation(evaluation)`, `record(evidence)`,
-    `on_sites(table)`, `on_rollback(steps done that stay)`, `say(line)`.
+    `on_sites(table)`, `on_rollback(steps done that stay)`, `say(line)` for what people must hear, `note(line)` for the
+    log alone.
     """
 
     on_stage: Callable[[str, int, int], None] = _ignore
@@ -26,3 +27,4 @@ class Listeners:
     on_sites: Callable[[dict[str, Any]], None] = _ignore
     on_rollback: Callable[[int], None] = _ignore
     say: Callable[[str], None] = _ignore
+    note: Callable[[str], None] = _ignore

@@ -152,18 +152,3 @@ def _check(inputs: LossInputs, rule: LossRule) -> None:
         raise BadValue(f"logps {tuple(inputs.logps.shape)} and mask {tuple(inputs.mask.shape)} differ in shape")
     if rule.kl_loss_coef and inputs.ref_logps is None:
         raise BadValue(f"kl_loss_coef is {rule.kl_loss_coef} but no reference log-probs came along: set it to 0")
-
-
-def cannot_act(rule: LossRule, updates_per_rollout: int) -> tuple[str, ...]:
-    """Settings of a rule that cannot have an effect, one line each (check P36, to be shown before a run)."""
-    found = []
-    if updates_per_rollout == 1:
-        found.append("one update per rollout: the ratio is 1, so clip_ratio_low and clip_ratio_high never act")
-    if rule.kl_loss_coef and rule.kl_loss_type in ("k1", "kl"):
-        found.append("kl_loss_type k1: the gradient of this loss is zero on average; take low_var_kl or k2")
-    if rule.ratio_level == "sequence" and updates_per_rollout > 1 and rule.clip_ratio_high > 0.05:
-        found.append(
-            f"clip_ratio_high {rule.clip_ratio_high} on a sequence ratio hardly ever acts; "
-            "GSPO's own bounds are 3e-4 and 4e-4"
-        )
-    return tuple(found)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fp4rl.spec.evaluation import MATMUL_NOISE, Evaluation
+from fp4rl.spec.evaluation import KNOWN_PROFILES, MATMUL_NOISE, Evaluation
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import MODES, Injection
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.points import ApplyDuring
 
 
 @dataclass(frozen=True)
@@ -17,32 +18,35 @@ class Precision:
     injection: Injection | None
     noise: str = "off"
 
-    @property
-    def name(self) -> str:
-        """The precision's own name, whatever the profile is called."""
-        return "full" if self.injection is None else self.injection.name
-
 
 def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> Precision:
     """What a profile means. `deployed` is the run's own injection.
 
     `full` is the model as it is, `deployment` the run's injection; a mode (`w4a16`) or a format of the weights
     (`mxfp8`) is what quantizing afterwards gives; `matmul_noise=0.05` is the deployment with relative errors of that
-    size in the result of every matmul.
+    size in the result of every matmul. Whatever stands under a name in `spec.injections` acts whole.
     Raises NotThere for any other name.
     """
     if name == "full":
         return Precision(None)
     if name == "deployment":
         return Precision(deployed)
+    if name in spec.injections:
+        return Precision(_whole(spec.injections[name]))
     if name in MODES:
         return Precision(Injection.named(name, preset=spec.preset))
     if name in FORMATS:
         return Precision(Injection.model_validate({"weight": name, "preset": spec.preset}))
     if name.startswith(MATMUL_NOISE):
         return _with_matmul_noise(name.removeprefix(MATMUL_NOISE), deployed)
-    known = ["full", "deployment", *MODES, *FORMATS, f"{MATMUL_NOISE}0.05"]
+    known = [*spec.injections, *KNOWN_PROFILES, f"{MATMUL_NOISE}0.05"]
     raise NotThere(f"evaluation.profiles: no profile {name!r}{nearest(name, known)}")
+
+
+def _whole(injection: Injection) -> Injection:
+    """A profile is one phase, in which everything that it names is to act."""
+    phases = ApplyDuring.model_validate(["evaluation"])
+    return injection.model_copy(update={"apply_during": phases, "frozen_base": "copy"})
 
 
 def _with_matmul_noise(size: str, deployed: Injection | None) -> Precision:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4rl.noise.forewarn import forewarned
+from fp4rl.noise.forewarn import forewarned, without_effect
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.attempt import Attempt, Past, Run, beginning
@@ -15,9 +15,7 @@ from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
-from fp4rl.rl.losses import cannot_act
 from fp4rl.rl.moved import few_moved, moved, weights_digest
-from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder, task_of, training_problems
@@ -66,14 +64,15 @@ def train(
         require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
-    for line in (*experiment.warnings(), *_cannot_act(experiment)):
-        run.hear.say(line)
     attempt = Attempt(run, past)
     if past.checkpoint is None:
         require_provable(experiment, attempt.model, attempt.attachment, run.start)
     if experiment.noise is not None:
         for line in forewarned(attempt.model, experiment.noise, experiment.training.steps):
             run.hear.say(line)
+        if experiment.model.path is not None:  # of the embedded model it is known without loading it
+            for line in without_effect(attempt.model, experiment.noise):
+                run.hear.say(line)
     run.hear.on_sites(sites(attempt.attachment))
     attempt.train()
     while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
@@ -106,10 +105,6 @@ def _require_as_many(past: Past) -> None:
             f"{past.checkpoint.path} was written by {before} processes and this is {processes.count()}: start as many, "
             "or delete the checkpoints"
         )
-
-
-def _cannot_act(experiment: Experiment) -> tuple[str, ...]:
-    return cannot_act(loss_rule(experiment.training), experiment.training.updates_per_step)
 
 
 def _roll_back(run: Run, attempt: Attempt) -> None:

@@ -14,6 +14,8 @@ Course = Iterable[tuple[int, Mapping[str, float]]]
 class Watch:
     """One attempt at a run. `past` is what was logged before it began: a resumed run is judged as a whole.
 
+    `say` hears alarms, `note` the other findings (as `say` does where it is not given).
+
     `verdict` is what the alarms so far ask for: `note` to go on, `stop` or `rollback`.
     """
 
@@ -23,10 +25,12 @@ class Watch:
         past: Course,
         record: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self._monitor = Monitor(spec)
         self._record = record
         self._say = say
+        self._note = note or say
         self.decisive: Finding | None = None
         for step, metrics in past:
             self._decide(self._monitor.observe(step, metrics))
@@ -46,7 +50,7 @@ class Watch:
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
             self._record({"kind": "health", **finding.as_dict()})
-            self._say(str(finding))
+            (self._say if finding.state == "alarm" else self._note)(str(finding))
         self._decide(findings)
         return self.verdict != "note"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fp4rl.spec.keys import below, keys_at
+from fp4rl.spec.keys import below, keys_at, names_of_ones_own
 from fp4rl.spec.mistakes import nearest, shown
 
 # By pydantic's own names of errors, or how these begin.
@@ -73,13 +73,18 @@ def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
     """The keys of a place as they stand in a file: pydantic also names the member of a union that it tried."""
     here: list[type[BaseModel]] = [kind]
     path = []
+    named = False
     for index, part in enumerate(place):
+        if named:
+            named = False
+            path.append(str(part))
+            continue
         known = any(part in model.model_fields for model in here)
         tried = isinstance(part, str) and ("[" in part or (here and not known and index + 1 < len(place)))
         if not tried:
             path.append(str(part))
         if known:
-            here = below(here, str(part))
+            named, here = names_of_ones_own(here, str(part)), below(here, str(part))
     return path
 
 

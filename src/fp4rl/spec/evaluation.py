@@ -1,27 +1,38 @@
 """At which precision, and on which problems, a policy is judged."""
 
 import re
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.frozen import Spec
+from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, nearest, shown
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 
 MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
+KNOWN_PROFILES = ("full", "deployment", *MODES, *FORMATS)
+_OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # part of a file's name, and of `arm@profile`
 
 
-def require_profile(name: str) -> None:
-    """Raise BadValue, with the nearest name, for what names no profile."""
+def require_profile(name: str, own: Collection[str] = ()) -> None:
+    """Raise BadValue, with the nearest name, for what names no profile; `own` are those of `evaluation.injections`."""
     size = name.removeprefix(MATMUL_NOISE)
     if size != name:
         if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):
             raise BadValue(f"{name}: write a number such as {MATMUL_NOISE}0.05")
-    elif name not in (known := ("full", "deployment", *MODES, *FORMATS)):
+    elif name not in (known := (*own, *KNOWN_PROFILES)):
         raise BadValue(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
+
+
+def _required_name(name: str) -> None:
+    if name in KNOWN_PROFILES:
+        raise ValueError(f"injections: {name!r} is the name of a profile that there is already; take another")
+    if not _OWN_NAME.fullmatch(name):
+        raise ValueError(f"injections: a name is letters, digits and ._+-; got {shown(name)}")
 
 
 class Evaluation(Spec):
@@ -29,8 +40,8 @@ class Evaluation(Spec):
 
     A profile is `full` (the model as it is, in its own dtype), `deployment` (the run's own injection), the name of a
     mode such as `w4a16` or of a format of the weights such as `mxfp8` (what a user would get by quantizing afterwards),
-    or `matmul_noise=0.05`: the deployment with that relative error in every matmul. `matmul_noise` and `formats` are a
-    robustness sweep: such profiles for the last step alone.
+    `matmul_noise=0.05`, the deployment with that relative error in every matmul, or one of `injections`. `matmul_noise`
+    and `formats` are a robustness sweep: such profiles for the last step alone.
     """
 
     count: PositiveInt = Field(default=500, description="problems of the held-out split")
@@ -38,7 +49,12 @@ class Evaluation(Spec):
     profiles: tuple[str, ...] = Field(
         default=("full", "deployment"),
         min_length=1,
-        description="precisions: full, deployment, a mode (w4a16), a format of the weights (mxfp8), matmul_noise=0.05",
+        description="precisions: full, deployment, a mode (w4a16), a format of the weights (mxfp8), matmul_noise=0.05, "
+        "or a name in `injections`",
+    )
+    injections: dict[str, Injection] = Field(
+        default_factory=dict,
+        description="injections of your own by name, for profiles; they act whole, whatever phases they name",
     )
     preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
     test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
@@ -54,6 +70,28 @@ class Evaluation(Spec):
         """The profiles of the robustness sweep."""
         return (*(f"{MATMUL_NOISE}{scale:g}" for scale in self.matmul_noise), *self.formats)
 
+    @property
+    def all_profiles(self) -> tuple[str, ...]:
+        """Every profile of the last step."""
+        return (*self.profiles, *self.sweep)
+
+    @field_validator("injections", mode="before")
+    @classmethod
+    def _fragments(cls, value: Any) -> Any:
+        """A fragment, as `fp4rl scan` writes it, holds its injection under that key."""
+        if not isinstance(value, dict):
+            return value
+        return {name: one["injection"] if _is_fragment(one) else one for name, one in value.items()}
+
+    @field_validator("injections")
+    @classmethod
+    def _named_and_something(cls, value: dict[str, Injection]) -> dict[str, Injection]:
+        for name, injection in value.items():
+            _required_name(name)
+            if injection.is_nothing:
+                raise ValueError(f"injections: {name} names no format and no error; the profile full is that")
+        return value
+
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, preset: str) -> str:
@@ -61,16 +99,29 @@ class Evaluation(Spec):
             raise ValueError(f"no preset is called {preset!r}{nearest(preset, PRESETS)}")
         return preset
 
-    @field_validator("profiles", "formats")
+    @field_validator("formats")
     @classmethod
-    def _known_profiles(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             require_profile(name)
         return names
 
     @model_validator(mode="after")
+    def _known_profiles(self) -> "Evaluation":
+        for name in self.profiles:
+            try:
+                require_profile(name, self.injections)
+            except BadValue as error:
+                raise ValueError(f"profiles: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _profiles_differ(self) -> "Evaluation":
-        names = [*self.profiles, *self.sweep]
+        names = [*self.all_profiles]
         if len(set(names)) != len(names):
             raise ValueError(f"a profile is named twice in {names}")
         return self
+
+
+def _is_fragment(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"injection"}

@@ -93,6 +93,17 @@ class Injection(Spec):
         return not self.by_pattern and not self.errors and not any(getattr(self, point) for point in FORMAT_POINTS)
 
     @property
+    def points(self) -> frozenset[str]:
+        """The points that have a format somewhere, gradients among them, and `errors` where there are any."""
+        rows = (self, *self.by_pattern)
+        there = {point for row in rows for point in FORMAT_POINTS if isinstance(getattr(row, point, None), Format)}
+        return frozenset(there | ({"errors"} if self.errors else set()))
+
+    def acts_in(self, phase: Phase) -> frozenset[str]:
+        """Those of its points that act in a phase."""
+        return self.points & self.apply_during.active(phase)
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """Every format that stands at a point with a forward, exceptions included."""
         rows = [self, *self.by_pattern]

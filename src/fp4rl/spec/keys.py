@@ -22,19 +22,25 @@ _WORDS = {
 
 def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
-    here = [kind]
+    here, named = [kind], False
     for part in path:
-        here = below(here, str(part)) or here
+        if not named:
+            named, here = names_of_ones_own(here, str(part)), below(here, str(part)) or here
+        else:
+            named = False
     return sorted({name for k in here for name in k.model_fields})
 
 
 def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
     """The index of the first part of `path` that is no key where it stands; None for a path that leads somewhere."""
-    here = [kind]
+    here, named = [kind], False
     for index, part in enumerate(path):
+        if named:
+            named = False
+            continue
         if not any(part in k.model_fields for k in here):
             return index
-        here = below(here, part)
+        named, here = names_of_ones_own(here, part), below(here, part)
         if not here:
             return None  # a value, or a mapping with keys of the user's own
     return None
@@ -43,6 +49,12 @@ def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
 def below(kinds: list[type[BaseModel]], part: str) -> list[type[BaseModel]]:
     """The descriptions that may stand under the key `part` of any of `kinds`."""
     return [model for k in kinds if part in k.model_fields for model in _models_in(k.model_fields[part].annotation)]
+
+
+def names_of_ones_own(kinds: list[type[BaseModel]], part: str) -> bool:
+    """Whether the words right below the key `part` are names that a user chose, each with a description below it."""
+    fields = (k.model_fields[part].annotation for k in kinds if part in k.model_fields)
+    return any(get_origin(annotation) is dict and _models_in(annotation) for annotation in fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -78,8 +90,9 @@ def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
         meaning = field.description or (_first_sentence(models[0]) if len(models) == 1 else "")
         kind_in_words = str(said.get("kind", _in_words(field.annotation)))
         yield Key(path, kind_in_words, said.get("default", default), meaning)
-        for model in models:
-            yield from _described(model, f"{path}.")
+        if get_origin(field.annotation) is not dict:  # else the keys stand below a name of the user's own
+            for model in models:
+                yield from _described(model, f"{path}.")
 
 
 def _first_sentence(model: type[BaseModel]) -> str:
@@ -110,7 +123,9 @@ def _in_words(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_in_words(parts[0])}"
     if origin is dict:
-        return "keys" if parts[1] is Any else f"name: {_in_words(parts[1])}"
+        models = _models_in(parts[1])
+        below = models[0].__name__.lower() if models else _in_words(parts[1])
+        return "keys" if parts[1] is Any else f"name: {below}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys"
     return _WORDS.get(annotation, "text")

@@ -125,7 +125,7 @@ class Training(Spec):
         return self
 
     def warnings(self) -> list[str]:
-        """What is allowed but cannot act, or rarely ends well (checks P28, P32, P36)."""
+        """What is allowed but rarely ends well (checks P28, P32); what cannot act stands in `spec.idle`."""
         found = []
         if self.lr_warmup_steps > 0.2 * self.steps:
             found.append(f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {self.steps} steps")
@@ -134,8 +134,4 @@ class Training(Spec):
                 f"save_freq {self.save_freq} is more than {self.steps} steps: there will be no checkpoint, and what is "
                 "interrupted starts over"
             )
-        if self.kl_loss_coef == 0.0 and self.reference_precision != "full":
-            found.append("reference_precision is set but kl_loss_coef is 0: there is no reference")
-        if self.rollout_correction.rollout_is == "none" and self.rollout_correction != RolloutCorrection():
-            found.append("rollout_correction has settings but rollout_is is none: nothing is corrected")
         return found

@@ -210,3 +210,32 @@ def test_a_run_that_was_rolled_back_is_named(make_trial):
     assert any("lower learning rate: w4a4 seed 0, w4a4 seed 1" in note for note in report.notes)
     rows = dict(evidence_of(report, "w4a4").rows)
     assert rows["monitor"][0] == "alarm; gradient at step 4; rolled back 1 x, at a lower learning rate"
+
+
+def test_what_runs_said_aloud_and_what_was_known_beforehand_stands_in_the_notes(make_trial):
+    """Kind: warnings that stand in a log alone; a line of several runs is said once, whatever its numbers."""
+    trial = make_trial(arms={"bf16": {"evaluation": {"temperature": 0.5, "profiles": ["full"]}}}, comparisons=[])
+    folder = trial.write()
+    for seed, share in ((0, "0.43"), (2, "0.51")):
+        run = RunFolder(next(folder.glob(f"bf16-s{seed}-*")))
+        run.add_evidence({"kind": "warning", "line": f"training changed {share} % of the weights"})
+        run.add_evidence({"kind": "warning", "line": f"training changed {share} % of the weights"})
+    found = collect(folder).notes
+    assert "Said by bf16 seed 0: training changed 0.43 % of the weights; the like in bf16 seed 2." in found
+    (known,) = [note for note in found if note.startswith("Known beforehand: evaluation.temperature")]
+    assert "evaluation.temperature 0.5 cannot act: evaluation.samples is 1" in known
+
+
+def test_the_report_refuses_what_compare_refuses_by_value(make_trial):
+    """Kind: two names for one thing; the digests of weights are looked at in both."""
+    folder = make_trial().write()
+    for arm in ("w4a16", "w4a16+aqn"):
+        for file in folder.glob(f"{arm}-s*/result.json"):
+            result = json.loads(file.read_text())
+            result["evidence"]["final_weights"] = f"w{result['seed']}"
+            file.write_text(json.dumps(result))
+    question = collect(folder).questions[1]
+    assert question.word == "not comparable"
+    assert question.sentence() == (
+        "Not comparable: the final weights are bit-identical (seed 0, 1, 2): what differs did not act (digest w0)."
+    )

@@ -46,3 +46,14 @@ def test_words_of_the_suite_are_never_taken_for_markup(make_trial):
     comparison = {"question": "Is [bold]a[/bold] [/red] better?", "treatment": "w4a4@full", "control": "bf16@full"}
     text = shown(collect(make_trial(comparisons=[comparison]).write()), 120)
     assert "Is [bold]a[/bold] [/red] better?" in text
+
+
+def test_an_arm_that_rounds_nothing_was_not_deployed(make_trial):
+    """Kind: a number under a heading that it was not measured under; `full 46.0 | 46.0` in the two columns."""
+    suite = {"arms": {"bf16": {}, "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}}}, "comparisons": []}
+    trial = make_trial(**suite)
+    trial.levels[("bf16", "deployment")] = 92.0
+    text = shown(collect(trial.write()), 80)
+    rows = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith(("bf16 ", "w4a16 "))}
+    assert rows["bf16"] == "-"
+    assert rows["w4a16"] == "94.3]"

@@ -1,5 +1,6 @@
 """The questions that a suite fixed before its runs: sides, factors, and the margin of non-inferiority."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fp4rl.lab.compare.comparison import Question
@@ -20,8 +21,11 @@ def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
     return tuple(_question(parse(Comparison, content, str(file)), suite) for content in declared)
 
 
-def declared_question(root: Path, treatment: str, control: str) -> Question | None:
-    """The one declared comparison of these two sides; None where no suite, or more than one, declares it.
+def declared_question(
+    root: Path, treatment: str, control: str, factors: Sequence[str] = (), margin: float | None = None
+) -> Question | None:
+    """The one declared comparison of these two sides; None where no suite, or more than one, declares it, or where
+    `factors` or the `margin` in points are named and are not those of the suite.
 
     A side is `arm` or `arm@profile`, with `suite/` before it to look in that suite alone.
     """
@@ -35,7 +39,13 @@ def declared_question(root: Path, treatment: str, control: str) -> Question | No
         for question in declared_questions(root, suite)
         if all(map(_names, asked, (question.treatment, question.control)))
     ]
-    return found[0] if len(found) == 1 else None
+    asked_the_same = [
+        one
+        for one in found
+        if (not factors or set(one.factors) == set(factors_between(treatment, control, factors)))
+        and margin in (None, one.margin)
+    ]
+    return asked_the_same[0] if len(asked_the_same) == 1 else None
 
 
 def _names(asked: str, declared: str) -> bool:
@@ -43,13 +53,18 @@ def _names(asked: str, declared: str) -> bool:
 
 
 def factors_of(comparison: Comparison) -> tuple[str, ...]:
-    """The keys in which the sides of a declared comparison may differ; any other difference refuses it.
+    """The keys in which the sides of a declared comparison may differ; any other difference refuses it."""
+    return factors_between(comparison.treatment, comparison.control, comparison.factors)
+
+
+def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:
+    """`factors`, and what comes with them, whoever names them.
 
     `evaluation.profiles` is always among them: which profiles an arm is judged under changes no number. `precision` is
     where the question is about it.
     """
-    asked = ("precision",) if _asks_about_precision(comparison) else ()
-    return (*comparison.factors, "evaluation.profiles", *asked)
+    asked = ("precision",) if _asks_about_precision(treatment, control, factors) else ()
+    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *asked)))
 
 
 def _question(comparison: Comparison, suite: str) -> Question:
@@ -64,9 +79,9 @@ def _question(comparison: Comparison, suite: str) -> Question:
     )
 
 
-def _asks_about_precision(comparison: Comparison) -> bool:
+def _asks_about_precision(treatment: str, control: str, factors: Sequence[str]) -> bool:
     """`full` on one side: 4 bits against BF16. `deployment` on both, with another injection: each as it is served."""
-    profiles = [side.partition("@")[2] for side in (comparison.treatment, comparison.control)]
+    profiles = [side.partition("@")[2] for side in (treatment, control)]
     if profiles == ["deployment", "deployment"]:
-        return any(factor.partition(".")[0] == "injection" for factor in comparison.factors)
+        return any(factor.partition(".")[0] == "injection" for factor in factors)
     return "full" in profiles and len(set(profiles)) > 1

@@ -6,7 +6,7 @@ from typing import Any
 # Described as a whole: two recipes of noise or injection differ in one factor, however many keys write it down.
 _WHOLE = ("injection", "noise")
 # Which profiles are measured changes no number; what a number was measured under is compared where the number is.
-_NO_FACTOR = ("evaluation.profiles",)
+_NO_FACTOR = ("evaluation.profiles", "evaluation.injections")
 
 Differences = dict[str, tuple[Any, Any]]
 

@@ -37,6 +37,8 @@ class Objection:
     control: str
 
     def sentence(self) -> str:
+        if self.kind == "identical":
+            return f"{self.what} (digest {self.treatment})"
         return f"{self.what}: {self.treatment} against {self.control}"
 
 
@@ -49,7 +51,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     return (
         *_specs(treatment, control, factors),
         *_nothing_differs(treatment, control, factors),
-        *(Objection("identical", what, digest, "the same") for what, digest in identical(treatment, control)),
+        *(Objection("identical", what, digest, digest) for what, digest in identical(treatment, control)),
         *_seeds(treatment, control),
         *_steps(treatment, control),
         *_conditions(treatment, control, covered("precision", factors)),
@@ -104,7 +106,7 @@ def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
 
 def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterator[Objection]:
     for key, kind in _CONDITIONS:
-        sides = _both(treatment, control, lambda run, key=key: run.measured.conditions.get(key))
+        sides = _both(treatment, control, lambda run, key=key: _condition(run, key))
         if kind == "precision" and other_precision and all(len(side) == 1 for side in sides):
             continue
         if len(sides[0] | sides[1]) > 1:
@@ -112,6 +114,15 @@ def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterat
         elif key != "sites_digest" and None in sides[0]:
             yield Objection(kind, f"the evaluation's {key} is not known", _listed(sides[0]), _listed(sides[1]))
     yield from _unequal("items", "the number of answers", *_both(treatment, control, lambda run: run.measured.n))
+
+
+def _condition(run: SideRun, key: str) -> Any:
+    """A condition by what acted: what a label says after its colon is described and did not."""
+    value = run.measured.conditions.get(key)
+    if key != "precision" or value is None:
+        return value
+    acted = str(value).partition(": ")[0]
+    return "full" if acted == "clean" else acted
 
 
 def _code(treatment: Side, control: Side) -> Iterator[Objection]:

@@ -34,6 +34,7 @@ def about(connection: Connection, word: str) -> Row:
         "gaps": foreign
         if run["imported"]
         else gaps(spec, run["evidence"], [line["content"] for line in lines], judged),
+        "warnings": [str(line["content"].get("line")) for line in lines if line["kind"] == "warning"],
         "evidence_lines": dict(Counter(line["kind"] for line in lines)),
         "metrics": _curves(rows_of_runs(connection, tables.metrics, [run["id"]])),
         "items": _items(connection, run["id"]),

@@ -46,7 +46,7 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
     facts = {
         "precision": profile.precision,
         "formats": _formats(profile.name, experiment),
-        "site table": profile.sites_digest or ("none" if profile.precision == "full" else None),
+        "site table": profile.sites_digest or ("none" if _nothing_acted(profile.precision) else None),
         "noise": profile.noise,
         "scorer": profile.scorer,
         "answers": profile.sampling,
@@ -55,6 +55,10 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
         "item set": profile.items_digest,
     }
     return [(name, NOT_RECORDED if value is None else str(value)) for name, value in facts.items()]
+
+
+def _nothing_acted(precision: str | None) -> bool:
+    return precision is not None and precision.partition(":")[0] in ("full", "clean")
 
 
 def versions(report: SuiteReport) -> list[Row]:
@@ -67,9 +71,12 @@ def _formats(profile: str, experiment: Experiment) -> str:
     injection = precision_named(profile, experiment.evaluation, experiment.injection).injection
     if injection is None or injection.is_nothing:
         return experiment.model.dtype
-    found = [(point, getattr(injection, point)) for point in FORMAT_POINTS]
+    acting = injection.acts_in("evaluation")
+    found = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in acting]
     formats = [f"{point} {format_words(describe(fmt))}" for point, fmt in found if fmt is not None]
-    return "; ".join([*formats, *(f"{error.name} {error.scale:g}" for error in injection.errors)])
+    errors = injection.errors if "errors" in acting else ()
+    said = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
+    return "; ".join(said) or experiment.model.dtype
 
 
 def format_words(value: object) -> str:

@@ -50,6 +50,7 @@ class Evidence:
     live_difference: float | None
     operands_held: tuple[str, ...]  # the phases whose operands were compared with their masters by value
     moved: float | None
+    warnings: tuple[str, ...]  # what the run said aloud, in order
     health: Record | None
 
 
@@ -74,6 +75,7 @@ def read_evidence(lines: Iterable[Record], sites: Record, summary: Record) -> Ev
         live_difference=max(live) if live else None,
         operands_held=tuple(dict.fromkeys(phase_of(record).partition(" ")[0] for record in kinds["rounded"])),
         moved=_number(summary.get("weights_changed")),
+        warnings=tuple(str(record.get("line")) for record in kinds["warning"]),
         health=summary.get("health"),
     )
 

@@ -1,9 +1,11 @@
 """What a reader must know beside the numbers: each note is one sentence, computed from the runs."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
+from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.report.questions import Question
 from fp4rl.lab.report.runs import Run
 from fp4rl.lab.report.scores import Score
@@ -19,6 +21,8 @@ def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Ques
             _without_evidence(runs),
             _stale(runs),
             _ill(runs),
+            _forewarned(runs),
+            _said(runs),
             _before(scores),
             _spread(scores),
             _clipping(runs),
@@ -62,6 +66,29 @@ def _ill(runs: Sequence[Run]) -> Iterator[str]:
     back = [run for run in runs if run.evidence and (run.evidence.health or {}).get("rollbacks")]
     if back:
         yield f"Rolled back by the monitor and continued at a lower learning rate: {_named(back)}."
+
+
+def _forewarned(runs: Sequence[Run]) -> Iterator[str]:
+    """What `fp4rl plan` says of the arms."""
+    for line in forewarned({run.planned.arm: run.planned.experiment for run in runs}):
+        yield f"Known beforehand: {line}."
+
+
+def _said(runs: Sequence[Run]) -> Iterator[str]:
+    """What runs said aloud while they went on: the first line of a kind, whatever its numbers, and who said it."""
+    first: dict[str, str] = {}
+    by_kind: dict[str, list[Run]] = {}
+    for run in runs:
+        for line in run.evidence.warnings if run.evidence else ():
+            kind = re.sub(r"\d[\d.]*", "#", line)
+            if line.startswith("rolled back"):
+                continue  # a note of its own
+            first.setdefault(kind, line)
+            if not any(run is one for one in by_kind.setdefault(kind, [])):
+                by_kind[kind].append(run)
+    for kind, said in by_kind.items():
+        more = f"; the like in {_named(said[1:])}" if len(said) > 1 else ""
+        yield f"Said by {_named(said[:1])}: {first[kind].rstrip('.')}{more}."
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:

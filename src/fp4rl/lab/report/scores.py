@@ -64,6 +64,11 @@ class Score:
         return tuple(dict.fromkeys(s.end.profile for s in self.by_seed if s.end is not None))
 
     @property
+    def rounds_nothing(self) -> bool:
+        """Whether the last step was measured with nothing injected, as far as the runs recorded it."""
+        return bool(self.profiles) and all(p.precision and not p.sites_digest for p in self.profiles)
+
+    @property
     def problems(self) -> int | None:
         """Problems per run; None where the runs differ or there is none."""
         found = {s.end.problems for s in self.by_seed if s.end is not None}

@@ -67,7 +67,8 @@ def _rows(report: SuiteReport) -> Iterator[list[tuple[str, bool]]]:
         full, deployed = own.get("full"), own.get("deployment")
         shown = deployed or full
         if shown is not None:
-            yield _row(arm, shown, _cell(full), _cell(deployed))
+            nothing = deployed is not None and deployed.rounds_nothing
+            yield _row(arm, shown, _cell(full), "-" if nothing else _cell(deployed))
         for profile, score in own.items():
             if profile not in ("full", "deployment"):
                 how = "under" if profile.startswith(MATMUL_NOISE) else "then"

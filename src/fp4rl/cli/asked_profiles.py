@@ -1,0 +1,53 @@
+"""From `--precision` words to the profiles of an evaluation: names that there are, and injections of one's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fp4rl.spec.door import read_yaml
+from fp4rl.spec.evaluation import MATMUL_NOISE
+from fp4rl.spec.mistakes import BadValue, shown
+from fp4rl.spec.plain_yaml import plain_values
+
+
+def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
+    """The keys `profiles` and `injections` of an evaluation.
+
+    A word is the name of a profile, a YAML file that holds an injection (an experiment, a run's `spec.yaml`, what
+    `fp4rl scan --advise` wrote, or an injection alone), or NAME=FILE or NAME={mapping}.
+    """
+    names, own = [], dict[str, Any]()
+    for word in words:
+        name, equals, what = word.partition("=")
+        if word.startswith(MATMUL_NOISE) or not (equals or _is_file(word)):
+            names.append(word)
+            continue
+        name, what = (name, what) if equals else (_name_of(Path(word)), word)
+        if name in own:
+            raise BadValue(f"--precision {word}: {name!r} is named twice; write NAME=FILE")
+        own[name] = _injection(word, what)
+        names.append(name)
+    return {"profiles": names, "injections": own}
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def _name_of(file: Path) -> str:
+    """Every run's description is called spec.yaml, so its folder tells more."""
+    return file.resolve().parent.name if file.stem == "spec" else file.stem
+
+
+def _injection(word: str, what: str) -> Any:
+    if not _is_file(what):
+        content = plain_values(what, shown(what), "try '{weight: mxfp4, input: mxfp8}'")
+        if not isinstance(content, dict):
+            raise BadValue(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
+        return content
+    content = read_yaml(what)
+    if "arms" in content:
+        raise BadValue(f"--precision {word}: a suite has many injections; name the spec.yaml of one of its runs")
+    if content.get("injection", content) is None:
+        raise BadValue(f"--precision {word}: {what} injects nothing, which is the profile full")
+    return content.get("injection", content)

@@ -1,0 +1,79 @@
+"""What can be known of runs before they start and is hardly ever meant: for `plan`, their log and the report."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from fp4rl.noise.schedule import values_missed
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.idle import idle, is_set, value_at
+
+_CLIPPED = ("dapo", "gspo", "cispo")  # their clipping is what sets them apart
+
+
+def forewarned(arms: Mapping[str, Experiment]) -> list[str]:
+    """One line for each thing, once for all arms that share it. A setting of the base that acts in one arm is none."""
+    found: dict[str, list[str]] = {}
+    for arm, experiment in arms.items():
+        for line in (*experiment.warnings(), *_one(experiment)):
+            found.setdefault(line, []).append(arm)
+    for line, names in _idle(arms):
+        found.setdefault(line, []).extend(names)
+    return [f"{line}{_where(names, arms)}" for line, names in found.items()]
+
+
+def _where(names: Iterable[str], arms: Mapping[str, Experiment]) -> str:
+    named = list(dict.fromkeys(names))
+    return "" if len(named) == len(arms) else f" (arm {', '.join(named)})"
+
+
+def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
+    """A key that is set and cannot act in any arm that sets it."""
+    by_arm = {arm: idle(experiment) for arm, experiment in arms.items()}
+    for key in dict.fromkeys(key for keys in by_arm.values() for key in keys):
+        setting = [arm for arm, experiment in arms.items() if is_set(experiment, key)]
+        if all(key in by_arm[arm] for arm in setting):
+            value = value_at(arms[setting[0]], key)
+            said = f" {str(value).lower()}" if isinstance(value, str | int | float) else ""
+            yield f"{key}{said} cannot act: {by_arm[setting[0]][key]}", setting
+
+
+def _one(experiment: Experiment) -> Iterator[str]:
+    yield from _deployment(experiment)
+    yield from _loss(experiment)
+    noise, steps = experiment.noise, experiment.training.steps
+    if noise is not None and noise.control != "sigma_zero" and (missed := values_missed(noise.schedule, steps)):
+        values = ", ".join(f"{value:.4g}" for value in missed)
+        yield f"noise: {steps} steps are too few for its schedule, sigma never reaches {values}"
+
+
+def _deployment(experiment: Experiment) -> Iterator[str]:
+    """Which part of the injection the profile of that name leaves out, though training meets it."""
+    injection = experiment.injection
+    if injection is None or "deployment" not in experiment.evaluation.profiles:
+        return
+    backward = {"grad_input", "grad_weight"}
+    if not any(error.forward for error in injection.errors):
+        backward.add("errors")
+    left = injection.points - injection.acts_in("evaluation") - backward
+    for point in sorted(left):
+        yield (
+            f"the profile deployment leaves the injection's {point} out, so it is not what is trained for: "
+            f"injection.apply_during.{point} does not name evaluation"
+        )
+
+
+def _loss(experiment: Experiment) -> Iterator[str]:
+    """Settings of the loss that hardly act (P36)."""
+    recipe, noise = experiment.training, experiment.noise
+    noisy = noise is not None and noise.logprobs == "noisy"
+    if recipe.updates_per_step == 1 and not noisy and recipe.algorithm in _CLIPPED:
+        yield (
+            f"one update is made from each batch, so that the ratio is 1 and the clipping of {recipe.algorithm} never "
+            "acts: a training.mini_batch_size below train_batch_size makes more"
+        )
+    if recipe.kl_loss_coef and recipe.kl_loss_type == "k1":
+        yield "kl_loss_type k1: the gradient of this loss is zero on average; take low_var_kl or k2"
+    if recipe.algorithm == "gspo" and (recipe.clip_ratio_high or 0.0) > 0.05 and recipe.updates_per_step > 1:
+        yield (
+            f"clip_ratio_high {recipe.clip_ratio_high} on a sequence ratio hardly ever acts; "
+            "GSPO's own bounds are 3e-4 and 4e-4"
+        )

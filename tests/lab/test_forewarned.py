@@ -1,0 +1,55 @@
+"""What is known before the runs: said once for the arms that share it, and not where another arm makes use of it."""
+
+import pytest
+
+from fp4rl.lab.forewarned import forewarned
+from fp4rl.spec.door import merge
+from fp4rl.spec.experiment import Experiment
+
+
+def lines(base=None, **arms):
+    described = {name: merge(base or {}, content) for name, content in arms.items()}
+    return forewarned({name: Experiment.model_validate(content) for name, content in described.items()})
+
+
+def test_two_arms_that_differ_in_a_knob_wired_to_nothing_are_said_beforehand():
+    """Kind: a difference of arms that cannot act; the report said 'no difference shown' and left with 0."""
+    assert lines(a={}, b={"training": {"kl_loss_type": "k2"}}) == [
+        "training.kl_loss_type k2 cannot act: training.kl_loss_coef is 0, so there is no KL and no reference (arm b)"
+    ]
+    assert lines(a={}) == []
+
+
+def test_a_setting_of_the_base_that_one_arm_uses_is_no_mistake():
+    base = {"training": {"kl_loss_type": "k2"}}
+    assert lines(base, a={}, b={"training": {"kl_loss_coef": 0.1}}) == []
+    assert len(lines(base, a={}, b={"training": {"lr": 1e-3}})) == 1
+
+
+@pytest.mark.parametrize(
+    ("injection", "left"),
+    [
+        ({"mode": "w4a4", "errors": [{"scale": 0.1}]}, ["errors"]),
+        ({"mode": "w4a4", "apply_during": {"input": ["rollout", "training"]}}, ["input"]),
+        ({"mode": "w4a4", "apply_during": ["rollout", "training"]}, ["input", "weight"]),
+        ({"mode": "w4a4", "errors": [{"scale": 0.1, "when": "backward"}]}, []),
+        ({"mode": "w4a4", "grad_input": "mxfp8"}, []),
+    ],
+)
+def test_a_deployment_that_leaves_part_of_the_injection_out_is_said(injection, left):
+    """Kind: a number labelled by the description; what training met and the evaluation does not is named."""
+    said = [line for line in lines(a={"injection": injection}) if "the profile deployment leaves" in line]
+    assert [line.partition("injection's ")[2].partition(" out")[0] for line in said] == left
+    full = {"evaluation": {"profiles": ["full"]}, "injection": injection}
+    assert not [line for line in lines(a=full) if "the profile deployment leaves" in line]
+
+
+def test_what_a_loss_and_a_schedule_will_not_do_is_said():
+    one = {"training": {"train_batch_size": 4, "mini_batch_size": 4}}
+    assert "the clipping of dapo never acts" in " ".join(lines(one, a={}))
+    assert not lines(one, a={"training": {"algorithm": "grpo"}})
+    k1 = {"training": {"kl_loss_coef": 0.1, "kl_loss_type": "k1"}}
+    assert "zero on average" in " ".join(lines(a=k1))
+    assert "sequence ratio" in " ".join(lines(a={"training": {"algorithm": "gspo", "clip_ratio_high": 0.28}}))
+    fade = {"schedule": {"sigma_start": 0.05, "sigma_end": 0.0005, "num_stages": 10}}
+    assert "5 steps are too few" in " ".join(lines(a={"noise": fade, "training": {"steps": 5}}))

@@ -1,0 +1,112 @@
+"""The registry of settings that cannot act: each is named where it cannot, and not where it can."""
+
+import pytest
+
+from fp4rl.spec.door import merge
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.idle import RULES, idle, value_at
+
+BATCH = {"train_batch_size": 4, "mini_batch_size": 4}
+SR = {"name": "mxfp4", "rounding": "stochastic"}
+CASES = [  # a key, where it cannot act, and one change more after which it can
+    (
+        "training.kl_loss_type",
+        {"training": {"kl_loss_type": "k2"}},
+        {"training": {"kl_loss_coef": 0.1}},
+    ),
+    (
+        "training.reference_precision",
+        {"training": {"reference_precision": "deployment", "kl_loss_coef": 0.1}},
+        {"injection": "w4a16"},
+    ),
+    (
+        "training.norm_adv_by_std",
+        {"training": {"adv_estimator": "rloo", "norm_adv_by_std": False}},
+        {"training": {"adv_estimator": "grpo"}},
+    ),
+    (
+        "training.clip_ratio_high",
+        {"training": {"clip_ratio_high": 0.4} | BATCH},
+        {"training": {"mini_batch_size": 2}},
+    ),
+    ("training.clip_ratio_low", {"training": {"clip_ratio_low": 0.4} | BATCH}, {"noise": {"logprobs": "noisy"}}),
+    (
+        "training.overlong_buffer.len",
+        {"training": {"overlong_buffer": {"enable": False, "len": 9}}},
+        {"training": {"overlong_buffer": {"enable": True}}},
+    ),
+    (
+        "training.filter_groups.max_num_gen_batches",
+        {"training": {"filter_groups": {"enable": False, "max_num_gen_batches": 9}}},
+        {"training": {"filter_groups": {"enable": True}}},
+    ),
+    (
+        "training.rollout_correction.threshold",
+        {"training": {"rollout_correction": {"threshold": 5.0}}},
+        {"training": {"rollout_correction": {"rollout_is": "token"}}},
+    ),
+    (
+        "training.reward",
+        {"injection": "w4a4", "training": {"reward": "math_verify", "distillation": {"alone": True}}},
+        {"training": {"distillation": {"alone": False}}},
+    ),
+    ("training.distillation", {"training": {"distillation": {"teacher": "live"}}}, {"injection": "w4a4"}),
+    (
+        "model.embedded.warm_up_lr",
+        {"model": {"embedded": {"warm_up_steps": 0, "warm_up_lr": 1.0}}},
+        {"model": {"embedded": {"warm_up_steps": 9}}},
+    ),
+    ("injection", {"injection": {"mode": "none", "dtype": "float16"}}, {"injection": {"kv_cache": "mxfp8"}}),
+    (
+        "injection",
+        {"injection": {"mode": "w4a4", "apply_during": ["evaluation"]}, "evaluation": {"profiles": ["full", "w4a4"]}},
+        {"evaluation": {"profiles": ["full", "deployment"]}},
+    ),
+    ("injection.preset", {"injection": {"mode": "nvfp4_w4a4", "preset": "vllm"}}, {"injection": {"kv_cache": "mxfp8"}}),
+    ("injection.seed", {"injection": {"mode": "w4a4", "seed": 3}}, {"injection": {"errors": [{"scale": 0.1}]}}),
+    ("injection.seed", {"injection": {"kv_cache": "mxfp8", "seed": 3}}, {"injection": {"grad_input": SR}}),
+    (
+        "injection.fused_groups",
+        {"injection": {"mode": "w4a4", "fused_groups": "free"}},
+        {"injection": {"by_pattern": {"*.q_proj": "mxfp8"}}},
+    ),
+    (
+        "injection.apply_during.input",
+        {"injection": {"mode": "w4a16", "apply_during": {"input": ["rollout"]}}},
+        {"injection": {"mode": "w4a4"}},
+    ),
+    (
+        "noise.targets.final_norm",
+        {"noise": {"targets": {"kinds": ["linear"], "final_norm": False}}},
+        {"noise": {"targets": {"kinds": ["norm"]}}},
+    ),
+    ("noise.targets.qk_norms", {"noise": {"targets": {"qk_norms": True}}}, {"model": {"path": "m", "embedded": None}}),
+    ("noise.targets.moe", {"noise": {"targets": {"moe": "all"}}}, {"model": {"path": "m", "embedded": None}}),
+    ("evaluation.temperature", {"evaluation": {"temperature": 0.5}}, {"evaluation": {"samples": 2}}),
+    ("evaluation.preset", {"evaluation": {"preset": "vllm"}}, {"evaluation": {"profiles": ["full", "w4a4"]}}),
+    ("evaluation.preset", {"evaluation": {"preset": "vllm"}}, {"evaluation": {"formats": ["mxfp4"]}}),
+    ("health.max_rollbacks", {"health": {"max_rollbacks": 5}}, {"health": {"policies": {"gradient": "rollback"}}}),
+]
+
+
+@pytest.mark.parametrize(("key", "content", "change"), CASES, ids=[case[0] for case in CASES])
+def test_a_setting_that_cannot_act_is_named_and_one_that_can_is_not(key, content, change):
+    """Kind: a knob wired to nothing."""
+    assert key in idle(Experiment.model_validate(content))
+    assert key not in idle(Experiment.model_validate(merge(content, change)))
+
+
+def test_defaults_are_never_named():
+    assert idle(Experiment()) == {}
+    assert idle(Experiment.model_validate({"injection": "w4a4", "noise": {}})) == {}
+
+
+def test_every_rule_speaks_of_keys_that_there_are_and_has_a_case():
+    full = {"injection": "w4a4", "noise": {}, "training": {"distillation": {}}}
+    experiment = Experiment.model_validate(full)
+    for rule in RULES:
+        for key in rule.keys:
+            parent, _, last = key.rpartition(".")
+            assert hasattr(value_at(experiment, parent) if parent else experiment, last), key
+    covered = {key for key, *_ in CASES}
+    assert all(covered & set(rule.keys) for rule in RULES)
