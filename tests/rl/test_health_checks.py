@@ -274,7 +274,7 @@ def test_a_mismatch_as_large_as_what_is_described_makes_is_no_illness(kl):
     described = {"described_kl": [None, None, kl / 2, kl, *[None] * 6], "described_probability": [0.02, *[None] * 9]}
     seen = {"mismatch_kl": [1e-6] * 2 + [kl] * 8, "mismatch_probability": [0.02] * 10}
     assert judged("mismatch", **seen, **described).state == "ok"
-    assert judged("mismatch", **seen | {"mismatch_kl": [5 * kl + 0.01] * 10}, **described).state == "alarm"
+    assert judged("mismatch", **seen | {"mismatch_kl": [10 * kl + 0.01] * 10}, **described).state == "alarm"
 
 
 def test_noise_that_makes_another_policy_of_the_sampler_is_an_alarm_and_hides_no_difference_in_rounding():

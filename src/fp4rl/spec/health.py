@@ -87,7 +87,7 @@ class Thresholds(Spec):
     early: PositiveInt = 20
     persist: PositiveInt = 3
     noise: PositiveFloat = 2.5
-    certain: PositiveFloat = 3.25
+    certain: PositiveFloat = Field(default=3.25, description="standard deviations that a fall must exceed")
     watched: PositiveInt = Field(default=20, description="steps that a watch stays before it may become an alarm")
     worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it is by then")
     accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")
@@ -95,7 +95,7 @@ class Thresholds(Spec):
     harm: PositiveFloat = Field(default=0.3, description="share lost that makes another symptom an alarm")
     below_validation: PositiveFloat = Field(default=0.25, description="rollout accuracy over validation accuracy")
     length_ratio: PositiveFloat = Field(default=1.5, description="length over its early median")
-    truncated: PositiveFloat = Field(default=1 / 3, description="share cut off that was not from the beginning")
+    truncated: PositiveFloat = Field(default=0.33, description="share cut off that was not from the beginning")
     entropy_drop: PositiveFloat = Field(default=3.0, description="times below its own trend")
     entropy_left: PositiveFloat = Field(default=0.2, description="share of its early median that is left")
     entropy_rise: PositiveFloat = Field(default=1.5, description="times its lowest level, with accuracy falling")
@@ -113,8 +113,8 @@ class Thresholds(Spec):
     mismatch_kl: PositiveFloat = Field(default=0.006, description="k3 estimate of KL(rollout || train), nats a token")
     mismatch_probability: PositiveFloat = Field(default=0.008, description="mean |probability difference| of a token")
     mismatch_phases: PositiveFloat = Field(default=5e-5, description="the KL that rounding alone makes, nats a token")
-    mismatch_noise: PositiveFloat = Field(default=0.2, description="the same KL where all of it is described")
-    described: PositiveFloat = Field(default=3.0, description="times what is described, beside these two")
+    mismatch_noise: PositiveFloat = Field(default=0.5, description="the same KL where all of it is described")
+    described: PositiveFloat = Field(default=3.0, description="times the difference that is described; KL: its square")
     effective: PositiveFloat = Field(default=0.5, description="effective sample size that a rollout correction keeps")
     dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
     empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")

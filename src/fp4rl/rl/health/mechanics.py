@@ -1,5 +1,6 @@
 """Checks on the machine: numbers that are none, gradients that burst or vanish, a sampler that is another policy."""
 
+from dataclasses import dataclass
 from math import isfinite
 
 from fp4rl.rl.health.courses import Courses, solved
@@ -54,34 +55,42 @@ def mismatch(courses: Courses, t: Thresholds) -> Verdict:
         return _unless_corrected(
             courses, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
         )
-    return worst([_apart(courses, t, *side) for side in _sides(t)])
+    return worst([_apart(courses, t, side) for side in _sides(t)])
 
 
-def _sides(t: Thresholds) -> tuple[tuple[str, str, float, str], ...]:
-    """(signal, what of it is described, threshold, words) for both measures of the same thing."""
+@dataclass(frozen=True)
+class _Side:
+    """One measure of the mismatch: its signal, what of it is described and how many times that is let pass, a limit."""
+
+    signal: str
+    described: str
+    times: float
+    most: float
+    words: str
+
+
+def _sides(t: Thresholds) -> tuple[_Side, _Side]:
+    kl = "KL(rollout || train) {:.3g} nats a token"
+    probability = "token probabilities differ by {:.3g} on average between sampler and trainer"
     return (
-        ("mismatch_kl", "described_kl", t.mismatch_kl, "KL(rollout || train) {:.3g} nats a token"),
-        (
-            "mismatch_probability",
-            "described_probability",
-            t.mismatch_probability,
-            "token probabilities differ by {:.3g} on average between sampler and trainer",
-        ),
+        # A divergence grows with the square of a difference, and is carried by few tokens.
+        _Side("mismatch_kl", "described_kl", t.described**2, t.mismatch_kl, kl),
+        _Side("mismatch_probability", "described_probability", t.described, t.mismatch_probability, probability),
     )
 
 
-def _apart(courses: Courses, t: Thresholds, signal: str, described: str, most: float, words: str) -> Verdict:
+def _apart(courses: Courses, t: Thresholds, side: _Side) -> Verdict:
     """The median of the last few steps, since the estimate of one step is carried by few tokens."""
     width = max(_WINDOW, courses.width())
-    now = courses[signal].lately(width) if signal in courses.now else None
-    if now is None or now < most:
+    now = courses[side.signal].lately(width) if side.signal in courses.now else None
+    if now is None or now < side.most:
         return OK
-    found, foreseen = words.format(now), _foreseen(courses, described)
+    found, foreseen = side.words.format(now), _foreseen(courses, side.described)
     if foreseen is None:
         return _unless_corrected(courses, t, f"{found}; the log does not tell why")
-    if now >= most + t.described * foreseen:
+    if now >= side.most + side.times * foreseen:
         return _unless_corrected(courses, t, f"{found}, {foreseen:.3g} of it as described; the rest is not explained")
-    if signal == "mismatch_kl" and now >= t.mismatch_noise:
+    if side.signal == "mismatch_kl" and now >= t.mismatch_noise:
         return _unless_corrected(courses, t, f"{found}, as described, but too much to learn from")
     return OK  # as large as the noise, the errors and the chance that are described make it
 
