@@ -1,10 +1,10 @@
 """How often the monitor is wrong on healthy runs, and how soon it sees a failure: on real runs and synthesised courses.
 
 `python benchmarks/health.py [--healthy 4] [--faults 1] [--write]`. Real runs are those of the embedded model in
-`planted/`, 40 steps each (80 of those with 4 or 8 answers a step), 10 to 60 s of one core; a finished one is kept in
-`--keep` and not run again, and `--minutes` ends a long series early, to be gone on with by the same command. `--write`
-puts the tables into `docs/concepts/health.md` and every run into `results/health.md`. The thresholds were settled on
-other runs than these: healthy runs are numbered from `--first`, and lower numbers are for looking at.
+`planted/`, 40 steps each, 5 to 30 s of one core; a finished one is kept in `--keep` and not run again, and `--minutes`
+ends a long series early, to be gone on with by the same command. `--write` puts the tables into
+`docs/concepts/health.md` and every run into `results/health.md`. The thresholds were settled on other runs than these:
+healthy runs are numbered from `--first`, and lower numbers are for looking at.
 """
 
 import argparse
@@ -122,7 +122,7 @@ class HealthyRuns:
         healthy = was_healthy(trained)
         if healthy:
             self.runs, self.steps = self.runs + 1, self.steps + len(trained)
-            self.of_few += len(trained) if _prompts(number) < SMALL else 0
+            self.of_few += len(trained) if _answers(number) <= SMALL else 0
             self.classes[acts_in(number)] = self.classes.get(acts_in(number), 0) + len(trained)
             self.alarms += [f"run {number}: {words}" for words in told]
         else:
@@ -140,11 +140,12 @@ class HealthyRuns:
     def beside(self) -> str:
         """How the steps are made up."""
         classes = ", ".join(f"{name} {steps}" for name, steps in sorted(self.classes.items()))
-        return f"{self.of_few} of the steps have 4 or 8 answers, the others 64 or 128. Steps by what acts: {classes}"
+        return f"{self.of_few} of the steps have 4 or 8 answers, the others 32 or 64. Steps by what acts: {classes}"
 
 
-def _prompts(number: int) -> int:
-    return int(setting(number, LENGTH)["training"]["train_batch_size"])
+def _answers(number: int) -> int:
+    recipe = setting(number, LENGTH)["training"]
+    return int(recipe["train_batch_size"] * recipe["rollout_n"])
 
 
 def rate(alarms: int, steps: int) -> tuple[float, float]:
@@ -241,7 +242,7 @@ def main() -> None:
     """Run what is missing, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=4, help="healthy runs")
-    parser.add_argument("--first", type=int, default=1300, help="number of the first healthy run")
+    parser.add_argument("--first", type=int, default=1400, help="number of the first healthy run")
     parser.add_argument("--faults", type=int, default=1, help="seeds of every planted failure")
     parser.add_argument("--courses", type=int, default=50, help="synthesised courses of every kind")
     parser.add_argument("--log", type=Path, help="a public healthy log")

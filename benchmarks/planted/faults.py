@@ -34,7 +34,12 @@ class Fault:
 
     def described(self, seed: int, onset: int) -> dict[str, Any]:
         """The whole description of the run that the failure is planted in after step `onset`."""
-        return {**BASE, **self.more, "training": {"steps": onset + STEPS, **self.recipe}, "seed": seed}
+        return {
+            **BASE,
+            **self.more,
+            "training": {"steps": onset + STEPS, "train_batch_size": 8, "mini_batch_size": 4, **self.recipe},
+            "seed": seed,
+        }
 
 
 def _learning_rate(lr: float) -> Callable[[Attempt], None]:

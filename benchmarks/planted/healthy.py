@@ -37,20 +37,20 @@ CLASSES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """What acts -> that part of the description."""
 
-SIZES = ((16, 8), (1, 4), (8, 8), (1, 8), (16, 8), (2, 4), (8, 8), (4, 2))
-"""(prompts a step, answers a prompt): 128 or 64 answers, and 4 or 8 as on one small GPU."""
+SIZES = ((8, 8), (1, 4), (4, 8), (1, 8), (8, 8), (2, 4), (4, 8), (4, 2))
+"""(prompts a step, answers a prompt): 64 or 32 answers, and 4 or 8 as on one small GPU."""
 
 
 SMALL = 8
-"""Prompts a step below which a run counts as one of few answers."""
+"""Answers a step up to which a run counts as one of few."""
 
 
 def setting(number: int, steps: int) -> dict[str, Any]:
-    """The description of healthy run `number`. Small batches get a rate that they can bear, and twice the steps."""
+    """The description of healthy run `number`. Small batches get a rate that they can bear."""
     dial = Random(number)
     acts = list(CLASSES)[number % len(CLASSES)]
     prompts, answers = SIZES[number % len(SIZES)]
-    small = prompts < SMALL
+    small = prompts * answers <= SMALL
     difficulty, problems = dial.choice(TASKS)
     lora = dial.random() < 1 / 5
     rates = ((5e-4, 1e-3), (2e-5, 5e-5)) if small else ((1e-3, 2e-3), (1e-4, 2e-4, 4e-4))
@@ -62,7 +62,7 @@ def setting(number: int, steps: int) -> dict[str, Any]:
         },
         "task": {"name": "arithmetic", "difficulty": difficulty, "train_count": problems},
         "training": {
-            "steps": 2 * steps if small else steps,
+            "steps": steps,
             "train_batch_size": prompts,
             "rollout_n": answers,
             "mini_batch_size": prompts // dial.choice((1, 2, 4) if prompts >= 4 else (1,)),

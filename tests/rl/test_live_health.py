@@ -176,6 +176,7 @@ def test_what_the_description_puts_between_sampler_and_trainer_is_measured_besid
     foreseen = sum(metrics["rollout_corr/described_probs_diff"] for metrics in first)
     assert seen > 0.001
     assert foreseen / 2 < seen < 2 * foreseen
+    assert not mismatch_alarms(heard)
 
 
 def test_where_nothing_differs_nothing_is_foreseen(run, experiment):
