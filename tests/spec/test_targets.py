@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import BadValue, NotThere
-from fp4rl.spec.targets import Targets, matches, require_hit
+from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 2, 20, 27) for p in "qkvo"]
 
@@ -74,3 +75,34 @@ def test_what_no_engine_serves_in_4_bits_is_left_by_default(name):
 
 def test_gate_proj_is_not_taken_for_a_router():
     assert Targets().why_left("model.layers.0.mlp.gate_proj") is None
+
+
+def test_a_role_that_is_opted_in_is_not_left_by_default():
+    """The kind: a setting whose default cancels it, which only a run would have found out."""
+    kept = [p for p in LEFT_BY_DEFAULT if p != "*lm_head*"]
+    assert Targets.model_validate({"opt_in": "lm_head"}).leave == tuple(kept)
+    assert Targets(opt_in=("lm_head",)).why_left("lm_head") is None
+    assert Targets(opt_in=("router",)).why_left("model.layers.0.mlp.gate") is None
+    assert Targets(opt_in=("adapter",)).why_left("q_proj.lora_A.default") is None
+    assert Targets().why_left("lm_head") == "left by '*lm_head*'"
+    again = Targets.model_validate(Targets(opt_in=("lm_head",)).model_dump(mode="json"))
+    assert again == Targets(opt_in=("lm_head",))
+
+
+def test_a_role_that_is_opted_in_and_left_by_name_is_refused():
+    with pytest.raises(ValidationError, match=r"opt_in: \[lm_head\] would do nothing, because leave holds"):
+        Targets(leave=("*lm_head*", "*norm*"), opt_in=("lm_head",))
+
+
+def test_the_tied_head_of_the_embedded_model_is_refused_where_it_is_described():
+    content = {"injection": {"mode": "w4a16", "targets": {"opt_in": ["lm_head"]}}}
+    with pytest.raises(ValidationError, match="lm_head shares its weight with the embedding"):
+        Experiment.model_validate(content)
+
+
+def test_a_head_that_training_would_not_reach_is_refused_where_it_is_described():
+    head = {"mode": "w4a16", "targets": {"opt_in": ["lm_head"]}}
+    for model in ({"embedded": {"tie_word_embeddings": False}}, "folder"):
+        with pytest.raises(ValidationError, match=r"write apply_during: \[rollout, evaluation\]"):
+            Experiment.model_validate({"model": model, "injection": head})
+        Experiment.model_validate({"model": model, "injection": head | {"apply_during": ["rollout", "evaluation"]}})

@@ -159,7 +159,7 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
             raise BadValue(f"{setting} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
-            raise BadValue(f"targets.opt_in: [{wanted}] would do nothing: targets leave every {wanted} out")
+            raise BadValue(f"targets.opt_in: [{wanted}] would do nothing: no {wanted} is taken")
     for error in injection.errors:
         if not any(error in plan.errors for plan in plans):
             raise NotThere(f"{error.name} reaches no site: its targets leave every one out")

@@ -10,6 +10,7 @@ from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.task import Arithmetic, Task
 from fp4rl.spec.training import Training
 
@@ -38,6 +39,24 @@ class Experiment(Spec):
         noise = value.get("noise") if isinstance(value, dict) else None
         control = noise.get("control") if isinstance(noise, dict) else getattr(noise, "control", None)
         return {**value, "injection": None} if control == "bf16" else value
+
+    @model_validator(mode="after")
+    def _the_head_can_be_rounded(self) -> "Experiment":
+        """What `targets.opt_in: [lm_head]` asks for must be possible, or be refused before a run."""
+        embedded, injection = self.model.embedded, self.injection
+        if injection is None or "lm_head" not in injection.targets.opt_in:
+            return self
+        if embedded and embedded.tie_word_embeddings:
+            raise ValueError(
+                "injection.targets.opt_in: the embedded model's lm_head shares its weight with the embedding, which is "
+                "not rounded; write model.embedded.tie_word_embeddings: false, or drop lm_head"
+            )
+        if any("training" in getattr(injection.apply_during, p) for p in LINEAR_POINTS if getattr(injection, p)):
+            raise ValueError(
+                "injection.targets.opt_in: the training forward reads lm_head's weight without calling the layer, so "
+                "rounding would not reach it there; write apply_during: [rollout, evaluation], or drop lm_head"
+            )
+        return self
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly ever meant, one line each, to be said before a run (checks P19, P28, P32, P36)."""

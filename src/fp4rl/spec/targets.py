@@ -1,21 +1,26 @@
 """Which places of a model are meant: whole patterns over dotted names, and layers by number."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.mistakes import BadValue, NotThere
 
-# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, and add its role to
-# `opt_in` where a mistake would be costly.
+# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in `opt_in`
+# where a mistake would be costly: that takes the role's patterns out of the default.
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
 OptIn = Literal["router", "adapter", "lm_head"]
+_LEAVES: Mapping[str, tuple[str, ...]] = {  # the patterns of the default that keep each role out
+    "router": ("*router*", "*.gate", "*shared_expert_gate"),
+    "adapter": ("*lora_*",),
+    "lm_head": ("*lm_head*",),
+}
 
 
 class Targets(Spec):
@@ -30,9 +35,29 @@ class Targets(Spec):
     layers: tuple[int, ...] | None = Field(default=None, description="only these; negative ones count from the end")
     opt_in: tuple[OptIn, ...] = Field(default=(), description="what is rounded only where it is named here")
 
-    @field_validator("take", "leave", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _one_pattern_is_a_list(cls, value: object) -> object:
+    def _what_is_opted_in_is_not_left_by_default(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "leave" in value:
+            return value
+        given = value.get("opt_in") or ()
+        roles = (given,) if isinstance(given, str) else given if isinstance(given, list | tuple) else ()
+        lifted = {pattern for role in roles for pattern in _LEAVES.get(str(role), ())}
+        return {**value, "leave": tuple(pattern for pattern in LEFT_BY_DEFAULT if pattern not in lifted)}
+
+    @model_validator(mode="after")
+    def _what_is_opted_in_is_not_left(self) -> "Targets":
+        for role in self.opt_in:
+            if set(_LEAVES[role]) <= set(self.leave):
+                raise ValueError(
+                    f"opt_in: [{role}] would do nothing, because leave holds {', '.join(map(repr, _LEAVES[role]))}; "
+                    "take that out of leave"
+                )
+        return self
+
+    @field_validator("take", "leave", "opt_in", mode="before")
+    @classmethod
+    def _one_word_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("take", "leave")
