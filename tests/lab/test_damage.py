@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fp4rl.cli.main import main
 from fp4rl.cli.run import carry_out_all
 from fp4rl.lab.damage import Damaged
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import store
+from fp4rl.lab.ledger.query import Filter, count_runs
 from fp4rl.lab.ledger.rebuild import rebuild
 from fp4rl.lab.ledger.record import record_new
 from fp4rl.rl import checkpoints
@@ -132,6 +134,33 @@ def test_a_run_of_another_suite_is_not_stopped(lab, tmp_path, monkeypatch, capsy
     outcome = carry_out_all(Experiment(), "mine", tmp_path / "runs", 1)
     assert [one.run_id for one in outcome.done] == [run.run_id]
     assert capsys.readouterr().err.count("left out: ") == 1
+
+
+def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path, monkeypatch, capsys):
+    """The kind: a variable that some verbs heed and others pass by. `w4a4` has one run; its spread is the ledger's."""
+    from fp4rl.engines import processes
+    from fp4rl.lab.report import collect as module
+
+    def carried(self, runs, root, on_event):
+        yield from ()
+
+    places = []
+    monkeypatch.setattr(module, "from_ledger", lambda place, _: places.append(place))
+    monkeypatch.setattr(processes.LocalPool, "__call__", carried)
+    monkeypatch.setenv("FP4RL_LEDGER", str(tmp_path / "team.db"))
+    (tmp_path / "mine.yaml").write_text("training: {steps: 1}\n")
+    assert main(["run", str(tmp_path / "mine.yaml")]) == 0
+    with store.open_ledger(tmp_path / "team.db") as ledger, ledger.reading() as connection:
+        assert count_runs(connection, Filter()) == 5
+    assert not (tmp_path / "runs" / "ledger.db").exists()
+    sides = {"treatment": "w4a4@deployment", "control": "bf16@deployment", "question": "?"}
+    (tmp_path / "runs" / "mine" / "suite.yaml").write_text(
+        yaml.safe_dump({"suite": "mine", "arms": {"bf16": {}, "w4a4": {"injection": "w4a4"}}, "comparisons": [sides]})
+    )
+    monkeypatch.setattr(module, "has_single_runs", lambda _: True)
+    assert main(["report", "mine"]) == 0
+    assert places == [str(tmp_path / "team.db")]
+    capsys.readouterr()
 
 
 def test_a_locked_ledger_is_one_line_and_stops_no_run(lab, tmp_path, monkeypatch, capsys):

@@ -62,11 +62,28 @@ def test_arms_stand_side_by_side_in_80_columns(tmp_path, experiment):
         folder = run_folder(tmp_path, run.suite, run.run_id)
         folder.add_metrics(1, {"time/generation_s": seconds, "time/teacher_s": 0.0})
     screen = Console(width=80, record=True, file=io.StringIO())
-    screen.print(profiled(runs, tmp_path))
+    screen.print(profiled(runs, tmp_path, 80))
     text = screen.export_text()
     assert "2.000 100%" in text
     assert "5.000 100%" in text
     assert "teacher" not in text
+
+
+def test_many_arms_are_tables_that_fit_below_each_other_with_every_cell_whole(tmp_path, experiment):
+    """The kind: a table that is as wide as what the user describes, cut by the terminal (`2.0...`)."""
+    arms = [f"w4a16+aqn+strategy{number}" for number in range(14)]
+    runs = [PlannedRun("suite", arm, 0, experiment(seed=number)) for number, arm in enumerate(arms)]
+    for number, run in enumerate(runs):
+        folder = run_folder(tmp_path, run.suite, run.run_id)
+        folder.add_metrics(1, {"time/generation_s": 10.0 + number, "time/comparison_s": 0.1})
+    screen = Console(width=80, record=True, file=io.StringIO())
+    screen.print(profiled(runs, tmp_path, screen.width))
+    text = screen.export_text()
+    assert all(f" {arm} " in text for arm in arms)
+    assert all(f" {10 + n}.000 {(10 + n) / (10.1 + n):.0%} " in text for n in range(14))
+    assert text.count("generation") == 6  # 19 letters and a frame of 3 go thrice into 80 - 14 columns, 20 letters twice
+    assert text.count("Where a step goes") == text.count("each run's own table") == 1
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def rebuild_ledger(
 
     _require_runs(runs)
     screen = console(stderr=True)
-    with open_ledger(_place(runs, ledger)) as found, progress(screen) as bar:
+    with open_ledger(place(runs, ledger)) as found, progress(screen) as bar:
         task = bar.add_task("reading runs", total=None)
         count = rebuild(
             found,
@@ -90,7 +90,7 @@ def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
 
     if address is None:
         _require_runs(runs)
-    with open_ledger(_place(runs, address)) as ledger:
+    with open_ledger(place(runs, address)) as ledger:
         with progress(console(stderr=True)) as bar:
             task = bar.add_task("recording runs", total=None)
             record_new(
@@ -107,5 +107,6 @@ def _require_runs(runs: Path) -> None:
         raise NotThere(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
 
 
-def _place(runs: Path, address: str | None) -> str | Path:
+def place(runs: Path, address: str | None) -> str | Path:
+    """Where the ledger of a folder of runs is: the address that is named, else its own file."""
     return address or runs / "ledger.db"

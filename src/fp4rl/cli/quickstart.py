@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fp4rl.cli.ledger import Address
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot
 from fp4rl.cli.report import show
 from fp4rl.cli.run import carry_out_all, end
@@ -15,6 +16,7 @@ def command(
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
     report_to: ReportTo = None,
+    ledger: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Build and warm up the embedded model, train every arm, and print what the intervals allow one to say.
@@ -25,6 +27,6 @@ def command(
     from fp4rl.spec.door import load_spec
 
     suite = load_spec(named("quickstart"), overrides or [])
-    outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), quiet=as_json)
-    show(runs / "quickstart", as_json=as_json)
+    outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), ledger=ledger, quiet=as_json)
+    show(runs / "quickstart", ledger=ledger, as_json=as_json)
     end(outcome)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fp4rl.cli.late import leave_out
+from fp4rl.cli.ledger import Address
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
 
@@ -13,22 +14,24 @@ from fp4rl.cli.terminal import console, print_json
 def command(
     suite: Annotated[str, typer.Argument(help="Folder of a suite, or its name below --runs.")],
     runs: RunsRoot = Path("runs"),
+    ledger: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Print the comparison table of a suite and write report.html beside its runs.
 
     Example: `fp4rl report runs/quickstart`
     """
-    show(Path(suite) if Path(suite).is_dir() else runs / suite, as_json=as_json)
+    show(Path(suite) if Path(suite).is_dir() else runs / suite, ledger=ledger, as_json=as_json)
 
 
-def show(folder: Path, *, as_json: bool = False) -> None:
-    """Print the comparison table of a suite and write its HTML report beside its runs."""
+def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> None:
+    """Print the comparison table of a suite and write its HTML report beside its runs; `ledger` is the address of the
+    one that knows how far repeats lie apart, where it is not the folder's own."""
     from fp4rl.lab.report.collect import collect
     from fp4rl.lab.report.html import write_html
     from fp4rl.lab.report.terminal import terminal
 
-    report = collect(folder)
+    report = collect(folder, ledger)
     for damage in report.damages:
         leave_out(damage)
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.late import leave_out
+from fp4rl.cli.ledger import Address, place
 from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
@@ -28,6 +29,7 @@ def command(
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
     report_to: ReportTo = None,
+    ledger: Address = None,
     rerun_stale: Annotated[
         bool,
         typer.Option(
@@ -47,29 +49,36 @@ def command(
 
     described = described_by(spec, overrides or [])
     outcome = carry_out_all(
-        described, spec.stem, runs, jobs, report_to=report_to or (), rerun_stale=rerun_stale, quiet=as_json
+        described,
+        spec.stem,
+        runs,
+        jobs,
+        report_to=report_to or (),
+        ledger=ledger,
+        rerun_stale=rerun_stale,
+        quiet=as_json,
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
         return  # one of several processes: the first one speaks
-    table = profiled(done, runs) if profile and done else None
+    table = profiled(done, runs, console().width) if profile and done else None
     if as_json:
         print_json(_as_dict(outcome))
     elif done:
-        _show(described, runs, done)
+        _show(described, runs, done, ledger)
         if table is not None:
             console().print(table)
     end(outcome)
 
 
-def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]") -> None:
+def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]", ledger: str | None) -> None:
     """A suite's table and page, or a single run's accuracies and where all of it can be looked at."""
     from fp4rl.cli.show import accuracies
     from fp4rl.lab.folders import run_folder
     from fp4rl.spec.experiment import Suite
 
     if isinstance(described, Suite):
-        show(root / described.suite)
+        show(root / described.suite, ledger=ledger)
         return
     for run in done:
         console().print(accuracies(_last(run_folder(root, run.suite, run.run_id).result())))
@@ -100,6 +109,7 @@ def carry_out_all(
     jobs: int,
     *,
     report_to: Sequence[str] = (),
+    ledger: str | None = None,
     rerun_stale: bool = False,
     quiet: bool = False,
 ) -> "SuiteOutcome":
@@ -142,15 +152,15 @@ def carry_out_all(
         screen.print(f"{len(finished)} of {len(runs)} runs are finished already", highlight=False)
     for line in warnings_of(missing) if not quiet else ():
         screen.print(f"warning: {line}", markup=False, highlight=False)
-    ledger = open_ledger(root / "ledger.db")
+    book = open_ledger(place(root, ledger))
     with Display(missing, screen) as display:
 
         def ended(outcome: Outcome) -> None:
             display.on_outcome(outcome)
-            _record(ledger, root, screen)
+            _record(book, root, screen)
 
         outcome = run_all(runs, root, executor, display.on_event, ended)
-    _record(ledger, root, screen)  # also what a killed process finished and did not get to enter
+    _record(book, root, screen)  # also what a killed process finished and did not get to enter
     return outcome
 
 

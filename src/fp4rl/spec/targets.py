@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.mistakes import BadValue, NotThere
 
-# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in `opt_in`
-# where a mistake would be costly: that takes the role's patterns out of the default.
+# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in
+# `opt_in` where a mistake would be costly: that takes the role's patterns out of the default.
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
 OptIn = Literal["router", "adapter", "lm_head"]

@@ -68,15 +68,19 @@ class SuiteReport:
         return as_dict(self)
 
 
-def collect(suite_folder: Path) -> SuiteReport:
-    """Read a suite's folder. Raises `NotThere` where it is no suite, and what the door raises for its suite.yaml."""
+def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
+    """Read a suite's folder, and the spread of repeats from the ledger at that address, else from the folder's own.
+
+    Raises `NotThere` where it is no suite, and what the door raises for its suite.yaml.
+    """
     described = _described(suite_folder)
     plan = planned(described) if isinstance(described, Suite) else (single(described, suite_folder.name),)
     code_now = code_digest()
     runs = tuple(read_run(run, RunFolder(suite_folder / run.run_id), code_now) for run in plan)
     comparisons = described.comparisons if isinstance(described, Suite) else ()
     found = scores(runs)
-    spread = from_ledger(suite_folder.parent, plan[0].experiment) if comparisons and has_single_runs(runs) else None
+    place = ledger or suite_folder.parent / "ledger.db"
+    spread = from_ledger(place, plan[0].experiment) if comparisons and has_single_runs(runs) else None
     asked = questions(comparisons, runs, spread)
     others = _not_planned(suite_folder, plan)
     return SuiteReport(

@@ -9,12 +9,11 @@ from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
 
 
-def from_ledger(root: Path, experiment: Experiment) -> Spread | None:
-    """The spread in points over every repeat of the same task and model in `root/ledger.db`; None without any."""
-    file = root / "ledger.db"
-    if not file.is_file():
+def from_ledger(place: str | Path, experiment: Experiment) -> Spread | None:
+    """The spread in points over every repeat of the same task and model in the ledger at `place`; None without any."""
+    if isinstance(place, Path) and not place.is_file():
         return None
     described = experiment.model_dump(mode="json")
-    with open_ledger(file) as ledger, ledger.reading() as connection:
+    with open_ledger(place) as ledger, ledger.reading() as connection:
         groups = repeats(connection, digest(described["task"]), digest(described["model"]))
     return pooled([100 * share for share in group] for group in groups)
