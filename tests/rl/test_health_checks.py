@@ -262,10 +262,23 @@ def test_what_is_not_described_is_an_alarm_that_names_no_cause():
     verdict = judged("mismatch", mismatch_kl=[0.05] * 5, mismatch_phases=[0.0] * 5, described_kl=[0.0] * 5)
     assert verdict.state == "alarm"
     assert verdict.evidence == (
-        "KL(rollout || train) 0.05 nats a token, 0 of it as described; the rest is not explained"
+        "KL(rollout || train) 0.05 nats a token, 0 of it as described, 0 by decoding token by token; "
+        "the rest is not explained"
     )
     foreign = judged("mismatch", mismatch_kl=[0.05] * 5)
     assert (foreign.state, "does not tell why" in foreign.evidence) == ("alarm", True)
+
+
+def test_a_mismatch_that_decoding_was_measured_to_make_is_a_watch_that_says_so():
+    """Fused attention in 16 bits under 4-bit inputs makes up to .011 nats between decoding and one pass."""
+    verdict = judged(
+        "mismatch",
+        mismatch_kl=[0.011] * 5,
+        mismatch_phases=[0.0] * 5,
+        described_kl=[0.0] * 5,
+        decoding_kl=[0.01] * 5,
+    )
+    assert (verdict.state, "made by decoding" in verdict.evidence) == ("watch", True)
 
 
 @pytest.mark.parametrize("kl", [0.008, 0.037, 0.15])

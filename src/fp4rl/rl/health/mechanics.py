@@ -12,6 +12,8 @@ _MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch
 _RECENT = 20
 _AGO = 3
 _WINDOW = 3
+# A part of the mismatch below this share of what would be an illness is none.
+_NOTHING = 0.1
 
 
 def not_a_number(courses: Courses, t: Thresholds) -> Verdict:  # noqa: ARG001
@@ -60,10 +62,12 @@ def mismatch(courses: Courses, t: Thresholds) -> Verdict:
 
 @dataclass(frozen=True)
 class _Side:
-    """One measure of the mismatch: its signal, what of it is described and how many times that is let pass, a limit."""
+    """One measure of the mismatch: its signal, what of it is described and what decoding makes, how many times those
+    are let pass, and a limit."""
 
     signal: str
     described: str
+    decoding: str
     times: float
     most: float
     words: str
@@ -74,8 +78,15 @@ def _sides(t: Thresholds) -> tuple[_Side, _Side]:
     probability = "token probabilities differ by {:.3g} on average between sampler and trainer"
     return (
         # A divergence grows with the square of a difference, and is carried by few tokens.
-        _Side("mismatch_kl", "described_kl", t.described**2, t.mismatch_kl, kl),
-        _Side("mismatch_probability", "described_probability", t.described, t.mismatch_probability, probability),
+        _Side("mismatch_kl", "described_kl", "decoding_kl", t.described**2, t.mismatch_kl, kl),
+        _Side(
+            "mismatch_probability",
+            "described_probability",
+            "decoding_probability",
+            t.described,
+            t.mismatch_probability,
+            probability,
+        ),
     )
 
 
@@ -85,19 +96,24 @@ def _apart(courses: Courses, t: Thresholds, side: _Side) -> Verdict:
     now = courses[side.signal].lately(width) if side.signal in courses.now else None
     if now is None or now < side.most:
         return OK
-    found, foreseen = side.words.format(now), _foreseen(courses, side.described)
+    found, foreseen = side.words.format(now), _measured(courses, side.described)
     if foreseen is None:
         return _unless_corrected(courses, t, f"{found}; the log does not tell why")
-    if now >= side.most + side.times * foreseen:
-        return _unless_corrected(courses, t, f"{found}, {foreseen:.3g} of it as described; the rest is not explained")
+    decoding = _measured(courses, side.decoding) or 0.0
+    if now >= side.most + side.times * (foreseen + decoding):
+        parts = f"{foreseen:.3g} of it as described, {decoding:.3g} by decoding token by token"
+        return _unless_corrected(courses, t, f"{found}, {parts}; the rest is not explained")
     if side.signal == "mismatch_kl" and now >= t.mismatch_noise:
         return _unless_corrected(courses, t, f"{found}, as described, but too much to learn from")
+    if foreseen < _NOTHING * side.most:
+        beside = "made by decoding token by token (same weights and rounding); see rollout_correction"
+        return Verdict("watch", f"{found}, {beside}")
     return OK  # as large as the noise, the errors and the chance that are described make it
 
 
-def _foreseen(courses: Courses, described: str) -> float | None:
-    """What the description makes of a measure, by the last times that it was measured; None where nobody does."""
-    values = courses[described].values[-_WINDOW:]
+def _measured(courses: Courses, part: str) -> float | None:
+    """A part of the mismatch by the last times that it was measured; None where nobody does."""
+    values = courses[part].values[-_WINDOW:]
     return max(sum(values) / len(values), values[-1]) if values else None
 
 

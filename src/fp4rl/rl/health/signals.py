@@ -31,6 +31,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "mismatch_phases": ("rollout_corr/phase_k3_kl",),
     "described_kl": ("rollout_corr/described_k3_kl",),
     "described_probability": ("rollout_corr/described_probs_diff",),
+    "decoding_kl": ("rollout_corr/decode_k3_kl",),
+    "decoding_probability": ("rollout_corr/decode_probs_diff",),
     "effective": ("rollout_corr/rollout_is_eff_sample_size",),
 }
 
