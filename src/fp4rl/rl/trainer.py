@@ -38,11 +38,8 @@ from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other now and then, on a few answers.
 _COMPARED_ROWS = 32
-# What of the mismatch is told twice: as measured, and as far as the description makes it.
-_DESCRIBED = {
-    "rollout_corr/k3_kl": "rollout_corr/described_k3_kl",
-    "training/rollout_probs_diff_mean": "rollout_corr/described_probs_diff",
-}
+# What of the mismatch is told again in parts: as the description makes it, and as decoding token by token does.
+_IN_PARTS = {"rollout_corr/k3_kl": "k3_kl", "training/rollout_probs_diff_mean": "probs_diff"}
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -188,8 +185,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if phases.repeatable:
             phases.require_decoded(self.step, decoded["rollout_corr/k3_kl"])
         between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
-        found = {name: described[metric] for metric, name in _DESCRIBED.items() if metric in described}
-        found["rollout_corr/decode_k3_kl"] = decoded["rollout_corr/k3_kl"]
+        found = {**_part("described", described), **_part("decode", decoded)}
         if phases.comparable:
             phases.require_alike(self.step, between["rollout_corr/k3_kl"])
         if phases.comparable or not phases.round_alike:
@@ -332,6 +328,10 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """The trainer's checkpoint is whole: ours, written last, completes it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._trainer.parts.hooks.on_checkpoint(self._trainer.step, folder)
+
+
+def _part(name: str, found: dict[str, float]) -> dict[str, float]:
+    return {f"rollout_corr/{name}_{word}": found[metric] for metric, word in _IN_PARTS.items() if metric in found}
 
 
 def _scored_by_the_stream(**_: Any) -> list[float]:
