@@ -93,12 +93,15 @@ def test_w4a16_of_a_qwen3_moe_takes_attention_and_stacked_experts_but_no_router(
     assert set(left) >= outside
 
 
-def test_inputs_of_stacked_experts_need_the_eager_implementation(moe):
-    moe.config._experts_implementation = "grouped_mm"
-    with pytest.raises(BadValue, match=r"eager.*set_experts_implementation"):
-        resolve(moe, Injection.named("w4a4"))
-    moe.config._experts_implementation = "eager"
+def test_inputs_of_stacked_experts_are_reached_in_what_transformers_takes_by_itself(moe):
+    assert moe.config._experts_implementation == "grouped_mm"
     assert len(resolve(moe, Injection.named("w4a4")).plans) == 4 * 6
+
+
+def test_gradients_of_stacked_experts_are_said_to_stay_as_they_are(moe):
+    plans = resolve(moe, Injection.named("w4a4", grad_input="mxfp8")).plans
+    notes = {plan.site.kind: plan.note for plan in plans}
+    assert notes == {"linear": "", "experts": "gradients of stacked experts stay as they are"}
 
 
 def test_layer_2_leaves_layers_20_to_27_alone(dense):

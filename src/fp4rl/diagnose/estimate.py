@@ -17,6 +17,7 @@ from fp4rl.diagnose.calibration import Batch, Calibration
 from fp4rl.diagnose.passes import logits_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.sites.walk import as_used
 from fp4rl.spec.formats import Format
 
 DRAWS = 4  # answers drawn per token; each costs a backward pass and none a forward
@@ -90,7 +91,7 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
 @torch.no_grad()
 def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype) -> Tensor:
     """What rounding adds to the layer's output: [..., out], from the input [..., in] it really had."""
-    weight = layer.weight.detach()
+    weight = as_used(plan.site, layer.weight.detach())
     rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
     clean = linear(x, weight, layer.bias)
     harmed = linear(rounded_x, rounded_w, layer.bias)

@@ -13,6 +13,7 @@ from fp4rl.diagnose.tally import Tally, excess, round_piece
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.errors import gaussian_ideal
 from fp4rl.sites.observe import observe
+from fp4rl.sites.walk import as_used
 from fp4rl.spec.formats import Format
 
 Part = Literal["weight", "input"]
@@ -60,7 +61,7 @@ def weight_errors(
 def weight_of(model: nn.Module, plan: SitePlan) -> Tensor:
     """The weight [out, in] that is rounded: its layer's own, plus its active adapters where they are merged."""
     layer: Any = model.get_submodule(plan.site.path)
-    weight: Tensor = layer.weight.detach()
+    weight = as_used(plan.site, layer.weight.detach())
     if plan.merged:
         above: Any = model.get_submodule(plan.site.path.rpartition(".")[0])
         for name in (n for n in above.active_adapters if n in above.lora_A):

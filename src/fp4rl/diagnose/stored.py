@@ -38,6 +38,10 @@ def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Pa
     name = f"{plan.name}.weight"
     if name not in stored:
         raise NotThere(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
+    if plan.site.transposed:
+        raise BadValue(
+            f"{folder}: {name} is stored [in, out], which is not read in pieces; scan without --weights-only"
+        )
     if stored[name].shape != plan.site.shape:
         raise BadValue(f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(plan.site.shape)}")
     return stored[name]

@@ -93,17 +93,27 @@ class Attachment:
     def reset_evidence(self) -> None:
         """Start counting afresh."""
         for state in self._states.values():
-            state.book()
-            state.meters.clear()
+            state.recount()
 
     def require_calls(self) -> None:
-        """Raise CheckFailed, naming them, for sites that should act in the present phase and were never called, or were
-        called and left as they were what rounding changes."""
+        """Raise CheckFailed, naming them, for sites that should act in the present phase and were never called, were
+        called and met no tensor at a point that should act, or left as they were what rounding changes."""
         everywhere = len(self._states)
         if silent := [state.plan.name for state in self._silent()]:
             raise CheckFailed(
                 f"{len(silent)} of {everywhere} sites were never called during {self.phase}, so nothing was "
                 f"harmed there: {_first(silent)}"
+            )
+        bare = {
+            f"{state.plan.name} ({', '.join(points)})": points
+            for state in self._states.values()
+            if (points := state.untouched())
+        }
+        if bare:
+            raise CheckFailed(
+                f"{len(bare)} of {everywhere} sites were called during {self.phase} and 0 elements were rounded: "
+                f"{_first(list(bare))}; their matmul is computed in a way that injection does not reach: leave these "
+                "points out there (by_pattern)"
             )
         if idle := [state.plan.name for state in self._states.values() if state.missed()]:
             raise CheckFailed(

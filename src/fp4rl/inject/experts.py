@@ -1,41 +1,36 @@
-"""Live stacked experts ([experts, out, in] in one parameter) that compute with rounded numbers.
+"""Live stacked experts ([experts, out, in] in one parameter, or transposed) that compute with rounded numbers.
 
-While the module's own forward runs, its parameters read as their rounded copies, whatever implementation it takes; what
-goes into and comes out of the matmuls can be reached where they are `F.linear` calls (the eager implementation).
+While the module's own forward runs, its parameters read as their rounded copies, and every matmul that one of them
+enters is met on its way (`inject.products`): there inputs and outputs are rounded, and there it is seen which axis is
+summed over.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from fp4rl.inject.linear import LinearState
+from fp4rl.inject.products import Products
 from fp4rl.inject.state import KEY
+from fp4rl.spec.mistakes import CheckFailed
 
 
 class StackState(LinearState):
     """One stacked parameter: every expert is rounded as a tensor of its own, in blocks along `in`."""
 
-    transposed = False
+    seen = False  # whether a product showed that the layout is as it was taken to be
 
-    def _make(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        turned = weight.mT if self.transposed else weight
-        made = [super(StackState, self)._make(expert.contiguous()) for expert in turned.unbind(0)]
-        copy = torch.stack([copy for copy, _ in made])
-        reach = torch.stack([reach for _, reach in made if reach is not None]) if made[0][1] is not None else None
-        if not self.transposed:
-            return copy, reach
-        return copy.mT.contiguous(), None if reach is None else reach.mT.contiguous()
+    def _made(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        made = [super(StackState, self)._made(expert.contiguous()) for expert in weight.unbind(0)]
+        reach = [reach for _, reach in made if reach is not None]
+        return torch.stack([copy for copy, _ in made]), torch.stack(reach) if reach else None
 
     def would_change(self, point: str, x: Tensor) -> bool:
         """As for one matrix, expert by expert."""
-        if x.ndim < 3:
+        if point != "weight":
             return super().would_change(point, x)
-        turned = x.mT if self.transposed else x
-        return any(super(StackState, self).would_change(point, expert.contiguous()) for expert in turned.unbind(0))
+        return any(super(StackState, self).would_change(point, expert) for expert in x.unbind(0))
 
     def count(self) -> None:
         """The experts were called once."""
@@ -43,6 +38,18 @@ class StackState(LinearState):
             self.ticks.add_(1)
         else:
             self.calls += 1
+
+    def summed_over(self, transposed: bool) -> None:
+        """A product was met that sums over `in` as it lies in [experts, in, out], or in [experts, out, in]."""
+        if self.transposed is None:
+            self.transposed = transposed
+        if self.transposed != transposed:
+            words = {True: "[experts, in, out]", False: "[experts, out, in]"}
+            raise CheckFailed(
+                f"{self.plan.name} was taken to be stored as {words[not transposed]}, but its matmul sums over the "
+                f"other axis: its blocks would run along the outputs; leave it out: targets.leave: [{self.plan.name}]"
+            )
+        self.seen = True
 
 
 class ExpertsState:
@@ -53,6 +60,7 @@ class ExpertsState:
         self.original: type[nn.Module] = nn.Module
         self.removed = False
         self._reading: dict[str, Tensor] | None = None
+        self._products: Products | None = None
 
     def __reduce__(self) -> Any:
         return type(self), (self.stacks,), {"original": self.original, "removed": self.removed}
@@ -69,31 +77,55 @@ class ExpertsState:
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward over rounded parameters."""
-        original: Any = self.original
-        for stack in self.stacks.values():
-            stack.transposed = bool(getattr(module, "is_transposed", False))
+        stacks = self.stacks.values()
+        for stack in stacks:
             stack.count()
+        if any(stack.transposed is None for stack in stacks):
+            self._rehearse(module, *args, **kwargs)
+        meet = any(stack.input_on or stack.output_on for stack in stacks)
+        unseen = any(stack.weight_on and not stack.seen for stack in stacks) and not torch.compiler.is_compiling()
+        run = self._followed if meet or unseen else self._plainly
         self._reading = {}
         try:
-            if any(stack.input_on or stack.output_on for stack in self.stacks.values()):
-                with _Intercept(self):
-                    return original.forward(module, *args, **kwargs)
-            return original.forward(module, *args, **kwargs)
+            return run(module, *args, **kwargs)
         finally:
             self._reading = None
+
+    def _plainly(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        original: Any = self.original
+        return original.forward(module, *args, **kwargs)
+
+    # Dynamo would have to trace the following of tensors by their identity: a compiled graph breaks here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _followed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Products() as self._products:
+            try:
+                return self._plainly(module, *args, **kwargs)
+            finally:
+                self._products = None
+
+    def _rehearse(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Run once with the masters, to see which axis of a square matrix is summed over."""
+        with torch.no_grad():
+            self._followed(module, *args, **kwargs)
+        for stack in self.stacks.values():
+            if stack.transposed is None:
+                raise CheckFailed(
+                    f"{stack.plan.name}: no matmul of this square matrix was met, so nothing tells along which axis "
+                    f"its blocks run; leave it out: targets.leave: [{stack.plan.name}]"
+                )
 
     def read(self, name: str, weight: Tensor) -> Tensor:
         """What the parameter reads as: its copy inside the forward, itself everywhere else."""
         stack = self.stacks[name]
-        if self._reading is None or not stack.weight_on or self.removed:
-            return weight
-        if name not in self._reading:  # once a forward; the eager implementation reads it once an expert
-            self._reading[name] = stack.copy_of(weight, (weight,))
-        return self._reading[name]
-
-    def stack_of(self, weight: Tensor) -> StackState | None:
-        """The stack that a matrix [out, in] belongs to; gate_up and down never have one shape."""
-        return next((s for s in self.stacks.values() if s.plan.site.shape[1:] == tuple(weight.shape)), None)
+        value = weight
+        if self._reading is not None and stack.weight_on and not self.removed:
+            if name not in self._reading:  # once a forward; the eager implementation reads it once an expert
+                self._reading[name] = stack.copy_of(weight, (weight,))
+            value = self._reading[name]
+        if self._products is not None:
+            self._products.follow(value, stack)
+        return value
 
 
 def reading_rounded(name: str) -> property:
@@ -105,21 +137,3 @@ def reading_rounded(name: str) -> property:
         return state.read(name, weight)
 
     return property(read)
-
-
-class _Intercept(TorchFunctionMode):
-    """Catches the matmuls of the eager implementation, one expert at a time."""
-
-    def __init__(self, state: ExpertsState) -> None:
-        super().__init__()
-        self.state = state
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        stack = self.state.stack_of(args[1]) if func is linear and len(args) > 1 else None
-        if stack is None or not args[0].numel():
-            return func(*args, **(kwargs or {}))
-        x = stack.rounded_values(args[0], "input") if "input" in stack.points else args[0]
-        y = linear(x, *args[1:], **(kwargs or {}))
-        return stack.rounded_values(y, "output") if "output" in stack.points else y

@@ -24,6 +24,7 @@ class LinearState(SiteState):
         self.weight_on = self.input_on = self.output_on = self.products_on = False
         self.only_weight = False
         self.weight_points: tuple[str, ...] = ()
+        self.transposed = plan.site.transposed  # the parameter is [in, out]; None: not known yet
 
     def _ingredients(self) -> tuple[Any, ...]:
         return self.plan, self.settings, self.shared, self.kept.frozen
@@ -50,7 +51,7 @@ class LinearState(SiteState):
             self.ticks.add_(1)
         else:
             self.calls += 1
-        weight = self.weight(layer) if self.weight_on else layer.weight
+        weight = self._as_used(self.weight(layer) if self.weight_on else layer.weight)
         if self.input_on:
             x = self._input(x)
         y = self._product(x, weight, layer.bias)
@@ -69,11 +70,15 @@ class LinearState(SiteState):
         return self.with_errors(y, "matmul", drawn_for, backward="" if product == "forward" else product)
 
     def master(self, layer: nn.Linear) -> Tensor:
-        """What is rounded here, as it is now."""
-        return layer.weight
+        """What is rounded here [out, in], as it is now."""
+        return self._as_used(layer.weight)
+
+    def _as_used(self, weight: Tensor) -> Tensor:
+        """The parameter, or its copy, as [..., out, in]."""
+        return weight.mT if self.transposed else weight
 
     def weight(self, layer: nn.Linear) -> Tensor:
-        """The harmed weight, with a gradient to the master where one is computed."""
+        """The harmed weight as it is stored, with a gradient to the master where one is computed."""
         return self.copy_of(layer.weight, (layer.weight,))
 
     def copy_of(self, weight: Tensor, made_from: tuple[Tensor, ...]) -> Tensor:
@@ -81,6 +86,8 @@ class LinearState(SiteState):
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 copy, reach = self._make(weight)
+            for point in self.weight_points:
+                self.note(point, weight, copy, weight.numel())
             return through(weight, copy, reach)
         made = self.kept.made
         told = self.kept.frozen or self.audience is not None
@@ -91,6 +98,13 @@ class LinearState(SiteState):
         return through(weight, copy, self.kept.reach)
 
     def _make(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the harmed copy, where a gradient may pass), both as the weight is stored."""
+        if not self.transposed:
+            return self._made(weight)
+        copy, reach = self._made(weight.mT.contiguous())
+        return copy.mT.contiguous(), None if reach is None else reach.mT.contiguous()
+
+    def _made(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         copy, reach = weight.detach(), None
         fmt = self.plan.weight if "weight" in self.points else None
         if fmt is not None:
@@ -116,6 +130,15 @@ class LinearState(SiteState):
         elif not torch.compiler.is_compiling():
             self.shared.put(x, rounded)
         return rounded
+
+    def would_change(self, point: str, x: Tensor) -> bool:
+        """As above; a weight is rounded along `in` whichever way it is stored."""
+        return super().would_change(point, self._as_used(x).contiguous() if point == "weight" else x)
+
+    def recount(self) -> None:
+        """Start counting afresh; a kept copy is held against its master again, which is a look."""
+        super().recount()
+        self.kept.doubt()
 
     def forget(self, *, frozen: bool = True) -> None:
         """Throw away what was made from the weight and the last input; frozen weights are doubted only if asked."""

@@ -23,8 +23,7 @@ def recall(attachment: Attachment, memory: Mapping[str, Any]) -> None:
     """Put back what `remembered` gave, for the sites that it names."""
     for name, state in attachment.states.items():
         if name in memory:
-            state.calls = 0
-            state.ticks.zero_()
+            state.uncount()
             state.chance.step = memory[name]["step"]
             state.meters = {
                 (phase, point): Meter(**dict(zip((f.name for f in fields(Meter)), values, strict=True)))

@@ -52,7 +52,7 @@ def _held(module: nn.Module, state: Any) -> Iterator[tuple[SiteState, dict[str, 
     """Each site of a module with what could be compared there: point -> whether it is right."""
     stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
     for name, stack in stacks:
-        if stack.keep_copies and _repeatable(stack, "weight"):
+        if stack.keep_copies and stack.transposed is not None and _repeatable(stack, "weight"):
             with _uncounted(stack):
                 yield stack, {"weight": _stack_is_right(stack, module._parameters[name])}  # type: ignore[arg-type]
     if isinstance(state, LinearState) and not isinstance(state, PackedState) and state.keep_copies:
@@ -135,7 +135,6 @@ def _uncounted(state: LinearState) -> Iterator[None]:
     state.book()
     meters = {key: replace(meter) for key, meter in state.meters.items()}
     yield
-    state.calls = 0
-    state.ticks.zero_()
+    state.uncount()
     state.meters = meters
     state.shared.forget()

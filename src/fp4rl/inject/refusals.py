@@ -1,10 +1,12 @@
 """What must not be harmed, or cannot be, and the cure for each; called by `resolve` alone."""
 
+import re
 from collections import defaultdict
 
 from torch import nn
 
 from fp4rl.inject.plan import LeftOut, SitePlan
+from fp4rl.sites.layout import is_conv1d
 from fp4rl.sites.walk import Site
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue
@@ -12,7 +14,8 @@ from fp4rl.spec.targets import Targets
 
 OPT_IN = {"router": "router", "adapter": "adapter"}
 _CALLED = {"lm_head": "the output head", "router": "a router", "adapter": "an adapter"}
-_LEAVE = {"lm_head": "*lm_head*", "router": "*.gate", "adapter": "*lora_*"}
+_LEAVE = {"lm_head": "*lm_head*", "adapter": "*lora_*"}
+_REACHED = ("eager", "grouped_mm", "batched_mm")  # what else there is are kernels that read the weight themselves
 _FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
@@ -22,7 +25,7 @@ def require_opt_in(site: Site, targets: Targets) -> None:
     if wanted and wanted not in targets.opt_in:
         raise BadValue(
             f"{site.name} is {_CALLED[wanted]}, which no engine rounds; "
-            f"leave it ({_LEAVE[wanted]!r} in targets.leave), or write targets.opt_in: [{wanted}]"
+            f"leave it ({_pattern(site, wanted)!r} in targets.leave), or write targets.opt_in: [{wanted}]"
         )
     if site.shares is not None:
         raise BadValue(
@@ -31,13 +34,19 @@ def require_opt_in(site: Site, targets: Targets) -> None:
         )
 
 
+def _pattern(site: Site, wanted: str) -> str:
+    """What leaves a site out, and its likes in other layers."""
+    return _LEAVE.get(wanted) or re.sub(r"^.*?\.\d+\.", "*.", site.name)
+
+
 def require_plain_linear(site: Site, module: nn.Module) -> None:
     """BadValue for a linear layer that computes in its own way, or with a weight that something else computes."""
     if site.parameter is None:
         raise BadValue(
             f"{site.name} has no weight of its own (it is parametrized, or sharded already); attach before that is done"
         )
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    own = is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    if not own:
         raise BadValue(
             f"{site.name} is a {type(module).__name__} with a forward of its own, which injection would bypass; "
             f"leave it out: targets.leave: [{site.name}]"
@@ -60,14 +69,35 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
             raise BadValue(f"{plan.name}: {point}: {fmt.name} changes nothing in a {own} model; write none")
 
 
-def require_eager_experts(plan: SitePlan, module: nn.Module) -> None:
+def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
     """BadValue where the inputs or outputs of stacked experts are asked for and their matmul cannot be reached."""
     asked = [point for point in ("input", "output") if getattr(plan, point) is not None]
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
-    if asked and how != "eager":
+    if asked and how not in _REACHED:
         raise BadValue(
-            f"{plan.name}: the {asked[0]} of stacked experts can be rounded in the eager implementation only, not "
-            f"in {how!r}; call model.set_experts_implementation('eager'), or round their weights alone"
+            f"{plan.name}: the {asked[0]} of stacked experts is out of reach in the implementation {how!r}; "
+            "call model.set_experts_implementation('grouped_mm'), or round their weights alone"
+        )
+    if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
+        raise BadValue(
+            f"{plan.name}: {type(module).__name__} adds a bias after its matmul, so what an expert returns is out of "
+            "reach; leave the output out there (by_pattern, output: none), or round the input"
+        )
+
+
+def require_layout(site: Site, module: nn.Module) -> None:
+    """BadValue for experts whose parts, or the axis that their matmul sums over, cannot be told from their sizes."""
+    kind, shape = type(module).__name__, list(site.shape)
+    leave = f"leave it out: targets.leave: [{site.name}]"
+    if len(shape) == 2:
+        raise BadValue(
+            f"{site.name}: {kind} holds all its experts in one matrix {shape}, whose parts injection cannot tell "
+            f"apart; {leave}"
+        )
+    if site.transposed is None and shape[1] != shape[2]:
+        raise BadValue(
+            f"{site.name}: nothing in {kind} tells which axis of {shape} its matmul sums over, so along which its "
+            f"blocks run; {leave}"
         )
 
 
@@ -128,5 +158,7 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
 def require_packable(plan: SitePlan) -> None:
     """BadValue for a format that has no packed layout."""
     fmt = plan.weight
+    if plan.site.transposed:
+        raise BadValue(f"{plan.name}: frozen_base: packed does not unpack a weight stored [in, out]; take copy")
     if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):
         raise BadValue(f"{plan.name}: frozen_base: packed stores 4-bit codes that are drawn once, not {fmt.name}")

@@ -17,6 +17,7 @@ from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
 
 _WEIGHTS = ("linear", "experts", "router", "adapter")
 _ERROR_KINDS = {"matmul": "linear", "input": "linear", "weight": "linear", "scores": "attention", "values": "attention"}
+_EXPERT_GRADIENTS = "gradients of stacked experts stay as they are"
 _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 
 
@@ -99,8 +100,10 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
         refusals.require_change(plan, module, injection)
     if site.kind == "experts":
-        refusals.require_eager_experts(plan, module)
-        return replace(plan, grad_input=None, grad_weight=None)
+        refusals.require_layout(site, module)
+        refusals.require_reachable_experts(plan, module)
+        note = _EXPERT_GRADIENTS if plan.grad_input or plan.grad_weight else plan.note
+        return replace(plan, grad_input=None, grad_weight=None, note=note)
     if plan.acts:
         _require_module(plan, module)
     return _with_adapters(plan, model, injection)

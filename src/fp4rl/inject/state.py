@@ -54,7 +54,10 @@ class SiteState:
         self.keep_copies = True
         self.audience: WeakSet[SiteState] | None = None
         self.removed = False
-        self.ticks = torch.zeros((), dtype=torch.int64)  # counts inside torch.compile, where a number would be frozen
+        # What counts inside torch.compile, where a number would be frozen: calls, and elements of each point.
+        self.ticks = torch.zeros((), dtype=torch.int64)
+        errors = [error.name for error in plan.errors if error.forward]
+        self.harmed = {point: torch.zeros((), dtype=torch.int64) for point in (*formats, *errors)}
         self.phase: Phase = "training"
         self.points: frozenset[str] = frozenset()
         self.errors: tuple[HardwareError, ...] = ()
@@ -106,9 +109,26 @@ class SiteState:
         calls = self.calls + ticks
         for point in self.active if calls else ():
             self.meter(point).calls += calls
+        for point, elements in self.harmed.items() if ticks else ():
+            if harmed := int(elements):
+                self.meter(point).elements += harmed
+        self.uncount()
+
+    def uncount(self) -> None:
+        """Forget what was counted and not booked."""
         self.calls = 0
-        if ticks:
-            self.ticks.zero_()
+        for counter in (self.ticks, *self.harmed.values()):
+            counter.zero_()
+
+    def recount(self) -> None:
+        """Start counting afresh."""
+        self.book()
+        self.meters.clear()
+
+    def untouched(self) -> tuple[str, ...]:
+        """The points that should act in this phase, at which calls were counted and not one tensor was met."""
+        met = {point: self.meters.get((self.phase, point)) for point in self.active}
+        return tuple(p for p, meter in met.items() if meter and meter.calls and not (meter.elements or meter.looks))
 
     def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
         """Book `elements` that were harmed, and look at a sample of them now and then.
@@ -116,6 +136,8 @@ class SiteState:
         Calls of the forward are counted once for all points; `own_call` counts one here, for what the backward does.
         """
         if torch.compiler.is_compiling():
+            if point in self.harmed:
+                self.harmed[point].add_(elements)
             return
         meter = self.meter(point)
         meter.elements += elements

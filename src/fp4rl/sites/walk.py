@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+from fp4rl.sites.layout import experts_transposed, is_conv1d
 
 Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
 
@@ -34,8 +36,9 @@ _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 class Site:
     """One place. `name` is free of wrappers, `path` is where the module really hangs, `parameter` its weight's name.
 
-    `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, `layer` counts from 0 and is None
-    outside the stack, `shares` names the first place that holds the very same parameter.
+    `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, whichever way they are stored:
+    `transposed` says that the parameter has its last two axes the other way round, None that nothing tells. `layer`
+    counts from 0 and is None outside the stack, `shares` names the first place that holds the very same parameter.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Site:
     shape: tuple[int, ...]
     parameter: str | None = "weight"
     shares: str | None = None
+    transposed: bool | None = False
 
     @property
     def parent(self) -> str:
@@ -57,12 +61,15 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     """All places of `model` in its own order, on any device, the meta device included; nothing is changed or read."""
     first: dict[int, str] = {}
     sites = []
+    hidden, routers = _width(model), _routers(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # what PEFT keeps beside a module that it trains whole
             continue
-        for site, weight in _at(path, module):
+        for site, weight in _at(path, module, hidden):
+            if weight is not None and weight.ndim > 1 and path.startswith(routers):
+                site = replace(site, kind="router", role="router")
             owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
-            sites.append(site if owner == site.name else _sharing(site, owner))
+            sites.append(site if owner == site.name else replace(site, shares=owner))
     return tuple(sites)
 
 
@@ -81,11 +88,26 @@ def layer_count(sites: tuple[Site, ...]) -> int:
     return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
 
 
-def _sharing(site: Site, owner: str) -> Site:
-    return Site(site.name, site.path, site.kind, site.role, site.layer, site.shape, site.parameter, owner)
+def as_used(site: Site, weight: Tensor) -> Tensor:
+    """A parameter, or what was made from it, as [..., out, in]: a view."""
+    return weight.mT if site.transposed else weight
 
 
-def _at(path: str, module: nn.Module) -> Iterator[tuple[Site, nn.Parameter | None]]:
+def _width(model: nn.Module) -> int | None:
+    """The width of the residual stream, where a config names it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _routers(model: nn.Module) -> tuple[str, ...]:
+    """The beginnings of every path below a router: what it projects with decides on routes as well."""
+    kinds = ((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False) if path)
+    return tuple(f"{path}." for path, kind in kinds if path.endswith("router") or "Router" in kind or "Gating" in kind)
+
+
+def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
     """The places at one module: its attention, and each of its own weights. A bare layer is named by its class."""
     name = plain_name(path) or type(module).__name__
     if is_attention(module):
@@ -103,7 +125,15 @@ def _at(path: str, module: nn.Module) -> Iterator[tuple[Site, nn.Parameter | Non
             continue
         own = name if parameter == "weight" else f"{name}.{parameter}"
         role = "router" if kind == "router" else _ROLE_OF.get(own.rpartition(".")[2], kind)
-        yield Site(own, path, kind, role, layer_of(own), tuple(weight.shape), parameter), weight
+        transposed = _transposed(kind, module, parameter, weight, hidden)
+        sizes = tuple(weight.mT.shape if transposed else weight.shape)
+        yield Site(own, path, kind, role, layer_of(own), sizes, parameter, transposed=transposed), weight
+
+
+def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, hidden: int | None) -> bool | None:
+    if kind == "experts" and weight.ndim == 3:
+        return experts_transposed(module, parameter, hidden)
+    return kind == "linear" and is_conv1d(module)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -120,10 +150,10 @@ def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) ->
         return "adapter"
     if "Router" in type(module).__name__ or (_ROLE_OF.get(last) == "router" and weight.ndim == 2):
         return "router"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or (is_conv1d(module) and weight.ndim == 2):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if weight.ndim == 3 and "experts" in name.split("."):
+    if weight.ndim in (2, 3) and ("experts" in name.split(".") or "Expert" in type(module).__name__):
         return "experts"
     return "norm" if weight.ndim == 1 and "norm" in type(module).__name__.lower() else "other"

@@ -1,0 +1,186 @@
+"""Whole tiny models of transformers against the same model computed in float64 by hand (`expert_oracle`).
+
+The kind of fault: a model class whose weights are stored or multiplied in another way than `F.linear` does, so that a
+part of it is left as it is, rounded along the wrong axis, or not found at all. Equal to the oracle, or refused by name.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from fp4rl.inject.attach import attach
+from fp4rl.inject.probe import require_rounded
+from fp4rl.inject.resolve import resolve
+from fp4rl.sites.walk import walk
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.mistakes import BadValue
+
+_spec = importlib.util.spec_from_file_location("expert_oracle", Path(__file__).with_name("expert_oracle.py"))
+expert_oracle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(expert_oracle)
+
+MODES = ("w4a16", "w4a8", "w4a4", "w4a4_out")
+IDS = torch.arange(3, 27).view(2, 12)
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON = {**SHAPE, "vocab_size": 50, "intermediate_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FEW, LOCAL = {"num_experts_per_tok": 2, "num_experts": 4}, {"num_experts_per_tok": 2, "num_local_experts": 4}
+NARROW = {"moe_intermediate_size": 32, "head_dim": 16}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+GROUPS = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+}
+FAMILIES = {
+    "Qwen3Moe": FEW | NARROW,
+    "GptOss": LOCAL | {"head_dim": 16, "layer_types": ["full_attention"] * 2},
+    "Llama4": LOCAL | {"head_dim": 16, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+    "JetMoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
+    "Mixtral": LOCAL,
+    "Olmoe": FEW,
+    "Phimoe": LOCAL,
+    "GraniteMoe": LOCAL,
+    "DeepseekV3": {"num_experts_per_tok": 2, "moe_intermediate_size": 32} | LATENT | GROUPS,
+    "Qwen2Moe": FEW | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    "AriaText": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+}
+# What a mode is refused for, in the words of the refusal.
+REFUSED = {("GptOss", "w4a4_out"): "adds a bias after its matmul"}
+
+
+def tiny(family):
+    torch.manual_seed(0)
+    name = "Llama4Text" if family == "Llama4" else family
+    config = getattr(transformers, f"{name}Config")(**COMMON | FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.config._experts_implementation_internal = "eager"  # the grouped kernel takes no double precision
+    return model.eval().double()
+
+
+def equal_to_the_oracle(model, injection):
+    with attach(model, injection) as harmed, torch.no_grad():
+        found = model(IDS).logits
+        harmed.require_calls()
+        assert all(row["elements"] and row["share_changed"] > 0 for row in harmed.evidence())
+        require_rounded(harmed)
+        assert "experts" not in {left.site.kind for left in harmed.table.left_out}
+    with torch.no_grad():
+        wanted = expert_oracle.oracle_model(model, injection)(IDS).logits
+        plain = model(IDS).logits
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    assert (plain - wanted).norm() / wanted.norm() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_experts_computes_what_the_oracle_computes(family):
+    model = tiny(family)
+    for mode in MODES:
+        injection = Injection.named(mode, dtype="float32")
+        if reason := REFUSED.get((family, mode)):
+            with pytest.raises(BadValue, match=reason):
+                resolve(model, injection)
+            continue
+        equal_to_the_oracle(model, injection)
+
+
+def test_the_experts_of_jetmoe_are_sites_and_its_routers_are_routers():
+    kinds = {site.name: (site.kind, site.shape) for site in walk(tiny("JetMoe")) if site.layer == 1}
+    assert kinds["model.layers.1.mlp.input_linear"] == ("experts", (4, 192, 64))
+    assert kinds["model.layers.1.mlp.output_linear"] == ("experts", (4, 64, 96))
+    assert kinds["model.layers.1.self_attention.experts.input_linear"] == ("experts", (4, 32, 64))
+    assert {name for name, (kind, _) in kinds.items() if kind == "router"} == {
+        "model.layers.1.mlp.router.layer",
+        "model.layers.1.self_attention.experts.router.layer",
+    }
+
+
+def test_the_experts_of_llama4_are_written_as_their_matmul_uses_them():
+    sites = {site.name: site for site in walk(tiny("Llama4")) if site.kind == "experts" and site.layer == 0}
+    assert {name.rpartition(".")[2]: (site.shape, site.transposed) for name, site in sites.items()} == {
+        "gate_up_proj": ((4, 192, 64), True),
+        "down_proj": ((4, 64, 96), True),
+    }
+
+
+def test_experts_in_one_matrix_are_refused_by_name_and_can_be_left():
+    config = transformers.DbrxConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=50, max_seq_len=64)
+    config.attn_config.rope_theta = 1e4
+    with torch.device("meta"):
+        model = transformers.DbrxForCausalLM(config)
+    with pytest.raises(BadValue, match=r"ffn.experts.mlp.w1: DbrxExpertGLU holds all its experts in one matrix"):
+        resolve(model, Injection.named("w4a16"))
+    targets = {"leave": ["*.experts.*", "*router*", "*lm_head*"]}
+    table = resolve(model, Injection.model_validate({"mode": "w4a16", "targets": targets}))
+    assert {plan.name.rpartition(".")[2] for plan in table.plans} == {"Wqkv", "out_proj"}
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=32, vocab_size=50, n_inner=96)
+    ).eval()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gpt2_rounds_its_transposed_weights_along_the_inputs(mode):
+    """Fault: 'the model has no linear layers'. Right: the float64 oracle, which rounds W.T of [in, out] in rows."""
+    equal_to_the_oracle(gpt2().double(), Injection.named(mode, dtype="float32"))
+
+
+def test_gpt2_trains_through_its_rounding_as_the_oracle_does():
+    model, injection = gpt2().double(), Injection.named("w4a4", dtype="float32")
+    twin = expert_oracle.oracle_model(model, injection)
+    twin(IDS, labels=IDS).loss.backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with attach(model, injection):
+        model(IDS, labels=IDS).loss.backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, before[name])
+        assert torch.allclose(one.grad, other.grad, rtol=1e-7, atol=1e-10), name
+
+
+def test_gpt2_follows_its_optimizer_generates_and_is_itself_again():
+    model, injection = gpt2(), Injection.named("w4a4")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    plain = model(IDS).logits
+    with attach(model, injection) as harmed:
+        shapes = {plan.name: plan.site.shape for plan in harmed.table.plans if plan.site.layer == 1}
+        assert list(shapes.values()) == [(192, 64), (64, 64), (96, 64), (64, 96)]
+        harmed.set_phase("reference")
+        assert torch.equal(model(IDS).logits, plain)
+        harmed.set_phase("training")
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        harmed.set_phase("rollout")
+        model.generate(IDS[:, :3], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert require_rounded(harmed) == 8
+        fresh = gpt2()
+        fresh.load_state_dict(model.state_dict())
+        with torch.no_grad(), attach(fresh, injection):
+            assert torch.equal(model(IDS).logits, fresh(IDS).logits)
+
+
+def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused():
+    plan = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(gpt2(), plan)
+    with attach(model, Injection.named("w4a16")) as harmed:
+        model(IDS, labels=IDS).loss.backward()
+        harmed.require_calls()
+        assert len(harmed.table.plans) == 8
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    with pytest.raises(BadValue, match="stored transposed"):
+        resolve(model, Injection.named("w4a16", lora="merged"))
+    everywhere = {"weight": ["rollout", "training", "evaluation", "reference"]}
+    packed = {"mode": "w4a16", "frozen_base": "packed", "apply_during": everywhere}
+    with pytest.raises(BadValue, match=r"does not unpack a weight stored \[in, out\]; take copy"):
+        resolve(model, Injection.model_validate(packed))
