@@ -1,6 +1,8 @@
 """What a user gets wrong: one line with the cure on standard error, exit code 2, no traceback, nothing half-written."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -165,6 +167,55 @@ def test_a_task_and_its_file_belong_together(said, tmp_path, verb, options, part
     code, err = said(verb, tmp_path, *options)
     one_line(code, err, part)
     assert err.count("fp4rl") == 1
+
+
+WITHOUT_TORCH = {
+    "training.stpes": ["run", "s.yaml", "training.stpes=3"],
+    "models/none does not exist": ["run", "m.yaml"],
+    "model.path: gone does": ["eval", "gone"],
+    "'w4a17'": ["eval", ".", "-p", "w4a17"],
+    "'int3'": ["eval", ".", "--dtype", "int3"],
+    "task.path: gone.jsonl": ["eval", ".", "--task", "gsm8k", "--data", "gone.jsonl"],
+    "model.path: away does": ["scan", "away"],
+    "'mxfp5'": ["scan", "s.yaml", "--format", "mxfp5"],
+    "model.path: lost does": ["sites", "lost"],
+}
+
+
+def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
+    """Kind: what the description alone shows to be wrong, in every verb that goes on to load a model."""
+    (tmp_path / "s.yaml").write_text(SUITE)
+    (tmp_path / "m.yaml").write_text("model: {path: models/none}\n")
+    program = (
+        "import sys\nfrom fp4rl.cli.main import main\n"
+        f"for arguments in {list(WITHOUT_TORCH.values())!r}:\n"
+        "    assert main(arguments) == 2, arguments\n    assert 'torch' not in sys.modules, arguments\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    for part in WITHOUT_TORCH:
+        assert part in found.stderr, found.stderr
+
+
+@pytest.mark.parametrize("verb", ["eval", "scan", "sites"])
+def test_an_id_of_the_hub_gets_the_command_that_fetches_it(said, verb):
+    one_line(*said(verb, "Qwen/Qwen2.5-0.5B"), "`hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B`")
+
+
+def test_home_is_what_a_shell_means_by_it(said, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_text("model: {path: ~/none}\ntask: {name: gsm8k, path: ~/gone.jsonl}\n")
+    one_line(*said("run", "~/s.yaml", "--runs=~/mine"), f"model.path: {tmp_path}/none does not exist", "1 more")
+    one_line(*said("plan", "~/none.yaml"), f"{tmp_path}/none.yaml: no such file")
+    one_line(*said("plan", "~/s.yaml", "+~/more.yaml"), f"{tmp_path}/more.yaml: no such file")
+    one_line(*said("runs", "--runs=~/mine"), f"{tmp_path}/mine: no folder of runs")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "a" * 400 + ".yaml"], ["runs", "--runs", "a" * 400], ["sites", "a" * 400]]
+)
+def test_a_name_that_no_file_system_takes_is_one_line(said, arguments):
+    one_line(*said(*arguments))
 
 
 @pytest.mark.parametrize(

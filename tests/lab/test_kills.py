@@ -1,5 +1,6 @@
 """A suite that is killed again and again ends like one that never was: every run once, none twice, the same numbers."""
 
+import contextlib
 import json
 import os
 import random
@@ -100,3 +101,24 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
         assert (root / "killed" / run_id / "result.json").stat().st_mtime_ns == written
     assert len(all_runs(root)) == len(finished_runs(root)) == 30
     assert json.dumps(numbers(root), sort_keys=True) == json.dumps(numbers(tmp_path / "whole"), sort_keys=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [1.5, 3.0, 5.0, 9.0])
+def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
+    """Kind: an interrupt that meets the way out, or children that are still importing."""
+    spec = tmp_path / "s.yaml"
+    spec.write_text(yaml.safe_dump(SUITE))
+    process = start(spec, tmp_path / "runs")
+    time.sleep(moment)
+    for _ in range(6):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    try:
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    said = [line for line in spec.with_suffix(".log").read_text().splitlines() if not line.startswith("warning: ")]
+    assert said[-1] == "fp4rl: stopped; the same command continues where it left off"
+    assert len(said) <= 3, said

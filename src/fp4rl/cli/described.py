@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.forewarned import forewarned
+from fp4rl.lab.here import not_here
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
@@ -26,6 +27,13 @@ def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:
     """The runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
     return planned(described) if isinstance(described, Suite) else (single(described, name),)
+
+
+def require_here(runs: Iterable[PlannedRun]) -> None:
+    """Raise NotThere for the first path that the runs name and that does not exist on this machine."""
+    gone = not_here(runs)
+    if gone:
+        raise NotThere(f"{gone[0]}{f' (and {len(gone) - 1} more)' if len(gone) > 1 else ''}")
 
 
 def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:

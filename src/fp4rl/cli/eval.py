@@ -43,23 +43,18 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    _require_new(out)
-    from fp4rl.models.quiet import quiet
-
-    quiet()
     from fp4rl.cli.asked_profiles import asked_profiles
-    from fp4rl.cli.described import asked_task
-    from fp4rl.cli.rounding import ready_to_round
-    from fp4rl.rl.judge import Judge
-    from fp4rl.rl.start import task_of
+    from fp4rl.cli.described import asked_task, require_here
+    from fp4rl.lab.matrix import single
     from fp4rl.spec.door import parse
     from fp4rl.spec.evaluation import Evaluation
     from fp4rl.spec.experiment import Experiment
 
-    ready_to_round()
+    _require_new(out)
     described = parse(
         Experiment,
         {
+            "model": {"path": str(model), "dtype": dtype},
             "task": asked_task(task, data),
             "evaluation": {
                 **asked_profiles(precision or ["full"]),
@@ -72,6 +67,15 @@ def command(
         },
         "",
     )
+    require_here([single(described, "eval")])
+    from fp4rl.models.quiet import quiet
+
+    quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
+    from fp4rl.cli.rounding import ready_to_round
+    from fp4rl.rl.judge import Judge
+    from fp4rl.rl.start import task_of
+
+    ready_to_round()
     found_task = task_of(described.task)
     spec: Evaluation = described.evaluation
     judge = Judge(spec, None, found_task, found_task.problems(spec.split, spec.count))

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; the return value is its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    arguments = [_at_home(a) for a in arguments if a != "--debug"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
     late.begin()
     try:
@@ -97,10 +98,23 @@ def main(arguments: list[str] | None = None) -> int:
             return _report(KeyboardInterrupt())
         late.end()
         return code
-    except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, BrokenPipeError) as error:
-        if debug:
+    except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, OSError) as error:
+        if debug or not _of_the_user(error):
             raise
         return _report(error)
+
+
+def _of_the_user(error: BaseException) -> bool:
+    """An error of the system that names a file is about what the user gave; any other is a fault of ours."""
+    return not isinstance(error, OSError) or isinstance(error, BrokenPipeError) or error.filename is not None
+
+
+def _at_home(argument: str) -> str:
+    """`~` as a shell means it: shells leave it alone after `--runs=`."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and value.startswith("~"):
+        return f"{option}{equals}{Path(value).expanduser()}"
+    return str(Path(argument).expanduser()) if argument.startswith("~") else argument
 
 
 def _report(error: BaseException) -> int:
@@ -118,6 +132,9 @@ def _report(error: BaseException) -> int:
             return _INTERRUPTED
         case BrokenPipeError():
             return 0
+        case OSError():
+            _say(f"{error.filename}: {error.strerror}; name another place, or make room there")
+            return 2
         case _:
             _say(str(error))
             return 2
@@ -140,6 +157,8 @@ def entry() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = main()
+    if code == _INTERRUPTED:  # a second Ctrl-C on the way out would print tracebacks of half-closed things
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if launched():
         leave(code)
     sys.exit(code)

@@ -12,7 +12,7 @@ from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
+from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,12 +117,11 @@ def carry_out_all(
 
     Under a launcher (torchrun) all its processes train each run together, and the first one alone shows anything.
     """
-    from fp4rl.cli.described import runs_described, warnings_of
+    from fp4rl.cli.described import require_here, runs_described, warnings_of
     from fp4rl.cli.display import Display
     from fp4rl.engines.launcher import launched
     from fp4rl.engines.processes import LocalPool
     from fp4rl.engines.together import Together, follow, is_first, tell
-    from fp4rl.lab.here import not_here
     from fp4rl.lab.ledger.store import open_ledger
     from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
@@ -130,10 +129,7 @@ def carry_out_all(
 
     require_sinks(report_to)
     runs = runs_described(described, name)
-    gone = not_here(runs)
-    if gone:
-        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        raise NotThere(f"{gone[0]}{more}; put it there, or name another place")
+    require_here(runs)
     if launched():
         quiet_libraries()
         if not is_first():

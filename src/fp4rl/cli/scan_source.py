@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.cli.described import asked_task, is_spec, refuse_words_for_a_spec, run_described
-from fp4rl.lab.here import not_here
+from fp4rl.cli.described import asked_task, is_spec, refuse_words_for_a_spec, require_here, run_described
 from fp4rl.lab.matrix import PlannedRun, single
 from fp4rl.spec.door import parse
 from fp4rl.spec.experiment import Experiment
@@ -49,9 +48,7 @@ def described(source: Source) -> tuple[str, Experiment]:
     """What the report calls the model, and the experiment that it stands for: a folder, the word `embedded`, or one arm
     of a spec file. Raises NotThere where a file that it names is not on this machine."""
     run = _of_spec(source) if is_spec(source.model) else _of_model(source)
-    gone = not_here([run])
-    if gone:
-        raise NotThere(f"{gone[0]}; put it there, or name another place")
+    require_here([run])
     path = run.experiment.model.path
     if path is not None and not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise NotThere(f"model folder {path!r} has no config.json; is it a Hugging Face model folder?")

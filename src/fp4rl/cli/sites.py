@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, run_described
+from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
 from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.lab.matrix import single
 from fp4rl.spec.door import parse
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.mistakes import BadValue, shown
@@ -87,6 +89,7 @@ def _setting(word: str) -> tuple[str, str]:
 
 
 def _resolved(spec: Model, injection: Injection) -> "SiteTable":
+    require_here([single(Experiment(model=spec), "sites")])
     from fp4rl.models.quiet import quiet
 
     quiet()

@@ -88,9 +88,13 @@ class LocalPool:
         # Read by OpenMP when the child loads torch, so it must stand in the environment before that.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
+        # Ctrl-C reaches the whole group. A child starts with what is held back here, so that none of them prints a
+        # traceback of its imports; the parent hears it as soon as the child has started, and ends them all.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             if before is None:
                 del os.environ["OMP_NUM_THREADS"]
             else:
@@ -114,6 +118,7 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def remember(*_: Any) -> None:
         interrupted.set()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would break into the end of the workers
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, remember)

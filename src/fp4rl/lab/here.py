@@ -1,10 +1,13 @@
 """The files that a run needs and this machine lacks, found out without loading anything."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.spec.task import Gsm8k
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def not_here(runs: Iterable[PlannedRun]) -> list[str]:
@@ -18,5 +21,22 @@ def _not_here(run: PlannedRun) -> Iterator[str]:
     if isinstance(task, Gsm8k):
         named += [("task.path", task.path), ("task.test_path", task.test_path)]
     for key, path in named:
-        if path is not None and not Path(path).exists():
-            yield f"{key}: {path} does not exist on this machine"
+        if path is not None and not _exists(path):
+            yield f"{key}: {path} does not exist on this machine; {_cure(key, path)}"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _cure(key: str, path: str) -> str:
+    place = "put it there, or name another place"
+    if key != "model.path" or not _HUB_ID.fullmatch(path) or Path(path).parent.is_dir():
+        return place
+    return (
+        "nothing is downloaded here, so if it is an id of the Hub, "
+        f"`hf download {path} --local-dir models/{Path(path).name}` fetches it: then name that folder"
+    )

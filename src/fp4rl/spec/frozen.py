@@ -1,6 +1,17 @@
 """The one parent of every description: frozen, and closed to keys nobody knows."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111 - what the description keeps is text
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+"""A path on this machine, with `~` as in a shell."""
 
 
 class Spec(BaseModel):

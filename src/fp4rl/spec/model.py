@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Place, Spec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -54,7 +54,7 @@ class Lora(Spec):
 class Model(Spec):
     """Exactly one of `embedded` and `path`; `embedded` when neither is named."""
 
-    path: str | None = Field(default=None, description="a Hugging Face folder on this disk; nothing is downloaded")
+    path: Place | None = Field(default=None, description="a Hugging Face folder on this disk; nothing is downloaded")
     embedded: Embedded | None = None
     dtype: Dtype = Field(default="float32", description="of the weights and of the arithmetic around what is rounded")
     lora: Lora | None = None

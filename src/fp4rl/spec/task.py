@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Place, Spec
 
 
 class Arithmetic(Spec):
@@ -20,8 +20,10 @@ class Gsm8k(Spec):
     """GSM8K from a local JSONL or Parquet file with the columns `question` and `answer`."""
 
     name: Literal["gsm8k"] = "gsm8k"
-    path: str = Field(description="the training file; the held-out split is cut from it when `test_path` is not given")
-    test_path: str | None = Field(default=None, description="file of the held-out problems")
+    path: Place = Field(
+        description="the training file; the held-out split is cut from it when `test_path` is not given"
+    )
+    test_path: Place | None = Field(default=None, description="file of the held-out problems")
     prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
 
 
