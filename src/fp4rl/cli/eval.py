@@ -49,6 +49,7 @@ def command(
     from fp4rl.spec.door import parse
     from fp4rl.spec.evaluation import Evaluation
     from fp4rl.spec.experiment import Experiment
+    from fp4rl.spec.shared_scales import batch_note
 
     _require_new(out)
     described = parse(
@@ -89,6 +90,9 @@ def command(
         print_json([e.summary() for e in found])
         return
     console().print(_table(str(model), [e.summary() for e in found]))
+    for name, measured in names.items():
+        if note := batch_note(measured.injection, "evaluation"):
+            console().print(f"{name}: {note} ({judge.decoding.batch_size} answers here)", highlight=False)
 
 
 def _table(title: str, summaries: list[dict[str, Any]]) -> Table:

@@ -7,6 +7,8 @@ from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge, rule_named
 from fp4rl.diagnose.sensitivity import rank_correlation
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.shared_scales import batch_note
 from fp4rl.spec.words import agreeing, counted
 
 STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data
@@ -131,6 +133,8 @@ def _harmful(report: ScanReport) -> list[Finding]:
 
 def _notes(report: ScanReport) -> list[Finding]:
     found = []
+    if batch := batch_note(report.table.injection, *PHASES):
+        found.append(Finding("note", batch))
     short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))
     if short:
         text = f"the block does not divide the width of {counted(len(short), 'site')}; the last block there is short"

@@ -9,8 +9,10 @@ from fp4rl.spec.frozen import Spec
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
+from fp4rl.spec.modes import MODES
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.shared_scales import batch_note, shared_scales
 from fp4rl.spec.task import Arithmetic, Task
 from fp4rl.spec.training import Training
 
@@ -58,6 +60,17 @@ class Experiment(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sampler_and_trainer_can_round_alike(self) -> "Experiment":
+        shared = shared_scales(self.injection, "rollout", "training")
+        if shared:
+            raise ValueError(
+                f"injection: {', '.join(shared)}: all tokens of a call share a scale, so that a token is rounded "
+                "differently in a batch of another size: sampler and trainer would be two policies. Keep such formats "
+                "to weights (nvfp4_w4a16) or to evaluation, or take MXFP4 (w4a4)"
+            )
+        return self
+
     def warnings(self) -> list[str]:
         """What is allowed and hardly ever meant, one line each, to be said before a run (checks P19, P28, P32, P36)."""
         steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
@@ -68,6 +81,9 @@ class Experiment(Spec):
                 f"evaluation.test_freq {every} does not divide {steps} steps: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
+        for mode in self.evaluation.profiles:
+            if mode in MODES and (note := batch_note(Injection.named(mode), "evaluation")):
+                found.append(f"evaluation profile {mode}: {note} (evaluation.batch_size)")
         return found
 
 

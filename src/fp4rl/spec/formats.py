@@ -113,6 +113,12 @@ class Format:
             bits += {"e8m0": 8, "e4m3": 8, "fp32": 32}[self.scale] / (self.block[0] * self.block[1])
         return bits + (32 / self.coarse.columns if self.coarse else 0)
 
+    @property
+    def spans_rows(self) -> bool:
+        """Whether values in different rows share a scale."""
+        rows = self.block[0] if self.block is not None else 1
+        return self.scale in ("e4m3", "fp32") or rows > 1
+
 
 def _check_words(fmt: Format) -> None:
     for key, known in (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding)):
