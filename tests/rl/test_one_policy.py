@@ -153,7 +153,10 @@ def test_what_is_scored_is_what_was_sampled(family, rounded, dtype, folder, tmp_
     assert tied.sum() <= 2
     apart = mismatch_metrics(scored[~tied], sampled[~tied], mask[~tied])
     assert apart["rollout_corr/k3_kl"] < 1e-6
+    if family == "gpt_neo":
+        return  # its attention computes in float32 whatever the dtype
     trainer.model.double()
+    trainer.model.set_experts_implementation("eager")  # grouped_mm knows no float64
     trainer.parts.phases.weights_changed()
     generated(trainer)
     assert trainer._step_metrics["rollout_corr/decode_k3_kl"] < 1e-9
