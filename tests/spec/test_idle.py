@@ -62,7 +62,11 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"injection": {"mode": "w4a4", "apply_during": ["evaluation"]}, "evaluation": {"profiles": ["full", "w4a4"]}},
         {"evaluation": {"profiles": ["full", "deployment"]}},
     ),
-    ("injection.preset", {"injection": {"mode": "nvfp4_w4a4", "preset": "vllm"}}, {"injection": {"kv_cache": "mxfp8"}}),
+    (
+        "injection.preset",
+        {"injection": {"mode": "nvfp4_w4a16", "preset": "vllm"}},
+        {"injection": {"kv_cache": "mxfp8"}},
+    ),
     ("injection.seed", {"injection": {"mode": "w4a4", "seed": 3}}, {"injection": {"errors": [{"scale": 0.1}]}}),
     ("injection.seed", {"injection": {"kv_cache": "mxfp8", "seed": 3}}, {"injection": {"grad_input": SR}}),
     (

@@ -81,10 +81,16 @@ class Experiment(Spec):
                 f"evaluation.test_freq {every} does not divide {steps} steps: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
-        for mode in self.evaluation.profiles:
-            if mode in MODES and (note := batch_note(Injection.named(mode), "evaluation")):
-                found.append(f"evaluation profile {mode}: {note} (evaluation.batch_size)")
+        for profile in self.evaluation.profiles:
+            if note := batch_note(self._measured_under(profile), "evaluation"):
+                found.append(f"evaluation profile {profile}: {note} (evaluation.batch_size)")
         return found
+
+    def _measured_under(self, profile: str) -> Injection | None:
+        """The injection that a profile names, as far as this description alone tells."""
+        if profile == "deployment":
+            return self.injection
+        return self.evaluation.injections.get(profile) or (Injection.named(profile) if profile in MODES else None)
 
 
 class Comparison(Spec):
