@@ -99,4 +99,5 @@ def test_every_registered_format_may_stand_at_every_point():
 
 def test_an_injection_without_a_mode_is_named_by_its_points():
     assert parse({"weight": "mxfp4", "input": "mxfp8"}).name == "weight:mxfp4+input:mxfp8"
+    assert parse({"mode": "w4a4", "by_pattern": {"*.down_proj": "mxfp8"}}).name == "w4a4+by_pattern"
     assert parse({}).is_nothing

@@ -85,6 +85,7 @@ class Injection(Spec):
         ]
         words = [self.mode] if self.mode else []
         words += [f"{point}:{getattr(self, point).name}" for point in beyond] + [error.name for error in self.errors]
+        words += ["by_pattern"] if self.by_pattern else []  # mixed precision is not what its mode says alone
         return "+".join(word for word in words if word) or "none"
 
     @property
