@@ -87,7 +87,7 @@ class Thresholds(Spec):
     early: PositiveInt = 20
     persist: PositiveInt = 3
     noise: PositiveFloat = 2.5
-    certain: PositiveFloat = Field(default=3.25, description="standard deviations that a fall must exceed")
+    certain: PositiveFloat = Field(default=3.5, description="standard deviations that a fall must exceed")
     watched: PositiveInt = Field(default=20, description="steps that a watch stays before it may become an alarm")
     worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it is by then")
     accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")

@@ -7,10 +7,10 @@ from statistics import median
 # A normal standard deviation from a median absolute deviation; differences of two have sqrt(2) of it.
 _MAD_TO_SD = 1.4826
 _SQRT2 = 2**0.5
-_NOISE_WINDOW = 30
+NOISE_WINDOW = 30
 _SMOOTH = 5
 _FALL = 3
-LEVELS = (3, 5, 10, 20)
+LEVELS = (2, 3, 5, 10, 20)
 """Widths of the windows over which levels are compared."""
 
 
@@ -56,13 +56,17 @@ class Course:
     @property
     def spacing(self) -> float:
         """Steps from one observation to the next, as a rule; 1 before there are two."""
-        recent = self.steps[-_NOISE_WINDOW:]
+        recent = self.steps[-NOISE_WINDOW:]
         return max(1.0, median(b - a for a, b in pairwise(recent))) if len(recent) > 1 else 1.0
 
     def mean(self, width: int) -> float | None:
         """Mean of the last `width` observations; None before there are as many."""
         n = len(self.values)
         return (self._total[n] - self._total[n - width]) / width if 0 < width <= n else None
+
+    def start(self, width: int) -> float:
+        """Mean of the first `width` observations, of which there must be as many."""
+        return self._total[width] / width
 
     def bests(self) -> dict[int, float]:
         """Width of a window -> the highest mean that any window so wide has had; how far to trust it, see `loss`."""
@@ -102,7 +106,7 @@ class Course:
 
     def noise(self) -> float | None:
         """Standard deviation from one observation to the next, robust to jumps and blind to a trend."""
-        window = self.values[-_NOISE_WINDOW:]
+        window = self.values[-NOISE_WINDOW:]
         if len(window) < 4:
             return None
         steps = [b - a for a, b in pairwise(window)]
@@ -115,7 +119,7 @@ class Course:
         Shares of few answers are often 0 or 1 twice in a row, and a median of such differences is 0. The last few
         observations are left out: a fall is no measure of itself.
         """
-        past = self.values[: max(len(self.values) - _FALL, 4)][-_NOISE_WINDOW:]
+        past = self.values[: max(len(self.values) - _FALL, 4)][-NOISE_WINDOW:]
         steps = [b - a for a, b in pairwise(past)]
         plain = (sum(s * s for s in steps) / len(steps)) ** 0.5 / _SQRT2 if steps else 0.0
         return max(plain, self.noise() or 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 from fp4rl.rl.health.course import Course
 from fp4rl.rl.health.shares import grain, independent
@@ -25,10 +26,11 @@ class Courses:
         # Per step, as logged or as the shares let on; None where nobody knows.
         self.groups: float | None = None
         self.independent: float | None = None
+        self.loss: Any = None  # what `loss.lost` found in this step, once it was asked
 
     def add(self, step: int, signals: Mapping[str, float]) -> None:
         """The signals of one more step; `now` keeps them as they came, non-finite ones too."""
-        self.now = signals
+        self.now, self.loss = signals, None
         self._lines.add(step, 0.0)
         for signal, value in signals.items():
             self._of[signal].add(step, value)

@@ -1,14 +1,18 @@
 """How much of its best the policy has surely lost: the question that half of the checks ask."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import log, sqrt
 
-from fp4rl.rl.health.course import LEVELS, Course
+from fp4rl.rl.health.course import LEVELS, NOISE_WINDOW, Course
 from fp4rl.rl.health.courses import Courses
 from fp4rl.rl.health.shares import sampling_error
 from fp4rl.spec.health import Thresholds
 
 # A level that never stood out from its noise has no gain to lose: a fall is then counted in units of the noise.
 _IN_NOISE = 8.0
+_ENOUGH = 10.0
+_LEAST = 1e-6  # a scale below this is a rounding error
 
 
 @dataclass(frozen=True)
@@ -21,40 +25,73 @@ class Loss:
     width: int = 1
 
 
-def lost(courses: Courses, t: Thresholds) -> Loss:
-    """What the policy has lost by now.
+class _Error:
+    """Standard deviation of one observation of the goal at a level: as it was seen, and at least what its answers make.
 
-    The best is the level that the run has had for sure: the highest mean of a window less its sampling error, so that
-    it does not climb on luck. The present is held against it over several windows, each by its own sampling error, and
-    the largest loss counts. A reward that is no share (it is negative at times) has no zero to lose its part of: its
-    loss is counted against what had been gained, and losing all of that is like losing half of an accuracy.
+    A share over few answers varies most in the middle; what is seen beyond that is taken to be in proportion.
     """
+
+    def __init__(self, courses: Courses, goal: Course) -> None:
+        self._seen = goal.spread()
+        self._cases = courses.independent if courses.is_share else None
+        self._beyond = 1.0
+        level = goal.mean(min(len(goal), NOISE_WINDOW))
+        if self._cases is not None and level is not None:
+            self._beyond = max(1.0, self._seen / sampling_error(level, self._cases))
+
+    def at(self, level: float, width: int) -> float:
+        """Of a mean over `width` observations."""
+        one = self._seen if self._cases is None else self._beyond * sampling_error(level, self._cases)
+        return one / sqrt(width)
+
+    def tells(self, width: int) -> bool:
+        """Whether so many observations hold enough answers to be the measure of all that follows."""
+        return self._cases is None or width * self._cases >= _ENOUGH
+
+
+def lost(courses: Courses, t: Thresholds) -> Loss:
+    """What the policy has lost by now; asked by several checks, answered once a step.
+
+    The present is held against the level of the beginning and against the best that any window has had, over several
+    widths of both; a fall must exceed `t.certain` times the sampling error of the difference. The best of many windows
+    is lucky, and what luck makes of that many is taken off it, so that it does not climb on noise. A reward that is no
+    share (it is negative at times) has no zero to lose its part of: its loss is counted against what had been gained,
+    and losing all of that is like losing half of an accuracy.
+    """
+    if courses.loss is None:
+        courses.loss = _lost(courses, t)
+    found: Loss = courses.loss
+    return found
+
+
+def _lost(courses: Courses, t: Thresholds) -> Loss:
     goal = courses.goal
-    error = _error(courses, goal)
-    best = max((mean - t.certain * error / width**0.5 for width, mean in goal.bests().items()), default=None)
-    if best is None:
-        return Loss()
-    scale = best if courses.is_share else _gained(goal, best, error, t) / t.accuracy_drop
-    if scale <= 0:
-        return Loss()
-    return max((_over(goal, width, best, error, scale, t) for width in (1, *LEVELS)), key=lambda loss: loss.share)
+    error = _Error(courses, goal)
+    worst = Loss()
+    for width in (1, *LEVELS):
+        now = goal.mean(width)
+        if now is None:
+            break
+        for best, of_best in _levels(goal, len(goal) - width, error):
+            certain = t.certain * sqrt(of_best**2 + error.at(now, width) ** 2)
+            scale = best if courses.is_share else _gained(goal, best, error, t) / t.accuracy_drop
+            if scale < _LEAST or best - now < max(t.accuracy_points, certain):
+                continue
+            worst = max(worst, Loss((best - now) / scale, best, now, width), key=lambda loss: loss.share)
+    return worst
 
 
-def _over(goal: Course, width: int, best: float, error: float, scale: float, t: Thresholds) -> Loss:
-    now = goal.mean(width)
-    if now is None or best - now < max(t.accuracy_points, t.certain * error / width**0.5):
-        return Loss()
-    return Loss((best - now) / scale, best, now, width)
+def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, float]]:
+    """(level, its sampling error) of the beginning, as far as it lies `before` the present, and of the best windows."""
+    for width in LEVELS:
+        if width <= before and error.tells(width):
+            start = goal.start(width)
+            yield start, error.at(start, width)
+    for width, mean in goal.bests().items():
+        of_mean = error.at(mean, width)
+        yield mean - sqrt(2 * log(len(goal) / width)) * of_mean, of_mean
 
 
-def _error(courses: Courses, goal: Course) -> float:
-    """Standard deviation of one observation: as it was seen, and at least what its number of answers makes."""
-    cases = courses.independent if courses.is_share else None
-    level = goal.mean(min(len(goal), LEVELS[-1]))
-    of_the_count = sampling_error(level, cases) if cases is not None and level is not None else 0.0
-    return max(goal.spread(), of_the_count)
-
-
-def _gained(goal: Course, best: float, error: float, t: Thresholds) -> float:
+def _gained(goal: Course, best: float, error: _Error, t: Thresholds) -> float:
     start = goal.early(t.early)
-    return max(best - start if start is not None else 0.0, _IN_NOISE * error)
+    return max(best - start if start is not None else 0.0, _IN_NOISE * error.at(best, 1))
