@@ -59,6 +59,7 @@ SMALL = {
         "max_response_length": 8,
         "overlong_buffer": {"enable": False},
         "filter_groups": {"enable": False},
+        "entropy_coeff": 1e-3,  # a gradient even where no answer is right
     },
     "evaluation": {"count": 4, "max_new_tokens": 8, "profiles": ["full"]},
 }
@@ -98,6 +99,7 @@ def test_two_steps_on_gsm8k_with_the_embedded_model(shared_data, tmp_path, capsy
             "max_response_length": 32,
             "overlong_buffer": {"len": 8},
             "filter_groups": {"enable": False},
+            "entropy_coeff": 1e-3,
         },
         "injection": "w4a16",
         "evaluation": {"count": 8, "max_new_tokens": 32, "profiles": ["full", "deployment"]},

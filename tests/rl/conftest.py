@@ -21,6 +21,7 @@ SMALL = {
         "max_response_length": 32,
         "overlong_buffer": {"len": 8},
         "filter_groups": {"enable": False},
+        "entropy_coeff": 1e-3,  # every update moves the weights, with and without spread in the few answers
     },
     "evaluation": {"count": 24, "max_new_tokens": 12, "profiles": ["full", "deployment"], "preset": "vllm"},
 }
@@ -68,12 +69,18 @@ def experiment():
 
 
 @pytest.fixture
+def heard():
+    """For a run that fails: `run(experiment, heard=heard)`."""
+    return Heard()
+
+
+@pytest.fixture
 def run(model_cache, tmp_path):
     """`run(experiment)` -> (Trained, Heard)."""
 
-    def go(described, name="run"):
+    def go(described, name="run", heard=None):
         torch.set_num_threads(1)
-        heard = Heard()
+        heard = heard or Heard()
         return train(described, tmp_path / name, model_cache, heard.listeners()), heard
 
     return go

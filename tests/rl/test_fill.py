@@ -1,5 +1,7 @@
 """Filling a batch: what reaches the loss are whole groups whose answers differ, in order, and no others."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ N = 4
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "yes", "yes", "train") for i in range(40)]
 
 
-def filler(mixed, groups=3, function=None, **changes):
-    """Problems whose number is in `mixed` get two right answers of four; odd others four, even others none."""
+def filler(mixed, groups=3, function=None, uneven=False, **changes):
+    """Problems whose number is in `mixed` get two right answers of four; odd others four, even others none. `uneven`:
+    of each four the last answer is a token longer."""
     recipe = Training.model_validate({"rollout_n": N, "overlong_buffer": {"enable": False}, **changes})
     scorer = lambda problem, text: Score(text == "yes", text == "yes", True)  # noqa: E731
     stream = PromptStream(PROBLEMS, seed=0)
@@ -27,11 +30,13 @@ def filler(mixed, groups=3, function=None, **changes):
             number = numbers.setdefault(problem.id, len(numbers))
             right = place % N < 2 if number in mixed else number % 2
             texts.append("yes" if right else "no")
-        ids = tuple([7] * (1 + numbers[p.id]) for p in problems)  # the length says which problem it was
+        last = [uneven and place % N == N - 1 for place in range(len(problems))]
+        # the length says which problem it was
+        ids = tuple([7] * (1 + numbers[p.id] + longer) for p, longer in zip(problems, last, strict=True))
         logps = tuple(torch.zeros(len(row)) for row in ids)
         return Rollout(tuple(problems), tuple([1] for _ in problems), ids, logps, (True,) * len(ids), tuple(texts))
 
-    return Filler(recipe, stream, Rewarder(scorer, function), groups).fill(sample)
+    return Filler(recipe, stream, Rewarder(scorer, function, "of.mine" if function else "accuracy"), groups).fill(sample)
 
 
 def groups_of(filled):
@@ -48,14 +53,14 @@ def test_groups_without_spread_never_reach_the_loss():
 def test_at_the_cap_it_trains_on_what_there_is_and_says_so():
     filled = filler(mixed={1})
     assert groups_of(filled) == [1]
-    assert "1 of 3 groups have spread after 3 generations" in filled.refill.report()
+    assert "1 of 3 groups have spread in score (accuracy) after 3 generations" in filled.report()
     assert filled.metrics(N)["sampling/trained_groups"] == 1
 
 
 def test_with_nothing_to_learn_from_there_is_no_answer_and_no_crash():
     filled = filler(mixed=set())
     assert filled.answers == ()
-    assert "no update in this step" in filled.refill.report()
+    assert "no update in this step" in filled.report()
 
 
 def test_without_the_filter_every_group_reaches_the_loss_once():
@@ -68,7 +73,7 @@ def test_a_start_that_cannot_teach_anything_is_said():
     """With and without a filter; one group with spread is enough."""
     off = {"filter_groups": {"enable": False}}
     assert "none of the 9 groups of answers has any spread" in filler(mixed=set()).without_spread(N)
-    assert "none of the 3 groups of answers has any spread (mean reward 0.333" in filler(
+    assert "none of the 3 groups of answers has any spread in its rewards (mean 0.333" in filler(
         mixed=set(), **off
     ).without_spread(N)
     assert filler(mixed={1}).without_spread(N) is filler(mixed={1}, **off).without_spread(N) is None
@@ -93,3 +98,27 @@ def test_how_often_and_how_hard_long_answers_are_punished_is_logged():
     assert found["overlong/mean_penalty"] == pytest.approx(-(0 + 0.25 + 0.5) / 3)
     assert found["reward/mean"] == pytest.approx(found["accuracy/rollout"] + found["overlong/mean_penalty"])
     assert filler({0, 1, 2}).metrics(N)["overlong/share"] == 0.0
+
+
+def alternating(turns=itertools.count(), **_):
+    return float(next(turns) % 2)
+
+
+def test_the_filter_follows_the_reward_and_says_what_it_looked_at():
+    """A filter that looks at another metric than what is learned: by default it is the reward's own score."""
+    assert groups_of(filler(mixed=set(), function=alternating)) == [0, 1, 2]
+    by_accuracy = filler(mixed=set(), function=alternating, filter_groups={"metric": "acc"})
+    assert by_accuracy.answers == ()
+    assert "0 of 3 groups have spread in acc (the task) after 3 generations" in by_accuracy.report()
+    assert by_accuracy.without_spread(N) == (
+        "in 9 of the 9 groups the rewards differ, but the filter kept none of them, for want of spread in acc (the "
+        "task): set training.filter_groups.metric to score or reward"
+    )
+
+
+def test_the_filter_does_not_take_the_overlong_punishment_for_a_difference_in_score():
+    """The punishment alone is no spread in score; `reward` counts it."""
+    punished = {"max_response_length": 12, "overlong_buffer": {"enable": True, "len": 11}}
+    assert filler(mixed=set(), uneven=True, **punished).answers == ()
+    by_reward = filler(mixed=set(), uneven=True, **punished, filter_groups={"metric": "reward"})
+    assert groups_of(by_reward) == [0, 1, 2]

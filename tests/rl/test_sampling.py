@@ -38,7 +38,7 @@ def test_a_batch_is_refilled_until_it_is_full():
     refill = refill.after(kept=4, generated=8)
     assert refill.full
     assert refill.trained == 8
-    assert refill.report() is None
+    assert refill.report("acc") is None
     assert refill.metrics()["sampling/dropped_share"] == pytest.approx(1 - 9 / 16)
 
 
@@ -55,15 +55,15 @@ def test_the_cap_trains_on_what_there_is_and_says_so():
     refill = Refill(wanted=8, max_num_gen_batches=2).after(3, 8).after(2, 8)
     assert refill.gave_up
     assert refill.trained == 5
-    assert "5 of 8 groups" in refill.report()
-    assert "training on 5" in refill.report()
+    assert "5 of 8 groups" in refill.report("acc")
+    assert "training on 5" in refill.report("acc")
 
 
 def test_a_run_in_which_all_rewards_are_equal_ends_without_an_update():
     refill = Refill(wanted=8, max_num_gen_batches=2).after(0, 8).after(0, 8)
     assert refill.done
     assert refill.trained == 0
-    assert "no update" in refill.report()
+    assert "no update" in refill.report("acc")
     assert refill.metrics()["sampling/dropped_share"] == 1.0
 
 
@@ -101,7 +101,7 @@ def test_the_search_ends_within_its_cap_and_never_trains_on_more_than_it_kept(wa
     assert refill.done
     assert refill.batches <= cap
     assert refill.trained == min(refill.kept, wanted)
-    assert (refill.report() is None) == (refill.trained == wanted)
+    assert (refill.report("acc") is None) == (refill.trained == wanted)
 
 
 @pytest.mark.parametrize("call", [lambda: Refill(0, 1), lambda: Refill(1, -1), lambda: Refill(1, 1).after(3, 2)])

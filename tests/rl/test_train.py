@@ -118,15 +118,19 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, experime
     assert first != numbers(run(experiment("w4a4", seed=1), "c")[1])
 
 
-def test_without_spread_nothing_is_learned_and_the_log_says_so(run, experiment, model_cache, monkeypatch):
+def test_a_run_without_spread_learns_nothing_says_so_and_is_not_done(
+    run, heard, experiment, model_cache, tmp_path, monkeypatch
+):
     """Momentum would move the weights even under a zero gradient, so there must be no gradient at all."""
     monkeypatch.setattr(
         "fp4rl.tasks.arithmetic.Arithmetic.score", lambda self, problem, text: Score(False, False, False)
     )
     monkeypatch.setattr("fp4rl.rl.fill.soft_overlong_penalty", lambda lengths, *_: torch.zeros(len(lengths)))
-    trained, heard = run(experiment("bf16", training={"filter_groups": {"enable": True, "max_num_gen_batches": 2}}))
+    filtered = {"filter_groups": {"enable": True, "max_num_gen_batches": 2}}
+    with pytest.raises(CheckFailed, match="none of the weights: no step had a group of answers with spread in score"):
+        run(experiment("bf16", training=filtered), heard=heard)
     (start,) = model_cache.glob("tiny-*/")
-    assert master_digest(load(trained.final)[0]) == master_digest(load(start)[0])
+    assert master_digest(load(tmp_path / "run" / "final")[0]) == master_digest(load(start)[0])
     assert any("before any training: none of the" in line for line in heard.lines)
     said = [line for line in heard.lines if "dynamic sampling" in line]
     assert len(said) == 2

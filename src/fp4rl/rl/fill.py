@@ -21,27 +21,41 @@ Sampler = Callable[[list[Problem]], Rollout]
 
 @dataclass(frozen=True)
 class Filled:
-    """One training batch before it is padded. `answers` are those that reach the loss, whole groups in a row."""
+    """One training batch before it is padded. `answers` are those that reach the loss, whole groups in a row.
+
+    `metric` names what groups were to spread in, None where none was dropped.
+    """
 
     generations: tuple[ScoredRollout, ...]
     refill: Refill
     answers: tuple[Answer, ...]
+    metric: str | None
 
     @property
     def any_answer(self) -> Answer:
         """Some answer, kept or not."""
         return kept_answers(self.generations[:1], [[0]])[0]
 
+    def report(self) -> str | None:
+        """One line when the filter left the batch short, None else. Nothing is trained on in silence."""
+        return self.refill.report(self.metric) if self.metric is not None else None
+
     def without_spread(self, rollout_n: int) -> str | None:
-        """One line where no group of answers differs in what it earned, or none was kept for it (P25)."""
-        rewards = [torch.tensor(part.scored.rewards) for part in self.generations]
-        if self.answers and any(groups_with_spread(of_part, rollout_n).any() for of_part in rewards):
+        """One line where no group that is learned from differs in what it earned (P25)."""
+        kept = torch.tensor([answer.reward for answer in self.answers])
+        if len(kept) and groups_with_spread(kept, rollout_n).any():
             return None
-        groups, mean = sum(map(len, rewards)) // rollout_n, torch.cat(rewards).nanmean().item()
+        rewards = torch.cat([torch.tensor(part.scored.rewards) for part in self.generations])
+        groups, differ = len(rewards) // rollout_n, int(groups_with_spread(rewards, rollout_n).sum())
+        if differ:
+            return (
+                f"in {differ} of the {groups} groups the rewards differ, but the filter kept none of them, for want of "
+                f"spread in {self.metric}: set training.filter_groups.metric to score or reward"
+            )
         return (
-            f"none of the {groups} groups of answers has any spread (mean reward {mean:g}), so nothing can be learned "
-            "from them: take easier problems or a better start, more answers a group (training.rollout_n) or a "
-            "higher training.temperature"
+            f"none of the {groups} groups of answers has any spread in its rewards (mean {rewards.nanmean().item():g}),"
+            " so nothing can be learned from them: take easier problems or a better start, more answers a group "
+            "(training.rollout_n) or a higher training.temperature"
         )
 
     def metrics(self, rollout_n: int) -> dict[str, float]:
@@ -72,7 +86,8 @@ class Filler:
             parts.append(self._scored(sample([p for p in problems for _ in range(self.recipe.rollout_n)])))
             spreads.append(self._spread(parts[-1]) if filtered else torch.ones(len(problems), dtype=torch.bool))
             refill = refill.after(int(spreads[-1].sum()), len(problems))
-        return Filled(tuple(parts), refill, tuple(kept_answers(parts, _rows(spreads, refill.wanted, self.recipe))))
+        kept = kept_answers(parts, _rows(spreads, refill.wanted, self.recipe))
+        return Filled(tuple(parts), refill, tuple(kept), self.metric if filtered else None)
 
     @property
     def _filtered(self) -> bool:
@@ -85,9 +100,16 @@ class Filler:
         return self.recipe.distillation is not None and self.recipe.distillation.alone
 
     def _spread(self, part: ScoredRollout) -> Tensor:
-        by_reward = self.recipe.filter_groups.metric == "reward"
-        metric = part.scored.rewards if by_reward else part.scored.strict
-        return groups_with_spread(torch.tensor(metric, dtype=torch.float32), self.recipe.rollout_n)
+        scored = part.scored
+        metric = {"score": scored.earned, "reward": scored.rewards, "acc": scored.strict}
+        chosen = torch.tensor(metric[self.recipe.filter_groups.metric], dtype=torch.float32)
+        return groups_with_spread(chosen, self.recipe.rollout_n)
+
+    @property
+    def metric(self) -> str:
+        """What groups are to spread in, for a reader."""
+        metric = self.recipe.filter_groups.metric
+        return f"{metric} ({'the task' if metric == 'acc' else self.rewarder.name})"
 
     def _scored(self, rollout: Rollout) -> ScoredRollout:
         lengths = [len(ids) for ids in rollout.completion_ids]

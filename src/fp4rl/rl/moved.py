@@ -1,12 +1,14 @@
 """What training made of the weights: how many it changed, start against end (P24), and a digest of what they are."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from fp4rl.spec.mistakes import CheckFailed
 
 _FEW = 0.5
 
@@ -41,6 +43,24 @@ def weights_digest(model: PreTrainedModel) -> str:
 def _whole(parameter: Tensor) -> Tensor:
     """A sharded parameter gathered, any other as it is."""
     return getattr(parameter, "full_tensor", parameter.detach)()
+
+
+def without_update(steps: Collection[Mapping[str, float]]) -> int:
+    """How many steps kept no group of answers, so that nothing was learned in them."""
+    return sum(metrics.get("sampling/trained_groups") == 0 for metrics in steps)
+
+
+def require_moved(share: float, steps: Collection[Mapping[str, float]], metric: str, dtype: str) -> None:
+    """Raises CheckFailed for a training that changed nothing, with the likeliest reason: it is not a trained policy."""
+    if share > 0:
+        return
+    if steps and without_update(steps) == len(steps):
+        why = f"no step had a group of answers with spread in {metric} (training.filter_groups.metric, training.reward)"
+    elif all(not metrics.get("grad_norm") for metrics in steps):
+        why = "every gradient was 0: the answers of no group differ in their reward"
+    else:
+        why = f"no update reached half a step of {dtype}; raise training.lr"
+    raise CheckFailed(f"training changed none of the weights: {why}")
 
 
 def few_moved(share: float, dtype: str) -> str | None:

@@ -89,14 +89,14 @@ class Refill:
         """Groups that reach the loss: surplus ones are left out, so that every update weighs the same."""
         return min(self.kept, self.wanted)
 
-    def report(self) -> str | None:
-        """One line when the batch is not full, None when it is. Nothing is trained on in silence."""
+    def report(self, metric: str) -> str | None:
+        """One line when the batch is not full, None when it is; `metric` names what was to spread."""
         if not self.gave_up:
             return None
         action = f"training on {self.kept}" if self.kept else "no update in this step"
         return (
-            f"dynamic sampling: {self.kept} of {self.wanted} groups have spread after {self.batches} generations "
-            f"({self.generated} groups, max_num_gen_batches {self.max_num_gen_batches}); {action}"
+            f"dynamic sampling: {self.kept} of {self.wanted} groups have spread in {metric} after {self.batches} "
+            f"generations ({self.generated} groups, max_num_gen_batches {self.max_num_gen_batches}); {action}"
         )
 
     def metrics(self) -> dict[str, float]:

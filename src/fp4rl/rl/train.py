@@ -15,7 +15,7 @@ from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
-from fp4rl.rl.moved import few_moved, moved, weights_digest
+from fp4rl.rl.moved import few_moved, moved, require_moved, weights_digest, without_update
 from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder, task_of, training_problems
@@ -133,12 +133,15 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
         attempt.phases.finish()
     final = attempt.save(run.folder / "final")
-    share = moved(beginning(run), attempt.model, run.hear.record)
+    share, steps = moved(beginning(run), attempt.model, run.hear.record), attempt.past.metrics.values()
+    if stopped is None:
+        require_moved(share, steps, attempt.trainer.filler.metric, run.experiment.model.dtype)
     if line := few_moved(share, run.experiment.model.dtype):
         run.hear.say(line)
     evidence = {
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
         "weights_changed": share,
+        "steps_without_update": without_update(steps),
         "inputs": run.inputs,
         "final_weights": weights_digest(attempt.model),
         "noise": attempt.phases.noise_summary(),

@@ -102,7 +102,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             filled = self.filler.fill(self._sample)
             self.laps.lap("rewards")
         self.laps.lap("noise")
-        if line := filled.refill.report():
+        if line := filled.report():
             self.parts.hooks.say(f"step {self.step}: {line}")
         # Nothing has been learned yet: this is the start, under the noise that was planned.
         if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):

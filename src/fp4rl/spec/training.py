@@ -19,10 +19,16 @@ class OverlongBuffer(Spec):
 
 
 class FilterGroups(Spec):
-    """DAPO's dynamic sampling: groups whose metric has no spread are dropped and replaced by fresh ones."""
+    """DAPO's dynamic sampling: groups whose metric has no spread are dropped and replaced by fresh ones.
+
+    `metric`: `score` is what `training.reward` gives, `reward` the same with the overlong punishment, `acc` the task's
+    own strict score whatever the reward is.
+    """
 
     enable: bool = True
-    metric: Literal["acc", "reward"] = "acc"
+    metric: Literal["score", "acc", "reward"] = Field(
+        default="score", description="score: what training.reward gives; reward: less the overlong punishment; acc"
+    )
     max_num_gen_batches: PositiveInt = 3
 
 
