@@ -92,7 +92,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
         scored = (run.task.score(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
         return [float(score.strict) for score in scored]
 
-    overlong = get_soft_overlong_punishment(recipe.max_response_length, recipe.overlong_buffer.len)
+    overlong = get_soft_overlong_punishment(recipe.max_response_length, recipe.overlong)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[correct, overlong],

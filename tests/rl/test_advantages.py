@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fp4rl.rl.advantages import NORM_ADV_BY_STD, group_advantages
+from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.losses import LOSSES
+from fp4rl.spec.algorithms import PUBLISHED
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # two groups of four
@@ -20,8 +21,8 @@ def test_a_group_is_centred_and_divided_by_its_own_unbiased_deviation():
 
 def test_dr_grpo_does_not_divide():
     assert group_advantages(REWARDS, 4, norm_adv_by_std=False).values[:4].tolist() == [0.75, -0.25, -0.25, -0.25]
-    assert set(NORM_ADV_BY_STD) == set(LOSSES)
-    assert not NORM_ADV_BY_STD["dr_grpo"]
+    assert set(PUBLISHED) == set(LOSSES)
+    assert not PUBLISHED["dr_grpo"].norm_adv_by_std
 
 
 def test_leave_one_out_compares_with_the_mean_of_the_others():

@@ -122,3 +122,12 @@ def test_a_run_whose_template_ends_its_prompts_is_refused_before_it_starts(exper
     described = experiment("bf16").model_copy(update={"task": Gsm8k(path=str(file), prompt=f"{{question}}{EOS}")})
     with pytest.raises(BadValue, match="ends with '<eos>'"):
         check(described)
+
+
+def test_answers_beyond_the_positions_of_the_model_are_refused_with_what_would_fit(experiment):
+    """A cap on tokens that the model cannot count to; the embedded model has 4,096 positions."""
+    with pytest.raises(BadValue, match=r"more than the 4096 positions .* set training.max_response_length to 3840"):
+        check(experiment("bf16", training={"max_response_length": 3841}))
+    with pytest.raises(BadValue, match=r"set evaluation.max_new_tokens to 3840"):
+        check(experiment("bf16", evaluation={"max_new_tokens": 3841}))
+    check(experiment("bf16", training={"max_response_length": 3840}))

@@ -39,6 +39,7 @@ def command(
         return
     screen = console()
     _print_what(screen, found[0].experiment)
+    _print_recipes(screen, found)
     _print_suite(screen, described)
     _print_runs(screen, found, finished)
     for line in warnings_of(found):
@@ -56,6 +57,18 @@ def _print_what(screen: "Console", one: "Experiment") -> None:
         f"{recipe.rollout_n} answers, from {model}; judged on {judged.count} problems",
         highlight=False,
     )
+
+
+def _print_recipes(screen: "Console", found: "Sequence[PlannedRun]") -> None:
+    """Every number that decides what is learned, named or the algorithm's own; once for all arms that share them."""
+    recipes: dict[str, dict[str, None]] = {}
+    for run in found:
+        recipe = run.experiment.training
+        numbers = "; ".join(f"{key} {value}" for key, value in recipe.effective().items())
+        recipes.setdefault(f"{recipe.algorithm} ({recipe.published.source}): {numbers}", {})[run.arm] = None
+    for said, arms in recipes.items():
+        of = f" of {', '.join(arms)}" if len(recipes) > 1 else ""
+        screen.print(f"recipe{of}: {said}", markup=False, highlight=False)
 
 
 def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:

@@ -1,8 +1,6 @@
 """From rewards to advantages: each answer against the other answers of its own prompt."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,11 +11,6 @@ from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 EPSILON = 1e-4
 
 ADV_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline")
-
-# Whether an algorithm divides by the group's standard deviation when nothing is said (Dr. GRPO's point is not to).
-NORM_ADV_BY_STD: Mapping[str, bool] = MappingProxyType(
-    {"dapo": True, "grpo": True, "dr_grpo": False, "gspo": True, "cispo": True}
-)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4rl.rl.advantages import NORM_ADV_BY_STD, group_advantages
+from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.overlong import mask_truncated
 from fp4rl.rl.rollout import ScoredRollout
 from fp4rl.spec.training import Training
@@ -57,7 +57,7 @@ def training_batch(
 
 
 def _advantages(answers: Sequence[Answer], recipe: Training) -> Tensor:
-    by_std = NORM_ADV_BY_STD[recipe.algorithm] if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
+    by_std = recipe.published.norm_adv_by_std if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
     rewards = torch.tensor([a.reward for a in answers])
     return group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std).values
 

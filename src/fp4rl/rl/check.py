@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import tokenizer_of, with_lora
@@ -40,6 +41,7 @@ def check(experiment: Experiment) -> None:
         model = skeleton(path)
     else:
         model = embedded_skeleton(experiment.model.embedded or Embedded())
+    _answers_fit_the_positions(experiment, model.config)
     if experiment.model.lora is not None:
         model = with_lora(model, experiment.model.lora, path or "")
     for injection in (experiment.injection, *(p.injection for p in judge.precisions().values())):
@@ -53,13 +55,28 @@ def _reference_can_be_what_it_says(experiment: Experiment) -> None:
     """A policy in full precision cannot be scored in a phase that the injection acts in."""
     recipe, injection = experiment.training, experiment.injection
     distills = recipe.distillation is not None
-    if injection is None or not (recipe.kl_loss_coef or distills):
+    if injection is None or not (recipe.kl or distills):
         return
     full = distills or recipe.reference_precision == "full"
     if full and injection.apply_during.active("reference"):
         raise BadValue(
             "injection.apply_during names the reference phase, but the reference is meant in full precision: "
             "leave it out there, or set training.reference_precision: deployment"
+        )
+
+
+def _answers_fit_the_positions(experiment: Experiment, config: Any) -> None:
+    """Beyond its positions a model says anything, or the run ends in an index error."""
+    there = getattr(config.get_text_config(), "max_position_embeddings", None)
+    recipe, longest = experiment.training, "training.max_response_length"
+    answer = recipe.max_response_length
+    if experiment.evaluation.max_new_tokens > answer:
+        longest, answer = "evaluation.max_new_tokens", experiment.evaluation.max_new_tokens
+    if there is not None and recipe.max_prompt_length + answer > there:
+        raise BadValue(
+            f"training.max_prompt_length {recipe.max_prompt_length} and {longest} {answer} are more than the "
+            f"{there} positions of the model (max_position_embeddings); set {longest} to "
+            f"{max(there - recipe.max_prompt_length, 1)} or less, or max_prompt_length to that of your prompts"
         )
 
 

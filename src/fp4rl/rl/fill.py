@@ -92,7 +92,7 @@ class Filler:
     @property
     def _filtered(self) -> bool:
         # A group without spread teaches as much as any other where there are no advantages.
-        return self.recipe.filter_groups.enable and not self.distils_alone
+        return self.recipe.filters and not self.distils_alone
 
     @property
     def distils_alone(self) -> bool:
@@ -118,11 +118,11 @@ class Filler:
         )
 
     def _penalties(self, lengths: list[int]) -> list[float]:
-        buffer = self.recipe.overlong_buffer
-        if not buffer.enable:
+        recipe, buffer = self.recipe, self.recipe.overlong
+        if buffer is None:
             return [0.0] * len(lengths)
         found: list[float] = soft_overlong_penalty(
-            torch.tensor(lengths), self.recipe.max_response_length, buffer.len, buffer.penalty_factor
+            torch.tensor(lengths), recipe.max_response_length, buffer, recipe.overlong_buffer.penalty_factor
         ).tolist()
         return found
 

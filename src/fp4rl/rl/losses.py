@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp4rl.rl.aggregation import Whole, aggregate
 from fp4rl.rl.divergence import SAFE_LOG_RATIO, kl_per_token
+from fp4rl.spec.algorithms import PUBLISHED
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 
@@ -40,13 +41,21 @@ class LossRule:
     kl_loss_type: str = "low_var_kl"
 
 
-DAPO = LossRule("dapo", clip_ratio_high=0.28)  # arXiv 2503.14476: token mean, clip-higher
-GRPO = LossRule("grpo", loss_agg_mode="seq-mean-token-mean")  # arXiv 2402.03300
-DR_GRPO = replace(GRPO, name="dr_grpo", loss_agg_mode="seq-mean-token-sum-norm")  # arXiv 2503.20783
-# arXiv 2507.18071: a geometric mean over an answer moves far less than one token does, hence the small bounds.
-GSPO = replace(GRPO, name="gspo", ratio_level="sequence", clip_ratio_low=3e-4, clip_ratio_high=4e-4)
-# arXiv 2506.13585 with the upper bound of arXiv 2510.13786 (ratio <= 5); no lower bound: 1 - 1 = 0.
-CISPO = LossRule("cispo", clipping="cispo", clip_ratio_low=1.0, clip_ratio_high=4.0)
+def _of_paper(rule: LossRule) -> LossRule:
+    own = PUBLISHED[rule.name]
+    return replace(
+        rule,
+        clip_ratio_low=own.clip_ratio_low,
+        clip_ratio_high=own.clip_ratio_high,
+        loss_agg_mode=own.loss_agg_mode,
+    )
+
+
+DAPO = _of_paper(LossRule("dapo"))
+GRPO = _of_paper(LossRule("grpo"))
+DR_GRPO = _of_paper(LossRule("dr_grpo"))
+GSPO = _of_paper(LossRule("gspo", ratio_level="sequence"))
+CISPO = _of_paper(LossRule("cispo", clipping="cispo"))
 
 LOSSES: Mapping[str, LossRule] = MappingProxyType({rule.name: rule for rule in (DAPO, GRPO, DR_GRPO, GSPO, CISPO)})
 

@@ -42,7 +42,7 @@ def loss_rule(recipe: Training) -> LossRule:
         clip_ratio_high=rule.clip_ratio_high if recipe.clip_ratio_high is None else recipe.clip_ratio_high,
         loss_agg_mode=recipe.loss_agg_mode or rule.loss_agg_mode,
         loss_scale_factor=recipe.max_response_length,
-        kl_loss_coef=recipe.kl_loss_coef,
+        kl_loss_coef=recipe.kl,
         kl_loss_type=recipe.kl_loss_type,
     )
 

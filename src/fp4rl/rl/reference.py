@@ -59,7 +59,7 @@ def standing(experiment: Experiment, start: Path, live: PreTrainedModel, phases:
     if recipe.distillation is not None:
         alive = recipe.distillation.teacher == "live"
         teacher = Still(live, phases.reference) if alive else start_in("full")
-    return Standing(start_in(recipe.reference_precision) if recipe.kl_loss_coef else None, teacher)
+    return Standing(start_in(recipe.reference_precision) if recipe.kl else None, teacher)
 
 
 def _start(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases, *, quantized: bool) -> Still:

@@ -142,6 +142,7 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
         "weights_changed": share,
         "steps_without_update": without_update(steps),
+        "recipe": run.experiment.training.effective(),
         "inputs": run.inputs,
         "final_weights": weights_digest(attempt.model),
         "noise": attempt.phases.noise_summary(),

@@ -58,7 +58,7 @@ class Evaluation(Spec):
     )
     preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
     test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
-    max_new_tokens: PositiveInt = Field(default=48, description="tokens an answer may have")
+    max_new_tokens: PositiveInt = Field(default=1024, description="tokens; training.max_response_length by default")
     batch_size: PositiveInt = Field(default=256, description="problems answered at once")
     samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
     temperature: PositiveFloat = 1.0

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
 from fp4rl.spec.evaluation import Evaluation
+from fp4rl.spec.fitting import with_fitting_numbers
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
@@ -28,6 +29,11 @@ class Experiment(Spec):
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_that_fit_the_model(cls, value: Any) -> Any:
+        return with_fitting_numbers(value) if isinstance(value, dict) else value
 
     @field_validator("injection", "noise", mode="before")
     @classmethod

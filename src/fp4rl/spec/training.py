@@ -1,20 +1,18 @@
 """How a policy is trained: the settings of GRPO and its relatives under the names that verl and TRL use."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from fp4rl.spec.algorithms import PUBLISHED, Algorithm, LossAggregation, Published
 from fp4rl.spec.frozen import Spec
-
-Algorithm = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
-LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
 class OverlongBuffer(Spec):
     """DAPO's soft overlong punishment: linear over the last `len` tokens before the cap (arXiv 2503.14476, eq. 13)."""
 
-    enable: bool = True
-    len: PositiveInt = 12
+    enable: bool | None = Field(default=None, description="the algorithm's own by default: on in dapo and cispo")
+    len: PositiveInt | None = Field(default=None, description="tokens; a fifth of max_response_length by default")
     penalty_factor: PositiveFloat = 1.0
 
 
@@ -25,7 +23,7 @@ class FilterGroups(Spec):
     own strict score whatever the reward is.
     """
 
-    enable: bool = True
+    enable: bool | None = Field(default=None, description="the algorithm's own by default: on in dapo and cispo")
     metric: Literal["score", "acc", "reward"] = Field(
         default="score", description="score: what training.reward gives; reward: less the overlong punishment; acc"
     )
@@ -55,13 +53,15 @@ class Distillation(Spec):
 class Training(Spec):
     """One step is one batch of rollouts and the `train_batch_size / mini_batch_size` updates made from it."""
 
-    algorithm: Algorithm = Field(default="dapo", description="the loss, and defaults of clipping and aggregation")
+    algorithm: Algorithm = Field(default="dapo", description="the loss, and the defaults of its paper")
     steps: PositiveInt = Field(default=30, description="batches of rollouts")
     train_batch_size: PositiveInt = Field(default=16, description="prompts a step")
     rollout_n: int = Field(default=8, ge=2, description="answers a prompt")
     mini_batch_size: PositiveInt = Field(default=8, description="prompts an update")
     micro_batch_size: PositiveInt | None = Field(default=None, description="answers a backward pass; whole by default")
-    lr: PositiveFloat = Field(default=4e-4, description="learning rate of AdamW")
+    lr: PositiveFloat = Field(
+        default=1e-6, description="learning rate of AdamW; by default 1e-5 with LoRA, 4e-4 for the embedded model"
+    )
     lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0, description="steps in which lr rises")
     weight_decay: float = Field(default=0.0, ge=0.0)
@@ -74,7 +74,11 @@ class Training(Spec):
     )
     norm_adv_by_std: bool | None = Field(default=None, description="the algorithm's own by default")
     reward: str = Field(default="accuracy", description="accuracy, math_verify, or a function package.module.name")
-    kl_loss_coef: float = Field(default=0.0, ge=0.0, description="weight of the KL to the reference; 0 has none")
+    kl_loss_coef: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="weight of the KL to the reference; the algorithm's own by default (grpo: 0.04)",
+    )
     kl_loss_type: Literal["k1", "k2", "k3", "abs", "low_var_kl"] = Field(
         default="low_var_kl", description="the estimator; low_var_kl is k3"
     )
@@ -85,7 +89,9 @@ class Training(Spec):
     temperature: PositiveFloat = Field(default=1.0, description="of the rollouts")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="of the rollouts")
     max_prompt_length: PositiveInt = Field(default=256, description="tokens; a longer prompt refuses the run")
-    max_response_length: PositiveInt = Field(default=48, description="tokens an answer may have")
+    max_response_length: PositiveInt = Field(
+        default=1024, description="tokens an answer may have; by default 48 for the embedded model"
+    )
     mask_truncated: bool = Field(
         default=False, description="whether answers that were cut off are left out of the loss"
     )
@@ -107,6 +113,47 @@ class Training(Spec):
         return value
 
     @property
+    def published(self) -> Published:
+        """What the paper of the algorithm does where nothing is said here."""
+        return PUBLISHED[self.algorithm]
+
+    @property
+    def filters(self) -> bool:
+        """Whether groups without spread are replaced."""
+        return self.published.filters if self.filter_groups.enable is None else self.filter_groups.enable
+
+    @property
+    def overlong(self) -> int | None:
+        """Tokens before the cap in which an answer is punished; None for no punishment."""
+        asked = self.overlong_buffer
+        if not (self.published.punishes_overlong if asked.enable is None else asked.enable):
+            return None
+        return asked.len or max(1, self.max_response_length // 5)  # DAPO's own: 4,096 of 20,480
+
+    @property
+    def kl(self) -> float:
+        """The weight of the KL to the reference. Distillation alone has no loss that it could be added to."""
+        if self.distillation is not None and self.distillation.alone:
+            return self.kl_loss_coef or 0.0
+        return self.published.kl_loss_coef if self.kl_loss_coef is None else self.kl_loss_coef
+
+    def effective(self) -> dict[str, Any]:
+        """What the recipe comes to, the algorithm's own numbers included, under the keys that would set them."""
+        own, filters = self.published, self.filter_groups
+        return {
+            "lr": self.lr,
+            "clip_ratio_low": own.clip_ratio_low if self.clip_ratio_low is None else self.clip_ratio_low,
+            "clip_ratio_high": own.clip_ratio_high if self.clip_ratio_high is None else self.clip_ratio_high,
+            "loss_agg_mode": self.loss_agg_mode or own.loss_agg_mode,
+            "norm_adv_by_std": own.norm_adv_by_std if self.norm_adv_by_std is None else self.norm_adv_by_std,
+            "kl_loss_coef": self.kl,
+            "filter_groups": f"{filters.metric}, {filters.max_num_gen_batches} generations" if self.filters else "off",
+            "overlong_buffer": f"the last {self.overlong} of {self.max_response_length} tokens"
+            if self.overlong is not None
+            else "off",
+        }
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates made from one batch of rollouts."""
         return self.train_batch_size // self.mini_batch_size
@@ -123,9 +170,9 @@ class Training(Spec):
                 f"micro_batch_size {self.micro_batch_size} does not divide the {answers} answers of one update "
                 f"(mini_batch_size {self.mini_batch_size} x rollout_n {self.rollout_n})"
             )
-        if self.overlong_buffer.enable and self.overlong_buffer.len >= self.max_response_length:
+        if self.overlong is not None and self.overlong >= self.max_response_length:
             raise ValueError(
-                f"overlong_buffer.len {self.overlong_buffer.len} must be below max_response_length "
+                f"overlong_buffer.len {self.overlong} must be below max_response_length "
                 f"{self.max_response_length}: every answer would be punished"
             )
         return self
