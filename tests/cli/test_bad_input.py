@@ -71,13 +71,15 @@ def test_what_is_hardly_meant_is_one_line_in_the_plan_and_before_the_run(tmp_pat
         assert shown.count("warning: evaluation.test_freq 7 does not divide 30 steps") == 1
 
 
-def test_an_interrupted_command_says_how_to_go_on(said, monkeypatch):
+@pytest.mark.parametrize(
+    "verb, how", [("run", "stopped; the same command continues where it left off"), ("formats", "stopped")]
+)
+def test_an_interrupted_command_says_how_to_go_on_where_it_does(said, monkeypatch, verb, how):
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fp4rl.cli.formats.command", interrupted)
-    code, err = said("formats")
-    assert (code, err) == (130, "fp4rl: stopped; the same command continues where it left off")
+    monkeypatch.setattr(f"fp4rl.cli.{verb}.command", interrupted)
+    assert said(verb) == (130, f"fp4rl: {how}")
 
 
 @pytest.mark.parametrize("verb", ["run", "quickstart"])

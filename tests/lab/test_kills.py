@@ -123,3 +123,29 @@ def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
     said = [line for line in spec.with_suffix(".log").read_text().splitlines() if not line.startswith("warning: ")]
     assert said[-1] == "fp4rl: stopped; the same command continues where it left off"
     assert len(said) <= 3, said
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    """With the defaults, that ask for no checkpoint; the message after Ctrl-C must be true."""
+    spec, root = tmp_path / "long.yaml", tmp_path / "runs"
+    base = {**SUITE["base"], "training": {**SUITE["base"]["training"], "steps": 400}}
+    spec.write_text(yaml.safe_dump({**SUITE, "base": base, "suite": "long", "seeds": [0], "arms": {"bf16": {}}}))
+    process = start(spec, root)
+    while process.poll() is None and not any(max(run.metrics(), default=0) >= 3 for run in all_runs(root)):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, spec.with_suffix(".log").read_text()
+    said = spec.with_suffix(".log").read_text()
+    assert "Ctrl-C: each run keeps a checkpoint after the step it is in" in said
+    assert said.rstrip().endswith("fp4rl: stopped; the same command continues where it left off")
+    assert "Traceback" not in said
+    (run,) = all_runs(root)
+    done = max(run.metrics())
+    assert f"interrupted bf16, seed 0: after step {done}, with a checkpoint" in " ".join(said.split())
+    process = start(spec, root)
+    while process.poll() is None and max(run.metrics(), default=0) <= done:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert f"resumed from the checkpoint after step {done}" in (run.path / "log.txt").read_text()

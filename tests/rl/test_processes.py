@@ -142,7 +142,7 @@ def test_one_process_is_the_first_and_waits_for_nobody():
 
 def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     recipe = Training(train_batch_size=16, mini_batch_size=8, rollout_n=8)
-    whole, half = (arguments(recipe, tmp_path, 0, 2, count) for count in (1, 2))
+    whole, half = (arguments(recipe, tmp_path, 0, count) for count in (1, 2))
     assert (whole["per_device_train_batch_size"], half["per_device_train_batch_size"]) == (64, 32)
     assert whole["steps_per_generation"] == half["steps_per_generation"] == 2
     with pytest.raises(BadValue, match=r"3 processes cannot share train_batch_size 16.*; take multiples of 3"):

@@ -21,6 +21,8 @@ from fp4rl.lab.work import carry_out
 from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import checkpoints
 from fp4rl.rl.inputs import inputs
+from fp4rl.rl.listeners import Interrupted
+from fp4rl.rl.saving import EVERY_S, SaveClock
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import BadValue, CheckFailed
@@ -44,7 +46,7 @@ HARD = {  # everything that has a state of its own
 }
 
 
-class Interrupted(BaseException):
+class Killed(BaseException):
     """Not an Exception: nothing may catch it, like a kill."""
 
 
@@ -52,7 +54,7 @@ class Interrupted(BaseException):
 def carried(experiment, model_cache, tmp_path, monkeypatch):
     """`carried(name, stop_at=None)` -> the folder after a run below `tmp_path/name`; it may be interrupted."""
 
-    def go(name, stop_at=None, described=None, **changes):
+    def go(name, stop_at=None, described=None, interrupted=lambda: False, **changes):
         torch.set_num_threads(1)
         (tmp_path / name).mkdir(exist_ok=True)
         if not (tmp_path / name / "models").exists():
@@ -62,8 +64,8 @@ def carried(experiment, model_cache, tmp_path, monkeypatch):
             if stop_at is not None:
                 patch.setattr(Trainer, "_sample", _interrupting(Trainer._sample, stop_at))
             try:
-                return carry_out(planned, tmp_path / name)
-            except Interrupted:
+                return carry_out(planned, tmp_path / name, interrupted=interrupted)
+            except (Killed, Interrupted):
                 return run_folder(tmp_path / name, planned.suite, planned.run_id)
 
     return go
@@ -72,7 +74,7 @@ def carried(experiment, model_cache, tmp_path, monkeypatch):
 def _interrupting(sample, step):
     def interrupted(self, problems):
         if self.step == step:
-            raise Interrupted
+            raise Killed
         return sample(self, problems)
 
     return interrupted
@@ -90,7 +92,8 @@ def numbers(folder):
         for step, values in folder.metrics().items()
     }
     items = {f"{step}-{name}": folder.items(step, name).to_pylist() for step, name in folder.item_sets()}
-    return json.dumps([metrics, folder.result()["evaluations"], folder.result()["evidence"], items, folder.evidence()])
+    marks_aside = [line for line in folder.evidence() if line["kind"] != "checkpoint"]
+    return json.dumps([metrics, folder.result()["evaluations"], folder.result()["evidence"], items, marks_aside])
 
 
 def whole(carried, kept):
@@ -111,6 +114,45 @@ def test_an_interrupted_run_ends_in_the_same_bits(carried, kept, stop_at):
     assert numbers(folder) == kept["numbers"]
     resumed = f"resumed from the checkpoint after step {stop_at}"
     assert (resumed in (folder.path / "log.txt").read_text()) == (stop_at > 0)
+
+
+@pytest.mark.parametrize("step", [2, STEPS])
+def test_ctrl_c_keeps_a_checkpoint_after_the_step_and_the_run_goes_on_in_the_same_bits(carried, kept, step):
+    """What interrupts a run with the defaults, which asked for no checkpoint at all."""
+    whole(carried, kept)
+    without, seen = HARD["training"] | {"save_freq": 0}, []
+    broken = carried("broken", interrupted=lambda: len(seen) == step or seen.append(0), training=without)
+    assert (broken.finished, max(broken.metrics())) == (False, step)
+    assert list(checkpoints.all_of(broken.path / "checkpoints")) == [step]
+    folder = carried("broken", training=without)
+    assert f"resumed from the checkpoint after step {step}" in (folder.path / "log.txt").read_text()
+    assert numbers(folder) == kept["numbers"]
+    assert not (folder.path / "checkpoints").exists()
+
+
+def test_a_checkpoint_is_due_by_the_time_since_the_last_and_what_it_took():
+    times = iter([0.0, EVERY_S - 1, EVERY_S / 10, EVERY_S, EVERY_S, EVERY_S + 60, EVERY_S + 60 + 1199, EVERY_S + 1260])
+    clock = SaveClock(lambda: next(times))
+    assert not clock.due(last=False)
+    assert clock.due(last=True)
+    assert clock.due(last=False)
+    clock.begin()
+    clock.end()  # it took a minute: twenty minutes until the next
+    assert not clock.due(last=False)
+    assert clock.due(last=False)
+
+
+def test_of_the_checkpoints_those_stay_that_something_goes_back_to(tmp_path):
+    """The newest two whatever they are for, and as many of those at multiples of save_freq as a rollback needs."""
+    for step in (2, 4, 5, 6, 7, 8, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 5:  # never completed
+            checkpoints.complete(tmp_path / f"checkpoint-{step}", step, "code", {})
+    checkpoints.rotate(tmp_path, every=2, keep=3)
+    assert sorted(checkpoints.all_of(tmp_path)) == [4, 6, 8, 9]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (4, 6, 8, 9)]
+    checkpoints.rotate(tmp_path, every=0, keep=2)
+    assert sorted(checkpoints.all_of(tmp_path)) == [8, 9]
 
 
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_taken(carried, kept):

@@ -124,7 +124,7 @@ def test_the_loss_through_the_trainer_is_trls_own(old, attempt, tmp_path):
     theirs = GRPOTrainer(
         model=model,
         reward_funcs=[lambda **_: []],
-        args=GRPOConfig(**arguments(ours.parts.recipe, tmp_path, 0, 2), loss_type="dapo", epsilon_high=0.28),
+        args=GRPOConfig(**arguments(ours.parts.recipe, tmp_path, 0), loss_type="dapo", epsilon_high=0.28),
         train_dataset=ours.train_dataset,
         processing_class=tokenizer,
     )

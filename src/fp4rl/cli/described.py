@@ -74,3 +74,12 @@ def asked_task(name: str, data: Path | None) -> dict[str, str]:
     if name == "arithmetic" and data is not None:
         raise BadValue(f"--data {data}: the arithmetic task makes its own problems; add --task gsm8k")
     return {"name": name, **({"path": str(data)} if data else {})}
+
+
+def what_interrupting_costs(save_freq: int) -> str:
+    """What is lost when runs are interrupted, in one line."""
+    every = f"{save_freq} steps or 5 minutes, whichever are less" if save_freq else "5 minutes"
+    return (
+        "Ctrl-C: each run ends after the step it is in, and the same command goes on from there; a kill or a power cut "
+        f"costs at most {every} (more where writing a checkpoint takes long)"
+    )

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fp4rl.cli.terminal import styled
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.runner import Event, Outcome
+from fp4rl.lab.runner import STOPPING, Event, Outcome
 
 # Stages of one run before and after its steps, in units of steps: only for the bar and the time left.
 _AROUND = 4
@@ -57,6 +57,12 @@ class Display:
 
     def on_event(self, event: Event) -> None:
         """A run went on, or has something to say."""
+        if event.stage == STOPPING:
+            self._console.print(
+                "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once",
+                highlight=False,
+            )
+            return
         if event.line is not None:
             self._say(event.run_id, event.line)
             return
@@ -95,7 +101,8 @@ class Display:
             return  # said once, at the end, for all runs that share it
         if outcome.error is not None:
             said = f" {run.arm}, seed {run.seed}: {outcome.error}"
-            self._console.print(styled(("failed", "red"), said), highlight=False)
+            how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
+            self._console.print(styled(how, said), highlight=False)
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)

@@ -95,13 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
         if code == _INTERRUPTED:  # typer catches it, and says nothing
-            return _report(KeyboardInterrupt())
+            return _report(KeyboardInterrupt(), verb)
         late.end()
         return code
     except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, OSError) as error:
         if debug or not _of_the_user(error):
             raise
-        return _report(error)
+        return _report(error, verb)
 
 
 def _of_the_user(error: BaseException) -> bool:
@@ -117,7 +117,7 @@ def _at_home(argument: str) -> str:
     return str(Path(argument).expanduser()) if argument.startswith("~") else argument
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, verb: str | None) -> int:
     match error:
         case TyperException():
             shown = str(error.format_message()).strip()
@@ -128,7 +128,8 @@ def _report(error: BaseException) -> int:
             _say(str(error))
             return 1
         case KeyboardInterrupt() | typer.Abort():
-            _say("stopped; the same command continues where it left off")
+            resumes = verb in ("run", "quickstart")
+            _say("stopped; the same command continues where it left off" if resumes else "stopped")
             return _INTERRUPTED
         case BrokenPipeError():
             return 0

@@ -27,7 +27,7 @@ def command(
 
     Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
-    from fp4rl.cli.described import described_by, runs_described, warnings_of
+    from fp4rl.cli.described import described_by, runs_described, warnings_of, what_interrupting_costs
     from fp4rl.lab.here import not_here
     from fp4rl.lab.runner import split_finished
 
@@ -40,6 +40,7 @@ def command(
     screen = console()
     _print_what(screen, found[0].experiment)
     _print_recipes(screen, found)
+    screen.print(what_interrupting_costs(found[0].experiment.training.save_freq), highlight=False)
     _print_suite(screen, described)
     _print_runs(screen, found, finished)
     for line in warnings_of(found):

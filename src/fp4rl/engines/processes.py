@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -18,7 +18,7 @@ from fp4rl.engines.rounding import choose_backend
 from fp4rl.lab.faults import FATAL
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.runner import Event, OnEvent, Outcome
+from fp4rl.lab.runner import STOPPING, Event, OnEvent, Outcome
 
 
 @dataclass
@@ -43,7 +43,8 @@ class LocalPool:
     report_to: tuple[str, ...] = ()
 
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
-        """Outcomes as they come. On any exception here (Ctrl-C), all workers are ended before it goes on."""
+        """Outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on any
+        exception here (a second Ctrl-C) all workers are ended before it goes on."""
         waiting = list(runs)
         workers: list[_Worker] = []
         with _interruptible() as interrupted:
@@ -60,9 +61,15 @@ class LocalPool:
         try:
             while waiting and len(workers) < self.workers:
                 workers.append(self._hired(waiting.pop(0), root))
+            told = False
             while workers:
                 if interrupted.is_set():
-                    raise KeyboardInterrupt
+                    waiting.clear()
+                    if not told:
+                        on_event(Event("", STOPPING, 0, 0))
+                        for worker in workers:
+                            _ask_to_end(worker)
+                    told = True
                 for pipe in wait([w.pipe for w in workers], timeout=1.0):
                     worker = next(w for w in workers if w.pipe is pipe)
                     outcome = _heard(worker, root, on_event)
@@ -76,6 +83,8 @@ class LocalPool:
                         workers.append(self._given(worker, waiting.pop(0), root))
                     else:
                         workers.append(self._hired(waiting.pop(0), root))
+            if interrupted.is_set():
+                raise KeyboardInterrupt
         finally:
             for worker in workers:
                 worker.process.kill()
@@ -89,7 +98,7 @@ class LocalPool:
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         # Ctrl-C reaches the whole group. A child starts with what is held back here, so that none of them prints a
-        # traceback of its imports; the parent hears it as soon as the child has started, and ends them all.
+        # traceback of its imports; both hear it as soon as they can.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
@@ -110,16 +119,17 @@ class LocalPool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Remembers Ctrl-C: raised inside a destructor or a callback, a KeyboardInterrupt is printed and lost."""
+    """Remembers the first Ctrl-C; the second is raised as KeyboardInterrupt."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
 
     def remember(*_: Any) -> None:
+        if interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would break into the end of the workers
+            raise KeyboardInterrupt
         interrupted.set()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would break into the end of the workers
-        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, remember)
     try:
@@ -139,8 +149,7 @@ def _heard(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
     if isinstance(message, Event):
         on_event(message)
         return None
-    error, mistake = message
-    return Outcome(worker.run, error, mistake)
+    return Outcome(worker.run, *message)
 
 
 def died(code: int | None, folder: RunFolder) -> str:
@@ -156,6 +165,11 @@ def died(code: int | None, folder: RunFolder) -> str:
     return f"its process died ({how}){where}; run again to repeat it"
 
 
+def _ask_to_end(worker: _Worker) -> None:
+    if worker.process.pid is not None and worker.process.is_alive():
+        os.kill(worker.process.pid, signal.SIGINT)
+
+
 def _dismiss(worker: _Worker) -> None:
     with contextlib.suppress(BrokenPipeError):
         worker.pipe.send(None)
@@ -164,12 +178,14 @@ def _dismiss(worker: _Worker) -> None:
 
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
     """In the child: carry out runs until told to stop; each answer is what `_attempt` returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    asked = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: asked.set())  # of the whole group, or passed on by the parent
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     _prepare(threads)
     while (order := pipe.recv()) is not None:
         run, root, report_to = order
-        pipe.send(attempt(run, root, report_to, pipe))
+        pipe.send(attempt(run, root, report_to, pipe, asked.is_set))
 
 
 def _prepare(threads: int) -> None:
@@ -188,10 +204,15 @@ class Hearer(Protocol):
 
 
 def attempt(
-    run: PlannedRun, root: Path, report_to: tuple[str, ...], pipe: "Connection | Hearer"
-) -> tuple[str | None, bool]:
-    """(what went wrong or None, whether it is the user's mistake)."""
+    run: PlannedRun,
+    root: Path,
+    report_to: tuple[str, ...],
+    pipe: "Connection | Hearer",
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[str | None, bool, bool]:
+    """(what went wrong or None, whether it is the user's mistake, whether it was asked to end)."""
     from fp4rl.lab.work import carry_out
+    from fp4rl.rl.listeners import Interrupted
     from fp4rl.spec.mistakes import CheckFailed, Mistake
 
     def tell(
@@ -201,18 +222,20 @@ def attempt(
 
     try:
         choose_backend(lambda message: tell(message, 0, 0))
-        carry_out(run, root, tell, report_to)
+        carry_out(run, root, tell, report_to, interrupted)
+    except Interrupted as error:
+        return str(error), False, True
     except Mistake as error:
-        return str(error), True
+        return str(error), True, False
     except CheckFailed as error:
-        return str(error), False
+        return str(error), False, False
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
         _keep_traceback(run, root, error)
         what = str(error).splitlines()[0] if str(error) else "no message"
-        return f"{type(error).__name__}: {what} (traceback in its log.txt)", False
-    return None, False
+        return f"{type(error).__name__}: {what} (traceback in its log.txt)", False, False
+    return None, False, False
 
 
 def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> None:

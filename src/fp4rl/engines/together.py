@@ -22,7 +22,7 @@ class Together:
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Outcomes as they come."""
         for run in runs:
-            error, mistake = attempt(run, root, self.report_to, _Told(on_event))
+            error, mistake, _ = attempt(run, root, self.report_to, _Told(on_event))
             yield Outcome(run, error, mistake)
             if error is not None:  # the other processes are still in the middle of it
                 return
@@ -48,7 +48,7 @@ def follow(root: Path) -> None:
 
     runs: list[PlannedRun] = processes.from_first([])
     for run in runs:
-        error, _ = attempt(run, root, (), _Told(lambda event: None))  # noqa: ARG005
+        error, _, _ = attempt(run, root, (), _Told(lambda event: None))  # noqa: ARG005
         if error is not None:
             raise CheckFailed(f"process {processes.rank()}, {run.run_id}: {error}")
 

@@ -16,6 +16,8 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.mistakes import BadValue
 
+STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in
+
 
 @dataclass(frozen=True)
 class Event:
@@ -31,11 +33,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended: `error` is None, or one line that says what went wrong; `mistake` if it is the user's."""
+    """How one run ended: `error` is None, or one line that says what went wrong; `mistake` if it is the user's,
+    `interrupted` if somebody asked it to end."""
 
     run: PlannedRun
     error: str | None = None
     mistake: bool = False
+    interrupted: bool = False
 
 
 OnEvent = Callable[[Event], None]

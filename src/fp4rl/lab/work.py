@@ -9,9 +9,9 @@ import errno
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,10 +48,17 @@ class OnStage(Protocol):
     ) -> None: ...
 
 
-def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, report_to: Sequence[str] = ()) -> RunFolder:
+def carry_out(
+    run: PlannedRun,
+    root: Path,
+    on_stage: OnStage | None = None,
+    report_to: Sequence[str] = (),
+    interrupted: Callable[[], bool] = lambda: False,
+) -> RunFolder:
     """Train and judge `run` below `root`; returns its folder. A finished run is returned as it is.
 
-    `report_to` names the sinks besides TensorBoard: they follow the run and are no part of the experiment.
+    `report_to` names the sinks besides TensorBoard: they follow the run and are no part of the experiment. Once
+    `interrupted()` is true the run keeps a checkpoint after the step it is in and raises Interrupted.
 
     Raises what `check` raises, before anything is written, and what `train` raises; the folder then holds everything
     up to that point and no `result.json`.
@@ -71,13 +78,14 @@ def carry_out(run: PlannedRun, root: Path, on_stage: OnStage | None = None, repo
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
         with faults_kept(folder.path / "log.txt"), _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
-            hear = _listeners(run, folder, sinks, on_stage)
+            hear = replace(_listeners(run, folder, sinks, on_stage), interrupted=interrupted)
             for line in forewarned({run.arm: run.experiment}):
                 _say(folder, line)
             trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
             for name, why in sinks.failures.items():
                 _say(folder, f"{name} was left out from some step on: {why}")
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
+        _forget_interruptions(folder, run.experiment.training.save_freq)
     return folder
 
 
@@ -95,6 +103,14 @@ def _past(folder: RunFolder) -> Past:
     for line in (*lines, f"resumed from the checkpoint after step {found.step}"):
         _say(folder, line)
     return Past(found, folder.metrics(), found.state["rollbacks"])
+
+
+def _forget_interruptions(folder: RunFolder, every: int) -> None:
+    """Of a finished run those checkpoints stay that its spec asks for."""
+    place = folder.path / "checkpoints"
+    remove([path for step, path in all_of(place).items() if not every or step % every])
+    if not every:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnStage | None) -> Listeners:

@@ -9,8 +9,8 @@ from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.training import Training
 
 
-def arguments(recipe: Training, folder: Path, seed: int, keep: int, processes: int = 1) -> dict[str, Any]:
-    """Keyword arguments of `GRPOConfig`. `folder` gets the checkpoints, of which the last `keep` stay.
+def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
+    """Keyword arguments of `GRPOConfig`. `folder` gets the checkpoints; which of them stay is not TRL's to say.
 
     Batches are those of all `processes` together, which must be able to share them (`require_shares`).
 
@@ -34,7 +34,7 @@ def arguments(recipe: Training, folder: Path, seed: int, keep: int, processes: i
         "remove_unused_columns": False,
         **_batches(recipe, processes),
         **_optimizer(recipe),
-        **_checkpoints(recipe, keep),
+        **_checkpoints(recipe),
     }
 
 
@@ -76,12 +76,11 @@ def _optimizer(recipe: Training) -> dict[str, Any]:
     }
 
 
-def _checkpoints(recipe: Training, keep: int) -> dict[str, Any]:
+def _checkpoints(recipe: Training) -> dict[str, Any]:
     # At rollout boundaries alone: in between, a batch of answers would have to be saved too.
-    saved = {"save_steps": recipe.save_freq * recipe.updates_per_step, "save_total_limit": keep}
     return {
         "save_strategy": "steps" if recipe.save_freq else "no",
-        **(saved if recipe.save_freq else {}),
+        **({"save_steps": recipe.save_freq * recipe.updates_per_step} if recipe.save_freq else {}),
         # Problems come from our own stream; TRL's loader only counts.
         "ignore_data_skip": True,
     }

@@ -13,15 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
-from fp4rl.rl.checkpoints import Checkpoint, complete
+from fp4rl.rl.checkpoints import Checkpoint, complete, rotate
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.judge import Judge
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.parts import Hooks, Parts
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import standing
 from fp4rl.rl.rewards import Rewarder, reward_named
+from fp4rl.rl.saving import SaveClock
 from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.watch import Watch
@@ -49,6 +50,8 @@ class Run:
 
         def heard(name: str, done: int, total: int) -> None:
             self.hear.on_stage(f"eval {name}", done, total)
+            if (last or step == 0) and self.hear.interrupted():  # on the way the step is finished, and kept, first
+                raise Interrupted(f"while step {step} was judged; the same command goes on from the last checkpoint")
 
         dtype, record = self.experiment.model.dtype, self.hear.record
         if processes.is_first():
@@ -90,13 +93,16 @@ class Attempt:
         self.phases.start()
         hear = run.hear
         self.watch = Watch(experiment.health, sorted(past.metrics.items()), hear.record, hear.say, hear.note)
+        self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(run.problems, experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 
     def train(self) -> None:
-        """Until the last step, or the step after which the monitor ends it."""
+        """Until the last step, or the step after which the monitor ends it. Raises Interrupted between two steps."""
         checkpoint = self.past.checkpoint
         self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+        if self.interrupted:
+            raise Interrupted(f"after step {self.trainer.step}, with a checkpoint; the same command goes on from there")
 
     def save(self, folder: Path) -> Path:
         """The policy as it is now, with its tokenizer."""
@@ -110,7 +116,7 @@ class Attempt:
         run, experiment = self.run, self.run.experiment
         recipe = experiment.training
         rewarder = Rewarder(run.task.score, reward_named(recipe.reward), recipe.reward, run.hear.say)
-        hooks = Hooks(self._on_step, self._on_begin, self._on_checkpoint, run.hear.say)
+        hooks = Hooks(self._on_step, self._on_begin, self._on_boundary, self._on_checkpoint, run.hear.say)
         return Parts(
             recipe,
             loss_rule(recipe),
@@ -120,11 +126,10 @@ class Attempt:
             standing(experiment, run.start, self.model, self.phases),
             hooks,
             experiment.seed,
-            self._checkpoints_to_keep(),
         )
 
     def _checkpoints_to_keep(self) -> int:
-        """Two, in case one is damaged; with rollbacks, so many that one is older than the onset of an alarm."""
+        """Of those at multiples of `save_freq`: with rollbacks, so many that one is older than an alarm's onset."""
         health, every = self.run.experiment.health, self.run.experiment.training.save_freq
         policies = {health.policy, *health.policies.values(), *(rule.action for rule in health.rules)}
         return 2 + (ceil(health.thresholds.persist / every) if every and "rollback" in policies else 0)
@@ -146,7 +151,13 @@ class Attempt:
             metrics = metrics | self._validated(step)
         self.past.metrics[step] = metrics
         self.run.hear.on_step(step, metrics)
+        self.saving.begin()
         return self.watch.observe(step, metrics)
+
+    def _on_boundary(self, step: int) -> tuple[bool, bool]:
+        due = self.saving.due(last=step == self.run.experiment.training.steps)
+        due, self.interrupted = processes.from_first((due, self.run.hear.interrupted()))
+        return due or self.interrupted, self.interrupted
 
     def _validated(self, step: int) -> dict[str, float]:
         """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
@@ -172,7 +183,9 @@ class Attempt:
         processes.wait()  # each writes a file of its own into it
         if processes.is_first():
             complete(folder, step, self.run.stamp, state)
+            rotate(folder.parent, self.run.experiment.training.save_freq, self._checkpoints_to_keep())
         processes.wait()
+        self.saving.end()
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

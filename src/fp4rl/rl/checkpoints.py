@@ -65,6 +65,17 @@ def read(path: Path, stamp: str) -> Checkpoint | None:
     return _read(path, stamp)[0]
 
 
+def rotate(folder: Path, every: int, keep: int) -> None:
+    """Delete what nobody goes back to. The newest two stay, in case one is damaged, and of those at multiples of
+    `every` steps (0: none) the newest `keep`, for a rollback. One that was not completed goes once a newer one was."""
+    complete = all_of(folder)
+    regular = [step for step in sorted(complete) if every and step % every == 0]
+    staying = {complete[step] for step in (*sorted(complete)[-2:], *regular[-keep:])}
+    newest = next((path for path in _by_age(folder) if path in staying), None)
+    older = _by_age(folder)[_by_age(folder).index(newest) :] if newest is not None else []
+    remove([path for path in older if path not in staying])
+
+
 def remove(paths: list[Path]) -> None:
     """Delete checkpoints; our file first, so that none is ever half there."""
     for path in paths:

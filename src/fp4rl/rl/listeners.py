@@ -7,8 +7,16 @@ from typing import Any
 from fp4rl.rl.evaluate import Evaluation
 
 
+class Interrupted(Exception):
+    """Somebody asked the run to end; what it has done is kept, and the same command goes on from there."""
+
+
 def _ignore(*_: Any) -> None:
     return
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -28,3 +36,4 @@ class Listeners:
     on_rollback: Callable[[int], None] = _ignore
     say: Callable[[str], None] = _ignore
     note: Callable[[str], None] = _ignore
+    interrupted: Callable[[], bool] = _never

@@ -16,17 +16,19 @@ from fp4rl.spec.training import Training
 @dataclass(frozen=True)
 class Hooks:
     """Who hears what. `on_step(steps done, metrics)` returns whether to stop. `on_begin` comes after a checkpoint was
-    loaded, `on_checkpoint(steps done, its folder)` after one was written."""
+    loaded, `on_checkpoint(steps done, its folder)` after one was written. `on_boundary(steps done)`, after the last
+    update from a rollout, returns whether to write a checkpoint and whether to stop."""
 
     on_step: Callable[[int, dict[str, float]], bool]
     on_begin: Callable[[Any], None]
+    on_boundary: Callable[[int], tuple[bool, bool]]
     on_checkpoint: Callable[[int, Path], None]
     say: Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer is made of besides the model. `keep`: checkpoints that stay."""
+    """What a trainer is made of besides the model."""
 
     recipe: Training
     rule: LossRule
@@ -36,4 +38,3 @@ class Parts:
     standing: Standing
     hooks: Hooks
     seed: int
-    keep: int = 2

@@ -14,7 +14,7 @@ from fp4rl.rl.checkpoints import all_of, read, remove
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
 from fp4rl.rl.judge import judge_of
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.moved import few_moved, moved, require_moved, weights_digest, without_update
 from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.sound import require_sound_here
@@ -86,7 +86,13 @@ def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, sta
     task = task_of(experiment.task)
     problems = training_problems(experiment.task, task)
     warm_up_steps = experiment.model.embedded.warm_up_steps if experiment.model.embedded else 0
-    start = start_folder(experiment.model, task, cache, lambda step, _: hear.on_stage("warm-up", step, warm_up_steps))
+
+    def warming(step: int, _: float) -> None:
+        hear.on_stage("warm-up", step, warm_up_steps)
+        if hear.interrupted():
+            raise Interrupted("in the warm-up, which starts over")
+
+    start = start_folder(experiment.model, task, cache, warming)
     found = processes.from_first(inputs(experiment, start))
     return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp, found)
 
@@ -112,8 +118,9 @@ def _roll_back(run: Run, attempt: Attempt) -> None:
     past, finding = attempt.past, attempt.watch.decisive
     if attempt.attachment is not None:
         attempt.attachment.remove()
-    found = all_of(run.folder / "checkpoints")
-    step = last_healthy(found, attempt.watch.alarms)
+    found, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
+    # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
+    step = last_healthy([done for done in found if every and done % every == 0], attempt.watch.alarms)
     past.checkpoint = read(found[step], run.stamp) if step is not None else None
     back = past.checkpoint.step if past.checkpoint is not None else 0
     processes.wait()  # all have read what is there

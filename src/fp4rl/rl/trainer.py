@@ -58,7 +58,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             reward_funcs=[_scored_by_the_stream],
-            args=GRPOConfig(**arguments(recipe, folder, parts.seed, parts.keep, processes.count())),
+            args=GRPOConfig(**arguments(recipe, folder, parts.seed, processes.count())),
             # Prompts come from the stream: dynamic sampling takes a varying number of them. TRL's loader only counts.
             train_dataset=Dataset.from_dict({"prompt": [""] * recipe.train_batch_size}),
             processing_class=tokenizer,
@@ -323,6 +323,13 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """Cached rounded weights are thrown away: nothing else tells that a fused AdamW has run."""
         self._trainer.parts.phases.weights_changed()
         self._trainer.laps.lap("optimizer")
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Between two rollouts: the only place where a checkpoint can be written, and where a run can be ended."""
+        if state.global_step % self._trainer.parts.recipe.updates_per_step == 0:
+            save, stop = self._trainer.parts.hooks.on_boundary(self._trainer.step)
+            control.should_save |= save
+            control.should_training_stop |= stop
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The trainer's checkpoint is whole: ours, written last, completes it."""

@@ -100,7 +100,9 @@ class Training(Spec):
     rollout_correction: RolloutCorrection = RolloutCorrection()
     distillation: Distillation | None = None
     gradient_checkpointing: bool = False
-    save_freq: int = Field(default=0, ge=0, description="steps between checkpoints; 0 keeps the last one only")
+    save_freq: int = Field(
+        default=0, ge=0, description="steps between checkpoints that stay; against interruptions they are kept anyway"
+    )
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -184,7 +186,7 @@ class Training(Spec):
             found.append(f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {self.steps} steps")
         if self.save_freq > self.steps:
             found.append(
-                f"save_freq {self.save_freq} is more than {self.steps} steps: there will be no checkpoint, and what is "
-                "interrupted starts over"
+                f"save_freq {self.save_freq} is more than {self.steps} steps: there will be no checkpoint but those "
+                "against interruptions, which go when the run is done"
             )
         return found
