@@ -119,10 +119,13 @@ def test_a_training_that_changed_no_weight_is_a_gap(lora, run, experiment, sprea
 
 
 def test_masters_that_swallow_their_updates_are_said_with_the_cure(run, experiment, spread):
-    coarse = experiment(model={"dtype": "bfloat16"}, training=SHORT | spread | {"lr": 1e-6})
+    half = {"dtype": "bfloat16", "master_dtype": "bfloat16"}
+    coarse = experiment(model=half, training=SHORT | spread | {"lr": 1e-6})
     trained, heard = run(coarse)
     assert trained.evidence["weights_changed"] < 0.1
-    assert [line for line in heard.lines if "half a step of bfloat16; take model.dtype: float32" in line]
+    said = [line for line in heard.lines if "half a step of bfloat16; take model.master_dtype: float32" in line]
+    assert said == [trained.evidence["hardly_moved"]]
+    assert "hardly any weight will change; take model.master_dtype: float32" in coarse.warnings()[0]
 
 
 def test_noise_of_another_size_stops_the_run(run, experiment, monkeypatch):

@@ -36,7 +36,9 @@ def filler(mixed, groups=3, function=None, uneven=False, **changes):
         logps = tuple(torch.zeros(len(row)) for row in ids)
         return Rollout(tuple(problems), tuple([1] for _ in problems), ids, logps, (True,) * len(ids), tuple(texts))
 
-    return Filler(recipe, stream, Rewarder(scorer, function, "of.mine" if function else "accuracy"), groups).fill(sample)
+    return Filler(recipe, stream, Rewarder(scorer, function, "of.mine" if function else "accuracy"), groups).fill(
+        sample
+    )
 
 
 def groups_of(filled):

@@ -130,6 +130,16 @@ def test_ctrl_c_keeps_a_checkpoint_after_the_step_and_the_run_goes_on_in_the_sam
     assert not (folder.path / "checkpoints").exists()
 
 
+def test_fp32_copies_of_the_weights_go_on_in_the_same_bits(carried):
+    """What the optimizer holds besides the model: with updates too small to be seen in one step of bfloat16."""
+    half = {"model": {"dtype": "bfloat16"}, "training": HARD["training"] | {"lr": 1e-4, "steps": 3}}
+    whole = carried("whole", **half)
+    carried("broken", 2, **half)
+    folder = carried("broken", **half)
+    assert "resumed from the checkpoint after step 2" in (folder.path / "log.txt").read_text()
+    assert numbers(folder) == numbers(whole)
+
+
 def test_a_checkpoint_is_due_by_the_time_since_the_last_and_what_it_took():
     times = iter([0.0, EVERY_S - 1, EVERY_S / 10, EVERY_S, EVERY_S, EVERY_S + 60, EVERY_S + 60 + 1199, EVERY_S + 1260])
     clock = SaveClock(lambda: next(times))

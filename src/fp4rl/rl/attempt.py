@@ -126,6 +126,7 @@ class Attempt:
             standing(experiment, run.start, self.model, self.phases),
             hooks,
             experiment.seed,
+            experiment.model.master_dtype == "float32",
         )
 
     def _checkpoints_to_keep(self) -> int:
@@ -141,6 +142,8 @@ class Attempt:
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
             self.phases.restore(checkpoint.state["phases"][self.stream.rank])
+            if self.trainer.masters is not None:
+                self.trainer.masters.load(checkpoint.path)
             rolled_back -= checkpoint.state["rollbacks"]
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
@@ -182,6 +185,8 @@ class Attempt:
         }
         processes.wait()  # each writes a file of its own into it
         if processes.is_first():
+            if self.trainer.masters is not None:
+                self.trainer.masters.save(folder)
             complete(folder, step, self.run.stamp, state)
             rotate(folder.parent, self.run.experiment.training.save_freq, self._checkpoints_to_keep())
         processes.wait()

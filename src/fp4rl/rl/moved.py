@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.model import Model
 
-_FEW = 0.5
+# Of weights that are updated in low precision most should move; in FP32 they need time to reach the next step.
+_FEW, _HARDLY_ANY = 0.5, 0.05
 
 
 @torch.no_grad()
@@ -63,11 +65,13 @@ def require_moved(share: float, steps: Collection[Mapping[str, float]], metric: 
     raise CheckFailed(f"training changed none of the weights: {why}")
 
 
-def few_moved(share: float, dtype: str) -> str | None:
+def few_moved(share: float, model: Model) -> str | None:
     """One line for the reader when masters of low precision swallowed most updates; None when there is none to say."""
-    if dtype == "float32" or share >= _FEW:
+    enough = _FEW if model.coarse_masters else _HARDLY_ANY
+    if model.dtype == "float32" or model.lora is not None or share >= enough:
         return None
+    cure = "model.master_dtype: float32" if model.coarse_masters else "more steps"
     return (
-        f"training changed {share:.2%} of the weights: most updates were smaller than half a step of {dtype}; "
-        "take model.dtype: float32, or a larger training.lr"
+        f"training changed {share:.2%} of the weights: most updates were smaller than half a step of {model.dtype}; "
+        f"take {cure}, or a larger training.lr"
     )

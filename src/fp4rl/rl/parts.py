@@ -28,7 +28,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer is made of besides the model."""
+    """What a trainer is made of besides the model. `float_masters`: updates are made to weights in FP32."""
 
     recipe: Training
     rule: LossRule
@@ -38,3 +38,4 @@ class Parts:
     standing: Standing
     hooks: Hooks
     seed: int
+    float_masters: bool = True

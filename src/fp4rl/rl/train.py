@@ -143,11 +143,13 @@ def _ended(run: Run, attempt: Attempt) -> Trained:
     share, steps = moved(beginning(run), attempt.model, run.hear.record), attempt.past.metrics.values()
     if stopped is None:
         require_moved(share, steps, attempt.trainer.filler.metric, run.experiment.model.dtype)
-    if line := few_moved(share, run.experiment.model.dtype):
-        run.hear.say(line)
+    hardly_moved = few_moved(share, run.experiment.model)
+    if hardly_moved is not None:
+        run.hear.say(hardly_moved)
     evidence = {
         **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
         "weights_changed": share,
+        "hardly_moved": hardly_moved,
         "steps_without_update": without_update(steps),
         "recipe": run.experiment.training.effective(),
         "inputs": run.inputs,

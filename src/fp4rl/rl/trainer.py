@@ -27,6 +27,7 @@ from fp4rl.rl.by_length import by_length
 from fp4rl.rl.dropout import dropout_off, drops
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.laps import Laps
+from fp4rl.rl.masters import Masters
 from fp4rl.rl.means import StepMeans
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
@@ -34,6 +35,7 @@ from fp4rl.rl.parts import Parts
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
 from fp4rl.rl.scoring import answer_logps, whole_sequences
+from fp4rl.spec.mistakes import BadValue
 from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other now and then, on a few answers.
@@ -54,6 +56,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self._started = time.perf_counter()
         self.laps = Laps()
         self.learned = True
+        self.masters: Masters | None = None
         recipe = parts.recipe
         super().__init__(
             model=model,
@@ -90,6 +93,30 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No model card beside a checkpoint: it would name what TRL's own defaults are."""
+
+    # -- the weights that are updated
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's own, over FP32 copies of the weights where they are in another dtype."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        self.masters = Masters.of(self.model) if self.parts.float_masters else None
+        if self.masters is not None:
+            if self.is_fsdp_enabled:
+                raise BadValue("model.master_dtype float32 is not there for sharded weights: take model.dtype float32")
+            self.masters.put_into(optimizer)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch: forward, backward, and its gradients added up in FP32."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.masters is not None:
+            self.masters.take_gradients(self.accelerator)
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.masters is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.masters.parameters(), self.args.max_grad_norm)
 
     # -- a generation batch
 
@@ -318,9 +345,13 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         self._trainer.score_later_updates()
         if not self._trainer.learned:
             self._trainer.model.zero_grad(set_to_none=True)
+            if self._trainer.masters is not None:
+                self._trainer.masters.drop_gradients()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Cached rounded weights are thrown away: nothing else tells that a fused AdamW has run."""
+        if self._trainer.masters is not None:
+            self._trainer.masters.write()
         self._trainer.parts.phases.weights_changed()
         self._trainer.laps.lap("optimizer")
 

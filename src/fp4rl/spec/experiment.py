@@ -17,6 +17,8 @@ from fp4rl.spec.shared_scales import batch_note, shared_scales
 from fp4rl.spec.task import Arithmetic, Task
 from fp4rl.spec.training import Training
 
+_USUAL_WEIGHT = 0.02  # the size of most weights of a language model
+
 
 class Experiment(Spec):
     """Everything that decides a result. What is not in here does not change a number."""
@@ -80,6 +82,7 @@ class Experiment(Spec):
     def warnings(self) -> list[str]:
         """What is allowed and hardly ever meant, one line each, to be said before a run (checks P19, P28, P32, P36)."""
         steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
+        found += self._out_of_reach()
         if every > steps:
             found.append(f"evaluation.test_freq {every} is more than {steps} steps: nothing is judged on the way")
         elif every and steps % every:
@@ -97,6 +100,21 @@ class Experiment(Spec):
         if profile == "deployment":
             return self.injection
         return self.evaluation.injections.get(profile) or (Injection.named(profile) if profile in MODES else None)
+
+    def _out_of_reach(self) -> list[str]:
+        """Weights that the planned updates cannot change in the model's dtype (AdamW's are about `lr` each)."""
+        model, recipe = self.model, self.training
+        updates = 1 if model.coarse_masters else recipe.steps * recipe.updates_per_step
+        largest = recipe.lr * updates / model.smallest_change
+        if model.dtype == "float32" or model.lora is not None or largest > _USUAL_WEIGHT:
+            return []
+        what, cure = f"{updates} updates of about", "more steps or a larger training.lr"
+        if model.coarse_masters:
+            what, cure = "updates of about", "model.master_dtype: float32"
+        return [
+            f"{what} training.lr {recipe.lr:g} are below half a step of {model.dtype} for every weight above "
+            f"{largest:.1g}: hardly any weight will change; take {cure}"
+        ]
 
 
 class Comparison(Spec):

@@ -57,7 +57,20 @@ class Model(Spec):
     path: Place | None = Field(default=None, description="a Hugging Face folder on this disk; nothing is downloaded")
     embedded: Embedded | None = None
     dtype: Dtype = Field(default="float32", description="of the weights and of the arithmetic around what is rounded")
+    master_dtype: Dtype = Field(
+        default="float32", description="of the weights that the optimizer updates: float32, or the dtype itself"
+    )
     lora: Lora | None = None
+
+    @property
+    def coarse_masters(self) -> bool:
+        """Whether updates are made to weights of low precision. Adapters are kept in float32 in any case."""
+        return self.master_dtype != "float32" and self.lora is None
+
+    @property
+    def smallest_change(self) -> float:
+        """Half a step of the dtype, as a share of a weight: an update below it leaves the weight as it was."""
+        return {"float32": 2.0**-25, "bfloat16": 2.0**-9, "float16": 2.0**-12}[self.dtype]
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +80,12 @@ class Model(Spec):
         if isinstance(value, dict) and not value.get("path") and not value.get("embedded"):
             return {**value, "embedded": {}}
         return value
+
+    @model_validator(mode="after")
+    def _masters_hold_the_weights(self) -> "Model":
+        if self.master_dtype not in ("float32", self.dtype):
+            raise ValueError(f"master_dtype {self.master_dtype} is neither float32 nor the dtype {self.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
