@@ -102,8 +102,11 @@ def test_how_often_and_how_hard_long_answers_are_punished_is_logged():
     assert filler({0, 1, 2}).metrics(N)["overlong/share"] == 0.0
 
 
-def alternating(turns=itertools.count(), **_):
-    return float(next(turns) % 2)
+TURNS = itertools.count()
+
+
+def alternating(**_):
+    return float(next(TURNS) % 2)
 
 
 def test_the_filter_follows_the_reward_and_says_what_it_looked_at():

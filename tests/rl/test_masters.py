@@ -135,7 +135,7 @@ def test_a_run_in_bfloat16_learns_what_its_deployment_computes(arm, run, experim
     [
         ({"master_dtype": "bfloat16"}, {}, "updates of about training.lr 1e-06 are below half a step of bfloat16 for"),
         ({"master_dtype": "bfloat16"}, {}, "every weight above 0.0005: hardly any weight will change; take model.mas"),
-        ({}, {"steps": 10}, "20 updates of about training.lr 1e-06 are below half a step of bfloat16 for every weigh"),
+        ({}, {"steps": 10}, "20 updates of about training.lr 1e-06 together are below half a step of bfloat16 for"),
         ({}, {"steps": 100}, ""),
         ({"master_dtype": "bfloat16"}, {"lr": 1e-4}, ""),
         ({"master_dtype": "bfloat16", "lora": {}}, {}, ""),

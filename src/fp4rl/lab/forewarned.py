@@ -70,7 +70,7 @@ def _loss(experiment: Experiment) -> Iterator[str]:
             f"one update is made from each batch, so that the ratio is 1 and the clipping of {recipe.algorithm} never "
             "acts: a training.mini_batch_size below train_batch_size makes more"
         )
-    if recipe.kl_loss_coef and recipe.kl_loss_type == "k1":
+    if recipe.kl and recipe.kl_loss_type == "k1":
         yield "kl_loss_type k1: the gradient of this loss is zero on average; take low_var_kl or k2"
     if recipe.algorithm == "gspo" and (recipe.clip_ratio_high or 0.0) > 0.05 and recipe.updates_per_step > 1:
         yield (

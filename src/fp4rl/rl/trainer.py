@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer with our own rollout, dynamic sampling and loss: the only file that imports trl.
 
 TRL keeps the loop, the optimizer, mixed precision, gradient accumulation, several processes and checkpoints. Touched
-are four seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`,
-`_prepare_inputs`), a micro-batch (`_compute_loss`), the ends of optimizer steps and checkpoints (a callback) and the
-log line (`log`).
+are five seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`,
+`_prepare_inputs`), a micro-batch (`_compute_loss`), the weights that are updated (`create_optimizer`, `training_step`,
+`_clip_grad_norm`), the ends of optimizer steps and checkpoints (a callback) and the log line (`log`).
 """
 
 import time
@@ -106,9 +106,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             self.masters.put_into(optimizer)
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """A micro-batch: forward, backward, and its gradients added up in FP32."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.masters is not None:
             self.masters.take_gradients(self.accelerator)
         return loss
@@ -359,8 +359,8 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """Between two rollouts: the only place where a checkpoint can be written, and where a run can be ended."""
         if state.global_step % self._trainer.parts.recipe.updates_per_step == 0:
             save, stop = self._trainer.parts.hooks.on_boundary(self._trainer.step)
-            control.should_save |= save
-            control.should_training_stop |= stop
+            control.should_save = control.should_save or save
+            control.should_training_stop = control.should_training_stop or stop
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The trainer's checkpoint is whole: ours, written last, completes it."""

@@ -108,11 +108,11 @@ class Experiment(Spec):
         largest = recipe.lr * updates / model.smallest_change
         if model.dtype == "float32" or model.lora is not None or largest > _USUAL_WEIGHT:
             return []
-        what, cure = f"{updates} updates of about", "more steps or a larger training.lr"
+        what, cure = f"{updates} updates of about training.lr {recipe.lr:g} together", "more steps or a larger lr"
         if model.coarse_masters:
-            what, cure = "updates of about", "model.master_dtype: float32"
+            what, cure = f"updates of about training.lr {recipe.lr:g}", "model.master_dtype: float32"
         return [
-            f"{what} training.lr {recipe.lr:g} are below half a step of {model.dtype} for every weight above "
+            f"{what} are below half a step of {model.dtype} for every weight above "
             f"{largest:.1g}: hardly any weight will change; take {cure}"
         ]
 

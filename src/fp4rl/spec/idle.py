@@ -122,7 +122,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _of_training("kl_loss_type", "reference_precision"),
         "training.kl_loss_coef is 0, so there is no KL and no reference",
-        lambda e: e.training.kl_loss_coef == 0,
+        lambda e: not e.training.kl,
     ),
     Rule(_of_training("reference_precision"), "nothing is injected", lambda e: not _injects(e)),
     Rule(
@@ -137,13 +137,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _of_training("overlong_buffer.len", "overlong_buffer.penalty_factor"),
-        "training.overlong_buffer.enable is false",
-        lambda e: not e.training.overlong_buffer.enable,
+        "training.overlong_buffer.enable is false, or left to an algorithm without it",
+        lambda e: e.training.overlong is None,
     ),
     Rule(
         _of_training("filter_groups.metric", "filter_groups.max_num_gen_batches"),
-        "training.filter_groups.enable is false",
-        lambda e: not e.training.filter_groups.enable,
+        "training.filter_groups.enable is false, or left to an algorithm without it",
+        lambda e: not e.training.filters,
     ),
     Rule(
         _of_training("rollout_correction.mode", "rollout_correction.threshold"),
