@@ -55,7 +55,7 @@ def _kinds(compared: Compared) -> set[str]:
 def test_a_fair_pair_gets_its_word(two_arms, ask: Ask):
     two_arms()
     compared = ask()
-    assert compared.objections == ()
+    assert compared.objections == compared.marks == ()
     assert compared.verdict is not None
     assert compared.verdict.word == "worse"
     assert compared.verdict.difference == pytest.approx(-10)
@@ -478,3 +478,12 @@ def test_a_run_without_one_of_its_evaluations_is_refused_as_in_the_report(two_ar
 
 def test_nothing_recorded_is_a_gap():
     assert gaps({}, {}, []) == ("it left no evidence",)
+
+
+def test_a_side_whose_training_moved_few_weights_is_marked(two_arms, ask: Ask):
+    """A run that could not move its weights counted like any other; its log alone said so."""
+    said = "training changed 1.92% of the weights: take model.master_dtype: float32"
+    two_arms(evidence=QUANTIZED | {"hardly_moved": said})
+    found = ask()
+    assert [mark.endswith(f"is hardly trained: {said}") for mark in found.marks] == [True] * 3
+    assert found.as_dict()["marks"] == found.marks

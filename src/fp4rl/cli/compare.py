@@ -100,6 +100,8 @@ def _print(answer: "Compared") -> None:
         indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
         indented(f"and {len(answer.objections) - _MOST} more differences (--json lists all)")
+    for mark in answer.marks[:_MOST]:
+        indented(("warning", "yellow"), f": {mark}")
     if answer.verdict is None:
         return
     indented(answer.verdict.sentence())

@@ -68,6 +68,12 @@ class Compared:
     def comparable(self) -> bool:
         return not self.objections
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know beside the numbers: a run whose training changed few weights is almost its start."""
+        runs = [run for side in (self.treatment, self.control) for run in side.runs]
+        return tuple(f"{run.key} is hardly trained: {run.hardly_moved}" for run in runs if run.hardly_moved)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a program."""
         return {
@@ -76,6 +82,7 @@ class Compared:
             "control": _side_dict(self.control),
             "comparable": self.comparable,
             "objections": [asdict(objection) for objection in self.objections],
+            "marks": self.marks,
             "verdict": self.verdict.as_dict() if self.verdict else None,
             "checks": asdict(self.checks),
         }

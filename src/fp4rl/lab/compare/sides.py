@@ -40,6 +40,7 @@ class SideRun:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None  # digest of the final weights
     answers: str | None = None  # digest of the answers that were measured
+    hardly_moved: str | None = None  # in words, where training changed few weights
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def _side_run(
         inputs_of(row["evidence"]),
         row["evidence"].get("final_weights"),
         answers_of(lines, measured.step, measured.profile),
+        row["evidence"].get("hardly_moved"),
     )
 
 
