@@ -93,6 +93,12 @@ def test_a_mixture_of_experts_computes_what_the_oracle_computes(family):
         equal_to_the_oracle(model, injection)
 
 
+def test_the_cure_for_outputs_of_biased_experts_is_taken():
+    patterns = {"*.experts.*": {"output": "none"}}
+    equal = resolve(tiny("GptOss"), Injection.model_validate({"mode": "w4a4_out", "by_pattern": patterns})).plans
+    assert {(plan.site.kind, plan.output is None) for plan in equal} == {("linear", False), ("experts", True)}
+
+
 def test_the_experts_of_jetmoe_are_sites_and_its_routers_are_routers():
     kinds = {site.name: (site.kind, site.shape) for site in walk(tiny("JetMoe")) if site.layer == 1}
     assert kinds["model.layers.1.mlp.input_linear"] == ("experts", (4, 192, 64))
@@ -117,9 +123,12 @@ def test_experts_in_one_matrix_are_refused_by_name_and_can_be_left():
     config.attn_config.rope_theta = 1e4
     with torch.device("meta"):
         model = transformers.DbrxForCausalLM(config)
-    with pytest.raises(BadValue, match=r"ffn.experts.mlp.w1: DbrxExpertGLU holds all its experts in one matrix"):
+    reason = (
+        r"ffn.experts.mlp.w1: DbrxExpertGLU holds all its experts in one matrix.*leave: \['\*\.ffn\.experts\.mlp\.\*'\]"
+    )
+    with pytest.raises(BadValue, match=reason):
         resolve(model, Injection.named("w4a16"))
-    targets = {"leave": ["*.experts.*", "*router*", "*lm_head*"]}
+    targets = {"leave": ["*.ffn.experts.mlp.*", "*router*", "*lm_head*"]}
     table = resolve(model, Injection.model_validate({"mode": "w4a16", "targets": targets}))
     assert {plan.name.rpartition(".")[2] for plan in table.plans} == {"Wqkv", "out_proj"}
 

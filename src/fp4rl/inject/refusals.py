@@ -36,7 +36,12 @@ def require_opt_in(site: Site, targets: Targets) -> None:
 
 def _pattern(site: Site, wanted: str) -> str:
     """What leaves a site out, and its likes in other layers."""
-    return _LEAVE.get(wanted) or re.sub(r"^.*?\.\d+\.", "*.", site.name)
+    return _LEAVE.get(wanted) or _everywhere(site.name)
+
+
+def _everywhere(name: str) -> str:
+    """The pattern of a place in every layer."""
+    return re.sub(r"^.*?\.\d+\.", "*.", name)
 
 
 def require_plain_linear(site: Site, module: nn.Module) -> None:
@@ -81,7 +86,7 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
         raise BadValue(
             f"{plan.name}: {type(module).__name__} adds a bias after its matmul, so what an expert returns is out of "
-            "reach; leave the output out there (by_pattern, output: none), or round the input"
+            f"reach; round no output there: by_pattern: {{{plan.name}: {{output: none}}}}"
         )
 
 
@@ -92,7 +97,7 @@ def require_layout(site: Site, module: nn.Module) -> None:
     if len(shape) == 2:
         raise BadValue(
             f"{site.name}: {kind} holds all its experts in one matrix {shape}, whose parts injection cannot tell "
-            f"apart; {leave}"
+            f"apart; leave them out: targets.leave: ['{_everywhere(site.parent)}.*']"
         )
     if site.transposed is None and shape[1] != shape[2]:
         raise BadValue(

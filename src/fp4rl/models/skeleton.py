@@ -38,7 +38,7 @@ def skeleton(path: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise BadValue(f"the config.json in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
     require_ids_inside(model, tokenizer, folder)
     return model
