@@ -6,6 +6,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.spec.door import load_spec
 
 SUITE = """
 suite: s
@@ -97,6 +98,23 @@ def test_old_settings_are_translated_with_a_line_for_each_trap(sites):
     assert "let the backward see unrounded numbers" in " ".join(err.split())
 
 
+def test_old_settings_are_written_as_a_fragment_that_a_spec_takes(sites, tmp_path):
+    old = ("hw_error_injection.enabled=true", "hw_error_injection.error_type=mxfp4", "hw_error_injection.seed=1")
+    old += ("'++trainer.noise_injection.enabled=True'", "noise_injection.sigma_start=0.05")
+    old += ("noise_injection.sigma_end=0.0005",)
+    file = tmp_path / "old.yaml"
+    code, out, _ = sites("embedded", *(word for setting in old for word in ("--old", setting)), "--write", file)
+    assert code == 0
+    assert "noise: geometric: sigma_start 0.05, sigma_end 0.0005, num_stages 10; on norm weights in rollouts" in out
+    assert f"fp4rl run SPEC +{file}\n" in out
+    assert "# the" not in file.read_text().splitlines()[-1]
+    assert "on in validation too" in file.read_text()
+    (tmp_path / "spec.yaml").write_text("training: {steps: 3}\n")
+    experiment = load_spec(tmp_path / "spec.yaml", [f"+{file}"])
+    assert (experiment.injection.input.name, experiment.injection.seed) == ("mxfp4", 1)
+    assert experiment.noise.schedule.sigma_start == 0.05
+
+
 @pytest.mark.parametrize(
     ("arguments", "cure"),
     [
@@ -108,6 +126,7 @@ def test_old_settings_are_translated_with_a_line_for_each_trap(sites):
         (["embedded", "--preset", "vlm"], "did you mean 'vllm'"),
         (["embedded", "x=1"], "is no spec file"),
         (["embedded", "--old", "error_type"], "KEY=VALUE"),
+        (["embedded", "--write", "x.yaml"], "no old setting is given"),
         (["embedded", "--mode", "{weight: mxfp4, targets: {take: '*.qproj'}}"], "did you mean '*.q_proj'"),
         (["no/such/folder"], "does not exist"),
     ],

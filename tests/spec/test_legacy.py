@@ -1,9 +1,13 @@
 """Old settings become an injection, and every trap that they held gets its line."""
 
 import pytest
+import yaml
 
+from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.spec.door import load_spec
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.noise import EpochAware, Geometric, Multipliers
 
 OLD = "trainer.hw_error_injection."
 
@@ -127,6 +131,109 @@ def test_noisy_ops_for_training_alone_stay_out_of_rollouts():
     assert translation.injection.apply_during.errors == ("training",)
     assert warned(translation, "1e-4, not 5 %")
     assert not warned(translation, "on in validation")
+
+
+NOISE = "trainer.noise_injection."
+FADE = {f"{NOISE}enabled": "True", f"{NOISE}sigma_start": "0.05", f"{NOISE}sigma_end": "0.0005"}
+
+
+def noise(**settings):
+    return translate(FADE | {NOISE + key.replace("__", "."): value for key, value in settings.items()}).noise
+
+
+def test_a_geometric_fade_keeps_its_numbers_and_takes_no_injection_along():
+    found = translate(FADE | {f"{NOISE}num_stages": "10", f"{NOISE}layer_types": '["rmsnorm"]'})
+    assert found.noise.schedule == Geometric(sigma_start=0.05, sigma_end=0.0005, num_stages=10)
+    assert found.noise.targets.kinds == ("norm",)
+    assert set(found.fragment()) == {"noise"}
+    assert warned(found, "never advanced the step")
+
+
+def test_an_epoch_aware_fade_needs_the_trainers_epochs():
+    with pytest.raises(BadValue, match=r"name trainer\.total_epochs"):
+        noise(epoch_aware="True")
+    found = translate(FADE | {f"{NOISE}epoch_aware": "True", "trainer.total_epochs": "2"})
+    assert found.noise.schedule == EpochAware(sigma_start=0.05, sigma_end=0.0005, epochs=2, stages_per_epoch=5)
+    assert warned(found, "drew no noise at all")
+
+
+def test_factors_of_layers_are_kept_whether_one_by_one_or_in_a_mapping():
+    config = {"layer_sigma_config__enabled": "True", "layer_sigma_config__default_multiplier": "0.0"}
+    for given in (
+        {"layer_sigma_config__layer_multipliers": "{14: 1.0, 15: 1.5}"},
+        {"layer_sigma_config__layer_multipliers__14": "1.0", "layer_sigma_config__layer_multipliers__15": "1.5"},
+    ):
+        found = noise(**config, **given).multipliers
+        assert (dict(found.by_layer), found.others) == ({14: 1.0, 15: 1.5}, 0.0)
+    assert noise(target_layers="[3, 4]").multipliers == Multipliers(by_layer=((3, 1.0), (4, 1.0)), others=0.0)
+    off = noise(layer_sigma_config__enabled="False", layer_sigma_config__layer_multipliers="{14: 2.0}")
+    assert off.multipliers == Multipliers()
+
+
+def test_zones_become_the_layers_at_both_ends_with_a_factor_that_changes():
+    """28 layers, of which 0-5 and 23-27 are the edge; the middle goes from 1 to 0.5 in the middle of the run."""
+    zones = {
+        "edge_layers": "[0, 1, 2, 3, 4, 5, 23, 24, 25, 26, 27]",
+        "middle_layers": str([*range(6, 23)]),
+        "phase_boundary_ratio": "0.5",
+        "early_middle_mult": "1.0",
+        "late_middle_mult": "0.5",
+    }
+    where = f"{NOISE}layer_sigma_config."
+    settings = {f"{where}zone_schedule.{key}": value for key, value in zones.items()}
+    found = translate(FADE | {f"{where}enabled": "True", f"{where}zone_schedule.enabled": "True"} | settings)
+    factors = {
+        share: [multiplier_at(found.noise.multipliers, layer, 28, share) for layer in range(28)] for share in (0.2, 0.7)
+    }
+    assert factors[0.2] == [1.0] * 28
+    assert factors[0.7] == [1.0] * 6 + [0.5] * 16 + [1.0] * 6
+    assert warned(found, "6 layers at the start and 5 at the end; here both ends have 6")
+
+
+def test_one_norm_alone_is_kept_and_what_never_takes_noise_needs_no_pattern():
+    found = noise(target_modules='["post_attention_layernorm"]', exclude_patterns='["lm_head", "input_layernorm"]')
+    assert (found.targets.leave, found.targets.final_norm) == (("*input_layernorm*",), False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"sigma_strat": "1"}, "did you mean 'sigma_start'"),
+        ({"layer_types": '["rmsnrom"]'}, "did you mean 'rmsnorm'"),
+        ({"sigma_end": "0"}, "a geometric fade never reaches zero"),
+        ({"target_modules": '["q_proj"]'}, "has no counterpart"),
+        ({"sigma_trend": "[0.1, 0]"}, "was computed by the trainer"),
+        ({"layer_sigma_config__layer_multiplers": "{1: 2}"}, "did you mean 'layer_multipliers'"),
+        ({"layer_sigma_config__zone_schedule": "{edge_layers: [1], middle_layers: [0]}"}, "both ends"),
+    ],
+)
+def test_old_noise_that_cannot_be_read_is_refused(settings, cure):
+    with pytest.raises(BadValue, match=cure):
+        noise(**settings)
+
+
+def test_a_start_that_is_not_named_is_not_guessed():
+    with pytest.raises(BadValue, match=r"sigma_start is not set"):
+        translate({f"{NOISE}enabled": "True"})
+
+
+def test_noise_that_was_off_is_none():
+    found = translate(FADE | {f"{NOISE}enabled": "False"})
+    assert found.fragment() == {"noise": "none"}
+
+
+@pytest.mark.parametrize("epochs", [{}, {f"{NOISE}epoch_aware": "True", "trainer.total_epochs": "2"}])
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "deadzone"])
+def test_the_fragment_of_both_families_lies_over_a_spec_and_says_the_same(tmp_path, kind, epochs):
+    """The kind: a default that the file leaves out and the reader fills in otherwise (an epoch-aware fade)."""
+    settings = FADE | epochs | {f"{OLD}enabled": "True", f"{OLD}error_type": kind, f"{OLD}target_modules": '["linear"]'}
+    found = translate(settings)
+    spec, fragment = tmp_path / "spec.yaml", tmp_path / "old.yaml"
+    spec.write_text("injection: w4a16\nnoise: {schedule: constant, multipliers: {by_layer: {0: 9.0}}}\n")
+    fragment.write_text(yaml.safe_dump(found.fragment()))
+    loaded = load_spec(spec, ["injection=none", "noise=none", f"+{fragment}"])
+    assert (loaded.injection, loaded.noise) == (found.injection, found.noise)
+    assert load_spec(spec, ["injection=none", f"+{fragment}"]).noise.multipliers == found.noise.multipliers
 
 
 def test_the_rollouts_own_copy_of_the_settings_is_read_too():

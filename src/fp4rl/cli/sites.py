@@ -2,21 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.table import Table
 
 from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
+from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import single
 from fp4rl.spec.door import parse
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.legacy import translate
+from fp4rl.spec.legacy import Translation, translate
 from fp4rl.spec.mistakes import BadValue, shown
 from fp4rl.spec.model import Model
 from fp4rl.spec.modes import PHASES
+from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
 from fp4rl.spec.retarget import under_preset
@@ -32,7 +36,11 @@ def command(
     preset: Annotated[str | None, typer.Option("--preset", help="The deployment target's rules.")] = None,
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a suite; else the first that rounds.")] = None,
     old: Annotated[
-        list[str] | None, typer.Option("--old", help="An old setting KEY=VALUE (hw_error_injection, VERL_NOISY_OPS).")
+        list[str] | None,
+        typer.Option("--old", help="An old setting KEY=VALUE (hw_error_injection, noise_injection, VERL_NOISY_OPS)."),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write what --old says as a fragment for `fp4rl run SPEC +FILE`.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per place instead of one per role.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
@@ -40,22 +48,45 @@ def command(
     """Print what is rounded in a model and in which format, what is left out, and the counts to expect.
 
     Examples: `fp4rl sites embedded --mode w4a4`, `fp4rl sites suite.yaml --arm w4a16`,
-    `fp4rl sites MODEL --old hw_error_injection.enabled=true --old hw_error_injection.error_type=mxfp4`
+    `fp4rl sites MODEL --old hw_error_injection.enabled=true --old hw_error_injection.error_type=mxfp4 --write old.yaml`
     """
+    require_writable(write, "--write")
+    if write and not old:
+        raise BadValue(f"--write {write}: writes what --old says, and no old setting is given; name some")
     model_spec, injection = _described(source, overrides or [], arm)
-    warnings: tuple[str, ...] = ()
-    if old:
-        translation = translate(dict(_setting(word) for word in old))
-        injection, warnings = translation.injection, translation.warnings
+    translation = translate(dict(_setting(word) for word in old)) if old else None
+    warnings = translation.warnings if translation else ()
+    if translation:
+        injection = translation.injection
     elif mode is not None or preset is not None:
         injection = _asked(mode, preset, injection)
     table = _resolved(model_spec, injection)
+    if write and translation:
+        _write(write, translation)
     if as_json:
         print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
         return
     for line in warnings:
         console(stderr=True).print(styled(("old setting:", "yellow"), f" {line}"), highlight=False, soft_wrap=True)
     _show(table, every)
+    if translation and translation.noise:
+        console().print(f"noise: {_in_a_line(translation.noise)}", highlight=False)
+    if write:
+        console().print(f"old settings: {write}; run with it: fp4rl run SPEC +{write}", highlight=False, soft_wrap=True)
+
+
+def _write(file: Path, translation: Translation) -> None:
+    """The fragment as YAML, with what the old settings did otherwise as comments above it."""
+    lines = "".join(f"# {line}\n" for line in translation.warnings)
+    content = yaml.safe_dump(translation.fragment(), sort_keys=False, allow_unicode=True)
+    file.write_text(f"# Old settings, translated by `fp4rl sites --old`\n{lines}{content}", encoding="utf-8")
+
+
+def _in_a_line(noise: Noise) -> str:
+    """`epoch_aware: sigma_start 0.05, ...; on norm weights`."""
+    schedule = noise.schedule.model_dump(exclude={"kind"})
+    settings = ", ".join(f"{key} {value:g}" for key, value in schedule.items())
+    return f"{noise.schedule.kind}: {settings}; on {' and '.join(noise.targets.kinds)} weights in rollouts"
 
 
 def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Model, Injection]:
@@ -85,7 +116,7 @@ def _setting(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals:
         raise BadValue(f"--old {word!r}: an old setting is written KEY=VALUE")
-    return key.lstrip("+").strip(), value.strip().strip("'")
+    return key.strip(" '+"), value.strip().strip("'")
 
 
 def _resolved(spec: Model, injection: Injection) -> "SiteTable":

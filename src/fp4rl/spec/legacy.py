@@ -1,15 +1,18 @@
-"""Settings of an older code base, read into an injection, with a line for every trap that they held.
+"""Settings of an older code base, read into an injection and noise, with a line for every trap that they held.
 
-Two families: `...hw_error_injection.KEY` (and `...hw_error_injection_config.KEY` of the rollout) and the environment
-variables `VERL_NOISY_OPS_KEY`. Whoever calls reads files and environments; this only translates.
+Three families: `...hw_error_injection.KEY` (and `...hw_error_injection_config.KEY` of the rollout), the environment
+variables `VERL_NOISY_OPS_KEY`, and the noise of `legacy_noise`. Whoever calls reads files and environments; this only
+translates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.legacy_noise import FAMILY, noise_of
 from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
@@ -45,17 +48,43 @@ class Translation:
 
     injection: Injection
     warnings: tuple[str, ...]
+    noise: Noise | None = None
+    speaks_of: tuple[str, ...] = ("injection",)
+
+    def fragment(self) -> dict[str, Any]:
+        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; what the old settings did not
+        speak of is not in it."""
+        harm = self.injection.model_dump(mode="json", exclude_defaults=True) or "none"
+        noise = self.noise.model_dump(mode="json") if self.noise else "none"
+        if isinstance(noise, dict):  # a list where there are no layers: mappings merge, and a spec's factors would stay
+            noise["multipliers"]["by_layer"] = noise["multipliers"]["by_layer"] or []
+        return {key: value for key, value in (("injection", harm), ("noise", noise)) if key in self.speaks_of}
 
 
 def translate(settings: Mapping[str, Any]) -> Translation:
-    """Old settings, by dotted key or variable name, as an `Injection`; keys of other families are left alone.
+    """Old settings, by dotted key or variable name, as an `Injection` and `Noise`; keys of other families are left
+    alone.
 
-    Raises BadValue for an unknown key of the two families, for an unknown value, and for settings that never could act.
+    Raises BadValue for an unknown key of the families, for an unknown value, and for settings that never could act.
     """
+    if not any(FAMILY in key for key in settings):
+        return _harm(settings)
+    plain = {key: plain_values(value, key) if isinstance(value, str) else value for key, value in settings.items()}
+    noise, lines = noise_of(plain)
+    if not any(key.startswith(PREFIX) or any(part in key for part in _FAMILY) for key in settings):
+        return Translation(Injection(), lines, noise, ("noise",))
+    found = _harm(settings)
+    return replace(found, warnings=(*found.warnings, *lines), noise=noise, speaks_of=("injection", "noise"))
+
+
+def _harm(settings: Mapping[str, Any]) -> Translation:
+    """The families that put errors into a model."""
     old = {key: value for key, value in settings.items() if any(part in key for part in _FAMILY)}
     noisy = {key.removeprefix(PREFIX): str(value) for key, value in settings.items() if key.startswith(PREFIX)}
     if not (old or noisy):
-        raise BadValue(f"no old setting here: expected keys with hw_error_injection in them, or {PREFIX}... variables")
+        raise BadValue(
+            f"no old setting here: expected keys with hw_error_injection or {FAMILY} in them, or {PREFIX}... variables"
+        )
     if noisy and _yes(noisy.get("ENABLED", "")):
         if old:
             raise BadValue(
