@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fp4rl.rl.advantages import group_advantages
+from fp4rl.rl.batch import Answer, training_batch
 from fp4rl.rl.losses import LOSSES
 from fp4rl.spec.algorithms import PUBLISHED
 from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.training import Training
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # two groups of four
 
@@ -36,6 +38,26 @@ def test_the_batch_deviation_keeps_a_quiet_group_quiet():
     by_batch = group_advantages(rewards, 2, "reinforce_plus_plus_baseline").values.abs()
     assert by_group[0] > 0.6
     assert by_batch[0] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("recipe", "first", "second"),
+    [
+        # centred (3/4, -1/4, ...) and (1/2, -1/2, ...); unbiased deviations 1/2 and sqrt(1/3), of the batch 1/2
+        ({"adv_estimator": "grpo"}, (1.5, -0.5), (0.866, -0.866)),
+        ({"adv_estimator": "grpo", "norm_adv_by_std": False}, (0.75, -0.25), (0.5, -0.5)),
+        ({"algorithm": "dr_grpo"}, (0.75, -0.25), (0.5, -0.5)),
+        ({"adv_estimator": "rloo"}, (1.0, -1 / 3), (2 / 3, -2 / 3)),
+        ({"adv_estimator": "reinforce_plus_plus_baseline"}, (1.5, -0.5), (1.0, -1.0)),
+    ],
+)
+def test_a_step_learns_from_the_advantages_of_its_recipe(recipe, first, second):
+    """The kind: `one != other`, which any difference passes, in place of the right values, worked out by hand."""
+    answers = [Answer([5], [6], torch.zeros(1), reward, True) for reward in REWARDS.tolist()]
+    described = Training.model_validate({"algorithm": "dapo", "rollout_n": 4} | recipe)
+    batch = training_batch(answers, answers[0], described, 8, 0, torch.device("cpu"))
+    (up, down), (high, low) = first, second
+    assert batch["advantages"].tolist() == pytest.approx([up, down, down, down, high, high, low, low], abs=1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus_baseline"])

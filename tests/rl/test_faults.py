@@ -128,9 +128,16 @@ def _gsm8k(file):
     return Gsm8k(path=str(file))
 
 
-def test_a_tokenizer_without_a_chat_template_trains(run, experiment):
-    trained, _ = run(experiment("bf16", training={"steps": 1}))
-    assert load(trained.final)[1].chat_template is None
+def test_a_tokenizer_without_a_chat_template_trains(run, experiment, model_cache):
+    """Its prompts go in as they are written, and its steps move the weights that its folder then holds."""
+    trained, heard = run(experiment("bf16"))
+    model, tokenizer = load(trained.final)
+    start, _ = load(next(model_cache.glob("tiny-*/")))
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, start.get_parameter(name))]
+    assert tokenizer.chat_template is None
+    assert trained.steps_done == len(heard.steps) == 2
+    assert any(metrics["grad_norm"] > 0 for _, metrics in heard.steps)
+    assert len(moved) > 14
 
 
 def test_empty_answers_are_counted_and_survived(run, experiment, monkeypatch):

@@ -20,16 +20,6 @@ def test_every_algorithm_trains_for_two_steps(algorithm, run, experiment):
     assert any(metrics["grad_norm"] > 0 for _, metrics in heard.steps)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus_baseline"])
-def test_another_advantage_estimator_gives_another_run(estimator, run, experiment):
-    usual, other = (
-        run(experiment("bf16", training={"adv_estimator": name}), name)[1].steps[-1][1]["policy_loss"]
-        for name in ("grpo", estimator)
-    )
-    assert usual != other
-
-
 @pytest.mark.parametrize("precision", ["full", "deployment"])
 def test_kl_to_a_reference_in_the_deployments_precision_starts_at_zero_and_to_bf16_does_not(precision, run, experiment):
     recipe = {"kl_loss_coef": 0.1, "reference_precision": precision, "mini_batch_size": 4, "steps": 1}
@@ -109,6 +99,7 @@ def test_a_live_teacher_is_the_unquantized_policy_itself(run, experiment):
     recipe = {"steps": 2, "distillation": {"teacher": "live"}}
     _, unquantized = run(experiment("bf16", training=recipe), "bf16")
     _, quantized = run(experiment("w4a4", training=recipe), "w4a4")
+    assert len(unquantized.steps) == len(quantized.steps) == 2
     assert all(metrics["distill/kl"] < 1e-6 for _, metrics in unquantized.steps)
     assert all(metrics["distill/kl"] > 1e-3 for _, metrics in quantized.steps)
 
@@ -140,7 +131,7 @@ def test_lora_needs_no_second_copy_of_the_base_for_its_reference(run, experiment
     recipe = {"kl_loss_coef": 0.1, "lr": 1e-2, "mini_batch_size": 4, "distillation": {"coef": 0.1}}
     _, heard = run(experiment("bf16", model=LORA, training=recipe))
     assert heard.steps[0][1]["kl"] == heard.steps[0][1]["distill/kl"] == 0.0
-    assert heard.steps[1][1]["kl"] >= 0.0
+    assert heard.steps[1][1]["kl"] > 1e-6  # the adapter has left its start, the base has not
 
 
 @pytest.mark.slow
