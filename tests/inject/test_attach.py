@@ -109,7 +109,7 @@ def test_a_site_that_is_never_called_stops_the_run():
     model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
     with attach(model, W4A16) as harmed:
         model["a"](torch.zeros(1, 32))
-        with pytest.raises(CheckFailed, match=r"1 of 2 sites were never called during training.*b"):
+        with pytest.raises(CheckFailed, match=r"1 of 2 sites was never called during training.*b"):
             harmed.require_calls()
         model["b"](torch.zeros(1, 32))
         harmed.require_calls()

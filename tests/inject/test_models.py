@@ -159,7 +159,7 @@ def test_a_head_that_is_read_but_not_called_is_noticed():
     with attach(model, Injection.named("w4a16", targets=targets)) as harmed:
         hidden = model.model(IDS).last_hidden_state
         nn.functional.linear(hidden, model.lm_head.weight)
-        with pytest.raises(CheckFailed, match=r"1 of 15 sites were never called during training.*lm_head"):
+        with pytest.raises(CheckFailed, match=r"1 of 15 sites was never called during training.*lm_head"):
             harmed.require_calls()
 
 

@@ -39,7 +39,7 @@ def test_a_site_that_is_passed_by_stops_the_run(phase):
     model = WithABypass()
     with attach(model, Injection.named("w4a16")) as harmed:
         phases = Phases(model, harmed, None, seed=0, total_steps=1, record=lambda _: None)
-        with pytest.raises(CheckFailed, match=f"1 of 2 sites were never called during {phase}.*: down_proj"):
+        with pytest.raises(CheckFailed, match=f"1 of 2 sites was never called during {phase}.*: down_proj"):
             spend(phases, phase)
 
 

@@ -223,10 +223,11 @@ def test_noise_that_was_off_is_none():
 
 
 @pytest.mark.parametrize("epochs", [{}, {f"{NOISE}epoch_aware": "True", "trainer.total_epochs": "2"}])
-@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "deadzone"])
-def test_the_fragment_of_both_families_lies_over_a_spec_and_says_the_same(tmp_path, kind, epochs):
+@pytest.mark.parametrize(("kind", "point"), [("mxfp4", "both"), ("nvfp4", "weight"), ("deadzone", "output")])
+def test_the_fragment_of_both_families_lies_over_a_spec_and_says_the_same(tmp_path, kind, point, epochs):
     """The kind: a default that the file leaves out and the reader fills in otherwise (an epoch-aware fade)."""
-    settings = FADE | epochs | {f"{OLD}enabled": "True", f"{OLD}error_type": kind, f"{OLD}target_modules": '["linear"]'}
+    harm = {"enabled": "True", "error_type": kind, "injection_point": point, "target_modules": '["linear"]'}
+    settings = FADE | epochs | {OLD + key: value for key, value in harm.items()}
     found = translate(settings)
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "old.yaml"
     spec.write_text("injection: w4a16\nnoise: {schedule: constant, multipliers: {by_layer: {0: 9.0}}}\n")

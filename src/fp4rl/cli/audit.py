@@ -8,6 +8,7 @@ import typer
 from fp4rl.cli.ledger import AsJson
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.audit.confounds import ONE_RUN
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.audit.audit import Audit, AuditedPair
@@ -38,12 +39,14 @@ def command(
 def _print_pairs(found: "Audit") -> None:
     screen = console()
     confounds = {one.record.id: one.confounds for one in found.records}
-    heading = f"{len(found.pairs)} comparisons in points, 95 % intervals over {found.problems} problems (Newcombe)"
+    pairs, problems = counted(len(found.pairs), "comparison"), counted(found.problems, "problem")
+    heading = f"{pairs} in points, 95 % intervals over {problems} (Newcombe)"
     screen.print(styled((heading, "bold")), highlight=False)
     screen.print("Each arm is one run: no comparison earns an effect word.", highlight=False)
     if found.spread:
         groups, sd, band = found.spread.groups, found.spread.sd, found.spread.band((1, 1))
-        line = f"Runs that turned out to be repeats ({groups} groups) have a standard deviation of {sd:.2f} points:"
+        repeats = f"Runs that turned out to be repeats ({counted(groups, 'group')})"
+        line = f"{repeats} have a standard deviation of {sd:.2f} points:"
         screen.print(f"{line} 95 % of pairs of equal runs differ by less than {band:.1f} points.", highlight=False)
     for one in found.pairs:
         share, pair = one.difference, one.pair
@@ -71,7 +74,7 @@ def _print_silent(found: "Audit") -> None:
         if one.noise.state == "never effective":
             reasons.setdefault("; ".join(one.noise.reasons), []).append(one.record.id)
     count = sum(len(ids) for ids in reasons.values())
-    console().print(styled((f"\n{count} arms whose noise was never effective", "bold")), highlight=False)
+    console().print(styled((f"\n{counted(count, 'arm')} whose noise was never effective", "bold")), highlight=False)
     for reason, ids in reasons.items():
         console().print(", ".join(ids), highlight=False)
         _indented(reason)

@@ -11,6 +11,7 @@ from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.questions import check_factors
+from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.compare.comparison import Compared, Question
@@ -59,7 +60,11 @@ def command(
             _print(answer)
     refused = sum(not answer.comparable for answer in answers)
     if refused and not anyway:
-        count = f"{refused} of {len(answers)} comparisons are" if len(answers) > 1 else "this pair is"
+        count = (
+            f"{refused} of {len(answers)} comparisons {agreeing(refused, 'is', 'are')}"
+            if len(answers) > 1
+            else "this pair is"
+        )
         raise CheckFailed(f"{count} not comparable; --anyway shows the numbers, labelled so")
 
 
@@ -99,7 +104,7 @@ def _print(answer: "Compared") -> None:
     for objection in answer.objections[:_MOST]:
         indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
-        indented(f"and {len(answer.objections) - _MOST} more differences (--json lists all)")
+        indented(f"and {counted(len(answer.objections) - _MOST, 'more difference')} (--json lists all)")
     for mark in answer.marks[:_MOST]:
         indented(("warning", "yellow"), f": {mark}")
     if answer.verdict is None:
@@ -116,7 +121,9 @@ def _print(answer: "Compared") -> None:
         indented(line)
     if checks.checkpoints:
         flips = checks.checkpoints
-        line = f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{flips.lost} problems"
+        line = (
+            f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{counted(flips.lost, 'problem')}"
+        )
         indented(f"{line}, p = {flips.p:.2g}")
 
 

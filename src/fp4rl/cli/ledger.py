@@ -11,6 +11,7 @@ from fp4rl.cli.late import leave_out
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.store import Ledger
@@ -55,7 +56,7 @@ def rebuild_ledger(
             on_damaged=leave_out,
         )
         name = found.name
-    console().print(f"{count} runs recorded in {name}", highlight=False, soft_wrap=True)
+    console().print(f"{counted(count, 'run')} recorded in {name}", highlight=False, soft_wrap=True)
 
 
 @app.command("info")

@@ -10,6 +10,7 @@ from rich.table import Table
 from fp4rl.cli.terminal import console, progress
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
 
 def show_losses(screen: "Console", found: dict[str, Any]) -> None:
     """One row per arm; p after Holm over the arms."""
-    draws = f"sigma {found['sigma']:g}, {found['draws']} draws"
+    draws = f"sigma {found['sigma']:g}, {counted(found['draws'], 'draw')}"
     title = f"loss of the answers without training, {draws}, against {found['against']}"
     table = Table(title=title, title_justify="left")
     for name in ("arm", "loss", "sd", "difference", "95 % interval", "p (Holm)"):

@@ -9,6 +9,7 @@ import typer
 from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.model import Embedded
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,8 +55,8 @@ def _print_what(screen: "Console", one: "Experiment") -> None:
     recipe, judged = one.training, one.evaluation
     model = one.model.path or f"the embedded model ({(one.model.embedded or Embedded()).hidden_size} wide)"
     screen.print(
-        f"{recipe.algorithm} on {one.task.name}, {recipe.steps} steps of {recipe.train_batch_size} x "
-        f"{recipe.rollout_n} answers, from {model}; judged on {judged.count} problems",
+        f"{recipe.algorithm} on {one.task.name}, {counted(recipe.steps, 'step')} of {recipe.train_batch_size} x "
+        f"{counted(recipe.rollout_n, 'answer')}, from {model}; judged on {counted(judged.count, 'problem')}",
         highlight=False,
     )
 
@@ -107,7 +108,8 @@ def _as_line(change: dict[str, Any]) -> str:
 def _print_runs(screen: "Console", found: "Sequence[PlannedRun]", finished: "Sequence[PlannedRun]") -> None:
     from rich.table import Table
 
-    table = Table(title=f"{found[0].suite}: {len(found)} runs, {len(finished)} finished", title_justify="left")
+    title = f"{found[0].suite}: {counted(len(found), 'run')}, {len(finished)} finished"
+    table = Table(title=title, title_justify="left")
     for name in ("arm", "seed", "run", "state"):
         table.add_column(name, justify="right" if name == "seed" else "left", overflow="fold")
     for run in found:

@@ -9,6 +9,7 @@ from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.words import agreeing, counted
 
 _SHOWN_AROUND = 3
 
@@ -26,7 +27,7 @@ def command(
     ledger: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many seeds an arm see a difference of so many points?
+    """How many seeds does an arm need to show a difference of so many points?
 
     Example: `fp4rl power 2.5 --spread 1.57`
     """
@@ -52,10 +53,11 @@ def command(
 
 def _print(needed: int, table: dict[int, float], basis: str) -> None:
     screen = console()
-    screen.print(styled((f"{needed} seeds an arm", "bold"), f", at a {basis}"), highlight=False)
+    screen.print(styled((f"{counted(needed, 'seed')} an arm", "bold"), f", at a {basis}"), highlight=False)
     for seeds, chance in table.items():
         mark = "  <-" if seeds == needed else ""
-        screen.print(f"  {seeds:>4} seeds: seen in {100 * chance:3.0f} of 100 tries{mark}", highlight=False)
+        word = agreeing(seeds, "seed", "seeds")
+        screen.print(f"  {seeds:>4} {word}: seen in {100 * chance:3.0f} of 100 tries{mark}", highlight=False)
 
 
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
@@ -73,4 +75,5 @@ def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[flo
         names = "; ".join(f"{name}: {spread.sd:.2f}" for name, spread in spreads)
         raise BadValue(f"the ledger holds repeats of {len(spreads)} tasks and models ({names}); choose with --like RUN")
     name, spread = spreads[0]
-    return spread.sd, f"{name}, {spread.groups} groups of repeats, {spread.freedom} degrees of freedom"
+    freedom = counted(spread.freedom, "degree of freedom", "degrees of freedom")
+    return spread.sd, f"{name}, {counted(spread.groups, 'group')} of repeats, {freedom}"

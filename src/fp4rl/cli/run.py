@@ -13,6 +13,7 @@ from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,10 +97,11 @@ def end(outcome: "SuiteOutcome") -> None:
     """Leave with 2 if a run could not start for a mistake in its spec, with 1 if one failed under way."""
     mistakes = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
     if mistakes:
-        more = f" (and {len(mistakes) - 1} other mistakes)" if len(mistakes) > 1 else ""
+        more = f" (and {counted(len(mistakes) - 1, 'other mistake')})" if len(mistakes) > 1 else ""
         raise BadValue(f"{mistakes[0]}{more}")
     if outcome.failed:
-        raise CheckFailed(f"{len(outcome.failed)} of the runs failed; the same command tries them again")
+        failed, them = len(outcome.failed), agreeing(len(outcome.failed), "it", "them")
+        raise CheckFailed(f"{failed} of the runs failed; the same command tries {them} again")
 
 
 def carry_out_all(
@@ -145,7 +147,8 @@ def carry_out_all(
         tell(missing)
     screen = console(stderr=True)
     if finished and not quiet:
-        screen.print(f"{len(finished)} of {len(runs)} runs are finished already", highlight=False)
+        are = agreeing(len(finished), "is", "are")
+        screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already", highlight=False)
     for line in warnings_of(missing) if not quiet else ():
         screen.print(f"warning: {line}", markup=False, highlight=False)
     book = open_ledger(place(root, ledger))
@@ -179,7 +182,7 @@ def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
     changed = made_from_others(finished, root)
     if changed:
         run, names = next(iter(changed.items()))
-        more = f" (and {len(changed) - 1} other runs)" if len(changed) > 1 else ""
+        more = f" (and {counted(len(changed) - 1, 'other run')})" if len(changed) > 1 else ""
         raise BadValue(
             f"{run} is finished, but was made from another {' and '.join(names)} than there is now{more}; "
             "--rerun-stale repeats it, --runs names a place for new ones"

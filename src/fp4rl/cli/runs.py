@@ -9,6 +9,7 @@ from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.foreign.importer import Imported
@@ -116,7 +117,8 @@ def import_file(
     verb = "is here already as" if found.already_there else f"({found.dialect}) is now"
     screen.print(f"{readable(file.name)} {verb} {found.run.key}", highlight=False, markup=False, soft_wrap=True)
     screen.print(
-        f"{len(log.steps)} steps ({min(log.steps)} to {max(log.steps)}), {len(log.names)} keys", highlight=False
+        f"{counted(len(log.steps), 'step')} ({min(log.steps)} to {max(log.steps)}), {counted(len(log.names), 'key')}",
+        highlight=False,
     )
     for line in log.said():
         screen.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from fp4rl.noise.schedule import asked_sigma, stages, values_missed
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,7 +136,7 @@ def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[st
         screen.print(styled(name, f": sigma as in {', '.join(alike['arms'])}"), highlight=False)
         _show_multipliers(screen, facts["multipliers"])
         return
-    screen.print(styled(name, f": {facts['schedule']['kind']}, {facts['steps']} steps"), highlight=False)
+    screen.print(styled(name, f": {facts['schedule']['kind']}, {counted(facts['steps'], 'step')}"), highlight=False)
     if facts["control"] != "no":
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):

@@ -9,6 +9,7 @@ import typer
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,7 +142,7 @@ def _print_answers(found: dict[str, Any], problem: str) -> None:
     for answer in found["answers"]:
         verdict = "solved" if answer["strict"] else "not solved"
         where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"
-        screen.print(f"{where}: {verdict}, {answer['length']} tokens", highlight=False)
+        screen.print(f"{where}: {verdict}, {counted(answer['length'], 'token')}", highlight=False)
         if answer["completion"] is not None:
             screen.print(f"  {answer['completion']!r}", highlight=False, markup=False, soft_wrap=True)
 

@@ -24,6 +24,7 @@ from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
 from fp4rl.spec.retarget import under_preset
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.inject.plan import SiteTable
@@ -223,8 +224,8 @@ def _counts(rows: list[dict[str, Any]]) -> str:
         return "nothing is rounded"
     sizes = set(per_layer.values())
     if len(sizes) == 1 and None not in per_layer:
-        return f"{len(rows)} places = {len(per_layer)} layers x {sizes.pop()}"
-    return f"{len(rows)} places in {len(per_layer)} layers"
+        return f"{counted(len(rows), 'place')} = {counted(len(per_layer), 'layer')} x {sizes.pop()}"
+    return f"{counted(len(rows), 'place')} in {counted(len(per_layer), 'layer')}"
 
 
 def _by_reason(table: "SiteTable") -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Site table -> harm that can be switched by phase and taken out again. The only step of injection that mutates."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -18,6 +18,7 @@ from fp4rl.inject.swap import is_injected
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.words import agreeing, counted
 
 
 class Attachment:
@@ -101,7 +102,7 @@ class Attachment:
         everywhere = len(self._states)
         if silent := [state.plan.name for state in self._silent()]:
             raise CheckFailed(
-                f"{len(silent)} of {everywhere} sites were never called during {self.phase}, so nothing was "
+                f"{_were(silent, everywhere)} never called during {self.phase}, so nothing was "
                 f"harmed there: {_first(silent)}"
             )
         bare = {
@@ -111,13 +112,13 @@ class Attachment:
         }
         if bare:
             raise CheckFailed(
-                f"{len(bare)} of {everywhere} sites were called during {self.phase} and 0 elements were rounded: "
+                f"{_were(bare, everywhere)} called during {self.phase} and 0 elements were rounded: "
                 f"{_first(list(bare))}; their matmul is computed in a way that injection does not reach: leave these "
                 "points out there (by_pattern)"
             )
         if idle := [state.plan.name for state in self._states.values() if state.missed()]:
             raise CheckFailed(
-                f"{len(idle)} of {everywhere} sites were called during {self.phase} and rounded nothing: {_first(idle)}"
+                f"{_were(idle, everywhere)} called during {self.phase} and rounded nothing: {_first(idle)}"
             )
 
     def _silent(self) -> Iterator[SiteState]:
@@ -151,6 +152,11 @@ def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
     table = resolve(model, injection) if isinstance(injection, Injection) else injection
     _refuse_packed_shards(table, _is_sharded(model))
     return Attachment(model, table)
+
+
+def _were(sites: Sized, everywhere: int) -> str:
+    """`1 of 15 sites was`, `2 of 15 sites were`."""
+    return f"{len(sites)} of {counted(everywhere, 'site')} {agreeing(len(sites), 'was', 'were')}"
 
 
 def _first(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.state import SiteState, label
 from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.words import counted
 
 
 def evidence_rows(states: Iterable[SiteState]) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def report(table: SiteTable, phase: Phase, rows: Iterable[dict[str, Any]]) -> st
         groups[row["phase"], row["point"], row["format"]].append(row)
     lines = [(*key, *_counts(group)) for key, group in groups.items()]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    head = f"{len(table.plans)} sites, table {table.digest}, phase {phase}"
+    head = f"{counted(len(table.plans), 'site')}, table {table.digest}, phase {phase}"
     return "\n".join([head, *("  ".join(_aligned(line, widths)) for line in lines)])
 
 
@@ -39,7 +40,7 @@ def _aligned(cells: Iterable[str], widths: list[int]) -> Iterable[str]:
 
 def _counts(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     calls, elements = sum(row["calls"] for row in rows), sum(row["elements"] for row in rows)
-    counts = f"{len(rows)} sites", f"{calls} calls", f"{elements} harmed"
+    counts = f"{counted(len(rows), 'site')}", f"{counted(calls, 'call')}", f"{elements} harmed"
     return *counts, f"{_mean(rows, 'share_changed')} changed", f"{_mean(rows, 'relative_error')} error"
 
 

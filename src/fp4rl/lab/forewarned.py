@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.idle import idle, is_set, value_at
+from fp4rl.spec.words import agreeing, counted
 
 _CLIPPED = ("dapo", "gspo", "cispo")  # their clipping is what sets them apart
 
@@ -42,7 +43,8 @@ def _one(experiment: Experiment) -> Iterator[str]:
     noise, steps = experiment.noise, experiment.training.steps
     if noise is not None and noise.control != "sigma_zero" and (missed := values_missed(noise.schedule, steps)):
         values = ", ".join(f"{value:.4g}" for value in missed)
-        yield f"noise: {steps} steps are too few for its schedule, sigma never reaches {values}"
+        few = f"{counted(steps, 'step')} {agreeing(steps, 'is', 'are')} too few"
+        yield f"noise: {few} for its schedule, sigma never reaches {values}"
 
 
 def _deployment(experiment: Experiment) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.words import counted
 
 _DEVIATIONS = 7
 
@@ -106,7 +107,8 @@ def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> 
         raise CheckFailed("the sigma_zero control changed weights: it is not a control")
     if noise.control != "sigma_zero" and not changed:
         raise CheckFailed(
-            f"the spec asks for noise ({noise.schedule.kind}), but no weight changed in {len(rollouts)} rollouts; "
+            f"the spec asks for noise ({noise.schedule.kind}), but no weight changed in "
+            f"{counted(len(rollouts), 'rollout')}; "
             "sigma stayed 0 (too few steps for the silent stage?) or the weights' dtype swallowed it "
             "(precision: float32 keeps it)"
         )

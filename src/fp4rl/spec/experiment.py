@@ -16,6 +16,7 @@ from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.shared_scales import batch_note, shared_scales
 from fp4rl.spec.task import Arithmetic, Task
 from fp4rl.spec.training import Training
+from fp4rl.spec.words import counted
 
 _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
 
@@ -84,10 +85,12 @@ class Experiment(Spec):
         steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
         found += self._out_of_reach()
         if every > steps:
-            found.append(f"evaluation.test_freq {every} is more than {steps} steps: nothing is judged on the way")
+            found.append(
+                f"evaluation.test_freq {every} is more than {counted(steps, 'step')}: nothing is judged on the way"
+            )
         elif every and steps % every:
             found.append(
-                f"evaluation.test_freq {every} does not divide {steps} steps: the last part, from step "
+                f"evaluation.test_freq {every} does not divide {counted(steps, 'step')}: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
         for profile in self.evaluation.profiles:

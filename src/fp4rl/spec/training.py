@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from fp4rl.spec.algorithms import PUBLISHED, Algorithm, LossAggregation, Published
 from fp4rl.spec.frozen import Spec
+from fp4rl.spec.words import counted
 
 
 class OverlongBuffer(Spec):
@@ -183,10 +184,12 @@ class Training(Spec):
         """What is allowed but rarely ends well (checks P28, P32); what cannot act stands in `spec.idle`."""
         found = []
         if self.lr_warmup_steps > 0.2 * self.steps:
-            found.append(f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {self.steps} steps")
+            found.append(
+                f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {counted(self.steps, 'step')}"
+            )
         if self.save_freq > self.steps:
             found.append(
-                f"save_freq {self.save_freq} is more than {self.steps} steps: there will be no checkpoint but those "
-                "against interruptions, which go when the run is done"
+                f"save_freq {self.save_freq} is more than {counted(self.steps, 'step')}: there will be no checkpoint but "
+                "those against interruptions, which go when the run is done"
             )
         return found

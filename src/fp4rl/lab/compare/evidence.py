@@ -5,6 +5,7 @@ from typing import Any
 
 from fp4rl.lab.compare.rounding import rounding_gaps, wanted
 from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.words import agreeing, counted
 
 Record = Mapping[str, Any]
 
@@ -39,7 +40,8 @@ def _injection_gaps(injection: Any, summary: Record, lines: Sequence[Record]) ->
     asked = {phase: wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
     if not any(asked.values()):
         if summary.get("sites"):
-            yield f"{summary['sites']} sites were quantized, but its spec injects nothing"
+            were = agreeing(summary["sites"], "was", "were")
+            yield f"{counted(summary['sites'], 'site')} {were} quantized, but its spec injects nothing"
         return
     if not summary.get("sites"):
         yield "no site is recorded as quantized"

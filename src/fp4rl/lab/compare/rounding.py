@@ -5,6 +5,7 @@ from typing import Any
 
 from fp4rl.spec.modes import Phase
 from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, ApplyDuring
+from fp4rl.spec.words import counted
 
 Record = Mapping[str, Any]
 
@@ -40,10 +41,10 @@ def rounding_gaps(
         needed = 1 if backward else sites.get(point, max(1, len({row.get("site") for row in own})))
         if len(seen) < needed:
             did = "was rounded" if point in FORMAT_POINTS else "acted"
-            yield f"{point} {did} at {len(seen)} of {needed} sites {where}"
+            yield f"{point} {did} at {len(seen)} of {counted(needed, 'site')} {where}"
         idle = {row.get("site") for row in own if point in FORMAT_POINTS and _idle(row)}
         if idle:
-            yield f"rounding changed no {point} at {len(idle)} of {max(needed, len(seen))} sites {where}"
+            yield f"rounding changed no {point} at {len(idle)} of {counted(max(needed, len(seen)), 'site')} {where}"
         if point not in FORMAT_POINTS and own and not any(_positive(row.get("share_changed")) for row in own):
             yield f"{point} changed nothing {where}"
 

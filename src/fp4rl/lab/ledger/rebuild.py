@@ -10,6 +10,7 @@ from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.record import OnRun, known_content, rows_of, write_rows
 from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.words import agreeing, counted
 
 
 def rebuild(
@@ -54,4 +55,6 @@ def _keep_writers_waiting(connection: Connection) -> None:
 
 def _missing_message(missing: list[tuple[str, str]], root: Path) -> str:
     names = ", ".join("/".join(name) for name in missing[:3]) + (" ..." if len(missing) > 3 else "")
-    return f"{len(missing)} runs of this ledger have no folder below {root} ({names}); --drop-missing forgets them"
+    have, them = agreeing(len(missing), "has", "have"), agreeing(len(missing), "it", "them")
+    some = f"{counted(len(missing), 'run')} of this ledger {have} no folder below {root} ({names})"
+    return f"{some}; --drop-missing forgets {them}"

@@ -16,6 +16,7 @@ from fp4rl.lab.report.spread import from_ledger
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.words import agreeing, counted
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SuiteReport:
     @property
     def state(self) -> str:
         """`12 of 12 runs`, or `partial: 7 of 12 runs`."""
-        count = f"{len(self.finished)} of {len(self.runs)} runs"
+        count = f"{len(self.finished)} of {counted(len(self.runs), 'run')}"
         return count if not self.missing else f"partial: {count}"
 
     def as_dict(self) -> dict[str, object]:
@@ -114,7 +115,7 @@ def _left_alone(others: tuple[str, ...]) -> tuple[str, ...]:
     """A description that changed, in the file or in the code that reads it, gives its runs other ids."""
     if not others:
         return ()
-    many = f"{len(others)} run folders are" if len(others) > 1 else "1 run folder is"
+    many = f"{counted(len(others), 'run folder')} {agreeing(len(others), 'is', 'are')}"
     return (f"{many} not asked for by the present suite.yaml, and left alone: {', '.join(others[:3])}{_more(others)}.",)
 
 

@@ -12,6 +12,7 @@ from fp4rl.lab.report.runs import Run
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.modes import PHASES
 from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS
+from fp4rl.spec.words import counted
 
 _ORDER: dict[str, int] = {phase: order for order, phase in enumerate(PHASES)}
 
@@ -128,7 +129,7 @@ def _master(evidence: Evidence) -> str:
     if evidence.master_unharmed is None:
         return NOT_RECORDED
     word = "unharmed" if evidence.master_unharmed else "HARMED"
-    return f"{word}, {evidence.master_checks} checks"
+    return f"{word}, {counted(evidence.master_checks, 'check')}"
 
 
 def _live(evidence: Evidence) -> str:

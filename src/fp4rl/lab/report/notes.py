@@ -10,6 +10,7 @@ from fp4rl.lab.report.questions import Question
 from fp4rl.lab.report.runs import Run
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.statistics.seeds import variance
+from fp4rl.spec.words import counted
 
 
 def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Question]) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def _missing(runs: Sequence[Run]) -> Iterator[str]:
     if others:
         parts = (("missing", missing), ("damaged", damaged))
         named = "; ".join(f"{state}: {_named(some)}" for state, some in parts if some)
-        yield f"Partial: {len(runs) - len(others)} of {len(runs)} runs; {named}."
+        yield f"Partial: {len(runs) - len(others)} of {counted(len(runs), 'run')}; {named}."
 
 
 def _without_evidence(runs: Sequence[Run]) -> Iterator[str]:
@@ -54,7 +55,7 @@ def _stale(runs: Sequence[Run]) -> Iterator[str]:
     stale = [run for run in runs if run.stale]
     if stale:
         finished = sum(run.state == "finished" for run in runs)
-        which = f"all {finished} runs" if len(stale) == finished else _named(stale)
+        which = f"all {counted(finished, 'run')}" if len(stale) == finished else _named(stale)
         yield f"Stale, computed by other code than this: {which}; `fp4rl run --rerun-stale` repeats them."
 
 
