@@ -31,7 +31,7 @@ SECTIONS = ("", *Experiment.model_fields)
 AROUND = {"injection": {"mode": "w4a4", "preset": "vllm"}, "noise": {"schedule": {"kind": "geometric"}}}
 OF_OTHERS = {  # settings of other libraries and of PyTorch that pages speak of
     *("truncation: error", "use_orig_params=True", "fullgraph=True", "FP4RL_BACKEND=reference"),
-    *("key=value", "key.path=value", "partial: 7 of 12 runs"),  # words about settings, and what a report prints
+    *("key=value", "key.path=value"),  # words about settings
     "matmul_noise=0.05",  # the name of a profile
 }
 REFUSED = {"sigma_end: 0"}  # pages say why it cannot be
@@ -72,7 +72,7 @@ SETTINGS = sorted(
         span
         for text in TEXTS.values()
         for span in spans(text)
-        if re.match(r"[a-z][\w.]*: \S", span) or re.match(r"[a-zA-Z][\w.]*=[^+\s]\S*$", span)
+        if re.fullmatch(r"[a-z][\w.]*: (\S+|[\[{].*[\]}])", span) or re.match(r"[a-zA-Z][\w.]*=[^+\s]\S*$", span)
     }
     - OF_OTHERS
 )
