@@ -229,6 +229,32 @@ def test_merge_lays_dotted_paths_over_nested_keys_and_leaves_its_arguments_alone
     assert base == {"a": {"b": 1, "c": 2}}
 
 
+LAYER = {"layers": [0]}
+ROTATED = {"name": "nvfp4", "rotation": 32}
+COSINE = {"kind": "cosine", "sigma_start": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("content", "override", "wanted"),
+    [
+        ("injection: w4a4", "injection.preset=vllm", {"injection": {"mode": "w4a4", "preset": "vllm"}}),
+        ("injection: w4a4", "injection={targets: {layers: [0]}}", {"injection": {"mode": "w4a4", "targets": LAYER}}),
+        ("injection: {weight: nvfp4}", "injection.weight.rotation=32", {"injection": {"weight": ROTATED}}),
+        ("model: folder", "model.dtype=bfloat16", {"model": {"path": "folder", "dtype": "bfloat16"}}),
+        ("model: embedded", "model.dtype=bfloat16", {"model": {"embedded": {}, "dtype": "bfloat16"}}),
+        ("noise: {schedule: cosine}", "noise.schedule.sigma_start=0.3", {"noise": {"schedule": COSINE}}),
+        ("injection: none", "injection.mode=w4a16", {"injection": "w4a16"}),
+        ("injection: w4a4", "injection=none", {}),
+        ("injection: w4a4", "injection.mode=w4a16", {"injection": "w4a16"}),
+    ],
+)
+def test_a_key_laid_over_a_short_form_keeps_what_that_stands_for(tmp_path, content, override, wanted):
+    """The kind: a setting that silently throws away its neighbours (a model's path, the whole injection)."""
+    file = tmp_path / "spec.yaml"
+    file.write_text(content)
+    assert load_spec(file, [override]) == Experiment.model_validate(wanted)
+
+
 @pytest.mark.parametrize("change", [{"by_layer": {0: 3.0}}, {"by_layer": {"0": 3.0}}, {"by_layer.0": 3.0}])
 def test_merge_knows_a_layer_by_its_number_however_it_is_written(change):
     assert merge({"by_layer": {0: 1.0, 1: 2.0}}, change) == {"by_layer": {0: 3.0, 1: 2.0}}

@@ -96,7 +96,9 @@ class Advice:
         """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; by default the strategy's own
         pieces."""
         pieces = self.pieces if pieces is None else pieces
-        found = {"injection": self.injection(pieces).model_dump(mode="json", exclude_defaults=True)}
+        # The mode in any case: one that the spec names must not stay where the scan was of other formats.
+        injection = self.injection(pieces).model_dump(mode="json", exclude_defaults=True)
+        found: dict[str, Any] = {"injection": {"mode": self.scanned.mode, **injection}}
         if "noise" in pieces and self.multipliers is not None:
             # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
             factors = self.multipliers.model_dump()

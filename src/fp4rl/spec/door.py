@@ -14,6 +14,7 @@ from fp4rl.spec.digest import canonical
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere, shown
 from fp4rl.spec.plain_yaml import plain_values
+from fp4rl.spec.points import FORMAT_POINTS
 from fp4rl.spec.questions import check_questions
 
 S = TypeVar("S", bound=BaseModel)
@@ -146,9 +147,24 @@ def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: st
         raise BadValue(f"{source}: arm {name}: {error}") from None
 
 
+# Keys that may hold one word or number in place of a mapping, and the key of the mapping that it stands for.
+_SHORT = {"injection": "mode", "model": "path", "schedule": "kind", "edge": "value", "middle": "value"}
+_SHORT |= dict.fromkeys(FORMAT_POINTS, "name")
+
+
+def _written_out(key: str, present: Any) -> Mapping[str, Any]:
+    """What stands under a key, as a mapping: nothing for what a mapping replaces, such as `none` or a list."""
+    if isinstance(present, Mapping):
+        return present
+    if key not in _SHORT or present in (None, "none") or not isinstance(present, str | int | float):
+        return {}
+    return {"embedded": {}} if (key, present) == ("model", "embedded") else {_SHORT[key]: present}
+
+
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `change` laid over it: mappings merge key by key, anything else replaces; dotted keys are paths,
-    except patterns of names, which have a star."""
+    except patterns of names, which have a star. A mapping laid over a short form (`injection: w4a4`) changes what that
+    stands for."""
     merged = deepcopy(dict(base))
     for key, value in change.items():
         # A layer number is a key too, and `*.layers.0.*` is one key.
@@ -157,7 +173,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         below = {rest: value} if rest else value
         present = merged.get(head)
         if isinstance(below, Mapping):
-            merged[head] = merge(present if isinstance(present, Mapping) else {}, below)
+            merged[head] = merge(_written_out(str(head), present), below)
         else:
             merged[head] = deepcopy(below)
     return merged

@@ -54,7 +54,8 @@ class Translation:
     def fragment(self) -> dict[str, Any]:
         """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; what the old settings did not
         speak of is not in it."""
-        harm = self.injection.model_dump(mode="json", exclude_defaults=True) or "none"
+        given = self.injection.model_dump(mode="json", exclude_defaults=True)
+        harm = {"mode": None, **given} if given else "none"  # a mode that the spec names must not stay
         noise = self.noise.model_dump(mode="json") if self.noise else "none"
         if isinstance(noise, dict):  # a list where there are no layers: mappings merge, and a spec's factors would stay
             noise["multipliers"]["by_layer"] = noise["multipliers"]["by_layer"] or []
