@@ -72,7 +72,7 @@ def test_a_suite_leaves_its_table_and_page_and_a_single_run_says_where_it_is(in_
     )
     assert main(["run", "s.yaml"]) == 0
     shown = capsys.readouterr().out
-    assert "trial  1 of 1 runs" in shown
+    assert "trial  1 of 1 run" in shown
     assert "HTML report: runs/trial/report.html" in shown
     assert (tmp_path / "runs" / "trial" / "report.html").is_file()
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(SMALL))

@@ -125,7 +125,7 @@ def test_evidence_can_start_afresh(layer, x):
 def test_the_report_is_a_table_of_phases_points_and_errors(layer, x):
     injection = Injection(weight="mxfp4", errors=(HardwareError(when="both"),))
     with attach(layer, injection) as harmed:
-        assert harmed.report() == f"1 sites, table {harmed.table.digest}, phase training"
+        assert harmed.report() == f"1 site, table {harmed.table.digest}, phase training"
         layer(x).sum().backward()
         first, *others = harmed.report().splitlines()[1:]
     assert first.split()[:6] == ["training", "weight", "mxfp4", "1", "sites", "1"]

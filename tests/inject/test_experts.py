@@ -215,7 +215,7 @@ def test_a_site_with_calls_and_no_elements_fails_the_run():
         found = {row["point"]: row["elements"] for row in harmed.evidence()}
         assert found == {"weight": 4 * 64 * 96, "input": 0}
         with pytest.raises(
-            CheckFailed, match=r"1 of 1 sites .* 0 elements were rounded: experts.gate_up_proj \(input\)"
+            CheckFailed, match=r"1 of 1 site .* 0 elements were rounded: experts.gate_up_proj \(input\)"
         ):
             harmed.require_calls()
 

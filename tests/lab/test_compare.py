@@ -373,8 +373,8 @@ def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
     judged = place | {"phase": "evaluation", "profile": "w4a16", "share_changed": 0.9}
     spec = {"injection": {"weight": "mxfp4"}}
     assert gaps(spec, QUANTIZED, [*lines, judged]) == (
-        "rounding changed no weight at 1 of 1 sites during rollout",
-        "rounding changed no weight at 1 of 1 sites during training",
+        "rounding changed no weight at 1 of 1 site during rollout",
+        "rounding changed no weight at 1 of 1 site during training",
     )
 
 

@@ -116,7 +116,7 @@ def test_a_line_that_was_cut_off_costs_itself_alone_and_is_counted(tmp_path):
     """Torn lines, of a crash or of two writers at once."""
     _, log = read(tmp_path, VERL_FILE + '{"step":3,"data":{"lo')
     assert log.in_order() == RIGHT
-    assert log.said() == ["1 no number: 1 lines that hold no whole record"]
+    assert log.said() == ["1 no number: 1 line without a whole record"]
 
 
 @pytest.mark.parametrize("value", [-1, 2**40, 1.5, True, None, "three", [1]])

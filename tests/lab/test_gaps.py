@@ -56,12 +56,12 @@ def test_a_point_beside_others_is_asked_for_too(injection, point):
         f"{point} {did} at 0 of 3 sites during {phase}" for phase in ("rollout", "training")
     )
     assert found(both, rows(["weight"])) == tuple(
-        f"{point} {did} at 0 of 1 sites during {phase}" for phase in ("rollout", "training")
+        f"{point} {did} at 0 of 1 site during {phase}" for phase in ("rollout", "training")
     )
 
 
 def test_w4a4_without_a_row_of_inputs_is_a_gap():
-    assert found("w4a4", rows(["weight"]))[0] == "input was rounded at 0 of 1 sites during rollout"
+    assert found("w4a4", rows(["weight"]))[0] == "input was rounded at 0 of 1 site during rollout"
 
 
 def test_a_site_without_a_row_is_a_gap():

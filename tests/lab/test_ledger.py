@@ -109,7 +109,7 @@ def test_rebuilding_does_not_forget_runs_of_others_unless_told_to(all_rows, make
     gone, kept = make_run(seed=0), make_run(seed=1)
     record_new(ledger, tmp_path / "runs")
     shutil.rmtree(gone.path)
-    with pytest.raises(BadValue, match="1 runs of this ledger have no folder"):
+    with pytest.raises(BadValue, match="1 run of this ledger has no folder"):
         rebuild(ledger, tmp_path / "runs")
     assert len(all_rows(ledger)["runs"]) == 2
     assert rebuild(ledger, tmp_path / "runs", drop_missing=True) == 1

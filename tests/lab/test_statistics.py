@@ -1,6 +1,7 @@
 """The tests over seeds and over problems, against SciPy, published examples and closed forms."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -155,6 +156,16 @@ def test_the_multi_bootstrap_spread_is_that_of_seeds_and_problems_together():
     found = multi_bootstrap(treatment, control, generator=np.random.default_rng(0), draws=4000)
     seeds = welch(treatment.mean(1).tolist(), control.mean(1).tolist())
     assert found.high - found.low == pytest.approx(2 * 1.96 * seeds.standard_error, rel=0.06)
+
+
+def test_power_is_a_chance_that_grows_with_the_seeds_however_large_the_difference():
+    """The kind: NaN shown as a figure, far from where a series converges (`seen in nan of 100 tries`)."""
+    for difference in (0.1, 2.0, 8.0, 60.0, 1e6):
+        for margin in (None, 1.0):
+            found = [power(seeds, difference, 1.0, margin=margin) for seeds in range(2, 60)]
+            assert all(0 <= one <= 1 for one in found)
+            assert all(later >= earlier - 1e-9 for earlier, later in pairwise(found))
+    assert power(5, -60.0, 1.0, margin=1.0) == pytest.approx(0.0, abs=1e-9)  # far worse never passes as no worse
 
 
 def test_power_agrees_with_the_noncentral_t_of_scipy():

@@ -136,7 +136,7 @@ def test_a_single_experiment_is_shown_without_questions(tmp_path: Path):
     described = Experiment().model_dump(mode="json")
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(described))
     report = collect(tmp_path)
-    assert (report.state, report.questions, list(report.arms)) == ("partial: 0 of 1 runs", (), ["run"])
+    assert (report.state, report.questions, list(report.arms)) == ("partial: 0 of 1 run", (), ["run"])
 
 
 def test_the_report_is_strict_json(make_trial):

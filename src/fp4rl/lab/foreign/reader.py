@@ -10,6 +10,7 @@ from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
 from fp4rl.lab.foreign.trl import STATE, newest_state, read_printed, read_trl
 from fp4rl.lab.foreign.verl import read_verl
 from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.words import counted
 
 KNOWN = (
     "verl logs (console or file logger), trainer_state.json, the dicts that a trainer prints, JSON lines "
@@ -54,7 +55,7 @@ def _read(path: Path) -> tuple[str, Joined]:
     if whole is not None:
         records, torn = whole
         log = join(records)
-        log.skipped += [f"{torn} lines that hold no whole record"] if torn else []
+        log.skipped += [f"{counted(torn, 'line')} without a whole record"] if torn else []
         return "json", log
     for form, read in (("verl", read_verl), ("printed", read_printed)):
         log = read(data)

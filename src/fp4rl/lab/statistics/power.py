@@ -25,8 +25,15 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
     noncentral = shift / (spread * math.sqrt(2 / seeds))
     tail = alpha / 2 if margin is None else alpha
     quantile = float(special.stdtrit(freedom, 1 - tail))
-    seen = 1 - float(special.nctdtr(freedom, noncentral, quantile))
-    return seen + float(special.nctdtr(freedom, noncentral, -quantile)) if margin is None else seen
+    seen = 1 - _below(quantile, freedom, noncentral)
+    return seen + _below(-quantile, freedom, noncentral) if margin is None else seen
+
+
+def _below(t: float, freedom: float, noncentral: float) -> float:
+    """The chance that noncentral t lies below `t`. Far from the mass scipy's series underflows to NaN: there it is 0 on
+    the one side and 1 on the other."""
+    found = float(special.nctdtr(freedom, noncentral, t))
+    return found if math.isfinite(found) else float(t > noncentral)
 
 
 def seeds_needed(
