@@ -128,7 +128,7 @@ def test_the_report_is_a_table_of_phases_points_and_errors(layer, x):
         assert harmed.report() == f"1 site, table {harmed.table.digest}, phase training"
         layer(x).sum().backward()
         first, *others = harmed.report().splitlines()[1:]
-    assert first.split()[:6] == ["training", "weight", "mxfp4", "1", "sites", "1"]
+    assert first.split()[:6] == ["training", "weight", "mxfp4", "1", "site", "1"]
     assert [line.split()[1] for line in others] == [
         "relative@matmul/both" + backward for backward in ("", ":grad_weight")
     ]
