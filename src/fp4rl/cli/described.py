@@ -10,6 +10,7 @@ from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.words import counted
 
 
 def spec_file(spec: Path) -> Path:
@@ -78,7 +79,7 @@ def asked_task(name: str, data: Path | None) -> dict[str, str]:
 
 def what_interrupting_costs(save_freq: int) -> str:
     """What is lost when runs are interrupted, in one line."""
-    every = f"{save_freq} steps or 5 minutes, whichever are less" if save_freq else "5 minutes"
+    every = f"{counted(save_freq, 'step')} or 5 minutes, whichever are less" if save_freq else "5 minutes"
     return (
         "Ctrl-C: each run ends after the step it is in, and the same command goes on from there; a kill or a power cut "
         f"costs at most {every} (more where writing a checkpoint takes long)"

@@ -189,7 +189,7 @@ class Training(Spec):
             )
         if self.save_freq > self.steps:
             found.append(
-                f"save_freq {self.save_freq} is more than {counted(self.steps, 'step')}: there will be no checkpoint but "
-                "those against interruptions, which go when the run is done"
+                f"save_freq {self.save_freq} is more than {counted(self.steps, 'step')}: there will be no checkpoint "
+                "but those against interruptions, which go when the run is done"
             )
         return found
