@@ -32,6 +32,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.15,  # far from the flat logits of the usual 0.02
 }
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT_NEO = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "initializer_range": 0.15}
 FAMILIES = {
     "llama": SIZES,
@@ -41,7 +42,9 @@ FAMILIES = {
     "gemma": SIZES,
     "phi3": {**SIZES, "head_dim": None},
     "gpt_neox": {**SIZES, "head_dim": None},
+    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     # learned positions
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.15, **NO_DROPOUT},
     "gpt_neo": {**GPT_NEO, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128},
     "opt": {**SIZES, "head_dim": None, "word_embed_proj_dim": 64, "ffn_dim": 96, "init_std": 0.15, "dropout": 0.0},
 }
@@ -63,12 +66,11 @@ CASES = [
 
 # What is refused by name, and why: none of it is silently left out.
 REFUSED = {
-    **{("phi3", rounded): "no attention is taken" for rounded in ("cache8", "cache4")},
-    **{("gpt_neox", rounded): "no attention is taken" for rounded in ("cache8", "cache4")},
+    ("gpt_oss", "w4a4_out"): "adds a bias after its matmul",
     **{
-        ("qwen3_moe", rounded): "of stacked experts can be rounded in the eager implementation only"
-        for rounded in ROUNDED
-        if rounded not in ("nothing", "w4a16", "nvfp4_w4a16")
+        (family, rounded): "no attention is taken"  # one projection makes queries, keys and values
+        for family in ("phi3", "gpt_neox", "gpt2")
+        for rounded in ("cache8", "cache4")
     },
 }
 
