@@ -113,8 +113,8 @@ class Attachment:
         if bare:
             raise CheckFailed(
                 f"{_were(bare, everywhere)} called during {self.phase} and 0 elements were rounded: "
-                f"{_first(list(bare))}; their matmul is computed in a way that injection does not reach: leave these "
-                "points out there (by_pattern)"
+                f"{_first(list(bare))}; their matmul is computed in a way that injection does not reach (leave these "
+                "points out: by_pattern), or a copy that was rounded earlier went stale"
             )
         if idle := [state.plan.name for state in self._states.values() if state.missed()]:
             raise CheckFailed(
