@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test slow demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test slow fuzz demo bench bench-gpu setup setup-dev constraints clean
 
 check: lint test
 
@@ -26,6 +26,11 @@ test: setup-dev
 
 slow: setup-dev
 	$(PY) -m pytest -q -n 2 -m slow
+
+# 10,000 damaged inputs for each property (`make fuzz FUZZ=500`: so many); a failure prints how to repeat it.
+FUZZ ?= 10000
+fuzz: setup-dev
+	FUZZ=$(FUZZ) HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -q -m fuzz
 
 bench: setup-dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done

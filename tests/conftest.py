@@ -6,7 +6,7 @@ from time import monotonic
 from zlib import crc32
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,8 +14,14 @@ if not Path("/dev/nvidiactl").exists():  # Triton's interpreter is chosen before
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples every time, so that what is tested does not hang on luck; HYPOTHESIS_PROFILE=explore draws others.
-settings.register_profile("fixed", derandomize=True, deadline=None)
-settings.register_profile("explore", deadline=None)
+# `make fuzz` takes `nightly`; CI takes `turn`, with a seed that every commit moves on (.ci/run).
+_AT_ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, **_AT_ANY_SPEED)
+settings.register_profile("explore", **_AT_ANY_SPEED)
+settings.register_profile("turn", max_examples=200, database=None, print_blob=True, **_AT_ANY_SPEED)
+settings.register_profile(
+    "nightly", max_examples=int(os.environ.get("FUZZ", "10000")), print_blob=True, **_AT_ANY_SPEED
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 TESTS, BEGAN = Path(__file__).parent, monotonic()
