@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.models.endings import keep_endings_alone
 from fp4rl.models.fit import require_bare_texts, require_ids_inside, require_unquantized
+from fp4rl.models.readable import readable
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.model import Lora
 
@@ -31,7 +31,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     folder, kind = Path(path), dtype_named(dtype)
     if not folder.is_dir():
         raise NotThere(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
-    base = _base_of(folder)
+    base = base_of(folder)
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
     tokenizer = tokenizer_of(folder)
     model = _weights(base or folder, kind)
@@ -42,7 +42,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a model folder is used with: its own, or that of an adapter's base."""
-    base = _base_of(folder)
+    base = base_of(folder)
     return load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
 
 
@@ -50,15 +50,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left, with a padding token in any case."""
     if not _has_tokenizer(folder):
         raise NotThere(f"model folder {str(folder)!r} has no tokenizer; save one there (tokenizer.save_pretrained)")
-    try:
+    with readable("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-    except (OSError, ValueError, KeyError) as why:
-        raise BadValue(f"the tokenizer in {str(folder)!r} cannot be read: {_first_line(why)}") from why
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BadValue(f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again")
         tokenizer.pad_token = tokenizer.eos_token
-    require_bare_texts(tokenizer, folder)
+    with readable("the tokenizer", folder):
+        require_bare_texts(tokenizer, folder)
     return tokenizer
 
 
@@ -75,12 +74,10 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     require_unquantized(folder)
-    try:
+    with readable("the model", folder):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
         )
-    except (OSError, ValueError, KeyError, AssertionError, RuntimeError, SafetensorError) as why:
-        raise BadValue(f"the model in {str(folder)!r} cannot be read: {_first_line(why)}") from why
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(found["missing_keys"])
         raise NotThere(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
@@ -97,14 +94,18 @@ def _attention(dtype: torch.dtype) -> dict[str, str]:
     return {"attn_implementation": "eager"} if apart else {}
 
 
-def _base_of(folder: Path) -> Path | None:
+def base_of(folder: Path) -> Path | None:
     """The base model's folder where `folder` holds an adapter, else None."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
-    base = json.loads(config.read_text()).get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
+    with readable("adapter_config.json", folder):
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        there = bool(base) and Path(base).is_dir()
+    if not there:
         raise NotThere(f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one")
+    if (Path(base) / config.name).is_file():
+        raise BadValue(f"{config}: base model {base!r} is an adapter itself; merge it first (merge_and_unload)")
     return Path(base)
 
 
@@ -134,13 +135,11 @@ def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
 def _adapted(model: Any, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    try:
+    with readable("the adapter", folder):
         given = load_peft_weights(str(folder), device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below, as a mistake
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as why:
-        raise BadValue(f"the adapter in {str(folder)!r} cannot be read: {_first_line(why)}") from why
     missing = sorted(set(get_peft_model_state_dict(adapted)) - set(given))
     if missing:  # a fresh adapter does nothing: the base model would be measured under the adapter's name
         raise NotThere(f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save it anew")
@@ -149,7 +148,3 @@ def _adapted(model: Any, folder: Path) -> Any:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
-
-
-def _first_line(why: Exception) -> str:
-    return str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__

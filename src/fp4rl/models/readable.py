@@ -1,0 +1,29 @@
+"""Other libraries over a damaged file: whatever they raise is one line that names the folder and the cure."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fp4rl.spec.mistakes import BadValue, Mistake
+
+
+@contextmanager
+def readable(what: str, folder: Path) -> Iterator[None]:
+    """Raises BadValue for anything that goes wrong but an interrupt; what is a mistake already passes.
+
+    A parser in Rust panics with an exception of its own beside `Exception`.
+    """
+    try:
+        yield
+    except (Mistake, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as why:
+        said = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise BadValue(f"{what} in {str(folder)!r} cannot be read: {said}{_cure(folder)}") from why
+
+
+def _cure(folder: Path) -> str:
+    """Weights that only pickle holds are read without running it, so not all of them can be."""
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return "; its weights are in .bin files: save them as safetensors (save_pretrained does), or copy them anew"
+    return ""
