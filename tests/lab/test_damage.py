@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
-from fp4rl.cli.run import carry_out_all
+from fp4rl.cli.run import _record, carry_out_all
+from fp4rl.cli.terminal import console
 from fp4rl.lab.damage import Damaged
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import store
@@ -175,6 +176,21 @@ def test_a_locked_ledger_is_one_line_and_stops_no_run(lab, tmp_path, monkeypatch
         assert err.count("\n") == 1
         assert "ledger.db is locked: another process writes to it" in err
         other.execute("ROLLBACK")
+
+
+def test_a_ledger_that_is_locked_whole_stops_no_run(lab, tmp_path, monkeypatch, capsys):
+    """Nobody may even read it: the runs are made all the same, and entered by whoever opens it next."""
+    monkeypatch.setattr(store, "_WAIT_S", 0.2)
+    assert main(["runs"]) == 0
+    capsys.readouterr()
+    with sqlite3.connect(tmp_path / "runs" / "ledger.db", isolation_level=None) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        assert main(["show", "good/bf16-s0"]) == 2
+        assert "ledger.db is locked: another process writes to it" in capsys.readouterr().err
+        _record(tmp_path / "runs" / "ledger.db", tmp_path / "runs", console(stderr=True))
+        assert capsys.readouterr().err.startswith("warning: the ledger ")
+    other.close()
 
 
 def test_a_damaged_ledger_is_one_line_in_the_middle_of_a_verb_too(lab, tmp_path, capsys):

@@ -18,7 +18,6 @@ from fp4rl.spec.words import agreeing, counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fp4rl.lab.ledger.store import Ledger
     from fp4rl.lab.matrix import PlannedRun
     from fp4rl.lab.runner import SuiteOutcome
     from fp4rl.spec.experiment import Experiment, Suite
@@ -124,7 +123,6 @@ def carry_out_all(
     from fp4rl.engines.launcher import launched
     from fp4rl.engines.processes import LocalPool
     from fp4rl.engines.together import Together, follow, is_first, tell
-    from fp4rl.lab.ledger.store import open_ledger
     from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
     from fp4rl.models.quiet import quiet as quiet_libraries
@@ -151,26 +149,26 @@ def carry_out_all(
         screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already", highlight=False)
     for line in warnings_of(missing) if not quiet else ():
         screen.print(f"warning: {line}", markup=False, highlight=False)
-    book = open_ledger(place(root, ledger))
+    book = place(root, ledger)
+    _record(book, root, screen)  # also what a killed process finished and did not get to enter
     with Display(missing, screen) as display:
 
         def ended(outcome: Outcome) -> None:
             display.on_outcome(outcome)
             _record(book, root, screen)
 
-        outcome = run_all(runs, root, executor, display.on_event, ended)
-    _record(book, root, screen)  # also what a killed process finished and did not get to enter
-    return outcome
+        return run_all(runs, root, executor, display.on_event, ended)
 
 
-def _record(ledger: "Ledger", root: Path, screen: "Console") -> None:
+def _record(book: str | Path, root: Path, screen: "Console") -> None:
     """Enter what is finished. Old runs that cannot be read, and a ledger that another process keeps, stop no new run:
     whoever opens the ledger next enters what is missing in it."""
     from fp4rl.lab.ledger.record import record_new
-    from fp4rl.lab.ledger.store import Locked
+    from fp4rl.lab.ledger.store import Locked, open_ledger
 
     try:
-        record_new(ledger, root, on_damaged=leave_out)
+        with open_ledger(book) as ledger:
+            record_new(ledger, root, on_damaged=leave_out)
     except Locked as error:
         screen.print(f"warning: {error}", soft_wrap=True)
 

@@ -31,7 +31,7 @@ def require_unquantized(folder: Path) -> None:
 def _quantized_by(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads the configuration says what is wrong with it
     for part in (config, *(config.get(name) for name in ("text_config", "llm_config"))) if _is(config) else ():
         for key in _IN_CONFIG:

@@ -50,13 +50,13 @@ class Ledger:
         """What the database itself refuses is one line: locked, damaged, gone, or out of room."""
         try:
             yield
-        except OperationalError as error:
-            why = str(error.orig).splitlines()[0]
+        except (OperationalError, sqlite3.OperationalError) as error:  # the latter from a connection that is prepared
+            why = _why(error)
             if "locked" in why:
                 raise Locked(f"the ledger {self.name} is locked: another process writes to it; try again") from None
             raise NotThere(f"the ledger {self.name} cannot be used: {why}") from None
-        except DatabaseError as error:
-            why = str(error.orig).splitlines()[0]
+        except (DatabaseError, sqlite3.DatabaseError) as error:
+            why = _why(error)
             raise BadValue(f"{self.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one") from None
 
     @property
@@ -72,6 +72,10 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _why(error: Exception) -> str:
+    return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
 def open_ledger(where: str | os.PathLike[str]) -> Ledger:
