@@ -1,20 +1,26 @@
 """`fp4rl eval`: what its table says, and that it fits."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
 from fp4rl.cli.asked_profiles import asked_profiles
-from fp4rl.cli.eval import _table
-from fp4rl.spec.mistakes import Mistake
+from fp4rl.cli.eval import _asked_task, _described, _table
+from fp4rl.spec.mistakes import BadValue, Mistake
 
 
 def summary(name, n, **more):
     return {
-        "profile": {"name": name},
+        "profile": {"name": name, "max_new_tokens": 48},
         "n": n,
         "strict": 0.3625,
         "flexible": 0.4,
         "formatted": 1.0,
+        "truncated": 0.025,
         "mean_length": 31.25,
         **more,
     }
@@ -41,7 +47,7 @@ def test_nothing_is_cut_on_80_columns(lines):
     assert max(map(len, shown)) <= 80
     assert not any("…" in line for line in shown)
     row = next(line for line in shown if "matmul_noise" in line)
-    assert row.split()[-3:] == ["31.2", "36.0", "50.0"]
+    assert row.split()[-3:] == ["2.5", "31.2", "50.0"]  # pass@1 is the mean accuracy: it stands there already
     assert row.count("[") == row.count("]") == 1
 
 
@@ -97,3 +103,71 @@ def test_a_profile_that_is_no_injection_is_one_line(word, said, tmp_path, monkey
         asked_profiles([word])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_were_cut_off_stand_in_the_table_and_many_of_them_below_it(lines):
+    """The kind: an accuracy that the token limit made is not shown as one of the model."""
+    shown = lines(summary("full", 40), summary("w4a4", 40, truncated=0.775))
+    assert " cut " in shown[1]
+    assert [row.split()[-2] for row in shown[2:4]] == ["2.5", "77.5"]
+    assert "78 % of the answers of w4a4 were cut off at 48 tokens" in " ".join(" ".join(shown).split())
+    assert "of the answers" not in " ".join(lines(summary("full", 40)))
+
+
+def test_a_file_that_is_a_test_file_by_its_name_is_not_cut_by_mistake():
+    """The kind: held-out data that is cut again; one tenth of a benchmark would stand for all of it."""
+    file = Path("gsm8k/test.jsonl")
+    with pytest.raises(BadValue, match=r"only a tenth would be answered; --test-path gsm8k/test.jsonl answers all"):
+        _asked_task("gsm8k", file, None, None)
+    assert _asked_task("gsm8k", file, None, "test") == {"name": "gsm8k", "path": str(file)}
+    assert _asked_task("gsm8k", None, file, None) == {"name": "gsm8k", "path": str(file), "test_path": str(file)}
+    for more in ({"data": file, "split": None}, {"data": None, "split": "test"}):
+        with pytest.raises(BadValue, match="drop --data and --split"):
+            _asked_task("gsm8k", test_path=file, **more)
+
+
+def test_a_sweep_of_a_bf16_model_has_it_as_it_is_in_the_place_of_bf16_weights():
+    """The kind: a precision that the model's own dtype makes a nothing; the sweep used to be refused for it."""
+
+    def profiles(dtype, *asked):
+        return _described({"dtype": dtype}, {"name": "arithmetic"}, list(asked), True, {}).evaluation
+
+    assert profiles("bfloat16", "w4a4").profiles == ("full", "w4a4")
+    assert profiles("bfloat16", "w4a4", "full").profiles == ("full", "w4a4")
+    assert profiles("bfloat16", "full").formats == ("mxfp8", "nvfp4", "mxfp4")
+    for dtype in ("float32", "float16"):
+        assert profiles(dtype, "w4a4").profiles == ("w4a4",)
+        assert profiles(dtype, "full").formats == ("bf16", "mxfp8", "nvfp4", "mxfp4")
+
+
+def run_eval(*words):
+    done = subprocess.run([sys.executable, "-m", "fp4rl", "eval", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_test_file_is_answered_whole_within_the_tasks_own_limit(embedded_model, tmp_path):
+    file = tmp_path / "gsm8k_test.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(23)))
+    (found,) = run_eval(str(embedded_model), "--task", "gsm8k", "--test-path", str(file), "--json")
+    assert (found["n"], found["profile"]["max_new_tokens"]) == (23, 1024)
+    assert found["profile"]["sampling"] == "greedy, to 'Question:'"
+
+
+@pytest.mark.slow
+def test_the_sweep_of_a_bf16_model_runs(embedded_model):
+    found = run_eval(str(embedded_model), "--count", "4", "--sweep", "--dtype", "bfloat16", "--json")
+    shares = {one["profile"]["name"]: one["answers_digest"] for one in found}
+    assert list(shares)[:3] == ["full", "matmul_noise=0", "matmul_noise=0.01"]
+    assert shares["full"] == shares["matmul_noise=0"] != shares["matmul_noise=0.1"]
+
+
+def test_an_answer_may_have_what_its_task_takes():
+    """The kind: a limit made for the toy (48 tokens held 1.5 % of GSM8K's golds) on other tasks."""
+
+    def limit(task, **given):
+        return _described({"path": "m"}, task, ["full"], False, given).evaluation.max_new_tokens
+
+    gsm8k = {"name": "gsm8k", "path": "train.jsonl"}
+    assert (limit({"name": "arithmetic"}), limit(gsm8k), limit(gsm8k, max_new_tokens=7)) == (48, 1024, 7)

@@ -141,9 +141,17 @@ def test_pass_at_k_is_the_unbiased_estimate_and_mean_at_k_the_mean():
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_keeps_the_names_of_precisions_whole(width):
-    counted = {"n": 1319, "strict": 1.0, "flexible": 1.0, "formatted": 1.0, "mean_length": 256.0, "pass@16": 1.0}
+    counted = {
+        "n": 1319,
+        "strict": 1.0,
+        "flexible": 1.0,
+        "formatted": 1.0,
+        "mean_length": 256.0,
+        "truncated": 1.0,
+        "pass@16": 1.0,
+    }
     out = Console(width=width, file=StringIO())
-    out.print(_table("a model", [{"profile": {"name": "matmul_noise=0.05"}, **counted}]))
+    out.print(_table("a model", [{"profile": {"name": "matmul_noise=0.05", "max_new_tokens": 768}, **counted}]))
     assert "matmul_noise=0.05" in out.file.getvalue()
 
 

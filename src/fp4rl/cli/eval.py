@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +11,13 @@ from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.mistakes import BadValue
 
+if TYPE_CHECKING:
+    from fp4rl.spec.experiment import Experiment
+
+# One answer in twenty moves the accuracy by more points than most recipes do.
+_MANY_CUT_OFF = 0.05
+# The longest of its answers has 44, as runs of the embedded model have it. GSM8K's limit is the spec's own.
+_ARITHMETIC_TOKENS = 48
 # The robustness of one checkpoint: relative errors in every matmul, and formats of the weights.
 _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
 
@@ -18,7 +25,14 @@ _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxf
 def command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder on this disk.")],
     task: Annotated[str, typer.Option(help="arithmetic, or gsm8k with --data.")] = "arithmetic",
-    data: Annotated[Path | None, typer.Option(help="GSM8K's JSONL or Parquet file.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="GSM8K's training file (JSONL, Parquet): a tenth of it is answered, see --split."),
+    ] = None,
+    test_path: Annotated[
+        Path | None, typer.Option(help="A test file in the place of --data: all of it is held out.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="test (the default) or validation: which tenth of --data.")] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,8 +43,14 @@ def command(
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
-    count: Annotated[int, typer.Option(min=1, help="Problems of the test split.")] = 500,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    count: Annotated[int | None, typer.Option(min=1, help="Problems; by default all there are, up to 500.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="By default what the task's answers take: arithmetic 48, GSM8K 1024.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends an answer; may repeat, '' is none. GSM8K's is 'Question:'."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="1 is greedy; more are sampled: mean@k, pass@k.")] = 1,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Also: matmul noise of 0 to 10 %, and BF16, MXFP8, NVFP4, MXFP4 weights.")
@@ -43,31 +63,15 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    from fp4rl.cli.asked_profiles import asked_profiles
-    from fp4rl.cli.described import asked_task, require_here
+    from fp4rl.cli.described import require_here
     from fp4rl.lab.matrix import single
-    from fp4rl.spec.door import parse
-    from fp4rl.spec.evaluation import Evaluation
-    from fp4rl.spec.experiment import Experiment
     from fp4rl.spec.shared_scales import batch_note
 
     _require_new(out)
-    described = parse(
-        Experiment,
-        {
-            "model": {"path": str(model), "dtype": dtype},
-            "task": asked_task(task, data),
-            "evaluation": {
-                **asked_profiles(precision or ["full"]),
-                "preset": preset,
-                "count": count,
-                "max_new_tokens": max_new_tokens,
-                "samples": samples,
-                **(_SWEEP if sweep else {}),
-            },
-        },
-        "",
-    )
+    given = {"preset": preset, "samples": samples, "split": split, "count": count}
+    given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
+    start = {"path": str(model), "dtype": dtype}
+    described = _described(start, _asked_task(task, data, test_path, split), precision or ["full"], sweep, given)
     require_here([single(described, "eval")])
     from fp4rl.models.quiet import quiet
 
@@ -77,38 +81,82 @@ def command(
     from fp4rl.rl.start import task_of
 
     ready_to_round()
+    spec = described.evaluation.for_task(described.task)
     found_task = task_of(described.task)
-    spec: Evaluation = described.evaluation
-    judge = Judge(spec, None, found_task, found_task.problems(spec.split, spec.count))
+    problems = found_task.problems(spec.split, count)[: spec.count]
+    judge = Judge(spec, None, found_task, problems)
     names = judge.precisions()
     with progress(console(stderr=True)) as bar:
-        places = {name: bar.add_task(name, total=count) for name in names}
+        places = {name: bar.add_task(name, total=len(problems)) for name in names}
         found = list(judge.judge(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
     if out is not None:
         _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
     if as_json:
         print_json([e.summary() for e in found])
         return
-    console().print(_table(str(model), [e.summary() for e in found]))
+    console().print(_table(str(model), [e.summary() for e in found], _cut_from(data, test_path, spec.split)))
     for name, measured in names.items():
         if note := batch_note(measured.injection, "evaluation"):
             console().print(f"{name}: {note} ({judge.decoding.batch_size} answers here)", highlight=False)
 
 
-def _table(title: str, summaries: list[dict[str, Any]]) -> Table:
+def _described(
+    model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
+) -> "Experiment":
+    """The experiment whose evaluation is asked for; mistakes are found before torch is imported."""
+    from fp4rl.cli.asked_profiles import asked_profiles
+    from fp4rl.spec.door import parse
+    from fp4rl.spec.experiment import Experiment
+
+    evaluation = asked_profiles(precision)
+    if sweep:
+        evaluation |= _SWEEP
+    if sweep and model["dtype"] == "bfloat16":  # its weights are BF16 as they are: that point of the sweep is `full`
+        evaluation["formats"] = tuple(name for name in _SWEEP["formats"] if name != "bf16")
+        evaluation["profiles"] = list(dict.fromkeys(["full", *evaluation["profiles"]]))
+    if task["name"] == "arithmetic":
+        evaluation["max_new_tokens"] = _ARITHMETIC_TOKENS
+    evaluation |= {key: value for key, value in given.items() if value is not None}
+    return parse(Experiment, {"model": model, "task": task, "evaluation": evaluation}, "")
+
+
+def _asked_task(task: str, data: Path | None, test_path: Path | None, split: str | None) -> dict[str, str]:
+    """What `--task`, `--data` and `--test-path` say. A test file is not cut by mistake."""
+    from fp4rl.cli.described import asked_task
+
+    if test_path is not None:
+        if data is not None or split is not None:
+            raise BadValue("--test-path FILE is held out whole; drop --data and --split, which cut a training file")
+        return {**asked_task(task, test_path), "test_path": str(test_path)}
+    if data is not None and split is None and "test" in data.stem.lower():
+        raise BadValue(
+            f"--data {data}: by its name a test file, of which only a tenth would be answered; --test-path {data} "
+            "answers all of it, --split test that tenth"
+        )
+    return asked_task(task, data)
+
+
+def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | None:
+    if test_path is not None:
+        return f"problems: {test_path}, held out whole"
+    return None if data is None else f"problems: the {split} split, the tenth of {data} that its questions' hash picks"
+
+
+def _table(title: str, summaries: list[dict[str, Any]], problems: str | None = None) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
     table = Table(
         title=f"{title}: shares in %",
         title_justify="left",
-        caption=_caption(summaries),
+        caption="\n".join([_caption(summaries), *([problems] if problems else [])]),
         box=None,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.caption_justify = "left"
-    passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@")))
-    for name in ("precision", "n", "strict", "flexible", "format", "tokens", *passed):
+    # pass@1 is the mean accuracy, which stands under `strict`
+    passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@") and name != "pass@1"))
+    for name in ("precision", "n", "strict", "flexible", "format", "cut", "tokens", *passed):
         table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
     for s in summaries:
         n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
@@ -117,15 +165,26 @@ def _table(title: str, summaries: list[dict[str, Any]]) -> Table:
             share = float(str(s[key]))
             low, high = wilson(round(share * n), n)
             cells.append(f"{100 * share:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if key == "strict" else ""))
-        table.add_row(
-            *cells, f"{float(str(s['mean_length'])):.1f}", *(f"{100 * float(str(s[name])):.1f}" for name in passed)
-        )
+        cells += [f"{100 * float(s['truncated']):.1f}", f"{float(s['mean_length']):.1f}"]
+        table.add_row(*cells, *(f"{100 * float(str(s[name])):.1f}" for name in passed))
     return table
 
 
 def _caption(summaries: list[dict[str, Any]]) -> str:
-    """What n counts, what the intervals are of, and what acted under names that do not say it."""
-    return "\n".join([_counts(summaries), *_labels(summaries)])
+    """What n counts, what the intervals are of, what was cut off, and what acted under names that do not say it."""
+    return "\n".join([_counts(summaries), *_cut_off(summaries), *_labels(summaries)])
+
+
+def _cut_off(summaries: list[dict[str, Any]]) -> list[str]:
+    """A line where so many answers met the limit that the accuracy is one of the limit too."""
+    worst = max(summaries, key=lambda s: float(s["truncated"]))
+    if worst["truncated"] <= _MANY_CUT_OFF:
+        return []
+    limit, share = worst["profile"]["max_new_tokens"], 100 * worst["truncated"]
+    return [
+        f"{share:.0f} % of the answers of {worst['profile']['name']} were cut off at {limit} tokens and scored as they "
+        "stood: raise --max-new-tokens, or name what ends an answer with --stop"
+    ]
 
 
 def _labels(summaries: list[dict[str, Any]]) -> list[str]:
@@ -134,12 +193,13 @@ def _labels(summaries: list[dict[str, Any]]) -> list[str]:
 
 
 def _counts(summaries: list[dict[str, Any]]) -> str:
+    cut = f"cut: the share that the limit of {summaries[0]['profile']['max_new_tokens']} tokens cut off"
     answers = max(int(str(s["n"])) // int(str(s.get("problems", s["n"]))) for s in summaries)
     if answers == 1:
-        return "n problems, one answer each; 95 % Wilson intervals over problems"
+        return f"n problems, one answer each; 95 % Wilson intervals over problems\n{cut}"
     return (
         f"n problems, {answers} answers each; strict, flexible and format are means over all answers.\n95 % Wilson "
-        "intervals with n problems as trials: answers to one problem are not independent"
+        f"intervals with n problems as trials: answers to one problem are not independent\n{cut}"
     )
 
 

@@ -7,13 +7,14 @@ from math import comb
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from fp4rl.models.endings import end_ids
 from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.prompts import encoded
 from fp4rl.rl.rewards import Scorer
 from fp4rl.rl.rollout import until_end
+from fp4rl.rl.stops import Answer, Stops, cut
 from fp4rl.tasks.task import Problem
 
 
@@ -94,18 +95,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated: `samples` 1 is greedy, more are drawn at `temperature` from `generator_seed`."""
+    """How answers are generated: `samples` 1 is greedy, more are drawn at `temperature` from `seed`.
+
+    Each of the texts in `stop` ends an answer and is no part of it.
+    """
 
     max_new_tokens: int = 48
     batch_size: int = 256
     samples: int = 1
     temperature: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """What the profile calls it."""
-        return "greedy" if self.samples == 1 else f"{self.samples} samples at temperature {self.temperature:g}"
+        drawn = "greedy" if self.samples == 1 else f"{self.samples} samples at temperature {self.temperature:g}"
+        return f"{drawn}, to {' or '.join(map(repr, self.stop))}" if self.stop else drawn
 
 
 def items_digest(problems: Sequence[Problem]) -> str:
@@ -142,7 +148,7 @@ def answer(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             batch = [problems[i] for i in chosen]
-            answered = _answer_batch(model, tokenizer, batch, scorer, config)
+            answered = _answer_batch(model, tokenizer, batch, scorer, config, decoding.stop)
             rows.update(zip(chosen, answered, strict=True))
             if on_batch is not None:
                 on_batch(min(start + size, len(order)), len(order))
@@ -166,22 +172,24 @@ def _answer_batch(
     problems: Sequence[Problem],
     scorer: Scorer,
     config: GenerationConfig,
+    stop: Sequence[str],
 ) -> list[list[Item]]:
     ids, mask = encoded(model, tokenizer, problems)
-    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+    stops = StoppingCriteriaList([Stops(tokenizer, stop, ids.shape[1])] if stop else [])
+    asked = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": stops}
+    generated = model.generate(**asked)[:, ids.shape[1] :]
     samples = config.num_return_sequences
     rows = []
     lengths, ended = until_end(generated, config.eos_token_id)
     answers = [row[:length].tolist() for row, length in zip(generated, lengths, strict=True)]
     for i, problem in enumerate(problems):
-        of_one = range(i * samples, (i + 1) * samples)
-        rows.append([_item(tokenizer, problem, j - of_one.start, answers[j], ended[j], scorer) for j in of_one])
+        of_one = slice(i * samples, (i + 1) * samples)
+        found = zip(answers[of_one], ended[of_one], strict=True)
+        rows.append([_item(problem, sample, cut(tokenizer, *one, stop), scorer) for sample, one in enumerate(found)])
     return rows
 
 
-def _item(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, sample: int, tokens: list[int], ended: bool, scorer: Scorer
-) -> Item:
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    score = scorer(problem, text)
-    return Item(problem.id, sample, score.strict, score.flexible, score.formatted, text, len(tokens), not ended)
+def _item(problem: Problem, sample: int, answer: Answer, scorer: Scorer) -> Item:
+    score = scorer(problem, answer.text)
+    shares = (score.strict, score.flexible, score.formatted)
+    return Item(problem.id, sample, *shares, answer.text, len(answer.tokens), not answer.ended)

@@ -89,7 +89,9 @@ class Judge:
     def decoding(self) -> Decoding:
         """How answers are generated."""
         spec = self.spec
-        return Decoding(spec.max_new_tokens, spec.batch_size, spec.samples, spec.temperature, self.seed)
+        return Decoding(
+            spec.max_new_tokens, spec.batch_size, spec.samples, spec.temperature, self.seed, spec.stop or ()
+        )
 
     def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> Profile:
         return Profile(
@@ -106,7 +108,7 @@ class Judge:
 
 def judge_of(experiment: Experiment, task: Task) -> Judge:
     """The judge of one experiment, with its held-out problems."""
-    spec = experiment.evaluation
+    spec = experiment.evaluation.for_task(experiment.task)
     problems = task.problems(spec.split, spec.count)
     return Judge(spec, experiment.injection, task, problems, lora=experiment.model.lora)
 

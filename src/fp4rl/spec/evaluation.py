@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from fp4rl.spec.injection import Injection
 from fp4rl.spec.mistakes import BadValue, nearest, shown
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
+from fp4rl.spec.task import Task
 
 MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
 KNOWN_PROFILES = ("full", "deployment", *MODES, *FORMATS)
@@ -59,11 +60,18 @@ class Evaluation(Spec):
     preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
     test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
     max_new_tokens: PositiveInt = Field(default=1024, description="tokens; training.max_response_length by default")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None, description="texts that end an answer; by default GSM8K's is what its prompts begin with"
+    )
     batch_size: PositiveInt = Field(default=256, description="problems answered at once")
     samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
     temperature: PositiveFloat = 1.0
     matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
+
+    def for_task(self, task: Task) -> "Evaluation":
+        """The same with the task's own ends of an answer where none are named."""
+        return self if self.stop is not None else self.model_copy(update={"stop": task.stop})
 
     @property
     def sweep(self) -> tuple[str, ...]:

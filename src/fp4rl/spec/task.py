@@ -15,6 +15,11 @@ class Arithmetic(Spec):
     difficulty: int = Field(default=2, ge=1, le=5, description="1 to 5: more and longer steps")
     train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Nothing but the end token ends an answer."""
+        return ()
+
 
 class Gsm8k(Spec):
     """GSM8K from a local JSONL or Parquet file with the columns `question` and `answer`."""
@@ -25,6 +30,12 @@ class Gsm8k(Spec):
     )
     test_path: Place | None = Field(default=None, description="file of the held-out problems")
     prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What stands before the question on its line: a model that writes it asks itself another one."""
+        before = self.prompt.partition("{question}")[0].rpartition("\n")[2].strip()
+        return (before,) if before else ()
 
 
 Task = Annotated[Arithmetic | Gsm8k, Field(discriminator="name")]
