@@ -10,7 +10,7 @@ from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.prompts import encoded, require_prompts_fit
+from fp4rl.rl.prompts import encoded, require_positions, require_prompts_fit
 from fp4rl.rl.rollout import Sampling, roll_out
 from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.mistakes import BadValue
@@ -131,3 +131,14 @@ def test_answers_beyond_the_positions_of_the_model_are_refused_with_what_would_f
     with pytest.raises(BadValue, match=r"set evaluation.max_new_tokens to 3840"):
         check(experiment("bf16", evaluation={"max_new_tokens": 3841}))
     check(experiment("bf16", training={"max_response_length": 3840}))
+
+
+def test_answers_beyond_the_positions_of_the_model_are_refused_before_any_is_made(opening):
+    """The kind: learned positions end in an IndexError, rotary ones in noise; the room that is left is named."""
+    model, tokenizer = opening
+    tokens = len(tokenizer("1" * 9)["input_ids"])
+    room = model.config.max_position_embeddings - tokens
+    problems = [problem("1" * 9), problem("1")]
+    with pytest.raises(BadValue, match=rf"max_new_tokens {room + 1}: .* id-9 takes {tokens}; {room} are left"):
+        answer(model, tokenizer, problems, lambda *_: Score(False, False, False), Decoding(room + 1))
+    require_positions(model, tokenizer, problems[0], room)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fp4rl.models.endings import end_ids
 from fp4rl.rl.dropout import dropout_off
-from fp4rl.rl.prompts import encoded
+from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
 from fp4rl.rl.rollout import until_end
 from fp4rl.rl.stops import Answer, Stops, cut
@@ -140,6 +140,7 @@ def answer(
     """
     config = _generation_config(tokenizer, decoding, end_ids(model))
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
+    require_positions(model, tokenizer, problems[order[-1]], decoding.max_new_tokens)
     size = max(decoding.batch_size // decoding.samples, 1)
     rows: dict[int, list[Item]] = {}
     # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.

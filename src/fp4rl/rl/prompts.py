@@ -37,6 +37,24 @@ def require_prompts_fit(
     )
 
 
+def require_positions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: Problem, max_new_tokens: int
+) -> None:
+    """Raise BadValue where the longest prompt and its answer go beyond the positions that the model was made for.
+
+    Learned positions end there, and rotary ones were never trained further: the answers would be noise.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = len(tokenizer(longest.prompt, verbose=False)["input_ids"])
+    if positions is not None and tokens + max_new_tokens > positions:
+        room = positions - tokens
+        cure = f"{room} are left for its answer" if room > 0 else "take such problems out of the data"
+        raise BadValue(
+            f"evaluation.max_new_tokens {max_new_tokens}: the model has {positions} positions, and problem "
+            f"{longest.id} takes {tokens}; {cure}"
+        )
+
+
 def encoded(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> tuple[Tensor, Tensor]:
