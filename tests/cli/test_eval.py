@@ -53,9 +53,12 @@ def test_nothing_is_cut_on_80_columns(lines):
 
 def test_what_acted_stands_below_where_the_name_does_not_say_it(lines):
     """Kind: the label beside a number says what was described, not what acted."""
-    own = {"profile": {"name": "mine", "precision": "w4a4, 3 sites mxfp8"}}
+    own = {"profile": {"name": "mine", "precision": "w4a4, 3 sites mxfp8", "max_new_tokens": 48}}
     shown = "\n".join(
-        lines(summary("full", 40) | {"profile": {"name": "full", "precision": "full"}}, summary("", 40) | own)
+        lines(
+            summary("full", 40) | {"profile": {"name": "full", "precision": "full", "max_new_tokens": 48}},
+            summary("", 40) | own,
+        )
     )
     assert "mine: w4a4, 3 sites mxfp8" in shown
     assert "full: full" not in shown
