@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(asked.keep, time.monotonic() + 60 * asked.minutes)
     runs = HealthyRuns(range(asked.first, asked.first + asked.healthy), bench)
-    faults, missing = of_faults(bench, range(300, 300 + asked.faults))
+    faults, missing = of_faults(bench, range(301, 301 + asked.faults))
     if runs.missing or missing:
         raise SystemExit(f"{runs.missing} healthy and {missing} planted runs are still to do: the same command goes on")
     every = [HEAD_RUNS, RULE_RUNS, *runs.lines]
