@@ -287,8 +287,8 @@ def page(runs: HealthyRuns, faults: list[str], asked: argparse.Namespace) -> str
         "",
         *false,
         "",
-        f"**Failures planted in real runs** of the embedded model, {asked.faults} seeds each; steps from the onset to "
-        "the first alarm (at most 10 is the aim).",
+        f"**Failures planted in real runs** of the embedded model, seeds of each: {asked.faults}; steps from the onset "
+        "to the first alarm (at most 10 is the aim).",
         "",
         "| failure | from | steps to the alarm | checks that spoke | false alarms before |",
         "|---|---|---|---|---|",

@@ -12,6 +12,7 @@ from fp4rl.spec.health import Thresholds
 # A level that never stood out from its noise has no gain to lose: a fall is then counted in units of the noise.
 _IN_NOISE = 8.0
 _ENOUGH = 10.0
+_SEEN = 8  # observations whose scatter says more than the number of their answers
 _LEAST = 1e-6  # a scale below this is a rounding error
 
 
@@ -36,7 +37,7 @@ class _Error:
         self._cases = courses.independent if courses.is_share else None
         self._beyond = 1.0
         level = goal.mean(min(len(goal), NOISE_WINDOW))
-        if self._cases is not None and level is not None:
+        if self._cases is not None and level is not None and len(goal) >= _SEEN:
             self._beyond = max(1.0, self._seen / sampling_error(level, self._cases))
 
     def at(self, level: float, width: int) -> float:
@@ -46,7 +47,7 @@ class _Error:
 
     def tells(self, width: int) -> bool:
         """Whether so many observations hold enough answers to be the measure of all that follows."""
-        return self._cases is None or width * self._cases >= _ENOUGH
+        return width > 1 if self._cases is None else width * self._cases >= _ENOUGH
 
 
 def lost(courses: Courses, t: Thresholds) -> Loss:
@@ -83,7 +84,7 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
 
 def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, float]]:
     """(level, its sampling error) of the beginning, as far as it lies `before` the present, and of the best windows."""
-    for width in LEVELS:
+    for width in (1, *LEVELS):
         if width <= before and error.tells(width):
             start = goal.start(width)
             yield start, error.at(start, width)
