@@ -120,6 +120,20 @@ def test_a_folder_without_a_suite_names_the_nearest_one(make_trial):
         collect(folder.with_name("trail"))
 
 
+@pytest.mark.parametrize("place", [("evaluations", 0, "mean_length"), ("evaluations", 0, "profile"), ("versions",)])
+def test_a_result_that_holds_another_sort_of_value_is_damaged(make_trial, place):
+    """Kind: JSON that is whole and says something else, which would end in a traceback where it is added up."""
+    folder = make_trial().write()
+    file = next(folder.glob("w4a4-s1-*")) / "result.json"
+    content = json.loads(file.read_text())
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = ["x"]
+    file.write_text(json.dumps(content))
+    assert len(collect(folder).damages) == 1
+
+
 def test_a_damaged_result_is_named_and_the_other_runs_are_shown(make_trial):
     folder = make_trial().write()
     run = next(folder.glob("w4a4-s1-*"))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.compare.sides import inputs_of
 from fp4rl.lab.damage import Damaged, damage_named
@@ -111,12 +113,13 @@ def read_run(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
 
 def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
     result, lines = folder.result(), folder.evidence()
+    said = _Said.model_validate(result)
     summary = result.get("evidence") or {}
     evidence = read_evidence(lines, folder.sites(), summary)
     measurements = tuple(_measurement(record) for record in result.get("evaluations", ()))
     spec = planned.experiment.model_dump(mode="json")
     judged = [{"step": m.step, "profile": m.profile.name, "last": m.last} for m in measurements]
-    code = result.get("code_digest")
+    code = said.code_digest
     return Run(
         planned=planned,
         state="finished",
@@ -126,17 +129,17 @@ def _finished(planned: PlannedRun, folder: RunFolder, code_now: str) -> Run:
         evidence=evidence,
         gaps=gaps(spec, summary, lines, judged),
         curves=folder.metrics(),
-        versions=result.get("versions") or {},
+        versions=said.versions or {},
         inputs=inputs_of(summary),
         weights=summary.get("final_weights"),
-        steps_done=result.get("steps_done"),
-        wall_s=result.get("wall_s"),
-        stopped=result.get("stopped"),
+        steps_done=said.steps_done,
+        wall_s=said.wall_s,
+        stopped=said.stopped,
     )
 
 
 def _measurement(record: Mapping[str, Any]) -> Measurement:
-    return Measurement(
+    made = Measurement(
         step=int(record.get("step", 0)),
         last=bool(record.get("last", False)),
         profile=Profile.of(record.get("profile") or {}),
@@ -149,7 +152,21 @@ def _measurement(record: Mapping[str, Any]) -> Measurement:
         answers=record.get("answers_digest"),
         of_samples={key: 100 * float(value) for key, value in record.items() if key.startswith(("pass@", "mean@"))},
     )
+    return _MEASUREMENT.validate_python(vars(made) | {"profile": vars(made.profile)})
 
 
 def _points(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+class _Said(BaseModel):
+    """What the report takes from a result as it stands, each of its own sort: pydantic refuses any other."""
+
+    code_digest: str | None = None
+    versions: dict[str, str] | None = None
+    steps_done: int | None = None
+    wall_s: float | None = None
+    stopped: str | None = None
+
+
+_MEASUREMENT = TypeAdapter(Measurement)
