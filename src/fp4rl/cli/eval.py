@@ -213,6 +213,7 @@ def _write(out: Path, rows: list[tuple[str, dict[str, object]]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    partial = out.with_name(f".{out.name}.partial")
-    parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)
-    partial.rename(out)
+    from fp4rl.lab.files import whole
+
+    with whole(out) as partial:
+        parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)

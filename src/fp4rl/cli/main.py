@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from fp4rl import __version__
 from fp4rl.cli import late
 from fp4rl.engines.launcher import launched, leave
+from fp4rl.lab.files import is_full
 from fp4rl.spec.mistakes import CheckFailed, Mistake
 
 # In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs).
@@ -98,15 +99,18 @@ def main(arguments: list[str] | None = None) -> int:
             return _report(KeyboardInterrupt(), verb)
         late.end()
         return code
-    except (Mistake, CheckFailed, TyperException, typer.Abort, KeyboardInterrupt, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug or not _of_the_user(error):
             raise
         return _report(error, verb)
 
 
 def _of_the_user(error: BaseException) -> bool:
-    """An error of the system that names a file is about what the user gave; any other is a fault of ours."""
-    return not isinstance(error, OSError) or isinstance(error, BrokenPipeError) or error.filename is not None
+    """An error of the system that names a file is about what the user gave, and so is a full disk; any other error that
+    is no mistake is a fault of ours."""
+    if isinstance(error, OSError):
+        return isinstance(error, BrokenPipeError) or error.filename is not None or is_full(error)
+    return isinstance(error, Mistake | CheckFailed | TyperException | typer.Abort | KeyboardInterrupt) or is_full(error)
 
 
 def _at_home(argument: str) -> str:
@@ -133,12 +137,15 @@ def _report(error: BaseException, verb: str | None) -> int:
             return _INTERRUPTED
         case BrokenPipeError():
             return 0
-        case OSError():
+        case OSError() if error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; name another place, or make room there")
             return 2
-        case _:
+        case Mistake():
             _say(str(error))
             return 2
+        case _:
+            _say("a disk is full, or a quota used up; make room and run the same command again")
+            return 1
 
 
 def _say(line: str) -> None:

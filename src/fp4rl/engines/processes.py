@@ -232,16 +232,22 @@ def attempt(
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
-        _keep_traceback(run, root, error)
+        where = _keep_traceback(run, root, error)
         what = str(error).splitlines()[0] if str(error) else "no message"
-        return f"{type(error).__name__}: {what} (traceback in its log.txt)", False, False
+        return f"{type(error).__name__}: {what} ({where})", False, False
     return None, False, False
 
 
-def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> None:
+def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
+    """Where the traceback went: the run's own log, or, where nothing can be written there, nowhere."""
     log = run_folder(root, run.suite, run.run_id).path / "log.txt"
-    with log.open("a", encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)  # a run that failed before it began has no folder yet
+        with log.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError as why:
+        return f"its traceback could not be kept: {why.strerror}"
+    return "traceback in its log.txt"
 
 
 def _die_with(parent: int, every_s: float = 0.5) -> Any:

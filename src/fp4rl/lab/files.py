@@ -1,22 +1,66 @@
 """Files that a crash cannot spoil: written whole or appended to line by line, in strict JSON."""
 
+import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_PARTIAL = ".partial"
+# No file takes so long to write: a partial one that old was left by a process that died.
+_DEAD_S = 600
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# How SQLite, safetensors, Arrow and torch say that the disk is full; they have no errno.
+_SAY_FULL = ("disk is full", "No space left", "os error 28", "errno 28", "PytorchStreamWriter failed", "unexpected pos")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields the path to write to; afterwards the file stands at `path`, or on an exception nothing of it stands.
+
+    A reader sees the old content or the new, never a part, also after a crash.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    remove_partial(path.parent, f".{path.name}.*{_PARTIAL}", older_than_s=_DEAD_S)
+
+
+def remove_partial(folder: Path, pattern: str = f"**/*{_PARTIAL}", older_than_s: float = 0.0) -> None:
+    """Remove what killed processes left half written in `folder`."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if left.is_file() and time.time() - left.stat().st_mtime >= older_than_s:
+                left.unlink()
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    """Write a text file as `whole` does, and have it on the disk before it takes its place."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error means that a disk or a quota is full, however deep below it the system said so."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if getattr(found, "errno", None) in _FULL or any(words in str(found) for words in _SAY_FULL):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ runs/<suite>/<run-id>/
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.lab.damage import damage_named
-from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, write_whole
+from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_whole
 from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
 from fp4rl.spec.plain_yaml import plain_values
 
@@ -100,11 +99,8 @@ class RunFolder:
         from pyarrow import parquet
 
         table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=items_schema())
-        target = self._items_file(step, profile)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        parquet.write_table(table, partial, compression="zstd")
-        partial.replace(target)
+        with whole(self._items_file(step, profile)) as partial:
+            parquet.write_table(table, partial, compression="zstd")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """The end of the run. Accuracies are shares between 0 and 1.

@@ -5,7 +5,6 @@ logged after that is dropped; without one it starts over from its seed. Either w
 that was never interrupted. A folder with a result is never touched.
 """
 
-import errno
 import fcntl
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from fp4rl.lab.faults import faults_kept
+from fp4rl.lab.files import is_full, remove_partial
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.matrix import PlannedRun
@@ -70,14 +70,15 @@ def carry_out(
     if not processes.is_first():  # one of several that train this run together: the first keeps the folder
         train(run.experiment, folder.path, root / "models", None, processes.from_first(Past()), stamp=code_digest())
         return folder
-    with _alone(folder):
+    with _room_on_disk(folder), _alone(folder):
         if folder.finished:
             return folder
+        remove_partial(folder.path)
         past = processes.from_first(_past(folder))
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
-        with faults_kept(folder.path / "log.txt"), _room_on_disk(folder), Sinks(folder, report_to, spec) as sinks:
+        with faults_kept(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             hear = replace(_listeners(run, folder, sinks, on_stage), interrupted=interrupted)
             for line in forewarned({run.arm: run.experiment}):
                 _say(folder, line)
@@ -169,8 +170,7 @@ def _room_on_disk(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(word in str(error) for word in ("No space left", "PytorchStreamWriter failed")):
+        if is_full(error):
             raise CheckFailed(
                 f"the disk of {folder.path} is full; make room and run the same command again: "
                 "it goes on from the last checkpoint"

@@ -14,7 +14,14 @@ class WandbSink:
 
         run.path.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            project=run.suite, id=run.run_id, name=run.run_id, dir=str(run.path), config=dict(spec), resume="allow"
+            project=run.suite,
+            id=run.run_id,
+            name=run.run_id,
+            dir=str(run.path),
+            config=dict(spec),
+            resume="allow",
+            # The terminal is the suite's: no banner, no summary of every run, and nothing of it taken over.
+            settings=wandb.Settings(silent=True, console="off"),
         )
         # A step of W&B's own must never go back, and what is logged to an earlier one is dropped; ours is a metric.
         self._run.define_metric("*", step_metric="step")
