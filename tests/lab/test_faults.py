@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
-from fp4rl.engines.processes import died
+from fp4rl.engines.processes import attempt, died
+from fp4rl.lab import work
 from fp4rl.lab.faults import FATAL
 from fp4rl.lab.folders import run_folder
+from fp4rl.lab.matrix import single
+from fp4rl.spec.experiment import Experiment
 
 CRASH = """
 import os, signal, sys
@@ -54,3 +57,29 @@ def test_a_run_that_goes_well_leaves_no_empty_log(folder):
     quiet += "with faults_kept(Path(sys.argv[1])): pass"
     subprocess.run([sys.executable, "-c", quiet, str(folder.path / "log.txt")], check=True)
     assert not (folder.path / "log.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["runs", "file/runs"], ids=["no folder yet", "nothing can be written there"])
+def test_a_start_that_fails_before_its_folder_exists_keeps_its_cause(tmp_path, monkeypatch, place):
+    """Errors before, or without, a run's own log: the cause is told, and kept where that is possible."""
+
+    def broken(*_):
+        raise RuntimeError("the device went away")
+
+    monkeypatch.setattr(work, "check", broken)
+    (tmp_path / "file").write_text("")
+    run, root = single(Experiment(), "one"), tmp_path / place
+    error, mistake = attempt(run, root, (), _Nobody())
+    assert not mistake
+    assert error.startswith("RuntimeError: the device went away (")
+    log = run_folder(root, run.suite, run.run_id).path / "log.txt"
+    if place == "runs":
+        assert "the device went away" in log.read_text()
+        assert "traceback in its log.txt" in error
+    else:
+        assert "could not be kept: Not a directory" in error
+
+
+class _Nobody:
+    def send(self, event):
+        pass

@@ -1,12 +1,15 @@
 """The run folder: whole files, appended lines, and what a crash leaves behind."""
 
+import errno
 import json
 import math
+import os
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from fp4rl.lab.files import append_line, read_lines, write_whole
+from fp4rl.lab.files import append_line, is_full, read_lines, remove_partial, whole, write_whole
 from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
 from fp4rl.spec.mistakes import BadValue, NotThere
 
@@ -121,3 +124,54 @@ def test_resuming_forgets_the_steps_after_the_checkpoint(run: RunFolder):
 def test_evidence_without_a_kind_is_refused(run: RunFolder):
     with pytest.raises(BadValue, match="kind"):
         run.add_evidence({"phase": "training"})
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path: Path):
+    """Leftovers of a failed write: a full disk, Ctrl-C, text that cannot be encoded."""
+    write_whole(tmp_path / "a.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a.json", "new \ud800")
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(tmp_path / "a.json")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+def _interrupted(path: Path) -> None:
+    with whole(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_another_writes_now_stays(tmp_path: Path):
+    """Leftovers of SIGKILL: gone with the next write of that file, or when their run goes on."""
+    old, young, other = (tmp_path / f".{name}.partial" for name in ("a.json.123", "a.json.124", "b.json.125"))
+    for path in (old, young, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_whole(tmp_path / "a.json", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.json", young.name, other.name])
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "1-full.9.partial").write_text("half")
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        sqlite3.OperationalError("database or disk is full"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_however_a_library_says_so(error: Exception):
+    """Full disks and quotas: as the system, SQLite, torch and safetensors say it, also as the cause of another."""
+    outer = RuntimeError("could not save")
+    outer.__context__ = error
+    assert is_full(error)
+    assert is_full(outer)
+    assert not is_full(OSError(errno.EACCES, "Permission denied"))

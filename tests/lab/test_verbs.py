@@ -275,6 +275,32 @@ def test_a_log_is_imported_listed_and_shown(shared_data: Path, tmp_path: Path, c
     assert "foreign log without evidence" in text
 
 
+def test_an_imported_log_takes_a_configuration_a_status_and_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What a log does not say of itself; a mistake in it is one line, and what was said once is not replaced."""
+    log, config, root = tmp_path / "a.jsonl", tmp_path / "config.yaml", str(tmp_path / "runs")
+    log.write_text('{"step": 1, "data": {"critic/score/mean": 0.5}}\n')
+    config.write_text("actor: {lr: 1.0e-6}\nstarted: 2026-01-02\n")
+    words = ["runs", "import", str(log), "--runs", root]
+    said = ["--config", str(config), "--status", "failed", "--note", "out of memory [3]"]
+    assert main([*words, "--status", "faild"]) == 2
+    assert "did you mean 'failed'" in capsys.readouterr().err
+    assert main([*words, *said]) == 0
+    assert main([*words, *said, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["show", "imported/a", "--runs", root]) == 0
+    text = capsys.readouterr().out
+    assert "from a.jsonl (json); failed; out of memory [3]" in text
+    assert "lr: 1.0e-06" in text
+    assert main(["show", "imported/a", "--runs", root, "--json"]) == 0
+    kept = read(capsys)["run"]["imported"]
+    assert kept["config"] == {"actor": {"lr": 1e-6}, "started": "2026-01-02"}
+    assert (kept["status"], kept["note"]) == ("failed", "out of memory [3]")
+    assert main(["runs", "--runs", root]) == 0
+    assert "foreign, failed" in capsys.readouterr().out
+    assert main([*words, "--note", "another"]) == 2
+    assert "is here already with another note" in capsys.readouterr().err
+
+
 def test_importing_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "x.log").write_text("hello\n")
     assert main(["runs", "import", str(tmp_path / "x.log"), "--runs", str(tmp_path / "runs")]) == 2

@@ -114,10 +114,14 @@ def cached(
             tokenizer = tokenizer_code.build_tokenizer()
             model = build(recipe, tokenizer)
             loss = warm_up(model, tokenizer, examples, recipe, on_step)
-            model.save_pretrained(half_made)
-            tokenizer.save_pretrained(half_made)
-            (half_made / "recipe.json").write_text(json.dumps({**content, "final_loss": loss}, indent=1) + "\n")
-            half_made.rename(place)
+            try:
+                model.save_pretrained(half_made)
+                tokenizer.save_pretrained(half_made)
+                (half_made / "recipe.json").write_text(json.dumps({**content, "final_loss": loss}, indent=1) + "\n")
+                half_made.rename(place)
+            except BaseException:
+                shutil.rmtree(half_made, ignore_errors=True)
+                raise
     return place
 
 

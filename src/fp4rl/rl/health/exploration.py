@@ -13,6 +13,7 @@ _AGO = 5
 _TREND_WINDOW = 30
 # Below this entropy is a rounding error, in nats a token.
 _FLOOR = 1e-6
+_LARGEST_LOG = 709.0  # exp of more than that is no float
 
 
 def entropy_collapse(courses: Courses, t: Thresholds) -> Verdict:
@@ -25,9 +26,8 @@ def entropy_collapse(courses: Courses, t: Thresholds) -> Verdict:
     fall, noise = expected - log(max(now, _FLOOR)), _log_noise(course)
     if fall < max(log(t.entropy_drop), 2 * t.noise * noise):
         return OK
-    evidence = (
-        f"entropy {now:.3g} nats, {exp(fall):.2g}x below its own trend, {now / start:.0%} of its early {start:.3g}"
-    )
+    below = exp(min(fall, _LARGEST_LOG))
+    evidence = f"entropy {now:.3g} nats, {below:.2g}x below its own trend, {now / start:.0%} of its early {start:.3g}"
     return Verdict("watch" if rising(courses) else "alarm", evidence)
 
 
