@@ -8,6 +8,7 @@ import pytest
 
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.reader import read_log
+from fp4rl.spec.mistakes import NotThere
 
 RIGHT = {1: {"loss": 0.5, "reward": 0.25}, 2: {"loss": 0.25, "reward": 0.5}}
 
@@ -156,6 +157,24 @@ def test_of_two_attempts_in_one_log_the_later_one_counts_and_the_numbers_met_twi
     assert losses == {1: 1.0, 2: 2.0, 3: 3.0, 4: 104.0, 5: 105.0, 6: 106.0, 7: 107.0, 8: 108.0}
     assert (log.met_twice, log.left_behind) == (12 if form == "verl" else 9, 0)
     assert log.said()[0] == "the steps go back once, from 6 to 4: the later attempt counts"
+
+
+def test_a_later_attempt_is_seen_although_most_of_its_numbers_are_constants():
+    """Lines of which one number in six changes, as those of a small run."""
+    log, constant = Joined(), dict.fromkeys("abcde", 1.0)
+    for step, loss in [*((s, 0.5) for s in range(1, 9)), *((s, 0.25) for s in range(5, 7))]:
+        log.row(step, {"loss": loss, **constant})
+    assert {step: values["loss"] for step, values in log.in_order().items()} == {
+        **dict.fromkeys(range(1, 5), 0.5),
+        **dict.fromkeys(range(5, 7), 0.25),
+    }
+    assert (log.went_back, log.met_twice, log.left_behind) == ([(8, 5)], 12, 12)
+
+
+def test_a_folder_without_a_log_is_refused_with_the_known_forms(tmp_path):
+    """Folders in which there is nothing to read."""
+    with pytest.raises(NotThere, match=r"no log of a known form in this folder; .*verl logs"):
+        read_log(tmp_path)
 
 
 def test_what_the_later_attempt_never_came_to_is_left_out_and_counted():

@@ -37,9 +37,11 @@ class Joined:
         back = step < self._top
         self._turn = step if step < self._last else self._turn
         self._last = step
-        if back and differ and 2 * len(differ) >= len(new):
+        # Most of a line can be constants (a ratio that is 0, the learning rate). But a line of other names than its
+        # step has is a second pass over the same attempt: a table in long form, another writer.
+        if back and differ and (2 * len(differ) >= len(new) or 10 * len(common) >= 9 * len(new)):
             self._forget(step + 1, said_as=self._turn)
-            if 2 * len(differ) >= len(kept):  # else it is a validation before the first step of the new attempt
+            if 2 * len(common) >= len(kept):  # else it is a validation before the first step of the new attempt
                 self._drop(step, kept.keys() - new.keys())
         self.met_twice += len(common if back else differ) + len(self._gone.get(step, set()) & new.keys())
         if step in self._gone:

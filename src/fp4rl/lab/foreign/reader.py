@@ -41,7 +41,10 @@ def _file_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     swift = path / _SWIFT
-    return newest_state(path) or (swift if swift.is_file() else path)
+    found = newest_state(path) or (swift if swift.is_file() else None)
+    if found is None and next(path.rglob(EVENTS), None) is None:
+        raise NotThere(f"{path}: no log of a known form in this folder; name the file itself; known are {KNOWN}")
+    return found or path
 
 
 def _read(path: Path) -> tuple[str, Joined]:
