@@ -163,6 +163,14 @@ def events(tmp_path_factory) -> bytes:
     return file.read_bytes()
 
 
+def _whole_starts(events: bytes) -> list[bytes]:
+    """What a writer leaves that is stopped between two records: nothing of it is damaged."""
+    ends = [0]
+    while ends[-1] < len(events):
+        ends.append(ends[-1] + 16 + int.from_bytes(events[ends[-1] : ends[-1] + 8], "little"))
+    return [events[:end] for end in ends]
+
+
 @given(st.data())
 def test_damaged_event_files_give_what_stands_before_the_damage_and_say_so(folder, events, data):
     """TensorBoard's files: every step before the damage, none after it."""
@@ -171,6 +179,6 @@ def test_damaged_event_files_give_what_stands_before_the_damage_and_say_so(folde
     place.write_bytes(damaged)
     log = read_tensorboard(place)
     assert list(log.in_order()) == list(range(len(log.steps)))
-    whole = len(log.steps) == 12
-    assert whole or log.said() or not damaged
+    whole = len(log.steps) == 12 or damaged in _whole_starts(events)
+    assert whole or log.said()
     judged(place)
