@@ -97,6 +97,15 @@ def test_an_adapter_whose_own_file_is_damaged_is_one_line(saved, tmp_path, monke
         assert "adapter_config.json" in outcome(read, folder)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 2000])
+def test_a_damaged_index_of_shards_is_one_line(saved, tmp_path, content):
+    from fp4rl.diagnose.shards import stored_tensors
+
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(content)
+    assert "the safetensors in" in outcome(stored_tensors, folder)
+
+
 def test_a_mistake_of_ours_passes_as_it_is(tmp_path):
     from fp4rl.models.readable import readable
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4rl.models.readable import readable
 from fp4rl.spec.mistakes import BadValue, NotThere
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,12 +64,13 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     that cannot be read.
     """
     place = Path(folder)
-    files = _files(place)
-    if not files:
-        raise NotThere(f"{place}: no safetensors file; give a Hugging Face model folder")
     found: dict[str, StoredTensor] = {}
-    for file in files:
-        found |= {tensor.name: tensor for tensor in _contents(file)}
+    with readable("the safetensors", place):
+        files = _files(place)
+        if not files:
+            raise NotThere(f"{place}: no safetensors file; give a Hugging Face model folder")
+        for file in files:
+            found |= {tensor.name: tensor for tensor in _contents(file)}
     return found
 
 

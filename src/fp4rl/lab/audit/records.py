@@ -98,7 +98,7 @@ def read_reports(path: Path) -> Reports:
         raise NotThere(f"{path}: no such file; name a JSON file with 'records' and 'gsm8k_test_n'")
     try:
         reports = Reports.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadValue(f"{path}: not JSON in UTF-8 ({error})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
