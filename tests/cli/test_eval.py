@@ -113,7 +113,7 @@ def test_answers_that_were_cut_off_stand_in_the_table_and_many_of_them_below_it(
     shown = lines(summary("full", 40), summary("w4a4", 40, truncated=0.775))
     assert " cut " in shown[1]
     assert [row.split()[-2] for row in shown[2:4]] == ["2.5", "77.5"]
-    assert "78 % of the answers of w4a4 were cut off at 48 tokens" in " ".join(" ".join(shown).split())
+    assert "78 % of the answers of w4a4 were cut off at the token limit, 48," in " ".join(" ".join(shown).split())
     assert "of the answers" not in " ".join(lines(summary("full", 40)))
 
 

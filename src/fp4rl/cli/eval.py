@@ -182,8 +182,8 @@ def _cut_off(summaries: list[dict[str, Any]]) -> list[str]:
         return []
     limit, share = worst["profile"]["max_new_tokens"], 100 * worst["truncated"]
     return [
-        f"{share:.0f} % of the answers of {worst['profile']['name']} were cut off at {limit} tokens and scored as they "
-        "stood: raise --max-new-tokens, or name what ends an answer with --stop"
+        f"{share:.0f} % of the answers of {worst['profile']['name']} were cut off at the token limit, {limit}, and "
+        "scored as they stood: raise --max-new-tokens, or name what ends an answer with --stop"
     ]
 
 
@@ -193,7 +193,7 @@ def _labels(summaries: list[dict[str, Any]]) -> list[str]:
 
 
 def _counts(summaries: list[dict[str, Any]]) -> str:
-    cut = f"cut: the share that the limit of {summaries[0]['profile']['max_new_tokens']} tokens cut off"
+    cut = f"cut: the share that the token limit, {summaries[0]['profile']['max_new_tokens']}, cut off"
     answers = max(int(str(s["n"])) // int(str(s.get("problems", s["n"]))) for s in summaries)
     if answers == 1:
         return f"n problems, one answer each; 95 % Wilson intervals over problems\n{cut}"
