@@ -15,6 +15,8 @@ from fp4rl.lab.foreign.reader import read_log
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.spec.mistakes import Mistake
 
+pytestmark = pytest.mark.fuzz
+
 NUMBERS = st.one_of(
     st.floats(width=64),
     st.floats(0, 1),
