@@ -120,11 +120,13 @@ def judged(log: Path, *words: str) -> None:
         json.loads(out.getvalue())
 
 
+HUGE = "step,reward\n" + "".join(f"{s},{v}\n" for s, v in enumerate([0, 0, 0, 0, 3e154, 5e154, 0, 0]))
 EXPLODED = "step,entropy\n" + "".join(f"{s},{v}\n" for s, v in enumerate([0, 1, 1e264, 1e270, *[0] * 6]))
 
 
 @given(logs())
 @example(("a.csv", EXPLODED.encode()))  # a trend towards more than the largest float
+@example(("a.csv", HUGE.encode()))  # numbers whose squares are none
 def test_a_damaged_log_of_any_kind_is_read_or_refused_in_one_line_and_never_changed(folder, log):
     """Cut, mixed encodings, huge numbers, NaN, interleaved: steps that can be stored, or one line that says why."""
     name, data = log

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log, sqrt
+from math import hypot, log, sqrt
 
 from fp4rl.rl.health.course import LEVELS, NOISE_WINDOW, Course
 from fp4rl.rl.health.courses import Courses
@@ -74,7 +74,7 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
         if now is None:
             break
         for best, of_best in _levels(goal, len(goal) - width, error):
-            certain = t.certain * sqrt(of_best**2 + error.at(now, width) ** 2)
+            certain = t.certain * hypot(of_best, error.at(now, width))
             scale = best if courses.is_share else _gained(goal, best, error, t) / t.accuracy_drop
             if scale < _LEAST or best - now < max(t.accuracy_points, certain):
                 continue
