@@ -29,9 +29,9 @@ def test_the_public_healthy_log_leaves_with_0_and_shows_every_check(healthy_log,
     assert "106 steps (verl)" in shown
     assert "entropy_collapse" in shown
     assert "0.336 -> 0.064" in shown
-    (spread,) = [line for line in shown.splitlines() if "no_spread" in line]
-    assert "not judged" in spread
-    assert "needs reward/no_spread or sampling/dropped_share" in spread
+    words = " ".join(shown.replace("│", " ").split())  # a narrow terminal wraps the cells
+    assert "no_spread not judged" in words
+    assert "needs reward/no_spread or sampling/dropped_share" in words
 
 
 def test_a_collapsed_run_leaves_with_1_and_names_the_step(tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_trl_is_judged_by_its_state(tmp_path, capsys):
     for folder in (place, place.parent):
         assert main(["health", str(folder)]) == 1
         captured = capsys.readouterr()
-        assert "15 steps (trl)" in captured.out
+        assert "15 steps (trl)" in " ".join(captured.out.split())  # a long path wraps the line somewhere
         assert "100 -> 100" in captured.out  # length by its older name
         assert captured.err == "fp4rl: an alarm at step 13: accuracy_collapse\n"
 

@@ -84,8 +84,16 @@ def test_a_kill_while_writing_leaves_nothing_that_looks_finished_either(tmp_path
         patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", half_a_tokenizer)
         with pytest.raises(Killed):
             cached(tmp_path, RECIPE, EXAMPLES)
-    assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [".partial"]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     place = cached(tmp_path, RECIPE, EXAMPLES)
+    load(place)
+
+
+def test_what_a_kill_left_half_made_is_made_anew(tmp_path):
+    place = cached(tmp_path, RECIPE, EXAMPLES)
+    half_made = place.rename(place.with_suffix(".partial"))  # `kill -9` lets nothing clean up
+    (half_made / "config.json").unlink()
+    assert cached(tmp_path, RECIPE, EXAMPLES) == place
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [place]
     load(place)
 

@@ -241,7 +241,7 @@ def test_sigma_zero_walks_the_machinery_and_changes_no_bit(model):
 def test_a_run_that_asks_for_noise_and_shows_none_fails(model):
     with perturb(model, Noise(), 0.0, generator=_generator()) as silent:
         pass
-    with pytest.raises(CheckFailed, match="no weight changed in 1 rollouts"):
+    with pytest.raises(CheckFailed, match="no weight changed in 1 rollout;"):
         require_noise(Noise(), [silent])
 
 

@@ -59,7 +59,7 @@ def _judged(name: str, run: Path, spec: "Health") -> Judged:
 
 def _table(found: list[Judged]) -> Table:
     table = Table()
-    table.add_column("run", overflow="fold")
+    table.add_column("run", no_wrap=True)
     for name in ("steps", "alarms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("at the end", no_wrap=True)
