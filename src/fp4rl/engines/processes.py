@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -99,6 +100,7 @@ class LocalPool:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         # Ctrl-C reaches the whole group. A child starts with what is held back here, so that none of them prints a
         # traceback of its imports; both hear it as soon as they can.
+        resource_tracker.ensure_running()  # starting it lets the signal through again
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
