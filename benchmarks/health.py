@@ -242,7 +242,7 @@ def main() -> None:
     """Run what is missing, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=4, help="healthy runs")
-    parser.add_argument("--first", type=int, default=1400, help="number of the first healthy run")
+    parser.add_argument("--first", type=int, default=1500, help="number of the first healthy run")
     parser.add_argument("--faults", type=int, default=1, help="seeds of every planted failure")
     parser.add_argument("--courses", type=int, default=50, help="synthesised courses of every kind")
     parser.add_argument("--log", type=Path, help="a public healthy log")
@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(asked.keep, time.monotonic() + 60 * asked.minutes)
     runs = HealthyRuns(range(asked.first, asked.first + asked.healthy), bench)
-    faults, missing = of_faults(bench, range(301, 301 + asked.faults))
+    faults, missing = of_faults(bench, range(302, 302 + asked.faults))
     if runs.missing or missing:
         raise SystemExit(f"{runs.missing} healthy and {missing} planted runs are still to do: the same command goes on")
     every = [HEAD_RUNS, RULE_RUNS, *runs.lines]

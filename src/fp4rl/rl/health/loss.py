@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import hypot, log, sqrt
+from math import log, sqrt
 
 from fp4rl.rl.health.course import LEVELS, NOISE_WINDOW, Course
 from fp4rl.rl.health.courses import Courses
@@ -42,8 +42,18 @@ class _Error:
 
     def at(self, level: float, width: int) -> float:
         """Of a mean over `width` observations."""
-        one = self._seen if self._cases is None else self._beyond * sampling_error(level, self._cases)
-        return one / sqrt(width)
+        return self._of_one(level) / sqrt(width)
+
+    def of_difference(self, best: float, best_width: int, now: float, width: int) -> float:
+        """Of the difference of two means, were both of one level: that of all their observations (two-proportion test).
+
+        The error at `best` itself would hide a fall from the middle, where shares scatter most, down to nothing.
+        """
+        pooled = (best * best_width + now * width) / (best_width + width)
+        return self._of_one(pooled) * sqrt(1 / best_width + 1 / width)
+
+    def _of_one(self, level: float) -> float:
+        return self._seen if self._cases is None else self._beyond * sampling_error(level, self._cases)
 
     def tells(self, width: int) -> bool:
         """Whether so many observations hold enough answers to be the measure of all that follows."""
@@ -73,8 +83,8 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
         now = goal.mean(width)
         if now is None:
             break
-        for best, of_best in _levels(goal, len(goal) - width, error):
-            certain = t.certain * hypot(of_best, error.at(now, width))
+        for best, best_width in _levels(goal, len(goal) - width, error):
+            certain = t.certain * error.of_difference(best, best_width, now, width)
             scale = best if courses.is_share else _gained(goal, best, error, t) / t.accuracy_drop
             if scale < _LEAST or best - now < max(t.accuracy_points, certain):
                 continue
@@ -82,15 +92,13 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
     return worst
 
 
-def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, float]]:
-    """(level, its sampling error) of the beginning, as far as it lies `before` the present, and of the best windows."""
+def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, int]]:
+    """(level, steps that it is a mean over) of the beginning, as far as it lies `before` the present, and of the best windows."""
     for width in (1, *LEVELS):
         if width <= before and error.tells(width):
-            start = goal.start(width)
-            yield start, error.at(start, width)
+            yield goal.start(width), width
     for width, mean in goal.bests().items():
-        of_mean = error.at(mean, width)
-        yield mean - sqrt(2 * log(len(goal) / width)) * of_mean, of_mean
+        yield mean - sqrt(2 * log(len(goal) / width)) * error.at(mean, width), width
 
 
 def _gained(goal: Course, best: float, error: _Error, t: Thresholds) -> float:
