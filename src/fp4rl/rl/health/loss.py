@@ -93,7 +93,7 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
 
 
 def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, int]]:
-    """(level, steps that it is a mean over) of the beginning, as far as it lies `before` the present, and of the best windows."""
+    """(level, steps it is a mean over) of the beginning, as far as it lies `before` now, and of the best windows."""
     for width in (1, *LEVELS):
         if width <= before and error.tells(width):
             yield goal.start(width), width
