@@ -22,10 +22,10 @@ from scipy.stats import chi2
 
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
-from fp4rl.rl.attempt import Run
 from fp4rl.rl.health.monitor import Monitor, replay
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.session import Run
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.rl.train import train
 from fp4rl.spec.digest import digest

@@ -25,10 +25,10 @@ from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.attempt import Attempt, Past, Run
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.rollout import Sampling, roll_out
+from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -106,7 +106,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
 def ours(run: Run, folder: Path, mode: str) -> Callable[[], float]:
     """One of our arms."""
     mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.judge, Listeners(), "")
-    attempt = Attempt(mine, Past())
+    attempt = TrainingSession(mine, ResumeState())
     return timed(attempt.trainer)
 
 

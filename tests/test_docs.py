@@ -14,10 +14,10 @@ import yaml
 
 from fp4rl.cli.described import described_by
 from fp4rl.cli.main import VERBS, _app
-from fp4rl.spec.door import load_spec, merge
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import described_keys
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.load import load_spec, merge
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -61,7 +61,7 @@ def loads(content, place):
     file.write_text(yaml.safe_dump(content))
     try:
         load_spec(file)
-    except BadValue as error:
+    except InvalidValueError as error:
         return str(error)
     return None
 

@@ -31,7 +31,7 @@ def commit(place, file, at=NOON):
 def repository(tmp_path):
     git(tmp_path, "init", "--quiet", "--initial-branch=main")
     commit(tmp_path, "constraints.txt", NOON - 90_000)
-    commit(tmp_path, "src/fp4rl/spec/door.py", NOON - 87_000)
+    commit(tmp_path, "src/fp4rl/spec/load.py", NOON - 87_000)
     return tmp_path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fp4rl.noise.course import Course
-from fp4rl.rl.attempt import Attempt, Past, Run
+from fp4rl.noise.progress import Course
+from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.noise import Noise
 
 BASE: Mapping[str, Any] = MappingProxyType(
@@ -27,7 +27,7 @@ class Fault:
     """`plant` changes a live attempt between two steps. `recipe`, `more`: what the spec says from the beginning."""
 
     name: str
-    plant: Callable[[Attempt], None]
+    plant: Callable[[TrainingSession], None]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
     onsets: tuple[int, ...] = (0, 12)
@@ -42,8 +42,8 @@ class Fault:
         }
 
 
-def _learning_rate(lr: float) -> Callable[[Attempt], None]:
-    def plant(attempt: Attempt) -> None:
+def _learning_rate(lr: float) -> Callable[[TrainingSession], None]:
+    def plant(attempt: TrainingSession) -> None:
         for group in attempt.trainer.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = lr
         scheduler = getattr(attempt.trainer.lr_scheduler, "scheduler", attempt.trainer.lr_scheduler)
@@ -52,7 +52,7 @@ def _learning_rate(lr: float) -> Callable[[Attempt], None]:
     return plant
 
 
-def _noise_on_linear_weights(attempt: Attempt) -> None:
+def _noise_on_linear_weights(attempt: TrainingSession) -> None:
     phases = attempt.phases
     phases.noise = Noise.model_validate(
         {"schedule": {"kind": "constant", "sigma": 0.05}, "targets": {"kinds": ["linear"]}}
@@ -60,7 +60,7 @@ def _noise_on_linear_weights(attempt: Attempt) -> None:
     phases.course = Course.of(phases.noise, phases.total_steps)
 
 
-def _length_is_rewarded(attempt: Attempt) -> None:
+def _length_is_rewarded(attempt: TrainingSession) -> None:
     filler = attempt.trainer.filler
     filler.rewarder.function = lambda completion, **_: 0.1 * len(completion.split())
     buffer = filler.recipe.overlong_buffer.model_copy(update={"enable": False})
@@ -68,27 +68,27 @@ def _length_is_rewarded(attempt: Attempt) -> None:
     _learning_rate(1e-3)(attempt)
 
 
-def _wrong_sign(attempt: Attempt) -> None:
+def _wrong_sign(attempt: TrainingSession) -> None:
     attempt.trainer.filler.rewarder.function = lambda completion, answer, **_: (
         -float(completion.split("####")[-1].replace(" ", "") == answer)
     )
 
 
-def _equal_rewards(attempt: Attempt) -> None:
+def _equal_rewards(attempt: TrainingSession) -> None:
     attempt.trainer.filler.rewarder.function = lambda **_: 1.0
 
 
-def _no_end(attempt: Attempt) -> None:
+def _no_end(attempt: TrainingSession) -> None:
     """The sampler waits for a token that the model never says."""
     attempt.trainer.eos_token_ids = [attempt.tokenizer.bos_token_id]
 
 
-def _not_a_number(attempt: Attempt) -> None:
+def _not_a_number(attempt: TrainingSession) -> None:
     weight = next(p for p in attempt.model.parameters() if p.requires_grad)
     weight.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
 
 
-def _nothing(attempt: Attempt) -> None:
+def _nothing(attempt: TrainingSession) -> None:
     """The description alone is the failure."""
 
 
@@ -117,13 +117,13 @@ FAULTS = (
 )
 
 
-class Planted(Attempt):
+class Planted(TrainingSession):
     """An attempt that meets `fault` after `onset` steps."""
 
     def __init__(self, run: Run, fault: Fault, onset: int) -> None:
         self.fault = fault
         self.onset = onset
-        super().__init__(run, Past())
+        super().__init__(run, ResumeState())
 
     def _on_begin(self, trainer: Any) -> None:
         super()._on_begin(trainer)

@@ -16,7 +16,7 @@ _HOMES = {
     "NoiseSchedule": "fp4rl.spec.noise",
     "Experiment": "fp4rl.spec.experiment",
     "Suite": "fp4rl.spec.experiment",
-    "load_spec": "fp4rl.spec.door",
+    "load_spec": "fp4rl.spec.load",
     "fake_quantize": "fp4rl.numerics.quantize",
     "attach": "fp4rl.inject.attach",
     "perturb": "fp4rl.noise.perturb",

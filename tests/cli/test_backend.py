@@ -55,7 +55,7 @@ def test_a_worker_tells_its_run_what_it_compiles_and_heeds_the_word(fresh, monke
     heard = []
     run = SimpleNamespace(run_id="a-0", suite="s")
     pipe = SimpleNamespace(send=heard.append)
-    monkeypatch.setattr("fp4rl.lab.work.carry_out", lambda *_: dispatch._PROCESS.announce("compiling"))
+    monkeypatch.setattr("fp4rl.lab.work.execute_run", lambda *_: dispatch._PROCESS.announce("compiling"))
     monkeypatch.setenv("FP4RL_BACKEND", "chunked")
     assert processes.attempt(run, tmp_path, (), pipe) == (None, False, False)
     assert dispatch.chosen() == "chunked"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fp4rl.cli.asked_profiles import asked_profiles
 from fp4rl.cli.eval import _asked_task, _described, _table
-from fp4rl.spec.mistakes import BadValue, Mistake
+from fp4rl.spec.errors import InvalidValueError, UserError
 
 
 def summary(name, n, **more):
@@ -102,7 +102,7 @@ def test_a_profile_that_is_no_injection_is_one_line(word, said, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "suite.yaml").write_text("suite: a\narms: {b: {}}\n")
     (tmp_path / "bf16.yaml").write_text("injection: null\n")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         asked_profiles([word])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -120,12 +120,14 @@ def test_answers_that_were_cut_off_stand_in_the_table_and_many_of_them_below_it(
 def test_a_file_that_is_a_test_file_by_its_name_is_not_cut_by_mistake():
     """The kind: held-out data that is cut again; one tenth of a benchmark would stand for all of it."""
     file = Path("gsm8k/test.jsonl")
-    with pytest.raises(BadValue, match=r"only a tenth would be answered; --test-path gsm8k/test.jsonl answers all"):
+    with pytest.raises(
+        InvalidValueError, match=r"only a tenth would be answered; --test-path gsm8k/test.jsonl answers all"
+    ):
         _asked_task("gsm8k", file, None, None)
     assert _asked_task("gsm8k", file, None, "test") == {"name": "gsm8k", "path": str(file)}
     assert _asked_task("gsm8k", None, file, None) == {"name": "gsm8k", "path": str(file), "test_path": str(file)}
     for more in ({"data": file, "split": None}, {"data": None, "split": "test"}):
-        with pytest.raises(BadValue, match="drop --data and --split"):
+        with pytest.raises(InvalidValueError, match="drop --data and --split"):
             _asked_task("gsm8k", test_path=file, **more)
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from fp4rl.cli.main import main
 from fp4rl.lab.catalogue import named, names
-from fp4rl.spec.door import load_spec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.keys import described_keys
+from fp4rl.spec.load import load_spec
 from planted.damage import changed, damage, odd
 
 pytestmark = pytest.mark.fuzz

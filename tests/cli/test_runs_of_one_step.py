@@ -8,7 +8,7 @@ import yaml
 from fp4rl.cli.main import main
 from fp4rl.lab import work
 from fp4rl.lab.runner import Outcome
-from fp4rl.spec.mistakes import Mistake
+from fp4rl.spec.errors import UserError
 
 
 @pytest.fixture
@@ -16,16 +16,16 @@ def in_process(monkeypatch):
     """Runs without worker processes: their start costs seconds and is tested elsewhere."""
 
     def pool(_jobs, report_to):
-        def carry_out(runs, root, _on_event):
+        def execute_run(runs, root, _on_event):
             for run in runs:
                 try:
-                    work.carry_out(run, root)
-                except Mistake as error:
+                    work.execute_run(run, root)
+                except UserError as error:
                     yield Outcome(run, str(error), mistake=True)
                 else:
                     yield Outcome(run)
 
-        return carry_out
+        return execute_run
 
     monkeypatch.setattr("fp4rl.engines.processes.LocalPool", pool)
 

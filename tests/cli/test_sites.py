@@ -6,7 +6,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.door import load_spec
+from fp4rl.spec.load import load_spec
 
 SUITE = """
 suite: s

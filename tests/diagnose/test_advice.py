@@ -19,9 +19,9 @@ from fp4rl.diagnose.tally import Rounded, Tally
 from fp4rl.inject.resolve import resolve
 from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.numerics.errors import ErrorSplit
-from fp4rl.spec.door import load_spec
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.load import load_spec
 from fp4rl.spec.scan import Scan
 
 SEVERITY = {0: 9.0, 1: 1.0, 2: 1.0, 3: 4.0, 4: 1.0}
@@ -51,7 +51,7 @@ def test_the_knapsack_equals_trying_everything(seed):
 
 
 def test_a_budget_below_the_cheapest_formats_is_refused():
-    with pytest.raises(BadValue, match="need 8 bits"):
+    with pytest.raises(InvalidValueError, match="need 8 bits"):
         knapsack({"a": [Choice("x", 8.0, 1.0)]}, 7.0)
 
 
@@ -87,7 +87,7 @@ def test_zones_give_ends_and_middle_one_value_each():
 
 
 def test_an_unknown_noise_rule_names_the_nearest():
-    with pytest.raises(NotThere, match="did you mean 'inverse'"):
+    with pytest.raises(NotFoundError, match="did you mean 'inverse'"):
         noise_multipliers("inverted", SEVERITY, frozenset())
 
 
@@ -121,7 +121,7 @@ def test_thresholds_are_configurable():
     assert judge(rule_named("sqnr"), [place]).flagged == ("a weight",)
     assert judge(rule_named("sqnr", 18.0), [place]).flagged == ()
     assert judge(rule_named("sqnr", 18.0), [place]).advice == "no action"
-    with pytest.raises(NotThere, match="did you mean 'sqnr'"):
+    with pytest.raises(NotFoundError, match="did you mean 'sqnr'"):
         rule_named("snr")
 
 
@@ -240,7 +240,7 @@ def test_formats_cannot_be_advised_without_sensitivity(stories, calibration):
 
 
 def test_a_scan_without_texts_that_needs_them_says_so(stories):
-    with pytest.raises(BadValue, match="need texts"):
+    with pytest.raises(InvalidValueError, match="need texts"):
         scan(stories, Injection.named("w4a16"))
 
 

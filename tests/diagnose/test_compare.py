@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 from fp4rl.diagnose.scan import scan
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.scan import Scan
 
 
@@ -46,7 +46,7 @@ def test_tensors_of_one_side_alone_and_other_shapes_are_named(folders):
     save_file({**weights, "extra": torch.ones(2)}, two / "model.safetensors")
     assert compare_checkpoints(one, two).only_b == ("extra",)
     save_file({"a": torch.ones(4, 4)}, two / "model.safetensors")
-    with pytest.raises(BadValue, match=r"a is \[8, 8\]"):
+    with pytest.raises(InvalidValueError, match=r"a is \[8, 8\]"):
         compare_checkpoints(one, two)
 
 
@@ -84,7 +84,7 @@ def test_whole_figures_stand_side_by_side(w4a4):
 
 
 def test_scans_that_share_nothing_are_refused():
-    with pytest.raises(BadValue, match="share no site"):
+    with pytest.raises(InvalidValueError, match="share no site"):
         compare_scans({"parts": []}, {"parts": []})
 
 

@@ -13,9 +13,9 @@ from fp4rl.lab.catalogue import named
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.digest import digest
-from fp4rl.spec.door import arm_contents, load_spec
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.load import arm_contents, load_spec
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.noise import Noise
 
@@ -59,7 +59,7 @@ def test_the_loss_counts_the_answers_alone():
 
 
 def test_one_draw_is_refused(stories, story_tokens):
-    with pytest.raises(BadValue, match="no spread"):
+    with pytest.raises(InvalidValueError, match="no spread"):
         noise_losses(stories, None, {"none": None}, from_tokens(story_tokens[:1]), sigma=0.1, draws=1)
 
 

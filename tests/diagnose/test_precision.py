@@ -11,9 +11,9 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
 from fp4rl.numerics.errors import measure
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, MXFP4, NVFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_named(stories):
 
     broken = deepcopy(stories)
     broken.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(BadValue, match=r"layers\.2\.mlp\.up_proj: holds NaN"):
+    with pytest.raises(InvalidValueError, match=r"layers\.2\.mlp\.up_proj: holds NaN"):
         weight_errors(broken, resolve(broken, Injection.named("w4a16")))
 
 

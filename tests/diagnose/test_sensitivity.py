@@ -12,8 +12,8 @@ from fp4rl.diagnose.passes import harm_of, reference_of
 from fp4rl.diagnose.sensitivity import rank_correlation, sensitivity
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 
 
 def _generator():
@@ -115,7 +115,7 @@ def test_a_weight_only_mode_adds_nothing_through_inputs(stories, story_tokens):
 def test_a_model_without_numbered_layers_has_no_depth():
     model = torch.nn.Sequential()
     model.add_module("up", torch.nn.Linear(32, 32))
-    with pytest.raises(BadValue, match="no numbered layers"):
+    with pytest.raises(InvalidValueError, match="no numbered layers"):
         depth(model, resolve(model, Injection.named("w4a16")), from_tokens([[1]]))
 
 

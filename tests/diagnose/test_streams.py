@@ -12,7 +12,7 @@ from fp4rl.diagnose.moments import Moments
 from fp4rl.diagnose.shards import stored_tensors
 from fp4rl.diagnose.texts import texts_of
 from fp4rl.sites.observe import observe
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 
 def test_moments_merged_from_pieces_equal_those_of_the_whole():
@@ -46,16 +46,16 @@ def test_shards_give_back_the_stored_bits_whole_and_in_rows(tmp_path):
 
 
 def test_a_missing_shard_and_a_folder_without_weights_are_named(tmp_path):
-    with pytest.raises(NotThere, match="no safetensors file"):
+    with pytest.raises(NotFoundError, match="no safetensors file"):
         stored_tensors(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"t": "gone.safetensors"}}')
-    with pytest.raises(NotThere, match=r"gone\.safetensors"):
+    with pytest.raises(NotFoundError, match=r"gone\.safetensors"):
         stored_tensors(tmp_path)
 
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!")
-    with pytest.raises(BadValue, match="not a safetensors file"):
+    with pytest.raises(InvalidValueError, match="not a safetensors file"):
         stored_tensors(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_a_truncated_file_is_named(tmp_path):
     save_file({"t": torch.zeros(64)}, tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(BadValue, match="ends inside 't'"):
+    with pytest.raises(InvalidValueError, match="ends inside 't'"):
         stored_tensors(tmp_path)["t"].read()
 
 
@@ -88,11 +88,11 @@ def test_the_digest_of_a_calibration_depends_on_its_tokens():
 
 
 def test_empty_calibration_text_and_a_tokenizer_without_padding_are_refused_with_the_cure():
-    with pytest.raises(BadValue, match="--text FILE"):
+    with pytest.raises(InvalidValueError, match="--text FILE"):
         calibrate(Words(), ["", "  "])
     tokenizer = Words()
     tokenizer.pad_token_id = None
-    with pytest.raises(BadValue, match="set one, such as"):
+    with pytest.raises(InvalidValueError, match="set one, such as"):
         calibrate(tokenizer, ["a b"])
 
 
@@ -103,9 +103,9 @@ def test_a_text_of_few_lines_is_cut_into_thirty_two_pieces(tmp_path):
     assert len(pieces) == 32
     assert " ".join(pieces).split() == file.read_text().split()
     file.write_text("\n \n")
-    with pytest.raises(BadValue, match="empty"):
+    with pytest.raises(InvalidValueError, match="empty"):
         texts_of(file)
-    with pytest.raises(NotThere, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         texts_of(tmp_path / "gone.txt")
 
 
@@ -135,6 +135,6 @@ def test_one_pass_shows_the_inputs_of_all_modules_without_the_padding():
 
 def test_a_module_that_is_not_there_is_named_and_no_hook_stays():
     model = Two()
-    with pytest.raises(NotThere, match="did you mean 'out'"), observe(model, ["q", "outt"], on_input=print):
+    with pytest.raises(NotFoundError, match="did you mean 'out'"), observe(model, ["q", "outt"], on_input=print):
         pass
     assert not model.q._forward_pre_hooks

@@ -11,9 +11,9 @@ from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.resolve import resolve
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.targets import Targets
 
 ADAPTER = Injection.named("w4a16", dtype="float32")
@@ -85,7 +85,7 @@ def test_plain_and_wrapped_names_both_work():
 
 
 def test_an_adapter_taken_without_being_asked_for_is_refused():
-    with pytest.raises(BadValue, match=r"lora_A\.default is an adapter"):
+    with pytest.raises(InvalidValueError, match=r"lora_A\.default is an adapter"):
         resolve(adapted(), Injection.named("w4a16", targets=Targets(leave=("*lm_head*",)), fused_groups="free"))
 
 
@@ -215,7 +215,7 @@ def test_the_base_is_rounded_once_for_the_whole_run():
     [({"lora_dropout": 0.1}, "set lora_dropout=0"), ({"use_dora": True}, "use plain LoRA")],
 )
 def test_an_adapter_that_is_no_plain_sum_cannot_be_merged(settings, reason):
-    with pytest.raises(BadValue, match=reason):
+    with pytest.raises(InvalidValueError, match=reason):
         resolve(adapted(**settings), MERGED)
     assert resolve(adapted(**settings), ADAPTER).plans
 

@@ -10,10 +10,10 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.linear import InjectedLinear
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 W4A16, W4A4 = Injection.named("w4a16"), Injection.named("w4a4")
 
@@ -136,12 +136,12 @@ def test_the_report_is_a_table_of_phases_points_and_errors(layer, x):
 
 
 def test_two_injections_on_one_model_are_refused(layer):
-    with attach(layer, W4A16), pytest.raises(BadValue, match="already carries"):
+    with attach(layer, W4A16), pytest.raises(InvalidValueError, match="already carries"):
         attach(layer, W4A4)
 
 
 def test_an_unknown_phase_is_refused(layer):
-    with attach(layer, W4A16) as harmed, pytest.raises(BadValue, match="no phase is called 'eval'"):
+    with attach(layer, W4A16) as harmed, pytest.raises(InvalidValueError, match="no phase is called 'eval'"):
         harmed.set_phase("eval")
 
 

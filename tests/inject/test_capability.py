@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fp4rl.inject.attach import attach
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, MXFP4, ScaleRule
 from fp4rl.spec.hardware import CAPABILITIES, SPARSE, HardwareError
 from fp4rl.spec.injection import PHASES, Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS
 
 
@@ -160,11 +160,11 @@ def test_settings_that_would_do_nothing_are_refused_at_once(content, reason):
     ],
 )
 def test_settings_that_find_no_site_are_refused_by_resolve(content, reason):
-    with pytest.raises(BadValue, match=reason):
+    with pytest.raises(InvalidValueError, match=reason):
         attach(nn.Linear(64, 64), Injection.model_validate(content))
 
 
 def test_a_gradient_format_for_frozen_weights_is_refused():
     layer = nn.Linear(64, 64).requires_grad_(False)
-    with pytest.raises(BadValue, match="grad_weight would do nothing: every taken weight is frozen"):
+    with pytest.raises(InvalidValueError, match="grad_weight would do nothing: every taken weight is frozen"):
         attach(layer, Injection(grad_weight="mxfp4"))

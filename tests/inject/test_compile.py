@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fp4rl.inject.attach import attach
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import NotThere
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo warns about its own internals
 
@@ -105,7 +105,7 @@ def test_a_graph_that_may_not_break_refuses_them_loudly():
 
 
 def test_a_scripted_model_offers_nothing_that_could_be_swapped():
-    with pytest.raises(NotThere, match="no layer that can be rounded"):
+    with pytest.raises(NotFoundError, match="no layer that can be rounded"):
         attach(torch.jit.trace(policy(), X), Injection.named("w4a16"))
 
 

@@ -20,8 +20,8 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
 from fp4rl.sites.walk import walk
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 _spec = importlib.util.spec_from_file_location("expert_oracle", Path(__file__).with_name("expert_oracle.py"))
 expert_oracle = importlib.util.module_from_spec(_spec)
@@ -118,7 +118,7 @@ def held_against_the_oracle(family, name):
                         points = {(row["site"], row["point"]) for row in harmed.evidence()}
                         assert len(points) == sum(len(plan.points()) for plan in harmed.table.plans)
                         require_rounded(harmed)
-                except BadValue as why:
+                except InvalidValueError as why:
                     refused.add((mode, str(why)))
                     continue
                 with torch.no_grad():
@@ -280,13 +280,17 @@ def test_a_square_matrix_in_a_hidden_product_is_refused():
 def test_a_layout_that_nothing_tells_is_refused_before_anything_runs():
     module = Plain()
     module.hidden_size = 48
-    with pytest.raises(BadValue, match=r"experts.gate_up_proj: nothing in Plain tells which axis of \[4, 64, 96\]"):
+    with pytest.raises(
+        InvalidValueError, match=r"experts.gate_up_proj: nothing in Plain tells which axis of \[4, 64, 96\]"
+    ):
         resolve(rooted(module, 48), Injection.named("w4a16"))
 
 
 def test_an_implementation_out_of_reach_is_refused_with_the_cure():
     module = experts_of("qwen3_moe", "Qwen3MoeExperts", SIZES[0])
     module.config._experts_implementation = "sonicmoe"
-    with pytest.raises(BadValue, match=r"out of reach in the implementation 'sonicmoe'.*set_experts_implementation"):
+    with pytest.raises(
+        InvalidValueError, match=r"out of reach in the implementation 'sonicmoe'.*set_experts_implementation"
+    ):
         resolve(rooted(module, 64), Injection.named("w4a4"))
     assert len(resolve(rooted(module, 64), Injection.named("w4a16")).plans) == 2

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fp4rl.inject.attach import attach
-from fp4rl.inject.rounded import ACCELERATOR_INTERVAL, KeptCopy, checksum
+from fp4rl.inject.rounded import ACCELERATOR_INTERVAL, QuantCache, checksum
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 W4A16 = Injection.named("w4a16")
 OPTIMIZERS = {
@@ -204,11 +204,11 @@ def test_frozen_weights_in_another_order_have_the_same_bits_and_are_rounded_agai
 
 
 def test_a_copy_stays_behind_when_its_frozen_weight_moves_to_another_device():
-    weight, kept = nn.Parameter(torch.randn(8, 8), requires_grad=False), KeptCopy("q_proj", frozen=True)
+    weight, kept = nn.Parameter(torch.randn(8, 8), requires_grad=False), QuantCache("q_proj", frozen=True)
     kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
-    kept.doubt()
+    kept.revalidate()
     assert kept.holds((weight,))
-    kept.doubt()
+    kept.revalidate()
     assert not kept.holds((nn.Parameter(weight.to("meta"), requires_grad=False),))
 
 
@@ -249,7 +249,7 @@ class Accelerated(nn.Parameter):
 
 def test_on_an_accelerator_the_sample_is_read_now_and_then_and_a_contradiction_stops_the_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    weight, kept = Accelerated(torch.randn(8, 8)), KeptCopy("q_proj")
+    weight, kept = Accelerated(torch.randn(8, 8)), QuantCache("q_proj")
     kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
     weight.data.add_(1)
     for _ in range(ACCELERATOR_INTERVAL - 1):
@@ -259,10 +259,10 @@ def test_on_an_accelerator_the_sample_is_read_now_and_then_and_a_contradiction_s
 
 
 def test_a_cuda_graph_cannot_record_a_rounded_copy(monkeypatch):
-    weight, kept = Accelerated(torch.randn(8, 8)), KeptCopy("q_proj")
+    weight, kept = Accelerated(torch.randn(8, 8)), QuantCache("q_proj")
     kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(BadValue, match="q_proj: a CUDA graph would replay"):
+    with pytest.raises(InvalidValueError, match="q_proj: a CUDA graph would replay"):
         kept.current(weight)
 
 
@@ -299,7 +299,7 @@ def test_evidence_outlives_the_injection():
 
 def test_a_stale_copy_is_counted():
     weight = nn.Parameter(torch.randn(8, 8))
-    kept = KeptCopy()
+    kept = QuantCache()
     for _ in range(2):
         kept.of((weight,), lambda: (weight.detach() * 2, None), keep=True)
         weight.data.add_(1)

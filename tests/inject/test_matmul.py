@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fp4rl.inject.attach import attach
-from fp4rl.inject.faults import Chance, corrupted
+from fp4rl.inject.faults import SiteRng, apply_error
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import NotThere
 from fp4rl.spec.targets import Targets
 
 
@@ -107,7 +107,7 @@ def test_an_error_meets_the_layers_that_it_names_alone(x):
 
 def test_an_error_for_a_layer_that_does_not_exist_is_refused(layer):
     injection = Injection(errors=(HardwareError(targets=Targets(take=("*.q_prj",))),))
-    with pytest.raises(NotThere, match=r"no linear site matches '\*\.q_prj'; did you mean '\*\.q_proj'"):
+    with pytest.raises(NotFoundError, match=r"no linear site matches '\*\.q_prj'; did you mean '\*\.q_proj'"):
         attach(nn.ModuleDict({"a": nn.ModuleDict({"q_proj": layer})}), injection)
 
 
@@ -147,7 +147,7 @@ class TestFaults:
     x = torch.tensor([[-3.0, -0.1, 0.0, 0.2, 4.0, 1.0, -1.0, 0.4]])
 
     def made(self, **fields):
-        return corrupted(self.x, HardwareError(**fields), Chance(0).fixed(self.x.device, ""))
+        return apply_error(self.x, HardwareError(**fields), SiteRng(0).fixed(self.x.device, ""))
 
     def test_dead_zone(self):
         assert self.made(kind="dead_zone", scale=0.3).tolist() == [
@@ -166,13 +166,13 @@ class TestFaults:
 
     def test_spikes_hit_the_share_that_was_asked(self):
         x = torch.zeros(200, 100)
-        wrong = corrupted(x, HardwareError(kind="spikes", scale=9, share=0.1), Chance(0).fixed(x.device, ""))
+        wrong = apply_error(x, HardwareError(kind="spikes", scale=9, share=0.1), SiteRng(0).fixed(x.device, ""))
         assert float((wrong != 0).float().mean()) == pytest.approx(0.1, rel=0.1)
         assert wrong.unique().tolist() == [-9.0, 0.0, 9.0]
 
     def test_stuck_channels_are_the_same_ones_everywhere(self):
         x = torch.randn(50, 40)
-        wrong = corrupted(x, HardwareError(kind="stuck", scale=7, share=0.1), Chance(0).fixed(x.device, ""))
+        wrong = apply_error(x, HardwareError(kind="stuck", scale=7, share=0.1), SiteRng(0).fixed(x.device, ""))
         stuck = (wrong == 7).all(0)
         assert int(stuck.sum()) == 4
         assert torch.equal(wrong[:, ~stuck], x[:, ~stuck])

@@ -16,9 +16,9 @@ from transformers import (
 
 from fp4rl.inject.attach import attach
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4, NVFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.targets import Targets
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

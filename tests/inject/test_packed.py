@@ -9,8 +9,8 @@ from torch import nn
 
 from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import PHASES, Injection
-from fp4rl.spec.mistakes import BadValue
 
 ALWAYS = {"apply_during": {"weight": PHASES}}
 COPY = {mode: Injection.model_validate({"mode": mode, **ALWAYS}) for mode in ("w4a16", "w4a4", "nvfp4_w4a16")}
@@ -124,7 +124,7 @@ def test_a_phase_without_rounding_is_refused():
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4_sr"])
 def test_a_format_without_fixed_4_bit_codes_is_refused(fmt):
     injection = Injection.model_validate({"weight": fmt, "frozen_base": "packed", **ALWAYS})
-    with pytest.raises(BadValue, match="stores 4-bit codes"):
+    with pytest.raises(InvalidValueError, match="stores 4-bit codes"):
         attach(frozen(), injection)
 
 

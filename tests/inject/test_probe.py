@@ -9,11 +9,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from fp4rl.inject.attach import attach
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.probe import require_rounded
-from fp4rl.inject.rounded import KeptCopy
+from fp4rl.inject.rounded import QuantCache
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import CheckFailed
 
 ROTATED = {"name": "mxfp4", "rotation": 32}
 SOUND = {
@@ -90,7 +90,7 @@ def test_a_matmul_whose_inputs_pass_unrounded_is_caught(monkeypatch):
 
 def first_copy_returned(monkeypatch):
     """The defect of the prototype: the first rounded weight that a layer ever made is the one it goes on using."""
-    copy_of, current = LinearState.copy_of, KeptCopy.current
+    copy_of, current = LinearState.copy_of, QuantCache.current
 
     def stale(self, weight, made_from):
         new = copy_of(self, weight, made_from)
@@ -98,7 +98,7 @@ def first_copy_returned(monkeypatch):
         return self.first
 
     monkeypatch.setattr(LinearState, "copy_of", stale)
-    monkeypatch.setattr(KeptCopy, "current", lambda *_: None)
+    monkeypatch.setattr(QuantCache, "current", lambda *_: None)
     return current
 
 
@@ -111,7 +111,7 @@ def hidden_way(monkeypatch):
             first.setdefault(self.name, self.copy)
         return first.get(self.name)
 
-    monkeypatch.setattr(KeptCopy, "current", stale)
+    monkeypatch.setattr(QuantCache, "current", stale)
 
 
 @pytest.mark.parametrize("plant", [first_copy_returned, hidden_way])
@@ -168,7 +168,7 @@ def test_copies_of_sums_and_of_experts_are_held_to_their_masters_too(kind, monke
                 model(x)
             harmed.require_calls()
             assert require_rounded(harmed) == sites
-        monkeypatch.setattr(KeptCopy, "holds", lambda self, weights: self.copy is not None)
+        monkeypatch.setattr(QuantCache, "holds", lambda self, weights: self.copy is not None)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name or "experts" in name:

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fp4rl.inject.resolve import resolve
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.targets import Targets
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -113,7 +113,7 @@ def test_layer_2_leaves_layers_20_to_27_alone(dense):
 def test_layers_may_count_from_the_end(dense):
     table = resolve(dense, small(layers=(0, -1)))
     assert {plan.site.layer for plan in table.plans} == {0, 27}
-    with pytest.raises(BadValue, match="28 is not in this model"):
+    with pytest.raises(InvalidValueError, match="28 is not in this model"):
         resolve(dense, small(layers=(28,)))
 
 
@@ -128,54 +128,54 @@ def test_layers_may_count_from_the_end(dense):
     ],
 )
 def test_a_pattern_that_hits_nothing_names_the_nearest(dense, targets, message):
-    with pytest.raises(NotThere, match=message):
+    with pytest.raises(NotFoundError, match=message):
         resolve(dense, small(**targets))
 
 
 def test_a_pattern_of_the_table_that_hits_nothing_is_refused(dense):
-    with pytest.raises(NotThere, match=r"did you mean '\*\.down_proj'"):
+    with pytest.raises(NotFoundError, match=r"did you mean '\*\.down_proj'"):
         resolve(dense, Injection.model_validate({"mode": "w4a16", "by_pattern": {"*.downproj": "mxfp8"}}))
 
 
 def test_a_tied_head_is_never_rounded(dense):
-    with pytest.raises(BadValue, match=r"lm_head shares its weight with model\.embed_tokens"):
+    with pytest.raises(InvalidValueError, match=r"lm_head shares its weight with model\.embed_tokens"):
         resolve(dense, small(leave=(), opt_in=("lm_head",)))
 
 
 def test_the_head_needs_to_be_asked_for(moe):
-    with pytest.raises(BadValue, match=r"lm_head is the output head.*opt_in: \[lm_head\]"):
+    with pytest.raises(InvalidValueError, match=r"lm_head is the output head.*opt_in: \[lm_head\]"):
         resolve(moe, small(take=("lm_head",), leave=("*norm*",)))
     (plan,) = resolve(moe, small(take=("lm_head",), leave=("*norm*",), opt_in=("lm_head",))).plans
     assert "TRL's training forward" in plan.note
 
 
 def test_opting_in_to_what_is_left_out_all_the_same_is_refused(dense):
-    with pytest.raises(BadValue, match=r"opt_in: \[router\] would do nothing"):
+    with pytest.raises(InvalidValueError, match=r"opt_in: \[router\] would do nothing"):
         resolve(dense, small(opt_in=("router",)))
 
 
 def test_a_router_needs_to_be_asked_for(moe):
-    with pytest.raises(BadValue, match=r"mlp\.gate is a router.*opt_in: \[router\]"):
+    with pytest.raises(InvalidValueError, match=r"mlp\.gate is a router.*opt_in: \[router\]"):
         resolve(moe, small(leave=("*lm_head*",)))
 
 
 def test_one_parameter_under_two_layers_is_refused():
     model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
     model["b"].weight = model["a"].weight
-    with pytest.raises(BadValue, match="b shares its weight with a"):
+    with pytest.raises(InvalidValueError, match="b shares its weight with a"):
         resolve(model, Injection.named("w4a16"))
 
 
 def test_one_layer_under_two_names_is_refused():
     layer = nn.Linear(32, 32)
-    with pytest.raises(BadValue, match="b shares its weight with a"):
+    with pytest.raises(InvalidValueError, match="b shares its weight with a"):
         resolve(nn.ModuleDict({"a": layer, "b": layer}), Injection.named("w4a16"))
 
 
 @pytest.mark.parametrize("name", ["*.q_proj", "*.gate_proj"])
 def test_groups_that_serving_kernels_fuse_must_agree(dense, name):
     injection = {"mode": "w4a16", "by_pattern": {name: "mxfp8"}}
-    with pytest.raises(BadValue, match="a serving kernel fuses these"):
+    with pytest.raises(InvalidValueError, match="a serving kernel fuses these"):
         resolve(dense, Injection.model_validate(injection))
     assert resolve(dense, Injection.model_validate({**injection, "fused_groups": "free"})).plans
 
@@ -192,32 +192,32 @@ def test_a_linear_with_a_forward_of_its_own_is_refused():
         def forward(self, x):
             return super().forward(x) + 1
 
-    with pytest.raises(BadValue, match=r"a is a Odd with a forward of its own.*leave: \[a\]"):
+    with pytest.raises(InvalidValueError, match=r"a is a Odd with a forward of its own.*leave: \[a\]"):
         resolve(nn.ModuleDict({"a": Odd(32, 32)}), Injection.named("w4a16"))
 
 
 def test_a_forward_set_on_the_instance_is_refused():
     layer = nn.Linear(32, 32)
     layer.forward = lambda x: x
-    with pytest.raises(BadValue, match="forward set on the instance"):
+    with pytest.raises(InvalidValueError, match="forward set on the instance"):
         resolve(layer, Injection.named("w4a16"))
 
 
 def test_a_parametrized_weight_is_refused():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
-    with pytest.raises(BadValue, match="a has no weight of its own"):
+    with pytest.raises(InvalidValueError, match="a has no weight of its own"):
         resolve(nn.ModuleDict({"a": layer}), Injection.named("w4a16"))
 
 
 def test_a_format_that_changes_nothing_is_refused():
     layer = nn.Linear(32, 32, dtype=torch.bfloat16)
-    with pytest.raises(BadValue, match="weight: bf16 changes nothing in a bfloat16 model"):
+    with pytest.raises(InvalidValueError, match="weight: bf16 changes nothing in a bfloat16 model"):
         resolve(layer, Injection(weight="bf16"))
     assert resolve(nn.Linear(32, 32), Injection(weight="bf16")).plans
 
 
 def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(NotThere, match="no layer that can be rounded"):
+    with pytest.raises(NotFoundError, match="no layer that can be rounded"):
         resolve(nn.Embedding(4, 32), Injection.named("w4a16"))
 
 

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import (
 
 from fp4rl.inject.attach import attach
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 
 MECHANISMS = ("fsdp2", "fsdp2_late", "fsdp1", "fsdp1_late", "fsdp1_flat", "ddp")
 FEATURES = ("plain", "checkpoint", "accumulate", "checkpoint+accumulate", "lora", "lora+checkpoint", "merged+lora")
@@ -132,7 +132,7 @@ def test_packing_what_is_sharded_is_refused_before_anything_is_touched():
     weights = [id(p) for p in model.parameters()]
     always = {"weight": ["rollout", "training", "evaluation", "reference"]}
     packed = Injection.model_validate({"mode": "w4a16", "frozen_base": "packed", "apply_during": always})
-    with pytest.raises(BadValue, match="FSDP cannot shard packed weights"):
+    with pytest.raises(InvalidValueError, match="FSDP cannot shard packed weights"):
         attach(model, packed)
     assert [id(p) for p in model.parameters()] == weights
     assert not any("injected" in module.__dict__ for module in model.modules())

@@ -16,8 +16,8 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
 from fp4rl.sites.walk import walk
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 
 _spec = importlib.util.spec_from_file_location("expert_oracle", Path(__file__).with_name("expert_oracle.py"))
 expert_oracle = importlib.util.module_from_spec(_spec)
@@ -87,7 +87,7 @@ def test_a_mixture_of_experts_computes_what_the_oracle_computes(family):
     for mode in MODES:
         injection = Injection.named(mode, dtype="float32")
         if reason := REFUSED.get((family, mode)):
-            with pytest.raises(BadValue, match=reason):
+            with pytest.raises(InvalidValueError, match=reason):
                 resolve(model, injection)
             continue
         equal_to_the_oracle(model, injection)
@@ -126,7 +126,7 @@ def test_experts_in_one_matrix_are_refused_by_name_and_can_be_left():
     reason = (
         r"ffn.experts.mlp.w1: DbrxExpertGLU holds all its experts in one matrix.*leave: \['\*\.ffn\.experts\.mlp\.\*'\]"
     )
-    with pytest.raises(BadValue, match=reason):
+    with pytest.raises(InvalidValueError, match=reason):
         resolve(model, Injection.named("w4a16"))
     targets = {"leave": ["*.ffn.experts.mlp.*", "*router*", "*lm_head*"]}
     table = resolve(model, Injection.model_validate({"mode": "w4a16", "targets": targets}))
@@ -187,9 +187,9 @@ def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused
         harmed.require_calls()
         assert len(harmed.table.plans) == 8
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    with pytest.raises(BadValue, match="stored transposed"):
+    with pytest.raises(InvalidValueError, match="stored transposed"):
         resolve(model, Injection.named("w4a16", lora="merged"))
     everywhere = {"weight": ["rollout", "training", "evaluation", "reference"]}
     packed = {"mode": "w4a16", "frozen_base": "packed", "apply_during": everywhere}
-    with pytest.raises(BadValue, match=r"does not unpack a weight stored \[in, out\]; take copy"):
+    with pytest.raises(InvalidValueError, match=r"does not unpack a weight stored \[in, out\]; take copy"):
         resolve(model, Injection.model_validate(packed))

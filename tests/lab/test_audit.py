@@ -10,7 +10,7 @@ from fp4rl.lab.audit.audit import Audit, audit
 from fp4rl.lab.audit.confounds import confounds
 from fp4rl.lab.audit.noise import noise_finding
 from fp4rl.lab.audit.records import Record, ReportedNoise, Reports, read_reports
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +106,17 @@ def test_a_percentage_printed_with_one_decimal_is_held_to_one_decimal():
 def test_ids_that_stand_twice_are_refused(tmp_path: Path):
     file = tmp_path / "reports.json"
     file.write_text(json.dumps({"gsm8k_test_n": 10, "records": [{"id": "a"}, {"id": "a"}]}))
-    with pytest.raises(BadValue, match="stand twice: a"):
+    with pytest.raises(InvalidValueError, match="stand twice: a"):
         read_reports(file)
 
 
 def test_another_layout_is_refused_by_its_key(tmp_path: Path):
     file = tmp_path / "reports.json"
     file.write_text(json.dumps({"records": [{"id": "a"}]}))
-    with pytest.raises(BadValue, match="gsm8k_test_n: Field required"):
+    with pytest.raises(InvalidValueError, match="gsm8k_test_n: Field required"):
         read_reports(file)
     file.write_text("[")
-    with pytest.raises(BadValue, match="not JSON"):
+    with pytest.raises(InvalidValueError, match="not JSON"):
         read_reports(file)
-    with pytest.raises(NotThere, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         read_reports(tmp_path / "no.json")

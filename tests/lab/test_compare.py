@@ -13,7 +13,7 @@ from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.ledger.record import record_new
 from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.digest import digest
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
@@ -26,11 +26,11 @@ Ask = Callable[..., Compared]
 def ask(make_run, opened, tmp_path: Path) -> Ask:
     """Record all runs, then compare w4a4 with bf16 (or what is named) in the injection."""
 
-    def answer(treatment: str = "w4a4", control: str = "bf16", anyway: bool = False, **asked: Any) -> Compared:
+    def answer(treatment: str = "w4a4", control: str = "bf16", force: bool = False, **asked: Any) -> Compared:
         ledger: Ledger = opened(tmp_path / "ledger.db")
         record_new(ledger, tmp_path / "runs")
         question = Question(treatment, control, **({"factors": ("injection",)} | asked))
-        return compare_all(ledger, [question], anyway=anyway)[0]
+        return compare_all(ledger, [question], force=force)[0]
 
     return answer
 
@@ -209,7 +209,7 @@ def test_a_margin_named_after_the_runs_reaches_nothing(two_arms, ask: Ask):
 def test_a_side_may_be_named_by_the_beginning_of_its_run(two_arms, ask: Ask):
     two_arms()
     assert [run.seed for run in ask("w4a4-s1", "bf16-s1").treatment.runs] == [1]
-    with pytest.raises(BadValue, match="3 runs begin with 'w4a4-'"):
+    with pytest.raises(InvalidValueError, match="3 runs begin with 'w4a4-'"):
         ask("w4a4-", "bf16")
 
 
@@ -250,7 +250,7 @@ def test_a_foreign_log_has_no_evidence(make_run, two_arms, ask: Ask):
 
 def test_anyway_shows_the_difference_and_labels_it(two_arms, ask: Ask):
     two_arms(profile={"scorer": "flexible"})
-    compared = ask(anyway=True)
+    compared = ask(force=True)
     assert compared.verdict is not None
     assert compared.verdict.word is None
     assert "not comparable" in compared.verdict.why
@@ -273,31 +273,31 @@ def test_refused_comparisons_still_count_in_the_family(two_arms, make_run, opene
 def test_an_arm_of_two_experiments_is_no_set_of_repeats(make_run, two_arms, ask: Ask):
     two_arms()
     make_run("w4a4", 9, 0.6, spec=W4A4 | {"training": {"lr": 1e-3}})
-    with pytest.raises(BadValue, match="2 different experiments, which are no repeats"):
+    with pytest.raises(InvalidValueError, match="2 different experiments, which are no repeats"):
         ask()
 
 
 def test_an_arm_of_two_suites_asks_for_the_suite(make_run, two_arms, ask: Ask):
     two_arms()
     make_run("bf16", 0, suite="other")
-    with pytest.raises(BadValue, match="is in the suites other, trial; write other/bf16"):
+    with pytest.raises(InvalidValueError, match="is in the suites other, trial; write other/bf16"):
         ask()
     assert ask("trial/w4a4", "trial/bf16").comparable
 
 
 def test_unknown_names_and_profiles_come_with_the_nearest(two_arms, ask: Ask):
     two_arms()
-    with pytest.raises(NotThere, match="did you mean 'trial/w4a4'"):
+    with pytest.raises(NotFoundError, match="did you mean 'trial/w4a4'"):
         ask("trial/w4a5")
-    with pytest.raises(NotThere, match="not evaluated as 'deploy'; did you mean 'deployment'"):
+    with pytest.raises(NotFoundError, match="not evaluated as 'deploy'; did you mean 'deployment'"):
         ask("w4a4@deploy")
-    with pytest.raises(NotThere, match="no evaluation at step 7; there are: 0, 30"):
+    with pytest.raises(NotFoundError, match="no evaluation at step 7; there are: 0, 30"):
         ask(step=7)
 
 
 def test_a_side_is_not_compared_with_itself(two_arms, ask: Ask):
     two_arms()
-    with pytest.raises(BadValue, match="the same numbers of the same runs"):
+    with pytest.raises(InvalidValueError, match="the same numbers of the same runs"):
         ask("bf16", "trial/bf16")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from fp4rl.lab.criteria import Comparison, judge_family, verdict_over_seeds
 from fp4rl.lab.statistics.spread import Spread
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 HIGH, LOW = (80.0, 81.0, 79.5, 80.4), (70.0, 71.2, 69.0, 70.5)
 
@@ -104,7 +104,7 @@ def test_every_word_comes_with_its_interval_and_seeds():
 
 
 def test_an_empty_arm_is_refused():
-    with pytest.raises(BadValue, match="without any seed"):
+    with pytest.raises(InvalidValueError, match="without any seed"):
         judge_family([Comparison("a against b", (), LOW)])
 
 

@@ -31,7 +31,7 @@ FILES = ("sites.json", "spec.yaml", "result.json", "evidence.jsonl", "metrics.js
 VERBS = (
     ("runs",),
     ("show", "good/bf16-s0"),
-    ("compare", "good/w4a16@deployment", "good/bf16@deployment", "--factor", "injection", "--anyway"),
+    ("compare", "good/w4a16@deployment", "good/bf16@deployment", "--factor", "injection", "--force"),
     ("ledger", "rebuild"),
     ("ledger", "info"),
 )
@@ -225,7 +225,7 @@ def test_an_archive_that_cannot_be_written_is_read(lab, tmp_path, with_ledger):
     program = (
         "from fp4rl.cli.main import main\n"
         "for verb in (['runs'], ['show', 'good/bf16-s0'], ['compare', 'good/w4a16', 'good/bf16', '--factor', "
-        "'injection', '--anyway'], ['ledger', 'info']):\n    assert main(verb) == 0, verb\n"
+        "'injection', '--force'], ['ledger', 'info']):\n    assert main(verb) == 0, verb\n"
     )
     mount = "mount --bind runs runs && mount -o remount,ro,bind runs runs"
     found = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 
 from fp4rl.lab.files import append_line, is_full, read_lines, remove_partial, whole, write_whole
 from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 ROW = {
     "problem_id": "p1",
@@ -78,12 +78,12 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
 
 def test_a_result_is_never_overwritten(run: RunFolder):
     run.write_result({"evaluations": []})
-    with pytest.raises(BadValue, match="finished already"):
+    with pytest.raises(InvalidValueError, match="finished already"):
         run.write_result({"evaluations": []})
 
 
 def test_an_accuracy_in_percent_is_refused(run: RunFolder):
-    with pytest.raises(BadValue, match="no share"):
+    with pytest.raises(InvalidValueError, match="no share"):
         run.write_result({"evaluations": [{"step": 5, "strict": 67.48}]})
     assert not run.finished
 
@@ -96,7 +96,7 @@ def test_items_come_back_as_they_went_in(run: RunFolder):
 
 def test_asking_for_items_that_are_not_there_names_those_that_are(run: RunFolder):
     run.write_items(5, "w4a4", [ROW])
-    with pytest.raises(NotThere, match="did you mean '5-w4a4'"):
+    with pytest.raises(NotFoundError, match="did you mean '5-w4a4'"):
         run.items(5, "w4a5")
 
 
@@ -110,7 +110,7 @@ def test_only_runs_with_a_result_count_as_finished(tmp_path: Path):
 
 
 def test_a_name_that_leaves_the_runs_folder_is_refused(tmp_path: Path):
-    with pytest.raises(BadValue, match="letters, digits"):
+    with pytest.raises(InvalidValueError, match="letters, digits"):
         run_folder(tmp_path, "..", "x")
 
 
@@ -122,7 +122,7 @@ def test_resuming_forgets_the_steps_after_the_checkpoint(run: RunFolder):
 
 
 def test_evidence_without_a_kind_is_refused(run: RunFolder):
-    with pytest.raises(BadValue, match="kind"):
+    with pytest.raises(InvalidValueError, match="kind"):
         run.add_evidence({"phase": "training"})
 
 

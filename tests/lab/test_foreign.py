@@ -14,7 +14,7 @@ from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.foreign.trl import read_trl
 from fp4rl.lab.foreign.verl import read_verl
 from fp4rl.lab.sinks.tensorboard import TensorBoardSink
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 PREFIX = "\x1b[36m(TaskRunner pid=20910)\x1b[0m "
 
@@ -98,9 +98,9 @@ def test_a_trainer_state_joins_the_entries_of_a_step():
 
 
 def test_json_of_another_form_is_refused():
-    with pytest.raises(BadValue, match="log_history"):
+    with pytest.raises(InvalidValueError, match="log_history"):
         read_trl(b'{"steps": []}')
-    with pytest.raises(BadValue, match=r"no whole JSON .*line 1"):
+    with pytest.raises(InvalidValueError, match=r"no whole JSON .*line 1"):
         read_trl(b'{"log_history": [')
 
 
@@ -148,7 +148,7 @@ def test_a_folder_of_several_runs_asks_for_one_of_them(tmp_path: Path):
         sink = TensorBoardSink(run_folder(tmp_path, "s", name))
         sink.log(1, {"loss": 1.0})
         sink.close()
-    with pytest.raises(BadValue, match="holds 2 runs"):
+    with pytest.raises(InvalidValueError, match="holds 2 runs"):
         read_tensorboard(tmp_path)
 
 
@@ -156,12 +156,12 @@ def test_a_folder_of_several_runs_asks_for_one_of_them(tmp_path: Path):
 def test_a_file_without_any_step_is_refused_with_the_known_forms(tmp_path: Path, content: bytes):
     file = tmp_path / "x.log"
     file.write_bytes(content)
-    with pytest.raises(BadValue, match="known are verl logs"):
+    with pytest.raises(InvalidValueError, match="known are verl logs"):
         read_log(file)
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(NotThere, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         read_log(tmp_path / "x.log")
 
 

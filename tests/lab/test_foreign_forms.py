@@ -8,7 +8,7 @@ import pytest
 
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.reader import read_log
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 
 RIGHT = {1: {"loss": 0.5, "reward": 0.25}, 2: {"loss": 0.25, "reward": 0.5}}
 
@@ -173,7 +173,7 @@ def test_a_later_attempt_is_seen_although_most_of_its_numbers_are_constants():
 
 def test_a_folder_without_a_log_is_refused_with_the_known_forms(tmp_path):
     """Folders in which there is nothing to read."""
-    with pytest.raises(NotThere, match=r"no log of a known form in this folder; .*verl logs"):
+    with pytest.raises(NotFoundError, match=r"no log of a known form in this folder; .*verl logs"):
         read_log(tmp_path)
 
 

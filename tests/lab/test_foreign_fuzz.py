@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fp4rl.cli.main import main
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
-from fp4rl.spec.mistakes import Mistake
+from fp4rl.spec.errors import UserError
 
 pytestmark = pytest.mark.fuzz
 
@@ -132,7 +132,7 @@ def test_a_damaged_log_of_any_kind_is_read_or_refused_in_one_line_and_never_chan
     name, data = log
     place = folder / name
     place.write_bytes(data)
-    with suppress(Mistake):
+    with suppress(UserError):
         _, joined = read_log(place)
         assert all(0 <= step < 2**31 for step in joined.steps)
         assert all(isinstance(value, float) for values in joined.steps.values() for value in values.values())

@@ -60,7 +60,7 @@ def test_verbs_over_a_damaged_run(lab, tmp_path):
         assert good_runs(runs) == before
         told(["show", f"old/{lab.name}"])
         assert told(["show", "good/bf16-s0"])[0] in (0, 1)
-        told(["compare", "old/old@deployment", "good/bf16@deployment", "--anyway"])
+        told(["compare", "old/old@deployment", "good/bf16@deployment", "--force"])
         assert hashes(lab) == left
         assert hashes(runs / "good") == good
 

@@ -18,7 +18,7 @@ from fp4rl.lab.ledger.rebuild import rebuild
 from fp4rl.lab.ledger.record import record, record_new
 from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.digest import digest
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_run_whose_result_changed_is_replaced_as_a_whole(make_run, ledger: Led
 def test_an_unfinished_run_is_not_recorded(make_run, ledger: Ledger, tmp_path: Path):
     run = make_run()
     (run.path / "result.json").unlink()
-    with pytest.raises(NotThere, match="not finished"):
+    with pytest.raises(NotFoundError, match="not finished"):
         record(ledger, run)
     assert record_new(ledger, tmp_path / "runs") == 0
 
@@ -109,7 +109,7 @@ def test_rebuilding_does_not_forget_runs_of_others_unless_told_to(all_rows, make
     gone, kept = make_run(seed=0), make_run(seed=1)
     record_new(ledger, tmp_path / "runs")
     shutil.rmtree(gone.path)
-    with pytest.raises(BadValue, match="1 run of this ledger has no folder"):
+    with pytest.raises(InvalidValueError, match="1 run of this ledger has no folder"):
         rebuild(ledger, tmp_path / "runs")
     assert len(all_rows(ledger)["runs"]) == 2
     assert rebuild(ledger, tmp_path / "runs", drop_missing=True) == 1
@@ -212,19 +212,19 @@ def test_a_migration_that_fails_leaves_the_old_schema(tmp_path: Path, monkeypatc
 def test_a_ledger_of_a_newer_version_is_refused_in_one_line(ledger: Ledger, tmp_path: Path):
     with ledger.writing() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(BadValue, match="newer fp4rl"):
+    with pytest.raises(InvalidValueError, match="newer fp4rl"):
         open_ledger(tmp_path / "ledger.db")
 
 
 @pytest.mark.parametrize("address", ["mysql://x/y", "http://host/ledger"])
 def test_an_address_that_is_no_ledger_is_refused(address: str):
-    with pytest.raises(BadValue, match="scheme"):
+    with pytest.raises(InvalidValueError, match="scheme"):
         open_ledger(address)
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_password():
     pytest.importorskip("psycopg")
-    with pytest.raises(NotThere, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/x cannot be used"):
+    with pytest.raises(NotFoundError, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/x cannot be used"):
         open_ledger("postgresql://me:secret@127.0.0.1:9/x")
 
 

@@ -16,15 +16,15 @@ from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
 from fp4rl.lab import work
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.inputs import made_from_others
+from fp4rl.lab.inputs import changed_inputs
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.provenance import code_digest
-from fp4rl.lab.runner import Outcome, run_all, set_aside, split_finished, stale
+from fp4rl.lab.runner import Outcome, archive_stale, run_all, split_finished, stale
 from fp4rl.lab.sinks import sink
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.train import Trained
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue, NotThere
 
 SUITE = Suite.model_validate({"suite": "s", "arms": {"a": {}, "b": {"training": {"steps": 3}}}, "seeds": [0, 1]})
 RUNS = planned(SUITE)
@@ -49,7 +49,7 @@ def trained(monkeypatch, tmp_path):
 def in_process(runs, root, on_event):
     for run in runs:
         try:
-            work.carry_out(run, root)
+            work.execute_run(run, root)
         except Exception as error:
             yield Outcome(run, str(error))
         else:
@@ -78,7 +78,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(trained, tmp_p
 
     def failing(experiment, *rest, **words):
         if experiment.training.steps == 3:
-            raise NotThere("the data is gone; put it back")
+            raise NotFoundError("the data is gone; put it back")
         return real(experiment, *rest, **words)
 
     monkeypatch.setattr(work, "train", failing)
@@ -92,7 +92,7 @@ def test_leftovers_of_an_unfinished_run_are_cleared_before_it_starts_over(traine
     folder = run_folder(tmp_path, "s", RUNS[0].run_id)
     folder.add_metrics(1, {"loss": 9.0})
     folder.add_metrics(2, {"loss": 9.0})
-    work.carry_out(RUNS[0], tmp_path)
+    work.execute_run(RUNS[0], tmp_path)
     assert folder.metrics() == {1: {"loss": 0.5}}
 
 
@@ -102,25 +102,25 @@ def test_a_run_that_another_process_holds_is_left_alone(trained, tmp_path, monke
     monkeypatch.setattr(work, "_PATIENCE_S", 0.0)
     with (folder.path / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(BadValue, match="being run by another process"):
-            work.carry_out(RUNS[0], tmp_path)
+        with pytest.raises(InvalidValueError, match="being run by another process"):
+            work.execute_run(RUNS[0], tmp_path)
     assert trained == []
 
 
 def test_the_result_names_what_made_it(trained, tmp_path):
-    result = work.carry_out(RUNS[0], tmp_path).result()
+    result = work.execute_run(RUNS[0], tmp_path).result()
     assert result["spec_digest"] == RUNS[0].spec_digest
     assert (result["arm"], result["seed"], result["steps_asked"], result["steps_done"]) == ("a", 0, 30, 1)
     assert {"torch", "transformers", "trl", "fp4rl", "python"} <= set(result["versions"])
 
 
 def test_a_result_of_other_code_is_stale_and_is_set_aside_whole_before_a_rerun(trained, tmp_path):
-    folder = work.carry_out(RUNS[0], tmp_path)
+    folder = work.execute_run(RUNS[0], tmp_path)
     assert stale(RUNS, tmp_path) == []
     file = folder.path / "result.json"
     file.write_text(json.dumps({**folder.result(), "code_digest": "0" * 12}))
     assert stale(RUNS, tmp_path) == [RUNS[0]]
-    set_aside(stale(RUNS, tmp_path), tmp_path)
+    archive_stale(stale(RUNS, tmp_path), tmp_path)
     assert split_finished(RUNS, tmp_path)[0] == []
     assert (tmp_path / "s" / "stale" / f"{RUNS[0].run_id}-{'0' * 12}" / "result.json").is_file()
 
@@ -134,14 +134,14 @@ def test_a_finished_run_whose_files_have_changed_is_neither_skipped_in_silence_n
     run = single(Experiment.model_validate(described), "s")
     folder = run_folder(tmp_path, "s", run.run_id)
     folder.write_result({"evidence": {"inputs": inputs(run.experiment, model)}, "code_digest": code_digest()})
-    assert made_from_others([run], tmp_path) == {}
+    assert changed_inputs([run], tmp_path) == {}
     assert stale([run], tmp_path) == []
     (model / "model.safetensors").write_bytes(b"other weights")
-    assert made_from_others([run], tmp_path) == {run.run_id: ["start model"]}
+    assert changed_inputs([run], tmp_path) == {run.run_id: ["start model"]}
     data.write_text('{"question": "1 + 1?", "answer": "#### 3"}')
-    assert made_from_others([run], tmp_path) == {run.run_id: ["problems", "start model"]}
+    assert changed_inputs([run], tmp_path) == {run.run_id: ["problems", "start model"]}
     assert stale([run], tmp_path) == [run]
-    with pytest.raises(BadValue, match=r"was made from another problems and start model .* --rerun-stale"):
+    with pytest.raises(InvalidValueError, match=r"was made from another problems and start model .* --rerun-stale"):
         refuse_others([run], tmp_path)
 
 
@@ -170,14 +170,14 @@ def test_a_run_that_is_ended_at_a_judged_step_has_one_number_there(trained, tmp_
         return real(experiment, folder, cache, listeners, past, stamp=stamp)
 
     monkeypatch.setattr(work, "train", stopped)
-    folder = work.carry_out(RUNS[0], tmp_path)
+    folder = work.execute_run(RUNS[0], tmp_path)
     assert [(e["step"], e["last"]) for e in folder.result()["evaluations"]] == [(1, True)]
 
 
 def test_a_place_that_cannot_be_written_is_one_line_with_the_cure(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
-    with pytest.raises(BadValue, match="give another place with --runs"):
-        work.carry_out(RUNS[0], tmp_path / "runs")
+    with pytest.raises(InvalidValueError, match="give another place with --runs"):
+        work.execute_run(RUNS[0], tmp_path / "runs")
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ class Recorded:
 def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sink._ASKED, "wandb", Recorded)
     monkeypatch.setattr(sink, "find_spec", lambda name: object())
-    folder = work.carry_out(RUNS[0], tmp_path, report_to=("wandb",))
+    folder = work.execute_run(RUNS[0], tmp_path, report_to=("wandb",))
     assert Recorded.told == [("spec", 30), (1, {"loss": 0.5}), "closed"]
     assert folder.result()["spec_digest"] == RUNS[0].spec_digest
 
@@ -232,5 +232,5 @@ def test_the_pool_hands_its_workers_what_to_report_to():
 
 
 def test_the_curves_of_a_run_are_in_tensorboard_too(trained, tmp_path):
-    folder = work.carry_out(RUNS[0], tmp_path)
+    folder = work.execute_run(RUNS[0], tmp_path)
     assert list((folder.path / "tensorboard").glob("events.*"))

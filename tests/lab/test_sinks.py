@@ -14,7 +14,7 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.sinks.mlflow import allowed_name
 from fp4rl.lab.sinks.sink import Sinks
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 LOGGED = {
     0: {"val-core/gsm8k/mean@1": 0.1 + 0.2, "loss": math.nan},
@@ -98,13 +98,13 @@ def test_tensorboard_itself_shows_one_course_of_a_run_that_went_back(run: RunFol
 
 
 def test_an_unknown_sink_is_refused_before_the_run(run: RunFolder):
-    with pytest.raises(BadValue, match="did you mean 'wandb'"):
+    with pytest.raises(InvalidValueError, match="did you mean 'wandb'"):
         Sinks(run, ["wandbb"])
 
 
 def test_a_sink_whose_package_is_missing_names_the_cure(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fp4rl.lab.sinks.sink.find_spec", lambda name: None if name == "wandb" else object())
-    with pytest.raises(NotThere, match=r"pip install 'fp4rl\[wandb\]'"):
+    with pytest.raises(NotFoundError, match=r"pip install 'fp4rl\[wandb\]'"):
         Sinks(run, ["wandb"])
 
 

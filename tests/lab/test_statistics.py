@@ -16,7 +16,7 @@ from fp4rl.lab.statistics.proportions import mcnemar, newcombe, wilson
 from fp4rl.lab.statistics.seeds import not_worse, welch
 from fp4rl.lab.statistics.spread import pooled
 from fp4rl.lab.statistics.two_way import two_way
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 ARMS = st.lists(st.floats(0, 100), min_size=2, max_size=8).filter(lambda arm: max(arm) - min(arm) > 1e-3)
 
@@ -32,12 +32,12 @@ def test_welch_agrees_with_scipy(treatment: list[float], control: list[float]):
 
 
 def test_welch_refuses_a_single_seed():
-    with pytest.raises(BadValue, match="two seeds an arm; got 1 and 3"):
+    with pytest.raises(InvalidValueError, match="two seeds an arm; got 1 and 3"):
         welch([70.0], [71.0, 72.0, 73.0])
 
 
 def test_welch_refuses_copies_of_one_run():
-    with pytest.raises(BadValue, match="no seed differs"):
+    with pytest.raises(InvalidValueError, match="no seed differs"):
         welch([70.0, 70.0], [71.0, 71.0])
 
 
@@ -59,7 +59,7 @@ def test_non_inferiority_is_the_shifted_one_sided_welch_test():
 
 
 def test_a_margin_of_nothing_is_refused():
-    with pytest.raises(BadValue, match="positive number"):
+    with pytest.raises(InvalidValueError, match="positive number"):
         not_worse([1.0, 2.0], [1.0, 2.0], 0.0)
 
 
@@ -135,7 +135,7 @@ def test_two_way_does_not_count_the_chance_of_single_answers_twice():
 
 
 def test_two_way_refuses_other_problems():
-    with pytest.raises(BadValue, match="must be the same"):
+    with pytest.raises(InvalidValueError, match="must be the same"):
         two_way(np.ones((2, 3)), np.ones((2, 4)))
 
 
@@ -186,7 +186,7 @@ def test_more_comparisons_need_more_seeds():
 
 
 def test_a_difference_of_nothing_is_never_seen():
-    with pytest.raises(BadValue, match="never seen"):
+    with pytest.raises(InvalidValueError, match="never seen"):
         seeds_needed(0.0, 1.57)
 
 

@@ -228,17 +228,17 @@ def test_compare_refuses_with_exit_code_1_and_prints_the_difference(make_run, ro
     assert main(["compare", "odd", "bf16", "--factor", "injection", "--runs", root]) == 1
     printed = capsys.readouterr()
     assert "the specs also differ in training.lr: 0.001 against 0.0004" in printed.out
-    assert "--anyway" in printed.err
+    assert "--force" in printed.err
     assert "points" not in printed.out
 
 
 def test_compare_anyway_labels_what_it_shows(make_run, root: str, capsys: pytest.CaptureFixture[str]):
     make_run("odd", 0, 0.5, spec=W4A4 | {"training": {"lr": 1e-3}}, evidence=QUANTIZED)
-    assert main(["compare", "odd", "bf16", "--factor", "injection", "--anyway", "--runs", root]) == 0
+    assert main(["compare", "odd", "bf16", "--factor", "injection", "--force", "--runs", root]) == 0
     text = capsys.readouterr().out
     assert "not comparable" in text
     assert "no verdict" in text
-    assert main(["compare", "odd", "bf16", "--anyway", "--runs", root, "--json"]) == 0
+    assert main(["compare", "odd", "bf16", "--force", "--runs", root, "--json"]) == 0
     (answer,) = read(capsys)
     assert not answer["comparable"]
     assert answer["verdict"]["word"] is None

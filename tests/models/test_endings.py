@@ -13,7 +13,7 @@ from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.rollout import Sampling, roll_out, seed_rollout
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded, Lora
 from fp4rl.tasks.arithmetic import Arithmetic
 
@@ -108,5 +108,5 @@ def test_rollouts_and_evaluations_end_an_answer_at_the_same_tokens(clean, tmp_pa
 def test_a_model_that_never_ends_is_refused_where_it_is_to_answer(clean):
     model, _ = load(clean)
     model.generation_config.eos_token_id = None
-    with pytest.raises(BadValue, match="no token ends an answer"):
+    with pytest.raises(InvalidValueError, match="no token ends an answer"):
         end_ids(model)

@@ -11,7 +11,7 @@ from fp4rl.models.load import load
 from fp4rl.models.skeleton import skeleton
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
 
 
@@ -31,7 +31,7 @@ def folder(saved, tmp_path):
 
 def refused(folder, message) -> None:
     for open_folder in (load, skeleton):
-        with pytest.raises(BadValue, match=message) as caught:
+        with pytest.raises(InvalidValueError, match=message) as caught:
             open_folder(folder)
         assert "\n" not in str(caught.value)
 

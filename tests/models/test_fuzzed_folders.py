@@ -13,7 +13,7 @@ from fp4rl.models.quiet import quiet
 from fp4rl.models.skeleton import skeleton
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.mistakes import BadValue, Mistake
+from fp4rl.spec.errors import InvalidValueError, UserError
 from fp4rl.spec.model import Embedded
 from planted.damage import FEW, damage, hashes
 
@@ -36,7 +36,7 @@ def outcome(read, folder) -> str:
     said = ""
     try:
         read(folder)
-    except Mistake as error:
+    except UserError as error:
         said = str(error)
     assert "\n" not in said
     assert not said or str(folder) in said or "adapter" in said
@@ -109,7 +109,7 @@ def test_a_damaged_index_of_shards_is_one_line(saved, tmp_path, content):
 def test_a_mistake_of_ours_passes_as_it_is(tmp_path):
     from fp4rl.models.readable import readable
 
-    with pytest.raises(BadValue, match="as it is"), readable("x", tmp_path):
-        raise BadValue("as it is")
+    with pytest.raises(InvalidValueError, match="as it is"), readable("x", tmp_path):
+        raise InvalidValueError("as it is")
     with pytest.raises(KeyboardInterrupt), readable("x", tmp_path):
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.mistakes import BadValue, Mistake, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
 from fp4rl.spec.model import Embedded
 
 PROMPT = "Q: Tom has 2 3 coins . loses 2 . How many ? A:"
@@ -53,21 +53,21 @@ def test_the_dtype_is_a_word_or_a_torch_dtype(saved, dtype):
 
 
 def test_an_unknown_dtype_names_the_nearest(saved):
-    with pytest.raises(BadValue, match="no dtype 'bfloat61' for a model; did you mean 'bfloat16'"):
+    with pytest.raises(InvalidValueError, match="no dtype 'bfloat61' for a model; did you mean 'bfloat16'"):
         load(saved, "bfloat61")
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
-    refused(tmp_path / "gone", NotThere, r"gone' does not exist; give a Hugging Face folder on this disk")
+    refused(tmp_path / "gone", NotFoundError, r"gone' does not exist; give a Hugging Face folder on this disk")
 
 
 def test_a_name_from_a_registry_is_not_looked_up():
-    refused("some-lab/some-model-1b", NotThere, "does not exist; give a Hugging Face folder")
+    refused("some-lab/some-model-1b", NotFoundError, "does not exist; give a Hugging Face folder")
 
 
 def test_a_folder_without_a_config(folder):
     (folder / "config.json").unlink()
-    refused(folder, NotThere, "has no config.json; is it a Hugging Face model folder")
+    refused(folder, NotFoundError, "has no config.json; is it a Hugging Face model folder")
 
 
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
@@ -75,48 +75,48 @@ def test_a_folder_without_a_tokenizer(folder, left):
     for file in folder.glob("tokenizer*"):
         if file.name not in left:
             file.unlink()
-    refused(folder, NotThere, r"has no tokenizer; save one there \(tokenizer.save_pretrained\)")
+    refused(folder, NotFoundError, r"has no tokenizer; save one there \(tokenizer.save_pretrained\)")
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_the_weights_are_read(folder):
     for file in (*folder.glob("tokenizer*"), folder / "model.safetensors"):
         file.unlink()
-    refused(folder, NotThere, "has no tokenizer")
+    refused(folder, NotFoundError, "has no tokenizer")
 
 
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, Mistake, "cannot be read")
+    refused(folder, UserError, "cannot be read")
 
 
 def test_a_weights_file_that_is_cut_short(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(folder, BadValue, "cannot be read")
+    refused(folder, InvalidValueError, "cannot be read")
 
 
 def test_a_tokenizer_that_is_no_json(folder):
     (folder / "tokenizer.json").write_text("{")
-    refused(folder, BadValue, "tokenizer in .* cannot be read")
+    refused(folder, InvalidValueError, "tokenizer in .* cannot be read")
 
 
 def test_a_config_that_is_no_json(folder):
     (folder / "config.json").write_text("{")
-    refused(folder, BadValue, "cannot be read")
+    refused(folder, InvalidValueError, "cannot be read")
 
 
 def test_a_missing_weight_is_refused_instead_of_being_drawn_at_random(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(folder, NotThere, r"lacks 1 weights \('model.layers.1.mlp.up_proj.weight'\)")
+    refused(folder, NotFoundError, r"lacks 1 weights \('model.layers.1.mlp.up_proj.weight'\)")
 
 
 def test_a_weight_of_another_shape_is_refused(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(folder, BadValue, "cannot be read")
+    refused(folder, InvalidValueError, "cannot be read")
 
 
 def without(folder, *tokens: str) -> None:
@@ -135,7 +135,7 @@ def test_without_a_padding_token_the_end_token_pads(folder):
 
 def test_without_a_padding_and_an_end_token_there_is_nothing_to_pad_with(folder):
     without(folder, "pad_token", "eos_token")
-    refused(folder, BadValue, "has no pad and no eos token; set one and save it again")
+    refused(folder, InvalidValueError, "has no pad and no eos token; set one and save it again")
 
 
 @pytest.fixture
@@ -160,15 +160,15 @@ def test_an_adapter_folder_loads_its_base_and_really_acts(adapter, folder):
 
 def test_an_adapter_whose_base_is_not_here(adapter, folder):
     shutil.rmtree(folder)
-    refused(adapter, NotThere, r"base model '.*' is no folder on this disk; set base_model_name_or_path to one")
+    refused(adapter, NotFoundError, r"base model '.*' is no folder on this disk; set base_model_name_or_path to one")
 
 
 def test_an_adapter_that_lacks_weights_is_refused_instead_of_acting_as_the_base(adapter):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: w for name, w in weights.items() if "q_proj" not in name}, adapter / "adapter_model.safetensors")
-    refused(adapter, NotThere, r"adapter in .* lacks 4 weights")
+    refused(adapter, NotFoundError, r"adapter in .* lacks 4 weights")
 
 
 def test_an_adapter_without_its_weights_file(adapter):
     (adapter / "adapter_model.safetensors").unlink()
-    refused(adapter, BadValue, "adapter in .* cannot be read")
+    refused(adapter, InvalidValueError, "adapter in .* cannot be read")

@@ -5,7 +5,7 @@ from transformers import DbrxConfig
 
 from fp4rl.models.skeleton import skeleton
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def test_a_class_that_fails_on_its_own_configuration_is_refused_without_a_traceback(tmp_path):
@@ -14,5 +14,7 @@ def test_a_class_that_fails_on_its_own_configuration_is_refused_without_a_traceb
     tokenizer = build_tokenizer()
     DbrxConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(BadValue, match="cannot be read: 'DbrxAttentionConfig' object has no attribute 'rope_theta'"):
+    with pytest.raises(
+        InvalidValueError, match="cannot be read: 'DbrxAttentionConfig' object has no attribute 'rope_theta'"
+    ):
         skeleton(tmp_path)

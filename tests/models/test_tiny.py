@@ -7,7 +7,7 @@ from torch import nn
 
 from fp4rl.models.tiny import build, one_thread, warm_up
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
 from fp4rl.tasks.arithmetic import Arithmetic
 
@@ -123,7 +123,7 @@ def test_no_steps_need_no_examples_and_some_steps_do():
     assert same(
         warmed(SHORT.model_copy(update={"warm_up_steps": 0}), []), dict(build(SHORT, TOKENIZER).named_parameters())
     )
-    with pytest.raises(BadValue, match="no examples to warm up on"):
+    with pytest.raises(InvalidValueError, match="no examples to warm up on"):
         warmed(SHORT, [])
 
 

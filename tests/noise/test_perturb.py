@@ -11,10 +11,10 @@ from torch import nn
 
 from fp4rl.noise import perturb as perturb_room
 from fp4rl.noise.evidence import NoiseEvidence, by_layer, require_drawn, require_noise, summary
-from fp4rl.noise.forewarn import forewarned
 from fp4rl.noise.perturb import draw_seed, noisy_copy, perturb
 from fp4rl.noise.targets import noisy_weights
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.noise.warnings import noise_warnings
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.noise import Noise
 
 HIDDEN, LAYERS = 64, 4
@@ -298,15 +298,15 @@ FADING = {"kind": "geometric", "sigma_start": 0.05, "sigma_end": 0.0005, "num_st
 
 def test_what_noise_will_not_do_is_said_before_the_run(model):
     coarse = Stack().bfloat16()
-    assert list(forewarned(model, Noise.model_validate({"schedule": FADING}), 30)) == []
-    (late,) = forewarned(coarse, Noise.model_validate({"schedule": FADING}), 30)
+    assert list(noise_warnings(model, Noise.model_validate({"schedule": FADING}), 30)) == []
+    (late,) = noise_warnings(coarse, Noise.model_validate({"schedule": FADING}), 30)
     assert "bfloat16 will swallow its noise from sigma 0.0008" in late
     faint = {"schedule": FADING | {"sigma_start": 0.001, "sigma_end": 0.0001}}
-    (lost,) = forewarned(coarse, Noise.model_validate(faint), 30)
+    (lost,) = noise_warnings(coarse, Noise.model_validate(faint), 30)
     assert "bfloat16 will swallow all of its noise" in lost
     assert "take noise.precision: float32" in lost
-    assert list(forewarned(coarse, Noise.model_validate(faint | {"precision": "float32"}), 30)) == []
-    assert list(forewarned(coarse, Noise.model_validate(faint | {"control": "sigma_zero"}), 5)) == []
+    assert list(noise_warnings(coarse, Noise.model_validate(faint | {"precision": "float32"}), 30)) == []
+    assert list(noise_warnings(coarse, Noise.model_validate(faint | {"control": "sigma_zero"}), 5)) == []
 
 
 def test_a_control_that_shows_noise_fails(model):
@@ -320,7 +320,7 @@ def test_a_control_that_shows_noise_fails(model):
 @pytest.mark.parametrize("sigma", [-0.1, float("nan"), float("inf")])
 def test_a_sigma_that_is_no_standard_deviation_is_refused(model, sigma):
     with (
-        pytest.raises(BadValue, match="finite standard deviation"),
+        pytest.raises(InvalidValueError, match="finite standard deviation"),
         perturb(model, Noise(), sigma, generator=_generator()),
     ):
         pass

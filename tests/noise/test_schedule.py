@@ -5,9 +5,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from fp4rl.noise.course import Course, StageLog
+from fp4rl.noise.progress import ScheduleProgress, StageLog
 from fp4rl.noise.schedule import Stage, asked_sigma, sigma_at, stages, values_missed
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import Constant, Cosine, EpochAware, Geometric, Linear, Noise
 
 # 0.05 * 0.01^(i/8), i = 0..8, by a pocket calculator.
@@ -99,7 +99,7 @@ def test_noise_that_grows_is_refused():
 
 @pytest.mark.parametrize(("step", "total"), [(0, 0), (-1, 10)])
 def test_a_run_without_steps_is_refused(step, total):
-    with pytest.raises(BadValue, match="count steps from 0"):
+    with pytest.raises(InvalidValueError, match="count steps from 0"):
         sigma_at(Constant(), step, total)
 
 
@@ -134,7 +134,7 @@ def test_the_sigma_zero_control_asks_for_nothing_at_any_step():
 
 def _ran(noise, total, data_epochs):
     """Sigma of every step when the data have been gone through `data_epochs(step)` times before it."""
-    course, found = Course.of(noise, total), []
+    course, found = ScheduleProgress.of(noise, total), []
     for step in range(total):
         course = course.at(step, data_epochs(step))
         found.append(course.sigma(noise, step))

@@ -7,8 +7,8 @@ from torch import nn
 
 from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.noise.targets import noisy_weights
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.noise import Multipliers, Noise
 
 
@@ -79,12 +79,12 @@ def test_linear_targets_spare_the_router_and_the_tied_head():
 
 def test_patterns_leave_weights_out_and_must_match():
     assert not any("layers.0" in name for name in _names(leave=["layers.0.*"]))
-    with pytest.raises(NotThere, match="layernrom"):
+    with pytest.raises(NotFoundError, match="layernrom"):
         _names(leave=["*.input_layernrom.weight"])
 
 
 def test_a_model_without_norms_is_an_error_and_not_a_silent_run():
-    with pytest.raises(NotThere, match="no weight of Sequential takes noise"):
+    with pytest.raises(NotFoundError, match="no weight of Sequential takes noise"):
         noisy_weights(nn.Sequential(nn.Linear(4, 4)), Noise())
 
 
@@ -95,7 +95,7 @@ def test_a_weight_that_two_modules_share_takes_noise_once():
 
 
 def test_multipliers_for_layers_that_do_not_exist_are_refused():
-    with pytest.raises(BadValue, match="last layer is 1"):
+    with pytest.raises(InvalidValueError, match="last layer is 1"):
         noisy_weights(Model(), Noise(multipliers={"by_layer": {2: 1.5}}))
 
 
@@ -113,7 +113,7 @@ def test_zones_split_ends_from_the_middle_and_change_at_a_share_of_the_run():
 
 def test_a_zone_that_changes_cannot_be_used_without_saying_how_far_the_run_is():
     noise = Noise(multipliers={"zones": {"edge": {"value": 2.0, "later": 1.0, "changes_at": 0.5}}})
-    with pytest.raises(BadValue, match="pass `share`"):
+    with pytest.raises(InvalidValueError, match="pass `share`"):
         noisy_weights(Model(), noise)
     assert noisy_weights(Model(), noise, share=0.9)[0].multiplier == 1.0
 

@@ -10,8 +10,8 @@ from fp4rl.numerics.chunked import round_chunked
 from fp4rl.numerics.compiled import round_compiled
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reference import reference
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4, Format
-from fp4rl.spec.mistakes import BadValue
 
 SEED = (123, -456)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,13 +140,13 @@ def test_without_a_compiler_everything_works_and_the_reason_is_told(monkeypatch)
 
 
 def test_an_unknown_backend_names_the_nearest():
-    with pytest.raises(BadValue, match="did you mean 'native'"):
+    with pytest.raises(InvalidValueError, match="did you mean 'native'"):
         dispatch.use("nativ")
 
 
 def test_forcing_triton_without_cuda_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadValue, match="needs CUDA"):
+    with pytest.raises(InvalidValueError, match="needs CUDA"):
         dispatch.use("triton")
 
 

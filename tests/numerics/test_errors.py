@@ -8,9 +8,9 @@ import torch
 from fp4rl.numerics.distributions import errors_on
 from fp4rl.numerics.errors import gaussian_ideal, ideally_rounded, measure, split
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, NVFP4, Coarse
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
-from fp4rl.spec.mistakes import BadValue
 
 RULES = ("floor", "ceil", "rceil", "even", "uos", "mse")
 SPLIT = [
@@ -74,7 +74,7 @@ def test_no_error_is_no_error():
 
 
 def test_what_is_not_finite_is_refused():
-    with pytest.raises(BadValue, match="two finite tensors"):
+    with pytest.raises(InvalidValueError, match="two finite tensors"):
         measure(torch.tensor([torch.nan]), torch.tensor([torch.nan]), MXFP4)
 
 

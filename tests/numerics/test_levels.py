@@ -9,8 +9,8 @@ from fp4rl.numerics.coarse import coarse_scale
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
 from fp4rl.numerics.rotation import rotate, rotate_back
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4, NVFP4, Coarse
-from fp4rl.spec.mistakes import BadValue
 
 SIZES = (16, 32, 64, 128)
 
@@ -55,7 +55,7 @@ def test_a_rotation_spreads_an_outlier():
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(BadValue, match="rotation 24"):
+    with pytest.raises(InvalidValueError, match="rotation 24"):
         rotate(normal(2, 48), 24)
 
 

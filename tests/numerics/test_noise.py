@@ -5,8 +5,8 @@ import torch
 
 from fp4rl.numerics.noise import draw_seed, uniform_matrix
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4_SR
-from fp4rl.spec.mistakes import BadValue
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,9 @@ def test_the_generator_decides_and_moves_on():
 
 
 def test_a_missing_generator_is_named():
-    with pytest.raises(BadValue, match=r"lm_head: mxfp4_sr rounds stochastically and needs a torch\.Generator"):
+    with pytest.raises(
+        InvalidValueError, match=r"lm_head: mxfp4_sr rounds stochastically and needs a torch\.Generator"
+    ):
         fake_quantize(torch.ones(32), MXFP4_SR, name="lm_head")
 
 

@@ -9,8 +9,8 @@ from fp4rl.numerics import native_build
 from fp4rl.numerics.codes import decode, encode
 from fp4rl.numerics.packing import dequantize, pack, pack_tensor, quantize, unpack
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, FP8, MXFP4, MXFP8, NVFP4, Coarse
-from fp4rl.spec.mistakes import BadValue
 
 RULES = ("floor", "ceil", "rceil", "even", "even_e2m1", "uos", "mse")
 FOUR_BITS = [
@@ -65,9 +65,9 @@ def test_values_are_written_where_they_are_wanted(name, equal, backend):
         assert dequantize(packed, out=out) is out
         assert equal(out.contiguous(), fake_quantize(x, MXFP4))
     assert (wide[:, 1::2] == 7).all()
-    with pytest.raises(BadValue, match="out is"):
+    with pytest.raises(InvalidValueError, match="out is"):
         dequantize(packed, out=x[:, 1:])
-    with pytest.raises(BadValue, match="out is"):
+    with pytest.raises(InvalidValueError, match="out is"):
         dequantize(quantize(x, MXFP4), out=x.bfloat16())
 
 
@@ -120,7 +120,7 @@ def test_a_block_of_nan_cannot_be_packed(fmt, name, backend):
     x = torch.randn(4, 64)
     x[2, 5] = torch.inf
     for attempt in (quantize, pack_tensor):
-        with pytest.raises(BadValue, match=r"up_proj: holds NaN or infinity"):
+        with pytest.raises(InvalidValueError, match=r"up_proj: holds NaN or infinity"):
             attempt(x, fmt, name="up_proj")
 
 
@@ -169,9 +169,9 @@ def test_eight_bit_codes_are_torchs_own_bytes(element, dtype):
 
 
 def test_what_does_not_pack_says_why():
-    with pytest.raises(BadValue, match="only 4-bit codes pack"):
+    with pytest.raises(InvalidValueError, match="only 4-bit codes pack"):
         pack(quantize(torch.randn(32), MXFP8))
-    with pytest.raises(BadValue, match="no codes"):
+    with pytest.raises(InvalidValueError, match="no codes"):
         quantize(torch.randn(32), BF16)
-    with pytest.raises(BadValue, match="at least one axis"):
+    with pytest.raises(InvalidValueError, match="at least one axis"):
         quantize(torch.tensor(1.0), FP8)

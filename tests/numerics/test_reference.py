@@ -11,8 +11,8 @@ import torch
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reference import reference
 from fp4rl.numerics.scales import e8m0_codes
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, E2M1, E4M3, FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, NVFP4
-from fp4rl.spec.mistakes import BadValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = [fmt for fmt in FORMATS.values() if fmt.rounding == "nearest_even"]
@@ -135,7 +135,7 @@ def test_a_broken_value_breaks_a_tensor_that_has_one_scale():
 
 
 def test_check_finite_names_the_tensor():
-    with pytest.raises(BadValue, match=r"layers\.3\.q_proj: holds NaN or infinity"):
+    with pytest.raises(InvalidValueError, match=r"layers\.3\.q_proj: holds NaN or infinity"):
         fake_quantize(torch.tensor([1.0, torch.inf]), MXFP4, check_finite=True, name="layers.3.q_proj")
 
 
@@ -212,7 +212,7 @@ def test_the_grid_is_all_that_comes_out():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.complex64)])
 def test_what_is_no_float_is_refused(wrong):
-    with pytest.raises(BadValue, match="rounds float32"):
+    with pytest.raises(InvalidValueError, match="rounds float32"):
         fake_quantize(wrong, MXFP4)
 
 
@@ -233,5 +233,5 @@ def test_an_out_that_overlaps_the_input_elsewhere_is_safe(equal):
 
 
 def test_an_out_of_another_shape_is_refused():
-    with pytest.raises(BadValue, match="out is"):
+    with pytest.raises(InvalidValueError, match="out is"):
         fake_quantize(torch.zeros(4, 32), MXFP4, out=torch.zeros(4, 31))

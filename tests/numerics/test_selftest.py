@@ -7,8 +7,8 @@ import torch
 
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.selftest import require_sound, self_test
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import FP8, MXFP4, MXFP4_2D, MXFP4_SR, NVFP4
-from fp4rl.spec.mistakes import CheckFailed
 
 
 def nvfp4_without_its_fp32_scale(x, fmt, generator):

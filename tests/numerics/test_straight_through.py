@@ -5,8 +5,8 @@ import torch
 
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.straight_through import straight_through
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4, MXFP4_SR
-from fp4rl.spec.mistakes import BadValue
 
 
 def test_the_forward_is_fake_quantization():
@@ -34,5 +34,5 @@ def test_stochastic_rounding_takes_the_generator_through():
 
 
 def test_an_unknown_variant_names_the_nearest():
-    with pytest.raises(BadValue, match="did you mean 'clipped'"):
+    with pytest.raises(InvalidValueError, match="did you mean 'clipped'"):
         straight_through(torch.ones(32), MXFP4, variant="cliped")

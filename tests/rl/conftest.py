@@ -7,8 +7,8 @@ import torch
 
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.train import train
-from fp4rl.spec.door import merge
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import merge
 
 SMALL = {
     "model": {"embedded": {"warm_up_steps": 60}},

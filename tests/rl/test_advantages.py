@@ -7,7 +7,7 @@ from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.batch import Answer, training_batch
 from fp4rl.rl.losses import LOSSES
 from fp4rl.spec.algorithms import PUBLISHED
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.training import Training
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # two groups of four
@@ -92,10 +92,10 @@ def test_half_precision_rewards_are_averaged_in_float32():
 
 @pytest.mark.parametrize("rewards, n", [(torch.zeros(5), 2), (torch.zeros(4), 1), (torch.zeros(2, 2), 2)])
 def test_answers_that_do_not_make_groups_are_refused(rewards, n):
-    with pytest.raises(BadValue, match="do not make groups"):
+    with pytest.raises(InvalidValueError, match="do not make groups"):
         group_advantages(rewards, n)
 
 
 def test_an_unknown_estimator_is_answered_with_the_nearest():
-    with pytest.raises(NotThere, match="did you mean 'grpo'"):
+    with pytest.raises(NotFoundError, match="did you mean 'grpo'"):
         group_advantages(REWARDS, 4, "gprpo")

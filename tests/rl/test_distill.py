@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from fp4rl.rl.distill import teacher_kl
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def pair(seed=0, answers=3, tokens=5, vocabulary=7):
@@ -118,9 +118,9 @@ def test_half_precision_logits_are_compared_in_float32():
 
 def test_mistakes_name_their_cure():
     student, teacher, mask = pair()
-    with pytest.raises(BadValue, match="score the same tokens"):
+    with pytest.raises(InvalidValueError, match="score the same tokens"):
         teacher_kl(student, teacher[:, 1:], mask)
-    with pytest.raises(BadValue, match="vocabularies of 7 and 6"):
+    with pytest.raises(InvalidValueError, match="vocabularies of 7 and 6"):
         teacher_kl(student, teacher[..., :6], mask)
-    with pytest.raises(BadValue, match="above 0"):
+    with pytest.raises(InvalidValueError, match="above 0"):
         teacher_kl(student, teacher, mask, temperature=0.0)

@@ -13,7 +13,7 @@ from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl import rollout as rollout_room
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.dropout import dropout_off, drops
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.model import Embedded, Lora
 
 LEARNING_WITH_DROPOUT = {

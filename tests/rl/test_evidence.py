@@ -11,7 +11,7 @@ from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.noise import perturb
 from fp4rl.rl import sound
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 SHORT = {"steps": 1}
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fp4rl.lab.matrix import single
-from fp4rl.lab.work import carry_out
+from fp4rl.lab.work import execute_run
 from fp4rl.models.load import load
 from fp4rl.models.positions import forward_inputs
 from fp4rl.rl import rollout as rollout_room
 from fp4rl.rl.check import check
 from fp4rl.rl.rewards import Rewarder, reward_named
-from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.tasks.task import Problem, Score
 
 PROBLEM = Problem("arithmetic-1", "Q: 1 + 1 ? A:", "2", "1 + 1 = 2 . #### 2", "train")
@@ -88,10 +88,10 @@ def test_a_run_learns_from_a_python_function_that_cannot_judge_everything(own_re
 @pytest.mark.parametrize(
     "name, kind, said",
     [
-        ("accuracyy", BadValue, "package.module.function"),
-        ("no_such_module.reward", NotThere, "PYTHONPATH"),
-        ("rewards_of_mine.missing", NotThere, "has no 'missing'"),
-        ("rewards_of_mine.number", BadValue, "not a function"),
+        ("accuracyy", InvalidValueError, "package.module.function"),
+        ("no_such_module.reward", NotFoundError, "PYTHONPATH"),
+        ("rewards_of_mine.missing", NotFoundError, "has no 'missing'"),
+        ("rewards_of_mine.number", InvalidValueError, "not a function"),
     ],
 )
 def test_a_reward_that_is_not_there_is_refused_before_anything_runs(name, kind, said, own_reward, experiment):
@@ -103,7 +103,7 @@ def test_math_verify_judges_by_meaning_or_says_what_to_install():
     try:
         import math_verify  # noqa: F401
     except ImportError:
-        with pytest.raises(NotThere, match=r"fp4rl\[math\]"):
+        with pytest.raises(NotFoundError, match=r"fp4rl\[math\]"):
             reward_named("math_verify")
     else:
         judge = reward_named("math_verify")
@@ -117,8 +117,8 @@ def test_a_row_without_an_answer_is_named_before_anything_runs(tmp_path, experim
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     described = experiment("bf16").model_copy(update={"task": _gsm8k(file)})
-    with pytest.raises(BadValue, match=r"data\.jsonl, line 8: the answer has no final number"):
-        carry_out(single(described, "trial"), tmp_path / "runs")
+    with pytest.raises(InvalidValueError, match=r"data\.jsonl, line 8: the answer has no final number"):
+        execute_run(single(described, "trial"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

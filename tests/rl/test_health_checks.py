@@ -6,23 +6,23 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from fp4rl.rl.health.course import Course, trend
-from fp4rl.rl.health.courses import Courses
 from fp4rl.rl.health.findings import Finding
+from fp4rl.rl.health.histories import SignalHistories
+from fp4rl.rl.health.history import SignalHistory, trend
 from fp4rl.rl.health.monitor import CHECKS as RUNNING
 from fp4rl.rl.health.monitor import Monitor, action
 from fp4rl.rl.health.shares import grain
 from fp4rl.rl.health.signals import NAMES, signals_of
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.health import CHECKS, Health, Rule, Thresholds
-from fp4rl.spec.mistakes import BadValue
 
 
 def judged(check, **signals):
-    """The verdict of one check after the courses of `signals` (equally long lists; None leaves a step out)."""
-    courses = Courses()
+    """The verdict of one check after the histories of `signals` (equally long lists; None leaves a step out)."""
+    histories = SignalHistories()
     for step, values in enumerate(zip(*signals.values(), strict=True)):
-        courses.add(step, {name: v for name, v in zip(signals, values, strict=True) if v is not None})
-    return RUNNING[check](courses, Thresholds())
+        histories.add(step, {name: v for name, v in zip(signals, values, strict=True) if v is not None})
+    return RUNNING[check](histories, Thresholds())
 
 
 def judged_of_16(**signals):
@@ -69,7 +69,7 @@ def test_a_step_without_an_update_measures_no_entropy():
 
 
 def course(*values):
-    found = Course()
+    found = SignalHistory()
     for step, value in enumerate(values):
         found.add(step, value)
     return found
@@ -447,7 +447,7 @@ def test_a_rule_is_read_from_a_sentence():
     "text", ["", "stop when x < 1", "stop if x < one", "halt if x < 1", "stop if x < 1 at step two"]
 )
 def test_a_rule_nobody_can_read_is_answered_with_an_example(text):
-    with pytest.raises(BadValue, match="write it like 'stop if"):
+    with pytest.raises(InvalidValueError, match="write it like 'stop if"):
         Rule.parse(text)
 
 

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from fp4rl.spec.door import merge
 from fp4rl.spec.idle import idle
+from fp4rl.spec.load import merge
 
 CASES = {
     "training.kl_loss_type": ({}, {"training": {"kl_loss_type": "k2"}}),

@@ -11,13 +11,13 @@ from fp4rl.cli.profiled import profiled
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.profile import WHAT, where_time_goes, write_profile
-from fp4rl.rl.laps import Laps
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.rl.step_timer import StepTimer
+from fp4rl.spec.errors import NotFoundError
 
 
 def test_every_moment_belongs_to_the_lap_that_ends_next():
     clock = iter([0.0, 1.0, 3.0, 7.0, 8.0])
-    laps = Laps(lambda: next(clock))
+    laps = StepTimer(lambda: next(clock))
     laps.lap("a")
     laps.lap("b")
     laps.restart()  # 3 to 7 belongs to nothing
@@ -52,7 +52,7 @@ def test_the_first_step_is_left_out_and_the_longest_comes_first(tmp_path):
 
 
 def test_a_run_without_times_says_so(tmp_path):
-    with pytest.raises(NotThere, match="suite/run has logged no times"):
+    with pytest.raises(NotFoundError, match="suite/run has logged no times"):
         where_time_goes(folder_of(tmp_path, {}))
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import single
-from fp4rl.lab.work import carry_out
+from fp4rl.lab.work import execute_run
 from fp4rl.models import positions as positions_room
 from fp4rl.rl import attempt as attempt_room
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 FOUR = {"steps": 4, "rollout_n": 4, "train_batch_size": 8, "mini_batch_size": 8}
 POLICY = ["rollout", "training", "evaluation"]
@@ -93,7 +93,7 @@ def test_the_result_says_that_the_run_was_stopped_and_why(experiment, model_cach
         training={"steps": 6},
         health={"rules": ["stop if loss_scale < 1 from step 1", "stop if entropy > 0 at step 1"]},
     )
-    result = carry_out(single(described, "trial"), tmp_path).result()
+    result = execute_run(single(described, "trial"), tmp_path).result()
     assert (result["steps_asked"], result["steps_done"]) == (6, 1)
     assert result["stopped"].startswith("step 1: stop if entropy > 0")
     assert {e["step"] for e in result["evaluations"] if e["last"]} == {1}
@@ -124,14 +124,14 @@ def test_what_was_rolled_back_is_gone_from_the_metrics_and_a_kill_in_between_cha
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "models").symlink_to(model_cache)
-    whole = carry_out(planned, tmp_path / "whole")
+    whole = execute_run(planned, tmp_path / "whole")
     assert list(whole.metrics()) == [1, 2, 3]
     assert whole.metrics()[3]["lr"] == pytest.approx(2.5e-4)
 
     class Killed(BaseException):
         pass
 
-    real = attempt_room.Attempt.__init__
+    real = attempt_room.TrainingSession.__init__
 
     def killed(self, run, past):
         if past.rollbacks:
@@ -139,10 +139,10 @@ def test_what_was_rolled_back_is_gone_from_the_metrics_and_a_kill_in_between_cha
         real(self, run, past)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt_room.Attempt, "__init__", killed)
+        patch.setattr(attempt_room.TrainingSession, "__init__", killed)
         with pytest.raises(Killed):
-            carry_out(planned, tmp_path / "broken")
-    carry_out(planned, tmp_path / "broken")
+            execute_run(planned, tmp_path / "broken")
+    execute_run(planned, tmp_path / "broken")
     broken = run_folder(tmp_path / "broken", planned.suite, planned.run_id)
     assert numbers(broken) == numbers(whole)
 

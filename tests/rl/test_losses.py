@@ -9,7 +9,7 @@ import torch
 from fp4rl.rl.aggregation import LOSS_AGG_MODES, Whole, aggregate
 from fp4rl.rl.divergence import kl_per_token
 from fp4rl.rl.losses import CISPO, DAPO, DR_GRPO, GRPO, GSPO, LOSSES, LossInputs, loss_named, policy_loss
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 # One answer of two tokens. pi_old = 1/2, 1/2; pi = 3/5, 3/10: the ratios are 1.2 and 0.6. pi_ref = 1/2, 3/5.
 POLICY, OLD, REFERENCE = (0.6, 0.3), (0.5, 0.5), (0.5, 0.6)
@@ -214,13 +214,13 @@ def test_token_mean_weighs_tokens_and_seq_mean_weighs_answers():
 
 def test_mistakes_name_their_cure():
     inputs = batch()
-    with pytest.raises(NotThere, match="did you mean 'dr_grpo'"):
+    with pytest.raises(NotFoundError, match="did you mean 'dr_grpo'"):
         loss_named("dr-grpo")
-    with pytest.raises(NotThere, match="did you mean 'token-mean'"):
+    with pytest.raises(NotFoundError, match="did you mean 'token-mean'"):
         policy_loss(inputs, replace(DAPO, loss_agg_mode="token_mean"))
-    with pytest.raises(BadValue, match="set loss_scale_factor"):
+    with pytest.raises(InvalidValueError, match="set loss_scale_factor"):
         policy_loss(inputs, DR_GRPO)
-    with pytest.raises(BadValue, match="no reference"):
+    with pytest.raises(InvalidValueError, match="no reference"):
         policy_loss(replace(inputs, ref_logps=None), replace(DAPO, kl_loss_coef=0.1))
-    with pytest.raises(BadValue, match="differ in shape"):
+    with pytest.raises(InvalidValueError, match="differ in shape"):
         policy_loss(replace(inputs, mask=inputs.mask[:, 1:]), DAPO)

@@ -9,8 +9,8 @@ from torch import nn
 from fp4rl.models.load import load
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.trainer import Trainer
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import CheckFailed
 
 ALONE = SimpleNamespace(num_processes=1, sync_gradients=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp4rl.rl.mismatch import correct_rollout, mismatch_metrics
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 # Two answers, the second of one token: ratios 3, 1/2 and 1.2.
 ROLLOUT = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
@@ -118,7 +118,7 @@ def test_a_long_answer_does_not_overflow():
 
 
 def test_mistakes_name_their_cure():
-    with pytest.raises(BadValue, match="take 2 or more"):
+    with pytest.raises(InvalidValueError, match="take 2 or more"):
         correct_rollout(TRAIN, ROLLOUT, MASK, threshold=1.0)
-    with pytest.raises(BadValue, match="must have one shape"):
+    with pytest.raises(InvalidValueError, match="must have one shape"):
         mismatch_metrics(TRAIN, ROLLOUT[:, :1], MASK)

@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl.attempt import Attempt, Past, Run
 from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.mismatch import mismatch_metrics
+from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import task_of, training_problems
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 
 SIZES = {
     "hidden_size": 64,
@@ -122,7 +122,7 @@ def attempt_at(path, dtype, injection, into, **training):
     )
     task = task_of(described.task)
     judge, problems = judge_of(described, task), training_problems(described.task, task)
-    return Attempt(Run(described, into, path, task, problems, judge, Listeners(), "", {}), Past())
+    return TrainingSession(Run(described, into, path, task, problems, judge, Listeners(), "", {}), ResumeState())
 
 
 def generated(trainer):
@@ -140,7 +140,7 @@ def test_what_is_scored_is_what_was_sampled(family, rounded, dtype, folder, tmp_
     """Kind: decoding and the scoring forward read the same tokens as two policies."""
     path, injection = folder(family, dtype), ROUNDED[rounded]
     if (family, rounded) in REFUSED:
-        with pytest.raises(BadValue, match=REFUSED[family, rounded]):
+        with pytest.raises(InvalidValueError, match=REFUSED[family, rounded]):
             resolve(load(path, dtype)[0], Injection.model_validate(injection))
         return
     trainer = attempt_at(path, dtype, injection, tmp_path).trainer

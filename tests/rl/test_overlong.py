@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fp4rl.rl.overlong import mask_truncated, soft_overlong_penalty, was_truncated
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_penalty_starts_after_the_free_length_and_scales_with_its_factor():
 
 @pytest.mark.parametrize("buffer", [0, 48, 60])
 def test_a_buffer_that_does_not_fit_is_refused(buffer):
-    with pytest.raises(BadValue, match="about a quarter"):
+    with pytest.raises(InvalidValueError, match="about a quarter"):
         soft_overlong_penalty(torch.tensor([1]), 48, buffer)
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from fp4rl.inject.attach import attach
 from fp4rl.rl.phases import Phases
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import CheckFailed
 
 
 class WithABypass(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import arguments, require_shares
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.training import Training
 
 # Each process takes its share of one fixed batch, in which later answers are longer: a loss that divided by a process's
@@ -21,7 +21,7 @@ from fp4rl.rl import processes, trainer
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.train import train
-from fp4rl.spec.door import load_spec
+from fp4rl.spec.load import load_spec
 torch.set_num_threads(1)
 out, cache, *specs = map(Path, sys.argv[1:])
 
@@ -147,9 +147,9 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     whole, half = (arguments(recipe, tmp_path, 0, count) for count in (1, 2))
     assert (whole["per_device_train_batch_size"], half["per_device_train_batch_size"]) == (64, 32)
     assert whole["steps_per_generation"] == half["steps_per_generation"] == 2
-    with pytest.raises(BadValue, match=r"3 processes cannot share train_batch_size 16.*; take multiples of 3"):
+    with pytest.raises(InvalidValueError, match=r"3 processes cannot share train_batch_size 16.*; take multiples of 3"):
         require_shares(recipe, 3)
     whole_batch = recipe.model_copy(update={"adv_estimator": "reinforce_plus_plus_baseline"})
     require_shares(whole_batch, 1)
-    with pytest.raises(BadValue, match="take grpo or rloo"):
+    with pytest.raises(InvalidValueError, match="take grpo or rloo"):
         require_shares(whole_batch, 2)

@@ -18,8 +18,8 @@ from fp4rl.rl.evaluate import Evaluation, Item, Profile, answers_digest
 from fp4rl.rl.moved import weights_digest
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec import evaluation as spec
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.spec.injection import PHASES, Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
 from fp4rl.spec.model import Embedded
 
 VLLM = spec.Evaluation(preset="vllm")
@@ -62,7 +62,9 @@ def test_a_formats_profile_follows_the_preset_of_the_target():
     assert precision_named("mxfp4", spec.Evaluation(preset="ocp"), None).injection.weight.scale_rule == "floor"
 
 
-@pytest.mark.parametrize("name, kind", [("w4a17", NotThere), ("mxfp5", NotThere), ("matmul_noise=much", BadValue)])
+@pytest.mark.parametrize(
+    "name, kind", [("w4a17", NotFoundError), ("mxfp5", NotFoundError), ("matmul_noise=much", InvalidValueError)]
+)
 def test_a_profile_that_means_nothing_is_refused(name, kind):
     with pytest.raises(kind, match=r"evaluation\.profiles"):
         precision_named(name, VLLM, W4A4)

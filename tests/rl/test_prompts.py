@@ -13,7 +13,7 @@ from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.prompts import encoded, require_positions, require_prompts_fit
 from fp4rl.rl.rollout import Sampling, roll_out
 from fp4rl.rl.start import task_of, training_problems
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.task import Gsm8k
 from fp4rl.tasks.task import Problem, Score
@@ -32,7 +32,7 @@ def test_the_longest_prompt_is_named_with_the_length_to_set():
     tokens = len(build_tokenizer()("1" * 20)["input_ids"])
     assert tokens > 11
     with pytest.raises(
-        BadValue, match=rf"3 of 4 prompts .* {tokens} tokens \(test problem id-20, '1+'\); .*={tokens},"
+        InvalidValueError, match=rf"3 of 4 prompts .* {tokens} tokens \(test problem id-20, '1+'\); .*={tokens},"
     ) as why:
         require_prompts_fit(problems, 10, build_tokenizer)
     assert "\n" not in str(why.value)
@@ -52,7 +52,7 @@ def test_a_run_is_refused_before_it_starts_for_what_it_learns_and_for_what_it_is
         for ps in (training_problems(described.task, task), held_out)
     ]
     check(experiment("bf16", training={"max_prompt_length": max(longest)}))
-    with pytest.raises(BadValue, match=f"set training.max_prompt_length={max(longest)}"):
+    with pytest.raises(InvalidValueError, match=f"set training.max_prompt_length={max(longest)}"):
         check(experiment("bf16", training={"max_prompt_length": max(longest) - 1}))
 
 
@@ -97,12 +97,12 @@ def test_prompts_are_encoded_as_they_stand_padded_on_the_left(opening):
 )
 def test_a_prompt_that_begins_twice_or_is_over_is_refused_wherever_one_is_answered(opening, prompt, message):
     """The kind: a template with a model's own marks; a rollout, an evaluation and the check before a run agree."""
-    with pytest.raises(BadValue, match=message):
+    with pytest.raises(InvalidValueError, match=message):
         encoded(*opening, [problem("1"), problem(prompt)])
-    with pytest.raises(BadValue, match=message):
+    with pytest.raises(InvalidValueError, match=message):
         answer(*opening, [problem(prompt)], lambda *_: Score(False, False, False), Decoding(2))
     config = GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=[2], pad_token_id=0)
-    with pytest.raises(BadValue, match=message):
+    with pytest.raises(InvalidValueError, match=message):
         roll_out(*opening, [problem(prompt)], Sampling(config, [2]))
 
 
@@ -111,7 +111,7 @@ def test_a_token_of_a_prompt_outside_the_embedding_is_named(opening):
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["<image>"])
     number = len(tokenizer) - 1
-    with pytest.raises(BadValue, match=rf"hold '<image>', token {number} .* ends at {number - 1}"):
+    with pytest.raises(InvalidValueError, match=rf"hold '<image>', token {number} .* ends at {number - 1}"):
         encoded(model, tokenizer, [problem("1"), problem("<image> 1")])
 
 
@@ -120,15 +120,17 @@ def test_a_run_whose_template_ends_its_prompts_is_refused_before_it_starts(exper
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(400)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     described = experiment("bf16").model_copy(update={"task": Gsm8k(path=str(file), prompt=f"{{question}}{EOS}")})
-    with pytest.raises(BadValue, match="ends with '<eos>'"):
+    with pytest.raises(InvalidValueError, match="ends with '<eos>'"):
         check(described)
 
 
 def test_answers_beyond_the_positions_of_the_model_are_refused_with_what_would_fit(experiment):
     """A cap on tokens that the model cannot count to; the embedded model has 4,096 positions."""
-    with pytest.raises(BadValue, match=r"more than the 4096 positions .* set training.max_response_length to 3840"):
+    with pytest.raises(
+        InvalidValueError, match=r"more than the 4096 positions .* set training.max_response_length to 3840"
+    ):
         check(experiment("bf16", training={"max_response_length": 3841}))
-    with pytest.raises(BadValue, match=r"set evaluation.max_new_tokens to 3840"):
+    with pytest.raises(InvalidValueError, match=r"set evaluation.max_new_tokens to 3840"):
         check(experiment("bf16", evaluation={"max_new_tokens": 3841}))
     check(experiment("bf16", training={"max_response_length": 3840}))
 
@@ -139,6 +141,6 @@ def test_answers_beyond_the_positions_of_the_model_are_refused_before_any_is_mad
     tokens = len(tokenizer("1" * 9)["input_ids"])
     room = model.config.max_position_embeddings - tokens
     problems = [problem("1" * 9), problem("1")]
-    with pytest.raises(BadValue, match=rf"max_new_tokens {room + 1}: .* id-9 takes {tokens}; {room} are left"):
+    with pytest.raises(InvalidValueError, match=rf"max_new_tokens {room + 1}: .* id-9 takes {tokens}; {room} are left"):
         answer(model, tokenizer, problems, lambda *_: Score(False, False, False), Decoding(room + 1))
     require_positions(model, tokenizer, problems[0], room)

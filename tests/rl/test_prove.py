@@ -2,9 +2,9 @@
 
 import pytest
 
-from fp4rl.inject.faults import Chance
+from fp4rl.inject.faults import SiteRng
 from fp4rl.rl import trainer as trainer_room
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 EVERYWHERE = {"errors": ["rollout", "training", "evaluation"]}
 RANDOM = {
@@ -43,9 +43,9 @@ def test_it_is_still_seen_when_another_policy_was_saved(run, experiment, monkeyp
 
 def test_what_cannot_be_repeated_is_refused_before_anything_is_trained(run, experiment, monkeypatch):
     steps = []
-    monkeypatch.setattr(Chance, "for_tensor", lambda self, x, salt: Chance.unknown(self, x.device, salt))
-    monkeypatch.setattr(Chance, "fixed", Chance.for_tensor)
-    monkeypatch.setattr(Chance, "unknown", lambda self, device, salt: (g := self._generator(device), g.seed())[0])
+    monkeypatch.setattr(SiteRng, "for_tensor", lambda self, x, salt: SiteRng.unknown(self, x.device, salt))
+    monkeypatch.setattr(SiteRng, "fixed", SiteRng.for_tensor)
+    monkeypatch.setattr(SiteRng, "unknown", lambda self, device, salt: (g := self._generator(device), g.seed())[0])
     monkeypatch.setattr(trainer_room.Trainer, "train", lambda *_, **__: steps.append(1))
     with pytest.raises(CheckFailed, match=r"before any training .* cannot be repeated"):
         run(experiment("bf16", injection=RANDOM["stochastic input"], **SHORT))

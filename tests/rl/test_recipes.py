@@ -8,7 +8,7 @@ from fp4rl.models.load import load
 from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import objective as objective_room
 from fp4rl.rl import reference as reference_room
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 LORA = {"lora": {"rank": 4, "alpha": 8.0}}
 
@@ -47,7 +47,7 @@ def test_a_strong_kl_holds_the_policy_at_its_start(run, experiment):
 
 def test_a_reference_that_would_be_quantized_against_its_name_is_refused(run, experiment):
     phases = ["rollout", "training", "evaluation", "reference"]
-    with pytest.raises(BadValue, match="reference_precision: deployment"):
+    with pytest.raises(InvalidValueError, match="reference_precision: deployment"):
         run(experiment("w4a4", injection={"apply_during": phases}, training={"kl_loss_coef": 0.1}))
 
 
@@ -168,7 +168,7 @@ def test_noisy_log_probabilities_are_the_samplers(run, experiment):
 
 def test_the_noise_of_the_sampler_is_not_corrected_for_twice(run, experiment):
     recipe = {"rollout_correction": {"rollout_is": "token"}}
-    with pytest.raises(BadValue, match="correct twice"):
+    with pytest.raises(InvalidValueError, match="correct twice"):
         run(experiment("w4a16+aqn", training=recipe, noise={"logprobs": "noisy"}))
 
 

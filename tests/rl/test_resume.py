@@ -17,15 +17,15 @@ import yaml
 from fp4rl.lab import work
 from fp4rl.lab.folders import all_runs, run_folder
 from fp4rl.lab.matrix import single
-from fp4rl.lab.work import carry_out
+from fp4rl.lab.work import execute_run
 from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import checkpoints
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.listeners import Interrupted
 from fp4rl.rl.saving import EVERY_S, SaveClock
 from fp4rl.rl.trainer import Trainer
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 
 STEPS = 4
 HARD = {  # everything that has a state of its own
@@ -64,7 +64,7 @@ def carried(experiment, model_cache, tmp_path, monkeypatch):
             if stop_at is not None:
                 patch.setattr(Trainer, "_sample", _interrupting(Trainer._sample, stop_at))
             try:
-                return carry_out(planned, tmp_path / name, interrupted=interrupted)
+                return execute_run(planned, tmp_path / name, interrupted=interrupted)
             except (Killed, Interrupted):
                 return run_folder(tmp_path / name, planned.suite, planned.run_id)
 
@@ -209,13 +209,13 @@ def test_a_forgotten_state_would_be_noticed(carried, kept, monkeypatch):
     """The plant: a resume that does not put the stream of problems back."""
     whole(carried, kept)
     carried("broken", 3)
-    real = attempt_room.Attempt._on_begin
+    real = attempt_room.TrainingSession._on_begin
 
     def forgetful(self, trainer):
         real(self, trainer)
         self.stream.position = 0
 
-    monkeypatch.setattr(attempt_room.Attempt, "_on_begin", forgetful)
+    monkeypatch.setattr(attempt_room.TrainingSession, "_on_begin", forgetful)
     assert numbers(carried("broken")) != kept["numbers"]
 
 
@@ -242,9 +242,9 @@ def test_ten_kills_in_the_middle_of_a_run_change_nothing(tmp_path, experiment):
     program = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from fp4rl.lab.matrix import single\nfrom fp4rl.lab.work import carry_out\n"
-        "from fp4rl.spec.door import load_spec\n"
-        "print(carry_out(single(load_spec(sys.argv[1]), 'trial'), Path(sys.argv[2])).path)\n"
+        "from fp4rl.lab.matrix import single\nfrom fp4rl.lab.work import execute_run\n"
+        "from fp4rl.spec.load import load_spec\n"
+        "print(execute_run(single(load_spec(sys.argv[1]), 'trial'), Path(sys.argv[2])).path)\n"
     )
 
     def start(root):
@@ -308,7 +308,9 @@ def test_what_changed_behind_its_path_is_not_gone_on_with(with_files, carried):
     for name, file in files.items():
         before = file.read_text()
         file.write_text(before.replace("39", "40").replace("% 7", "% 5") + "\n")
-        with pytest.raises(BadValue, match=rf"changed since the checkpoint after step 1 .*{name} .*delete .*broken"):
+        with pytest.raises(
+            InvalidValueError, match=rf"changed since the checkpoint after step 1 .*{name} .*delete .*broken"
+        ):
             carried("broken", described=described)
         file.write_text(before)
     folder = carried("broken", described=described)

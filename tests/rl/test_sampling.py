@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def test_only_groups_whose_answers_differ_are_kept():
@@ -106,10 +106,10 @@ def test_the_search_ends_within_its_cap_and_never_trains_on_more_than_it_kept(wa
 
 @pytest.mark.parametrize("call", [lambda: Refill(0, 1), lambda: Refill(1, -1), lambda: Refill(1, 1).after(3, 2)])
 def test_impossible_counts_are_refused(call):
-    with pytest.raises(BadValue):
+    with pytest.raises(InvalidValueError):
         call()
 
 
 def test_metrics_that_do_not_make_groups_are_refused():
-    with pytest.raises(BadValue, match="do not make groups"):
+    with pytest.raises(InvalidValueError, match="do not make groups"):
         groups_with_spread(torch.zeros(5), 2)

@@ -3,7 +3,7 @@
 import pytest
 
 from fp4rl.rl.stream import PromptStream
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.arithmetic import Arithmetic
 
 PROBLEMS = Arithmetic().problems("train", 7)
@@ -26,5 +26,5 @@ def test_the_order_follows_the_seed():
 
 
 def test_an_empty_split_is_refused():
-    with pytest.raises(BadValue, match="empty"):
+    with pytest.raises(InvalidValueError, match="empty"):
         PromptStream((), seed=0)

@@ -13,10 +13,10 @@ from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.attempt import Attempt, Past, Run
 from fp4rl.rl.by_length import by_length
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
 
@@ -89,7 +89,9 @@ def attempt(experiment, model_cache, tmp_path):
         task = task_of(described.task)
         start = start_folder(described.model, task, model_cache)
         judge, problems = judge_of(described, task), training_problems(described.task, task)
-        return Attempt(Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), Past())
+        return TrainingSession(
+            Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), ResumeState()
+        )
 
     return begun
 

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.formats import (
     BF16,
     E2M1,
@@ -24,7 +25,6 @@ from fp4rl.spec.formats import (
     format_named,
     format_of,
 )
-from fp4rl.spec.mistakes import BadValue, NotThere
 
 
 def test_the_grid_of_e2m1_is_the_one_of_the_ocp_specification():
@@ -86,12 +86,12 @@ def test_a_mapping_starts_from_the_named_format():
 
 
 def test_an_unknown_name_names_the_nearest_one():
-    with pytest.raises(NotThere, match="did you mean 'mxfp4'"):
+    with pytest.raises(NotFoundError, match="did you mean 'mxfp4'"):
         format_named("mxpf4")
 
 
 def test_an_unknown_setting_names_the_nearest_one():
-    with pytest.raises(NotThere, match="did you mean 'rounding'"):
+    with pytest.raises(NotFoundError, match="did you mean 'rounding'"):
         format_of({"name": "mxfp4", "roundin": "nearest_even"})
 
 
@@ -116,5 +116,5 @@ def test_an_unknown_setting_names_the_nearest_one():
     ],
 )
 def test_a_value_that_cannot_stand_there_is_refused(given):
-    with pytest.raises(BadValue):
+    with pytest.raises(InvalidValueError):
         format_of(given)

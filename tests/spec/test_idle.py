@@ -2,9 +2,9 @@
 
 import pytest
 
-from fp4rl.spec.door import merge
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.idle import RULES, idle, value_at
+from fp4rl.spec.load import merge
 
 BATCH = {"train_batch_size": 4, "mini_batch_size": 4}
 SR = {"name": "mxfp4", "rounding": "stochastic"}

@@ -5,9 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.formats import FORMATS, MXFP4, MXFP8, NVFP4
 from fp4rl.spec.injection import MODES, Injection
-from fp4rl.spec.mistakes import NotThere
 from fp4rl.spec.presets import PRESETS
 
 parse = Injection.model_validate
@@ -88,7 +88,7 @@ def test_what_makes_no_sense_is_refused_with_a_cure(content, cure):
 
 
 def test_an_unknown_mode_by_name_is_not_there():
-    with pytest.raises(NotThere, match="w4a4"):
+    with pytest.raises(NotFoundError, match="w4a4"):
         Injection.named("w4a44")
 
 

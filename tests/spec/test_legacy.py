@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from fp4rl.noise.multipliers import multiplier_at
-from fp4rl.spec.door import load_spec
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.legacy import translate
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.load import load_spec
 from fp4rl.spec.noise import EpochAware, Geometric, Multipliers
 
 OLD = "trainer.hw_error_injection."
@@ -77,12 +77,12 @@ def test_a_dead_zone_keeps_its_threshold_as_a_share_of_the_largest():
 
 
 def test_gaussian_noise_on_a_weight_never_acted_and_is_refused():
-    with pytest.raises(BadValue, match="never acted on a weight"):
+    with pytest.raises(InvalidValueError, match="never acted on a weight"):
         old(error_type="relative_gaussian", injection_point="weight")
 
 
 def test_the_old_default_target_is_refused():
-    with pytest.raises(BadValue, match="harmed norms"):
+    with pytest.raises(InvalidValueError, match="harmed norms"):
         translate({f"{OLD}enabled": True})
 
 
@@ -104,7 +104,7 @@ def test_switched_off_means_nothing():
     ],
 )
 def test_what_cannot_be_read_is_refused(settings, cure):
-    with pytest.raises(BadValue, match=cure):
+    with pytest.raises(InvalidValueError, match=cure):
         translate(settings)
 
 
@@ -150,7 +150,7 @@ def test_a_geometric_fade_keeps_its_numbers_and_takes_no_injection_along():
 
 
 def test_an_epoch_aware_fade_needs_the_trainers_epochs():
-    with pytest.raises(BadValue, match=r"name trainer\.total_epochs"):
+    with pytest.raises(InvalidValueError, match=r"name trainer\.total_epochs"):
         noise(epoch_aware="True")
     found = translate(FADE | {f"{NOISE}epoch_aware": "True", "trainer.total_epochs": "2"})
     assert found.noise.schedule == EpochAware(sigma_start=0.05, sigma_end=0.0005, epochs=2, stages_per_epoch=5)
@@ -208,12 +208,12 @@ def test_one_norm_alone_is_kept_and_what_never_takes_noise_needs_no_pattern():
     ],
 )
 def test_old_noise_that_cannot_be_read_is_refused(settings, cure):
-    with pytest.raises(BadValue, match=cure):
+    with pytest.raises(InvalidValueError, match=cure):
         noise(**settings)
 
 
 def test_a_start_that_is_not_named_is_not_guessed():
-    with pytest.raises(BadValue, match=r"sigma_start is not set"):
+    with pytest.raises(InvalidValueError, match=r"sigma_start is not set"):
         translate({f"{NOISE}enabled": "True"})
 
 

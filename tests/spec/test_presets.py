@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.formats import FP8, MXFP4, MXFP4_2D, MXFP4_SR, MXFP8, NVFP4
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.presets import PRESETS, preset_named
 
 
@@ -50,10 +50,10 @@ def test_applying_a_preset_twice_is_applying_it_once(preset):
 
 
 def test_a_rule_that_the_format_sets_itself_is_not_overruled_in_silence():
-    with pytest.raises(BadValue, match="sets scale_rule 'even', but preset 'modelopt' fixes 'rceil'"):
+    with pytest.raises(InvalidValueError, match="sets scale_rule 'even', but preset 'modelopt' fixes 'rceil'"):
         preset_named("modelopt").for_weight(replace(MXFP4, scale_rule="even"))
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(NotThere, match="did you mean 'ascend950'"):
+    with pytest.raises(NotFoundError, match="did you mean 'ascend950'"):
         preset_named("ascend95")

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from fp4rl.spec.door import load_spec
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.load import load_spec
 
 SUITE = {
     "suite": "s",
@@ -45,5 +45,5 @@ def test_what_is_there_may_be_asked_about(tmp_path, change):
     ],
 )
 def test_what_is_not_there_is_refused_with_the_nearest_name(tmp_path, change, said):
-    with pytest.raises(BadValue, match=said):
+    with pytest.raises(InvalidValueError, match=said):
         load(tmp_path, **change)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.presets import PRESETS
 from fp4rl.spec.retarget import in_format, under_preset
 
@@ -36,14 +36,14 @@ def test_another_format_stands_where_linear_layers_are_rounded_under_the_same_pr
 
 def test_a_rule_that_somebody_wrote_is_not_overruled():
     own = Injection.model_validate({"weight": {"name": "mxfp4", "scale_rule": "mse"}})
-    with pytest.raises(BadValue, match="sets scale_rule 'mse', but preset 'vllm' fixes 'even'"):
+    with pytest.raises(InvalidValueError, match="sets scale_rule 'mse', but preset 'vllm' fixes 'even'"):
         under_preset(own, "vllm")
 
 
 def test_what_cannot_be_names_the_cure():
-    with pytest.raises(NotThere, match="did you mean 'vllm'"):
+    with pytest.raises(NotFoundError, match="did you mean 'vllm'"):
         under_preset(under("ocp"), "vlm")
-    with pytest.raises(NotThere, match="did you mean 'mxfp4'"):
+    with pytest.raises(NotFoundError, match="did you mean 'mxfp4'"):
         in_format(under("ocp"), "mxfp5")
-    with pytest.raises(BadValue, match="rounds no linear layer"):
+    with pytest.raises(InvalidValueError, match="rounds no linear layer"):
         in_format(Injection.named("none"), "mxfp4")

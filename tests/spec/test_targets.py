@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 2, 20, 27) for p in "qkvo"]
@@ -38,7 +38,7 @@ def test_patterns_are_shell_patterns_over_the_whole_name(name, pattern, hit):
 
 
 def test_a_pattern_without_a_hit_names_the_nearest():
-    with pytest.raises(NotThere, match=r"no linear layer matches '\*\.qproj'; did you mean '\*\.q_proj'"):
+    with pytest.raises(NotFoundError, match=r"no linear layer matches '\*\.qproj'; did you mean '\*\.q_proj'"):
         require_hit("*.qproj", NAMES, "linear layer")
 
 
@@ -62,7 +62,7 @@ def test_layers_count_from_both_ends():
 
 
 def test_a_layer_outside_the_model_is_refused():
-    with pytest.raises(BadValue, match="28 is not in this model, which has layers 0 to 27"):
+    with pytest.raises(InvalidValueError, match="28 is not in this model, which has layers 0 to 27"):
         Targets(layers=(28,)).layer_numbers(28)
 
 

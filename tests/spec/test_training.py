@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from fp4rl.spec.door import arm_contents
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.load import arm_contents
 from fp4rl.spec.training import Training
 
 REFUSED = [

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.arithmetic import LEVELS, Arithmetic, joined_digits
 from fp4rl.tasks.task import SPLITS
 
@@ -142,7 +142,7 @@ def test_demonstrations_are_seeded_and_never_come_from_a_held_out_split():
 
 def test_more_problems_than_there_are_is_a_clear_mistake():
     with pytest.raises(
-        BadValue, match=r"test split of arithmetic has only about \d+ problems at difficulty 1, not 5000"
+        InvalidValueError, match=r"test split of arithmetic has only about \d+ problems at difficulty 1, not 5000"
     ):
         Arithmetic(difficulty=1).problems("test", 5000)
 
@@ -154,7 +154,7 @@ def test_without_a_count_a_small_split_gives_all_it_has():
 
 
 def test_a_difficulty_off_the_dial_is_a_clear_mistake():
-    with pytest.raises(BadValue, match=r"difficulty 9 is off the dial; use 1 .* to 5"):
+    with pytest.raises(InvalidValueError, match=r"difficulty 9 is off the dial; use 1 .* to 5"):
         Arithmetic(difficulty=9)
 
 

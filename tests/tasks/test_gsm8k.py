@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fp4rl.spec.mistakes import BadValue, Mistake, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
 from fp4rl.tasks.gsm8k import Gsm8k
 from fp4rl.tasks.overlap import check_disjoint
 from fp4rl.tasks.task import SPLITS
@@ -81,14 +81,14 @@ def test_parquet_and_jsonl_hold_the_same_problems(tmp_path):
 
 def test_asking_for_more_problems_than_there_are_names_the_file_and_both_counts(tmp_path):
     path = written(tmp_path, ROW)
-    with pytest.raises(BadValue, match=r"test split of .*some.jsonl has 1 problems, not 2"):
+    with pytest.raises(InvalidValueError, match=r"test split of .*some.jsonl has 1 problems, not 2"):
         Gsm8k(path=path, test_path=path).problems("test", 2)
 
 
 def test_a_file_that_does_not_exist_is_named_with_the_cure(tmp_path):
-    with pytest.raises(NotThere, match=r"'.*gone.jsonl' does not exist; give the path of a local"):
+    with pytest.raises(NotFoundError, match=r"'.*gone.jsonl' does not exist; give the path of a local"):
         Gsm8k(path=tmp_path / "gone.jsonl")
-    with pytest.raises(NotThere, match=r"gone\.jsonl"):
+    with pytest.raises(NotFoundError, match=r"gone\.jsonl"):
         Gsm8k(path=written(tmp_path, ROW), test_path=tmp_path / "gone.jsonl")
 
 
@@ -104,31 +104,31 @@ def test_a_file_that_does_not_exist_is_named_with_the_cure(tmp_path):
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_with_the_cure(tmp_path, line, message):
-    with pytest.raises(Mistake, match=r"some.jsonl, " + message) as caught:
+    with pytest.raises(UserError, match=r"some.jsonl, " + message) as caught:
         read_all(written(tmp_path, ROW, line))
     assert "\n" not in str(caught.value)
 
 
 def test_a_parquet_without_the_column_and_a_file_that_is_no_parquet_are_named(tmp_path):
     pq.write_table(pa.table({"question": ["?"], "reply": ["#### 1"]}), tmp_path / "a.parquet")
-    with pytest.raises(NotThere, match=r"a.parquet, row 1: no column 'answer'"):
+    with pytest.raises(NotFoundError, match=r"a.parquet, row 1: no column 'answer'"):
         read_all(tmp_path / "a.parquet")
-    with pytest.raises(BadValue, match=r"b.parquet: not a Parquet file"):
+    with pytest.raises(InvalidValueError, match=r"b.parquet: not a Parquet file"):
         read_all(written(tmp_path, "no", name="b.parquet"))
 
 
 def test_an_unknown_kind_of_file_is_a_clear_mistake(tmp_path):
-    with pytest.raises(BadValue, match=r"unknown kind of file '.csv'; give a .jsonl or .parquet file"):
+    with pytest.raises(InvalidValueError, match=r"unknown kind of file '.csv'; give a .jsonl or .parquet file"):
         read_all(written(tmp_path, ROW, name="some.csv"))
 
 
 def test_an_empty_file_is_a_clear_mistake(tmp_path):
-    with pytest.raises(BadValue, match=r"some.jsonl holds no rows"):
+    with pytest.raises(InvalidValueError, match=r"some.jsonl holds no rows"):
         read_all(written(tmp_path, ""))
 
 
 def test_a_prompt_without_a_place_for_the_question_is_a_clear_mistake(tmp_path):
-    with pytest.raises(BadValue, match="no place for the question"):
+    with pytest.raises(InvalidValueError, match="no place for the question"):
         Gsm8k(path=written(tmp_path, ROW), prompt="Question: {q}")
 
 
@@ -150,7 +150,7 @@ def test_text_in_another_encoding_is_one_line_with_the_cure(tmp_path, encoding, 
     path = tmp_path / "some.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in (ROW, {**ROW, "question": "A café?"})]
     path.write_bytes("\n".join(lines).encode(encoding))
-    with pytest.raises(BadValue, match=message) as caught:
+    with pytest.raises(InvalidValueError, match=message) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_text_in_another_encoding_is_one_line_with_the_cure(tmp_path, encoding, 
     ],
 )
 def test_what_no_file_means_to_hold_is_one_line_too(tmp_path, line, message):
-    with pytest.raises(BadValue, match=message):
+    with pytest.raises(InvalidValueError, match=message):
         read_all(written(tmp_path, line))
 
 
@@ -172,7 +172,9 @@ def test_a_question_that_is_held_out_twice_is_named_by_both_its_lines(tmp_path):
     """The kind: a repeated problem counts twice and makes the interval too narrow."""
     again = {"question": "two  AND two", "answer": "#### 4"}
     path = written(tmp_path, ROW, {"question": "Three?", "answer": "#### 3"}, again)
-    with pytest.raises(BadValue, match=r"line 3: asks what .*some.jsonl, line 1 asks .*1 of 3 held-out problems are"):
+    with pytest.raises(
+        InvalidValueError, match=r"line 3: asks what .*some.jsonl, line 1 asks .*1 of 3 held-out problems are"
+    ):
         Gsm8k(path=written(tmp_path, ROW, name="train.jsonl"), test_path=path).problems("test")
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.tasks.arithmetic import LEVELS, Arithmetic
 from fp4rl.tasks.gsm8k import Gsm8k
 from fp4rl.tasks.overlap import check_disjoint, overlap

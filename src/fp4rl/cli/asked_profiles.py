@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fp4rl.spec.door import read_yaml
+from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
-from fp4rl.spec.mistakes import BadValue, shown
+from fp4rl.spec.load import read_yaml
 from fp4rl.spec.plain_yaml import plain_values
 
 
@@ -24,7 +24,7 @@ def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
             continue
         name, what = (name, what) if equals else (_name_of(Path(word)), word)
         if name in own:
-            raise BadValue(f"--precision {word}: {name!r} is named twice; write NAME=FILE")
+            raise InvalidValueError(f"--precision {word}: {name!r} is named twice; write NAME=FILE")
         own[name] = _injection(word, what)
         names.append(name)
     return {"profiles": names, "injections": own}
@@ -43,11 +43,13 @@ def _injection(word: str, what: str) -> Any:
     if not _is_file(what):
         content = plain_values(what, shown(what), "try '{weight: mxfp4, input: mxfp8}'")
         if not isinstance(content, dict):
-            raise BadValue(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
+            raise InvalidValueError(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
         return content
     content = read_yaml(what)
     if "arms" in content:
-        raise BadValue(f"--precision {word}: a suite has many injections; name the spec.yaml of one of its runs")
+        raise InvalidValueError(
+            f"--precision {word}: a suite has many injections; name the spec.yaml of one of its runs"
+        )
     if content.get("injection", content) is None:
-        raise BadValue(f"--precision {word}: {what} injects nothing, which is the profile full")
+        raise InvalidValueError(f"--precision {word}: {what} injects nothing, which is the profile full")
     return content.get("injection", content)

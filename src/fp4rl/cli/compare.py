@@ -9,7 +9,7 @@ import typer
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.questions import check_factors
 from fp4rl.spec.words import agreeing, counted
 
@@ -34,7 +34,7 @@ def command(
     margin: Margin = None,
     step: Annotated[int | None, typer.Option(help="Step of the evaluation; the last one where none is named.")] = None,
     score: Annotated[str, typer.Option(help="strict or flexible.")] = "strict",
-    anyway: Annotated[bool, typer.Option("--anyway", help="Show an unfair pair, labelled 'not comparable'.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Show an unfair pair, labelled 'not comparable'.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two arms over their seeds; an unfair pair is refused with the difference.
@@ -45,27 +45,27 @@ def command(
 
     check_factors(factor or (), "--factor")
     if score not in ("strict", "flexible"):
-        raise BadValue(f"--score is strict or flexible; got {score!r}")
+        raise InvalidValueError(f"--score is strict or flexible; got {score!r}")
     with opened(runs, ledger) as found:
         asked, family = _questions(treatment, control, runs, factor, margin)
         family = tuple(replace(question, step=step, score=score) for question in family)
         if asked is None:
-            answers = compare_all(found, family, anyway=anyway)
+            answers = compare_all(found, family, force=force)
         else:
-            answers = compare_among(found, family, replace(asked, step=step, score=score), anyway=anyway)
+            answers = compare_among(found, family, replace(asked, step=step, score=score), force=force)
     if as_json:
         print_json([answer.as_dict() for answer in answers])
     else:
         for answer in answers:
             _print(answer)
     refused = sum(not answer.comparable for answer in answers)
-    if refused and not anyway:
+    if refused and not force:
         count = (
             f"{refused} of {len(answers)} comparisons {agreeing(refused, 'is', 'are')}"
             if len(answers) > 1
             else "this pair is"
         )
-        raise CheckFailed(f"{count} not comparable; --anyway shows the numbers, labelled so")
+        raise CheckFailed(f"{count} not comparable; --force shows the numbers, labelled so")
 
 
 def _questions(
@@ -79,7 +79,7 @@ def _questions(
     if control is None:
         declared = declared_questions(runs, treatment)
         if not declared:
-            raise BadValue(f"the suite {treatment} declares no comparisons; name two sides")
+            raise InvalidValueError(f"the suite {treatment} declares no comparisons; name two sides")
         return None, declared
     known = declared_question(runs, treatment, control, tuple(factor or ()), margin)
     if known is not None:

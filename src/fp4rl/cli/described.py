@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fp4rl.lab.catalogue import named, names
-from fp4rl.lab.forewarned import forewarned
-from fp4rl.lab.here import not_here
+from fp4rl.lab.here import missing_files
 from fp4rl.lab.matrix import PlannedRun, planned, single
-from fp4rl.spec.door import load_spec
+from fp4rl.lab.spec_warnings import spec_warnings
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.load import load_spec
 from fp4rl.spec.words import counted
 
 
@@ -31,15 +31,15 @@ def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun
 
 
 def require_here(runs: Iterable[PlannedRun]) -> None:
-    """Raise NotThere for the first path that the runs name and that does not exist on this machine."""
-    gone = not_here(runs)
+    """Raise NotFoundError for the first path that the runs name and that does not exist on this machine."""
+    gone = missing_files(runs)
     if gone:
-        raise NotThere(f"{gone[0]}{f' (and {len(gone) - 1} more)' if len(gone) > 1 else ''}")
+        raise NotFoundError(f"{gone[0]}{f' (and {len(gone) - 1} more)' if len(gone) > 1 else ''}")
 
 
 def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
     """What can be known beforehand of the arms of some runs, and is hardly ever meant."""
-    return forewarned({run.arm: run.experiment for run in runs})
+    return spec_warnings({run.arm: run.experiment for run in runs})
 
 
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
@@ -57,23 +57,23 @@ def run_described(source: str, overrides: list[str], arm: str | None) -> Planned
     runs = runs_of(Path(source), overrides)
     arms = list(dict.fromkeys(run.arm for run in runs))
     if arm is not None and arm not in arms:
-        raise NotThere(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
+        raise NotFoundError(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
     chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection]
     return (chosen or list(runs))[0]
 
 
 def refuse_words_for_a_spec(source: str, overrides: list[str], arm: str | None) -> None:
-    """BadValue where a model, which is no spec file, was given words that change one."""
+    """InvalidValueError where a model, which is no spec file, was given words that change one."""
     if overrides or arm:
-        raise BadValue(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
+        raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
 
 
 def asked_task(name: str, data: Path | None) -> dict[str, str]:
     """What `--task` and `--data` say, as the key `task` of an experiment."""
     if name == "gsm8k" and data is None:
-        raise BadValue("--task gsm8k needs --data FILE: GSM8K's JSONL or Parquet file")
+        raise InvalidValueError("--task gsm8k needs --data FILE: GSM8K's JSONL or Parquet file")
     if name == "arithmetic" and data is not None:
-        raise BadValue(f"--data {data}: the arithmetic task makes its own problems; add --task gsm8k")
+        raise InvalidValueError(f"--data {data}: the arithmetic task makes its own problems; add --task gsm8k")
     return {"name": name, **({"path": str(data)} if data else {})}
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.terminal import console, print_json, progress
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from fp4rl.spec.experiment import Experiment
@@ -105,8 +105,8 @@ def _described(
 ) -> "Experiment":
     """The experiment whose evaluation is asked for; mistakes are found before torch is imported."""
     from fp4rl.cli.asked_profiles import asked_profiles
-    from fp4rl.spec.door import parse
     from fp4rl.spec.experiment import Experiment
+    from fp4rl.spec.load import parse
 
     evaluation = asked_profiles(precision)
     if sweep:
@@ -126,10 +126,12 @@ def _asked_task(task: str, data: Path | None, test_path: Path | None, split: str
 
     if test_path is not None:
         if data is not None or split is not None:
-            raise BadValue("--test-path FILE is held out whole; drop --data and --split, which cut a training file")
+            raise InvalidValueError(
+                "--test-path FILE is held out whole; drop --data and --split, which cut a training file"
+            )
         return {**asked_task(task, test_path), "test_path": str(test_path)}
     if data is not None and split is None and "test" in data.stem.lower():
-        raise BadValue(
+        raise InvalidValueError(
             f"--data {data}: by its name a test file, of which only a tenth would be answered; --test-path {data} "
             "answers all of it, --split test that tenth"
         )
@@ -205,7 +207,7 @@ def _counts(summaries: list[dict[str, Any]]) -> str:
 
 def _require_new(out: Path | None) -> None:
     if out is not None and out.is_file():
-        raise BadValue(f"--out {out}: is there already; name another file")
+        raise InvalidValueError(f"--out {out}: is there already; name another file")
     require_writable(out, "--out")
 
 

@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 
 from fp4rl.cli.terminal import console, print_json, progress, styled
+from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
-from fp4rl.spec.mistakes import BadValue, shown
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.presets import PRESETS
@@ -43,7 +43,9 @@ def command(
     Examples: `fp4rl formats`, `fp4rl formats mxfp4`, `fp4rl formats --compare`
     """
     if compare and name:
-        raise BadValue("--compare measures all formats; leave the name away, or leave --compare away to see one")
+        raise InvalidValueError(
+            "--compare measures all formats; leave the name away, or leave --compare away to see one"
+        )
     if compare:
         _compare(as_json)
     elif name:
@@ -170,7 +172,7 @@ def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
     for preset in PRESETS.values():
         try:
             weight, entry = preset.for_weight(fmt), preset.for_input(fmt)
-        except BadValue:
+        except InvalidValueError:
             continue
         if fmt.scale == "e8m0" and fmt.rounding != "stochastic":
             sides = {side: f"{f.scale_rule}, {f.rounding}" for side, f in (("weight", weight), ("input", entry))}

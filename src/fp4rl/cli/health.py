@@ -11,7 +11,7 @@ from rich.text import Text
 from fp4rl.cli.health_suite import COLOURS, require_logged, suite
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 if TYPE_CHECKING:
     from fp4rl.rl.health.findings import Finding
@@ -76,7 +76,7 @@ def _one(log: Path, spec: "Health", as_json: bool) -> None:
         count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
         raise CheckFailed(f"{count} at step {monitor.alarms[0].step}: {monitor.alarms[0].check}")
     if monitor.state == "not judged":
-        raise BadValue(f"{log} has nothing that a check looks at; the table names what each of them needs")
+        raise InvalidValueError(f"{log} has nothing that a check looks at; the table names what each of them needs")
 
 
 def _place(log: Path, runs: Path) -> Path:
@@ -97,13 +97,13 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _spec(rules: list[str], thresholds: list[str]) -> "Health":
-    from fp4rl.spec.door import parse
     from fp4rl.spec.health import Health
+    from fp4rl.spec.load import parse
 
     pairs = [word.partition("=") for word in thresholds]
     for word, (key, equals, _) in zip(thresholds, pairs, strict=True):
         if not key or not equals:
-            raise BadValue(f"--set {word!r}: write it like length_ratio=2")
+            raise InvalidValueError(f"--set {word!r}: write it like length_ratio=2")
     return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
 
 

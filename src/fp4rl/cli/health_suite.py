@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import CheckFailed, Mistake
+from fp4rl.spec.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     from fp4rl.spec.health import Health
@@ -49,7 +49,7 @@ def _judged(name: str, run: Path, spec: "Health") -> Judged:
     try:
         steps = read_steps(run)[1].in_order()
         require_logged(spec, steps)
-    except (Mistake, CheckFailed) as error:
+    except (UserError, CheckFailed) as error:
         return Judged(name, 0, "unreadable", 0, str(error))
     monitor, _ = replay(steps.items(), spec)
     worst = monitor.standing()[0]
@@ -77,9 +77,9 @@ def _runs(count: int) -> str:
 def require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:
     """A rule about a metric that the log does not have would never be broken."""
     from fp4rl.rl.health.signals import signals_of
-    from fp4rl.spec.mistakes import NotThere, nearest
+    from fp4rl.spec.errors import NotFoundError, nearest
 
     known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
     for rule in spec.rules:
         if rule.metric not in known:
-            raise NotThere(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")
+            raise NotFoundError(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")

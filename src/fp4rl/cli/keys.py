@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.terminal import console, print_json, styled
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,7 +30,7 @@ def command(
     asked = prefix.removeprefix("base.")  # the base holds an experiment's keys
     found = of_suite if asked == "suite" else [key for key in every if _below(key, asked)]
     if not found:
-        raise NotThere(f"no key is called {prefix!r}{_nearest(asked, every)}")
+        raise NotFoundError(f"no key is called {prefix!r}{_nearest(asked, every)}")
     if as_json:
         print_json([_row(key) for key in found])
         return

@@ -1,7 +1,7 @@
 """What a verb leaves out on its way: named at once, while the verb goes on, and an exit code of 1 at its end."""
 
 from fp4rl.cli.terminal import console
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 _left_out: dict[str, None] = {}
 

@@ -10,7 +10,7 @@ import typer
 from fp4rl.cli.late import leave_out
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, progress
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
 
 def _require_runs(runs: Path) -> None:
     if not runs.is_dir():
-        raise NotThere(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
+        raise NotFoundError(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
 
 
 def place(runs: Path, address: str | None) -> str | Path:

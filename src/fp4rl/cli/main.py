@@ -15,7 +15,7 @@ from fp4rl import __version__
 from fp4rl.cli import late
 from fp4rl.engines.launcher import launched, leave
 from fp4rl.lab.files import is_full
-from fp4rl.spec.mistakes import CheckFailed, Mistake
+from fp4rl.spec.errors import CheckFailed, UserError
 
 # In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs).
 VERBS = (
@@ -110,7 +110,9 @@ def _of_the_user(error: BaseException) -> bool:
     is no mistake is a fault of ours."""
     if isinstance(error, OSError):
         return isinstance(error, BrokenPipeError) or error.filename is not None or is_full(error)
-    return isinstance(error, Mistake | CheckFailed | TyperException | typer.Abort | KeyboardInterrupt) or is_full(error)
+    return isinstance(error, UserError | CheckFailed | TyperException | typer.Abort | KeyboardInterrupt) or is_full(
+        error
+    )
 
 
 def _at_home(argument: str) -> str:
@@ -140,7 +142,7 @@ def _report(error: BaseException, verb: str | None) -> int:
         case OSError() if error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; name another place, or make room there")
             return 2
-        case Mistake():
+        case UserError():
             _say(str(error))
             return 2
         case _:

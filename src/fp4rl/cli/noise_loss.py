@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fp4rl.cli.terminal import console, progress
 from fp4rl.noise.schedule import asked_sigma
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
@@ -107,4 +107,4 @@ def _greatest(found: "Experiment") -> float:
 def require_draws(draws: int | None, sigma: float | None) -> None:
     """A sigma without draws would do nothing."""
     if sigma is not None and draws is None:
-        raise BadValue("--sigma is for --loss; say how many draws, such as --loss 20")
+        raise InvalidValueError("--sigma is for --loss; say how many draws, such as --loss 20")

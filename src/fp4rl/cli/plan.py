@@ -29,7 +29,7 @@ def command(
     Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
     from fp4rl.cli.described import described_by, runs_described, warnings_of, what_interrupting_costs
-    from fp4rl.lab.here import not_here
+    from fp4rl.lab.here import missing_files
     from fp4rl.lab.runner import split_finished
 
     described = described_by(spec, overrides or [])
@@ -46,7 +46,7 @@ def command(
     _print_runs(screen, found, finished)
     for line in warnings_of(found):
         screen.print(styled(("warning", "yellow"), f": {line}"), highlight=False)
-    for line in not_here(found):
+    for line in missing_files(found):
         screen.print(styled(("missing", "yellow"), f": {line}"), highlight=False)
 
 

@@ -8,7 +8,7 @@ import typer
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import agreeing, counted
 
 _SHOWN_AROUND = 3
@@ -34,7 +34,7 @@ def command(
     from fp4rl.lab.statistics.power import power, seeds_needed
 
     if not 0 < chance < 1:
-        raise BadValue(f"--chance lies between 0 and 1; got {chance}")
+        raise InvalidValueError(f"--chance lies between 0 and 1; got {chance}")
     source = "as given"
     if spread is None:
         spread, source = _from_ledger(runs, ledger, like)
@@ -64,16 +64,18 @@ def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[flo
     from fp4rl.lab.ledger.spread import known_spreads
 
     if address is None and not runs.is_dir():
-        raise NotThere(
+        raise NotFoundError(
             f"{runs}: no runs to take the spread from; give --spread POINTS, or name their folder with --runs"
         )
     with opened(runs, address) as found, found.reading() as connection:
         spreads: list[tuple[str, Any]] = known_spreads(connection, like)
     if not spreads:
-        raise NotThere("the ledger holds no repeats (runs that differ in the seed alone); give --spread")
+        raise NotFoundError("the ledger holds no repeats (runs that differ in the seed alone); give --spread")
     if len(spreads) > 1:
         names = "; ".join(f"{name}: {spread.sd:.2f}" for name, spread in spreads)
-        raise BadValue(f"the ledger holds repeats of {len(spreads)} tasks and models ({names}); choose with --like RUN")
+        raise InvalidValueError(
+            f"the ledger holds repeats of {len(spreads)} tasks and models ({names}); choose with --like RUN"
+        )
     name, spread = spreads[0]
     freedom = counted(spread.freedom, "degree of freedom", "degrees of freedom")
     return spread.sd, f"{name}, {counted(spread.groups, 'group')} of repeats, {freedom}"

@@ -24,7 +24,7 @@ def command(
     Finished runs are skipped, so a second call takes seconds. Example: `fp4rl quickstart seeds=[0,1,2,3]`
     """
     from fp4rl.lab.catalogue import named
-    from fp4rl.spec.door import load_spec
+    from fp4rl.spec.load import load_spec
 
     suite = load_spec(named("quickstart"), overrides or [])
     outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), ledger=ledger, quiet=as_json)

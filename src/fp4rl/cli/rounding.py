@@ -5,6 +5,6 @@ from fp4rl.engines.rounding import choose_backend
 
 
 def ready_to_round() -> None:
-    """Raises BadValue where FP4RL_BACKEND names no backend that works here."""
+    """Raises InvalidValueError where FP4RL_BACKEND names no backend that works here."""
     screen = console(stderr=True)
     choose_backend(lambda message: screen.print(message, style="dim", highlight=False))

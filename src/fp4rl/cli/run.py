@@ -12,7 +12,7 @@ from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def end(outcome: "SuiteOutcome") -> None:
     mistakes = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
     if mistakes:
         more = f" (and {counted(len(mistakes) - 1, 'other mistake')})" if len(mistakes) > 1 else ""
-        raise BadValue(f"{mistakes[0]}{more}")
+        raise InvalidValueError(f"{mistakes[0]}{more}")
     if outcome.failed:
         failed, them = len(outcome.failed), agreeing(len(outcome.failed), "it", "them")
         raise CheckFailed(f"{failed} of the runs failed; the same command tries {them} again")
@@ -122,8 +122,8 @@ def carry_out_all(
     from fp4rl.cli.display import Display
     from fp4rl.engines.launcher import launched
     from fp4rl.engines.processes import LocalPool
-    from fp4rl.engines.together import Together, follow, is_first, tell
-    from fp4rl.lab.runner import Outcome, SuiteOutcome, keep_suite, run_all, set_aside, split_finished, stale
+    from fp4rl.engines.torchrun import TorchrunExecutor, follow, is_first, tell
+    from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
     from fp4rl.lab.sinks.sink import require_sinks
     from fp4rl.models.quiet import quiet as quiet_libraries
 
@@ -137,10 +137,10 @@ def carry_out_all(
             return SuiteOutcome()
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
-        set_aside(stale(runs, root), root)
+        archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
-    executor = Together(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
+    executor = TorchrunExecutor(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
     if launched():
         tell(missing)
     screen = console(stderr=True)
@@ -174,14 +174,14 @@ def _record(book: str | Path, root: Path, screen: "Console") -> None:
 
 
 def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
-    """Raises BadValue where a finished run was made from other files than those that are there now."""
-    from fp4rl.lab.inputs import made_from_others
+    """Raises InvalidValueError where a finished run was made from other files than those that are there now."""
+    from fp4rl.lab.inputs import changed_inputs
 
-    changed = made_from_others(finished, root)
+    changed = changed_inputs(finished, root)
     if changed:
         run, names = next(iter(changed.items()))
         more = f" (and {counted(len(changed) - 1, 'other run')})" if len(changed) > 1 else ""
-        raise BadValue(
+        raise InvalidValueError(
             f"{run} is finished, but was made from another {' and '.join(names)} than there is now{more}; "
             "--rerun-stale repeats it, --runs names a place for new ones"
         )

@@ -8,7 +8,7 @@ import typer
 from fp4rl.cli.ledger import Address, AsJson, opened
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ def list_all(
         total = count_runs(connection, wanted)
         known = profiles_of(connection)
     if profile is not None and profile not in known and known:
-        raise NotThere(f"no run was judged as {profile!r}{nearest(profile, known)}")
+        raise NotFoundError(f"no run was judged as {profile!r}{nearest(profile, known)}")
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "id"} for row in rows])
         return
     if not total:
-        raise NotThere(
+        raise NotFoundError(
             f"no finished run in {runs} answers to this; `fp4rl run` makes some, `fp4rl runs import` takes a log"
         )
     _print(rows, total, profile)
@@ -101,7 +101,7 @@ def import_file(
     Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """
     from fp4rl.lab.foreign.importer import About, import_log
-    from fp4rl.spec.door import read_yaml
+    from fp4rl.spec.load import read_yaml
 
     about = About(read_yaml(config) if config is not None else None, status, note)
     found = import_log(file, runs, arm=arm, seed=seed, about=about)

@@ -8,9 +8,18 @@ import typer
 
 from fp4rl.cli.options import RunsRoot
 from fp4rl.cli.outputs import require_writable
-from fp4rl.cli.scan_source import Source, Wish, described, folder_of, injection_of, loaded, replaced, takes_advice
+from fp4rl.cli.scan_source import (
+    ScanRequest,
+    Source,
+    described,
+    folder_of,
+    injection_of,
+    loaded,
+    replaced,
+    takes_advice,
+)
 from fp4rl.cli.terminal import console, progress
-from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.errors import InvalidValueError, nearest
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
@@ -79,7 +88,7 @@ def command(
     require_writable(advise, "--advise")
     other = other_scan(against)
     name, experiment = described(Source(model, overrides or (), arm, task, data, dtype))
-    wish = Wish(mode, fmt, preset, leave or ())
+    wish = ScanRequest(mode, fmt, preset, leave or ())
     injection = injection_of(wish, experiment)
     limits = _limits(limit)
     options = {"--take": take, "--noise-rule": noise_rule, "--bits": bits}
@@ -89,7 +98,7 @@ def command(
         heavy = {"--advise": advise, "--site": site, "--quick": quick, "--spared": spared}
         _refuse_without_model(heavy | {"--text": text, "--task": task, "--data": data})
     if against and against.is_dir() and experiment.model.path is None:
-        raise BadValue(
+        raise InvalidValueError(
             f"--against {against}: the embedded model has no files to compare; give the JSON of another scan"
         )
     lines = _lines(text, task, data)
@@ -121,21 +130,22 @@ def command(
 
 
 def _check_advice(advise: Path | None, options: dict[str, Any], injection: "Injection") -> None:
-    """BadValue or NotThere for a piece, a rule or a budget of advice that cannot be, or that nobody would see."""
+    """InvalidValueError or NotFoundError for a piece, a rule or a budget of advice that cannot be, or that nobody would
+    see."""
     from fp4rl.diagnose.aqn import require_rule
 
     for piece in options["--take"] or []:
         if piece not in PIECES:
-            raise BadValue(f"--take {piece!r} is no piece of advice{nearest(piece, PIECES)}")
+            raise InvalidValueError(f"--take {piece!r} is no piece of advice{nearest(piece, PIECES)}")
     if options["--noise-rule"] is not None:
         require_rule(options["--noise-rule"])
     bits, weight = options["--bits"], injection.weight
     if bits is not None and weight is not None and bits < weight.bits_per_value:
         least = f"{weight.name} itself takes {weight.bits_per_value:g} bits a weight"
-        raise BadValue(f"--bits {bits:g}: {least}; name at least that many")
+        raise InvalidValueError(f"--bits {bits:g}: {least}; name at least that many")
     for option, given in options.items():
         if given and advise is None:
-            raise BadValue(f"{option} chooses what advice says, and none is asked for; add --advise FILE")
+            raise InvalidValueError(f"{option} chooses what advice says, and none is asked for; add --advise FILE")
 
 
 def _limits(given: list[str] | None) -> dict[str, float]:
@@ -147,21 +157,23 @@ def _limits(given: list[str] | None) -> dict[str, float]:
         try:
             found[rule_named(name).name] = float(value)
         except ValueError:
-            raise BadValue(f"--limit {one!r} has no number after `=`; write for example sqnr=18") from None
+            raise InvalidValueError(f"--limit {one!r} has no number after `=`; write for example sqnr=18") from None
     return found
 
 
 def _refuse_without_model(options: dict[str, Any]) -> None:
     for option, given in options.items():
         if given:
-            raise BadValue(f"{option} needs the model, which --weights-only never loads; drop one of the two")
+            raise InvalidValueError(f"{option} needs the model, which --weights-only never loads; drop one of the two")
 
 
 def _lines(text: Path | None, task: str | None, data: Path | None) -> list[str] | None:
     from fp4rl.diagnose.texts import texts_of
 
     if text is not None and (task or data):
-        raise BadValue(f"--text {text} and {'--task' if task else '--data'} both name what to calibrate on; drop one")
+        raise InvalidValueError(
+            f"--text {text} and {'--task' if task else '--data'} both name what to calibrate on; drop one"
+        )
     return None if text is None else texts_of(text)
 
 

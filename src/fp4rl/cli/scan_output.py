@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
 
 def other_scan(place: Path | None) -> dict[str, Any] | None:
-    """The JSON of another scan, None for a model folder; raises NotThere and BadValue for what is neither."""
+    """The JSON of another scan, None for a model folder; raises NotFoundError and InvalidValueError for what is
+    neither."""
     if place is None or place.is_dir():
         return None
     if not place.exists():
-        raise NotThere(f"--against {place}: does not exist; give a model folder or the JSON of another scan")
+        raise NotFoundError(f"--against {place}: does not exist; give a model folder or the JSON of another scan")
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict) or not {"model", "sites_digest", "parts"} <= set(found):
-        raise BadValue(f"--against {place}: is no JSON of `fp4rl scan --json`; give that, or a model folder")
+        raise InvalidValueError(f"--against {place}: is no JSON of `fp4rl scan --json`; give that, or a model folder")
     return found
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fp4rl.cli.described import asked_task, is_spec, refuse_words_for_a_spec, require_here, run_described
 from fp4rl.lab.matrix import PlannedRun, single
-from fp4rl.spec.door import parse
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.load import parse
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.retarget import in_format, under_preset
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
@@ -35,7 +35,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ScanRequest:
     """What is to be rounded, as said on the command line; None where nothing was said."""
 
     mode: str | None
@@ -46,12 +46,12 @@ class Wish:
 
 def described(source: Source) -> tuple[str, Experiment]:
     """What the report calls the model, and the experiment that it stands for: a folder, the word `embedded`, or one arm
-    of a spec file. Raises NotThere where a file that it names is not on this machine."""
+    of a spec file. Raises NotFoundError where a file that it names is not on this machine."""
     run = _of_spec(source) if is_spec(source.model) else _of_model(source)
     require_here([run])
     path = run.experiment.model.path
     if path is not None and not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise NotThere(f"model folder {path!r} has no config.json; is it a Hugging Face model folder?")
+        raise NotFoundError(f"model folder {path!r} has no config.json; is it a Hugging Face model folder?")
     return _name(source.model, run), run.experiment
 
 
@@ -81,13 +81,13 @@ def _name(model: str, run: PlannedRun) -> str:
     return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
 
 
-def injection_of(wish: Wish, experiment: Experiment) -> Injection:
+def injection_of(wish: ScanRequest, experiment: Experiment) -> Injection:
     """The experiment's own injection, or W4A16 where it has none, under what the wish changes in it.
 
     A mode takes the place of the whole injection; a format and a preset change what is there.
     """
     if wish.mode is not None and wish.mode not in MODES:
-        raise NotThere(f"no mode is called {wish.mode!r}{nearest(wish.mode, MODES)}")
+        raise NotFoundError(f"no mode is called {wish.mode!r}{nearest(wish.mode, MODES)}")
     own = experiment.injection if wish.mode is None else None
     found = own or parse(Injection, {"mode": wish.mode or DEFAULT_MODE, "targets": {"leave": LEFT_BY_DEFAULT}}, "")
     if wish.format is not None:
@@ -98,7 +98,7 @@ def injection_of(wish: Wish, experiment: Experiment) -> Injection:
     return found.model_copy(update={"targets": changed})
 
 
-def replaced(wish: Wish, experiment: Experiment) -> str | None:
+def replaced(wish: ScanRequest, experiment: Experiment) -> str | None:
     """What a mode on the command line throws out of a spec, in words; None where nothing is."""
     if wish.mode is None or experiment.injection is None:
         return None
@@ -129,7 +129,8 @@ def loaded(experiment: Experiment, lines: list[str] | None, texts: int, runs: Pa
 
 
 def folder_of(experiment: Experiment) -> str:
-    """The folder whose files hold the weights; BadValue for the embedded model, which has none until it is made."""
+    """The folder whose files hold the weights; InvalidValueError for the embedded model, which has none until it is
+    made."""
     if experiment.model.path is None:
-        raise BadValue("--weights-only reads a model folder; the embedded model is scanned without it")
+        raise InvalidValueError("--weights-only reads a model folder; the embedded model is scanned without it")
     return experiment.model.path

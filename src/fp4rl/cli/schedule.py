@@ -17,8 +17,8 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.noise.resolution import share_bf16_can_change
 from fp4rl.noise.schedule import asked_sigma, stages, values_missed
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.words import counted
 
@@ -73,7 +73,7 @@ def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experim
             if run.arm not in arms:
                 arms.append(run.arm)
     if not groups:
-        raise BadValue(
+        raise InvalidValueError(
             f"{spec}: no noise in it; add `noise: {{schedule: geometric}}`, or noise=... on the command line"
         )
     return list(groups.values())
@@ -186,5 +186,5 @@ def _norm_values(folder: Path) -> Counter[float]:
         if "norm" in name and name.endswith("weight") and len(stored.shape) == 1:
             values.update(stored.read().bfloat16().float().tolist())
     if not values:
-        raise BadValue(f"{folder}: no norm weight in its safetensors files; give a Hugging Face model folder")
+        raise InvalidValueError(f"{folder}: no norm weight in its safetensors files; give a Hugging Face model folder")
     return values

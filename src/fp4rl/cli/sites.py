@@ -13,11 +13,11 @@ from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, 
 from fp4rl.cli.outputs import require_writable
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import single
-from fp4rl.spec.door import parse
+from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import Translation, translate
-from fp4rl.spec.mistakes import BadValue, shown
+from fp4rl.spec.load import parse
 from fp4rl.spec.model import Model
 from fp4rl.spec.modes import PHASES
 from fp4rl.spec.noise import Noise
@@ -53,7 +53,7 @@ def command(
     """
     require_writable(write, "--write")
     if write and not old:
-        raise BadValue(f"--write {write}: writes what --old says, and no old setting is given; name some")
+        raise InvalidValueError(f"--write {write}: writes what --old says, and no old setting is given; name some")
     model_spec, injection = _described(source, overrides or [], arm)
     translation = translate(dict(_setting(word) for word in old)) if old else None
     warnings = translation.warnings if translation else ()
@@ -109,14 +109,14 @@ def _mapping(mode: str) -> dict[str, Any]:
     cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"
     content = plain_values(mode, f"--mode {shown(mode)}", cure)
     if not isinstance(content, str | dict):
-        raise BadValue(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
+        raise InvalidValueError(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
     return {"mode": content} if isinstance(content, str) else content
 
 
 def _setting(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals:
-        raise BadValue(f"--old {word!r}: an old setting is written KEY=VALUE")
+        raise InvalidValueError(f"--old {word!r}: an old setting is written KEY=VALUE")
     return key.strip(" '+"), value.strip().strip("'")
 
 

@@ -13,8 +13,8 @@ from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Multipliers
 from fp4rl.spec.presets import accepted
 from fp4rl.spec.words import agreeing, counted
@@ -111,11 +111,13 @@ def advise(
 ) -> Advice:
     """Advice for the model that `report` is about. Formats need the sensitivity part and the calibration behind it.
 
-    Raises BadValue for a report without measurements.
+    Raises InvalidValueError for a report without measurements.
     """
     options = options or Options()
     if not report.parts and report.sensitivity is None:
-        raise BadValue("nothing was measured, so there is nothing to advise; scan with precision or sensitivity")
+        raise InvalidValueError(
+            "nothing was measured, so there is nothing to advise; scan with precision or sensitivity"
+        )
     out = standing_out(report, options.limit)
     share = len(out) / max(len(report.table.plans), 1)
     formats = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import sqrt
 from typing import Literal, get_args
 
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.noise import Factor, Multipliers, Zones
 
 NoiseRule = Literal["global", "targeted", "healthy_only", "proportional", "inverse", "zones"]
@@ -26,7 +26,7 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
     if rule == "global":
         return Multipliers()
     if not severity:
-        raise BadValue(
+        raise InvalidValueError(
             "no layer was measured, so no multiplier can be advised; scan with its precision or its sensitivity"
         )
     if rule in ("targeted", "healthy_only"):
@@ -40,9 +40,9 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
 
 
 def require_rule(rule: str) -> None:
-    """Raise NotThere, naming the nearest, for a word that is no noise rule."""
+    """Raise NotFoundError, naming the nearest, for a word that is no noise rule."""
     if rule not in RULES:
-        raise NotThere(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
+        raise NotFoundError(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
 
 
 def worst_fifth(severity: Mapping[int, float]) -> frozenset[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class Calibration:
 def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, longest: int = 256) -> Calibration:
     """Tokenize `texts`, each cut at `longest` tokens.
 
-    Raises BadValue when there is no text with a token in it, or the tokenizer cannot pad.
+    Raises InvalidValueError when there is no text with a token in it, or the tokenizer cannot pad.
     """
     rows = [row[:longest] for text in texts if text.strip() and (row := list(tokenizer(text)["input_ids"]))]
     if not rows:
-        raise BadValue("the calibration text is empty; give texts of the task, or --text FILE with some lines")
+        raise InvalidValueError("the calibration text is empty; give texts of the task, or --text FILE with some lines")
     if tokenizer.pad_token_id is None:
-        raise BadValue("the tokenizer has no pad token; set one, such as tokenizer.pad_token = tokenizer.eos_token")
+        raise InvalidValueError(
+            "the tokenizer has no pad token; set one, such as tokenizer.pad_token = tokenizer.eos_token"
+        )
     return from_tokens(rows, batch_size=batch_size, padding=int(tokenizer.pad_token_id))
 
 
@@ -71,7 +73,7 @@ def from_tokens(
     The loss counts the tokens of each row from its place in `starts` on (all of them without).
     """
     if not rows or not all(rows):
-        raise BadValue("a calibration row has no token; give texts with at least one token each")
+        raise InvalidValueError("a calibration row has no token; give texts with at least one token each")
     digest = hashlib.sha256(repr([list(row) for row in rows]).encode()).hexdigest()[:12]
     ordered = sorted(zip(rows, starts or [0] * len(rows), strict=True), key=lambda pair: len(pair[0]))
     batches = [_batch(ordered[i : i + batch_size], padding) for i in range(0, len(ordered), batch_size)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 _ROWS = 1024
 _TOGETHER = {"sqnr_db": "SQNR, dB", "relative_l1": "sum|e|/sum|w|", "deadzone_share": "became zero, share"}
@@ -57,7 +57,7 @@ class Total:
 
 
 def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
-    """Two checkpoint folders, a few rows at a time. Raises NotThere for a folder without weights."""
+    """Two checkpoint folders, a few rows at a time. Raises NotFoundError for a folder without weights."""
     left, right = stored_tensors(a), stored_tensors(b)
     both = [name for name in left if name in right]
     deltas = [_delta(left[name], right[name]) for name in both]
@@ -65,7 +65,7 @@ def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
 
 
 def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureChange, ...]:
-    """Measures that two JSON scans share, in the order of `a`. Raises BadValue when they share none."""
+    """Measures that two JSON scans share, in the order of `a`. Raises InvalidValueError when they share none."""
     theirs = {(part["site"], part["part"]): part["measures"] for part in b["parts"]}
     rows = [
         MeasureChange(part["site"], part["part"], measure, value, theirs[part["site"], part["part"]][measure])
@@ -74,7 +74,7 @@ def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureCh
         if measure in theirs.get((part["site"], part["part"]), {})
     ]
     if not rows:
-        raise BadValue("the two scans share no site and measure; scan both models in the same mode and format")
+        raise InvalidValueError("the two scans share no site and measure; scan both models in the same mode and format")
     return tuple(rows)
 
 
@@ -105,7 +105,7 @@ def _totals(scan: Mapping[str, Any]) -> dict[str, float]:
 
 def _delta(a: StoredTensor, b: StoredTensor) -> TensorDelta:
     if a.shape != b.shape:
-        raise BadValue(f"{a.name} is {list(a.shape)} in one checkpoint and {list(b.shape)} in the other")
+        raise InvalidValueError(f"{a.name} is {list(a.shape)} in one checkpoint and {list(b.shape)} in the other")
     error = power = changed = 0.0
     for ours, theirs in zip(a.rows(_ROWS), b.rows(_ROWS), strict=True):
         x, y = ours.double(), theirs.double()

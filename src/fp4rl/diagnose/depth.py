@@ -12,7 +12,7 @@ from fp4rl.diagnose.passes import Progress, logits_of
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SiteTable
 from fp4rl.sites.observe import Watch, observe
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 PARTS = ("weights", "inputs", "both")
 
@@ -47,7 +47,7 @@ def depth(
 ) -> tuple[LayerDepth, ...]:
     """One pass without harm and up to three with it per batch; the unharmed stream of one batch is held at a time.
 
-    Raises BadValue when no site belongs to a numbered layer.
+    Raises InvalidValueError when no site belongs to a numbered layer.
     """
     layers = layer_paths(table)
     tables = {part: _part(table, part) for part in PARTS}
@@ -84,7 +84,9 @@ def layer_paths(table: SiteTable) -> dict[str, int]:
         if site.layer is not None and at is not None:
             found[".".join(parts[: at + 1])] = site.layer
     if not found:
-        raise BadValue("the model has no numbered layers (such as model.layers.0), so there is no depth to follow")
+        raise InvalidValueError(
+            "the model has no numbered layers (such as model.layers.0), so there is no depth to follow"
+        )
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

@@ -14,9 +14,9 @@ from fp4rl.diagnose.precision import PIECE, weight_of
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.tally import Tally, round_piece
 from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.points import PatternFormats
 from fp4rl.spec.presets import preset_named
 
@@ -51,13 +51,13 @@ def advised_formats(
     """Least predicted KL under an average of `bits_per_weight`, over the scanned format, MXFP8 and BF16.
 
     A wider format's harm is the scanned one, measured where it was, times the ratio of their one-pass estimates.
-    Raises BadValue without a sensitivity scan, and for a budget below the scanned format's own bits.
+    Raises InvalidValueError without a sensitivity scan, and for a budget below the scanned format's own bits.
     """
     if report.sensitivity is None:
-        raise BadValue("formats are advised from sensitivity; scan with it")
+        raise InvalidValueError("formats are advised from sensitivity; scan with it")
     injection, plans = report.table.injection, [p for p in report.table.plans if p.weight is not None]
     if injection.weight is None or not plans:
-        raise BadValue("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
+        raise InvalidValueError("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
     harm = {site.name: site.harm for site in report.sensitivity.sites}
     narrow = estimated_kl(model, report.table, calibration, generator=generator)
     wide = estimated_kl(model, _widened(report.table), calibration, generator=generator)

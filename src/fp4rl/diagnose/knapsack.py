@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 BUCKETS = 4096  # the budget in this many steps; costs are rounded up, so that it is never passed
 
@@ -31,12 +31,14 @@ class Chosen:
 def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chosen:
     """One choice from every group so that the bits fit `budget_bits` and the harm is least (harms are taken to add).
 
-    Raises BadValue when even the cheapest choices do not fit, naming what would.
+    Raises InvalidValueError when even the cheapest choices do not fit, naming what would.
     """
     cheapest = {name: min(choices, key=lambda c: (c.bits, c.harm)) for name, choices in groups.items()}
     floor = sum(choice.bits for choice in cheapest.values())
     if floor > budget_bits * (1 + 1e-9):
-        raise BadValue(f"the cheapest formats need {floor:.6g} bits, but the budget is {budget_bits:.6g}; raise it")
+        raise InvalidValueError(
+            f"the cheapest formats need {floor:.6g} bits, but the budget is {budget_bits:.6g}; raise it"
+        )
     spare = max(budget_bits - floor, 0.0)
     steps = {
         name: [_steps(choice.bits - cheapest[name].bits, spare) for choice in choices]

@@ -10,8 +10,8 @@ from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.passes import Progress, reference_of
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.noise.perturb import perturb
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.noise import Noise
 
 
@@ -31,7 +31,7 @@ def noise_losses(
     differences between names are paired; an arm without noise has one loss, repeated. The model is unharmed afterwards.
     """
     if draws < 2:
-        raise BadValue(f"{draws} draws have no spread; take at least 2, better 20")
+        raise InvalidValueError(f"{draws} draws have no spread; take at least 2, better 20")
     losses: dict[str, list[float]] = {name: [] for name in noises}
     with attach(model, injection) if injection is not None else nullcontext() as attachment:
         if attachment is not None:

@@ -9,7 +9,7 @@ from fp4rl.diagnose.findings import findings, rule_results
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.rules import COLUMNS, meanings
 from fp4rl.diagnose.tally import pooled
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import counted
 
 _STYLE = """
@@ -47,12 +47,12 @@ for (const found of JSON.parse(document.getElementById("figures").textContent))
 def page(report: ScanReport, advice: Advice | None = None) -> str:
     """The whole page, with the advice where there is any.
 
-    Raises BadValue when Plotly (the extra `report`) is not installed.
+    Raises InvalidValueError when Plotly (the extra `report`) is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise BadValue("the HTML page needs Plotly; install fp4rl[report]") from None
+        raise InvalidValueError("the HTML page needs Plotly; install fp4rl[report]") from None
     drawn = [
         ("heat", "Layers and projections", figures.heat_map(report)),
         ("harm", "What each site's error does to the output", figures.sensitivity_bars(report)),

@@ -48,7 +48,8 @@ class PartError:
 def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, Tally]]:
-    """Every weight that the table rounds, and the sums behind it. Raises BadValue, naming the site, for NaN or Inf."""
+    """Every weight that the table rounds, and the sums behind it. Raises InvalidValueError, naming the site, for NaN or
+    Inf."""
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
     found: dict[str, Tally] = {}
     for done, plan in enumerate(plans, start=1):

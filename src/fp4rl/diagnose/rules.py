@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ COLUMNS = ("rule", "flagged", "ideal data", "by their bands")
 
 
 def rule_named(name: str, limit: float | None = None) -> Rule:
-    """A rule by name, with another limit where one is given; NotThere names the nearest."""
+    """A rule by name, with another limit where one is given; NotFoundError names the nearest."""
     if name not in RULES:
-        raise NotThere(f"no rule is called {name!r}{nearest(name, RULES)}")
+        raise NotFoundError(f"no rule is called {name!r}{nearest(name, RULES)}")
     rule = RULES[name]
     return rule if limit is None else replace(rule, limit=limit)
 

@@ -19,8 +19,8 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.scan import Scan
 
 Stages = Callable[[str, int, int], None]  # stage, done, total
@@ -41,14 +41,16 @@ def scan(
     """Scan a live model for what `injection` would do to it. The model is not changed.
 
     Without texts only the weights' precision can be scanned. Raises what `resolve` raises (no linear layers, patterns
-    without a hit), and BadValue for texts that cannot be used or that a part needs and has not got.
+    without a hit), and InvalidValueError for texts that cannot be used or that a part needs and has not got.
     """
     table = resolve(model, injection)
     if not table.plans:
-        raise BadValue("this injection rounds nothing, so there is nothing to scan; take a mode such as w4a16")
+        raise InvalidValueError("this injection rounds nothing, so there is nothing to scan; take a mode such as w4a16")
     calibration = _calibration(tokenizer, texts, spec)
     if calibration is None and set(spec.parts) != {"precision"}:
-        raise BadValue("sensitivity, depth and dynamics need texts; give some, or scan with parts=('precision',)")
+        raise InvalidValueError(
+            "sensitivity, depth and dynamics need texts; give some, or scan with parts=('precision',)"
+        )
     generator = torch.Generator().manual_seed(spec.seed)
     found: dict[str, Any] = {}
     if "precision" in spec.parts:
@@ -96,10 +98,11 @@ def _fed(
 
 
 def distribution(model: nn.Module, report: ScanReport, site: str) -> Distribution:
-    """Histogram of one scanned weight before and after rounding; BadValue for a site whose weight is not rounded."""
+    """Histogram of one scanned weight before and after rounding; InvalidValueError for a site whose weight is not
+    rounded."""
     plan = next((p for p in report.table.plans if p.name == site and p.weight is not None), None)
     if plan is None or plan.weight is None:
-        raise BadValue(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
+        raise InvalidValueError(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
     seen = weight_of(model, plan).to(getattr(torch, report.table.injection.dtype))
     generator = torch.Generator(seen.device).manual_seed(0) if plan.weight.rounding == "stochastic" else None
     rounded = fake_quantize(seen, plan.weight, generator=generator)
@@ -130,7 +133,7 @@ def _calibration(tokenizer: Any, texts: Sequence[str] | Calibration, spec: Scan)
     if not texts:
         return None
     if tokenizer is None:
-        raise BadValue("texts need the model's tokenizer; pass tokenizer=...")
+        raise InvalidValueError("texts need the model's tokenizer; pass tokenizer=...")
     return calibrate(tokenizer, texts, batch_size=spec.batch_size, longest=spec.longest)
 
 

@@ -11,7 +11,7 @@ from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.passes import Harm, Progress, harm_of, reference_of, weighted
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def sensitivity(
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's rho; None for fewer than three pairs or when one side does not vary."""
     if len(a) != len(b):
-        raise BadValue(f"a rank correlation pairs values, but there are {len(a)} and {len(b)}")
+        raise InvalidValueError(f"a rank correlation pairs values, but there are {len(a)} and {len(b)}")
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
     ranks = torch.stack([_ranks(a), _ranks(b)])

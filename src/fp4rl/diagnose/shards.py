@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.models.readable import readable
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
@@ -53,22 +53,22 @@ class StoredTensor:
         with self.file.open("rb") as handle:
             handle.seek(self.start + first * size)
             if handle.readinto(buffer) != len(buffer):
-                raise BadValue(f"{self.file}: the file ends inside {self.name!r}; copy it anew")
+                raise InvalidValueError(f"{self.file}: the file ends inside {self.name!r}; copy it anew")
         return torch.frombuffer(buffer, dtype=self.dtype) if count else torch.empty(0, dtype=self.dtype)
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
 
-    Raises NotThere when the folder holds no safetensors file or its index names a missing one, BadValue for a file
-    that cannot be read.
+    Raises NotFoundError when the folder holds no safetensors file or its index names a missing one, InvalidValueError
+    for a file that cannot be read.
     """
     place = Path(folder)
     found: dict[str, StoredTensor] = {}
     with readable("the safetensors", place):
         files = _files(place)
         if not files:
-            raise NotThere(f"{place}: no safetensors file; give a Hugging Face model folder")
+            raise NotFoundError(f"{place}: no safetensors file; give a Hugging Face model folder")
         for file in files:
             found |= {tensor.name: tensor for tensor in _contents(file)}
     return found
@@ -81,7 +81,7 @@ def _files(place: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
         if not (place / name).is_file():
-            raise NotThere(f"{place}: the index names {name}, which is not there; copy the checkpoint anew")
+            raise NotFoundError(f"{place}: the index names {name}, which is not there; copy the checkpoint anew")
     return [place / name for name in names]
 
 
@@ -98,9 +98,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if not 0 < length <= _HEADER_LIMIT:
-            raise BadValue(f"{file}: not a safetensors file")
+            raise InvalidValueError(f"{file}: not a safetensors file")
         try:
             header = json.loads(handle.read(length))
         except ValueError:
-            raise BadValue(f"{file}: not a safetensors file") from None
+            raise InvalidValueError(f"{file}: not a safetensors file") from None
     return header, 8 + length

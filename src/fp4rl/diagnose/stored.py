@@ -9,8 +9,8 @@ from fp4rl.diagnose.tally import Tally
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.skeleton import skeleton
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 
 def stored_weight_errors(
@@ -18,11 +18,11 @@ def stored_weight_errors(
 ) -> tuple[SiteTable, tuple[PartError, ...], dict[str, Tally]]:
     """The site table of a checkpoint folder, its weights' errors and the sums behind them; the model is never loaded.
 
-    Raises BadValue for an adapter's folder (its weights are those of the base model), NotThere for a tensor that the
-    files do not hold.
+    Raises InvalidValueError for an adapter's folder (its weights are those of the base model), NotFoundError for a
+    tensor that the files do not hold.
     """
     if (Path(folder) / "adapter_config.json").is_file():
-        raise BadValue(f"{folder}: an adapter; scan it without --weights-only, or scan its base model")
+        raise InvalidValueError(f"{folder}: an adapter; scan it without --weights-only, or scan its base model")
     table = resolve(skeleton(folder), injection)
     stored = stored_tensors(folder)
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
@@ -37,11 +37,13 @@ def stored_weight_errors(
 def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> StoredTensor:
     name = f"{plan.name}.weight"
     if name not in stored:
-        raise NotThere(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
+        raise NotFoundError(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
     if plan.site.transposed:
-        raise BadValue(
+        raise InvalidValueError(
             f"{folder}: {name} is stored [in, out], which is not read in pieces; scan without --weights-only"
         )
     if stored[name].shape != plan.site.shape:
-        raise BadValue(f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(plan.site.shape)}")
+        raise InvalidValueError(
+            f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(plan.site.shape)}"
+        )
     return stored[name]

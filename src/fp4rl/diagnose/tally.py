@@ -133,7 +133,7 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
     """One piece [rows, columns] of a tensor, rounded as in the whole.
 
     Where one scale serves the whole tensor, `amax` is its largest magnitude: one more row carries it along. Raises
-    BadValue, naming the tensor, for NaN and infinity.
+    InvalidValueError, naming the tensor, for NaN and infinity.
     """
     if amax is not None:
         beyond = x.new_zeros(1, x.shape[-1])

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 ENOUGH_TEXTS = 32
 
@@ -11,14 +11,14 @@ ENOUGH_TEXTS = 32
 def texts_of(file: Path) -> list[str]:
     """The lines of a text file; one with fewer than 32 lines is cut into 32 pieces of equally many words instead.
 
-    Raises NotThere for a missing file and BadValue for an empty one.
+    Raises NotFoundError for a missing file and InvalidValueError for an empty one.
     """
     if not file.is_file():
-        raise NotThere(f"{file}: no such file; give a text file to calibrate on")
+        raise NotFoundError(f"{file}: no such file; give a text file to calibrate on")
     text = file.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise BadValue(f"{file}: empty; a calibration text needs some lines")
+        raise InvalidValueError(f"{file}: empty; a calibration text needs some lines")
     if len(lines) >= ENOUGH_TEXTS:
         return lines
     words = text.split()

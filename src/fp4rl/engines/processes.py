@@ -33,7 +33,7 @@ class _Worker:
 class LocalPool:
     """`workers` processes of `threads` threads each. They end with this process, however it ends.
 
-    `report_to`: see `lab.work.carry_out`.
+    `report_to`: see `lab.work.execute_run`.
 
     A worker that dies (killed, out of memory) costs its own run, which is reported and can be run again; another worker
     takes its place.
@@ -213,9 +213,9 @@ def attempt(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[str | None, bool, bool]:
     """(what went wrong or None, whether it is the user's mistake, whether it was asked to end)."""
-    from fp4rl.lab.work import carry_out
+    from fp4rl.lab.work import execute_run
     from fp4rl.rl.listeners import Interrupted
-    from fp4rl.spec.mistakes import CheckFailed, Mistake
+    from fp4rl.spec.errors import CheckFailed, UserError
 
     def tell(
         stage: str, done: int, total: int, metrics: dict[str, float] | None = None, line: str | None = None
@@ -224,10 +224,10 @@ def attempt(
 
     try:
         choose_backend(lambda message: tell(message, 0, 0))
-        carry_out(run, root, tell, report_to, interrupted)
+        execute_run(run, root, tell, report_to, interrupted)
     except Interrupted as error:
         return str(error), False, True
-    except Mistake as error:
+    except UserError as error:
         return str(error), True, False
     except CheckFailed as error:
         return str(error), False, False

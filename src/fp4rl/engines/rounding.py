@@ -3,18 +3,18 @@
 import os
 from collections.abc import Callable
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 VARIABLE = "FP4RL_BACKEND"
 
 
 def choose_backend(announce: Callable[[str], None]) -> None:
     """Forces the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and what they
-    took. Raises BadValue for a word that is no backend and for one that cannot work here.
+    took. Raises InvalidValueError for a word that is no backend and for one that cannot work here.
     """
     from fp4rl.numerics.dispatch import use
 
     try:
         use(os.environ.get(VARIABLE) or "auto", announce)
-    except BadValue as error:
-        raise BadValue(f"{VARIABLE}: {error}") from None
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{VARIABLE}: {error}") from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.inject.linear import LinearState
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 class MergedState(LinearState):
@@ -15,7 +15,7 @@ class MergedState(LinearState):
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """The layer's result with the rounded sum of base and active adapters in the place of both."""
         if kwargs.get("adapter_names") is not None:
-            raise BadValue(f"{self.plan.name}: one batch with several adapters has no single merged weight")
+            raise InvalidValueError(f"{self.plan.name}: one batch with several adapters has no single merged weight")
         if not self.weight_on:
             original: Any = self.original
             self.calls += 1

@@ -15,8 +15,8 @@ from fp4rl.inject.report import evidence_rows, report
 from fp4rl.inject.resolve import resolve
 from fp4rl.inject.state import SiteState
 from fp4rl.inject.swap import is_injected
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, CheckFailed
 from fp4rl.spec.modes import PHASES, Phase
 from fp4rl.spec.words import agreeing, counted
 
@@ -63,7 +63,7 @@ class Attachment:
     def set_phase(self, phase: Phase) -> None:
         """Switch to a phase: the points that `apply_during` names for it act, the others do not."""
         if phase not in PHASES:
-            raise BadValue(f"no phase is called {phase!r}; known: {', '.join(PHASES)}")
+            raise InvalidValueError(f"no phase is called {phase!r}; known: {', '.join(PHASES)}")
         points, sharded = self.table.injection.apply_during.active(phase), _is_sharded(self.model)
         _refuse_packed_shards(self.table, sharded)
         self._phase: Phase = phase
@@ -143,12 +143,12 @@ class Attachment:
 def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
     """Put an injection, or a table resolved before, into a live model; `with` takes it out again.
 
-    Attach before `fully_shard`, after adapters. Raises what `resolve` raises, and BadValue for a model that already
-    carries an injection.
+    Attach before `fully_shard`, after adapters. Raises what `resolve` raises, and InvalidValueError for a model that
+    already carries an injection.
     """
     taken = next((name for name, module in model.named_modules() if is_injected(module)), None)
     if taken is not None:
-        raise BadValue(f"{taken or 'this layer'} already carries an injection; call remove() on it first")
+        raise InvalidValueError(f"{taken or 'this layer'} already carries an injection; call remove() on it first")
     table = resolve(model, injection) if isinstance(injection, Injection) else injection
     _refuse_packed_shards(table, _is_sharded(model))
     return Attachment(model, table)
@@ -165,7 +165,9 @@ def _first(names: list[str]) -> str:
 
 def _refuse_packed_shards(table: SiteTable, sharded: bool) -> None:
     if sharded and any(plan.packed for plan in table.plans):
-        raise BadValue("FSDP cannot shard packed weights, which have no tensor to shard; use DDP, or frozen_base: copy")
+        raise InvalidValueError(
+            "FSDP cannot shard packed weights, which have no tensor to shard; use DDP, or frozen_base: copy"
+        )
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.products import Products
 from fp4rl.inject.state import KEY
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 
 class StackState(LinearState):

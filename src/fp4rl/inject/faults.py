@@ -11,7 +11,7 @@ from fp4rl.spec.hardware import HardwareError
 SAMPLE = 64  # values that stand for a tensor where a seed is made of it
 
 
-def corrupted(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
+def apply_error(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
     """`x` with the error in it, same shape and dtype; no gradient. Random kinds are drawn in float32 from `generator`,
     `spikes` and `stuck` choose their places with it."""
     with torch.no_grad():
@@ -46,7 +46,7 @@ def _uniform(shape: torch.Size, x: Tensor, generator: torch.Generator) -> Tensor
 
 
 @dataclass
-class Chance:
+class SiteRng:
     """A site's own generator. What it draws is a function of the seed, the step and the tensor that it is drawn for, so
     that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator.
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from fp4rl.inject.inputs import SharedInput
 from fp4rl.inject.matmul import harmed_linear
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.rounded import KeptCopy, through, watchable
+from fp4rl.inject.rounded import QuantCache, through, watchable
 from fp4rl.inject.state import Injected, Settings, SiteState
 from fp4rl.spec.points import GRADIENTS
 
@@ -20,7 +20,7 @@ class LinearState(SiteState):
     def __init__(self, plan: SitePlan, settings: Settings, shared: SharedInput, frozen: bool = False) -> None:
         super().__init__(plan, settings)
         self.shared = shared
-        self.kept = KeptCopy(plan.name, frozen)
+        self.kept = QuantCache(plan.name, frozen)
         self.weight_on = self.input_on = self.output_on = self.products_on = False
         self.only_weight = False
         self.weight_points: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class LinearState(SiteState):
         self.only_weight = self.weight_on and not (self.input_on or self.output_on or self.products_on)
         self.shared.forget()
         if before == (self.points, self.errors):
-            self.kept.doubt()
+            self.kept.revalidate()
         else:
             self.kept.forget()
 
@@ -138,14 +138,14 @@ class LinearState(SiteState):
     def recount(self) -> None:
         """Start counting afresh; a kept copy is held against its master again, which is a look."""
         super().recount()
-        self.kept.doubt()
+        self.kept.revalidate()
 
     def forget(self, *, frozen: bool = True) -> None:
         """Throw away what was made from the weight and the last input; frozen weights are doubted only if asked."""
         super().forget()
         self.shared.forget()
         if frozen or not self.kept.frozen:
-            self.kept.doubt()
+            self.kept.revalidate()
 
     def release(self) -> None:
         """Act no more, and let go of every copy."""

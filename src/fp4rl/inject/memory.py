@@ -9,7 +9,7 @@ from fp4rl.inject.attach import Attachment
 from fp4rl.inject.evidence import Meter
 
 
-def remembered(attachment: Attachment) -> dict[str, Any]:
+def state_dict(attachment: Attachment) -> dict[str, Any]:
     """Site -> its step (random kinds draw by it) and its meters, JSON-able."""
     found = {}
     for name, state in attachment.states.items():
@@ -19,7 +19,7 @@ def remembered(attachment: Attachment) -> dict[str, Any]:
     return found
 
 
-def recall(attachment: Attachment, memory: Mapping[str, Any]) -> None:
+def load_state_dict(attachment: Attachment, memory: Mapping[str, Any]) -> None:
     """Put back what `remembered` gave, for the sites that it names."""
     for name, state in attachment.states.items():
         if name in memory:

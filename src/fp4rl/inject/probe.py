@@ -22,7 +22,7 @@ from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import PackedState
 from fp4rl.inject.state import KEY, SiteState
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 ROWS = 4
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from fp4rl.inject import refusals
+from fp4rl.inject import validate
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
 from fp4rl.sites.walk import Site, layer_count, walk
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.points import GRADIENTS, LINEAR_POINTS
 from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
 
@@ -24,8 +24,9 @@ _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 def resolve(model: nn.Module, injection: Injection) -> SiteTable:
     """The table of one injection on one model; meta tensors will do.
 
-    Raises NotThere for a pattern that matches nothing (naming the nearest places), BadValue for a site that cannot or
-    must not be harmed and was asked for, for fused groups that disagree, and for a setting that would do nothing.
+    Raises NotFoundError for a pattern that matches nothing (naming the nearest places), InvalidValueError for a site
+    that cannot or must not be harmed and was asked for, for fused groups that disagree, and for a setting that would do
+    nothing.
     """
     sites = walk(model)
     if injection.is_nothing:
@@ -42,10 +43,10 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
             left_out.append(LeftOut(site, reason or _nothing_here(site)))
     _require_every_setting(plans, injection)
     if not plans:
-        raise NotThere(f"nothing to harm in {type(model).__name__}: {_what_was_left(left_out)}")
-    refusals.require_one_rounding(plans)
+        raise NotFoundError(f"nothing to harm in {type(model).__name__}: {_what_was_left(left_out)}")
+    validate.require_one_rounding(plans)
     if injection.fused_groups == "agree":
-        refusals.require_agreement(plans, left_out)
+        validate.require_agreement(plans, left_out)
     return SiteTable(injection, tuple(plans), tuple(left_out))
 
 
@@ -83,7 +84,7 @@ def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int)
     numbers = targets.layer_numbers(layers)
     if numbers is not None and site.layer not in numbers:
         return "not in layers" if site.layer is not None else "outside the layers"
-    refusals.require_opt_in(site, targets)
+    validate.require_opt_in(site, targets)
     return None
 
 
@@ -93,15 +94,15 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         return SitePlan(site)
     module = model.get_submodule(site.path)
     if site.kind == "attention":
-        refusals.require_eager_attention(site, module)
+        validate.require_eager_attention(site, module)
         return SitePlan(site, kv_cache=injection.kv_cache if taken else None, errors=errors)
     plan = SitePlan(site, errors=errors, note=_LM_HEAD if site.role == "lm_head" else "")
     if taken:
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
-        refusals.require_change(plan, module, injection)
+        validate.require_change(plan, module, injection)
     if site.kind == "experts":
-        refusals.require_layout(site, module)
-        refusals.require_reachable_experts(plan, module)
+        validate.require_layout(site, module)
+        validate.require_reachable_experts(plan, module)
         note = _EXPERT_GRADIENTS if plan.grad_input or plan.grad_weight else plan.note
         return replace(plan, grad_input=None, grad_weight=None, note=note)
     if plan.acts:
@@ -111,8 +112,10 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
 
 def _require_module(plan: SitePlan, module: nn.Module) -> None:
     if plan.site.kind == "router" and not isinstance(module, nn.Linear):
-        raise BadValue(f"{plan.name} is a {type(module).__name__}, no linear layer, and cannot be rounded; leave it")
-    refusals.require_plain_linear(plan.site, module)
+        raise InvalidValueError(
+            f"{plan.name} is a {type(module).__name__}, no linear layer, and cannot be rounded; leave it"
+        )
+    validate.require_plain_linear(plan.site, module)
 
 
 def _reaches(error: HardwareError, site: Site, layers: int) -> bool:
@@ -136,10 +139,10 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
     adapted = plan.site.path.endswith("base_layer") and hasattr(above, "lora_A")
     merged = injection.lora == "merged" and adapted and plan.weight is not None
     if merged:
-        refusals.require_mergeable(plan, above)
+        validate.require_mergeable(plan, above)
     packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
     if packed:
-        refusals.require_packable(plan)
+        validate.require_packable(plan)
     grad_weight = None if frozen and not merged else plan.grad_weight
     return replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
 
@@ -159,13 +162,13 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
     }
     for setting, (asked, acts, why) in checks.items():
         if asked and not acts:
-            raise BadValue(f"{setting} would do nothing: {why}")
+            raise InvalidValueError(f"{setting} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
-            raise BadValue(f"targets.opt_in: [{wanted}] would do nothing: no {wanted} is taken")
+            raise InvalidValueError(f"targets.opt_in: [{wanted}] would do nothing: no {wanted} is taken")
     for error in injection.errors:
         if not any(error in plan.errors for plan in plans):
-            raise NotThere(f"{error.name} reaches no site: its targets leave every one out")
+            raise NotFoundError(f"{error.name} reaches no site: its targets leave every one out")
 
 
 def _nothing_here(site: Site) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 SAMPLE = 64  # values compared on every use: 0.2 microseconds on a CPU
 ACCELERATOR_INTERVAL = 256  # comparing values waits for the device, so there it happens on one use in this many
@@ -72,7 +72,7 @@ class _Memory:
         }
 
 
-class KeptCopy:
+class QuantCache:
     """A copy made from one or more weights on demand and kept until it may be stale.
 
     With `frozen` weights a copy outlives invalidation: it is only doubted, and kept when a checksum over every bit of
@@ -159,7 +159,7 @@ class KeptCopy:
         self._uses += 1
         return self._uses % ACCELERATOR_INTERVAL == 0
 
-    def doubt(self) -> None:
+    def revalidate(self) -> None:
         """Weights may have been written: frozen ones are compared by a checksum on the next use, others made afresh."""
         if self.frozen:
             self._doubted = True
@@ -173,9 +173,12 @@ class KeptCopy:
 
 
 def refuse_capture(weight: Tensor, name: str) -> None:
-    """Raise BadValue while a CUDA graph is recorded: replaying it, the rounded weight would stay as it is for ever."""
+    """Raise InvalidValueError while a CUDA graph is recorded: replaying it, the rounded weight would stay as it is for
+    ever."""
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise BadValue(f"{name}: a CUDA graph would replay the rounding of today's weight; run without CUDA graphs")
+        raise InvalidValueError(
+            f"{name}: a CUDA graph would replay the rounding of today's weight; run without CUDA graphs"
+        )
 
 
 def watchable(weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.inject.evidence import Meter
-from fp4rl.inject.faults import Chance, corrupted
+from fp4rl.inject.faults import SiteRng, apply_error
 from fp4rl.inject.graph import reach_as, round_as, words
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounded import through
@@ -47,7 +47,7 @@ class SiteState:
         self._words = {point: words(fmt) for point, fmt in formats.items()}
         clipped = settings.variant == "clipped"
         self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
-        self.chance = Chance(settings.seed)
+        self.chance = SiteRng(settings.seed)
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}
         self.calls = 0
@@ -187,7 +187,7 @@ class SiteState:
         """`x` with the errors of a point in it: those of the forward, or of the product `backward`."""
         for error in self.errors:
             if error.point == where and (error.backward if backward else error.forward):
-                wrong = corrupted(x, error, self._generator(error, drawn_for, backward))
+                wrong = apply_error(x, error, self._generator(error, drawn_for, backward))
                 point = f"{error.name}:{backward}" if backward else error.name
                 self.note(point, x, wrong, x.numel(), own_call=bool(backward))
                 x = wrong

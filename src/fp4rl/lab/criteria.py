@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fp4rl.lab.statistics.families import holm_grouped
 from fp4rl.lab.statistics.seeds import Difference, NotWorse, not_worse, welch
 from fp4rl.lab.statistics.spread import Spread
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 Word = Literal["better", "worse", "reaches", "no difference shown"]
 ALPHA = 0.05
@@ -91,7 +91,7 @@ def verdict_over_seeds(
     Where all comparisons are at hand, `judge_family` is less strict and as safe.
     """
     if comparisons < 1:
-        raise BadValue(f"a verdict stands among at least one comparison, itself; got {comparisons}")
+        raise InvalidValueError(f"a verdict stands among at least one comparison, itself; got {comparisons}")
     asked = Comparison(label, tuple(treatment), tuple(control), margin)
     return judge_family([asked], spread=spread, others=comparisons - 1)[0]
 
@@ -127,7 +127,7 @@ def _test(comparison: Comparison, alpha: float) -> _Tests | str:
     """The tests of one comparison, or the reason why there is none."""
     treatment, control, margin = comparison.treatment, comparison.control, comparison.margin
     if not (treatment and control):
-        raise BadValue(f"{comparison.label or 'the comparison'} has an arm without any seed")
+        raise InvalidValueError(f"{comparison.label or 'the comparison'} has an arm without any seed")
     if min(len(treatment), len(control)) < 2:
         return "one seed an arm shows a difference, never an effect: the seed is the replicate"
     if len({*treatment}) == 1 and len({*control}) == 1:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 # What reading a truncated, mixed-up or unreadable file ends in, in any of the libraries that read them.
 _SYMPTOMS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
-class Damaged(BadValue):
+class Damaged(InvalidValueError):
     """A file of a run, or the whole of its folder, is not what it should be. The message names it and the cure."""
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4rl.lab.damage import damage_named
 from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_whole
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.plain_yaml import plain_values
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ class RunFolder:
     def add_evidence(self, record: Mapping[str, Any]) -> None:
         """Append one line; `record` needs a "kind"."""
         if "kind" not in record:
-            raise BadValue(f"a line of evidence needs a 'kind'; got the keys {sorted(record)}")
+            raise InvalidValueError(f"a line of evidence needs a 'kind'; got the keys {sorted(record)}")
         append_line(self.path / "evidence.jsonl", record)
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of numbers measured at `step`; not-a-number and infinities survive the trip."""
         if "step" in values:
-            raise BadValue("a metric cannot be called 'step': that key names the step it belongs to")
+            raise InvalidValueError("a metric cannot be called 'step': that key names the step it belongs to")
         append_line(self.path / "metrics.jsonl", {"step": step, **values})
 
     def drop_metrics_after(self, step: int) -> None:
@@ -105,15 +105,16 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """The end of the run. Accuracies are shares between 0 and 1.
 
-        Raises `BadValue` when the run is finished already (a result is never overwritten) or an accuracy is no share.
+        Raises `InvalidValueError` when the run is finished already (a result is never overwritten) or an accuracy is no
+        share.
         """
         if self.finished:
-            raise BadValue(f"{self.key} is finished already; give the new run another seed or another suite")
+            raise InvalidValueError(f"{self.key} is finished already; give the new run another seed or another suite")
         for evaluation in result.get("evaluations", ()):
             for name in ("strict", "flexible", "formatted"):
                 value = evaluation.get(name)
                 if value is not None and not 0 <= value <= 1:
-                    raise BadValue(
+                    raise InvalidValueError(
                         f"{self.key}: {name} = {value} at step {evaluation.get('step')} is no share (0 to 1)"
                     )
         write_whole(self.path / "result.json", json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
@@ -152,9 +153,9 @@ class RunFolder:
             return dict(sorted(steps.items()))
 
     def result(self) -> Record:
-        """The parsed `result.json`. Raises `NotThere` for an unfinished run."""
+        """The parsed `result.json`. Raises `NotFoundError` for an unfinished run."""
         if not self.finished:
-            raise NotThere(f"{self.key} has no result.json: the run is not finished")
+            raise NotFoundError(f"{self.key} has no result.json: the run is not finished")
         return _json(self.path / "result.json")
 
     def item_sets(self) -> list[tuple[int, str]]:
@@ -163,12 +164,12 @@ class RunFolder:
         return sorted((int(match[1]), match[2]) for match in found if match)
 
     def items(self, step: int, profile: str, columns: list[str] | None = None) -> "pyarrow.Table":
-        """One evaluation's rows (all columns, or those named). Raises `NotThere` naming the sets that exist."""
+        """One evaluation's rows (all columns, or those named). Raises `NotFoundError` naming the sets that exist."""
         from pyarrow import parquet
 
         file = self._items_file(step, profile)
         if not file.is_file():
-            raise NotThere(f"{self.key} holds no items {file.stem}" + nearest(file.stem, self._stems()))
+            raise NotFoundError(f"{self.key} holds no items {file.stem}" + nearest(file.stem, self._stems()))
         # read_table would import pandas where it is installed
         with damage_named(file), parquet.ParquetFile(file) as opened:
             return opened.read(columns=columns)
@@ -178,7 +179,7 @@ class RunFolder:
 
     def _items_file(self, step: int, profile: str) -> Path:
         if not _NAME.fullmatch(profile):
-            raise BadValue(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
+            raise InvalidValueError(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
         return self.path / "items" / f"{step}-{profile}.parquet"
 
 
@@ -203,10 +204,10 @@ def items_schema() -> "pyarrow.Schema":
 
 
 def run_folder(root: Path, suite: str, run_id: str) -> RunFolder:
-    """The folder of one run below `root`. Raises `BadValue` for a name that is no plain file name."""
+    """The folder of one run below `root`. Raises `InvalidValueError` for a name that is no plain file name."""
     for name in (suite, run_id):
         if not _NAME.fullmatch(name):
-            raise BadValue(f"the name of a suite or run is letters, digits and ._+=-; got {name!r}")
+            raise InvalidValueError(f"the name of a suite or run is letters, digits and ._+=-; got {name!r}")
     return RunFolder(root / suite / run_id)
 
 

@@ -10,7 +10,7 @@ from fp4rl.spec.task import Gsm8k
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def not_here(runs: Iterable[PlannedRun]) -> list[str]:
+def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
     """One line for each path that the runs name and that does not exist."""
     return list(dict.fromkeys(line for run in runs for line in _not_here(run)))
 

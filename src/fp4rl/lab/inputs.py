@@ -9,7 +9,7 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.rl.inputs import of_model, pointed_at
 
 
-def made_from_others(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence[str]]:
+def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence[str]]:
     """Finished run -> which of its inputs are no longer what it was made from. An embedded model is not looked at:
     its folder is named by its recipe."""
     found: dict[str, Sequence[str]] = {}

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp4rl.spec.digest import digest
-from fp4rl.spec.door import arm_contents
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.load import arm_contents
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from statistics import mean
 
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import RunFolder
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 
 WHAT: Mapping[str, str] = {
     "generation": "sampling the answers",
@@ -43,14 +43,14 @@ class Share:
 def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
     """The kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
 
-    Raises NotThere when the run logged no step.
+    Raises NotFoundError when the run logged no step.
     """
     steps = list(folder.metrics().values())
     steps = steps[1:] or steps
     found = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
     whole = sum(found.values())
     if not whole:
-        raise NotThere(f"{folder.key} has logged no times: it ended before its first step, or older code ran it")
+        raise NotFoundError(f"{folder.key} has logged no times: it ended before its first step, or older code ran it")
     shares = [Share(name, seconds, seconds / whole) for name, seconds in found.items() if seconds > 0]
     return tuple(sorted(shares, key=lambda one: -one.seconds))
 

@@ -11,10 +11,10 @@ import yaml
 from fp4rl.lab.damage import Damaged
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.inputs import made_from_others
+from fp4rl.lab.inputs import changed_inputs
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in
 
@@ -73,7 +73,7 @@ def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
     cannot be read."""
     now = code_digest()
     finished, _ = split_finished(runs, root)
-    others = made_from_others(finished, root)
+    others = changed_inputs(finished, root)
     return [run for run in finished if run.run_id in others or _code_of(run, root) != now]
 
 
@@ -112,10 +112,12 @@ def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:
     try:
         write_whole(root / suite / "suite.yaml", yaml.safe_dump(dict(content), sort_keys=False))
     except OSError as error:
-        raise BadValue(f"cannot write to {root / suite}: {error.strerror}; give another place with --runs") from None
+        raise InvalidValueError(
+            f"cannot write to {root / suite}: {error.strerror}; give another place with --runs"
+        ) from None
 
 
-def set_aside(runs: Sequence[PlannedRun], root: Path) -> None:
+def archive_stale(runs: Sequence[PlannedRun], root: Path) -> None:
     """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
     for run in runs:
         folder = run_folder(root, run.suite, run.run_id)

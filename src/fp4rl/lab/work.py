@@ -19,18 +19,18 @@ import yaml
 from fp4rl.lab.faults import faults_kept
 from fp4rl.lab.files import is_full, remove_partial
 from fp4rl.lab.folders import RunFolder, run_folder
-from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
+from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.rl import processes
-from fp4rl.rl.attempt import Past
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 _PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
 _LEFTOVERS = (
@@ -48,7 +48,7 @@ class OnStage(Protocol):
     ) -> None: ...
 
 
-def carry_out(
+def execute_run(
     run: PlannedRun,
     root: Path,
     on_stage: OnStage | None = None,
@@ -68,7 +68,9 @@ def carry_out(
         return folder
     check(run.experiment)
     if not processes.is_first():  # one of several that train this run together: the first keeps the folder
-        train(run.experiment, folder.path, root / "models", None, processes.from_first(Past()), stamp=code_digest())
+        train(
+            run.experiment, folder.path, root / "models", None, processes.from_first(ResumeState()), stamp=code_digest()
+        )
         return folder
     with _room_on_disk(folder), _alone(folder):
         if folder.finished:
@@ -80,7 +82,7 @@ def carry_out(
         started = time.perf_counter()
         with faults_kept(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             hear = replace(_listeners(run, folder, sinks, on_stage), interrupted=interrupted)
-            for line in forewarned({run.arm: run.experiment}):
+            for line in spec_warnings({run.arm: run.experiment}):
                 _say(folder, line)
             trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
             for name, why in sinks.failures.items():
@@ -90,7 +92,7 @@ def carry_out(
     return folder
 
 
-def _past(folder: RunFolder) -> Past:
+def _past(folder: RunFolder) -> ResumeState:
     """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     found = newest(checkpoints, code_digest(), lines.append)
@@ -98,12 +100,12 @@ def _past(folder: RunFolder) -> Past:
         _clear(folder)
         for line in (*lines, "starting over from the seed") if lines else ():
             _say(folder, line)
-        return Past()
+        return ResumeState()
     remove([path for step, path in all_of(checkpoints).items() if step > found.step])
     folder.drop_metrics_after(found.step)
     for line in (*lines, f"resumed from the checkpoint after step {found.step}"):
         _say(folder, line)
-    return Past(found, folder.metrics(), found.state["rollbacks"])
+    return ResumeState(found, folder.metrics(), found.state["rollbacks"])
 
 
 def _forget_interruptions(folder: RunFolder, every: int) -> None:
@@ -212,13 +214,15 @@ def _clear(folder: RunFolder) -> None:
 def _alone(folder: RunFolder) -> Iterator[None]:
     """Holds the run's lock; the system lets go of it when the process dies, however it dies.
 
-    Raises BadValue when another process keeps it.
+    Raises InvalidValueError when another process keeps it.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = (folder.path / ".lock").open("w")
     except OSError as error:
-        raise BadValue(f"cannot write to {folder.path}: {error.strerror}; give another place with --runs") from None
+        raise InvalidValueError(
+            f"cannot write to {folder.path}: {error.strerror}; give another place with --runs"
+        ) from None
     with lock:
         until = time.monotonic() + _PATIENCE_S
         while True:
@@ -227,6 +231,8 @@ def _alone(folder: RunFolder) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise BadValue(f"{folder.key} is being run by another process; wait for it to end") from None
+                    raise InvalidValueError(
+                        f"{folder.key} is being run by another process; wait for it to end"
+                    ) from None
                 time.sleep(0.2)
         yield

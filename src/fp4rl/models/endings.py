@@ -6,7 +6,7 @@ would change "greedy" answers, and the sampler of a training would no longer be 
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def keep_endings_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -26,8 +26,11 @@ def keep_endings_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens that end an answer, in training and in every evaluation. Raises BadValue where there are none."""
+    """The tokens that end an answer, in training and in every evaluation. Raises InvalidValueError where there are
+    none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
-        raise BadValue("no token ends an answer of this model: set eos_token in its tokenizer and save it again")
+        raise InvalidValueError(
+            "no token ends an answer of this model: set eos_token in its tokenizer and save it again"
+        )
     return [ends] if isinstance(ends, int) else list(ends)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 # Where tools say that they have quantized a checkpoint: transformers and most others, llm-compressor of old.
 _IN_CONFIG = ("quantization_config", "compression_config")
@@ -16,13 +16,13 @@ _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "
 
 
 def require_unquantized(folder: Path) -> None:
-    """Raise BadValue, naming the method, for a folder whose weights are quantized already.
+    """Raise InvalidValueError, naming the method, for a folder whose weights are quantized already.
 
     Their rounding cannot be undone: its `full` would be another model than the one that it was made from.
     """
     method = _quantized_by(folder)
     if method is not None:
-        raise BadValue(
+        raise InvalidValueError(
             f"the model in {str(folder)!r} is quantized already ({method}): its weights hold that rounding for good; "
             "give the unquantized folder that it was made from"
         )
@@ -50,30 +50,32 @@ def _method(found: Any) -> str:
 
 
 def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise BadValue for a tokenizer that ends every text, or begins it twice: a prompt has to be open at its end."""
+    """Raise InvalidValueError for a tokenizer that ends every text, or begins it twice: a prompt has to be open at its
+    end."""
     ids = list(tokenizer("a")["input_ids"])
     ending = [one for one in (tokenizer.eos_token_id, tokenizer.sep_token_id) if one is not None]
     if len(ids) > 1 and ids[-1] in ending:
-        raise BadValue(
+        raise InvalidValueError(
             f"the tokenizer in {str(folder)!r} ends every text with {tokenizer.decode(ids[-1:])!r}, so that a prompt "
             "is over before it is answered; save it again with add_eos_token=False"
         )
     if len(ids) > 2 and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise BadValue(
+        raise InvalidValueError(
             f"the tokenizer in {str(folder)!r} begins every text with {tokenizer.bos_token!r} twice; save it again "
             "with add_bos_token=False, or without the second one in its post-processor"
         )
 
 
 def require_ids_inside(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise BadValue for a token that pads, ends or opens every text and has no row in the model's embedding."""
+    """Raise InvalidValueError for a token that pads, ends or opens every text and has no row in the model's
+    embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     used = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
     if tokenizer.bos_token_id in tokenizer("a")["input_ids"]:
         used["bos_token"] = tokenizer.bos_token_id
     for name, number in used.items():
         if number is not None and number >= rows:
-            raise BadValue(
+            raise InvalidValueError(
                 f"{name} {tokenizer.decode([number])!r} of the tokenizer in {str(folder)!r} is token {number}, but the "
                 f"model's embedding ends at {rows - 1}: take a {name} inside it, or call "
                 f"model.resize_token_embeddings({number + 1}), and save both again"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from fp4rl.models.endings import keep_endings_alone
 from fp4rl.models.fit import require_bare_texts, require_ids_inside, require_unquantized
 from fp4rl.models.readable import readable
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.model import Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +25,13 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names.
     A tokenizer without a padding token pads with its end-of-text token. Of the folder's generation settings only what
     ends an answer is kept: everything else is for the spec to say.
-    Raises NotThere for a folder, configuration, tokenizer or weight that is missing, BadValue for what cannot be read,
-    for weights that are quantized already, and for a tokenizer that closes its prompts or does not fit the embedding.
+    Raises NotFoundError for a folder, configuration, tokenizer or weight that is missing, InvalidValueError for what
+    cannot be read, for weights that are quantized already, and for a tokenizer that closes its prompts or does not fit
+    the embedding.
     """
     folder, kind = Path(path), dtype_named(dtype)
     if not folder.is_dir():
-        raise NotThere(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+        raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
     base = base_of(folder)
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
     tokenizer = tokenizer_of(folder)
@@ -49,12 +50,16 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left, with a padding token in any case."""
     if not _has_tokenizer(folder):
-        raise NotThere(f"model folder {str(folder)!r} has no tokenizer; save one there (tokenizer.save_pretrained)")
+        raise NotFoundError(
+            f"model folder {str(folder)!r} has no tokenizer; save one there (tokenizer.save_pretrained)"
+        )
     with readable("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise BadValue(f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again")
+            raise InvalidValueError(
+                f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     with readable("the tokenizer", folder):
         require_bare_texts(tokenizer, folder)
@@ -66,13 +71,13 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise BadValue(f"no dtype {dtype!r} for a model{nearest(dtype, DTYPES)}")
+        raise InvalidValueError(f"no dtype {dtype!r} for a model{nearest(dtype, DTYPES)}")
     return DTYPES[dtype]
 
 
 def _weights(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
-        raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
+        raise NotFoundError(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     require_unquantized(folder)
     with readable("the model", folder):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -80,7 +85,7 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
         )
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(found["missing_keys"])
-        raise NotThere(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
+        raise NotFoundError(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
     return model
 
 
@@ -103,9 +108,13 @@ def base_of(folder: Path) -> Path | None:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         there = bool(base) and Path(base).is_dir()
     if not there:
-        raise NotThere(f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one")
+        raise NotFoundError(
+            f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one"
+        )
     if (Path(base) / config.name).is_file():
-        raise BadValue(f"{config}: base model {base!r} is an adapter itself; merge it first (merge_and_unload)")
+        raise InvalidValueError(
+            f"{config}: base model {base!r} is an adapter itself; merge it first (merge_and_unload)"
+        )
     return Path(base)
 
 
@@ -113,12 +122,12 @@ def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
     """`model`, loaded from the folder `base`, under a fresh LoRA adapter on every linear layer of its decoder.
 
     The base is frozen and stays where it is: only the adapter is saved, with the path of its base. The initial values
-    come from torch's global generator. Raises BadValue for a folder that holds an adapter already.
+    come from torch's global generator. Raises InvalidValueError for a folder that holds an adapter already.
     """
     from peft import LoraConfig, get_peft_model  # only in this file: a plain model needs no peft
 
     if (Path(base) / "adapter_config.json").is_file():
-        raise BadValue(f"{str(base)!r} holds an adapter already: drop model.lora to train that one on")
+        raise InvalidValueError(f"{str(base)!r} holds an adapter already: drop model.lora to train that one on")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # peft divides by it: a float is as good
@@ -142,7 +151,9 @@ def _adapted(model: Any, folder: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     missing = sorted(set(get_peft_model_state_dict(adapted)) - set(given))
     if missing:  # a fresh adapter does nothing: the base model would be measured under the adapter's name
-        raise NotThere(f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save it anew")
+        raise NotFoundError(
+            f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save it anew"
+        )
     return adapted
 
 

@@ -4,22 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp4rl.spec.mistakes import BadValue, Mistake
+from fp4rl.spec.errors import InvalidValueError, UserError
 
 
 @contextmanager
 def readable(what: str, folder: Path) -> Iterator[None]:
-    """Raises BadValue for anything that goes wrong but an interrupt; what is a mistake already passes.
+    """Raises InvalidValueError for anything that goes wrong but an interrupt; what is a mistake already passes.
 
     A parser in Rust panics with an exception of its own beside `Exception`.
     """
     try:
         yield
-    except (Mistake, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as why:
         said = (str(why).strip().splitlines() or [type(why).__name__])[0]
-        raise BadValue(f"{what} in {str(folder)!r} cannot be read: {said}{_cure(folder)}") from why
+        raise InvalidValueError(f"{what} in {str(folder)!r} cannot be read: {said}{_cure(folder)}") from why
 
 
 def _cure(folder: Path) -> str:

@@ -10,7 +10,7 @@ from fp4rl.models.load import base_of, load_tokenizer
 from fp4rl.models.readable import readable
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.model import Embedded
 
 
@@ -22,16 +22,16 @@ def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
 def skeleton(path: str | Path) -> PreTrainedModel:
     """The modules of a Hugging Face folder on the meta device; its tokenizer is looked for as well.
 
-    An adapter's folder gives its base model. Raises NotThere and BadValue as `load` does.
+    An adapter's folder gives its base model. Raises NotFoundError and InvalidValueError as `load` does.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise NotThere(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+        raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
     base = base_of(folder)
     if base is not None:
         return skeleton(base)
     if not (folder / "config.json").is_file():
-        raise NotThere(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
+        raise NotFoundError(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     require_unquantized(folder)
     tokenizer = load_tokenizer(folder)
     with readable("the config.json", folder):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from fp4rl.models import tokenizer as tokenizer_code
 from fp4rl.spec.digest import digest
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
 
 Example = tuple[str, str]  # prompt, and the solution that follows it after a blank
@@ -69,7 +69,7 @@ def warm_up(
     if not recipe.warm_up_steps:
         return float("nan")
     if not examples:
-        raise BadValue("no examples to warm up on; give some, or set warm_up_steps to 0")
+        raise InvalidValueError("no examples to warm up on; give some, or set warm_up_steps to 0")
     losses: list[float] = []
     with one_thread():
         batches = _batches(tokenizer, examples, recipe)

@@ -2,14 +2,15 @@
 
 import math
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import Factor, Multipliers, Zones
 
 
 def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, share: float | None = None) -> float:
     """Factor of `layer` (None outside the stack, such as the final norm) in a model of `layers` layers.
 
-    `share` is the part of the run that is done, 0..1; BadValue when a zone changes during the run and it is missing.
+    `share` is the part of the run that is done, 0..1; InvalidValueError when a zone changes during the run and it is
+    missing.
     """
     own = dict(multipliers.by_layer)
     if layer is None:
@@ -22,10 +23,10 @@ def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, shar
 
 
 def require_layers(multipliers: Multipliers, layers: int) -> None:
-    """BadValue when a multiplier names a layer that the model does not have: it would never act."""
+    """InvalidValueError when a multiplier names a layer that the model does not have: it would never act."""
     beyond = [layer for layer, _ in multipliers.by_layer if layer >= layers]
     if beyond:
-        raise BadValue(
+        raise InvalidValueError(
             f"multipliers.by_layer names layer {beyond[0]}, but the model's last layer is {layers - 1}; "
             "the multipliers were made for another model"
         )
@@ -40,5 +41,7 @@ def _factor_at(factor: Factor, share: float | None) -> float:
     if factor.changes_at is None or factor.later is None:
         return factor.value
     if share is None:
-        raise BadValue("a zone's factor changes during the run: pass `share`, the part of the run that is done")
+        raise InvalidValueError(
+            "a zone's factor changes during the run: pass `share`, the part of the run that is done"
+        )
     return factor.later if share >= factor.changes_at else factor.value

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp4rl.noise.evidence import NoiseEvidence
 from fp4rl.noise.targets import NoisyWeight, noisy_weights
-from fp4rl.spec.mistakes import BadValue, CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.noise import Noise
 
 
@@ -27,11 +27,11 @@ def perturb(
 
     One number is drawn from `generator`; each weight's noise follows from it and the weight's name, so that it does not
     depend on the order, the sharding or the process. `share` is the part of the run that is done (zones that change
-    need it). Raises BadValue for a negative sigma, NotThere when nothing takes noise, CheckFailed when a weight did not
-    take what was written.
+    need it). Raises InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a
+    weight did not take what was written.
     """
     if not 0 <= sigma < float("inf"):
-        raise BadValue(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
+        raise InvalidValueError(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
     weights = noisy_weights(model, noise, share=share)
     seed = draw_seed(generator)
     evidence: list[NoiseEvidence] = []

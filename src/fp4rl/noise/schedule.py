@@ -4,17 +4,17 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import Constant, Cosine, EpochAware, Geometric, Linear, Noise, NoiseSchedule
 
 
 def sigma_at(schedule: NoiseSchedule, step: int, total: int) -> float:
     """Standard deviation of the noise in the rollout of `step`, counted from 0, of a run of `total` steps.
 
-    Steps from `total` on get the last value. Raises BadValue for a negative step or a run without steps.
+    Steps from `total` on get the last value. Raises InvalidValueError for a negative step or a run without steps.
     """
     if total < 1 or step < 0:
-        raise BadValue(f"no sigma for step {step} of {total}: count steps from 0 in a run of at least one")
+        raise InvalidValueError(f"no sigma for step {step} of {total}: count steps from 0 in a run of at least one")
     step = min(step, total - 1)
     match schedule:
         case Geometric():

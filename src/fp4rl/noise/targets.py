@@ -9,7 +9,7 @@ from torch import nn
 
 from fp4rl.noise.multipliers import multiplier_at, require_layers
 from fp4rl.sites.walk import Site, layer_count, walk
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.noise import Noise, NoiseTargets
 from fp4rl.spec.targets import matches, require_hit
 
@@ -32,8 +32,8 @@ class NoisyWeight:
 def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
     """Every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
 
-    Raises NotThere when there is none, or when a `leave` pattern matches nothing; BadValue for multipliers of layers
-    that do not exist.
+    Raises NotFoundError when there is none, or when a `leave` pattern matches nothing; InvalidValueError for
+    multipliers of layers that do not exist.
     """
     sites = walk(model)
     layers = layer_count(sites)
@@ -48,7 +48,7 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
         require_hit(pattern, [weight.name for weight in found], "weight that would take noise")
     found = [weight for weight in found if not any(matches(weight.name, p) for p in noise.targets.leave)]
     if not found:
-        raise NotThere(
+        raise NotFoundError(
             f"no weight of {type(model).__name__} takes noise under targets.kinds={list(noise.targets.kinds)}; "
             "a norm is known by RMSNorm or LayerNorm in its class name and a weight of one dimension"
         )

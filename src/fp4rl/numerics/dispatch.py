@@ -24,8 +24,8 @@ from fp4rl.numerics import compiled, native, native_build
 from fp4rl.numerics.chunked import CHUNK, round_chunked
 from fp4rl.numerics.noise import Seed
 from fp4rl.numerics.reference import reference
+from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.formats import Format
-from fp4rl.spec.mistakes import BadValue, nearest
 
 Backend = Literal["auto", "reference", "chunked", "native", "compiled", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -55,16 +55,16 @@ _PROCESS = _Process()
 def use(backend: str, announce: Callable[[str], None] = silent) -> None:
     """Forces a backend (or `auto`) for this process; `announce` is told what is being compiled. For the doors alone.
 
-    Raises BadValue for a word that is no backend, and for one that cannot work here.
+    Raises InvalidValueError for a word that is no backend, and for one that cannot work here.
     """
     if backend not in BACKENDS:
-        raise BadValue(f"no backend is called {backend!r}{nearest(backend, BACKENDS)}")
+        raise InvalidValueError(f"no backend is called {backend!r}{nearest(backend, BACKENDS)}")
     if backend == "triton" and not (torch.cuda.is_available() and find_spec("triton")):
-        raise BadValue("the triton backend needs CUDA and the triton package; take auto")
+        raise InvalidValueError("the triton backend needs CUDA and the triton package; take auto")
     _PROCESS.chosen, _PROCESS.announce = backend, announce
     if backend == "native" and native_library(BUILD_AFTER) is None:
         _PROCESS.chosen = "auto"
-        raise BadValue(f"the native backend cannot be built: {_PROCESS.failure}; take auto or chunked")
+        raise InvalidValueError(f"the native backend cannot be built: {_PROCESS.failure}; take auto or chunked")
 
 
 def chosen() -> Backend:

@@ -25,8 +25,8 @@ from fp4rl.numerics.reach import within_reach
 from fp4rl.numerics.reference import widened
 from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.numerics.scales import divided, nan_where_not_finite
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
-from fp4rl.spec.mistakes import BadValue
 
 OCTAVE = 8  # a power-of-two scale cares where in an octave the data lie, so the ideal is a mean over this many sizes
 IDEAL_SHAPE = (512, 512)
@@ -65,9 +65,10 @@ class ErrorSplit:
 
 @torch.no_grad()
 def measure(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorMeasures:
-    """Every measure of `rounded` [any shape, like x], which `fmt` made of `x`; raises BadValue for NaN and infinity."""
+    """Every measure of `rounded` [any shape, like x], which `fmt` made of `x`; raises InvalidValueError for NaN and
+    infinity."""
     if x.shape != rounded.shape or not bool(x.isfinite().all() and rounded.isfinite().all()):
-        raise BadValue("an error is measured between two finite tensors of one shape")
+        raise InvalidValueError("an error is measured between two finite tensors of one shape")
     exact = x.double()
     error = rounded.double() - exact
     square, signal = error.square(), exact.square().sum().item()

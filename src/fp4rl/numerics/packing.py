@@ -26,8 +26,8 @@ from fp4rl.numerics.levels import Levels, inside
 from fp4rl.numerics.quantize import seed_for
 from fp4rl.numerics.reference import effective_scale, stored_scales, uniform_like, widened
 from fp4rl.numerics.rounding import round_magnitude, saturated
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
-from fp4rl.spec.mistakes import BadValue
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,8 @@ class Packed:
 
 @torch.no_grad()
 def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Quantized:
-    """Codes and scales of `x` [any shape, at least one axis]. Raises BadValue for a format without codes and for a
-    tensor with NaN or infinity, which no scale byte stands for, naming it.
+    """Codes and scales of `x` [any shape, at least one axis]. Raises InvalidValueError for a format without codes and
+    for a tensor with NaN or infinity, which no scale byte stands for, naming it.
     """
     _check(x, fmt, name)
     seed = seed_for(fmt, generator, name)
@@ -120,11 +120,11 @@ def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
 def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tensor:
     """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives.
 
-    `out` takes them; raises BadValue where its shape or dtype is another.
+    `out` takes them; raises InvalidValueError where its shape or dtype is another.
     """
     shape = stored.codes.shape if isinstance(stored, Quantized) else (*stored.data.shape[:-1], stored.columns)
     if out is not None and (out.shape != shape or out.dtype != stored.levels.dtype):
-        raise BadValue(
+        raise InvalidValueError(
             f"out is {out.dtype} {tuple(out.shape)}, but the values are {stored.levels.dtype} {tuple(shape)}"
         )
     if not prod(shape):
@@ -144,9 +144,11 @@ def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tens
 
 
 def pack(stored: Quantized) -> Packed:
-    """Two codes a byte; raises BadValue for elements that are not 4 bits wide."""
+    """Two codes a byte; raises InvalidValueError for elements that are not 4 bits wide."""
     if stored.fmt.element.bits != 4:
-        raise BadValue(f"{stored.fmt.name}: only 4-bit codes pack two a byte, not {stored.fmt.element.bits}-bit ones")
+        raise InvalidValueError(
+            f"{stored.fmt.name}: only 4-bit codes pack two a byte, not {stored.fmt.element.bits}-bit ones"
+        )
     columns = columns_of(stored.codes)
     codes = torch.nn.functional.pad(stored.codes, (0, columns % 2)).contiguous()
     if not codes.numel():  # nothing to join, and no two bytes that could be read as one number
@@ -189,13 +191,17 @@ def unpack(packed: Packed) -> Quantized:
     return Quantized(codes.contiguous(), packed.scales, packed.factor, packed.levels)
 
 
-def not_finite(fmt: Format, name: str) -> BadValue:
+def not_finite(fmt: Format, name: str) -> InvalidValueError:
     """What is wrong with a tensor that has no codes: no scale byte stands for NaN."""
-    return BadValue(f"{name}: holds NaN or infinity, and {fmt.name} has no code for a block of NaN; mend it first")
+    return InvalidValueError(
+        f"{name}: holds NaN or infinity, and {fmt.name} has no code for a block of NaN; mend it first"
+    )
 
 
 def _check(x: Tensor, fmt: Format, name: str) -> None:
     if fmt.scale == "none":
-        raise BadValue(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
+        raise InvalidValueError(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
     if not x.is_floating_point() or not x.ndim:
-        raise BadValue(f"{name}: a tensor of at least one axis and of floats has codes, not {x.dtype} {tuple(x.shape)}")
+        raise InvalidValueError(
+            f"{name}: a tensor of at least one axis and of floats has codes, not {x.dtype} {tuple(x.shape)}"
+        )

@@ -7,8 +7,8 @@ from fp4rl.numerics.dispatch import round_tensor
 from fp4rl.numerics.levels import inside
 from fp4rl.numerics.noise import Seed, draw_seed
 from fp4rl.numerics.rounding import saturated
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
-from fp4rl.spec.mistakes import BadValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,16 +26,16 @@ def fake_quantize(
     """`x` [any shape] rounded to `fmt`, same shape and dtype, contiguous; no gradient flows (see `straight_through`).
 
     A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding
-    and moves on by one draw a call. `out` takes the result and may be `x` itself. Raises BadValue for a dtype that
-    is no float, a missing generator, an `out` that does not fit, and with `check_finite` for a tensor that is not
+    and moves on by one draw a call. `out` takes the result and may be `x` itself. Raises InvalidValueError for a dtype
+    that is no float, a missing generator, an `out` that does not fit, and with `check_finite` for a tensor that is not
     finite, naming it.
     """
     if x.dtype not in DTYPES:
-        raise BadValue(f"{name}: {fmt.name} rounds float32, bfloat16, float16 and float64, not {x.dtype}")
+        raise InvalidValueError(f"{name}: {fmt.name} rounds float32, bfloat16, float16 and float64, not {x.dtype}")
     if check_finite and not bool(torch.isfinite(x).all()):
-        raise BadValue(f"{name}: holds NaN or infinity; {fmt.name} would turn whole blocks of it into NaN")
+        raise InvalidValueError(f"{name}: holds NaN or infinity; {fmt.name} would turn whole blocks of it into NaN")
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
-        raise BadValue(f"{name}: out is {out.dtype} {tuple(out.shape)}, but x is {x.dtype} {tuple(x.shape)}")
+        raise InvalidValueError(f"{name}: out is {out.dtype} {tuple(out.shape)}, but x is {x.dtype} {tuple(x.shape)}")
     seed = seed_for(fmt, generator, name)
     if not x.numel():
         return x.clone() if out is None else out
@@ -48,10 +48,10 @@ def fake_quantize(
 
 
 def seed_for(fmt: Format, generator: torch.Generator | None, name: str = "tensor") -> Seed | None:
-    """The seed of one stochastic rounding, None for a format that rounds otherwise; raises BadValue without a
+    """The seed of one stochastic rounding, None for a format that rounds otherwise; raises InvalidValueError without a
     generator."""
     if fmt.rounding != "stochastic":
         return None
     if generator is None:
-        raise BadValue(f"{name}: {fmt.name} rounds stochastically and needs a torch.Generator")
+        raise InvalidValueError(f"{name}: {fmt.name} rounds stochastically and needs a torch.Generator")
     return draw_seed(generator)

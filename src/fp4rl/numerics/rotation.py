@@ -8,18 +8,18 @@ orthonormal.
 import torch
 from torch import Tensor
 
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS
-from fp4rl.spec.mistakes import BadValue
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
     """`x` [..., n] with every `size` neighbours of the last axis transformed; float32 or float64, same shape.
 
     A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
-    Raises BadValue for a size that is not 16, 32, 64 or 128.
+    Raises InvalidValueError for a size that is not 16, 32, 64 or 128.
     """
     if size not in ROTATIONS:
-        raise BadValue(f"rotation {size} is not one of {', '.join(map(str, ROTATIONS))}")
+        raise InvalidValueError(f"rotation {size} is not one of {', '.join(map(str, ROTATIONS))}")
     length = x.shape[-1] // size * size if x.ndim else 0
     turned = x[..., :length].reshape(-1, size)
     step = size // 2

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import BF16, FORMATS, FP8, MXFP4, MXFP4_2D, MXFP4_SR, MXFP8, NVFP4, Format
-from fp4rl.spec.mistakes import CheckFailed
 
 Quantizer = Callable[[Tensor, Format, torch.Generator], Tensor]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
+from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.formats import Format
-from fp4rl.spec.mistakes import BadValue, nearest
 
 Variant = Literal["identity", "clipped"]
 
@@ -42,10 +42,10 @@ def straight_through(
     """`fake_quantize(x, fmt)` with a gradient (Bengio et al. 2013, arXiv 1308.3432).
 
     `identity` hands back the gradient that arrives; `clipped` hands back zero for values beyond the largest
-    magnitude that their block can hold. Raises BadValue for an unknown variant and for what `fake_quantize`
+    magnitude that their block can hold. Raises InvalidValueError for an unknown variant and for what `fake_quantize`
     refuses.
     """
     if variant not in get_args(Variant):
-        raise BadValue(f"straight_through knows no variant {variant!r}{nearest(variant, get_args(Variant))}")
+        raise InvalidValueError(f"straight_through knows no variant {variant!r}{nearest(variant, get_args(Variant))}")
     rounded = _Rounded if variant == "identity" else _RoundedUnlessClipped
     return rounded.apply(x, fmt, generator)  # type: ignore[no-any-return, no-untyped-call]

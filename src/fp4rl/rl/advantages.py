@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 # Added to a standard deviation before dividing. TRL adds 1e-4, verl 1e-6; 0/1 rewards notice neither.
 EPSILON = 1e-4
@@ -38,10 +38,11 @@ def group_advantages(
       (arXiv 2501.03262).
 
     A NaN reward (an answer that could not be scored) takes no part in its group and gets advantage 0.
-    Raises BadValue when the answers do not divide into groups of at least two, NotThere for an unknown estimator.
+    Raises InvalidValueError when the answers do not divide into groups of at least two, NotFoundError for an unknown
+    estimator.
     """
     if rollout_n < 2 or rewards.dim() != 1 or rewards.numel() % rollout_n:
-        raise BadValue(
+        raise InvalidValueError(
             f"{tuple(rewards.shape)} rewards do not make groups of {rollout_n}: give rollout_n >= 2 answers a prompt"
         )
     grouped = rewards.float().view(-1, rollout_n)  # [groups, n]
@@ -62,7 +63,7 @@ def _centred(grouped: Tensor, mean: Tensor, std: Tensor, estimator: str, by_std:
             centred = grouped - mean
             return centred / (_nan_std(centred.flatten(), 0) + EPSILON)
         case _:
-            raise NotThere(f"no adv_estimator {estimator!r}{nearest(estimator, ADV_ESTIMATORS)}")
+            raise NotFoundError(f"no adv_estimator {estimator!r}{nearest(estimator, ADV_ESTIMATORS)}")
 
 
 def _nan_std(values: Tensor, dim: int) -> Tensor:

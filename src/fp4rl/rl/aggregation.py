@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
@@ -42,7 +42,7 @@ def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_
     - `seq-mean-token-sum-norm` (Dr. GRPO, arXiv 2503.20783): the same over a constant, `loss_scale_factor`
       (the longest answer allowed), so that the gradient's scale does not follow the lengths of a batch.
 
-    Raises NotThere for an unknown mode, BadValue when the norm's constant is missing.
+    Raises NotFoundError for an unknown mode, InvalidValueError when the norm's constant is missing.
     """
     # masked_fill, not a product: an infinite loss at a padded position must not become NaN.
     per_sequence = losses.expand_as(mask).masked_fill(mask == 0, 0.0).sum(-1)  # [sequences]
@@ -56,10 +56,12 @@ def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_
         case "seq-mean-token-sum-norm":
             return per_sequence.sum() / whole.sequences / _constant(loss_scale_factor)
         case _:
-            raise NotThere(f"no loss_agg_mode {mode!r}{nearest(mode, LOSS_AGG_MODES)}")
+            raise NotFoundError(f"no loss_agg_mode {mode!r}{nearest(mode, LOSS_AGG_MODES)}")
 
 
 def _constant(loss_scale_factor: int | None) -> int:
     if loss_scale_factor is None or loss_scale_factor < 1:
-        raise BadValue("seq-mean-token-sum-norm divides by a constant: set loss_scale_factor to max_response_length")
+        raise InvalidValueError(
+            "seq-mean-token-sum-norm divides by a constant: set loss_scale_factor to max_response_length"
+        )
     return loss_scale_factor

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.training import Training
 
 
@@ -39,17 +39,17 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
 
 
 def require_shares(recipe: Training, processes: int) -> None:
-    """Raises BadValue for what several processes cannot do as one would."""
+    """Raises InvalidValueError for what several processes cannot do as one would."""
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
     micro = recipe.micro_batch_size or share
     if recipe.train_batch_size % processes or rest or share % micro:
-        raise BadValue(
+        raise InvalidValueError(
             f"{processes} processes cannot share train_batch_size {recipe.train_batch_size}, mini_batch_size "
             f"{recipe.mini_batch_size} x rollout_n {recipe.rollout_n} and micro_batch_size {micro} evenly; "
             f"take multiples of {processes}"
         )
     if processes > 1 and recipe.adv_estimator == "reinforce_plus_plus_baseline":
-        raise BadValue(
+        raise InvalidValueError(
             "adv_estimator reinforce_plus_plus_baseline divides by the spread of the whole batch, of which each of "
             f"{processes} processes has a share: take grpo or rloo"
         )

@@ -13,8 +13,8 @@ from fp4rl.rl.judge import judge_of
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
 from fp4rl.rl.start import task_of, training_problems
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.model import Embedded
 from fp4rl.tasks.overlap import check_disjoint
 
@@ -22,8 +22,8 @@ from fp4rl.tasks.overlap import check_disjoint
 def check(experiment: Experiment) -> None:
     """Go through everything that a run will need.
 
-    Raises NotThere or BadValue for what the experiment names and cannot be used, CheckFailed when held-out problems
-    are also trained on (P37).
+    Raises NotFoundError or InvalidValueError for what the experiment names and cannot be used, CheckFailed when
+    held-out problems are also trained on (P37).
     """
     reward_named(experiment.training.reward)
     _reference_can_be_what_it_says(experiment)
@@ -59,7 +59,7 @@ def _reference_can_be_what_it_says(experiment: Experiment) -> None:
         return
     full = distills or recipe.reference_precision == "full"
     if full and injection.apply_during.active("reference"):
-        raise BadValue(
+        raise InvalidValueError(
             "injection.apply_during names the reference phase, but the reference is meant in full precision: "
             "leave it out there, or set training.reference_precision: deployment"
         )
@@ -73,7 +73,7 @@ def _answers_fit_the_positions(experiment: Experiment, config: Any) -> None:
     if experiment.evaluation.max_new_tokens > answer:
         longest, answer = "evaluation.max_new_tokens", experiment.evaluation.max_new_tokens
     if there is not None and recipe.max_prompt_length + answer > there:
-        raise BadValue(
+        raise InvalidValueError(
             f"training.max_prompt_length {recipe.max_prompt_length} and {longest} {answer} are more than the "
             f"{there} positions of the model (max_position_embeddings); set {longest} to "
             f"{max(there - recipe.max_prompt_length, 1)} or less, or max_prompt_length to that of your prompts"
@@ -83,7 +83,7 @@ def _answers_fit_the_positions(experiment: Experiment, config: Any) -> None:
 def _one_correction_is_enough(experiment: Experiment) -> None:
     noise, asked = experiment.noise, experiment.training.rollout_correction
     if noise is not None and noise.logprobs == "noisy" and asked.rollout_is != "none":
-        raise BadValue(
+        raise InvalidValueError(
             "training.rollout_correction would correct twice: noise.logprobs: noisy takes the ratio against the noisy "
             "sampler already; drop one of them"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 Direction = Literal["forward", "reverse"]
 Head = Callable[[Tensor], Tensor]
@@ -46,15 +46,15 @@ def teacher_kl(
     `chunk_tokens` at a time, and a chunk's logits are made again in the backward instead of being kept.
     `temperature` divides both sides' logits. Sources: arXiv 2306.13649 (on-policy distillation).
 
-    Raises BadValue when the two sides do not line up.
+    Raises InvalidValueError when the two sides do not line up.
     """
     if student.shape[:2] != teacher.shape[:2] or student.shape[:2] != mask.shape:
-        raise BadValue(
+        raise InvalidValueError(
             f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and mask {tuple(mask.shape)} "
             "must agree in answers and tokens: score the same tokens with both"
         )
     if chunk_tokens < 1 or temperature <= 0:
-        raise BadValue(f"chunk_tokens {chunk_tokens} and temperature {temperature} must be above 0")
+        raise InvalidValueError(f"chunk_tokens {chunk_tokens} and temperature {temperature} must be above 0")
     counted = mask.bool()
     ours, theirs = student[counted], teacher[counted]  # [n, hidden]
     parts = [
@@ -72,7 +72,9 @@ def _chunk_kl(student: Tensor, teacher: Tensor, heads: tuple[Head, Head], direct
     with torch.no_grad():
         log_t = log_softmax(teacher_head(teacher).float() / t, dim=-1)
     if log_s.shape != log_t.shape:
-        raise BadValue(f"student and teacher have vocabularies of {log_s.shape[-1]} and {log_t.shape[-1]} tokens")
+        raise InvalidValueError(
+            f"student and teacher have vocabularies of {log_s.shape[-1]} and {log_t.shape[-1]} tokens"
+        )
     ahead, behind = (log_t, log_s) if direction == "forward" else (log_s, log_t)
     return _expected_gap(ahead, behind)
 

@@ -12,7 +12,7 @@ A trailing `+` (`k3+`) keeps the value and takes the gradient of k2.
 
 from torch import Tensor
 
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 
 KL_LOSS_TYPES = ("k1", "k2", "k3", "abs", "kl", "mse", "low_var_kl", "k1+", "k3+", "abs+", "kl+", "low_var_kl+")
 
@@ -23,7 +23,7 @@ K3_CAP = 10.0
 
 
 def kl_per_token(logps: Tensor, ref_logps: Tensor, kl_loss_type: str = "low_var_kl") -> Tensor:
-    """Estimate of KL(policy || reference) at each token, in nats; same shape as `logps`. Raises NotThere."""
+    """Estimate of KL(policy || reference) at each token, in nats; same shape as `logps`. Raises NotFoundError."""
     value = _estimate(logps, ref_logps, kl_loss_type.removesuffix("+"))
     if not kl_loss_type.endswith("+"):
         return value
@@ -44,4 +44,4 @@ def _estimate(logps: Tensor, ref_logps: Tensor, kind: str) -> Tensor:
             x = x.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
             return (x.exp() - x - 1).clamp(max=K3_CAP)
         case _:
-            raise NotThere(f"no kl_loss_type {kind!r}{nearest(kind, KL_LOSS_TYPES)}")
+            raise NotFoundError(f"no kl_loss_type {kind!r}{nearest(kind, KL_LOSS_TYPES)}")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.task import Gsm8k
 
 # Each with the part of a description that points to it: where that is a declared factor, the contents may differ too.
@@ -26,11 +26,11 @@ def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
 
 
 def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:
-    """Raises BadValue where a checkpoint after `step` was trained on other contents than are there `now`: going on
-    would train on both and record the new ones alone (P49)."""
+    """Raises InvalidValueError where a checkpoint after `step` was trained on other contents than are there `now`:
+    going on would train on both and record the new ones alone (P49)."""
     others = [f"{name} ({key})" for name, key in POINTERS.items() if then.get(name) != now.get(name)]
     if others:
-        raise BadValue(
+        raise InvalidValueError(
             f"changed since the checkpoint after step {step} was written: {', '.join(others)}; "
             f"put it back as it was, or delete {checkpoints} to start over with what is there now"
         )

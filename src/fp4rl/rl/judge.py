@@ -16,7 +16,7 @@ from fp4rl.rl.acting import acting, rounded
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.start import task_of
-from fp4rl.rl.unharmed import Record, unharmed
+from fp4rl.rl.weights_unchanged import Record, unharmed
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -48,7 +48,7 @@ class Judge:
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
         """Profile name -> what is injected while it is measured; the robustness sweep belongs to the `last` step.
 
-        Raises NotThere for a profile that no precision is called by.
+        Raises NotFoundError for a profile that no precision is called by.
         """
         names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
         return {name: precision_named(name, self.spec, self.injection) for name in names}
@@ -143,7 +143,7 @@ def _proved(attachment: Attachment | None) -> list[dict[str, Any]]:
 def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:
     """Judge the model in `folder` as `experiment` would: its task, its held-out problems, every profile it names.
 
-    Raises NotThere for a folder, a file or a profile that does not exist.
+    Raises NotFoundError for a folder, a file or a profile that does not exist.
     """
     task = task_of(experiment.task)
     return tuple(judge_of(experiment, task).judge(folder, experiment.model.dtype, experiment.training.steps, True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4rl.rl.aggregation import Whole, aggregate
 from fp4rl.rl.divergence import SAFE_LOG_RATIO, kl_per_token
 from fp4rl.spec.algorithms import PUBLISHED
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ LOSSES: Mapping[str, LossRule] = MappingProxyType({rule.name: rule for rule in (
 
 
 def loss_named(name: str) -> LossRule:
-    """The rule of an algorithm with its published defaults. Raises NotThere."""
+    """The rule of an algorithm with its published defaults. Raises NotFoundError."""
     if name not in LOSSES:
-        raise NotThere(f"no policy loss {name!r}{nearest(name, LOSSES)}")
+        raise NotFoundError(f"no policy loss {name!r}{nearest(name, LOSSES)}")
     return LOSSES[name]
 
 
@@ -98,7 +98,7 @@ class LossOutputs:
 def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
     """The loss of one micro-batch; the sum over the micro-batches of a step is the loss of the step.
 
-    Raises BadValue when the rule asks for a reference that is not given, or the shapes do not fit.
+    Raises InvalidValueError when the rule asks for a reference that is not given, or the shapes do not fit.
     """
     _check(inputs, rule)
     advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages.unsqueeze(-1)
@@ -158,6 +158,10 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def _check(inputs: LossInputs, rule: LossRule) -> None:
     if inputs.logps.shape != inputs.mask.shape:
-        raise BadValue(f"logps {tuple(inputs.logps.shape)} and mask {tuple(inputs.mask.shape)} differ in shape")
+        raise InvalidValueError(
+            f"logps {tuple(inputs.logps.shape)} and mask {tuple(inputs.mask.shape)} differ in shape"
+        )
     if rule.kl_loss_coef and inputs.ref_logps is None:
-        raise BadValue(f"kl_loss_coef is {rule.kl_loss_coef} but no reference log-probs came along: set it to 0")
+        raise InvalidValueError(
+            f"kl_loss_coef is {rule.kl_loss_coef} but no reference log-probs came along: set it to 0"
+        )

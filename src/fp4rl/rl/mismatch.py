@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.rl.divergence import SAFE_LOG_RATIO
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def correct_rollout(
     All inputs [answers, tokens]; a NaN log-prob (a sampler that could not say) counts as rho = 1.
 
     Source: arXiv 2508.03501 and "When Speed Kills Stability" (richardli.xyz/rl-collapse); verl rollout_corr.
-    Raises BadValue for a threshold of 1 or less.
+    Raises InvalidValueError for a threshold of 1 or less.
     """
     if threshold <= 1.0:
-        raise BadValue(f"rollout correction threshold {threshold} would cut ratios of 1: take 2 or more")
+        raise InvalidValueError(f"rollout correction threshold {threshold} would cut ratios of 1: take 2 or more")
     log_rho = _log_ratio(train_logps, rollout_logps, mask)
     if rollout_is == "sequence":
         log_rho = log_rho.sum(-1, keepdim=True)
@@ -130,7 +130,7 @@ def _probability_differences(train_logps: Tensor, rollout_logps: Tensor) -> dict
 def _log_ratio(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tensor:
     """log rho in float32 [answers, tokens]; 0 in the padding and where the sampler could not say."""
     if not train_logps.shape == rollout_logps.shape == mask.shape:
-        raise BadValue(
+        raise InvalidValueError(
             f"log-probs of the trained policy {tuple(train_logps.shape)}, of the sampler {tuple(rollout_logps.shape)} "
             f"and the mask {tuple(mask.shape)} must have one shape"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.model import Model
 
 # Of weights that are updated in low precision most should move; in FP32 they need time to reach the next step.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def soft_overlong_penalty(
@@ -16,11 +16,11 @@ def soft_overlong_penalty(
         -penalty_factor                          at max_response_length and beyond
 
     lengths [answers], in tokens. verl's `overlong_buffer_cfg` and TRL's `get_soft_overlong_punishment` give the same
-    numbers. Raises BadValue when the buffer does not fit: with buffer_len = max_response_length every answer is
-    punished, and a buffer that starts below the usual length teaches the policy to skip steps.
+    numbers. Raises InvalidValueError when the buffer does not fit: with buffer_len = max_response_length every answer
+    is punished, and a buffer that starts below the usual length teaches the policy to skip steps.
     """
     if not 0 < buffer_len < max_response_length:
-        raise BadValue(
+        raise InvalidValueError(
             f"overlong buffer of {buffer_len} tokens does not fit below max_response_length {max_response_length}: "
             "take about a quarter of it"
         )

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from fp4rl.inject.attach import Attachment
-from fp4rl.inject.memory import recall, remembered
-from fp4rl.noise.course import Course, StageLog
+from fp4rl.inject.memory import load_state_dict, state_dict
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
+from fp4rl.noise.progress import ScheduleProgress, StageLog
 from fp4rl.rl.acting import rounded
-from fp4rl.rl.unharmed import Record, unharmed
+from fp4rl.rl.weights_unchanged import Record, unharmed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.injection import Phase
-from fp4rl.spec.mistakes import CheckFailed
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS
 
@@ -59,7 +59,7 @@ class Phases:
         self.record = record
         self.sigma = 0.0
         self.stages = StageLog()
-        self.course = Course.of(noise, total_steps) if noise is not None else None
+        self.progress = ScheduleProgress.of(noise, total_steps) if noise is not None else None
         self._noise_seen: list[NoiseEvidence] = []  # one for each rollout, its weights pooled
         self._called: set[Phase] = set()
         self._to_hold: int | None = None  # the step whose training is still to be held against its masters
@@ -178,11 +178,11 @@ class Phases:
     @contextmanager
     def unobserved(self) -> Iterator[None]:
         """Try the unquantized model out, leaving no trace in the counters or in what is drawn later."""
-        before = remembered(self.attachment) if self.attachment is not None else {}
+        before = state_dict(self.attachment) if self.attachment is not None else {}
         with self.reference():
             yield
         if self.attachment is not None:
-            recall(self.attachment, before)
+            load_state_dict(self.attachment, before)
 
     def weights_changed(self) -> None:
         """To be called after every optimizer step and every load: cached rounded weights are thrown away."""
@@ -229,19 +229,19 @@ class Phases:
         return {
             "noise": [asdict(one) for one in self._noise_seen],
             "stages": self.stages.ran,
-            "course": _course_as_json(self.course) if self.course is not None else None,
-            "injection": remembered(self.attachment) if self.attachment is not None else {},
+            "course": _progress_as_json(self.progress) if self.progress is not None else None,
+            "injection": state_dict(self.attachment) if self.attachment is not None else {},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, after the weights of that moment were loaded."""
         self._noise_seen = [NoiseEvidence(**one) for one in state["noise"]]
         self.stages = StageLog([(sigma, count) for sigma, count in state["stages"]])
-        if self.course is not None:
+        if self.progress is not None:
             epoch, begun, *length = state["course"]
-            self.course = replace(self.course, epoch=epoch, begun=begun, length=Fraction(*length))
+            self.progress = replace(self.progress, epoch=epoch, begun=begun, length=Fraction(*length))
         if self.attachment is not None:
-            recall(self.attachment, state["injection"])
+            load_state_dict(self.attachment, state["injection"])
 
     def _switch(self, phase: Phase) -> None:
         if self.attachment is not None:
@@ -249,11 +249,11 @@ class Phases:
 
     @contextmanager
     def _noisy(self, step: int, data_epochs: float) -> Iterator[None]:
-        if self.noise is None or self.course is None:
+        if self.noise is None or self.progress is None:
             yield
             return
-        self.course = self.course.at(step, data_epochs)
-        self.sigma = self.course.sigma(self.noise, step)
+        self.progress = self.progress.at(step, data_epochs)
+        self.sigma = self.progress.sigma(self.noise, step)
         with self._perturbed(self.noise, step) as evidence:
             yield
         self.stages.note(self.sigma)
@@ -290,8 +290,8 @@ def _fused(model: nn.Module) -> bool:
     return not written_out and (weight.is_cuda or weight.dtype != torch.float32)
 
 
-def _course_as_json(course: Course) -> list[int]:
-    return [course.epoch, course.begun, course.length.numerator, course.length.denominator]
+def _progress_as_json(progress: ScheduleProgress) -> list[int]:
+    return [progress.epoch, progress.begun, progress.length.numerator, progress.length.denominator]
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:

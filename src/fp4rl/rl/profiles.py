@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.evaluation import KNOWN_PROFILES, MATMUL_NOISE, Evaluation
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import MODES, Injection
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 from fp4rl.spec.points import ApplyDuring
 
 
@@ -25,7 +25,7 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
     `full` is the model as it is, `deployment` the run's injection; a mode (`w4a16`) or a format of the weights
     (`mxfp8`) is what quantizing afterwards gives; `matmul_noise=0.05` is the deployment with relative errors of that
     size in the result of every matmul. Whatever stands under a name in `spec.injections` acts whole.
-    Raises NotThere for any other name.
+    Raises NotFoundError for any other name.
     """
     if name == "full":
         return Precision(None)
@@ -40,7 +40,7 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
     if name.startswith(MATMUL_NOISE):
         return _with_matmul_noise(name.removeprefix(MATMUL_NOISE), deployed)
     known = [*spec.injections, *KNOWN_PROFILES, f"{MATMUL_NOISE}0.05"]
-    raise NotThere(f"evaluation.profiles: no profile {name!r}{nearest(name, known)}")
+    raise NotFoundError(f"evaluation.profiles: no profile {name!r}{nearest(name, known)}")
 
 
 def _whole(injection: Injection) -> Injection:
@@ -53,7 +53,7 @@ def _with_matmul_noise(size: str, deployed: Injection | None) -> Precision:
     try:
         error = HardwareError(scale=float(size)) if float(size) else None
     except ValueError:
-        raise BadValue(f"evaluation.profiles: {MATMUL_NOISE}{size}: write a number such as 0.05") from None
+        raise InvalidValueError(f"evaluation.profiles: {MATMUL_NOISE}{size}: write a number such as 0.05") from None
     if error is None:
         return Precision(deployed)
     content: dict[str, Any] = deployed.model_dump() if deployed is not None else {}

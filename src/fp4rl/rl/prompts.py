@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.task import Problem
 
 
 def require_prompts_fit(
     problems: Sequence[Problem], limit: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> None:
-    """Raise BadValue, naming the longest, for prompts of more than `limit` tokens.
+    """Raise InvalidValueError, naming the longest, for prompts of more than `limit` tokens.
 
     The tokenizer is asked for when a prompt is in question at all: tokens stand for a byte or more each, bar special
     ones, so that few bytes are few tokens.
@@ -30,7 +30,7 @@ def require_prompts_fit(
         return
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     one = in_question[longest]
-    raise BadValue(
+    raise InvalidValueError(
         f"training.max_prompt_length {limit}: {len(too_long)} of {len(problems)} prompts are longer, the longest has "
         f"{max(too_long)} tokens ({one.split} problem {one.id}, {one.prompt.strip()[:40]!r}); set "
         f"training.max_prompt_length={max(too_long)}, or take such problems out of the data"
@@ -40,7 +40,8 @@ def require_prompts_fit(
 def require_positions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: Problem, max_new_tokens: int
 ) -> None:
-    """Raise BadValue where the longest prompt and its answer go beyond the positions that the model was made for.
+    """Raise InvalidValueError where the longest prompt and its answer go beyond the positions that the model was made
+    for.
 
     Learned positions end there, and rotary ones were never trained further: the answers would be noise.
     """
@@ -49,7 +50,7 @@ def require_positions(
     if positions is not None and tokens + max_new_tokens > positions:
         room = positions - tokens
         cure = f"{room} are left for its answer" if room > 0 else "take such problems out of the data"
-        raise BadValue(
+        raise InvalidValueError(
             f"evaluation.max_new_tokens {max_new_tokens}: the model has {positions} positions, and problem "
             f"{longest.id} takes {tokens}; {cure}"
         )
@@ -60,7 +61,7 @@ def encoded(
 ) -> tuple[Tensor, Tensor]:
     """The prompts' token ids and attention mask, both [problems, T], padded on the left, on the model's device.
 
-    Raises BadValue for a prompt that is no open text, and for a token that the model has no embedding of.
+    Raises InvalidValueError for a prompt that is no open text, and for a token that the model has no embedding of.
     """
     texts = [problem.prompt for problem in problems]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -69,7 +70,7 @@ def encoded(
     rows = int(model.get_input_embeddings().weight.shape[0])
     if int(ids.max()) >= rows:
         token = tokenizer.convert_ids_to_tokens(int(ids.max()))
-        raise BadValue(
+        raise InvalidValueError(
             f"the prompts hold {token!r}, token {int(ids.max())} of the tokenizer, but the model's embedding ends at "
             f"{rows - 1}: take it out of task.prompt, or resize the embedding and save the model again"
         )
@@ -80,7 +81,7 @@ def encoded(
 def require_prompts_open(
     problems: Sequence[Problem], rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise BadValue for a prompt that begins twice or is ended already; `rows` are the problems' token ids.
+    """Raise InvalidValueError for a prompt that begins twice or is ended already; `rows` are the problems' token ids.
 
     A template that was copied with a model's own marks gets them from the tokenizer again. The answers change without
     a word: no model has seen such a text.
@@ -92,7 +93,7 @@ def require_prompts_open(
             wrong = f"ends with {tokenizer.eos_token!r}, before it is answered"
         else:
             continue
-        raise BadValue(
+        raise InvalidValueError(
             f"the prompt of {problem.split} problem {problem.id} {wrong} ({problem.prompt.strip()[:40]!r}); take that "
             "token out of task.prompt"
         )

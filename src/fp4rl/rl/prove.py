@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.inject.memory import drawing_alike, recall, remembered
+from fp4rl.inject.memory import drawing_alike, load_state_dict, state_dict
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl.acting import acting
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import CheckFailed
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -62,11 +62,11 @@ def require_provable(
 
     Leaves chance and evidence of the attachment as they were. Raises CheckFailed.
     """
-    before = remembered(attachment) if attachment is not None else {}
+    before = state_dict(attachment) if attachment is not None else {}
     difference = _live_against_fresh(experiment, model, attachment, start)
     if attachment is not None:
         attachment.set_phase("training")
-        recall(attachment, before)
+        load_state_dict(attachment, before)
     if difference != 0.0:
         raise CheckFailed(
             f"before any training the policy's logits differ from those of a fresh copy, injected alike, by up to "

@@ -22,7 +22,7 @@ from fp4rl.spec.training import Distillation
 
 
 @dataclass(frozen=True)
-class Still:
+class FrozenPolicy:
     """`model` inside `scoring()` is the policy that is meant; outside it may be the one that learns."""
 
     model: PreTrainedModel
@@ -35,22 +35,22 @@ class Still:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ReferencePolicies:
     """The policies that a recipe holds the live one against; None where it needs none."""
 
-    reference: Still | None
-    teacher: Still | None
+    reference: FrozenPolicy | None
+    teacher: FrozenPolicy | None
 
 
-def standing(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases) -> Standing:
+def standing(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases) -> ReferencePolicies:
     """What the recipe of `experiment` needs beside the live model, which starts from the folder `start`.
 
     With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
     Without one it is a frozen copy, shared by reference and teacher where both are in full precision.
     """
-    recipe, found = experiment.training, dict[str, Still]()
+    recipe, found = experiment.training, dict[str, FrozenPolicy]()
 
-    def start_in(precision: str) -> Still:
+    def start_in(precision: str) -> FrozenPolicy:
         if precision not in found:
             found[precision] = _start(experiment, start, live, phases, quantized=precision == "deployment")
         return found[precision]
@@ -58,23 +58,25 @@ def standing(experiment: Experiment, start: Path, live: PreTrainedModel, phases:
     teacher = None
     if recipe.distillation is not None:
         alive = recipe.distillation.teacher == "live"
-        teacher = Still(live, phases.reference) if alive else start_in("full")
-    return Standing(start_in(recipe.reference_precision) if recipe.kl else None, teacher)
+        teacher = FrozenPolicy(live, phases.reference) if alive else start_in("full")
+    return ReferencePolicies(start_in(recipe.reference_precision) if recipe.kl else None, teacher)
 
 
-def _start(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases, *, quantized: bool) -> Still:
+def _start(
+    experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases, *, quantized: bool
+) -> FrozenPolicy:
     quantized = quantized and experiment.injection is not None
     if experiment.model.lora is not None:
-        return Still(live, lambda: _without_adapter(live, phases, "evaluation" if quantized else "reference"))
+        return FrozenPolicy(live, lambda: _without_adapter(live, phases, "evaluation" if quantized else "reference"))
     return _copy(start, experiment, next(live.parameters()).device, experiment.injection if quantized else None)
 
 
-def _copy(start: Path, experiment: Experiment, device: torch.device, injection: Injection | None) -> Still:
+def _copy(start: Path, experiment: Experiment, device: torch.device, injection: Injection | None) -> FrozenPolicy:
     model, _ = load(start, experiment.model.dtype)
     model.to(device).requires_grad_(False)
     if injection is not None:
         attach(model, injection).set_phase("evaluation")
-    return Still(model, nullcontext)
+    return FrozenPolicy(model, nullcontext)
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def backbone(model: Any) -> nn.Module:
 class Teacher:
     """Distils `still` into `student`: their KL over the whole vocabulary, without a second forward of the student."""
 
-    def __init__(self, still: Still, student: Any, spec: Distillation, temperature: float) -> None:
+    def __init__(self, still: FrozenPolicy, student: Any, spec: Distillation, temperature: float) -> None:
         self.still = still
         self.student = student
         self.spec = spec

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from fp4rl.spec.mistakes import BadValue, CheckFailed, NotThere
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.tasks.task import Problem, Score
 
 Scorer = Callable[[Problem, str], Score]
@@ -105,7 +105,7 @@ class Rewarder:
 def reward_named(name: str) -> Reward | None:
     """`accuracy` (None: the task's own strict score), `math_verify`, or the function at `package.module.function`.
 
-    Raises NotThere for what cannot be imported, BadValue for what is no function.
+    Raises NotFoundError for what cannot be imported, InvalidValueError for what is no function.
     """
     if name == "accuracy":
         return None
@@ -113,15 +113,17 @@ def reward_named(name: str) -> Reward | None:
         return _math_verify()
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise BadValue(f"training.reward {name!r}: write accuracy, math_verify, or the path package.module.function")
+        raise InvalidValueError(
+            f"training.reward {name!r}: write accuracy, math_verify, or the path package.module.function"
+        )
     try:
         found = getattr(import_module(module), attribute, None)
     except ImportError as error:
-        raise NotThere(f"training.reward {name!r}: {error}; is its folder on PYTHONPATH?") from None
+        raise NotFoundError(f"training.reward {name!r}: {error}; is its folder on PYTHONPATH?") from None
     if found is None:
-        raise NotThere(f"training.reward {name!r}: {module} has no {attribute!r}")
+        raise NotFoundError(f"training.reward {name!r}: {module} has no {attribute!r}")
     if not callable(found):
-        raise BadValue(f"training.reward {name!r} is {type(found).__name__}, not a function")
+        raise InvalidValueError(f"training.reward {name!r} is {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]
 
 
@@ -130,7 +132,7 @@ def _math_verify() -> Reward:
     try:
         math_verify = import_module("math_verify")
     except ImportError:
-        raise NotThere("training.reward math_verify needs the extra `math`: pip install 'fp4rl[math]'") from None
+        raise NotFoundError("training.reward math_verify needs the extra `math`: pip install 'fp4rl[math]'") from None
 
     def equivalent(*, completion: str, answer: str, **_: str) -> bool:
         return bool(math_verify.verify(math_verify.parse(answer), math_verify.parse(completion)))

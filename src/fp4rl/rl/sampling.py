@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 # Two answers differ when their metric does by more than this; rewards that are sums of floats differ by rounding.
 TOLERANCE = 1e-6
@@ -23,7 +23,7 @@ def groups_with_spread(metric: Tensor, rollout_n: int, tolerance: float = TOLERA
     that small standard deviation blows the penalty up to a full-sized advantage.
     """
     if rollout_n < 2 or metric.dim() != 1 or metric.numel() % rollout_n:
-        raise BadValue(f"{tuple(metric.shape)} answers do not make groups of {rollout_n} (at least 2)")
+        raise InvalidValueError(f"{tuple(metric.shape)} answers do not make groups of {rollout_n} (at least 2)")
     grouped = metric.float().view(-1, rollout_n)
     highest = grouped.nan_to_num(nan=float("-inf")).amax(-1)
     lowest = grouped.nan_to_num(nan=float("inf")).amin(-1)
@@ -46,7 +46,7 @@ class Refill:
 
     def __post_init__(self) -> None:
         if self.wanted < 1 or self.max_num_gen_batches < 0:
-            raise BadValue(
+            raise InvalidValueError(
                 f"a batch of {self.wanted} groups with max_num_gen_batches {self.max_num_gen_batches}: "
                 "want at least 1 group, and 0 (no limit) or more generations"
             )
@@ -54,7 +54,7 @@ class Refill:
     def after(self, kept: int, generated: int) -> "Refill":
         """The state after one more generation of `generated` groups, of which `kept` have spread."""
         if not 0 <= kept <= generated:
-            raise BadValue(f"{kept} of {generated} groups kept")
+            raise InvalidValueError(f"{kept} of {generated} groups kept")
         return replace(self, kept=self.kept + kept, generated=self.generated + generated, batches=self.batches + 1)
 
     @property

@@ -14,7 +14,7 @@ OnWarmUp = Callable[[int, float], None]
 
 
 def task_of(spec: task_spec.Task) -> Task:
-    """The task that a spec describes. Raises NotThere when a file it names does not exist."""
+    """The task that a spec describes. Raises NotFoundError when a file it names does not exist."""
     match spec:
         case task_spec.Arithmetic():
             return Arithmetic(seed=spec.seed, difficulty=spec.difficulty)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.task import Problem
 
 
@@ -14,7 +14,7 @@ class PromptStream:
 
     Dynamic sampling takes a varying number of problems a step, so the trainer's own data loader cannot serve it. Each
     of several processes has a stream of its own: process `rank` of `world` gets every `world`-th problem of the order.
-    Raises BadValue for an empty training split.
+    Raises InvalidValueError for an empty training split.
     """
 
     problems: Sequence[Problem]
@@ -27,7 +27,7 @@ class PromptStream:
 
     def __post_init__(self) -> None:
         if not self.problems:
-            raise BadValue("the training split is empty: there is nothing to train on")
+            raise InvalidValueError("the training split is empty: there is nothing to train on")
 
     @property
     def epochs(self) -> float:

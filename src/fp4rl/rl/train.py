@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4rl.noise.forewarn import forewarned, without_effect
+from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
-from fp4rl.rl.attempt import Attempt, Past, Run, beginning
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
 from fp4rl.rl.health.monitor import last_healthy
@@ -17,10 +16,11 @@ from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.moved import few_moved, moved, require_moved, weights_digest, without_update
 from fp4rl.rl.prove import proved, require_provable, sites
+from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import BadValue
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ def train(
     folder: Path,
     cache: Path,
     listeners: Listeners | None = None,
-    past: Past | None = None,
+    past: ResumeState | None = None,
     *,
     stamp: str = "",
 ) -> Trained:
     """Run one experiment; the trained model lands in `folder`/final, warmed-up models in `cache`.
 
     `past` goes on from a checkpoint in `folder`/checkpoints, with the metrics up to it; step 0 is not judged again.
-    Raises NotThere and BadValue for what the experiment names and cannot be used, before anything is trained, and
-    CheckFailed when the run's own evidence contradicts its spec.
+    Raises NotFoundError and InvalidValueError for what the experiment names and cannot be used, before anything is
+    trained, and CheckFailed when the run's own evidence contradicts its spec.
     """
     check(experiment)
     require_sound_here()
     require_shares(experiment.training, processes.count())
-    past = past or Past()
+    past = past or ResumeState()
     _require_as_many(past)
     run = _run(experiment, folder, cache, _heard_by_one(listeners), stamp)
     if past.checkpoint is not None:
@@ -64,11 +64,11 @@ def train(
         require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
-    attempt = Attempt(run, past)
+    attempt = TrainingSession(run, past)
     if past.checkpoint is None:
         require_provable(experiment, attempt.model, attempt.attachment, run.start)
     if experiment.noise is not None:
-        for line in forewarned(attempt.model, experiment.noise, experiment.training.steps):
+        for line in noise_warnings(attempt.model, experiment.noise, experiment.training.steps):
             run.hear.say(line)
         if experiment.model.path is not None:  # of the embedded model it is known without loading it
             for line in without_effect(attempt.model, experiment.noise):
@@ -77,7 +77,7 @@ def train(
     attempt.train()
     while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
         _roll_back(run, attempt)
-        attempt = Attempt(run, past)
+        attempt = TrainingSession(run, past)
         attempt.train()
     return _ended(run, attempt)
 
@@ -101,19 +101,19 @@ def _heard_by_one(listeners: Listeners | None) -> Listeners:
     return listeners if listeners is not None and processes.is_first() else Listeners()
 
 
-def _require_as_many(past: Past) -> None:
+def _require_as_many(past: ResumeState) -> None:
     """Each process goes on from its own place in the problems and its own counters."""
     if past.checkpoint is None:
         return
     before = len(past.checkpoint.state["positions"])
     if before != processes.count():
-        raise BadValue(
+        raise InvalidValueError(
             f"{past.checkpoint.path} was written by {before} processes and this is {processes.count()}: start as many, "
             "or delete the checkpoints"
         )
 
 
-def _roll_back(run: Run, attempt: Attempt) -> None:
+def _roll_back(run: Run, attempt: TrainingSession) -> None:
     """Back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
     past, finding = attempt.past, attempt.watch.decisive
     if attempt.attachment is not None:
@@ -135,7 +135,7 @@ def _roll_back(run: Run, attempt: Attempt) -> None:
     run.hear.say(f"rolled back from step {attempt.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
 
 
-def _ended(run: Run, attempt: Attempt) -> Trained:
+def _ended(run: Run, attempt: TrainingSession) -> Trained:
     stopped = str(attempt.watch.decisive) if attempt.watch.decisive is not None else None
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
         attempt.phases.finish()

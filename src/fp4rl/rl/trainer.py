@@ -24,18 +24,18 @@ from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import training_batch
 from fp4rl.rl.by_length import by_length
+from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.dropout import dropout_off, drops
 from fp4rl.rl.fill import Filler
-from fp4rl.rl.laps import Laps
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.means import StepMeans
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
-from fp4rl.rl.parts import Parts
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
 from fp4rl.rl.scoring import answer_logps, whole_sequences
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.rl.step_timer import StepTimer
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.task import Problem
 
 # Rollout and training phase are held against each other now and then, on a few answers.
@@ -49,12 +49,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     _buffered_inputs: Any  # TRL's: the micro-batches of the step, None before the first
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Parts, folder: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: TrainerComponents, folder: Path
+    ) -> None:
         self.parts = parts
         self._means = StepMeans()
         self._step_metrics: dict[str, float] = {}
         self._started = time.perf_counter()
-        self.laps = Laps()
+        self.timer = StepTimer()
         self.learned = True
         self.masters: Masters | None = None
         recipe = parts.recipe
@@ -102,7 +104,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.masters = Masters.of(self.model) if self.parts.float_masters else None
         if self.masters is not None:
             if self.is_fsdp_enabled:
-                raise BadValue("model.master_dtype float32 is not there for sharded weights: take model.dtype float32")
+                raise InvalidValueError(
+                    "model.master_dtype float32 is not there for sharded weights: take model.dtype float32"
+                )
             self.masters.put_into(optimizer)
         return optimizer
 
@@ -121,14 +125,14 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- a generation batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        self.laps.lap("between")
+        self.timer.lap("between")
         self._started, recipe = time.perf_counter(), self.parts.recipe
         seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
         with self.parts.phases.rollout(self.step, self._data_epochs()):
-            self.laps.lap("noise")
+            self.timer.lap("noise")
             filled = self.filler.fill(self._sample)
-            self.laps.lap("rewards")
-        self.laps.lap("noise")
+            self.timer.lap("rewards")
+        self.timer.lap("noise")
         if line := filled.report():
             self.parts.hooks.say(f"step {self.step}: {line}")
         # Nothing has been learned yet: this is the start, under the noise that was planned.
@@ -142,24 +146,24 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             "noise/sigma": self.parts.phases.sigma,
             "time/rollout_s": time.perf_counter() - self._started,
         }
-        self.laps.lap("batch")
+        self.timer.lap("batch")
         if self.parts.standing.reference is not None:
             reference = self.parts.standing.reference
             with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
-            self.laps.lap("reference")
+            self.timer.lap("reference")
         if self.parts.phases.to_be_compared(self.step):
             self._step_metrics |= self._phases_apart(batch)
-            self.laps.lap("comparison")
+            self.timer.lap("comparison")
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
         elif self._drops:
             batch["old_per_token_logps"] = self._old(batch)
-            self.laps.lap("old_logps")
+            self.timer.lap("old_logps")
         return batch
 
     def _sample(self, problems: list[Problem]) -> Rollout:
-        self.laps.lap("rewards")
+        self.timer.lap("rewards")
         recipe = self.parts.recipe
         config = GenerationConfig(
             max_new_tokens=recipe.max_response_length,
@@ -173,7 +177,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         sampling = Sampling(config, self.eos_token_ids)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             found = roll_out(model, self._tokenizer, problems, sampling)
-        self.laps.lap("generation")
+        self.timer.lap("generation")
         return found
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -246,16 +250,16 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return inputs
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        self.laps.lap("other")
+        self.timer.lap("other")
         mask = inputs.get("loss_mask", inputs["completion_mask"])
         logps, entropies = self._score(model, inputs, entropy=True)
         assert entropies is not None
         self.learned, whole = self._whole()
-        self.laps.lap("forward")
+        self.timer.lap("forward")
         teacher_kl = None
         if self.teacher is not None:
             teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask)
-            self.laps.lap("teacher")
+            self.timer.lap("teacher")
         batch = MicroBatch(
             logps,
             entropies,
@@ -270,7 +274,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         )
         loss, metrics = objective(batch, self.parts.recipe, self.parts.rule, whole)
         self._means.add(metrics, mask)
-        self.laps.lap("loss")
+        self.timer.lap("loss")
         return loss
 
     def _whole(self) -> tuple[bool, Whole]:
@@ -296,7 +300,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         for batch in self._buffered_inputs[span:]:
             if "old_per_token_logps" not in batch:
                 batch["old_per_token_logps"] = self._old(batch)
-        self.laps.lap("old_logps")
+        self.timer.lap("old_logps")
 
     # -- the log line
 
@@ -310,8 +314,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             return
         found = self._means.take(self.parts.recipe.updates_per_step)
         found["time/step_s"] = time.perf_counter() - self._started
-        self.laps.lap("other")
-        found |= {f"time/{name}_s": seconds for name, seconds in self.laps.take().items()}
+        self.timer.lap("other")
+        found |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
         if self.parts.hooks.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
             self.control.should_training_stop = True
 
@@ -329,18 +333,18 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Model, optimizer and scheduler have been loaded: the rest of a checkpoint's state follows."""
         self._trainer.parts.hooks.on_begin(self._trainer)
-        self._trainer.laps.restart()
+        self._trainer.timer.restart()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """The backward of a micro-batch is done, and more of the update are to come."""
-        self._trainer.laps.lap("backward")
+        self._trainer.timer.lap("backward")
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Ask, once, whether training met every site; and drop the gradient of a batch without any answer.
 
         A zero gradient would still move the weights by momentum.
         """
-        self._trainer.laps.lap("backward")
+        self._trainer.timer.lap("backward")
         self._trainer.parts.phases.require_calls("training")
         self._trainer.score_later_updates()
         if not self._trainer.learned:
@@ -353,7 +357,7 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         if self._trainer.masters is not None:
             self._trainer.masters.write()
         self._trainer.parts.phases.weights_changed()
-        self._trainer.laps.lap("optimizer")
+        self._trainer.timer.lap("optimizer")
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Between two rollouts: the only place where a checkpoint can be written, and where a run can be ended."""

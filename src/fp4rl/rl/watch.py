@@ -7,7 +7,7 @@ from fp4rl.rl.health.findings import Finding
 from fp4rl.rl.health.monitor import Monitor, action
 from fp4rl.spec.health import Health, Policy
 
-Course = Iterable[tuple[int, Mapping[str, float]]]
+History = Iterable[tuple[int, Mapping[str, float]]]
 """(steps done, metrics), in order."""
 
 
@@ -22,7 +22,7 @@ class Watch:
     def __init__(
         self,
         spec: Health,
-        past: Course,
+        past: History,
         record: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
         note: Callable[[str], None] | None = None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 
 Watch = Callable[[str, Tensor], None]
 
@@ -45,8 +45,8 @@ def observe(
 ) -> Iterator[Eye]:
     """Call the watchers with (module name, tokens [tokens, features]) at every forward of every named module.
 
-    The watchers must not change what they are given, nor keep it: memory stays that of one tensor. Raises NotThere for
-    a name that the model does not have.
+    The watchers must not change what they are given, nor keep it: memory stays that of one tensor. Raises NotFoundError
+    for a name that the model does not have.
     """
     modules = dict(model.named_modules())
     eye = Eye()
@@ -54,7 +54,7 @@ def observe(
     try:
         for name in names:
             if name not in modules:
-                raise NotThere(f"the model has no module {name!r}{nearest(name, list(modules))}")
+                raise NotFoundError(f"the model has no module {name!r}{nearest(name, list(modules))}")
             if on_input is not None:
                 handles.append(
                     modules[name].register_forward_pre_hook(_input_hook(name, eye, on_input), with_kwargs=True)

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue, nearest, shown
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 from fp4rl.spec.task import Task
@@ -20,13 +20,14 @@ _OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # part of a file's name,
 
 
 def require_profile(name: str, own: Collection[str] = ()) -> None:
-    """Raise BadValue, with the nearest name, for what names no profile; `own` are those of `evaluation.injections`."""
+    """Raise InvalidValueError, with the nearest name, for what names no profile; `own` are those of
+    `evaluation.injections`."""
     size = name.removeprefix(MATMUL_NOISE)
     if size != name:
         if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):
-            raise BadValue(f"{name}: write a number such as {MATMUL_NOISE}0.05")
+            raise InvalidValueError(f"{name}: write a number such as {MATMUL_NOISE}0.05")
     elif name not in (known := (*own, *KNOWN_PROFILES)):
-        raise BadValue(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
+        raise InvalidValueError(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
 
 
 def _required_name(name: str) -> None:
@@ -119,7 +120,7 @@ class Evaluation(Spec):
         for name in self.profiles:
             try:
                 require_profile(name, self.injections)
-            except BadValue as error:
+            except InvalidValueError as error:
                 raise ValueError(f"profiles: {error}") from None
         return self
 

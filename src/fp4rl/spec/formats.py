@@ -17,7 +17,7 @@ from math import frexp
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 Scale = Literal["e8m0", "e4m3", "fp32", "none"]
 ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "mse", "amax"]
@@ -87,8 +87,8 @@ class Format:
     Blocks of one row run along the last axis, the reduction axis of a linear layer. `scale` is the block scale's
     own format: `e8m0` a power of two, `e4m3` under one FP32 scale for the tensor, `fp32`, or `none`. `scale_rule`
     picks the exponent of an `e8m0` scale from the block's largest magnitude; the other scales know one rule,
-    `amax`. `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises BadValue for a
-    combination that means nothing.
+    `amax`. `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises InvalidValueError for
+    a combination that means nothing.
     """
 
     name: str
@@ -124,38 +124,42 @@ def _check_words(fmt: Format) -> None:
     for key, known in (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding)):
         word = getattr(fmt, key)
         if word not in get_args(known):
-            raise BadValue(f"{fmt.name}: {key} {word!r} is unknown{nearest(str(word), get_args(known))}")
+            raise InvalidValueError(f"{fmt.name}: {key} {word!r} is unknown{nearest(str(word), get_args(known))}")
     if fmt.coarse and fmt.coarse.choice not in get_args(CoarseChoice):
-        raise BadValue(f"{fmt.name}: coarse choice {fmt.coarse.choice!r} is unknown; known: max, search")
+        raise InvalidValueError(f"{fmt.name}: coarse choice {fmt.coarse.choice!r} is unknown; known: max, search")
 
 
 def _check_scale(fmt: Format) -> None:
     powers = fmt.scale == "e8m0"
     if powers == (fmt.scale_rule == "amax"):
         cure = "floor, ceil, rceil, even, uos or mse" if powers else "amax"
-        raise BadValue(f"{fmt.name}: a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}")
+        raise InvalidValueError(
+            f"{fmt.name}: a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}"
+        )
     if fmt.scale_rule == "uos" and fmt.element.largest != 6.0:
-        raise BadValue(f"{fmt.name}: scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil")
+        raise InvalidValueError(f"{fmt.name}: scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil")
     if fmt.scale == "none" and fmt.rounding != "nearest_even":
-        raise BadValue(
+        raise InvalidValueError(
             f"{fmt.name}: rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
         )
     if fmt.coarse and not powers:
-        raise BadValue(f"{fmt.name}: a coarse scale stands above e8m0 block scales only, not above {fmt.scale}")
+        raise InvalidValueError(
+            f"{fmt.name}: a coarse scale stands above e8m0 block scales only, not above {fmt.scale}"
+        )
 
 
 def _check_block(fmt: Format) -> None:
     whole = fmt.scale in ("fp32", "none")
     if whole != (fmt.block is None):
-        raise BadValue(
+        raise InvalidValueError(
             f"{fmt.name}: a scale in {fmt.scale} {'is one for the tensor: block None' if whole else 'needs a block'}"
         )
     if fmt.block is not None and (len(fmt.block) != 2 or min(fmt.block) < 1):
-        raise BadValue(f"{fmt.name}: block {fmt.block} must be (rows, columns), each at least 1")
+        raise InvalidValueError(f"{fmt.name}: block {fmt.block} must be (rows, columns), each at least 1")
     if fmt.rotation is not None and fmt.rotation not in ROTATIONS:
-        raise BadValue(f"{fmt.name}: rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}")
+        raise InvalidValueError(f"{fmt.name}: rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}")
     if fmt.coarse and fmt.block and (fmt.block[0] != 1 or fmt.coarse.columns % fmt.block[1]):
-        raise BadValue(
+        raise InvalidValueError(
             f"{fmt.name}: coarse columns {fmt.coarse.columns} must hold whole one-row blocks of {fmt.block[1]}"
         )
 
@@ -192,9 +196,9 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 
 def format_named(name: str) -> Format:
-    """The format of that name in `FORMATS`; raises NotThere, naming the nearest."""
+    """The format of that name in `FORMATS`; raises NotFoundError, naming the nearest."""
     if name not in FORMATS:
-        raise NotThere(f"no number format is called {name!r}{nearest(name, FORMATS)}")
+        raise NotFoundError(f"no number format is called {name!r}{nearest(name, FORMATS)}")
     return FORMATS[name]
 
 
@@ -202,15 +206,15 @@ def format_of(value: object) -> Format:
     """A format from what a spec file says: a name, or `{name: mxfp4, scale_rule: even, block: 16, rotation: 32, ...}`.
 
     A mapping starts from the format of that name. `block` is columns or [rows, columns]; `coarse` is columns or
-    `{columns: 512, choice: search}`. Raises NotThere for an unknown name or key, BadValue for a value that cannot
-    stand there.
+    `{columns: 512, choice: search}`. Raises NotFoundError for an unknown name or key, InvalidValueError for a value
+    that cannot stand there.
     """
     if isinstance(value, Format):
         return value
     if isinstance(value, str):
         return format_named(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise BadValue(
+        raise InvalidValueError(
             f"a format is a name or a mapping with a name, not {value!r}; try mxfp4 or {{name: mxfp4, block: 16}}"
         )
     fmt = format_named(value["name"])
@@ -236,9 +240,9 @@ def _field_of(name: str, key: object, given: Any) -> Any:
         case "coarse" if isinstance(given, Mapping) and set(given) <= {"columns", "choice"}:
             return Coarse(**given)
         case "scale_rule" | "rounding" | "rotation" | "block" | "coarse":
-            raise BadValue(f"{name}: {key} cannot be {given!r}")
+            raise InvalidValueError(f"{name}: {key} cannot be {given!r}")
         case _:
-            raise NotThere(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
+            raise NotFoundError(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
 
 
 _SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")

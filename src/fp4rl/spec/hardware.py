@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.frozen import Spec
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.targets import Targets
 
 ErrorKind = Literal["relative", "absolute", "jitter", "bias", "dead_zone", "saturation", "spikes", "stuck"]
@@ -74,12 +74,14 @@ class HardwareError(Spec):
     def _acts(self) -> "HardwareError":
         reason = CAPABILITIES[self.kind, self.point, self.when]
         if reason is not None:
-            raise BadValue(f"{self.kind} at {self.point}, {self.when}, would do nothing: {reason}")
+            raise InvalidValueError(f"{self.kind} at {self.point}, {self.when}, would do nothing: {reason}")
         if (self.share is not None) != (self.kind in SPARSE):
             what = f"{self.kind} hits a share of the values; name it" if self.kind in SPARSE else "it would do nothing"
-            raise BadValue(f"`share` belongs to {' and '.join(SPARSE)} alone: {what}")
+            raise InvalidValueError(f"`share` belongs to {' and '.join(SPARSE)} alone: {what}")
         if self.unit == "largest" and self.kind in PROPORTIONAL:
-            raise BadValue(f"unit: largest would do nothing: {self.kind} is in proportion to each value already")
+            raise InvalidValueError(
+                f"unit: largest would do nothing: {self.kind} is in proportion to each value already"
+            )
         return self
 
     @property

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.frozen import Spec
-from fp4rl.spec.mistakes import BadValue, nearest
 
 Policy = Literal["note", "stop", "rollback"]
 State = Literal["not judged", "ok", "watch", "alarm"]
@@ -48,14 +48,14 @@ class Rule(Spec):
 
     @classmethod
     def parse(cls, text: str) -> "Rule":
-        """The rule of one sentence. Raises BadValue with an example."""
+        """The rule of one sentence. Raises InvalidValueError with an example."""
         match = _RULE.fullmatch(text.strip())
         try:
             value = float(match["value"]) if match else None
         except ValueError:
             value = None
         if match is None or value is None:
-            raise BadValue(
+            raise InvalidValueError(
                 f"cannot read the rule {text!r}; write it like 'stop if accuracy/rollout < 0.1 at step 20' "
                 "(note, stop or rollback; < <= > >= == !=; at or from step N, or neither)"
             )

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.formats import Format
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.hardware import HardwareError
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest, shown
 from fp4rl.spec.modes import MODES, PHASES, Mode, Phase
 from fp4rl.spec.points import (
     FORMAT_POINTS,
@@ -70,9 +70,9 @@ class Injection(Spec):
 
     @classmethod
     def named(cls, mode: str, preset: str | None = None, **changes: Any) -> "Injection":
-        """The injection of a mode in `MODES` under a deployment preset; raises NotThere with the nearest name."""
+        """The injection of a mode in `MODES` under a deployment preset; raises NotFoundError with the nearest name."""
         if mode not in MODES:
-            raise NotThere(f"no mode is called {mode!r}{nearest(mode, MODES)}")
+            raise NotFoundError(f"no mode is called {mode!r}{nearest(mode, MODES)}")
         if preset is not None:
             preset_named(preset)
         return cls(mode=mode, preset=preset, **changes)
@@ -134,7 +134,7 @@ class Injection(Spec):
         for point in LINEAR_POINTS if mode else ():
             asked, there = getattr(mode, point), getattr(self, point)
             if (asked and asked.element) != (there and there.element):
-                raise BadValue(
+                raise InvalidValueError(
                     f"mode {self.mode} means {point}: {asked.name if asked else 'none'}, but {point} is "
                     f"{there.name if there else 'none'}; drop `mode` and name the points"
                 )
@@ -145,22 +145,28 @@ class Injection(Spec):
         during = self.apply_during
         if self.straight_through == "clipped":
             if not any(can_clip(fmt) for fmt in self.formats):
-                raise BadValue(
+                raise InvalidValueError(
                     "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
                 )
             if not any("training" in getattr(during, p) for p in (*LINEAR_POINTS, "kv_cache") if getattr(self, p)):
-                raise BadValue("straight_through: clipped would do nothing: no point is active in training")
+                raise InvalidValueError("straight_through: clipped would do nothing: no point is active in training")
         if any(e.when == "backward" for e in self.errors) and "training" not in during.errors:
-            raise BadValue("an error in the backward would do nothing: apply_during.errors leaves training out")
+            raise InvalidValueError(
+                "an error in the backward would do nothing: apply_during.errors leaves training out"
+            )
         if (self.lora == "merged" or self.frozen_base == "packed") and not self.weight:
-            raise BadValue("lora: merged and frozen_base: packed round weights, but `weight` is none; name its format")
+            raise InvalidValueError(
+                "lora: merged and frozen_base: packed round weights, but `weight` is none; name its format"
+            )
         if self.frozen_base == "packed" and during.weight != PHASES:
-            raise BadValue(
+            raise InvalidValueError(
                 "frozen_base: packed leaves no unrounded weight for any phase; "
                 f"write apply_during: {{weight: [{', '.join(PHASES)}]}}"
             )
         if self.lora == "merged" and self.frozen_base == "packed":
-            raise BadValue("lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy")
+            raise InvalidValueError(
+                "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
+            )
         return self
 
 
@@ -169,15 +175,15 @@ def _mode_of(content: Mapping[str, Any]) -> Mode | None:
     if word is None:
         return None
     if not isinstance(word, str) or word not in MODES:
-        raise BadValue(f"no mode is called {shown(word)}{nearest(str(word), MODES)}")
+        raise InvalidValueError(f"no mode is called {shown(word)}{nearest(str(word), MODES)}")
     return MODES[word]
 
 
 def _preset_of(content: Mapping[str, Any]) -> Preset | None:
     try:
         return None if content.get("preset") is None else preset_named(str(content["preset"]))
-    except NotThere as error:
-        raise BadValue(str(error)) from None
+    except NotFoundError as error:
+        raise InvalidValueError(str(error)) from None
 
 
 def _under(preset: Preset | None, point: str, given: Any) -> Any:

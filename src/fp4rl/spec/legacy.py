@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy_noise import FAMILY, noise_of
-from fp4rl.spec.mistakes import BadValue, nearest
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
@@ -66,7 +66,8 @@ def translate(settings: Mapping[str, Any]) -> Translation:
     """Old settings, by dotted key or variable name, as an `Injection` and `Noise`; keys of other families are left
     alone.
 
-    Raises BadValue for an unknown key of the families, for an unknown value, and for settings that never could act.
+    Raises InvalidValueError for an unknown key of the families, for an unknown value, and for settings that never could
+    act.
     """
     if not any(FAMILY in key for key in settings):
         return _harm(settings)
@@ -83,12 +84,12 @@ def _harm(settings: Mapping[str, Any]) -> Translation:
     old = {key: value for key, value in settings.items() if any(part in key for part in _FAMILY)}
     noisy = {key.removeprefix(PREFIX): str(value) for key, value in settings.items() if key.startswith(PREFIX)}
     if not (old or noisy):
-        raise BadValue(
+        raise InvalidValueError(
             f"no old setting here: expected keys with hw_error_injection or {FAMILY} in them, or {PREFIX}... variables"
         )
     if noisy and _yes(noisy.get("ENABLED", "")):
         if old:
-            raise BadValue(
+            raise InvalidValueError(
                 f"both {PREFIX}... and hw_error_injection are set, which harmed twice; translate one of them"
             )
         return _from_noisy_ops(noisy)
@@ -100,7 +101,7 @@ def _known(old: Mapping[str, Any]) -> dict[str, Any]:
     for path, value in old.items():
         key = path.rpartition(".")[2].removeprefix("hw_error_injection_").lstrip("+'")
         if key not in _DEFAULTS:
-            raise BadValue(f"{path}: the old settings had no {key!r}{nearest(key, _DEFAULTS)}")
+            raise InvalidValueError(f"{path}: the old settings had no {key!r}{nearest(key, _DEFAULTS)}")
         content[key] = plain_values(value, path) if isinstance(value, str) else value
     return content
 
@@ -108,9 +109,9 @@ def _known(old: Mapping[str, Any]) -> dict[str, Any]:
 def _from_hooks(old: dict[str, Any]) -> Translation:
     kind = old["error_type"]
     if kind not in (*_KINDS, *_FORMATS, "deadzone"):
-        raise BadValue(f"error_type {kind!r} is unknown{nearest(str(kind), [*_KINDS, *_FORMATS, 'deadzone'])}")
+        raise InvalidValueError(f"error_type {kind!r} is unknown{nearest(str(kind), [*_KINDS, *_FORMATS, 'deadzone'])}")
     if old["injection_point"] not in _POINTS:
-        raise BadValue(
+        raise InvalidValueError(
             f"injection_point {old['injection_point']!r} is unknown{nearest(old['injection_point'], _POINTS)}"
         )
     if not old["enabled"]:
@@ -135,14 +136,14 @@ def _rounding(old: Mapping[str, Any]) -> dict[str, Any]:
 def _error(old: Mapping[str, Any], targets: Any) -> dict[str, Any]:
     kind, point = old["error_type"], old["injection_point"]
     if point in ("weight", "both"):
-        raise BadValue(
+        raise InvalidValueError(
             f"injection_point {point} with error_type {kind} never acted on a weight; write injection_point: output"
         )
     where = {"point": "matmul" if point == "output" else "input", "targets": targets}
     if kind == "deadzone":
         return where | {"kind": "dead_zone", "scale": old["deadzone_threshold"], "unit": "largest"}
     if [word.lower() for word in old["target_modules"] or ["rmsnorm"]] == ["rmsnorm"]:
-        raise BadValue(
+        raise InvalidValueError(
             "target_modules is ['rmsnorm'] (the old default): it harmed norms, which no 4-bit kernel rounds; "
             "write target_modules: [linear]"
         )
@@ -202,10 +203,12 @@ def _traps(old: Mapping[str, Any]) -> list[str]:
 def _from_noisy_ops(noisy: Mapping[str, str]) -> Translation:
     for key in noisy:
         if key not in _NOISY_OPS:
-            raise BadValue(f"{PREFIX}{key} is unknown{nearest(key, _NOISY_OPS)}")
+            raise InvalidValueError(f"{PREFIX}{key} is unknown{nearest(key, _NOISY_OPS)}")
     kind = noisy.get("TYPE", "relative_gaussian")
     if kind not in ("relative_gaussian", "absolute_gaussian"):
-        raise BadValue(f"{PREFIX}TYPE {kind!r} is unknown{nearest(kind, ['relative_gaussian', 'absolute_gaussian'])}")
+        raise InvalidValueError(
+            f"{PREFIX}TYPE {kind!r} is unknown{nearest(kind, ['relative_gaussian', 'absolute_gaussian'])}"
+        )
     only = {way: _yes(noisy.get(f"{way}_ONLY", "")) for way in ("FORWARD", "BACKWARD", "TRAINING")}
     when = "both" if only["FORWARD"] == only["BACKWARD"] else "forward" if only["FORWARD"] else "backward"
     error = {"kind": _KINDS[kind], "when": when, "scale": float(noisy.get("SCALE", "1e-4"))}

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fp4rl.spec.door import parse
-from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.errors import InvalidValueError, nearest
+from fp4rl.spec.load import parse
 from fp4rl.spec.noise import Noise
 
 FAMILY = "noise_injection"
@@ -24,7 +24,7 @@ _NEVER = ("lm_head", "embed_tokens")  # take no noise here whatever is said
 def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]]:
     """The noise that old settings describe, None where it was off, and what they did not do or did silently.
 
-    `settings` are plain values by dotted key. Raises BadValue for an unknown key or value, and for what has no
+    `settings` are plain values by dotted key. Raises InvalidValueError for an unknown key or value, and for what has no
     counterpart here.
     """
     old = _nested(settings)
@@ -54,23 +54,25 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_known(content: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(content, Mapping):
-        raise BadValue(f"{where}: expected keys, found {content!r}")
+        raise InvalidValueError(f"{where}: expected keys, found {content!r}")
     for key in content:
         if key in _COMPUTED:
-            raise BadValue(f"{where}.{key} was computed by the trainer; write sigma_start, sigma_end and num_stages")
+            raise InvalidValueError(
+                f"{where}.{key} was computed by the trainer; write sigma_start, sigma_end and num_stages"
+            )
         if key not in known:
-            raise BadValue(f"{where}: the old settings had no {key!r}{nearest(str(key), known)}")
+            raise InvalidValueError(f"{where}: the old settings had no {key!r}{nearest(str(key), known)}")
 
 
 def _schedule(old: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
     for key in ("sigma_start", "sigma_end"):
         if old.get(key) is None:
-            raise BadValue(f"{FAMILY}.{key} is not set, and its default differed by version; name it")
+            raise InvalidValueError(f"{FAMILY}.{key} is not set, and its default differed by version; name it")
     fade = {"sigma_start": old["sigma_start"], "sigma_end": old["sigma_end"]}
     if not old.get("epoch_aware"):
         return {"kind": "geometric", **fade, "num_stages": old.get("num_stages", 10)}
     if epochs is None:
-        raise BadValue(f"{FAMILY}.epoch_aware fades once an epoch; name trainer.{EPOCHS} as well")
+        raise InvalidValueError(f"{FAMILY}.epoch_aware fades once an epoch; name trainer.{EPOCHS} as well")
     return {"kind": "epoch_aware", **fade, "epochs": epochs, "stages_per_epoch": old.get("stages_per_epoch", 5)}
 
 
@@ -78,11 +80,11 @@ def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
     types = old.get("layer_types") or ["rmsnorm"]
     for word in types:
         if word not in _KINDS:
-            raise BadValue(f"{FAMILY}.layer_types {word!r} is unknown{nearest(str(word), _KINDS)}")
+            raise InvalidValueError(f"{FAMILY}.layer_types {word!r} is unknown{nearest(str(word), _KINDS)}")
     left = [f"*{word}*" for word in old.get("exclude_patterns") or [] if word not in _NEVER]
     taken = old.get("target_modules") or []
     if taken and list(taken) != ["post_attention_layernorm"]:
-        raise BadValue(
+        raise InvalidValueError(
             f"{FAMILY}.target_modules {taken} has no counterpart; name in exclude_patterns what it leaves out"
         )
     if taken:  # only the norm between attention and MLP
@@ -97,7 +99,7 @@ def _multipliers(old: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
         only = {"by_layer": {int(layer): 1.0 for layer in layers}, "others": 0.0} if layers is not None else {}
         return only, ()
     if layers is not None:
-        raise BadValue(f"{FAMILY}: target_layers and layer_sigma_config both choose layers; keep one")
+        raise InvalidValueError(f"{FAMILY}: target_layers and layer_sigma_config both choose layers; keep one")
     others = config.get("default_multiplier", 1.0)
     by_layer = {int(layer): float(value) for layer, value in (config.get("layer_multipliers") or {}).items()}
     zones = config.get("zone_schedule") or {}
@@ -113,10 +115,12 @@ def _zones(zones: Mapping[str, Any], usual: float) -> tuple[dict[str, Any], tupl
     _require_known(zones, (*_ZONE_KEYS, *_ZONE_FACTORS), where)
     edge, middle = zones.get("edge_layers") or [], zones.get("middle_layers") or []
     if not edge or not middle or sorted([*edge, *middle]) != list(range(len(edge) + len(middle))):
-        raise BadValue(f"{where}: edge_layers and middle_layers must name every layer once")
+        raise InvalidValueError(f"{where}: edge_layers and middle_layers must name every layer once")
     first, last = sum(layer < min(middle) for layer in edge), sum(layer > max(middle) for layer in edge)
     if first + last != len(edge) or not first or not last:
-        raise BadValue(f"{where}: edge_layers must be the layers at both ends, middle_layers those between them")
+        raise InvalidValueError(
+            f"{where}: edge_layers must be the layers at both ends, middle_layers those between them"
+        )
     share = (first + 0.5) / (len(edge) + len(middle))  # half a layer beyond, so that a float cannot fall short
     line = f"the edge was {first} layers at the start and {last} at the end; here both ends have {first}"
     factors = {zone: _factor(zones, zone, usual) for zone in ("edge", "middle")}

@@ -11,7 +11,7 @@ from yaml.reader import Reader
 from yaml.resolver import Resolver
 from yaml.scanner import Scanner
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 _DEEPEST = 40
 _MOST_VALUES = 100_000  # with every alias written out: a few lines of aliases can mean billions of values
@@ -95,8 +95,9 @@ def _require_each_key_once(node: MappingNode) -> None:
 
 
 def plain_values(text: str, source: str, cure: str = "") -> Any:
-    """The values that `text` holds. Raises BadValue, in one line with `source` and the line, for anything but plain
-    YAML: a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an object."""
+    """The values that `text` holds. Raises InvalidValueError, in one line with `source` and the line, for anything but
+    plain YAML: a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an
+    object."""
     try:
         loader = _Loader(text)
         try:
@@ -104,14 +105,16 @@ def plain_values(text: str, source: str, cure: str = "") -> Any:
         finally:
             loader.dispose()
     except _Refused as error:
-        raise BadValue(f"{source}: {_line(error)}{error.problem}") from None
+        raise InvalidValueError(f"{source}: {_line(error)}{error.problem}") from None
     except yaml.YAMLError as error:
         said = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise BadValue(f"{source}: {_line(error)}{said}; this is not valid YAML{cure and f'; {cure}'}") from None
+        raise InvalidValueError(
+            f"{source}: {_line(error)}{said}; this is not valid YAML{cure and f'; {cure}'}"
+        ) from None
     except UnicodeEncodeError:
-        raise BadValue(f"{source}: holds half a surrogate pair, which is no text") from None
+        raise InvalidValueError(f"{source}: holds half a surrogate pair, which is no text") from None
     except (ValueError, KeyError, OverflowError) as error:  # a tag such as !!int before a word
-        raise BadValue(f"{source}: {error}; a value does not fit the kind that it is said to be") from None
+        raise InvalidValueError(f"{source}: {error}; a value does not fit the kind that it is said to be") from None
 
 
 def _line(error: yaml.YAMLError) -> str:

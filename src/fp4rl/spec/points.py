@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.formats import Format, describe, format_of
 from fp4rl.spec.frozen import Spec
-from fp4rl.spec.mistakes import BadValue, NotThere
 from fp4rl.spec.modes import PHASES, Phase
 from fp4rl.spec.targets import compiled
 
@@ -18,11 +18,12 @@ _POLICY: tuple[Phase, ...] = ("rollout", "training", "evaluation")
 
 
 def read_format(value: Any) -> Format:
-    """`format_of`, with unknown names as BadValue: pydantic collects ValueErrors alone, and adds the key to them."""
+    """`format_of`, with unknown names as InvalidValueError: pydantic collects ValueErrors alone, and adds the key to
+    them."""
     try:
         return format_of(value)
-    except NotThere as error:
-        raise BadValue(str(error)) from None
+    except NotFoundError as error:
+        raise InvalidValueError(str(error)) from None
 
 
 def _none_is_a_word(value: Any) -> Any:
@@ -51,7 +52,9 @@ class PatternFormats(Spec):
     @model_validator(mode="after")
     def _says_something(self) -> "PatternFormats":
         if self.weight == self.input == self.output == "keep":
-            raise BadValue(f"{self.pattern!r} names no format; write weight, input or output, each a format or none")
+            raise InvalidValueError(
+                f"{self.pattern!r} names no format; write weight, input or output, each a format or none"
+            )
         return self
 
 

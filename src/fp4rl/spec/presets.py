@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, Format, Rounding, ScaleRule
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,20 @@ class Preset:
     source: str
 
     def for_weight(self, fmt: Format) -> Format:
-        """The format as this target rounds weights; raises BadValue where the format sets another rule itself."""
+        """The format as this target rounds weights; raises InvalidValueError where the format sets another rule
+        itself."""
         return self._applied(fmt, self.weight_rule, self.weight_rounding)
 
     def for_input(self, fmt: Format) -> Format:
-        """The format as this target rounds matmul inputs; raises BadValue where the format sets another rule itself."""
+        """The format as this target rounds matmul inputs; raises InvalidValueError where the format sets another rule
+        itself."""
         return self._applied(fmt, self.input_rule, self.input_rounding)
 
     def accepts(self, weight: Format) -> bool:
         """Whether this target rounds weights as the format says: a rule of its own would be refused."""
         try:
             return self.for_weight(weight) == weight
-        except BadValue:
+        except InvalidValueError:
             return False
 
     def _applied(self, fmt: Format, rule: ScaleRule, rounding: Rounding) -> Format:
@@ -53,7 +55,7 @@ class Preset:
             ("rounding", fmt.rounding, known.rounding, rounding),
         ):
             if own not in (usual, fixed):
-                raise BadValue(
+                raise InvalidValueError(
                     f"{fmt.name} sets {key} {own!r}, but preset {self.name!r} fixes {fixed!r}; drop one of them"
                 )
         return replace(fmt, scale_rule=rule, rounding=rounding)
@@ -100,9 +102,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def preset_named(name: str) -> Preset:
-    """The preset of that name in `PRESETS`; raises NotThere, naming the nearest."""
+    """The preset of that name in `PRESETS`; raises NotFoundError, naming the nearest."""
     if name not in PRESETS:
-        raise NotThere(f"no preset is called {name!r}{nearest(name, PRESETS)}")
+        raise NotFoundError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]
 
 

@@ -2,43 +2,45 @@
 
 from collections.abc import Iterable, Mapping
 
+from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.experiment import Comparison, Experiment
 from fp4rl.spec.keys import keys_at, wrong_part
-from fp4rl.spec.mistakes import BadValue, nearest
 
 _OWN_WORDS = ("precision",)  # a factor that is no key: the evaluation's
 
 
 def check_questions(questions: tuple[Comparison, ...], arms: Mapping[str, Experiment], source: str) -> None:
-    """Raise BadValue for a side whose arm or profile is not in the suite, and for a factor that is no key."""
+    """Raise InvalidValueError for a side whose arm or profile is not in the suite, and for a factor that is no key."""
     for number, question in enumerate(questions):
         place = f"{source}: comparisons.{number}"
         for key, side in (("treatment", question.treatment), ("control", question.control)):
             _check_side(f"{place}.{key}", side, arms)
         if question.treatment == question.control:
-            raise BadValue(f"{place}: {question.treatment} is compared with itself; name two sides that differ")
+            raise InvalidValueError(
+                f"{place}: {question.treatment} is compared with itself; name two sides that differ"
+            )
         check_factors(question.factors, f"{place}.factors")
 
 
 def check_factors(factors: Iterable[str], place: str) -> None:
-    """Raise BadValue for a factor that is neither a key of an experiment nor `precision`."""
+    """Raise InvalidValueError for a factor that is neither a key of an experiment nor `precision`."""
     for factor in factors:
         parts = factor.split(".")
         wrong = None if factor in _OWN_WORDS else wrong_part(Experiment, parts)
         if wrong is not None:
             known = nearest(parts[wrong], keys_at(Experiment, parts[:wrong]))
-            raise BadValue(f"{place}: {factor!r} is no key{known}")
+            raise InvalidValueError(f"{place}: {factor!r} is no key{known}")
 
 
 def _check_side(place: str, side: str, arms: Mapping[str, Experiment]) -> None:
     arm, _, profile = side.partition("@")
     if arm not in arms:
-        raise BadValue(f"{place}: no arm is called {arm!r}{nearest(arm, arms)}")
+        raise InvalidValueError(f"{place}: no arm is called {arm!r}{nearest(arm, arms)}")
     evaluation = arms[arm].evaluation
     judged = (*evaluation.profiles, *evaluation.sweep)
     if not profile:
-        raise BadValue(f"{place}: a side is written arm@profile; {arm} is judged as {', '.join(judged)}")
+        raise InvalidValueError(f"{place}: a side is written arm@profile; {arm} is judged as {', '.join(judged)}")
     if profile not in judged:
-        raise BadValue(
+        raise InvalidValueError(
             f"{place}: {arm} is not judged as {profile!r}{nearest(profile, judged)}; its evaluation.profiles say which"
         )

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from fp4rl.spec.door import parse
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, Format, describe, format_of
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.load import parse
 from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.presets import preset_named
 
@@ -16,7 +16,8 @@ _ROUNDED = (*LINEAR_POINTS, "kv_cache")
 def under_preset(injection: Injection, preset: str) -> Injection:
     """The injection with the rules of `preset` in place of those of its own.
 
-    Raises NotThere for an unknown preset, BadValue where a format sets a rule of its own that the preset fixes.
+    Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule of its own that the preset
+    fixes.
     """
     preset_named(preset)
     content = {point: _without_rules(injection, point, getattr(injection, point)) for point in _ROUNDED}
@@ -31,11 +32,13 @@ def under_preset(injection: Injection, preset: str) -> Injection:
 def in_format(injection: Injection, fmt: str) -> Injection:
     """The injection with `fmt`, under its own preset, wherever its linear layers are rounded; exceptions stay.
 
-    Raises NotThere for an unknown format, BadValue where no linear layer is rounded.
+    Raises NotFoundError for an unknown format, InvalidValueError where no linear layer is rounded.
     """
     places = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
     if not places:
-        raise BadValue(f"{injection.name} rounds no linear layer, so --format {fmt} has no place; name another mode")
+        raise InvalidValueError(
+            f"{injection.name} rounds no linear layer, so --format {fmt} has no place; name another mode"
+        )
     return parse(Injection, _kept(injection) | places | {"mode": None}, "--format")
 
 

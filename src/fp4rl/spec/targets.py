@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.frozen import Spec
-from fp4rl.spec.mistakes import BadValue, NotThere
 
 # What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in
 # `opt_in` where a mistake would be costly: that takes the role's patterns out of the default.
@@ -91,12 +91,13 @@ class Targets(Spec):
         return None if hit is None else f"left by {hit!r}"
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
-        """The layers as numbers from 0 in a model of `count` layers, None for all; BadValue outside the model."""
+        """The layers as numbers from 0 in a model of `count` layers, None for all; InvalidValueError outside the
+        model."""
         if self.layers is None:
             return None
         for layer in self.layers:
             if not -count <= layer < count:
-                raise BadValue(f"layers: {layer} is not in this model, which has layers 0 to {count - 1}")
+                raise InvalidValueError(f"layers: {layer} is not in this model, which has layers 0 to {count - 1}")
         return frozenset(layer % count for layer in self.layers)
 
 
@@ -106,15 +107,15 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def require_hit(pattern: str, names: Iterable[str], what: str) -> None:
-    """Raise NotThere, naming the nearest names, when `pattern` matches none of `names`."""
+    """Raise NotFoundError, naming the nearest names, when `pattern` matches none of `names`."""
     known = list(names)
     if not any(matches(name, pattern) for name in known):
-        raise NotThere(f"no {what} matches {pattern!r}{_nearest_places(pattern, known)}")
+        raise NotFoundError(f"no {what} matches {pattern!r}{_nearest_places(pattern, known)}")
 
 
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression; BadValue for an open bracket."""
+    """The pattern as a regular expression; InvalidValueError for an open bracket."""
     out, rest = "", pattern
     while rest:
         piece, rest = _first_piece(rest)
@@ -136,7 +137,7 @@ def _first_piece(rest: str) -> tuple[str, str]:
         return rest[0], rest[1:]
     end = rest.find("]", 2 + (rest[1:2] in ("!", "^")))
     if end < 0:
-        raise BadValue(f"the bracket in {rest!r} is never closed; a character class is written [0-3]")
+        raise InvalidValueError(f"the bracket in {rest!r} is never closed; a character class is written [0-3]")
     return rest[: end + 1], rest[end + 1 :]
 
 

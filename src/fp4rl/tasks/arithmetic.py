@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks import answers
 from fp4rl.tasks.task import Problem, Score, Split, digest_of, identity, split_of
 
@@ -60,7 +60,7 @@ class Operations(NamedTuple):
 class Arithmetic:
     """The task at one difficulty (1 to 5; 2 is the one that the embedded model learns in minutes).
 
-    Raises BadValue for a difficulty off the dial, and when a split has fewer problems than were asked for.
+    Raises InvalidValueError for a difficulty off the dial, and when a split has fewer problems than were asked for.
     """
 
     seed: int = 0
@@ -69,7 +69,9 @@ class Arithmetic:
 
     def __post_init__(self) -> None:
         if self.difficulty not in LEVELS:
-            raise BadValue(f"task difficulty {self.difficulty} is off the dial; use 1 (easiest) to {max(LEVELS)}")
+            raise InvalidValueError(
+                f"task difficulty {self.difficulty} is off the dial; use 1 (easiest) to {max(LEVELS)}"
+            )
 
     def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
         """The first `count` problems of a split, no operation sequence twice; 4096 or all where none is given."""
@@ -82,7 +84,7 @@ class Arithmetic:
             if misses > 1000 + 20 * len(found):  # were one missing, it would have come up by now
                 if count is None:
                     break
-                raise BadValue(
+                raise InvalidValueError(
                     f"the {split} split of arithmetic has only about {len(found)} problems at difficulty "
                     f"{self.difficulty}, not {wanted}; lower "
                     f"{'task.train_count' if split == 'train' else 'evaluation.count'} or raise task.difficulty"
@@ -179,6 +181,6 @@ def _read(prompt: str) -> Operations:
     text = joined_digits(prompt)
     start = re.search(r" has ([0-9]+) ", text)
     if start is None:
-        raise BadValue(f"not a problem of the arithmetic task: {prompt!r}")
+        raise InvalidValueError(f"not a problem of the arithmetic task: {prompt!r}")
     steps = re.findall(rf" ({'|'.join(GAINS + LOSSES)}) ([0-9]+)", text)
     return Operations(int(start[1]), tuple(int(size) if verb in GAINS else -int(size) for verb, size in steps))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.tasks import answers
 from fp4rl.tasks.task import SPLITS, Problem, Score, Split, digest_of, identity, split_of
 
@@ -31,8 +31,8 @@ class Gsm8k:
 
     With one file its rows are cut 80 : 10 : 10 into train, validation and test by a hash of the normalised question.
     With `test_path` the test split is that file, and `path` is cut 90 : 10 into train and validation.
-    Raises NotThere for a missing file or column, BadValue for a row that cannot be read and for a prompt without
-    `{question}`; each names the file, the row and the cure.
+    Raises NotFoundError for a missing file or column, InvalidValueError for a row that cannot be read and for a prompt
+    without `{question}`; each names the file, the row and the cure.
     """
 
     path: Path
@@ -42,16 +42,22 @@ class Gsm8k:
 
     def __post_init__(self) -> None:
         if "{question}" not in self.prompt:
-            raise BadValue(f"the prompt {self.prompt!r} has no place for the question; write {{question}} into it")
+            raise InvalidValueError(
+                f"the prompt {self.prompt!r} has no place for the question; write {{question}} into it"
+            )
         for path in (self.path, self.test_path):
             if path is not None and not Path(path).is_file():
-                raise NotThere(f"GSM8K file {str(path)!r} does not exist; give the path of a local .jsonl or .parquet")
+                raise NotFoundError(
+                    f"GSM8K file {str(path)!r} does not exist; give the path of a local .jsonl or .parquet"
+                )
 
     def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
         """The first `count` problems of a split in the file's order; all of them without a count."""
         found = self._by_split[split]
         if count is not None and count > len(found):
-            raise BadValue(f"the {split} split of {self._source(split)} has {len(found)} problems, not {count}")
+            raise InvalidValueError(
+                f"the {split} split of {self._source(split)} has {len(found)} problems, not {count}"
+            )
         return found[:count]
 
     def substance(self, problem: Problem) -> str:
@@ -96,7 +102,7 @@ def normalised(question: str) -> str:
 
 
 def _require_distinct(held_out: Sequence[Row]) -> None:
-    """Raise BadValue for a question that is asked twice: it would count twice, as two problems would."""
+    """Raise InvalidValueError for a question that is asked twice: it would count twice, as two problems would."""
     places: dict[str, str] = {}
     repeated = [
         (row, first)
@@ -105,7 +111,7 @@ def _require_distinct(held_out: Sequence[Row]) -> None:
     ]
     if repeated:
         row, first = repeated[0]
-        raise BadValue(
+        raise InvalidValueError(
             f"{row.place}: asks what {first} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
             "problems are repetitions, take them out of the file"
         )
@@ -117,17 +123,23 @@ def rows(path: Path) -> Iterator[Row]:
     for row, place in _records(Path(path)):
         for column in COLUMNS:
             if column not in row:
-                raise NotThere(f"{place}: no column {column!r}{nearest(column, map(str, row))}")
+                raise NotFoundError(f"{place}: no column {column!r}{nearest(column, map(str, row))}")
             if not isinstance(row[column], str):
-                raise BadValue(f"{place}: {column!r} is {type(row[column]).__name__}, not text; write it as a string")
+                raise InvalidValueError(
+                    f"{place}: {column!r} is {type(row[column]).__name__}, not text; write it as a string"
+                )
             if any("\ud800" <= mark <= "\udfff" for mark in row[column]):
-                raise BadValue(f"{place}: {column!r} holds half of a character (a lone surrogate); write it whole")
+                raise InvalidValueError(
+                    f"{place}: {column!r} holds half of a character (a lone surrogate); write it whole"
+                )
         gold = answers.strict_number(row["answer"])
         if gold is None:
-            raise BadValue(f"{place}: the answer has no final number after '####'; end it with a line like '#### 42'")
+            raise InvalidValueError(
+                f"{place}: the answer has no final number after '####'; end it with a line like '#### 42'"
+            )
         yield Row(row["question"].strip(), row["answer"].strip(), answers.plain(gold), place)
     if place is None:
-        raise BadValue(f"{path} holds no rows; give a file with the columns {' and '.join(COLUMNS)}")
+        raise InvalidValueError(f"{path} holds no rows; give a file with the columns {' and '.join(COLUMNS)}")
 
 
 def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -136,7 +148,7 @@ def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     elif path.suffix in (".jsonl", ".json"):
         yield from _jsonl(path)
     else:
-        raise BadValue(f"{path}: unknown kind of file {path.suffix!r}; give a .jsonl or .parquet file")
+        raise InvalidValueError(f"{path}: unknown kind of file {path.suffix!r}; give a .jsonl or .parquet file")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -150,21 +162,23 @@ def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
                 row = json.loads(text)
             except (ValueError, RecursionError) as why:  # also numbers of thousands of digits, and endless nesting
                 said = getattr(why, "msg", str(why).splitlines()[0])
-                raise BadValue(f"{place}: not JSON ({said}); write one object a line") from None
+                raise InvalidValueError(f"{place}: not JSON ({said}); write one object a line") from None
             if not isinstance(row, dict):
-                raise BadValue(f"{place}: not an object; write one {{'question': ..., 'answer': ...}} a line")
+                raise InvalidValueError(f"{place}: not an object; write one {{'question': ..., 'answer': ...}} a line")
             yield row, place
 
 
 def _utf8(line: bytes, place: str) -> str:
     """The line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadValue(f"{place}: UTF-16, not UTF-8; save the file again as UTF-8")
+        raise InvalidValueError(f"{place}: UTF-16, not UTF-8; save the file again as UTF-8")
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as why:
         byte = line[why.start]
-        raise BadValue(f"{place}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8") from None
+        raise InvalidValueError(
+            f"{place}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -174,6 +188,6 @@ def _parquet(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as why:
-        raise BadValue(f"{path}: not a Parquet file ({str(why).splitlines()[0]})") from None
+        raise InvalidValueError(f"{path}: not a Parquet file ({str(why).splitlines()[0]})") from None
     for number, row in enumerate(table.to_pylist(), start=1):
         yield row, f"{path}, row {number}"

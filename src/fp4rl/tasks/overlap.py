@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.tasks.task import Problem, Task
 
 

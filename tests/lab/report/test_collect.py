@@ -10,8 +10,8 @@ from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.evidence_rows import evidence_of
 from fp4rl.lab.report.scores import mean_over_seeds
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.mistakes import NotThere
 
 
 def score(report, name):
@@ -116,7 +116,7 @@ def test_a_folder_that_the_suite_does_not_ask_for_is_named_and_left_out(make_tri
 
 def test_a_folder_without_a_suite_names_the_nearest_one(make_trial):
     folder = make_trial().write()
-    with pytest.raises(NotThere, match="did you mean 'trial'"):
+    with pytest.raises(NotFoundError, match="did you mean 'trial'"):
         collect(folder.with_name("trail"))
 
 

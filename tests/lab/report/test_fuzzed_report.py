@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4rl.lab.report.collect import collect
-from fp4rl.spec.mistakes import Mistake
+from fp4rl.spec.errors import UserError
 from planted.damage import FEW, FILES, damage, hashes, inflict, one_damage
 
 pytestmark = pytest.mark.fuzz
@@ -46,7 +46,7 @@ def test_a_suite_file_beside_the_runs(make_trial):
         said = []
         try:
             collect(folder)
-        except Mistake as error:
+        except UserError as error:
             said = str(error).splitlines()
         assert len(said) <= 1
 

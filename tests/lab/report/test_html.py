@@ -9,7 +9,7 @@ import pytest
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.figures import accuracy, answers, learning
 from fp4rl.lab.report.html import render, write_html
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
@@ -103,12 +103,12 @@ def test_the_file_is_written_whole_or_not_at_all(faulty, tmp_path, monkeypatch):
     target = tmp_path / "report.html"
     target.write_text("old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(BadValue, match="No space left"):
+    with pytest.raises(InvalidValueError, match="No space left"):
         write_html(faulty, target)
     assert target.read_text() == "old"
 
 
 def test_without_the_extra_the_error_names_it(faulty, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(NotThere, match=r"pip install 'fp4rl\[report\]'"):
+    with pytest.raises(NotFoundError, match=r"pip install 'fp4rl\[report\]'"):
         render(faulty)

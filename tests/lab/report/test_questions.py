@@ -7,7 +7,7 @@ from fp4rl.lab.ledger.record import record
 from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.questions import questions
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 QUANTIZED = {"mode": "w4a16", "preset": "vllm"}
 PROFILES = {"evaluation": {"profiles": ["full", "w4a16", "w4a4"]}}
@@ -74,7 +74,7 @@ def test_noise_left_on_in_one_evaluation_refuses(make_trial):
 
 @pytest.mark.parametrize("side", ["nobody@full", "w4a16@w4a8", "w4a16"])
 def test_a_side_that_the_suite_does_not_have_is_refused_when_the_suite_is_read(make_trial, side):
-    with pytest.raises(BadValue, match=r"comparisons.0.treatment: "):
+    with pytest.raises(InvalidValueError, match=r"comparisons.0.treatment: "):
         ask(make_trial, AFTERWARDS | {"treatment": side})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 
 class ReportedNoise(BaseModel):
@@ -93,17 +93,18 @@ class Reports(BaseModel):
 
 
 def read_reports(path: Path) -> Reports:
-    """Raises `NotThere` for a missing file, `BadValue` for another layout and for ids that stand twice."""
+    """Raises `NotFoundError` for a missing file, `InvalidValueError` for another layout and for ids that stand
+    twice."""
     if not path.is_file():
-        raise NotThere(f"{path}: no such file; name a JSON file with 'records' and 'gsm8k_test_n'")
+        raise NotFoundError(f"{path}: no such file; name a JSON file with 'records' and 'gsm8k_test_n'")
     try:
         reports = Reports.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadValue(f"{path}: not JSON in UTF-8 ({error})") from None
+        raise InvalidValueError(f"{path}: not JSON in UTF-8 ({error})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BadValue(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise InvalidValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     twice = [name for name, count in Counter(record.id for record in reports.records).items() if count > 1]
     if twice:
-        raise BadValue(f"{path}: records are told apart by id, and these stand twice: {', '.join(twice)}")
+        raise InvalidValueError(f"{path}: records are told apart by id, and these stand twice: {', '.join(twice)}")
     return reports

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.errors import NotFoundError, nearest
 
 _HERE = Path(__file__).parent
 
 
 def named(name: str) -> Path:
-    """The YAML file of a suite that comes with the package. Raises NotThere with the nearest name."""
+    """The YAML file of a suite that comes with the package. Raises NotFoundError with the nearest name."""
     file = _HERE / f"{name}.yaml"
     if not file.is_file():
-        raise NotThere(f"no suite {name!r} in the catalogue{nearest(name, names())}")
+        raise NotFoundError(f"no suite {name!r} in the catalogue{nearest(name, names())}")
     return file
 
 

@@ -19,7 +19,7 @@ from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference
 from fp4rl.lab.statistics.spread import Spread, pooled
 from fp4rl.lab.statistics.two_way import two_way
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
 
@@ -54,7 +54,7 @@ class CrossChecks:
 
 @dataclass(frozen=True)
 class Compared:
-    """The answer. With `objections` it is refused: no verdict, or with `anyway` one without a word."""
+    """The answer. With `objections` it is refused: no verdict, or with `force` one without a word."""
 
     question: Question
     treatment: Side
@@ -62,7 +62,7 @@ class Compared:
     objections: tuple[Objection, ...]
     verdict: Verdict | None
     checks: CrossChecks
-    anyway: bool = False
+    force: bool = False
 
     @property
     def comparable(self) -> bool:
@@ -89,15 +89,15 @@ class Compared:
 
 
 def compare_all(
-    ledger: Ledger, questions: Sequence[Question], *, anyway: bool = False, others: int = 0
+    ledger: Ledger, questions: Sequence[Question], *, force: bool = False, others: int = 0
 ) -> tuple[Compared, ...]:
     """Answer questions that are shown together, as one family. One that is refused still counts among them, and so do
     `others` that cannot be answered.
 
-    With `anyway` the difference of an unfair pair is shown with its interval, without an effect word.
+    With `force` the difference of an unfair pair is shown with its interval, without an effect word.
     """
     with ledger.reading() as connection:
-        found = [_looked_up(connection, question, anyway) for question in questions]
+        found = [_looked_up(connection, question, force) for question in questions]
         family = [_family_member(one) for one in found if one.comparable]
         spreads = [_spread(connection, one) for one in found]
         spread = spreads[0] if len(found) == 1 else next((one for one in spreads if one), None)
@@ -112,32 +112,32 @@ def compare_all(
 
 
 def compare_among(
-    ledger: Ledger, family: Sequence[Question], asked: Question, *, anyway: bool = False
+    ledger: Ledger, family: Sequence[Question], asked: Question, *, force: bool = False
 ) -> tuple[Compared, ...]:
     """Answer one question of a `family` with the verdict that it has among them; those without runs count in full."""
     with ledger.reading() as connection:
         there = [question for question in family if question == asked or _has_runs(connection, question)]
-    answers = compare_all(ledger, there, anyway=anyway, others=len(family) - len(there))
+    answers = compare_all(ledger, there, force=force, others=len(family) - len(there))
     return (answers[there.index(asked)],)
 
 
 def _has_runs(connection: Connection, question: Question) -> bool:
     try:
-        _looked_up(connection, question, anyway=False)
-    except NotThere:
+        _looked_up(connection, question, force=False)
+    except NotFoundError:
         return False
     return True
 
 
-def _looked_up(connection: Connection, question: Question, anyway: bool) -> Compared:
+def _looked_up(connection: Connection, question: Question, force: bool) -> Compared:
     sides = [
         read_side(connection, text, step=question.step, score=question.score, suite=question.suite)
         for text in (question.treatment, question.control)
     ]
     if {run.id for run in sides[0].runs} == {run.id for run in sides[1].runs} and _same_place(sides):
-        raise BadValue(f"{question.treatment} and {question.control} are the same numbers of the same runs")
+        raise InvalidValueError(f"{question.treatment} and {question.control} are the same numbers of the same runs")
     against = objections(sides[0], sides[1], question.factors)
-    return Compared(question, sides[0], sides[1], against, None, CrossChecks(), anyway)
+    return Compared(question, sides[0], sides[1], against, None, CrossChecks(), force)
 
 
 def _same_place(sides: list[Side]) -> bool:
@@ -159,7 +159,7 @@ def _said(one: Compared, verdict: Verdict) -> Verdict:
 
 
 def _shown_anyway(one: Compared, spread: Spread | None) -> Verdict | None:
-    if not (one.anyway and one.treatment.points and one.control.points):
+    if not (one.force and one.treatment.points and one.control.points):
         return None
     verdict = judge_family([_family_member(one)], spread=spread)[0]
     return replace(

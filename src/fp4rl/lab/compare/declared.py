@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fp4rl.lab.compare.comparison import Question
-from fp4rl.spec.door import parse, read_yaml
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Comparison
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.load import parse, read_yaml
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
     """All comparisons of `root/<suite>/suite.yaml`, in order; none where the suite declares none.
 
-    Raises `NotThere` for a suite without that file.
+    Raises `NotFoundError` for a suite without that file.
     """
     file = root / suite / "suite.yaml"
     if not file.is_file():
-        raise NotThere(f"{file}: no such file, so nothing says which comparisons {suite} was made for; name two sides")
+        raise NotFoundError(
+            f"{file}: no such file, so nothing says which comparisons {suite} was made for; name two sides"
+        )
     declared = read_yaml(file).get("comparisons") or ()
     return tuple(_question(parse(Comparison, content, str(file)), suite) for content in declared)
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, or_, select
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.query import rows_of_runs, specs
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Asked:
     def of(cls, text: str) -> "Asked":
         word, at, profile = text.partition("@")
         if not word or (at and not profile):
-            raise BadValue(f"a side is written arm, suite/arm or run id, with @profile; got {text!r}")
+            raise InvalidValueError(f"a side is written arm, suite/arm or run id, with @profile; got {text!r}")
         return cls(word, profile or None)
 
 
@@ -79,8 +79,8 @@ def read_side(
 ) -> Side:
     """Find the runs and their numbers at `step` (the last one by default).
 
-    Raises `NotThere` for a name without runs and for an evaluation that none of them has, `BadValue` for a name that
-    means runs of several suites or experiments.
+    Raises `NotFoundError` for a name without runs and for an evaluation that none of them has, `InvalidValueError` for
+    a name that means runs of several suites or experiments.
     """
     asked = Asked.of(text)
     found = _named(connection, asked.word, suite)
@@ -159,13 +159,13 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
     found = [row for row in found if row["run_id"] == tail] or found
     if not found:
         known = {f"{suite}/{arm}" for suite, arm in connection.execute(select(table.suite, table.arm).distinct())}
-        raise NotThere(f"no finished run or arm is called {word!r}" + (nearest(word, known) if known else ""))
+        raise NotFoundError(f"no finished run or arm is called {word!r}" + (nearest(word, known) if known else ""))
     suites = sorted({row["suite"] for row in found})
     if len(suites) > 1:
-        raise BadValue(f"{word!r} is in the suites {', '.join(suites)}; write {suites[0]}/{tail}")
+        raise InvalidValueError(f"{word!r} is in the suites {', '.join(suites)}; write {suites[0]}/{tail}")
     digests = sorted({str(row["experiment"]) for row in found})
     if len(digests) > 1 and not all(row["imported"] for row in found):
-        raise BadValue(
+        raise InvalidValueError(
             f"{word!r} names runs of {len(digests)} different experiments, which are no repeats; "
             f"name one by its digest: {', '.join(digests)}"
         )
@@ -173,13 +173,13 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
 
 
 def _beginning(connection: Connection, start: str, suite: str | None) -> list[Any]:
-    """The one run whose id begins so. Raises BadValue where several do."""
+    """The one run whose id begins so. Raises InvalidValueError where several do."""
     table = tables.runs.c
     query = select(tables.runs).where(table.run_id.startswith(start, autoescape=True)).order_by(table.run_id)
     found = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())
     if len(found) > 1:
         some = ", ".join(f"{row['suite']}/{row['run_id']}" for row in found[:4])
-        raise BadValue(f"{len(found)} runs begin with {start!r}: {some}; name more of it")
+        raise InvalidValueError(f"{len(found)} runs begin with {start!r}: {some}; name more of it")
     return found
 
 
@@ -193,15 +193,15 @@ def _evaluations(
     if not at:
         steps = ", ".join(str(number) for number in sorted({row["step"] for row in rows})) or "none"
         where = "at the last step" if step is None else f"at step {step}"
-        raise NotThere(f"{asked.word} has no evaluation {where}; there are: {steps}")
+        raise NotFoundError(f"{asked.word} has no evaluation {where}; there are: {steps}")
     profile = asked.profile or (profiles[0] if len(profiles) == 1 else "deployment")
     if profile not in profiles:
-        raise NotThere(f"{asked.word} was not evaluated as {profile!r}" + nearest(profile, profiles))
+        raise NotFoundError(f"{asked.word} was not evaluated as {profile!r}" + nearest(profile, profiles))
     found = {
         row["run"]: Measured(row["step"], row["last"], profile, row["n"], row[score], row["conditions"])
         for row in at
         if row["profile"] == profile and row[score] is not None
     }
     if not found:
-        raise NotThere(f"{asked.word} has no {score} accuracy as {profile!r}")
+        raise NotFoundError(f"{asked.word} has no {score} accuracy as {profile!r}")
     return found

@@ -13,7 +13,7 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.numbers import readable
 from fp4rl.lab.foreign.reader import read_log
-from fp4rl.spec.mistakes import BadValue, nearest
+from fp4rl.spec.errors import InvalidValueError, nearest
 
 STATUSES = ("finished", "stopped", "failed", "running")
 
@@ -40,9 +40,11 @@ class About:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadValue` for a status that is none of `STATUSES`."""
+        """Raise `InvalidValueError` for a status that is none of `STATUSES`."""
         if self.status is not None and self.status not in STATUSES:
-            raise BadValue(f"no status {self.status!r}{nearest(self.status, STATUSES)}; one of {', '.join(STATUSES)}")
+            raise InvalidValueError(
+                f"no status {self.status!r}{nearest(self.status, STATUSES)}; one of {', '.join(STATUSES)}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """What is known, in the values that JSON has (YAML knows dates besides)."""
@@ -56,7 +58,8 @@ def import_log(
 ) -> Imported:
     """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run.
 
-    Raises as `read_log` does, and `BadValue` where the log is here already with another configuration, status or note.
+    Raises as `read_log` does, and `InvalidValueError` where the log is here already with another configuration, status
+    or note.
     """
     dialect, log = read_log(path)
     said = (about or About()).as_dict()
@@ -86,7 +89,7 @@ def _refuse_other(run: RunFolder, said: Mapping[str, Any]) -> None:
     known = run.result().get("imported") or {}
     other = [name for name, value in said.items() if known.get(name) != value]
     if other:
-        raise BadValue(
+        raise InvalidValueError(
             f"{run.key} is here already with another {' and '.join(other)}; remove {run.path} to import it again"
         )
 

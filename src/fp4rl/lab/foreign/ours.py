@@ -5,7 +5,7 @@ from pathlib import Path
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.reader import read_log
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 _METRICS = "metrics.jsonl"
 
@@ -13,7 +13,7 @@ _METRICS = "metrics.jsonl"
 def read_steps(log: Path) -> tuple[str, Joined]:
     """(kind of log, its numbers). A run of ours gets its evaluations as `accuracy/validation`.
 
-    Raises NotThere and BadValue for what cannot be read.
+    Raises NotFoundError and InvalidValueError for what cannot be read.
     """
     folder = log.parent if log.name == _METRICS else log
     if not (folder / _METRICS).is_file():
@@ -31,7 +31,9 @@ def _validations(run: RunFolder) -> dict[int, float]:
     try:
         evaluations = [(e["profile"]["name"], int(e["step"]), float(e["strict"])) for e in run.result()["evaluations"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise BadValue(f"{run.path / 'result.json'} is damaged: its evaluations cannot be read ({error!r})") from None
+        raise InvalidValueError(
+            f"{run.path / 'result.json'} is damaged: its evaluations cannot be read ({error!r})"
+        ) from None
     for name in ("full", "deployment"):  # the second overrides the first
         found |= {step: strict for profile, step, strict in evaluations if profile == name}
     return found

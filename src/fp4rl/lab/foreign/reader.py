@@ -9,7 +9,7 @@ from fp4rl.lab.foreign.table import read_table
 from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
 from fp4rl.lab.foreign.trl import STATE, newest_state, read_printed, read_trl
 from fp4rl.lab.foreign.verl import read_verl
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import counted
 
 KNOWN = (
@@ -22,28 +22,28 @@ _SWIFT = "logging.jsonl"
 def read_log(path: Path) -> tuple[str, Joined]:
     """(form, numbers) of a log, or of the log in a folder: a checkpoint of TRL, an output of ms-swift, event files.
 
-    Raises `NotThere` for a missing file, `BadValue` for one in which no step of a known form is found.
+    Raises `NotFoundError` for a missing file, `InvalidValueError` for one in which no step of a known form is found.
     """
     try:
         form, log = _read(_file_in(path))
-    except BadValue as error:
-        raise BadValue(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except OSError as error:
-        raise NotThere(f"{path}: {error.strerror or error}; known are {KNOWN}") from None
+        raise NotFoundError(f"{path}: {error.strerror or error}; known are {KNOWN}") from None
     if not log.steps:
-        raise BadValue(f"{path}: no step found; known are {KNOWN}")
+        raise InvalidValueError(f"{path}: no step found; known are {KNOWN}")
     return form, log
 
 
 def _file_in(path: Path) -> Path:
     if not path.exists():
-        raise NotThere(f"{path}: no such file or folder; known are {KNOWN}")
+        raise NotFoundError(f"{path}: no such file or folder; known are {KNOWN}")
     if not path.is_dir():
         return path
     swift = path / _SWIFT
     found = newest_state(path) or (swift if swift.is_file() else None)
     if found is None and next(path.rglob(EVENTS), None) is None:
-        raise NotThere(f"{path}: no log of a known form in this folder; name the file itself; known are {KNOWN}")
+        raise NotFoundError(f"{path}: no log of a known form in this folder; name the file itself; known are {KNOWN}")
     return found or path
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.numbers import step_of
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 EVENTS = "*tfevents*"
 
@@ -15,8 +15,8 @@ EVENTS = "*tfevents*"
 def read_tensorboard(path: Path) -> Joined:
     """The scalars of an event file, or of all event files of one folder, in the order in which they were written.
 
-    A damaged record ends its file, as it does for TensorBoard itself. Raises `BadValue` for a folder that holds several
-    runs, `NotThere` where tensorboard is not installed.
+    A damaged record ends its file, as it does for TensorBoard itself. Raises `InvalidValueError` for a folder that
+    holds several runs, `NotFoundError` where tensorboard is not installed.
     """
     joined = Joined()
     for file in _event_files(path):
@@ -69,7 +69,7 @@ def _events(file: Path) -> Iterator[Any]:
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     except ModuleNotFoundError:
-        raise NotThere("reading event files needs tensorboard: pip install 'fp4rl[train]'") from None
+        raise NotFoundError("reading event files needs tensorboard: pip install 'fp4rl[train]'") from None
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
@@ -94,7 +94,9 @@ def _event_files(path: Path) -> list[Path]:
     files = sorted(path.rglob(EVENTS))
     folders = sorted({file.parent for file in files})
     if not files:
-        raise NotThere(f"{path}: no event file ({EVENTS}) in this folder")
+        raise NotFoundError(f"{path}: no event file ({EVENTS}) in this folder")
     if len(folders) > 1:
-        raise BadValue(f"{path} holds {len(folders)} runs; name one of {', '.join(folder.name for folder in folders)}")
+        raise InvalidValueError(
+            f"{path} holds {len(folders)} runs; name one of {', '.join(folder.name for folder in folders)}"
+        )
     return files

@@ -6,20 +6,20 @@ from typing import Any
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.lines import plain_lines, text_of
 from fp4rl.lab.foreign.records import join, parse_json, printed_record, tells_of_a_step
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 STATE = "trainer_state.json"
 
 
 def read_trl(data: bytes) -> Joined:
-    """All entries of `log_history` joined by step. Raises `BadValue` for a file of another form."""
+    """All entries of `log_history` joined by step. Raises `InvalidValueError` for a file of another form."""
     try:
         content: Any = parse_json(text_of(data))
     except ValueError as error:
-        raise BadValue(f"it is no whole JSON ({error}); a {STATE} is one object") from None
+        raise InvalidValueError(f"it is no whole JSON ({error}); a {STATE} is one object") from None
     history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list):
-        raise BadValue(f"a {STATE} has a list 'log_history'; this file has none")
+        raise InvalidValueError(f"a {STATE} has a list 'log_history'; this file has none")
     joined = join(entry for entry in history if isinstance(entry, dict))
     joined.skipped += [f"an entry that is no object: {entry}"[:80] for entry in history if not isinstance(entry, dict)]
     return joined

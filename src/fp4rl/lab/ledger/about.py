@@ -11,7 +11,7 @@ from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.packing import unpack_flags, unpack_lengths, unpack_problems
 from fp4rl.lab.ledger.query import find_run, rows_of_runs, specs
-from fp4rl.spec.mistakes import NotThere
+from fp4rl.spec.errors import NotFoundError
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def about(connection: Connection, word: str) -> Row:
 def answers(connection: Connection, run: Row, problem: str, root: Path) -> list[Row]:
     """Every answer of a run to one problem; the text is None where the run's folder is not below `root`.
 
-    Raises `NotThere` with the first ids that there are.
+    Raises `NotFoundError` with the first ids that there are.
     """
     found: list[Row] = []
     known: set[str] = set()
@@ -69,7 +69,7 @@ def answers(connection: Connection, run: Row, problem: str, root: Path) -> list[
         ]
     if not found:
         ids = f"; its {len(known)} problems are {', '.join(sorted(known)[:3])}, ..." if known else ""
-        raise NotThere(f"{run['run_id']} has no answer to {problem!r}{ids}")
+        raise NotFoundError(f"{run['run_id']} has no answer to {problem!r}{ids}")
     return found
 
 

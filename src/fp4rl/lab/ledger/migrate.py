@@ -8,17 +8,19 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 def migrate(connection: Connection, revision: str = "head") -> None:
-    """Raises `BadValue` for a ledger whose schema this version does not know: a newer one made it."""
+    """Raises `InvalidValueError` for a ledger whose schema this version does not know: a newer one made it."""
     config = _config()
     config.attributes["connection"] = connection
     try:
         command.upgrade(config, revision)
     except CommandError as error:
-        raise BadValue(f"this ledger was made by a newer fp4rl ({error}); update fp4rl, or name another file") from None
+        raise InvalidValueError(
+            f"this ledger was made by a newer fp4rl ({error}); update fp4rl, or name another file"
+        ) from None
 
 
 def newest() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.ledger import tables
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 Row = dict[str, Any]
 runs, experiments, evaluations = tables.runs, tables.experiments, tables.evaluations
@@ -67,19 +67,23 @@ def profiles_of(connection: Connection) -> list[str]:
 def find_run(connection: Connection, word: str) -> Row:
     """One run by `suite/run-id`, run id, or the beginning of either.
 
-    Raises `NotThere` with the nearest name, `BadValue` where several runs begin so.
+    Raises `NotFoundError` with the nearest name, `InvalidValueError` where several runs begin so.
     """
     names = {f"{suite}/{run_id}": number for number, suite, run_id in _names(connection)}
     exact = [key for key in names if word in (key, key.partition("/")[2])]
     found = exact or [key for key in names if key.startswith(word) or key.partition("/")[2].startswith(word)]
     if not names:
-        raise NotThere("the ledger holds no run; `fp4rl run` makes some, `fp4rl runs import FILE` takes over a log")
+        raise NotFoundError(
+            "the ledger holds no run; `fp4rl run` makes some, `fp4rl runs import FILE` takes over a log"
+        )
     if not found:
         close = nearest(word, [*names, *(key.partition("/")[2] for key in names)])
         hint = close if close.startswith("; did") else f"; `fp4rl runs` lists all {len(names)}"
-        raise NotThere(f"no run is called {word!r}{hint}")
+        raise NotFoundError(f"no run is called {word!r}{hint}")
     if len(found) > 1:
-        raise BadValue(f"{len(found)} runs begin with {word!r}: {', '.join(sorted(found)[:4])}; name more of it")
+        raise InvalidValueError(
+            f"{len(found)} runs begin with {word!r}: {', '.join(sorted(found)[:4])}; name more of it"
+        )
     return dict(connection.execute(select(runs).where(runs.c.id == names[found[0]])).mappings().one())
 
 

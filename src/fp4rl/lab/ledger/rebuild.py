@@ -9,7 +9,7 @@ from fp4rl.lab.folders import finished_runs
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.record import OnRun, known_content, rows_of, write_rows
 from fp4rl.lab.ledger.store import Ledger
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import agreeing, counted
 
 
@@ -23,16 +23,16 @@ def rebuild(
 ) -> int:
     """Empty the ledger and record every finished run below `root`; how many those were.
 
-    Raises `BadValue` where the ledger holds runs without a folder here (a shared ledger, a folder moved away), unless
-    `drop_missing` says that they may go. `on_run(done, total)` is called after each run, `on_damaged` for a run that
-    cannot be read and is left out; without it nothing is changed and the first of these is raised.
+    Raises `InvalidValueError` where the ledger holds runs without a folder here (a shared ledger, a folder moved away),
+    unless `drop_missing` says that they may go. `on_run(done, total)` is called after each run, `on_damaged` for a run
+    that cannot be read and is left out; without it nothing is changed and the first of these is raised.
     """
     folders = finished_runs(root)
     with ledger.writing() as connection:
         _keep_writers_waiting(connection)
         missing = sorted(set(known_content(connection)) - {(run.suite, run.run_id) for run in folders})
         if missing and not drop_missing:
-            raise BadValue(_missing_message(missing, root))
+            raise InvalidValueError(_missing_message(missing, root))
         for table in (*tables.OF_A_RUN, tables.runs, tables.experiments, tables.problem_lists):
             connection.execute(delete(table))
         damaged: list[Damaged] = []

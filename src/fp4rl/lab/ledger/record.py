@@ -39,7 +39,7 @@ class Rows:
 def record(ledger: Ledger, folder: RunFolder) -> bool:
     """Put a finished run into the ledger; False where exactly this result is there already.
 
-    Raises `NotThere` for a run that is not finished. Safe to call from several processes at once.
+    Raises `NotFoundError` for a run that is not finished. Safe to call from several processes at once.
     """
     content = content_of(folder)
     with ledger.reading() as connection:
@@ -87,8 +87,8 @@ def content_of(folder: RunFolder) -> str:
 
 
 def rows_of(folder: RunFolder) -> Rows:
-    """Read a run's folder into rows. Raises `NotThere` for a run that is not finished, `Damaged` for one that cannot be
-    read."""
+    """Read a run's folder into rows. Raises `NotFoundError` for a run that is not finished, `Damaged` for one that
+    cannot be read."""
     if not folder.finished:
         folder.result()
     with damage_named(folder.path):

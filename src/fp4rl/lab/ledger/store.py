@@ -14,13 +14,13 @@ from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, mak
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
 from fp4rl.lab.ledger.tables import SCHEMA
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _WAIT_S = 20.0  # for another process's write to end
 _MIGRATING = 7_406_015  # the advisory lock under which PostgreSQL ledgers are made and migrated
 
 
-class Locked(NotThere):
+class Locked(NotFoundError):
     """Another process keeps the ledger for itself."""
 
 
@@ -54,10 +54,12 @@ class Ledger:
             why = _why(error)
             if "locked" in why:
                 raise Locked(f"the ledger {self.name} is locked: another process writes to it; try again") from None
-            raise NotThere(f"the ledger {self.name} cannot be used: {why}") from None
+            raise NotFoundError(f"the ledger {self.name} cannot be used: {why}") from None
         except (DatabaseError, sqlite3.DatabaseError) as error:
             why = _why(error)
-            raise BadValue(f"{self.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one") from None
+            raise InvalidValueError(
+                f"{self.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one"
+            ) from None
 
     @property
     def name(self) -> str:
@@ -81,8 +83,8 @@ def _why(error: Exception) -> str:
 def open_ledger(where: str | os.PathLike[str]) -> Ledger:
     """Open, make or migrate a ledger: a path means SQLite, `postgresql://user@host/name` a server.
 
-    Raises `NotThere` for a server that does not answer, a missing driver or folder, `BadValue` for an address that is
-    none and for a ledger that a newer version of fp4rl made.
+    Raises `NotFoundError` for a server that does not answer, a missing driver or folder, `InvalidValueError` for an
+    address that is none and for a ledger that a newer version of fp4rl made.
     """
     ledger = Ledger(_postgres(str(where)) if "://" in str(where) else _sqlite(Path(where)))
     _bring_up_to_date(ledger)
@@ -91,7 +93,7 @@ def open_ledger(where: str | os.PathLike[str]) -> Ledger:
 
 def _sqlite(path: Path) -> Engine:
     if not path.parent.is_dir():
-        raise NotThere(f"{path.parent}: no such folder, so no ledger is made there; name another place")
+        raise NotFoundError(f"{path.parent}: no such folder, so no ledger is made there; name another place")
     writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
     if writable:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S})
@@ -144,13 +146,13 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 def _postgres(address: str) -> Engine:
     scheme, _, rest = address.partition("://")
     if scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
-        raise BadValue(f"a ledger is a file or postgresql://user@host/name; got the scheme {scheme!r}")
+        raise InvalidValueError(f"a ledger is a file or postgresql://user@host/name; got the scheme {scheme!r}")
     try:
         return create_engine(make_url(f"postgresql+psycopg://{rest}"))
     except ModuleNotFoundError:
-        raise NotThere("a PostgreSQL ledger needs psycopg: pip install 'fp4rl[postgres]'") from None
+        raise NotFoundError("a PostgreSQL ledger needs psycopg: pip install 'fp4rl[postgres]'") from None
     except (ArgumentError, NoSuchModuleError) as error:
-        raise BadValue(f"{error}; an address is written postgresql://user@host/name") from None
+        raise InvalidValueError(f"{error}; an address is written postgresql://user@host/name") from None
 
 
 def _bring_up_to_date(ledger: Ledger) -> None:

@@ -13,9 +13,9 @@ from fp4rl.lab.report.questions import Question, has_single_runs, questions
 from fp4rl.lab.report.runs import Run, read_run
 from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.report.spread import from_ledger
-from fp4rl.spec.door import load_spec
+from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import NotThere, nearest
+from fp4rl.spec.load import load_spec
 from fp4rl.spec.words import agreeing, counted
 
 
@@ -72,7 +72,7 @@ class SuiteReport:
 def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     """Read a suite's folder, and the spread of repeats from the ledger at that address, else from the folder's own.
 
-    Raises `NotThere` where it is no suite, and what the door raises for its suite.yaml.
+    Raises `NotFoundError` where it is no suite, and what the door raises for its suite.yaml.
     """
     described = _described(suite_folder)
     plan = planned(described) if isinstance(described, Suite) else (single(described, suite_folder.name),)
@@ -101,7 +101,7 @@ def _described(suite_folder: Path) -> Suite | Experiment:
         root = suite_folder.parent
         suites = [found.parent.name for found in root.glob("*/suite.yaml")]
         cure = nearest(suite_folder.name, suites) if suites else "; `fp4rl run` makes one"
-        raise NotThere(f"{suite_folder}: no suite.yaml, so this is no suite's folder{cure}")
+        raise NotFoundError(f"{suite_folder}: no suite.yaml, so this is no suite's folder{cure}")
     return load_spec(file)
 
 

@@ -10,7 +10,7 @@ from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
 from fp4rl.lab.report.evidence_rows import evidence_of
 from fp4rl.lab.report.figures import DASHES, accuracy, answers, learning
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _HERE = Path(__file__).parent
 _COLOURS = 6  # --arm-0 to --arm-5 in page.css
@@ -21,13 +21,13 @@ _STROKES = {"solid": "", "dash": "9 5", "dot": "3 4", "dashdot": "9 4 3 4", "lon
 def write_html(report: SuiteReport, path: Path) -> Path:
     """Write the page, whole or not at all, and return its path.
 
-    Raises `NotThere` without the extra `report`, `BadValue` where the path cannot be written.
+    Raises `NotFoundError` without the extra `report`, `InvalidValueError` where the path cannot be written.
     """
     page = render(report)
     try:
         write_whole(path, page)
     except OSError as error:
-        raise BadValue(f"cannot write {path}: {error.strerror}; give a folder that can be written") from None
+        raise InvalidValueError(f"cannot write {path}: {error.strerror}; give a folder that can be written") from None
     return path
 
 
@@ -37,7 +37,7 @@ def render(report: SuiteReport) -> str:
         import jinja2
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise NotThere(f"the HTML report needs {error.name}; pip install 'fp4rl[report]'") from None
+        raise NotFoundError(f"the HTML report needs {error.name}; pip install 'fp4rl[report]'") from None
     loader = jinja2.FileSystemLoader(_HERE)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

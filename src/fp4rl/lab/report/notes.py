@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
-from fp4rl.lab.forewarned import forewarned
 from fp4rl.lab.report.questions import Question
 from fp4rl.lab.report.runs import Run
 from fp4rl.lab.report.scores import Score
+from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.lab.statistics.seeds import variance
 from fp4rl.spec.words import counted
 
@@ -71,7 +71,7 @@ def _ill(runs: Sequence[Run]) -> Iterator[str]:
 
 def _forewarned(runs: Sequence[Run]) -> Iterator[str]:
     """What `fp4rl plan` says of the arms."""
-    for line in forewarned({run.planned.arm: run.planned.experiment for run in runs}):
+    for line in spec_warnings({run.planned.arm: run.planned.experiment for run in runs}):
         yield f"Known beforehand: {line}."
 
 

@@ -8,7 +8,7 @@ from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.sinks.mlflow import MlflowSink
 from fp4rl.lab.sinks.tensorboard import TensorBoardSink
 from fp4rl.lab.sinks.wandb import WandbSink
-from fp4rl.spec.mistakes import BadValue, NotThere, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 
 class Sink(Protocol):
@@ -24,12 +24,13 @@ _EXTRAS = {"tensorboard": "train"}
 
 
 def require_sinks(asked: Sequence[str]) -> None:
-    """Raise `BadValue` for a word that names no sink, `NotThere` where its package is missing; loads none of them."""
+    """Raise `InvalidValueError` for a word that names no sink, `NotFoundError` where its package is missing; loads none
+    of them."""
     for name in asked:
         if name not in _ASKED and name != "tensorboard":
-            raise BadValue(f"no sink {name!r}" + nearest(name, ("tensorboard", *_ASKED)))
+            raise InvalidValueError(f"no sink {name!r}" + nearest(name, ("tensorboard", *_ASKED)))
         if find_spec(name) is None:
-            raise NotThere(f"the sink {name!r} needs its package: pip install 'fp4rl[{_EXTRAS.get(name, name)}]'")
+            raise NotFoundError(f"the sink {name!r} needs its package: pip install 'fp4rl[{_EXTRAS.get(name, name)}]'")
 
 
 class Sinks:
@@ -40,7 +41,8 @@ class Sinks:
     """
 
     def __init__(self, run: RunFolder, asked: Sequence[str] = (), spec: Mapping[str, Any] | None = None) -> None:
-        """`asked`: "wandb", "mlflow" or both. Raises `BadValue` for another word, `NotThere` for a missing package."""
+        """`asked`: "wandb", "mlflow" or both. Raises `InvalidValueError` for another word, `NotFoundError` for a
+        missing package."""
         require_sinks(("tensorboard", *asked))
         self.failures: dict[str, str] = {}
         self._open: dict[str, Sink] = {"tensorboard": TensorBoardSink(run)}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +35,9 @@ def multi_bootstrap(
     narrow. It is a cross-check, never the verdict.
     """
     if treatment.shape[1] != control.shape[1]:
-        raise BadValue(f"the arms answer {treatment.shape[1]} and {control.shape[1]} problems; they must be the same")
+        raise InvalidValueError(
+            f"the arms answer {treatment.shape[1]} and {control.shape[1]} problems; they must be the same"
+        )
     per_problem = _drawn(treatment, draws, generator) - _drawn(control, draws, generator)  # [draws, problems]
     problems = per_problem.shape[1]
     weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=draws) / problems

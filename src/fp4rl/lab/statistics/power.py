@@ -4,7 +4,7 @@ import math
 
 from scipy import special
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 _MOST_SEEDS = 10_000
 
@@ -14,12 +14,12 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
 
     Without a margin: the two-sided t test. With one: the one-sided non-inferiority test of a treatment whose true
     difference is `difference` (0: it is as good). Noncentral t with 2 * (seeds - 1) degrees of freedom.
-    Raises `BadValue` for fewer than two seeds or a spread that is not positive.
+    Raises `InvalidValueError` for fewer than two seeds or a spread that is not positive.
     """
     if not spread > 0:
-        raise BadValue(f"the run-to-run spread is a positive number of points; got {spread:g}")
+        raise InvalidValueError(f"the run-to-run spread is a positive number of points; got {spread:g}")
     if seeds < 2:
-        raise BadValue(f"power needs two seeds an arm; got {seeds}")
+        raise InvalidValueError(f"power needs two seeds an arm; got {seeds}")
     freedom = 2.0 * (seeds - 1)
     shift = abs(difference) if margin is None else difference + margin
     noncentral = shift / (spread * math.sqrt(2 / seeds))
@@ -39,10 +39,15 @@ def _below(t: float, freedom: float, noncentral: float) -> float:
 def seeds_needed(
     difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
 ) -> int:
-    """The fewest seeds an arm that see `difference` with probability `chance`. Raises `BadValue` where none suffice."""
+    """The fewest seeds an arm that see `difference` with probability `chance`. Raises `InvalidValueError` where none
+    suffice."""
     if (abs(difference) if margin is None else difference + margin) <= 0:
-        raise BadValue("a difference of 0 is never seen, and one at the margin never clears it; ask for a larger one")
+        raise InvalidValueError(
+            "a difference of 0 is never seen, and one at the margin never clears it; ask for a larger one"
+        )
     for seeds in range(2, _MOST_SEEDS):
         if power(seeds, difference, spread, alpha=alpha, margin=margin) >= chance:
             return seeds
-    raise BadValue(f"{_MOST_SEEDS} seeds an arm do not see a difference of {difference} at a spread of {spread}")
+    raise InvalidValueError(
+        f"{_MOST_SEEDS} seeds an arm do not see a difference of {difference} at a spread of {spread}"
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scipy import special
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class PairedFlips:
 
 
 def wilson(solved: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share. Raises `BadValue` unless 0 <= solved <= total and total > 0."""
+    """Wilson's score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total and total > 0."""
     if not (0 <= solved <= total and total > 0):
-        raise BadValue(f"{solved} solved of {total} is no share")
+        raise InvalidValueError(f"{solved} solved of {total} is no share")
     z = _z(level)
     share = solved / total
     centre = share + z * z / (2 * total)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from scipy import special
 
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class NotWorse:
 def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0.95) -> Difference:
     """Welch's t over seeds: one value per seed, spreads need not be equal.
 
-    Raises `BadValue` with fewer than two seeds an arm, and where no seed differs from another (there is nothing to
-    measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
+    Raises `InvalidValueError` with fewer than two seeds an arm, and where no seed differs from another (there is
+    nothing to measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
     """
     _check_level(level)
     value = _mean(treatment) - _mean(control)
@@ -59,11 +59,11 @@ def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0
 def not_worse(treatment: Sequence[float], control: Sequence[float], margin: float, level: float = 0.95) -> NotWorse:
     """Is the treatment less than `margin` worse? Welch's one-sided lower bound must lie above -margin.
 
-    Raises `BadValue` for a margin that is not positive, and as `welch` does.
+    Raises `InvalidValueError` for a margin that is not positive, and as `welch` does.
     """
     _check_level(level)
     if not margin > 0:
-        raise BadValue(f"a margin of non-inferiority is a positive number fixed beforehand; got {margin}")
+        raise InvalidValueError(f"a margin of non-inferiority is a positive number fixed beforehand; got {margin}")
     value = _mean(treatment) - _mean(control)
     error, freedom = standard_error(treatment, control)
     bound = value - float(special.stdtrit(freedom, level)) * error
@@ -73,11 +73,11 @@ def not_worse(treatment: Sequence[float], control: Sequence[float], margin: floa
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
     """(standard error of the difference of means, Satterthwaite's degrees of freedom)."""
     if min(len(treatment), len(control)) < 2:
-        raise BadValue(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
+        raise InvalidValueError(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
     parts = [variance(arm) / len(arm) for arm in (treatment, control)]
     total = sum(parts)
     if not total > 0:
-        raise BadValue("no seed differs from another in either arm, so chance cannot be measured")
+        raise InvalidValueError("no seed differs from another in either arm, so chance cannot be measured")
     shares = (part**2 / (len(arm) - 1) for part, arm in zip(parts, (treatment, control), strict=True))
     return math.sqrt(total), total**2 / sum(shares)
 
@@ -94,4 +94,4 @@ def _mean(values: Sequence[float]) -> float:
 
 def _check_level(level: float) -> None:
     if not 0.5 < level < 1:
-        raise BadValue(f"a confidence level lies between 0.5 and 1, as 0.95 does; got {level}")
+        raise InvalidValueError(f"a confidence level lies between 0.5 and 1, as 0.95 does; got {level}")

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import special
 
 from fp4rl.lab.statistics.seeds import Difference
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,18 +21,20 @@ def two_way(treatment: "Scores", control: "Scores", level: float = 0.95) -> Diff
     Its variance is V(seeds) + V(problems) - V(cell): what the seed means say, plus what the per-problem differences
     say, less the residual that both contain (two-way clustering: Cameron, Gelbach and Miller, 2011), never less than
     either. Degrees of freedom after Satterthwaite.
-    Raises `BadValue` unless the problems agree and each arm has two seeds.
+    Raises `InvalidValueError` unless the problems agree and each arm has two seeds.
     """
     if treatment.shape[1] != control.shape[1]:
-        raise BadValue(f"the arms answer {treatment.shape[1]} and {control.shape[1]} problems; they must be the same")
+        raise InvalidValueError(
+            f"the arms answer {treatment.shape[1]} and {control.shape[1]} problems; they must be the same"
+        )
     if min(len(treatment), len(control), treatment.shape[1]) < 2:
-        raise BadValue("a two-way test needs two seeds an arm and two problems")
+        raise InvalidValueError("a two-way test needs two seeds an arm and two problems")
     value = float(treatment.mean() - control.mean())
     seeds = [float(arm.mean(1).var(ddof=1)) / len(arm) for arm in (treatment, control)]
     problems = float((treatment.mean(0) - control.mean(0)).var(ddof=1)) / treatment.shape[1]
     total = max(sum(seeds) + problems - _cell(treatment) - _cell(control), sum(seeds), problems)
     if not total > 0:
-        raise BadValue("neither seeds nor problems vary, so chance cannot be measured")
+        raise InvalidValueError("neither seeds nor problems vary, so chance cannot be measured")
     freedom = total**2 / (
         sum(part**2 / (len(arm) - 1) for part, arm in zip(seeds, (treatment, control), strict=True))
         + problems**2 / (treatment.shape[1] - 1)

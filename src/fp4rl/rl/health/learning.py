@@ -1,7 +1,7 @@
 """Checks on whether the policy learns what it should: accuracy, reward against validation, and rewards that differ."""
 
-from fp4rl.rl.health.courses import Courses, solved
 from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.rl.health.histories import SignalHistories, solved
 from fp4rl.rl.health.loss import lost
 from fp4rl.rl.health.shares import grain, sampling_error
 from fp4rl.spec.health import Thresholds
@@ -17,25 +17,25 @@ _FEW = 3.0  # groups a step, where nobody knows
 _SPREAD_ENOUGH = 0.3
 
 
-def accuracy_collapse(courses: Courses, t: Thresholds) -> Verdict:
+def accuracy_collapse(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Most of the best accuracy is gone, or the rollouts are far worse than the same policy when it is evaluated."""
-    return worst([_against_its_best(courses, t), _against_validation(courses, t)])
+    return worst([_against_its_best(histories, t), _against_validation(histories, t)])
 
 
-def _against_its_best(courses: Courses, t: Thresholds) -> Verdict:
-    loss = lost(courses, t)
+def _against_its_best(histories: SignalHistories, t: Thresholds) -> Verdict:
+    loss = lost(histories, t)
     if loss.share < t.harm:
         return OK
-    what = "accuracy" if len(courses["accuracy"]) else "reward"
-    part = f"{loss.share:.0%} below" if courses.is_share else "down from"
+    what = "accuracy" if len(histories["accuracy"]) else "reward"
+    part = f"{loss.share:.0%} below" if histories.is_share else "down from"
     over = f" over {loss.width} steps" if loss.width > 1 else ""
     evidence = f"{what} {loss.now:.3g}{over}, {part} its best of {loss.best:.3g}"
     return Verdict("alarm" if loss.share >= t.accuracy_drop else "watch", evidence, severity=loss.share)
 
 
-def _against_validation(courses: Courses, t: Thresholds) -> Verdict:
+def _against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Noise or quantization in the rollout alone leaves a policy that only validates well."""
-    rollout, validation = courses.pooled("accuracy"), courses["validation"].last
+    rollout, validation = histories.pooled("accuracy"), histories["validation"].last
     if rollout is None or validation is None or validation - rollout < 2 * t.accuracy_points:
         return OK
     if rollout >= t.below_validation * validation:
@@ -43,26 +43,26 @@ def _against_validation(courses: Courses, t: Thresholds) -> Verdict:
     return Verdict("alarm", f"accuracy {rollout:.3g} in rollouts against {validation:.3g} at validation")
 
 
-def reward_hacking(courses: Courses, t: Thresholds) -> Verdict:
+def reward_hacking(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Reward climbs while what it stands for does not."""
-    return worst([_against_accuracy(courses, t), _reward_against_validation(courses, t)])
+    return worst([_against_accuracy(histories, t), _reward_against_validation(histories, t)])
 
 
-def _against_accuracy(courses: Courses, t: Thresholds) -> Verdict:
+def _against_accuracy(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Fast: accuracy of the very answers that earned the reward."""
-    reward, accuracy = courses["reward"], courses["accuracy"]
+    reward, accuracy = histories["reward"], histories["accuracy"]
     now, start = reward.level(3), reward.early(t.early)
     if now is None or start is None or not len(accuracy):
         return OK
-    drop = lost(courses, t).share
+    drop = lost(histories, t).share
     if drop < t.harm or not _rose(now, start, reward.noise(), t):
         return OK
     return Verdict("alarm", f"reward {start:.3g} -> {now:.3g} while rollout accuracy lost {drop:.0%} of its best")
 
 
-def _reward_against_validation(courses: Courses, t: Thresholds) -> Verdict:
+def _reward_against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Slow, and the one that counts: reward since the best validation against what validation has become."""
-    validation, reward = courses["validation"], courses["reward"]
+    validation, reward = histories["validation"], histories["reward"]
     if not len(validation):
         return OK
     best = max(range(len(validation)), key=validation.values.__getitem__)
@@ -71,15 +71,15 @@ def _reward_against_validation(courses: Courses, t: Thresholds) -> Verdict:
     if len(later) < 2 or then is None or now is None or not _rose(now, then, reward.noise(), t):
         return OK
     evidence = f"reward {then:.3g} -> {now:.3g} while validation {validation.values[best]:.3g} -> {later[-1]:.3g}"
-    if validation.values[best] - max(later[-2:]) >= max(t.validation_drop, t.noise * _of_validation(courses)):
+    if validation.values[best] - max(later[-2:]) >= max(t.validation_drop, t.noise * _of_validation(histories)):
         return Verdict("alarm", evidence)
     return Verdict("watch", f"{evidence}: flat") if len(later) >= _FLAT else OK
 
 
-def _of_validation(courses: Courses) -> float:
+def _of_validation(histories: SignalHistories) -> float:
     """Sampling error of the difference of two validations; 0 where nobody knows how many answers they had."""
-    validation = courses["validation"]
-    cases = courses["validated"].last or grain(validation.values)
+    validation = histories["validation"]
+    cases = histories["validated"].last or grain(validation.values)
     return 2**0.5 * sampling_error(sum(validation.values) / len(validation), cases) if cases else 0.0
 
 
@@ -87,21 +87,21 @@ def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool
     return now - before > max(t.reward_rise * abs(before), t.noise * (noise or 0.0))
 
 
-def no_spread(courses: Courses, t: Thresholds) -> Verdict:
+def no_spread(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
-    share = courses.pooled("no_spread", _GROUPS, unknown=_FEW)
+    share = histories.pooled("no_spread", _GROUPS, unknown=_FEW)
     if share is None:
         return OK
     if share >= t.no_spread:
-        if solved(courses, t):
+        if solved(histories, t):
             return Verdict("watch", f"{share:.0%} of the groups have no spread: the training problems are solved")
         return Verdict("alarm", f"{share:.0%} of the groups earn one and the same reward: no learning signal")
-    return _spread_gone(courses, share, t)
+    return _spread_gone(histories, share, t)
 
 
-def _spread_gone(courses: Courses, share: float, t: Thresholds) -> Verdict:
+def _spread_gone(histories: SignalHistories, share: float, t: Thresholds) -> Verdict:
     """Few groups still differ, all of a sudden, in a task that is not solved: the reward has stopped telling."""
-    usual = courses["no_spread"].recent(_RECENT, _AGO)
-    if usual is None or 1 - usual < _SPREAD_ENOUGH or 1 - share > t.spread_left * (1 - usual) or solved(courses, t):
+    usual = histories["no_spread"].recent(_RECENT, _AGO)
+    if usual is None or 1 - usual < _SPREAD_ENOUGH or 1 - share > t.spread_left * (1 - usual) or solved(histories, t):
         return OK
     return Verdict("alarm", f"{1 - share:.0%} of the groups have spread, {1 - usual:.0%} had: the reward hardly tells")

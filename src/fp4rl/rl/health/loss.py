@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log, sqrt
 
-from fp4rl.rl.health.course import LEVELS, NOISE_WINDOW, Course
-from fp4rl.rl.health.courses import Courses
+from fp4rl.rl.health.histories import SignalHistories
+from fp4rl.rl.health.history import LEVELS, NOISE_WINDOW, SignalHistory
 from fp4rl.rl.health.shares import sampling_error
 from fp4rl.spec.health import Thresholds
 
@@ -32,9 +32,9 @@ class _Error:
     A share over few answers varies most in the middle; what is seen beyond that is taken to be in proportion.
     """
 
-    def __init__(self, courses: Courses, goal: Course) -> None:
+    def __init__(self, histories: SignalHistories, goal: SignalHistory) -> None:
         self._seen = goal.spread()
-        self._cases = courses.independent if courses.is_share else None
+        self._cases = histories.independent if histories.is_share else None
         self._beyond = 1.0
         level = goal.mean(min(len(goal), NOISE_WINDOW))
         if self._cases is not None and level is not None and len(goal) >= _SEEN:
@@ -60,7 +60,7 @@ class _Error:
         return width > 1 if self._cases is None else width * self._cases >= _ENOUGH
 
 
-def lost(courses: Courses, t: Thresholds) -> Loss:
+def lost(histories: SignalHistories, t: Thresholds) -> Loss:
     """What the policy has lost by now; asked by several checks, answered once a step.
 
     The present is held against the level of the beginning and against the best that any window has had, over several
@@ -69,15 +69,15 @@ def lost(courses: Courses, t: Thresholds) -> Loss:
     share (it is negative at times) has no zero to lose its part of: its loss is counted against what had been gained,
     and losing all of that is like losing half of an accuracy.
     """
-    if courses.loss is None:
-        courses.loss = _lost(courses, t)
-    found: Loss = courses.loss
+    if histories.loss is None:
+        histories.loss = _lost(histories, t)
+    found: Loss = histories.loss
     return found
 
 
-def _lost(courses: Courses, t: Thresholds) -> Loss:
-    goal = courses.goal
-    error = _Error(courses, goal)
+def _lost(histories: SignalHistories, t: Thresholds) -> Loss:
+    goal = histories.goal
+    error = _Error(histories, goal)
     worst = Loss()
     for width in (1, *LEVELS):
         now = goal.mean(width)
@@ -85,14 +85,14 @@ def _lost(courses: Courses, t: Thresholds) -> Loss:
             break
         for best, best_width in _levels(goal, len(goal) - width, error):
             certain = t.certain * error.of_difference(best, best_width, now, width)
-            scale = best if courses.is_share else _gained(goal, best, error, t) / t.accuracy_drop
+            scale = best if histories.is_share else _gained(goal, best, error, t) / t.accuracy_drop
             if scale < _LEAST or best - now < max(t.accuracy_points, certain):
                 continue
             worst = max(worst, Loss((best - now) / scale, best, now, width), key=lambda loss: loss.share)
     return worst
 
 
-def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, int]]:
+def _levels(goal: SignalHistory, before: int, error: _Error) -> Iterator[tuple[float, int]]:
     """(level, steps it is a mean over) of the beginning, as far as it lies `before` now, and of the best windows."""
     for width in (1, *LEVELS):
         if width <= before and error.tells(width):
@@ -101,6 +101,6 @@ def _levels(goal: Course, before: int, error: _Error) -> Iterator[tuple[float, i
         yield mean - sqrt(2 * log(len(goal) / width)) * error.at(mean, width), width
 
 
-def _gained(goal: Course, best: float, error: _Error, t: Thresholds) -> float:
+def _gained(goal: SignalHistory, best: float, error: _Error, t: Thresholds) -> float:
     start = goal.early(t.early)
     return max(best - start if start is not None else 0.0, _IN_NOISE * error.at(best, 1))

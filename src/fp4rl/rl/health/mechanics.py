@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from fp4rl.rl.health.courses import Courses, solved
 from fp4rl.rl.health.findings import OK, Verdict, worst
+from fp4rl.rl.health.histories import SignalHistories, solved
 from fp4rl.rl.health.loss import lost
 from fp4rl.spec.health import Thresholds
 
@@ -16,48 +16,50 @@ _WINDOW = 3
 _NOTHING = 0.1
 
 
-def not_a_number(courses: Courses, t: Thresholds) -> Verdict:  # noqa: ARG001
+def not_a_number(histories: SignalHistories, t: Thresholds) -> Verdict:  # noqa: ARG001
     """A NaN or an infinity in what drives the update: every number after it is worthless."""
-    broken = [f"{name} is {courses.now[name]}" for name in _MUST_BE_FINITE if not isfinite(courses.now.get(name, 0.0))]
+    broken = [
+        f"{name} is {histories.now[name]}" for name in _MUST_BE_FINITE if not isfinite(histories.now.get(name, 0.0))
+    ]
     return Verdict("alarm", ", ".join(broken)) if broken else OK
 
 
-def gradient(courses: Courses, t: Thresholds) -> Verdict:
+def gradient(histories: SignalHistories, t: Thresholds) -> Verdict:
     """A spike passes (watch); divergence stays and takes accuracy along; no gradient at all means no learning."""
-    return worst([_burst(courses, t), _vanished(courses, t)])
+    return worst([_burst(histories, t), _vanished(histories, t)])
 
 
-def _burst(courses: Courses, t: Thresholds) -> Verdict:
-    now, usual = courses.value("grad_norm"), courses["grad_norm"].recent(_RECENT, _AGO)
+def _burst(histories: SignalHistories, t: Thresholds) -> Verdict:
+    now, usual = histories.value("grad_norm"), histories["grad_norm"].recent(_RECENT, _AGO)
     if now is None or usual is None or usual <= 0 or now < t.gradient_ratio * usual:
         return OK
     evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
-    drop = lost(courses, t).share
+    drop = lost(histories, t).share
     if drop >= t.harm:
         return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
     return Verdict("alarm" if now >= t.gradient_burst * usual else "watch", evidence)
 
 
-def _vanished(courses: Courses, t: Thresholds) -> Verdict:
-    now, start = courses.value("grad_norm"), courses["grad_norm"].early(_RECENT)
+def _vanished(histories: SignalHistories, t: Thresholds) -> Verdict:
+    now, start = histories.value("grad_norm"), histories["grad_norm"].early(_RECENT)
     if now is None or start is None or start <= 0 or now > t.gradient_gone * start:
         return OK
     evidence = f"gradient norm {now:.3g} after {start:.3g} in the beginning"
-    return Verdict("watch" if solved(courses, t) else "alarm", evidence)
+    return Verdict("watch" if solved(histories, t) else "alarm", evidence)
 
 
-def mismatch(courses: Courses, t: Thresholds) -> Verdict:
+def mismatch(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Answers were sampled from another policy than the one that is trained on them, and nothing makes up for it.
 
     Only what was measured is named: the formats of two phases are held against each other on the same tokens, and the
     noise, hardware errors and stochastic rounding that are described are measured as they act.
     """
-    phases = courses["mismatch_phases"].lately(_WINDOW)
+    phases = histories["mismatch_phases"].lately(_WINDOW)
     if phases is not None and phases >= t.mismatch_phases:
         return _unless_corrected(
-            courses, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
+            histories, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
         )
-    return worst([_apart(courses, t, side) for side in _sides(t)])
+    return worst([_apart(histories, t, side) for side in _sides(t)])
 
 
 @dataclass(frozen=True)
@@ -90,36 +92,36 @@ def _sides(t: Thresholds) -> tuple[_Side, _Side]:
     )
 
 
-def _apart(courses: Courses, t: Thresholds, side: _Side) -> Verdict:
+def _apart(histories: SignalHistories, t: Thresholds, side: _Side) -> Verdict:
     """The median of the last few steps, since the estimate of one step is carried by few tokens."""
-    width = max(_WINDOW, courses.width())
-    now = courses[side.signal].lately(width) if side.signal in courses.now else None
+    width = max(_WINDOW, histories.width())
+    now = histories[side.signal].lately(width) if side.signal in histories.now else None
     if now is None or now < side.most:
         return OK
-    found, foreseen = side.words.format(now), _measured(courses, side.described)
+    found, foreseen = side.words.format(now), _measured(histories, side.described)
     if foreseen is None:
-        return _unless_corrected(courses, t, f"{found}; the log does not tell why")
-    decoding = _measured(courses, side.decoding) or 0.0
+        return _unless_corrected(histories, t, f"{found}; the log does not tell why")
+    decoding = _measured(histories, side.decoding) or 0.0
     if now >= side.most + side.times * (foreseen + decoding):
         parts = f"{foreseen:.3g} of it as described, {decoding:.3g} by decoding token by token"
-        return _unless_corrected(courses, t, f"{found}, {parts}; the rest is not explained")
+        return _unless_corrected(histories, t, f"{found}, {parts}; the rest is not explained")
     if side.signal == "mismatch_kl" and now >= t.mismatch_noise:
-        return _unless_corrected(courses, t, f"{found}, as described, but too much to learn from")
+        return _unless_corrected(histories, t, f"{found}, as described, but too much to learn from")
     if foreseen < _NOTHING * side.most:
         beside = "made by decoding token by token (same weights and rounding); see rollout_correction"
         return Verdict("watch", f"{found}, {beside}")
     return OK  # as large as the noise, the errors and the chance that are described make it
 
 
-def _measured(courses: Courses, part: str) -> float | None:
+def _measured(histories: SignalHistories, part: str) -> float | None:
     """A part of the mismatch by the last times that it was measured; None where nobody does."""
-    values = courses[part].values[-_WINDOW:]
+    values = histories[part].values[-_WINDOW:]
     return max(sum(values) / len(values), values[-1]) if values else None
 
 
-def _unless_corrected(courses: Courses, t: Thresholds, found: str) -> Verdict:
+def _unless_corrected(histories: SignalHistories, t: Thresholds, found: str) -> Verdict:
     """Importance weights make up for another sampler for as long as they leave most of the answers their say."""
-    effective = courses["effective"].lately(_WINDOW) if "effective" in courses.now else None
+    effective = histories["effective"].lately(_WINDOW) if "effective" in histories.now else None
     if effective is not None and effective >= t.effective:
         return Verdict("watch", f"{found}; rollout_correction makes up for it (effective sample size {effective:.0%})")
     return Verdict("alarm", found)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from fp4rl.rl.health.answers import dead_rollouts, length_explosion
-from fp4rl.rl.health.courses import Courses, lacking, told
 from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
 from fp4rl.rl.health.findings import ORDER, Finding, Verdict
+from fp4rl.rl.health.histories import SignalHistories, lacking, told
 from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking
 from fp4rl.rl.health.long_watch import LongWatch
 from fp4rl.rl.health.mechanics import gradient, mismatch, not_a_number
@@ -15,7 +15,7 @@ from fp4rl.rl.health.rules import RuleWatch
 from fp4rl.rl.health.signals import signals_of
 from fp4rl.spec.health import Health, Policy, State, Thresholds
 
-Check = Callable[[Courses, Thresholds], Verdict]
+Check = Callable[[SignalHistories, Thresholds], Verdict]
 
 CHECKS: Mapping[str, Check] = {
     "not_a_number": not_a_number,
@@ -83,7 +83,7 @@ class Monitor:
         self.spec = spec or Health()
         self.alarms: list[Finding] = []
         self.steps = 0  # lines seen
-        self._courses = Courses()
+        self._courses = SignalHistories()
         self._rules = [RuleWatch(rule) for rule in self.spec.rules]
         self._standing = {name: _Standing(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
         self._standing |= {str(rule): _Standing(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
@@ -166,11 +166,11 @@ def action(findings: Iterable[Finding]) -> Policy:
 
 
 def replay(
-    courses: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
+    histories: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
 ) -> tuple[Monitor, list[Finding]]:
     """A monitor that has seen a whole log, and everything it said on the way."""
     monitor = Monitor(spec)
-    said = [finding for step, metrics in courses for finding in monitor.observe(step, metrics)]
+    said = [finding for step, metrics in histories for finding in monitor.observe(step, metrics)]
     return monitor, said
 
 

@@ -4,8 +4,8 @@ import operator
 from collections.abc import Callable, Mapping
 
 from fp4rl.rl.health.findings import OK, Verdict
+from fp4rl.spec.errors import nearest
 from fp4rl.spec.health import Rule
-from fp4rl.spec.mistakes import nearest
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fp4rl.spec.errors import nearest, shown
 from fp4rl.spec.keys import below, keys_at, names_of_ones_own
-from fp4rl.spec.mistakes import nearest, shown
 
 # By pydantic's own names of errors, or how these begin.
 _EXPECTED = {
@@ -22,7 +22,7 @@ _EXPECTED = {
 }
 
 
-def complaint(kind: type[BaseModel], error: ValidationError) -> str:
+def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
     """The first error in one line; a key that nobody knows comes before one that is missing, of which it may be a
     misspelling."""
     found = error.errors(include_url=False)

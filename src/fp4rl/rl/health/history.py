@@ -1,4 +1,4 @@
-"""The course of one signal over a run, and the few robust numbers that checks compare it with."""
+"""The history of one signal over a run, and the few robust numbers that checks compare it with."""
 
 from itertools import pairwise
 from math import isfinite
@@ -14,7 +14,7 @@ LEVELS = (2, 3, 5, 10, 20)
 """Widths of the windows over which levels are compared."""
 
 
-class Course:
+class SignalHistory:
     """Values of one signal in order of observation. Every question is about the run's own past.
 
     All answers are None while there are too few observations to give one.

@@ -7,14 +7,14 @@ from pathlib import Path
 from fp4rl.engines.processes import attempt
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import Event, OnEvent, Outcome
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 
 
 @dataclass(frozen=True)
-class Together:
+class TorchrunExecutor:
     """In the first process: what `LocalPool` is where there is one. The first run that fails ends the series.
 
-    `report_to`: see `lab.work.carry_out`.
+    `report_to`: see `lab.work.execute_run`.
     """
 
     report_to: tuple[str, ...] = ()

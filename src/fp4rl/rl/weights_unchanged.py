@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fp4rl.inject.evidence import master_digest
-from fp4rl.spec.mistakes import CheckFailed
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.modes import Phase
 
 Record = Callable[[dict[str, Any]], None]

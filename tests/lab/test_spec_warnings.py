@@ -2,14 +2,14 @@
 
 import pytest
 
-from fp4rl.lab.forewarned import forewarned
-from fp4rl.spec.door import merge
+from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import merge
 
 
 def lines(base=None, **arms):
     described = {name: merge(base or {}, content) for name, content in arms.items()}
-    return forewarned({name: Experiment.model_validate(content) for name, content in described.items()})
+    return spec_warnings({name: Experiment.model_validate(content) for name, content in described.items()})
 
 
 def test_two_arms_that_differ_in_a_knob_wired_to_nothing_are_said_beforehand():

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from fp4rl.noise.schedule import asked_sigma, epoch_aware, sigma_at
-from fp4rl.spec.mistakes import BadValue
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import EpochAware, Noise, NoiseSchedule
 
 
 @dataclass(frozen=True)
-class Course:
+class ScheduleProgress:
     """A run of `total` optimisation steps in `epochs` equal parts, until the data begin anew sooner than that.
 
     Epoch `epoch` of the schedule began at step `begun`. From then on an epoch is expected to last `length` steps, and
@@ -25,12 +25,12 @@ class Course:
 
     def __post_init__(self) -> None:
         if self.total < 1 or self.epochs < 1:
-            raise BadValue(f"a run of {self.epochs} epochs in {self.total} steps has no step; use 1 or more")
+            raise InvalidValueError(f"a run of {self.epochs} epochs in {self.total} steps has no step; use 1 or more")
         if not self.length:
             object.__setattr__(self, "length", Fraction(self.total, self.epochs))
 
     @classmethod
-    def of(cls, noise: Noise, total: int) -> "Course":
+    def of(cls, noise: Noise, total: int) -> "ScheduleProgress":
         """The plan of a run under `noise`: only an epoch-aware schedule has more than one epoch."""
         return cls(total, noise.schedule.epochs if isinstance(noise.schedule, EpochAware) else 1)
 
@@ -49,7 +49,7 @@ class Course:
         began = self.begun + (last - self.epoch) * self.length
         return (last + (step - began) / (self.total - began)) / self.epochs
 
-    def at(self, step: int, data_epochs: float) -> "Course":
+    def at(self, step: int, data_epochs: float) -> "ScheduleProgress":
         """Before `step`, when the data have been gone through `data_epochs` times: the next epoch if that is early."""
         fresh = int(data_epochs)
         if fresh >= self.epochs or fresh <= int(self.share(step) * self.epochs):

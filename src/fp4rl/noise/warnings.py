@@ -16,7 +16,7 @@ _VALUES = 1024  # of each weight
 _STEPS = 24  # of a smooth schedule; a staged one has hardly more
 
 
-def forewarned(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
+def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
     """One line for each thing that a reader should know before `total` steps are spent."""
     if noise.control == "sigma_zero":
         return

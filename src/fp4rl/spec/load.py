@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fp4rl.spec.complaints import complaint, truth_as_number
 from fp4rl.spec.digest import canonical
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, shown
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue, NotThere, shown
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
 from fp4rl.spec.questions import check_questions
+from fp4rl.spec.validation_errors import truth_as_number, validation_message
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -25,7 +25,8 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
 
     In a suite, `key.path=value` changes the base unless the key is the suite's own (`seeds=[0]`). `key.path=+file.yaml`
     lays the file's content there (`arms.w4a16=+advice.yaml`).
-    Raises NotThere for a missing file, BadValue for anything in it that is not allowed; both name file, key and cure.
+    Raises NotFoundError for a missing file, InvalidValueError for anything in it that is not allowed; both name file,
+    key and cure.
     """
     content = read_yaml(path)
     is_suite = "arms" in content or "suite" in content
@@ -34,7 +35,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
         stages.append(_override(stages[-1], word, is_suite))
     try:
         return _described(stages[-1], is_suite, str(path))
-    except BadValue as error:
+    except InvalidValueError as error:
         same = next(i for i, stage in enumerate(stages) if _wrong(stage, is_suite, str(path)) == str(error))
         if same == 0:
             raise
@@ -53,26 +54,26 @@ def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
     """What is wrong with it: a word of the command line is named with the mistake that came with it."""
     try:
         _described(content, is_suite, source)
-    except BadValue as error:
+    except InvalidValueError as error:
         return str(error)
     return None
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML mapping from a file; BadValue names the line of a mistake in it."""
+    """A YAML mapping from a file; InvalidValueError names the line of a mistake in it."""
     file = Path(path).expanduser()
     try:
         content = plain_values(file.read_text(encoding="utf-8-sig"), str(file))
     except (FileNotFoundError, IsADirectoryError) as error:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
-        raise NotThere(f"{file}: {what}; name a YAML file") from None
+        raise NotFoundError(f"{file}: {what}; name a YAML file") from None
     except UnicodeDecodeError:
-        raise BadValue(f"{file}: not a text file in UTF-8") from None
+        raise InvalidValueError(f"{file}: not a text file in UTF-8") from None
     except OSError as error:
-        raise NotThere(f"{file}: cannot be read: {error.strerror}; name a YAML file") from None
+        raise NotFoundError(f"{file}: cannot be read: {error.strerror}; name a YAML file") from None
     if not isinstance(content, dict):
         found = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
-        raise BadValue(f"{file}: expected keys and values, found {found}")
+        raise InvalidValueError(f"{file}: expected keys and values, found {found}")
     return content
 
 
@@ -82,19 +83,19 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
     try:
         value = kind.model_validate(content)
     except ValidationError as error:
-        said: str | None = complaint(kind, error)
+        said: str | None = validation_message(kind, error)
     else:
         said = truth_as_number(content, value)
         if said is None:
             return value
-    raise BadValue(f"{source}: {said}" if source else said)
+    raise InvalidValueError(f"{source}: {said}" if source else said)
 
 
 def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
     """Every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
 
-    `source` is the file for messages; the suite's own name else. Raises BadValue for arms that describe one experiment:
-    their names would tell apart what is the same.
+    `source` is the file for messages; the suite's own name else. Raises InvalidValueError for arms that describe one
+    experiment: their names would tell apart what is the same.
     """
     source = source or f"suite {suite.suite}"
     crossed: list[tuple[str, dict[str, Any]]] = [(name, merge(suite.base, a)) for name, a in suite.arms.items()]
@@ -107,9 +108,11 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
         experiment = _of_arm(name, content, suite.base, source)
         twin = known.get(canonical(experiment))
         if twin is not None:
-            raise BadValue(f"{source}: {_twins(twin, name)}")
+            raise InvalidValueError(f"{source}: {_twins(twin, name)}")
         if name in known.values():
-            raise BadValue(f"{source}: two arms are called {name!r}; rename the one or drop the value of its axis")
+            raise InvalidValueError(
+                f"{source}: two arms are called {name!r}; rename the one or drop the value of its axis"
+            )
         known[canonical(experiment)] = name
         yield name, experiment
 
@@ -121,9 +124,11 @@ _LONGEST = 150  # a run's folder is called by its arm, seed and digest, and a fi
 def _check_name(name: str, what: str) -> None:
     if not _NAME.fullmatch(name):
         cure = "; of an axis with other values make arms, whose names are yours" if "=" in name else ""
-        raise BadValue(f"{what} {name!r}: a name is letters, digits and ._+=-, since it names folders{cure}")
+        raise InvalidValueError(f"{what} {name!r}: a name is letters, digits and ._+=-, since it names folders{cure}")
     if len(name) > _LONGEST:
-        raise BadValue(f"{what} {shown(name)}: a name of {len(name)} letters is too long for a folder; {_LONGEST} fit")
+        raise InvalidValueError(
+            f"{what} {shown(name)}: a name of {len(name)} letters is too long for a folder; {_LONGEST} fit"
+        )
 
 
 def _twins(one: str, other: str) -> str:
@@ -138,13 +143,13 @@ def _twins(one: str, other: str) -> str:
 def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: str) -> Experiment:
     try:
         return parse(Experiment, content, "")
-    except BadValue as error:
+    except InvalidValueError as error:
         try:
             parse(Experiment, base, "")
-        except BadValue as same:
+        except InvalidValueError as same:
             if str(same) == str(error):  # all arms have it from the base
-                raise BadValue(f"{source}: base: {error}") from None
-        raise BadValue(f"{source}: arm {name}: {error}") from None
+                raise InvalidValueError(f"{source}: base: {error}") from None
+        raise InvalidValueError(f"{source}: arm {name}: {error}") from None
 
 
 # Keys that may hold one word or number in place of a mapping, and the key of the mapping that it stands for.
@@ -185,7 +190,9 @@ def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, A
     else:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise BadValue(f"{shown(word)}: an override is written key.path=value, or +file.yaml for a fragment")
+            raise InvalidValueError(
+                f"{shown(word)}: an override is written key.path=value, or +file.yaml for a fragment"
+            )
         change = {key: read_yaml(text[1:]) if text.startswith("+") else plain_values(text, shown(word))}
     if not is_suite:
         return merge(content, change)

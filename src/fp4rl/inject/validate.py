@@ -8,8 +8,8 @@ from torch import nn
 from fp4rl.inject.plan import LeftOut, SitePlan
 from fp4rl.sites.layout import is_conv1d
 from fp4rl.sites.walk import Site
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.mistakes import BadValue
 from fp4rl.spec.targets import Targets
 
 OPT_IN = {"router": "router", "adapter": "adapter"}
@@ -20,15 +20,15 @@ _FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
 def require_opt_in(site: Site, targets: Targets) -> None:
-    """BadValue for a router, an adapter or the output head that was not asked for, and for a shared weight."""
+    """InvalidValueError for a router, an adapter or the output head that was not asked for, and for a shared weight."""
     wanted = "lm_head" if site.role == "lm_head" else OPT_IN.get(site.kind)
     if wanted and wanted not in targets.opt_in:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name} is {_CALLED[wanted]}, which no engine rounds; "
             f"leave it ({_pattern(site, wanted)!r} in targets.leave), or write targets.opt_in: [{wanted}]"
         )
     if site.shares is not None:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name} shares its weight with {site.shares}, so rounding one would not be what is served; "
             f"leave it: targets.leave: [{site.name}]"
         )
@@ -45,88 +45,94 @@ def _everywhere(name: str) -> str:
 
 
 def require_plain_linear(site: Site, module: nn.Module) -> None:
-    """BadValue for a linear layer that computes in its own way, or with a weight that something else computes."""
+    """InvalidValueError for a linear layer that computes in its own way, or with a weight that something else
+    computes."""
     if site.parameter is None:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name} has no weight of its own (it is parametrized, or sharded already); attach before that is done"
         )
     own = is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
     if not own:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name} is a {type(module).__name__} with a forward of its own, which injection would bypass; "
             f"leave it out: targets.leave: [{site.name}]"
         )
     if "forward" in module.__dict__:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name} has a forward set on the instance, so a swapped class would never run; "
             f"delete it, or leave the site out: targets.leave: [{site.name}]"
         )
 
 
 def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> None:
-    """BadValue for a format that holds every value of the dtype that it is given."""
+    """InvalidValueError for a format that holds every value of the dtype that it is given."""
     if plan.site.parameter is None:
         return
     own = str(getattr(module, plan.site.parameter).dtype).removeprefix("torch.")
     for point in plan.points():
         fmt = getattr(plan, point)
         if fmt.scale == "none" and own == injection.dtype == "bfloat16":
-            raise BadValue(f"{plan.name}: {point}: {fmt.name} changes nothing in a {own} model; write none")
+            raise InvalidValueError(f"{plan.name}: {point}: {fmt.name} changes nothing in a {own} model; write none")
 
 
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
-    """BadValue where the inputs or outputs of stacked experts are asked for and their matmul cannot be reached."""
+    """InvalidValueError where the inputs or outputs of stacked experts are asked for and their matmul cannot be
+    reached."""
     asked = [point for point in ("input", "output") if getattr(plan, point) is not None]
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
     if asked and how not in _REACHED:
-        raise BadValue(
+        raise InvalidValueError(
             f"{plan.name}: the {asked[0]} of stacked experts is out of reach in the implementation {how!r}; "
             "call model.set_experts_implementation('grouped_mm'), or round their weights alone"
         )
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
-        raise BadValue(
+        raise InvalidValueError(
             f"{plan.name}: {type(module).__name__} adds a bias after its matmul, so what an expert returns is out of "
             f"reach; round no output there: by_pattern: {{{plan.name}: {{output: none}}}}"
         )
 
 
 def require_layout(site: Site, module: nn.Module) -> None:
-    """BadValue for experts whose parts, or the axis that their matmul sums over, cannot be told from their sizes."""
+    """InvalidValueError for experts whose parts, or the axis that their matmul sums over, cannot be told from their
+    sizes."""
     kind, shape = type(module).__name__, list(site.shape)
     leave = f"leave it out: targets.leave: [{site.name}]"
     if len(shape) == 2:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name}: {kind} holds all its experts in one matrix {shape}, whose parts injection cannot tell "
             f"apart; leave them out: targets.leave: ['{_everywhere(site.parent)}.*']"
         )
     if site.transposed is None and shape[1] != shape[2]:
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name}: nothing in {kind} tells which axis of {shape} its matmul sums over, so along which its "
             f"blocks run; {leave}"
         )
 
 
 def require_eager_attention(site: Site, module: nn.Module) -> None:
-    """BadValue where attention runs in a kernel whose keys, values and products cannot be reached."""
+    """InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached."""
     how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
     if how not in ("sdpa", "eager"):
-        raise BadValue(
+        raise InvalidValueError(
             f"{site.name}: attention runs in {how!r}, out of reach; load the model with attn_implementation='sdpa'"
         )
 
 
 def require_one_rounding(plans: list[SitePlan]) -> None:
-    """BadValue when one parameter would be rounded at two places."""
+    """InvalidValueError when one parameter would be rounded at two places."""
     seen: dict[str, str] = {}
     for plan in plans:
         owner = plan.site.shares or plan.name
         if owner in seen:
-            raise BadValue(f"{plan.name} and {seen[owner]} are one parameter, which would be rounded twice; leave one")
+            raise InvalidValueError(
+                f"{plan.name} and {seen[owner]} are one parameter, which would be rounded twice; leave one"
+            )
         seen[owner] = plan.name
 
 
 def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
-    """BadValue when q/k/v or gate/up differ: they become one matmul in a serving engine, with one format for all."""
+    """InvalidValueError when q/k/v or gate/up differ: they become one matmul in a serving engine, with one format for
+    all."""
     groups: dict[tuple[str, tuple[str, ...]], dict[str, tuple[object, object]]] = defaultdict(dict)
     formats = [(plan.site, (plan.weight, plan.input)) for plan in plans]
     formats += [(left.site, (None, None)) for left in left_out]
@@ -137,7 +143,9 @@ def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
     for members in groups.values():
         if len(set(members.values())) > 1:
             said = ", ".join(f"{name}: {_pair(*pair)}" for name, pair in members.items())
-            raise BadValue(f"a serving kernel fuses these, so their formats must agree: {said} (or fused_groups: free)")
+            raise InvalidValueError(
+                f"a serving kernel fuses these, so their formats must agree: {said} (or fused_groups: free)"
+            )
 
 
 def _pair(weight: object, inputs: object) -> str:
@@ -145,7 +153,8 @@ def _pair(weight: object, inputs: object) -> str:
 
 
 def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
-    """BadValue for an adapter that is no sum of matrices at one site, so that W + sBA is not what it computes."""
+    """InvalidValueError for an adapter that is no sum of matrices at one site, so that W + sBA is not what it
+    computes."""
     dropout = [m.p for m in adapted.lora_dropout.modules() if isinstance(m, nn.Dropout) and m.p > 0]  # type: ignore[union-attr]
     reasons = {
         "its dropout acts on the adapter's input alone; set lora_dropout=0": bool(dropout),
@@ -157,13 +166,17 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise BadValue(f"{plan.name}: lora: merged cannot round this adapter: {reason}")
+            raise InvalidValueError(f"{plan.name}: lora: merged cannot round this adapter: {reason}")
 
 
 def require_packable(plan: SitePlan) -> None:
-    """BadValue for a format that has no packed layout."""
+    """InvalidValueError for a format that has no packed layout."""
     fmt = plan.weight
     if plan.site.transposed:
-        raise BadValue(f"{plan.name}: frozen_base: packed does not unpack a weight stored [in, out]; take copy")
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed does not unpack a weight stored [in, out]; take copy"
+        )
     if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):
-        raise BadValue(f"{plan.name}: frozen_base: packed stores 4-bit codes that are drawn once, not {fmt.name}")
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed stores 4-bit codes that are drawn once, not {fmt.name}"
+        )

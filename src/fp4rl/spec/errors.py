@@ -1,21 +1,21 @@
 """What a user can get wrong. The command line prints one line for these and shows no traceback.
 
-Each message says what is wrong and names the cure. `Mistake` leaves with exit code 2, `CheckFailed` with 1.
+Each message says what is wrong and names the cure. `UserError` leaves with exit code 2, `CheckFailed` with 1.
 """
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
 
-class Mistake(Exception):
+class UserError(Exception):
     """Something the user gave cannot be used as it is; the message names the cure. Exit code 2."""
 
 
-class BadValue(Mistake, ValueError):
+class InvalidValueError(UserError, ValueError):
     """A value that is not allowed where it stands."""
 
 
-class NotThere(Mistake, LookupError):
+class NotFoundError(UserError, LookupError):
     """A name, a file or a module that does not exist."""
 
 

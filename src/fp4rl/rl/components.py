@@ -7,7 +7,7 @@ from typing import Any
 
 from fp4rl.rl.losses import LossRule
 from fp4rl.rl.phases import Phases
-from fp4rl.rl.reference import Standing
+from fp4rl.rl.reference import ReferencePolicies
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.stream import PromptStream
 from fp4rl.spec.training import Training
@@ -27,7 +27,7 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainerComponents:
     """What a trainer is made of besides the model. `float_masters`: updates are made to weights in FP32."""
 
     recipe: Training
@@ -35,7 +35,7 @@ class Parts:
     stream: PromptStream
     rewarder: Rewarder
     phases: Phases
-    standing: Standing
+    standing: ReferencePolicies
     hooks: Hooks
     seed: int
     float_masters: bool = True

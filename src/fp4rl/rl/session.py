@@ -14,11 +14,11 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, complete, rotate
+from fp4rl.rl.components import Hooks, TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.judge import Judge
 from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.objective import loss_rule
-from fp4rl.rl.parts import Hooks, Parts
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import standing
 from fp4rl.rl.rewards import Rewarder, reward_named
@@ -62,7 +62,7 @@ class Run:
 
 
 @dataclass
-class Past:
+class ResumeState:
     """What happened before an attempt: the checkpoint it starts from, metrics by step, and how often it rolled back."""
 
     checkpoint: Checkpoint | None = None
@@ -70,10 +70,10 @@ class Past:
     rollbacks: int = 0
 
 
-class Attempt:
+class TrainingSession:
     """Builds everything in the order that randomness needs: seed, model, adapters, injection, trainer."""
 
-    def __init__(self, run: Run, past: Past) -> None:
+    def __init__(self, run: Run, past: ResumeState) -> None:
         self.run = run
         self.past = past
         experiment, recipe = run.experiment, run.experiment.training
@@ -112,12 +112,12 @@ class Attempt:
         processes.wait()
         return folder
 
-    def _parts(self) -> Parts:
+    def _parts(self) -> TrainerComponents:
         run, experiment = self.run, self.run.experiment
         recipe = experiment.training
         rewarder = Rewarder(run.task.score, reward_named(recipe.reward), recipe.reward, run.hear.say)
         hooks = Hooks(self._on_step, self._on_begin, self._on_boundary, self._on_checkpoint, run.hear.say)
-        return Parts(
+        return TrainerComponents(
             recipe,
             loss_rule(recipe),
             self.stream,

@@ -8,9 +8,9 @@ import yaml
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
-from fp4rl.spec.door import arm_contents, load_spec, merge, read_yaml
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.mistakes import BadValue, NotThere
+from fp4rl.spec.load import arm_contents, load_spec, merge, read_yaml
 
 
 def written(tmp_path, content):
@@ -21,42 +21,44 @@ def written(tmp_path, content):
 
 def test_an_unknown_key_is_named_with_the_file_and_the_nearest_key(tmp_path):
     file = written(tmp_path, {"training": {"clip_ratio_hihg": 0.3}})
-    with pytest.raises(BadValue, match=r"spec\.yaml: unknown key 'training\.clip_ratio_hihg'; did you mean 'clip_rati"):
+    with pytest.raises(
+        InvalidValueError, match=r"spec\.yaml: unknown key 'training\.clip_ratio_hihg'; did you mean 'clip_rati"
+    ):
         load_spec(file)
 
 
 def test_an_unknown_key_inside_a_union_is_named_with_the_keys_of_that_place(tmp_path):
     file = written(tmp_path, {"task": {"name": "gsm8k", "path": "x.jsonl", "promt": "{question}"}})
-    with pytest.raises(BadValue, match="did you mean 'prompt'"):
+    with pytest.raises(InvalidValueError, match="did you mean 'prompt'"):
         load_spec(file)
 
 
 def test_an_unknown_key_in_one_arm_names_the_arm(tmp_path):
     file = written(tmp_path, {"suite": "s", "arms": {"a": {}, "b": {"nosie": {}}}})
-    with pytest.raises(BadValue, match=r"arm b: unknown key 'nosie'; did you mean 'noise'"):
+    with pytest.raises(InvalidValueError, match=r"arm b: unknown key 'nosie'; did you mean 'noise'"):
         load_spec(file)
 
 
 def test_an_unknown_key_in_the_base_names_the_file_and_the_base_and_no_arm(tmp_path):
     file = written(tmp_path, {"suite": "s", "base": {"training": {"stpes": 3}}, "arms": {"a": {}, "b": {"noise": {}}}})
-    with pytest.raises(BadValue, match=r"spec\.yaml: base: unknown key 'training\.stpes'"):
+    with pytest.raises(InvalidValueError, match=r"spec\.yaml: base: unknown key 'training\.stpes'"):
         load_spec(file)
 
 
 def test_a_wrong_word_of_the_command_line_is_named_and_a_right_one_beside_it_is_not(tmp_path):
     file = written(tmp_path, {"suite": "s", "arms": {"a": {}}})
-    with pytest.raises(BadValue, match=r"spec\.yaml with 'training\.stpes=3': base: unknown key") as error:
+    with pytest.raises(InvalidValueError, match=r"spec\.yaml with 'training\.stpes=3': base: unknown key") as error:
         load_spec(file, ["training.lr=0.1", "training.stpes=3", "seeds=[1]"])
     assert "training.lr" not in str(error.value)
 
 
 def test_a_mistake_of_the_file_is_not_blamed_on_a_word_of_the_command_line(tmp_path):
-    with pytest.raises(BadValue, match=r"spec\.yaml: unknown key 'trainig'"):
+    with pytest.raises(InvalidValueError, match=r"spec\.yaml: unknown key 'trainig'"):
         load_spec(written(tmp_path, {"trainig": {}}), ["training.lr=0.1"])
 
 
 def test_a_misspelled_arms_is_named_and_not_taken_for_an_experiment(tmp_path):
-    with pytest.raises(BadValue, match=r"unknown key 'armz'; did you mean 'arms'\?"):
+    with pytest.raises(InvalidValueError, match=r"unknown key 'armz'; did you mean 'arms'\?"):
         load_spec(written(tmp_path, {"suite": "s", "armz": {"a": {}}}))
 
 
@@ -87,7 +89,9 @@ def test_two_arms_that_an_override_makes_one_are_refused(tmp_path):
     spec, advice = tmp_path / "s.yaml", tmp_path / "advice.yaml"
     spec.write_text("suite: s\narms: {bf16: {}, w4a16: {injection: {mode: w4a16}}}\n")
     advice.write_text("injection: {mode: w4a16}\n")
-    with pytest.raises(BadValue, match=r"arms bf16 and w4a16 describe the same experiment.*arms.NAME=\+file.yaml"):
+    with pytest.raises(
+        InvalidValueError, match=r"arms bf16 and w4a16 describe the same experiment.*arms.NAME=\+file.yaml"
+    ):
         load_spec(spec, [f"+{advice}"])
 
 
@@ -102,20 +106,20 @@ def test_two_arms_that_an_override_makes_one_are_refused(tmp_path):
 def test_a_seed_inside_a_suite_is_refused_since_its_own_seeds_would_replace_it(tmp_path, content, part):
     spec = tmp_path / "s.yaml"
     spec.write_text(f"suite: s\n{content}\n")
-    with pytest.raises(BadValue, match=f"{part}: .*`seeds`"):
+    with pytest.raises(InvalidValueError, match=f"{part}: .*`seeds`"):
         load_spec(spec)
 
 
 @pytest.mark.parametrize("word", ["training.steps", "=3", "training.steps=[1"])
 def test_a_malformed_override_is_refused(tmp_path, word):
-    with pytest.raises(BadValue):
+    with pytest.raises(InvalidValueError):
         load_spec(written(tmp_path, {}), [word])
 
 
 def test_a_missing_file_and_broken_yaml_are_named(tmp_path):
-    with pytest.raises(NotThere, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         load_spec(tmp_path / "none.yaml")
-    with pytest.raises(BadValue, match=r"line 3.*not valid YAML"):
+    with pytest.raises(InvalidValueError, match=r"line 3.*not valid YAML"):
         load_spec(written(tmp_path, "a: 1\nb: [1\nc: 2"))
 
 
@@ -145,7 +149,7 @@ def test_a_missing_file_and_broken_yaml_are_named(tmp_path):
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_cure(tmp_path, content, part):
-    with pytest.raises(BadValue) as error:
+    with pytest.raises(InvalidValueError) as error:
         load_spec(written(tmp_path, content))
     assert part in str(error.value)
     assert "\n" not in str(error.value)
@@ -192,7 +196,7 @@ ODD = [
 @pytest.mark.parametrize(("text", "part"), ODD, ids=range(len(ODD)))
 def test_odd_yaml_and_odd_values_are_one_line(tmp_path, text, part):
     """Kind: what a file can hold and a description cannot, from YAML's own corners to values of another sort."""
-    with pytest.raises(BadValue) as error:
+    with pytest.raises(InvalidValueError) as error:
         load_spec(written(tmp_path, text))
     assert part in str(error.value)
     assert "\n" not in str(error.value)
@@ -200,7 +204,7 @@ def test_odd_yaml_and_odd_values_are_one_line(tmp_path, text, part):
 
 def test_a_comparison_of_a_side_with_itself_is_refused(tmp_path):
     text = "suite: s\narms: {a: {}, b: {noise: {}}}\ncomparisons: [{question: q, treatment: b@full, control: b@full}]"
-    with pytest.raises(BadValue, match=r"comparisons\.0: b@full is compared with itself"):
+    with pytest.raises(InvalidValueError, match=r"comparisons\.0: b@full is compared with itself"):
         load_spec(written(tmp_path, text))
 
 
@@ -217,7 +221,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 
 @pytest.mark.parametrize("word", ["training={steps: 3, steps: 4}", "training.steps=!!int x", "training=" + "[" * 999])
 def test_an_override_is_read_as_strictly_as_a_file(tmp_path, word):
-    with pytest.raises(BadValue) as error:
+    with pytest.raises(InvalidValueError) as error:
         load_spec(written(tmp_path, {}), [word])
     assert len(str(error.value)) < 250
 

@@ -10,7 +10,7 @@ from fp4rl.spec.words import agreeing, counted
 _CLIPPED = ("dapo", "gspo", "cispo")  # their clipping is what sets them apart
 
 
-def forewarned(arms: Mapping[str, Experiment]) -> list[str]:
+def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
     """One line for each thing, once for all arms that share it. A setting of the base that acts in one arm is none."""
     found: dict[str, list[str]] = {}
     for arm, experiment in arms.items():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from fp4rl.rl.health.course import Course
+from fp4rl.rl.health.history import SignalHistory
 from fp4rl.rl.health.shares import grain, independent
 from fp4rl.rl.health.signals import NAMES
 from fp4rl.spec.health import Thresholds
@@ -13,15 +13,15 @@ from fp4rl.spec.health import Thresholds
 POOLED_GROUPS = 8
 
 
-class Courses:
-    """One `Course` per signal; a signal nobody logs has an empty one.
+class SignalHistories:
+    """One `SignalHistory` per signal; a signal nobody logs has an empty one.
 
     `groups`: of answers a step. `independent`: its answers, counted as independent ones.
     """
 
     def __init__(self) -> None:
-        self._of = {signal: Course() for signal in NAMES}
-        self._lines = Course()
+        self._of = {signal: SignalHistory() for signal in NAMES}
+        self._lines = SignalHistory()
         self.now: Mapping[str, float] = {}
         # Per step, as logged or as the shares let on; None where nobody knows.
         self.groups: float | None = None
@@ -43,7 +43,7 @@ class Courses:
         """Steps between two lines of the log, as a rule."""
         return self._lines.spacing
 
-    def __getitem__(self, signal: str) -> Course:
+    def __getitem__(self, signal: str) -> SignalHistory:
         return self._of[signal]
 
     def value(self, signal: str) -> float | None:
@@ -51,7 +51,7 @@ class Courses:
         return self._of[signal].last if signal in self.now else None
 
     @property
-    def goal(self) -> Course:
+    def goal(self) -> SignalHistory:
         """What the run is for: rollout accuracy, or the reward where nobody logs accuracy."""
         return self["accuracy"] if len(self["accuracy"]) else self["reward"]
 
@@ -73,33 +73,34 @@ class Courses:
         return ceil(POOLED_GROUPS / (self.groups or POOLED_GROUPS))
 
 
-def told(courses: Courses, signals: tuple[str, ...]) -> str:
-    """The courses of `signals` in a few words, and which of them nobody logs."""
-    seen = [f"{name} {courses[name].first:.3g} -> {courses[name].last:.3g}" for name in signals if len(courses[name])]
-    unseen = [name for name in signals if not len(courses[name])]
+def told(histories: SignalHistories, signals: tuple[str, ...]) -> str:
+    """The histories of `signals` in a few words, and which of them nobody logs."""
+    logged = [name for name in signals if len(histories[name])]
+    seen = [f"{name} {histories[name].first:.3g} -> {histories[name].last:.3g}" for name in logged]
+    unseen = [name for name in signals if name not in logged]
     beside = [f"no {' or '.join(unseen)} logged"] if unseen else []
-    if "accuracy" in unseen and len(courses["reward"]) and "reward" not in signals:
-        beside.append(f"goes by {told(courses, ('reward',))}")
+    if "accuracy" in unseen and len(histories["reward"]) and "reward" not in signals:
+        beside.append(f"goes by {told(histories, ('reward',))}")
     return ", ".join([*seen, *beside])
 
 
-def lacking(courses: Courses, needs: tuple[tuple[str, ...], ...]) -> str:
+def lacking(histories: SignalHistories, needs: tuple[tuple[str, ...], ...]) -> str:
     """What is not logged although one of it is needed, by the names that trainers log it under; empty if all is there.
 
     A check without data is no good news.
     """
-    missing = [signals for signals in needs if not any(len(courses[signal]) for signal in signals)]
+    missing = [signals for signals in needs if not any(len(histories[signal]) for signal in signals)]
     return "; ".join(f"needs {' or '.join(n for signal in signals for n in NAMES[signal])}" for signals in missing)
 
 
-def rising(courses: Courses, ago: int = 5) -> bool:
+def rising(histories: SignalHistories, ago: int = 5) -> bool:
     """Whether accuracy is above what it was `ago` observations ago by more than its noise."""
-    goal = courses.goal
+    goal = histories.goal
     now, before = goal.level(3), goal.level(3, ago)
     return now is not None and before is not None and now - before > (goal.noise() or 0.0)
 
 
-def solved(courses: Courses, t: Thresholds) -> bool:
+def solved(histories: SignalHistories, t: Thresholds) -> bool:
     """Whether so much is right that an empty learning signal is a success."""
-    level = courses["accuracy"].level(1)
+    level = histories["accuracy"].level(1)
     return level is not None and level >= t.solved

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 
-class Laps:
+class StepTimer:
     """`lap(name)` books the seconds since the lap before it under `name`; `take` hands out the sums and begins anew."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
