@@ -8,7 +8,7 @@ from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import single
 from fp4rl.lab.work import execute_run
 from fp4rl.models import positions as positions_room
-from fp4rl.rl import attempt as attempt_room
+from fp4rl.rl import session as session_room
 from fp4rl.spec.errors import CheckFailed
 
 FOUR = {"steps": 4, "rollout_n": 4, "train_batch_size": 8, "mini_batch_size": 8}
@@ -131,7 +131,7 @@ def test_what_was_rolled_back_is_gone_from_the_metrics_and_a_kill_in_between_cha
     class Killed(BaseException):
         pass
 
-    real = attempt_room.TrainingSession.__init__
+    real = session_room.TrainingSession.__init__
 
     def killed(self, run, past):
         if past.rollbacks:
@@ -139,7 +139,7 @@ def test_what_was_rolled_back_is_gone_from_the_metrics_and_a_kill_in_between_cha
         real(self, run, past)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt_room.TrainingSession, "__init__", killed)
+        patch.setattr(session_room.TrainingSession, "__init__", killed)
         with pytest.raises(Killed):
             execute_run(planned, tmp_path / "broken")
     execute_run(planned, tmp_path / "broken")

@@ -5,9 +5,9 @@ import torch
 
 from fp4rl.inject.evidence import master_digest
 from fp4rl.models.load import load
-from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import objective as objective_room
 from fp4rl.rl import reference as reference_room
+from fp4rl.rl import session as session_room
 from fp4rl.spec.errors import InvalidValueError
 
 LORA = {"lora": {"rank": 4, "alpha": 8.0}}
@@ -137,19 +137,19 @@ def test_lora_needs_no_second_copy_of_the_base_for_its_reference(run, experiment
 @pytest.mark.slow
 def test_the_fresh_adapter_starts_from_the_seed(run, experiment):
     digests = {}
-    real = attempt_room.opened
+    real = session_room.opened
 
     def opened(run_):
         model, tokenizer = real(run_)
         digests.setdefault(run_.folder.name, set()).add(master_digest(model))  # opened for the proof before it, too
         return model, tokenizer
 
-    attempt_room.opened = opened
+    session_room.opened = opened
     try:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             run(experiment("bf16", model=LORA, seed=seed, training={"steps": 1}), name)
     finally:
-        attempt_room.opened = real
+        session_room.opened = real
     assert [len(found) for found in digests.values()] == [1, 1, 1]
     assert digests["a"] == digests["b"] != digests["c"]
 

@@ -18,8 +18,8 @@ from fp4rl.lab import work
 from fp4rl.lab.folders import all_runs, run_folder
 from fp4rl.lab.matrix import single
 from fp4rl.lab.work import execute_run
-from fp4rl.rl import attempt as attempt_room
 from fp4rl.rl import checkpoints
+from fp4rl.rl import session as session_room
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.listeners import Interrupted
 from fp4rl.rl.saving import EVERY_S, SaveClock
@@ -209,13 +209,13 @@ def test_a_forgotten_state_would_be_noticed(carried, kept, monkeypatch):
     """The plant: a resume that does not put the stream of problems back."""
     whole(carried, kept)
     carried("broken", 3)
-    real = attempt_room.TrainingSession._on_begin
+    real = session_room.TrainingSession._on_begin
 
     def forgetful(self, trainer):
         real(self, trainer)
         self.stream.position = 0
 
-    monkeypatch.setattr(attempt_room.TrainingSession, "_on_begin", forgetful)
+    monkeypatch.setattr(session_room.TrainingSession, "_on_begin", forgetful)
     assert numbers(carried("broken")) != kept["numbers"]
 
 
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(carried, kept, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt_room, "complete", full)
+        patch.setattr(session_room, "complete", full)
         with pytest.raises(CheckFailed, match=r"the disk of .* is full; make room") as caught:
             carried("broken")
     assert "\n" not in str(caught.value)
