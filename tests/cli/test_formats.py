@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from fp4rl.cli.main import main
-from fp4rl.spec.formats import FORMATS, Rounding, ScaleRule
+from fp4rl.spec import formats
+from fp4rl.spec.formats import FORMATS, Element, Format, Rounding, ScaleRule, add_format
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.presets import PRESETS
 
@@ -38,6 +39,19 @@ def test_the_list_names_every_format_its_bits_grid_largest_value_and_every_prese
     for word in (*PRESETS, *MODES):
         assert word in out
     assert "…" not in out
+
+
+def test_a_format_that_was_added_is_listed_and_shown_with_its_error(shown):
+    fmt = add_format(Format("mxint4", Element("INT4", 1, 2, 3.5)))
+    try:
+        code, out, _ = shown()
+        assert code == 0
+        assert "0 0.5 1 1.5 2 2.5 3 3.5" in out
+        code, out, _ = shown(fmt.name, "--json")
+        assert code == 0
+        assert 15 < json.loads(out)["ideal_gaussian"]["sqnr_db"] < 25
+    finally:
+        del formats._LISTED[fmt.name]
 
 
 def test_one_format_shows_its_grid_rule_and_ideal_error(shown):

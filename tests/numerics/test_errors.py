@@ -10,7 +10,7 @@ from fp4rl.numerics.errors import gaussian_ideal, ideally_rounded, measure, spli
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, NVFP4, Coarse
-from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
+from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
 
 RULES = ("floor", "ceil", "rceil", "even", "uos", "mse")
 SPLIT = [
@@ -89,7 +89,7 @@ def test_a_rotated_format_is_split_in_the_rotated_basis():
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8"])
 def test_the_ideals_kept_for_the_screen_are_the_ones_measured(name):
     measured = gaussian_ideal(FORMATS[name]).as_dict()
-    for key, kept in ideal_of(name).items():
+    for key, kept in kept_ideal(FORMATS[name]).items():
         assert measured[key] == pytest.approx(kept, rel=1e-3, abs=1e-4), key
 
 
@@ -97,7 +97,7 @@ def test_the_ideals_kept_for_the_screen_are_the_ones_measured(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_all_ideals_kept_for_the_screen_are_the_ones_measured(name):
     measured = gaussian_ideal(FORMATS[name]).as_dict()
-    for key, kept in ideal_of(name).items():
+    for key, kept in kept_ideal(FORMATS[name]).items():
         assert measured[key] == pytest.approx(kept, rel=1e-3, abs=1e-4), key
     if name == "mxfp4":
         for rule, kept in MXFP4_RULES_DB.items():

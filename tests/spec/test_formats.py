@@ -20,7 +20,9 @@ from fp4rl.spec.formats import (
     MXFP8,
     NVFP4,
     Coarse,
+    Element,
     Format,
+    add_format,
     describe,
     format_named,
     format_of,
@@ -118,3 +120,15 @@ def test_an_unknown_setting_names_the_nearest_one():
 def test_a_value_that_cannot_stand_there_is_refused(given):
     with pytest.raises(InvalidValueError):
         format_of(given)
+
+
+@pytest.mark.parametrize("wrong", [("E2M1", 2, 1, 5.0), ("E2M1", 2, 1, 12.0), ("E2M1", 2, 1, 0.5), ("E0M3", 0, 3, 7.0)])
+def test_an_element_whose_largest_value_is_not_on_its_grid_is_refused(wrong):
+    with pytest.raises(InvalidValueError):
+        Element(*wrong)
+
+
+def test_a_name_is_listed_once():
+    with pytest.raises(InvalidValueError, match="'mxfp4'"):
+        add_format(replace(MXFP4, block=(1, 16)))
+    assert FORMATS["mxfp4"] is MXFP4

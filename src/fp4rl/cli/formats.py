@@ -11,7 +11,7 @@ from rich.table import Table
 from fp4rl.cli.terminal import console, print_json, progress, styled
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
-from fp4rl.spec.gaussian import MXFP4_RULES_DB, ideal_of
+from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
 from fp4rl.spec.modes import MODES
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.presets import PRESETS
@@ -72,7 +72,7 @@ def _list(as_json: bool) -> None:
     for fmt in FORMATS.values():
         table.add_row(
             *(fmt.name, _bits(fmt.bits_per_value), fmt.element.name, _block(fmt), SCALES[fmt.scale]),
-            *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{ideal_of(fmt.name)['sqnr_db']:.1f}"),
+            *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{_ideal(fmt)['sqnr_db']:.1f}"),
         )
     screen = console()
     screen.print(table)
@@ -180,9 +180,9 @@ def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _ideal(fmt: Format) -> dict[str, float]:
-    """The kept figures for a format of the list; measured now for one that was changed."""
-    if fmt == FORMATS[fmt.name]:
-        return ideal_of(fmt.name)
+    """The kept figures of a format; measured now for one that has none."""
+    if (kept := kept_ideal(fmt)) is not None:
+        return kept
     from fp4rl.numerics.errors import gaussian_ideal
 
     return gaussian_ideal(fmt).as_dict()

@@ -9,6 +9,7 @@ from fp4rl.inject.plan import LeftOut, SitePlan
 from fp4rl.sites.layout import is_conv1d
 from fp4rl.sites.walk import Site
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.formats import E8M7
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.targets import Targets
 
@@ -71,7 +72,7 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
     own = str(getattr(module, plan.site.parameter).dtype).removeprefix("torch.")
     for point in plan.points():
         fmt = getattr(plan, point)
-        if fmt.scale == "none" and own == injection.dtype == "bfloat16":
+        if fmt.scale == "none" and fmt.element == E8M7 and own == injection.dtype == "bfloat16":
             raise InvalidValueError(f"{plan.name}: {point}: {fmt.name} changes nothing in a {own} model; write none")
 
 

@@ -18,7 +18,7 @@ from fp4rl.numerics.scales import (
     nvfp4_global,
     power_of_two,
 )
-from fp4rl.spec.formats import Format
+from fp4rl.spec.formats import E8M7, Format
 
 
 def reference(
@@ -106,7 +106,7 @@ def least_error_codes(magnitude: Tensor, codes: Tensor, axes: tuple[int, ...], f
 def rounded_plainly(x: Tensor, fmt: Format) -> Tensor:
     """`x` rounded to the element itself, without a scale, as an IEEE cast does: beyond the largest comes infinity."""
     wide = widened(x)
-    if wide.dtype == torch.float32:
+    if wide.dtype == torch.float32 and fmt.element == E8M7:
         return wide.bfloat16().to(x.dtype)
     magnitude = wide.abs()
     overflow = (2 - 2.0 ** -(fmt.element.mantissa_bits + 1)) * 2.0**fmt.element.max_exponent  # rounds to 2 * 2^max

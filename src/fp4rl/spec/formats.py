@@ -1,10 +1,10 @@
 """Number formats as values: an element, the block that shares a scale, the scale's own format, and how both are
 rounded.
 
-A new format is a new value, never a new branch:
+A new format is a new value, never a new branch, and one entry here is all it takes:
 
-    MXFP4 = Format("mxfp4", E2M1, block=(1, 32))
-    MXFP4_2D = replace(MXFP4, name="mxfp4_2d", block=(32, 32))
+    MXFP4 = add_format(Format("mxfp4", E2M1, block=(1, 32)))
+    MXFP4_2D = add_format(replace(MXFP4, name="mxfp4_2d", block=(32, 32)))
 
 Sources: OCP Microscaling Formats (MX) v1.0 for elements, E8M0 and `floor`; OCP 8-bit Floating Point v1.0 for E4M3
 and E5M2; NVIDIA's NVFP4 (E4M3 block scales under one FP32 scale a tensor). The numbers themselves are made in
@@ -30,12 +30,27 @@ UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 s
 
 @dataclass(frozen=True)
 class Element:
-    """One small float: sign, exponent, mantissa and subnormals; `largest` is the greatest finite magnitude."""
+    """One small float: sign, exponent, mantissa and subnormals; `largest` is the greatest finite magnitude.
+
+    With one exponent bit the grid is even: Element("INT4", 1, 2, 3.5) holds the integers -7 to 7 in units of one half.
+    Raises InvalidValueError where `largest` is not on the grid.
+    """
 
     name: str
     exponent_bits: int
     mantissa_bits: int
     largest: float
+
+    def __post_init__(self) -> None:
+        if self.exponent_bits < 1 or self.mantissa_bits < 0 or self.largest <= 0:
+            raise InvalidValueError(f"{self.name}: an element has an exponent bit at least and a largest value above 0")
+        steps = self.largest / 2.0 ** (self.max_exponent - self.mantissa_bits)
+        room = self.min_exponent <= self.max_exponent < self.min_exponent + 2**self.exponent_bits - 1
+        if steps != int(steps) or not room:
+            raise InvalidValueError(
+                f"{self.name}: {self.largest:g} is no value of {self.exponent_bits} exponent and {self.mantissa_bits} "
+                "mantissa bits"
+            )
 
     @property
     def bits(self) -> int:
@@ -171,28 +186,32 @@ E4M3 = Element("E4M3", 4, 3, 448.0)
 E5M2 = Element("E5M2", 5, 2, 57344.0)
 E8M7 = Element("BF16", 8, 7, (2 - 2**-7) * 2.0**127)
 
-MXFP4 = Format("mxfp4", E2M1)
-MXFP4_SR = replace(MXFP4, name="mxfp4_sr", scale_rule="rceil", rounding="stochastic")  # rceil never clips: unbiased
-MXFP4_2D = replace(MXFP4, name="mxfp4_2d", block=(32, 32))
-MXFP4_B16 = replace(MXFP4, name="mxfp4_b16", block=(1, 16))
-MXFP4_DUAL = replace(MXFP4, name="mxfp4_dual", coarse=Coarse(512))
-MXFP6_E2M3 = Format("mxfp6_e2m3", E2M3)
-MXFP6_E3M2 = Format("mxfp6_e3m2", E3M2)
-MXFP8 = Format("mxfp8", E4M3)
-MXFP8_E5M2 = Format("mxfp8_e5m2", E5M2)
-NVFP4 = Format("nvfp4", E2M1, block=(1, 16), scale="e4m3", scale_rule="amax")
-FP8 = Format("fp8", E4M3, block=None, scale="fp32", scale_rule="amax")
-BF16 = Format("bf16", E8M7, block=None, scale="none", scale_rule="amax")
+_LISTED: dict[str, Format] = {}
+FORMATS: Mapping[str, Format] = MappingProxyType(_LISTED)
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        fmt.name: fmt
-        for fmt in (
-            *(MXFP4, MXFP4_SR, MXFP4_2D, MXFP4_B16, MXFP4_DUAL, MXFP6_E2M3, MXFP6_E3M2),
-            *(MXFP8, MXFP8_E5M2, NVFP4, FP8, BF16),
-        )
-    }
-)
+
+def add_format(fmt: Format) -> Format:
+    """List `fmt` in FORMATS, so that spec files, profiles and every verb know it; raises InvalidValueError for a name
+    that is taken."""
+    if fmt.name in FORMATS:
+        raise InvalidValueError(f"there is a number format called {fmt.name!r} already; take another name")
+    _LISTED[fmt.name] = fmt
+    return fmt
+
+
+MXFP4 = add_format(Format("mxfp4", E2M1))
+# rceil never clips: unbiased
+MXFP4_SR = add_format(replace(MXFP4, name="mxfp4_sr", scale_rule="rceil", rounding="stochastic"))
+MXFP4_2D = add_format(replace(MXFP4, name="mxfp4_2d", block=(32, 32)))
+MXFP4_B16 = add_format(replace(MXFP4, name="mxfp4_b16", block=(1, 16)))
+MXFP4_DUAL = add_format(replace(MXFP4, name="mxfp4_dual", coarse=Coarse(512)))
+MXFP6_E2M3 = add_format(Format("mxfp6_e2m3", E2M3))
+MXFP6_E3M2 = add_format(Format("mxfp6_e3m2", E3M2))
+MXFP8 = add_format(Format("mxfp8", E4M3))
+MXFP8_E5M2 = add_format(Format("mxfp8_e5m2", E5M2))
+NVFP4 = add_format(Format("nvfp4", E2M1, block=(1, 16), scale="e4m3", scale_rule="amax"))
+FP8 = add_format(Format("fp8", E4M3, block=None, scale="fp32", scale_rule="amax"))
+BF16 = add_format(Format("bf16", E8M7, block=None, scale="none", scale_rule="amax"))
 
 
 def format_named(name: str) -> Format:

@@ -1,12 +1,13 @@
 """What every format makes of ideal Gaussian data: the format's own floor, apart from any problem of a tensor.
 
-Figures of `fp4rl.numerics.errors.gaussian_ideal`, kept here to be shown without torch; a test measures them again.
+Figures of `fp4rl.numerics.errors.gaussian_ideal`, kept here to be shown without torch; a test measures them again. A
+format without figures here is measured when they are asked for.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fp4rl.spec.formats import ScaleRule
+from fp4rl.spec.formats import FORMATS, Format, ScaleRule
 
 MEASURES = (
     "sqnr_db",
@@ -49,6 +50,8 @@ MXFP4_RULES_DB: Mapping[ScaleRule, float] = MappingProxyType(
 )
 
 
-def ideal_of(name: str) -> dict[str, float]:
-    """Every measure of the format of that name on Gaussian data."""
-    return dict(zip(MEASURES, _FIGURES[name], strict=True))
+def kept_ideal(fmt: Format) -> dict[str, float] | None:
+    """Every measure of a listed format on Gaussian data; None for a format whose figures are not kept here."""
+    if fmt.name not in _FIGURES or fmt != FORMATS.get(fmt.name):
+        return None
+    return dict(zip(MEASURES, _FIGURES[fmt.name], strict=True))
