@@ -25,9 +25,10 @@ from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.arguments import arguments
+from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
-from fp4rl.rl.rollout import Sampling, roll_out
+from fp4rl.rl.rollout import roll_out
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder, task_of, training_problems
 from fp4rl.spec.experiment import Experiment
@@ -127,13 +128,8 @@ def timed(trainer: Any) -> Callable[[], float]:
 
 def generation(run: Run, rounds: int) -> tuple[float, float]:
     """(seconds of a generation, ratio of W4A16 to it), two models taking turns."""
-    from transformers import GenerationConfig
-
     (one, tokenizer), (other, _) = load(run.start), load(run.start)
-    end = [tokenizer.eos_token_id]
-    config = GenerationConfig(
-        max_new_tokens=48, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=end
-    )
+    sampling = Sampling(48, temperature=1.0, logps=True)
     problems = [problem for problem in run.problems[:16] for _ in range(8)]
     found: dict[str, list[float]] = {"plain": [], "w4a16": []}
     with attach(other, Injection.named("w4a16", preset="vllm")) as attachment:
@@ -142,7 +138,7 @@ def generation(run: Run, rounds: int) -> tuple[float, float]:
             for name, model in (("plain", one), ("w4a16", other)):
                 torch.manual_seed(turn)
                 start = time.process_time()
-                roll_out(model, tokenizer, problems, Sampling(config, end))
+                roll_out(transformers_sampler, model, tokenizer, problems, sampling)
                 found[name].append(time.process_time() - start)
     ratios = [b / a for a, b in zip(found["plain"], found["w4a16"], strict=True)]
     return statistics.median(found["plain"]), statistics.median(ratios[1:])

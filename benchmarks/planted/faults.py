@@ -1,13 +1,14 @@
 """Failures planted in real runs of the embedded model: from the first step on, or in the middle of a healthy run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fp4rl.noise.progress import Course
+from fp4rl.rl.generate import Generation, Sampling, transformers_sampler
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.noise import Noise
 
@@ -80,7 +81,16 @@ def _equal_rewards(attempt: TrainingSession) -> None:
 
 def _no_end(attempt: TrainingSession) -> None:
     """The sampler waits for a token that the model never says."""
-    attempt.trainer.eos_token_ids = [attempt.tokenizer.bos_token_id]
+
+    def deaf(model: Any, tokenizer: Any, prompts: Any, sampling: Sampling) -> list[Generation]:
+        ends = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = tokenizer.bos_token_id
+        try:
+            return transformers_sampler(model, tokenizer, prompts, sampling)
+        finally:
+            model.generation_config.eos_token_id = ends
+
+    attempt.trainer.parts = replace(attempt.trainer.parts, sampler=deaf)
 
 
 def _not_a_number(attempt: TrainingSession) -> None:

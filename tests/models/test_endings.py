@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from fp4rl.models.endings import end_ids
 from fp4rl.models.load import load, with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.rollout import Sampling, roll_out, seed_rollout
+from fp4rl.rl.generate import Sampling, transformers_sampler
+from fp4rl.rl.rollout import roll_out, seed_rollout
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded, Lora
 from fp4rl.tasks.arithmetic import Arithmetic
@@ -48,21 +48,6 @@ def answers(folder, samples=1):
     ]
 
 
-def sampling(model, tokenizer):
-    """As the trainer asks for it."""
-    ends = end_ids(model)
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-    )
-    return Sampling(config, ends)
-
-
 @pytest.mark.parametrize("samples", [1, 3])
 def test_the_folders_generation_settings_do_not_change_an_answer(samples, clean, tmp_path):
     assert answers(altered(clean, tmp_path / "leaking", **LEAKING), samples) == answers(clean, samples)
@@ -75,7 +60,8 @@ def test_the_sampler_is_the_model_whatever_the_folder_says(adapted, clean, tmp_p
     if adapted:
         model = with_lora(model, Lora(rank=2), folder).eval()
     seed_rollout(0, 0)
-    found = roll_out(model, tokenizer, PROBLEMS, sampling(model, tokenizer))
+    asked = Sampling(NEW_TOKENS, temperature=1.0, logps=True)
+    found = roll_out(transformers_sampler, model, tokenizer, PROBLEMS, asked)
     for prompt, tokens, logps in zip(found.prompt_ids, found.completion_ids, found.logps, strict=True):
         with torch.no_grad():
             scored = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -98,9 +84,7 @@ def test_rollouts_and_evaluations_end_an_answer_at_the_same_tokens(clean, tmp_pa
     assert end_ids(model) == [tokenizer.eos_token_id, first]
     judged = answers(folder)
     assert judged[0][1:] == (2, False) != answers(clean)[0][1:]
-    asked = sampling(model, tokenizer)
-    asked.config.top_k = 1  # the sampler's greedy answer
-    drawn = roll_out(model, tokenizer, PROBLEMS, asked)
+    drawn = roll_out(transformers_sampler, model, tokenizer, PROBLEMS, Sampling(NEW_TOKENS))
     assert [len(tokens) for tokens in drawn.completion_ids] == [length for _, length, _ in judged]
     assert [not ended for ended in drawn.ended] == [truncated for *_, truncated in judged]
 

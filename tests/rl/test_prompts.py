@@ -4,14 +4,14 @@ import json
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig
 
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.prompts import encoded, require_positions, require_prompts_fit
-from fp4rl.rl.rollout import Sampling, roll_out
+from fp4rl.rl.generate import Sampling, transformers_sampler
+from fp4rl.rl.prompts import encoded, padded, require_positions, require_prompts_fit
+from fp4rl.rl.rollout import roll_out
 from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
@@ -59,8 +59,8 @@ def test_a_run_is_refused_before_it_starts_for_what_it_learns_and_for_what_it_is
 def test_the_rollout_sees_whole_prompts(run, experiment, monkeypatch):
     seen = []
 
-    def spied(model, tokenizer, problems, sampling):
-        found = roll_out(model, tokenizer, problems, sampling)
+    def spied(sampler, model, tokenizer, problems, sampling):
+        found = roll_out(sampler, model, tokenizer, problems, sampling)
         seen.extend((tokenizer(p.prompt)["input_ids"], ids) for p, ids in zip(problems, found.prompt_ids, strict=True))
         return found
 
@@ -82,7 +82,7 @@ def opening():
 
 def test_prompts_are_encoded_as_they_stand_padded_on_the_left(opening):
     model, tokenizer = opening
-    ids, mask = encoded(model, tokenizer, [problem("1 2"), problem("1")])
+    ids, mask = padded(encoded(model, tokenizer, [problem("1 2"), problem("1")]), tokenizer.pad_token_id)
     one, two, bos, pad = (*tokenizer("1 2")["input_ids"][1:], tokenizer.bos_token_id, tokenizer.pad_token_id)
     assert ids.tolist() == [[bos, one, two], [pad, bos, one]]
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
@@ -101,9 +101,8 @@ def test_a_prompt_that_begins_twice_or_is_over_is_refused_wherever_one_is_answer
         encoded(*opening, [problem("1"), problem(prompt)])
     with pytest.raises(InvalidValueError, match=message):
         answer(*opening, [problem(prompt)], lambda *_: Score(False, False, False), Decoding(2))
-    config = GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=[2], pad_token_id=0)
     with pytest.raises(InvalidValueError, match=message):
-        roll_out(*opening, [problem(prompt)], Sampling(config, [2]))
+        roll_out(transformers_sampler, *opening, [problem(prompt)], Sampling(2, temperature=1.0))
 
 
 def test_a_token_of_a_prompt_outside_the_embedding_is_named(opening):

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from fp4rl.rl.health.signals import signals_of
-from fp4rl.rl.repetition import answer_metrics, repeated_share
+from fp4rl.rl.rollout import answer_metrics, repeated_share
 
 
 def test_a_loop_repeats_nearly_all_of_its_ngrams_and_a_sentence_none():

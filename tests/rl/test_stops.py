@@ -6,7 +6,7 @@ import torch
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.stops import Stops, cut
+from fp4rl.rl.generate import Stops, cut
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.task import Arithmetic, Gsm8k
@@ -34,8 +34,8 @@ def test_the_first_of_several_texts_ends_it():
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_an_answer_without_such_a_text_stays_as_it_is(ended):
-    assert cut(TOKENIZER, tokens(SAID), ended, ["Problem:"]) == (tokens(SAID), SAID, ended)
-    assert cut(TOKENIZER, tokens(SAID), ended, []) == (tokens(SAID), SAID, ended)
+    assert cut(TOKENIZER, tokens(SAID), ended, ["Problem:"]) == (tokens(SAID), SAID, ended, None)
+    assert cut(TOKENIZER, tokens(SAID), ended, []) == (tokens(SAID), SAID, ended, None)
 
 
 def test_a_generation_stops_row_by_row_and_never_for_what_the_prompt_holds():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.overlong import mask_truncated
+from fp4rl.rl.prompts import padded
 from fp4rl.rl.rollout import ScoredRollout
 from fp4rl.spec.training import Training
 
@@ -69,12 +70,12 @@ def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.dev
     the batch for its shape and in no sum. Keys as TRL names them: prompt_ids, prompt_mask [rows, P]; completion_ids,
     completion_mask, sampling_per_token_logps [rows, T].
     """
-    padded = [*answers, *([answers[0]] * (rows - len(answers)))]
+    filled = [*answers, *([answers[0]] * (rows - len(answers)))]
     counts = torch.tensor([1] * len(answers) + [0] * (rows - len(answers)))
-    prompts, prompt_mask = _pad([a.prompt_ids for a in padded], pad_id, left=True)
-    completions, completion_mask = _pad([a.completion_ids for a in padded], pad_id, left=False)
+    prompts, prompt_mask = padded([a.prompt_ids for a in filled], pad_id)
+    completions, completion_mask = padded([a.completion_ids for a in filled], pad_id, left=False)
     logps = torch.zeros(completions.shape, dtype=torch.float32)
-    for row, answer in zip(logps, padded, strict=True):
+    for row, answer in zip(logps, filled, strict=True):
         row[: len(answer.logps)] = answer.logps
     batch = {
         "prompt_ids": prompts,
@@ -84,14 +85,3 @@ def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.dev
         "sampling_per_token_logps": logps,
     }
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _pad(sequences: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, kept, sequence in zip(ids, mask, sequences, strict=True):
-        place = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        row[place] = torch.tensor(sequence, dtype=torch.long)
-        kept[place] = 1
-    return ids, mask

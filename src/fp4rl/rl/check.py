@@ -9,6 +9,7 @@ from fp4rl.models.load import tokenizer_of, with_lora
 from fp4rl.models.skeleton import embedded_skeleton, skeleton
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
+from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
@@ -26,6 +27,7 @@ def check(experiment: Experiment) -> None:
     held-out problems are also trained on (P37).
     """
     reward_named(experiment.training.reward)
+    sampler_named(experiment.sampler)
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)
     task = task_of(experiment.task)

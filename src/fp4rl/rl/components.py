@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp4rl.rl.generate import Sampler, transformers_sampler
 from fp4rl.rl.losses import LossRule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import ReferencePolicies
@@ -39,3 +40,4 @@ class TrainerComponents:
     hooks: Hooks
     seed: int
     float_masters: bool = True
+    sampler: Sampler = transformers_sampler

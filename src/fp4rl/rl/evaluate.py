@@ -1,20 +1,18 @@
 """Judge a policy: answers to held-out problems under a named precision, one row kept per problem and sample."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.models.endings import end_ids
-from fp4rl.rl.dropout import dropout_off
+from fp4rl.rl.generate import Generation, Sampler, Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
-from fp4rl.rl.rollout import until_end
-from fp4rl.rl.stops import Answer, Stops, cut
 from fp4rl.tasks.task import Problem
 
 
@@ -108,6 +106,12 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     @property
+    def sampling(self) -> Sampling:
+        """The same as a sampler is asked for it."""
+        temperature = self.temperature if self.samples > 1 else 0.0
+        return Sampling(self.max_new_tokens, temperature, count=self.samples, stop=self.stop)
+
+    @property
     def name(self) -> str:
         """What the profile calls it."""
         drawn = "greedy" if self.samples == 1 else f"{self.samples} samples at temperature {self.temperature:g}"
@@ -133,64 +137,32 @@ def answer(
     scorer: Scorer,
     decoding: Decoding,
     on_batch: Callable[[int, int], None] | None = None,
+    sampler: Sampler = transformers_sampler,
 ) -> tuple[Item, ...]:
     """Generate and score answers to `problems`; rows come back in the order of `problems`, samples of one together.
 
     Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
     """
-    config = _generation_config(tokenizer, decoding, end_ids(model))
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
     require_positions(model, tokenizer, problems[order[-1]], decoding.max_new_tokens)
     size = max(decoding.batch_size // decoding.samples, 1)
     rows: dict[int, list[Item]] = {}
     # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
-    with dropout_off(model), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            batch = [problems[i] for i in chosen]
-            answered = _answer_batch(model, tokenizer, batch, scorer, config, decoding.stop)
-            rows.update(zip(chosen, answered, strict=True))
+            prompts = encoded(model, tokenizer, [problems[i] for i in chosen])
+            answers = iter(sampler(model, tokenizer, prompts, decoding.sampling))
+            for i in chosen:
+                samples = itertools.islice(answers, decoding.samples)
+                rows[i] = [_item(problems[i], sample, found, scorer) for sample, found in enumerate(samples)]
             if on_batch is not None:
                 on_batch(min(start + size, len(order)), len(order))
     return tuple(item for i in range(len(problems)) for item in rows[i])
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ends: list[int]) -> GenerationConfig:
-    sampled = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        num_return_sequences=decoding.samples,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        **(sampled if decoding.samples > 1 else {"do_sample": False}),
-    )
-
-
-def _answer_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    scorer: Scorer,
-    config: GenerationConfig,
-    stop: Sequence[str],
-) -> list[list[Item]]:
-    ids, mask = encoded(model, tokenizer, problems)
-    stops = StoppingCriteriaList([Stops(tokenizer, stop, ids.shape[1])] if stop else [])
-    asked = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": stops}
-    generated = model.generate(**asked)[:, ids.shape[1] :]
-    samples = config.num_return_sequences
-    rows = []
-    lengths, ended = until_end(generated, config.eos_token_id)
-    answers = [row[:length].tolist() for row, length in zip(generated, lengths, strict=True)]
-    for i, problem in enumerate(problems):
-        of_one = slice(i * samples, (i + 1) * samples)
-        found = zip(answers[of_one], ended[of_one], strict=True)
-        rows.append([_item(problem, sample, cut(tokenizer, *one, stop), scorer) for sample, one in enumerate(found)])
-    return rows
-
-
-def _item(problem: Problem, sample: int, answer: Answer, scorer: Scorer) -> Item:
+def _item(problem: Problem, sample: int, answer: Generation, scorer: Scorer) -> Item:
     score = scorer(problem, answer.text)
     shares = (score.strict, score.flexible, score.formatted)
     return Item(problem.id, sample, *shares, answer.text, len(answer.tokens), not answer.ended)

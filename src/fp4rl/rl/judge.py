@@ -14,6 +14,7 @@ from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.acting import acting, rounded
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
+from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.start import task_of
 from fp4rl.rl.weights_unchanged import Record, unharmed
@@ -44,6 +45,7 @@ class Judge:
     problems: tuple[Problem, ...]
     seed: int = 0
     lora: Lora | None = None
+    sampler: str = "transformers"
 
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
         """Profile name -> what is injected while it is measured; the robustness sweep belongs to the `last` step.
@@ -70,6 +72,7 @@ class Judge:
         if self.lora is not None and not (folder / "adapter_config.json").is_file():
             model = with_lora(model, self.lora, folder).eval()
         model.to(processes.device())
+        sampler = sampler_named(self.sampler)
         for name, precision in self.precisions(last=last).items():
 
             def heard(done: int, total: int, name: str = name) -> None:
@@ -80,7 +83,7 @@ class Judge:
                 unharmed(model, "evaluation", step, record, profile=name),
                 _harmed(model, precision.injection) as attachment,
             ):
-                items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard)
+                items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard, sampler)
                 for row in _proved(attachment):
                     record({"profile": name, "step": step, **row})
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)
@@ -101,7 +104,7 @@ class Judge:
             noise=precision.noise,
             scorer=self.task.name,
             max_new_tokens=self.spec.max_new_tokens,
-            sampling=self.decoding.name,
+            sampling=self.decoding.name + (f", by {self.sampler}" if self.sampler != "transformers" else ""),
             items_digest=items_digest(self.problems),
         )
 
@@ -110,7 +113,7 @@ def judge_of(experiment: Experiment, task: Task) -> Judge:
     """The judge of one experiment, with its held-out problems."""
     spec = experiment.evaluation.for_task(experiment.task)
     problems = task.problems(spec.split, spec.count)
-    return Judge(spec, experiment.injection, task, problems, lora=experiment.model.lora)
+    return Judge(spec, experiment.injection, task, problems, lora=experiment.model.lora, sampler=experiment.sampler)
 
 
 @contextmanager

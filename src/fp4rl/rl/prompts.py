@@ -6,6 +6,7 @@ be trained on under the whole question's number. verl refuses by default too (`d
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,26 +57,34 @@ def require_positions(
         )
 
 
-def encoded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
-) -> tuple[Tensor, Tensor]:
-    """The prompts' token ids and attention mask, both [problems, T], padded on the left, on the model's device.
+def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
+    """The token ids of each prompt, as they stand.
 
     Raises InvalidValueError for a prompt that is no open text, and for a token that the model has no embedding of.
     """
     texts = [problem.prompt for problem in problems]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    require_prompts_open(problems, [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)], tokenizer)
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if int(ids.max()) >= rows:
-        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+    prompts: list[list[int]] = tokenizer(texts)["input_ids"]
+    require_prompts_open(problems, prompts, tokenizer)
+    rows, largest = int(model.get_input_embeddings().weight.shape[0]), max(map(max, prompts))
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise InvalidValueError(
-            f"the prompts hold {token!r}, token {int(ids.max())} of the tokenizer, but the model's embedding ends at "
+            f"the prompts hold {token!r}, token {largest} of the tokenizer, but the model's embedding ends at "
             f"{rows - 1}: take it out of task.prompt, or resize the embedding and save the model again"
         )
-    device = next(model.parameters()).device
-    return ids.to(device), mask.to(device)
+    return prompts
+
+
+def padded(sequences: Sequence[list[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of `sequences`, both [sequences, longest]."""
+    width = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, real, sequence in zip(ids, mask, sequences, strict=True):
+        columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        row[columns] = torch.tensor(sequence, dtype=torch.long)
+        real[columns] = 1
+    return ids, mask
 
 
 def require_prompts_open(

@@ -1,4 +1,4 @@
-"""One generation: prompts in, sampled answers out, with the log-probability that the sampler gave each token."""
+"""One rollout: prompts in, sampled answers out, with the log-probability that the sampler gave each token."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,19 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.rl.dropout import dropout_off
+from fp4rl.rl.generate import Generation, Sampler, Sampling
 from fp4rl.rl.prompts import encoded
-from fp4rl.rl.repetition import answer_metrics
 from fp4rl.rl.rewards import Scored
 from fp4rl.tasks.task import Problem
+
+NGRAM = 4
 
 
 @dataclass(frozen=True)
@@ -57,79 +52,29 @@ class ScoredRollout:
     scored: Scored
 
 
-class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
-    """Keeps log pi(token) of every token as it is sampled, holding one step's logits at a time.
-
-    A processor sees the logits of step t before the sampler draws from them, and the drawn token at step t + 1; so one
-    table of [answers, vocabulary] is kept instead of one per step. Values are those of softmax(logits / temperature)
-    over the whole vocabulary, as the loss computes them.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
-        self._logits: Tensor | None = None
-        self._columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._drawn(input_ids)
-        self._logits = scores
-        return scores
-
-    def finish(self, sequences: Tensor) -> Tensor:
-        """Log-probabilities [answers, new tokens] of the finished `sequences`; padding holds whatever was drawn."""
-        self._drawn(sequences)
-        return torch.stack(self._columns, dim=1)
-
-    def _drawn(self, sequences: Tensor) -> None:
-        if self._logits is None:
-            return
-        logits = self._logits.float() / self._temperature
-        chosen = logits.gather(-1, sequences[:, -1:]).squeeze(-1)
-        self._columns.append(chosen - logits.logsumexp(-1))
-        self._logits = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn, and the tokens that end them."""
-
-    config: GenerationConfig
-    end_ids: Sequence[int]
-
-
 def roll_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], sampling: Sampling
+    sampler: Sampler,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    sampling: Sampling,
 ) -> Rollout:
-    """One sampled answer to each of `problems` (which may repeat)."""
-    prompts, mask = encoded(model, tokenizer, problems)
-    with dropout_off(model):
-        ids, logps = generate(model, prompts, mask, sampling.config)
-    lengths, ended = until_end(ids, sampling.end_ids)
-    completion_ids = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    """Sample one answer to each of `problems` (which may repeat)."""
+    prompts = encoded(model, tokenizer, problems)
+    answers = sampler(model, tokenizer, prompts, sampling)
     return Rollout(
         tuple(problems),
-        tuple(row[kept.bool()].tolist() for row, kept in zip(prompts, mask, strict=True)),
-        tuple(completion_ids),
-        tuple(row[:length] for row, length in zip(logps, lengths, strict=True)),
-        tuple(ended),
-        tuple(texts),
+        tuple(prompts),
+        tuple(answer.tokens for answer in answers),
+        tuple(_scored(answer) for answer in answers),
+        tuple(answer.ended for answer in answers),
+        tuple(answer.text for answer in answers),
     )
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
-) -> tuple[Tensor, Tensor]:
-    """Sample answers; returns (new token ids, their log-probabilities), both [prompts, tokens], padded on the right."""
-    keeper = SampledLogprobs(config.temperature or 1.0)
-    sequences = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([keeper]),
-    )
-    return sequences[:, input_ids.shape[1] :], keeper.finish(sequences)
+def _scored(answer: Generation) -> Tensor:
+    """The log-probabilities of an answer; NaN, which every reader takes for `unknown`, where the sampler gave none."""
+    return torch.full((len(answer.tokens),), torch.nan) if answer.logps is None else answer.logps
 
 
 def seed_rollout(seed: int, step: int, process: int = 0) -> None:
@@ -142,9 +87,27 @@ def seed_rollout(seed: int, step: int, process: int = 0) -> None:
     torch.manual_seed(int.from_bytes(key, "little") >> 1)
 
 
-def until_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[int], list[bool]]:
-    """Length of each answer up to and including its first end token, and whether it has one. tokens [answers, T]."""
-    is_end = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
-    ended = is_end.any(dim=1)
-    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, tokens.shape[1])
-    return lengths.tolist(), ended.tolist()
+def repeated_share(token_ids: Sequence[int], ngram: int = NGRAM) -> float:
+    """Share of an answer's n-grams that occurred before in it: 0 when all differ, near 1 for a loop.
+
+    0 for an answer shorter than `ngram` tokens. Source: arXiv 2502.03373, appendix C.2 (there a penalty).
+    """
+    count = len(token_ids) - ngram + 1
+    if count < 1:
+        return 0.0
+    return 1 - len({tuple(token_ids[i : i + ngram]) for i in range(count)}) / count
+
+
+def answer_metrics(completion_ids: Sequence[Sequence[int]], ended: Sequence[bool]) -> dict[str, float]:
+    """Signs that a rollout is dead although its length looks well; empty without answers.
+
+    `response_length/empty_ratio`: share of answers that are nothing but their end token. `response/repetition`: mean
+    share of repeated 4-grams.
+    """
+    if not completion_ids:
+        return {}
+    empty = sum(len(ids) - end <= 0 for ids, end in zip(completion_ids, ended, strict=True))
+    return {
+        "response_length/empty_ratio": empty / len(completion_ids),
+        "response/repetition": sum(repeated_share(ids) for ids in completion_ids) / len(completion_ids),
+    }

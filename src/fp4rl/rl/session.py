@@ -16,6 +16,7 @@ from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, complete, rotate
 from fp4rl.rl.components import Hooks, TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
+from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.judge import Judge
 from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.objective import loss_rule
@@ -127,6 +128,7 @@ class TrainingSession:
             hooks,
             experiment.seed,
             experiment.model.master_dtype == "float32",
+            sampler_named(experiment.sampler),
         )
 
     def _checkpoints_to_keep(self) -> int:

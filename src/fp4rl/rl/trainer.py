@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
-from fp4rl.models.endings import end_ids
 from fp4rl.rl import processes
 from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
@@ -27,12 +26,13 @@ from fp4rl.rl.by_length import by_length
 from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.dropout import dropout_off, drops
 from fp4rl.rl.fill import Filler
+from fp4rl.rl.generate import Sampling
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.means import StepMeans
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
-from fp4rl.rl.rollout import Rollout, Sampling, roll_out, seed_rollout
+from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
 from fp4rl.rl.scoring import answer_logps, whole_sequences
 from fp4rl.rl.step_timer import StepTimer
 from fp4rl.spec.errors import InvalidValueError
@@ -68,7 +68,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             train_dataset=Dataset.from_dict({"prompt": [""] * recipe.train_batch_size}),
             processing_class=tokenizer,
         )
-        self.eos_token_ids = end_ids(model)
         with parts.phases.unobserved():
             self._drops = drops(self.model)
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -165,20 +164,11 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     def _sample(self, problems: list[Problem]) -> Rollout:
         self.timer.lap("rewards")
         recipe = self.parts.recipe
-        config = GenerationConfig(
-            max_new_tokens=recipe.max_response_length,
-            do_sample=True,
-            temperature=recipe.temperature,
-            top_p=recipe.top_p,
-            top_k=0,
-            pad_token_id=self._tokenizer.pad_token_id,
-            eos_token_id=self.eos_token_ids,
-        )
-        sampling = Sampling(config, self.eos_token_ids)
+        sampling = Sampling(recipe.max_response_length, recipe.temperature, recipe.top_p, logps=True)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            found = roll_out(model, self._tokenizer, problems, sampling)
+            rollout = roll_out(self.parts.sampler, model, self._tokenizer, problems, sampling)
         self.timer.lap("generation")
-        return found
+        return rollout
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, mode
 
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.fitting import with_fitting_numbers
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
@@ -31,6 +31,7 @@ class Experiment(Spec):
     noise: Noise | None = None
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
+    sampler: str = later_key("transformers", description="what generates the answers of rollouts and evaluations")
     seed: NonNegativeInt = 0
 
     @model_validator(mode="before")

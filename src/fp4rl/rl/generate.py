@@ -1,0 +1,193 @@
+"""Generate answers: the one place where rollouts and evaluations meet an engine, so that another one plugs in here."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from fp4rl.models.endings import end_ids
+from fp4rl.rl.dropout import dropout_off
+from fp4rl.rl.prompts import padded
+from fp4rl.spec.errors import NotFoundError, nearest
+
+# A token is a byte or more: the last n bytes of an answer stand in its last n tokens. Some more for words' beginnings.
+_SPARE = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: `temperature` 0 is greedy, `count` answers are given to each prompt.
+
+    Each of the texts in `stop` ends an answer and is no part of it. `logps` asks for the log-probabilities of the
+    tokens.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    count: int = 1
+    stop: tuple[str, ...] = ()
+    logps: bool = False
+
+
+class Generation(NamedTuple):
+    """One answer. `tokens` hold what ended it, `text` does not; `ended`: whether it ended before the limit.
+
+    `logps` [tokens]: log-probability of each token under softmax(logits / temperature) over the whole vocabulary, as
+    the loss computes it; None where `Sampling.logps` is off.
+    """
+
+    tokens: list[int]
+    text: str
+    ended: bool
+    logps: Tensor | None = None
+
+
+class Sampler(Protocol):
+    """An engine that answers prompts with the weights of `model` as they are in this moment, rounding and noise
+    included."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+    ) -> list[Generation]:
+        """Return `sampling.count` answers in a row to each of `prompts` (token ids).
+
+        Whatever is random is drawn from torch's global generator, which the caller has seeded.
+        """
+        ...
+
+
+@torch.no_grad()
+def transformers_sampler(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
+) -> list[Generation]:
+    """Generate with the live model itself through transformers' `generate`, dropout off."""
+    ids, mask = (part.to(next(model.parameters()).device) for part in padded(prompts, tokenizer.pad_token_id))
+    keeper = SampledLogprobs(sampling.temperature or 1.0) if sampling.logps else None
+    ends, start = end_ids(model), ids.shape[1]
+    with dropout_off(model):
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=_config(tokenizer, sampling, ends),
+            logits_processor=LogitsProcessorList([keeper] if keeper is not None else []),
+            stopping_criteria=StoppingCriteriaList([Stops(tokenizer, sampling.stop, start)] if sampling.stop else []),
+        )
+    new = sequences[:, start:]
+    logps = keeper.finish(sequences) if keeper is not None else None  # [answers, T]
+    answers = []
+    for row, (length, ended) in enumerate(zip(*until_end(new, ends), strict=True)):
+        answer = cut(tokenizer, new[row, :length].tolist(), ended, sampling.stop)
+        answers.append(answer if logps is None else answer._replace(logps=logps[row, : len(answer.tokens)]))
+    return answers
+
+
+# One entry a sampler; the key `sampler` of an experiment chooses it.
+SAMPLERS: Mapping[str, Callable[[], Sampler]] = MappingProxyType({"transformers": lambda: transformers_sampler})
+
+
+def sampler_named(name: str) -> Sampler:
+    """Make the sampler that an experiment names. Raises NotFoundError."""
+    if name not in SAMPLERS:
+        raise NotFoundError(f"no sampler {name!r}{nearest(name, SAMPLERS)}")
+    return SAMPLERS[name]()
+
+
+def _config(tokenizer: PreTrainedTokenizerBase, sampling: Sampling, ends: list[int]) -> GenerationConfig:
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_return_sequences=sampling.count,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+        **(drawn if sampling.temperature else {"do_sample": False}),
+    )
+
+
+class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
+    """Records log pi(token) of every token as it is sampled, holding the logits of one step at a time.
+
+    A processor sees the logits of step t before the sampler draws from them, and the drawn token at step t + 1; so one
+    table of [answers, vocabulary] is kept instead of one per step.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._logits: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._drawn(input_ids)
+        self._logits = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """Log-probabilities [answers, new tokens] of the finished `sequences`; padding holds whatever was drawn."""
+        self._drawn(sequences)
+        return torch.stack(self._columns, dim=1)
+
+    def _drawn(self, sequences: Tensor) -> None:
+        if self._logits is None:
+            return
+        logits = self._logits.float() / self._temperature
+        chosen = logits.gather(-1, sequences[:, -1:]).squeeze(-1)
+        self._columns.append(chosen - logits.logsumexp(-1))
+        self._logits = None
+
+
+def until_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """Length of each answer up to and including its first end token, and whether it has one. tokens [answers, T]."""
+    is_end = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
+    ended = is_end.any(dim=1)
+    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, tokens.shape[1])
+    return lengths.tolist(), ended.tolist()
+
+
+class Stops(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row of a generation once its new text, from token `start` on, holds one of the texts in `stop`.
+
+    It reads the text that will be scored, whatever the tokens are that spell it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, tuple(stop), start
+        self._window = max(len(text.encode()) for text in stop) + _SPARE
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        last = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :]
+        texts = self._tokenizer.batch_decode(last, skip_special_tokens=True)
+        return torch.tensor([_holds(text, self._stop) for text in texts], device=input_ids.device)
+
+
+def cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ended: bool, stop: Sequence[str]) -> Generation:
+    """End an answer at the first of `stop`; `ended` tells whether an end token stands behind `tokens` otherwise."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    if not _holds(text, stop):
+        return Generation(tokens, text, ended)
+
+    def stopped(length: int) -> bool:
+        return _holds(str(tokenizer.decode(tokens[:length], skip_special_tokens=True)), stop)
+
+    length = bisect_left(range(len(tokens)), True, key=stopped)
+    return Generation(tokens[:length], text[: min(text.find(words) for words in stop if words in text)], True)
+
+
+def _holds(text: str, stop: Sequence[str]) -> bool:
+    return any(words in text for words in stop)

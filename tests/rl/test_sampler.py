@@ -1,0 +1,77 @@
+"""A sampler is one entry; trainer and evaluator both ask the one that the experiment names."""
+
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from fp4rl.rl import generate
+from fp4rl.rl.check import check
+from fp4rl.rl.generate import Generation, transformers_sampler
+from fp4rl.spec.digest import digest
+from fp4rl.spec.errors import NotFoundError
+from fp4rl.spec.experiment import Experiment
+
+
+class Parrot:
+    """Says one answer to everything; of half of its tokens it cannot tell the log-probability."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, model, tokenizer, prompts, sampling):  # noqa: ARG002
+        self.asked.append((len(prompts), sampling))
+        tokens = [*tokenizer("1 + 1 = 2\n#### 2")["input_ids"], tokenizer.eos_token_id]
+        logps = torch.full((len(tokens),), -1.0).index_fill(0, torch.arange(0, len(tokens), 2), torch.nan)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return [Generation(tokens, text, True, logps)] * (len(prompts) * sampling.count)
+
+
+@pytest.fixture
+def plugged(monkeypatch):
+    made = []
+
+    def parrot():
+        made.append(Parrot())
+        return made[-1]
+
+    entries = {**generate.SAMPLERS, "parrot": parrot}
+    monkeypatch.setattr(generate, "SAMPLERS", MappingProxyType(entries))
+    return made
+
+
+def test_another_sampler_answers_rollouts_and_evaluations(plugged, run, experiment, monkeypatch):
+    monkeypatch.setattr("fp4rl.rl.phases.Phases.require_decoded", lambda *_: None)  # a parrot is not the policy
+    described = experiment("bf16", training={"steps": 1}).model_copy(update={"sampler": "parrot"})
+    _, heard = run(described)
+    asked = [call for sampler in plugged for call in sampler.asked]
+    assert (16, True) in [(prompts, sampling.logps) for prompts, sampling in asked]
+    assert sum(prompts for prompts, sampling in asked if not sampling.logps) == 4 * 24  # two profiles, start and end
+    assert {item.completion for e in heard.evaluations for item in e.items} == {"1 + 1 = 2\n#### 2"}
+    assert {e.profile.sampling for e in heard.evaluations} == {"greedy, by parrot"}
+
+
+def test_a_sampler_nobody_knows_is_refused_before_a_run(experiment):
+    with pytest.raises(NotFoundError, match="no sampler 'transformer'; did you mean 'transformers'"):
+        check(experiment("bf16").model_copy(update={"sampler": "transformer"}))
+
+
+def test_the_key_changes_no_digest_unless_it_is_set():
+    plain = Experiment()
+    assert "sampler" not in plain.model_dump()
+    assert digest(plain) != digest(plain.model_copy(update={"sampler": "parrot"}))
+    assert Experiment.model_validate({"sampler": "parrot"}).sampler == "parrot"
+
+
+def test_what_is_asked_for_is_what_comes(experiment, model_cache):
+    from fp4rl.models.load import load
+    from fp4rl.rl.start import start_folder, task_of
+
+    described = experiment("bf16")
+    model, tokenizer = load(start_folder(described.model, task_of(described.task), model_cache))
+    prompts = tokenizer(["1 + 1 = ", "2"])["input_ids"]
+    torch.manual_seed(0)
+    found = transformers_sampler(model, tokenizer, prompts, generate.Sampling(6, 1.0, count=3, logps=True))
+    assert len(found) == 6
+    assert all(len(answer.logps) == len(answer.tokens) <= 6 for answer in found)
+    assert transformers_sampler(model, tokenizer, prompts, generate.Sampling(6))[0].logps is None
