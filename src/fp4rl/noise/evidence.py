@@ -75,7 +75,7 @@ def summary(evidence: Sequence[NoiseEvidence], sigma: float) -> dict[str, Any]:
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
     """CheckFailed when one rollout asked for `sigma` and no weight was drawn any noise, or noise of another size was
-    drawn, for one weight or for all together (check P03).
+    drawn, for one weight or for all together.
 
     What the weights' dtype swallowed was drawn: late stages in BF16 may change no weight at all, which the whole run
     answers for (`require_noise`).

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from fp4rl.noise.schedule import asked_sigma, epoch_aware, sigma_at
+from fp4rl.noise.schedule import asked_sigma, sigma_at
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import EpochAware, Noise, NoiseSchedule
 
@@ -38,7 +38,7 @@ class ScheduleProgress:
         """What the rollout of `step` asks for; steps are counted from 0."""
         if noise.control == "sigma_zero" or not isinstance(noise.schedule, EpochAware):
             return asked_sigma(noise, step, self.total)
-        return epoch_aware(noise.schedule, self.share(min(step, self.total - 1)))
+        return noise.schedule.at_share(self.share(min(step, self.total - 1)))
 
     def share(self, step: int) -> Fraction:
         """How much of the schedule is done at `step` (0..1): whole epochs, and what is done of the one it is in."""

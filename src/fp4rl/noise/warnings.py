@@ -1,4 +1,4 @@
-"""What a run's noise will not do, said before it begins: weights that are not there, what BF16 swallows (P05)."""
+"""What a run's noise will not do, said before it begins: weights that are not there, what BF16 swallows."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator

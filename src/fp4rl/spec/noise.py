@@ -1,9 +1,13 @@
 """AQN, adaptive quantization noise: what is added to which weights while the policy samples.
 
-The geometric schedule is QeRL's (arXiv 2510.11696, section 3.3); the epoch-aware one repeats a fade in every epoch.
+The geometric schedule is QeRL's (arXiv 2510.11696, section 3.3); the epoch-aware one repeats a fade in every epoch. A
+schedule of your own is a class here with a `kind` and an `at`, and its name in NoiseSchedule.
 """
 
-from typing import Annotated, Any, Literal
+import math
+from abc import abstractmethod
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -18,101 +22,132 @@ from pydantic import (
 from fp4rl.spec.frozen import Spec
 
 
-def _above_zero(sigma: float) -> float:
-    if sigma <= 0:
-        raise ValueError(
-            f"sigma_end is {sigma:g}, and a geometric fade never reaches zero; name the last value you want, such as "
-            "0.0005, or write `noise: none`"
-        )
-    return sigma
+class Fade(Spec):
+    """Sigma, the standard deviation of the noise, that fades from `sigma_start` to `sigma_end` over a run."""
 
-
-def _enough_stages(stages: int) -> int:
-    if stages < 3:
-        raise ValueError(
-            f"num_stages is {stages}, but one stage is silent and a fade needs two values; use at least 3, or the "
-            "constant schedule"
-        )
-    return stages
-
-
-def _enough_values(stages: int) -> int:
-    if stages < 2:
-        raise ValueError(f"stages_per_epoch is {stages}, but a fade needs two values; use at least 2")
-    return stages
-
-
-def _fades(start: float, end: float) -> None:
-    if end > start:
-        raise ValueError(f"sigma_end {end:g} is above sigma_start {start:g}: the noise would grow; swap them")
-
-
-class Geometric(Spec):
-    """`num_stages` equal intervals of the run: the first one silent, then values that fade by equal ratios."""
-
-    kind: Literal["geometric"] = "geometric"
+    by_ratio: ClassVar[bool] = False  # a fade by ratios never reaches zero
+    fewest: ClassVar[int] = 0  # values of a staged fade
+    kind: str
     sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
-    sigma_end: float = Field(default=5e-4, description="standard deviation at last")
-    num_stages: int = Field(default=10, description="equal intervals of the run, the first one silent")
+    sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
 
-    _end = field_validator("sigma_end")(_above_zero)
-    _stages = field_validator("num_stages")(_enough_stages)
+    @abstractmethod
+    def at(self, step: int, total: int) -> float:
+        """Return sigma in `step`, counted from 0, of a run of `total` steps."""
+
+    @property
+    def steps_for_all(self) -> int:
+        """Steps of the shortest run that reaches every value; 0 for a smooth fade, which has one per step."""
+        return 0
 
     @model_validator(mode="after")
-    def _fading(self) -> "Geometric":
-        _fades(self.sigma_start, self.sigma_end)
+    def _fades(self) -> "Fade":
+        if self.sigma_end > self.sigma_start:
+            ends = f"sigma_end {self.sigma_end:g} is above sigma_start {self.sigma_start:g}"
+            raise ValueError(f"{ends}: the noise would grow; swap them")
         return self
 
+    @field_validator("sigma_end")
+    @classmethod
+    def _reached(cls, sigma: float) -> float:
+        if cls.by_ratio and sigma == 0:
+            raise ValueError(
+                "sigma_end is 0, and a geometric fade never reaches zero; name the last value you want, such as "
+                "0.0005, or write `noise: none`"
+            )
+        return sigma
 
-class EpochAware(Spec):
+    @field_validator("num_stages", "stages_per_epoch", check_fields=False)
+    @classmethod
+    def _enough(cls, stages: int) -> int:
+        if stages < cls.fewest:
+            raise ValueError(f"{stages} stages are too few for a fade; use at least {cls.fewest}, or constant")
+        return stages
+
+    def _by_ratio(self, share: float | Fraction) -> float:
+        """start * (end/start)^share."""
+        return float(self.sigma_start * (self.sigma_end / self.sigma_start) ** share)
+
+    def _between(self, left: float) -> float:
+        """end + (start - end) * left."""
+        return self.sigma_end + (self.sigma_start - self.sigma_end) * left
+
+
+class Geometric(Fade):
+    """`num_stages` equal intervals of the run: the first one silent, then values that fade by equal ratios."""
+
+    by_ratio: ClassVar[bool] = True
+    fewest: ClassVar[int] = 3
+    kind: Literal["geometric"] = "geometric"
+    num_stages: int = Field(default=10, description="equal intervals of the run, the first one silent")
+
+    def at(self, step: int, total: int) -> float:
+        """Return start * (end/start)^(i/(K-2)) in interval i + 1 = floor(step K / total), K = num_stages; 0 before."""
+        interval = step * self.num_stages // total
+        return self._by_ratio((interval - 1) / (self.num_stages - 2)) if interval else 0.0
+
+    @property
+    def steps_for_all(self) -> int:
+        """One step for each interval."""
+        return self.num_stages
+
+
+class EpochAware(Fade):
     """Epoch e fades from b_e to b_(e+1), b_e = start * (end/start)^(e/epochs), after a silent 1/(stages + 1) of it."""
 
+    by_ratio: ClassVar[bool] = True
+    fewest: ClassVar[int] = 2
     kind: Literal["epoch_aware"] = "epoch_aware"
-    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
-    sigma_end: float = Field(default=5e-4, description="standard deviation at last")
     epochs: PositiveInt = Field(default=1, description="parts of the run, each with a fade of its own")
     stages_per_epoch: int = Field(default=5, description="values in each")
 
-    _end = field_validator("sigma_end")(_above_zero)
-    _stages = field_validator("stages_per_epoch")(_enough_values)
+    def at(self, step: int, total: int) -> float:
+        """Return sigma in `step` where all epochs are equally long."""
+        return self.at_share(Fraction(step, total))
 
-    @model_validator(mode="after")
-    def _fading(self) -> "EpochAware":
-        _fades(self.sigma_start, self.sigma_end)
-        return self
+    def at_share(self, share: Fraction) -> float:
+        """Return sigma when this share of the epochs is done, below 1. Exact: in floats 1/3 of three epochs is not
+        quite one."""
+        epoch, inside = divmod(share * self.epochs, 1)
+        slot = int(inside * (self.stages_per_epoch + 1))
+        return self._by_ratio((epoch + (slot - 1) / (self.stages_per_epoch - 1)) / self.epochs) if slot else 0.0
+
+    @property
+    def steps_for_all(self) -> int:
+        """One step for each value of each epoch, and one for its silence."""
+        return self.epochs * (self.stages_per_epoch + 1)
+
+
+class Linear(Fade):
+    """A straight line from the first step to the last."""
+
+    kind: Literal["linear"] = "linear"
+
+    def at(self, step: int, total: int) -> float:
+        """Return the line's value, `sigma_start` in a run of one step."""
+        return self._between(1 - step / max(total - 1, 1))
+
+
+class Cosine(Fade):
+    """Half a cosine from the first step to the last."""
+
+    kind: Literal["cosine"] = "cosine"
+
+    def at(self, step: int, total: int) -> float:
+        """Return the cosine's value, `sigma_start` in a run of one step."""
+        return self._between(0.5 * (1 + math.cos(math.pi * (step / max(total - 1, 1)))))
 
 
 class Constant(Spec):
     """The same sigma at every step."""
 
+    steps_for_all: ClassVar[int] = 0
     kind: Literal["constant"] = "constant"
     sigma: PositiveFloat = Field(default=1e-2, description="standard deviation at every step")
 
-
-class Linear(Spec):
-    """A straight line from the first step to the last."""
-
-    kind: Literal["linear"] = "linear"
-    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
-    sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
-
-    @model_validator(mode="after")
-    def _fading(self) -> "Linear":
-        _fades(self.sigma_start, self.sigma_end)
-        return self
-
-
-class Cosine(Spec):
-    """Half a cosine from the first step to the last."""
-
-    kind: Literal["cosine"] = "cosine"
-    sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
-    sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
-
-    @model_validator(mode="after")
-    def _fading(self) -> "Cosine":
-        _fades(self.sigma_start, self.sigma_end)
-        return self
+    def at(self, step: int, total: int) -> float:  # noqa: ARG002
+        """Return `sigma`."""
+        return self.sigma
 
 
 def _word_to_schedule(value: Any) -> Any:
