@@ -15,10 +15,9 @@ from fp4rl.diagnose.findings import findings, rule_results, standing_out
 from fp4rl.diagnose.knapsack import Choice, knapsack
 from fp4rl.diagnose.rules import Measured, band, judge, meanings, rule_named
 from fp4rl.diagnose.scan import scan
-from fp4rl.diagnose.tally import Rounded, Tally
 from fp4rl.inject.resolve import resolve
 from fp4rl.noise.multipliers import multiplier_at
-from fp4rl.numerics.errors import ErrorSplit
+from fp4rl.numerics.errors import ErrorSplit, ErrorSums, Rounded
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import load_spec
@@ -101,7 +100,7 @@ def test_a_threshold_that_ideal_data_breaks_is_said_to_tell_nothing(w4a4):
 
 def test_the_documents_relative_error_is_the_mean_of_ratios_and_stands_beside_ours():
     """By hand: |e|/|w| of (1 -> 2, 10 -> 10) is 1 and 0, mean 0.5; sum|e|/sum|w| is 1/11."""
-    tally = Tally()
+    tally = ErrorSums()
     values, rounded = torch.tensor([[1.0, 10.0]]), torch.tensor([[2.0, 10.0]])
     parts = ErrorSplit(rounded - values, torch.zeros(1, 2), torch.zeros(1, 2))
     tally.add(Rounded(values, 10.0, rounded, torch.ones(1, 2, dtype=torch.bool), parts))

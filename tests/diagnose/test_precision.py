@@ -6,11 +6,9 @@ import torch
 from fp4rl.diagnose.calibration import from_tokens
 from fp4rl.diagnose.precision import ideal_measures, input_errors, rounding_error, weight_errors, weight_of
 from fp4rl.diagnose.stored import stored_weight_errors
-from fp4rl.diagnose.tally import Tally, pooled, round_piece
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
-from fp4rl.numerics.errors import measure
-from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.errors import ErrorSums, pooled, round_piece
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, MXFP4, NVFP4
 from fp4rl.spec.injection import Injection
@@ -33,7 +31,7 @@ def test_an_ideal_tensor_lies_at_its_own_ideal_and_a_heavy_tail_above_it():
     generator = torch.Generator().manual_seed(3)
     for values, low, high in ((torch.randn(512, 1024, generator=generator), 0.99, 1.01), (None, 1.05, 3.0)):
         x = torch.randn(512, 1024, generator=generator) ** 3 if values is None else values
-        tally = Tally()
+        tally = ErrorSums()
         tally.add(round_piece(x.bfloat16(), MXFP4))
         assert low < tally.measures()["relative_l2"] / ideal_measures(MXFP4)["relative_l2"] < high
 
@@ -46,23 +44,13 @@ def test_gaussian_data_in_mxfp4_has_the_measured_error():
     assert ideal_measures(NVFP4)["relative_l2"] == pytest.approx(0.0952, abs=0.0005)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp4_dual", "fp8"])
-def test_sums_give_the_measures_of_the_numbers_room(name):
-    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) ** 3
-    tally = Tally()
-    tally.add(round_piece(x, FORMATS[name]))
-    assert tally.measures() == pytest.approx(
-        measure(x, fake_quantize(x, FORMATS[name]), FORMATS[name]).as_dict(), rel=1e-6
-    )
-
-
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp4_2d", "fp8", "mxfp4_dual"])
 def test_a_weight_in_pieces_has_the_error_of_the_whole(stories, name, monkeypatch):
     monkeypatch.setattr("fp4rl.diagnose.precision.PIECE", 64 * 32)
     table = resolve(stories, Injection(weight=FORMATS[name]))
     plan = next(plan for plan in table.plans if plan.name.endswith("0.mlp.gate_proj"))
     weight = weight_of(stories, plan)
-    whole = Tally()
+    whole = ErrorSums()
     seen = weight.bfloat16()
     whole.add(round_piece(seen, FORMATS[name]))
     pieces = rounding_error(lambda n: iter(weight.split(n)), plan, table)

@@ -185,7 +185,7 @@ def _ideal(fmt: Format) -> dict[str, float]:
         return kept
     from fp4rl.numerics.errors import gaussian_ideal
 
-    return gaussian_ideal(fmt).as_dict()
+    return dict(gaussian_ideal(fmt))
 
 
 def _compare(as_json: bool) -> None:
@@ -196,7 +196,7 @@ def _compare(as_json: bool) -> None:
     rows: list[tuple[str, float, dict[str, dict[str, float]]]] = []
     with progress(console(stderr=True)) as bar:
         for label, fmt in bar.track(list(_compared()), description="measuring"):
-            rows.append((label, fmt.bits_per_value, {kind: m.as_dict() for kind, m in errors_on(fmt)}))
+            rows.append((label, fmt.bits_per_value, dict(errors_on(fmt))))
     if as_json:
         print_json([{"format": label, "bits_per_value": bits, "errors": errors} for label, bits, errors in rows])
         return

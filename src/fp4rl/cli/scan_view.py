@@ -74,7 +74,7 @@ def show_totals(screen: "Console", totals: "Sequence[Total]", names: tuple[str, 
 
 
 def _show_together(screen: "Console", report: "ScanReport") -> None:
-    from fp4rl.diagnose.tally import pooled
+    from fp4rl.numerics.errors import pooled
 
     weights = [part for part in report.parts if part.part == "weight"]
     if not report.tallies or not weights:

@@ -12,8 +12,8 @@ from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.knapsack import Choice, Chosen, knapsack
 from fp4rl.diagnose.precision import PIECE, weight_of
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.tally import Tally, round_piece
 from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.numerics.errors import ErrorSums, round_piece
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
 from fp4rl.spec.injection import Injection
@@ -100,7 +100,7 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
 
 
 def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: Format) -> float:
-    tally = Tally()
+    tally = ErrorSums()
     for plan in plans:
         weight = weight_of(model, plan)
         rows = max(1, PIECE // weight.shape[-1])

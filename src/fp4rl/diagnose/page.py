@@ -8,7 +8,7 @@ from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.findings import findings, rule_results
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.rules import COLUMNS, meanings
-from fp4rl.diagnose.tally import pooled
+from fp4rl.numerics.errors import pooled
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import counted
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.passes import Progress, logits_of
-from fp4rl.diagnose.tally import Tally, excess, round_piece
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.numerics.errors import gaussian_ideal
+from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
 from fp4rl.spec.formats import Format
@@ -24,7 +24,7 @@ PIECE = 1 << 20  # values held at once
 
 @dataclass(frozen=True)
 class PartError:
-    """One site's weight or matmul input: its measures (see `Tally.measures`) and those of ideal Gaussian data.
+    """One site's weight or matmul input: its measures (see `ErrorSums.measures`) and those of ideal Gaussian data.
 
     `short_block` is the length of the last block where the format's block does not divide the width, else 0.
     """
@@ -41,17 +41,18 @@ class PartError:
 
     @property
     def excess(self) -> float:
-        """Relative error over that of ideal data: 1 is the format's floor."""
-        return excess(self.measures, self.ideal)
+        """The error over that of ideal Gaussian data in the same format (relative_l2): 1 is the format's own floor."""
+        error, floor = self.measures["relative_l2"], self.ideal["relative_l2"]
+        return error / floor if floor > 0 else (1.0 if error == 0 else inf)
 
 
 def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
-) -> tuple[tuple[PartError, ...], dict[str, Tally]]:
+) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     """Every weight that the table rounds, and the sums behind it. Raises InvalidValueError, naming the site, for NaN or
     Inf."""
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    found: dict[str, Tally] = {}
+    found: dict[str, ErrorSums] = {}
     for done, plan in enumerate(plans, start=1):
         found[plan.name] = rounding_error(_pieces(weight_of(model, plan)), plan, table)
         if on_progress is not None:
@@ -82,7 +83,7 @@ def input_errors(
     plans = {plan.site.path: plan for plan in table.plans if plan.input is not None and plan.site.kind == "linear"}
     if not plans:
         return ()
-    tallies = {path: Tally() for path in plans}
+    tallies = {path: ErrorSums() for path in plans}
     dtype = getattr(torch, table.injection.dtype)
     last: dict[str, Any] = {}
 
@@ -91,7 +92,7 @@ def input_errors(
         assert fmt is not None
         if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read one tensor
             seen = tokens.to(dtype)
-            one = Tally()
+            one = ErrorSums()
             one.add(round_piece(seen, fmt, plans[path].name), each_row=True)
             last.update(tokens=tokens, fmt=fmt, tally=one)
         tallies[path].merge(last["tally"])
@@ -106,7 +107,7 @@ def input_errors(
     return tuple(part_error(plan, "input", tallies[path]) for path, plan in plans.items() if tallies[path].values)
 
 
-def part_error(plan: SitePlan, part: Part, tally: Tally) -> PartError:
+def part_error(plan: SitePlan, part: Part, tally: ErrorSums) -> PartError:
     """Sums -> measures, with the ideal beside them."""
     fmt = plan.weight if part == "weight" else plan.input
     assert fmt is not None
@@ -116,13 +117,13 @@ def part_error(plan: SitePlan, part: Part, tally: Tally) -> PartError:
     return PartError(site.name, site.layer, site.role, part, fmt.name, site.shape, short, tally.measures(), ideal)
 
 
-def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> Tally:
+def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
     """Sums over one weight that is given in pieces, cast to the dtype that the quantizer sees."""
     fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
     assert fmt is not None
     height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
     amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if _spans_tensor(fmt) else None
-    tally = Tally()
+    tally = ErrorSums()
     for piece in rows(height):
         seen = piece.to(dtype)
         tally.add(round_piece(seen, fmt, plan.name, amax))
@@ -131,8 +132,8 @@ def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> Tally:
 
 def ideal_measures(fmt: Format) -> dict[str, float]:
     """What ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
-    found = gaussian_ideal(fmt).as_dict()
-    return found | {"row_median": found["relative_l2"]}
+    ideal = gaussian_ideal(fmt)
+    return {**ideal} | {"row_median": ideal["relative_l2"]}
 
 
 def _spans_tensor(fmt: Format) -> bool:

@@ -9,8 +9,8 @@ from fp4rl.diagnose.dynamics import Dynamics
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.sensitivity import Sensitivity
 from fp4rl.diagnose.suspects import Verdict
-from fp4rl.diagnose.tally import Tally, pooled
 from fp4rl.inject.plan import SiteTable
+from fp4rl.numerics.errors import ErrorSums, pooled
 
 SCHEMA = 1
 
@@ -33,7 +33,7 @@ class ScanReport:
     model: str
     table: SiteTable
     parts: tuple[PartError, ...] = ()
-    tallies: Mapping[str, Tally] | None = None
+    tallies: Mapping[str, ErrorSums] | None = None
     calibration: Mapping[str, Any] | None = None
     sensitivity: Sensitivity | None = None
     depth: tuple[LayerDepth, ...] = ()

@@ -5,17 +5,17 @@ from pathlib import Path
 from fp4rl.diagnose.passes import Progress
 from fp4rl.diagnose.precision import PartError, part_error, rounding_error
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
-from fp4rl.diagnose.tally import Tally
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.skeleton import skeleton
+from fp4rl.numerics.errors import ErrorSums
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.injection import Injection
 
 
 def stored_weight_errors(
     folder: str | Path, injection: Injection, on_progress: Progress | None = None
-) -> tuple[SiteTable, tuple[PartError, ...], dict[str, Tally]]:
+) -> tuple[SiteTable, tuple[PartError, ...], dict[str, ErrorSums]]:
     """The site table of a checkpoint folder, its weights' errors and the sums behind them; the model is never loaded.
 
     Raises InvalidValueError for an adapter's folder (its weights are those of the base model), NotFoundError for a
@@ -26,7 +26,7 @@ def stored_weight_errors(
     table = resolve(skeleton(folder), injection)
     stored = stored_tensors(folder)
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    found: dict[str, Tally] = {}
+    found: dict[str, ErrorSums] = {}
     for done, plan in enumerate(plans, start=1):
         found[plan.name] = rounding_error(_tensor_of(plan, stored, folder).rows, plan, table)
         if on_progress is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fp4rl.numerics.errors import ErrorMeasures, measure
+from fp4rl.numerics.errors import measure
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import Format
 
@@ -41,7 +41,7 @@ DATA: dict[str, Callable[[torch.Generator], Tensor]] = {
 }
 
 
-def errors_on(fmt: Format, seed: int = 0) -> Iterator[tuple[str, ErrorMeasures]]:
+def errors_on(fmt: Format, seed: int = 0) -> Iterator[tuple[str, dict[str, float]]]:
     """The format's measures on each kind of data, every kind from its own generator of that seed."""
     for name, draw in DATA.items():
         generator = torch.Generator().manual_seed(seed)

@@ -11,9 +11,12 @@ format would leave behind.
 After arXiv 2605.20402, which names the three parts; the element-wise definition here is this project's.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import log10
+from math import inf, isfinite, log10, sqrt
+from statistics import median
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,27 +34,7 @@ from fp4rl.spec.formats import Format
 OCTAVE = 8  # a power-of-two scale cares where in an octave the data lie, so the ideal is a mean over this many sizes
 IDEAL_SHAPE = (512, 512)
 EXACT_DB = 200.0  # stands for an error of zero
-
-
-@dataclass(frozen=True)
-class ErrorMeasures:
-    """One tensor's error. Shares lie in 0..1; the last three are the root of a part's squared sum over that of the
-    values."""
-
-    sqnr_db: float
-    relative_l2: float  # sqrt(sum e^2 / sum x^2)
-    relative_l1: float  # sum|e| / sum|x|
-    mean_relative: float  # mean of |e| / |x| over the nonzero values
-    deadzone_share: float  # of the nonzero values, those that became zero
-    clipped_share: float  # values beyond what their block's scale holds
-    clipped_error: float  # their share of the squared error
-    scale_bias: float
-    deadzone: float
-    grid_noise: float
-
-    def as_dict(self) -> dict[str, float]:
-        """The measures by name."""
-        return asdict(self)
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,29 +46,134 @@ class ErrorSplit:
     grid_noise: Tensor
 
 
-@torch.no_grad()
-def measure(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorMeasures:
-    """Every measure of `rounded` [any shape, like x], which `fmt` made of `x`; raises InvalidValueError for NaN and
-    infinity."""
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error.
+
+    `largest` is the largest magnitude of the values, or of the tensor that they are a piece of.
+    """
+
+    values: Tensor
+    largest: float
+    rounded: Tensor
+    reach: Tensor
+    parts: ErrorSplit
+
+
+@dataclass
+class ErrorSums:
+    """Sums over values x and what they were rounded to, which pieces add up to: no tensor need be held whole.
+
+    `rows` holds the relative error of single rows (tokens).
+    """
+
+    values: int = 0
+    signal: float = 0.0
+    error: float = 0.0
+    abs_signal: float = 0.0
+    abs_error: float = 0.0
+    ratio: float = 0.0
+    nonzero: int = 0
+    dead: int = 0
+    clipped: int = 0
+    clipped_error: float = 0.0
+    scale_bias: float = 0.0
+    deadzone: float = 0.0
+    grid_noise: float = 0.0
+    rows: list[float] = field(default_factory=list)
+
+    def add(self, piece: Rounded, *, each_row: bool = False) -> None:
+        """Add one piece; `each_row` also keeps the relative error of every row."""
+        # Rows are added in the dtype of the maths, float32 mostly, and sums of rows in float64. Masks cost more than
+        # all the arithmetic, so counts are sums of zeros and ones.
+        exact, parts = _safe(piece.values, piece.largest), piece.parts
+        rounded, reach = piece.rounded.to(exact.dtype), piece.reach.to(exact.dtype)
+        error = rounded - exact
+        size, off = exact.abs(), error.abs()
+        square = error * error
+        power, each = _rows(exact * exact), _rows(square)
+        self.values += exact.numel()
+        self.signal += float(power.sum())
+        self.error += float(each.sum())
+        self.abs_signal += _sum(size)
+        self.abs_error += _sum(off)
+        self.ratio += _sum(off / size.clamp_min(torch.finfo(size.dtype).tiny))  # of a zero the error is zero
+        nonzero = round(_sum(size.sign()))
+        self.nonzero += nonzero
+        self.dead += nonzero - round(_sum(rounded.abs().sign()))
+        self.clipped += size.numel() - round(_sum(reach))
+        self.clipped_error += float(each.sum()) - _sum(square * reach)
+        self.scale_bias += _sum(parts.scale_bias.square())
+        self.deadzone += _sum(parts.deadzone.square())
+        self.grid_noise += _sum(parts.grid_noise.square())
+        if each_row:
+            self.rows += (each / power.clamp_min(_TINY)).sqrt()[power > 0].tolist()
+
+    def merge(self, other: "ErrorSums") -> None:
+        """Add the sums of another."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def measures(self) -> dict[str, float]:
+        """Return every measure by name; e = Q(x) - x, shares lie in 0..1.
+
+        sqnr_db          -10 log10(sum e^2 / sum x^2), EXACT_DB for no error
+        relative_l2      sqrt(sum e^2 / sum x^2); relative_l1  sum |e| / sum |x|
+        mean_relative    mean of |e| / |x| over the nonzero values
+        deadzone_share   of the nonzero values, those that became zero
+        clipped_share    values beyond what their block's scale holds; clipped_error  their share of sum e^2
+        scale_bias, deadzone, grid_noise    root of the part's squared sum over that of the values
+        row_median       median over rows of the relative error, where rows were kept
+        """
+        power = self.error / max(self.signal, _TINY)
+        measured = {
+            "sqnr_db": min(EXACT_DB, -10 * log10(power) if power > 0 else inf),
+            "relative_l2": sqrt(power),
+            "relative_l1": self.abs_error / max(self.abs_signal, _TINY),
+            "mean_relative": self.ratio / max(self.nonzero, 1),
+            "deadzone_share": self.dead / max(self.nonzero, 1),
+            "clipped_share": self.clipped / max(self.values, 1),
+            "clipped_error": self.clipped_error / max(self.error, _TINY),
+        }
+        for part in ("scale_bias", "deadzone", "grid_noise"):
+            measured[part] = sqrt(getattr(self, part) / max(self.signal, _TINY))
+        return measured | ({"row_median": median(self.rows)} if self.rows else {})
+
+
+def pooled(parts: Iterable[ErrorSums]) -> ErrorSums:
+    """Return the sums of all values together."""
+    total = ErrorSums()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def measure(x: Tensor, rounded: Tensor, fmt: Format) -> dict[str, float]:
+    """Return every measure of `rounded` [any shape, like x], which `fmt` made of `x`; raises InvalidValueError for NaN
+    and infinity."""
     if x.shape != rounded.shape or not bool(x.isfinite().all() and rounded.isfinite().all()):
         raise InvalidValueError("an error is measured between two finite tensors of one shape")
-    exact = x.double()
-    error = rounded.double() - exact
-    square, signal = error.square(), exact.square().sum().item()
-    total, alive, reach = square.sum().item(), exact != 0, within_reach(x, fmt)
-    parts = split(x, rounded, fmt)
-    power = total / signal if signal else 0.0
-    ratios = (error.abs() / exact.abs())[alive]
-    return ErrorMeasures(
-        sqnr_db=min(EXACT_DB, -10 * log10(power)) if power else EXACT_DB,
-        relative_l2=power**0.5,
-        relative_l1=_share(error.abs().sum(), exact.abs().sum()),
-        mean_relative=ratios.mean().item() if ratios.numel() else 0.0,
-        deadzone_share=_share((alive & (rounded == 0)).sum(), alive.sum()),
-        clipped_share=_share((~reach).sum(), torch.tensor(x.numel())),
-        clipped_error=_share(square[~reach].sum(), square.sum()),
-        **{name: (part.square().sum().item() / signal) ** 0.5 if signal else 0.0 for name, part in vars(parts).items()},
-    )
+    sums = ErrorSums()
+    sums.add(Rounded(x, float(widened(x).abs().max()), rounded, within_reach(x, fmt), split(x, rounded, fmt)))
+    return sums.measures()
+
+
+def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None = None) -> Rounded:
+    """One piece [rows, columns] of a tensor, rounded as in the whole.
+
+    Where one scale serves the whole tensor, `amax` is its largest magnitude: one more row carries it along. Raises
+    InvalidValueError, naming the tensor, for NaN and infinity.
+    """
+    if amax is not None:
+        beyond = x.new_zeros(1, x.shape[-1])
+        beyond[0, 0] = amax
+        x = torch.cat([x, beyond])
+    generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
+    largest = float(widened(x).abs().max()) if x.numel() else 0.0
+    rounded = fake_quantize(x, fmt, generator=generator, check_finite=not isfinite(largest), name=name)
+    rows = len(x) - (amax is not None)
+    parts = {part: value[:rows] for part, value in vars(split(x, rounded, fmt)).items()}
+    return Rounded(x[:rows], largest, rounded[:rows], within_reach(x, fmt)[:rows], ErrorSplit(**parts))
 
 
 @torch.no_grad()
@@ -126,19 +214,29 @@ def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def gaussian_ideal(fmt: Format) -> ErrorMeasures:
-    """What ideal Gaussian data would give, so that a reader can tell the format's floor from a tensor's own problem.
+def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
+    """Measure ideal Gaussian data, so that a reader can tell the format's floor from a tensor's own problem.
 
     The mean of each measure over eight standard deviations that span an octave, 2^18 values each, from a fixed
     generator.
     """
     generator = torch.Generator().manual_seed(0)
-    measures = []
+    measured = []
     for i in range(OCTAVE):
         x = torch.randn(IDEAL_SHAPE, generator=generator) * 2.0 ** (i / OCTAVE)
-        measures.append(measure(x, fake_quantize(x, fmt, generator=generator), fmt).as_dict())
-    return ErrorMeasures(**{name: sum(m[name] for m in measures) / OCTAVE for name in measures[0]})
+        measured.append(measure(x, fake_quantize(x, fmt, generator=generator), fmt))
+    return MappingProxyType({name: sum(m[name] for m in measured) / OCTAVE for name in measured[0]})
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return part.item() / whole.item() if whole.item() else 0.0
+def _sum(values: Tensor) -> float:
+    return float(_rows(values).sum())
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.sum(-1).double()
+
+
+def _safe(values: Tensor, largest: float) -> Tensor:
+    """In float32 where squares neither vanish nor overflow there, else in float64."""
+    wide = widened(values)
+    return wide if largest == 0.0 or 1e-12 < largest < 1e15 else wide.double()
