@@ -79,7 +79,7 @@ def _made(model: nn.Module, plan: SitePlan, settings: Settings, shared: SharedIn
 def _settings(table: SiteTable, plan: SitePlan) -> Settings:
     injection = table.injection
     seed = crc32(f"{injection.seed}/{plan.name}".encode())
-    return Settings(getattr(torch, injection.dtype), injection.straight_through, seed)
+    return Settings(getattr(torch, injection.dtype), injection.straight_through == "clipped", seed)
 
 
 def _ignored_by_ddp(model: nn.Module) -> list[str]:

@@ -15,7 +15,6 @@ from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounded import through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
-from fp4rl.numerics.straight_through import Variant
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.modes import Phase
 from fp4rl.spec.points import GRADIENTS, can_clip
@@ -28,7 +27,7 @@ class Settings:
     """What all sites of one injection share."""
 
     dtype: torch.dtype
-    variant: Variant
+    clipped: bool  # whether a clipped value gets no gradient
     seed: int
 
 
@@ -45,8 +44,7 @@ class SiteState:
         self.settings = settings
         formats = {point: getattr(plan, point) for point in plan.points()}
         self._words = {point: words(fmt) for point, fmt in formats.items()}
-        clipped = settings.variant == "clipped"
-        self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
+        self._clipping = {p for p, fmt in formats.items() if settings.clipped and p not in GRADIENTS and can_clip(fmt)}
         self.chance = SiteRng(settings.seed)
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}

@@ -23,7 +23,7 @@ def fake_quantize(
     check_finite: bool = False,
     name: str = "tensor",
 ) -> Tensor:
-    """`x` [any shape] rounded to `fmt`, same shape and dtype, contiguous; no gradient flows (see `straight_through`).
+    """`x` [any shape] rounded to `fmt`, same shape and dtype, contiguous; no gradient flows.
 
     A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding
     and moves on by one draw a call. `out` takes the result and may be `x` itself. Raises InvalidValueError for a dtype
