@@ -26,7 +26,7 @@ from fp4rl.rl.health.monitor import Monitor, replay
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import Run
-from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.rl.start import start_folder
 from fp4rl.rl.train import train
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
@@ -89,9 +89,9 @@ class Bench:
     def _plant(self, described: dict[str, Any], folder: Path, fault: Fault, onset: int) -> Rows:
         rows: Rows = []
         experiment = Experiment.model_validate(described)
-        task = task_of(experiment.task)
+        task = experiment.task
         start = start_folder(experiment.model, task, self.models)
-        problems = training_problems(experiment.task, task)
+        problems = task.problems("train")
         listeners = Listeners(on_step=lambda step, metrics: rows.append((step, metrics)))
         run = Run(experiment, folder, start, task, problems, judge_of(experiment, task), listeners, "", {})
         Planted(run, fault, onset).train()

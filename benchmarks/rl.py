@@ -30,7 +30,7 @@ from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.rollout import roll_out
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
-from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.rl.start import start_folder
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 
@@ -73,13 +73,13 @@ def experiment(mode: str) -> Experiment:
 def prepared(cache: Path, folder: Path) -> Run:
     """The warmed-up model with an end token that it never says: every answer runs into the cap."""
     described = experiment("none")
-    task = task_of(described.task)
+    task = described.task
     model, tokenizer = load(start_folder(described.model, task, cache))
     tokenizer.eos_token = tokenizer.bos_token
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    problems = training_problems(described.task, task)
+    problems = task.problems("train")
     return Run(described, folder, folder, task, problems, judge_of(described, task), Listeners(), "")
 
 

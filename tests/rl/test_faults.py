@@ -14,7 +14,7 @@ from fp4rl.rl import rollout as rollout_room
 from fp4rl.rl.check import check
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
-from fp4rl.tasks.task import Problem, Score
+from fp4rl.spec.task import Problem, Score
 
 PROBLEM = Problem("arithmetic-1", "Q: 1 + 1 ? A:", "2", "1 + 1 = 2 . #### 2", "train")
 WRONG = Score(False, False, False)
@@ -123,7 +123,7 @@ def test_a_row_without_an_answer_is_named_before_anything_runs(tmp_path, experim
 
 
 def _gsm8k(file):
-    from fp4rl.spec.task import Gsm8k
+    from fp4rl.tasks.gsm8k import Gsm8k
 
     return Gsm8k(path=str(file))
 

@@ -9,8 +9,8 @@ from fp4rl.rl.fill import Filler
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Rollout
 from fp4rl.rl.stream import PromptStream
+from fp4rl.spec.task import Problem, Score
 from fp4rl.spec.training import Training
-from fp4rl.tasks.task import Problem, Score
 
 N = 4
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "yes", "yes", "train") for i in range(40)]

@@ -17,7 +17,6 @@ from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
-from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -120,8 +119,8 @@ def attempt_at(path, dtype, injection, into, **training):
             },
         }
     )
-    task = task_of(described.task)
-    judge, problems = judge_of(described, task), training_problems(described.task, task)
+    task = described.task
+    judge, problems = judge_of(described, task), task.problems("train")
     return TrainingSession(Run(described, into, path, task, problems, judge, Listeners(), "", {}), ResumeState())
 
 

@@ -12,11 +12,10 @@ from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded, padded, require_positions, require_prompts_fit
 from fp4rl.rl.rollout import roll_out
-from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
-from fp4rl.spec.task import Gsm8k
-from fp4rl.tasks.task import Problem, Score
+from fp4rl.spec.task import Problem, Score
+from fp4rl.tasks.gsm8k import Gsm8k
 
 
 def problem(prompt, split="train"):
@@ -45,12 +44,9 @@ def test_nothing_is_counted_where_every_prompt_is_short():
 
 def test_a_run_is_refused_before_it_starts_for_what_it_learns_and_for_what_it_is_judged_on(experiment):
     described = experiment("bf16")
-    task = task_of(described.task)
+    task = described.task
     encode, held_out = build_tokenizer(), task.problems("test", 24)
-    longest = [
-        max(len(encode(p.prompt)["input_ids"]) for p in ps)
-        for ps in (training_problems(described.task, task), held_out)
-    ]
+    longest = [max(len(encode(p.prompt)["input_ids"]) for p in ps) for ps in (task.problems("train"), held_out)]
     check(experiment("bf16", training={"max_prompt_length": max(longest)}))
     with pytest.raises(InvalidValueError, match=f"set training.max_prompt_length={max(longest)}"):
         check(experiment("bf16", training={"max_prompt_length": max(longest) - 1}))

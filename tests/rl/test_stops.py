@@ -9,9 +9,9 @@ from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.generate import Stops, cut
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
-from fp4rl.spec.task import Arithmetic, Gsm8k
 from fp4rl.tasks import arithmetic
-from fp4rl.tasks.gsm8k import rows
+from fp4rl.tasks.arithmetic import Arithmetic
+from fp4rl.tasks.gsm8k import Gsm8k, rows
 
 TOKENIZER = build_tokenizer()
 SAID = "5 + 2 = 7\n#### 7\n\nQuestion: Ten?\n#### 10"

@@ -14,7 +14,7 @@ from fp4rl.noise import perturb as perturb_room
 from fp4rl.rl import phases as phases_room
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.spec.errors import CheckFailed
-from fp4rl.tasks.task import Score
+from fp4rl.spec.task import Score
 
 EVERY_ARM = ("bf16", "w4a16", "w4a16+aqn", "w4a4")
 

@@ -17,7 +17,7 @@ from fp4rl.rl.by_length import by_length
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
-from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.rl.start import start_folder
 from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
 
 SEAMS = {
@@ -86,9 +86,9 @@ def attempt(experiment, model_cache, tmp_path):
     def begun(**training):
         torch.set_num_threads(1)
         described = experiment("bf16", training={"temperature": 1.0, "entropy_coeff": 0.0, **training})
-        task = task_of(described.task)
+        task = described.task
         start = start_folder(described.model, task, model_cache)
-        judge, problems = judge_of(described, task), training_problems(described.task, task)
+        judge, problems = judge_of(described, task), task.problems("train")
         return TrainingSession(
             Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), ResumeState()
         )

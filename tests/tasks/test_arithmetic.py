@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.task import SPLITS
 from fp4rl.tasks.arithmetic import LEVELS, Arithmetic, joined_digits
-from fp4rl.tasks.task import SPLITS
 
 TASK = Arithmetic()
 
@@ -66,14 +67,14 @@ def test_problems_are_a_function_of_seed_split_and_count():
 
 
 def test_problems_are_the_same_in_another_process():
-    program = "from fp4rl.tasks.arithmetic import Arithmetic as A; print(A().digest(A().problems('test', 50)))"
+    program = "from fp4rl.tasks.arithmetic import Arithmetic as A; print([p.id for p in A().problems('test', 50)])"
     other = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == TASK.digest(TASK.problems("test", 50))
+    assert other.stdout.strip() == str([p.id for p in TASK.problems("test", 50)])
 
 
 def test_this_is_still_the_task_that_results_were_measured_on():
     assert TASK.problems("test", 1)[0].prompt == GOLDEN_PROMPT
-    assert TASK.digest(TASK.problems("test", 500)) == GOLDEN_DIGEST
+    assert digest([dataclasses.astuple(p) for p in TASK.problems("test", 500)]) == GOLDEN_DIGEST
 
 
 GOLDEN_PROMPT = "Q: Ben has 2 3 cards . wins 5 more . eats 3 . gets 3 more . How many ? A:"
@@ -89,14 +90,6 @@ def test_an_id_is_the_content_and_not_the_place():
     problem = Arithmetic(seed=3).problems("train", 5)[4]
     again = [p for p in Arithmetic(seed=3).problems("train", 9) if p.id == problem.id]
     assert again == [problem]
-
-
-def test_the_digest_moves_with_content_and_order():
-    problems = TASK.problems("test", 3)
-    changed = (dataclasses.replace(problems[0], answer="1000"), *problems[1:])
-    assert (
-        len({TASK.digest(problems), TASK.digest(problems[::-1]), TASK.digest(problems[:2]), TASK.digest(changed)}) == 4
-    )
 
 
 def test_a_digit_spaced_answer_is_one_number():
@@ -154,7 +147,7 @@ def test_without_a_count_a_small_split_gives_all_it_has():
 
 
 def test_a_difficulty_off_the_dial_is_a_clear_mistake():
-    with pytest.raises(InvalidValueError, match=r"difficulty 9 is off the dial; use 1 .* to 5"):
+    with pytest.raises(ValueError, match=r"difficulty\n.*less than or equal to 5"):
         Arithmetic(difficulty=9)
 
 

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
+from fp4rl.spec.task import SPLITS
 from fp4rl.tasks.gsm8k import Gsm8k
 from fp4rl.tasks.overlap import check_disjoint
-from fp4rl.tasks.task import SPLITS
 
 ROW = {"question": "Two and two?", "answer": "It is <<2+2=4>>4.\n#### 1,004"}
 
@@ -87,9 +87,9 @@ def test_asking_for_more_problems_than_there_are_names_the_file_and_both_counts(
 
 def test_a_file_that_does_not_exist_is_named_with_the_cure(tmp_path):
     with pytest.raises(NotFoundError, match=r"'.*gone.jsonl' does not exist; give the path of a local"):
-        Gsm8k(path=tmp_path / "gone.jsonl")
+        Gsm8k(path=tmp_path / "gone.jsonl").problems("train")
     with pytest.raises(NotFoundError, match=r"gone\.jsonl"):
-        Gsm8k(path=written(tmp_path, ROW), test_path=tmp_path / "gone.jsonl")
+        Gsm8k(path=written(tmp_path, ROW), test_path=tmp_path / "gone.jsonl").problems("train")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_an_empty_file_is_a_clear_mistake(tmp_path):
 
 
 def test_a_prompt_without_a_place_for_the_question_is_a_clear_mistake(tmp_path):
-    with pytest.raises(InvalidValueError, match="no place for the question"):
+    with pytest.raises(ValueError, match="no place for the question"):
         Gsm8k(path=written(tmp_path, ROW), prompt="Question: {q}")
 
 

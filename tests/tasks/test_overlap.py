@@ -6,10 +6,10 @@ import json
 import pytest
 
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.task import split_of
 from fp4rl.tasks.arithmetic import LEVELS, Arithmetic
 from fp4rl.tasks.gsm8k import Gsm8k
 from fp4rl.tasks.overlap import check_disjoint, overlap
-from fp4rl.tasks.task import split_of
 
 
 @pytest.mark.parametrize("difficulty", LEVELS)

@@ -7,9 +7,10 @@ from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.here import missing_files
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import load_spec
+from fp4rl.spec.task_registry import TASKS
 from fp4rl.spec.words import counted
 
 
@@ -68,13 +69,21 @@ def refuse_words_for_a_spec(source: str, overrides: list[str], arm: str | None) 
         raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
 
 
-def asked_task(name: str, data: Path | None) -> dict[str, str]:
-    """What `--task` and `--data` say, as the key `task` of an experiment."""
-    if name == "gsm8k" and data is None:
-        raise InvalidValueError("--task gsm8k needs --data FILE: GSM8K's JSONL or Parquet file")
-    if name == "arithmetic" and data is not None:
-        raise InvalidValueError(f"--data {data}: the arithmetic task makes its own problems; add --task gsm8k")
-    return {"name": name, **({"path": str(data)} if data else {})}
+def asked_task(name: str | None, data: Path | None) -> dict[str, str]:
+    """Return what `--task` and `--data` say as the key `task` of an experiment; a file alone is GSM8K's.
+
+    Raises InvalidValueError for a task that lacks its file, and for a file of a task that reads none.
+    """
+    name = name or "gsm8k"
+    if name not in TASKS:
+        raise InvalidValueError(f"--task {shown(name)}: no such task{nearest(name, TASKS)}")
+    keys = TASKS[name].file_keys()
+    if data is not None and not keys:
+        others = " or ".join(f"--task {other}" for other, found in TASKS.items() if found.file_keys())
+        raise InvalidValueError(f"--data {data}: the {name} task makes its own problems; add {others}")
+    if data is None and keys and TASKS[name].model_fields[keys[0]].is_required():
+        raise InvalidValueError(f"--task {name} needs --data FILE: {TASKS[name].model_fields[keys[0]].description}")
+    return {"name": name, **({keys[0]: str(data)} if data else {})}
 
 
 def what_interrupting_costs(save_freq: int) -> str:

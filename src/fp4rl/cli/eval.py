@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 # One answer in twenty moves the accuracy by more points than most recipes do.
 _MANY_CUT_OFF = 0.05
-# The longest of its answers has 44, as runs of the embedded model have it. GSM8K's limit is the spec's own.
-_ARITHMETIC_TOKENS = 48
 # The robustness of one checkpoint: relative errors in every matmul, and formats of the weights.
 _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
 
 
 def command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder on this disk.")],
-    task: Annotated[str, typer.Option(help="arithmetic, or gsm8k with --data.")] = "arithmetic",
+    task: Annotated[
+        str, typer.Option(help="arithmetic, gsm8k with --data, or another of `fp4rl keys task.name`.")
+    ] = "arithmetic",
     data: Annotated[
         Path | None,
-        typer.Option(help="GSM8K's training file (JSONL, Parquet): a tenth of it is answered, see --split."),
+        typer.Option(help="The task's file, such as GSM8K's: a tenth of it is answered, see --split."),
     ] = None,
     test_path: Annotated[
         Path | None, typer.Option(help="A test file in the place of --data: all of it is held out.")
@@ -45,11 +45,11 @@ def command(
     preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
     count: Annotated[int | None, typer.Option(min=1, help="Problems; by default all there are, up to 500.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="By default what the task's answers take: arithmetic 48, GSM8K 1024.")
+        int | None, typer.Option(min=1, help="By default what the task's answers take (arithmetic 48), else 1024.")
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="A text that ends an answer; may repeat, '' is none. GSM8K's is 'Question:'."),
+        typer.Option(help="A text that ends an answer; may repeat, '' is none. The default is the task's own."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="1 is greedy; more are sampled: mean@k, pass@k.")] = 1,
     sweep: Annotated[
@@ -78,13 +78,11 @@ def command(
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
     from fp4rl.cli.rounding import ready_to_round
     from fp4rl.rl.judge import Judge
-    from fp4rl.rl.start import task_of
 
     ready_to_round()
     spec = described.evaluation.for_task(described.task)
-    found_task = task_of(described.task)
-    problems = found_task.problems(spec.split, count)[: spec.count]
-    judge = Judge(spec, None, found_task, problems)
+    problems = described.task.problems(spec.split, count)[: spec.count]
+    judge = Judge(spec, None, described.task, problems)
     names = judge.precisions()
     with progress(console(stderr=True)) as bar:
         places = {name: bar.add_task(name, total=len(problems)) for name in names}
@@ -107,6 +105,7 @@ def _described(
     from fp4rl.cli.asked_profiles import asked_profiles
     from fp4rl.spec.experiment import Experiment
     from fp4rl.spec.load import parse
+    from fp4rl.spec.task_registry import TASKS
 
     evaluation = asked_profiles(precision)
     if sweep:
@@ -114,8 +113,9 @@ def _described(
     if sweep and model["dtype"] == "bfloat16":  # its weights are BF16 as they are: that point of the sweep is `full`
         evaluation["formats"] = tuple(name for name in _SWEEP["formats"] if name != "bf16")
         evaluation["profiles"] = list(dict.fromkeys(["full", *evaluation["profiles"]]))
-    if task["name"] == "arithmetic":
-        evaluation["max_new_tokens"] = _ARITHMETIC_TOKENS
+    described = TASKS.get(task["name"])
+    if described is not None and described.answer_tokens is not None:
+        evaluation["max_new_tokens"] = described.answer_tokens
     evaluation |= {key: value for key, value in given.items() if value is not None}
     return parse(Experiment, {"model": model, "task": task, "evaluation": evaluation}, "")
 

@@ -33,13 +33,13 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     from fp4rl.diagnose.calibration import calibrate_answers
     from fp4rl.diagnose.noise_loss import noise_losses
     from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder, task_of
+    from fp4rl.rl.start import start_folder
 
     ready_to_round()
     arms = {run.arm: run.experiment for run in reversed(runs)}
     first = runs[0].experiment
     alike = {arm: found for arm, found in reversed(arms.items()) if _same_start(found, first)}
-    task = task_of(first.task)
+    task = first.task
     model, tokenizer = load(start_folder(first.model, task, root / "models"), first.model.dtype)
     pairs = [(p.prompt, p.solution) for p in task.problems("train", TEXTS)]
     asked = sigma if sigma is not None else max(_greatest(found) for found in alike.values())

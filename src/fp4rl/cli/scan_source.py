@@ -61,7 +61,7 @@ def _of_spec(source: Source) -> PlannedRun:
     if source.dtype is not None:
         content["model"]["dtype"] = source.dtype
     if source.task is not None or source.data is not None:
-        content["task"] = asked_task(source.task or "gsm8k", source.data)
+        content["task"] = asked_task(source.task, source.data)
     return PlannedRun(run.suite, run.arm, run.seed, parse(Experiment, content, ""))
 
 
@@ -120,9 +120,9 @@ def loaded(experiment: Experiment, lines: list[str] | None, texts: int, runs: Pa
     quiet()
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder, task_of
+    from fp4rl.rl.start import start_folder
 
-    task = task_of(experiment.task)
+    task = experiment.task
     found = lines or [f"{p.prompt} {p.solution}" for p in task.problems("train", texts)]
     model, tokenizer = load(start_folder(experiment.model, task, runs / "models"), experiment.model.dtype)
     return model, calibrate(tokenizer, found)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.spec.task import Gsm8k
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -17,10 +16,7 @@ def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
 
 def _not_here(run: PlannedRun) -> Iterator[str]:
     task, model = run.experiment.task, run.experiment.model
-    named = [("model.path", model.path)]
-    if isinstance(task, Gsm8k):
-        named += [("task.path", task.path), ("task.test_path", task.test_path)]
-    for key, path in named:
+    for key, path in (("model.path", model.path), *((f"task.{key}", path) for key, path in task.files.items())):
         if path is not None and not _exists(path):
             yield f"{key}: {path} does not exist on this machine; {_cure(key, path)}"
 

@@ -13,7 +13,6 @@ from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
-from fp4rl.rl.start import task_of, training_problems
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Embedded
@@ -30,9 +29,9 @@ def check(experiment: Experiment) -> None:
     sampler_named(experiment.sampler)
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)
-    task = task_of(experiment.task)
+    task = experiment.task
     judge = judge_of(experiment, task)
-    learned = training_problems(experiment.task, task)
+    learned = task.problems("train")
     check_disjoint(task, learned, judge.problems)
     path = experiment.model.path
     tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.rl.generate import Generation, Sampler, Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.task import Problem
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Rollout, ScoredRollout
 from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
 from fp4rl.rl.stream import PromptStream
+from fp4rl.spec.task import Problem
 from fp4rl.spec.training import Training
-from fp4rl.tasks.task import Problem
 
 Sampler = Callable[[list[Problem]], Rollout]
 """Problems, each repeated `rollout_n` times in a row -> their answers."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.task import Gsm8k
 
 # Each with the part of a description that points to it: where that is a declared factor, the contents may differ too.
 POINTERS = {"start model": "model", "problems": "task", "reward's source": "training.reward"}
@@ -49,9 +48,8 @@ def of_model(folder: Path) -> str:
 def pointed_at(experiment: Experiment) -> dict[str, str]:
     """The inputs that are known without a start model."""
     found = {}
-    if isinstance(experiment.task, Gsm8k):
-        paths = (experiment.task.path, experiment.task.test_path)
-        found["problems"] = _of_files([Path(path) for path in paths if path is not None])
+    if files := experiment.task.files:
+        found["problems"] = _of_files(Path(path) for path in files.values())
     source = _sources(experiment.training.reward.rpartition(".")[0])
     if source:
         found["reward's source"] = _of_files(source)

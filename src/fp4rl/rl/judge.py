@@ -16,13 +16,12 @@ from fp4rl.rl.acting import acting, rounded
 from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.profiles import Precision, precision_named
-from fp4rl.rl.start import task_of
 from fp4rl.rl.weights_unchanged import Record, unharmed
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Lora
-from fp4rl.tasks.task import Problem, Task
+from fp4rl.spec.task import Problem, Task
 
 OnItems = Callable[[str, int, int], None]
 
@@ -148,5 +147,6 @@ def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:
 
     Raises NotFoundError for a folder, a file or a profile that does not exist.
     """
-    task = task_of(experiment.task)
-    return tuple(judge_of(experiment, task).judge(folder, experiment.model.dtype, experiment.training.steps, True))
+    return tuple(
+        judge_of(experiment, experiment.task).judge(folder, experiment.model.dtype, experiment.training.steps, True)
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.task import Problem
 
 
 def require_prompts_fit(

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
-from fp4rl.tasks.task import Problem, Score
+from fp4rl.spec.task import Problem, Score
 
 Scorer = Callable[[Problem, str], Score]
 Reward = Callable[..., Any]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.rl.generate import Generation, Sampler, Sampling
 from fp4rl.rl.prompts import encoded
 from fp4rl.rl.rewards import Scored
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.task import Problem
 
 NGRAM = 4
 

@@ -28,7 +28,7 @@ from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.watch import Watch
 from fp4rl.spec.experiment import Experiment
-from fp4rl.tasks.task import Problem, Task
+from fp4rl.spec.task import Problem, Task
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.task import Problem
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fp4rl.rl.moved import few_moved, moved, require_moved, weights_digest, with
 from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sound import require_sound_here
-from fp4rl.rl.start import start_folder, task_of, training_problems
+from fp4rl.rl.start import start_folder
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 
@@ -83,8 +83,8 @@ def train(
 
 
 def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, stamp: str) -> Run:
-    task = task_of(experiment.task)
-    problems = training_problems(experiment.task, task)
+    task = experiment.task
+    problems = task.problems("train")
     warm_up_steps = experiment.model.embedded.warm_up_steps if experiment.model.embedded else 0
 
     def warming(step: int, _: float) -> None:

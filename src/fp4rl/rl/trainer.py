@@ -36,7 +36,7 @@ from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
 from fp4rl.rl.scoring import answer_logps, whole_sequences
 from fp4rl.rl.step_timer import StepTimer
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.tasks.task import Problem
+from fp4rl.spec.task import Problem
 
 # Rollout and training phase are held against each other now and then, on a few answers.
 _COMPARED_ROWS = 32

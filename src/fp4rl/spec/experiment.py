@@ -14,7 +14,7 @@ from fp4rl.spec.modes import MODES
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.shared_scales import batch_note, shared_scales
-from fp4rl.spec.task import Arithmetic, Task
+from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
 from fp4rl.spec.words import counted
 
@@ -25,7 +25,7 @@ class Experiment(Spec):
     """Everything that decides a result. What is not in here does not change a number."""
 
     model: Model = Model()
-    task: Task = Arithmetic()
+    task: AnyTask = TASKS["arithmetic"]()
     training: Training = Training()
     injection: Injection | None = None
     noise: Noise | None = None

@@ -1,21 +1,22 @@
-"""The one parent of every description: frozen, and closed to keys nobody knows."""
+"""The base class of every description: frozen, and closed to unknown keys."""
 
 import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _at_home(path: str) -> str:
-    return os.path.expanduser(path)  # noqa: PTH111 - what the description keeps is text
+def _expanded(path: Any) -> Any:
+    """A path as text, which is what the description keeps; anything else is left for pydantic to refuse."""
+    return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path  # noqa: PTH111
 
 
-Place = Annotated[str, AfterValidator(_at_home)]
+Place = Annotated[str, BeforeValidator(_expanded)]
 """A path on this machine, with `~` as in a shell."""
 
 
 class Spec(BaseModel):
-    """A value that cannot be wrong: validated on the way in, immutable afterwards, hashable, comparable by content."""
+    """A value that is validated when it is made, immutable afterwards, hashable and compared by content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 

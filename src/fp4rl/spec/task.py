@@ -1,41 +1,96 @@
-"""Which problems a run trains on and is judged by."""
+"""What a task is: a description that gives problems with known answers, in splits that share nothing, and scores them.
 
-from typing import Annotated, Literal
+The tasks themselves stand in the room `tasks/`, one file each; `task_registry.py` lists them.
+"""
 
-from pydantic import Field, PositiveInt
+import hashlib
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args, get_type_hints
 
+from fp4rl.spec.digest import digest
 from fp4rl.spec.frozen import Place, Spec
 
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
-class Arithmetic(Spec):
-    """Generated word problems of additions and subtractions; splits are disjoint by operation sequence."""
 
-    name: Literal["arithmetic"] = "arithmetic"
-    seed: int = Field(default=0, ge=0)
-    difficulty: int = Field(default=2, ge=1, le=5, description="1 to 5: more and longer steps")
-    train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
+@dataclass(frozen=True)
+class Problem:
+    """One question. A completion is the text that follows `prompt`; `solution` is one good completion.
+
+    `id` derives from the content: the same question has the same id in every process and on every machine.
+    `answer` is what `Task.score` compares with, such as a decimal number without commas.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    solution: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one completion is worth. `formatted` without `strict` is a wrong answer, not an unreadable one."""
+
+    strict: bool
+    flexible: bool
+    formatted: bool
+
+
+class Task(Spec):
+    """The base of all tasks. A subclass gives `name` a Literal type and implements the three abstract methods.
+
+    A field of type `Place` is a file that the task reads: runs refuse to start without it, record a digest of its
+    contents and do not resume on other contents. All methods are pure: the same arguments give the same result.
+    """
+
+    name: str = ""
+
+    answer_tokens: ClassVar[int | None] = None
+    """The limit of an answer in `fp4rl eval`; None for the default of `evaluation.max_new_tokens`."""
+
+    @abstractmethod
+    def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
+        """Return the first `count` problems of a split, all different; a smaller count gives a prefix."""
+
+    @abstractmethod
+    def substance(self, problem: Problem) -> str:
+        """Return what a problem asks without its wording: two problems of one substance are the same problem."""
+
+    @abstractmethod
+    def score(self, problem: Problem, completion: str) -> Score:
+        """Compare a completion with the problem's answer."""
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Nothing but the end token ends an answer."""
+        """Texts that end an answer, besides the end token."""
         return ()
 
-
-class Gsm8k(Spec):
-    """GSM8K from a local JSONL or Parquet file with the columns `question` and `answer`."""
-
-    name: Literal["gsm8k"] = "gsm8k"
-    path: Place = Field(
-        description="the training file; the held-out split is cut from it when `test_path` is not given"
-    )
-    test_path: Place | None = Field(default=None, description="file of the held-out problems")
-    prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
-
     @property
-    def stop(self) -> tuple[str, ...]:
-        """What stands before the question on its line: a model that writes it asks itself another one."""
-        before = self.prompt.partition("{question}")[0].rpartition("\n")[2].strip()
-        return (before,) if before else ()
+    def files(self) -> dict[str, str]:
+        """Key -> the file that it names, for every key of type `Place` that is set."""
+        return {key: path for key in self.file_keys() if (path := getattr(self, key)) is not None}
+
+    @classmethod
+    def file_keys(cls) -> tuple[str, ...]:
+        """The keys that name files, in the order of their definition."""
+        hints = get_type_hints(cls, include_extras=True)
+        return tuple(key for key in cls.model_fields if Place in (hints[key], *get_args(hints[key])))
 
 
-Task = Annotated[Arithmetic | Gsm8k, Field(discriminator="name")]
+def identity(task: str, *content: str) -> str:
+    """Return a problem's id, `<task>-<12 hex digits of its content>`."""
+    return f"{task}-{digest(content)}"
+
+
+def split_of(substance: str, held_out: int = 10) -> Split:
+    """Return the split of a substance: `held_out` per cent each for validation and test, the rest for training.
+
+    It depends on nothing but the substance, so that no seed, count or wording can move a problem across.
+    """
+    percentile = int.from_bytes(hashlib.sha256(substance.encode()).digest()[:8], "big") % 100
+    if percentile < held_out:
+        return "test"
+    return "validation" if percentile < 2 * held_out else "train"

@@ -2,7 +2,7 @@ r"""The final number of a text, read exactly, or not at all.
 
 `strict` reads what stands right after the first `####` (GSM8K's own format), `flexible` the last number anywhere. Both
 are needed: an early model that computes well but formats badly scores 0 on the first alone, and the difference is not
-a damage of quantization (check P22). Numbers are decimals, never floats: 0.1 + 0.2 is 0.3 here.
+an effect of quantization. Numbers are decimals, never floats: 0.1 + 0.2 is 0.3 here.
 
 A part of a number is not the number: digits are taken together with all that is tied to them (`2 2/3`, `10^3`, `3:20`),
 and the whole either is one number as it is written (`1 080`, `3.0e2`, `-$5`), or none. Nothing is computed.
@@ -11,7 +11,7 @@ and the whole either is one number as it is written (`1 080`, `3.0e2`, `-$5`), o
 import re
 from decimal import Decimal
 
-from fp4rl.tasks.task import Score
+from fp4rl.spec.task import Score
 
 MARK = "####"
 

@@ -8,14 +8,15 @@ What decides a problem's split is its operation sequence (`23+4-2`), not its wor
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.task import Problem, Score, Split, Task, identity, split_of
 from fp4rl.tasks import answers
-from fp4rl.tasks.task import Problem, Score, Split, digest_of, identity, split_of
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva")
 CARELESS = NAMES[1::2]
@@ -56,45 +57,43 @@ class Operations(NamedTuple):
         return [self.start + sum(self.steps[: i + 1]) for i in range(len(self.steps))]
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """The task at one difficulty (1 to 5; 2 is the one that the embedded model learns in minutes).
+class Arithmetic(Task):
+    """Generated word problems of additions and subtractions; splits are disjoint by operation sequence."""
 
-    Raises InvalidValueError for a difficulty off the dial, and when a split has fewer problems than were asked for.
-    """
+    name: Literal["arithmetic"] = "arithmetic"
+    seed: NonNegativeInt = 0
+    difficulty: int = Field(default=2, ge=1, le=max(LEVELS), description="1 to 5: more and longer steps")
+    train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
 
-    seed: int = 0
-    difficulty: int = 2
-    name: str = "arithmetic"
-
-    def __post_init__(self) -> None:
-        if self.difficulty not in LEVELS:
-            raise InvalidValueError(
-                f"task difficulty {self.difficulty} is off the dial; use 1 (easiest) to {max(LEVELS)}"
-            )
+    answer_tokens: ClassVar[int] = 48  # the longest answer at difficulties 1 to 4 has 44
 
     def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
-        """The first `count` problems of a split, no operation sequence twice; 4096 or all where none is given."""
+        """Return the first `count` problems of a split, no operation sequence twice.
+
+        Without a count: `train_count` of the train split, else 4096 or all there are. Raises InvalidValueError when a
+        split has fewer problems than asked for.
+        """
+        count = self.train_count if count is None and split == "train" else count
         wanted = 4096 if count is None else count
-        found: dict[Operations, Problem] = {}
+        drawn: dict[Operations, Problem] = {}
         random, misses = self._random(split), 0
-        while len(found) < wanted:
+        while len(drawn) < wanted:
             operations = self._draw(random, split)
-            misses = misses + 1 if operations in found else 0
-            if misses > 1000 + 20 * len(found):  # were one missing, it would have come up by now
+            misses = misses + 1 if operations in drawn else 0
+            if misses > 1000 + 20 * len(drawn):  # were one missing, it would have come up by now
                 if count is None:
                     break
                 raise InvalidValueError(
-                    f"the {split} split of arithmetic has only about {len(found)} problems at difficulty "
+                    f"the {split} split of arithmetic has only about {len(drawn)} problems at difficulty "
                     f"{self.difficulty}, not {wanted}; lower "
                     f"{'task.train_count' if split == 'train' else 'evaluation.count'} or raise task.difficulty"
                 )
-            if operations not in found:
-                found[operations] = _problem(operations, _wording(operations, random), split)
-        return tuple(found.values())
+            if operations not in drawn:
+                drawn[operations] = _problem(operations, _wording(operations, random), split)
+        return tuple(drawn.values())
 
     def demonstrations(self, count: int, sloppy: float = 0.5) -> list[tuple[str, str]]:
-        """`count` pairs (prompt, solution) of the train split for a warm-up; sequences repeat in new wordings.
+        """Return `count` pairs (prompt, solution) of the train split for a warm-up; sequences repeat in new wordings.
 
         A share `sloppy` of them leaves out the last step and so ends in a wrong number. What they teach is middling by
         construction, at every length of the warm-up, which leaves reinforcement learning room in both directions.
@@ -112,15 +111,11 @@ class Arithmetic:
         return pairs
 
     def substance(self, problem: Problem) -> str:
-        """The operation sequence, read back from the prompt's own words: `23+4-2`."""
+        """Return the operation sequence, read back from the prompt's own words: `23+4-2`."""
         return str(_read(problem.prompt))
 
-    def digest(self, problems: Sequence[Problem]) -> str:
-        """Twelve hexadecimal digits that stand for these problems in this order."""
-        return digest_of(problems)
-
     def score(self, problem: Problem, completion: str) -> Score:
-        """The final number against the answer; digits that stand alone (`2 5`) are one number in this task."""
+        """Compare the final number with the answer; digits that stand alone (`2 5`) are one number in this task."""
         return answers.scored(problem.answer, joined_digits(completion))
 
     def _random(self, stream: str) -> Random:

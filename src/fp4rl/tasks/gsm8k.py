@@ -4,20 +4,22 @@ import json
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.frozen import Place
+from fp4rl.spec.task import SPLITS, Problem, Score, Split, Task, identity, split_of
 from fp4rl.tasks import answers
-from fp4rl.tasks.task import SPLITS, Problem, Score, Split, digest_of, identity, split_of
 
 COLUMNS = ("question", "answer")
 
 
 class Row(NamedTuple):
-    """One row of a file: `gold` is the final number of `answer` as a plain string, `place` the file and the line."""
+    """One row of a file: `gold` is the final number of `answer` as a plain string, `place` its file and line."""
 
     question: str
     answer: str
@@ -25,79 +27,83 @@ class Row(NamedTuple):
     place: str
 
 
-@dataclass(frozen=True)
-class Gsm8k:
-    """The task over one file, or over a training file and a test file.
+class Gsm8k(Task):
+    """GSM8K from a local JSONL or Parquet file with the columns `question` and `answer`.
 
     With one file its rows are cut 80 : 10 : 10 into train, validation and test by a hash of the normalised question.
     With `test_path` the test split is that file, and `path` is cut 90 : 10 into train and validation.
-    Raises NotFoundError for a missing file or column, InvalidValueError for a row that cannot be read and for a prompt
-    without `{question}`; each names the file, the row and the cure.
     """
 
-    path: Path
-    test_path: Path | None = None
-    prompt: str = "Question: {question}\nAnswer:"
-    name: str = "gsm8k"
+    name: Literal["gsm8k"] = "gsm8k"
+    path: Place = Field(
+        description="the training file; the held-out split is cut from it when `test_path` is not given"
+    )
+    test_path: Place | None = Field(default=None, description="file of the held-out problems")
+    prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
 
-    def __post_init__(self) -> None:
-        if "{question}" not in self.prompt:
-            raise InvalidValueError(
-                f"the prompt {self.prompt!r} has no place for the question; write {{question}} into it"
-            )
-        for path in (self.path, self.test_path):
-            if path is not None and not Path(path).is_file():
-                raise NotFoundError(
-                    f"GSM8K file {str(path)!r} does not exist; give the path of a local .jsonl or .parquet"
-                )
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_question(cls, prompt: str) -> str:
+        if "{question}" not in prompt:
+            raise ValueError(f"the prompt {prompt!r} has no place for the question; write {{question}} into it")
+        return prompt
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What stands before the question on its line: a model that writes it asks itself another one."""
+        before = self.prompt.partition("{question}")[0].rpartition("\n")[2].strip()
+        return (before,) if before else ()
 
     def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
-        """The first `count` problems of a split in the file's order; all of them without a count."""
-        found = self._by_split[split]
-        if count is not None and count > len(found):
-            raise InvalidValueError(
-                f"the {split} split of {self._source(split)} has {len(found)} problems, not {count}"
-            )
-        return found[:count]
+        """Return the first `count` problems of a split in the file's order; all of them without a count.
+
+        Raises NotFoundError for a missing file or column and InvalidValueError for a row that cannot be read and for a
+        split with fewer problems; each names the file, the row and the cure.
+        """
+        problems = _by_split(self, tuple(_written_at(path) for path in self.files.values()))[split]
+        if count is not None and count > len(problems):
+            source = self.test_path if split == "test" and self.test_path is not None else self.path
+            raise InvalidValueError(f"the {split} split of {source} has {len(problems)} problems, not {count}")
+        return problems[:count]
 
     def substance(self, problem: Problem) -> str:
-        """The question in small letters, without punctuation and extra blanks."""
+        """Return the question in small letters, without punctuation and extra blanks."""
         return normalised(problem.prompt)
 
-    def digest(self, problems: Sequence[Problem]) -> str:
-        """Twelve hexadecimal digits that stand for these problems in this order."""
-        return digest_of(problems)
-
     def score(self, problem: Problem, completion: str) -> Score:
-        """The final number against the gold one, exactly."""
+        """Compare the final number with the gold one, exactly."""
         return answers.scored(problem.answer, completion)
 
-    def _source(self, split: Split) -> Path:
-        return self.test_path if split == "test" and self.test_path is not None else self.path
 
-    @cached_property
-    def _by_split(self) -> dict[Split, tuple[Problem, ...]]:
-        found: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
-        for row in rows(self.path):
-            found[self._split(row.question)].append(row)
-        if self.test_path is not None:
-            found["test"] = list(rows(self.test_path))
-        for split in ("validation", "test"):
-            _require_distinct(found[split])
-        return {split: tuple(self._problem(row, split) for row in found[split]) for split in SPLITS}
+@lru_cache(maxsize=2)  # a run asks for its splits several times; `_written` tells a file from its later contents
+def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split, tuple[Problem, ...]]:
+    by_split: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    for row in rows(Path(task.path)):
+        split = split_of(normalised(row.question))
+        by_split["train" if split == "test" and task.test_path is not None else split].append(row)
+    if task.test_path is not None:
+        by_split["test"] = list(rows(Path(task.test_path)))
+    for held_out in (by_split["validation"], by_split["test"]):
+        _require_distinct(held_out)
+    return {split: tuple(_problem(row, task.prompt, split) for row in found) for split, found in by_split.items()}
 
-    def _split(self, question: str) -> Split:
-        split = split_of(normalised(question))
-        return "train" if split == "test" and self.test_path is not None else split
 
-    def _problem(self, row: Row, split: Split) -> Problem:
-        # replace, not format: a template may hold braces of its own (LaTeX, JSON), and so may a question
-        prompt = self.prompt.replace("{question}", row.question)
-        return Problem(identity("gsm8k", row.question, row.answer), prompt, row.gold, row.answer, split)
+def _written_at(path: str) -> tuple[int, int]:
+    """Size and time of a file. Raises NotFoundError where there is none."""
+    file = Path(path)
+    if not file.is_file():
+        raise NotFoundError(f"GSM8K file {path!r} does not exist; give the path of a local .jsonl or .parquet")
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _problem(row: Row, template: str, split: Split) -> Problem:
+    # replace, not format: a template may hold braces of its own (LaTeX, JSON), and so may a question
+    prompt = template.replace("{question}", row.question)
+    return Problem(identity("gsm8k", row.question, row.answer), prompt, row.gold, row.answer, split)
 
 
 def normalised(question: str) -> str:
-    """Small letters and digits only, single blanks: two questions that differ in punctuation are one."""
+    """Reduce a question to small letters, digits and single blanks: two that differ in punctuation are one."""
     return " ".join(re.sub(f"[{re.escape(string.punctuation)}]", " ", question.casefold()).split())
 
 
@@ -118,7 +124,7 @@ def _require_distinct(held_out: Sequence[Row]) -> None:
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """Every row, in the file's order."""
+    """Read every row, in the file's order."""
     place = None
     for row, place in _records(Path(path)):
         for column in COLUMNS:
