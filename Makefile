@@ -4,19 +4,24 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test slow fuzz demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test slow fuzz docs demo bench bench-gpu setup setup-dev constraints clean
 
 check: lint test
 
 lint: setup-dev
-	.venv/bin/ruff format --check src tests benchmarks examples
-	.venv/bin/ruff check src tests benchmarks examples
+	.venv/bin/ruff format --check src tests benchmarks examples tools
+	.venv/bin/ruff check src tests benchmarks examples tools
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) tools/reference.py --check
 
 format: setup-dev
-	.venv/bin/ruff format src tests benchmarks examples
-	.venv/bin/ruff check --fix src tests benchmarks examples
+	.venv/bin/ruff format src tests benchmarks examples tools
+	.venv/bin/ruff check --fix src tests benchmarks examples tools
+
+# Pages that the code writes: verbs and keys.
+docs: setup-dev
+	$(PY) tools/reference.py
 
 demo: setup
 	.venv/bin/fp4rl quickstart
