@@ -13,7 +13,6 @@ lint: setup-dev
 	.venv/bin/ruff check src tests benchmarks examples tools
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	$(PY) tools/reference.py --check
 
 format: setup-dev
 	.venv/bin/ruff format src tests benchmarks examples tools

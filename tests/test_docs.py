@@ -22,7 +22,7 @@ from fp4rl.spec.load import load_spec, merge
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference"),  # those are generated
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
 ]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}

@@ -54,7 +54,9 @@ def _parameter(parameter: Any) -> tuple[str, str, str]:
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     shown = names if is_option else f"`{(parameter.metavar or parameter.name).upper().strip('[]')}`"
     default = parameter.default
-    no_default = default is None or default is False or callable(default) or default == () or "Sentinel" in repr(type(default))
+    no_default = (
+        default is None or default is False or callable(default) or default == () or "Sentinel" in repr(type(default))
+    )
     return shown, getattr(parameter, "help", None) or "", "" if no_default else f"`{default}`"
 
 
