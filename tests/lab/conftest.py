@@ -173,10 +173,10 @@ def write_at_once(tmp_path: Path) -> Callable[[str, list[RunFolder], list[RunFol
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[[str | Path], Ledger]]:
-    """`open_ledger`, with all that was opened closed after the test."""
+def opened(tmp_path: Path) -> Iterator[Callable[[str | Path], Ledger]]:
+    """`open_ledger` for the folders of `make_run`, with all that was opened closed after the test."""
     with ExitStack() as stack:
-        yield lambda where: stack.enter_context(open_ledger(where))
+        yield lambda where: stack.enter_context(open_ledger(where, tmp_path / "runs"))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`compare` refuses every kind of unfair pair, says what differs, and gives no word it has not earned."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -487,3 +488,16 @@ def test_a_side_whose_training_moved_few_weights_is_marked(two_arms, ask: Ask):
     found = ask()
     assert [mark.endswith(f"is hardly trained: {said}") for mark in found.marks] == [True] * 3
     assert found.as_dict()["marks"] == found.marks
+
+
+def test_without_the_folders_the_verdict_stands_and_the_missing_cross_checks_are_named(
+    make_run, ask: Ask, opened, tmp_path: Path
+):
+    for seed in range(2):
+        make_run("bf16", seed, [True, False] * 20, evidence=NONE)
+        make_run("w4a4", seed, [True] * 10 + [False] * 30, spec=W4A4, evidence=QUANTIZED)
+    there = ask()
+    assert there.checks.two_way is not None
+    shutil.rmtree(tmp_path / "runs")
+    away = ask()
+    assert (away.verdict, away.checks.two_way, len(away.checks.unread)) == (there.verdict, None, 4)

@@ -22,8 +22,7 @@ from fp4rl.lab.damage import Damaged
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import store
 from fp4rl.lab.ledger.query import Filter, count_runs
-from fp4rl.lab.ledger.rebuild import rebuild
-from fp4rl.lab.ledger.record import record_new
+from fp4rl.lab.ledger.record import rebuild, record_new
 from fp4rl.rl import checkpoints
 from fp4rl.spec.experiment import Experiment
 

@@ -1,5 +1,6 @@
 """The ledger: the same rows however often and in whatever order runs are recorded, and nothing lost between writers."""
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -11,11 +12,9 @@ from sqlalchemy import select, text
 
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.migrate import migrate, newest
-from fp4rl.lab.ledger.packing import pack, unpack_flags, unpack_lengths, unpack_problems
-from fp4rl.lab.ledger.query import repeats
-from fp4rl.lab.ledger.rebuild import rebuild
-from fp4rl.lab.ledger.record import record, record_new
+from fp4rl.lab.ledger.query import documents_of, find_run, repeats
+from fp4rl.lab.ledger.record import rebuild, record, record_new
+from fp4rl.lab.ledger.show import about
 from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -45,14 +44,10 @@ def test_a_rebuilt_ledger_has_the_same_rows(opened, all_rows, make_run, ledger: 
     rebuild(fresh, tmp_path / "runs")
     assert all_rows(fresh) == before
     assert {name: len(rows) for name, rows in before.items()} == {
-        "experiments": 2,
+        "ledger_schema": 1,
         "runs": 3,
-        "metrics": 18,
         "evaluations": 6,
-        "problem_lists": 1,
-        "items": 3,
-        "evidence": 6,
-        "artefacts": 18,
+        "documents": 3,
     }
 
 
@@ -62,7 +57,8 @@ def test_a_row_that_no_folder_explains_does_not_survive_a_rebuild(all_rows, make
     before = all_rows(ledger)
     with ledger.writing() as connection:
         number = tables.run_number(runs[0].suite, runs[0].run_id)
-        connection.execute(tables.metrics.insert().values(run=number, step=99, name="made/up", value=1.0))
+        made_up = {"run": number, "step": 99, "profile": "made-up", "last": False, "conditions": {}}
+        connection.execute(tables.evaluations.insert().values(made_up))
     assert all_rows(ledger) != before
     rebuild(ledger, tmp_path / "runs")
     assert all_rows(ledger) == before
@@ -83,7 +79,8 @@ def test_a_run_whose_result_changed_is_replaced_as_a_whole(make_run, ledger: Led
     (run.path / "result.json").write_text(json.dumps(result))
     assert record(ledger, run)
     with ledger.reading() as connection:
-        assert connection.execute(select(tables.runs.c.wall_s)).scalars().all() == [99.0]
+        number = tables.run_number(run.suite, run.run_id)
+        assert documents_of(connection, [number])[number].result["wall_s"] == 99.0
         assert connection.execute(select(tables.evaluations)).all() == []
 
 
@@ -99,7 +96,8 @@ def test_a_record_that_fails_halfway_leaves_nothing(
     all_rows, make_run, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ):
     run = make_run()
-    monkeypatch.setattr("fp4rl.lab.ledger.record._artefacts", lambda *_: [{"run": 1, "path": "x", "bytes": None}])
+    unfit = {"run": 1, "step": None, "profile": "full", "last": True, "conditions": {}}
+    monkeypatch.setattr("fp4rl.lab.ledger.document._evaluation_rows", lambda _: [unfit])
     with pytest.raises(Exception, match="NOT NULL"):
         record(ledger, run)
     assert all_rows(ledger)["runs"] == []
@@ -114,16 +112,6 @@ def test_rebuilding_does_not_forget_runs_of_others_unless_told_to(all_rows, make
     assert len(all_rows(ledger)["runs"]) == 2
     assert rebuild(ledger, tmp_path / "runs", drop_missing=True) == 1
     assert [run.key for run in finished_runs(tmp_path / "runs")] == [kept.key]
-
-
-def test_packed_items_come_back_problem_by_problem(make_run):
-    flags = (np.random.default_rng(1).random(40) < 0.5).tolist()
-    packed = pack(make_run(strict=flags).items(30, "deployment"))
-    ids, samples = unpack_problems(packed.problems["packed"])
-    assert ids == [f"p{index:04d}" for index in range(40)]
-    assert samples == [0] * 40
-    assert unpack_flags(packed.row["strict"], 40).tolist() == flags
-    assert unpack_lengths(packed.row["lengths"]).tolist() == list(range(1, 41))
 
 
 def test_two_processes_that_write_at_once_lose_nothing_in_sqlite(
@@ -159,59 +147,62 @@ def test_readers_and_a_writer_work_side_by_side(opened, make_run, tmp_path: Path
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def _at_first_schema(path: Path) -> Ledger:
-    """A ledger as the previous schema left it."""
-    ledger = open_ledger(path)
-    with ledger.writing() as connection:
-        for table in reversed(tables.metadata.sorted_tables):
-            connection.execute(text(f"DROP TABLE {table.name}"))
-        connection.execute(text("DROP TABLE alembic_version"))
-        migrate(connection, "0001")
-    return ledger
+@pytest.fixture
+def old_file(tmp_path: Path) -> Path:
+    """A ledger that schema 0002 left: two runs of `trial` and an imported log, all without their folders."""
+    path = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(Path(__file__).with_name("ledger_0002.sql").read_text())
+    return path
 
 
-def test_a_ledger_of_the_previous_schema_migrates_and_keeps_its_rows(opened, all_rows, make_run, tmp_path: Path):
-    _three_runs(make_run)
+def test_a_ledger_of_the_previous_schema_keeps_every_run_without_a_folder(opened, all_rows, old_file: Path):
+    ledger = opened(old_file)
+    assert {name: len(rows) for name, rows in all_rows(ledger).items()} == {
+        "ledger_schema": 1,
+        "runs": 3,
+        "evaluations": 6,
+        "documents": 3,
+    }
+    with ledger.reading() as connection:
+        foreign, own = about(connection, "imported/verl"), about(connection, "trial/bf16-s0")
+        row = find_run(connection, "trial/bf16-s0")
+        groups = repeats(connection, row["task"], row["model"])
+    assert (foreign["run"]["imported"]["status"], foreign["run"]["seed"]) == ("failed", 3)
+    assert foreign["metrics"]["loss"] == {"count": 2, "first": 0.5, "last": 0.25, "lowest": 0.25, "highest": 0.5}
+    assert own["evidence_lines"] == {"master": 1, "live_equals_fresh": 1}
+    assert (own["metrics"]["grad_norm"]["last"], len(own["artefacts"])) == (None, 6)
+    assert groups == [[0.5, 1.0]]
+
+
+def test_a_ledger_of_the_previous_schema_is_completed_from_the_folders(
+    opened, all_rows, make_run, old_file: Path, tmp_path: Path
+):
+    make_run("bf16", 0, [True, False] * 4)
+    make_run("bf16", 1, [True] * 8)
+    ledger = opened(old_file)
+    assert record_new(ledger, tmp_path / "runs") == 2
+    assert rebuild(ledger, tmp_path / "runs", drop_missing=True) == 2
     whole = opened(tmp_path / "whole.db")
     record_new(whole, tmp_path / "runs")
-    old = _at_first_schema(tmp_path / "old.db")
-    with whole.reading() as source, old.writing() as target:
-        for name in ("experiments", "runs", "metrics", "evaluations", "evidence", "artefacts"):
-            table = tables.metadata.tables[name]
-            target.execute(table.insert(), [dict(row) for row in source.execute(select(table)).mappings()])
-        assert not target.dialect.has_table(target, "items")
-    old.close()
-
-    migrated = opened(tmp_path / "old.db")
-    rows = all_rows(migrated)
-    assert (len(rows["runs"]), len(rows["metrics"]), rows["items"]) == (3, 18, [])
-    assert record_new(migrated, tmp_path / "runs") == 3, "the items of old runs are read from their folders"
-    assert all_rows(migrated) == all_rows(whole)
+    assert all_rows(ledger) == all_rows(whole)
 
 
-def test_migrations_end_at_the_tables_that_the_code_uses(ledger: Ledger):
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-
-    assert newest() == tables.SCHEMA
-    with ledger.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
-
-
-def test_a_migration_that_fails_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _at_first_schema(tmp_path / "old.db").close()
-    monkeypatch.setattr("alembic.op.execute", lambda _: (_ for _ in ()).throw(RuntimeError("power cut")))
+def test_a_change_of_schema_that_fails_leaves_the_old_one(old_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fp4rl.lab.ledger.upgrade.write", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
     with pytest.raises(RuntimeError, match="power cut"):
-        open_ledger(tmp_path / "old.db")
-    with sqlite3.connect(tmp_path / "old.db") as connection:
-        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
-    assert "items" not in names
+        open_ledger(old_file)
+    with contextlib.closing(sqlite3.connect(old_file)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (3,)
 
 
-def test_a_ledger_of_a_newer_version_is_refused_in_one_line(ledger: Ledger, tmp_path: Path):
+@pytest.mark.parametrize("statement", ["UPDATE ledger_schema SET version = '9999'", "DROP TABLE ledger_schema"])
+def test_a_ledger_of_a_newer_version_is_refused_in_one_line(ledger: Ledger, tmp_path: Path, statement: str):
     with ledger.writing() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        connection.execute(text(statement))
+        if "DROP" in statement:
+            connection.execute(text("CREATE TABLE alembic_version AS SELECT '9999' AS version_num"))
     with pytest.raises(InvalidValueError, match="newer fp4rl"):
         open_ledger(tmp_path / "ledger.db")
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import MetaData, create_engine, event, select, text
 
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.migrate import migrate
-from fp4rl.lab.ledger.rebuild import rebuild
-from fp4rl.lab.ledger.record import record, record_new
+from fp4rl.lab.ledger.record import rebuild, record, record_new
 from fp4rl.lab.ledger.store import open_ledger
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -97,21 +96,27 @@ def test_a_postgresql_ledger_rebuilds_to_the_same_rows(opened, make_run, all_row
     before = all_rows(ledger)
     rebuild(ledger, tmp_path / "runs")
     assert all_rows(ledger) == before
-    assert len(before["items"]) == 2
+    assert len(before["documents"]) == 2
 
 
-def test_a_postgresql_ledger_of_the_previous_schema_migrates(opened, make_run, address: str, tmp_path: Path):
-    make_run("bf16", 0, [True, False] * 20)
-    ledger = opened(address)
-    with ledger.writing() as connection:
-        for table in reversed(tables.metadata.sorted_tables):
-            connection.execute(text(f"DROP TABLE {table.name}"))
-        connection.execute(text("DROP TABLE alembic_version"))
-        migrate(connection, "0001")
-    migrated = opened(address)
-    assert record_new(migrated, tmp_path / "runs") == 1
-    with migrated.reading() as connection:
-        assert len(connection.execute(select(tables.items)).all()) == 1
+def test_a_postgresql_ledger_of_the_previous_schema_keeps_every_run(opened, all_rows, address: str, tmp_path: Path):
+    with sqlite3.connect(tmp_path / "old.db") as connection:
+        connection.executescript(Path(__file__).with_name("ledger_0002.sql").read_text())
+    source, target = create_engine(f"sqlite:///{tmp_path}/old.db"), opened(address).engine
+    old = MetaData()
+    event.listen(old, "column_reflect", lambda *given: given[2].update(type=given[2]["type"].as_generic()))
+    with source.connect() as reading, target.begin() as writing:
+        tables.metadata.drop_all(writing)
+        old.reflect(reading)
+        old.create_all(writing)
+        for table in old.sorted_tables:
+            writing.execute(table.insert(), [dict(row) for row in reading.execute(select(table)).mappings()])
+        writing.execute(text("CREATE TABLE of_others AS SELECT 1 AS one"))
+    rows = all_rows(opened(address))
+    assert rows == all_rows(opened(tmp_path / "old.db"))
+    assert (len(rows["runs"]), len(rows["evaluations"])) == (3, 6)
+    with target.connect() as reading:
+        assert reading.execute(text("SELECT one FROM of_others")).scalar() == 1
 
 
 def test_recording_while_another_rebuilds_loses_nothing_in_postgresql(

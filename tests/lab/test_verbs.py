@@ -311,7 +311,7 @@ def test_the_ledger_is_made_again_from_the_folders(root: str, capsys: pytest.Cap
     assert main(["ledger", "rebuild", "--runs", root]) == 0
     assert "6 runs recorded in sqlite" in capsys.readouterr().out
     assert main(["ledger", "info", "--runs", root, "--json"]) == 0
-    assert read(capsys)["rows"]["items"] == 6
+    assert read(capsys)["rows"]["documents"] == 6
 
 
 def test_a_broken_ledger_file_is_one_line(root: str, capsys: pytest.CaptureFixture[str]):

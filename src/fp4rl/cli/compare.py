@@ -119,6 +119,9 @@ def _print(answer: "Compared") -> None:
         indented(f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}")
         line = f"Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
         indented(line)
+    if checks.unread:
+        many = counted(len(checks.unread), "run")
+        screen.print(f"no cross-checks over problems: the folders of {many} are not here", highlight=False)
     if checks.checkpoints:
         flips = checks.checkpoints
         line = (

@@ -41,12 +41,12 @@ def rebuild_ledger(
 
     Example: `fp4rl ledger rebuild --runs runs`
     """
-    from fp4rl.lab.ledger.rebuild import rebuild
+    from fp4rl.lab.ledger.record import rebuild
     from fp4rl.lab.ledger.store import open_ledger
 
     _require_runs(runs)
     screen = console(stderr=True)
-    with open_ledger(place(runs, ledger)) as found, progress(screen) as bar:
+    with open_ledger(place(runs, ledger), runs) as found, progress(screen) as bar:
         task = bar.add_task("reading runs", total=None)
         count = rebuild(
             found,
@@ -72,7 +72,7 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
     with opened(runs, ledger) as found, found.reading() as connection:
         counts = {
             table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
-            for table in tables.metadata.sorted_tables
+            for table in (tables.runs, tables.evaluations, tables.documents)
         }
         name = found.name
     if as_json:
@@ -91,7 +91,7 @@ def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
 
     if address is None:
         _require_runs(runs)
-    with open_ledger(place(runs, address)) as ledger:
+    with open_ledger(place(runs, address), runs) as ledger:
         with progress(console(stderr=True)) as bar:
             task = bar.add_task("recording runs", total=None)
             record_new(

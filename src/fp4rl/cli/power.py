@@ -61,7 +61,7 @@ def _print(needed: int, table: dict[int, float], basis: str) -> None:
 
 
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
-    from fp4rl.lab.ledger.spread import known_spreads
+    from fp4rl.lab.ledger.query import known_spreads
 
     if address is None and not runs.is_dir():
         raise NotFoundError(

@@ -29,12 +29,14 @@ def command(
     Example: `fp4rl show quickstart/w4a4-s0`
     """
     from fp4rl.lab.files import json_ready
-    from fp4rl.lab.ledger.about import about, answers
+    from fp4rl.lab.folders import RunFolder
+    from fp4rl.lab.ledger.show import about, answers
 
     with opened(runs, ledger) as found, found.reading() as connection:
         everything = about(connection, run)
-        if problem is not None:
-            everything = {"run": everything["run"], "answers": answers(connection, everything["run"], problem, runs)}
+    if problem is not None:
+        folder = RunFolder(runs / everything["run"]["suite"] / everything["run"]["run_id"])
+        everything = {"run": everything["run"], "answers": answers(folder, problem)}
     if as_json:
         print_json(json_ready(everything))
     elif problem is not None:

@@ -2,22 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, select
 
 from fp4rl.lab.compare.fairness import Objection, objections
+from fp4rl.lab.compare.scores import ScoreTable, score_table
 from fp4rl.lab.compare.sides import Side, read_side
 from fp4rl.lab.criteria import Comparison, Verdict, judge_family
+from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.query import repeats
-from fp4rl.lab.ledger.scores import ScoreTable, score_table
+from fp4rl.lab.ledger.query import spread_of_repeats
 from fp4rl.lab.ledger.store import Ledger
 from fp4rl.lab.statistics.multi_bootstrap import Bootstrapped, multi_bootstrap
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference
-from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.lab.statistics.spread import Spread
 from fp4rl.lab.statistics.two_way import two_way
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
@@ -50,6 +52,7 @@ class CrossChecks:
     two_way: Difference | None = None
     bootstrap: Bootstrapped | None = None
     checkpoints: PairedFlips | None = None  # McNemar: two single checkpoints, never two recipes
+    unread: tuple[str, ...] = ()  # runs whose folder, and with it their items, is not here
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def compare_all(
         judged = iter(judge_family(family, spread=spread, others=others + len(found) - len(family)))
         return tuple(
             _checked(
-                connection,
+                ledger.root,
                 replace(one, verdict=_said(one, next(judged)) if one.comparable else _shown_anyway(one, spread)),
             )
             for one in found
@@ -167,25 +170,28 @@ def _shown_anyway(one: Compared, spread: Spread | None) -> Verdict | None:
     )
 
 
-def _checked(connection: Connection, one: Compared) -> Compared:
+def _checked(root: Path, one: Compared) -> Compared:
     """The cross-checks, where both sides have the items of the same problems."""
     if one.verdict is None:
         return one
-    first, second = (_scores(connection, side, one.question.score) for side in (one.treatment, one.control))
+    runs = [run.key for side in (one.treatment, one.control) for run in side.runs]
+    if unread := tuple(key for key in runs if not (root / key).is_dir()):
+        return replace(one, checks=CrossChecks(unread=unread))
+    first, second = (_scores(root, side, one.question.score) for side in (one.treatment, one.control))
     if first is None or second is None or first.problems != second.problems:
         return one
-    if len(first.runs) == len(second.runs) == 1:
+    if len(first.scores) == len(second.scores) == 1:
         return replace(one, checks=CrossChecks(checkpoints=_flips(first, second)))
-    if min(len(first.runs), len(second.runs)) < 2:
+    if min(len(first.scores), len(second.scores)) < 2:
         return one
     generator = np.random.default_rng(_DRAWS_SEED)
     drawn = multi_bootstrap(100 * first.scores, 100 * second.scores, generator=generator)
     return replace(one, checks=CrossChecks(two_way(100 * first.scores, 100 * second.scores), drawn))
 
 
-def _scores(connection: Connection, side: Side, score: str) -> ScoreTable | None:
+def _scores(root: Path, side: Side, score: str) -> ScoreTable | None:
     measured = side.runs[0].measured
-    return score_table(connection, [run.id for run in side.runs], measured.step, measured.profile, score)
+    return score_table([RunFolder(root / run.key) for run in side.runs], measured.step, measured.profile, score)
 
 
 def _flips(first: ScoreTable, second: ScoreTable) -> PairedFlips | None:
@@ -200,10 +206,9 @@ def _spread(connection: Connection, one: Compared) -> Spread | None:
     """How far repeats of the treatment's task and model lie apart, in points; needed with one seed an arm."""
     if min(len(one.treatment.runs), len(one.control.runs)) > 1 or not one.treatment.runs[0].experiment:
         return None
-    columns = (tables.experiments.c.task, tables.experiments.c.model)
-    query = select(*columns).where(tables.experiments.c.digest == one.treatment.runs[0].experiment)
+    query = select(tables.runs.c.task, tables.runs.c.model).where(tables.runs.c.id == one.treatment.runs[0].id)
     task, model = connection.execute(query).one()
-    return pooled([100 * share for share in group] for group in repeats(connection, task, model))
+    return spread_of_repeats(connection, task, model)
 
 
 def _side_dict(side: Side) -> dict[str, Any]:

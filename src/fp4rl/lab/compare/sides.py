@@ -8,7 +8,8 @@ from sqlalchemy import Connection, or_, select
 
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.query import rows_of_runs, specs
+from fp4rl.lab.ledger.document import Document
+from fp4rl.lab.ledger.query import documents_of, rows_of_runs
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 
@@ -85,14 +86,11 @@ def read_side(
     asked = Asked.of(text)
     found = _named(connection, asked.word, suite)
     chosen = _evaluations(connection, [row["id"] for row in found], asked, step, score)
-    lines: dict[int, list[Mapping[str, Any]]] = {row["id"]: [] for row in found}
-    for line in rows_of_runs(connection, tables.evidence, list(lines)):
-        lines[line["run"]].append(line["content"])
-    digest = found[0]["experiment"]
-    spec = specs(connection, [digest])[digest] if digest else {}
-    judged = _judged(connection, list(lines))
+    documents = documents_of(connection, [row["id"] for row in found])
+    spec = {key: value for key, value in documents[found[0]["id"]].spec.items() if key != "seed"}
+    judged = _judged(connection, list(documents))
     runs = tuple(
-        _side_run(row, chosen[row["id"]], lines[row["id"]], judged[row["id"]], spec)
+        _side_run(row, chosen[row["id"]], documents[row["id"]], judged[row["id"]])
         for row in found
         if row["id"] in chosen
     )
@@ -108,15 +106,10 @@ def _judged(connection: Connection, ids: list[int]) -> dict[int, list[Mapping[st
     return found
 
 
-def _side_run(
-    row: Any,
-    measured: Measured,
-    lines: list[Mapping[str, Any]],
-    judged: list[Mapping[str, Any]],
-    spec: Mapping[str, Any],
-) -> SideRun:
+def _side_run(row: Any, measured: Measured, document: Document, judged: list[Mapping[str, Any]]) -> SideRun:
     foreign = ("it is a foreign log without evidence",)
-    missing = gaps(spec, row["evidence"], lines, judged) if not row["imported"] else foreign
+    summary = document.result.get("evidence") or {}
+    missing = gaps(document.spec, summary, document.evidence, judged) if not row["imported"] else foreign
     return SideRun(
         row["id"],
         f"{row['suite']}/{row['run_id']}",
@@ -126,11 +119,11 @@ def _side_run(
         (row["steps_asked"], row["steps_done"]),
         measured,
         missing,
-        row["versions"],
-        inputs_of(row["evidence"]),
-        row["evidence"].get("final_weights"),
-        answers_of(lines, measured.step, measured.profile),
-        row["evidence"].get("hardly_moved"),
+        document.result.get("versions") or {},
+        inputs_of(summary),
+        summary.get("final_weights"),
+        answers_of(document.evidence, measured.step, measured.profile),
+        summary.get("hardly_moved"),
     )
 
 

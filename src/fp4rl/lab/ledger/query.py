@@ -1,4 +1,4 @@
-"""Questions to the ledger: which runs there are, everything about one, and which of them repeat each other."""
+"""Questions to the ledger: which runs there are, the record of each, and which of them repeat each other."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.ledger import tables
+from fp4rl.lab.ledger.document import Document, Row
+from fp4rl.lab.statistics.spread import Spread, pooled
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
-Row = dict[str, Any]
-runs, experiments, evaluations = tables.runs, tables.experiments, tables.evaluations
+runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents
 
 
 @dataclass(frozen=True)
@@ -23,34 +24,27 @@ class Filter:
     profile: str | None = None
 
     def applied(self, query: Select[Any]) -> Select[Any]:
+        """The query with these conditions added."""
         for name in ("suite", "arm", "seed"):
             wanted = getattr(self, name)
             query = query.where(runs.c[name] == wanted) if wanted is not None else query
         if self.profile is None:
             return query
-        judged = select(evaluations.c.run).where(evaluations.c.last, evaluations.c.profile == self.profile)
-        return query.where(runs.c.id.in_(judged))
+        evaluated = select(evaluations.c.run).where(evaluations.c.last, evaluations.c.profile == self.profile)
+        return query.where(runs.c.id.in_(evaluated))
 
 
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
     """One row per run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
-    shown = (runs.c.id, runs.c.suite, runs.c.run_id, runs.c.arm, runs.c.seed, runs.c.steps_asked, runs.c.steps_done)
-    foreign = (runs.c.imported.is_not(None).label("imported"), runs.c.imported["status"].as_string().label("status"))
-    query = wanted.applied(select(*shown, runs.c.code_digest, *foreign))
+    names = ("id", "suite", "run_id", "arm", "seed", "steps_asked", "steps_done", "code_digest", "imported", "status")
+    query = wanted.applied(select(*(runs.c[name] for name in names)))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
-    found = [dict(row) for row in connection.execute(query).mappings()]
-    scores = _last_scores(connection, [row["id"] for row in found])
-    return [row | {"strict": scores.get(row["id"], {})} for row in found]
-
-
-def _last_scores(connection: Connection, ids: Sequence[int]) -> dict[int, dict[str, float]]:
+    rows = [dict(row) for row in connection.execute(query).mappings()]
     scores: dict[int, dict[str, float]] = {}
-    columns = (evaluations.c.run, evaluations.c.profile, evaluations.c.strict)
-    for some in chunks(ids):
-        query = select(*columns).where(evaluations.c.last, evaluations.c.run.in_(some)).order_by(evaluations.c.profile)
-        for run, profile, strict in connection.execute(query):
-            scores.setdefault(run, {})[profile] = strict
-    return scores
+    for row in rows_of_runs(connection, evaluations, [row["id"] for row in rows]):
+        if row["last"]:
+            scores.setdefault(row["run"], {})[row["profile"]] = row["strict"]
+    return [row | {"strict": scores.get(row["id"], {})} for row in rows]
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:
@@ -59,51 +53,52 @@ def count_runs(connection: Connection, wanted: Filter) -> int:
 
 
 def profiles_of(connection: Connection) -> list[str]:
-    """Every profile that a run was judged under at its end."""
+    """Every profile that a run was evaluated under at its end."""
     query = select(evaluations.c.profile).where(evaluations.c.last).distinct().order_by(evaluations.c.profile)
     return list(connection.execute(query).scalars())
 
 
 def find_run(connection: Connection, word: str) -> Row:
-    """One run by `suite/run-id`, run id, or the beginning of either.
+    """The index's row of one run, by `suite/run-id`, run id, or the beginning of either.
 
     Raises `NotFoundError` with the nearest name, `InvalidValueError` where several runs begin so.
     """
-    names = {f"{suite}/{run_id}": number for number, suite, run_id in _names(connection)}
+    rows = connection.execute(select(runs.c.id, runs.c.suite, runs.c.run_id))
+    names = {f"{suite}/{run_id}": number for number, suite, run_id in rows}
     exact = [key for key in names if word in (key, key.partition("/")[2])]
-    found = exact or [key for key in names if key.startswith(word) or key.partition("/")[2].startswith(word)]
+    matching = exact or [key for key in names if key.startswith(word) or key.partition("/")[2].startswith(word)]
     if not names:
         raise NotFoundError(
             "the ledger holds no run; `fp4rl run` makes some, `fp4rl runs import FILE` takes over a log"
         )
-    if not found:
+    if not matching:
         close = nearest(word, [*names, *(key.partition("/")[2] for key in names)])
         hint = close if close.startswith("; did") else f"; `fp4rl runs` lists all {len(names)}"
         raise NotFoundError(f"no run is called {word!r}{hint}")
-    if len(found) > 1:
+    if len(matching) > 1:
         raise InvalidValueError(
-            f"{len(found)} runs begin with {word!r}: {', '.join(sorted(found)[:4])}; name more of it"
+            f"{len(matching)} runs begin with {word!r}: {', '.join(sorted(matching)[:4])}; name more of it"
         )
-    return dict(connection.execute(select(runs).where(runs.c.id == names[found[0]])).mappings().one())
-
-
-def _names(connection: Connection) -> list[Any]:
-    return list(connection.execute(select(runs.c.id, runs.c.suite, runs.c.run_id)))
+    return dict(connection.execute(select(runs).where(runs.c.id == names[matching[0]])).mappings().one())
 
 
 def rows_of_runs(connection: Connection, table: Any, ids: Sequence[int]) -> list[Row]:
     """All rows of `table` that belong to the runs `ids`, in the order of the table's key."""
-    found: list[Row] = []
-    for some in chunks(ids):
+    rows: list[Row] = []
+    for some in _chunks(ids):
         query = select(table).where(table.c.run.in_(some)).order_by(*table.primary_key.columns)
-        found += [dict(row) for row in connection.execute(query).mappings()]
-    return found
+        rows += [dict(row) for row in connection.execute(query).mappings()]
+    return rows
 
 
-def specs(connection: Connection, digests: Iterable[str]) -> dict[str, Row]:
-    """Experiment digest -> what was described."""
-    query = select(experiments.c.digest, experiments.c.spec).where(experiments.c.digest.in_(sorted(set(digests))))
-    return {row.digest: row.spec for row in connection.execute(query)}
+def documents_of(connection: Connection, ids: Sequence[int], *, metrics: bool = False) -> dict[int, Document]:
+    """The records of these runs, by the run's number; their metrics are left out unless asked for."""
+    columns = (documents.c.run, documents.c.record, *((documents.c.metrics,) if metrics else ()))
+    read: dict[int, Document] = {}
+    for some in _chunks(ids):
+        for row in connection.execute(select(*columns).where(documents.c.run.in_(some))):
+            read[row.run] = Document(**row.record, metrics=row.metrics if metrics else {})
+    return read
 
 
 def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
@@ -114,18 +109,48 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     """
     query = (
         select(runs.c.experiment, evaluations.c.profile, runs.c.seed, evaluations.c.strict)
-        .select_from(runs.join(evaluations, evaluations.c.run == runs.c.id).join(experiments))
-        .where(evaluations.c.last, experiments.c.task == task, experiments.c.model == model)
+        .select_from(runs.join(evaluations, evaluations.c.run == runs.c.id))
+        .where(evaluations.c.last, runs.c.task == task, runs.c.model == model)
         .where(evaluations.c.strict.is_not(None))
         .order_by(runs.c.experiment, evaluations.c.profile, runs.c.seed, runs.c.suite)
     )
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    values: dict[str, dict[str, dict[int, float]]] = {}
     for experiment, profile, seed, value in connection.execute(query):
-        found.setdefault(experiment, {}).setdefault(profile, {}).setdefault(seed, value)
-    chosen = (profiles.get("deployment") or next(iter(profiles.values())) for profiles in found.values())
-    return [list(values.values()) for values in chosen]
+        values.setdefault(experiment, {}).setdefault(profile, {}).setdefault(seed, value)
+    chosen = (profiles.get("deployment") or next(iter(profiles.values())) for profiles in values.values())
+    return [list(by_seed.values()) for by_seed in chosen]
 
 
-def chunks(ids: Sequence[int], size: int = 500) -> Iterable[Sequence[int]]:
+def spread_of_repeats(connection: Connection, task: str, model: str) -> Spread | None:
+    """How far repeats of one task and model lie apart, in points; None without any."""
+    return pooled([100 * share for share in group] for group in repeats(connection, task, model))
+
+
+def known_spreads(connection: Connection, like: str | None = None) -> list[tuple[str, Spread]]:
+    """(task on model, spread in points) of all that has repeats; with `like` only those of that run's kind."""
+    kinds = select(runs.c.task, runs.c.model, func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
+    if like is not None:
+        kinds = kinds.where(runs.c.experiment == find_run(connection, like)["experiment"])
+    spreads = []
+    for task, model, number in connection.execute(kinds.group_by(runs.c.task, runs.c.model).order_by("task", "model")):
+        spread = spread_of_repeats(connection, task, model)
+        if spread is not None and spread.sd > 0:
+            spec = documents_of(connection, [number])[number].spec
+            spreads.append((f"{_name(spec.get('task'))} on {_name(spec.get('model'))}", spread))
+    return spreads
+
+
+def _name(described: Any) -> str:
+    """The name, the path's last part, or the first key of a part of a spec."""
+    if not isinstance(described, dict):
+        return str(described)
+    if described.get("name"):
+        return str(described["name"])
+    if described.get("path"):
+        return str(described["path"]).rstrip("/").rpartition("/")[2]
+    return next((key for key, value in described.items() if value is not None), "?")
+
+
+def _chunks(ids: Sequence[int], size: int = 500) -> Iterable[Sequence[int]]:
     """Pieces short enough for one statement's parameters."""
     return (ids[start : start + size] for start in range(0, len(ids), size))

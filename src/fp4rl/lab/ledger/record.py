@@ -1,39 +1,20 @@
-"""A finished run's folder becomes rows: all of them or none, and the same rows however often it is recorded."""
+"""Recording run folders: a run is entered wholly or not at all, and the same rows come of it however often."""
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, delete, select, text
 from sqlalchemy.exc import OperationalError, StatementError
 
-from fp4rl.lab.damage import Damaged, OnDamaged, damage_named, tell
+from fp4rl.lab.damage import Damaged, OnDamaged, tell
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.packing import pack
+from fp4rl.lab.ledger.document import Document, content_of, document_of, write
 from fp4rl.lab.ledger.store import Ledger
-from fp4rl.spec.digest import digest
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.words import agreeing, counted
 
-Row = dict[str, Any]
 OnRun = Callable[[int, int], None]
-
-# Written while or after the result is, so their content is not settled by it.
-_UNSETTLED = ("log.txt", "tensorboard", "wandb")
-_HASHED_UP_TO = 64 * 2**20
-
-
-@dataclass
-class Rows:
-    """Everything that the ledger holds of one run, by table."""
-
-    run: Row
-    experiment: Row | None
-    problem_lists: list[Row] = field(default_factory=list)
-    of_run: dict[Table, list[Row]] = field(default_factory=dict)
 
 
 def record(ledger: Ledger, folder: RunFolder) -> bool:
@@ -45,9 +26,9 @@ def record(ledger: Ledger, folder: RunFolder) -> bool:
     with ledger.reading() as connection:
         if known_content(connection).get((folder.suite, folder.run_id)) == content:
             return False
-    rows = rows_of(folder)
+    document = document_of(folder)
     with ledger.writing() as connection:
-        write_rows(connection, rows, folder)
+        _write_whole(connection, document, folder)
     return True
 
 
@@ -72,141 +53,62 @@ def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damag
     return recorded
 
 
+def rebuild(
+    ledger: Ledger,
+    root: Path,
+    *,
+    drop_missing: bool = False,
+    on_run: OnRun | None = None,
+    on_damaged: OnDamaged | None = None,
+) -> int:
+    """Empty the ledger and record every finished run below `root`, in one transaction; how many those were.
+
+    Raises `InvalidValueError` where the ledger holds runs without a folder here (a shared ledger, a folder moved away),
+    unless `drop_missing` says that they may go. The callbacks are those of `record_new`; where a run is damaged and
+    nobody listens, nothing is changed.
+    """
+    folders = finished_runs(root)
+    with ledger.writing() as connection:
+        if connection.dialect.name == "postgresql":  # SQLite's write lock keeps other writers waiting by itself
+            connection.execute(text("LOCK TABLE runs IN SHARE ROW EXCLUSIVE MODE"))
+        missing = sorted(set(known_content(connection)) - {(run.suite, run.run_id) for run in folders})
+        if missing and not drop_missing:
+            raise InvalidValueError(_missing_message(missing, root))
+        for table in (tables.documents, tables.evaluations, tables.runs):
+            connection.execute(delete(table))
+        damaged: list[Damaged] = []
+        for done, folder in enumerate(folders, start=1):
+            try:
+                _write_whole(connection, document_of(folder), folder)
+            except Damaged as error:
+                damaged.append(error)
+            if on_run:
+                on_run(done, len(folders))
+        tell(damaged, on_damaged)  # raises within the transaction where nobody listens
+    return len(folders) - len(damaged)
+
+
 def known_content(connection: Connection) -> dict[tuple[str, str], str]:
     """(suite, run id) -> digest of the result that the ledger holds."""
     table = tables.runs.c
-    found = connection.execute(select(table.suite, table.run_id, table.content))
-    return {(suite, run_id): content for suite, run_id, content in found}
+    rows = connection.execute(select(table.suite, table.run_id, table.content))
+    return {(suite, run_id): content for suite, run_id, content in rows}
 
 
-def content_of(folder: RunFolder) -> str:
-    """SHA-256 of `result.json`, which is written last and never again; empty where there is none."""
-    file = folder.path / "result.json"
-    with damage_named(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def rows_of(folder: RunFolder) -> Rows:
-    """Read a run's folder into rows. Raises `NotFoundError` for a run that is not finished, `Damaged` for one that
-    cannot be read."""
-    if not folder.finished:
-        folder.result()
-    with damage_named(folder.path):
-        return _rows(folder)
-
-
-def _rows(folder: RunFolder) -> Rows:
-    result, spec = folder.result(), folder.spec()
-    if spec and result.get("spec_digest") not in (None, digest(spec)):  # YAML that lost its end can still be YAML
-        raise ValueError("spec.yaml is not what its result was computed from")
-    number = tables.run_number(folder.suite, folder.run_id)
-    experiment = _experiment(spec) if spec else None
-    run = {
-        name: result.get(name) for name in ("seed", "spec_digest", "code_digest", "steps_asked", "steps_done", "wall_s")
-    }
-    run |= {
-        "id": number,
-        "suite": folder.suite,
-        "run_id": folder.run_id,
-        "arm": result.get("arm") or folder.run_id,
-        "experiment": experiment["digest"] if experiment else None,
-        "sites_digest": folder.sites().get("digest"),
-        "versions": result.get("versions") or {},
-        "evidence": result.get("evidence") or {},
-        "imported": result.get("imported"),
-        "content": content_of(folder),
-    }
-    rows = Rows(run, experiment)
-    rows.of_run[tables.metrics] = _metrics(folder, number)
-    rows.of_run[tables.evaluations] = _evaluations(result.get("evaluations", ()), number)
-    rows.of_run[tables.evidence] = [_evidence(line, one, number) for line, one in enumerate(folder.evidence())]
-    rows.of_run[tables.artefacts] = _artefacts(folder, number)
-    rows.of_run[tables.items] = []
-    for step, profile in folder.item_sets():
-        packed = pack(folder.items(step, profile))
-        rows.problem_lists.append(packed.problems)
-        rows.of_run[tables.items].append({"run": number, "step": step, "profile": profile} | packed.row)
-    return rows
-
-
-def _experiment(spec: Row) -> Row:
-    described = {key: value for key, value in spec.items() if key != "seed"}
-    parts = {name: digest(described.get(name)) for name in ("task", "model")}
-    return {"digest": digest(described), "spec": described, **parts}
-
-
-def _metrics(folder: RunFolder, number: int) -> list[Row]:
-    return [
-        {"run": number, "step": step, "name": name, "value": None if math.isnan(value) else value}
-        for step, values in folder.metrics().items()
-        for name, value in values.items()
-    ]
-
-
-def _evaluations(found: Iterable[Row], number: int) -> list[Row]:
-    """One a step and profile; a step that was judged twice counts as it was judged last."""
-    rows = [_evaluation(one, number) for one in found]
-    return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
-
-
-def _evaluation(found: Row, number: int) -> Row:
-    profile = found.get("profile") or {}
-    scores = {name: found.get(name) for name in ("n", "strict", "flexible", "formatted", "mean_length")}
-    place = {"run": number, "step": found["step"], "profile": profile.get("name") or "full"}
-    return place | {"last": bool(found.get("last")), "conditions": profile} | scores
-
-
-def _evidence(line: int, found: Row, number: int) -> Row:
-    named = {name: found.get(name) for name in ("kind", "phase", "step")}
-    return {"run": number, "line": line, "content": found} | named
-
-
-def _artefacts(folder: RunFolder, number: int) -> list[Row]:
-    found = []
-    for file in sorted(path for path in folder.path.rglob("*") if path.is_file()):
-        path = file.relative_to(folder.path)
-        if path.parts[0] in _UNSETTLED or file.name.startswith(".") or file.name.endswith(".partial"):
-            continue
-        size = file.stat().st_size
-        checksum = hashlib.sha256(file.read_bytes()).hexdigest() if size <= _HASHED_UP_TO else None
-        found.append({"run": number, "path": path.as_posix(), "bytes": size, "sha256": checksum})
-    return found
-
-
-def write_rows(connection: Connection, rows: Rows, folder: RunFolder) -> None:
+def _write_whole(connection: Connection, document: Document, folder: RunFolder) -> None:
     """Replace the run, or raise `Damaged` and leave the ledger as it was where a value does not fit its column."""
     try:
         with connection.begin_nested():
-            _write(connection, rows)
-    except (StatementError, OverflowError, ValueError, TypeError) as error:
+            write(connection, document)
+    except (StatementError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, OperationalError):
             raise
         why = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise Damaged(f"{folder.path} is damaged ({why}); put back a copy, or move it away") from error
 
 
-def _write(connection: Connection, rows: Rows) -> None:
-    """The run's own row comes first: whoever holds it keeps others that record the same run waiting."""
-    if rows.experiment:
-        _unless_there(connection, tables.experiments, [rows.experiment])
-    _unless_there(connection, tables.problem_lists, rows.problem_lists)
-    _put_run(connection, rows.run)
-    for table, new in rows.of_run.items():
-        connection.execute(delete(table).where(table.c.run == rows.run["id"]))
-        if new:
-            connection.execute(insert(table), new)
-
-
-def _put_run(connection: Connection, run: Row) -> None:
-    put = _dialect_insert(connection)(tables.runs).values(run)
-    connection.execute(put.on_conflict_do_update(index_elements=["id"], set_=run))
-
-
-def _unless_there(connection: Connection, table: Table, new: list[Row]) -> None:
-    if new:  # in one order everywhere, so that two writers never wait for each other
-        ordered = sorted({row["digest"]: row for row in new}.values(), key=lambda row: str(row["digest"]))
-        connection.execute(_dialect_insert(connection)(table).on_conflict_do_nothing(), ordered)
-
-
-def _dialect_insert(connection: Connection) -> Any:
-    return postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+def _missing_message(missing: list[tuple[str, str]], root: Path) -> str:
+    names = ", ".join("/".join(name) for name in missing[:3]) + (" ..." if len(missing) > 3 else "")
+    have, them = agreeing(len(missing), "has", "have"), agreeing(len(missing), "it", "them")
+    some = f"{counted(len(missing), 'run')} of this ledger {have} no folder below {root} ({names})"
+    return f"{some}; --drop-missing forgets {them}"

@@ -13,11 +13,13 @@ from typing import Any
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
+from fp4rl.lab.files import dumps
 from fp4rl.lab.ledger.tables import SCHEMA
+from fp4rl.lab.ledger.upgrade import bring_up_to_date, schema_of
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _WAIT_S = 20.0  # for another process's write to end
-_MIGRATING = 7_406_015  # the advisory lock under which PostgreSQL ledgers are made and migrated
+_UPGRADING = 7_406_015  # the advisory lock under which the tables of a PostgreSQL ledger are made
 
 
 class Locked(NotFoundError):
@@ -26,9 +28,13 @@ class Locked(NotFoundError):
 
 @dataclass(frozen=True)
 class Ledger:
-    """An open ledger of the newest schema. `reading()` and `writing()` are the only ways in, each one transaction."""
+    """An open ledger. `reading()` and `writing()` are the only ways in, each one transaction.
+
+    `root`: where the folders of its runs are; their items are read there.
+    """
 
     engine: Engine
+    root: Path
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -80,13 +86,17 @@ def _why(error: Exception) -> str:
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
-def open_ledger(where: str | os.PathLike[str]) -> Ledger:
-    """Open, make or migrate a ledger: a path means SQLite, `postgresql://user@host/name` a server.
+def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledger:
+    """Open a ledger, or make it: a path means SQLite, `postgresql://user@host/name` a server.
+
+    `root` is the folder of runs, by default the one that the SQLite file is in.
 
     Raises `NotFoundError` for a server that does not answer, a missing driver or folder, `InvalidValueError` for an
     address that is none and for a ledger that a newer version of fp4rl made.
     """
-    ledger = Ledger(_postgres(str(where)) if "://" in str(where) else _sqlite(Path(where)))
+    server = "://" in str(where)
+    engine = _postgres(str(where)) if server else _sqlite(Path(where))
+    ledger = Ledger(engine, root or (Path("runs") if server else Path(where).parent))
     _bring_up_to_date(ledger)
     return ledger
 
@@ -96,9 +106,10 @@ def _sqlite(path: Path) -> Engine:
         raise NotFoundError(f"{path.parent}: no such folder, so no ledger is made there; name another place")
     writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
     if writable:
-        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S})
+        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S}, json_serializer=dumps)
     else:  # an archive: what it holds, and what is recorded of its folders, lives in memory alone
-        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+        settings = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+        engine = create_engine("sqlite://", json_serializer=dumps, **settings)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _: Any) -> None:
@@ -148,7 +159,7 @@ def _postgres(address: str) -> Engine:
     if scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
         raise InvalidValueError(f"a ledger is a file or postgresql://user@host/name; got the scheme {scheme!r}")
     try:
-        return create_engine(make_url(f"postgresql+psycopg://{rest}"))
+        return create_engine(make_url(f"postgresql+psycopg://{rest}"), json_serializer=dumps)
     except ModuleNotFoundError:
         raise NotFoundError("a PostgreSQL ledger needs psycopg: pip install 'fp4rl[postgres]'") from None
     except (ArgumentError, NoSuchModuleError) as error:
@@ -157,23 +168,10 @@ def _postgres(address: str) -> Engine:
 
 def _bring_up_to_date(ledger: Ledger) -> None:
     with ledger.reading() as connection:
-        if _schema_of(connection) == SCHEMA:
+        if schema_of(connection) == SCHEMA:
             return
     with ledger.writing() as connection:
         if connection.dialect.name == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
-        if _schema_of(connection) != SCHEMA:  # another process may have come first
-            _migrate(connection)
-
-
-def _schema_of(connection: Connection) -> str | None:
-    if not connection.dialect.has_table(connection, "alembic_version"):
-        return None
-    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    return found
-
-
-def _migrate(connection: Connection) -> None:
-    from fp4rl.lab.ledger.migrate import migrate
-
-    migrate(connection, SCHEMA)
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADING})"))
+        if schema_of(connection) != SCHEMA:  # another process may have come first
+            bring_up_to_date(connection)

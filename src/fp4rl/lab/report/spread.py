@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fp4rl.lab.ledger.query import repeats
+from fp4rl.lab.ledger.query import spread_of_repeats
 from fp4rl.lab.ledger.store import open_ledger
-from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.lab.statistics.spread import Spread
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
 
@@ -15,5 +15,4 @@ def from_ledger(place: str | Path, experiment: Experiment) -> Spread | None:
         return None
     described = experiment.model_dump(mode="json")
     with open_ledger(place) as ledger, ledger.reading() as connection:
-        groups = repeats(connection, digest(described["task"]), digest(described["model"]))
-    return pooled([100 * share for share in group] for group in groups)
+        return spread_of_repeats(connection, digest(described["task"]), digest(described["model"]))
