@@ -120,8 +120,8 @@ def _print(answer: "Compared") -> None:
         line = f"Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
         indented(line)
     if checks.unread:
-        many = counted(len(checks.unread), "run")
-        screen.print(f"no cross-checks over problems: the folders of {many} are not here", highlight=False)
+        runs = counted(len(checks.unread), "run")
+        screen.print(f"no cross-checks over problems: the folders of {runs} are not here", highlight=False)
     if checks.checkpoints:
         flips = checks.checkpoints
         line = (
