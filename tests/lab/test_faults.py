@@ -8,18 +8,18 @@ import pytest
 
 from fp4rl.engines.processes import attempt, died
 from fp4rl.lab import work
-from fp4rl.lab.faults import FATAL
 from fp4rl.lab.folders import run_folder
+from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import single
 from fp4rl.spec.experiment import Experiment
 
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-from fp4rl.lab.faults import faults_kept
+from fp4rl.lab.guards import crashes_logged
 def in_the_middle():
     os.kill(os.getpid(), signal.SIGSEGV)
-with faults_kept(Path(sys.argv[1])):
+with crashes_logged(Path(sys.argv[1])):
     in_the_middle()
 """
 
@@ -53,8 +53,8 @@ def test_a_process_that_was_killed_is_told_by_its_signal_and_points_at_no_log(fo
 
 
 def test_a_run_that_goes_well_leaves_no_empty_log(folder):
-    quiet = "import sys; from pathlib import Path; from fp4rl.lab.faults import faults_kept\n"
-    quiet += "with faults_kept(Path(sys.argv[1])): pass"
+    quiet = "import sys; from pathlib import Path; from fp4rl.lab.guards import crashes_logged\n"
+    quiet += "with crashes_logged(Path(sys.argv[1])): pass"
     subprocess.run([sys.executable, "-c", quiet, str(folder.path / "log.txt")], check=True)
     assert not (folder.path / "log.txt").exists()
 

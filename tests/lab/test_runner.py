@@ -14,11 +14,10 @@ from fp4rl.cli.display import Display
 from fp4rl.cli.run import refuse_others
 from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
-from fp4rl.lab import work
+from fp4rl.lab import guards, work
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.inputs import changed_inputs
 from fp4rl.lab.matrix import planned, single
-from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.provenance import changed_inputs, code_digest
 from fp4rl.lab.runner import Outcome, archive_stale, run_all, split_finished, stale
 from fp4rl.lab.sinks import sink
 from fp4rl.rl.inputs import inputs
@@ -99,7 +98,7 @@ def test_leftovers_of_an_unfinished_run_are_cleared_before_it_starts_over(traine
 def test_a_run_that_another_process_holds_is_left_alone(trained, tmp_path, monkeypatch):
     folder = run_folder(tmp_path, "s", RUNS[0].run_id)
     folder.path.mkdir(parents=True)
-    monkeypatch.setattr(work, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(guards, "_PATIENCE_S", 0.0)
     with (folder.path / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InvalidValueError, match="being run by another process"):

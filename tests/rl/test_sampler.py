@@ -65,10 +65,10 @@ def test_the_key_changes_no_digest_unless_it_is_set():
 
 def test_what_is_asked_for_is_what_comes(experiment, model_cache):
     from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder, task_of
+    from fp4rl.rl.start import start_folder
 
     described = experiment("bf16")
-    model, tokenizer = load(start_folder(described.model, task_of(described.task), model_cache))
+    model, tokenizer = load(start_folder(described.model, described.task, model_cache))
     prompts = tokenizer(["1 + 1 = ", "2"])["input_ids"]
     torch.manual_seed(0)
     found = transformers_sampler(model, tokenizer, prompts, generate.Sampling(6, 1.0, count=3, logps=True))

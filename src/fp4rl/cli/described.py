@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fp4rl.lab.catalogue import named, names
-from fp4rl.lab.here import missing_files
 from fp4rl.lab.matrix import PlannedRun, planned, single
+from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite

@@ -29,7 +29,7 @@ def command(
     Example: `fp4rl plan catalogue/quickstart training.steps=10`
     """
     from fp4rl.cli.described import described_by, runs_described, warnings_of, what_interrupting_costs
-    from fp4rl.lab.here import missing_files
+    from fp4rl.lab.provenance import missing_files
     from fp4rl.lab.runner import split_finished
 
     described = described_by(spec, overrides or [])

@@ -175,7 +175,7 @@ def _record(book: str | Path, root: Path, screen: "Console") -> None:
 
 def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
     """Raises InvalidValueError where a finished run was made from other files than those that are there now."""
-    from fp4rl.lab.inputs import changed_inputs
+    from fp4rl.lab.provenance import changed_inputs
 
     changed = changed_inputs(finished, root)
     if changed:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp4rl.engines.rounding import choose_backend
-from fp4rl.lab.faults import FATAL
 from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import STOPPING, Event, OnEvent, Outcome
 

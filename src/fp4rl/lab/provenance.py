@@ -1,37 +1,98 @@
-"""What made a result: the versions below it, and a digest of the code that computes it."""
+"""What results are made from: code, versions of libraries, and files that a description only names."""
 
 import hashlib
 import platform
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fp4rl
+from fp4rl.lab.damage import Damaged, damage_named
+from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.rl.inputs import of_model, pointed_at
 
 # A change in any of these rooms can change a number; the lab, the engines and the command line only move numbers.
 _ROOMS = ("spec", "numerics", "sites", "tasks", "models", "inject", "noise", "rl")
 _SOURCE = (".py", ".c", ".h")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @cache
 def code_digest() -> str:
-    """Twelve hex digits over the source of every room that computes results."""
+    """Return twelve hex digits over the source of every room that computes results."""
     root = Path(fp4rl.__file__).parent
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for room in _ROOMS:
         for file in sorted(path for path in (root / room).rglob("*") if path.suffix in _SOURCE):
-            found.update(f"{file.relative_to(root).as_posix()}\n".encode())
-            found.update(file.read_bytes())
-    return found.hexdigest()[:12]
+            hashed.update(f"{file.relative_to(root).as_posix()}\n".encode())
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of Python, fp4rl and the libraries that a number passes through."""
-    found = {"python": platform.python_version(), "fp4rl": fp4rl.__version__}
+    """Return the versions of Python, fp4rl and the libraries that a number passes through, by name."""
+    installed = {"python": platform.python_version(), "fp4rl": fp4rl.__version__}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
+
+
+def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
+    """Return one line for each path that the runs name and that does not exist on this machine; loads nothing."""
+    return list(dict.fromkeys(line for run in runs for line in _missing(run)))
+
+
+def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence[str]]:
+    """Return, by run id, which inputs of finished runs have changed since.
+
+    An embedded model is not looked at: its folder is named by its recipe.
+    """
+    changed: dict[str, Sequence[str]] = {}
+    for run in runs:
+        then = _recorded_inputs(run_folder(root, run.suite, run.run_id))
+        now = pointed_at(run.experiment)
+        if run.experiment.model.path is not None:
+            now["start model"] = of_model(Path(run.experiment.model.path))
+        names = [name for name, digest in now.items() if then.get(name, digest) != digest]
+        if names:
+            changed[run.run_id] = names
+    return changed
+
+
+def _missing(run: PlannedRun) -> Iterator[str]:
+    task, model = run.experiment.task, run.experiment.model
+    for key, path in (("model.path", model.path), *((f"task.{key}", path) for key, path in task.files.items())):
+        if path is not None and not _exists(path):
+            yield f"{key}: {path} does not exist on this machine; {_cure(key, path)}"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _cure(key: str, path: str) -> str:
+    if key != "model.path" or not _HUB_ID.fullmatch(path) or Path(path).parent.is_dir():
+        return "put it there, or name another place"
+    return (
+        "nothing is downloaded here, so if it is an id of the Hub, "
+        f"`hf download {path} --local-dir models/{Path(path).name}` fetches it: then name that folder"
+    )
+
+
+def _recorded_inputs(folder: RunFolder) -> dict[str, str]:
+    """The digests in a run's result; none where it cannot be read (whoever reports the run names it)."""
+    try:
+        with damage_named(folder.path / "result.json"):
+            return dict((folder.result().get("evidence") or {}).get("inputs") or {})
+    except Damaged:
+        return {}

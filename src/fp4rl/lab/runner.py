@@ -11,9 +11,8 @@ import yaml
 from fp4rl.lab.damage import Damaged
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
-from fp4rl.lab.inputs import changed_inputs
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.provenance import changed_inputs, code_digest
 from fp4rl.spec.errors import InvalidValueError
 
 STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in

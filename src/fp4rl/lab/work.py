@@ -5,20 +5,18 @@ logged after that is dropped; without one it starts over from its seed. Either w
 that was never interrupted. A folder with a result is never touched.
 """
 
-import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
-from fp4rl.lab.faults import faults_kept
-from fp4rl.lab.files import is_full, remove_partial
+from fp4rl.lab.files import remove_partial
 from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.guards import crashes_logged, full_disk_named, locked
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks.sink import Sinks
@@ -30,9 +28,7 @@ from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
-_PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
 _LEFTOVERS = (
     *("evidence.jsonl", "metrics.jsonl", "items", "checkpoints", "on-the-way", "final", "sites.json", "log.txt"),
     "tensorboard",
@@ -72,7 +68,7 @@ def execute_run(
             run.experiment, folder.path, root / "models", None, processes.from_first(ResumeState()), stamp=code_digest()
         )
         return folder
-    with _room_on_disk(folder), _alone(folder):
+    with full_disk_named(folder), locked(folder):
         if folder.finished:
             return folder
         remove_partial(folder.path)
@@ -80,7 +76,7 @@ def execute_run(
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
-        with faults_kept(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
+        with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             hear = replace(_listeners(run, folder, sinks, on_stage), interrupted=interrupted)
             for line in spec_warnings({run.arm: run.experiment}):
                 _say(folder, line)
@@ -166,20 +162,6 @@ def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-@contextmanager
-def _room_on_disk(folder: RunFolder) -> Iterator[None]:
-    """A full disk is one line, not a traceback; the libraries below each have their own way of saying it."""
-    try:
-        yield
-    except Exception as error:
-        if is_full(error):
-            raise CheckFailed(
-                f"the disk of {folder.path} is full; make room and run the same command again: "
-                "it goes on from the last checkpoint"
-            ) from None
-        raise
-
-
 def _result(run: PlannedRun, trained: Trained, evaluations: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
     return {
         "run_id": run.run_id,
@@ -208,31 +190,3 @@ def _clear(folder: RunFolder) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(folder: RunFolder) -> Iterator[None]:
-    """Holds the run's lock; the system lets go of it when the process dies, however it dies.
-
-    Raises InvalidValueError when another process keeps it.
-    """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = (folder.path / ".lock").open("w")
-    except OSError as error:
-        raise InvalidValueError(
-            f"cannot write to {folder.path}: {error.strerror}; give another place with --runs"
-        ) from None
-    with lock:
-        until = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise InvalidValueError(
-                        f"{folder.key} is being run by another process; wait for it to end"
-                    ) from None
-                time.sleep(0.2)
-        yield

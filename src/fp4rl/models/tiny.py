@@ -4,7 +4,6 @@ Its recipe decides every bit of it. Weights and order come from generators of th
 thread, because sums split over a different number of threads round differently.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
@@ -107,7 +107,7 @@ def cached(
     if place.is_dir():
         return place
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(place.with_suffix(".lock")):
+    with FileLock(place.with_suffix(".lock")):  # released when the process dies
         if not place.is_dir():
             half_made = place.with_suffix(".partial")
             shutil.rmtree(half_made, ignore_errors=True)  # of a process that was killed: we hold its lock now
@@ -134,14 +134,6 @@ def _content(recipe: Embedded, examples: Sequence[Example]) -> dict[str, object]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Holds an exclusive lock inside the block; the system lets go of it when the process dies, however it dies."""
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

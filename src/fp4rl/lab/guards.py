@@ -1,0 +1,71 @@
+"""What surrounds a run while it is executed: its lock, one line for a full disk, and a log of crashes below Python."""
+
+import faulthandler
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fp4rl.lab.files import is_full
+from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
+
+# How faulthandler begins its report of a segmentation fault.
+FATAL = "Fatal Python error"
+_PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Hold the run's lock; the system releases it when the process dies, however it dies.
+
+    Raises InvalidValueError when another process keeps it, and where the folder cannot be written.
+    """
+    lock = FileLock(folder.path / ".lock", timeout=_PATIENCE_S, poll_interval=0.2)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InvalidValueError(f"{folder.key} is being run by another process; wait for it to end") from None
+    except OSError as error:
+        raise InvalidValueError(
+            f"cannot write to {folder.path}: {error.strerror}; give another place with --runs"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def full_disk_named(folder: RunFolder) -> Iterator[None]:
+    """Raise CheckFailed in one line for a full disk; the libraries below each have their own way of saying it."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise CheckFailed(
+                f"the disk of {folder.path} is full; make room and run the same command again: "
+                "it goes on from the last checkpoint"
+            ) from None
+        raise
+
+
+@contextmanager
+def crashes_logged(log: Path) -> Iterator[None]:
+    """Append the stacks of all threads to `log` at a segmentation fault, an abort or a bus error.
+
+    Where faulthandler is on already, somebody asked to have them elsewhere.
+    """
+    if faulthandler.is_enabled():
+        yield
+        return
+    with log.open("a", encoding="utf-8") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+    if not log.stat().st_size:
+        log.unlink()
