@@ -204,9 +204,9 @@ def estimates(folder: Path, stories: Path | None) -> list[str]:
                 model, Injection.named(mode), texts=calibration, spec=Scan(parts=("precision", "sensitivity"))
             )
             found = report.sensitivity
-            estimated, measured = sum(s.estimate for s in found.sites), sum(s.alone.kl for s in found.sites)
+            estimated, measured = sum(s.estimate for s in found.sites), sum(s.leave_one_in.kl for s in found.sites)
             error = {part.site: part.measures["relative_l2"] for part in report.parts if part.part == "weight"}
-            size = rank_correlation([error[s.name] for s in found.sites], [s.alone.kl for s in found.sites])
+            size = rank_correlation([error[s.name] for s in found.sites], [s.leave_one_in.kl for s in found.sites])
             lines.append(
                 f"| {name}, {mode.upper()} | {len(found.sites)} | {found.rank_correlation:.3f} | "
                 f"{size:.2f} | {estimated / measured:.2f} |"

@@ -27,8 +27,8 @@ SEVERITY = {0: 9.0, 1: 1.0, 2: 1.0, 3: 4.0, 4: 1.0}
 
 
 @pytest.fixture(scope="module")
-def advice(w4a4, stories, calibration):
-    return advise(w4a4, stories, calibration, Options(bits_per_weight=5.0))
+def advice(w4a4, trained, calibration):
+    return advise(w4a4, trained, calibration, Options(bits_per_weight=5.0))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -42,11 +42,11 @@ def test_the_knapsack_equals_trying_everything(seed):
     floor = sum(choices[0].bits for choices in groups.values())
     budget = floor * draw.uniform(1.0, 2.5)
     best = min(
-        sum(c.harm for c in pick) for pick in itertools.product(*groups.values()) if sum(c.bits for c in pick) <= budget
+        sum(c.kl for c in pick) for pick in itertools.product(*groups.values()) if sum(c.bits for c in pick) <= budget
     )
     found = knapsack(groups, budget)
     assert found.bits <= budget
-    assert found.harm == pytest.approx(best, rel=0.01)
+    assert found.kl == pytest.approx(best, rel=0.01)
 
 
 def test_a_budget_below_the_cheapest_formats_is_refused():
@@ -153,18 +153,18 @@ def test_findings_say_what_hurts_and_that_size_alone_does_not_tell(w4a4):
     assert "faulty" not in words
 
 
-def test_advised_formats_keep_fused_groups_together_and_the_budget(advice, stories, w4a4):
+def test_advised_formats_keep_fused_groups_together_and_the_budget(advice, trained, w4a4):
     assert advice.formats.bits_per_weight <= 5.0
-    assert advice.formats.chosen.harm < sum(site.harm for site in w4a4.sensitivity.sites)
-    table = resolve(stories, advice.injection())  # refuses a split q/k/v or gate/up
+    assert advice.formats.chosen.kl < sum(site.kl for site in w4a4.sensitivity.sites)
+    table = resolve(trained, advice.injection())  # refuses a split q/k/v or gate/up
     wider = {plan.name for plan in table.plans if plan.weight.name != "mxfp4"}
     assert wider == {entry.pattern for entry in advice.injection().by_pattern if entry.weight is not None}
     assert wider
 
 
-def test_a_left_out_site_takes_its_fused_group_along(advice, stories):
+def test_a_left_out_site_takes_its_fused_group_along(advice, trained):
     assert advice.leave
-    resolve(stories, advice.injection(["leave"]))
+    resolve(trained, advice.injection(["leave"]))
 
 
 def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice, tmp_path):
@@ -179,8 +179,8 @@ def test_the_fragment_lies_over_a_spec_and_comes_back_as_the_same_objects(advice
 
 
 @pytest.mark.parametrize("rule", NOISE_RULES)
-def test_every_noise_rule_takes_the_place_of_the_factors_that_the_spec_had(w4a4, stories, tmp_path, rule):
-    found = advise(w4a4, stories, options=Options(noise_rule=rule))
+def test_every_noise_rule_takes_the_place_of_the_factors_that_the_spec_had(w4a4, trained, tmp_path, rule):
+    found = advise(w4a4, trained, options=Options(noise_rule=rule))
     assert found.formats is None
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     before = "{by_layer: {0: 9.0, 4: 9.0}, zones: {edge: 3.0}, others: 7.0}"
@@ -202,11 +202,11 @@ def test_another_scale_rule_is_recommended_with_what_it_saves(advice):
 
 
 @pytest.mark.parametrize("preset", [None, "vllm", "modelopt"])
-def test_every_piece_of_advice_makes_a_fragment_that_its_own_preset_accepts(stories, calibration, tmp_path, preset):
+def test_every_piece_of_advice_makes_a_fragment_that_its_own_preset_accepts(trained, calibration, tmp_path, preset):
     """The kind: advice that the door refuses (`mse`, which no preset rounds with)."""
     injection = Injection.named("w4a16", preset)
-    report = scan(stories, injection, texts=calibration, spec=Scan(parts=("precision", "sensitivity"), measured=False))
-    found = advise(report, stories, calibration, Options(bits_per_weight=5.0))
+    report = scan(trained, injection, texts=calibration, spec=Scan(parts=("precision", "sensitivity"), measured=False))
+    found = advise(report, trained, calibration, Options(bits_per_weight=5.0))
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     spec.write_text(yaml.safe_dump({"injection": {"mode": "w4a16"} | ({"preset": preset} if preset else {})}))
     fragment.write_text(yaml.safe_dump(found.fragment(("formats", "noise", "leave", "weight_format"))))
@@ -216,31 +216,31 @@ def test_every_piece_of_advice_makes_a_fragment_that_its_own_preset_accepts(stor
     assert ("weight_format" in found.held(("weight_format",))) == (loaded.weight != injection.weight)
 
 
-def test_between_the_bands_the_worst_are_wider_and_noise_goes_to_what_they_leave(w4a4, stories, calibration):
-    """With bands that put this scan between them; worked out from the sites' own harm."""
-    found = advise(w4a4, stories, calibration, Options(bits_per_weight=5.0, bands=(0.0, 1.0)))
+def test_between_the_bands_the_worst_are_wider_and_noise_goes_to_what_they_leave(w4a4, trained, calibration):
+    """With bands that put this scan between them; worked out from the sites' own KL."""
+    found = advise(w4a4, trained, calibration, Options(bits_per_weight=5.0, bands=(0.0, 1.0)))
     assert found.strategy == "mixed precision and noise"
     wider = {entry.pattern for entry in found.formats.exceptions(w4a4.table.injection)}
     left = dict.fromkeys(range(5), 0.0)
     for site in w4a4.sensitivity.sites:
-        left[site.layer] += 0.0 if site.name in wider else site.harm
+        left[site.layer] += 0.0 if site.name in wider else site.kl
     assert wider
     assert found.multipliers == noise_multipliers("proportional", left, frozenset())
-    everywhere = advise(w4a4, stories, calibration, Options(bits_per_weight=5.0, bands=(1.0, 1.0)))
+    everywhere = advise(w4a4, trained, calibration, Options(bits_per_weight=5.0, bands=(1.0, 1.0)))
     assert everywhere.multipliers == noise_multipliers("proportional", w4a4.severity(), frozenset())
     assert everywhere.multipliers != found.multipliers
 
 
-def test_formats_cannot_be_advised_without_sensitivity(stories, calibration):
-    report = scan(stories, Injection.named("w4a16"), spec=Scan(parts=("precision",)))
-    found = advise(report, stories, calibration)
+def test_formats_cannot_be_advised_without_sensitivity(trained, calibration):
+    report = scan(trained, Injection.named("w4a16"), spec=Scan(parts=("precision",)))
+    found = advise(report, trained, calibration)
     assert found.formats is None
     assert found.multipliers is not None
 
 
-def test_a_scan_without_texts_that_needs_them_says_so(stories):
+def test_a_scan_without_texts_that_needs_them_says_so(trained):
     with pytest.raises(InvalidValueError, match="need texts"):
-        scan(stories, Injection.named("w4a16"))
+        scan(trained, Injection.named("w4a16"))
 
 
 @pytest.mark.parametrize(

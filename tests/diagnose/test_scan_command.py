@@ -37,7 +37,7 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
     assert "14 sites" in shown
     assert "8 texts" in shown
     assert "only 8 calibration texts; use at least 32" in shown
-    assert "rank correlation of the one-pass estimate with the measured harm" in shown
+    assert "rank correlation of the one-pass estimate with the measured KL" in shown
     assert "reconsider_quantization" in shown
     assert "advice:" in shown
     assert "holds formats and noise; its noise turns AQN on where a spec has none" in " ".join(shown.split())
@@ -52,7 +52,7 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
 def test_the_json_of_a_scan_is_one_document(folder, capsys):
     assert main(["scan", str(folder), "--quick", "--texts", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sensitivity"]["sites"][0]["alone"] is None
+    assert found["sensitivity"]["sites"][0]["leave_one_in"] is None
     assert found["sensitivity"]["sites"][0]["estimate"] > 0
 
 
@@ -248,11 +248,11 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     assert "<b>odd</b>" not in text
 
 
-def test_the_page_carries_the_advice_and_the_sites_of_a_finding(w4a4, stories):
+def test_the_page_carries_the_advice_and_the_sites_of_a_finding(w4a4, trained):
     from fp4rl.diagnose.advice import advise
     from fp4rl.diagnose.findings import findings
 
-    advice = advise(w4a4, stories)
+    advice = advise(w4a4, trained)
     text = page(w4a4, advice)
     assert f"Advice: {advice.strategy}" in text
     assert all(escape(reason) in text for reason in advice.reasons)

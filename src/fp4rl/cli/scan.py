@@ -113,7 +113,7 @@ def command(
         report = _stored(folder_of(experiment), injection)
     else:
         live = loaded(experiment, lines, texts, runs)
-        report = _scanned(*live, injection, {"measured": not quick, "spared": spared}, site)
+        report = _scanned(*live, injection, {"measured": not quick, "leave_one_out": spared}, site)
         advice = _advice(report, live, noise_rule, bits) if advise else None
     report = replace(report, model=name, limits=limits)
     if advise and advice:

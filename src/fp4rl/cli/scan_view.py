@@ -101,8 +101,8 @@ def _show_layers(screen: "Console", report: "ScanReport") -> None:
     columns: dict[str, dict[int | None, Text]] = {
         "weights": _strips(report, "weight", layers, roles),
         "inputs": _strips(report, "input", layers, roles),
-        "harm, KL": _harm(report, layers),
-        "spared": _saved(report),
+        "KL": _kl(report, layers),
+        "left out": _saved(report),
         "stream": {d.layer: Text(f"{d.both:.1%}") for d in report.depth},
         "gain": {d.layer: Text(f"{d.gain:.2f}") for d in report.dynamics.layers} if report.dynamics else {},
         "fault": {s.layer: Text(s.kind, style="red") for s in reversed(report.verdict.suspects)}
@@ -133,7 +133,7 @@ def _strips(report: "ScanReport", part: str, layers: list[int], roles: list[str]
     }
 
 
-def _harm(report: "ScanReport", layers: list[int]) -> dict[int | None, Text]:
+def _kl(report: "ScanReport", layers: list[int]) -> dict[int | None, Text]:
     if report.sensitivity is None:
         return {}
     severity = report.severity()
@@ -149,8 +149,8 @@ def _saved(report: "ScanReport") -> dict[int | None, Text]:
     """KL that sparing each site of a layer saves, added up."""
     saved: dict[int | None, float] = {}
     for site in report.sensitivity.sites if report.sensitivity is not None else ():
-        if site.spared is not None:
-            saved[site.layer] = saved.get(site.layer, 0.0) + site.spared.kl
+        if site.leave_one_out is not None:
+            saved[site.layer] = saved.get(site.layer, 0.0) + site.leave_one_out.kl
     return {layer: Text(f"{value:.4f}") for layer, value in saved.items()}
 
 

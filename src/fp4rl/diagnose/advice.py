@@ -133,7 +133,7 @@ def advise(
     noisy = layers_of(report, tuple(site for site in out if site not in wider))
     multipliers = noise_multipliers(options.noise_rule, severity, noisy) if severity else None
     if multipliers is not None:
-        left = ", for the harm that the wider sites leave" if wider else ""
+        left = ", for the KL that the wider sites leave" if wider else ""
         reasons.append(_noise_in_words(options.noise_rule, multipliers, list(severity)) + left)
     return Advice(
         strategy=plan,
@@ -161,10 +161,10 @@ def _widened(formats: FormatAdvice | None, injection: Injection) -> frozenset[st
 
 
 def _worst(report: ScanReport) -> tuple[str, ...]:
-    """The tenth of the sites that does most harm, with what is fused to them; nothing without a sensitivity scan."""
+    """Return the tenth of the sites with the greatest KL, and what is fused to them; nothing without a sensitivity scan."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return ()
-    ranked = sorted(report.sensitivity.sites, key=lambda site: -site.harm)
+    ranked = sorted(report.sensitivity.sites, key=lambda site: -site.kl)
     worst = {site.name for site in ranked[: max(1, len(ranked) // 10)]}
     groups = fused_groups(report.table.plans).values()
     return tuple(site for group in groups if worst & set(group) for site in group)
@@ -178,11 +178,11 @@ def _reasons(
     if report.sensitivity is not None:
         found.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
     if formats is not None:
-        now = sum(site.harm for site in report.sensitivity.sites) if report.sensitivity else 0.0
+        now = sum(site.kl for site in report.sensitivity.sites) if report.sensitivity else 0.0
         names = list(dict.fromkeys(exception.pattern for exception in formats.exceptions(report.table.injection)))
         some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
         sites = f"{counted(len(names), 'site')} wider{some}"
-        fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.harm:.4g}"
+        fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}"
         found.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
     found += [
         f"{variant.name} would change the weights' error by {variant.change:+.1%}{_target(variant, report)}"

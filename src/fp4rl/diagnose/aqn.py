@@ -13,7 +13,8 @@ LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take
 
 
 def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_out: frozenset[int]) -> Multipliers:
-    """Multipliers of every layer. `severity` is layer -> harm (0 and up), `standing_out` the layers that need care.
+    """Return the multipliers of every layer. `severity` is layer -> KL or error (0 and up), `standing_out` the layers
+    that need care.
 
     global        1 everywhere, the final norm included
     targeted      1 on the layers that stand out (the worst fifth when none does), 0 elsewhere

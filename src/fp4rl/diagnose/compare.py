@@ -79,27 +79,29 @@ def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureCh
 
 
 def totals(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Total, ...]:
-    """Whole figures that two JSON scans share: all weights together, the harm of everything, and of each layer."""
+    """Whole figures that two JSON scans share: all weights together, the KL of everything, and of each layer."""
     ours, theirs = _totals(a), _totals(b)
     return tuple(Total(name, value, theirs[name]) for name, value in ours.items() if name in theirs)
 
 
 def require_difference(found: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
-    """CheckFailed when nothing differs (check P18)."""
+    """CheckFailed when nothing differs (an adapter that was not loaded)."""
     same = found.identical if isinstance(found, CheckpointDelta) else all(row.a == row.b for row in found)
     if same:
         raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
 
 
 def _totals(scan: Mapping[str, Any]) -> dict[str, float]:
-    together, harm = scan.get("weights_together"), scan.get("sensitivity")
+    together, sensitivity = scan.get("weights_together"), scan.get("sensitivity")
     found = {f"weights: {word}": together[key] for key, word in _TOGETHER.items()} if together else {}
-    if harm:
-        found |= {"KL of everything, nats": harm["everything"]["kl"], "loss change": harm["everything"]["loss_change"]}
-        for site in harm["sites"]:
+    if sensitivity:
+        everything = sensitivity["everything"]
+        found |= {"KL of everything, nats": everything["kl"], "loss change": everything["loss_change"]}
+        for site in sensitivity["sites"]:
             if site["layer"] is not None:
                 name = f"KL of layer {site['layer']}'s sites, nats"
-                found[name] = found.get(name, 0.0) + (site["alone"]["kl"] if site["alone"] else site["estimate"] or 0.0)
+                measured = site.get("leave_one_in", site.get("alone"))  # schema 1 called it `alone`
+                found[name] = found.get(name, 0.0) + (measured["kl"] if measured else site["estimate"] or 0.0)
     return found
 
 

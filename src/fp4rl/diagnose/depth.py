@@ -45,7 +45,8 @@ class LayerDepth:
 def depth(
     model: nn.Module, table: SiteTable, calibration: Calibration, *, on_progress: Progress | None = None
 ) -> tuple[LayerDepth, ...]:
-    """One pass without harm and up to three with it per batch; the unharmed stream of one batch is held at a time.
+    """Follow the error of the residual stream through the layers: one unchanged pass and up to three injected ones per
+    batch. The unchanged stream of one batch is held at a time.
 
     Raises InvalidValueError when no site belongs to a numbered layer.
     """
@@ -60,8 +61,8 @@ def depth(
         for name, tokens in clean.items():
             power[name] += float(tokens.double().square().sum())
             counts[name] += tokens.numel()
-        for part, harmed in tables.items():
-            _add_errors(model, harmed, batch, clean, errors[part])
+        for part, injected in tables.items():
+            _add_errors(model, injected, batch, clean, errors[part])
         if on_progress is not None:
             on_progress(done, len(calibration.batches))
     return tuple(

@@ -96,8 +96,8 @@ def _stranger(generator: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
 
 
-def ratios(full: Dynamics, harmed: Dynamics) -> dict[int, dict[str, float]]:
-    """Layer -> `gain_ratio` and `kurtosis_ratio` of a harmed model to the unharmed one, as the documents judge them."""
+def ratios(full: Dynamics, injected: Dynamics) -> dict[int, dict[str, float]]:
+    """Layer -> `gain_ratio` and `kurtosis_ratio` of the injected model to the unchanged one."""
     before = {layer.layer: layer for layer in full.layers}
     return {
         layer.layer: {
@@ -105,7 +105,7 @@ def ratios(full: Dynamics, harmed: Dynamics) -> dict[int, dict[str, float]]:
             # Of the plain fourth moment ratio (3 for Gaussian data): a ratio of excesses would divide by about zero.
             "kurtosis_ratio": (layer.kurtosis + 3) / (before[layer.layer].kurtosis + 3),
         }
-        for layer in harmed.layers
+        for layer in injected.layers
         if layer.layer in before
     }
 

@@ -94,8 +94,8 @@ def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype
     weight = as_used(plan.site, layer.weight.detach())
     rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
     clean = linear(x, weight, layer.bias)
-    harmed = linear(rounded_x, rounded_w, layer.bias)
-    return (harmed if plan.output is None else _rounded(harmed, plan.output, dtype)) - clean
+    injected = linear(rounded_x, rounded_w, layer.bias)
+    return (injected if plan.output is None else _rounded(injected, plan.output, dtype)) - clean
 
 
 def _rounded(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:

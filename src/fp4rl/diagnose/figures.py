@@ -38,7 +38,7 @@ _MEASURES: tuple[tuple[str, str, str, bool], ...] = (
 
 
 def heat_map(report: ScanReport) -> Figure | None:
-    """Layers x projections, with a menu of measures; harm first where it was looked at."""
+    """Layers x projections, with a menu of measures; KL first where it was looked at."""
     layers = sorted({plan.site.layer for plan in report.table.plans if plan.site.layer is not None})
     roles = list(dict.fromkeys(plan.site.role for plan in report.table.plans if plan.site.layer is not None))
     grids = [(label, _grid(values, layers, roles), worse) for label, values, worse in _by_place(report)]
@@ -76,16 +76,16 @@ def heat_map(report: ScanReport) -> Figure | None:
 
 
 def sensitivity_bars(report: ScanReport) -> Figure | None:
-    """The sites that do most harm: measured alone, and what one backward pass predicted."""
+    """The sites with the greatest KL: measured alone, and what one backward pass predicted."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return None
-    ranked = sorted(report.sensitivity.sites, key=lambda site: site.harm)[-MOST_BARS:]
+    ranked = sorted(report.sensitivity.sites, key=lambda site: site.kl)[-MOST_BARS:]
     names = [site.name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "") for site in ranked]
     bars = {
         "type": "bar",
         "orientation": "h",
-        "name": "measured" if ranked[0].alone is not None else "estimated",
-        "x": [site.harm for site in ranked],
+        "name": "measured" if ranked[0].leave_one_in is not None else "estimated",
+        "x": [site.kl for site in ranked],
         "y": names,
         "marker": {"color": BEFORE},
         "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
@@ -101,13 +101,13 @@ def sensitivity_bars(report: ScanReport) -> Figure | None:
     saved = {
         "type": "scatter",
         "mode": "markers",
-        "name": "saved when it alone is spared",
-        "x": [site.spared.kl if site.spared is not None else None for site in ranked],
+        "name": "saved when it alone is left out",
+        "x": [site.leave_one_out.kl if site.leave_one_out is not None else None for site in ranked],
         "y": names,
         "marker": {"color": INK, "symbol": "circle-open", "size": 8},
     }
-    shown = [bars] + [marks] * (ranked[0].alone is not None) + [saved] * (ranked[0].spared is not None)
-    known = "" if ranked[0].alone is not None else " (estimated)"
+    shown = [bars] + [marks] * (ranked[0].leave_one_in is not None) + [saved] * (ranked[0].leave_one_out is not None)
+    known = "" if ranked[0].leave_one_in is not None else " (estimated)"
     layout = _LAYOUT | {
         "height": 120 + _ROW * len(ranked),
         "margin": {"l": 130, "r": 20, "t": 50, "b": 50},
@@ -182,8 +182,8 @@ def _by_place(report: ScanReport) -> list[tuple[str, dict[tuple[int | None, str]
     """(label, (layer, role) -> value, whether more is worse); places that share layer and role are averaged."""
     found = []
     if report.sensitivity is not None:
-        harm = [(site.layer, site.role, site.harm) for site in report.sensitivity.sites]
-        found.append(("harm: KL alone, nats per token", _averaged(harm), True))
+        measured = [(site.layer, site.role, site.kl) for site in report.sensitivity.sites]
+        found.append(("KL of the site alone, nats per token", _averaged(measured), True))
     for label, part, measure, worse in _MEASURES:
         read = _reader(measure)
         values = [(p.layer, p.role, v) for p in report.parts if p.part == part and (v := read(p)) is not None]

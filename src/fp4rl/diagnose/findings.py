@@ -44,7 +44,7 @@ def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
 
 def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ...]:
     """Faults first, then what is imprecise, then what hurts, then what to know about the scan itself."""
-    return (*_faults(report), *_imprecise(report, limit), *_harmful(report), *_notes(report))
+    return (*_faults(report), *_imprecise(report, limit), *_sensitive(report), *_notes(report))
 
 
 def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
@@ -108,25 +108,25 @@ def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
     ]
 
 
-def _harmful(report: ScanReport) -> list[Finding]:
+def _sensitive(report: ScanReport) -> list[Finding]:
     found = report.sensitivity
     if found is None or not found.sites:
         return []
-    ranked = sorted(found.sites, key=lambda site: -site.harm)
-    total = sum(site.harm for site in ranked) or 1.0
+    ranked = sorted(found.sites, key=lambda site: -site.kl)
+    total = sum(site.kl for site in ranked) or 1.0
     top = ranked[: max(1, len(ranked) // 10)]
-    share = sum(site.harm for site in top) / total
+    share = sum(site.kl for site in top) / total
     makes = agreeing(len(top), "makes", "make")
-    text = f"{len(top)} of {len(ranked)} sites {makes} {share:.0%} of the harm; the worst is {top[0].name}"
+    text = f"{len(top)} of {len(ranked)} sites {makes} {share:.0%} of the KL; the worst is {top[0].name}"
     lines = [Finding("sensitivity", text, tuple(site.name for site in top))]
     errors = {part.site: part.measures["relative_l2"] for part in report.parts if part.part == "weight"}
-    pairs = [(errors[site.name], site.harm) for site in ranked if site.name in errors]
+    pairs = [(errors[site.name], site.kl) for site in ranked if site.name in errors]
     agreement = rank_correlation([e for e, _ in pairs], [h for _, h in pairs])
     if agreement is not None:
-        text = f"rank correlation of a weight's error with the harm it does: {agreement:.2f}; size alone does not tell"
+        text = f"rank correlation of a weight's error with the KL it causes: {agreement:.2f}; size alone does not tell"
         lines += [Finding("sensitivity", text)] if agreement < 0.7 else []
     if found.rank_correlation is not None:
-        text = f"rank correlation of the one-pass estimate with the measured harm: {found.rank_correlation:.2f}"
+        text = f"rank correlation of the one-pass estimate with the measured KL: {found.rank_correlation:.2f}"
         lines.append(Finding("sensitivity", text))
     return lines
 

@@ -1,4 +1,4 @@
-"""Which format each site should have, by the knapsack on measured harm, and what another scale rule would save."""
+"""Which format each site should have, by the knapsack on measured KL, and what another scale rule would save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ def advised_formats(
 ) -> FormatAdvice:
     """Least predicted KL under an average of `bits_per_weight`, over the scanned format, MXFP8 and BF16.
 
-    A wider format's harm is the scanned one, measured where it was, times the ratio of their one-pass estimates.
+    A wider format's KL is the scanned one's, measured where it was, times the ratio of their one-pass estimates.
     Raises InvalidValueError without a sensitivity scan, and for a budget below the scanned format's own bits.
     """
     if report.sensitivity is None:
@@ -58,13 +58,13 @@ def advised_formats(
     injection, plans = report.table.injection, [p for p in report.table.plans if p.weight is not None]
     if injection.weight is None or not plans:
         raise InvalidValueError("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
-    harm = {site.name: site.harm for site in report.sensitivity.sites}
+    kl = {site.name: site.kl for site in report.sensitivity.sites}
     narrow = estimated_kl(model, report.table, calibration, generator=generator)
     wide = estimated_kl(model, _widened(report.table), calibration, generator=generator)
     groups = fused_groups(plans)
     size = {plan.name: prod(plan.site.shape) for plan in plans}
     choices = {
-        group: _choices(injection.weight, sites, size, harm, {s: _ratio(wide[s], narrow[s]) for s in sites})
+        group: _choices(injection.weight, sites, size, kl, {s: _ratio(wide[s], narrow[s]) for s in sites})
         for group, sites in groups.items()
     }
     chosen = knapsack(choices, bits_per_weight * sum(size.values()))
@@ -112,12 +112,12 @@ def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: F
 
 
 def _choices(
-    fmt: Format, sites: Sequence[str], size: Mapping[str, int], harm: Mapping[str, float], wider: Mapping[str, float]
+    fmt: Format, sites: Sequence[str], size: Mapping[str, int], kl: Mapping[str, float], wider: Mapping[str, float]
 ) -> list[Choice]:
     values = sum(size[site] for site in sites)
     return [
-        Choice(fmt.name, values * fmt.bits_per_value, sum(harm[site] for site in sites)),
-        Choice(MXFP8.name, values * MXFP8.bits_per_value, sum(harm[site] * wider[site] for site in sites)),
+        Choice(fmt.name, values * fmt.bits_per_value, sum(kl[site] for site in sites)),
+        Choice(MXFP8.name, values * MXFP8.bits_per_value, sum(kl[site] * wider[site] for site in sites)),
         Choice(BF16.name, values * 16.0, 0.0),
     ]
 

@@ -1,4 +1,7 @@
-"""Choosing one format per group of sites: least harm under a budget of bits, exactly, by dynamic programming."""
+"""Choose one format per group of sites: the least KL under a budget of bits, by dynamic programming.
+
+Not by `scipy.optimize.milp`: its solver prints a line of its own on standard output now and then, amid a JSON document.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +10,16 @@ import numpy as np
 
 from fp4rl.spec.errors import InvalidValueError
 
-BUCKETS = 4096  # the budget in this many steps; costs are rounded up, so that it is never passed
+BUCKETS = 1 << 16  # steps of the budget; costs are rounded up to whole steps, so that the budget is never passed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A format for one group: what it costs in bits, and the harm that remains (KL, nats per token)."""
+    """A format for one group: what it costs in bits, and the KL that remains, in nats per token."""
 
     format: str
     bits: float
-    harm: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -25,50 +28,33 @@ class Chosen:
 
     choices: Mapping[str, Choice]
     bits: float
-    harm: float
+    kl: float
 
 
 def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chosen:
-    """One choice from every group so that the bits fit `budget_bits` and the harm is least (harms are taken to add).
+    """Take one choice from every group so that the bits fit `budget_bits` and the sum of the KLs is least.
 
     Raises InvalidValueError when even the cheapest choices do not fit, naming what would.
     """
-    cheapest = {name: min(choices, key=lambda c: (c.bits, c.harm)) for name, choices in groups.items()}
-    floor = sum(choice.bits for choice in cheapest.values())
-    if floor > budget_bits * (1 + 1e-9):
+    floors = [min(choice.bits for choice in choices) for choices in groups.values()]
+    spare = budget_bits - sum(floors)
+    if spare < -1e-9 * budget_bits:
         raise InvalidValueError(
-            f"the cheapest formats need {floor:.6g} bits, but the budget is {budget_bits:.6g}; raise it"
+            f"the cheapest formats need {sum(floors):.6g} bits, but the budget is {budget_bits:.6g}; raise it"
         )
-    spare = max(budget_bits - floor, 0.0)
-    steps = {
-        name: [_steps(choice.bits - cheapest[name].bits, spare) for choice in choices]
-        for name, choices in groups.items()
-    }
-    best = np.zeros(BUCKETS + 1)
-    picks: list[np.ndarray] = []
-    for name, choices in groups.items():
-        best, pick = _add_group(best, [c.harm for c in choices], steps[name])
-        picks.append(pick)
-    at, chosen = int(np.argmin(best)), dict[str, Choice]()
-    for name, pick in zip(reversed(list(groups)), reversed(picks), strict=True):
-        index = int(pick[at])
-        chosen[name] = groups[name][index]
-        at -= steps[name][index]
+    step = max(spare, 1e-9 * budget_bits) / BUCKETS
+    best = np.zeros(BUCKETS + 1)  # least KL of the groups so far, by the steps that they may take
+    picks = []
+    for choices, floor in zip(groups.values(), floors, strict=True):
+        options = np.full((len(choices), BUCKETS + 1), np.inf)
+        costs = [int(np.ceil((choice.bits - floor) / step - 1e-9)) for choice in choices]
+        for row, choice, cost in zip(options, choices, costs, strict=True):
+            row[cost:] = best[: max(BUCKETS + 1 - cost, 0)] + choice.kl
+        best = options.min(0)
+        picks.append((options.argmin(0).astype(np.int8), costs))
+    at, chosen = int(best.argmin()), dict[str, Choice]()
+    for name, (pick, costs) in zip(reversed(list(groups)), reversed(picks), strict=True):
+        chosen[name] = groups[name][pick[at]]
+        at -= costs[pick[at]]
     ordered = {name: chosen[name] for name in groups}
-    return Chosen(ordered, sum(c.bits for c in ordered.values()), sum(c.harm for c in ordered.values()))
-
-
-def _steps(extra: float, spare: float) -> int:
-    if extra <= 0:
-        return 0
-    return int(np.ceil(extra / spare * BUCKETS - 1e-9)) if spare > 0 else BUCKETS + 1
-
-
-def _add_group(best: np.ndarray, harms: Sequence[float], steps: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Least harm for every amount spent up to each bucket, with one more group; and which choice gave it."""
-    options = np.full((len(harms), len(best)), np.inf)
-    for row, (harm, step) in enumerate(zip(harms, steps, strict=True)):
-        if step < len(best):
-            options[row, step:] = best[: len(best) - step] + harm
-    pick = options.argmin(0)
-    return options.min(0), pick
+    return Chosen(ordered, sum(c.bits for c in ordered.values()), sum(c.kl for c in ordered.values()))

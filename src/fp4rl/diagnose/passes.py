@@ -15,8 +15,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Harm:
-    """What an error does to the output: `kl` to the unharmed model and change of the loss, in nats per token."""
+class Divergence:
+    """How far an output is from that of the unchanged model: KL and change of the loss, in nats per token."""
 
     kl: float
     loss_change: float
@@ -24,7 +24,7 @@ class Harm:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unharmed model on one batch: log-probabilities [tokens, vocabulary] of its real tokens, and its loss."""
+    """The unchanged model on one batch: log-probabilities [tokens, vocabulary] of its real tokens, and its loss."""
 
     log_probs: Tensor
     loss: float
@@ -48,19 +48,19 @@ def reference_of(model: nn.Module, batch: Batch) -> Reference:
 
 
 @torch.no_grad()
-def harm_of(model: nn.Module, batch: Batch, reference: Reference) -> Harm:
+def divergence_of(model: nn.Module, batch: Batch, reference: Reference) -> Divergence:
     """How far the model as it is now lies from `reference`: KL(reference || now), averaged over real tokens."""
     logits = logits_of(model, batch)
     now = _log_probs(logits, batch)
     kl = kl_div(now, reference.log_probs, reduction="sum", log_target=True) / len(now)
-    return Harm(float(kl), _loss(logits, batch) - reference.loss)
+    return Divergence(float(kl), _loss(logits, batch) - reference.loss)
 
 
-def weighted(harms: list[Harm], weights: list[int]) -> Harm:
+def weighted(divergences: list[Divergence], weights: list[int]) -> Divergence:
     """The average over batches, each counted by its tokens."""
     total = sum(weights)
-    pairs = list(zip(harms, weights, strict=True))
-    return Harm(sum(h.kl * w for h, w in pairs) / total, sum(h.loss_change * w for h, w in pairs) / total)
+    pairs = list(zip(divergences, weights, strict=True))
+    return Divergence(sum(h.kl * w for h, w in pairs) / total, sum(h.loss_change * w for h, w in pairs) / total)
 
 
 def _log_probs(logits: Tensor, batch: Batch) -> Tensor:

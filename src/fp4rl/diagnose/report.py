@@ -12,7 +12,7 @@ from fp4rl.diagnose.suspects import Verdict
 from fp4rl.inject.plan import SiteTable
 from fp4rl.numerics.errors import ErrorSums, pooled
 
-SCHEMA = 1
+SCHEMA = 2  # 1 called leave_one_in `alone` and leave_one_out `spared`; `compare` reads both
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class ScanReport:
         return next((p for p in self.parts if p.site == site and p.part == part), None)
 
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
-        """Layer -> harm: the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
-        mean excess of the squared error over the format's ideal. Sites in `without` do no harm."""
+        """Return layer -> the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
+        mean excess of the squared error over the format's ideal. Sites in `without` count as 0."""
         found: dict[int, list[float]] = {}
         if self.sensitivity is not None:
             for site in self.sensitivity.sites:
                 if site.layer is not None:
-                    found.setdefault(site.layer, []).append(0.0 if site.name in without else site.harm)
+                    found.setdefault(site.layer, []).append(0.0 if site.name in without else site.kl)
             return {layer: sum(values) for layer, values in sorted(found.items())}
         for part in self.parts:
             if part.layer is not None:

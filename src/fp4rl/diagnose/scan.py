@@ -80,8 +80,8 @@ def _fed(
         with attach(model, table) as attachment:
             attachment.set_phase("evaluation")
             again = torch.Generator().manual_seed(spec.seed)
-            harmed = dynamics(model, table, calibration, generator=again, batches=spec.probed_batches, probed=False)
-        found["ratios"] = ratios(found["dynamics"], harmed)
+            injected = dynamics(model, table, calibration, generator=again, batches=spec.probed_batches, probed=False)
+        found["ratios"] = ratios(found["dynamics"], injected)
     if "depth" in spec.parts:
         found["depth"] = depth(model, table, calibration, on_progress=_stage(on_stage, "depth"))
     if "sensitivity" in spec.parts:
@@ -90,7 +90,7 @@ def _fed(
             table,
             calibration,
             measured=spec.measured,
-            spared=spec.spared,
+            leave_one_out=spec.leave_one_out,
             generator=generator,
             on_progress=_stage(on_stage, "sensitivity"),
         )
@@ -114,11 +114,11 @@ def distribution(model: nn.Module, report: ScanReport, site: str) -> Distributio
 
 
 def worst_site(report: ScanReport) -> str | None:
-    """The rounded weight of greatest harm, or of greatest excess where harm was not looked at."""
+    """Return the rounded weight of greatest KL, or of greatest excess where the KL was not looked at."""
     weights = {part.site: part for part in report.parts if part.part == "weight"}
     if report.sensitivity is not None and weights:
         known = [site for site in report.sensitivity.sites if site.name in weights]
-        return max(known, key=lambda s: s.harm).name if known else None
+        return max(known, key=lambda s: s.kl).name if known else None
     return max(weights, key=lambda name: weights[name].excess) if weights else None
 
 

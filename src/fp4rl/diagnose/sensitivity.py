@@ -8,36 +8,41 @@ from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
-from fp4rl.diagnose.passes import Harm, Progress, harm_of, reference_of, weighted
+from fp4rl.diagnose.passes import Divergence, Progress, divergence_of, reference_of, weighted
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.spec.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
-class SiteHarm:
-    """One site: `alone` rounded and nothing else, what is saved when it is `spared` while all others are rounded, and
-    the KL that one backward pass predicts for `alone` (nats per token; None for what is no linear layer)."""
+class SiteSensitivity:
+    """What rounding one site does to the output.
+
+    `leave_one_in` is measured with this site rounded and nothing else; `leave_one_out` is what is saved when all sites
+    but this one are rounded; `estimate` is the KL that one backward pass predicts for `leave_one_in` (nats per token;
+    None for what is no linear layer).
+    """
 
     name: str
     layer: int | None
     role: str
-    alone: Harm | None
-    spared: Harm | None
+    leave_one_in: Divergence | None
+    leave_one_out: Divergence | None
     estimate: float | None
 
     @property
-    def harm(self) -> float:
-        """KL of this site alone: measured where it was, estimated otherwise; never below 0."""
-        return max(0.0, self.alone.kl if self.alone is not None else self.estimate or 0.0)
+    def kl(self) -> float:
+        """KL with this site alone rounded: measured where it was, estimated otherwise; never below 0."""
+        return max(0.0, self.leave_one_in.kl if self.leave_one_in is not None else self.estimate or 0.0)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`everything` is the harm of the whole table; `rank_correlation` compares estimate and `alone` (Spearman)."""
+    """`everything` is measured with the whole table; `rank_correlation` (Spearman) compares the sites' estimates with
+    their `leave_one_in`."""
 
-    everything: Harm
-    sites: tuple[SiteHarm, ...]
+    everything: Divergence
+    sites: tuple[SiteSensitivity, ...]
     rank_correlation: float | None
 
 
@@ -47,30 +52,32 @@ def sensitivity(
     calibration: Calibration,
     *,
     measured: bool = True,
-    spared: bool = True,
+    leave_one_out: bool = True,
     generator: torch.Generator,
     on_progress: Progress | None = None,
 ) -> Sensitivity:
-    """Harm of every site of `table`. Measuring takes one pass per site and batch, and one more for `spared`; the
-    estimate takes one forward and one backward pass per batch. The model is unharmed afterwards.
+    """Measure and estimate what every site of `table` does to the output. The model is unchanged afterwards.
+
+    Measuring takes one pass per site and batch, and one more for `leave_one_out`; the estimate takes one forward and
+    one backward pass per batch.
     """
     plans = table.plans if measured else ()
-    tables = [_only(table, plan) for plan in plans] + [_without(table, plan) for plan in plans if spared]
-    harms = _harms(model, [table, *tables], calibration, on_progress)
+    tables = [_only(table, plan) for plan in plans] + [_without(table, plan) for plan in plans if leave_one_out]
+    divergences = _divergences(model, [table, *tables], calibration, on_progress)
     estimates = estimated_kl(model, table, calibration, generator=generator)
-    everything, alone, rest = harms[0], harms[1 : 1 + len(plans)], harms[1 + len(plans) :]
+    everything, each, others = divergences[0], divergences[1 : 1 + len(plans)], divergences[1 + len(plans) :]
     sites = [
-        SiteHarm(
+        SiteSensitivity(
             plan.name,
             plan.site.layer,
             plan.site.role,
-            alone=alone[i] if measured else None,
-            spared=_saved(everything, rest[i]) if measured and spared else None,
+            leave_one_in=each[i] if measured else None,
+            leave_one_out=_saved(everything, others[i]) if measured and leave_one_out else None,
             estimate=estimates.get(plan.name),
         )
         for i, plan in enumerate(table.plans)
     ]
-    known = [(s.estimate, s.alone.kl) for s in sites if s.alone is not None and s.estimate is not None]
+    known = [(s.estimate, s.leave_one_in.kl) for s in sites if s.leave_one_in is not None and s.estimate is not None]
     agreement = rank_correlation([e for e, _ in known], [kl for _, kl in known])
     return Sensitivity(everything, tuple(sites), agreement)
 
@@ -93,26 +100,26 @@ def _ranks(values: Sequence[float]) -> torch.Tensor:
     return below + (equal - 1) / 2
 
 
-def _harms(
+def _divergences(
     model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None
-) -> list[Harm]:
-    """Harm of each table over all batches; batches outside, so that one reference is held at a time."""
-    found: list[list[Harm]] = [[] for _ in tables]
+) -> list[Divergence]:
+    """Divergence of each table over all batches; batches outside, so that one reference is held at a time."""
+    found: list[list[Divergence]] = [[] for _ in tables]
     done, total = 0, len(tables) * len(calibration.batches)
     for batch in calibration.batches:
         reference = reference_of(model, batch)
-        for harms, table in zip(found, tables, strict=True):
+        for divergences, table in zip(found, tables, strict=True):
             if table.plans:
                 with attach(model, table) as attachment:
                     attachment.set_phase("evaluation")
-                    harms.append(harm_of(model, batch, reference))
+                    divergences.append(divergence_of(model, batch, reference))
             else:
-                harms.append(Harm(0.0, 0.0))
+                divergences.append(Divergence(0.0, 0.0))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
-    return [weighted(harms, weights) for harms in found]
+    return [weighted(divergences, weights) for divergences in found]
 
 
 def _only(table: SiteTable, plan: SitePlan) -> SiteTable:
@@ -123,5 +130,5 @@ def _without(table: SiteTable, plan: SitePlan) -> SiteTable:
     return replace(table, plans=tuple(p for p in table.plans if p is not plan))
 
 
-def _saved(everything: Harm, without: Harm) -> Harm:
-    return Harm(everything.kl - without.kl, everything.loss_change - without.loss_change)
+def _saved(everything: Divergence, without: Divergence) -> Divergence:
+    return Divergence(everything.kl - without.kl, everything.loss_change - without.loss_change)
