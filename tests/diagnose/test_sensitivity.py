@@ -105,7 +105,7 @@ def test_the_error_of_the_stream_splits_into_weights_and_inputs(w4a4):
     assert all(found.both > 0 for found in w4a4.depth)
     for found in w4a4.depth:
         assert max(found.weights, found.inputs) < found.both
-        assert found.both == pytest.approx(found.predicted, rel=0.15)
+        assert found.both == pytest.approx(found.predicted, rel=0.3)
 
 
 def test_a_weight_only_mode_adds_nothing_through_inputs(trained, tokens):

@@ -161,7 +161,7 @@ def _widened(formats: FormatAdvice | None, injection: Injection) -> frozenset[st
 
 
 def _worst(report: ScanReport) -> tuple[str, ...]:
-    """Return the tenth of the sites with the greatest KL, and what is fused to them; nothing without a sensitivity scan."""
+    """Return the tenth of the sites with the greatest KL and what is fused to them; nothing without sensitivity."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return ()
     ranked = sorted(report.sensitivity.sites, key=lambda site: -site.kl)

@@ -1,4 +1,4 @@
-"""What noise alone does to the loss of a quantized model, without any training: the cheapest probe of a noise strategy."""
+"""What noise alone does to the loss of a quantized model: the cheapest probe of a noise strategy, without training."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def noise_losses(
     """Name -> loss of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
 
     A loss is in nats per token that the calibration counts. Draw d uses the same noise numbers for every name, so that
-    differences between names are paired; an arm without noise has one loss, repeated. The model is unchanged afterwards.
+    differences between names are paired; an arm without noise has one loss, repeated. The model is not changed.
     """
     if draws < 2:
         raise InvalidValueError(f"{draws} draws have no spread; take at least 2, better 20")
