@@ -6,10 +6,13 @@ from math import log, sqrt
 import pytest
 import torch
 
-from fp4rl.rl.aggregation import LOSS_AGG_MODES, Whole, aggregate
+from fp4rl.rl.aggregation import Whole, aggregate
 from fp4rl.rl.divergence import kl_per_token
-from fp4rl.rl.losses import CISPO, DAPO, DR_GRPO, GRPO, GSPO, LOSSES, LossInputs, loss_named, policy_loss
+from fp4rl.rl.losses import LossInputs, loss_named, policy_loss
+from fp4rl.spec.algorithms import ALGORITHMS, LOSS_AGGREGATIONS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
+
+DAPO, GRPO, DR_GRPO, GSPO, CISPO = map(loss_named, ("dapo", "grpo", "dr_grpo", "gspo", "cispo"))
 
 # One answer of two tokens. pi_old = 1/2, 1/2; pi = 3/5, 3/10: the ratios are 1.2 and 0.6. pi_ref = 1/2, 3/5.
 POLICY, OLD, REFERENCE = (0.6, 0.3), (0.5, 0.5), (0.5, 0.6)
@@ -115,10 +118,10 @@ def batch(seed=0, answers=6, tokens=9, spread=0.5):
 
 
 def concrete(name):
-    return replace(LOSSES[name], loss_scale_factor=9)
+    return replace(loss_named(name), loss_scale_factor=9)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_gradient_on_policy_is_the_policy_gradient(name):
     """At ratio 1 every loss has the gradient of -A log pi, each under its own weights of tokens."""
     inputs = replace(batch(), old_logps=None)
@@ -130,7 +133,7 @@ def test_the_gradient_on_policy_is_the_policy_gradient(name):
     assert torch.allclose(inputs.logps.grad, plain.grad)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_micro_batches_that_share_a_whole_add_up_to_the_batch(name):
     inputs = batch()
     rule = replace(concrete(name), kl_loss_coef=0.1)
@@ -152,7 +155,7 @@ def test_micro_batches_that_share_a_whole_add_up_to_the_batch(name):
     assert sum(parts).item() == pytest.approx(policy_loss(inputs, rule).loss.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient(name):
     clean, dirty = batch(), batch()
     padding = dirty.mask == 0
@@ -191,7 +194,7 @@ def test_an_answer_masked_out_entirely_counts_in_no_mean():
     inputs = batch()
     first_gone = replace(inputs, mask=torch.cat([torch.zeros(1, 9), inputs.mask[1:]]).double())
     without = LossInputs(inputs.logps[1:], inputs.advantages[1:], inputs.mask[1:], inputs.old_logps[1:])
-    for mode in LOSS_AGG_MODES:
+    for mode in LOSS_AGGREGATIONS:
         rule = replace(DAPO, loss_agg_mode=mode, loss_scale_factor=9)
         assert policy_loss(first_gone, rule).loss.item() == pytest.approx(policy_loss(without, rule).loss.item())
 

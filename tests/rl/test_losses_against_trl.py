@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fp4rl.rl.aggregation import Whole
-from fp4rl.rl.losses import CISPO, DAPO, DR_GRPO, GRPO, GSPO, LossInputs, policy_loss
+from fp4rl.rl.losses import LossInputs, loss_named, policy_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what TRL imports warns while it is compiled for the first time
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+DAPO, GRPO, DR_GRPO, GSPO, CISPO = map(loss_named, ("dapo", "grpo", "dr_grpo", "gspo", "cispo"))
 ANSWERS, TOKENS = 8, 11
 
 

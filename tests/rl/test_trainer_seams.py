@@ -103,7 +103,7 @@ def batch_of(trainer, old):
     trainer.model.train()
     batch = trainer._generate_and_score_completions([{"prompt": ""}] * rows)
     rewards = torch.rand(rows, generator=torch.Generator().manual_seed(0))
-    batch["advantages"] = group_advantages(rewards, recipe.rollout_n).values
+    batch["advantages"] = group_advantages(rewards, recipe.rollout_n)
     if old:
         chance = torch.Generator().manual_seed(1)
         noise = 0.4 * torch.randn(batch["sampling_per_token_logps"].shape, generator=chance)

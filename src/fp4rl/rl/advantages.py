@@ -1,41 +1,22 @@
 """From rewards to advantages: each answer against the other answers of its own prompt."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.algorithms import ADV_ESTIMATORS
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
 
 # Added to a standard deviation before dividing. TRL adds 1e-4, verl 1e-6; 0/1 rewards notice neither.
 EPSILON = 1e-4
 
-ADV_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline")
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """`values` [answers]; `group_mean`, `group_std` [groups], std unbiased (n - 1)."""
-
-    values: Tensor
-    group_mean: Tensor
-    group_std: Tensor
-
-    def share_without_spread(self, tolerance: float = 1e-6) -> float:
-        """Share of groups whose answers all earned the same: they teach nothing."""
-        return (self.group_std <= tolerance).float().mean().item()
-
 
 def group_advantages(
     rewards: Tensor, rollout_n: int, adv_estimator: str = "grpo", norm_adv_by_std: bool = True
-) -> Advantages:
-    """Advantages of answers in consecutive groups of `rollout_n`. rewards [groups * rollout_n], any float dtype.
-
-    - `grpo`: reward minus the group's mean, over the group's standard deviation if `norm_adv_by_std`
-      (arXiv 2402.03300; without it Dr. GRPO, arXiv 2503.20783).
-    - `rloo`: minus the mean of the *other* answers (arXiv 2402.14740); `norm_adv_by_std` does not apply.
-    - `reinforce_plus_plus_baseline`: minus the group's mean, over the standard deviation of the whole batch
-      (arXiv 2501.03262).
+) -> Tensor:
+    """Advantages of answers in consecutive groups of `rollout_n`, both [groups * rollout_n]; rewards of any dtype.
 
     A NaN reward (an answer that could not be scored) takes no part in its group and gets advantage 0.
     Raises InvalidValueError when the answers do not divide into groups of at least two, NotFoundError for an unknown
@@ -45,25 +26,36 @@ def group_advantages(
         raise InvalidValueError(
             f"{tuple(rewards.shape)} rewards do not make groups of {rollout_n}: give rollout_n >= 2 answers a prompt"
         )
+    if adv_estimator not in ESTIMATORS:
+        raise NotFoundError(f"no adv_estimator {adv_estimator!r}{nearest(adv_estimator, ESTIMATORS)}")
     grouped = rewards.float().view(-1, rollout_n)  # [groups, n]
-    mean = grouped.nanmean(-1, keepdim=True)
-    std = _nan_std(grouped, -1)
-    values = (_centred(grouped, mean, std, adv_estimator, norm_adv_by_std)).nan_to_num(nan=0.0)
-    return Advantages(values.flatten(), mean.squeeze(-1), std.squeeze(-1))
+    return ESTIMATORS[adv_estimator](grouped, norm_adv_by_std).nan_to_num(nan=0.0).flatten()
 
 
-def _centred(grouped: Tensor, mean: Tensor, std: Tensor, estimator: str, by_std: bool) -> Tensor:
-    match estimator:
-        case "grpo":
-            return (grouped - mean) / (std + EPSILON) if by_std else grouped - mean
-        case "rloo":
-            count = grouped.isfinite().sum(-1, keepdim=True)
-            return (grouped - mean) * count / (count - 1).clamp(min=1)
-        case "reinforce_plus_plus_baseline":
-            centred = grouped - mean
-            return centred / (_nan_std(centred.flatten(), 0) + EPSILON)
-        case _:
-            raise NotFoundError(f"no adv_estimator {estimator!r}{nearest(estimator, ADV_ESTIMATORS)}")
+def _grpo(grouped: Tensor, by_std: bool) -> Tensor:
+    """Reward minus the group's mean, over the group's standard deviation (arXiv 2402.03300); not `by_std`, Dr. GRPO
+    (arXiv 2503.20783)."""
+    centred = grouped - grouped.nanmean(-1, keepdim=True)
+    return centred / (_nan_std(grouped, -1) + EPSILON) if by_std else centred
+
+
+def _rloo(grouped: Tensor, _by_std: bool) -> Tensor:
+    """Reward minus the mean of the *other* answers (arXiv 2402.14740)."""
+    count = grouped.isfinite().sum(-1, keepdim=True)
+    return (grouped - grouped.nanmean(-1, keepdim=True)) * count / (count - 1).clamp(min=1)
+
+
+def _reinforce_plus_plus_baseline(grouped: Tensor, _by_std: bool) -> Tensor:
+    """Reward minus the group's mean, over the standard deviation of the whole batch (arXiv 2501.03262)."""
+    centred = grouped - grouped.nanmean(-1, keepdim=True)
+    return centred / (_nan_std(centred.flatten(), 0) + EPSILON)
+
+
+# Rewards [groups, n] (NaN: not scored), and whether to divide by the standard deviation -> advantages [groups, n].
+ESTIMATORS: Mapping[str, Callable[[Tensor, bool], Tensor]] = MappingProxyType(
+    {"grpo": _grpo, "rloo": _rloo, "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline}
+)
+require_names("adv_estimator", ESTIMATORS, ADV_ESTIMATORS)
 
 
 def _nan_std(values: Tensor, dim: int) -> Tensor:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fp4rl.spec.algorithms import LOSS_AGGREGATIONS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-
-LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
 @dataclass(frozen=True)
@@ -34,34 +33,23 @@ class Whole:
 
 
 def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_factor: int | None = None) -> Tensor:
-    """One number out of `losses` [sequences, tokens or 1] under `mask` [sequences, tokens] (1 = counts).
+    """Sum up `losses` [sequences, tokens or 1] under `mask` [sequences, tokens] (1 = counts) as `mode` says.
 
-    - `token-mean` (DAPO): every token of the step weighs the same.
-    - `seq-mean-token-mean` (GRPO): every answer weighs the same, so tokens of long answers weigh less.
-    - `seq-mean-token-sum`: answers weigh by their length.
-    - `seq-mean-token-sum-norm` (Dr. GRPO, arXiv 2503.20783): the same over a constant, `loss_scale_factor`
-      (the longest answer allowed), so that the gradient's scale does not follow the lengths of a batch.
-
-    Raises NotFoundError for an unknown mode, InvalidValueError when the norm's constant is missing.
+    `loss_scale_factor`: the longest answer allowed, in tokens; needed by modes that divide by it. Raises NotFoundError
+    for an unknown mode, InvalidValueError when the constant is missing.
     """
+    if mode not in LOSS_AGGREGATIONS:
+        raise NotFoundError(f"no loss_agg_mode {mode!r}{nearest(mode, LOSS_AGGREGATIONS)}")
+    rule = LOSS_AGGREGATIONS[mode]
     # masked_fill, not a product: an infinite loss at a padded position must not become NaN.
     per_sequence = losses.expand_as(mask).masked_fill(mask == 0, 0.0).sum(-1)  # [sequences]
-    match mode:
-        case "token-mean":
-            return per_sequence.sum() / whole.tokens
-        case "seq-mean-token-mean":
-            return (per_sequence / mask.sum(-1).clamp(min=1.0)).sum() / whole.sequences
-        case "seq-mean-token-sum":
-            return per_sequence.sum() / whole.sequences
-        case "seq-mean-token-sum-norm":
-            return per_sequence.sum() / whole.sequences / _constant(loss_scale_factor)
-        case _:
-            raise NotFoundError(f"no loss_agg_mode {mode!r}{nearest(mode, LOSS_AGG_MODES)}")
+    if rule.mean_of_answer:
+        per_sequence = per_sequence / mask.sum(-1).clamp(min=1.0)
+    total = per_sequence.sum() / (whole.tokens if rule.over == "tokens" else whole.sequences)
+    return total / _constant(mode, loss_scale_factor) if rule.over_longest else total
 
 
-def _constant(loss_scale_factor: int | None) -> int:
+def _constant(mode: str, loss_scale_factor: int | None) -> int:
     if loss_scale_factor is None or loss_scale_factor < 1:
-        raise InvalidValueError(
-            "seq-mean-token-sum-norm divides by a constant: set loss_scale_factor to max_response_length"
-        )
+        raise InvalidValueError(f"{mode} divides by a constant: set loss_scale_factor to max_response_length")
     return loss_scale_factor

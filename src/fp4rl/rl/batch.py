@@ -60,7 +60,7 @@ def training_batch(
 def _advantages(answers: Sequence[Answer], recipe: Training) -> Tensor:
     by_std = recipe.published.norm_adv_by_std if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
     rewards = torch.tensor([a.reward for a in answers])
-    return group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std).values
+    return group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std)
 
 
 def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -6,18 +6,17 @@ cispo  = -sg[clip(r, 1 - low, 1 + high)] A log pi
 loss   = aggregate(ppo or cispo) + kl_loss_coef * aggregate(KL(pi || reference))
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fp4rl.rl.aggregation import Whole, aggregate
 from fp4rl.rl.divergence import SAFE_LOG_RATIO, kl_per_token
-from fp4rl.spec.algorithms import PUBLISHED
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.algorithms import ALGORITHMS
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
 
 
 @dataclass(frozen=True)
@@ -26,45 +25,27 @@ class LossRule:
 
     `clip_ratio_low`, `clip_ratio_high` are distances from 1. `clip_ratio_c` bounds the ratio of tokens with a negative
     advantage (dual-clip PPO, arXiv 1912.09729; TRL's `delta`); None leaves it open. `loss_scale_factor` is needed by
-    `seq-mean-token-sum-norm` alone: the longest answer allowed, in tokens.
+    aggregations over the longest answer alone: the tokens it may have.
     """
 
     name: str
-    ratio_level: Literal["token", "sequence"] = "token"
-    clipping: Literal["ppo", "cispo"] = "ppo"
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
+    ratio_level: str
+    clipping: str
+    clip_ratio_low: float
+    clip_ratio_high: float
+    loss_agg_mode: str
     clip_ratio_c: float | None = None
-    loss_agg_mode: str = "token-mean"
     loss_scale_factor: int | None = None
     kl_loss_coef: float = 0.0
     kl_loss_type: str = "low_var_kl"
 
 
-def _of_paper(rule: LossRule) -> LossRule:
-    own = PUBLISHED[rule.name]
-    return replace(
-        rule,
-        clip_ratio_low=own.clip_ratio_low,
-        clip_ratio_high=own.clip_ratio_high,
-        loss_agg_mode=own.loss_agg_mode,
-    )
-
-
-DAPO = _of_paper(LossRule("dapo"))
-GRPO = _of_paper(LossRule("grpo"))
-DR_GRPO = _of_paper(LossRule("dr_grpo"))
-GSPO = _of_paper(LossRule("gspo", ratio_level="sequence"))
-CISPO = _of_paper(LossRule("cispo", clipping="cispo"))
-
-LOSSES: Mapping[str, LossRule] = MappingProxyType({rule.name: rule for rule in (DAPO, GRPO, DR_GRPO, GSPO, CISPO)})
-
-
 def loss_named(name: str) -> LossRule:
-    """The rule of an algorithm with its published defaults. Raises NotFoundError."""
-    if name not in LOSSES:
-        raise NotFoundError(f"no policy loss {name!r}{nearest(name, LOSSES)}")
-    return LOSSES[name]
+    """The loss of an algorithm with its published numbers, and without a KL. Raises NotFoundError."""
+    if name not in ALGORITHMS:
+        raise NotFoundError(f"no policy loss {name!r}{nearest(name, ALGORITHMS)}")
+    own = ALGORITHMS[name]
+    return LossRule(name, own.ratio_level, own.clipping, own.clip_ratio_low, own.clip_ratio_high, own.loss_agg_mode)
 
 
 @dataclass(frozen=True)
@@ -105,8 +86,8 @@ def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
     old_logps = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps
     log_ratio = (inputs.logps - old_logps).masked_fill(inputs.mask == 0, 0.0)  # padding may hold anything
     log_ratio = log_ratio.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
-    ratio = _at_level(log_ratio, inputs.mask, rule).exp()  # [B, T] or [B, 1]
-    per_token = _surrogate(ratio, inputs.logps, advantages, rule)
+    ratio = RATIO_LEVELS[rule.ratio_level](log_ratio, inputs.mask).exp()  # [B, T] or [B, 1]
+    per_token = CLIPPINGS[rule.clipping](ratio, inputs.logps, advantages, rule)
     if inputs.weights is not None:
         per_token = per_token * inputs.weights.detach()
     whole = inputs.whole or Whole.of(inputs.mask)
@@ -120,19 +101,36 @@ def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
     return LossOutputs(loss, metrics)
 
 
-def _at_level(log_ratio: Tensor, mask: Tensor, rule: LossRule) -> Tensor:
-    """The log-ratio per token [B, T], or its mean over each answer [B, 1] (GSPO eq. 7)."""
-    if rule.ratio_level == "token":
-        return log_ratio
+def _of_token(log_ratio: Tensor, _mask: Tensor) -> Tensor:
+    return log_ratio
+
+
+def _of_answer(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The mean log-ratio of each answer [B, 1] (GSPO eq. 7)."""
     return (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _surrogate(ratio: Tensor, logps: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
+def _ppo(ratio: Tensor, _logps: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
     clipped = ratio.clamp(1 - rule.clip_ratio_low, 1 + rule.clip_ratio_high)
-    if rule.clipping == "cispo":
-        return -clipped.detach() * advantages * logps
     bounded = ratio if rule.clip_ratio_c is None else ratio.clamp(max=rule.clip_ratio_c)
     return -torch.min(bounded * advantages, clipped * advantages)
+
+
+def _cispo(ratio: Tensor, logps: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
+    clipped = ratio.clamp(1 - rule.clip_ratio_low, 1 + rule.clip_ratio_high)
+    return -clipped.detach() * advantages * logps
+
+
+# Log-ratio and mask [B, T] -> log-ratio per token [B, T] or answer [B, 1].
+RATIO_LEVELS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {"token": _of_token, "sequence": _of_answer}
+)
+# Ratio, log-probabilities, advantages and the rule's numbers -> loss of each token [B, T] or answer [B, 1].
+CLIPPINGS: Mapping[str, Callable[[Tensor, Tensor, Tensor, LossRule], Tensor]] = MappingProxyType(
+    {"ppo": _ppo, "cispo": _cispo}
+)
+require_names("ratio_level", RATIO_LEVELS, {own.ratio_level for own in ALGORITHMS.values()})
+require_names("clipping", CLIPPINGS, {own.clipping for own in ALGORITHMS.values()})
 
 
 @torch.no_grad()

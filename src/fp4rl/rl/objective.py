@@ -40,6 +40,7 @@ def loss_rule(recipe: Training) -> LossRule:
         rule,
         clip_ratio_low=rule.clip_ratio_low if recipe.clip_ratio_low is None else recipe.clip_ratio_low,
         clip_ratio_high=rule.clip_ratio_high if recipe.clip_ratio_high is None else recipe.clip_ratio_high,
+        clip_ratio_c=recipe.clip_ratio_c,
         loss_agg_mode=recipe.loss_agg_mode or rule.loss_agg_mode,
         loss_scale_factor=recipe.max_response_length,
         kl_loss_coef=recipe.kl,

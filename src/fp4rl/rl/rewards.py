@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
@@ -103,18 +104,16 @@ class Rewarder:
 
 
 def reward_named(name: str) -> Reward | None:
-    """`accuracy` (None: the task's own strict score), `math_verify`, or the function at `package.module.function`.
+    """Make the reward of that name, or import the function at `package.module.function`.
 
     Raises NotFoundError for what cannot be imported, InvalidValueError for what is no function.
     """
-    if name == "accuracy":
-        return None
-    if name == "math_verify":
-        return _math_verify()
+    if name in REWARDS:
+        return REWARDS[name]()
     module, _, attribute = name.rpartition(".")
     if not module:
         raise InvalidValueError(
-            f"training.reward {name!r}: write accuracy, math_verify, or the path package.module.function"
+            f"training.reward {name!r}: write {', '.join(REWARDS)}, or the path package.module.function"
         )
     try:
         found = getattr(import_module(module), attribute, None)
@@ -138,3 +137,9 @@ def _math_verify() -> Reward:
         return bool(math_verify.verify(math_verify.parse(answer), math_verify.parse(completion)))
 
     return equivalent
+
+
+# One entry a reward; the key `training.reward` chooses it. None: the task's own strict score.
+REWARDS: Mapping[str, Callable[[], Reward | None]] = MappingProxyType(
+    {"accuracy": lambda: None, "math_verify": _math_verify}
+)

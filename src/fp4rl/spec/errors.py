@@ -38,3 +38,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     ratios = [SequenceMatcher(None, one, word).ratio() for one in close]  # as get_close_matches asks it
     *others, last = sorted(repr(one) for one, ratio in zip(close, ratios, strict=True) if ratio == ratios[0])
     return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+def require_names(what: str, entries: Iterable[str], names: Iterable[str]) -> None:
+    """Raise InvalidValueError where a table of functions and the names that a description may use are not the same."""
+    functions, described = set(entries), set(names)
+    if missing := described - functions:
+        raise InvalidValueError(f"{what}: {', '.join(sorted(missing))} can be described but has no function")
+    if extra := functions - described:
+        raise InvalidValueError(f"{what}: {', '.join(sorted(extra))} has a function but cannot be described")

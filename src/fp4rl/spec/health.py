@@ -12,7 +12,7 @@ Policy = Literal["note", "stop", "rollback"]
 State = Literal["not judged", "ok", "watch", "alarm"]
 Operator = Literal["<", "<=", ">", ">=", "==", "!="]
 
-# What the monitor looks for; each name is a key of `Health.policies`.
+# What the monitor looks for; each name is a key of `Health.policies` and has its record in `rl/health/checks.py`.
 CHECKS = (
     "not_a_number",
     "accuracy_collapse",

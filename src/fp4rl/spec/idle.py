@@ -57,7 +57,8 @@ def _training(name: str) -> Callable[..., tuple[str, ...]]:
 
 _of_training = _training("training")
 _REWARDED = _of_training(
-    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "reward", "kl_loss_coef"),
+    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
+    *("reward", "kl_loss_coef"),
     *("kl_loss_type", "reference_precision", "overlong_buffer", "filter_groups", "rollout_correction"),
 )
 
@@ -131,7 +132,7 @@ RULES: tuple[Rule, ...] = (
         lambda e: e.training.adv_estimator != "grpo",
     ),
     Rule(
-        _of_training("clip_ratio_low", "clip_ratio_high"),
+        _of_training("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
         "one update is made from each batch, so that the ratio is always 1",
         _on_policy,
     ),

@@ -4,8 +4,15 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from fp4rl.spec.algorithms import PUBLISHED, Algorithm, LossAggregation, Published
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.algorithms import (
+    ALGORITHMS,
+    AdvantageEstimator,
+    Algorithm,
+    AlgorithmName,
+    KlLossType,
+    LossAggregation,
+)
+from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.words import counted
 
 
@@ -54,7 +61,7 @@ class Distillation(Spec):
 class Training(Spec):
     """One step is one batch of rollouts and the `train_batch_size / mini_batch_size` updates made from it."""
 
-    algorithm: Algorithm = Field(default="dapo", description="the loss, and the defaults of its paper")
+    algorithm: AlgorithmName = Field(default="dapo", description="the loss, and the defaults of its paper")
     steps: PositiveInt = Field(default=30, description="batches of rollouts")
     train_batch_size: PositiveInt = Field(default=16, description="prompts a step")
     rollout_n: int = Field(default=8, ge=2, description="answers a prompt")
@@ -69,10 +76,11 @@ class Training(Spec):
     grad_clip: PositiveFloat = Field(default=1.0, description="greatest norm of the gradient")
     clip_ratio_low: float | None = Field(default=None, gt=0.0, le=1.0, description="the algorithm's own by default")
     clip_ratio_high: PositiveFloat | None = Field(default=None, description="the algorithm's own (DAPO: 0.28)")
-    loss_agg_mode: LossAggregation | None = Field(default=None, description="the algorithm's own by default")
-    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
-        default="grpo", description="how rewards of a group become advantages"
+    clip_ratio_c: float | None = later_key(
+        None, gt=1.0, description="dual clip: greatest ratio of tokens with a negative advantage; none by default"
     )
+    loss_agg_mode: LossAggregation | None = Field(default=None, description="the algorithm's own by default")
+    adv_estimator: AdvantageEstimator = Field(default="grpo", description="how rewards of a group become advantages")
     norm_adv_by_std: bool | None = Field(default=None, description="the algorithm's own by default")
     reward: str = Field(default="accuracy", description="accuracy, math_verify, or a function package.module.name")
     kl_loss_coef: float | None = Field(
@@ -80,8 +88,8 @@ class Training(Spec):
         ge=0.0,
         description="weight of the KL to the reference; the algorithm's own by default (grpo: 0.04)",
     )
-    kl_loss_type: Literal["k1", "k2", "k3", "abs", "low_var_kl"] = Field(
-        default="low_var_kl", description="the estimator; low_var_kl is k3"
+    kl_loss_type: KlLossType = Field(
+        default="low_var_kl", description="the estimator; low_var_kl is k3, and + takes the gradient of k2"
     )
     reference_precision: Literal["full", "deployment"] = Field(
         default="full", description="whether the reference is rounded like the policy"
@@ -116,9 +124,9 @@ class Training(Spec):
         return value
 
     @property
-    def published(self) -> Published:
+    def published(self) -> Algorithm:
         """What the paper of the algorithm does where nothing is said here."""
-        return PUBLISHED[self.algorithm]
+        return ALGORITHMS[self.algorithm]
 
     @property
     def filters(self) -> bool:
@@ -147,6 +155,7 @@ class Training(Spec):
             "lr": self.lr,
             "clip_ratio_low": own.clip_ratio_low if self.clip_ratio_low is None else self.clip_ratio_low,
             "clip_ratio_high": own.clip_ratio_high if self.clip_ratio_high is None else self.clip_ratio_high,
+            **({} if self.clip_ratio_c is None else {"clip_ratio_c": self.clip_ratio_c}),
             "loss_agg_mode": self.loss_agg_mode or own.loss_agg_mode,
             "norm_adv_by_std": own.norm_adv_by_std if self.norm_adv_by_std is None else self.norm_adv_by_std,
             "kl_loss_coef": self.kl,
@@ -155,6 +164,14 @@ class Training(Spec):
             if self.overlong is not None
             else "off",
         }
+
+    @model_validator(mode="after")
+    def _dual_clip_is_of_ppo(self) -> "Training":
+        if self.clip_ratio_c is not None and self.published.clipping != "ppo":
+            raise ValueError(
+                f"clip_ratio_c: {self.algorithm} has no ratio that it could bound; it is of ppo's clipping"
+            )
+        return self
 
     @property
     def updates_per_step(self) -> int:

@@ -73,19 +73,19 @@ class SignalHistories:
         return ceil(POOLED_GROUPS / (self.groups or POOLED_GROUPS))
 
 
-def told(histories: SignalHistories, signals: tuple[str, ...]) -> str:
-    """The histories of `signals` in a few words, and which of them nobody logs."""
+def summary(histories: SignalHistories, signals: tuple[str, ...]) -> str:
+    """Say in a few words how `signals` went, and which of them nobody logs."""
     logged = [name for name in signals if len(histories[name])]
     seen = [f"{name} {histories[name].first:.3g} -> {histories[name].last:.3g}" for name in logged]
     unseen = [name for name in signals if name not in logged]
     beside = [f"no {' or '.join(unseen)} logged"] if unseen else []
     if "accuracy" in unseen and len(histories["reward"]) and "reward" not in signals:
-        beside.append(f"goes by {told(histories, ('reward',))}")
+        beside.append(f"goes by {summary(histories, ('reward',))}")
     return ", ".join([*seen, *beside])
 
 
 def lacking(histories: SignalHistories, needs: tuple[tuple[str, ...], ...]) -> str:
-    """What is not logged although one of it is needed, by the names that trainers log it under; empty if all is there.
+    """Name the metrics of which a check needs at least one and none is logged; empty where every group has one.
 
     A check without data is no good news.
     """

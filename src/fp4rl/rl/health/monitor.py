@@ -1,62 +1,17 @@
 """The monitor of one run: metrics in, step by step; findings out when a state changes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from fp4rl.rl.health.answers import dead_rollouts, length_explosion
-from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
+from fp4rl.rl.health.checks import CHECKS, Check
 from fp4rl.rl.health.findings import ORDER, Finding, Verdict
-from fp4rl.rl.health.histories import SignalHistories, lacking, told
-from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking
+from fp4rl.rl.health.histories import SignalHistories, lacking, summary
 from fp4rl.rl.health.long_watch import LongWatch
-from fp4rl.rl.health.mechanics import gradient, mismatch, not_a_number
 from fp4rl.rl.health.rules import RuleWatch
 from fp4rl.rl.health.signals import signals_of
-from fp4rl.spec.health import Health, Policy, State, Thresholds
+from fp4rl.spec.health import Health, Policy, State
 
-Check = Callable[[SignalHistories, Thresholds], Verdict]
-
-CHECKS: Mapping[str, Check] = {
-    "not_a_number": not_a_number,
-    "accuracy_collapse": accuracy_collapse,
-    "length_explosion": length_explosion,
-    "entropy_collapse": entropy_collapse,
-    "entropy_explosion": entropy_explosion,
-    "reward_hacking": reward_hacking,
-    "gradient": gradient,
-    "no_spread": no_spread,
-    "mismatch": mismatch,
-    "dead_rollouts": dead_rollouts,
-}
-# What each check looks at, for its evidence while all is well.
-_SIGNALS: Mapping[str, tuple[str, ...]] = {
-    "not_a_number": ("loss", "grad_norm"),
-    "accuracy_collapse": ("accuracy", "validation"),
-    "length_explosion": ("length", "truncated"),
-    "entropy_collapse": ("entropy",),
-    "entropy_explosion": ("entropy",),
-    "reward_hacking": ("reward", "validation"),
-    "gradient": ("grad_norm",),
-    "no_spread": ("no_spread",),
-    "mismatch": ("mismatch_kl", "mismatch_probability", "mismatch_phases", "described_kl"),
-    "dead_rollouts": ("truncated", "empty", "repetition"),
-}
-# What each check cannot do without: at least one signal of every line.
-_NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "not_a_number": (("loss", "grad_norm", "entropy", "reward", "length"),),
-    "accuracy_collapse": (("accuracy", "reward"),),
-    "length_explosion": (("length",), ("truncated", "accuracy", "reward")),
-    "entropy_collapse": (("entropy",),),
-    "entropy_explosion": (("entropy",),),
-    "reward_hacking": (("reward",), ("accuracy", "validation")),
-    "gradient": (("grad_norm",),),
-    "no_spread": (("no_spread",),),
-    "mismatch": (("mismatch_phases", "mismatch_kl", "mismatch_probability"),),
-    "dead_rollouts": (("truncated", "empty", "repetition", "length"),),
-}
-# What is beyond doubt at first sight; everything else must persist.
-_AT_ONCE = ("not_a_number",)
 _STRENGTH: Mapping[Policy, int] = {"note": 0, "stop": 1, "rollback": 2}
 
 
@@ -83,7 +38,7 @@ class Monitor:
         self.spec = spec or Health()
         self.alarms: list[Finding] = []
         self.steps = 0  # lines seen
-        self._courses = SignalHistories()
+        self._histories = SignalHistories()
         self._rules = [RuleWatch(rule) for rule in self.spec.rules]
         self._standing = {name: _Standing(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
         self._standing |= {str(rule): _Standing(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
@@ -92,7 +47,7 @@ class Monitor:
         """One more step; returns what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
         self.steps += 1
         signals = signals_of(metrics)
-        self._courses.add(step, signals)
+        self._histories.add(step, signals)
         news = [self._judge(step, name, check) for name, check in CHECKS.items()]
         news += [self._ask(step, watch, {**signals, **metrics}) for watch in self._rules]
         found = [finding for finding in news if finding is not None]
@@ -118,22 +73,24 @@ class Monitor:
         if finding.state != "ok":
             return finding
         rule = next((watch for watch in self._rules if str(watch.rule) == finding.check), None)
-        missing = rule.unasked if rule is not None else lacking(self._courses, _NEEDS[finding.check])
+        missing = rule.unasked if rule is not None else lacking(self._histories, CHECKS[finding.check].needs)
         if missing:
             return replace(finding, state="not judged", evidence=missing)
-        return replace(finding, evidence="not broken" if rule else told(self._courses, _SIGNALS[finding.check]))
+        return replace(
+            finding, evidence="not broken" if rule else summary(self._histories, CHECKS[finding.check].signals)
+        )
 
     def _judge(self, step: int, name: str, check: Check) -> Finding | None:
-        verdict = check(self._courses, self.spec.thresholds)
+        verdict = check.function(self._histories, self.spec.thresholds)
         verdict = self._standing[name].watch.judge(step, verdict, self.spec.thresholds)
-        needed = 1 if name in _AT_ONCE else self._persist
+        needed = 1 if check.at_once else self._persist
         return self._settle(step, name, verdict, needed, self.spec.policy_of(name))
 
     @property
     def _persist(self) -> int:
         """Observations that span `persist` steps; at least two, unless one step in a row is all that is asked for."""
         persist = self.spec.thresholds.persist
-        return max(min(persist, 2), ceil(persist / self._courses.spacing))
+        return max(min(persist, 2), ceil(persist / self._histories.spacing))
 
     def _ask(self, step: int, watch: RuleWatch, values: Mapping[str, float]) -> Finding | None:
         return self._settle(step, str(watch.rule), watch.judge(step, values), 1, watch.rule.action)
