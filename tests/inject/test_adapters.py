@@ -197,16 +197,17 @@ def test_outside_its_phases_merged_is_plain_lora():
         assert torch.equal(model(IDS).logits, plain)
 
 
-def test_the_base_is_rounded_once_for_the_whole_run():
+def test_the_base_is_rounded_once_in_every_phase_whatever_the_optimizer_does():
     model = adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     before = master_digest(model)
     with attach(model, ADAPTER) as harmed:
         for phase in ("rollout", "training", "rollout", "training"):
             harmed.set_phase(phase)
-            model(IDS, labels=IDS).loss.backward()
-            optimizer.step()
-        assert sum(row["elements"] for row in harmed.evidence()) == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+            for _ in range(2):
+                model(IDS, labels=IDS).loss.backward()
+                optimizer.step()
+        assert sum(row["elements"] for row in harmed.evidence()) == 4 * 2 * (4 * 64 * 64 + 3 * 64 * 96)
     assert master_digest(model) != before
 
 
@@ -252,3 +253,14 @@ def test_merging_for_real_gives_the_numbers_of_merged():
         assert isinstance(merged.model.layers[0].mlp.up_proj, nn.Linear)
         with attach(merged, ADAPTER):
             assert torch.allclose(merged(IDS).logits, deployed, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_another_scaling_of_an_adapter_is_another_weight_although_no_tensor_is_written(grad):
+    model = adapted()
+    with attach(model, MERGED), torch.set_grad_enabled(grad):
+        model(IDS)
+        lora_layer(model).set_scale("default", 3.0)
+        live = model(IDS).logits
+    with attach(model, MERGED), torch.no_grad():
+        assert torch.equal(live, model(IDS).logits)

@@ -231,7 +231,7 @@ def test_elements_are_counted_inside_a_compiled_graph_and_their_absence_is_found
         assert found == {"weight": (2, 2 * 64 * 64), "input": (2, 2 * 4 * 64)}
         harmed.require_calls()
         harmed.reset_evidence()
-        monkeypatch.setattr("fp4rl.inject.linear.LinearState._input", lambda self, x: x)
+        monkeypatch.setattr("fp4rl.inject.linear.LinearState.rounded_input", lambda self, x: x)
         torch._dynamo.reset()
         torch.compile(layer, backend="eager", fullgraph=True)(x)
         with pytest.raises(CheckFailed, match=r"0 elements were rounded: Linear \(input\)"):

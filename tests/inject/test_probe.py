@@ -7,9 +7,9 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fp4rl.inject.attach import attach
+from fp4rl.inject.cache import QuantCache
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.probe import require_rounded
-from fp4rl.inject.rounded import QuantCache
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4
@@ -83,23 +83,22 @@ def test_a_phase_that_is_called_and_rounds_nothing_is_caught_by_its_looks_and_by
 
 
 def test_a_matmul_whose_inputs_pass_unrounded_is_caught(monkeypatch):
-    monkeypatch.setattr(LinearState, "_input", lambda self, x: x)
+    monkeypatch.setattr(LinearState, "rounded_input", lambda self, x: x)
     with attach(policy(), Injection.named("w4a4")) as harmed, pytest.raises(CheckFailed, match=r"0 \(input\)"):
         require_rounded(harmed)
 
 
 def first_copy_returned(monkeypatch):
     """The defect of the prototype: the first rounded weight that a layer ever made is the one it goes on using."""
-    copy_of, current = LinearState.copy_of, QuantCache.current
+    copy_of = LinearState.copy_of
 
-    def stale(self, weight, made_from):
-        new = copy_of(self, weight, made_from)
+    def stale(self, weight, *made_from):
+        new = copy_of(self, weight, *made_from)
         self.first = getattr(self, "first", new.detach().clone())
         return self.first
 
     monkeypatch.setattr(LinearState, "copy_of", stale)
-    monkeypatch.setattr(QuantCache, "current", lambda *_: None)
-    return current
+    monkeypatch.setattr(QuantCache, "get", lambda *_: None)
 
 
 def hidden_way(monkeypatch):
@@ -107,11 +106,14 @@ def hidden_way(monkeypatch):
     first = {}
 
     def stale(self, weight):
+        if torch.is_grad_enabled():
+            return get(self, weight)
         if self.copy is not None:
             first.setdefault(self.name, self.copy)
         return first.get(self.name)
 
-    monkeypatch.setattr(QuantCache, "current", stale)
+    get = QuantCache.get
+    monkeypatch.setattr(QuantCache, "get", stale)
 
 
 @pytest.mark.parametrize("plant", [first_copy_returned, hidden_way])
@@ -168,7 +170,7 @@ def test_copies_of_sums_and_of_experts_are_held_to_their_masters_too(kind, monke
                 model(x)
             harmed.require_calls()
             assert require_rounded(harmed) == sites
-        monkeypatch.setattr(QuantCache, "holds", lambda self, weights: self.copy is not None)
+        monkeypatch.setattr(QuantCache, "get", lambda self, *weights: self.copy)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name or "experts" in name:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fp4rl.inject.attach import attach
+from fp4rl.inject.cache import QuantCache
 from fp4rl.inject.evidence import master_digest
-from fp4rl.inject.rounded import QuantCache
 from fp4rl.models.load import load
 from fp4rl.noise import perturb as perturb_room
 from fp4rl.rl import phases as phases_room
@@ -52,8 +52,7 @@ def test_after_training_live_logits_equal_those_of_a_freshly_loaded_copy(arm, ru
 
 def test_a_stale_rounded_weight_fails_the_run(run, experiment, monkeypatch):
     monkeypatch.setattr(QuantCache, "forget", lambda self: None)
-    monkeypatch.setattr(QuantCache, "current", lambda self, weight: self.copy)
-    monkeypatch.setattr(QuantCache, "holds", lambda self, weights: self.copy is not None)
+    monkeypatch.setattr(QuantCache, "get", lambda self, *weights: self.copy)
     with pytest.raises(CheckFailed, match="stale"):
         run(experiment("w4a16", training={"lr": 1e-2}))
 

@@ -12,6 +12,8 @@ from fp4rl.spec.errors import InvalidValueError
 class MergedState(LinearState):
     """The state of a layer with adapters. The gradient reaches A and B through the rounding of the sum."""
 
+    scaling: tuple[float, ...] = ()  # of the adapters in the kept copy
+
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """The layer's result with the rounded sum of base and active adapters in the place of both."""
         if kwargs.get("adapter_names") is not None:
@@ -26,12 +28,17 @@ class MergedState(LinearState):
         """The sum of base and active adapters, which exists for the moment alone."""
         return (layer if isinstance(layer, _Sum) else _Sum(layer, self)).weight
 
-    def weight(self, layer: Any) -> Tensor:
-        """The rounded sum; made afresh whenever the base or an adapter may have changed."""
-        sources = layer.sources()
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.kept.holds(sources):
-            return self.copy_of(sources[0], sources)
-        return self.copy_of(layer.weight, sources)
+    def rounded_weight(self, layer: Any) -> Tensor:
+        """The rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
+        sources, scaling = layer.sources(), layer.scaling()
+        if scaling != self.scaling:
+            self.cache.forget()
+            self.scaling = scaling
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            copy = self.cache.get(*sources)
+            if copy is not None:  # no need to make the sum
+                return copy
+        return self.copy_of(layer.weight, *sources)
 
 
 class _Sum:
@@ -51,6 +58,10 @@ class _Sum:
         """Every parameter that the sum is made from."""
         pairs = [(self.layer.lora_A[name].weight, self.layer.lora_B[name].weight) for name in self.adapters]
         return (self.base.weight, *(weight for pair in pairs for weight in pair))
+
+    def scaling(self) -> tuple[float, ...]:
+        """The factor s of every active adapter."""
+        return tuple(self.layer.scaling[name] for name in self.adapters)
 
     @property
     def weight(self) -> Tensor:

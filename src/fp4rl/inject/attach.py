@@ -1,19 +1,18 @@
-"""Site table -> harm that can be switched by phase and taken out again. The only step of injection that mutates."""
+"""Put a site table into a live model, switch it by phase, take it out again. The only step that changes the model."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fp4rl.inject.evidence import table_of
 from fp4rl.inject.install import install, uninstall
 from fp4rl.inject.plan import SiteTable
-from fp4rl.inject.report import evidence_rows, report
 from fp4rl.inject.resolve import resolve
-from fp4rl.inject.state import SiteState
+from fp4rl.inject.site import SiteState
 from fp4rl.inject.swap import is_injected
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
@@ -22,32 +21,22 @@ from fp4rl.spec.words import agreeing, counted
 
 
 class Attachment:
-    """The handle on injected harm: a switch per phase, evidence (also after removal), and the way back. A context
+    """The handle on an injection: a switch per phase, evidence (also after removal), and the way back. A context
     manager.
 
-    It starts in the phase `training`. Every optimizer step of the process invalidates its rounded copies by itself;
-    whoever writes weights in another way calls `invalidate`.
+    It starts in the phase `training`. Every optimizer step of the process invalidates the rounded copies of trained
+    weights by itself; whoever writes weights in another way calls `invalidate`.
     """
 
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
         self.model = model
         self.table = table
         self._modules, self._states = install(model, table)
-        # Weak: a model that is dropped without `remove` must not live on in the hook.
-        audience = self._audience = WeakSet(self._states.values())
-        for state in self._states.values():
-            state.audience = audience
-
-        def stepped(*_: Any) -> None:
-            for state in audience:
-                state.forget(frozen=False)
-
-        self._hook = register_optimizer_step_post_hook(stepped)
         self.set_phase("training")
 
     @property
     def states(self) -> Mapping[str, SiteState]:
-        """What each site knows, by name; for `inject.memory`."""
+        """The state of each site, by name."""
         return self._states
 
     @property
@@ -82,14 +71,13 @@ class Attachment:
         uninstall(self.model, self.table, self._modules)
         for state in self._states.values():
             state.release()
-            self._audience.discard(state)
         self._modules = []
-        if not self._audience:  # else there are deep copies, which go on
-            self._hook.remove()
 
     def evidence(self) -> list[dict[str, Any]]:
-        """One row per phase, site and point: calls, elements harmed, share changed, realised relative error."""
-        return evidence_rows(self._states.values())
+        """One row per phase, site and point, in the order of the phases and of the model: calls, elements rounded or
+        given an error, share changed, realised relative error."""
+        rows = [row for state in self._states.values() for row in state.rows()]
+        return sorted(rows, key=lambda row: PHASES.index(row["phase"]))
 
     def reset_evidence(self) -> None:
         """Start counting afresh."""
@@ -103,7 +91,7 @@ class Attachment:
         if silent := [state.plan.name for state in self._silent()]:
             raise CheckFailed(
                 f"{_were(silent, everywhere)} never called during {self.phase}, so nothing was "
-                f"harmed there: {_first(silent)}"
+                f"injected there: {_first(silent)}"
             )
         bare = {
             f"{state.plan.name} ({', '.join(points)})": points
@@ -129,7 +117,18 @@ class Attachment:
 
     def report(self) -> str:
         """The evidence as lines of text, one per phase and point."""
-        return report(self.table, self.phase, self.evidence())
+        sites = counted(len(self.table.plans), "site")
+        head = f"{sites}, table {self.table.digest}, phase {self.phase}"
+        return "\n".join([head, *table_of(self.evidence())])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each site has counted and where its randomness stands, for JSON: an interrupted run goes on from it."""
+        return {name: state.state_dict() for name, state in self._states.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave, for the sites that it names."""
+        for name in self._states.keys() & saved.keys():
+            self._states[name].load_state_dict(saved[name])
 
     def __enter__(self) -> "Attachment":
         return self
@@ -175,3 +174,21 @@ def _is_sharded(model: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # never imported here: without it nothing can be sharded
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
     return any(isinstance(module, kinds) for module in model.modules())
+
+
+@contextmanager
+def drawing_alike(one: Attachment, other: Attachment) -> Iterator[None]:
+    """Both draw the same for the same tensors: `other` stands at the step of `one`, and jitter comes from the seed.
+
+    Sites are matched by their names; a switch of phase inside would move the step of one of them alone.
+    """
+    for name, state in other.states.items():
+        state.rng.step = one.states[name].rng.step
+    rngs = [state.rng for attachment in (one, other) for state in attachment.states.values()]
+    for rng in rngs:
+        rng.repeatable = True
+    try:
+        yield
+    finally:
+        for rng in rngs:
+            rng.repeatable = False

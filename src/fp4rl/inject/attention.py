@@ -13,7 +13,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from fp4rl.inject.matmul import Product
-from fp4rl.inject.state import SiteState
+from fp4rl.inject.site import SiteState
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -29,13 +29,6 @@ class AttentionState(SiteState):
         with _Intercept(self):
             return original.forward(module, *args, **kwargs)
 
-    def count(self) -> None:
-        """One attention was computed."""
-        if torch.compiler.is_compiling():
-            self.ticks.add_(1)
-        else:
-            self.calls += 1
-
     def cached(self, x: Tensor) -> Tensor:
         """Keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
         return self.rounded_values(x, "kv_cache") if "kv_cache" in self.points else x
@@ -48,7 +41,7 @@ class AttentionState(SiteState):
 
 
 class _At:
-    """The harm of one of attention's two products."""
+    """What happens to one of attention's two products."""
 
     def __init__(self, state: AttentionState, where: str) -> None:
         self.state, self.where = state, where

@@ -1,12 +1,15 @@
 """Proof of what injection did: calls, elements and sampled errors by phase and site, and a digest of the masters."""
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fp4rl.spec.words import counted
 
 SAMPLE = 4096  # values compared per look
 LOOK_INTERVAL = 256  # after the first looks (calls 1, 2, 4, 8, ...), one call in this many
@@ -95,3 +98,28 @@ def master_digest(model: nn.Module) -> str:
         for tensor in _stored(model, name, local):
             total.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()
+
+
+def table_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A line per phase and point: sites, calls, elements, and the mean over sites of what was measured."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["phase"], row["point"], row["format"]].append(row)
+    lines = [(*key, *_counts(group)) for key, group in groups.items()]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    # Words (phase, point, format) to the left, counts to the right.
+    return [
+        "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+
+
+def _counts(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    calls, elements = sum(row["calls"] for row in rows), sum(row["elements"] for row in rows)
+    counts = f"{counted(len(rows), 'site')}", f"{counted(calls, 'call')}", f"{counted(elements, 'value')}"
+    return *counts, f"{_mean(rows, 'share_changed')} changed", f"{_mean(rows, 'relative_error')} error"
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows if row[key] is not None]
+    return f"{sum(values) / len(values):.2%}" if values else "-"

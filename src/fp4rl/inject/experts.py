@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.products import Products
-from fp4rl.inject.state import KEY
+from fp4rl.inject.site import KEY
 from fp4rl.spec.errors import CheckFailed
 
 
@@ -31,13 +31,6 @@ class StackState(LinearState):
         if point != "weight":
             return super().would_change(point, x)
         return any(super(StackState, self).would_change(point, expert) for expert in x.unbind(0))
-
-    def count(self) -> None:
-        """The experts were called once."""
-        if torch.compiler.is_compiling():
-            self.ticks.add_(1)
-        else:
-            self.calls += 1
 
     def summed_over(self, transposed: bool) -> None:
         """A product was met that sums over `in` as it lies in [experts, in, out], or in [experts, out, in]."""
@@ -69,11 +62,6 @@ class ExpertsState:
     def stacked(self) -> tuple[str, ...]:
         """The names of the parameters, in a fixed order."""
         return tuple(sorted(self.stacks))
-
-    def forget(self) -> None:
-        """Weights may have changed."""
-        for stack in self.stacks.values():
-            stack.forget()
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward over rounded parameters."""
@@ -121,7 +109,7 @@ class ExpertsState:
         value = weight
         if self._reading is not None and stack.weight_on and not self.removed:
             if name not in self._reading:  # once a forward; the eager implementation reads it once an expert
-                self._reading[name] = stack.copy_of(weight, (weight,))
+                self._reading[name] = stack.copy_of(weight, weight)
             value = self._reading[name]
         if self._products is not None:
             self._products.follow(value, stack)

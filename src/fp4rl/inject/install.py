@@ -9,12 +9,12 @@ from torch import nn
 
 from fp4rl.inject.adapted import MergedState
 from fp4rl.inject.attention import AttentionState
+from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState
-from fp4rl.inject.inputs import SharedInput
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import PackedState
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.inject.state import Settings, SiteState
+from fp4rl.inject.site import Settings, SiteState
 from fp4rl.inject.swap import restore, swap
 
 _READ_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
@@ -63,9 +63,8 @@ def _made(model: nn.Module, plan: SitePlan, settings: Settings, shared: SharedIn
     module = model.get_submodule(site.path)
     if site.kind == "attention":
         return module, AttentionState(plan, settings)
-    frozen = not module.get_parameter(str(site.parameter)).requires_grad
     if site.kind == "experts":
-        return module, StackState(plan, settings, shared, frozen)
+        return module, StackState(plan, settings, shared)
     if plan.merged:
         return model.get_submodule(site.path.rpartition(".")[0]), MergedState(plan, settings, shared)
     if plan.packed:
@@ -73,7 +72,7 @@ def _made(model: nn.Module, plan: SitePlan, settings: Settings, shared: SharedIn
         packed.take(module)  # type: ignore[arg-type]
         model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{site.path}.weight"]  # type: ignore[assignment]
         return module, packed
-    return module, LinearState(plan, settings, shared, frozen)
+    return module, LinearState(plan, settings, shared)
 
 
 def _settings(table: SiteTable, plan: SitePlan) -> Settings:

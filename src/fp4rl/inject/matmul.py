@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 
-class Harm(Protocol):
+class ProductErrors(Protocol):
     """What a product asks of its site."""
 
     @property
@@ -23,43 +23,43 @@ class Harm(Protocol):
 
 
 class Product(torch.autograd.Function):
-    """y = a b^T + bias with the site's harm in it. `a` [..., m, k], `b` [..., n, k], `bias` [n] -> [..., m, n].
+    """y = a b^T + bias with the site's errors in it. `a` [..., m, k], `b` [..., n, k], `bias` [n] -> [..., m, n].
 
     The error meets the product, before the bias is added.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, harm: Harm) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, errors: ProductErrors) -> Tensor:
         """The result, errors of the forward in it."""
         ctx.save_for_backward(a, b)
-        ctx.harm = harm
-        if not harm.in_forward:
+        ctx.errors = errors
+        if not errors.in_forward:
             return linear(a, b, bias) if b.ndim == 2 else a @ b.mT
-        y = harm.result("forward", a @ b.mT, a)
+        y = errors.result("forward", a @ b.mT, a)
         return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """grad_input = g b reduces over n, grad_weight = g^T a over the rows m: each rounds g along its own axis."""
         a, b = ctx.saved_tensors
-        harm: Harm = ctx.harm
+        errors: ProductErrors = ctx.errors
         g = gradients[0]
         grad_a = grad_b = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_a = harm.result("grad_input", harm.gradient("grad_input", g) @ b, g)
+            grad_a = errors.result("grad_input", errors.gradient("grad_input", g) @ b, g)
         if ctx.needs_input_grad[1]:
-            grad_b = harm.result("grad_weight", harm.gradient("grad_weight", g.mT) @ a, g)
+            grad_b = errors.result("grad_weight", errors.gradient("grad_weight", g.mT) @ a, g)
         if ctx.needs_input_grad[2]:
             grad_bias = g.sum(0)
         return grad_a, grad_b, grad_bias, None
 
 
-def harmed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, harm: Harm) -> Tensor:
-    """`F.linear` through a harmed product, under autocast too."""
+def linear_with_errors(x: Tensor, weight: Tensor, bias: Tensor | None, errors: ProductErrors) -> Tensor:
+    """`F.linear` through a product with errors, under autocast too."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        y: Tensor = Product.apply(x.reshape(-1, x.shape[-1]), weight, bias, harm)  # type: ignore[no-untyped-call]
+        y: Tensor = Product.apply(x.reshape(-1, x.shape[-1]), weight, bias, errors)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])

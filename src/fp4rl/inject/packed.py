@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fp4rl.inject.inputs import SharedInput
+from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.state import KEY, Settings
+from fp4rl.inject.site import KEY, Settings
 from fp4rl.numerics.packing import Packed, dequantize, pack_tensor
 
 
@@ -18,7 +18,7 @@ class PackedState(LinearState):
     the rounded one."""
 
     def __init__(self, plan: SitePlan, settings: Settings, shared: SharedInput) -> None:
-        super().__init__(plan, settings, shared, frozen=True)
+        super().__init__(plan, settings, shared)
         self.packed: Packed | None = None
         self.dtype = settings.dtype
         self._before = self._after = torch.empty(0)
@@ -65,9 +65,9 @@ class PackedState(LinearState):
         self.calls += 1
         self.note("weight", self._before, self._after, 0)
         if self.input_on:
-            x = self._input(x)
+            x = self.rounded_input(x)
         if self.products_on:
-            y = self._product(x, self.values(), layer.bias)
+            y = self.product(x, self.values(), layer.bias)
         else:
             y = _UnpackedTwice.apply(x, layer.bias, self)  # type: ignore[no-untyped-call]
         return self.rounded_values(y, "output") if self.output_on else y
@@ -108,7 +108,7 @@ class PackedLinear(InjectedLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         placeholder = self._parameters.pop("weight")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._parameters["weight"] = placeholder
         self._state.move(fn(torch.empty(0, dtype=torch.uint8, device=self._state.values().device)).device)
         return self

@@ -38,6 +38,13 @@ class SitePlan:
         """The site's name."""
         return self.site.name
 
+    def label(self, point: str) -> str:
+        """What stands in the evidence as the format of a point: the format's name, or the error's size."""
+        if (fmt := getattr(self, point, None)) is not None:
+            return str(fmt.name)
+        error = next(error for error in self.errors if point.startswith(error.name))
+        return f"{error.scale:g}"
+
     def points(self) -> tuple[str, ...]:
         """The points that have a format."""
         return tuple(point for point in FORMAT_POINTS if getattr(self, point) is not None)

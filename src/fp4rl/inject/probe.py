@@ -20,7 +20,7 @@ from fp4rl.inject.attach import Attachment
 from fp4rl.inject.experts import ExpertsState, StackState
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import PackedState
-from fp4rl.inject.state import KEY, SiteState
+from fp4rl.inject.site import KEY, SiteState
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import CheckFailed
 
@@ -77,7 +77,7 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _stack_is_right(stack: StackState, weight: Tensor) -> bool:
-    seen = stack.copy_of(weight, (weight,)) if stack.weight_on else weight
+    seen = stack.copy_of(weight, weight) if stack.weight_on else weight
     seen, master = (seen.mT, weight.mT) if stack.transposed else (seen, weight)
     experts = zip(seen.unbind(0), master.unbind(0), strict=True)
     return all(_same(one, _expected(stack, "weight", own.contiguous())) for one, own in experts)

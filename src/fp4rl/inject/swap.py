@@ -8,10 +8,10 @@ from torch import nn
 from fp4rl.inject.experts import ExpertsState, reading_rounded
 from fp4rl.inject.linear import InjectedLinear
 from fp4rl.inject.packed import PackedLinear, PackedState
-from fp4rl.inject.state import KEY, Injected, SiteState
+from fp4rl.inject.site import KEY, SiteState
 
 
-class InjectedModule(Injected):
+class InjectedModule(nn.Module):
     """Any other module under injection: its state decides what its forward does."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

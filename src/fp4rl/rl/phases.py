@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fp4rl.inject.attach import Attachment
-from fp4rl.inject.memory import load_state_dict, state_dict
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
 from fp4rl.noise.progress import ScheduleProgress, StageLog
@@ -178,11 +177,11 @@ class Phases:
     @contextmanager
     def unobserved(self) -> Iterator[None]:
         """Try the unquantized model out, leaving no trace in the counters or in what is drawn later."""
-        before = state_dict(self.attachment) if self.attachment is not None else {}
+        before = self.attachment.state_dict() if self.attachment is not None else {}
         with self.reference():
             yield
         if self.attachment is not None:
-            load_state_dict(self.attachment, before)
+            self.attachment.load_state_dict(before)
 
     def weights_changed(self) -> None:
         """To be called after every optimizer step and every load: cached rounded weights are thrown away."""
@@ -230,7 +229,7 @@ class Phases:
             "noise": [asdict(one) for one in self._noise_seen],
             "stages": self.stages.ran,
             "course": _progress_as_json(self.progress) if self.progress is not None else None,
-            "injection": state_dict(self.attachment) if self.attachment is not None else {},
+            "injection": self.attachment.state_dict() if self.attachment is not None else {},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -241,7 +240,7 @@ class Phases:
             epoch, begun, *length = state["course"]
             self.progress = replace(self.progress, epoch=epoch, begun=begun, length=Fraction(*length))
         if self.attachment is not None:
-            load_state_dict(self.attachment, state["injection"])
+            self.attachment.load_state_dict(state["injection"])
 
     def _switch(self, phase: Phase) -> None:
         if self.attachment is not None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fp4rl.inject.attach import Attachment, attach
-from fp4rl.inject.memory import drawing_alike, load_state_dict, state_dict
+from fp4rl.inject.attach import Attachment, attach, drawing_alike
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl.acting import acting
 from fp4rl.spec.errors import CheckFailed
@@ -62,11 +61,11 @@ def require_provable(
 
     Leaves chance and evidence of the attachment as they were. Raises CheckFailed.
     """
-    before = state_dict(attachment) if attachment is not None else {}
+    before = attachment.state_dict() if attachment is not None else {}
     difference = _live_against_fresh(experiment, model, attachment, start)
     if attachment is not None:
         attachment.set_phase("training")
-        load_state_dict(attachment, before)
+        attachment.load_state_dict(before)
     if difference != 0.0:
         raise CheckFailed(
             f"before any training the policy's logits differ from those of a fresh copy, injected alike, by up to "

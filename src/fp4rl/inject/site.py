@@ -1,18 +1,18 @@
-"""What every injected module knows: its plan, what is active in the present phase, its counters and its chance."""
+"""What every injected module knows: its plan, what is active in the present phase, its counters and its randomness."""
 
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
-from fp4rl.inject.graph import reach_as, round_as, words
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.rounded import through
+from fp4rl.inject.rounding import format_text, reach_as, round_as, through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.hardware import HardwareError
@@ -31,11 +31,21 @@ class Settings:
     seed: int
 
 
-class SiteState:
-    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now.
+# Every site of the process hears of every optimizer step, also one that was copied or unpickled: a fused optimizer
+# writes weights without a trace. Weak, so that a model that is dropped without `remove` does not live on here.
+_SITES: WeakSet["SiteState"] = WeakSet()
 
-    The `audience` hears of every optimizer step of the process. A deep copy joins it; what was pickled is told nothing.
-    """
+
+def _announce_step(*_: Any) -> None:
+    for site in tuple(_SITES):
+        site.stepped()
+
+
+register_optimizer_step_post_hook(_announce_step)
+
+
+class SiteState:
+    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now."""
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
 
@@ -43,39 +53,30 @@ class SiteState:
         self.plan = plan
         self.settings = settings
         formats = {point: getattr(plan, point) for point in plan.points()}
-        self._words = {point: words(fmt) for point, fmt in formats.items()}
+        self._formats = {point: format_text(fmt) for point, fmt in formats.items()}
         self._clipping = {p for p, fmt in formats.items() if settings.clipped and p not in GRADIENTS and can_clip(fmt)}
-        self.chance = SiteRng(settings.seed)
+        self.rng = SiteRng(settings.seed)
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}
         self.calls = 0
         self.keep_copies = True
-        self.audience: WeakSet[SiteState] | None = None
         self.removed = False
         # What counts inside torch.compile, where a number would be frozen: calls, and elements of each point.
-        self.ticks = torch.zeros((), dtype=torch.int64)
+        self.compiled_calls = torch.zeros((), dtype=torch.int64)
         errors = [error.name for error in plan.errors if error.forward]
-        self.harmed = {point: torch.zeros((), dtype=torch.int64) for point in (*formats, *errors)}
+        self.compiled_elements = {point: torch.zeros((), dtype=torch.int64) for point in (*formats, *errors)}
         self.phase: Phase = "training"
         self.points: frozenset[str] = frozenset()
         self.errors: tuple[HardwareError, ...] = ()
+        _SITES.add(self)
 
     def __reduce__(self) -> Any:
         points = self.points | ({"errors"} if self.errors else set())
-        return type(self), self._ingredients(), (self.original, self.keep_copies, self.chance.step, self.phase, points)
+        return type(self), self._ingredients(), (self.original, self.keep_copies, self.rng.step, self.phase, points)
 
     def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
-        self.original, self.keep_copies, self.chance.step, phase, points = state
+        self.original, self.keep_copies, self.rng.step, phase, points = state
         self.enter(phase, points)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SiteState":
-        kind, ingredients, now = self.__reduce__()
-        twin: SiteState = kind(*deepcopy(ingredients, memo))
-        twin.__setstate__(now)
-        if self.audience is not None:
-            self.audience.add(twin)
-            twin.audience = self.audience
-        return twin
 
     def _ingredients(self) -> tuple[Any, ...]:
         return self.plan, self.settings
@@ -84,14 +85,21 @@ class SiteState:
         """Begin a phase in which `points` are active; what was counted so far is booked under the phase before."""
         self.book()
         self.phase = phase
-        self.points = points.intersection(self._words)
+        self.points = points.intersection(self._formats)
         self.errors = self.plan.errors if "errors" in points else ()
 
     @property
     def active(self) -> tuple[str, ...]:
         """The points and errors that act in the forwards of this phase."""
-        points = [point for point in self._words if point in self.points and not point.startswith("grad_")]
+        points = [point for point in self._formats if point in self.points and not point.startswith("grad_")]
         return (*points, *(error.name for error in self.errors if error.forward))
+
+    def count(self) -> None:
+        """Count a call of the forward."""
+        if torch.compiler.is_compiling():
+            self.compiled_calls.add_(1)
+        else:
+            self.calls += 1
 
     def meter(self, point: str) -> Meter:
         """The meter of a point in this phase."""
@@ -103,19 +111,19 @@ class SiteState:
 
     def book(self) -> None:
         """Move the running call counters into the meters of this phase."""
-        ticks = int(self.ticks)
-        calls = self.calls + ticks
+        compiled_calls = int(self.compiled_calls)
+        calls = self.calls + compiled_calls
         for point in self.active if calls else ():
             self.meter(point).calls += calls
-        for point, elements in self.harmed.items() if ticks else ():
-            if harmed := int(elements):
-                self.meter(point).elements += harmed
+        for point, elements in self.compiled_elements.items() if compiled_calls else ():
+            if counted := int(elements):
+                self.meter(point).elements += counted
         self.uncount()
 
     def uncount(self) -> None:
         """Forget what was counted and not booked."""
         self.calls = 0
-        for counter in (self.ticks, *self.harmed.values()):
+        for counter in (self.compiled_calls, *self.compiled_elements.values()):
             counter.zero_()
 
     def recount(self) -> None:
@@ -134,8 +142,8 @@ class SiteState:
         Calls of the forward are counted once for all points; `own_call` counts one here, for what the backward does.
         """
         if torch.compiler.is_compiling():
-            if point in self.harmed:
-                self.harmed[point].add_(elements)
+            if point in self.compiled_elements:
+                self.compiled_elements[point].add_(elements)
             return
         meter = self.meter(point)
         meter.elements += elements
@@ -155,7 +163,7 @@ class SiteState:
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
         """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""
-        generator = self.chance.for_tensor(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
+        generator = self.rng.for_tensor(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
         # The cast is part of the rounding: left to autograd, it would cast the gradient as well.
         copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
@@ -167,7 +175,7 @@ class SiteState:
             return self._rounded_now(x, point, generator)
         if generator is not None:
             return self._rounded_outside(x, point, generator)  # type: ignore[no-any-return]
-        dtype, fmt = self.settings.dtype, self._words[point]
+        dtype, fmt = self.settings.dtype, self._formats[point]
         with torch.no_grad():
             reach = reach_as(x.detach(), fmt, dtype) if point in self._clipping else None
             return round_as(x.detach(), fmt, dtype), reach
@@ -194,17 +202,17 @@ class SiteState:
     def _generator(self, error: HardwareError, drawn_for: Tensor, backward: str) -> torch.Generator:
         salt = f"{error.name}/{self.errors.index(error)}/{backward}"
         if error.kind == "jitter":
-            return self.chance.unknown(drawn_for.device, salt)
+            return self.rng.unknown(drawn_for.device, salt)
         if error.kind == "stuck" or error.point == "weight":
-            return self.chance.fixed(drawn_for.device, salt)
-        return self.chance.for_tensor(drawn_for, salt)
+            return self.rng.fixed(drawn_for.device, salt)
+        return self.rng.for_tensor(drawn_for, salt)
 
     def gradient(self, product: str, g: Tensor) -> Tensor:
         """The gradient as an operand of `product` (grad_input, grad_weight), rounded where its format is active."""
         if product not in self.points:
             return g
         stochastic = getattr(self.plan, product).rounding == "stochastic"
-        generator = self.chance.for_tensor(g, product) if stochastic else None
+        generator = self.rng.for_tensor(g, product) if stochastic else None
         rounded, _ = self.rounded(g, product, generator)
         self.note(product, g, rounded, g.numel(), own_call=True)
         return rounded
@@ -213,31 +221,36 @@ class SiteState:
         """Whether an error at one of these points is active."""
         return any(error.point in points for error in self.errors)
 
-    def forget(self, *, frozen: bool = True) -> None:  # noqa: ARG002
-        """Weights may have changed (frozen ones too?): a new step begins for everything drawn or kept."""
-        self.chance.step += 1
+    def stepped(self) -> None:
+        """An optimizer made a step: what is drawn from here on belongs to the next one."""
+        self.rng.step += 1
+
+    def forget(self) -> None:
+        """Let go of everything that was made from weights: they may have been written."""
+        self.rng.step += 1
 
     def release(self) -> None:
         """Act no more: a module that was wrapped since keeps its class, and so goes on asking."""
         self.enter(self.phase, frozenset())
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The evidence, a row per phase and point."""
+        self.book()
+        for (phase, point), meter in self.meters.items():
+            where = {"phase": phase, "site": self.plan.name, "point": point, "format": self.plan.label(point)}
+            yield {**where, **meter.row()}
 
-class Injected(nn.Module):
-    """The frame of a module's stand-in class: whatever rewrites parameters makes its state forget."""
+    def state_dict(self) -> dict[str, Any]:
+        """The step that random kinds draw by, and the meters; for JSON."""
+        self.book()
+        meters = [[*key, *(getattr(meter, f.name) for f in fields(Meter))] for key, meter in self.meters.items()]
+        return {"step": self.rng.step, "meters": meters}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.__dict__[KEY].forget()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[KEY].forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def label(plan: SitePlan, point: str) -> str:
-    """What stands in the evidence as the format of a point: the format's name, or the error's size."""
-    fmt = getattr(plan, point, None)
-    if fmt is not None:
-        return str(fmt.name)
-    error = next(error for error in plan.errors if point.startswith(error.name))
-    return f"{error.scale:g}"
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.uncount()
+        self.rng.step = state["step"]
+        self.meters = {
+            (phase, point): Meter(**dict(zip((f.name for f in fields(Meter)), values, strict=True)))
+            for phase, point, *values in state["meters"]
+        }

@@ -1,4 +1,4 @@
-"""Rounding as one opaque node of a compiled graph.
+"""Rounding as autograd and torch.compile see it: the straight-through estimator, and one opaque node of a graph.
 
 Inductor leaves out casts that go down and up again (float32 -> bfloat16 -> float32), and so would round other numbers
 than eager mode does: those of the model's dtype instead of the injection's. What happens inside a custom operator is
@@ -7,6 +7,7 @@ the operator's own, and the node stays in the graph.
 
 import json
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,33 @@ from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.formats import Format, describe, format_of
 
 
-def words(fmt: Format) -> str:
+def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
+    """Return `copy` with the master's gradient. Inside `torch.compile` as a sum: it adds an exact zero to the copy."""
+    if not (master.requires_grad and torch.is_grad_enabled()):
+        return copy
+    if torch.compiler.is_compiling():
+        zero = master - master.detach()
+        return copy + (zero if reach is None else zero * reach)
+    return StraightThrough.apply(master, copy, reach)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class StraightThrough(torch.autograd.Function):
+    """The rounded copy in the forward; in the backward the gradient goes to the master as it comes, or, where `reach`
+    is given, only to values that were not clipped (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
+        """`master`, its rounded `copy` of the same shape and dtype, and `reach` (bool, or None)."""
+        ctx.reach = reach
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradient of the master, alone."""
+        return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
+
+
+def format_text(fmt: Format) -> str:
     """A format as an argument of these operators: text, which means the same in every process that shares a graph."""
     return json.dumps(describe(fmt))
 
