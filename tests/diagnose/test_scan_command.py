@@ -243,8 +243,8 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     from dataclasses import replace
 
     text = page(replace(w4a4, model="<b>odd</b>"))
-    for name in ("heat", "harm", "depth", "distribution"):
-        assert f'class="figure" id="{name}"' in text
+    for name in ("heat", "kl", "depth", "distribution"):
+        assert f'<div id="{name}" role="img"' in text
     assert "<b>odd</b>" not in text
 
 

@@ -1,23 +1,14 @@
-"""The figures of a scan's page, as Plotly describes them."""
+"""The figures of a scan's page."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.report import ScanReport
+from fp4rl.pages.page import Figure, in_rows, line, marks, over_steps, with_legend
 
-Figure = dict[str, Any]
+Grid = list[list[float | None]]
 
-INK, QUIET, BEFORE, AFTER = "#1f2430", "#8a93a3", "#7aa6c2", "#c2571a"
 _HEAT = [[0.0, "#f7f4ee"], [0.35, "#f2c879"], [0.7, "#d9722e"], [1.0, "#7d1f14"]]
-_LAYOUT: dict[str, Any] = {
-    "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "margin": {"l": 70, "r": 20, "t": 30, "b": 50},
-    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": INK},
-    "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
-}
 _ROW = 22  # pixels of one bar
 MOST_BARS = 40
 
@@ -37,14 +28,19 @@ _MEASURES: tuple[tuple[str, str, str, bool], ...] = (
 )
 
 
-def heat_map(report: ScanReport) -> Figure | None:
-    """Layers x projections, with a menu of measures; KL first where it was looked at."""
+def figures_of(report: ScanReport) -> list[Figure]:
+    """Every figure that the scan measured something for."""
+    return [*heat_map(report), *sensitivity_bars(report), *depth_lines(report), *before_and_after(report)]
+
+
+def heat_map(report: ScanReport) -> Iterator[Figure]:
+    """Layers x projections, with a menu of measures; KL first where it was measured."""
     layers = sorted({plan.site.layer for plan in report.table.plans if plan.site.layer is not None})
     roles = list(dict.fromkeys(plan.site.role for plan in report.table.plans if plan.site.layer is not None))
-    grids = [(label, _grid(values, layers, roles), worse) for label, values, worse in _by_place(report)]
-    grids = [found for found in grids if any(v is not None for row in found[1] for v in row)]
+    named = [(label, _grid(values, layers, roles), worse) for label, values, worse in _by_layer(report)]
+    grids = [(label, grid, worse) for label, grid, worse in named if any(v is not None for row in grid for v in row)]
     if not grids:
-        return None
+        return
     traces = [
         {
             "type": "heatmap",
@@ -64,131 +60,107 @@ def heat_map(report: ScanReport) -> Figure | None:
         {"label": label, "method": "update", "args": [{"visible": [n == m for m in range(len(grids))]}]}
         for n, (label, _, _) in enumerate(grids)
     ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 12}}
-    height = 150 + 26 * len(layers)
-    layout = _LAYOUT | {
-        "height": height,
-        "updatemenus": [menu],
+    layout = {
+        "height": 150 + 26 * len(layers),
+        "updatemenus": [
+            {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 12}}
+        ],
         "yaxis": {"autorange": "reversed"},
         "margin": {"l": 80, "r": 20, "t": 70, "b": 40},
     }
-    return {"data": traces, "layout": layout}
+    words = f"{len(layers)} layers by {len(roles)} projections: {', '.join(label for label, _, _ in grids)}"
+    yield Figure("heat", "Layers and projections", words, traces, layout)
 
 
-def sensitivity_bars(report: ScanReport) -> Figure | None:
+def sensitivity_bars(report: ScanReport) -> Iterator[Figure]:
     """The sites with the greatest KL: measured alone, and what one backward pass predicted."""
     if report.sensitivity is None or not report.sensitivity.sites:
-        return None
-    ranked = sorted(report.sensitivity.sites, key=lambda site: site.kl)[-MOST_BARS:]
+        return
+    ranked = sorted(report.sensitivity.sites, key=lambda site: site.kl, reverse=True)[:MOST_BARS]
     names = [site.name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "") for site in ranked]
+    measured, hover = ranked[0].leave_one_in is not None, {"hovertemplate": "%{x:.4g}"}
     bars = {
         "type": "bar",
         "orientation": "h",
-        "name": "measured" if ranked[0].leave_one_in is not None else "estimated",
+        "name": "measured" if measured else "estimated",
         "x": [site.kl for site in ranked],
         "y": names,
-        "marker": {"color": BEFORE},
-        "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
+        "marker": {},
+        "meta": {"arm": 0, "part": "bar"},
     }
-    marks = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "estimate of one backward pass",
-        "x": [site.estimate for site in ranked],
-        "y": names,
-        "marker": {"color": AFTER, "symbol": "line-ns-open", "size": 12, "line": {"width": 2}},
-    }
-    saved = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "saved when it alone is left out",
-        "x": [site.leave_one_out.kl if site.leave_one_out is not None else None for site in ranked],
-        "y": names,
-        "marker": {"color": INK, "symbol": "circle-open", "size": 8},
-    }
-    shown = [bars] + [marks] * (ranked[0].leave_one_in is not None) + [saved] * (ranked[0].leave_one_out is not None)
-    known = "" if ranked[0].leave_one_in is not None else " (estimated)"
-    layout = _LAYOUT | {
-        "height": 120 + _ROW * len(ranked),
-        "margin": {"l": 130, "r": 20, "t": 50, "b": 50},
-        "xaxis": {"title": {"text": f"KL, nats per token{known}"}, "rangemode": "tozero"},
-        "yaxis": {"automargin": True, "ticksuffix": " "},
-    }
-    return {"data": shown, "layout": layout}
+    data = [bars | hover]
+    if measured:
+        tick = {"symbol": "line-ns-open", "size": 12, "line": {"width": 2}}
+        estimates = [site.estimate for site in ranked]
+        data.append(marks(estimates, names, "dots", 1, name="estimate of one backward pass", marker=tick, **hover))
+    if ranked[0].leave_one_out is not None:
+        saved = [site.leave_one_out.kl if site.leave_one_out is not None else None for site in ranked]
+        ring = {"symbol": "circle-open", "size": 8}
+        data.append(marks(saved, names, "dots", None, name="saved when it alone is left out", marker=ring, **hover))
+    title = f"KL, nats per token{'' if measured else ' (estimated)'}"
+    words = f"{title}: " + "; ".join(f"{site.name} {site.kl:.3g}" for site in ranked[:5])
+    layout = with_legend(in_rows(names, title, _ROW))
+    layout["xaxis"] |= {"rangemode": "tozero"}
+    yield Figure("kl", "What each site's error does to the output", words, data, layout)
 
 
-def depth_lines(report: ScanReport) -> Figure | None:
+def depth_lines(report: ScanReport) -> Iterator[Figure]:
     """Error of the residual stream after each layer: weights alone, inputs alone, both, and what independence gives."""
     if not report.depth:
-        return None
-    x = [found.layer for found in report.depth]
+        return
+    layers = [depth.layer for depth in report.depth]
     lines = (
-        ("weights alone", [d.weights for d in report.depth], {"color": BEFORE}),
-        ("inputs alone", [d.inputs for d in report.depth], {"color": QUIET}),
-        ("both", [d.both for d in report.depth], {"color": AFTER, "width": 3}),
-        ("if independent", [d.predicted for d in report.depth], {"color": INK, "dash": "dot"}),
+        ("weights alone", 0, [d.weights for d in report.depth], {"width": 2}),
+        ("inputs alone", 2, [d.inputs for d in report.depth], {"width": 2}),
+        ("both", 1, [d.both for d in report.depth], {"width": 3}),
+        ("if independent", None, [d.predicted for d in report.depth], {"width": 2, "dash": "dot"}),
     )
     data = [
-        {"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "line": line}
-        for name, y, line in lines
+        line(layers, y, name, arm, mode="lines+markers", line=pen, hovertemplate="%{y:.2%}")
+        for name, arm, y, pen in lines
         if any(y)
     ]
-    layout = _LAYOUT | {
-        "height": 340,
-        "xaxis": {"title": {"text": "after layer"}, "dtick": max(1, len(x) // 14), "zeroline": False},
-        "yaxis": {"title": {"text": "error / stream"}, "tickformat": ".0%", "rangemode": "tozero"},
-    }
-    return {"data": data, "layout": layout}
+    layout = with_legend(over_steps("after layer", 320))
+    layout["xaxis"] |= {"dtick": max(1, len(layers) // 14), "rangemode": "normal"}
+    layout["yaxis"] = {"title": {"text": "error / stream"}, "tickformat": ".0%", "rangemode": "tozero"}
+    words = f"Error of the residual stream after the last layer: {report.depth[-1].both:.2%}"
+    yield Figure("depth", "How the error of the residual stream grows", words, data, layout | {"margin": _WIDE})
 
 
-def before_and_after(report: ScanReport) -> Figure | None:
+def before_and_after(report: ScanReport) -> Iterator[Figure]:
     """Histogram of one weight before and after rounding, on a logarithmic axis so that the tails show.
 
     What lies beyond four root mean squares is in the last bins.
     """
-    found = report.distribution
-    if found is None:
-        return None
-    centres = [(a + b) / 2 for a, b in zip(found.edges, found.edges[1:], strict=False)]
-    step = {"shape": "hvh"}
+    distribution = report.distribution
+    if distribution is None:
+        return
+    centres = [(a + b) / 2 for a, b in zip(distribution.edges, distribution.edges[1:], strict=False)]
     data = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "after",
-            "x": centres,
-            "y": found.after,
-            "line": step | {"color": AFTER, "width": 1},
-            "fill": "tozeroy",
-        },
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "before",
-            "x": centres,
-            "y": found.before,
-            "line": step | {"color": INK},
-        },
+        line(centres, distribution.after, "after", 1, line={"shape": "hvh", "width": 1}, fill="tozeroy"),
+        line(centres, distribution.before, "before", None, line={"shape": "hvh", "width": 2}),
     ]
-    layout = _LAYOUT | {
-        "height": 320,
-        "xaxis": {"title": {"text": "value / root mean square"}, "zeroline": False},
-        "yaxis": {"title": {"text": "values"}, "type": "log", "dtick": 1},
-    }
-    return {"data": data, "layout": layout}
+    layout = with_legend(over_steps("value / root mean square", 300))
+    layout["xaxis"] |= {"rangemode": "normal", "zeroline": False}
+    layout["yaxis"] = {"title": {"text": "values"}, "type": "log", "dtick": 1}
+    title = f"Before and after rounding: {distribution.site}"
+    yield Figure("distribution", title, "Histogram of one weight", data, layout | {"margin": _WIDE})
 
 
-def _by_place(report: ScanReport) -> list[tuple[str, dict[tuple[int | None, str], float], bool]]:
-    """(label, (layer, role) -> value, whether more is worse); places that share layer and role are averaged."""
-    found = []
+_WIDE = {"l": 70, "r": 20, "t": 34, "b": 50}  # pixels, with room for the axis's name
+
+
+def _by_layer(report: ScanReport) -> list[tuple[str, dict[tuple[int | None, str], float], bool]]:
+    """(label, (layer, role) -> value, whether more is worse); sites that share layer and role are averaged."""
+    grids = []
     if report.sensitivity is not None:
-        measured = [(site.layer, site.role, site.kl) for site in report.sensitivity.sites]
-        found.append(("KL of the site alone, nats per token", _averaged(measured), True))
+        effects = [(site.layer, site.role, site.kl) for site in report.sensitivity.sites]
+        grids.append(("KL of the site alone, nats per token", _averaged(effects), True))
     for label, part, measure, worse in _MEASURES:
         read = _reader(measure)
         values = [(p.layer, p.role, v) for p in report.parts if p.part == part and (v := read(p)) is not None]
-        found.append((label, _averaged(values), worse))
-    return found
+        grids.append((label, _averaged(values), worse))
+    return grids
 
 
 def _reader(measure: str) -> Callable[[PartError], float | None]:
@@ -199,8 +171,8 @@ def _averaged(values: list[tuple[int | None, str, float]]) -> dict[tuple[int | N
     sums: dict[tuple[int | None, str], list[float]] = {}
     for layer, role, value in values:
         sums.setdefault((layer, role), []).append(value)
-    return {place: sum(found) / len(found) for place, found in sums.items()}
+    return {key: sum(group) / len(group) for key, group in sums.items()}
 
 
-def _grid(values: dict[tuple[int | None, str], float], layers: list[int], roles: list[str]) -> list[list[float | None]]:
+def _grid(values: dict[tuple[int | None, str], float], layers: list[int], roles: list[str]) -> Grid:
     return [[values.get((layer, role)) for role in roles] for layer in layers]

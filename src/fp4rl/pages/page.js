@@ -4,13 +4,14 @@ const figures = JSON.parse(document.getElementById("figures").textContent);
 const style = getComputedStyle(document.body);
 const shade = (name) => style.getPropertyValue(name).trim();
 const ARMS = 6;
+const OF_NO_ARM = { margin: "--bad", start: "--soft" };
 
 function painted(trace) {
+  if (!trace.meta) return trace; // a heat map has a scale of its own
   const { arm, part } = trace.meta;
-  const colour = arm === null ? shade(part === "margin" ? "--bad" : part === "start" ? "--soft" : "--ink")
-    : shade(`--arm-${arm % ARMS}`);
+  const colour = shade(arm === null ? OF_NO_ARM[part] || "--ink" : `--arm-${arm % ARMS}`);
   const copy = structuredClone(trace);
-  if (part === "band") copy.fillcolor = colour + "26";
+  if (trace.fill) copy.fillcolor = colour + "26";
   if (copy.line) copy.line.color = part === "band" ? "rgba(0,0,0,0)" : colour;
   if (copy.marker) copy.marker = { ...copy.marker, color: colour, line: { ...copy.marker.line, color: colour } };
   if (copy.error_x) copy.error_x.color = colour;
@@ -21,15 +22,19 @@ function layout(figure) {
   const axis = (own) => ({ gridcolor: shade("--grid"), linecolor: shade("--line"), zerolinecolor: shade("--line"),
     fixedrange: true, ...own });
   const shapes = (figure.layout.shapes || []).map((s) => ({ ...s, line: { ...s.line, color: shade("--soft") } }));
-  return { ...figure.layout, shapes, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
-    font: { family: style.fontFamily || "sans-serif", size: 12, color: shade("--ink") },
+  const updatemenus = (figure.layout.updatemenus || []).map((menu) => ({ ...menu, bgcolor: shade("--card"),
+    bordercolor: shade("--line") }));
+  return { ...figure.layout, shapes, updatemenus, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    dragmode: false, font: { family: style.fontFamily || "sans-serif", size: 12, color: shade("--ink") },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: shade("--soft"), activecolor: shade("--ink") },
     hoverlabel: { bgcolor: shade("--card"), bordercolor: shade("--line"), font: { color: shade("--ink") } },
     xaxis: axis(figure.layout.xaxis), yaxis: axis(figure.layout.yaxis) };
 }
 
 function paint() {
   for (const figure of figures) {
-    Plotly.react(figure.id, figure.data.map(painted), layout(figure), { displayModeBar: false });
+    Plotly.react(figure.id, figure.data.map(painted), layout(figure), { displaylogo: false,
+      modeBarButtons: [["toImage"]] });
   }
 }
 

@@ -1,0 +1,110 @@
+"""A page from its template, and the figures on it as Plotly describes them: data and layout without colours.
+
+Every trace says in `meta` what colours it: `arm`, a number from 0, or None for a trace of no arm, and the `part` it
+plays. `page.js` paints it in the colours of the light or dark theme.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4rl.spec.errors import NotFoundError
+
+Trace = dict[str, Any]
+Layout = dict[str, Any]
+
+COLOURS = 6  # --arm-0 to --arm-5 in page.css
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure; `words` says for a screen reader what is drawn."""
+
+    id: str
+    title: str
+    words: str
+    data: Sequence[Trace]
+    layout: Layout
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the page's script reads."""
+        return {"id": self.id, "data": self.data, "layout": self.layout}
+
+
+def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
+    """Fill a template that extends `base.html.j2`. The same contents give the same text, byte for byte.
+
+    Raises `NotFoundError` where Jinja or Plotly (the extra `report`) is not installed.
+    """
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise NotFoundError(f"an HTML page needs {error.name}; pip install 'fp4rl[report]'") from None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    files = {name: (_HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    drawn = [figure.as_dict() for figure in figures]
+    page: str = environment.get_template(template.name).render(
+        **contents, **files, figures=drawn, plotly_js=get_plotlyjs()
+    )
+    return page
+
+
+def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:
+    """A line, or what stands in `mode`, as Plotly's scatter trace; `part` is what it plays."""
+    part = more.pop("part", "line")
+    trace = {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": name, "line": {"width": 2}}
+    return trace | more | {"meta": {"arm": arm, "part": part}}
+
+
+def marks(x: Sequence[Any], y: Sequence[Any], part: str, arm: int | None, **more: Any) -> Trace:
+    """Single marks, as Plotly's scatter trace."""
+    return (
+        {"type": "scatter", "mode": "markers", "x": list(x), "y": list(y)} | more | {"meta": {"arm": arm, "part": part}}
+    )
+
+
+def over_steps(title: str = "step", height: int = 260) -> Layout:
+    """Layout of lines over the steps or layers of something; `height` in pixels."""
+    return {
+        "height": height,
+        "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
+        "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": ""}},
+        "hovermode": "x unified",
+        "showlegend": False,
+    }
+
+
+def in_rows(names: Sequence[str], title: str, row: int = 34) -> Layout:
+    """Layout of one row a name, the first on top; `row` is its height in pixels."""
+    return {
+        "height": row * len(names) + 60,
+        "margin": {"l": 8, "r": 16, "t": 8, "b": 44},
+        "xaxis": {"title": {"text": title}},
+        "yaxis": {
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": list(reversed(names)),
+            "automargin": True,
+        },
+        "hovermode": "closest",
+        "showlegend": False,
+    }
+
+
+def with_legend(layout: Layout) -> Layout:
+    """The same layout with a legend above the figure."""
+    legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
+    margin = layout["margin"] | {"t": 34}
+    return layout | {"height": layout["height"] + 26, "margin": margin, "showlegend": True, "legend": legend}
