@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from html import escape
 
 import pytest
 import yaml
+from markupsafe import escape
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.main import main
@@ -246,6 +246,16 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     for name in ("heat", "kl", "depth", "distribution"):
         assert f'<div id="{name}" role="img"' in text
     assert "<b>odd</b>" not in text
+
+
+def test_the_figures_of_a_scan_are_what_plotly_accepts(w4a4):
+    from fp4rl.diagnose.figures import figures_of
+
+    go = pytest.importorskip("plotly.graph_objects")
+    figures = figures_of(w4a4)
+    assert [figure.id for figure in figures] == ["heat", "kl", "depth", "distribution"]
+    for figure in figures:
+        go.Figure(data=figure.data, layout=figure.layout)
 
 
 def test_the_page_carries_the_advice_and_the_sites_of_a_finding(w4a4, trained):
