@@ -5,10 +5,12 @@ The tasks themselves stand in the room `tasks/`, one file each; `task_registry.p
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_type_hints
 
 from fp4rl.spec.digest import digest
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.frozen import Place, Spec
 
 Split = Literal["train", "validation", "test"]
@@ -78,6 +80,13 @@ class Task(Spec):
         """The keys that name files, in the order of their definition."""
         hints = get_type_hints(cls, include_extras=True)
         return tuple(key for key in cls.model_fields if Place in (hints[key], *get_args(hints[key])))
+
+
+def first(problems: Sequence[Problem], count: int | None, source: str) -> tuple[Problem, ...]:
+    """Return the first `count` problems, or all; raises InvalidValueError where `source` holds fewer."""
+    if count is not None and count > len(problems):
+        raise InvalidValueError(f"{source} has {len(problems)} problems, not {count}")
+    return tuple(problems[:count])
 
 
 def identity(task: str, *content: str) -> str:

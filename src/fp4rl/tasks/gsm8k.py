@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.frozen import Place
-from fp4rl.spec.task import SPLITS, Problem, Score, Split, Task, identity, split_of
+from fp4rl.spec.task import SPLITS, Problem, Score, Split, Task, first, identity, split_of
 from fp4rl.tasks import answers
 
 COLUMNS = ("question", "answer")
@@ -61,10 +61,8 @@ class Gsm8k(Task):
         split with fewer problems; each names the file, the row and the cure.
         """
         problems = _by_split(self, tuple(_written_at(path) for path in self.files.values()))[split]
-        if count is not None and count > len(problems):
-            source = self.test_path if split == "test" and self.test_path is not None else self.path
-            raise InvalidValueError(f"the {split} split of {source} has {len(problems)} problems, not {count}")
-        return problems[:count]
+        source = self.test_path if split == "test" and self.test_path is not None else self.path
+        return first(problems, count, f"the {split} split of {source}")
 
     def substance(self, problem: Problem) -> str:
         """Return the question in small letters, without punctuation and extra blanks."""
