@@ -20,6 +20,8 @@ import yaml
 
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.spec.digest import digest
+from fp4rl.spec.records import Sites, read_result
+from planted.records import line
 
 PROBLEMS, STEPS, EVALUATIONS = 1319, 30, (0, 8, 15, 23, 30)
 LIMIT_S = 5.0
@@ -63,7 +65,7 @@ def make_run(root: Path, arm: str, seed: int, difficulty: np.ndarray, rng: np.ra
     if run.finished:
         return
     run.write_spec(yaml.safe_dump(spec))
-    run.write_sites({"digest": PROFILE["sites_digest"], "plans": [], "left_out": []})
+    run.write_sites(Sites(digest=str(PROFILE["sites_digest"]), plans=(), left_out=()))
     write_lines(run, rng)
     evaluations = []
     for step in EVALUATIONS:
@@ -73,17 +75,19 @@ def make_run(root: Path, arm: str, seed: int, difficulty: np.ndarray, rng: np.ra
         scores = {"n": PROBLEMS, "strict": float(strict.mean()), "flexible": float(strict.mean()), "formatted": 1.0}
         evaluations.append({"step": step, "last": step == STEPS, "profile": PROFILE, "mean_length": 17.5} | scores)
     run.write_result(
-        {
-            "run_id": run.run_id,
-            "arm": arm,
-            "seed": seed,
-            "code_digest": "0123456789ab",
-            "evaluations": evaluations,
-            "evidence": {"sites": 14, "calls": {"training": 420, "rollout": 900}, "master_unharmed": True},
-            "steps_asked": STEPS,
-            "steps_done": STEPS,
-            "wall_s": 60.0,
-        }
+        read_result(
+            {
+                "run_id": run.run_id,
+                "arm": arm,
+                "seed": seed,
+                "code_digest": "0123456789ab",
+                "evaluations": evaluations,
+                "evidence": {"sites": 14, "calls": {"training": 420, "rollout": 900}, "master_unharmed": True},
+                "steps_asked": STEPS,
+                "steps_done": STEPS,
+                "wall_s": 60.0,
+            }
+        )
     )
 
 
@@ -91,11 +95,10 @@ def write_lines(run: RunFolder, rng: np.random.Generator) -> None:
     names = [f"metric/{number}" for number in range(20)]
     for step in range(1, STEPS + 1):
         run.add_metrics(step, dict(zip(names, rng.random(20).tolist(), strict=True)))
-        run.add_evidence({"kind": "master", "phase": "rollout", "step": step, "unharmed": True})
-    run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
+        run.add_evidence(line("master", step=step))
+    run.add_evidence(line("live_equals_fresh"))
     for site in range(14):
-        row = {"kind": "injection", "phase": "rollout", "site": f"layers.{site}", "point": "weight", "calls": 900}
-        run.add_evidence(row | {"share_changed": 0.93})
+        run.add_evidence(line("injection", site=f"layers.{site}", calls=900))
 
 
 def item(index: int, solved: bool) -> dict[str, object]:

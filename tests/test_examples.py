@@ -21,8 +21,8 @@ def test_a_loop_of_ones_own_learns_under_rounding_and_reports_it(capsys):
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_a_hugging_face_trainer_trains_under_rounding():
     rows = run("with_hf_trainer.py")
-    assert len({row["site"] for row in rows}) == 14
-    assert all(row["calls"] > 0 for row in rows if row["phase"] == "training")
+    assert len({row.site for row in rows}) == 14
+    assert all(row.calls > 0 for row in rows if row.phase == "training")
 
 
 def test_the_first_example_is_under_forty_lines():

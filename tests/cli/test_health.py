@@ -7,6 +7,8 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.evidence import Evaluation, Profile
+from fp4rl.spec.records import RunResult
 
 
 @pytest.fixture
@@ -19,7 +21,8 @@ def run_folder(path, accuracies, evaluations=()):
     for step, accuracy in enumerate(accuracies, start=1):
         run.add_metrics(step, {"accuracy/rollout": accuracy, "entropy": 0.1})
     if evaluations:
-        run.write_result({"evaluations": [{"step": s, "strict": a, "profile": {"name": p}} for s, a, p in evaluations]})
+        found = [Evaluation(step=s, strict=a, profile=Profile(name=p)) for s, a, p in evaluations]
+        run.write_result(RunResult(evaluations=tuple(found)))
     return str(run.path)
 
 

@@ -64,8 +64,8 @@ def test_a_scan_measures_what_the_injection_does(trained, tokens):
     with attach(trained, table) as injected, torch.no_grad():
         injected.set_phase("evaluation")
         trained(torch.tensor(tokens[:4]))
-        seen = [row for row in injected.evidence() if row["site"] == scanned.site]
-    assert seen[0]["relative_error"] == pytest.approx(scanned.measures["relative_l2"], rel=0.1)
+        seen = [row for row in injected.evidence() if row.site == scanned.site]
+    assert seen[0].relative_error == pytest.approx(scanned.measures["relative_l2"], rel=0.1)
 
 
 def test_padding_does_not_count(trained, tokens):

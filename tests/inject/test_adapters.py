@@ -95,7 +95,7 @@ def test_an_adapter_that_was_asked_for_is_rounded():
     with attach(model, Injection.named("w4a16", targets=targets)) as harmed:
         model(IDS)
         harmed.require_calls()
-        assert {row["site"].rpartition(".lora_")[2] for row in harmed.evidence()} == {"A.default", "B.default"}
+        assert {row.site.rpartition(".lora_")[2] for row in harmed.evidence()} == {"A.default", "B.default"}
 
 
 def test_adapter_computes_q_of_w_plus_ba():
@@ -164,8 +164,8 @@ def test_the_merged_sum_is_rounded_once_a_rollout():
         for _ in range(3):
             model(IDS)
         rows = harmed.evidence()
-    assert all(row["calls"] == 3 for row in rows)
-    assert sum(row["elements"] for row in rows) == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert all(row.calls == 3 for row in rows)
+    assert sum(row.elements for row in rows) == 2 * (4 * 64 * 64 + 3 * 64 * 96)
 
 
 def test_a_step_of_an_adapter_that_nobody_announced_is_noticed_in_merged():
@@ -207,7 +207,7 @@ def test_the_base_is_rounded_once_in_every_phase_whatever_the_optimizer_does():
             for _ in range(2):
                 model(IDS, labels=IDS).loss.backward()
                 optimizer.step()
-        assert sum(row["elements"] for row in harmed.evidence()) == 4 * 2 * (4 * 64 * 64 + 3 * 64 * 96)
+        assert sum(row.elements for row in harmed.evidence()) == 4 * 2 * (4 * 64 * 64 + 3 * 64 * 96)
     assert master_digest(model) != before
 
 

@@ -86,14 +86,14 @@ def test_evidence_counts_by_phase_and_measures_the_error(layer, x):
                 layer(x)
         harmed.set_phase("training")
         layer(x)
-        rows = {(row["phase"], row["point"]): row for row in harmed.evidence()}
-    assert rows["rollout", "weight"]["calls"] == 3
-    assert rows["rollout", "weight"]["elements"] == 64 * 96
-    assert rows["rollout", "input"]["elements"] == 3 * 8 * 64
-    assert rows["training", "input"]["calls"] == 1
+        rows = {(row.phase, row.point): row for row in harmed.evidence()}
+    assert rows["rollout", "weight"].calls == 3
+    assert rows["rollout", "weight"].elements == 64 * 96
+    assert rows["rollout", "input"].elements == 3 * 8 * 64
+    assert rows["training", "input"].calls == 1
     for row in rows.values():
-        assert 0.8 < row["share_changed"] <= 1
-        assert 0.08 < row["relative_error"] < 0.15
+        assert 0.8 < row.share_changed <= 1
+        assert 0.08 < row.relative_error < 0.15
 
 
 def test_the_sampled_error_is_the_real_one(layer, x):
@@ -102,7 +102,7 @@ def test_the_sampled_error_is_the_real_one(layer, x):
         (row,) = harmed.evidence()
     seen = layer.weight.detach().bfloat16().double()
     real = (rounded(layer.weight).double() - seen).norm() / seen.norm()
-    assert row["relative_error"] == pytest.approx(float(real), rel=0.05)
+    assert row.relative_error == pytest.approx(float(real), rel=0.05)
 
 
 def test_a_site_that_is_never_called_stops_the_run():

@@ -77,8 +77,8 @@ def test_every_hardware_error_acts_or_is_refused(block, clean, kind, point, when
     # Attention that is written out differs from the fused kernel by float noise.
     assert torch.allclose(found[0], clean[0], atol=1e-5) == (when == "backward")
     assert rows
-    assert all(row["calls"] > 0 for row in rows)
-    directions = {"backward" if ":" in row["point"] else "forward" for row in rows if row["share_changed"] > 0}
+    assert all(row.calls > 0 for row in rows)
+    directions = {"backward" if ":" in row.point else "forward" for row in rows if row.share_changed > 0}
     both = {"forward", "backward"} if point != "weight" else {"forward"}
     assert directions == ({when} if when != "both" else both)
 
@@ -88,8 +88,8 @@ def test_every_hardware_error_acts_or_is_refused(block, clean, kind, point, when
 def test_every_format_at_every_point_acts(block, clean, point, fmt):
     found, rows = numbers(block, Injection.model_validate({point: fmt}))
     assert differ(found, clean)
-    assert {row["point"] for row in rows} == {point}
-    assert all(row["share_changed"] > 0 and row["calls"] > 0 and row["elements"] > 0 for row in rows)
+    assert {row.point for row in rows} == {point}
+    assert all(row.share_changed > 0 and row.calls > 0 and row.elements > 0 for row in rows)
 
 
 EVERYWHERE = {"weight": ["rollout", "training", "evaluation", "reference"]}

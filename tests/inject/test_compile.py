@@ -56,7 +56,7 @@ def test_one_graph_holds_the_quantizer_whichever_comes_first(order):
     assert torch.equal(y, expected)
     assert not torch.equal(y, plain)
     assert all(torch.allclose(p.grad, g, rtol=1e-6) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert {(row["site"], row["point"], row["calls"]) for row in harmed.evidence()} == {
+    assert {(row.site, row.point, row.calls) for row in harmed.evidence()} == {
         (site, point, 1) for site in "02" for point in ("weight", "input")
     }
     harmed.remove()
@@ -72,7 +72,7 @@ def test_a_phase_switches_the_graph():
             harmed.set_phase(phase)
             assert torch.equal(fast(X), plain) != rounds
             assert torch.equal(fast(X), model(X))
-        assert {(row["phase"], row["calls"]) for row in harmed.evidence()} == {("rollout", 6)}
+        assert {(row.phase, row.calls) for row in harmed.evidence()} == {("rollout", 6)}
 
 
 def test_the_graph_reads_the_weight_afresh_at_every_call():
@@ -96,7 +96,7 @@ def test_hardware_errors_act_where_the_graph_breaks_for_them():
     expected, gradients = eager(injection)
     assert torch.equal(y, expected)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert sum(row["calls"] for row in rows) > 2
+    assert sum(row.calls for row in rows) > 2
 
 
 def test_a_graph_that_may_not_break_refuses_them_loudly():
@@ -126,7 +126,7 @@ def test_inductor_rounds_in_the_dtype_that_was_asked(name, dtype):
     with attach(model, injection) as harmed:
         y = compiled(model, "inductor")(X.to(dtype))
         y.square().sum().backward()
-        assert all(row["calls"] == 1 for row in harmed.evidence())
+        assert all(row.calls == 1 for row in harmed.evidence())
     expected, gradients = eager(injection, dtype)
     wrong, _ = eager(injection.model_copy(update={"dtype": "float32"}), dtype)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}

@@ -114,8 +114,8 @@ def held_against_the_oracle(family, name):
                     with attach(rooted(module.to(dtype), sizes[0]), injection) as harmed:
                         found = module(*given).detach()
                         harmed.require_calls()
-                        assert all(row["elements"] and row["share_changed"] > 0 for row in harmed.evidence())
-                        points = {(row["site"], row["point"]) for row in harmed.evidence()}
+                        assert all(row.elements and row.share_changed > 0 for row in harmed.evidence())
+                        points = {(row.site, row.point) for row in harmed.evidence()}
                         assert len(points) == sum(len(plan.points()) for plan in harmed.table.plans)
                         require_rounded(harmed)
                 except InvalidValueError as why:
@@ -212,7 +212,7 @@ def test_a_site_with_calls_and_no_elements_fails_the_run():
     model = rooted(Hidden(), 64)
     with attach(model, Injection.named("w4a4")) as harmed, torch.no_grad():
         model["experts"](torch.randn(5, 64))
-        found = {row["point"]: row["elements"] for row in harmed.evidence()}
+        found = {row.point: row.elements for row in harmed.evidence()}
         assert found == {"weight": 4 * 64 * 96, "input": 0}
         with pytest.raises(
             CheckFailed, match=r"1 of 1 site .* 0 elements were rounded: experts.gate_up_proj \(input\)"
@@ -227,7 +227,7 @@ def test_elements_are_counted_inside_a_compiled_graph_and_their_absence_is_found
     with attach(layer, Injection.named("w4a4")) as harmed, torch.no_grad():
         fast = torch.compile(layer, backend="eager", fullgraph=True)
         fast(x), fast(x)
-        found = {row["point"]: (row["calls"], row["elements"]) for row in harmed.evidence()}
+        found = {row.point: (row.calls, row.elements) for row in harmed.evidence()}
         assert found == {"weight": (2, 2 * 64 * 64), "input": (2, 2 * 4 * 64)}
         harmed.require_calls()
         harmed.reset_evidence()
@@ -248,7 +248,7 @@ def test_experts_round_their_inputs_where_the_model_is_compiled():
     with attach(rooted(module, 64), Injection.named("w4a4")) as harmed, torch.no_grad():
         wanted = module(*args)
         assert torch.equal(torch.compile(module, backend="eager")(*args), wanted)
-        rows = {row["site"]: row["elements"] for row in harmed.evidence() if row["point"] == "input"}
+        rows = {row.site: row.elements for row in harmed.evidence() if row.point == "input"}
     assert rows == {"experts.gate_up_proj": 2 * 16 * 64, "experts.down_proj": 2 * 16 * 96}
     torch._dynamo.reset()
 

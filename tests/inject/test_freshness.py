@@ -131,8 +131,8 @@ def test_a_trainable_weight_is_rounded_once_between_two_optimizer_steps():
         for micro in x.chunk(8):
             model(micro).sum().backward()
         rows = harmed.evidence()
-    assert [row["calls"] for row in rows] == [8, 8]
-    assert [row["elements"] for row in rows] == [32 * 64, 32 * 64]
+    assert [row.calls for row in rows] == [8, 8]
+    assert [row.elements for row in rows] == [32 * 64, 32 * 64]
 
 
 def test_a_frozen_weight_is_rounded_once_for_all_optimizer_steps_of_a_phase():
@@ -142,7 +142,7 @@ def test_a_frozen_weight_is_rounded_once_for_all_optimizer_steps_of_a_phase():
         for _ in range(3):
             model(x).sum().backward()
             torch.optim.SGD(model[2].parameters(), 1e-2).step()
-        assert [row["elements"] for row in harmed.evidence()] == [32 * 64, 3 * 32 * 64]
+        assert [row.elements for row in harmed.evidence()] == [32 * 64, 3 * 32 * 64]
 
 
 def test_a_weight_that_is_no_longer_frozen_is_rounded_again_after_a_step():
@@ -214,7 +214,7 @@ def test_what_cannot_be_watched_is_rounded_at_every_call(kind, frozen):
         for _ in range(2):
             layer.weight.data.mul_(2)
             assert torch.equal(layer(x), linear(x, rounded(layer.weight)))
-        assert harmed.evidence()[0]["elements"] == 2 * 64 * 64
+        assert harmed.evidence()[0].elements == 2 * 64 * 64
 
 
 def test_a_copy_made_in_inference_mode_can_be_trained_with():
@@ -264,7 +264,7 @@ def test_evidence_outlives_the_injection():
     layer = nn.Linear(64, 64)
     with attach(layer, W4A16) as harmed:
         layer(torch.randn(2, 64))
-    assert [row["calls"] for row in harmed.evidence()] == [1]
+    assert [row.calls for row in harmed.evidence()] == [1]
 
 
 def test_watching_a_weight_leaves_its_storage_free_to_be_resized():

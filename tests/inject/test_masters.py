@@ -148,9 +148,9 @@ def test_a_deep_copy_computes_alike_and_counts_for_itself():
     with attach(model, INJECTIONS["w4a4"]) as harmed:
         twin = copy.deepcopy(model)
         assert torch.equal(twin(IDS).logits, model(IDS).logits)
-        calls = sum(row["calls"] for row in harmed.evidence())
+        calls = sum(row.calls for row in harmed.evidence())
         twin(IDS)
-        assert sum(row["calls"] for row in harmed.evidence()) == calls
+        assert sum(row.calls for row in harmed.evidence()) == calls
     assert isinstance(twin.model.layers[0].mlp.up_proj, InjectedLinear)
     assert not torch.equal(twin(IDS).logits, model(IDS).logits)
 

@@ -131,14 +131,14 @@ def test_evidence_shows_the_realised_size_by_direction(layer, x):
     layer.zero_grad()
     with attach(layer, error(when="both")) as harmed:
         layer(x).sum().backward()
-        rows = {row["point"]: row for row in harmed.evidence()}
+        rows = {row.point: row for row in harmed.evidence()}
     assert set(rows) == {
         "relative@matmul/both",
         "relative@matmul/both:grad_weight",
     }
     for row in rows.values():
-        assert row["calls"] == 1
-        assert row["relative_error"] == pytest.approx(0.05, rel=0.1)
+        assert row.calls == 1
+        assert row.relative_error == pytest.approx(0.05, rel=0.1)
 
 
 class TestFaults:
@@ -228,4 +228,4 @@ def test_attention_products_go_wrong_in_the_direction_asked(point):
         assert torch.allclose(y, plain, atol=1e-5) == (when == "backward")
         if when == "backward":
             assert not torch.allclose(module.q_proj.weight.grad, clean, rtol=1e-3)
-        assert all(row["relative_error"] == pytest.approx(0.05, rel=0.15) for row in rows)
+        assert all(row.relative_error == pytest.approx(0.05, rel=0.15) for row in rows)

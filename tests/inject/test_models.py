@@ -81,11 +81,11 @@ def test_inputs_of_stacked_experts_are_rounded_at_both_matmuls():
 
     with attach(model, injection) as harmed, torch.no_grad(), Spy():
         model(IDS)
-        rows = {row["site"].rpartition(".")[2]: row for row in harmed.evidence()}
+        rows = {row.site.rpartition(".")[2]: row for row in harmed.evidence()}
     rounded = [x for x in seen if torch.equal(x, fake_quantize(x.bfloat16(), MXFP4).float())]
     assert len(rounded) >= 2 * 2 * 2  # two layers, two matmuls, at least two experts in use
-    assert rows["gate_up_proj"]["elements"] == 24 * 2 * 64
-    assert rows["down_proj"]["elements"] == 24 * 2 * 32
+    assert rows["gate_up_proj"].elements == 24 * 2 * 64
+    assert rows["down_proj"].elements == 24 * 2 * 32
 
 
 def test_between_forwards_an_experts_parameter_reads_as_the_master():
@@ -119,7 +119,7 @@ def test_frozen_experts_are_rounded_once_in_every_phase():
             harmed.set_phase(phase)
             for _ in range(2):
                 model(IDS)
-        assert sum(row["elements"] for row in harmed.evidence()) == 3 * 2 * 4 * 3 * 64 * 32
+        assert sum(row.elements for row in harmed.evidence()) == 3 * 2 * 4 * 3 * 64 * 32
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -129,7 +129,7 @@ def test_a_rounded_cache_gives_the_same_next_token_with_and_without_reading_it_b
         whole = model(IDS).logits[:, -1]
         cache = model(IDS[:, :-1], use_cache=True).past_key_values
         stepwise = model(IDS[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
-        assert {row["calls"] for row in harmed.evidence()} == {3}
+        assert {row.calls for row in harmed.evidence()} == {3}
     assert torch.allclose(whole, stepwise, atol=1e-5)
     assert not torch.allclose(whole, model(IDS).logits[:, -1], atol=1e-4)
 
@@ -150,7 +150,7 @@ def test_a_generation_counts_every_token():
         model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
         rows = harmed.evidence()
     assert len(rows) == 14
-    assert {(row["phase"], row["calls"], row["looks"]) for row in rows} == {("rollout", 5, 1)}
+    assert {(row.phase, row.calls, row.looks) for row in rows} == {("rollout", 5, 1)}
 
 
 def test_a_head_that_is_read_but_not_called_is_noticed():
@@ -184,4 +184,4 @@ def test_q_k_and_v_share_one_rounding_of_their_input(monkeypatch):
         rows = harmed.evidence()
     assert len(calls) == 2 * 4  # qkv, o, gate and up, down
     assert len(rows) == 14
-    assert all(row["calls"] == 1 and row["elements"] > 0 and row["share_changed"] > 0.5 for row in rows)
+    assert all(row.calls == 1 and row.elements > 0 and row.share_changed > 0.5 for row in rows)

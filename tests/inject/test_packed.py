@@ -112,8 +112,8 @@ def test_evidence_of_packed_weights_is_measured_when_they_are_packed():
         harmed.set_phase("rollout")
         model(torch.ones(1, 256))
         rows = harmed.evidence()
-    assert [row["calls"] for row in rows] == [1, 1]
-    assert all(0.08 < row["relative_error"] < 0.15 for row in rows)
+    assert [row.calls for row in rows] == [1, 1]
+    assert all(0.08 < row.relative_error < 0.15 for row in rows)
 
 
 def test_a_phase_without_rounding_is_refused():

@@ -54,7 +54,7 @@ def test_sound_layers_pass_in_every_phase_and_the_probe_leaves_no_trace(name, dt
             assert require_rounded(harmed) == 2
             assert harmed.evidence() == before
             harmed.require_calls()
-        assert {row["missed"] for row in harmed.evidence()} == {0}
+        assert {row.missed for row in harmed.evidence()} == {0}
 
 
 def master_returned(monkeypatch, phase):
@@ -78,7 +78,7 @@ def test_a_phase_that_is_called_and_rounds_nothing_is_caught_by_its_looks_and_by
             harmed.require_calls()
         with pytest.raises(CheckFailed, match=r"at 2 of 2 sites .* 0 \(weight\), 2 \(weight\)"):
             require_rounded(harmed)
-        rows = {(row["point"], row["missed"] > 0, row["share_changed"] > 0) for row in harmed.evidence()}
+        rows = {(row.point, row.missed > 0, row.share_changed > 0) for row in harmed.evidence()}
         assert rows == {("weight", True, False), ("input", False, True)}
 
 
@@ -196,7 +196,7 @@ def test_what_no_rounding_changes_is_no_miss(values):
         generate(model)
         harmed.require_calls()
         require_rounded(harmed)
-        assert {(row["share_changed"], row["missed"]) for row in harmed.evidence()} == {(0.0, 0)}
+        assert {(row.share_changed, row.missed) for row in harmed.evidence()} == {(0.0, 0)}
 
 
 def test_a_change_that_the_sample_does_not_meet_is_found_in_the_whole():
@@ -208,8 +208,8 @@ def test_a_change_that_the_sample_does_not_meet_is_found_in_the_whole():
     with attach(nn.Sequential(layer), Injection.named("w4a16")) as harmed:
         harmed.model(torch.randn(2, 128))
         (row,) = harmed.evidence()
-    assert row["share_changed"] == pytest.approx(1 / 128**2)
-    assert row["missed"] == 0
+    assert row.share_changed == pytest.approx(1 / 128**2)
+    assert row.missed == 0
 
 
 def test_the_table_says_what_acts_where():

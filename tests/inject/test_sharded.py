@@ -98,7 +98,7 @@ def test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept(order):
         with torch.set_grad_enabled(phase == "training"):
             assert torch.equal(model(x), expected)
     model(x).sum().backward()
-    elements = {row["phase"]: row["elements"] for row in harmed.evidence() if row["site"] == "0"}
+    elements = {row.phase: row.elements for row in harmed.evidence() if row.site == "0"}
     assert elements == {"rollout": 64 * 64, "training": 2 * 64 * 64}
     assert all(layer.__dict__["injected"].cache.copy is None for layer in model)
     harmed.remove()

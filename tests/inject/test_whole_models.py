@@ -71,7 +71,7 @@ def equal_to_the_oracle(model, injection):
     with attach(model, injection) as harmed, torch.no_grad():
         found = model(IDS).logits
         harmed.require_calls()
-        assert all(row["elements"] and row["share_changed"] > 0 for row in harmed.evidence())
+        assert all(row.elements and row.share_changed > 0 for row in harmed.evidence())
         require_rounded(harmed)
         assert "experts" not in {left.site.kind for left in harmed.table.left_out}
     with torch.no_grad():

@@ -18,6 +18,9 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.digest import digest
+from fp4rl.spec.evidence import Evidence
+from fp4rl.spec.records import Sites, read_result
+from planted.records import line
 
 SPEC: dict[str, Any] = {
     "model": {"embedded": {"hidden_size": 64}, "dtype": "float32"},
@@ -37,7 +40,7 @@ PROFILE: dict[str, Any] = {
     "sampling": "greedy",
     "items_digest": "pppp",
 }
-EVIDENCE = {"sites": 14, "calls": {"training": 420, "rollout": 900}, "noise": {}, "master_unharmed": True}
+EVIDENCE = {"sites": 14, "calls": {"training": 420, "rollout": 900}, "master_unharmed": True}
 
 MakeRun = Callable[..., RunFolder]
 
@@ -65,11 +68,11 @@ def make_run(tmp_path: Path) -> MakeRun:
         key = digest(described)
         run = run_folder(tmp_path / "runs", suite, f"{arm}-s{seed}-{key}")
         run.write_spec(yaml.safe_dump(described, sort_keys=False))
-        run.write_sites({"digest": "aaaa", "plans": [], "left_out": []})
+        run.write_sites(Sites(digest="aaaa", plans=(), left_out=()))
         for row in _rounded(described, result.get("evidence", EVIDENCE)):
             run.add_evidence(row)
-        run.add_evidence({"kind": "master", "step": 30, "unharmed": True})
-        run.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
+        run.add_evidence(line("master", step=30))
+        run.add_evidence(line("live_equals_fresh"))
         for step in range(3):
             run.add_metrics(step, {"reward/mean": 0.1 * step + 0.01 * seed, "grad_norm": float("nan")})
         share = strict if isinstance(strict, float) else sum(strict) / len(strict)
@@ -78,35 +81,32 @@ def make_run(tmp_path: Path) -> MakeRun:
         scores = {"n": 40, "strict": share, "flexible": share, "formatted": 1.0, "mean_length": 20.0}
         last = {"step": 30, "last": True, "profile": conditions} | scores
         first = {"step": 0, "last": False, "profile": conditions} | scores | {"strict": 0.3}
-        run.write_result(
-            {
-                "run_id": run.run_id,
-                "suite": suite,
-                "arm": arm,
-                "seed": seed,
-                "spec_digest": key,
-                "code_digest": "cccc",
-                "versions": {"torch": "2.13"},
-                "evaluations": [first, last],
-                "evidence": EVIDENCE,
-                "steps_asked": 30,
-                "steps_done": 30,
-                "wall_s": 12.5,
-            }
-            | result
-        )
+        content = {
+            "run_id": run.run_id,
+            "suite": suite,
+            "arm": arm,
+            "seed": seed,
+            "spec_digest": key,
+            "code_digest": "cccc",
+            "versions": {"torch": "2.13"},
+            "evaluations": [first, last],
+            "evidence": EVIDENCE,
+            "steps_asked": 30,
+            "steps_done": 30,
+            "wall_s": 12.5,
+        } | result
+        run.write_result(read_result(content))
         return run
 
     return make
 
 
-def _rounded(spec: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _rounded(spec: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Evidence]:
     """A row of proof for each point of the injection, in every phase that the summary counts calls of."""
     for phase, calls in evidence.get("calls", {}).items():
         for point in ("weight", "input"):
             if (spec["injection"] or {}).get(point):
-                seen = {"calls": calls, "share_changed": 0.9, "looks": 3, "missed": 0}
-                yield {"kind": "injection", "phase": phase, "site": "q_proj", "point": point} | seen
+                yield line("injection", phase=phase, point=point, calls=calls)
 
 
 def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

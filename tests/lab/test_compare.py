@@ -15,6 +15,7 @@ from fp4rl.lab.ledger.record import record_new
 from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from planted.records import line
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
@@ -390,7 +391,7 @@ def of_values(make_run, ask: Ask) -> Callable[..., Compared]:
                 summary = {"sites": 0, "calls": {}, "master_unharmed": True} | digests
                 run = make_run(arm, seed, 0.5 + 0.01 * seed, spec=described, evidence=summary)
                 judged = {"kind": "evaluation", "step": 30, "profile": {"name": "deployment", "sites_digest": None}}
-                run.add_evidence(judged | ({"answers_digest": answers[arm][seed]} if answers else {}))
+                run.add_evidence(line(**judged | ({"answers_digest": answers[arm][seed]} if answers else {})))
         return ask("with", "without", factors=(f"training.{key}",))
 
     return make
@@ -430,7 +431,7 @@ def test_a_rounding_that_costs_no_answer_is_a_result(make_run, ask: Ask):
             summary = {"sites": 0, "calls": {}, "master_unharmed": True, "final_weights": f"{arm}{seed}"}
             run = make_run(arm, seed, 0.5 + 0.01 * seed, profile=change, evidence=summary, suite=arm)
             judged = {"kind": "evaluation", "step": 30, "profile": {"name": name, "sites_digest": None}}
-            run.add_evidence(judged | {"answers_digest": f"same{seed}"})
+            run.add_evidence(line(**judged | {"answers_digest": f"same{seed}"}))
     assert ask("bf16x/bf16x@w8a8", "bf16/bf16@full", factors=("precision",)).comparable
 
 
@@ -442,9 +443,9 @@ def test_a_treatment_of_evaluations_alone_leaves_the_weights_alone(make_run, ask
         make_run("bf16", seed, 0.7 + 0.01 * seed, profile={"sites_digest": None}, evidence=summary | {"sites": 0})
         run = make_run("later", seed, 0.6 + 0.01 * seed, spec=alone, evidence=summary | {"sites": 14})
         profile = {"name": "deployment", "sites_digest": "aaaa"}
-        run.add_evidence({"kind": "evaluation", "step": 30, "profile": profile, "answers_digest": f"b{seed}"})
+        run.add_evidence(line("evaluation", step=30, profile=profile, answers_digest=f"b{seed}"))
         row = {"point": "weight", "site": "a", "calls": 9, "share_changed": 0.9, "looks": 1}
-        run.add_evidence({"kind": "injection", "phase": "evaluation", "profile": "deployment", "step": 30} | row)
+        run.add_evidence(line("injection", phase="evaluation", profile="deployment", step=30, **row))
     assert ask("later", "bf16", factors=("injection", "precision")).objections == ()
 
 

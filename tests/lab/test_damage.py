@@ -25,6 +25,7 @@ from fp4rl.lab.ledger.query import Filter, count_runs
 from fp4rl.lab.ledger.record import rebuild, record_new
 from fp4rl.rl import checkpoints
 from fp4rl.spec.experiment import Experiment
+from planted.records import line
 
 FILES = ("sites.json", "spec.yaml", "result.json", "evidence.jsonl", "metrics.jsonl", "items/30-deployment.parquet")
 VERBS = (
@@ -281,13 +282,13 @@ def test_a_checkpoint_whose_own_json_is_damaged_is_left_out(checkpoint, damage):
 
 def test_a_resume_over_a_damaged_log_is_refused_and_changes_nothing(tmp_path):
     run = RunFolder(tmp_path / "s" / "a")
-    run.add_evidence({"kind": "checkpoint", "step": 2})
+    run.add_evidence(line("checkpoint", step=2))
     run.add_metrics(1, {"loss": 1.0})
     for file in ("evidence.jsonl", "metrics.jsonl"):
         (run.path / file).write_text('{"kin\n' + (run.path / file).read_text())
     before = content_of(run.path)
     with pytest.raises(Damaged, match=r"evidence\.jsonl is damaged"):
-        run.drop_evidence_after({"kind": "checkpoint", "step": 2})
+        run.drop_evidence_after(2)
     with pytest.raises(Damaged, match=r"metrics\.jsonl is damaged"):
         run.drop_metrics_after(1)
     assert content_of(run.path) == before

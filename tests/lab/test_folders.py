@@ -12,6 +12,8 @@ import pytest
 from fp4rl.lab.files import append_line, is_full, read_lines, remove_partial, whole, write_whole
 from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.records import RunResult
 
 ROW = {
     "problem_id": "p1",
@@ -77,14 +79,14 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
 
 
 def test_a_result_is_never_overwritten(run: RunFolder):
-    run.write_result({"evaluations": []})
+    run.write_result(RunResult())
     with pytest.raises(InvalidValueError, match="finished already"):
-        run.write_result({"evaluations": []})
+        run.write_result(RunResult())
 
 
 def test_an_accuracy_in_percent_is_refused(run: RunFolder):
-    with pytest.raises(InvalidValueError, match="no share"):
-        run.write_result({"evaluations": [{"step": 5, "strict": 67.48}]})
+    with pytest.raises(ValueError, match="strict"):
+        run.write_result(RunResult(evaluations=(Evaluation(step=5, strict=67.48),)))
     assert not run.finished
 
 
@@ -102,7 +104,7 @@ def test_asking_for_items_that_are_not_there_names_those_that_are(run: RunFolder
 
 def test_only_runs_with_a_result_count_as_finished(tmp_path: Path):
     done, open_ = run_folder(tmp_path, "s", "a-s0"), run_folder(tmp_path, "s", "a-s1")
-    done.write_result({})
+    done.write_result(RunResult())
     open_.write_spec("seed: 1\n")
     (tmp_path / "s" / "notes").mkdir()
     assert [run.run_id for run in all_runs(tmp_path)] == ["a-s0", "a-s1"]
@@ -119,11 +121,6 @@ def test_resuming_forgets_the_steps_after_the_checkpoint(run: RunFolder):
         run.add_metrics(step, {"loss": step})
     run.drop_metrics_after(2)
     assert list(run.metrics()) == [1, 2]
-
-
-def test_evidence_without_a_kind_is_refused(run: RunFolder):
-    with pytest.raises(InvalidValueError, match="kind"):
-        run.add_evidence({"phase": "training"})
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path: Path):

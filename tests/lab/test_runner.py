@@ -24,6 +24,8 @@ from fp4rl.rl.inputs import inputs
 from fp4rl.rl.train import Trained
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.records import RunResult, Summary
+from planted.records import line
 
 SUITE = Suite.model_validate({"suite": "s", "arms": {"a": {}, "b": {"training": {"steps": 3}}}, "seeds": [0, 1]})
 RUNS = planned(SUITE)
@@ -37,9 +39,9 @@ def trained(monkeypatch, tmp_path):
     def train(experiment, folder, cache, listeners, past, *, stamp):
         names.append(folder.name)
         listeners.on_step(1, {"loss": 0.5})
-        listeners.record({"kind": "master", "unharmed": True})
+        listeners.record(line("master"))
         (folder / "config.json").write_text("{}")
-        return Trained(folder, folder / "final", 1, {"master_unharmed": True})
+        return Trained(folder, folder / "final", 1, Summary(masters_unchanged=True))
 
     monkeypatch.setattr(work, "train", train)
     return names
@@ -132,7 +134,7 @@ def test_a_finished_run_whose_files_have_changed_is_neither_skipped_in_silence_n
     described = {"model": {"path": str(model)}, "task": {"name": "gsm8k", "path": str(data)}}
     run = single(Experiment.model_validate(described), "s")
     folder = run_folder(tmp_path, "s", run.run_id)
-    folder.write_result({"evidence": {"inputs": inputs(run.experiment, model)}, "code_digest": code_digest()})
+    folder.write_result(RunResult(evidence=Summary(inputs=inputs(run.experiment, model)), code_digest=code_digest()))
     assert changed_inputs([run], tmp_path) == {}
     assert stale([run], tmp_path) == []
     (model / "model.safetensors").write_bytes(b"other weights")
@@ -164,8 +166,7 @@ def test_a_run_that_is_ended_at_a_judged_step_has_one_number_there(trained, tmp_
 
     def stopped(experiment, folder, cache, listeners, past, *, stamp):
         for last in (False, True):
-            evaluation = {"kind": "evaluation", "step": 1, "last": last, "profile": {"name": "full"}, "strict": 0.5}
-            listeners.record(evaluation)
+            listeners.record(line("evaluation", step=1, last=last))
         return real(experiment, folder, cache, listeners, past, stamp=stamp)
 
     monkeypatch.setattr(work, "train", stopped)

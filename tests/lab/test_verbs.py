@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
+from planted.records import line
 
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
@@ -105,7 +106,7 @@ def test_show_keeps_numbers_whole_and_leaves_times_out(root: str, make_run, caps
     run = make_run("long", 0, 0.5)
     name = "a/rather/long/name/of/a/metric/that/must/go/on/below"
     run.add_metrics(0, {name: -1.2345e-17, "time/all": 3.0})
-    run.add_evidence({"kind": "warning", "line": "none of the 4 groups of answers has any spread"})
+    run.add_evidence(line("warning", line="none of the 4 groups of answers has any spread"))
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["show", "long-s0", "--runs", root]) == 0
     shown = capsys.readouterr().out
@@ -337,6 +338,7 @@ def test_help_shows_an_example_without_importing_torch_or_scipy():
     code = """
 import sys
 from fp4rl.cli.main import main
+from planted.records import line
 for verb in ("runs", "show", "compare", "audit", "power", "ledger"):
     main([*([verb, "rebuild"] if verb == "ledger" else [verb]), "--help"])
 print([name for name in ("torch", "scipy", "sqlalchemy", "transformers") if name in sys.modules])

@@ -44,8 +44,8 @@ class Heard:
         return Listeners(
             on_step=lambda step, metrics: self.steps.append((step, metrics)),
             on_evaluation=self.evaluations.append,
-            record=self.records.append,
-            on_sites=self.sites.append,
+            record=lambda line: self.records.append({"kind": line.kind} | line.as_json()),
+            on_sites=lambda sites: self.sites.append(sites.as_json()),
             say=self.lines.append,
         )
 

@@ -12,6 +12,7 @@ from fp4rl.lab.compare.evidence import gaps
 from fp4rl.noise import perturb
 from fp4rl.rl import sound
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import Rounded
 
 SHORT = {"steps": 1}
 
@@ -26,8 +27,8 @@ def spread(monkeypatch):
 
 
 def missing(experiment, trained, heard):
-    judged = [{"kind": "evaluation", **one.summary()} for one in heard.evaluations]
-    return gaps(experiment.model_dump(mode="json"), trained.evidence, [*heard.records, *judged])
+    judged = [{"kind": "evaluation", **one.summary().as_json()} for one in heard.evaluations]
+    return gaps(experiment.model_dump(mode="json"), trained.evidence.as_json(), [*heard.records, *judged])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_sampler_that_keeps_the_first_rounded_weights_stops_the_run_in_its_sec
 
 def test_rollout_and_training_that_round_alike_may_not_score_apart(run, experiment, monkeypatch):
     """The probe looks at matmuls; a sampler that differs anywhere else is seen in what it scores."""
-    monkeypatch.setattr("fp4rl.rl.phases.rounded", lambda attachment: {"kind": "rounded"})
+    monkeypatch.setattr("fp4rl.rl.phases.rounded", lambda attachment, step: Rounded(phase="rollout", sites=0))
     made = LinearState._make
 
     def make(self, weight):
@@ -108,13 +109,13 @@ def test_a_broken_quantizer_stops_the_run_before_anything_is_trained(run, experi
 def test_a_training_that_changed_no_weight_is_a_gap(lora, run, experiment, spread, monkeypatch):
     described = experiment(model={"lora": lora}, training=SHORT | spread)
     trained, heard = run(described)
-    assert trained.evidence["weights_changed"] > 0
-    assert [line["share"] for line in heard.of("moved")] == [trained.evidence["weights_changed"]]
+    assert trained.evidence.weights_changed > 0
+    assert [line["share"] for line in heard.of("moved")] == [trained.evidence.weights_changed]
     assert missing(described, trained, heard) == ()
     monkeypatch.setattr("torch.optim.AdamW.step", lambda self, closure=None: None)
     with pytest.raises(CheckFailed, match="training changed none of the weights: no update reached half a step"):
         run(described, "still")
-    trained = replace(trained, evidence={**trained.evidence, "weights_changed": 0.0})
+    trained = replace(trained, evidence=trained.evidence.extended(weights_changed=0.0))
     assert missing(described, trained, heard) == ("training changed none of its weights",)
 
 
@@ -122,9 +123,9 @@ def test_masters_that_swallow_their_updates_are_said_with_the_cure(run, experime
     half = {"dtype": "bfloat16", "master_dtype": "bfloat16"}
     coarse = experiment(model=half, training=SHORT | spread | {"lr": 1e-6})
     trained, heard = run(coarse)
-    assert trained.evidence["weights_changed"] < 0.1
+    assert trained.evidence.weights_changed < 0.1
     said = [line for line in heard.lines if "half a step of bfloat16; take model.master_dtype: float32" in line]
-    assert said == [trained.evidence["hardly_moved"]]
+    assert said == [trained.evidence.hardly_moved]
     assert "hardly any weight will change; take model.master_dtype: float32" in coarse.warnings()[0]
 
 

@@ -36,7 +36,7 @@ def go(run):
 
 
 def stopped_by(trained):
-    return {alarm["check"] for alarm in trained.evidence["health"]["alarms"]}
+    return {alarm.check for alarm in trained.evidence.health.alarms}
 
 
 @pytest.mark.slow

@@ -49,8 +49,8 @@ def learnt(run, experiment, monkeypatch):
 
     def digests(content, name):
         trained, heard = run(experiment("bf16", **merge(usual, content)), name)
-        assert trained.evidence["weights_changed"] > 0.5
-        return trained.evidence["final_weights"], [one.summary()["answers_digest"] for one in heard.evaluations]
+        assert trained.evidence.weights_changed > 0.5
+        return trained.evidence.final_weights, [one.summary().answers_digest for one in heard.evaluations]
 
     return digests
 

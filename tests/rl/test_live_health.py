@@ -74,7 +74,7 @@ def test_a_rule_stops_the_run_after_its_step_and_that_step_is_judged_as_the_last
     assert trained.steps_done == 2
     assert "response_length/mean is" in trained.stopped
     assert [(e.step, e.last) for e in heard.evaluations] == [(0, False)] * 2 + [(2, True)] * 2
-    assert trained.evidence["health"]["state"] == "alarm"
+    assert trained.evidence.health.state == "alarm"
 
 
 @pytest.mark.slow

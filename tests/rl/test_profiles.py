@@ -14,17 +14,19 @@ from fp4rl.inject.label import label
 from fp4rl.inject.resolve import resolve
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.models.skeleton import embedded_skeleton
-from fp4rl.rl.evaluate import Evaluation, Item, Profile, answers_digest
+from fp4rl.rl.evaluate import Evaluation, Item, answers_digest
 from fp4rl.rl.moved import weights_digest
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec import evaluation as spec
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
+from fp4rl.spec.evidence import Evaluation as Shares
+from fp4rl.spec.evidence import Profile
 from fp4rl.spec.injection import PHASES, Injection
 from fp4rl.spec.model import Embedded
 
 VLLM = spec.Evaluation(preset="vllm")
 W4A4 = Injection.named("w4a4", preset="vllm")
-PROFILE = Profile("full", "full", None, "off", "arithmetic", 48, "greedy", "0" * 12)
+PROFILE = Profile(name="full", precision="full", scorer="arithmetic")
 
 
 def items(*right):
@@ -133,7 +135,9 @@ def test_a_name_twice_in_profiles_and_sweep_is_refused(experiment):
 
 
 def test_pass_at_k_is_the_unbiased_estimate_and_mean_at_k_the_mean():
-    found = Evaluation(0, True, PROFILE, items((True, False, False, False), (False,) * 4, (True,) * 4)).summary()
+    found = (
+        Evaluation(0, True, PROFILE, items((True, False, False, False), (False,) * 4, (True,) * 4)).summary().as_json()
+    )
     assert found["mean@4"] == pytest.approx(5 / 12)
     assert found["pass@1"] == pytest.approx(5 / 12)
     assert found["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)  # 1 - C(3,2)/C(4,2) = 1/2
@@ -143,22 +147,18 @@ def test_pass_at_k_is_the_unbiased_estimate_and_mean_at_k_the_mean():
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_keeps_the_names_of_precisions_whole(width):
-    counted = {
-        "n": 1319,
-        "strict": 1.0,
-        "flexible": 1.0,
-        "formatted": 1.0,
-        "mean_length": 256.0,
-        "truncated": 1.0,
-        "pass@16": 1.0,
-    }
+    counted = {"n": 1319, "mean_length": 256.0, "of_samples": {"pass@16": 1.0}}
+    profile = Profile(name="matmul_noise=0.05", max_new_tokens=768)
+    shares = dict.fromkeys(("strict", "flexible", "formatted", "truncated"), 1.0)
     out = Console(width=width, file=StringIO())
-    out.print(_table("a model", [{"profile": {"name": "matmul_noise=0.05", "max_new_tokens": 768}, **counted}]))
+    out.print(_table("a model", [Shares(step=0, profile=profile, **shares, **counted)]))
     assert "matmul_noise=0.05" in out.file.getvalue()
 
 
 def test_one_answer_a_problem_has_no_pass_at_k():
-    assert not [name for name in Evaluation(0, True, PROFILE, items((True,), (False,))).summary() if "@" in name]
+    assert not [
+        name for name in Evaluation(0, True, PROFILE, items((True,), (False,))).summary().as_json() if "@" in name
+    ]
 
 
 @pytest.mark.slow
@@ -185,10 +185,10 @@ def test_an_injection_of_evaluations_alone_trains_as_without_it_and_proves_itsel
     later = {"mode": "w4a4", "apply_during": ["evaluation"]}
     plain, _ = run(experiment("bf16", evaluation={"count": 8}), "plain")
     trained, heard = run(experiment("bf16", injection=later, evaluation={"count": 8}), "later")
-    assert trained.evidence["final_weights"] == plain.evidence["final_weights"]
+    assert trained.evidence.final_weights == plain.evidence.final_weights
     spec = experiment("bf16", injection=later, evaluation={"count": 8}).model_dump(mode="json")
-    lines = [*heard.records, *({"kind": "evaluation", **e.summary()} for e in heard.evaluations)]
-    assert gaps(spec, trained.evidence, lines) == ()
+    lines = [*heard.records, *({"kind": "evaluation", **e.summary().as_json()} for e in heard.evaluations)]
+    assert gaps(spec, trained.evidence.as_json(), lines) == ()
     tables = {e.profile.name: e.profile.sites_digest is not None for e in heard.evaluations}
     assert tables == {"full": False, "deployment": True}
 

@@ -18,7 +18,7 @@ SHORT = {"training": {"steps": 1}, "evaluation": {"count": 1, "profiles": ["full
 @pytest.mark.parametrize("name", RANDOM)
 def test_a_policy_with_chance_in_it_is_the_one_that_was_saved(name, run, experiment):
     trained, heard = run(experiment("bf16", injection=RANDOM[name], **SHORT))
-    assert trained.evidence["live_equals_fresh"]
+    assert trained.evidence.live_equals_fresh
     assert heard.of("live_equals_fresh")[0]["max_difference"] == 0.0
     assert {row["phase"] for row in heard.of("injection") if "profile" not in row} == {"rollout", "training"}
 

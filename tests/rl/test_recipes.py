@@ -119,7 +119,7 @@ def test_lora_trains_its_adapter_alone_and_judges_it_from_its_folder(deployed, r
     assert all(torch.equal(base[name], weight) for name, weight in before.named_parameters())
     changed = [name for name, p in base.items() if "lora_B" in name and p.abs().max() > 0]
     assert len(changed) == 14
-    assert trained.evidence["live_equals_fresh"]
+    assert trained.evidence.live_equals_fresh
     assert [e.step for e in heard.evaluations] == [0, 0, 2, 2]
 
 
@@ -177,7 +177,7 @@ def test_bfloat16_weights_train_and_the_saved_policy_is_the_live_one(lora, run, 
     recipe = {"lr": 1e-2, "steps": 1, "entropy_coeff": 0.01}  # a gradient even where no answer is right
     described = experiment("w4a16", model={"dtype": "bfloat16", "lora": lora}, training=recipe)
     trained, heard = run(described)
-    assert trained.evidence["live_equals_fresh"]
+    assert trained.evidence.live_equals_fresh
     assert heard.steps[0][1]["grad_norm"] > 0
 
 

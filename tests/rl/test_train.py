@@ -105,7 +105,7 @@ def test_injected_layers_are_called_in_rollout_and_training(run, experiment):
     rows = heard.of("injection")
     assert {row["phase"] for row in rows} >= {"rollout", "training"}
     assert all(row["calls"] > 0 for row in rows if row["phase"] in ("rollout", "training"))
-    assert trained.evidence["sites"] == 14
+    assert trained.evidence.sites == 14
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, experiment):

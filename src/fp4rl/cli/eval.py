@@ -12,6 +12,7 @@ from fp4rl.cli.terminal import console, print_json, progress
 from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from fp4rl.spec.evidence import Evaluation
     from fp4rl.spec.experiment import Experiment
 
 # One answer in twenty moves the accuracy by more points than most recipes do.
@@ -90,7 +91,7 @@ def command(
     if out is not None:
         _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
     if as_json:
-        print_json([e.summary() for e in found])
+        print_json([e.summary().as_json() for e in found])
         return
     console().print(_table(str(model), [e.summary() for e in found], _cut_from(data, test_path, spec.split)))
     for name, measured in names.items():
@@ -144,7 +145,7 @@ def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | No
     return None if data is None else f"problems: the {split} split, the tenth of {data} that its questions' hash picks"
 
 
-def _table(title: str, summaries: list[dict[str, Any]], problems: str | None = None) -> Table:
+def _table(title: str, summaries: "list[Evaluation]", problems: str | None = None) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
     table = Table(
@@ -157,52 +158,57 @@ def _table(title: str, summaries: list[dict[str, Any]], problems: str | None = N
     )
     table.caption_justify = "left"
     # pass@1 is the mean accuracy, which stands under `strict`
-    passed = list(dict.fromkeys(name for s in summaries for name in s if name.startswith("pass@") and name != "pass@1"))
+    passed = list(
+        dict.fromkeys(name for s in summaries for name in s.of_samples if name.startswith("pass@") and name != "pass@1")
+    )
     for name in ("precision", "n", "strict", "flexible", "format", "cut", "tokens", *passed):
         table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
     for s in summaries:
-        n = int(str(s.get("problems", s["n"])))  # several answers to one problem are no independent trials
-        cells = [str(s["profile"]["name"]), str(n)]
-        for key in ("strict", "flexible", "formatted"):
-            share = float(str(s[key]))
-            low, high = wilson(round(share * n), n)
-            cells.append(f"{100 * share:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if key == "strict" else ""))
-        cells += [f"{100 * float(s['truncated']):.1f}", f"{float(s['mean_length']):.1f}"]
-        table.add_row(*cells, *(f"{100 * float(str(s[name])):.1f}" for name in passed))
+        n = _problems(s)  # several answers to one problem are no independent trials
+        low, high = wilson(round(s.strict * n), n)
+        strict = f"{100 * s.strict:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        shares = (s.flexible, s.formatted, s.truncated)
+        cells = [s.profile.name, str(n), strict, *(f"{100 * (share or 0.0):.1f}" for share in shares)]
+        table.add_row(*cells, f"{s.mean_length or 0.0:.1f}", *(f"{100 * s.of_samples[name]:.1f}" for name in passed))
     return table
 
 
-def _caption(summaries: list[dict[str, Any]]) -> str:
+def _caption(summaries: "list[Evaluation]") -> str:
     """What n counts, what the intervals are of, what was cut off, and what acted under names that do not say it."""
     return "\n".join([_counts(summaries), *_cut_off(summaries), *_labels(summaries)])
 
 
-def _cut_off(summaries: list[dict[str, Any]]) -> list[str]:
+def _cut_off(summaries: "list[Evaluation]") -> list[str]:
     """A line where so many answers met the limit that the accuracy is one of the limit too."""
-    worst = max(summaries, key=lambda s: float(s["truncated"]))
-    if worst["truncated"] <= _MANY_CUT_OFF:
+    worst = max(summaries, key=lambda s: s.truncated or 0.0)
+    share = worst.truncated or 0.0
+    if share <= _MANY_CUT_OFF:
         return []
-    limit, share = worst["profile"]["max_new_tokens"], 100 * worst["truncated"]
     return [
-        f"{share:.0f} % of the answers of {worst['profile']['name']} were cut off at the token limit, {limit}, and "
-        "scored as they stood: raise --max-new-tokens, or name what ends an answer with --stop"
+        f"{100 * share:.0f} % of the answers of {worst.profile.name} were cut off at the token limit, "
+        f"{worst.profile.max_new_tokens}, and scored as they stood: raise --max-new-tokens, or name what ends an "
+        "answer with --stop"
     ]
 
 
-def _labels(summaries: list[dict[str, Any]]) -> list[str]:
-    pairs = [(s["profile"]["name"], s["profile"].get("precision")) for s in summaries]
+def _labels(summaries: "list[Evaluation]") -> list[str]:
+    pairs = [(s.profile.name, s.profile.precision) for s in summaries]
     return [f"{name}: {label}" for name, label in pairs if label is not None and label != name]
 
 
-def _counts(summaries: list[dict[str, Any]]) -> str:
-    cut = f"cut: the share that the token limit, {summaries[0]['profile']['max_new_tokens']}, cut off"
-    answers = max(int(str(s["n"])) // int(str(s.get("problems", s["n"]))) for s in summaries)
+def _counts(summaries: "list[Evaluation]") -> str:
+    cut = f"cut: the share that the token limit, {summaries[0].profile.max_new_tokens}, cut off"
+    answers = max((s.n or 0) // _problems(s) for s in summaries)
     if answers == 1:
         return f"n problems, one answer each; 95 % Wilson intervals over problems\n{cut}"
     return (
         f"n problems, {answers} answers each; strict, flexible and format are means over all answers.\n95 % Wilson "
         f"intervals with n problems as trials: answers to one problem are not independent\n{cut}"
     )
+
+
+def _problems(evaluation: "Evaluation") -> int:
+    return evaluation.problems or evaluation.n or 1
 
 
 def _require_new(out: Path | None) -> None:

@@ -15,6 +15,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.inject.site import SiteState
 from fp4rl.inject.swap import is_injected
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.modes import PHASES, Phase
 from fp4rl.spec.words import agreeing, counted
@@ -73,11 +74,11 @@ class Attachment:
             state.release()
         self._modules = []
 
-    def evidence(self) -> list[dict[str, Any]]:
+    def evidence(self) -> list[Injected]:
         """One row per phase, site and point, in the order of the phases and of the model: calls, elements rounded or
         given an error, share changed, realised relative error."""
         rows = [row for state in self._states.values() for row in state.rows()]
-        return sorted(rows, key=lambda row: PHASES.index(row["phase"]))
+        return sorted(rows, key=lambda row: PHASES.index(row.phase))
 
     def reset_evidence(self) -> None:
         """Start counting afresh."""

@@ -4,11 +4,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fp4rl.spec.evidence import Injected
+from fp4rl.spec.modes import Phase
 from fp4rl.spec.words import counted
 
 SAMPLE = 4096  # values compared per look
@@ -67,10 +68,20 @@ class Meter:
         """|Q(x) - x| / |x| over the sampled values, as root sums of squares; None where there is nothing to relate."""
         return (self._error / self._power) ** 0.5 if self._power else None
 
-    def row(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        measured = {"share_changed": self.share_changed, "relative_error": self.relative_error}
-        return {"calls": self.calls, "elements": self.elements, **measured, "looks": self.looks, "missed": self.missed}
+    def row(self, phase: Phase, site: str, point: str, fmt: str) -> Injected:
+        """As a line of evidence."""
+        return Injected(
+            phase=phase,
+            site=site,
+            point=point,
+            format=fmt,
+            calls=self.calls,
+            elements=self.elements,
+            share_changed=self.share_changed,
+            relative_error=self.relative_error,
+            looks=self.looks,
+            missed=self.missed,
+        )
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -100,11 +111,11 @@ def master_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def table_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+def table_of(rows: Iterable[Injected]) -> list[str]:
     """A line per phase and point: sites, calls, elements, and the mean over sites of what was measured."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Injected]] = defaultdict(list)
     for row in rows:
-        groups[row["phase"], row["point"], row["format"]].append(row)
+        groups[row.phase, row.point, str(row.format)].append(row)
     lines = [(*key, *_counts(group)) for key, group in groups.items()]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     # Words (phase, point, format) to the left, counts to the right.
@@ -114,12 +125,16 @@ def table_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _counts(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    calls, elements = sum(row["calls"] for row in rows), sum(row["elements"] for row in rows)
+def _counts(rows: list[Injected]) -> tuple[str, ...]:
+    calls, elements = sum(row.calls for row in rows), sum(row.elements for row in rows)
     counts = f"{counted(len(rows), 'site')}", f"{counted(calls, 'call')}", f"{counted(elements, 'value')}"
-    return *counts, f"{_mean(rows, 'share_changed')} changed", f"{_mean(rows, 'relative_error')} error"
+    return (
+        *counts,
+        f"{_mean(row.share_changed for row in rows)} changed",
+        f"{_mean(row.relative_error for row in rows)} error",
+    )
 
 
-def _mean(rows: list[dict[str, Any]], key: str) -> str:
-    values = [row[key] for row in rows if row[key] is not None]
-    return f"{sum(values) / len(values):.2%}" if values else "-"
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.2%}" if known else "-"

@@ -15,6 +15,7 @@ from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import format_text, reach_as, round_as, through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reach import within_reach
+from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.modes import Phase
 from fp4rl.spec.points import GRADIENTS, can_clip
@@ -233,12 +234,11 @@ class SiteState:
         """Act no more: a module that was wrapped since keeps its class, and so goes on asking."""
         self.enter(self.phase, frozenset())
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Injected]:
         """The evidence, a row per phase and point."""
         self.book()
         for (phase, point), meter in self.meters.items():
-            where = {"phase": phase, "site": self.plan.name, "point": point, "format": self.plan.label(point)}
-            yield {**where, **meter.row()}
+            yield meter.row(phase, self.plan.name, point, self.plan.label(point))
 
     def state_dict(self) -> dict[str, Any]:
         """The step that random kinds draw by, and the meters; for JSON."""

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from fp4rl.lab.damage import damage_named
 from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_whole
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
+from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
+from fp4rl.spec.records import RunResult, Sites
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,14 +64,13 @@ class RunFolder:
         """The experiment as YAML text."""
         write_whole(self.path / "spec.yaml", text)
 
-    def write_sites(self, sites: Mapping[str, Any]) -> None:
-        write_whole(self.path / "sites.json", dumps(sites) + "\n")
+    def write_sites(self, sites: Sites) -> None:
+        """The resolved site table."""
+        write_whole(self.path / "sites.json", dumps(sites.as_json()) + "\n")
 
-    def add_evidence(self, record: Mapping[str, Any]) -> None:
-        """Append one line; `record` needs a "kind"."""
-        if "kind" not in record:
-            raise InvalidValueError(f"a line of evidence needs a 'kind'; got the keys {sorted(record)}")
-        append_line(self.path / "evidence.jsonl", record)
+    def add_evidence(self, line: Evidence) -> None:
+        """Append one line."""
+        append_line(self.path / "evidence.jsonl", {"kind": line.kind} | line.as_json())
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of numbers measured at `step`; not-a-number and infinities survive the trip."""
@@ -84,10 +85,10 @@ class RunFolder:
             kept = [record for record in read_lines(file) if record["step"] <= step]
         write_whole(file, "".join(dumps(record) + "\n" for record in kept))
 
-    def drop_evidence_after(self, mark: Mapping[str, Any]) -> bool:
-        """Forget every line after the last one that has all of `mark`; False, and nothing done, if there is none."""
+    def drop_evidence_after(self, step: int) -> bool:
+        """Forget every line after the checkpoint of `step`; False, and nothing done, if none is recorded."""
         kept = self.evidence()
-        places = [i for i, record in enumerate(kept) if mark.items() <= record.items()]
+        places = [i for i, line in enumerate(kept) if (line.get("kind"), line.get("step")) == ("checkpoint", step)]
         if not places:
             return False
         write_whole(self.path / "evidence.jsonl", "".join(dumps(record) + "\n" for record in kept[: places[-1] + 1]))
@@ -102,22 +103,12 @@ class RunFolder:
         with whole(self._items_file(step, profile)) as partial:
             parquet.write_table(table, partial, compression="zstd")
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """The end of the run. Accuracies are shares between 0 and 1.
-
-        Raises `InvalidValueError` when the run is finished already (a result is never overwritten) or an accuracy is no
-        share.
-        """
+    def write_result(self, result: RunResult) -> None:
+        """The end of the run. Raises `InvalidValueError` when it is finished already: a result is never overwritten."""
         if self.finished:
             raise InvalidValueError(f"{self.key} is finished already; give the new run another seed or another suite")
-        for evaluation in result.get("evaluations", ()):
-            for name in ("strict", "flexible", "formatted"):
-                value = evaluation.get(name)
-                if value is not None and not 0 <= value <= 1:
-                    raise InvalidValueError(
-                        f"{self.key}: {name} = {value} at step {evaluation.get('step')} is no share (0 to 1)"
-                    )
-        write_whole(self.path / "result.json", json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(json_ready(result.as_json()), indent=1, allow_nan=False)
+        write_whole(self.path / "result.json", text + "\n")
 
     # -- read by everyone
 

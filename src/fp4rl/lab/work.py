@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import yaml
 
@@ -28,6 +28,9 @@ from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
+from fp4rl.spec import evidence
+from fp4rl.spec.evidence import Warned
+from fp4rl.spec.records import VERSION, RunResult, read_evidence
 
 _LEFTOVERS = (
     *("evidence.jsonl", "metrics.jsonl", "items", "checkpoints", "on-the-way", "final", "sites.json", "log.txt"),
@@ -92,7 +95,7 @@ def _past(folder: RunFolder) -> ResumeState:
     """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     found = newest(checkpoints, code_digest(), lines.append)
-    if found is None or not folder.drop_evidence_after({"kind": "checkpoint", "step": found.step}):
+    if found is None or not folder.drop_evidence_after(found.step):
         _clear(folder)
         for line in (*lines, "starting over from the seed") if lines else ():
             _say(folder, line)
@@ -115,7 +118,7 @@ def _forget_interruptions(folder: RunFolder, every: int) -> None:
 def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnStage | None) -> Listeners:
     def keep(evaluation: Evaluation) -> None:
         folder.write_items(evaluation.step, evaluation.profile.name, [asdict(item) for item in evaluation.items])
-        folder.add_evidence({"kind": "evaluation", **evaluation.summary()})
+        folder.add_evidence(evaluation.summary())
 
     def stage(name: str, done: int, total: int) -> None:
         if on_stage is not None:
@@ -129,7 +132,7 @@ def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnSta
 
     def say(line: str) -> None:
         _say(folder, line)
-        folder.add_evidence({"kind": "warning", "line": line})
+        folder.add_evidence(Warned(line=line))
         if on_stage is not None:
             on_stage("", 0, 0, None, line)
 
@@ -150,37 +153,37 @@ def _say(folder: RunFolder, line: str) -> None:
         log.write(line + "\n")
 
 
-def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
     """What was judged, in order. The newest evaluation of a step counts: after a rollback, and where a run was ended at
     a step that had just been judged on the way."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for record in folder.evidence():
-        if record.pop("kind") == "evaluation":
-            place = record["step"], record["profile"]["name"]
+    found: dict[tuple[int, str], evidence.Evaluation] = {}
+    for line in map(read_evidence, folder.evidence()):
+        if isinstance(line, evidence.Evaluation):
+            place = line.step, line.profile.name
             found.pop(place, None)
-            found[place] = record
-    return list(found.values())
+            found[place] = line
+    return tuple(found.values())
 
 
-def _result(run: PlannedRun, trained: Trained, evaluations: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-    return {
-        "run_id": run.run_id,
-        "suite": run.suite,
-        "arm": run.arm,
-        "seed": run.seed,
-        "spec_digest": run.spec_digest,
-        "code_digest": code_digest(),
-        "versions": versions(),
-        "evaluations": evaluations,
-        "evidence": {
-            **trained.evidence,
-            "processes": processes.count(),
-        },
-        "steps_asked": run.experiment.training.steps,
-        "steps_done": trained.steps_done,
-        **({"stopped": trained.stopped} if trained.stopped is not None else {}),
-        "wall_s": round(wall_s, 3),
-    }
+def _result(
+    run: PlannedRun, trained: Trained, evaluations: tuple[evidence.Evaluation, ...], wall_s: float
+) -> RunResult:
+    result = RunResult(
+        version=VERSION,
+        run_id=run.run_id,
+        suite=run.suite,
+        arm=run.arm,
+        seed=run.seed,
+        spec_digest=run.spec_digest,
+        code_digest=code_digest(),
+        versions=versions(),
+        evaluations=evaluations,
+        evidence=trained.evidence.extended(processes=processes.count()),
+        steps_asked=run.experiment.training.steps,
+        steps_done=trained.steps_done,
+        wall_s=round(wall_s, 3),
+    )
+    return result if trained.stopped is None else result.extended(stopped=trained.stopped)
 
 
 def _clear(folder: RunFolder) -> None:

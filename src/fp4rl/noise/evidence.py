@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import LayerNoise, RolloutNoise
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.words import counted
 
@@ -37,19 +37,6 @@ class NoiseEvidence:
         return round((1 - self.share_changed) * self.elements) if self.sigma > 0 else 0
 
 
-@dataclass(frozen=True)
-class LayerNoise:
-    """All noisy weights of one layer together."""
-
-    layer: int | None
-    sigma: float
-    drawn: float
-    realised: float
-    share_changed: float
-    swallowed: int
-    elements: int
-
-
 def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
     """Pooled over the weights of each layer (or over several rollouts); what lies outside the stack comes last."""
 
@@ -59,18 +46,19 @@ def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
     return tuple(_pool(list(group)) for _, group in groupby(sorted(evidence, key=place), key=place))
 
 
-def summary(evidence: Sequence[NoiseEvidence], sigma: float) -> dict[str, Any]:
-    """JSON-able record of one rollout: what the schedule asked, what came of it, layer by layer."""
+def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> RolloutNoise:
+    """The line of evidence of the rollout of `step`: what the schedule asked, what came of it, layer by layer."""
     changed = sum(item.share_changed * item.elements for item in evidence)
     elements = sum(item.elements for item in evidence)
-    return {
-        "sigma": sigma,
-        "weights": len(evidence),
-        "elements": elements,
-        "share_changed": changed / elements if elements else 0.0,
-        "swallowed": sum(item.swallowed for item in evidence),
-        "layers": [asdict(layer) for layer in by_layer(evidence)],
-    }
+    return RolloutNoise(
+        step=step,
+        sigma=sigma,
+        weights=len(evidence),
+        elements=elements,
+        share_changed=changed / elements if elements else 0.0,
+        swallowed=sum(item.swallowed for item in evidence),
+        layers=by_layer(evidence),
+    )
 
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:

@@ -3,9 +3,8 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import comb
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,21 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.rl.generate import Generation, Sampler, Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
+from fp4rl.spec import evidence
 from fp4rl.spec.task import Problem
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Everything besides the weights that a score depends on; it stands beside every number."""
-
-    name: str
-    precision: str
-    sites_digest: str | None
-    noise: str
-    scorer: str
-    max_new_tokens: int
-    sampling: str
-    items_digest: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class Evaluation:
 
     step: int
     last: bool
-    profile: Profile
+    profile: evidence.Profile
     items: tuple[Item, ...]
 
     def share(self, what: str) -> float:
@@ -64,31 +50,30 @@ class Evaluation:
             right.setdefault(item.problem_id, []).append(item.strict)
         return sum(1 - comb(len(r) - sum(r), k) / comb(len(r), k) for r in right.values()) / len(right)
 
-    def _of_samples(self) -> dict[str, Any]:
-        """What several answers to each problem say: `mean@k` is the mean accuracy, `pass@k` that one of k is right."""
+    def summary(self) -> evidence.Evaluation:
+        """Shares over all items, beside the profile.
+
+        With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`, that one of k is right.
+        """
+        found = evidence.Evaluation(
+            step=self.step,
+            last=self.last,
+            profile=self.profile,
+            n=len(self.items),
+            strict=self.share("strict"),
+            flexible=self.share("flexible"),
+            formatted=self.share("formatted"),
+            truncated=self.share("truncated"),
+            mean_length=sum(i.length for i in self.items) / len(self.items),
+            answers_digest=answers_digest(self.items),
+        )
         samples = max(item.sample for item in self.items) + 1
         if samples == 1:
-            return {}
+            return found
         powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
         passed = {f"pass@{k}": self.pass_at(k) for k in (*powers, samples)}
-        return {"problems": len(self.items) // samples, f"mean@{samples}": self.share("strict"), **passed}
-
-    def summary(self) -> dict[str, Any]:
-        """Shares over all items, beside the profile; JSON-able."""
-        n = len(self.items)
-        return {
-            "step": self.step,
-            "last": self.last,
-            "profile": asdict(self.profile),
-            "n": n,
-            "strict": self.share("strict"),
-            "flexible": self.share("flexible"),
-            "formatted": self.share("formatted"),
-            "truncated": self.share("truncated"),
-            "mean_length": sum(i.length for i in self.items) / n,
-            "answers_digest": answers_digest(self.items),
-            **self._of_samples(),
-        }
+        mean = {f"mean@{samples}": self.share("strict")}
+        return found.extended(problems=len(self.items) // samples, of_samples=mean | passed)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -13,11 +12,12 @@ from fp4rl.inject.label import label
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.acting import acting, rounded
-from fp4rl.rl.evaluate import Decoding, Evaluation, Profile, answer, items_digest
+from fp4rl.rl.evaluate import Decoding, Evaluation, answer, items_digest
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.weights_unchanged import Record, unharmed
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
+from fp4rl.spec.evidence import Evidence, Profile
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Lora
@@ -26,7 +26,7 @@ from fp4rl.spec.task import Problem, Task
 OnItems = Callable[[str, int, int], None]
 
 
-def _ignore(_: dict[str, Any]) -> None:
+def _ignore(_: Evidence) -> None:
     return
 
 
@@ -83,8 +83,8 @@ class Judge:
                 _harmed(model, precision.injection) as attachment,
             ):
                 items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard, sampler)
-                for row in _proved(attachment):
-                    record({"profile": name, "step": step, **row})
+                for row in _proved(attachment, step, name):
+                    record(row)
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)
 
     @property
@@ -133,13 +133,14 @@ def _digest(attachment: Attachment | None) -> str | None:
     return attachment.table.digest_in("evaluation")
 
 
-def _proved(attachment: Attachment | None) -> list[dict[str, Any]]:
+def _proved(attachment: Attachment | None, step: int, profile: str) -> Iterator[Evidence]:
     """What should have acted while the answers were made, and what did."""
     if attachment is None:
-        return []
+        return
     attachment.require_calls()
-    rows = [acting(attachment, "evaluation"), rounded(attachment)]
-    return rows + [{"kind": "injection", **row} for row in attachment.evidence()]
+    yield acting(attachment, "evaluation", step, profile=profile)
+    yield rounded(attachment, step, profile=profile)
+    yield from (row.extended(profile=profile, step=step) for row in attachment.evidence())
 
 
 def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp4rl.rl.evaluate import Evaluation
+from fp4rl.spec.evidence import Evidence
+from fp4rl.spec.records import Sites
 
 
 class Interrupted(Exception):
@@ -31,8 +33,8 @@ class Listeners:
     on_stage: Callable[[str, int, int], None] = _ignore
     on_step: Callable[[int, dict[str, float]], None] = _ignore
     on_evaluation: Callable[[Evaluation], None] = _ignore
-    record: Callable[[dict[str, Any]], None] = _ignore
-    on_sites: Callable[[dict[str, Any]], None] = _ignore
+    record: Callable[[Evidence], None] = _ignore
+    on_sites: Callable[[Sites], None] = _ignore
     on_rollback: Callable[[int], None] = _ignore
     say: Callable[[str], None] = _ignore
     note: Callable[[str], None] = _ignore

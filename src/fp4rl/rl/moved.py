@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import WeightsMoved
 from fp4rl.spec.model import Model
 
 # Of weights that are updated in low precision most should move; in FP32 they need time to reach the next step.
@@ -16,7 +16,7 @@ _FEW, _HARDLY_ANY = 0.5, 0.05
 
 
 @torch.no_grad()
-def moved(start: PreTrainedModel, trained: PreTrainedModel, record: Callable[[dict[str, Any]], None]) -> float:
+def moved(start: PreTrainedModel, trained: PreTrainedModel, record: Callable[[WeightsMoved], None]) -> float:
     """The share of the trainable weights of `trained` that `start` holds in other bits; `record` hears it."""
     before = dict(start.named_parameters())
     changed = total = 0
@@ -26,7 +26,7 @@ def moved(start: PreTrainedModel, trained: PreTrainedModel, record: Callable[[di
             changed += int((new != old.to(new.device, new.dtype)).sum())
             total += new.numel()
     share = changed / total
-    record({"kind": "moved", "trainable": total, "changed": changed, "share": share})
+    record(WeightsMoved(trainable=total, changed=changed, share=share))
     return share
 
 

@@ -16,9 +16,11 @@ from fp4rl.noise.progress import ScheduleProgress, StageLog
 from fp4rl.rl.acting import rounded
 from fp4rl.rl.weights_unchanged import Record, unharmed
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import NoiseStages
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.records import NoiseSummary
 
 # Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
 _HELD_STEPS, _HELD_EVERY = 3, 10
@@ -35,7 +37,7 @@ _DECODED, _DECODED_FUSED = 2e-3, 0.02
 class Phases:
     """Rollout, training and evaluation of one model under one injection and one noise.
 
-    `record` receives evidence as plain dictionaries. A rollout or an evaluation that leaves the master weights
+    `record` receives evidence. A rollout or an evaluation that leaves the master weights
     different from what it found raises CheckFailed (P06, P09), and so does noise that was asked for and is not there
     (P03).
     """
@@ -207,21 +209,21 @@ class Phases:
         """
         if self.attachment is None or not (step < _HELD_STEPS or step % _HELD_EVERY == 0):
             return None
-        self.record({"step": step, **rounded(self.attachment)})
+        self.record(rounded(self.attachment, step))
         return step
 
-    def noise_summary(self) -> dict[str, Any] | None:
+    def noise_summary(self) -> NoiseSummary | None:
         """What the noise of the whole run came to, None without noise: largest sigma, shares of weights changed."""
         if self.noise is None:
             return None
         seen = self._noise_seen
-        return {
-            "rollouts": len(seen),
-            "noisy_rollouts": sum(one.share_changed > 0 for one in seen),
-            "largest_sigma": max((one.sigma for one in seen), default=0.0),
-            "largest_realised": max((one.realised for one in seen), default=0.0),
-            "mean_share_changed": sum(one.share_changed for one in seen) / max(len(seen), 1),
-        }
+        return NoiseSummary(
+            rollouts=len(seen),
+            noisy_rollouts=sum(one.share_changed > 0 for one in seen),
+            largest_sigma=max((one.sigma for one in seen), default=0.0),
+            largest_realised=max((one.realised for one in seen), default=0.0),
+            mean_share_changed=sum(one.share_changed for one in seen) / max(len(seen), 1),
+        )
 
     def state(self) -> dict[str, Any]:
         """What a run that is resumed needs to end like one that was not; JSON-able."""
@@ -258,7 +260,7 @@ class Phases:
         self.stages.note(self.sigma)
         if evidence:
             self._noise_seen.append(_pooled(evidence))
-        self.record({"kind": "noise", "step": step, **summary(evidence, self.sigma)})
+        self.record(summary(evidence, self.sigma, step))
         require_drawn(evidence, self.sigma)
 
     @contextmanager
@@ -278,7 +280,7 @@ class Phases:
         if self.noise is None:
             return
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
-        self.record({"kind": "noise_stages", "ran": self.stages.ran, "missed": missed})
+        self.record(NoiseStages(ran=tuple(self.stages.ran), missed=missed))
         require_noise(self.noise, [[one] for one in self._noise_seen])
 
 

@@ -1,8 +1,6 @@
 """What a finished training proves of itself: which sites acted, and that the live policy is the one that was saved."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +9,21 @@ from transformers import PreTrainedModel
 from fp4rl.inject.attach import Attachment, attach, drawing_alike
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl.acting import acting
+from fp4rl.rl.weights_unchanged import Record
 from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import LiveCheck
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.records import Sites, Summary, read_sites
 
-Record = Callable[[dict[str, Any]], None]
 
-
-def sites(attachment: Attachment | None) -> dict[str, Any]:
-    """The resolved table as plain values; empty where nothing is injected."""
-    return {"digest": None, "plans": [], "left_out": []} if attachment is None else attachment.table.as_dict()
+def sites(attachment: Attachment | None) -> Sites:
+    """The resolved table; empty where nothing is injected."""
+    return Sites(digest=None, plans=(), left_out=()) if attachment is None else read_sites(attachment.table.as_dict())
 
 
 def proved(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
-) -> dict[str, Any]:
+) -> Summary:
     """The summary that stands by the result; its details go to `record`.
 
     Raises CheckFailed when the live policy is not the one in `final` (P35).
@@ -35,9 +34,9 @@ def proved(
         record(acting(attachment, "rollout"))
         record(acting(attachment, "training"))
     for row in rows:
-        record({"kind": "injection", **row})
+        record(row)
     difference = _live_against_fresh(experiment, model, attachment, final)
-    record({"kind": "live_equals_fresh", "max_difference": difference})
+    record(LiveCheck(max_difference=difference))
     if difference != 0.0:
         raise CheckFailed(
             f"the live policy's logits differ from those of its saved copy by up to {difference:g}: "
@@ -45,13 +44,13 @@ def proved(
         )
     calls: dict[str, int] = {}
     for row in rows:
-        calls[row["phase"]] = calls.get(row["phase"], 0) + row["calls"]
-    return {
-        "sites": len(attachment.table.plans) if attachment is not None else 0,
-        "calls": calls,
-        "live_equals_fresh": True,
-        "master_unharmed": True,
-    }
+        calls[row.phase] = calls.get(row.phase, 0) + row.calls
+    return Summary(
+        sites=len(attachment.table.plans) if attachment is not None else 0,
+        calls=calls,
+        live_equals_fresh=True,
+        masters_unchanged=True,
+    )
 
 
 def require_provable(

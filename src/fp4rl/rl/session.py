@@ -27,6 +27,7 @@ from fp4rl.rl.saving import SaveClock
 from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.watch import Watch
+from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.task import Problem, Task
 
@@ -178,7 +179,7 @@ class TrainingSession:
     def _on_checkpoint(self, step: int, folder: Path) -> None:
         if self.watch.verdict != "note":
             return  # left incomplete: nobody should go on from where the monitor ended it
-        self.run.hear.record({"kind": "checkpoint", "step": step})
+        self.run.hear.record(CheckpointKept(step=step))
         state = {
             "positions": self.trainer.positions(),
             "phases": processes.from_all(self.phases.state()),

@@ -1,9 +1,7 @@
 """One run from its description to its numbers: start, judge, train, save, judge what was saved."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
@@ -20,7 +18,9 @@ from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evidence import RolledBack
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.records import Summary
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Trained:
     start: Path
     final: Path
     steps_done: int
-    evidence: Mapping[str, Any]
+    evidence: Summary
     stopped: str | None = None
 
 
@@ -131,7 +131,7 @@ def _roll_back(run: Run, attempt: TrainingSession) -> None:
     past.rollbacks += 1
     lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks
     run.hear.on_rollback(back)
-    run.hear.record({"kind": "rollback", "step": attempt.trainer.step, "to": back, "lr": lr, "why": str(finding)})
+    run.hear.record(RolledBack(step=attempt.trainer.step, to=back, lr=lr, why=str(finding)))
     run.hear.say(f"rolled back from step {attempt.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
 
 
@@ -146,16 +146,15 @@ def _ended(run: Run, attempt: TrainingSession) -> Trained:
     hardly_moved = few_moved(share, run.experiment.model)
     if hardly_moved is not None:
         run.hear.say(hardly_moved)
-    evidence = {
-        **proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record),
-        "weights_changed": share,
-        "hardly_moved": hardly_moved,
-        "steps_without_update": without_update(steps),
-        "recipe": run.experiment.training.effective(),
-        "inputs": run.inputs,
-        "final_weights": weights_digest(attempt.model),
-        "noise": attempt.phases.noise_summary(),
-        "health": {**attempt.watch.summary(), "rollbacks": attempt.past.rollbacks},
-    }
+    evidence = proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record).extended(
+        weights_changed=share,
+        hardly_moved=hardly_moved,
+        steps_without_update=without_update(steps),
+        recipe=run.experiment.training.effective(),
+        inputs=run.inputs,
+        final_weights=weights_digest(attempt.model),
+        noise=attempt.phases.noise_summary(),
+        health=attempt.watch.summary(attempt.past.rollbacks),
+    )
     list(run.judged(final, attempt.trainer.step, last=True))
     return Trained(run.start, final, attempt.trainer.step, evidence, stopped)

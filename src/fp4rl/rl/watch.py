@@ -1,11 +1,12 @@
 """The monitor beside a run: every step's metrics go in; findings become evidence and log lines, and may end the run."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from fp4rl.rl.health.findings import Finding
 from fp4rl.rl.health.monitor import Monitor, action
+from fp4rl.spec.evidence import HealthFinding
 from fp4rl.spec.health import Health, Policy
+from fp4rl.spec.records import HealthSummary
 
 History = Iterable[tuple[int, Mapping[str, float]]]
 """(steps done, metrics), in order."""
@@ -23,7 +24,7 @@ class Watch:
         self,
         spec: Health,
         past: History,
-        record: Callable[[dict[str, Any]], None],
+        record: Callable[[HealthFinding], None],
         say: Callable[[str], None],
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -49,17 +50,21 @@ class Watch:
         """One more step; returns whether it is the last one."""
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
-            self._record({"kind": "health", **finding.as_dict()})
+            self._record(_line(finding))
             (self._say if finding.state == "alarm" else self._note)(str(finding))
         self._decide(findings)
         return self.verdict != "note"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, rollbacks: int) -> HealthSummary:
         """For the result: the worst state of the whole run, and its alarms in the order they came."""
         state = "alarm" if self.alarms else self._monitor.state
-        return {"state": state, "alarms": [finding.as_dict() for finding in self.alarms]}
+        return HealthSummary(state=state, alarms=tuple(map(_line, self.alarms)), rollbacks=rollbacks)
 
     def _decide(self, findings: Iterable[Finding]) -> None:
         wanted = action(findings)
         if self.decisive is None and wanted != "note":
             self.decisive = next(f for f in findings if f.state == "alarm" and f.policy == wanted)
+
+
+def _line(finding: Finding) -> HealthFinding:
+    return HealthFinding(**finding.as_dict())

@@ -16,6 +16,8 @@ from fp4rl.lab.report.collect import SuiteReport, collect
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.records import read_result, read_sites
+from planted.records import line
 
 STEPS, PROBLEMS, SITES = 12, 500, 14
 # Accuracy (%) at the last step by arm and profile; the seeds lie around it.
@@ -103,7 +105,7 @@ class Trial:
             if key not in without_evidence:
                 self._evidence(run, folder)
             result = self._result(run, key in stale, profile or {})
-            folder.write_result(result | ({"evidence": {}} if key in without_evidence else {}))
+            folder.write_result(read_result(result | ({"evidence": {}} if key in without_evidence else {})))
         return self.folder
 
     def _metrics(self, run: PlannedRun, folder: RunFolder) -> None:
@@ -134,22 +136,22 @@ class Trial:
         plans = [{"site": n, "kind": "linear", "role": n[-6], "layer": int(n[13]), "shape": [64, 64]} for n in names]
         plans = [plan | dict.fromkeys(points, "mxfp4") for plan in plans]
         left = [{"site": "lm_head", "kind": "linear", "shape": [59, 64], "reason": "left by *lm_head*"}]
-        folder.write_sites(
-            {"digest": f"table-{injection.name}" if injection else None, "plans": plans, "left_out": left}
-        )
+        digest = f"table-{injection.name}" if injection else None
+        folder.write_sites(read_sites({"digest": digest, "plans": plans, "left_out": left}))
         for step in range(STEPS):
-            folder.add_evidence({"kind": "master", "phase": "rollout", "step": step, "unharmed": True, "digest": "ab"})
+            folder.add_evidence(line("master", step=step))
             if noise:
-                folder.add_evidence({"kind": "noise", "step": step, **_noise(asked_sigma(noise, step, STEPS))})
+                folder.add_evidence(line("noise", step=step, **_noise(asked_sigma(noise, step, STEPS))))
         if noise:
-            folder.add_evidence({"kind": "noise_stages", "ran": [], "missed": []})
+            folder.add_evidence(line("noise_stages", ran=[], missed=[]))
         for phase, calls in (("rollout", 490), ("training", 48)):
             for i, name in enumerate(names):
                 for point in points:
                     row = {"share_changed": 0.9 + i / 1000, "relative_error": 0.11 + i / 1000, "looks": 9}
                     place = {"phase": phase, "site": name, "point": point, "format": "mxfp4"}
-                    folder.add_evidence({"kind": "injection", **place, "calls": calls, "elements": 4096 * calls, **row})
-        folder.add_evidence({"kind": "live_equals_fresh", "max_difference": 0.0})
+                    row |= {"calls": calls, "elements": 4096 * calls, "missed": None}
+                    folder.add_evidence(line("injection", **place, **row))
+        folder.add_evidence(line("live_equals_fresh"))
 
     def _result(self, run: PlannedRun, stale: bool, changes: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
         sites, calls = (

@@ -12,6 +12,7 @@ from fp4rl.lab.report.evidence_rows import evidence_of
 from fp4rl.lab.report.scores import mean_over_seeds
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
+from planted.records import line
 
 
 def score(report, name):
@@ -232,8 +233,8 @@ def test_what_runs_said_aloud_and_what_was_known_beforehand_stands_in_the_notes(
     folder = trial.write()
     for seed, share in ((0, "0.43"), (2, "0.51")):
         run = RunFolder(next(folder.glob(f"bf16-s{seed}-*")))
-        run.add_evidence({"kind": "warning", "line": f"training changed {share} % of the weights"})
-        run.add_evidence({"kind": "warning", "line": f"training changed {share} % of the weights"})
+        run.add_evidence(line("warning", line=f"training changed {share} % of the weights"))
+        run.add_evidence(line("warning", line=f"training changed {share} % of the weights"))
     found = collect(folder).notes
     assert "Said by bf16 seed 0: training changed 0.43 % of the weights; the like in bf16 seed 2." in found
     (known,) = [note for note in found if note.startswith("Known beforehand: evaluation.temperature")]

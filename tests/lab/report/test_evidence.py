@@ -9,6 +9,7 @@ from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
 from fp4rl.lab.report.evidence import read_evidence
 from fp4rl.lab.report.evidence_rows import evidence_of
+from planted.records import line
 
 
 def row(site, phase="rollout", **values):
@@ -65,7 +66,7 @@ def test_what_moved_and_was_held_stands_in_the_arms_rows(make_trial):
     folder = make_trial().write()
     for place in folder.glob("w4a16-s*"):
         own = RunFolder(place)
-        own.add_evidence({"kind": "rounded", "phase": "rollout", "step": 0, "sites": 14})
+        own.add_evidence(line("rounded", phase="rollout", step=0, sites=14))
         result = own.result()
         result["evidence"]["weights_changed"] = 0.25
         (place / "result.json").write_text(json.dumps(result))
@@ -91,7 +92,7 @@ def test_a_phase_that_the_spec_asks_for_is_shown_even_if_no_run_recorded_it(comp
 def test_an_evaluation_that_recorded_itself_is_shown_under_its_profile(make_trial):
     folder = make_trial().write()
     for run in folder.glob("w4a16-s*"):
-        RunFolder(run).add_evidence(row("a", "evaluation", profile="deployment"))
+        RunFolder(run).add_evidence(line(**row("a", "evaluation", profile="deployment")))
     rows = rows_of(collect(folder), "w4a16")
     assert rows["weights rounded in evaluation as deployment"] == ["3 calls"] * 3
     assert "weights rounded in evaluation" not in rows
@@ -102,7 +103,7 @@ def test_the_site_table_keeps_evaluations_under_several_profiles_apart(make_tria
     for run in folder.glob("w4a16-s*"):
         site = RunFolder(run).sites()["plans"][0]["site"]
         for profile, error in (("w4a16", 0.1), ("bf16", 0.002)):
-            RunFolder(run).add_evidence(row(site, "evaluation", profile=profile, relative_error=error))
+            RunFolder(run).add_evidence(line(**row(site, "evaluation", profile=profile, relative_error=error)))
     shown = evidence_of(collect(folder), "w4a16").sites[0][-1]
     assert "evaluation as w4a16 3 calls, weight 10.0 %; evaluation as bf16 3 calls, weight 0.2 %" in shown
 

@@ -13,7 +13,10 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.numbers import readable
 from fp4rl.lab.foreign.reader import read_log
+from fp4rl.spec import records
 from fp4rl.spec.errors import InvalidValueError, nearest
+from fp4rl.spec.evidence import Evaluation, Profile
+from fp4rl.spec.records import VERSION, RunResult, Summary
 
 STATUSES = ("finished", "stopped", "failed", "running")
 
@@ -94,26 +97,27 @@ def _refuse_other(run: RunFolder, said: Mapping[str, Any]) -> None:
         )
 
 
-def _result(run: RunFolder, log: Joined, arm: str, seed: int | None, source: dict[str, Any]) -> dict[str, Any]:
+def _result(run: RunFolder, log: Joined, arm: str, seed: int | None, source: dict[str, Any]) -> RunResult:
     last = max(log.steps)
     joined = {"went_back": len(log.went_back), "met_twice": log.met_twice, "left_behind": log.left_behind}
-    return {
-        "run_id": run.run_id,
-        "suite": run.suite,
-        "arm": arm,
-        "seed": seed,
-        "imported": source | joined | {"skipped": len(log.skipped)},
-        "evaluations": list(_evaluations(log, last)),
-        "evidence": {},
-        "steps_done": last,
-    }
+    return RunResult(
+        version=VERSION,
+        run_id=run.run_id,
+        suite=run.suite,
+        arm=arm,
+        seed=seed,
+        imported=records.Imported(**source).extended(**joined, skipped=len(log.skipped)),
+        evaluations=tuple(_evaluations(log, last)),
+        evidence=Summary(),
+        steps_done=last,
+    )
 
 
-def _evaluations(log: Joined, last: int) -> Iterator[dict[str, Any]]:
+def _evaluations(log: Joined, last: int) -> Iterator[Evaluation]:
     """The validation scores among the metrics, as evaluations of which neither precision nor problems are known."""
     for step, values in log.in_order().items():
         for key, value in values.items():
             if _ACCURACY.fullmatch(key) and 0 <= value <= 1:
                 name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", key)
-                profile = {"name": name, "scorer": key}
-                yield {"step": step, "last": step == last, "profile": profile, "n": None, "strict": value}
+                profile = Profile(name=name, scorer=key)
+                yield Evaluation(step=step, last=step == last, profile=profile, n=None, strict=value)

@@ -1,0 +1,31 @@
+"""Lines of evidence and results as a run writes them, of which a test names what it is about."""
+
+from typing import Any
+
+from fp4rl.spec.evidence import Evidence
+from fp4rl.spec.records import read_evidence
+
+_USUAL: dict[str, dict[str, Any]] = {
+    "master": {"phase": "rollout", "step": 0, "unharmed": True, "digest": "abab"},
+    "live_equals_fresh": {"max_difference": 0.0},
+    "injection": {"phase": "rollout", "site": "q_proj", "point": "weight", "calls": 9, "elements": 640}
+    | {"share_changed": 0.9, "relative_error": 0.1, "looks": 3, "missed": 0},
+    "noise": {
+        "step": 0,
+        "sigma": 0.01,
+        "weights": 1,
+        "elements": 8,
+        "share_changed": 1.0,
+        "swallowed": 0,
+        "layers": [],
+    },
+    "evaluation": {"step": 30, "last": True, "profile": {"name": "full", "sites_digest": None}, "strict": 0.5},
+}
+
+
+def line(kind: str, **values: Any) -> Evidence:
+    """A line of that kind; a value that is None is left out, as older versions did."""
+    content = {"kind": kind} | _USUAL.get(kind, {}) | values
+    found = read_evidence({key: value for key, value in content.items() if value is not None})
+    assert found is not None
+    return found

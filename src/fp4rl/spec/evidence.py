@@ -1,0 +1,251 @@
+"""One line of evidence for each thing that acted in a run, as types; an evaluation is one of them.
+
+Whoever writes evidence constructs these: a key that nobody knows, or a value of another type, is an error there. Files
+are read by `fp4rl.spec.records`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from fp4rl.spec.health import Policy, State
+from fp4rl.spec.modes import Phase
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Record(BaseModel):
+    """One object of a file: immutable, closed to unknown keys, and strict about types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True)
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """The keys that were set, under their names on disk; `kind` is added where a line of evidence is written."""
+        content: dict[str, JsonValue] = self.model_dump(exclude_unset=True, by_alias=True)
+        return content
+
+    def extended(self, **more: Any) -> Self:
+        """A copy with more keys, validated like the first."""
+        return type(self)(**{key: getattr(self, key) for key in self.model_fields_set} | more)
+
+
+# -- evaluations
+
+
+class Profile(Record):
+    """Everything besides the weights that a score depends on; it stands beside every number. None: not recorded."""
+
+    name: str
+    precision: str | None = None
+    sites_digest: str | None = None
+    noise: str | None = None
+    scorer: str | None = None
+    max_new_tokens: int | None = None
+    sampling: str | None = None
+    items_digest: str | None = None
+
+
+class Evaluation(Record):
+    """Shares over all answers of one evaluation, and the profile they were measured under.
+
+    `n` counts answers. With several to a problem `strict` is their mean, `problems` how many problems there are, and
+    `of_samples` holds `mean@k` and `pass@k`, which stand beside the other keys on disk. `answers_digest`: equal where
+    every answer is the same.
+    """
+
+    kind: Literal["evaluation"] = Field("evaluation", exclude=True)
+    step: int
+    last: bool = False
+    profile: Profile = Profile(name="unnamed")
+    n: int | None = None
+    problems: int | None = None
+    strict: Share
+    flexible: Share | None = None
+    formatted: Share | None = None
+    truncated: Share | None = None
+    mean_length: float | None = None
+    answers_digest: str | None = None
+    of_samples: Mapping[str, Share] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        beside = {key: value for key, value in content.items() if str(key).startswith(("mean@", "pass@"))}
+        rest = {key: value for key, value in content.items() if key not in beside}
+        return rest | {"of_samples": {**rest.get("of_samples", {}), **beside}} if beside else rest
+
+    @model_serializer(mode="wrap")
+    def _spread_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        beside: dict[str, Any] = content.pop("of_samples", {})
+        return content | beside
+
+
+# -- lines of evidence
+
+
+class Acting(Record):
+    """What is to act in a phase: points and hardware errors, each with the number of its sites."""
+
+    kind: Literal["acting"] = Field("acting", exclude=True)
+    phase: Phase
+    points: Mapping[str, int]
+    profile: str | None = None
+    step: int | None = None
+
+
+class Rounded(Record):
+    """The operands of a phase's matmuls were compared with the rounding of their masters, at so many sites."""
+
+    kind: Literal["rounded"] = Field("rounded", exclude=True)
+    phase: Phase
+    sites: int
+    profile: str | None = None
+    step: int | None = None
+
+
+class Injected(Record):
+    """What one point of one site did in one phase; under a `profile` where that was an evaluation.
+
+    `looks` counts the calls that were compared before and after, `missed` those of them that rounded nothing although
+    rounding changes the tensor. Versions that wrote neither say so by None.
+    """
+
+    kind: Literal["injection"] = Field("injection", exclude=True)
+    phase: Phase
+    site: str
+    point: str
+    format: str | None = None
+    calls: int
+    elements: int
+    share_changed: float | None = None
+    relative_error: float | None = None
+    looks: int | None = None
+    missed: int | None = None
+    profile: str | None = None
+    step: int | None = None
+
+
+class MasterCheck(Record):
+    """Whether the master weights are bit for bit what they were before a phase, and their digest before it."""
+
+    kind: Literal["master"] = Field("master", exclude=True)
+    phase: Phase
+    step: int
+    profile: str | None = None
+    unchanged: bool = Field(alias="unharmed")
+    digest: str
+
+
+class LayerNoise(Record):
+    """The noise on one layer's weights (None: outside the stack); sizes are root mean squares over its weights."""
+
+    layer: int | None
+    sigma: float
+    drawn: float
+    realised: float
+    share_changed: float
+    swallowed: int
+    elements: int
+
+
+class RolloutNoise(Record):
+    """The noise of one rollout: what the schedule asked for, and what came of it, layer by layer."""
+
+    kind: Literal["noise"] = Field("noise", exclude=True)
+    step: int
+    sigma: float
+    weights: int
+    elements: int
+    share_changed: float
+    swallowed: int
+    layers: tuple[LayerNoise, ...]
+
+
+class NoiseStages(Record):
+    """Which values of sigma ran, each for how many rollouts, and which of the schedule's never did."""
+
+    kind: Literal["noise_stages"] = Field("noise_stages", exclude=True)
+    ran: tuple[tuple[float, int], ...]
+    missed: tuple[float, ...]
+
+
+class LiveCheck(Record):
+    """The largest difference between the logits of the live policy and those of its saved copy."""
+
+    kind: Literal["live_equals_fresh"] = Field("live_equals_fresh", exclude=True)
+    max_difference: float
+
+
+class WeightsMoved(Record):
+    """How many of the trainable weights training changed."""
+
+    kind: Literal["moved"] = Field("moved", exclude=True)
+    trainable: int
+    changed: int
+    share: float
+
+
+class HealthFinding(Record):
+    """A check's state from `step` on; `since` is the first step of what led to it, `policy` what an alarm does."""
+
+    kind: Literal["health"] = Field("health", exclude=True)
+    check: str
+    state: State
+    step: int
+    since: int
+    evidence: str
+    policy: Policy
+
+
+class RolledBack(Record):
+    """The monitor took a run back from `step` to the checkpoint after step `to`, at a lower learning rate."""
+
+    kind: Literal["rollback"] = Field("rollback", exclude=True)
+    step: int
+    to: int
+    lr: float
+    why: str
+
+
+class CheckpointKept(Record):
+    """A checkpoint was written after `step`; a run that goes on from it forgets the lines below this one."""
+
+    kind: Literal["checkpoint"] = Field("checkpoint", exclude=True)
+    step: int
+
+
+class Warned(Record):
+    """What the run told the people who started it."""
+
+    kind: Literal["warning"] = Field("warning", exclude=True)
+    line: str
+
+
+Evidence = (
+    Acting
+    | CheckpointKept
+    | Evaluation
+    | HealthFinding
+    | Injected
+    | LiveCheck
+    | MasterCheck
+    | NoiseStages
+    | RolledBack
+    | RolloutNoise
+    | Rounded
+    | Warned
+    | WeightsMoved
+)
+KINDS: Mapping[str, type[Record]] = {kind.model_fields["kind"].default: kind for kind in get_args(Evidence)}

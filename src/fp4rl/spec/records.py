@@ -1,0 +1,160 @@
+"""What a run leaves on disk, as types (result.json, sites.json, lines of evidence), and the door by which it is read.
+
+`read_evidence`, `read_result` and `read_sites` also take what older versions wrote: a key that was not written then is
+None, a number that strict JSON has no word for ("nan") is a float again, and a key of a newer version is left out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, TypeVar
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from fp4rl.spec.errors import InvalidValueError, shown
+from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding, Record
+from fp4rl.spec.health import State
+
+VERSION = 1  # of what stands in a run folder; 0 is a result that names none, written before there was one
+
+
+class PlannedSite(Record):
+    """A site that something is done to: its formats by point as a spec file names them, and its hardware errors."""
+
+    site: str
+    kind: str | None = None
+    role: str | None = None
+    layer: int | None = None
+    shape: tuple[int, ...] = ()
+    weight: JsonValue = None
+    input: JsonValue = None
+    output: JsonValue = None
+    kv_cache: JsonValue = None
+    grad_input: JsonValue = None
+    grad_weight: JsonValue = None
+    errors: tuple[Mapping[str, JsonValue], ...] = ()
+    merged: bool = False
+    packed: bool = False
+    note: str = ""
+
+
+class SiteLeftOut(Record):
+    """A site that nothing is done to, and why."""
+
+    site: str
+    kind: str | None = None
+    shape: tuple[int, ...] = ()
+    reason: str = ""
+
+
+class Sites(Record):
+    """The resolved site table. `plans` is None where a run recorded no table."""
+
+    digest: str | None = None
+    plans: tuple[PlannedSite, ...] | None = None
+    left_out: tuple[SiteLeftOut, ...] = ()
+
+
+class NoiseSummary(Record):
+    """The noise of a whole run: rollouts, those in which weights changed, and how large it was."""
+
+    rollouts: int
+    noisy_rollouts: int
+    largest_sigma: float
+    largest_realised: float
+    mean_share_changed: float
+
+
+class HealthSummary(Record):
+    """The worst state of a whole run, its alarms in the order they came, and how often it was rolled back."""
+
+    state: State
+    alarms: tuple[HealthFinding, ...] = ()
+    rollbacks: int = 0
+
+
+class Summary(Record):
+    """What a run proves of itself; the lines of evidence hold the details."""
+
+    sites: int | None = None
+    calls: Mapping[str, int] = Field(default_factory=dict)
+    live_equals_fresh: bool | None = None
+    masters_unchanged: bool | None = Field(None, alias="master_unharmed")
+    weights_changed: float | None = None
+    hardly_moved: str | None = None
+    steps_without_update: int | None = None
+    recipe: Mapping[str, JsonValue] = Field(default_factory=dict)
+    inputs: Mapping[str, str] = Field(default_factory=dict)
+    final_weights: str | None = None
+    noise: NoiseSummary | None = None
+    health: HealthSummary | None = None
+    processes: int | None = None
+
+
+class Imported(Record):
+    """Where a foreign log came from, what was said of it, and what of it could not be placed."""
+
+    dialect: str
+    source: str | None = None
+    sha256: str | None = None
+    config: JsonValue = None
+    status: str | None = None
+    note: str | None = None
+    went_back: int | None = None
+    met_twice: int | None = None
+    left_behind: int | None = None
+    skipped: int | None = None
+
+
+class RunResult(Record):
+    """The end of a run. `stopped` is the monitor's reason to end it early; `imported` stands for a foreign log."""
+
+    version: int = 0
+    run_id: str | None = None
+    suite: str | None = None
+    arm: str | None = None
+    seed: int | None = None
+    spec_digest: str | None = None
+    code_digest: str | None = None
+    versions: Mapping[str, str] = Field(default_factory=dict)
+    evaluations: tuple[Evaluation, ...] = ()
+    evidence: Summary = Summary()
+    imported: Imported | None = None
+    steps_asked: int | None = None
+    steps_done: int | None = None
+    stopped: str | None = None
+    wall_s: float | None = None
+
+
+_LINE: TypeAdapter[Evidence] = TypeAdapter(Annotated[Evidence, Field(discriminator="kind")])
+_R = TypeVar("_R", bound=Record)
+
+
+def read_evidence(line: object) -> Evidence | None:
+    """One line of evidence; None for a kind that this version does not know. Raises `InvalidValueError`."""
+    kind = line.get("kind") if isinstance(line, Mapping) else None
+    if not isinstance(kind, str):
+        raise InvalidValueError(f"a line of evidence needs a 'kind', found {shown(line)}")
+    if kind not in KINDS:
+        return None
+    return _read(_LINE.validate_python, line, kind)
+
+
+def read_result(content: object) -> RunResult:
+    """A run's result. Raises `InvalidValueError`, also for one whose format only a newer version knows."""
+    result = _read(RunResult.model_validate, content, "result")
+    if result.version > VERSION:
+        raise InvalidValueError(f"format {result.version} of a newer fp4rl, this one reads {VERSION}; update fp4rl")
+    return result
+
+
+def read_sites(content: object) -> Sites:
+    """The table in sites.json. Raises `InvalidValueError`."""
+    return _read(Sites.model_validate, content, "sites")
+
+
+def _read(validate: Callable[..., _R], content: object, what: str) -> _R:
+    try:
+        return validate(content, strict=False, extra="ignore")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join([what, *map(str, first["loc"])])
+        raise InvalidValueError(f"{where}: {first['msg']}, found {shown(first['input'])}") from None

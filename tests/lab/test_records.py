@@ -1,0 +1,98 @@
+"""Records are typed: a writer's mistake is an error there, and what older versions wrote reads on.
+
+`tests/data/format0` was written before records had types: three runs, with every kind of line among them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fp4rl.cli.main import main
+from fp4rl.lab.files import json_ready
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evidence import KINDS, Evaluation, LiveCheck, MasterCheck, Profile
+from fp4rl.spec.records import VERSION, RunResult, read_evidence, read_result, read_sites
+
+OLD = Path(__file__).parents[1] / "data" / "format0"
+
+
+def lines():
+    for file in OLD.glob("old/*/evidence.jsonl"):
+        yield from map(json.loads, file.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: LiveCheck(max_diference=0.0),
+        lambda: LiveCheck(max_difference="0.0"),
+        lambda: MasterCheck(phase="rollot", step=1, unchanged=True, digest="ab"),
+        lambda: MasterCheck(phase="rollout", step=True, unchanged=True, digest="ab"),
+        lambda: Evaluation(step=1, profile=Profile(name="full"), strict=67.5),
+        lambda: Evaluation(step=1, profile={"name": "full", "scoerr": "x"}, strict=0.5),
+        lambda: RunResult(versions={"torch": 2.1}),
+    ],
+)
+def test_a_wrong_key_or_type_is_an_error_at_the_writer(wrong):
+    with pytest.raises(ValidationError):
+        wrong()
+
+
+def test_every_kind_of_the_old_folder_comes_back_as_it_was_written():
+    seen = set()
+    for written in lines():
+        record = read_evidence(written)
+        seen.add(record.kind)
+        assert json_ready({"kind": record.kind} | record.as_json()) == written
+    assert seen == set(KINDS)
+    for name, read in (("result.json", read_result), ("sites.json", read_sites)):
+        for file in OLD.glob(f"old/*/{name}"):
+            written = json.loads(file.read_text())
+            assert json_ready(read(written).as_json()) == written
+
+
+def test_a_reader_takes_what_is_missing_and_what_is_new_and_numbers_written_as_words():
+    assert read_evidence({"kind": "live_equals_fresh", "max_difference": "inf"}).max_difference == float("inf")
+    assert read_evidence({"kind": "warning", "line": "x", "colour": "red"}).as_json() == {"line": "x"}
+    assert read_evidence({"kind": "of another version"}) is None
+    assert read_result({}) == RunResult()
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [
+        (read_evidence, {"phase": "rollout"}, "needs a 'kind'"),
+        (read_evidence, {"kind": "checkpoint"}, "step"),
+        (read_result, {"evaluations": [{"step": 1}]}, "evaluations.0.strict"),
+        (read_result, {"evaluations": [{"step": 1, "strict": 67.5}]}, "evaluations.0.strict"),
+        (read_result, {"version": VERSION + 1}, "newer fp4rl"),
+        (read_sites, {"digest": ["a"]}, "digest"),
+    ],
+)
+def test_what_is_no_record_is_one_line_that_names_the_key(read, content, said):
+    with pytest.raises(InvalidValueError, match=said) as error:
+        read(content)
+    assert "\n" not in str(error.value)
+
+
+def test_every_verb_reads_the_old_folder(tmp_path, monkeypatch, capsys):
+    shutil.copytree(OLD, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    run = next((tmp_path / "runs" / "old").glob("w4a4-s0-*")).name
+    verbs = {
+        ("runs", "--json"): run,
+        ("show", f"old/{run}"): "noise_stages: 1 line",
+        ("report", "runs/old"): "3 of 3 runs",
+        ("compare", "old/w4a4@deployment", "old/bf16@w4a4"): "Does W4A4 cost accuracy?",
+        ("ledger", "rebuild"): "3 runs recorded",
+    }
+    for verb, said in verbs.items():
+        assert main([*verb]) == 0, verb
+        assert said in capsys.readouterr().out
+    assert main(["health", "old", "--rule", "stop if entropy > 0 at step 2"]) == 1
+    assert "3 of 3 runs had an alarm" in capsys.readouterr().err
+    assert main(["compare", "old/ill@full", "old/bf16@full"]) == 1
+    assert "stopped early" in capsys.readouterr().out
