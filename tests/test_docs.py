@@ -14,10 +14,12 @@ import yaml
 
 from fp4rl.cli.described import described_by
 from fp4rl.cli.main import VERBS, _app
+from fp4rl.cli.scan_source import described
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import described_keys
-from fp4rl.spec.load import load_spec, merge
+from fp4rl.spec.load import load_spec, merge, parse
+from fp4rl.spec.scan import ScanRequest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -107,6 +109,9 @@ def test_every_setting_named_on_a_page_is_taken(setting, tmp_path):
     paths += [f"{p}.{key}" for p in ("injection.weight",) if key in ("coarse", "rotation", "scale_rule", "block")]
     if key in Suite.model_fields:
         return
+    if key.partition(".")[0] in ScanRequest.model_fields:
+        parse(ScanRequest, merge({}, {key: yaml.safe_load(value)}), "")
+        return
     assert paths, f"no key of a spec is called {key!r}"
     wrong = [_wrong(path, yaml.safe_load(value), NEEDS.get(setting, {}), tmp_path) for path in paths]
     if setting in REFUSED:
@@ -169,8 +174,13 @@ OVERRIDES = [
 
 @pytest.mark.parametrize(("command", "word"), OVERRIDES, ids=[word for _, word in OVERRIDES])
 def test_every_override_on_a_page_changes_a_suite(command, word):
-    suite = described_by(Path("catalogue/quickstart"), [word])
-    assert suite != described_by(Path("catalogue/quickstart"), [])
+    def said(*words):
+        if command.startswith("fp4rl scan "):
+            found = described("catalogue/quickstart", words)
+            return found.experiment, found.request
+        return described_by(Path("catalogue/quickstart"), words)
+
+    assert said(word) != said()
 
 
 CODE = ("src", "tests", "benchmarks", "examples")

@@ -14,6 +14,7 @@ import typer
 from fp4rl.cli.main import VERBS, _app
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import Key, described_keys
+from fp4rl.spec.scan import ScanRequest
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -67,6 +68,8 @@ def keys() -> Iterator[str]:
     yield from _keys(described_keys(Experiment))
     yield "\n## Of a suite\n"
     yield from _keys(described_keys(Suite))
+    yield "\n## Of a scan\n"
+    yield from _keys(described_keys(ScanRequest))
 
 
 def _keys(found: Iterable[Key]) -> Iterator[str]:

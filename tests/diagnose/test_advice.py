@@ -1,4 +1,4 @@
-"""From findings to spec objects: the knapsack, the noise rules, the documents' thresholds, and the fragment."""
+"""From findings to spec objects: the knapsack, the noise rules, the verl fork's thresholds, and the fragment."""
 
 import itertools
 import random
@@ -98,7 +98,7 @@ def test_a_threshold_that_ideal_data_breaks_is_said_to_tell_nothing(w4a4):
     assert found["gain_ratio"].discriminates
 
 
-def test_the_documents_relative_error_is_the_mean_of_ratios_and_stands_beside_ours():
+def test_the_forks_relative_error_is_the_mean_of_ratios_and_stands_beside_ours():
     """By hand: |e|/|w| of (1 -> 2, 10 -> 10) is 1 and 0, mean 0.5; sum|e|/sum|w| is 1/11."""
     tally = ErrorSums()
     values, rounded = torch.tensor([[1.0, 10.0]]), torch.tensor([[2.0, 10.0]])
@@ -111,7 +111,7 @@ def test_the_documents_relative_error_is_the_mean_of_ratios_and_stands_beside_ou
     assert judge(rule_named("relative_error", 0.6), [place]).flagged == ()
     assert judge(rule_named("relative_l1", 0.4), [place]).flagged == ()
     judged = [judge(rule_named(name), [place]) for name in ("sqnr", "relative_error", "relative_l1")]
-    said = "relative_error: mean |e|/|w|, as they define it; relative_l1: sum|e|/sum|w|"
+    said = "relative_error: mean |e|/|w|, as the fork defines it; relative_l1: sum|e|/sum|w|"
     assert meanings(judged) == said
 
 

@@ -10,6 +10,8 @@ from markupsafe import escape
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.main import main
+from fp4rl.cli.scan import KEYS
+from fp4rl.cli.scan_source import _sorted, described
 from fp4rl.diagnose.page import page
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.injection import Injection
@@ -31,8 +33,8 @@ def folder(tmp_path_factory):
 
 def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsys):
     html, advice = tmp_path / "scan.html", tmp_path / "advice.yaml"
-    arguments = ["scan", str(folder), "--mode", "w4a4", "--texts", "8", "--html", str(html), "--advise", str(advice)]
-    assert main([*arguments, "--take", "formats", "--take", "noise"]) == 0
+    arguments = ["scan", str(folder), "injection=w4a4", "texts=8", "--html", str(html), "--advise", str(advice)]
+    assert main([*arguments, "take=[formats, noise]"]) == 0
     shown = capsys.readouterr().out
     assert "14 sites" in shown
     assert "8 texts" in shown
@@ -50,46 +52,47 @@ def test_a_scan_prints_layers_and_writes_page_and_advice(folder, tmp_path, capsy
 
 
 def test_the_json_of_a_scan_is_one_document(folder, capsys):
-    assert main(["scan", str(folder), "--quick", "--texts", "4", "--json"]) == 0
+    assert main(["scan", str(folder), "measured=false", "texts=4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["scan"]["measured"] is False
     assert found["sensitivity"]["sites"][0]["leave_one_in"] is None
     assert found["sensitivity"]["sites"][0]["estimate"] > 0
 
 
-def test_a_limit_of_the_documents_can_be_changed(folder, capsys):
+def test_a_published_threshold_can_be_changed(folder, capsys):
     def flagged(*options):
-        assert main(["scan", str(folder), "--weights-only", "--json", *options]) == 0
+        assert main(["scan", str(folder), "weights_only=true", "--json", *options]) == 0
         return {rule["name"]: rule for rule in json.loads(capsys.readouterr().out)["rules"]}["sqnr"]
 
-    strict, mild = flagged(), flagged("--limit", "sqnr=15")
+    strict, mild = flagged(), flagged("limits.sqnr=15")
     assert (len(strict["flagged"]), strict["discriminates"], strict["bands"]) == (14, False, "reconsider_quantization")
     assert (mild["flagged"], mild["limit"], mild["bands"]) == ([], 15.0, "no action")
 
 
 def test_weights_alone_are_scanned_from_their_files(folder, capsys):
-    assert main(["scan", str(folder), "--weights-only", "--format", "nvfp4", "--json"]) == 0
+    assert main(["scan", str(folder), "weights_only=true", "format=nvfp4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {part["format"] for part in found["parts"]} == {"nvfp4"}
     assert found["calibration"] is None
 
 
 def test_the_same_folder_twice_is_flagged_with_exit_code_1(folder, capsys):
-    assert main(["scan", str(folder), "--weights-only", "--against", str(folder)]) == 1
+    assert main(["scan", str(folder), "weights_only=true", "--against", str(folder)]) == 1
     assert "adapters not loaded" in capsys.readouterr().err
 
 
 def test_two_scans_stand_side_by_side(folder, tmp_path, capsys):
-    assert main(["scan", str(folder), "--weights-only", "--json"]) == 0
+    assert main(["scan", str(folder), "weights_only=true", "--json"]) == 0
     before = tmp_path / "before.json"
     before.write_text(capsys.readouterr().out)
-    assert main(["scan", str(folder), "--weights-only", "--format", "mxfp8", "--against", str(before)]) == 0
+    assert main(["scan", str(folder), "weights_only=true", "format=mxfp8", "--against", str(before)]) == 0
     shown = capsys.readouterr().out
     (line,) = (line for line in shown.splitlines() if line.startswith("weights: SQNR"))
     mxfp4, mxfp8 = (float(cell) for cell in line.split()[-2:])
     assert (mxfp4, mxfp8) == (pytest.approx(18.7, abs=0.3), pytest.approx(31.5, abs=1.5))
     assert "before.json" in shown
-    again = ["scan", str(folder), "--weights-only", "--against", str(before)]
-    assert main([*again, "--leave", "*.layers.0.*"]) == 0  # another question to the same model
+    again = ["scan", str(folder), "weights_only=true", "--against", str(before)]
+    assert main([*again, "leave=*.layers.0.*"]) == 0  # another question to the same model
     assert main(again) == 1
 
 
@@ -123,20 +126,22 @@ MIXED = {"mode": "w4a4", "preset": "vllm", "by_pattern": {"*.down_proj": "mxfp8"
     ("words", "injection"),
     [
         ((), MIXED),
-        (("--preset", "modelopt"), MIXED | {"preset": "modelopt"}),
-        (("--format", "mxfp6_e2m3"), {**MIXED, "mode": None, "weight": "mxfp6_e2m3", "input": "mxfp6_e2m3"}),
-        (("--arm", "layer1"), {"mode": "w4a16", "targets": {"layers": [1]}}),
-        (("--arm", "layer1", "--preset", "vllm"), {"mode": "w4a16", "preset": "vllm", "targets": {"layers": [1]}}),
+        (("preset=modelopt",), MIXED | {"preset": "modelopt"}),
+        (("format=mxfp6_e2m3",), {**MIXED, "mode": None, "weight": "mxfp6_e2m3", "input": "mxfp6_e2m3"}),
+        (("arm=layer1",), {"mode": "w4a16", "targets": {"layers": [1]}}),
+        (("arm=layer1", "preset=vllm"), {"mode": "w4a16", "preset": "vllm", "targets": {"layers": [1]}}),
         (("arms.mixed.injection.preset=ocp",), MIXED | {"preset": "ocp"}),
-        (("--mode", "w4a16"), {"mode": "w4a16"}),
+        (("injection=w4a16",), {"mode": "w4a16"}),
+        (("injection.preset=modelopt",), MIXED | {"preset": "modelopt"}),
+        (("injection.targets.layers=[1]", "arm=mixed"), MIXED | {"targets": {"layers": [1]}}),
     ],
 )
-def test_options_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, capsys, words, injection):
-    """The kind: an option that silently throws away what it was to change."""
-    found = scanned(capsys, spec, *words, "--weights-only")
+def test_keys_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, capsys, words, injection):
+    """The kind: a key that silently throws away what it was to change."""
+    found = scanned(capsys, spec, *words, "weights_only=true")
     wanted = Injection.model_validate(injection)
     assert Injection.model_validate(found["injection"]) == wanted
-    assert found["model"] == f"suite.yaml, arm {'layer1' if 'layer1' in words else 'mixed'}"
+    assert found["model"] == f"suite.yaml, arm {'layer1' if 'arm=layer1' in words else 'mixed'}"
     wide = {part["format"] for part in found["parts"] if part["site"].endswith("down_proj")}
     assert wide == ({"mxfp8"} if wanted.by_pattern else {"mxfp4"})
     assert len(found["parts"]) == (7 if wanted.targets.layers else 14)
@@ -145,11 +150,11 @@ def test_options_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, caps
 def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsys):
     """Another preset than the arm's own, so that only the arm itself can take it."""
     advice = tmp_path / "advice.yaml"
-    words = ["scan", str(spec), "--preset", "modelopt", "--quick", "--texts", "2", "--advise", str(advice)]
-    assert main([*words, "--take", "leave", "--take", "weight_format"]) == 0
+    words = ["scan", str(spec), "preset=modelopt", "measured=false", "texts=2", "--advise", str(advice)]
+    assert main([*words, "take=[leave, weight_format]"]) == 0
     said = capsys.readouterr().out
     assert f"run with it: fp4rl run {spec} arms.mixed=+{advice}\n" in said
-    assert "relative_error: mean |e|/|w|, as they define it; relative_l1: sum|e|/sum|w|" in " ".join(said.split())
+    assert "relative_error: mean |e|/|w|, as the fork defines it; relative_l1: sum|e|/sum|w|" in " ".join(said.split())
     mixed = next(run for run in runs_of(spec, [f"arms.mixed=+{advice}"]) if run.arm == "mixed").experiment.injection
     assert (mixed.preset, mixed.weight.scale_rule, mixed.by_pattern[0].weight.scale_rule) == (
         "modelopt",
@@ -159,49 +164,64 @@ def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsy
     assert len(mixed.targets.leave) > len(LEFT_BY_DEFAULT)
 
 
-def test_a_mode_in_place_of_a_specs_injection_is_said(spec, capsys):
-    assert main(["scan", str(spec), "--mode", "w4a16", "--weights-only"]) == 0
-    assert "--mode w4a16 takes the place of the spec's injection, w4a4" in capsys.readouterr().err
+def test_keys_may_stand_in_a_file_of_their_own(spec, tmp_path, capsys):
+    asked = tmp_path / "scan.yaml"
+    asked.write_text("arm: layer1\npreset: vllm\nweights_only: true\nmodel: {dtype: bfloat16}\n")
+    found = scanned(capsys, spec, f"+{asked}")
+    assert (found["scan"]["arm"], found["injection"]["preset"], len(found["parts"])) == ("layer1", "vllm", 7)
+
+
+@pytest.mark.parametrize(("option", "key"), KEYS.items())
+def test_an_option_of_earlier_versions_is_answered_with_its_key(folder, capsys, option, key):
+    assert main(["scan", str(folder), option, "x"]) == 2
+    assert f"write {key}" in capsys.readouterr().err
+    words = [word.replace("NAME", "a").replace("FILE", "f").replace("PATTERN", "p") for word in [key]]
+    _sorted(words, of_spec=True)
 
 
 def test_a_dtype_and_a_task_are_those_of_the_command_line_whatever_the_arm_says(spec, tmp_path):
-    from fp4rl.cli.scan_source import Source, described
-
     file = tmp_path / "train.jsonl"
     file.write_text("{}")
-    source = Source(str(spec), ["arms.mixed.model.dtype=float16"], "mixed", "gsm8k", file, "bfloat16")
-    _, experiment = described(source)
-    assert (experiment.model.dtype, experiment.task.name) == ("bfloat16", "gsm8k")
+    words = [
+        "arms.mixed.model.dtype=float16",
+        "arms.mixed.task={name: arithmetic, difficulty: 3}",
+        "model.dtype=bfloat16",
+    ]
+    found = described(str(spec), [*words, "arm=mixed", "task.name=gsm8k", f"task.path={file}"]).experiment
+    assert (found.model.dtype, found.task.name) == ("bfloat16", "gsm8k")
 
 
 MISTAKES = [
     (["nowhere"], "does not exist"),
-    (["{folder}", "--mode", "w4a17"], "did you mean"),
-    (["{folder}", "--format", "mxfp5"], "did you mean"),
-    (["{folder}", "--mode", "none", "--format", "mxfp4"], "name another mode"),
-    (["{folder}", "--take", "noises"], "did you mean 'noise'"),
-    (["{folder}", "--take", "noise"], "add --advise FILE"),
-    (["{folder}", "--noise-rule", "inverted", "--advise", "x.yaml"], "did you mean 'inverse'"),
-    (["{folder}", "--bits", "4", "--advise", "x.yaml"], "mxfp4 itself takes 4.25 bits a weight"),
-    (["{folder}", "--preset", "vlm"], "did you mean 'vllm'"),
-    (["{folder}", "--dtype", "float46"], "float16"),
+    (["{folder}", "injection=w4a17"], "did you mean"),
+    (["{folder}", "format=mxfp5"], "did you mean"),
+    (["{folder}", "injection.mode=none", "format=mxfp4"], "name another mode"),
+    (["{folder}", "take=noises"], "'noise'"),
+    (["{folder}", "take=noise"], "add --advise FILE"),
+    (["{folder}", "noise_rule=inverted", "--advise", "x.yaml"], "'inverse'"),
+    (["{folder}", "bits=4", "--advise", "x.yaml"], "mxfp4 itself takes 4.25 bits a weight"),
+    (["{folder}", "preset=vlm"], "did you mean 'vllm'"),
+    (["{folder}", "model.dtype=float46"], "float16"),
     (["{folder}", "training.steps=3"], "is no spec file"),
-    (["{spec}", "--arm", "mixd"], "has no arm 'mixd'; did you mean 'mixed'"),
+    (["{spec}", "arm=mixd"], "has no arm 'mixd'; did you mean 'mixed'"),
     (["{spec}", "trainin.steps=3"], "did you mean 'training'"),
-    (["{folder}", "--text", "{text}", "--task", "arithmetic"], "both name what to calibrate on"),
-    (["{folder}", "--text", "gone.txt"], "no such file"),
+    (["{folder}", "measurd=false"], "did you mean 'measured'"),
+    (["{folder}", "arm=w4a4"], "is no spec file"),
+    (["{folder}", "injection=none"], "name a mode"),
+    (["{folder}", "text={text}", "task.name=arithmetic"], "both name what to calibrate on"),
+    (["{folder}", "text=gone.txt"], "no such file"),
     (["{folder}", "--against", "gone.json"], "does not exist"),
     (["{folder}", "--against", "{text}"], "is no JSON of `fp4rl scan --json`"),
     (["embedded", "--against", "{folder}"], "the embedded model has no files to compare"),
-    (["embedded", "--weights-only"], "is scanned without it"),
-    (["{folder}", "--weights-only", "--quick"], "--quick needs the model"),
+    (["embedded", "weights_only=true"], "is scanned without it"),
+    (["{folder}", "weights_only=true", "measured=false"], "measured needs the model"),
     (["{empty_folder}"], "has no config.json"),
-    (["{folder}", "--text", "{empty}"], "empty"),
-    (["{folder}", "--limit", "snr=18"], "did you mean 'sqnr'"),
-    (["{folder}", "--limit", "sqnr"], "write for example sqnr=18"),
-    (["{folder}", "--task", "gsm8k"], "--data FILE"),
-    (["{folder}", "--weights-only", "--advise", "x.yaml"], "--advise needs the model"),
-    (["{folder}", "--leave", "*.qproj"], "*.q_proj"),
+    (["{folder}", "text={empty}"], "empty"),
+    (["{folder}", "limits.snr=18"], "'sqnr'"),
+    (["{folder}", "limits.sqnr=x"], "expected a number"),
+    (["{folder}", "task.name=gsm8k"], "task.path"),
+    (["{folder}", "weights_only=true", "--advise", "x.yaml"], "--advise needs the model"),
+    (["{folder}", "leave=*.qproj"], "*.q_proj"),
 ]
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp4rl.cli.ledger import AsJson
+from fp4rl.cli.options import AsJson
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.audit.confounds import ONE_RUN
 from fp4rl.spec.words import counted

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp4rl.cli.ledger import Address, AsJson, opened
-from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.ledger import opened
+from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.questions import check_factors

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fp4rl.cli.outputs import require_writable
-from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.cli.options import AsJson, require_writable
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
 from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def command(
     ] = False,
     dtype: Annotated[str, typer.Option(help="The dtype that the model is loaded in.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write one row per problem to this Parquet file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer the task's test problems greedily and print strict, flexible and format rate with 95 % intervals.
 
@@ -77,7 +77,6 @@ def command(
     from fp4rl.models.quiet import quiet
 
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
-    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.rl.judge import Judge
 
     ready_to_round()

@@ -8,7 +8,8 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from fp4rl.cli.terminal import console, print_json, progress, styled
+from fp4rl.cli.options import AsJson
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
@@ -36,7 +37,7 @@ def command(
     compare: Annotated[
         bool, typer.Option("--compare", help="Measure the error of every format on three kinds of data.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the number formats, modes and deployment presets, show one in detail, or compare their errors.
 
@@ -189,7 +190,6 @@ def _ideal(fmt: Format) -> dict[str, float]:
 
 
 def _compare(as_json: bool) -> None:
-    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.numerics.distributions import DATA, errors_on
 
     ready_to_round()

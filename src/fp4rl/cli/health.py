@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.health_suite import COLOURS, require_logged, suite
-from fp4rl.cli.options import RunsRoot
+from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
@@ -37,7 +37,7 @@ def command(
         list[str] | None, typer.Option("--set", "-s", help="A threshold, as length_ratio=2; may be repeated.")
     ] = None,
     runs: RunsRoot = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge every step of a log: ok, watch or alarm with the evidence, or not judged. Exit code 1 after an alarm.
 

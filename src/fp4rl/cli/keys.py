@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp4rl.cli.options import AsJson
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.errors import NotFoundError, nearest
 
@@ -16,19 +17,20 @@ if TYPE_CHECKING:
 
 def command(
     prefix: Annotated[str, typer.Argument(help="Only the keys below this one, such as training or noise.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the keys as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """List the keys of an experiment, the `base` of a suite, and those of a suite, with defaults.
+    """List the keys of an experiment, the `base` of a suite, and those of a suite and of a scan, with defaults.
 
-    Examples: `fp4rl keys training.rollout_correction`, `fp4rl keys suite`
+    Examples: `fp4rl keys training.rollout_correction`, `fp4rl keys suite`, `fp4rl keys scan`
     """
     from fp4rl.spec.experiment import Experiment, Suite
     from fp4rl.spec.keys import described_keys
+    from fp4rl.spec.scan import ScanRequest
 
-    of_suite = described_keys(Suite)
-    every = [*described_keys(Experiment), *of_suite]
+    whole = {"suite": described_keys(Suite), "scan": described_keys(ScanRequest)}
+    every = [*described_keys(Experiment), *whole["suite"]]
     asked = prefix.removeprefix("base.")  # the base holds an experiment's keys
-    found = of_suite if asked == "suite" else [key for key in every if _below(key, asked)]
+    found = whole.get(asked) or [key for key in every if _below(key, asked)]
     if not found:
         raise NotFoundError(f"no key is called {prefix!r}{_nearest(asked, every)}")
     if as_json:

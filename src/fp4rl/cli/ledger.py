@@ -7,24 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp4rl.cli.late import leave_out
-from fp4rl.cli.options import RunsRoot
-from fp4rl.cli.terminal import console, print_json, progress
+from fp4rl.cli.options import Address, AsJson, RunsRoot
+from fp4rl.cli.terminal import console, leave_out, print_json, progress
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.store import Ledger
 
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--ledger",
-        envvar="FP4RL_LEDGER",
-        help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 app = typer.Typer(no_args_is_help=True, help="Make the ledger again from the run folders, or say what it holds.")
 

@@ -12,12 +12,13 @@ import typer
 from typer.exceptions import TyperException
 
 from fp4rl import __version__
-from fp4rl.cli import late
+from fp4rl.cli.terminal import forget_left_out, require_nothing_left_out
 from fp4rl.engines.launcher import launched, leave
 from fp4rl.lab.files import is_full
 from fp4rl.spec.errors import CheckFailed, UserError
 
-# In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs).
+# In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs); its
+# `CONTEXT`, where there is one, are settings of the parser.
 VERBS = (
     "quickstart",
     "formats",
@@ -73,7 +74,7 @@ def _app(verb: str | None) -> typer.Typer:
     if hasattr(module, "app"):
         app.add_typer(module.app, name=verb)
     else:
-        app.command(name=verb)(module.command)
+        app.command(name=verb, context_settings=getattr(module, "CONTEXT", None))(module.command)
     return app
 
 
@@ -92,12 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [_at_home(a) for a in arguments if a != "--debug"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
-    late.begin()
+    forget_left_out()
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
         if code == _INTERRUPTED:  # typer catches it, and says nothing
             return _report(KeyboardInterrupt(), verb)
-        late.end()
+        require_nothing_left_out()
         return code
     except (Exception, KeyboardInterrupt) as error:
         if debug or not _of_the_user(error):

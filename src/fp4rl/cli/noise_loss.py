@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fp4rl.cli.terminal import console, progress
+from fp4rl.cli.terminal import console, progress, ready_to_round
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import counted
@@ -29,7 +29,6 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     from fp4rl.models.quiet import quiet
 
     quiet()
-    from fp4rl.cli.rounding import ready_to_round
     from fp4rl.diagnose.calibration import calibrate_answers
     from fp4rl.diagnose.noise_loss import noise_losses
     from fp4rl.models.load import load

@@ -1,9 +1,13 @@
-"""Arguments and options that several verbs share, so that they read alike everywhere."""
+"""Arguments and options that several verbs share, so that they read alike everywhere, and a check of files to write."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fp4rl.spec.errors import InvalidValueError
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a suite or of one experiment.")]
 Overrides = Annotated[
@@ -14,3 +18,29 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by sid
 ReportTo = Annotated[
     list[str] | None, typer.Option("--report-to", help="wandb or mlflow, besides TensorBoard; may be given twice.")
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        envvar="FP4RL_LEDGER",
+        help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead.")]
+
+
+def require_writable(file: Path | None, option: str) -> None:
+    """Raise InvalidValueError where `file`, given as `option`, could not be written after the work."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise InvalidValueError(f"{option} {file}: is a folder; name a file")
+    if not file.parent.is_dir():
+        raise InvalidValueError(f"{option} {file}: there is no folder {file.parent}; make it, or name another place")
+    if file.exists() and os.access(file, os.W_OK):  # such as /dev/stdout, whose folder is not the user's
+        return
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InvalidValueError(f"{option} {file}: cannot write there ({error.strerror}); name another place") from None

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
+from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -22,7 +20,7 @@ def command(
     spec: SpecFile,
     overrides: Overrides = None,
     runs: RunsRoot = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a file describes: its arms, its questions, and its runs with their ids.
 

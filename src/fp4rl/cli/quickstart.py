@@ -1,12 +1,8 @@
 """`fp4rl quickstart`: four training recipes for the embedded model, compared in full precision and in 4 bits."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from fp4rl.cli.ledger import Address
-from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot
+from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot
 from fp4rl.cli.report import show
 from fp4rl.cli.run import carry_out_all, end
 
@@ -17,7 +13,7 @@ def command(
     jobs: Jobs = 2,
     report_to: ReportTo = None,
     ledger: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build and warm up the embedded model, train every arm, and print what the intervals allow one to say.
 

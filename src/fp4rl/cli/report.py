@@ -5,17 +5,15 @@ from typing import Annotated
 
 import typer
 
-from fp4rl.cli.late import leave_out
-from fp4rl.cli.ledger import Address
-from fp4rl.cli.options import RunsRoot
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.options import Address, AsJson, RunsRoot
+from fp4rl.cli.terminal import console, leave_out, print_json
 
 
 def command(
     suite: Annotated[str, typer.Argument(help="Folder of a suite, or its name below --runs.")],
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the comparison table of a suite and write report.html beside its runs.
 

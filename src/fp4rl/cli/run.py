@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.late import leave_out
-from fp4rl.cli.ledger import Address, place
-from fp4rl.cli.options import Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.ledger import place
+from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
 from fp4rl.cli.report import show
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, leave_out, print_json
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.words import agreeing, counted
 
@@ -39,7 +38,7 @@ def command(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step's time goes; every run keeps it as profile.md.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Carry out the runs of a suite or an experiment. Finished runs are skipped; the same command resumes.
 

@@ -11,6 +11,7 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
     from fp4rl.diagnose.report import ScanReport
+    from fp4rl.spec.scan import Piece, ScanRequest
 
 
 def other_scan(place: Path | None) -> dict[str, Any] | None:
@@ -29,36 +30,37 @@ def other_scan(place: Path | None) -> dict[str, Any] | None:
     return found
 
 
-def write_advice(file: Path, advice: "Advice", pieces: Sequence[str] | None) -> None:
+def write_advice(file: Path, advice: "Advice", pieces: "Sequence[Piece] | None") -> None:
     """The fragment as YAML, its reasons above it as comments."""
     import yaml
 
     reasons = "".join(f"#   {reason}\n" for reason in advice.reasons)
-    content = yaml.safe_dump(advice.fragment(pieces), sort_keys=False, allow_unicode=True)  # type: ignore[arg-type]
+    content = yaml.safe_dump(advice.fragment(pieces), sort_keys=False, allow_unicode=True)
     file.write_text(f"# Advice of `fp4rl scan`: {advice.strategy}\n{reasons}{content}", encoding="utf-8")
 
 
-def as_json(report: "ScanReport", advice: "Advice | None", pieces: Sequence[str] | None) -> dict[str, Any]:
-    """The report with the documents' rules and the advice, as one mapping."""
+def as_json(report: "ScanReport", advice: "Advice | None", request: "ScanRequest") -> dict[str, Any]:
+    """The report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
     from fp4rl.diagnose.findings import rules_as_dicts
 
     found = report.as_dict() | {"rules": rules_as_dicts(report)}
+    found["scan"] = request.model_dump(mode="json")
     if advice is not None:
         found["advice"] = {
             "strategy": advice.strategy,
             "reasons": list(advice.reasons),
             "leave": list(advice.leave),
-            "fragment": advice.fragment(pieces),  # type: ignore[arg-type]
+            "fragment": advice.fragment(request.take),
         }
     return found
 
 
-def print_scan(report: "ScanReport", advice: "Advice | None", pieces: Sequence[str] | None, *, json_only: bool) -> None:
+def print_scan(report: "ScanReport", advice: "Advice | None", request: "ScanRequest", *, json_only: bool) -> None:
     """The tables of a scan and its advice, or one JSON document."""
     from fp4rl.cli.scan_view import show, show_advice
 
     if json_only:
-        print_json(as_json(report, advice, pieces))
+        print_json(as_json(report, advice, request))
         return
     show(console(), report)
     if advice is not None:
@@ -66,14 +68,18 @@ def print_scan(report: "ScanReport", advice: "Advice | None", pieces: Sequence[s
 
 
 def say_written(
-    html: Path | None, advise: Path | None, advice: "Advice | None", pieces: Sequence[str] | None, where: str
+    html: Path | None, advise: Path | None, advice: "Advice | None", pieces: "Sequence[Piece] | None", where: str
 ) -> None:
     """Which files there are now, what the advice holds, and what it was asked for and has nothing to say of; `where` is
     the command that takes the advice, with {} for its file."""
     lines = [f"page: {html}"] if html else []
     if advise and advice:
-        held = advice.held(pieces)  # type: ignore[arg-type]
-        words = " and ".join(held) if held else "nothing but the injection as scanned (--take puts more in)"
+        held = advice.held(pieces)
+        words = (
+            " and ".join(held)
+            if held
+            else "nothing but the injection as scanned (take=[formats,noise,leave] puts more in)"
+        )
         on = "; its noise turns AQN on where a spec has none" if "noise" in held else ""
         lines.append(f"advice: {advise} holds {words}{on}")
         lines += [

@@ -1,120 +1,148 @@
-"""From what stands on the command line of `fp4rl scan` to a model, its texts, and what is to be rounded in it."""
+"""From the words of `fp4rl scan` to a model, its texts, and what is to be rounded in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.cli.described import asked_task, is_spec, refuse_words_for_a_spec, require_here, run_described
+from fp4rl.cli.described import described_by, is_spec, require_here, run_described, spec_file
 from fp4rl.lab.matrix import PlannedRun, single
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.load import parse
-from fp4rl.spec.modes import MODES
+from fp4rl.spec.load import arm_content, change_of, merge, parse, read_yaml
 from fp4rl.spec.retarget import in_format, under_preset
-from fp4rl.spec.targets import LEFT_BY_DEFAULT
+from fp4rl.spec.scan import ScanRequest
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.calibration import Calibration
 
 DEFAULT_MODE = "w4a16"
+OF_A_MODEL = ("model", "task", "injection")  # keys of an experiment that act without a spec file
 _ARM = ", arm "  # between a suite's file and the arm of it that is scanned
 
 
 @dataclass(frozen=True)
-class Source:
-    """The model as it was named, with the words for a spec file, and the options that take a spec's place."""
+class ScanTarget:
+    """What is scanned: the name in the report, the experiment behind it, what was asked for, what is rounded."""
 
-    model: str
-    overrides: Sequence[str]
-    arm: str | None
-    task: str | None
-    data: Path | None
-    dtype: str | None
+    source: str
+    name: str
+    experiment: Experiment
+    request: ScanRequest
+    injection: Injection
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds the weights; InvalidValueError for the embedded model, which is made when needed."""
+        if self.experiment.model.path is None:
+            raise InvalidValueError(
+                "weights_only reads a model folder; the embedded model has none and is scanned without it"
+            )
+        return self.experiment.model.path
+
+    @property
+    def takes_advice(self) -> str:
+        """The command that lays a file of advice, {0}, over what was scanned."""
+        if not is_spec(self.source):
+            return "fp4rl run SPEC +{0}; for one arm of a suite: arms.NAME=+{0}"
+        _, _, arm = self.name.partition(_ARM)
+        return f"fp4rl run {self.source} arms.{arm}=+{{0}}" if arm else f"fp4rl run {self.source} +{{0}}"
 
 
-@dataclass(frozen=True)
-class ScanRequest:
-    """What is to be rounded, as said on the command line; None where nothing was said."""
+def described(source: str, words: Sequence[str]) -> ScanTarget:
+    """Read a model folder, the word `embedded` or a spec file, with `key=value` words.
 
-    mode: str | None
-    format: str | None
-    preset: str | None
-    leave: Sequence[str]
-
-
-def described(source: Source) -> tuple[str, Experiment]:
-    """What the report calls the model, and the experiment that it stands for: a folder, the word `embedded`, or one arm
-    of a spec file. Raises NotFoundError where a file that it names is not on this machine."""
-    run = _of_spec(source) if is_spec(source.model) else _of_model(source)
+    Raises InvalidValueError for a wrong key or value, NotFoundError where a file that is named is not on this machine.
+    """
+    asked, change, of_suite = _sorted(words, is_spec(source))
+    request = parse(ScanRequest, asked, "")
+    if request.weights_only and "task" in change:
+        raise InvalidValueError("task names what to calibrate on, and weights_only never loads the model; drop one")
+    if request.text is not None and "task" in change:
+        raise InvalidValueError(f"text {request.text} and task both name what to calibrate on; drop one")
+    if "injection" in change and change["injection"] in ("none", None):
+        raise InvalidValueError("injection=none rounds nothing, so there is nothing to scan; name a mode such as w4a16")
+    run = (_of_spec if is_spec(source) else _of_model)(source, change, of_suite, request.arm)
     require_here([run])
     path = run.experiment.model.path
     if path is not None and not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise NotFoundError(f"model folder {path!r} has no config.json; is it a Hugging Face model folder?")
-    return _name(source.model, run), run.experiment
+    return ScanTarget(source, _name(source, run), run.experiment, request, _injection(request, run.experiment))
 
 
-def _of_spec(source: Source) -> PlannedRun:
-    run = run_described(source.model, list(source.overrides), source.arm)
-    content = run.experiment.model_dump(mode="json")
-    if source.dtype is not None:
-        content["model"]["dtype"] = source.dtype
-    if source.task is not None or source.data is not None:
-        content["task"] = asked_task(source.task, source.data)
-    return PlannedRun(run.suite, run.arm, run.seed, parse(Experiment, content, ""))
+def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Split the words into keys of the scan, keys of the experiment, and words for the suite's file."""
+    known = [*ScanRequest.model_fields, *Experiment.model_fields, *(Suite.model_fields if of_spec else ())]
+    asked, change, of_suite = dict[str, Any](), dict[str, Any](), list[str]()
+    for word in words:
+        changed = change_of(word)
+        keys = {key: str(key).partition(".")[0] for key in changed}
+        for head in keys.values():
+            if head not in known:
+                raise InvalidValueError(f"unknown key {shown(head)}{nearest(head, known)}")
+        if of_spec and set(keys.values()) <= set(Suite.model_fields):
+            of_suite.append(word)
+            continue
+        for key, head in keys.items():
+            if head in ScanRequest.model_fields:
+                asked = merge(asked, {key: changed[key]})
+            else:
+                change = merge(change, {key: changed[key]})
+    return asked, change, of_suite
 
 
-def _of_model(source: Source) -> PlannedRun:
-    refuse_words_for_a_spec(source.model, list(source.overrides), source.arm)
-    model: dict[str, Any] = {"embedded": {}} if source.model == "embedded" else {"path": source.model}
-    content = {"model": {**model, "dtype": source.dtype or "float32"}}
-    task = asked_task(source.task or "arithmetic", source.data)
-    return single(parse(Experiment, content | {"task": task}, ""), source.model)
+def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None) -> PlannedRun:
+    """One arm of a suite, or an experiment, with the changes laid over what its file says."""
+    run = run_described(source, of_suite, arm)
+    if not change:
+        return run
+    suite = described_by(Path(source), of_suite)
+    content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_yaml(spec_file(Path(source)))
+    experiment = parse(Experiment, _with_task(content, change), source)
+    return PlannedRun(run.suite, run.arm, run.seed, experiment)
 
 
-def _name(model: str, run: PlannedRun) -> str:
+def _with_task(content: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with `change`; another task takes nothing over from the one that was there."""
+    asked = change.get("task")
+    if isinstance(asked, Mapping) and "name" in asked and asked["name"] != (content.get("task") or {}).get("name"):
+        content = {key: value for key, value in content.items() if key != "task"}
+    return merge(content, change)
+
+
+def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | None) -> PlannedRun:
+    stray = [*(["arm"] if arm else []), *(key for key in change if key not in OF_A_MODEL)]
+    if stray:
+        raise InvalidValueError(
+            f"{source} is no spec file, so {stray[0]} has nothing to change; keys of {', '.join(OF_A_MODEL)} act"
+        )
+    model: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
+    content = {"model": {**model, "dtype": "float32"}, "task": {"name": "arithmetic"}}
+    return single(parse(Experiment, merge(content, change), ""), source)
+
+
+def _name(source: str, run: PlannedRun) -> str:
     """What the report calls it; the model that a run ends with is `final` in every run."""
-    place = Path(model).resolve()
-    if is_spec(model):
+    place = Path(source).resolve()
+    if is_spec(source):
         return f"{place.name}{_ARM}{run.arm}" if run.arm != "run" else place.name
     return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
 
 
-def injection_of(wish: ScanRequest, experiment: Experiment) -> Injection:
-    """The experiment's own injection, or W4A16 where it has none, under what the wish changes in it.
-
-    A mode takes the place of the whole injection; a format and a preset change what is there.
-    """
-    if wish.mode is not None and wish.mode not in MODES:
-        raise NotFoundError(f"no mode is called {wish.mode!r}{nearest(wish.mode, MODES)}")
-    own = experiment.injection if wish.mode is None else None
-    found = own or parse(Injection, {"mode": wish.mode or DEFAULT_MODE, "targets": {"leave": LEFT_BY_DEFAULT}}, "")
-    if wish.format is not None:
-        found = in_format(found, wish.format)
-    if wish.preset is not None:
-        found = under_preset(found, wish.preset)
-    changed = found.targets.model_copy(update={"leave": (*found.targets.leave, *wish.leave)})
+def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
+    """The experiment's own injection, or W4A16 where it has none, with the format, preset and patterns asked for."""
+    found = experiment.injection or Injection.named(DEFAULT_MODE)
+    if request.format is not None:
+        found = in_format(found, request.format)
+    if request.preset is not None:
+        found = under_preset(found, request.preset)
+    changed = found.targets.model_copy(update={"leave": (*found.targets.leave, *request.leave)})
     return found.model_copy(update={"targets": changed})
 
 
-def replaced(wish: ScanRequest, experiment: Experiment) -> str | None:
-    """What a mode on the command line throws out of a spec, in words; None where nothing is."""
-    if wish.mode is None or experiment.injection is None:
-        return None
-    return f"--mode {wish.mode} takes the place of the spec's injection, {experiment.injection.name}"
-
-
-def takes_advice(model: str, name: str) -> str:
-    """The command that lays a file of advice, {}, over what was scanned under this name."""
-    if not is_spec(model):
-        return "fp4rl run SPEC +{0}; for one arm of a suite: arms.NAME=+{0}"
-    _, _, arm = name.partition(_ARM)
-    return f"fp4rl run {model} arms.{arm}=+{{0}}" if arm else f"fp4rl run {model} +{{0}}"
-
-
-def loaded(experiment: Experiment, lines: list[str] | None, texts: int, runs: Path) -> tuple[Any, "Calibration"]:
-    """The live model, and the texts that it is fed: the lines given, or so many of the experiment's task."""
+def loaded(target: ScanTarget, lines: list[str] | None, runs: Path) -> tuple[Any, "Calibration"]:
+    """The live model, and the texts that it is fed: the lines given, or those of the experiment's task."""
     from fp4rl.models.quiet import quiet
 
     quiet()
@@ -122,15 +150,7 @@ def loaded(experiment: Experiment, lines: list[str] | None, texts: int, runs: Pa
     from fp4rl.models.load import load
     from fp4rl.rl.start import start_folder
 
-    task = experiment.task
-    found = lines or [f"{p.prompt} {p.solution}" for p in task.problems("train", texts)]
-    model, tokenizer = load(start_folder(experiment.model, task, runs / "models"), experiment.model.dtype)
-    return model, calibrate(tokenizer, found)
-
-
-def folder_of(experiment: Experiment) -> str:
-    """The folder whose files hold the weights; InvalidValueError for the embedded model, which has none until it is
-    made."""
-    if experiment.model.path is None:
-        raise InvalidValueError("--weights-only reads a model folder; the embedded model is scanned without it")
-    return experiment.model.path
+    spec, request = target.experiment, target.request
+    found = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
+    model, tokenizer = load(start_folder(spec.model, spec.task, runs / "models"), spec.model.dtype)
+    return model, calibrate(tokenizer, found, batch_size=request.batch_size, longest=request.longest)

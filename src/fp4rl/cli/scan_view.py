@@ -32,7 +32,7 @@ TOGETHER = {  # what all weights together are said to have: measure and form
 
 
 def show(screen: "Console", report: "ScanReport") -> None:
-    """Head, layers, findings and the rules of the documents."""
+    """Head, layers, findings and the thresholds of the verl fork."""
     from fp4rl.diagnose.findings import findings, rule_results
     from fp4rl.diagnose.rules import COLUMNS, meanings
 
@@ -48,7 +48,7 @@ def show(screen: "Console", report: "ScanReport") -> None:
     for found in findings(report):
         _show_finding(screen, found)
     if judged := rule_results(report):
-        screen.print(styled(("thresholds of earlier documents", "bold"), ", to compare with"), highlight=False)
+        screen.print(styled(("fixed thresholds of the verl fork", "bold"), ", to compare with"), highlight=False)
         table = _plain(*COLUMNS)
         for result in judged:
             table.add_row(*result.cells())

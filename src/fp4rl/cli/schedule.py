@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
-from fp4rl.cli.options import Overrides, RunsRoot, SpecFile
+from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import PlannedRun
@@ -39,9 +39,7 @@ def command(
     ] = None,
     sigma: Annotated[float | None, typer.Option(min=0.0, help="Sigma of --loss; the schedules' greatest else.")] = None,
     runs: RunsRoot = Path("runs"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for a program, sigma of every step in it.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print and plot sigma per step, the multipliers, and what BF16 can hold of each stage.
 

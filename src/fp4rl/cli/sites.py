@@ -10,7 +10,7 @@ import yaml
 from rich.table import Table
 
 from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
-from fp4rl.cli.outputs import require_writable
+from fp4rl.cli.options import AsJson, require_writable
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import single
 from fp4rl.spec.errors import InvalidValueError, shown
@@ -44,7 +44,7 @@ def command(
         Path | None, typer.Option("--write", help="Write what --old says as a fragment for `fp4rl run SPEC +FILE`.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per place instead of one per role.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what is rounded in a model and in which format, what is left out, and the counts to expect.
 

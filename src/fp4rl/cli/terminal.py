@@ -1,4 +1,4 @@
-"""What every verb shares on the screen: one console that prints strings as they are, and JSON for programs."""
+"""What every verb shares on the screen: a console that prints strings as they are, JSON, progress, what is left out."""
 
 import json
 import os
@@ -7,6 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from fp4rl.engines.rounding import choose_backend
+from fp4rl.spec.errors import CheckFailed
+
+_left_out: dict[str, None] = {}
 
 
 def console(stderr: bool = False) -> Console:
@@ -44,3 +49,31 @@ def progress(on: Console) -> Progress:
         transient=True,
         disable=not on.is_terminal,
     )
+
+
+def ready_to_round() -> None:
+    """Choose the backend, as FP4RL_BACKEND says, and show what is being compiled.
+
+    Raises InvalidValueError where FP4RL_BACKEND names no backend that works here.
+    """
+    screen = console(stderr=True)
+    choose_backend(lambda message: screen.print(message, style="dim"))
+
+
+def leave_out(error: Exception) -> None:
+    """Name, once a command line, something that cannot be read; the verb goes on, and its exit code will be 1."""
+    if str(error) not in _left_out:
+        _left_out[str(error)] = None
+        console(stderr=True).print(f"left out: {error}", soft_wrap=True)
+
+
+def forget_left_out() -> None:
+    """Begin a new command line."""
+    _left_out.clear()
+
+
+def require_nothing_left_out() -> None:
+    """Raise CheckFailed if anything was left out of this command line."""
+    count = len(_left_out)
+    if count:
+        raise CheckFailed(f"{count} {'run is' if count == 1 else 'runs are'} damaged and left out, as named above")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fp4rl.diagnose.aqn import NoiseRule, noise_multipliers
+from fp4rl.diagnose.aqn import noise_multipliers
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
@@ -17,10 +17,10 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.noise import Multipliers
 from fp4rl.spec.presets import accepted
+from fp4rl.spec.scan import NoiseRule, Piece
 from fp4rl.spec.words import agreeing, counted
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
-Piece = Literal["formats", "noise", "leave", "weight_format"]
 Strategy = Literal["no action", "mixed precision", "mixed precision and noise", "reconsider the format"]
 _PIECES: dict[Strategy, tuple[Piece, ...]] = {
     "no action": (),

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Literal, get_args
+from typing import get_args
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.noise import Factor, Multipliers, Zones
+from fp4rl.spec.scan import NoiseRule
 
-NoiseRule = Literal["global", "targeted", "healthy_only", "proportional", "inverse", "zones"]
 RULES: tuple[str, ...] = get_args(NoiseRule)
 LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take all the noise
 

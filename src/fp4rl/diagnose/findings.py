@@ -48,7 +48,7 @@ def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ..
 
 
 def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
-    """The documents' rules on this report, with its limits; those that nothing was measured for are left out."""
+    """Apply the verl fork's thresholds, with the report's limits, leaving out those that nothing was measured for."""
     results = (judge(rule_named(name, report.limits.get(name)), places(report)) for name in RULES)
     return tuple(result for result in results if result.judged)
 

@@ -28,7 +28,7 @@ class Distribution:
 @dataclass(frozen=True)
 class ScanReport:
     """Everything a scan found; parts that were not asked for are None or empty. `tallies` are the weights' sums,
-    `limits` other limits for the documents' rules, by name."""
+    `limits` other limits for the fixed thresholds, by name."""
 
     model: str
     table: SiteTable

@@ -1,4 +1,4 @@
-"""The rules of the documents that this work grew from, by name, and whether each of them can tell anything apart.
+"""The fixed thresholds of the verl fork that this work grew from, and whether each of them can tell anything apart.
 
 They are kept to be compared with, not to be trusted: a threshold that ideal data cannot meet flags every layer, so the
 result says where the format's own ideal already fails it.
@@ -34,7 +34,7 @@ RULES: Mapping[str, Rule] = {
         Rule("sqnr", "sqnr_db", "below", 20.0, "dB"),
         Rule("deadzone", "deadzone_share", "above", 0.05),
         Rule("saturation", "clipped_share", "above", 0.01),
-        Rule("relative_error", "mean_relative", "above", 0.10, meaning="mean |e|/|w|, as they define it"),
+        Rule("relative_error", "mean_relative", "above", 0.10, meaning="mean |e|/|w|, as the fork defines it"),
         Rule("relative_l1", "relative_l1", "above", 0.10, meaning="sum|e|/sum|w|"),
         Rule("gain_ratio", "gain_ratio", "below", 0.9),
         Rule("kurtosis_ratio", "kurtosis_ratio", "below", 0.9),
@@ -71,7 +71,7 @@ class RuleResult:
 
     @property
     def advice(self) -> str:
-        """What the documents' bands make of it."""
+        """What the fork's bands make of it."""
         return band(len(self.layers) / self.layers_judged) if self.layers_judged else "no action"
 
     def cells(self) -> tuple[str, str, str, str]:
@@ -87,7 +87,7 @@ def meanings(results: Sequence[RuleResult]) -> str:
     return "; ".join(f"{r.rule.name}: {r.rule.meaning}" for r in results if r.rule.meaning)
 
 
-COLUMNS = ("rule", "flagged", "ideal data", "by their bands")
+COLUMNS = ("rule", "flagged", "ideal data", "by the fork's bands")
 
 
 def rule_named(name: str, limit: float | None = None) -> Rule:
@@ -109,7 +109,7 @@ def judge(rule: Rule, places: Sequence[Measured]) -> RuleResult:
 
 
 def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
-    """The documents' bands: what to do when this share of the layers is flagged."""
+    """The fork's bands: what to do when this share of the layers is flagged."""
     if share_of_layers == 0:
         return "no action"
     if share_of_layers < low:

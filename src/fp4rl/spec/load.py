@@ -92,18 +92,14 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
 
 
 def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
-    """Every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
+    """Yield every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
 
     `source` is the file for messages; the suite's own name else. Raises InvalidValueError for arms that describe one
     experiment: their names would tell apart what is the same.
     """
     source = source or f"suite {suite.suite}"
-    crossed: list[tuple[str, dict[str, Any]]] = [(name, merge(suite.base, a)) for name, a in suite.arms.items()]
-    for key, values in suite.axes.items():
-        last = key.rsplit(".", 1)[-1]
-        crossed = [(f"{name}+{last}={value}", merge(c, {key: value})) for name, c in crossed for value in values]
     known: dict[str, str] = {}
-    for name, content in crossed:
+    for name, content in _crossed(suite):
         _check_name(name, f"{source}: arm")
         experiment = _of_arm(name, content, suite.base, source)
         twin = known.get(canonical(experiment))
@@ -115,6 +111,19 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
             )
         known[canonical(experiment)] = name
         yield name, experiment
+
+
+def arm_content(suite: Suite, arm: str) -> dict[str, Any]:
+    """Return what a suite says of one arm (or arm and axis value), the base included, as it stands in the file."""
+    return dict(_crossed(suite))[arm]
+
+
+def _crossed(suite: Suite) -> list[tuple[str, dict[str, Any]]]:
+    crossed: list[tuple[str, dict[str, Any]]] = [(name, merge(suite.base, a)) for name, a in suite.arms.items()]
+    for key, values in suite.axes.items():
+        last = key.rsplit(".", 1)[-1]
+        crossed = [(f"{name}+{last}={value}", merge(c, {key: value})) for name, c in crossed for value in values]
+    return crossed
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -184,16 +193,20 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, Any]:
+def change_of(word: str) -> dict[str, Any]:
+    """Return the keys that an override, `key.path=value`, `key.path=+file.yaml` or `+file.yaml`, changes."""
     if word.startswith("+"):
-        change = read_yaml(word[1:])
-    else:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise InvalidValueError(
-                f"{shown(word)}: an override is written key.path=value, or +file.yaml for a fragment"
-            )
-        change = {key: read_yaml(text[1:]) if text.startswith("+") else plain_values(text, shown(word))}
+        return read_yaml(word[1:])
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise InvalidValueError(f"{shown(word)}: an override is written key.path=value, or +file.yaml for a fragment")
+    if text.startswith("*"):  # a pattern of names; in YAML it would be an alias, which one value alone cannot have
+        return {key: text}
+    return {key: read_yaml(text[1:]) if text.startswith("+") else plain_values(text, shown(word))}
+
+
+def _override(content: dict[str, Any], word: str, is_suite: bool) -> dict[str, Any]:
+    change = change_of(word)
     if not is_suite:
         return merge(content, change)
     own = {k: v for k, v in change.items() if k.partition(".")[0] in Suite.model_fields}

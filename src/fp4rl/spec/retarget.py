@@ -14,7 +14,7 @@ _ROUNDED = (*LINEAR_POINTS, "kv_cache")
 
 
 def under_preset(injection: Injection, preset: str) -> Injection:
-    """The injection with the rules of `preset` in place of those of its own.
+    """Return the injection with the rules of `preset` in place of those of its own.
 
     Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule of its own that the preset
     fixes.
@@ -26,20 +26,20 @@ def under_preset(injection: Injection, preset: str) -> Injection:
         for entry in injection.by_pattern
     ]
     changed = _kept(injection) | content | {"preset": preset, "by_pattern": exceptions}
-    return parse(Injection, changed, "--preset")
+    return parse(Injection, changed, "preset")
 
 
 def in_format(injection: Injection, fmt: str) -> Injection:
-    """The injection with `fmt`, under its own preset, wherever its linear layers are rounded; exceptions stay.
+    """Return the injection with `fmt`, under its own preset, wherever its linear layers are rounded; exceptions stay.
 
     Raises NotFoundError for an unknown format, InvalidValueError where no linear layer is rounded.
     """
     places = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
     if not places:
         raise InvalidValueError(
-            f"{injection.name} rounds no linear layer, so --format {fmt} has no place; name another mode"
+            f"{injection.name} rounds no linear layer, so format {fmt} has no place; name another mode"
         )
-    return parse(Injection, _kept(injection) | places | {"mode": None}, "--format")
+    return parse(Injection, _kept(injection) | places | {"mode": None}, "format")
 
 
 def _kept(injection: Injection) -> dict[str, Any]:

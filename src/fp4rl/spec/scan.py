@@ -1,25 +1,62 @@
-"""What a scan of a model looks at."""
+"""What a scan of a model measures, and everything that `fp4rl scan` can be asked for."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Place, Spec
 
 ScanPart = Literal["precision", "sensitivity", "depth", "dynamics"]
+NoiseRule = Literal["global", "targeted", "healthy_only", "proportional", "inverse", "zones"]
+Piece = Literal["formats", "noise", "leave", "weight_format"]
+Threshold = Literal["sqnr", "deadzone", "saturation", "relative_error", "relative_l1", "gain_ratio", "kurtosis_ratio"]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Scan(Spec):
-    """`precision` needs the weights alone (inputs only with texts); the other parts feed texts through the model.
+    """What is measured, and how.
 
-    `measured` rounds one site at a time, a pass per site and batch; without it sensitivity is the estimate of one
-    backward pass. `leave_one_out` also leaves one site out at a time, for as many passes again.
+    `precision` needs the weights alone (inputs only with texts); the other parts feed texts through the model.
     """
 
-    parts: tuple[ScanPart, ...] = Field(default=("precision", "sensitivity", "depth", "dynamics"), min_length=1)
-    measured: bool = True
-    leave_one_out: bool = False
-    batch_size: PositiveInt = 8
+    parts: Annotated[tuple[ScanPart, ...], BeforeValidator(_listed)] = Field(
+        default=("precision", "sensitivity", "depth", "dynamics"), min_length=1, description="what is measured"
+    )
+    measured: bool = Field(
+        default=True, description="false: sensitivity is estimated by a backward pass instead of measured site by site"
+    )
+    leave_one_out: bool = Field(default=False, description="also measure what leaving each site out saves")
+    batch_size: PositiveInt = Field(default=8, description="texts in a batch")
     longest: PositiveInt = Field(default=256, description="tokens of a text that are used")
     probed_batches: PositiveInt = Field(default=1, description="batches whose layers are probed for faults")
     seed: NonNegativeInt = Field(default=0, description="of the probes and of the answers that the estimate draws")
+
+
+class ScanRequest(Scan):
+    """What `fp4rl scan` is asked for: which injection in the model, which texts, what is measured, what is advised.
+
+    The keys `model`, `task` and `injection` of an experiment say the rest.
+    """
+
+    arm: str | None = Field(default=None, description="arm of a suite; by default the first that rounds something")
+    format: str | None = Field(default=None, description="another format wherever a linear layer is rounded")
+    preset: str | None = Field(default=None, description="another deployment preset of scale rule and rounding")
+    leave: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=(), description="patterns of sites that are left out too"
+    )
+    text: Place | None = Field(default=None, description="text file to calibrate on, instead of the task")
+    texts: PositiveInt = Field(default=32, description="how many texts of the task")
+    weights_only: bool = Field(default=False, description="read the weights from their files, never load the model")
+    site: str | None = Field(default=None, description="the weight whose distribution is shown; else the worst")
+    limits: dict[Threshold, float] = Field(
+        default_factory=dict, description="other limits of fixed thresholds, such as sqnr: 18"
+    )
+    take: Annotated[tuple[Piece, ...] | None, BeforeValidator(_listed)] = Field(
+        default=None,
+        description="pieces that the advice holds: formats, noise, leave, weight_format; else its strategy's",
+    )
+    noise_rule: NoiseRule = Field(default="proportional", description="how noise multipliers follow from the scan")
+    bits: PositiveFloat = Field(default=4.5, description="average bits a weight for mixed formats")
