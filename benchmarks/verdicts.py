@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4rl.lab.statistics.multi_bootstrap import multi_bootstrap
+from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import mcnemar
 from fp4rl.lab.statistics.seeds import welch
-from fp4rl.lab.statistics.simulate import World, coverage, families_with_a_false_word, make_world, share_called
-from fp4rl.lab.statistics.two_way import two_way
+from made_up import World, coverage, families_with_a_false_word, make_world, share_called
 
 Row = tuple[str, str, str, float, int]
 

@@ -2,9 +2,16 @@
 
 import pytest
 
-from fp4rl.lab.criteria import Comparison, judge_family, verdict_over_seeds
-from fp4rl.lab.statistics.spread import Spread
+from fp4rl.lab.criteria import Comparison, Verdict, evaluate_family
+from fp4rl.lab.statistics.seeds import Spread
 from fp4rl.spec.errors import InvalidValueError
+
+
+def verdict_over_seeds(treatment, control, *, comparisons=1, margin=None, spread=None) -> Verdict:
+    """One comparison that stands among others of which nothing is known."""
+    alone = Comparison("", treatment, control, margin)
+    return evaluate_family([alone], spread=spread, others=comparisons - 1)[0]
+
 
 HIGH, LOW = (80.0, 81.0, 79.5, 80.4), (70.0, 71.2, 69.0, 70.5)
 
@@ -53,7 +60,7 @@ def test_a_word_lost_to_the_number_of_comparisons_says_so():
 
 def test_a_family_is_corrected_by_holm():
     family = [Comparison("a", HIGH, LOW), Comparison("b", (72.0, 73.0, 71.5, 72.2), (70.6, 71.2, 70.9, 71.8))]
-    first, second = judge_family(family)
+    first, second = evaluate_family(family)
     assert first.p_family == pytest.approx(2 * (first.p or 0))
     assert second.p_family == second.p
     assert "Holm over 2 comparisons" in first.why
@@ -61,7 +68,7 @@ def test_a_family_is_corrected_by_holm():
 
 def test_a_comparison_that_cannot_be_tested_is_shown_and_so_counts():
     family = [Comparison("a", HIGH, LOW), Comparison("one seed", (80.0,), LOW)]
-    first, second = judge_family(family)
+    first, second = evaluate_family(family)
     assert first.p_family == pytest.approx(2 * (first.p or 0))
     assert second.word is None
     assert (first.comparisons, second.comparisons) == (2, 2)
@@ -105,7 +112,7 @@ def test_every_word_comes_with_its_interval_and_seeds():
 
 def test_an_empty_arm_is_refused():
     with pytest.raises(InvalidValueError, match="without any seed"):
-        judge_family([Comparison("a against b", (), LOW)])
+        evaluate_family([Comparison("a against b", (), LOW)])
 
 
 def test_repeats_that_do_not_vary_measure_no_chance():

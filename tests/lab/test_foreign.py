@@ -8,12 +8,11 @@ import pytest
 
 from fp4rl.lab.folders import finished_runs, run_folder
 from fp4rl.lab.foreign.importer import import_log
-from fp4rl.lab.foreign.lines import plain_lines
+from fp4rl.lab.foreign.plain import plain_lines
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
-from fp4rl.lab.foreign.trl import read_trl
-from fp4rl.lab.foreign.verl import read_verl
-from fp4rl.lab.sinks.tensorboard import TensorBoardSink
+from fp4rl.lab.foreign.trainers import read_trl, read_verl
+from fp4rl.lab.sinks import TensorBoardSink
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 PREFIX = "\x1b[36m(TaskRunner pid=20910)\x1b[0m "
@@ -30,7 +29,7 @@ def test_the_shared_verl_log_gives_its_106_steps_with_all_keys(shared_data: Path
     ]
     keys = sum(line.count(" - ") for line in lines if "/" in line and " - " in line)
     assert sum(len(values) for values in log.steps.values()) == keys
-    assert log.said() == []
+    assert log.remarks() == []
     assert log.steps[0] == {"val-core/openai/gsm8k/reward/mean@1": 0.212}
     assert log.steps[105]["val-core/openai/gsm8k/reward/mean@1"] == 0.880
     assert log.steps[105]["perf/throughput"] == 382.540
@@ -55,7 +54,7 @@ def test_a_second_line_of_a_step_adds_its_keys_and_the_later_of_two_values_stand
     text = "step:5 - actor/lr:0.5 - critic/score/mean:0.25\nstep:5 - val-core/x/mean@1:0.75 - actor/lr:9\n"
     log = read_verl(text.encode())
     assert log.steps == {5: {"actor/lr": 9, "critic/score/mean": 0.25, "val-core/x/mean@1": 0.75}}
-    assert log.said() == ["1 number was met twice: the later one counts"]
+    assert log.remarks() == ["1 number was met twice: the later one counts"]
 
 
 def test_bytes_that_are_no_utf8_do_not_lose_the_line_they_stand_in():

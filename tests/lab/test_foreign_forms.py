@@ -63,7 +63,7 @@ def test_a_form_is_told_by_its_content_and_gives_the_numbers_it_shows(tmp_path, 
     """Every form of log, in every encoding that tools write text in."""
     found, log = read(tmp_path, content.encode(encoding))
     steps = {step: {k: v for k, v in values.items() if k != "a/b"} for step, values in log.in_order().items()}
-    assert (found, steps, log.said()) == (form, RIGHT, [])
+    assert (found, steps, log.remarks()) == (form, RIGHT, [])
 
 
 def test_ms_swifts_log_counts_by_its_own_step_and_lists_what_is_no_number(tmp_path):
@@ -80,7 +80,7 @@ def test_printed_dicts_are_numbered_and_that_is_said(tmp_path):
     assert (form, steps) == ("printed", RIGHT)
     assert log.steps[2]["eval_loss"] == 0.125
     assert log.steps[2]["train_loss"] == 0.375
-    assert "names no steps" in log.said()[0]
+    assert "names no steps" in log.remarks()[0]
 
 
 def test_printed_dicts_of_a_trainer_that_was_started_again_go_back_with_the_epoch(tmp_path):
@@ -117,7 +117,7 @@ def test_a_line_that_was_cut_off_costs_itself_alone_and_is_counted(tmp_path):
     """Torn lines, of a crash or of two writers at once."""
     _, log = read(tmp_path, VERL_FILE + '{"step":3,"data":{"lo')
     assert log.in_order() == RIGHT
-    assert log.said() == ["1 no number: 1 line without a whole record"]
+    assert log.remarks() == ["1 no number: 1 line without a whole record"]
 
 
 @pytest.mark.parametrize("value", [-1, 2**40, 1.5, True, None, "three", [1]])
@@ -156,7 +156,7 @@ def test_of_two_attempts_in_one_log_the_later_one_counts_and_the_numbers_met_twi
     losses = {step: values["loss"] for step, values in log.in_order().items()}
     assert losses == {1: 1.0, 2: 2.0, 3: 3.0, 4: 104.0, 5: 105.0, 6: 106.0, 7: 107.0, 8: 108.0}
     assert (log.met_twice, log.left_behind) == (12 if form == "verl" else 9, 0)
-    assert log.said()[0] == "the steps go back once, from 6 to 4: the later attempt counts"
+    assert log.remarks()[0] == "the steps go back once, from 6 to 4: the later attempt counts"
 
 
 def test_a_later_attempt_is_seen_although_most_of_its_numbers_are_constants():

@@ -137,7 +137,7 @@ def test_a_damaged_log_of_any_kind_is_read_or_refused_in_one_line_and_never_chan
         assert all(0 <= step < 2**31 for step in joined.steps)
         assert all(isinstance(value, float) for values in joined.steps.values() for value in values.values())
         "".join(joined.names).encode()  # names that can be printed and stored
-        assert all("\n" not in line for line in joined.said())
+        assert all("\n" not in line for line in joined.remarks())
     judged(place)
     judged(place, "--json")
     assert place.read_bytes() == data
@@ -184,5 +184,5 @@ def test_damaged_event_files_give_what_stands_before_the_damage_and_say_so(folde
     log = read_tensorboard(place)
     assert list(log.in_order()) == list(range(len(log.steps)))
     whole = len(log.steps) == 12 or damaged in _whole_starts(events)
-    assert whole or log.said()
+    assert whole or log.remarks()
     judged(place)

@@ -14,12 +14,11 @@ from fp4rl.cli.display import Display
 from fp4rl.cli.run import refuse_others
 from fp4rl.engines import processes
 from fp4rl.engines.processes import LocalPool
-from fp4rl.lab import guards, work
+from fp4rl.lab import guards, sinks, work
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.provenance import changed_inputs, code_digest
 from fp4rl.lab.runner import Outcome, archive_stale, run_all, split_finished, stale
-from fp4rl.lab.sinks import sink
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.train import Trained
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -214,8 +213,8 @@ class Recorded:
 
 
 def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(sink._ASKED, "wandb", Recorded)
-    monkeypatch.setattr(sink, "find_spec", lambda name: object())
+    monkeypatch.setitem(sinks._BY_NAME, "wandb", Recorded)
+    monkeypatch.setattr(sinks, "find_spec", lambda name: object())
     folder = work.execute_run(RUNS[0], tmp_path, report_to=("wandb",))
     assert Recorded.told == [("spec", 30), (1, {"loss": 0.5}), "closed"]
     assert folder.result()["spec_digest"] == RUNS[0].spec_digest

@@ -12,8 +12,7 @@ import pytest
 
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
-from fp4rl.lab.sinks.mlflow import allowed_name
-from fp4rl.lab.sinks.sink import Sinks
+from fp4rl.lab.sinks import Sinks, allowed_name
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 LOGGED = {
@@ -103,7 +102,7 @@ def test_an_unknown_sink_is_refused_before_the_run(run: RunFolder):
 
 
 def test_a_sink_whose_package_is_missing_names_the_cure(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fp4rl.lab.sinks.sink.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("fp4rl.lab.sinks.find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(NotFoundError, match=r"pip install 'fp4rl\[wandb\]'"):
         Sinks(run, ["wandb"])
 
@@ -117,7 +116,7 @@ def test_a_sink_that_fails_on_the_way_is_left_out_and_named(run: RunFolder, monk
 
         def close(self) -> None: ...
 
-    monkeypatch.setitem(__import__("fp4rl.lab.sinks.sink", fromlist=["_ASKED"])._ASKED, "mlflow", Gone)
+    monkeypatch.setitem(__import__("fp4rl.lab.sinks", fromlist=["_BY_NAME"])._BY_NAME, "mlflow", Gone)
     assert _log_all(run, "mlflow").failures == {"mlflow": "ConnectionError: server went away"}
     assert set(read_tensorboard(run.path / "tensorboard").steps) == set(LOGGED)
 

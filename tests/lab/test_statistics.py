@@ -9,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
 from fp4rl.lab.statistics.families import holm, holm_grouped
-from fp4rl.lab.statistics.multi_bootstrap import multi_bootstrap
 from fp4rl.lab.statistics.power import power, seeds_needed
 from fp4rl.lab.statistics.proportions import mcnemar, newcombe, wilson
-from fp4rl.lab.statistics.seeds import not_worse, welch
-from fp4rl.lab.statistics.spread import pooled
-from fp4rl.lab.statistics.two_way import two_way
+from fp4rl.lab.statistics.seeds import not_worse, pooled, welch
 from fp4rl.spec.errors import InvalidValueError
 
 ARMS = st.lists(st.floats(0, 100), min_size=2, max_size=8).filter(lambda arm: max(arm) - min(arm) > 1e-3)

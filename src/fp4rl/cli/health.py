@@ -53,8 +53,8 @@ def command(
 
 def _one(log: Path, spec: "Health", as_json: bool) -> None:
     """Judge one log and show every check."""
-    from fp4rl.lab.foreign.numbers import readable
-    from fp4rl.lab.foreign.ours import read_steps
+    from fp4rl.lab.foreign.plain import readable
+    from fp4rl.lab.foreign.reader import read_steps
     from fp4rl.rl.health.monitor import replay
 
     dialect, joined = read_steps(log)
@@ -63,11 +63,11 @@ def _one(log: Path, spec: "Health", as_json: bool) -> None:
     monitor, said = replay(steps.items(), spec)
     title = readable(f"{log}: {len(steps)} step{'s' * (len(steps) != 1)} ({dialect})")
     if as_json:
-        print_json(_as_dict(title, monitor, said) | {"read": joined.said()})
+        print_json(_as_dict(title, monitor, said) | {"read": joined.remarks()})
     else:
         screen = console()
         screen.print(Text(title))
-        for line in joined.said():
+        for line in joined.remarks():
             screen.print(Text(line, style="yellow"))
         screen.print(_table(monitor))
         for finding in said:  # what the monitor would have said live

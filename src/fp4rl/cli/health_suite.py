@@ -43,7 +43,7 @@ def suite(folder: Path, members: list[Path], spec: "Health", as_json: bool) -> N
 
 
 def _judged(name: str, run: Path, spec: "Health") -> Judged:
-    from fp4rl.lab.foreign.ours import read_steps
+    from fp4rl.lab.foreign.reader import read_steps
     from fp4rl.rl.health.monitor import replay
 
     try:

@@ -123,7 +123,7 @@ def carry_out_all(
     from fp4rl.engines.processes import LocalPool
     from fp4rl.engines.torchrun import TorchrunExecutor, follow, is_first, tell
     from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
-    from fp4rl.lab.sinks.sink import require_sinks
+    from fp4rl.lab.sinks import require_sinks
     from fp4rl.models.quiet import quiet as quiet_libraries
 
     require_sinks(report_to)

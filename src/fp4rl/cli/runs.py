@@ -110,7 +110,7 @@ def import_file(
     if as_json:
         print_json(_as_dict(found))
         return
-    from fp4rl.lab.foreign.numbers import readable
+    from fp4rl.lab.foreign.plain import readable
 
     log = found.log
     screen = console()
@@ -120,7 +120,7 @@ def import_file(
         f"{counted(len(log.steps), 'step')} ({min(log.steps)} to {max(log.steps)}), {counted(len(log.names), 'key')}",
         highlight=False,
     )
-    for line in log.said():
+    for line in log.remarks():
         screen.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

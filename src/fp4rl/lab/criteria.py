@@ -11,8 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from fp4rl.lab.statistics.families import holm_grouped
-from fp4rl.lab.statistics.seeds import Difference, NotWorse, not_worse, welch
-from fp4rl.lab.statistics.spread import Spread
+from fp4rl.lab.statistics.seeds import Difference, NotWorse, Spread, not_worse, welch
 from fp4rl.spec.errors import InvalidValueError
 
 Word = Literal["better", "worse", "reaches", "no difference shown"]
@@ -68,38 +67,22 @@ class Verdict:
         return f"{self.difference:+.1f} points{interval}, {self.seeds[0]} vs {self.seeds[1]} seeds{chance}: {word}"
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain values for a program."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Tests:
+    """The tests of one comparison; `margin` where one was fixed."""
+
     difference: Difference
     margin: NotWorse | None
 
 
-def verdict_over_seeds(
-    treatment: Sequence[float],
-    control: Sequence[float],
-    *,
-    comparisons: int = 1,
-    margin: float | None = None,
-    spread: Spread | None = None,
-    label: str = "",
-) -> Verdict:
-    """The verdict of one comparison that stands among `comparisons` shown; each of the others counts in full.
-
-    Where all comparisons are at hand, `judge_family` is less strict and as safe.
-    """
-    if comparisons < 1:
-        raise InvalidValueError(f"a verdict stands among at least one comparison, itself; got {comparisons}")
-    asked = Comparison(label, tuple(treatment), tuple(control), margin)
-    return judge_family([asked], spread=spread, others=comparisons - 1)[0]
-
-
-def judge_family(
+def evaluate_family(
     family: Sequence[Comparison], *, spread: Spread | None = None, others: int = 0, alpha: float = ALPHA
 ) -> tuple[Verdict, ...]:
-    """The verdicts of all comparisons that are shown together, in their order, corrected for their number.
+    """Test all comparisons that are shown together; their verdicts in order, corrected for their number (Holm).
 
     `spread`: run-to-run spread of repeats of the same task and model, for comparisons with one seed an arm.
     `others`: comparisons shown elsewhere whose p-values are not at hand; each counts in full.
@@ -116,7 +99,7 @@ def judge_family(
     corrected = holm_grouped(p_values)
     count = len({key[0] for key in p_values})
     return tuple(
-        _judged(comparison, tests, corrected[index, "difference"], corrected.get((index, "margin")), alpha, count)
+        _verdict(comparison, tests, corrected[index, "difference"], corrected.get((index, "margin")), alpha, count)
         if isinstance(tests, _Tests)
         else _without_word(comparison, tests, spread, 1 - alpha, count)
         for index, (comparison, tests) in enumerate(zip(family, tested, strict=True))
@@ -136,19 +119,19 @@ def _test(comparison: Comparison, alpha: float) -> _Tests | str:
     return _Tests(welch(treatment, control, 1 - alpha), below)
 
 
-def _judged(
+def _verdict(
     comparison: Comparison, tests: _Tests, p: float, p_margin: float | None, alpha: float, count: int
 ) -> Verdict:
-    found, below = tests.difference, tests.margin
-    word, why = _word(found, below, p, p_margin, alpha)
+    difference, below = tests.difference, tests.margin
+    word, why = _word(difference, below, p, p_margin, alpha)
     why += f" (Holm over {count} comparisons)" if count > 1 else ""
     return replace(
-        _shown(comparison, why, found.level, count),
+        _shown(comparison, why, difference.level, count),
         word=word,
-        low=found.low,
-        high=found.high,
+        low=difference.low,
+        high=difference.high,
         interval="Welch over seeds",
-        p=found.p,
+        p=difference.p,
         p_family=p,
         lower_bound=below.lower_bound if below else None,
         p_margin_family=p_margin,
@@ -156,10 +139,10 @@ def _judged(
 
 
 def _word(
-    found: Difference, below: NotWorse | None, p: float, p_margin: float | None, alpha: float
+    difference: Difference, below: NotWorse | None, p: float, p_margin: float | None, alpha: float
 ) -> tuple[Word, str]:
     """The word, and the rule that gave it."""
-    if p <= alpha and found.value > 0:
+    if p <= alpha and difference.value > 0:
         return "better", f"the difference is above 0, p = {p:.2g}"
     if below and p_margin is not None and p_margin <= alpha:
         lower = ", though below 0" if p <= alpha else ""
@@ -169,8 +152,8 @@ def _word(
         )
     if p <= alpha:
         return "worse", f"the difference is below 0, p = {p:.2g}"
-    if found.p <= alpha:
-        return "no difference shown", f"p = {found.p:.2g} alone becomes {p:.2g} after correction"
+    if difference.p <= alpha:
+        return "no difference shown", f"p = {difference.p:.2g} alone becomes {p:.2g} after correction"
     if below:
         reason = f"the one-sided lower bound {below.lower_bound:+.2f} does not clear the margin -{below.margin:g}"
         if below.clears:

@@ -19,7 +19,7 @@ from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import crashes_logged, full_disk_named, locked
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
-from fp4rl.lab.sinks.sink import Sinks
+from fp4rl.lab.sinks import Sinks
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.rl import processes
 from fp4rl.rl.check import check

@@ -10,7 +10,7 @@ from fp4rl.lab.audit.pairs import Pair, hardware_error, pairs
 from fp4rl.lab.audit.records import Record, Reports
 from fp4rl.lab.statistics.families import holm
 from fp4rl.lab.statistics.proportions import ShareDifference, newcombe
-from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.lab.statistics.seeds import Spread, pooled
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class AuditedPair:
 
 @dataclass(frozen=True)
 class AuditedRecord:
+    """One report: what its noise came to, and what stands between its number and a conclusion."""
+
     record: Record
     noise: NoiseFinding
     confounds: tuple[str, ...]
@@ -55,19 +57,20 @@ class Audit:
             "repeats": self.repeats,
             "comparisons": [_pair_dict(pair) for pair in self.pairs],
             "records": [
-                {"id": one.record.id, "noise": asdict(one.noise), "confounds": one.confounds} for one in self.records
+                {"id": report.record.id, "noise": asdict(report.noise), "confounds": report.confounds}
+                for report in self.records
             ],
         }
 
 
 def audit(reports: Reports) -> Audit:
-    """Every comparison and every record of the file; p-values corrected over all comparisons shown."""
+    """Audit every comparison and every record of the file; p-values are corrected over all comparisons (Holm)."""
     findings = {record.id: noise_finding(record) for record in reports.records}
     groups = _repeats(reports.records, findings)
     spread = pooled([[record.logged_final or 0.0 for record in group] for group in groups])
-    found = pairs(reports.records)
+    matched = pairs(reports.records)
     n = reports.gsm8k_test_n
-    solved = [(pair.treatment.solved(n), pair.control.solved(n)) for pair in found]
+    solved = [(pair.treatment.solved(n), pair.control.solved(n)) for pair in matched]
     shares = [newcombe((first, n), (second, n)) for first, second in solved]
     corrected = holm([share.p for share in shares])
     return Audit(
@@ -76,7 +79,7 @@ def audit(reports: Reports) -> Audit:
             AuditedPair(
                 pair, counts, share, p, findings[pair.treatment.id], _replicates(pair, findings), _inside(share, spread)
             )
-            for pair, counts, share, p in zip(found, solved, shares, corrected, strict=True)
+            for pair, counts, share, p in zip(matched, solved, shares, corrected, strict=True)
         ),
         records=tuple(
             AuditedRecord(record, findings[record.id], confounds(record, reports)) for record in reports.records
@@ -102,25 +105,25 @@ def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> 
         silent = findings[record.id].state in ("none asked for", "never effective")
         if record.counts_as_result and record.status == "completed" and silent:
             fields = (record.model, record.algorithm, record.format, record.quant_mode, record.injection_point)
-            places = (record.lora, record.epochs, record.steps, record.batch, record.logged_step)
-            groups[repr((fields, hardware_error(record), places))].append(record)
+            schedule = (record.lora, record.epochs, record.steps, record.batch, record.logged_step)
+            groups[repr((fields, hardware_error(record), schedule))].append(record)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _pair_dict(one: AuditedPair) -> dict[str, Any]:
+def _pair_dict(audited: AuditedPair) -> dict[str, Any]:
     return {
-        "treatment": one.pair.treatment.id,
-        "control": one.pair.control.id,
-        "factor": one.pair.factor,
-        "accuracy": [one.pair.treatment.final_accuracy, one.pair.control.final_accuracy],
-        "solved": one.solved,
-        "difference": 100 * one.difference.value,
-        "low": 100 * one.difference.low,
-        "high": 100 * one.difference.high,
-        "p": one.difference.p,
-        "p_family": one.p_family,
-        "treatment_noise": one.noise.state,
-        "replicates": one.replicates,
-        "inside_run_to_run_band": one.inside_band,
-        "differs": one.pair.differs,
+        "treatment": audited.pair.treatment.id,
+        "control": audited.pair.control.id,
+        "factor": audited.pair.factor,
+        "accuracy": [audited.pair.treatment.final_accuracy, audited.pair.control.final_accuracy],
+        "solved": audited.solved,
+        "difference": 100 * audited.difference.value,
+        "low": 100 * audited.difference.low,
+        "high": 100 * audited.difference.high,
+        "p": audited.difference.p,
+        "p_family": audited.p_family,
+        "treatment_noise": audited.noise.state,
+        "replicates": audited.replicates,
+        "inside_run_to_run_band": audited.inside_band,
+        "differs": audited.pair.differs,
     }

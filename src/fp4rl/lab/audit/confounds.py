@@ -11,11 +11,11 @@ _TOLD_APART = 1.0  # points by which a peak must lie above the final number to b
 
 
 def confounds(record: Record, reports: Reports) -> tuple[str, ...]:
-    """Those stated in the file first, then those found here (in no other words than the fields')."""
-    return (*record.confounds, *_found(record, reports))
+    """List what is stated in the file, then what the fields themselves show."""
+    return (*record.confounds, *_from_fields(record, reports))
 
 
-def _found(record: Record, reports: Reports) -> Iterator[str]:
+def _from_fields(record: Record, reports: Reports) -> Iterator[str]:
     if record.final_accuracy is None:
         yield f"no final number ({record.status or 'no status'})"
         return

@@ -21,14 +21,17 @@ class NoiseFinding:
 
 
 def noise_finding(record: Record) -> NoiseFinding:
-    """`never effective`: sigma was 0 on all weights at all steps, so the arm repeats the one without noise."""
+    """Tell what the noise of a record came to.
+
+    `never effective`: sigma was 0 on all weights at all steps, so the arm repeats the one without noise.
+    """
     noise = record.aqn
     if not noise.enabled:
         return NoiseFinding("none asked for")
     never, other = tuple(_never(noise)), tuple(_not_as_named(noise))
     stated = (noise.effective_noise_reason,) if noise.effective_noise_reason else ()
     if noise.effective_noise is False:
-        return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *_news(never, stated)))
+        return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *_unstated(never, stated)))
     if never and noise.effective_noise is None:
         return NoiseFinding("never effective", never)
     if record.final_accuracy is None and not record.curve:
@@ -59,7 +62,7 @@ def _not_as_named(noise: ReportedNoise) -> Iterator[str]:
         yield "the layer multipliers did not act: uniform noise under another name"
 
 
-def _news(reasons: tuple[str, ...], stated: tuple[str, ...]) -> Iterator[str]:
+def _unstated(reasons: tuple[str, ...], stated: tuple[str, ...]) -> Iterator[str]:
     """Reasons whose cause (their first word) the stated ones do not name already."""
     for reason in reasons:
         if not any(reason.split()[0].strip(":,").lower() in text.lower() for text in stated):

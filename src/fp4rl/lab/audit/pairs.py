@@ -23,10 +23,10 @@ class Pair:
 
 
 def pairs(records: Sequence[Record]) -> tuple[Pair, ...]:
-    """At most one per record: against no noise, else against no hardware error, else against BF16."""
+    """Find at most one control per record: against no noise, else against no hardware error, else against BF16."""
     results = [record for record in records if record.counts_as_result]
-    found = (_pair(record, results) for record in results)
-    return tuple(pair for pair in found if pair is not None)
+    matched = (_pair(record, results) for record in results)
+    return tuple(pair for pair in matched if pair is not None)
 
 
 def _pair(record: Record, results: Sequence[Record]) -> Pair | None:
@@ -68,18 +68,21 @@ def _differs(record: Record, other: Record, factor: Factor) -> list[str]:
     fields = ["epochs", "steps", "logged_step", "batch", "lora"]
     fields += ["injection_point"] if factor == "noise" else []
     return [
-        f"{_NAMES.get(name, name)}: {_said(getattr(record, name))} against {_said(getattr(other, name))}"
+        f"{_NAMES.get(name, name)}: {_shown(getattr(record, name))} against {_shown(getattr(other, name))}"
         for name in fields
         if getattr(record, name) != getattr(other, name)
     ]
 
 
 def hardware_error(record: Record) -> str:
-    """'matmul 5%' and 'matmul 5% fwd+bwd', 'ALL_OPS 5%' and 'ALL_OPS 5% (matmul,...)' are one thing written twice."""
+    """Name a reported hardware error, of which one is written in several ways.
+
+    'matmul 5%' and 'matmul 5% fwd+bwd' are the same, as are 'ALL_OPS 5%' and 'ALL_OPS 5% (matmul,...)'.
+    """
     return re.sub(r"\s*\(.*\)|\s*fwd\+bwd", "", record.hw_noise or "")
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={inner}" for key, inner in value.items())
     return "not recorded" if value is None else str(value)

@@ -93,8 +93,10 @@ class Reports(BaseModel):
 
 
 def read_reports(path: Path) -> Reports:
-    """Raises `NotFoundError` for a missing file, `InvalidValueError` for another layout and for ids that stand
-    twice."""
+    """Read a JSON file of reports.
+
+    Raises `NotFoundError` for a missing file, `InvalidValueError` for another layout and for ids that stand twice.
+    """
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file; name a JSON file with 'records' and 'gsm8k_test_n'")
     try:

@@ -11,16 +11,14 @@ from sqlalchemy import Connection, select
 from fp4rl.lab.compare.fairness import Objection, objections
 from fp4rl.lab.compare.scores import ScoreTable, score_table
 from fp4rl.lab.compare.sides import Side, read_side
-from fp4rl.lab.criteria import Comparison, Verdict, judge_family
+from fp4rl.lab.criteria import Comparison, Verdict, evaluate_family
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.query import spread_of_repeats
 from fp4rl.lab.ledger.store import Ledger
-from fp4rl.lab.statistics.multi_bootstrap import Bootstrapped, multi_bootstrap
+from fp4rl.lab.statistics.crossed import Bootstrapped, multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
-from fp4rl.lab.statistics.seeds import Difference
-from fp4rl.lab.statistics.spread import Spread
-from fp4rl.lab.statistics.two_way import two_way
+from fp4rl.lab.statistics.seeds import Difference, Spread
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
@@ -104,7 +102,7 @@ def compare_all(
         family = [_family_member(one) for one in found if one.comparable]
         spreads = [_spread(connection, one) for one in found]
         spread = spreads[0] if len(found) == 1 else next((one for one in spreads if one), None)
-        judged = iter(judge_family(family, spread=spread, others=others + len(found) - len(family)))
+        judged = iter(evaluate_family(family, spread=spread, others=others + len(found) - len(family)))
         return tuple(
             _checked(
                 ledger.root,
@@ -164,7 +162,7 @@ def _said(one: Compared, verdict: Verdict) -> Verdict:
 def _shown_anyway(one: Compared, spread: Spread | None) -> Verdict | None:
     if not (one.force and one.treatment.points and one.control.points):
         return None
-    verdict = judge_family([_family_member(one)], spread=spread)[0]
+    verdict = evaluate_family([_family_member(one)], spread=spread)[0]
     return replace(
         verdict, word=None, why="not comparable: an effect word would be about more than the declared factor"
     )

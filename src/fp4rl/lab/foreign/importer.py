@@ -11,7 +11,7 @@ from typing import Any
 from fp4rl.lab.files import dumps, json_ready, write_whole
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.numbers import readable
+from fp4rl.lab.foreign.plain import readable
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.spec import records
 from fp4rl.spec.errors import InvalidValueError, nearest
@@ -65,18 +65,18 @@ def import_log(
     or note.
     """
     dialect, log = read_log(path)
-    said = (about or About()).as_dict()
+    described = (about or About()).as_dict()
     arm = arm or _arm(path)
     content = dumps({"steps": log.in_order()})
     checksum = hashlib.sha256(content.encode()).hexdigest()
     name = f"{arm}-s{seed}-{checksum[:12]}" if seed is not None else f"{arm}-{checksum[:12]}"
     run = run_folder(root, "imported", name)
     if run.finished:
-        _refuse_other(run, said)
+        _refuse_other(run, described)
         return Imported(run, dialect, log, already_there=True)
     lines = (dumps({"step": step, **values}) + "\n" for step, values in log.in_order().items())
     write_whole(run.path / "metrics.jsonl", "".join(lines))
-    source = {"dialect": dialect, "source": readable(path.name), "sha256": checksum, **said}
+    source = {"dialect": dialect, "source": readable(path.name), "sha256": checksum, **described}
     run.write_result(_result(run, log, arm, seed, source))
     return Imported(run, dialect, log, already_there=False)
 
@@ -88,9 +88,9 @@ def _arm(path: Path) -> str:
     return plain.strip("-._+=")[:100] or "log"
 
 
-def _refuse_other(run: RunFolder, said: Mapping[str, Any]) -> None:
+def _refuse_other(run: RunFolder, described: Mapping[str, Any]) -> None:
     known = run.result().get("imported") or {}
-    other = [name for name, value in said.items() if known.get(name) != value]
+    other = [name for name, value in described.items() if known.get(name) != value]
     if other:
         raise InvalidValueError(
             f"{run.key} is here already with another {' and '.join(other)}; remove {run.path} to import it again"

@@ -1,16 +1,16 @@
-"""Numbers of one step arrive in several lines, and steps that were repeated arrive twice: joined into one course."""
+"""Joining the lines of a log by step: one step takes several lines, and a restarted trainer logs steps twice."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp4rl.lab.foreign.numbers import number, readable
+from fp4rl.lab.foreign.plain import number, readable
 
 
 @dataclass
 class Joined:
-    """Step -> name -> value, and what could not be taken over as it stood (nothing is dropped without being said).
+    """Step -> name -> value, and what could not be taken over as it stood (nothing is dropped in silence).
 
     A trainer that is started again from a checkpoint goes back to an earlier step. The later attempt counts: what the
     earlier one logged from there on belongs to a policy that is gone.
@@ -31,28 +31,28 @@ class Joined:
         new = self._numbers(step, values)
         if not new:
             return
-        kept = self.steps.setdefault(step, {})
-        common = kept.keys() & new.keys()
-        differ = {name for name in common if not _same(kept[name], new[name])}
+        known = self.steps.setdefault(step, {})
+        common = known.keys() & new.keys()
+        differ = {name for name in common if not _same(known[name], new[name])}
         back = step < self._top
         self._turn = step if step < self._last else self._turn
         self._last = step
         # Most of a line can be constants (a ratio that is 0, the learning rate). But a line of other names than its
         # step has is a second pass over the same attempt: a table in long form, another writer.
         if back and differ and (2 * len(differ) >= len(new) or 10 * len(common) >= 9 * len(new)):
-            self._forget(step + 1, said_as=self._turn)
-            if 2 * len(common) >= len(kept):  # else it is a validation before the first step of the new attempt
-                self._drop(step, kept.keys() - new.keys())
+            self._forget(step + 1, back_to=self._turn)
+            if 2 * len(common) >= len(known):  # else it is a validation before the first step of the new attempt
+                self._drop(step, known.keys() - new.keys())
         self.met_twice += len(common if back else differ) + len(self._gone.get(step, set()) & new.keys())
         if step in self._gone:
             self._gone[step] -= new.keys()
-        kept |= new
+        known |= new
         self._top = max(self._top, step)
 
     def restarted(self, step: int) -> None:
         """The writer itself says that it goes on at `step`: what it had from there on is dropped."""
         if step <= self._top:
-            self._forget(step, said_as=step)
+            self._forget(step, back_to=step)
 
     @property
     def left_behind(self) -> int:
@@ -61,12 +61,14 @@ class Joined:
 
     @property
     def names(self) -> list[str]:
+        """Every name that some step has."""
         return sorted({name for values in self.steps.values() for name in values})
 
     def in_order(self) -> dict[int, dict[str, float]]:
+        """Step -> name -> value, by step."""
         return dict(sorted(self.steps.items()))
 
-    def said(self) -> list[str]:
+    def remarks(self) -> list[str]:
         """What a reader must know of how the numbers were joined, a sentence each."""
         lines = ["the log names no steps: its lines are numbered"] if self.counted else []
         if self.went_back:
@@ -82,17 +84,17 @@ class Joined:
         return lines
 
     def _numbers(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-        found: dict[str, float] = {}
+        numbers: dict[str, float] = {}
         for name, value in values.items():
             as_number = number(value)
             if as_number is None or name == "step":  # a line of metrics.jsonl gives that name to its own step
                 self.skipped.append(readable(f"step {step}: {name}: {value}"[:80]))
             else:
-                found[readable(name)] = as_number
-        return found
+                numbers[readable(name)] = as_number
+        return numbers
 
-    def _forget(self, first: int, said_as: int) -> None:
-        self.went_back.append((self._top, said_as))
+    def _forget(self, first: int, back_to: int) -> None:
+        self.went_back.append((self._top, back_to))
         for step in [step for step in self.steps if step >= first]:
             self._drop(step, self.steps[step].keys())
             del self.steps[step]

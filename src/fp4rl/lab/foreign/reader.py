@@ -1,14 +1,14 @@
-"""Which of the known forms a log has, told by its content; a folder by the log in it."""
+"""Reading a log of any known form, told by its content; of a folder, the log in it."""
 
 from pathlib import Path
 
+from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.lines import text_of
+from fp4rl.lab.foreign.plain import text_of
 from fp4rl.lab.foreign.records import join, whole_file
 from fp4rl.lab.foreign.table import read_table
 from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
-from fp4rl.lab.foreign.trl import STATE, newest_state, read_printed, read_trl
-from fp4rl.lab.foreign.verl import read_verl
+from fp4rl.lab.foreign.trainers import STATE, newest_state, read_printed, read_trl, read_verl
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import counted
 
@@ -17,10 +17,11 @@ KNOWN = (
     "(ms-swift's logging.jsonl), CSV with a step column, and TensorBoard events"
 )
 _SWIFT = "logging.jsonl"
+_METRICS = "metrics.jsonl"  # of a run of ours
 
 
 def read_log(path: Path) -> tuple[str, Joined]:
-    """(form, numbers) of a log, or of the log in a folder: a checkpoint of TRL, an output of ms-swift, event files.
+    """Read a log, or the log in a folder (a checkpoint of TRL, an output of ms-swift, event files): (form, numbers).
 
     Raises `NotFoundError` for a missing file, `InvalidValueError` for one in which no step of a known form is found.
     """
@@ -41,10 +42,10 @@ def _file_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     swift = path / _SWIFT
-    found = newest_state(path) or (swift if swift.is_file() else None)
-    if found is None and next(path.rglob(EVENTS), None) is None:
+    log = newest_state(path) or (swift if swift.is_file() else None)
+    if log is None and next(path.rglob(EVENTS), None) is None:
         raise NotFoundError(f"{path}: no log of a known form in this folder; name the file itself; known are {KNOWN}")
-    return found or path
+    return log or path
 
 
 def _read(path: Path) -> tuple[str, Joined]:
@@ -65,3 +66,32 @@ def _read(path: Path) -> tuple[str, Joined]:
         if log.steps:
             return form, log
     return "table", read_table(text) or Joined()
+
+
+def read_steps(log: Path) -> tuple[str, Joined]:
+    """Read a log, or a run of ours with its evaluations as `accuracy/validation`: (form, numbers).
+
+    Raises NotFoundError and InvalidValueError for what cannot be read.
+    """
+    folder = log.parent if log.name == _METRICS else log
+    if not (folder / _METRICS).is_file():
+        return read_log(log)
+    _, joined = read_log(folder / _METRICS)
+    run = RunFolder(folder)
+    for step, accuracy in (_validations(run) if run.finished else {}).items():
+        joined.steps.setdefault(step, {})["accuracy/validation"] = accuracy
+    return "fp4rl", joined
+
+
+def _validations(run: RunFolder) -> dict[int, float]:
+    """Step -> strict accuracy at the precision the policy samples in; other profiles are no validation."""
+    validations: dict[int, float] = {}
+    try:
+        evaluations = [(e["profile"]["name"], int(e["step"]), float(e["strict"])) for e in run.result()["evaluations"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidValueError(
+            f"{run.path / 'result.json'} is damaged: its evaluations cannot be read ({error!r})"
+        ) from None
+    for name in ("full", "deployment"):  # the second overrides the first
+        validations |= {step: strict for profile, step, strict in evaluations if profile == name}
+    return validations

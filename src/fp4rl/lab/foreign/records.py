@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.numbers import number, readable, step_name, step_of
+from fp4rl.lab.foreign.plain import number, readable, step_name, step_of
 
 Record = dict[str, Any]
 
@@ -51,23 +51,23 @@ def printed_record(line: str) -> Record | None:
     start, end = line.find("{"), line.rfind("}")
     if start < 0 or end < start:
         return None
-    found = json_record(line[start : end + 1])
-    if found is None:
+    record = json_record(line[start : end + 1])
+    if record is None:
         pairs = _PAIR.finditer(line, start, end)
-        found = {pair["name"]: pair["single"] or pair["double"] or pair["bare"] or "" for pair in pairs}
-    return found or None
+        record = {pair["name"]: pair["single"] or pair["double"] or pair["bare"] or "" for pair in pairs}
+    return record or None
 
 
 def flat(record: Mapping[str, Any], above: str = "", depth: int = 0) -> Record:
     """Mappings inside a mapping by their path, `group/name`; lists stay as they are and are no numbers."""
-    found: Record = {}
+    by_path: Record = {}
     for name, value in record.items():
         path = above if not above.strip("/") and name in _BOXES and isinstance(value, Mapping) else f"{above}{name}"
         if isinstance(value, Mapping) and depth < _DEEPEST:
-            found |= flat(value, f"{path}/" if path else "", depth + 1)
+            by_path |= flat(value, f"{path}/" if path else "", depth + 1)
         else:
-            found.setdefault(path, value)
-    return found
+            by_path.setdefault(path, value)
+    return by_path
 
 
 def join(records: Iterable[Record]) -> Joined:
@@ -101,7 +101,7 @@ def _number(joined: Joined, records: Iterable[Record]) -> None:
             step += 1
             if epoch is not None:
                 if epoch < epochs.get(step - 1, epoch):
-                    step = min((at for at, there in epochs.items() if there >= epoch and at < step), default=step)
+                    step = min((at for at, reached in epochs.items() if reached >= epoch and at < step), default=step)
                 epochs[step] = epoch
         joined.row(step, record)
 
@@ -124,8 +124,8 @@ def whole_file(text: str) -> tuple[list[Record], int] | None:
             content = parse_json(text)
         except ValueError:
             return None
-        found = [flat(one) for one in content if isinstance(one, dict)]
-        return (found, len(content) - len(found)) if found else None
+        records = [flat(entry) for entry in content if isinstance(entry, dict)]
+        return (records, len(content) - len(records)) if records else None
     lines = [line for line in text.split("\n") if line.strip()]
-    found = [record for line in lines if line.lstrip().startswith("{") and (record := json_record(line)) is not None]
-    return (found, len(lines) - len(found)) if found and 2 * len(found) >= len(lines) else None
+    records = [record for line in lines if line.lstrip().startswith("{") and (record := json_record(line)) is not None]
+    return (records, len(lines) - len(records)) if records and 2 * len(records) >= len(lines) else None

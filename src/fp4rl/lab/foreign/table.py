@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.numbers import number, step_name, step_of
+from fp4rl.lab.foreign.plain import number, step_name, step_of
 
 _DELIMITERS = ",;\t"
 _NAMES, _VALUES = ("metric", "name", "tag", "key"), ("value",)
@@ -27,15 +27,15 @@ def read_table(text: str) -> Joined | None:
     joined, at = Joined(), names.index(step)
     long = _long(names)
     for row in rows:
-        found = step_of(_value(row[at], delimiter)) if at < len(row) else None
-        if found is None:
+        row_step = step_of(_value(row[at], delimiter)) if at < len(row) else None
+        if row_step is None:
             joined.skipped.append(f"a row without a step: {delimiter.join(row)}"[:80])
         elif long:
-            joined.row(found, {row[long[0]]: _value(row[long[1]], delimiter)} if len(row) > max(long) else {})
+            joined.row(row_step, {row[long[0]]: _value(row[long[1]], delimiter)} if len(row) > max(long) else {})
         else:
             cells = {_plain(name): _value(cell, delimiter) for name, cell in zip(names, row, strict=False)}
-            kept = {name: cell for name, cell in cells.items() if cell and name != step and not name.endswith(_RANGES)}
-            joined.row(found, kept)
+            wanted = (name for name, cell in cells.items() if cell and name != step and not name.endswith(_RANGES))
+            joined.row(row_step, {name: cells[name] for name in wanted})
     return joined
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.numbers import step_of
+from fp4rl.lab.foreign.plain import step_of
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 EVENTS = "*tfevents*"
@@ -21,9 +21,9 @@ def read_tensorboard(path: Path) -> Joined:
     joined = Joined()
     for file in _event_files(path):
         read = _take(joined, file)
-        there = _records_in(file)
-        if read < there:
-            joined.skipped.append(f"{file.name}: damaged after {read} of {there} records")
+        total = _records_in(file)
+        if read < total:
+            joined.skipped.append(f"{file.name}: damaged after {read} of {total} records")
     return joined
 
 
@@ -80,10 +80,10 @@ def _events(file: Path) -> Iterator[Any]:
 
 def _records_in(file: Path) -> int:
     """How many records a file should hold, by their lengths (a record: 8 bytes of length, 4 of checksum, data, 4)."""
-    data, place, count = file.read_bytes(), 0, 0
-    while place < len(data):
-        length = struct.unpack("<Q", data[place : place + 8])[0] if place + 8 <= len(data) else 0
-        place += 16 + length
+    data, offset, count = file.read_bytes(), 0, 0
+    while offset < len(data):
+        length = struct.unpack("<Q", data[offset : offset + 8])[0] if offset + 8 <= len(data) else 0
+        offset += 16 + length
         count += 1
     return count
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.document import Document, Row
-from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.lab.statistics.seeds import Spread, pooled
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents

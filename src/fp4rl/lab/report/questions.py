@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fp4rl.lab import criteria
-from fp4rl.lab.criteria import Verdict, judge_family
+from fp4rl.lab.criteria import Verdict, evaluate_family
 from fp4rl.lab.report.fairness import unfair
 from fp4rl.lab.report.runs import Run
-from fp4rl.lab.statistics.spread import Spread, pooled
+from fp4rl.lab.statistics.seeds import Spread, pooled
 from fp4rl.spec.experiment import Comparison
 
 
@@ -45,7 +45,7 @@ def questions(
     fair = [comparison for comparison in comparisons if not refused[comparison]]
     family = [_values(comparison, by_arm) for comparison in fair]
     judged = (
-        judge_family(family, spread=spread or _spread(fair, by_arm), others=len(comparisons) - len(fair))
+        evaluate_family(family, spread=spread or _spread(fair, by_arm), others=len(comparisons) - len(fair))
         if family
         else ()
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fp4rl.lab.ledger.query import spread_of_repeats
 from fp4rl.lab.ledger.store import open_ledger
-from fp4rl.lab.statistics.spread import Spread
+from fp4rl.lab.statistics.seeds import Spread
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
 

@@ -10,8 +10,9 @@ _MOST_SEEDS = 10_000
 
 
 def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, margin: float | None = None) -> float:
-    """The chance that a test over `seeds` an arm calls a true `difference`, at run-to-run standard deviation `spread`.
+    """Compute the chance that a test over `seeds` an arm calls a true `difference`.
 
+    `difference`, `spread` (run-to-run standard deviation) and `margin` are in the same unit, points for accuracies.
     Without a margin: the two-sided t test. With one: the one-sided non-inferiority test of a treatment whose true
     difference is `difference` (0: it is as good). Noncentral t with 2 * (seeds - 1) degrees of freedom.
     Raises `InvalidValueError` for fewer than two seeds or a spread that is not positive.
@@ -30,17 +31,21 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
 
 
 def _below(t: float, freedom: float, noncentral: float) -> float:
-    """The chance that noncentral t lies below `t`. Far from the mass scipy's series underflows to NaN: there it is 0 on
-    the one side and 1 on the other."""
-    found = float(special.nctdtr(freedom, noncentral, t))
-    return found if math.isfinite(found) else float(t > noncentral)
+    """The chance that noncentral t lies below `t`.
+
+    Far from the mass scipy's series underflows to NaN: there it is 0 on the one side and 1 on the other.
+    """
+    chance = float(special.nctdtr(freedom, noncentral, t))
+    return chance if math.isfinite(chance) else float(t > noncentral)
 
 
 def seeds_needed(
     difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
 ) -> int:
-    """The fewest seeds an arm that see `difference` with probability `chance`. Raises `InvalidValueError` where none
-    suffice."""
+    """Find the fewest seeds an arm that see `difference` with probability `chance`.
+
+    Raises `InvalidValueError` where none suffice.
+    """
     if (abs(difference) if margin is None else difference + margin) <= 0:
         raise InvalidValueError(
             "a difference of 0 is never seen, and one at the margin never clears it; ask for a larger one"

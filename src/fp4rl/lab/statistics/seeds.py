@@ -6,7 +6,7 @@ takes only the problems as random calls that an effect in 20 to 25 % of comparis
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scipy import special
@@ -39,11 +39,12 @@ class NotWorse:
 
     @property
     def clears(self) -> bool:
+        """Whether the bound lies above -margin, before any correction."""
         return self.lower_bound > -self.margin
 
 
 def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0.95) -> Difference:
-    """Welch's t over seeds: one value per seed, spreads need not be equal.
+    """Test the difference of seed means by Welch's t: one value per seed, spreads need not be equal.
 
     Raises `InvalidValueError` with fewer than two seeds an arm, and where no seed differs from another (there is
     nothing to measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
@@ -57,7 +58,7 @@ def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0
 
 
 def not_worse(treatment: Sequence[float], control: Sequence[float], margin: float, level: float = 0.95) -> NotWorse:
-    """Is the treatment less than `margin` worse? Welch's one-sided lower bound must lie above -margin.
+    """Test whether the treatment is less than `margin` worse: Welch's one-sided lower bound must lie above -margin.
 
     Raises `InvalidValueError` for a margin that is not positive, and as `welch` does.
     """
@@ -71,7 +72,10 @@ def not_worse(treatment: Sequence[float], control: Sequence[float], margin: floa
 
 
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
-    """(standard error of the difference of means, Satterthwaite's degrees of freedom)."""
+    """Compute (standard error of the difference of means, Satterthwaite's degrees of freedom).
+
+    SE^2 = s1^2/n1 + s2^2/n2; freedom = SE^4 / sum((s^2/n)^2 / (n - 1)).
+    """
     if min(len(treatment), len(control)) < 2:
         raise InvalidValueError(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
     parts = [variance(arm) / len(arm) for arm in (treatment, control)]
@@ -95,3 +99,30 @@ def _mean(values: Sequence[float]) -> float:
 def _check_level(level: float) -> None:
     if not 0.5 < level < 1:
         raise InvalidValueError(f"a confidence level lies between 0.5 and 1, as 0.95 does; got {level}")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation pooled over groups of repeats, with the degrees of freedom it rests on."""
+
+    sd: float
+    freedom: int
+    groups: int
+
+    def band(self, seeds: tuple[int, int], level: float = 0.95) -> float:
+        """Half the width of the band that holds `level` of the differences of two arms that are the same."""
+        quantile = float(special.stdtrit(self.freedom, (1 + level) / 2))
+        return quantile * self.sd * math.sqrt(1 / seeds[0] + 1 / seeds[1])
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
+    """Pool the spread over groups of repeats (each: one value per seed of the same experiment); None without any.
+
+    Groups of one tell nothing about spread and are left out.
+    """
+    repeats = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in repeats)
+    if not freedom:
+        return None
+    squares = math.fsum(variance(group) * (len(group) - 1) for group in repeats)
+    return Spread(math.sqrt(squares / freedom), freedom, len(repeats))

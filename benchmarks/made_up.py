@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import special
 
-from fp4rl.lab.criteria import Comparison, judge_family
+from fp4rl.lab.criteria import Comparison, evaluate_family
 from fp4rl.lab.statistics.seeds import welch
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def families_with_a_false_word(
     for _ in range(tries):
         control = _points(world.runs(rng, seeds))
         family = [Comparison(str(arm), _points(world.runs(rng, seeds, shift)), control, margin) for arm in range(arms)]
-        wrong += any(verdict.word in false_words for verdict in judge_family(family))
+        wrong += any(verdict.word in false_words for verdict in evaluate_family(family))
     return wrong / tries
 
 

@@ -1,8 +1,14 @@
-"""What counts as a number and as a step in a log, however a trainer wrote it down."""
+"""Plain text and plain numbers, however a trainer and its console wrote them down."""
 
+import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+# CSI sequences (colours, cursor), OSC sequences (titles, links), and two-character escapes: ECMA-48.
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]")
+_WORKER = re.compile(r"\([A-Za-z_][\w.:]*(?: [\w.]+=[^\s,)]+,?)*\s?pid=\d+(?:, ip=[^)\s]+)?\)\s?")
+_REPEATED = re.compile(r"\[repeated \d+x across cluster\].*$")
 
 # A Python number, or as NumPy 2 and torch print one: `np.float64(0.5)`, `tensor(0.5, device='cuda:0')`.
 _NUMBER = re.compile(
@@ -25,6 +31,28 @@ STEP_NAMES = (
 )
 _STEP = re.compile(r"([0-9]{1,18})(?:\.0*)?(?:/[0-9]+)?")
 _HIGHEST_STEP = 2**31 - 1  # what the ledger's column holds
+
+
+def text_of(data: bytes) -> str:
+    """The text of a log: UTF-8, or UTF-16 as PowerShell redirects it. Bytes that are neither become U+FFFD.
+
+    NUL bytes are what a machine that lost power leaves in a file; they are taken out.
+    """
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in data[:64]
+    text = data.decode("utf-16" if utf16 else "utf-8", errors="replace")
+    return text.removeprefix("\ufeff").replace("\0", "")
+
+
+def plain_lines(data: bytes) -> Iterator[str]:
+    """Every piece between newlines, carriage returns and Ray's `(Worker pid=1, ip=...)` prefixes.
+
+    Bytes that are no UTF-8 become U+FFFD, so that one of them never loses the line it stands in.
+    """
+    text = _ESCAPES.sub("", text_of(data))
+    for line in re.split(r"[\r\n]+", text):
+        for piece in _WORKER.split(line):
+            if piece.strip():
+                yield _REPEATED.sub("", piece).rstrip()
 
 
 def number(value: Any) -> float | None:

@@ -1,0 +1,196 @@
+"""Where a run's numbers go besides its folder: TensorBoard always, Weights & Biases and MLflow when asked."""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+
+from fp4rl.lab.folders import RunFolder
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+
+_NOT_ALLOWED = re.compile(r"[^\w\-. /:]")  # in a key of MLflow
+_MOST_PER_CALL = 1000  # the limit of MLflow's log_batch
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step. What it exports equals what was logged, to the last bit of a float64."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Export the numbers of one step."""
+
+    def close(self) -> None:
+        """Write what is buffered, and end the run there."""
+
+
+class TensorBoardSink:
+    """Event files in the run's folder `tensorboard/`.
+
+    Scalars are written as tensors of float64 with the scalar plugin's metadata: the usual `simple_value` is a float32,
+    and would export another number than was logged.
+
+    The writer and its thread start with the first step. accelerate empties and refills the whole environment while the
+    trainer is made, and a thread that reads the environment meanwhile takes the process with it.
+
+    A run that goes back to an earlier step (a rollback, a resume) says so by a start of session, by which TensorBoard
+    drops what was logged from that step on.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._folder = run.path / "tensorboard"
+        self._writer: Any = None
+        self._latest: tuple[int, set[str]] = (-1, set())  # the last step, and the names that it has
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Export the numbers of one step."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.metadata import create_summary_metadata
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        latest, names = self._latest
+        back = step < latest or (step == latest and not names.isdisjoint(values))
+        if self._writer is None or back:
+            self._writer = self._writer or EventFileWriter(str(self._folder))
+            self._writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        self._latest = (step, set(values) | (names if step == latest and not back else set()))
+        shown_as_scalar = create_summary_metadata(display_name=None, description="")
+        exported = [
+            Summary.Value(tag=name, tensor=make_tensor_proto(np.float64(value)), metadata=shown_as_scalar)
+            for name, value in values.items()
+        ]
+        self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=exported)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is buffered, and end the run there."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbSink:
+    """One W&B run per run folder, in the project named after the suite; its files lie in the run folder."""
+
+    def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
+        import wandb
+
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=run.suite,
+            id=run.run_id,
+            name=run.run_id,
+            dir=str(run.path),
+            config=dict(spec),
+            resume="allow",
+            # The terminal is the suite's: no banner, no summary of every run, and nothing of it taken over.
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # A step of W&B's own must never go back, and what is logged to an earlier one is dropped; ours is a metric.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Export the numbers of one step."""
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        """Write what is buffered, and end the run there."""
+        self._run.finish()
+
+
+class MlflowSink:
+    """One MLflow run per run folder, in the experiment named after the suite."""
+
+    def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient()
+        known = self._client.get_experiment_by_name(run.suite)
+        experiment = known.experiment_id if known else self._client.create_experiment(run.suite)
+        before = self._client.search_runs([experiment], f"attributes.run_name = '{run.run_id}'", max_results=1)
+        if before:  # a run that goes on after it was interrupted
+            self.mlflow_run_id: str = before[0].info.run_id
+            self._client.update_run(self.mlflow_run_id, status="RUNNING")
+            return
+        self.mlflow_run_id = self._client.create_run(experiment, run_name=run.run_id).info.run_id
+        for key, value in spec.items():
+            self._client.log_param(self.mlflow_run_id, key, str(value)[:6000])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Export the numbers of one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(allowed_name(name), float(value), now, step) for name, value in values.items()]
+        for start in range(0, len(metrics), _MOST_PER_CALL):
+            self._client.log_batch(self.mlflow_run_id, metrics=metrics[start : start + _MOST_PER_CALL])
+
+    def close(self) -> None:
+        """Write what is buffered, and end the run there."""
+        self._client.set_terminated(self.mlflow_run_id)
+
+
+def allowed_name(name: str) -> str:
+    """MLflow allows letters, digits and `_-. /:` in a key; other characters become `_x40_`, so no two names collide."""
+    return _NOT_ALLOWED.sub(lambda match: f"_x{ord(match[0]):x}_", name)
+
+
+_BY_NAME: dict[str, Callable[[RunFolder, Mapping[str, Any]], Sink]] = {"wandb": WandbSink, "mlflow": MlflowSink}
+_EXTRAS = {"tensorboard": "train"}
+
+
+def require_sinks(names: Sequence[str]) -> None:
+    """Check the names of sinks without loading one.
+
+    Raises `InvalidValueError` for a word that names no sink, `NotFoundError` where its package is missing.
+    """
+    for name in names:
+        if name not in _BY_NAME and name != "tensorboard":
+            raise InvalidValueError(f"no sink {name!r}" + nearest(name, ("tensorboard", *_BY_NAME)))
+        if find_spec(name) is None:
+            raise NotFoundError(f"the sink {name!r} needs its package: pip install 'fp4rl[{_EXTRAS.get(name, name)}]'")
+
+
+class Sinks:
+    """A context manager over all sinks of a run.
+
+    `metrics.jsonl` is the record; a sink that was asked for and fails on the way (a server that went away) is left out
+    from then on and named in `failures`, because curves are no reason to lose hours of training.
+    """
+
+    def __init__(self, run: RunFolder, names: Sequence[str] = (), spec: Mapping[str, Any] | None = None) -> None:
+        """Open TensorBoard and the sinks `names` ("wandb", "mlflow"). Raises as `require_sinks` does."""
+        require_sinks(("tensorboard", *names))
+        self.failures: dict[str, str] = {}
+        self._open: dict[str, Sink] = {"tensorboard": TensorBoardSink(run)}
+        for name in dict.fromkeys(names):
+            if name in _BY_NAME:
+                self._open[name] = _BY_NAME[name](run, spec or {})
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Export the numbers of one step."""
+        for name, sink in list(self._open.items()):
+            self._attempt(name, lambda sink=sink: sink.log(step, values))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Write what is buffered, and end the run there."""
+        for name, sink in list(self._open.items()):
+            self._attempt(name, sink.close)
+        self._open.clear()
+
+    def _attempt(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a client library raises
+            if name == "tensorboard":
+                raise
+            self.failures[name] = f"{type(error).__name__}: {error}"
+            del self._open[name]
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

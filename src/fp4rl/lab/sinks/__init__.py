@@ -1,1 +1,0 @@
-"""Where numbers go besides the run folder, for eyes that follow a run: TensorBoard, Weights & Biases, MLflow."""

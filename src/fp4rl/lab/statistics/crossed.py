@@ -1,0 +1,100 @@
+"""Cross-checks that take seeds and problems both as random. They confirm or warn; the verdict is over seeds alone.
+
+Both read two tables of scores, [seeds, problems], that share the problems (columns) and not the seeds.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import special
+
+from fp4rl.lab.statistics.seeds import Difference
+from fp4rl.spec.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bootstrapped:
+    """`value` = difference of means; percentile interval; p = twice the smaller tail of the draws at zero."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    p: float
+    draws: int
+
+
+def multi_bootstrap(
+    treatment: "Scores", control: "Scores", *, generator: np.random.Generator, draws: int = 2000, level: float = 0.95
+) -> Bootstrapped:
+    """Resample seeds (unpaired) and problems (paired): the Multi-Bootstrap of Sellam et al., arXiv 2106.16163.
+
+    Each draw takes seeds of each arm, and one set of problems for both, with replacement.
+
+    Both resamplings carry the chance of single
+    answers, so it is cautious where that dominates; where seeds dominate and are few, its percentile interval is too
+    narrow. Raises `InvalidValueError` unless the problems agree.
+    """
+    _check_problems(treatment, control)
+    per_problem = _drawn(treatment, draws, generator) - _drawn(control, draws, generator)  # [draws, problems]
+    problems = per_problem.shape[1]
+    weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=draws) / problems
+    differences = np.einsum("dp,dp->d", per_problem, weights)  # [draws]
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    tail = min((differences <= 0).mean(), (differences >= 0).mean())
+    value = float(treatment.mean() - control.mean())
+    return Bootstrapped(value, float(low), float(high), level, min(1.0, max(2 * float(tail), 1 / draws)), draws)
+
+
+def _drawn(arm: "Scores", draws: int, generator: np.random.Generator) -> "Scores":
+    """The mean over a resample of the arm's seeds, for every draw and problem: [draws, problems]."""
+    seeds = len(arm)
+    weights: Scores = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    return weights @ arm
+
+
+def two_way(treatment: "Scores", control: "Scores", level: float = 0.95) -> Difference:
+    """Test the difference of means with the variance of seeds and problems both (two-way clustering).
+
+    The variance is V(seeds) + V(problems) - V(cell): that of the seed means, plus that of the per-problem differences,
+    less the residual that both contain, and never less than either (Cameron, Gelbach and Miller, J. of Business and
+    Economic Statistics 29 (2011)). Degrees of freedom after Satterthwaite.
+    Raises `InvalidValueError` unless the problems agree and each arm has two seeds.
+    """
+    _check_problems(treatment, control)
+    if min(len(treatment), len(control), treatment.shape[1]) < 2:
+        raise InvalidValueError("a two-way test needs two seeds an arm and two problems")
+    value = float(treatment.mean() - control.mean())
+    seeds = [float(arm.mean(1).var(ddof=1)) / len(arm) for arm in (treatment, control)]
+    problems = float((treatment.mean(0) - control.mean(0)).var(ddof=1)) / treatment.shape[1]
+    total = max(sum(seeds) + problems - _cell(treatment) - _cell(control), sum(seeds), problems)
+    if not total > 0:
+        raise InvalidValueError("neither seeds nor problems vary, so chance cannot be measured")
+    freedom = total**2 / (
+        sum(part**2 / (len(arm) - 1) for part, arm in zip(seeds, (treatment, control), strict=True))
+        + problems**2 / (treatment.shape[1] - 1)
+    )
+    error = math.sqrt(total)
+    half = float(special.stdtrit(freedom, (1 + level) / 2)) * error
+    p = 2 * float(special.stdtr(freedom, -abs(value) / error))
+    return Difference(value, value - half, value + half, level, error, freedom, p, (len(treatment), len(control)))
+
+
+def _cell(arm: "Scores") -> float:
+    """The variance of the arm's mean that comes from the residual of seed and problem alone."""
+    residual = arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean()
+    freedom = (arm.shape[0] - 1) * (arm.shape[1] - 1)
+    return float(np.square(residual).sum() / (freedom * arm.size))
+
+
+def _check_problems(treatment: "Scores", control: "Scores") -> None:
+    first, second = treatment.shape[1], control.shape[1]
+    if first != second:
+        raise InvalidValueError(f"the arms answer {first} and {second} problems; they must be the same")
