@@ -26,7 +26,7 @@ def score_table(runs: Sequence[RunFolder], step: int, profile: str, score: str =
     None where a run has none or no folder here, and where they answer other problems or other numbers of samples.
     Raises `Damaged` for a file that cannot be read.
     """
-    asked: tuple[list[str], list[int]] | None = None
+    first: tuple[list[str], list[int]] | None = None  # problems and samples of each
     shares = []
     for run in runs:
         if (step, profile) not in run.item_sets():
@@ -34,9 +34,9 @@ def score_table(runs: Sequence[RunFolder], step: int, profile: str, score: str =
         items = run.items(step, profile, ["problem_id", score])
         names, row, counts = np.unique(items.column("problem_id").to_pylist(), return_inverse=True, return_counts=True)
         answered = (names.tolist(), counts.tolist())
-        asked = asked or answered
-        if answered != asked:
+        first = first or answered
+        if answered != first:
             return None
         solved = [flag is True for flag in items.column(score).to_pylist()]
         shares.append(np.bincount(row, weights=solved) / counts)  # [problems]
-    return ScoreTable(tuple(asked[0]), np.stack(shares)) if asked else None
+    return ScoreTable(tuple(first[0]), np.stack(shares)) if first else None

@@ -78,7 +78,7 @@ def content_of(folder: RunFolder) -> str:
 
 def _counted(folder: RunFolder, step: int, profile: str) -> Row:
     strict = folder.items(step, profile).column("strict").to_pylist()  # the whole file is read: damage shows now
-    return {"step": step, "profile": profile, "answers": len(strict), "solved": sum(one is True for one in strict)}
+    return {"step": step, "profile": profile, "answers": len(strict), "solved": sum(flag is True for flag in strict)}
 
 
 def _files(folder: RunFolder) -> list[Row]:

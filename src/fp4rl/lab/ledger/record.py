@@ -26,9 +26,7 @@ def record(ledger: Ledger, folder: RunFolder) -> bool:
     with ledger.reading() as connection:
         if known_content(connection).get((folder.suite, folder.run_id)) == content:
             return False
-    document = document_of(folder)
-    with ledger.writing() as connection:
-        _write_whole(connection, document, folder)
+    _record(ledger, folder)
     return True
 
 
@@ -44,7 +42,8 @@ def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damag
     for done, run in enumerate(finished, start=1):
         try:
             if known.get((run.suite, run.run_id)) != content_of(run):
-                recorded += record(ledger, run)
+                _record(ledger, run)
+                recorded += 1
         except Damaged as error:
             damaged.append(error)
         if on_run:
@@ -93,6 +92,12 @@ def known_content(connection: Connection) -> dict[tuple[str, str], str]:
     table = tables.runs.c
     rows = connection.execute(select(table.suite, table.run_id, table.content))
     return {(suite, run_id): content for suite, run_id, content in rows}
+
+
+def _record(ledger: Ledger, folder: RunFolder) -> None:
+    document = document_of(folder)
+    with ledger.writing() as connection:
+        _write_whole(connection, document, folder)
 
 
 def _write_whole(connection: Connection, document: Document, folder: RunFolder) -> None:

@@ -38,12 +38,13 @@ class Ledger:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
+        """A connection that sees one state of the ledger."""
         with self._usable(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Committed when the block ends, undone when it raises."""
+        """A connection whose changes are committed when the block ends, and undone when it raises."""
         with (
             self._usable(),
             self.engine.connect().execution_options(fp4rl_writes=True) as connection,
@@ -53,7 +54,7 @@ class Ledger:
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """What the database itself refuses is one line: locked, damaged, gone, or out of room."""
+        """Turn what the database refuses (locked, damaged, gone, out of room) into an error of one line."""
         try:
             yield
         except (OperationalError, sqlite3.OperationalError) as error:  # the latter from a connection that is prepared
@@ -73,6 +74,7 @@ class Ledger:
         return self.engine.url.render_as_string(hide_password=True)
 
     def close(self) -> None:
+        """Close every connection."""
         self.engine.dispose()
 
     def __enter__(self) -> "Ledger":
@@ -103,7 +105,7 @@ def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledg
 
 def _sqlite(path: Path) -> Engine:
     if not path.parent.is_dir():
-        raise NotFoundError(f"{path.parent}: no such folder, so no ledger is made there; name another place")
+        raise NotFoundError(f"{path.parent}: no such folder, so no ledger is made there; name another folder")
     writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
     if writable:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S}, json_serializer=dumps)
@@ -131,18 +133,21 @@ def _sqlite(path: Path) -> Engine:
 
 
 def _copy(path: Path, into: sqlite3.Connection) -> None:
-    """What a ledger that cannot be written holds. Where it cannot be read either, the folders are read instead."""
+    """Copy a ledger that cannot be written. Where it cannot be read either, the folders are read instead."""
     if not path.is_file():
         return
     with (
         contextlib.suppress(sqlite3.DatabaseError),
-        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as found,
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as archive,
     ):
-        found.backup(into)
+        archive.backup(into)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Readers and a writer side by side. The first opener changes the file, and SQLite does not wait for that lock."""
+    """Let readers and a writer work side by side.
+
+    The first opener changes the file, and SQLite does not wait for that lock by itself.
+    """
     deadline = time.monotonic() + _WAIT_S
     while True:
         try:
