@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fp4rl.cli.main import main
-from fp4rl.engines import processes
+from fp4rl.engines.executors import processes
 from fp4rl.numerics import dispatch, native_build
 
 LOAD, BUILD = native_build.load, native_build.build

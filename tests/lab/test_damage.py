@@ -119,7 +119,7 @@ def test_without_a_listener_the_others_are_recorded_and_then_it_is_raised(lab, o
 
 def test_a_run_of_another_suite_is_not_stopped(lab, tmp_path, monkeypatch, capsys):
     """The run itself is played by copying a finished one: what matters is what is recorded after it."""
-    from fp4rl.engines import processes
+    from fp4rl.engines.executors import processes
     from fp4rl.lab.matrix import single
     from fp4rl.lab.runner import Outcome
 
@@ -139,7 +139,7 @@ def test_a_run_of_another_suite_is_not_stopped(lab, tmp_path, monkeypatch, capsy
 
 def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path, monkeypatch, capsys):
     """The kind: a variable that some verbs heed and others pass by. `w4a4` has one run; its spread is the ledger's."""
-    from fp4rl.engines import processes
+    from fp4rl.engines.executors import processes
     from fp4rl.lab.report import collect as module
 
     def carried(self, runs, root, on_event):

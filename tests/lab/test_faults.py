@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fp4rl.engines.processes import attempt, died
+from fp4rl.engines.executors.processes import attempt, died
 from fp4rl.lab import work
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.guards import FATAL

@@ -12,8 +12,8 @@ from rich.console import Console
 import fp4rl
 from fp4rl.cli.display import Display
 from fp4rl.cli.run import refuse_others
-from fp4rl.engines import processes
-from fp4rl.engines.processes import LocalPool
+from fp4rl.engines.executors import processes
+from fp4rl.engines.executors.processes import LocalPool
 from fp4rl.lab import guards, sinks, work
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import planned, single

@@ -10,9 +10,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from fp4rl.models.load import with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl import rollout as rollout_room
+from fp4rl.rl import generate as generate_room
 from fp4rl.rl import trainer as trainer_room
-from fp4rl.rl.dropout import dropout_off, drops
+from fp4rl.rl.scoring import dropout_off, drops
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.model import Embedded, Lora
 
@@ -41,7 +41,7 @@ def test_the_answers_are_those_of_the_whole_model_which_then_learns_with_dropout
 
 
 def test_a_sampler_with_dropout_stops_the_run(run, experiment, monkeypatch):
-    monkeypatch.setattr(rollout_room, "dropout_off", nullcontext)
+    monkeypatch.setattr(generate_room, "dropout_off", nullcontext)
     with pytest.raises(CheckFailed, match="step 1: decoding and one pass"):
         run(experiment("bf16", **LEARNING_WITH_DROPOUT))
 

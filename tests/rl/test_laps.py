@@ -11,7 +11,7 @@ from fp4rl.cli.profiled import profiled
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.profile import WHAT, where_time_goes, write_profile
-from fp4rl.rl.step_timer import StepTimer
+from fp4rl.rl.step_metrics import StepTimer
 from fp4rl.spec.errors import NotFoundError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp4rl.rl.means import StepMeans
+from fp4rl.rl.step_metrics import StepMeans
 
 
 def mask(*lengths):

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from fp4rl.rl.overlong import mask_truncated, soft_overlong_penalty, was_truncated
+from fp4rl.rl.batch import mask_truncated
+from fp4rl.rl.rewards import soft_overlong_penalty
 from fp4rl.spec.errors import InvalidValueError
 
 
@@ -50,11 +51,6 @@ def test_the_penalty_starts_after_the_free_length_and_scales_with_its_factor():
 def test_a_buffer_that_does_not_fit_is_refused(buffer):
     with pytest.raises(InvalidValueError, match="about a quarter"):
         soft_overlong_penalty(torch.tensor([1]), 48, buffer)
-
-
-def test_an_answer_that_ends_exactly_at_the_limit_is_complete():
-    lengths, ended = torch.tensor([48, 48, 20]), torch.tensor([True, False, True])
-    assert was_truncated(lengths, ended, 48).tolist() == [False, True, False]
 
 
 def test_masking_takes_out_whole_answers_and_leaves_its_argument_alone():

@@ -17,9 +17,8 @@ from fp4rl.spec.training import Training
 FIXED_BATCH = """
 import json, os, sys, torch
 from pathlib import Path
-from fp4rl.rl import processes, trainer
+from fp4rl.rl import processes, sampler_check, trainer
 from fp4rl.rl.listeners import Listeners
-from fp4rl.rl.phases import Phases
 from fp4rl.rl.train import train
 from fp4rl.spec.load import load_spec
 torch.set_num_threads(1)
@@ -42,7 +41,7 @@ def fixed(answers, stand_in, recipe, rows, pad_id, device):
     return {name: value[first : first + rows] for name, value in batch.items()}
 
 trainer.training_batch = fixed
-Phases.require_decoded = lambda *_: None  # nobody sampled this batch
+sampler_check.require_decoded = lambda *_: None  # nobody sampled this batch
 found = {}
 for spec in specs:
     judged, steps = [], []

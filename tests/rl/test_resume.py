@@ -20,9 +20,9 @@ from fp4rl.lab.matrix import single
 from fp4rl.lab.work import execute_run
 from fp4rl.rl import checkpoints
 from fp4rl.rl import session as session_room
+from fp4rl.rl.checkpoints import EVERY_S, SaveClock
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.listeners import Interrupted
-from fp4rl.rl.saving import EVERY_S, SaveClock
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment

@@ -13,7 +13,7 @@ from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.by_length import by_length
+from fp4rl.rl.batch import by_length
 from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import ResumeState, Run, TrainingSession

@@ -119,9 +119,9 @@ def carry_out_all(
     """
     from fp4rl.cli.described import require_here, runs_described, warnings_of
     from fp4rl.cli.display import Display
-    from fp4rl.engines.launcher import launched
-    from fp4rl.engines.processes import LocalPool
-    from fp4rl.engines.torchrun import TorchrunExecutor, follow, is_first, tell
+    from fp4rl.engines.executors.launcher import launched
+    from fp4rl.engines.executors.processes import LocalPool
+    from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow, is_first, tell
     from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
     from fp4rl.lab.sinks import require_sinks
     from fp4rl.models.quiet import quiet as quiet_libraries

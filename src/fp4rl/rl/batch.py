@@ -1,4 +1,4 @@
-"""From the answers that are kept to the padded tensors that the loss reads."""
+"""From the answers that are kept to the padded micro-batches that the loss reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fp4rl.rl.advantages import group_advantages
-from fp4rl.rl.overlong import mask_truncated
 from fp4rl.rl.prompts import padded
 from fp4rl.rl.rollout import ScoredRollout
 from fp4rl.spec.training import Training
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,42 @@ def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.dev
         "sampling_per_token_logps": logps,
     }
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def mask_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
+    """The loss mask [answers, tokens] without the truncated answers: they are neither rewarded nor punished.
+
+    The attention mask must stay as it is: only the loss forgets them.
+    """
+    return mask.masked_fill(truncated.bool().unsqueeze(-1), 0)
+
+
+def by_length(batches: Sequence[Batch], span: int) -> list[Batch]:
+    """Sort the micro-batches of whole updates, `span` each, by tokens within an update, and cut them to their width.
+
+    Padding that no row of a micro-batch needs is not computed. An update keeps its answers, and so its loss.
+    Tensors are [rows], [rows, prompt] (`prompt_*`, padded on the left) or [rows, answer] (padded on the right).
+    """
+    found: list[Batch] = []
+    for first in range(0, len(batches), span):
+        parts = batches[first : first + span]
+        found += [_cut(part) for part in (_sorted(parts) if len(parts) > 1 else parts)]
+    return found
+
+
+def _sorted(parts: Sequence[Batch]) -> list[Batch]:
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = (whole["prompt_mask"].sum(-1) + whole["completion_mask"].sum(-1)).argsort(stable=True)
+    places = torch.split(order, [len(part["completion_mask"]) for part in parts])
+    return [{name: value[rows] for name, value in whole.items()} for rows in places]
+
+
+def _cut(batch: Batch) -> Batch:
+    prompt, answer = (max(int(batch[f"{name}_mask"].sum(-1).max()), 1) for name in ("prompt", "completion"))
+    return {name: _columns(name, value, prompt, answer) for name, value in batch.items()}
+
+
+def _columns(name: str, value: Tensor, prompt: int, answer: int) -> Tensor:
+    if value.dim() < 2:
+        return value
+    return value[:, -prompt:] if name.startswith("prompt_") else value[:, :answer]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 STATE = "fp4rl.json"
+EVERY_S = 300.0
+_SHARE = 20  # writing checkpoints may take a twentieth of the time, however large they are
 _CHUNK = 1 << 20
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
@@ -123,3 +126,26 @@ def _fingerprint(path: Path) -> str:
         while part := file.read(_CHUNK):
             found.update(part)
     return found.hexdigest()
+
+
+class SaveClock:
+    """Says when the next checkpoint against interruptions is due, by the time since the last and what that took."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._last = self._begun = now()
+        self._took = 0.0
+
+    def due(self, *, last: bool) -> bool:
+        """Whether it is time. At the `last` step sooner: the evaluation that follows has no step to save at."""
+        wait = max(EVERY_S, _SHARE * self._took)
+        return self._now() - self._last >= (wait / 10 if last else wait)
+
+    def begin(self) -> None:
+        """A checkpoint is about to be written."""
+        self._begun = self._now()
+
+    def end(self) -> None:
+        """It is written."""
+        self._last = self._now()
+        self._took = self._last - self._begun

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.rl.batch import Answer, kept_answers
-from fp4rl.rl.overlong import soft_overlong_penalty
-from fp4rl.rl.rewards import Rewarder
+from fp4rl.rl.rewards import Rewarder, soft_overlong_penalty
 from fp4rl.rl.rollout import Rollout, ScoredRollout
 from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
 from fp4rl.rl.stream import PromptStream

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from fp4rl.models.endings import end_ids
-from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.prompts import padded
+from fp4rl.rl.scoring import dropout_off
 from fp4rl.spec.errors import NotFoundError, nearest
 
 # A token is a byte or more: the last n bytes of an answer stand in its last n tokens. Some more for words' beginnings.

@@ -15,31 +15,20 @@ from fp4rl.noise.perturb import perturb
 from fp4rl.noise.progress import ScheduleProgress, StageLog
 from fp4rl.rl.acting import rounded
 from fp4rl.rl.weights_unchanged import Record, unharmed
-from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import NoiseStages
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
-from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.records import NoiseSummary
 
 # Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
 _HELD_STEPS, _HELD_EVERY = 3, 10
-# The sampler is held against the policy that is trained as often, and whenever the noise grows.
-_COMPARED_STEPS, _COMPARED_EVERY = 3, 10
-
-_FLOAT = 1e-6  # nats that arithmetic alone may put between two scorings of the same tokens
-# Nats a token (k3) that arithmetic may put between decoding and one pass. With attention written out, or in float32 on
-# a CPU, it is 0 but for a value on a tie now and then (at most 2e-4 seen); fused 16-bit attention under 4-bit inputs
-# made up to 0.011. Positions that are counted differently make 0.005 to 1.5.
-_DECODED, _DECODED_FUSED = 2e-3, 0.02
 
 
 class Phases:
-    """Rollout, training and evaluation of one model under one injection and one noise.
+    """Rollout and training of one model under one injection and one noise.
 
-    `record` receives evidence. A rollout or an evaluation that leaves the master weights
-    different from what it found raises CheckFailed (P06, P09), and so does noise that was asked for and is not there
-    (P03).
+    `record` receives evidence. A rollout that leaves the master weights different from what it found raises
+    CheckFailed, and so does noise that was asked for and is not there.
     """
 
     def __init__(
@@ -86,75 +75,10 @@ class Phases:
             finally:
                 self._switch("training")
 
-    @contextmanager
-    def evaluation(self, step: int) -> Iterator[None]:
-        """Judge the policy as deployed: injection as in evaluation, noise off."""
-        with unharmed(self.model, "evaluation", step, self.record):
-            self._switch("evaluation")
-            try:
-                yield
-            finally:
-                self._switch("training")
-
     @property
     def scores_with_noise(self) -> bool:
         """Whether the loss starts from the log-probabilities that the noisy sampler gave."""
         return self.noise is not None and self.noise.logprobs == "noisy"
-
-    def to_be_compared(self, step: int) -> bool:
-        """Whether sampler and trainer are held against each other at `step`, whose rollout is over."""
-        return step < _COMPARED_STEPS or step % _COMPARED_EVERY == 0 or self.stages.rose
-
-    @property
-    def are_one(self) -> bool:
-        """Whether nothing that is described makes the sampler another policy than the trainer: no injection, and no
-        noise in this step."""
-        return self.attachment is None and not self.sigma
-
-    @property
-    def round_alike(self) -> bool:
-        """Whether the same formats act in rollout and in training; hardware errors are none."""
-        return self._formats("rollout") == self._formats("training")
-
-    def _formats(self, phase: Phase) -> dict[str, int]:
-        if self.attachment is None:
-            return {}
-        acting = self.attachment.table.acting(phase)
-        return {point: sites for point, sites in acting.items() if point in (*LINEAR_POINTS, "kv_cache")}
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether two forwards of the same tokens in the same phase give the same bits: nothing is left to chance."""
-        if self.attachment is None:
-            return True
-        injection = self.attachment.table.injection
-        return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether rollout and training can be held against each other: something acts, and nothing by chance."""
-        return self.attachment is not None and self.repeatable
-
-    def require_alike(self, step: int, k3: float) -> None:
-        """CheckFailed when a `comparable` policy scores the same tokens differently in rollout and in training by `k3`
-        nats, though the same acts in both: one of them holds other weights (P35)."""
-        assert self.attachment is not None
-        table = self.attachment.table
-        if table.digest_in("rollout") == table.digest_in("training") and k3 > _FLOAT:
-            raise CheckFailed(
-                f"step {step}: rollout and training round alike, but score the same tokens {k3:.3g} nats apart: "
-                "the sampler holds other weights than the trainer"
-            )
-
-    def require_decoded(self, step: int, k3: float) -> None:
-        """CheckFailed when a `repeatable` sampler and one pass under the same weights, noise and rounding are `k3` nats
-        a token apart: they read the tokens differently, in positions, mask, cache or kernel."""
-        if k3 > (_DECODED_FUSED if _fused(self.model) else _DECODED):
-            raise CheckFailed(
-                f"step {step}: decoding and one pass over the same tokens with the same weights are {k3:.3g} nats a "
-                "token apart: the model reads positions, mask or cache differently in the two, or leaves something to "
-                "chance; such a sampler is another policy than the one that is trained"
-            )
 
     @contextmanager
     def reference(self, phase: Phase = "reference") -> Iterator[None]:
@@ -282,13 +206,6 @@ class Phases:
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record(NoiseStages(ran=tuple(self.stages.ran), missed=missed))
         require_noise(self.noise, [[one] for one in self._noise_seen])
-
-
-def _fused(model: nn.Module) -> bool:
-    """Whether attention runs in a fused kernel whose rounding depends on how many queries there are."""
-    weight = next(model.parameters())
-    written_out = getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager"
-    return not written_out and (weight.is_cuda or weight.dtype != torch.float32)
 
 
 def _progress_as_json(progress: ScheduleProgress) -> list[int]:

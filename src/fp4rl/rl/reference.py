@@ -14,8 +14,8 @@ from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.distill import teacher_kl
-from fp4rl.rl.dropout import dropout_off
 from fp4rl.rl.phases import Phases
+from fp4rl.rl.scoring import dropout_off
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection, Phase
 from fp4rl.spec.training import Distillation

@@ -1,12 +1,10 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, 3.2): groups without spread are replaced by fresh ones, up to a limit.
 
-Pure selection: `groups_with_spread` says which groups teach something, `Refill` counts how many more are needed. The
-trainer generates, the numbers live here, so that a checkpoint can hold them.
+Pure selection: `groups_with_spread` says which groups teach something, `Refill` counts how many more are needed.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 from torch import Tensor
 
@@ -34,8 +32,8 @@ def groups_with_spread(metric: Tensor, rollout_n: int, tolerance: float = TOLERA
 class Refill:
     """How far one training batch has been filled. Immutable: `after` returns the next state.
 
-    `wanted`: groups a training batch needs. `max_num_gen_batches`: generations allowed; 0 for no limit (verl's
-    convention). `kept`, `generated`: groups so far. `batches`: generations so far.
+    `wanted`: groups a training batch needs. `max_num_gen_batches`: generations allowed. `kept`, `generated`: groups so
+    far. `batches`: generations so far.
     """
 
     wanted: int
@@ -45,10 +43,10 @@ class Refill:
     batches: int = 0
 
     def __post_init__(self) -> None:
-        if self.wanted < 1 or self.max_num_gen_batches < 0:
+        if self.wanted < 1 or self.max_num_gen_batches < 1:
             raise InvalidValueError(
                 f"a batch of {self.wanted} groups with max_num_gen_batches {self.max_num_gen_batches}: "
-                "want at least 1 group, and 0 (no limit) or more generations"
+                "want at least 1 of each"
             )
 
     def after(self, kept: int, generated: int) -> "Refill":
@@ -65,7 +63,7 @@ class Refill:
     @property
     def gave_up(self) -> bool:
         """Not full, and no generation left."""
-        return not self.full and 0 < self.max_num_gen_batches <= self.batches
+        return not self.full and self.max_num_gen_batches <= self.batches
 
     @property
     def done(self) -> bool:
@@ -107,10 +105,6 @@ class Refill:
             "sampling/generated_groups": float(self.generated),
             "sampling/trained_groups": float(self.trained),
         }
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able; `Refill(**state)` is the same value again."""
-        return asdict(self)
 
 
 def choose(spread: Tensor, missing: int) -> Tensor:

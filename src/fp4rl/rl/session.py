@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
-from fp4rl.rl.checkpoints import Checkpoint, complete, rotate
+from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import Hooks, TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.generate import sampler_named
@@ -23,7 +23,6 @@ from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import standing
 from fp4rl.rl.rewards import Rewarder, reward_named
-from fp4rl.rl.saving import SaveClock
 from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.watch import Watch

@@ -29,11 +29,6 @@ class PromptStream:
         if not self.problems:
             raise InvalidValueError("the training split is empty: there is nothing to train on")
 
-    @property
-    def epochs(self) -> float:
-        """How many times the split has been gone through."""
-        return self.position * self.world / len(self.problems)
-
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems."""
         return [self._next() for _ in range(count)]

@@ -21,27 +21,19 @@ from trl.trainer.utils import add_fused_lm_head
 from fp4rl.rl import processes
 from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.batch import training_batch
-from fp4rl.rl.by_length import by_length
+from fp4rl.rl.batch import by_length, training_batch
 from fp4rl.rl.components import TrainerComponents
-from fp4rl.rl.dropout import dropout_off, drops
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.generate import Sampling
 from fp4rl.rl.masters import Masters
-from fp4rl.rl.means import StepMeans
-from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
-from fp4rl.rl.scoring import answer_logps, whole_sequences
-from fp4rl.rl.step_timer import StepTimer
+from fp4rl.rl.sampler_check import compare_sampler, is_due
+from fp4rl.rl.scoring import answer_logps, dropout_off, drops, whole_sequences
+from fp4rl.rl.step_metrics import StepMeans, StepTimer
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
-
-# Rollout and training phase are held against each other now and then, on a few answers.
-_COMPARED_ROWS = 32
-# What of the mismatch is told again in parts: as the description makes it, and as decoding token by token does.
-_IN_PARTS = {"rollout_corr/k3_kl": "k3_kl", "training/rollout_probs_diff_mean": "probs_diff"}
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -88,10 +80,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         """How many problems each process has taken from its stream."""
         return processes.from_all(self.parts.stream.position)
 
-    def _data_epochs(self) -> float:
-        """How often all processes together have gone through the training problems; the same in every process."""
-        return sum(self.positions()) / len(self.parts.stream.problems)
-
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No model card beside a checkpoint: it would name what TRL's own defaults are."""
 
@@ -127,7 +115,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.timer.lap("between")
         self._started, recipe = time.perf_counter(), self.parts.recipe
         seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
-        with self.parts.phases.rollout(self.step, self._data_epochs()):
+        data_epochs = sum(self.positions()) / len(self.parts.stream.problems)
+        with self.parts.phases.rollout(self.step, data_epochs):
             self.timer.lap("noise")
             filled = self.filler.fill(self._sample)
             self.timer.lap("rewards")
@@ -151,8 +140,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.timer.lap("reference")
-        if self.parts.phases.to_be_compared(self.step):
-            self._step_metrics |= self._phases_apart(batch)
+        if is_due(self.parts.phases, self.step):
+            self._step_metrics |= compare_sampler(self.parts.phases, self.step, batch, self._old)
             self.timer.lap("comparison")
         if self.parts.phases.scores_with_noise:
             batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
@@ -187,46 +176,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         with dropout_off(self.model):
             logps, _ = self._score(self.model, batch)
         return logps
-
-    @torch.no_grad()
-    def _phases_apart(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """How far the policy that samples is from the one that is trained, on the same tokens, and by what.
-
-        `decode_k3_kl` is what decoding token by token makes beside one pass with the same weights, noise and rounding:
-        arithmetic alone, unless something draws at random. `phase_k3_kl` is what the formats of the two phases make, 0
-        exactly where both round alike, in any dtype. `described_*` have the step's noise and errors in them too: what
-        the sampler may differ by, and no more.
-        """
-        phases, rows = self.parts.phases, {name: value[:_COMPARED_ROWS] for name, value in batch.items()}
-        mask = rows["completion_mask"]
-        training, clean, sampling = self._scored_in_turn(rows)
-        decoded = mismatch_metrics(sampling, rows["sampling_per_token_logps"], mask)
-        if not decoded:
-            return {}
-        if phases.repeatable:
-            phases.require_decoded(self.step, decoded["rollout_corr/k3_kl"])
-        between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
-        found = {**_part("described", described), **_part("decode", decoded)}
-        if phases.comparable:
-            phases.require_alike(self.step, between["rollout_corr/k3_kl"])
-        if phases.comparable or not phases.round_alike:
-            found["rollout_corr/phase_k3_kl"] = between["rollout_corr/k3_kl"]
-        return found
-
-    def _scored_in_turn(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Score `rows` as training does, as rollouts do without noise, and as this step's rollout did."""
-        phases = self.parts.phases
-        with dropout_off(self.model):
-            training, _ = self._score(self.model, rows)
-            if phases.are_one:
-                return training, training, training
-            with phases.reference("rollout"):
-                clean, _ = self._score(self.model, rows)
-            if not phases.sigma:
-                return training, clean, clean
-            with phases.as_sampled(self.step):
-                noisy, _ = self._score(self.model, rows)
-        return training, clean, noisy
 
     # -- a micro-batch
 
@@ -360,10 +309,6 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """The trainer's checkpoint is whole: ours, written last, completes it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._trainer.parts.hooks.on_checkpoint(self._trainer.step, folder)
-
-
-def _part(name: str, found: dict[str, float]) -> dict[str, float]:
-    return {f"rollout_corr/{name}_{word}": found[metric] for metric, word in _IN_PARTS.items() if metric in found}
 
 
 def _scored_by_the_stream(**_: Any) -> list[float]:

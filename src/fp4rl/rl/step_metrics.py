@@ -1,7 +1,8 @@
-"""One number a step out of those of its micro-batches: the number of the whole batch, however it was cut."""
+"""What a step logs: one number out of those of its micro-batches, and where its time went."""
 
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -52,3 +53,28 @@ def _one(name: str, values: list[tuple[float, float]], updates: int) -> float:
     if "max" in name or "_min" in name:
         return (max if "max" in name else min)(value for value, _ in values)
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+
+
+class StepTimer:
+    """Books every moment under the lap that ends next, so that laps add up to the whole."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._last = now()
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def restart(self) -> None:
+        """Book what went by since the last lap under nothing."""
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = self._now()
+        self._sums[name] += now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """Return seconds by name since the last call, and begin anew."""
+        sums = dict(self._sums)
+        self._sums.clear()
+        return sums

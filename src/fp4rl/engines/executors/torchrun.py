@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp4rl.engines.processes import attempt
+from fp4rl.engines.executors.processes import attempt
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import Event, OnEvent, Outcome
 from fp4rl.spec.errors import CheckFailed
