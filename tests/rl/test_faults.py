@@ -10,8 +10,9 @@ from fp4rl.lab.matrix import single
 from fp4rl.lab.work import execute_run
 from fp4rl.models.load import load
 from fp4rl.models.positions import forward_inputs
-from fp4rl.rl import rollout as rollout_room
 from fp4rl.rl.check import check
+from fp4rl.rl.generate import Generation
+from fp4rl.rl.prompts import padded
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.spec.task import Problem, Score
@@ -144,12 +145,12 @@ def test_empty_answers_are_counted_and_survived(run, experiment, monkeypatch):
     """Every answer ends at once: nothing but the end token."""
 
     @torch.no_grad()
-    def ending(model, input_ids, attention_mask, config):
-        end = config.eos_token_id[0]
-        logits = model(**forward_inputs(model, input_ids, attention_mask)).logits[:, -1] / config.temperature
-        return input_ids.new_full((len(input_ids), 1), end), logits.log_softmax(-1)[:, [end]]
+    def ending(model, tokenizer, prompts, sampling):
+        inputs = forward_inputs(model, *padded(prompts, tokenizer.pad_token_id))
+        logps = (model(**inputs).logits[:, -1] / sampling.temperature).log_softmax(-1)[:, [tokenizer.eos_token_id]]
+        return [Generation([tokenizer.eos_token_id], "", True, row) for row in logps]
 
-    monkeypatch.setattr(rollout_room, "generate", ending)
+    monkeypatch.setattr("fp4rl.rl.session.sampler_named", lambda _: ending)
     _, heard = run(experiment("bf16"))
     assert [metrics["response_length/empty_ratio"] for _, metrics in heard.steps] == [1.0, 1.0]
     assert all(math.isfinite(value) for _, metrics in heard.steps for value in metrics.values())
