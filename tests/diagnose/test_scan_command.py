@@ -266,6 +266,7 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     for name in ("heat", "kl", "depth", "distribution"):
         assert f'<div id="{name}" role="img"' in text
     assert "<b>odd</b>" not in text
+    assert "default-src 'none'" in text  # it can load nothing
 
 
 def test_the_figures_of_a_scan_are_what_plotly_accepts(w4a4):
