@@ -97,8 +97,9 @@ def write_lines(run: RunFolder, rng: np.random.Generator) -> None:
         run.add_metrics(step, dict(zip(names, rng.random(20).tolist(), strict=True)))
         run.add_evidence(line("master", step=step))
     run.add_evidence(line("live_equals_fresh"))
-    for site in range(14):
-        run.add_evidence(line("injection", site=f"layers.{site}", calls=900))
+    for phase in ("rollout", "training"):
+        for site in range(14):
+            run.add_evidence(line("injection", phase=phase, site=f"layers.{site}", calls=900))
 
 
 def item(index: int, solved: bool) -> dict[str, object]:

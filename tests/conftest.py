@@ -1,6 +1,9 @@
 """What all tests share: the public data beside the checkout, and quiet libraries."""
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from time import monotonic
 from zlib import crc32
@@ -71,3 +74,35 @@ def pytest_runtest_setup(item):
     minutes = item.config.getoption("--minutes")
     if minutes is not None and item.get_closest_marker("slow") and monotonic() - BEGAN > 60 * minutes:
         pytest.skip(f"{minutes:g} minutes of slow tests are over; `make slow` runs them all")
+
+
+_BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+_PROBE = """<script>
+addEventListener("error", (event) => { document.body.dataset.error = event.message; });
+addEventListener("securitypolicyviolation", (event) => { document.body.dataset.error = event.violatedDirective; });
+addEventListener("load", () => {
+  const page = document.documentElement;
+  document.body.dataset.spill = page.scrollWidth - page.clientWidth;
+});
+</script></head>"""
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """`drawn(page, width)` opens a page in Chromium: (its body tag, with errors and overflow; the figures drawn)."""
+    if _BROWSER is None:
+        pytest.skip("no Chromium on this machine")
+
+    def draw(page: str, width: int) -> tuple[str, set[str]]:
+        file = tmp_path / "page.html"
+        file.write_text(page.replace("</head>", _PROBE, 1), encoding="utf-8")
+        own = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--disable-component-update"]
+        last = ["--disable-sync", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}"]
+        command = [_BROWSER, *_FLAGS.split(), *own, *last]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        body = re.search(r"<body[^>]*>", dom)
+        assert body
+        return body[0], set(re.findall(r'<div id="([\w-]+)"[^>]*class="[^"]*js-plotly-plot', dom))
+
+    return draw

@@ -269,6 +269,14 @@ def test_the_page_shows_every_figure_and_escapes_names(w4a4):
     assert "default-src 'none'" in text  # it can load nothing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_scan_s_page_is_drawn_in_a_browser_within_the_window(w4a4, drawn, width):
+    body, figures = drawn(page(w4a4), width)
+    assert body == '<body data-spill="0">'
+    assert figures == {"heat", "kl", "depth", "distribution"}
+
+
 def test_the_figures_of_a_scan_are_what_plotly_accepts(w4a4):
     from fp4rl.diagnose.figures import figures_of
 
