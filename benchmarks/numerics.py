@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4rl.numerics import compiled, native_build
+from fp4rl.numerics import native_build
 from fp4rl.numerics.chunked import round_chunked
 from fp4rl.numerics.dispatch import use
 from fp4rl.numerics.packing import dequantize, pack_tensor
@@ -82,7 +82,6 @@ def ours(x: Tensor) -> Iterator[tuple[str, Deed]]:
 def other_backends(x: Tensor) -> Iterator[tuple[str, Deed]]:
     """MXFP4 without the C kernels."""
     out = torch.empty_like(x)
-    yield "compiled (torch.compile)", lambda: compiled.round_compiled(x, MXFP4, out)
     yield "chunked (no compiler)", lambda: round_chunked(x, MXFP4, None, out)
     yield "reference (plain PyTorch)", lambda: reference(x, MXFP4)
 

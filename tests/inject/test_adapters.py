@@ -9,8 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.resolve import resolve
+from fp4rl.numerics.levels import within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
@@ -264,3 +264,14 @@ def test_another_scaling_of_an_adapter_is_another_weight_although_no_tensor_is_w
         live = model(IDS).logits
     with attach(model, MERGED), torch.no_grad():
         assert torch.equal(live, model(IDS).logits)
+
+
+def test_adapters_that_are_switched_off_after_a_call_leave_the_base_alone():
+    model = adapted()
+    with attach(base(), Injection.named("w4a16", dtype="float32")) as plain, torch.no_grad():
+        expected = plain.model(IDS).logits
+    with attach(model, MERGED), torch.no_grad():
+        merged = model(IDS).logits
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(model(IDS).logits, merged)

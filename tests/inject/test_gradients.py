@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fp4rl.inject.attach import attach
+from fp4rl.numerics.levels import within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.injection import Injection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

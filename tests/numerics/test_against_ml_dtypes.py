@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp4rl.numerics.codes import encode
+from fp4rl.numerics.packing import encode
 from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.numerics.scales import power_of_two
 from fp4rl.spec.formats import E2M1, E2M3, E3M2, E4M3, E5M2

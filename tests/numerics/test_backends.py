@@ -5,16 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp4rl.numerics import chunked, compiled, dispatch, native, native_build
+from fp4rl.numerics import chunked, dispatch, native, native_build
 from fp4rl.numerics.chunked import round_chunked
-from fp4rl.numerics.compiled import round_compiled
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reference import reference
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4, Format
 
 SEED = (123, -456)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("ceil", "rceil", "even", "even_e2m1", "uos", "mse")
 ROUNDINGS = ("half_away", "toward_zero", "stochastic")
 KINDS: list[Format] = [
@@ -85,16 +83,6 @@ def test_a_forced_backend_rounds_halves_in_place_and_out_of_place_alike(name, fm
     seed = torch.randint(-(2**31), 2**31, (2,), generator=torch.Generator().manual_seed(1)).tolist()
     given = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)).half()
     assert equal(wanted, reference(given, fmt, tuple(seed) if fmt.rounding == "stochastic" else None))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fmt", [MXFP4, MXFP4_2D, NVFP4, MXFP8], ids=said)
-@pytest.mark.filterwarnings("ignore")
-def test_torch_compile_equals_the_reference(fmt, dtype, edges, equal):
-    for x in edges(dtype):
-        assert compiled.supports(x, fmt)
-        assert equal(round_compiled(x, fmt, torch.empty_like(x)), reference(x, fmt))
 
 
 def test_a_rounding_that_loses_its_ties_would_be_seen(edges, equal):

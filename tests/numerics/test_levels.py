@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp4rl.numerics.coarse import coarse_scale
+from fp4rl.numerics.levels import coarse_scale, rotate, within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
-from fp4rl.numerics.rotation import rotate, rotate_back
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4, NVFP4, Coarse
 
@@ -31,7 +29,7 @@ def test_a_rotation_is_a_hadamard_matrix_over_the_root_of_its_size(size):
 @pytest.mark.parametrize("columns", [128, 256, 172, 7])
 def test_a_rotation_is_undone_up_to_float_rounding(size, columns):
     x = normal(5, columns)
-    assert torch.allclose(rotate_back(rotate(x, size), size), x, atol=1e-6)
+    assert torch.allclose(rotate(rotate(x, size), size), x, atol=1e-6)
 
 
 def test_a_tail_too_short_for_a_block_stays():

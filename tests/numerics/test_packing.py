@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fp4rl.numerics import native_build
-from fp4rl.numerics.codes import decode, encode
-from fp4rl.numerics.packing import dequantize, pack, pack_tensor, quantize, unpack
+from fp4rl.numerics.packing import decode, dequantize, encode, pack, pack_tensor, quantize, unpack
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, FP8, MXFP4, MXFP8, NVFP4, Coarse

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4rl.numerics.levels import within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.formats import Format, describe, format_of
 
 

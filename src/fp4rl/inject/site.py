@@ -13,8 +13,8 @@ from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import format_text, reach_as, round_as, through
+from fp4rl.numerics.levels import within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.modes import Phase

@@ -4,7 +4,6 @@
     chunked    the reference in cache-sized pieces: large tensors where nothing is compiled
 native     the C kernels: every CPU tensor once they are built, which a machine does once, after enough work to pay
 for it
-    compiled   torch.compile, on request: its start takes many times what the C kernels take
     triton     CUDA
 
 A backend that does not know a format leaves it to the reference.
@@ -12,7 +11,7 @@ A backend that does not know a format leaves it to the reference.
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Literal, get_args
@@ -20,14 +19,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fp4rl.numerics import compiled, native, native_build
+from fp4rl.numerics import native, native_build
 from fp4rl.numerics.chunked import CHUNK, round_chunked
 from fp4rl.numerics.noise import Seed
 from fp4rl.numerics.reference import reference
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.formats import Format
 
-Backend = Literal["auto", "reference", "chunked", "native", "compiled", "triton"]
+Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 BUILD_AFTER = 1 << 22  # elements rounded before building pays: eager takes about a tenth of a second for them
 
@@ -46,7 +45,6 @@ class _Process:
     looked: bool = False
     failure: str = ""
     seen: int = 0
-    compiled: set[tuple[Format, torch.dtype]] = field(default_factory=set)
 
 
 _PROCESS = _Process()
@@ -81,8 +79,6 @@ def backend_for(x: Tensor, fmt: Format) -> Backend:
         return _on_cuda(x, fmt, wanted)
     if x.device.type != "cpu" or wanted == "reference":
         return "reference"
-    if wanted == "compiled" and compiled.supports(x, fmt):
-        return "compiled"
     if native.supports(x, fmt) and native_library(x.numel()):
         return "native"
     return "chunked" if x.numel() > CHUNK or wanted == "chunked" else "reference"
@@ -105,8 +101,6 @@ def _round_into(backend: Backend, source: Tensor, fmt: Format, seed: Seed | None
     match backend:
         case "native":
             _round_natively(source, fmt, seed, target)
-        case "compiled":
-            _round_compiled(source, fmt, target)
         case "triton":
             from fp4rl.numerics import triton_kernels  # imports triton, which only CUDA machines need
 
@@ -125,25 +119,13 @@ def _round_natively(source: Tensor, fmt: Format, seed: Seed | None, target: Tens
         native.round_native(library, source, fmt, seed, target)
 
 
-def _round_compiled(source: Tensor, fmt: Format, target: Tensor) -> None:
-    kind = (fmt, source.dtype)
-    if kind in _PROCESS.compiled:
-        compiled.round_compiled(source, fmt, target)
-        return
-    _PROCESS.announce(f"torch.compile of {fmt.name} in {str(source.dtype).removeprefix('torch.')} ...")
-    start = perf_counter()
-    compiled.round_compiled(source, fmt, target)
-    _PROCESS.compiled.add(kind)
-    _PROCESS.announce(f"compiled {fmt.name} in {perf_counter() - start:.1f} s")
-
-
 def _on_cuda(x: Tensor, fmt: Format, wanted: Backend) -> Backend:
     if wanted in ("auto", "triton") and find_spec("triton"):
         from fp4rl.numerics import triton_kernels
 
         if triton_kernels.supports(x, fmt):
             return "triton"
-    return "compiled" if wanted == "compiled" and compiled.supports(x, fmt) else "reference"
+    return "reference"
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics.blocks import Grouping
-from fp4rl.numerics.levels import inside
+from fp4rl.numerics.levels import inside, within_reach
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reach import within_reach
 from fp4rl.numerics.reference import widened
 from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.numerics.scales import divided, nan_where_not_finite

@@ -1,14 +1,26 @@
-"""What stands around the blocks: a rotation, and inside it a coarse scale. Both are undone after the rounding."""
+"""What stands around the blocks: a rotation, and inside it a coarse scale. Both are undone after the rounding.
 
-from dataclasses import dataclass
+Rotation: an orthonormal Hadamard transform in blocks along the last axis, which spreads an outlier over its block.
+A linear layer's product stays what it was when weight and input turn alike, (W H)(H x) = W x, since H is symmetric and
+its own inverse. A tail of the last axis too short for a block stays as it is, which keeps the whole orthonormal.
+
+Coarse scale: one FP32 scale for a long run of columns, above the blocks' powers of two, which miss a block's ideal
+scale by up to a factor of two. Sources: Ascend's dual-level cast (CANN aclnnDynamicDualLevelMxQuant: runs of 512, the
+largest magnitude divided by 6, the quotient kept in the input's dtype), macro-block scaling by 128 (arXiv 2603.08713).
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fp4rl.numerics.coarse import coarse_scale, divided_by_coarse, multiplied_by_coarse
-from fp4rl.numerics.reference import widened
-from fp4rl.numerics.rotation import rotate, rotate_back
-from fp4rl.spec.formats import Format
+from fp4rl.numerics.blocks import Grouping
+from fp4rl.numerics.reference import block_scale, reference, widened
+from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.formats import ROTATIONS, Coarse, Format
+
+FRACTIONS = 16  # of a power of two: all that the E8M0 scales below a coarse scale leave open
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +34,14 @@ class Levels:
     def outside(self, inner: Tensor) -> Tensor:
         """Rounded inner values -> values of the tensor's own dtype and basis."""
         if self.coarse is not None and self.fmt.coarse is not None:
-            inner = multiplied_by_coarse(widened(inner), self.coarse, self.fmt.coarse)
-        return (rotate_back(inner, self.fmt.rotation) if self.fmt.rotation else inner).to(self.dtype)
+            runs = Grouping(inner.shape, (1, self.fmt.coarse.columns))
+            inner = runs.join(runs.split(widened(inner)) * self.coarse)
+        # A Hadamard block is its own inverse, up to float rounding.
+        return (rotate(inner, self.fmt.rotation) if self.fmt.rotation else inner).to(self.dtype)
 
 
 def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
-    """The values that the blocks round, and the way back. A format without levels hands x itself through.
+    """Return the values that the blocks round, and the way back. A format without levels hands x itself through.
 
     A coarse quotient is cast to x's dtype, as Ascend's dual-level operation does.
     """
@@ -39,4 +53,64 @@ def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
     if fmt.coarse is None:
         return wide, Levels(fmt, x.dtype)
     coarse = coarse_scale(wide, fmt, fmt.coarse)
-    return divided_by_coarse(wide, coarse, fmt.coarse).to(x.dtype), Levels(fmt, x.dtype, coarse)
+    runs = Grouping(wide.shape, (1, fmt.coarse.columns))
+    return runs.join(runs.split(wide) / coarse).to(x.dtype), Levels(fmt, x.dtype, coarse)
+
+
+def within_reach(x: Tensor, fmt: Format) -> Tensor:
+    """Bool like x: whether the magnitude lies within the element's largest times its block's scale.
+
+    For a rotated format the values are those of the rotated tensor.
+    """
+    if fmt.scale == "none":
+        return x.abs() <= fmt.element.largest
+    inner, _ = inside(x, fmt)
+    grouping = Grouping(x.shape, fmt.block)
+    magnitude = grouping.split(widened(inner)).abs()
+    return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt) * fmt.element.largest)
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """`x` [..., n] with every `size` neighbours of the last axis transformed; float32 or float64, same shape.
+
+    A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
+    Raises InvalidValueError for a size that is not 16, 32, 64 or 128.
+    """
+    if size not in ROTATIONS:
+        raise InvalidValueError(f"rotation {size} is not one of {', '.join(map(str, ROTATIONS))}")
+    length = x.shape[-1] // size * size if x.ndim else 0
+    turned = x[..., :length].reshape(-1, size)
+    step = size // 2
+    while step:
+        pairs = turned.view(-1, size // (2 * step), 2, step)
+        turned = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(-1, size)
+        step //= 2
+    result = x.clone()
+    if length:
+        result[..., :length] = (turned * size**-0.5).view(*x.shape[:-1], length)
+    return result
+
+
+def coarse_scale(x: Tensor, fmt: Format, coarse: Coarse) -> Tensor:
+    """The scale of every run of columns, [rows, runs, 1], positive and finite; `x` [..., columns] float32 or float64.
+
+    `max` maps the run's largest finite magnitude to the element's largest, exactly as Ascend does. `search` divides
+    that scale by 2^(i/16), i = 0..15, and keeps the first of least squared error.
+    """
+    runs = Grouping(x.shape, (1, coarse.columns)).split(x)
+    runs = runs.masked_fill(~runs.isfinite(), 0)
+    top = divided(runs.abs().amax(-1, keepdim=True), fmt.element.largest).clamp(FP32_TINY, FP32_LARGEST).float()
+    return top.to(x.dtype) if coarse.choice == "max" else _of_least_error(runs, top, fmt).to(x.dtype)
+
+
+def _of_least_error(runs: Tensor, top: Tensor, fmt: Format) -> Tensor:
+    rounding = "nearest_even" if fmt.rounding == "stochastic" else fmt.rounding
+    inner = replace(fmt, coarse=None, rotation=None, rounding=rounding)
+    best, least = top, torch.full_like(top, torch.inf, dtype=torch.float64)
+    for i in range(FRACTIONS):
+        scale = top * 2.0 ** (-i / FRACTIONS)
+        error = (reference(runs / scale, inner) * scale - runs).double() / top
+        error = error.square().sum(-1, keepdim=True)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(least, error)
+    return best

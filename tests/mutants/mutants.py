@@ -1,0 +1,238 @@
+"""Faults that the product must never have, each with the test that finds it: `make mutants` plants one at a time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`text`, which stands once in `file` below src/fp4rl, becomes `replacement`; every test in `tests` must fail."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+
+_FRESH = "tests/inject/test_freshness.py::test_"
+_PERTURB = "tests/noise/test_perturb.py::test_"
+
+GUARDS_OF_A_ROUNDED_COPY = (
+    Mutant(
+        "another storage",
+        "inject/cache.py",
+        " or self._pointer != weight.data_ptr()",
+        "",
+        (f"{_FRESH}a_tensor_that_differs_outside_the_sample_shows_in_its_storage",),
+    ),
+    Mutant(
+        "another version",
+        "inject/cache.py",
+        "self._version != weight._version or ",
+        "",
+        (f"{_FRESH}a_write_in_place_outside_the_sample_shows_in_the_version",),
+    ),
+    Mutant(
+        "another sample",
+        "inject/cache.py",
+        "return self._read() == self._sample",
+        "return True",
+        (
+            f"{_FRESH}the_sample_alone_catches_an_optimizer_that_nobody_announced[adamw-fused]",
+            f"{_FRESH}every_way_of_writing_a_weight_is_noticed[through .data-False]",
+        ),
+    ),
+    Mutant(
+        "another number of weights",
+        "inject/cache.py",
+        "if self.copy is None or len(weights) != len(self._fingerprints):",
+        "if self.copy is None:",
+        ("tests/inject/test_adapters.py::test_adapters_that_are_switched_off_after_a_call_leave_the_base_alone",),
+    ),
+    Mutant(
+        "another scaling of the adapters",
+        "inject/adapted.py",
+        "if scaling != self.scaling:",
+        "if False:",
+        (
+            "tests/inject/test_adapters.py::test_another_scaling_of_an_adapter_is_another_weight_although_no_tensor_is_written",
+        ),
+    ),
+    Mutant(
+        "an optimizer step",
+        "inject/site.py",
+        "register_optimizer_step_post_hook(_announce_step)",
+        "",
+        (f"{_FRESH}a_step_that_neither_version_nor_sample_shows_is_heard_of_by_a_model_and_its_copies",),
+    ),
+    Mutant(
+        "an optimizer step after thawing",
+        "inject/cache.py",
+        "return not any(fingerprint.weight.requires_grad for fingerprint in self._fingerprints)",
+        "return True",
+        (
+            f"{_FRESH}a_weight_that_is_no_longer_frozen_is_rounded_again_after_a_step",
+            f"{_FRESH}a_step_that_neither_version_nor_sample_shows_is_heard_of_by_a_model_and_its_copies[itself]",
+        ),
+    ),
+    Mutant(
+        "a change of phase",
+        "inject/attach.py",
+        "            state.forget()\n            state.enter(phase, points)",
+        "            state.enter(phase, points)",
+        (f"{_FRESH}a_write_outside_the_sample_is_rounded_once_it_is_told[False-set_phase]",),
+    ),
+    Mutant(
+        "invalidate()",
+        "inject/attach.py",
+        "        for state in self._states.values():\n            state.forget()\n\n    def remove",
+        "        pass\n\n    def remove",
+        (f"{_FRESH}a_write_outside_the_sample_is_rounded_once_it_is_told[True-invalidate]",),
+    ),
+    Mutant(
+        "weights that hide their writes",
+        "inject/cache.py",
+        "return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference()",
+        "return isinstance(weight, nn.Parameter)",
+        (f"{_FRESH}what_cannot_be_watched_is_rounded_at_every_call[a weight of inference mode-True]",),
+    ),
+    Mutant(
+        "sharded weights",
+        "inject/linear.py",
+        "if self.keep_copies and not torch.compiler.is_compiling():",
+        "if not torch.compiler.is_compiling():",
+        ("tests/inject/test_sharded.py::test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept",),
+    ),
+    Mutant(
+        "a copy of inference mode",
+        "inject/linear.py",
+        "with torch.inference_mode(False), torch.no_grad():",
+        "with torch.no_grad():",
+        (f"{_FRESH}a_copy_made_in_inference_mode_can_be_trained_with",),
+    ),
+    Mutant(
+        "a CUDA graph",
+        "inject/cache.py",
+        "if weight.is_cuda and torch.cuda.is_current_stream_capturing():",
+        "if False:",
+        (f"{_FRESH}a_cuda_graph_cannot_record_a_rounded_copy",),
+    ),
+    Mutant(
+        "an accelerator's sample",
+        "inject/cache.py",
+        "self._uses % ACCELERATOR_INTERVAL == 0 and self._read() != self._sample",
+        "False",
+        (f"{_FRESH}on_an_accelerator_the_sample_is_read_now_and_then_and_a_contradiction_stops_the_run",),
+    ),
+)
+
+INJECTION = (
+    Mutant(
+        "clipped values keep their gradient",
+        "inject/rounding.py",
+        "return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None",
+        "return gradients[0], None, None",
+        (
+            "tests/inject/test_gradients.py::test_linear_points_against_the_oracle[weight-model_dtype1-bfloat16-clipped]",
+        ),
+    ),
+    Mutant(
+        "looks that found nothing changed",
+        "inject/evidence.py",
+        "self.missed += would_change()",
+        "pass",
+        (
+            "tests/inject/test_probe.py::"
+            "test_a_phase_that_is_called_and_rounds_nothing_is_caught_by_its_looks_and_by_the_probe",
+        ),
+    ),
+    Mutant(
+        "operands held against their masters",
+        "inject/probe.py",
+        "return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())",
+        "return True",
+        (
+            "tests/inject/test_probe.py::"
+            "test_a_stale_copy_is_caught_after_the_first_update_while_every_counter_is_content",
+        ),
+    ),
+    Mutant(
+        "the bits of the masters",
+        "inject/evidence.py",
+        "total.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)",
+        "pass",
+        ("tests/inject/test_masters.py::test_the_digest_sees_one_flipped_bit_and_a_renamed_weight",),
+    ),
+)
+
+NUMERICS = (
+    Mutant(
+        "the scale's exponent",
+        "numerics/scales.py",
+        "+ element.max_exponent)).clamp_(0, E8M0_LARGEST)",
+        "+ element.max_exponent - 1)).clamp_(0, E8M0_LARGEST)",
+        ("tests/numerics/test_reference.py::test_each_scale_rule_is_its_formula_in_exact_arithmetic",),
+    ),
+    Mutant(
+        "ties to even",
+        "numerics/rounding.py",
+        "return steps.round()",
+        "return (steps + 0.5).floor()",
+        ("tests/numerics/test_reference.py::test_half_away_differs_from_nearest_even_on_ties_alone",),
+    ),
+    Mutant(
+        "unbiased stochastic rounding",
+        "numerics/rounding.py",
+        "return whole + (fraction > uniform)",
+        "return whole + (fraction > 0.5 * uniform)",
+        (
+            "tests/numerics/test_properties.py::test_stochastic_rounding_is_right_on_average_at_the_largest_values_too[reference-float32]",
+        ),
+    ),
+)
+
+NOISE = (
+    Mutant(
+        "the clean bits come back",
+        "noise/perturb.py",
+        "parameter.copy_(kept)",
+        "pass",
+        (
+            f"{_PERTURB}clean_weights_are_bit_equal_after_fifty_rollouts",
+            f"{_PERTURB}the_bits_come_back_after_an_exception",
+        ),
+    ),
+    Mutant(
+        "noise of the size that was asked",
+        "noise/evidence.py",
+        "if not abs(ratio - 1) <= _DEVIATIONS / math.sqrt(2 * elements) or ratio <= 0:",
+        "if False:",
+        (f"{_PERTURB}noise_of_another_size_than_asked_fails",),
+    ),
+    Mutant(
+        "the silent first stage",
+        "spec/noise.py",
+        "if interval else 0.0",
+        "if interval else self.sigma_start",
+        ("tests/noise/test_schedule.py::test_three_stages_over_seven_steps_by_hand",),
+    ),
+)
+
+TRAINING = (
+    Mutant(
+        "positions without the padding",
+        "models/positions.py",
+        "(mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
+        "mask.long().cumsum(-1).masked_fill(mask == 0, 0)",
+        ("tests/rl/test_one_policy.py::test_what_is_scored_is_what_was_sampled",),
+    ),
+    Mutant(
+        "k3 is never negative",
+        "rl/divergence.py",
+        "return (x.exp() - x - 1).clamp(max=K3_CAP)",
+        "return (x.exp() + x - 1).clamp(max=K3_CAP)",
+        ("tests/rl/test_losses.py::test_k3_has_its_hand_worked_values_and_averages_to_the_exact_kl",),
+    ),
+)
+
+MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING)
