@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fp4rl.noise.progress import Course
+from fp4rl.noise.schedule import Course
 from fp4rl.rl.generate import Generation, Sampling, transformers_sampler
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.noise import Noise

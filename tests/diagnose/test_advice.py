@@ -16,7 +16,7 @@ from fp4rl.diagnose.knapsack import Choice, knapsack
 from fp4rl.diagnose.rules import Measured, band, judge, meanings, rule_named
 from fp4rl.diagnose.scan import scan
 from fp4rl.inject.resolve import resolve
-from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.noise.schedule import multiplier_at
 from fp4rl.numerics.errors import ErrorSplit, ErrorSums, Rounded
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection

@@ -124,7 +124,7 @@ def test_layers_may_count_from_the_end(dense):
         ({"take": ("*.layers.28.*",)}, r"matches '\*\.layers\.28\.\*'; did you mean '\*\.layers\.8\.\*'"),
         ({"leave": ("*.qproj", "*lm_head*")}, r"no place matches '\*\.qproj'; did you mean '\*\.q_proj'"),
         ({"take": ("*norm*",)}, "no layer that can be rounded matches"),
-        ({"take": ("*lm_head*",)}, "nothing to harm in Qwen2ForCausalLM"),
+        ({"take": ("*lm_head*",)}, "nothing to inject in Qwen2ForCausalLM"),
     ],
 )
 def test_a_pattern_that_hits_nothing_names_the_nearest(dense, targets, message):

@@ -5,8 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from fp4rl.noise.progress import ScheduleProgress, StageLog
-from fp4rl.noise.schedule import Stage, asked_sigma, sigma_at, stages, values_missed
+from fp4rl.noise.schedule import ScheduleProgress, Stage, StageLog, asked_sigma, sigma_at, stages, values_missed
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.noise import Constant, Cosine, EpochAware, Geometric, Linear, Noise
 

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.noise.schedule import multiplier_at
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.noise.schedule import multiplier_at
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.load import load_spec

@@ -14,9 +14,8 @@ from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.noise.multipliers import multiplier_at
 from fp4rl.noise.resolution import share_bf16_can_change
-from fp4rl.noise.schedule import asked_sigma, stages, values_missed
+from fp4rl.noise.schedule import asked_sigma, multiplier_at, stages, values_missed
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.noise import Noise

@@ -12,7 +12,7 @@ from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.noise.multipliers import multiplier_at
+from fp4rl.noise.schedule import multiplier_at
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.noise import Multipliers

@@ -15,7 +15,7 @@ class MergedState(LinearState):
     scaling: tuple[float, ...] = ()  # of the adapters in the kept copy
 
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        """The layer's result with the rounded sum of base and active adapters in the place of both."""
+        """The layer's result with the rounded sum of base and active adapters instead of both."""
         if kwargs.get("adapter_names") is not None:
             raise InvalidValueError(f"{self.plan.name}: one batch with several adapters has no single merged weight")
         if not self.weight_on:

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 
 from fp4rl.inject.evidence import table_of
-from fp4rl.inject.install import install, uninstall
+from fp4rl.inject.install import install, is_injected, uninstall
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.inject.site import SiteState
-from fp4rl.inject.swap import is_injected
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
@@ -178,14 +177,14 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def drawing_alike(one: Attachment, other: Attachment) -> Iterator[None]:
-    """Both draw the same for the same tensors: `other` stands at the step of `one`, and jitter comes from the seed.
+def drawing_alike(first: Attachment, other: Attachment) -> Iterator[None]:
+    """Both draw the same for the same tensors: `other` stands at the step of `first`, and jitter comes from the seed.
 
     Sites are matched by their names; a switch of phase inside would move the step of one of them alone.
     """
     for name, state in other.states.items():
-        state.rng.step = one.states[name].rng.step
-    rngs = [state.rng for attachment in (one, other) for state in attachment.states.values()]
+        state.rng.step = first.states[name].rng.step
+    rngs = [state.rng for attachment in (first, other) for state in attachment.states.values()]
     for rng in rngs:
         rng.repeatable = True
     try:

@@ -1,4 +1,4 @@
-"""A live attention module whose keys, values and products are harmed, wherever its own forward computes them.
+"""A live attention module with rounded keys and values and wrong products, wherever its own forward computes them.
 
 The module's forward runs unchanged under a `TorchFunctionMode`, entered inside it, so that recomputing a checkpointed
 block enters it again. It sees `scaled_dot_product_attention`, or the two matmuls of the eager formula.

@@ -13,7 +13,7 @@ SAMPLE = 64  # values that stand for a tensor where a seed is made of it
 
 def apply_error(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
     """`x` with the error in it, same shape and dtype; no gradient. Random kinds are drawn in float32 from `generator`,
-    `spikes` and `stuck` choose their places with it."""
+    `spikes` and `stuck` choose the values with it."""
     with torch.no_grad():
         size: float | Tensor = error.scale * x.abs().amax() if error.unit == "largest" else error.scale
         match error.kind:
@@ -50,7 +50,8 @@ class SiteRng:
     """A site's own generator. What it draws is a function of the seed, the step and the tensor that it is drawn for, so
     that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator.
 
-    `repeatable`: for a proof, even what nobody can repeat is drawn from the seed."""
+    `repeatable`: draw even jitter from the seed, so that two models can be compared.
+    """
 
     seed: int
     step: int = 0

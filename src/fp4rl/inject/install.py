@@ -1,7 +1,13 @@
-"""Plans -> states in live modules: which kind of state a site takes, and which layers read one input."""
+"""Install plans as states of live modules, and take them out again.
+
+The object, its parameters, hooks and state-dict keys stay. A module's class is swapped for one whose forward asks
+its state.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -10,12 +16,11 @@ from torch import nn
 from fp4rl.inject.adapted import MergedState
 from fp4rl.inject.attention import AttentionState
 from fp4rl.inject.cache import SharedInput
-from fp4rl.inject.experts import ExpertsState, StackState
-from fp4rl.inject.linear import LinearState
-from fp4rl.inject.packed import PackedState
+from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
+from fp4rl.inject.linear import InjectedLinear, LinearState
+from fp4rl.inject.packed import PackedLinear, PackedState
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.inject.site import Settings, SiteState
-from fp4rl.inject.swap import restore, swap
+from fp4rl.inject.site import KEY, Settings, SiteState
 
 _READ_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
@@ -93,4 +98,60 @@ def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
         readers = _READ_TOGETHER.get(plan.site.role)
         alone = readers is None or plan.input is None or plan.input.rounding == "stochastic"
         groups[(plan.name,) if alone else (plan.site.parent, readers, plan.input)].append(plan)
-    return {plan.name: one for group in groups.values() for one in [SharedInput(len(group))] for plan in group}
+    return {plan.name: shared for group in groups.values() for shared in [SharedInput(len(group))] for plan in group}
+
+
+class InjectedModule(nn.Module):
+    """Any other module under injection: its state decides what its forward does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the module's own forward takes and returns."""
+        return self.__dict__[KEY].forward(self, *args, **kwargs)
+
+
+State = SiteState | ExpertsState
+
+
+@lru_cache(maxsize=256)
+def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> type[nn.Module]:
+    """The class that stands in for `original`, a subclass of it; the same object every time.
+
+    Parameters named in `stacked` read as their rounded copies inside the forward.
+    """
+    if original is nn.Linear:
+        return InjectedLinear
+    mixin = InjectedLinear if issubclass(original, nn.Linear) else InjectedModule
+    body = {"__module__": original.__module__} | {name: reading_rounded(name) for name in stacked}
+    return type(f"Injected{original.__name__}", (mixin, original), body)
+
+
+def _class_for(original: type[nn.Module], state: State) -> type[nn.Module]:
+    if isinstance(state, PackedState):
+        return PackedLinear
+    return injected_class(original, state.stacked)  # type: ignore[arg-type]
+
+
+def swap(module: nn.Module, state: State) -> None:
+    """Make `module` compute as `state` says."""
+    before: State | None = module.__dict__.get(KEY)
+    state.original = type(module) if before is None else before.original
+    module.__dict__[KEY] = state
+    if before is None:
+        module.__class__ = _class_for(type(module), state)
+
+
+def restore(module: nn.Module) -> None:
+    """Give `module` its own class back. One that was wrapped since (sharded) keeps its class, with nothing active."""
+    state: State = module.__dict__[KEY]
+    if isinstance(state, PackedState):
+        state.give_back(module)  # type: ignore[arg-type]
+    if type(module) is _class_for(state.original, state):
+        module.__class__ = state.original
+        del module.__dict__[KEY]
+    else:
+        state.removed = True
+
+
+def is_injected(module: nn.Module) -> bool:
+    """Whether the module carries an injection that was not removed."""
+    return KEY in module.__dict__ and not module.__dict__[KEY].removed

@@ -1,4 +1,4 @@
-"""The words beside a number: what acted while it was measured, read off the site table, and what did not (P23)."""
+"""The words beside a number: what acted while it was measured, read off the site table, and what did not."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def _linear(table: SiteTable, active: frozenset[str]) -> list[str]:
     untouched = counts.pop((None,) * len(LINEAR_POINTS), 0)
     if not counts:
         return []
-    asked = tuple(_name(getattr(table.injection, point)) if point in active else None for point in LINEAR_POINTS)
-    usual = asked if asked in counts else counts.most_common(1)[0][0]
+    described = tuple(_name(getattr(table.injection, point)) if point in active else None for point in LINEAR_POINTS)
+    usual = described if described in counts else counts.most_common(1)[0][0]
     others = [(formats, count) for formats, count in counts.most_common() if formats != usual]
     untouched += sum(left.site.kind in ("linear", "experts") and _was_asked(left.reason) for left in table.left_out)
     words = [_word(usual), *(f"{_sites(count)} {_exception(formats, usual)}" for formats, count in others)]

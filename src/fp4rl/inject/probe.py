@@ -80,7 +80,7 @@ def _stack_is_right(stack: StackState, weight: Tensor) -> bool:
     seen = stack.copy_of(weight, weight) if stack.weight_on else weight
     seen, master = (seen.mT, weight.mT) if stack.transposed else (seen, weight)
     experts = zip(seen.unbind(0), master.unbind(0), strict=True)
-    return all(_same(one, _expected(stack, "weight", own.contiguous())) for one, own in experts)
+    return all(_same(copy, _expected(stack, "weight", own.contiguous())) for copy, own in experts)
 
 
 def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool]:
@@ -90,11 +90,11 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
     rows = torch.randn(ROWS, master.shape[1], generator=torch.Generator().manual_seed(0))
     rows = rows.to(master.device, master.dtype)
     # Training keeps a graph, and takes another way through the layer than generating does.
-    with torch.set_grad_enabled(state.phase == "training"), _Listener(master.shape) as heard:
+    with torch.set_grad_enabled(state.phase == "training"), _Listener(master.shape) as listener:
         y = layer.forward(rows)
-    if heard.operands is None:
+    if listener.operands is None:
         return {"weight": False}  # no product of this shape was computed
-    x, weight, product = heard.operands
+    x, weight, product = listener.operands
     arrived = {"weight": (master, weight), "input": (rows, x)}
     if state.output_on and not state.products_on:
         arrived["output"] = (product.detach(), y)
@@ -111,7 +111,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 class _Listener(TorchFunctionMode):
-    """Hears the last product [rows, in] x [out, in]^T that is computed: its operands and its result."""
+    """Records the last product [rows, in] x [out, in]^T that is computed: its operands and its result."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()

@@ -58,8 +58,8 @@ class Products(TorchFunctionMode):
         return result
 
     def _stack_of(self, x: object) -> Stack | None:
-        found = self._followed.get(id(x))
-        return None if found is None else found[1]
+        followed = self._followed.get(id(x))
+        return None if followed is None else followed[1]
 
 
 def _second(stack: Stack, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,4 +97,4 @@ def _is_fallback(func: Callable[..., Any]) -> bool:
 def _tensors(result: Any) -> Iterable[Tensor]:
     if isinstance(result, Tensor):
         return (result,)
-    return [one for one in result if isinstance(one, Tensor)] if isinstance(result, tuple | list) else ()
+    return [part for part in result if isinstance(part, Tensor)] if isinstance(result, tuple | list) else ()

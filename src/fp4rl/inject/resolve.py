@@ -1,4 +1,4 @@
-"""Model and spec -> the site table: what is harmed, and why the rest is not. Pure; nothing is changed or read."""
+"""Resolve model and spec to the site table: what acts where, and why not elsewhere. Nothing is changed or read."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,11 +22,11 @@ _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 
 
 def resolve(model: nn.Module, injection: Injection) -> SiteTable:
-    """The table of one injection on one model; meta tensors will do.
+    """Make the table of one injection on one model; meta tensors will do.
 
-    Raises NotFoundError for a pattern that matches nothing (naming the nearest places), InvalidValueError for a site
-    that cannot or must not be harmed and was asked for, for fused groups that disagree, and for a setting that would do
-    nothing.
+    Raises NotFoundError for a pattern that matches nothing (naming the nearest sites), InvalidValueError for a site
+    that cannot or must not be rounded and was asked for, for fused groups that disagree, and for a setting without
+    effect.
     """
     sites = walk(model)
     if injection.is_nothing:
@@ -43,7 +43,7 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
             left_out.append(LeftOut(site, reason or _nothing_here(site)))
     _require_every_setting(plans, injection)
     if not plans:
-        raise NotFoundError(f"nothing to harm in {type(model).__name__}: {_what_was_left(left_out)}")
+        raise NotFoundError(f"nothing to inject in {type(model).__name__}: {_what_was_left(left_out)}")
     validate.require_one_rounding(plans)
     if injection.fused_groups == "agree":
         validate.require_agreement(plans, left_out)
@@ -56,16 +56,16 @@ def _kinds(injection: Injection) -> tuple[str, ...]:
 
 def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
     """Every pattern that somebody wrote must match something. The default `leave` names what a model may not have."""
-    places = _names(site for site in sites if site.kind in _kinds(injection))
+    names = _names(site for site in sites if site.kind in _kinds(injection))
     for pattern in (*injection.targets.take, *(exception.pattern for exception in injection.by_pattern)):
-        require_hit(pattern, places, "layer that can be rounded")
+        require_hit(pattern, names, "layer that can be rounded")
     for error in injection.errors:
         reached = _names(site for site in sites if site.kind == _ERROR_KINDS[error.point])
         for pattern in error.targets.take:
             require_hit(pattern, reached, f"{_ERROR_KINDS[error.point]} site")
     for targets in (injection.targets, *(error.targets for error in injection.errors)):
         for pattern in (p for p in targets.leave if p not in LEFT_BY_DEFAULT):
-            require_hit(pattern, _names(sites), "place")
+            require_hit(pattern, _names(sites), "site")
 
 
 def _names(sites: Iterable[Site]) -> list[str]:
@@ -160,8 +160,8 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
         "grad_weight": (injection.grad_weight, any(plan.grad_weight for plan in plans), "every taken weight is frozen"),
         "grad_input": (injection.grad_input, any(plan.grad_input for plan in plans), "no linear layer is taken"),
     }
-    for setting, (asked, acts, why) in checks.items():
-        if asked and not acts:
+    for setting, (wanted, acts, why) in checks.items():
+        if wanted and not acts:
             raise InvalidValueError(f"{setting} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):

@@ -138,7 +138,7 @@ class SiteState:
         return tuple(p for p, meter in met.items() if meter and meter.calls and not (meter.elements or meter.looks))
 
     def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
-        """Book `elements` that were harmed, and look at a sample of them now and then.
+        """Book `elements` that were rounded or given an error, and look at a sample of them now and then.
 
         Calls of the forward are counted once for all points; `own_call` counts one here, for what the backward does.
         """

@@ -1,4 +1,4 @@
-"""What must not be harmed, or cannot be, and the cure for each; called by `resolve` alone."""
+"""Refuse what must not or cannot be rounded, with the cure for each; called by `resolve` alone."""
 
 import re
 from collections import defaultdict
@@ -41,7 +41,7 @@ def _pattern(site: Site, wanted: str) -> str:
 
 
 def _everywhere(name: str) -> str:
-    """The pattern of a place in every layer."""
+    """The pattern that matches a site in every layer."""
     return re.sub(r"^.*?\.\d+\.", "*.", name)
 
 
@@ -79,11 +79,11 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
     """InvalidValueError where the inputs or outputs of stacked experts are asked for and their matmul cannot be
     reached."""
-    asked = [point for point in ("input", "output") if getattr(plan, point) is not None]
+    points = [point for point in ("input", "output") if getattr(plan, point) is not None]
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
-    if asked and how not in _REACHED:
+    if points and how not in _REACHED:
         raise InvalidValueError(
-            f"{plan.name}: the {asked[0]} of stacked experts is out of reach in the implementation {how!r}; "
+            f"{plan.name}: the {points[0]} of stacked experts is out of reach in the implementation {how!r}; "
             "call model.set_experts_implementation('grouped_mm'), or round their weights alone"
         )
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
@@ -120,7 +120,7 @@ def require_eager_attention(site: Site, module: nn.Module) -> None:
 
 
 def require_one_rounding(plans: list[SitePlan]) -> None:
-    """InvalidValueError when one parameter would be rounded at two places."""
+    """InvalidValueError when one parameter would be rounded at two sites."""
     seen: dict[str, str] = {}
     for plan in plans:
         owner = plan.site.shares or plan.name
@@ -143,9 +143,9 @@ def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
                 groups[site.parent, roles][site.name] = pair
     for members in groups.values():
         if len(set(members.values())) > 1:
-            said = ", ".join(f"{name}: {_pair(*pair)}" for name, pair in members.items())
+            formats_of = ", ".join(f"{name}: {_pair(*pair)}" for name, pair in members.items())
             raise InvalidValueError(
-                f"a serving kernel fuses these, so their formats must agree: {said} (or fused_groups: free)"
+                f"a serving kernel fuses these, so their formats must agree: {formats_of} (or fused_groups: free)"
             )
 
 

@@ -80,11 +80,11 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
         raise NotFoundError(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     require_unquantized(folder)
     with readable("the model", folder):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
         )
-    if found["missing_keys"]:  # transformers would go on with random numbers in their place
-        missing = sorted(found["missing_keys"])
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(report["missing_keys"])
         raise NotFoundError(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
     return model
 

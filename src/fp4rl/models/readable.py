@@ -1,4 +1,4 @@
-"""Other libraries over a damaged file: whatever they raise is one line that names the folder and the cure."""
+"""Turn whatever other libraries raise over a damaged file into one line that names the folder and the cure."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ def readable(what: str, folder: Path) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as why:
-        said = (str(why).strip().splitlines() or [type(why).__name__])[0]
-        raise InvalidValueError(f"{what} in {str(folder)!r} cannot be read: {said}{_cure(folder)}") from why
+        reason = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise InvalidValueError(f"{what} in {str(folder)!r} cannot be read: {reason}{_cure(folder)}") from why
 
 
 def _cure(folder: Path) -> str:

@@ -1,1 +1,1 @@
-"""Floor 2: heal. Adaptive quantization noise (AQN): scheduled, bit-exactly undone, and proven to be there."""
+"""Floor 2: noise. Adaptive quantization noise (AQN): scheduled, bit-exactly undone, and proven to be there."""

@@ -40,10 +40,10 @@ class NoiseEvidence:
 def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
     """Pooled over the weights of each layer (or over several rollouts); what lies outside the stack comes last."""
 
-    def place(item: NoiseEvidence) -> tuple[float, float]:
-        return (math.inf if item.layer is None else item.layer, 0.0)
+    def layer(item: NoiseEvidence) -> float:
+        return math.inf if item.layer is None else item.layer
 
-    return tuple(_pool(list(group)) for _, group in groupby(sorted(evidence, key=place), key=place))
+    return tuple(_pool(list(group)) for _, group in groupby(sorted(evidence, key=layer), key=layer))
 
 
 def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> RolloutNoise:

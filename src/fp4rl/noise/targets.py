@@ -1,4 +1,4 @@
-"""Model and noise spec -> the weights that take noise, each with its layer and its multiplier. Changes nothing."""
+"""Find the weights that take noise, each with its layer and its multiplier. Changes nothing."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from fp4rl.noise.multipliers import multiplier_at, require_layers
+from fp4rl.noise.schedule import multiplier_at, require_layers
 from fp4rl.sites.walk import Site, layer_count, walk
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.noise import Noise, NoiseTargets
@@ -38,21 +38,21 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
     sites = walk(model)
     layers = layer_count(sites)
     require_layers(noise.multipliers, layers)
-    found = []
+    weights = []
     for site, kind in _candidates(model, sites, noise.targets):
         module = model.get_submodule(site.path)
         factor = multiplier_at(noise.multipliers, site.layer, layers, share)
         parameter = module.get_parameter("weight")
-        found.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor))
+        weights.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor))
     for pattern in noise.targets.leave:
-        require_hit(pattern, [weight.name for weight in found], "weight that would take noise")
-    found = [weight for weight in found if not any(matches(weight.name, p) for p in noise.targets.leave)]
-    if not found:
+        require_hit(pattern, [weight.name for weight in weights], "weight that would take noise")
+    weights = [weight for weight in weights if not any(matches(weight.name, p) for p in noise.targets.leave)]
+    if not weights:
         raise NotFoundError(
             f"no weight of {type(model).__name__} takes noise under targets.kinds={list(noise.targets.kinds)}; "
             "a norm is known by RMSNorm or LayerNorm in its class name and a weight of one dimension"
         )
-    return tuple(found)
+    return tuple(weights)
 
 
 def is_norm(module: nn.Module) -> bool:

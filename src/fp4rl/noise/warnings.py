@@ -1,4 +1,4 @@
-"""What a run's noise will not do, said before it begins: weights that are not there, what BF16 swallows."""
+"""Warn before a run of what its noise will not do: weights that are missing, what BF16 swallows."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
     for weight in weights:
         flat = weight.parameter.detach().reshape(-1)
         by_factor[weight.multiplier].update(flat[:: max(1, flat.numel() // _VALUES)].float().tolist())
-    asked = {asked_sigma(noise, step, total) for step in range(0, total, max(1, total // _STEPS))}
-    sigmas = sorted(sigma for sigma in asked if sigma > 0)
+    planned = {asked_sigma(noise, step, total) for step in range(0, total, max(1, total // _STEPS))}
+    sigmas = sorted(sigma for sigma in planned if sigma > 0)
     shares = {sigma: _share(by_factor, sigma, noise) for sigma in sigmas}
     lost = [sigma for sigma in sigmas if shares[sigma] < _SWALLOWED]
     if lost:

@@ -143,8 +143,8 @@ def native_library(elements: int) -> ctypes.CDLL | None:
         return _PROCESS.library
     if not _PROCESS.looked:
         _PROCESS.looked = True
-        found = native_build.load()
-        _PROCESS.library = native.typed(found) if found else None
+        built = native_build.load()
+        _PROCESS.library = native.typed(built) if built else None
     _PROCESS.seen += elements
     if _PROCESS.library is None and _PROCESS.seen >= BUILD_AFTER:
         _build()

@@ -124,14 +124,14 @@ def nvfp4_factor(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int) -> flo
 def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finite: bool) -> int:
     """Bits of the largest magnitude; with `finite` only of the blocks without NaN and infinity."""
     columns = columns_of(x)
-    source, size, found = x.data_ptr(), x.element_size(), [0]
+    source, size, maxima = x.data_ptr(), x.element_size(), [0]
 
     def part(start: int, count: int) -> None:
         at = source + start * columns * size
-        found.append(library.largest_of(at, count, columns, width, finite, rule.dtype))
+        maxima.append(library.largest_of(at, count, columns, width, finite, rule.dtype))
 
     share(part, x.numel() // columns, x.numel())
-    return max(found)
+    return max(maxima)
 
 
 def share(part: Callable[[int, int], None], units: int, elements: int) -> None:

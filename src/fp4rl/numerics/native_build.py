@@ -32,7 +32,7 @@ def library_path() -> Path:
 
 def compiler() -> str | None:
     """The C compiler's path, None where there is none."""
-    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
 def load() -> ctypes.CDLL | None:
@@ -50,20 +50,20 @@ def build() -> ctypes.CDLL:
     The finished file moves into place in one step, so that processes that build at the same time do not disturb
     each other.
     """
-    found = compiler()
-    if found is None:
+    program = compiler()
+    if program is None:
         raise BuildFailed(f"no C compiler is installed (looked for {', '.join(COMPILERS)})")
     path = library_path()
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         sources = [str(_source_folder() / name) for name in SOURCES]
         for tuning in (TUNED, ()):
-            command = [found, *FLAGS, *tuning, *sources, "-o", str(made), "-lm"]
+            command = [program, *FLAGS, *tuning, *sources, "-o", str(made), "-lm"]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode == 0:
                 made.replace(path)
                 return ctypes.CDLL(str(path))
-    raise BuildFailed(run.stderr.strip() or f"{found} failed with exit code {run.returncode}")
+    raise BuildFailed(run.stderr.strip() or f"{program} failed with exit code {run.returncode}")
 
 
 def _source_folder() -> Path:

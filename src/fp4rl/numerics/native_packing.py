@@ -60,13 +60,13 @@ def unpack_native(
     width, columns = fmt.block[1], columns_of(out)
     across, bytes_of_row = -(-columns // width), (columns + 1) // 2
     data, scales = data.contiguous(), scales.contiguous()
-    one = 0.0 if factor is None else factor.item()
+    multiplier = 0.0 if factor is None else factor.item()
 
     def part(start: int, count: int) -> None:
         library.unpack_rows(
             *(data.data_ptr() + start * bytes_of_row, scales.data_ptr() + start * across),
             out.data_ptr() + start * columns * out.element_size(),
-            *(count, columns, width, one, DTYPES[out.dtype]),
+            *(count, columns, width, multiplier, DTYPES[out.dtype]),
         )
 
     share(part, out.numel() // columns, out.numel())

@@ -41,7 +41,7 @@ def self_test(quantizer: Quantizer | None = None) -> tuple[Check, ...]:
     """Runs every check on `quantizer(x, fmt, generator)`, by default fake quantization itself; takes under a second."""
     chosen = quantizer or (lambda x, fmt, generator: fake_quantize(x, fmt, generator=generator))
     checks = (_known_vectors, _scale_invariance, _powers_of_two, _idempotence, _unbiased_noise, _true_tiles)
-    return tuple(found for check in checks for found in check(chosen))
+    return tuple(result for check in checks for result in check(chosen))
 
 
 def require_sound(quantizer: Quantizer | None = None) -> None:
@@ -87,9 +87,9 @@ def _sqnr_db(x: Tensor, made: Tensor) -> float:
 def _scale_invariance(quantizer: Quantizer) -> Iterator[Check]:
     x = torch.randn(128, 512, generator=_generator())
     for fmt in (MXFP4, MXFP8, NVFP4, FP8):
-        found = [_sqnr_db(x * size, quantizer(x * size, fmt, _generator())) for size in SIZES]
-        spread = max(found) - min(found)
-        seen = ", ".join(f"{db:.2f} dB at {size:g}" for db, size in zip(found, SIZES, strict=True))
+        decibels = [_sqnr_db(x * size, quantizer(x * size, fmt, _generator())) for size in SIZES]
+        spread = max(decibels) - min(decibels)
+        seen = ", ".join(f"{db:.2f} dB at {size:g}" for db, size in zip(decibels, SIZES, strict=True))
         yield Check(f"same error at every size, {fmt.name}", spread <= SAME_DB, seen)
 
 

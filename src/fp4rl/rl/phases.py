@@ -12,7 +12,7 @@ from torch import nn
 from fp4rl.inject.attach import Attachment
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
-from fp4rl.noise.progress import ScheduleProgress, StageLog
+from fp4rl.noise.schedule import ScheduleProgress, StageLog
 from fp4rl.rl.acting import rounded
 from fp4rl.rl.weights_unchanged import Record, unharmed
 from fp4rl.spec.evidence import NoiseStages

@@ -29,10 +29,10 @@ def experts_transposed(module: nn.Module, parameter: str, hidden: int | None) ->
     if isinstance(declared, bool):
         return declared
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    found = {name: _by_sizes(module, name, shape, hidden) for name, shape in shapes.items()}
-    own = found.get(parameter)
-    told = {one for one in found.values() if one is not None}
-    return own if own is not None else told.pop() if len(told) == 1 else None
+    transposed = {name: _by_sizes(module, name, shape, hidden) for name, shape in shapes.items()}
+    own = transposed.get(parameter)
+    known = {value for value in transposed.values() if value is not None}
+    return own if own is not None else known.pop() if len(known) == 1 else None
 
 
 def _by_sizes(module: Any, parameter: str, shape: tuple[int, ...], hidden: int | None) -> bool | None:

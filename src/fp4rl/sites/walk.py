@@ -1,4 +1,4 @@
-"""Every place of a model that holds a weight or computes attention, named as the checkpoint names it."""
+"""Find every site of a model: what holds a weight or computes attention, named as the checkpoint names it."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from fp4rl.sites.layout import experts_transposed, is_conv1d
 
 Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
 
-# What PEFT, DDP, torch.compile and FSDP put into names; without them a place has one name in every process.
+# What PEFT, DDP, torch.compile and FSDP put into names; without them a site has one name in every process.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.default)(\.|$)"
 )
@@ -34,11 +34,11 @@ _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
 @dataclass(frozen=True)
 class Site:
-    """One place. `name` is free of wrappers, `path` is where the module really hangs, `parameter` its weight's name.
+    """One site. `name` is free of wrappers, `path` is where the module really hangs, `parameter` its weight's name.
 
     `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, whichever way they are stored:
     `transposed` says that the parameter has its last two axes the other way round, None that nothing tells. `layer`
-    counts from 0 and is None outside the stack, `shares` names the first place that holds the very same parameter.
+    counts from 0 and is None outside the stack, `shares` names the first site that holds the very same parameter.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Site:
 
     @property
     def parent(self) -> str:
-        """The place above, where the members of a fused group meet."""
+        """The module above, where the members of a fused group meet."""
         return self.name.rpartition(".")[0]
 
 
 def walk(model: nn.Module) -> tuple[Site, ...]:
-    """All places of `model` in its own order, on any device, the meta device included; nothing is changed or read."""
+    """Return all sites of `model` in its own order, on any device, meta included; nothing is changed or read."""
     first: dict[int, str] = {}
     sites = []
     hidden, routers = _width(model), _routers(model)
@@ -108,7 +108,7 @@ def _routers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
-    """The places at one module: its attention, and each of its own weights. A bare layer is named by its class."""
+    """The sites at one module: its attention, and each of its own weights. A bare layer is named by its class."""
     name = plain_name(path) or type(module).__name__
     if is_attention(module):
         yield Site(name, path, "attention", "attention", layer_of(name), (), None), None

@@ -29,7 +29,7 @@ _NEVER = {
     ("bias", "weight"): "a stored number has no systematic offset of its own; take stuck, dead_zone or saturation",
 }
 _BACKWARD = {
-    "input": "the backward matmuls read gradients; use point: matmul to harm what they compute",
+    "input": "the backward matmuls read gradients; use point: matmul to change what they compute",
     "weight": "a stored weight is wrong in both directions; write when: both",
 }
 

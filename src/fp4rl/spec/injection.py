@@ -1,4 +1,4 @@
-"""Which harm is put where in a model, in which phases, and what a gradient makes of it."""
+"""Which formats and errors act where in a model, in which phases, and what a gradient makes of them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -97,8 +97,8 @@ class Injection(Spec):
     def points(self) -> frozenset[str]:
         """The points that have a format somewhere, gradients among them, and `errors` where there are any."""
         rows = (self, *self.by_pattern)
-        there = {point for row in rows for point in FORMAT_POINTS if isinstance(getattr(row, point, None), Format)}
-        return frozenset(there | ({"errors"} if self.errors else set()))
+        points = {point for row in rows for point in FORMAT_POINTS if isinstance(getattr(row, point, None), Format)}
+        return frozenset(points | ({"errors"} if self.errors else set()))
 
     def acts_in(self, phase: Phase) -> frozenset[str]:
         """Those of its points that act in a phase."""
@@ -132,11 +132,11 @@ class Injection(Spec):
     def _the_mode_is_true(self) -> "Injection":
         mode = MODES.get(self.mode or "")
         for point in LINEAR_POINTS if mode else ():
-            asked, there = getattr(mode, point), getattr(self, point)
-            if (asked and asked.element) != (there and there.element):
+            named, own = getattr(mode, point), getattr(self, point)
+            if (named and named.element) != (own and own.element):
                 raise InvalidValueError(
-                    f"mode {self.mode} means {point}: {asked.name if asked else 'none'}, but {point} is "
-                    f"{there.name if there else 'none'}; drop `mode` and name the points"
+                    f"mode {self.mode} means {point}: {named.name if named else 'none'}, but {point} is "
+                    f"{own.name if own else 'none'}; drop `mode` and name the points"
                 )
         return self
 

@@ -18,14 +18,14 @@ def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...
     if injection is None:
         return ()
     active = frozenset[str]().union(*(injection.apply_during.active(phase) for phase in phases))
-    found = dict[str, None]()
+    points = dict[str, None]()
     for point in (*_TOKEN_POINTS, *GRADIENTS):
         rows = [injection, *injection.by_pattern] if point in ("input", "output") else [injection]
         for row in rows if point in active else ():
             fmt = getattr(row, point)
             if isinstance(fmt, Format) and fmt.spans_rows:
-                found[f"{point} {fmt.name}"] = None
-    return tuple(found)
+                points[f"{point} {fmt.name}"] = None
+    return tuple(points)
 
 
 def batch_note(injection: Injection | None, *phases: Phase) -> str | None:

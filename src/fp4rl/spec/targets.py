@@ -1,4 +1,4 @@
-"""Which places of a model are meant: whole patterns over dotted names, and layers by number."""
+"""Which sites of a model are meant: whole patterns over dotted names, and layers by number."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -24,14 +24,14 @@ _LEAVES: Mapping[str, tuple[str, ...]] = {  # the patterns of the default that k
 
 
 class Targets(Spec):
-    """Places taken by a pattern of `take`, by no pattern of `leave`, in one of `layers` (negative: from the end).
+    """Sites taken by a pattern of `take`, by no pattern of `leave`, in one of `layers` (negative: from the end).
 
     Patterns are shell patterns over the whole dotted name; `*` also crosses dots, and a number stands for itself:
     neither `*.layers.2.*` nor `*layers.2*` touches layer 20.
     """
 
-    take: tuple[str, ...] = Field(default=("*",), description="patterns of the places that are meant")
-    leave: tuple[str, ...] = Field(default=LEFT_BY_DEFAULT, description="patterns of places that are not")
+    take: tuple[str, ...] = Field(default=("*",), description="patterns of the sites that are meant")
+    leave: tuple[str, ...] = Field(default=LEFT_BY_DEFAULT, description="patterns of sites that are not")
     layers: tuple[int, ...] | None = Field(default=None, description="only these; negative ones count from the end")
     opt_in: tuple[OptIn, ...] = Field(default=(), description="what is rounded only where it is named here")
 
@@ -65,7 +65,7 @@ class Targets(Spec):
     def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
             if not pattern.strip():
-                raise ValueError("an empty pattern matches nothing; write '*' for every place, or leave it out")
+                raise ValueError("an empty pattern matches nothing; write '*' for every site, or leave it out")
             compiled(pattern)
         return patterns
 
@@ -73,7 +73,7 @@ class Targets(Spec):
     @classmethod
     def _something(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         if not patterns:
-            raise ValueError("`take` is empty; write '*' for every place")
+            raise ValueError("`take` is empty; write '*' for every site")
         return patterns
 
     @field_validator("layers")
@@ -144,7 +144,7 @@ def _first_piece(rest: str) -> tuple[str, str]:
 def _nearest_places(pattern: str, names: list[str]) -> str:
     """Up to three patterns made from real names that read most like the given one."""
     ends = {f"*.{name.rsplit('.', 1)[-1]}" for name in names if "." in name}
-    layers = {f"*.{found[1]}.*" for name in names if (found := re.search(r"(?:^|\.)(\w+\.\d+)\.", name))}
+    layers = {f"*.{layer[1]}.*" for name in names if (layer := re.search(r"(?:^|\.)(\w+\.\d+)\.", name))}
     close = get_close_matches(pattern, sorted(ends | layers), n=3, cutoff=0.5) or get_close_matches(
         pattern, names, n=3, cutoff=0
     )
