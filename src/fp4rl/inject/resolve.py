@@ -160,8 +160,8 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
         "grad_weight": (injection.grad_weight, any(plan.grad_weight for plan in plans), "every taken weight is frozen"),
         "grad_input": (injection.grad_input, any(plan.grad_input for plan in plans), "no linear layer is taken"),
     }
-    for setting, (wanted, acts, why) in checks.items():
-        if wanted and not acts:
+    for setting, (described, acts, why) in checks.items():
+        if described and not acts:
             raise InvalidValueError(f"{setting} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
