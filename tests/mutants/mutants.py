@@ -220,6 +220,13 @@ NOISE = (
 
 TRAINING = (
     Mutant(
+        "the seed orders the prompts",
+        "rl/stream.py",
+        'Random(f"prompts/{self.seed}/{epoch}")',
+        'Random(f"prompts/{epoch}")',
+        ("tests/rl/test_stream.py::test_the_order_follows_the_seed",),
+    ),
+    Mutant(
         "positions without the padding",
         "models/positions.py",
         "(mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
@@ -235,4 +242,28 @@ TRAINING = (
     ),
 )
 
-MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING)
+COMPARISON = (
+    Mutant(
+        "a seed counts once",
+        "lab/compare/fairness.py",
+        "            if count > 1:",
+        "            if count > 9:",
+        ("tests/lab/test_compare.py::test_a_seed_counts_once_a_side",),
+    ),
+    Mutant(
+        "results of one code",
+        "lab/compare/fairness.py",
+        'yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)',
+        "del sides",
+        ("tests/lab/test_compare.py::test_results_of_other_code_are_refused",),
+    ),
+    Mutant(
+        "the correction for several questions",
+        "lab/statistics/families.py",
+        "p_values[key] * comparisons",
+        "p_values[key]",
+        ("tests/lab/test_statistics.py::test_holm_reproduces_the_textbook_order",),
+    ),
+)
+
+MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING, *COMPARISON)
