@@ -122,7 +122,7 @@ def test_layers_may_count_from_the_end(dense):
     [
         ({"take": ("*.qproj",)}, r"no layer that can be rounded matches '\*\.qproj'; did you mean '\*\.q_proj'"),
         ({"take": ("*.layers.28.*",)}, r"matches '\*\.layers\.28\.\*'; did you mean '\*\.layers\.8\.\*'"),
-        ({"leave": ("*.qproj", "*lm_head*")}, r"no place matches '\*\.qproj'; did you mean '\*\.q_proj'"),
+        ({"leave": ("*.qproj", "*lm_head*")}, r"no site matches '\*\.qproj'; did you mean '\*\.q_proj'"),
         ({"take": ("*norm*",)}, "no layer that can be rounded matches"),
         ({"take": ("*lm_head*",)}, "nothing to inject in Qwen2ForCausalLM"),
     ],
