@@ -32,7 +32,7 @@ PROFILE = Profile(name="full", precision="full", scorer="arithmetic")
 def items(*right):
     """One problem a tuple, one sample an element."""
     return tuple(
-        Item(f"p{p}", k, strict, strict, True, "", 3, False)
+        Item(strict, strict, True, problem_id=f"p{p}", sample=k, completion="", length=3, truncated=False)
         for p, answers in enumerate(right)
         for k, strict in enumerate(answers)
     )

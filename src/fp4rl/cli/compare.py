@@ -11,6 +11,7 @@ from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.questions import check_factors
+from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def command(
     ] = None,
     margin: Margin = None,
     step: Annotated[int | None, typer.Option(help="Step of the evaluation; the last one where none is named.")] = None,
-    score: Annotated[str, typer.Option(help="strict or flexible.")] = "strict",
+    score: Annotated[str, typer.Option(help="strict, flexible, or another score of the answers.")] = "strict",
     force: Annotated[bool, typer.Option("--force", help="Show an unfair pair, labelled 'not comparable'.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,8 +45,8 @@ def command(
     from fp4rl.lab.compare.comparison import compare_all, compare_among
 
     check_factors(factor or (), "--factor")
-    if score not in ("strict", "flexible"):
-        raise InvalidValueError(f"--score is strict or flexible; got {score!r}")
+    if score not in SCORES:
+        raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
     with opened(runs, ledger) as found:
         asked, family = _questions(treatment, control, runs, factor, margin)
         family = tuple(replace(question, step=step, score=score) for question in family)

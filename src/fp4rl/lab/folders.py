@@ -24,6 +24,7 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.records import RunResult, Sites
+from fp4rl.spec.task import SCORES
 
 if TYPE_CHECKING:
     import pyarrow
@@ -189,7 +190,7 @@ def items_schema() -> "pyarrow.Schema":
     """The columns of an items file: `length` counts generated tokens, `truncated` tells that the limit cut it."""
     import pyarrow as pa
 
-    flags = [(name, pa.bool_()) for name in ("strict", "flexible", "formatted")]
+    flags = [(name, pa.bool_()) for name in SCORES]
     text = [("completion", pa.string()), ("length", pa.int32()), ("truncated", pa.bool_())]
     return pa.schema([("problem_id", pa.string()), ("sample", pa.int32()), *flags, *text])
 

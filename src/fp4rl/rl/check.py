@@ -33,6 +33,8 @@ def check(experiment: Experiment) -> None:
     judge = judge_of(experiment, task)
     learned = task.problems("train")
     check_disjoint(task, learned, judge.problems)
+    for problem in (*learned[:1], *judge.problems[:1]):
+        task.score(problem, problem.solution)  # a scorer that cannot score says so before anything is sampled
     path = experiment.model.path
     tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
     require_prompts_fit((*learned, *judge.problems), experiment.training.max_prompt_length, tokenizer)

@@ -13,18 +13,15 @@ from fp4rl.rl.generate import Generation, Sampler, Sampling, transformers_sample
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
 from fp4rl.spec import evidence
-from fp4rl.spec.task import Problem
+from fp4rl.spec.task import SCORES, Problem, Score
 
 
-@dataclass(frozen=True)
-class Item:
-    """One answer. `length` counts generated tokens, the end-of-sequence token included."""
+@dataclass(frozen=True, kw_only=True)
+class Item(Score):
+    """One answer with its score. `length` counts generated tokens, the end-of-sequence token included."""
 
     problem_id: str
     sample: int
-    strict: bool
-    flexible: bool
-    formatted: bool
     completion: str
     length: int
     truncated: bool
@@ -40,7 +37,7 @@ class Evaluation:
     items: tuple[Item, ...]
 
     def share(self, what: str) -> float:
-        """Share of the answers that are `strict`, `flexible`, `formatted` or `truncated`."""
+        """Return the share of the answers that have a score of `SCORES`, or are `truncated`."""
         return sum(bool(getattr(item, what)) for item in self.items) / len(self.items)
 
     def pass_at(self, k: int) -> float:
@@ -55,17 +52,19 @@ class Evaluation:
 
         With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`, that one of k is right.
         """
+        shares = {name: self.share(name) for name in SCORES}
         found = evidence.Evaluation(
             step=self.step,
             last=self.last,
             profile=self.profile,
             n=len(self.items),
-            strict=self.share("strict"),
-            flexible=self.share("flexible"),
-            formatted=self.share("formatted"),
+            strict=shares.pop("strict"),
+            flexible=shares.pop("flexible"),
+            formatted=shares.pop("formatted"),
             truncated=self.share("truncated"),
             mean_length=sum(i.length for i in self.items) / len(self.items),
             answers_digest=answers_digest(self.items),
+            of_samples=shares,
         )
         samples = max(item.sample for item in self.items) + 1
         if samples == 1:
@@ -73,7 +72,7 @@ class Evaluation:
         powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
         passed = {f"pass@{k}": self.pass_at(k) for k in (*powers, samples)}
         mean = {f"mean@{samples}": self.share("strict")}
-        return found.extended(problems=len(self.items) // samples, of_samples=mean | passed)
+        return found.extended(problems=len(self.items) // samples, of_samples=shares | mean | passed)
 
 
 @dataclass(frozen=True)
@@ -149,5 +148,11 @@ def answer(
 
 def _item(problem: Problem, sample: int, answer: Generation, scorer: Scorer) -> Item:
     score = scorer(problem, answer.text)
-    shares = (score.strict, score.flexible, score.formatted)
-    return Item(problem.id, sample, *shares, answer.text, len(answer.tokens), not answer.ended)
+    return Item(
+        **vars(score),
+        problem_id=problem.id,
+        sample=sample,
+        completion=answer.text,
+        length=len(answer.tokens),
+        truncated=not answer.ended,
+    )

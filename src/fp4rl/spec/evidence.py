@@ -19,6 +19,7 @@ from pydantic import (
 
 from fp4rl.spec.health import Policy, State
 from fp4rl.spec.modes import Phase
+from fp4rl.spec.task import SCORES
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -58,8 +59,8 @@ class Evaluation(Record):
     """Shares over all answers of one evaluation, and the profile they were measured under.
 
     `n` counts answers. With several to a problem `strict` is their mean, `problems` how many problems there are, and
-    `of_samples` holds `mean@k` and `pass@k`, which stand beside the other keys on disk. `answers_digest`: equal where
-    every answer is the same.
+    `of_samples` holds `mean@k` and `pass@k`, and any further score of `spec.task.Score`; these stand beside the other keys
+    on disk. `answers_digest`: equal where every answer is the same.
     """
 
     kind: Literal["evaluation"] = Field("evaluation", exclude=True)
@@ -81,7 +82,8 @@ class Evaluation(Record):
     def _gathered(cls, content: Any) -> Any:
         if not isinstance(content, Mapping):
             return content
-        beside = {key: value for key, value in content.items() if str(key).startswith(("mean@", "pass@"))}
+        further = set(SCORES) - set(cls.model_fields)
+        beside = {k: v for k, v in content.items() if str(k).startswith(("mean@", "pass@")) or k in further}
         rest = {key: value for key, value in content.items() if key not in beside}
         return rest | {"of_samples": {**rest.get("of_samples", {}), **beside}} if beside else rest
 

@@ -6,7 +6,7 @@ The tasks themselves stand in the room `tasks/`, one file each; `task_registry.p
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args, get_type_hints
 
 from fp4rl.spec.digest import digest
@@ -34,11 +34,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Score:
-    """What one completion is worth. `formatted` without `strict` is a wrong answer, not an unreadable one."""
+    """What one completion is worth. `formatted` without `strict` is a wrong answer, not an unreadable one.
+
+    Every field is a column of the stored answers and of the ledger, a share in evaluations, and a word for
+    `fp4rl compare --score`.
+    """
 
     strict: bool
     flexible: bool
     formatted: bool
+
+
+SCORES: tuple[str, ...] = tuple(field.name for field in fields(Score))
 
 
 class Task(Spec):

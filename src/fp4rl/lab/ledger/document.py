@@ -12,6 +12,7 @@ from fp4rl.lab.damage import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
 from fp4rl.spec.digest import digest
+from fp4rl.spec.task import SCORES
 
 Row = dict[str, Any]
 
@@ -137,6 +138,6 @@ def _evaluation_rows(document: Document) -> list[Row]:
 
 def _evaluation_row(evaluation: Row, number: int) -> Row:
     profile = evaluation.get("profile") or {}
-    scores = {name: evaluation.get(name) for name in ("n", "strict", "flexible", "formatted", "mean_length")}
+    scores = {name: evaluation.get(name) for name in ("n", *SCORES, "mean_length")}
     key = {"run": number, "step": evaluation["step"], "profile": profile.get("name") or "full"}
     return key | {"last": bool(evaluation.get("last")), "conditions": profile} | scores

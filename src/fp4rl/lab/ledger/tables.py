@@ -21,7 +21,9 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA = "0003"
+from fp4rl.spec.task import SCORES
+
+SCHEMA = "-".join(("0003", *SCORES[3:]))  # a further score is a further column
 
 metadata = MetaData()
 
@@ -62,7 +64,7 @@ evaluations = Table(
     Column("profile", Text, primary_key=True),
     Column("last", Boolean, nullable=False),
     Column("n", Integer),
-    *(Column(name, Double) for name in ("strict", "flexible", "formatted", "mean_length")),
+    *(Column(name, Double) for name in (*SCORES, "mean_length")),
     Column("conditions", JSON, nullable=False),
 )
 
