@@ -1,4 +1,4 @@
-"""A run whose files cannot be read as what they are: named in one line, left out, never repaired or changed."""
+"""Name run files that cannot be read, in one line each; such runs are left out, never repaired or changed."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ OnDamaged = Callable[[Damaged], None]
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while `path` is read is Damaged, in one line that names it."""
+    """Raise Damaged, in one line that names `path`, for whatever goes wrong while it is read."""
     try:
         yield
     except Damaged:
@@ -31,7 +31,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def tell(damaged: Iterable[Damaged], on_damaged: OnDamaged | None) -> None:
-    """Tell of each, or raise the first where nobody listens."""
+    """Pass each to `on_damaged`, or raise the first where there is none."""
     for error in damaged:
         if on_damaged is None:
             raise error

@@ -1,4 +1,4 @@
-"""Files that a crash cannot spoil: written whole or appended to line by line, in strict JSON."""
+"""Write files that a crash cannot spoil: whole, or line by line, in strict JSON."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ _SAY_FULL = ("disk is full", "No space left", "os error 28", "errno 28", "Pytorc
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields the path to write to; afterwards the file stands at `path`, or on an exception nothing of it stands.
+    """Yield the path to write to; afterwards the file stands at `path`, or on an exception nothing of it stands.
 
     A reader sees the old content or the new, never a part, also after a crash.
     """
@@ -52,7 +52,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full, however deep below it the system said so."""
+    """Tell whether an error means that a disk or a quota is full, however deep below it the system said so."""
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
@@ -82,7 +82,7 @@ def _cut_torn_line(file: BinaryIO) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, none where there is no file; a last line without its end is not yet written."""
+    """Read the objects of a JSON-lines file, none where there is no file; an unfinished last line is left out."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
@@ -92,12 +92,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def dumps(value: Any) -> str:
-    """One line of strict JSON; floats that JSON has no word for become "nan", "inf" and "-inf"."""
+    """Return one line of strict JSON; floats that JSON has no word for become "nan", "inf" and "-inf"."""
     return json.dumps(json_ready(value), allow_nan=False, separators=(", ", ": "), ensure_ascii=False)
 
 
 def json_ready(value: Any) -> Any:
-    """The same content in the values that strict JSON has."""
+    """Return the same content in the values that strict JSON has."""
     match value:
         case Mapping():
             return {str(key): json_ready(inner) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""From a suite to its runs: arms x axes x seeds, each with an id that needs no model to be known."""
+"""Plan the runs of a suite: arms x axes x seeds, each with an id that needs no model to be known."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class PlannedRun:
 
 
 def planned(suite: Suite) -> tuple[PlannedRun, ...]:
-    """Every run of a suite, seed by seed, so that an interrupted suite holds complete comparisons first."""
+    """Return every run of a suite, seed by seed, so that an interrupted suite holds complete comparisons first."""
     return tuple(_planned(suite))
 
 
 def single(experiment: Experiment, name: str) -> PlannedRun:
-    """An experiment of its own as the only run of a suite called `name`."""
+    """Return an experiment of its own as the only run of a suite called `name`."""
     return PlannedRun(name, "run", experiment.seed, experiment)
 
 

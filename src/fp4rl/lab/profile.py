@@ -1,4 +1,4 @@
-"""Where a step's time goes, out of the laps that every run logs (`time/*_s` in metrics.jsonl)."""
+"""Where a step's time goes, from the times that every run logs (`time/*_s` in metrics.jsonl)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fp4rl.spec.errors import NotFoundError
 WHAT: Mapping[str, str] = {
     "generation": "sampling the answers",
     "rewards": "scoring the answers, choosing groups",
-    "noise": "noise on and off, proof that the masters are unharmed",
+    "noise": "noise on and off, proof that the masters are unchanged",
     "batch": "padding and advantages",
     "reference": "log-probabilities of the KL reference",
     "comparison": "rollout phase against training phase (first steps, then every tenth)",
@@ -36,27 +36,27 @@ class Share:
 
     @property
     def what(self) -> str:
-        """In words."""
+        """Return what the work is, in words."""
         return WHAT[self.name]
 
 
 def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
-    """The kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
+    """Return the kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
 
     Raises NotFoundError when the run logged no step.
     """
     steps = list(folder.metrics().values())
     steps = steps[1:] or steps
-    found = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
-    whole = sum(found.values())
+    seconds = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
+    whole = sum(seconds.values())
     if not whole:
         raise NotFoundError(f"{folder.key} has logged no times: it ended before its first step, or older code ran it")
-    shares = [Share(name, seconds, seconds / whole) for name, seconds in found.items() if seconds > 0]
-    return tuple(sorted(shares, key=lambda one: -one.seconds))
+    shares = [Share(name, spent, spent / whole) for name, spent in seconds.items() if spent > 0]
+    return tuple(sorted(shares, key=lambda share: -share.seconds))
 
 
 def write_profile(folder: RunFolder) -> tuple[Share, ...]:
-    """`profile.md` beside the run's results; returns what stands in it."""
+    """Write `profile.md` beside the run's results and return its rows."""
     shares = where_time_goes(folder)
     rows = [f"| {one.name} | {one.seconds:.4f} | {one.share:.1%} | {one.what} |" for one in shares]
     whole = sum(one.seconds for one in shares)

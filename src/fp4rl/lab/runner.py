@@ -1,4 +1,4 @@
-"""Carry out what is planned and not yet finished, through an executor that is handed down."""
+"""Carry out planned runs that are not finished, through an executor that is handed down."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -68,7 +68,7 @@ def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[Planned
 
 
 def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
-    """Finished runs whose result was computed by other code than this, or from other files than are there now, or
+    """Return the finished runs whose result was computed by other code or from other files than those of now, or
     cannot be read."""
     now = code_digest()
     finished, _ = split_finished(runs, root)
@@ -90,7 +90,7 @@ def run_all(
     on_event: OnEvent,
     on_outcome: Callable[[Outcome], None],
 ) -> SuiteOutcome:
-    """Carry out what is not finished. A failed run does not stop the others."""
+    """Carry out the runs that are not finished. A failed run does not stop the others."""
     finished, missing = split_finished(runs, root)
     outcome = SuiteOutcome(skipped=finished)
     if not missing:

@@ -1,17 +1,19 @@
-"""What can be known of runs before they start and is hardly ever meant: for `plan`, their log and the report."""
+"""Warnings about descriptions, before anything runs: for `plan`, a run's log and the report."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from fp4rl.noise.schedule import values_missed
+from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.idle import idle, is_set, value_at
 from fp4rl.spec.words import agreeing, counted
 
-_CLIPPED = ("dapo", "gspo", "cispo")  # their clipping is what sets them apart
+_PLAIN = Algorithm("")  # the clipping of PPO
 
 
 def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
-    """One line for each thing, once for all arms that share it. A setting of the base that acts in one arm is none."""
+    """Return one line for each warning, once for all arms that share it. A setting of the base that acts in some arm is
+    none."""
     found: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
         for line in (*experiment.warnings(), *_one(experiment)):
@@ -64,18 +66,25 @@ def _deployment(experiment: Experiment) -> Iterator[str]:
 
 
 def _loss(experiment: Experiment) -> Iterator[str]:
-    """Settings of the loss that hardly act (P36)."""
+    """Settings of the loss that hardly act."""
     recipe, noise = experiment.training, experiment.noise
     noisy = noise is not None and noise.logprobs == "noisy"
-    if recipe.updates_per_step == 1 and not noisy and recipe.algorithm in _CLIPPED:
+    if recipe.updates_per_step == 1 and not noisy and _clips_its_own_way(ALGORITHMS[recipe.algorithm]):
         yield (
             f"one update is made from each batch, so that the ratio is 1 and the clipping of {recipe.algorithm} never "
             "acts: a training.mini_batch_size below train_batch_size makes more"
         )
     if recipe.kl and recipe.kl_loss_type == "k1":
         yield "kl_loss_type k1: the gradient of this loss is zero on average; take low_var_kl or k2"
-    if recipe.algorithm == "gspo" and (recipe.clip_ratio_high or 0.0) > 0.05 and recipe.updates_per_step > 1:
+    of_answers = ALGORITHMS[recipe.algorithm].ratio_level == "sequence"
+    if of_answers and (recipe.clip_ratio_high or 0.0) > 0.05 and recipe.updates_per_step > 1:
         yield (
             f"clip_ratio_high {recipe.clip_ratio_high} on a sequence ratio hardly ever acts; "
             "GSPO's own bounds are 3e-4 and 4e-4"
         )
+
+
+def _clips_its_own_way(own: Algorithm) -> bool:
+    """Whether clipping is what sets an algorithm apart."""
+    ways = [(a.clipping, a.clip_ratio_low, a.clip_ratio_high) for a in (own, _PLAIN)]
+    return ways[0] != ways[1]

@@ -23,7 +23,7 @@ def check(experiment: Experiment) -> None:
     """Go through everything that a run will need.
 
     Raises NotFoundError or InvalidValueError for what the experiment names and cannot be used, CheckFailed when
-    held-out problems are also trained on (P37).
+    held-out problems are also trained on.
     """
     reward_named(experiment.training.reward)
     sampler_named(experiment.sampler)

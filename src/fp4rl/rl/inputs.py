@@ -26,7 +26,7 @@ def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
 
 def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:
     """Raises InvalidValueError where a checkpoint after `step` was trained on other contents than are there `now`:
-    going on would train on both and record the new ones alone (P49)."""
+    going on would train on both and record the new ones alone."""
     others = [f"{name} ({key})" for name, key in POINTERS.items() if then.get(name) != now.get(name)]
     if others:
         raise InvalidValueError(

@@ -1,4 +1,4 @@
-"""One short name for a description: the same content has the same digest, in every process and on every machine."""
+"""Digests of descriptions: equal contents have equal digests, in every process and on every machine."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from pydantic import BaseModel
 
 
 def canonical(value: Any) -> str:
-    """The description as JSON with sorted keys and no spaces; pydantic models are dumped with all their defaults."""
+    """Return a description as JSON with sorted keys and no spaces; pydantic models with all their defaults."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """Twelve hexadecimal digits of SHA-256 over the canonical JSON (a clash among a million runs: 1 in 500)."""
+    """Return twelve hexadecimal digits of SHA-256 over the canonical JSON (a clash among a million runs: 1 in 500)."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]

@@ -24,19 +24,21 @@ class CheckFailed(Exception):
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """What was given, for a message: on one line, as Python writes it, and cut where it is long."""
+    """Return a value for a message: on one line, as Python writes it, and cut where it is long."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[: longest - 4]}...{text[-1]}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'mxfp4'?"` for the closest known word, or those equally close; all of them when none is."""
+    """Return `"; did you mean 'mxfp4'?"` for the closest known word, or those equally close; all where none is."""
     words = sorted(set(known))
     close = get_close_matches(word, words, n=3, cutoff=0.5)
     if not close:
         return f"; known: {', '.join(words)}"
-    ratios = [SequenceMatcher(None, one, word).ratio() for one in close]  # as get_close_matches asks it
-    *others, last = sorted(repr(one) for one, ratio in zip(close, ratios, strict=True) if ratio == ratios[0])
+    ratios = [SequenceMatcher(None, candidate, word).ratio() for candidate in close]  # as get_close_matches asks it
+    *others, last = sorted(
+        repr(candidate) for candidate, ratio in zip(close, ratios, strict=True) if ratio == ratios[0]
+    )
     return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
 
 

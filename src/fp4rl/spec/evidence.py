@@ -59,8 +59,8 @@ class Evaluation(Record):
     """Shares over all answers of one evaluation, and the profile they were measured under.
 
     `n` counts answers. With several to a problem `strict` is their mean, `problems` how many problems there are, and
-    `of_samples` holds `mean@k` and `pass@k`, and any further score of `spec.task.Score`; these stand beside the other keys
-    on disk. `answers_digest`: equal where every answer is the same.
+    `of_samples` holds `mean@k` and `pass@k`, and any further score of `spec.task.Score`; on disk these stand beside the
+    other keys. `answers_digest`: equal where every answer is the same.
     """
 
     kind: Literal["evaluation"] = Field("evaluation", exclude=True)

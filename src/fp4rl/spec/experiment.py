@@ -22,7 +22,7 @@ _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
 
 
 class Experiment(Spec):
-    """Everything that decides a result. What is not in here does not change a number."""
+    """Everything that decides a result: what is not in here changes no number."""
 
     model: Model = Model()
     task: AnyTask = TASKS["arithmetic"]()
@@ -54,7 +54,7 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _the_head_can_be_rounded(self) -> "Experiment":
-        """What `targets.opt_in: [lm_head]` asks for must be possible, or be refused before a run."""
+        """Refuse `targets.opt_in: [lm_head]` where it cannot act."""
         embedded, injection = self.model.embedded, self.injection
         if injection is None or "lm_head" not in injection.targets.opt_in:
             return self
@@ -82,7 +82,7 @@ class Experiment(Spec):
         return self
 
     def warnings(self) -> list[str]:
-        """What is allowed and hardly ever meant, one line each, to be said before a run (checks P19, P28, P32, P36)."""
+        """Return what is allowed and hardly ever meant, one line each."""
         steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
         found += self._out_of_reach()
         if every > steps:
@@ -100,13 +100,13 @@ class Experiment(Spec):
         return found
 
     def _measured_under(self, profile: str) -> Injection | None:
-        """The injection that a profile names, as far as this description alone tells."""
+        """Return the injection that a profile names, as far as this description alone tells."""
         if profile == "deployment":
             return self.injection
         return self.evaluation.injections.get(profile) or (Injection.named(profile) if profile in MODES else None)
 
     def _out_of_reach(self) -> list[str]:
-        """Weights that the planned updates cannot change in the model's dtype (AdamW's are about `lr` each)."""
+        """Warn of weights that the planned updates cannot change in the model's dtype; AdamW's are about `lr` each."""
         model, recipe = self.model, self.training
         updates = 1 if model.coarse_masters else recipe.steps * recipe.updates_per_step
         largest = recipe.lr * updates / model.smallest_change

@@ -1,4 +1,4 @@
-"""Settings that stand in a description and cannot act there: one registry, for `plan`, a run's log and its report."""
+"""Find settings of a description that cannot act there: one table of rules, for `plan`, logs and reports."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fp4rl.spec.training import Training
 
 @dataclass(frozen=True)
 class Rule:
-    """`keys` cannot act in an experiment that `holds` of; `why` in words."""
+    """`keys` cannot act in experiments for which `holds` is true; `why` says so in words."""
 
     keys: tuple[str, ...]
     why: str
@@ -25,16 +25,16 @@ class Rule:
 
 
 def idle(experiment: Experiment) -> dict[str, str]:
-    """Key -> why its value, which is not the default, cannot act here."""
-    found: dict[str, str] = {}
+    """Return, by key, why its value, which is not the default, cannot act here."""
+    reasons: dict[str, str] = {}
     for rule in RULES:
         if rule.holds(experiment):
-            found |= {key: rule.why for key in rule.keys if is_set(experiment, key) and key not in found}
-    return found | (dict(_idle_phases(experiment.injection)) if experiment.injection is not None else {})
+            reasons |= {key: rule.why for key in rule.keys if is_set(experiment, key) and key not in reasons}
+    return reasons | (dict(_idle_phases(experiment.injection)) if experiment.injection is not None else {})
 
 
 def is_set(experiment: Experiment, key: str) -> bool:
-    """Whether a key has another value than its default."""
+    """Tell whether a key has another value than its default."""
     above, _, last = key.rpartition(".")
     parent = value_at(experiment, above) if above else experiment
     if not isinstance(parent, BaseModel):
@@ -44,7 +44,7 @@ def is_set(experiment: Experiment, key: str) -> bool:
 
 
 def value_at(experiment: Experiment, key: str) -> Any:
-    """What stands under a dotted key; None where something above it is none."""
+    """Return the value of a dotted key; None where something above it is None."""
     value: Any = experiment
     for part in key.split("."):
         value = getattr(value, part, None)
@@ -78,9 +78,9 @@ def _injects(experiment: Experiment) -> bool:
 
 
 def _every_format(injection: Injection) -> list[Format]:
-    found = [getattr(injection, point) for point in FORMAT_POINTS]
-    found += [getattr(row, point) for row in injection.by_pattern for point in ("weight", "input", "output")]
-    return [fmt for fmt in found if isinstance(fmt, Format)]
+    formats = [getattr(injection, point) for point in FORMAT_POINTS]
+    formats += [getattr(row, point) for row in injection.by_pattern for point in ("weight", "input", "output")]
+    return [fmt for fmt in formats if isinstance(fmt, Format)]
 
 
 def _of_injection(holds: Callable[[Injection], bool]) -> Callable[[Experiment], bool]:
@@ -204,7 +204,7 @@ def _idle_phases(injection: Injection) -> Iterator[tuple[str, str]]:
     during = injection.apply_during
     if len({getattr(during, point) for point in ApplyDuring.model_fields}) == 1:
         return
-    there = injection.points
+    points = injection.points
     for point, field in ApplyDuring.model_fields.items():
-        if point not in there and getattr(during, point) != field.default:
+        if point not in points and getattr(during, point) != field.default:
             yield f"injection.apply_during.{point}", f"the injection has no {point}"

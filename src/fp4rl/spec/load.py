@@ -1,4 +1,4 @@
-"""The one door from YAML and `key=value` words to validated descriptions, with errors that name the cure."""
+"""Load validated descriptions from YAML and `key=value` words, with errors that name the cure."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experime
 
 
 def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
-    """What is wrong with it: a word of the command line is named with the mistake that came with it."""
+    """Return what is wrong with a description, None where nothing is."""
     try:
         _described(content, is_suite, source)
     except InvalidValueError as error:
@@ -60,7 +60,7 @@ def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML mapping from a file; InvalidValueError names the line of a mistake in it."""
+    """Read a YAML mapping from a file; InvalidValueError names the line of a mistake in it."""
     file = Path(path).expanduser()
     try:
         content = plain_values(file.read_text(encoding="utf-8-sig"), str(file))
@@ -167,7 +167,7 @@ _SHORT |= dict.fromkeys(FORMAT_POINTS, "name")
 
 
 def _written_out(key: str, present: Any) -> Mapping[str, Any]:
-    """What stands under a key, as a mapping: nothing for what a mapping replaces, such as `none` or a list."""
+    """Return the value of a key as a mapping: nothing for what a mapping replaces, such as `none` or a list."""
     if isinstance(present, Mapping):
         return present
     if key not in _SHORT or present in (None, "none") or not isinstance(present, str | int | float):
@@ -176,9 +176,9 @@ def _written_out(key: str, present: Any) -> Mapping[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `change` laid over it: mappings merge key by key, anything else replaces; dotted keys are paths,
-    except patterns of names, which have a star. A mapping laid over a short form (`injection: w4a4`) changes what that
-    stands for."""
+    """Return `base` with `change` laid over it: mappings merge key by key, anything else replaces; dotted keys are
+    paths, except patterns of names, which have a star. A mapping laid over a short form (`injection: w4a4`) changes
+    what that stands for."""
     merged = deepcopy(dict(base))
     for key, value in change.items():
         # A layer number is a key too, and `*.layers.0.*` is one key.

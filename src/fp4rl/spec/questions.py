@@ -1,4 +1,4 @@
-"""The questions of a suite ask about arms, measurements and keys that are there; a slip would cost the runs."""
+"""Check that a suite's questions name arms, profiles and keys that exist, before anything runs."""
 
 from collections.abc import Iterable, Mapping
 
@@ -37,10 +37,11 @@ def _check_side(place: str, side: str, arms: Mapping[str, Experiment]) -> None:
     if arm not in arms:
         raise InvalidValueError(f"{place}: no arm is called {arm!r}{nearest(arm, arms)}")
     evaluation = arms[arm].evaluation
-    judged = (*evaluation.profiles, *evaluation.sweep)
+    profiles = (*evaluation.profiles, *evaluation.sweep)
     if not profile:
-        raise InvalidValueError(f"{place}: a side is written arm@profile; {arm} is judged as {', '.join(judged)}")
-    if profile not in judged:
+        raise InvalidValueError(f"{place}: a side is written arm@profile; {arm} is judged as {', '.join(profiles)}")
+    if profile not in profiles:
         raise InvalidValueError(
-            f"{place}: {arm} is not judged as {profile!r}{nearest(profile, judged)}; its evaluation.profiles say which"
+            f"{place}: {arm} is not judged as {profile!r}{nearest(profile, profiles)}; its evaluation.profiles say "
+            "which"
         )

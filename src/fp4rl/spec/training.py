@@ -198,7 +198,7 @@ class Training(Spec):
         return self
 
     def warnings(self) -> list[str]:
-        """What is allowed but rarely ends well (checks P28, P32); what cannot act stands in `spec.idle`."""
+        """Return what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""
         found = []
         if self.lr_warmup_steps > 0.2 * self.steps:
             found.append(

@@ -1,4 +1,4 @@
-"""What validation found wrong, as one line in the words of the file: the key, what stands there, and the cure."""
+"""Turn errors of validation into one line in the words of the file: the key, its value, and the cure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,10 +23,9 @@ _EXPECTED = {
 
 
 def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first error in one line; a key that nobody knows comes before one that is missing, of which it may be a
-    misspelling."""
-    found = error.errors(include_url=False)
-    first = min(found, key=lambda one: one["type"] == "missing")
+    """Return the first error in one line; an unknown key comes before a missing one, which it may misspell."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda error: error["type"] == "missing")
     if first["type"] in ("extra_forbidden", "invalid_key"):
         *above, key = first["loc"]  # the key itself, whatever letters it has
         where = ".".join([*written(kind, above), str(key)])
@@ -70,7 +69,7 @@ def _given(given: Any) -> str:
 
 
 def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
-    """The keys of a place as they stand in a file: pydantic also names the member of a union that it tried."""
+    """Return the keys of a location as they are written in a file: without the members of unions that were tried."""
     here: list[type[BaseModel]] = [kind]
     path = []
     named = False
@@ -89,7 +88,7 @@ def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
 
 
 def truth_as_number(given: Any, value: Any, above: str = "") -> str | None:
-    """The complaint about a `true` or `false` of the file that became a number; None where there is none."""
+    """Return the message about a `true` or `false` of the file that became a number; None where there is none."""
     if isinstance(given, bool) and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{above}: expected a number, found {_given(given)}"
     for key, part in _children(given):
@@ -106,7 +105,7 @@ def _children(given: Any) -> list[tuple[Any, Any]]:
 
 
 def _child(value: Any, key: Any) -> Any:
-    """What became of the part `key`; None where the description keeps it under another name."""
+    """Return what became of the part `key`; None where the description keeps it under another name."""
     if isinstance(value, BaseModel):
         return getattr(value, str(key), None)
     if isinstance(value, Mapping):

@@ -56,19 +56,19 @@ _LATEX |= {r"\times": "×", r"\cdot": "·", r"\div": "÷", r"\pm": "±"}
 
 
 def strict_number(text: str) -> Decimal | None:
-    """The number that stands right after the first `####`; None where there is no mark, or no number right after it.
+    """Return the number right after the first `####`; None where there is no mark, or no number right after it.
 
     A mark before words is a heading and passed over; so is a numbered one (`#### 1. Add`) where another mark follows.
     Read are signs, thousands commas or blanks, decimals, powers of ten (`3.0e2`), a currency before and a `%`, a unit
     or a full stop behind (`50%` is 50), in bold type, LaTeX and `\\boxed{}`. Fractions, sums, times, ranges and
     `5 million` are not: they would have to be computed or understood, and a part of them is another number.
     """
-    found = _marked(_plain_latex(text))
-    return _value(found) if found else None
+    mark = _marked(_plain_latex(text))
+    return _value(mark) if mark else None
 
 
 def flexible_number(text: str) -> Decimal | None:
-    """The strict number where there is one; else the last number, up to the line's end where a mark has been found.
+    """Return the strict number where there is one; else the last number, up to the line's end where there is a mark.
 
     None where there is no number, and where the last digits belong to an expression that is none.
     """
@@ -83,12 +83,12 @@ def flexible_number(text: str) -> Decimal | None:
 
 
 def same_number(a: Decimal | None, b: Decimal | None) -> bool:
-    """Whether both are numbers and exactly equal (2.50 is 2.5); a missing number equals nothing."""
+    """Tell whether both are numbers and exactly equal (2.50 is 2.5); a missing number equals nothing."""
     return a is not None and b is not None and a == b
 
 
 def scored(answer: str, completion: str) -> Score:
-    """The completion's final number against `answer`, the right one written plainly."""
+    """Score the completion's final number against `answer`, the right one written plainly."""
     gold, strict = Decimal(answer), strict_number(completion)
     return Score(
         strict=same_number(strict, gold),
@@ -98,15 +98,15 @@ def scored(answer: str, completion: str) -> Score:
 
 
 def plain(number: Decimal) -> str:
-    """The number without exponent, commas or trailing zeros: `1234567`, `-4`, `2.5`."""
+    """Write the number without exponent, commas or trailing zeros: `1234567`, `-4`, `2.5`."""
     text = f"{number:f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
 
 
 def _marked(text: str) -> re.Match[str] | None:
     """The first mark with digits right after it; a numbered heading only where no other follows."""
-    found = list(_AFTER_MARK.finditer(text))
-    return next((mark for mark in found if mark["heading"] is None), found[0] if found else None)
+    marks = list(_AFTER_MARK.finditer(text))
+    return next((mark for mark in marks if mark["heading"] is None), marks[0] if marks else None)
 
 
 def _value(found: re.Match[str]) -> Decimal | None:

@@ -8,7 +8,7 @@ _HERE = Path(__file__).parent
 
 
 def named(name: str) -> Path:
-    """The YAML file of a suite that comes with the package. Raises NotFoundError with the nearest name."""
+    """Return the YAML file of a suite that comes with the package. Raises NotFoundError with the nearest name."""
     file = _HERE / f"{name}.yaml"
     if not file.is_file():
         raise NotFoundError(f"no suite {name!r} in the catalogue{nearest(name, names())}")
@@ -16,5 +16,5 @@ def named(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """All suites of the catalogue."""
+    """List all suites of the catalogue."""
     return sorted(file.stem for file in _HERE.glob("*.yaml"))
