@@ -22,8 +22,8 @@ from scipy.stats import chi2
 
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
+from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.health.monitor import Monitor, replay
-from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import Run
 from fp4rl.rl.start import start_folder
@@ -93,7 +93,7 @@ class Bench:
         start = start_folder(experiment.model, task, self.models)
         problems = task.problems("train")
         listeners = Listeners(on_step=lambda step, metrics: rows.append((step, metrics)))
-        run = Run(experiment, folder, start, task, problems, judge_of(experiment, task), listeners, "", {})
+        run = Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), listeners, "", {})
         Planted(run, fault, onset).train()
         return rows
 

@@ -13,7 +13,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.judge import judge_of
+from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
@@ -120,7 +120,7 @@ def attempt_at(path, dtype, injection, into, **training):
         }
     )
     task = described.task
-    judge, problems = judge_of(described, task), task.problems("train")
+    judge, problems = evaluation_runner(described, task), task.problems("train")
     return TrainingSession(Run(described, into, path, task, problems, judge, Listeners(), "", {}), ResumeState())
 
 
@@ -180,7 +180,7 @@ def test_the_micro_batch_changes_nothing_but_float_noise(family, folder, tmp_pat
 def test_the_size_of_an_evaluation_batch_changes_no_answer(rounded, folder, tmp_path):
     run = attempt_at(folder("llama", "bfloat16"), "bfloat16", ROUNDED[rounded], tmp_path)
     run.phases.attachment.set_phase("evaluation")
-    task, problems = run.run.task, run.run.judge.problems
+    task, problems = run.run.task, run.run.runner.problems
     answers = [
         [item.completion for item in answer(run.model, run.tokenizer, problems, task.score, Decoding(16, size))]
         for size in (60, 7, 1)

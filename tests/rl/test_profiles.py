@@ -15,8 +15,8 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.models.skeleton import embedded_skeleton
 from fp4rl.rl.evaluate import Evaluation, Item, answers_digest
-from fp4rl.rl.moved import weights_digest
 from fp4rl.rl.profiles import precision_named
+from fp4rl.rl.verify import weights_digest
 from fp4rl.spec import evaluation as spec
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.spec.evidence import Evaluation as Shares
@@ -113,7 +113,7 @@ def test_what_acts_in_training_alone_does_not_make_the_evaluation_another_one(ru
 
 
 def test_an_injection_that_never_runs_ends_the_evaluation(run, experiment, monkeypatch):
-    monkeypatch.setattr("fp4rl.rl.judge.answer", lambda *_: ())
+    monkeypatch.setattr("fp4rl.rl.evaluation_runner.answer", lambda *_: ())
     with pytest.raises(CheckFailed, match="never called during evaluation"):
         run(experiment("w4a16"))
 

@@ -58,5 +58,5 @@ def test_the_proof_before_training_moves_no_number_of_it(run, experiment, monkey
         return [{k: v for k, v in metrics.items() if not k.startswith("time/")} for _, metrics in heard.steps]
 
     proved = numbers("proved")
-    monkeypatch.setattr("fp4rl.rl.train.require_provable", lambda *_: None)
+    monkeypatch.setattr("fp4rl.rl.train.require_verifiable", lambda *_: None)
     assert numbers("unproved") == proved

@@ -14,7 +14,7 @@ from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import by_length
-from fp4rl.rl.judge import judge_of
+from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder
@@ -88,7 +88,7 @@ def attempt(experiment, model_cache, tmp_path):
         described = experiment("bf16", training={"temperature": 1.0, "entropy_coeff": 0.0, **training})
         task = described.task
         start = start_folder(described.model, task, model_cache)
-        judge, problems = judge_of(described, task), task.problems("train")
+        judge, problems = evaluation_runner(described, task), task.problems("train")
         return TrainingSession(
             Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), ResumeState()
         )

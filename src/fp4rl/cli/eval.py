@@ -77,16 +77,16 @@ def command(
     from fp4rl.models.quiet import quiet
 
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
-    from fp4rl.rl.judge import Judge
+    from fp4rl.rl.evaluation_runner import EvaluationRunner
 
     ready_to_round()
     spec = described.evaluation.for_task(described.task)
     problems = described.task.problems(spec.split, count)[: spec.count]
-    judge = Judge(spec, None, described.task, problems)
+    judge = EvaluationRunner(spec, None, described.task, problems)
     names = judge.precisions()
     with progress(console(stderr=True)) as bar:
         places = {name: bar.add_task(name, total=len(problems)) for name in names}
-        found = list(judge.judge(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
+        found = list(judge.run(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
     if out is not None:
         _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
     if as_json:

@@ -9,8 +9,8 @@ from fp4rl.models.load import tokenizer_of, with_lora
 from fp4rl.models.skeleton import embedded_skeleton, skeleton
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
+from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.generate import sampler_named
-from fp4rl.rl.judge import judge_of
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
 from fp4rl.spec.errors import InvalidValueError
@@ -30,15 +30,15 @@ def check(experiment: Experiment) -> None:
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)
     task = experiment.task
-    judge = judge_of(experiment, task)
+    runner = evaluation_runner(experiment, task)
     learned = task.problems("train")
-    check_disjoint(task, learned, judge.problems)
-    for problem in (*learned[:1], *judge.problems[:1]):
+    check_disjoint(task, learned, runner.problems)
+    for problem in (*learned[:1], *runner.problems[:1]):
         task.score(problem, problem.solution)  # a scorer that cannot score says so before anything is sampled
     path = experiment.model.path
     tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
-    require_prompts_fit((*learned, *judge.problems), experiment.training.max_prompt_length, tokenizer)
-    one_of_each = (*learned[:1], *judge.problems[:1])  # they share their template
+    require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
+    one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
     require_prompts_open(one_of_each, tokenizer()([p.prompt for p in one_of_each])["input_ids"], tokenizer())
     if path is not None:
         model = skeleton(path)
@@ -47,7 +47,7 @@ def check(experiment: Experiment) -> None:
     _answers_fit_the_positions(experiment, model.config)
     if experiment.model.lora is not None:
         model = with_lora(model, experiment.model.lora, path or "")
-    for injection in (experiment.injection, *(p.injection for p in judge.precisions().values())):
+    for injection in (experiment.injection, *(p.injection for p in runner.precisions().values())):
         if injection is not None:
             resolve(model, injection)
     if experiment.noise is not None:

@@ -13,8 +13,7 @@ from fp4rl.inject.attach import Attachment
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
 from fp4rl.noise.schedule import ScheduleProgress, StageLog
-from fp4rl.rl.acting import rounded
-from fp4rl.rl.weights_unchanged import Record, unharmed
+from fp4rl.rl.verify import Record, rounded, weights_unchanged
 from fp4rl.spec.evidence import NoiseStages
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
@@ -64,7 +63,7 @@ class Phases:
 
         `data_epochs` says how often the training problems have been gone through: an epoch-aware schedule follows.
         """
-        with unharmed(self.model, "rollout", step, self.record):
+        with weights_unchanged(self.model, "rollout", step, self.record):
             self._switch("rollout")
             try:
                 with self._noisy(step, data_epochs):

@@ -16,8 +16,9 @@ from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import Hooks, TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
+from fp4rl.rl.evaluation_runner import EvaluationRunner
 from fp4rl.rl.generate import sampler_named
-from fp4rl.rl.judge import Judge
+from fp4rl.rl.health.live import LiveMonitor
 from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
@@ -25,7 +26,6 @@ from fp4rl.rl.reference import standing
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
-from fp4rl.rl.watch import Watch
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.task import Problem, Task
@@ -41,7 +41,7 @@ class Run:
     start: Path
     task: Task
     problems: tuple[Problem, ...]
-    judge: Judge
+    runner: EvaluationRunner
     hear: Listeners
     stamp: str
     inputs: Mapping[str, str]
@@ -52,11 +52,11 @@ class Run:
         def heard(name: str, done: int, total: int) -> None:
             self.hear.on_stage(f"eval {name}", done, total)
             if (last or step == 0) and self.hear.interrupted():  # on the way the step is finished, and kept, first
-                raise Interrupted(f"while step {step} was judged; the same command goes on from the last checkpoint")
+                raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
 
         dtype, record = self.experiment.model.dtype, self.hear.record
         if processes.is_first():
-            for evaluation in self.judge.judge(folder, dtype, step, last, heard, record):
+            for evaluation in self.runner.run(folder, dtype, step, last, heard, record):
                 self.hear.on_evaluation(evaluation)
                 yield evaluation
         processes.wait()
@@ -93,7 +93,7 @@ class TrainingSession:
         )
         self.phases.start()
         hear = run.hear
-        self.watch = Watch(experiment.health, sorted(past.metrics.items()), hear.record, hear.say, hear.note)
+        self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), hear.record, hear.say, hear.note)
         self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(run.problems, experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
@@ -157,7 +157,7 @@ class TrainingSession:
         self.past.metrics[step] = metrics
         self.run.hear.on_step(step, metrics)
         self.saving.begin()
-        return self.watch.observe(step, metrics)
+        return self.monitor.observe(step, metrics)
 
     def _on_boundary(self, step: int) -> tuple[bool, bool]:
         due = self.saving.due(last=step == self.run.experiment.training.steps)
@@ -176,7 +176,7 @@ class TrainingSession:
         return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
 
     def _on_checkpoint(self, step: int, folder: Path) -> None:
-        if self.watch.verdict != "note":
+        if self.monitor.verdict != "note":
             return  # left incomplete: nobody should go on from where the monitor ended it
         self.run.hear.record(CheckpointKept(step=step))
         state = {

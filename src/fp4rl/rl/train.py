@@ -8,15 +8,23 @@ from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
+from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
-from fp4rl.rl.judge import judge_of
 from fp4rl.rl.listeners import Interrupted, Listeners
-from fp4rl.rl.moved import few_moved, moved, require_moved, weights_digest, without_update
-from fp4rl.rl.prove import proved, require_provable, sites
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
-from fp4rl.rl.sound import require_sound_here
 from fp4rl.rl.start import start_folder
+from fp4rl.rl.verify import (
+    few_changed,
+    require_changed,
+    require_sound_quantizer,
+    require_verifiable,
+    share_changed,
+    sites,
+    verify_final,
+    weights_digest,
+    without_update,
+)
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import RolledBack
 from fp4rl.spec.experiment import Experiment
@@ -54,7 +62,7 @@ def train(
     trained, and CheckFailed when the run's own evidence contradicts its spec.
     """
     check(experiment)
-    require_sound_here()
+    require_sound_quantizer()
     require_shares(experiment.training, processes.count())
     past = past or ResumeState()
     _require_as_many(past)
@@ -64,22 +72,22 @@ def train(
         require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
     if past.checkpoint is None:
         list(run.judged(run.start, 0))
-    attempt = TrainingSession(run, past)
+    session = TrainingSession(run, past)
     if past.checkpoint is None:
-        require_provable(experiment, attempt.model, attempt.attachment, run.start)
+        require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
-        for line in noise_warnings(attempt.model, experiment.noise, experiment.training.steps):
+        for line in noise_warnings(session.model, experiment.noise, experiment.training.steps):
             run.hear.say(line)
         if experiment.model.path is not None:  # of the embedded model it is known without loading it
-            for line in without_effect(attempt.model, experiment.noise):
+            for line in without_effect(session.model, experiment.noise):
                 run.hear.say(line)
-    run.hear.on_sites(sites(attempt.attachment))
-    attempt.train()
-    while attempt.watch.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
-        _roll_back(run, attempt)
-        attempt = TrainingSession(run, past)
-        attempt.train()
-    return _ended(run, attempt)
+    run.hear.on_sites(sites(session.attachment))
+    session.train()
+    while session.monitor.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
+        _roll_back(run, session)
+        session = TrainingSession(run, past)
+        session.train()
+    return _ended(run, session)
 
 
 def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, stamp: str) -> Run:
@@ -94,7 +102,7 @@ def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, sta
 
     start = start_folder(experiment.model, task, cache, warming)
     found = processes.from_first(inputs(experiment, start))
-    return Run(experiment, folder, start, task, problems, judge_of(experiment, task), hear, stamp, found)
+    return Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), hear, stamp, found)
 
 
 def _heard_by_one(listeners: Listeners | None) -> Listeners:
@@ -113,14 +121,14 @@ def _require_as_many(past: ResumeState) -> None:
         )
 
 
-def _roll_back(run: Run, attempt: TrainingSession) -> None:
+def _roll_back(run: Run, session: TrainingSession) -> None:
     """Back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
-    past, finding = attempt.past, attempt.watch.decisive
-    if attempt.attachment is not None:
-        attempt.attachment.remove()
+    past, finding = session.past, session.monitor.decisive
+    if session.attachment is not None:
+        session.attachment.remove()
     found, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
     # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
-    step = last_healthy([done for done in found if every and done % every == 0], attempt.watch.alarms)
+    step = last_healthy([done for done in found if every and done % every == 0], session.monitor.alarms)
     past.checkpoint = read(found[step], run.stamp) if step is not None else None
     back = past.checkpoint.step if past.checkpoint is not None else 0
     processes.wait()  # all have read what is there
@@ -131,30 +139,30 @@ def _roll_back(run: Run, attempt: TrainingSession) -> None:
     past.rollbacks += 1
     lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks
     run.hear.on_rollback(back)
-    run.hear.record(RolledBack(step=attempt.trainer.step, to=back, lr=lr, why=str(finding)))
-    run.hear.say(f"rolled back from step {attempt.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
+    run.hear.record(RolledBack(step=session.trainer.step, to=back, lr=lr, why=str(finding)))
+    run.hear.say(f"rolled back from step {session.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
 
 
-def _ended(run: Run, attempt: TrainingSession) -> Trained:
-    stopped = str(attempt.watch.decisive) if attempt.watch.decisive is not None else None
+def _ended(run: Run, session: TrainingSession) -> Trained:
+    stopped = str(session.monitor.decisive) if session.monitor.decisive is not None else None
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
-        attempt.phases.finish()
-    final = attempt.save(run.folder / "final")
-    share, steps = moved(beginning(run), attempt.model, run.hear.record), attempt.past.metrics.values()
+        session.phases.finish()
+    final = session.save(run.folder / "final")
+    share, steps = share_changed(beginning(run), session.model, run.hear.record), session.past.metrics.values()
     if stopped is None:
-        require_moved(share, steps, attempt.trainer.filler.metric, run.experiment.model.dtype)
-    hardly_moved = few_moved(share, run.experiment.model)
+        require_changed(share, steps, session.trainer.filler.metric, run.experiment.model.dtype)
+    hardly_moved = few_changed(share, run.experiment.model)
     if hardly_moved is not None:
         run.hear.say(hardly_moved)
-    evidence = proved(run.experiment, attempt.model, attempt.attachment, final, run.hear.record).extended(
+    evidence = verify_final(run.experiment, session.model, session.attachment, final, run.hear.record).extended(
         weights_changed=share,
         hardly_moved=hardly_moved,
         steps_without_update=without_update(steps),
         recipe=run.experiment.training.effective(),
         inputs=run.inputs,
-        final_weights=weights_digest(attempt.model),
-        noise=attempt.phases.noise_summary(),
-        health=attempt.watch.summary(attempt.past.rollbacks),
+        final_weights=weights_digest(session.model),
+        noise=session.phases.noise_summary(),
+        health=session.monitor.summary(session.past.rollbacks),
     )
-    list(run.judged(final, attempt.trainer.step, last=True))
-    return Trained(run.start, final, attempt.trainer.step, evidence, stopped)
+    list(run.judged(final, session.trainer.step, last=True))
+    return Trained(run.start, final, session.trainer.step, evidence, stopped)

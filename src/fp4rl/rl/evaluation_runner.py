@@ -1,4 +1,4 @@
-"""Evaluate a saved model under every profile of an experiment: what is judged is what was written to disk."""
+"""Evaluate a saved model under every profile of an experiment: what is evaluated is what was written to disk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,10 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
-from fp4rl.rl.acting import acting, rounded
 from fp4rl.rl.evaluate import Decoding, Evaluation, answer, items_digest
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.profiles import Precision, precision_named
-from fp4rl.rl.weights_unchanged import Record, unharmed
+from fp4rl.rl.verify import Record, acting, rounded, weights_unchanged
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.evidence import Evidence, Profile
 from fp4rl.spec.experiment import Experiment
@@ -31,11 +30,11 @@ def _ignore(_: Evidence) -> None:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Held-out problems and the profiles they are answered under; the same for every step of a run.
+class EvaluationRunner:
+    """Evaluates models on held-out problems under each profile; the same for every step of a run.
 
     `injection` is the run's own: what `deployment` means. Noise on weights is off in every profile. `lora`: a folder
-    without an adapter is judged under a fresh one, which changes no number.
+    without an adapter is evaluated under a fresh one, which changes no number.
     """
 
     spec: EvaluationSpec
@@ -54,7 +53,7 @@ class Judge:
         names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
         return {name: precision_named(name, self.spec, self.injection) for name in names}
 
-    def judge(
+    def run(
         self,
         folder: Path,
         dtype: str,
@@ -79,8 +78,8 @@ class Judge:
                     on_items(name, done, total)
 
             with (
-                unharmed(model, "evaluation", step, record, profile=name),
-                _harmed(model, precision.injection) as attachment,
+                weights_unchanged(model, "evaluation", step, record, profile=name),
+                _injected(model, precision.injection) as attachment,
             ):
                 items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard, sampler)
                 for row in _proved(attachment, step, name):
@@ -108,15 +107,17 @@ class Judge:
         )
 
 
-def judge_of(experiment: Experiment, task: Task) -> Judge:
-    """The judge of one experiment, with its held-out problems."""
+def evaluation_runner(experiment: Experiment, task: Task) -> EvaluationRunner:
+    """Make the runner of an experiment, with its held-out problems."""
     spec = experiment.evaluation.for_task(experiment.task)
     problems = task.problems(spec.split, spec.count)
-    return Judge(spec, experiment.injection, task, problems, lora=experiment.model.lora, sampler=experiment.sampler)
+    return EvaluationRunner(
+        spec, experiment.injection, task, problems, lora=experiment.model.lora, sampler=experiment.sampler
+    )
 
 
 @contextmanager
-def _harmed(model: PreTrainedModel, injection: Injection | None) -> Iterator[Attachment | None]:
+def _injected(model: PreTrainedModel, injection: Injection | None) -> Iterator[Attachment | None]:
     if injection is None:
         yield None
         return
@@ -144,10 +145,12 @@ def _proved(attachment: Attachment | None, step: int, profile: str) -> Iterator[
 
 
 def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:
-    """Judge the model in `folder` as `experiment` would: its task, its held-out problems, every profile it names.
+    """Evaluate the model in `folder` as `experiment` would: its task, its held-out problems, every profile it names.
 
     Raises NotFoundError for a folder, a file or a profile that does not exist.
     """
     return tuple(
-        judge_of(experiment, experiment.task).judge(folder, experiment.model.dtype, experiment.training.steps, True)
+        evaluation_runner(experiment, experiment.task).run(
+            folder, experiment.model.dtype, experiment.training.steps, True
+        )
     )

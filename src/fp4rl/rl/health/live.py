@@ -1,4 +1,4 @@
-"""The monitor beside a run: every step's metrics go in; findings become evidence and log lines, and may end the run."""
+"""The monitor beside a run: turns findings into evidence and log lines, and says when to end or roll back."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,8 +12,8 @@ History = Iterable[tuple[int, Mapping[str, float]]]
 """(steps done, metrics), in order."""
 
 
-class Watch:
-    """One attempt at a run. `past` is what was logged before it began: a resumed run is judged as a whole.
+class LiveMonitor:
+    """Monitors one training session. `past` is what was logged before it began: a resumed run is one history.
 
     `say` hears alarms, `note` the other findings (as `say` does where it is not given).
 
@@ -38,16 +38,16 @@ class Watch:
 
     @property
     def verdict(self) -> Policy:
-        """What to do now."""
+        """Return what to do now."""
         return self.decisive.policy if self.decisive is not None else "note"
 
     @property
     def alarms(self) -> list[Finding]:
-        """Every alarm so far."""
+        """Return every alarm so far."""
         return self._monitor.alarms
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """One more step; returns whether it is the last one."""
+        """Take the metrics of one more step; return whether it is the last one."""
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
             self._record(_line(finding))
@@ -56,7 +56,7 @@ class Watch:
         return self.verdict != "note"
 
     def summary(self, rollbacks: int) -> HealthSummary:
-        """For the result: the worst state of the whole run, and its alarms in the order they came."""
+        """Summarise for the result: the worst state of the whole run, and its alarms in the order they came."""
         state = "alarm" if self.alarms else self._monitor.state
         return HealthSummary(state=state, alarms=tuple(map(_line, self.alarms)), rollbacks=rollbacks)
 

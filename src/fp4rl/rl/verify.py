@@ -1,0 +1,221 @@
+"""What a run proves of itself: its quantizer works, its injection acted, its masters were left alone by everything but
+training, training changed them, and the live policy is the one that was saved.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fp4rl.inject.attach import Attachment, attach, drawing_alike
+from fp4rl.inject.evidence import master_digest
+from fp4rl.inject.probe import require_rounded
+from fp4rl.models.load import load, with_lora
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.selftest import require_sound
+from fp4rl.rl import processes
+from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.evidence import Acting, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.formats import Format
+from fp4rl.spec.model import Model
+from fp4rl.spec.modes import Phase
+from fp4rl.spec.records import Sites, Summary, read_sites
+
+Record = Callable[[Evidence], None]
+
+# Of weights that are updated in low precision most should move; in FP32 they need time to reach the next step.
+_FEW, _HARDLY_ANY = 0.5, 0.05
+
+
+def require_sound_quantizer() -> None:
+    """Test the quantizer on the device of this process (0.02 s on a CPU). Raises CheckFailed for a broken backend."""
+    device = processes.device()
+
+    def quantize(x: Tensor, fmt: Format, generator: torch.Generator) -> Tensor:
+        # What is drawn comes from the test's own generator, which belongs to the CPU.
+        where = torch.device("cpu") if fmt.rounding == "stochastic" else device
+        return fake_quantize(x.to(where), fmt, generator=generator if where.type == "cpu" else None).cpu()
+
+    require_sound(quantize)
+
+
+def acting(attachment: Attachment, phase: Phase, step: int | None = None, profile: str | None = None) -> Acting:
+    """Name the points and hardware errors of a phase, with the number of sites at which each is to act."""
+    line = Acting(phase=phase, points=attachment.table.acting(phase))
+    return line if profile is None else line.extended(profile=profile, step=step)
+
+
+def rounded(attachment: Attachment, step: int, profile: str | None = None) -> Rounded:
+    """Compare the operands of this phase's matmuls with their masters, rounded now. CheckFailed where they differ."""
+    line = Rounded(phase=attachment.phase, sites=require_rounded(attachment), step=step)
+    return line if profile is None else line.extended(profile=profile)
+
+
+@contextmanager
+def weights_unchanged(
+    model: nn.Module, phase: Phase, step: int, record: Record, profile: str | None = None
+) -> Iterator[None]:
+    """Hash the master weights before and after and record whether no bit changed; CheckFailed where one did."""
+    before = master_digest(model)
+    yield
+    unchanged = master_digest(model) == before
+    line = MasterCheck(phase=phase, step=step, unchanged=unchanged, digest=before)
+    record(line if profile is None else line.extended(profile=profile))
+    if not unchanged:
+        raise CheckFailed(f"step {step}: the master weights are not the same after {phase} as before it")
+
+
+@torch.no_grad()
+def share_changed(start: PreTrainedModel, trained: PreTrainedModel, record: Record) -> float:
+    """Record and return the share of the trainable weights of `trained` whose bits differ from those in `start`."""
+    before = dict(start.named_parameters())
+    changed = total = 0
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            old, new = _whole(before[name]), _whole(parameter)
+            changed += int((new != old.to(new.device, new.dtype)).sum())
+            total += new.numel()
+    share = changed / total
+    record(WeightsMoved(trainable=total, changed=changed, share=share))
+    return share
+
+
+@torch.no_grad()
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash the names and bits of the trainable weights to twelve hex digits; equal digests are equal policies."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = _whole(parameter).detach().contiguous().cpu()
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+            digest.update(whole.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Gather a sharded parameter; any other is returned as it is."""
+    return getattr(parameter, "full_tensor", parameter.detach)()
+
+
+def without_update(steps: Collection[Mapping[str, float]]) -> int:
+    """Count the steps that kept no group of answers, so that nothing was learned in them."""
+    return sum(metrics.get("sampling/trained_groups") == 0 for metrics in steps)
+
+
+def require_changed(share: float, steps: Collection[Mapping[str, float]], metric: str, dtype: str) -> None:
+    """Raise CheckFailed for a training that changed nothing, with the likeliest reason: it is not a trained policy."""
+    if share > 0:
+        return
+    if steps and without_update(steps) == len(steps):
+        why = f"no step had a group of answers with spread in {metric} (training.filter_groups.metric, training.reward)"
+    elif all(not metrics.get("grad_norm") for metrics in steps):
+        why = "every gradient was 0: the answers of no group differ in their reward"
+    else:
+        why = f"no update reached half a step of {dtype}; raise training.lr"
+    raise CheckFailed(f"training changed none of the weights: {why}")
+
+
+def few_changed(share: float, model: Model) -> str | None:
+    """Say in one line that masters of low precision swallowed most updates; None where they did not."""
+    enough = _FEW if model.coarse_masters else _HARDLY_ANY
+    if model.dtype == "float32" or model.lora is not None or share >= enough:
+        return None
+    cure = "model.master_dtype: float32" if model.coarse_masters else "more steps"
+    return (
+        f"training changed {share:.2%} of the weights: most updates were smaller than half a step of {model.dtype}; "
+        f"take {cure}, or a larger training.lr"
+    )
+
+
+def sites(attachment: Attachment | None) -> Sites:
+    """Return the resolved table; empty where nothing is injected."""
+    return Sites(digest=None, plans=(), left_out=()) if attachment is None else read_sites(attachment.table.as_dict())
+
+
+def verify_final(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
+) -> Summary:
+    """Return the summary that stands by the result; its details go to `record`.
+
+    Raises CheckFailed when the live policy is not the one in `final`.
+    """
+    rows = []
+    if attachment is not None:
+        rows = attachment.evidence()
+        record(acting(attachment, "rollout"))
+        record(acting(attachment, "training"))
+    for row in rows:
+        record(row)
+    difference = _live_against_fresh(experiment, model, attachment, final)
+    record(LiveCheck(max_difference=difference))
+    if difference != 0.0:
+        raise CheckFailed(
+            f"the live policy's logits differ from those of its saved copy by up to {difference:g}: "
+            "rounded weights went stale"
+        )
+    calls: dict[str, int] = {}
+    for row in rows:
+        calls[row.phase] = calls.get(row.phase, 0) + row.calls
+    return Summary(
+        sites=len(attachment.table.plans) if attachment is not None else 0,
+        calls=calls,
+        live_equals_fresh=True,
+        masters_unchanged=True,
+    )
+
+
+def require_verifiable(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, start: Path
+) -> None:
+    """Check before training that the comparison at the end can be made, for the live policy is its start.
+
+    Leaves random state and evidence of the attachment as they were. Raises CheckFailed.
+    """
+    before = attachment.state_dict() if attachment is not None else {}
+    difference = _live_against_fresh(experiment, model, attachment, start)
+    if attachment is not None:
+        attachment.set_phase("training")
+        attachment.load_state_dict(before)
+    if difference != 0.0:
+        raise CheckFailed(
+            f"before any training the policy's logits differ from those of a fresh copy, injected alike, by up to "
+            f"{difference:g}: something in the evaluation phase cannot be repeated, so that no run could prove what it "
+            "saved; leave it out there (injection.apply_during)"
+        )
+
+
+@torch.no_grad()
+def _live_against_fresh(
+    experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, folder: Path
+) -> float:
+    """Return the largest difference between the live policy's logits and those of a copy of `folder`, injected and
+    drawing alike."""
+    device = next(model.parameters()).device
+    fresh = _fresh(experiment, folder).to(device)
+    ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
+    model.eval()
+    if attachment is None or experiment.injection is None:
+        return _difference(model, fresh, ids)
+    attachment.set_phase("evaluation")
+    with attach(fresh, experiment.injection) as other:
+        other.set_phase("evaluation")
+        with drawing_alike(attachment, other):
+            return _difference(model, fresh, ids)
+
+
+def _fresh(experiment: Experiment, folder: Path) -> PreTrainedModel:
+    """Load `folder`; a start without an adapter gets a fresh one, which changes no number."""
+    model, _ = load(folder, experiment.model.dtype)
+    if experiment.model.lora is None or (folder / "adapter_config.json").is_file():
+        return model
+    with torch.random.fork_rng():
+        return with_lora(model, experiment.model.lora, folder).eval()
+
+
+def _difference(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
+    return float((model(input_ids=ids).logits - other(input_ids=ids).logits).abs().max())
