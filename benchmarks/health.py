@@ -23,8 +23,8 @@ from scipy.stats import chi2
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.evaluation_runner import evaluation_runner
+from fp4rl.rl.events import Evaluated, Event, StepDone
 from fp4rl.rl.health.monitor import Monitor, replay
-from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.session import Run
 from fp4rl.rl.start import start_folder
 from fp4rl.rl.train import train
@@ -78,12 +78,13 @@ class Bench:
     def _train(self, described: dict[str, Any], folder: Path) -> Rows:
         rows: Rows = []
 
-        def validated(evaluation: Any) -> None:
-            if evaluation.step == 0:
-                rows.append((0, {"accuracy/validation": evaluation.share("strict")}))
+        def keep(event: Event) -> None:
+            if isinstance(event, StepDone):
+                rows.append((event.step, event.metrics))
+            elif isinstance(event, Evaluated) and event.evaluation.step == 0:
+                rows.append((0, {"accuracy/validation": event.evaluation.share("strict")}))
 
-        listeners = Listeners(on_step=lambda step, metrics: rows.append((step, metrics)), on_evaluation=validated)
-        train(Experiment.model_validate(described), folder, self.models, listeners)
+        train(Experiment.model_validate(described), folder, self.models, keep)
         return rows
 
     def _plant(self, described: dict[str, Any], folder: Path, fault: Fault, onset: int) -> Rows:
@@ -92,8 +93,12 @@ class Bench:
         task = experiment.task
         start = start_folder(experiment.model, task, self.models)
         problems = task.problems("train")
-        listeners = Listeners(on_step=lambda step, metrics: rows.append((step, metrics)))
-        run = Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), listeners, "", {})
+
+        def keep(event: Event) -> None:
+            if isinstance(event, StepDone):
+                rows.append((event.step, event.metrics))
+
+        run = Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), keep, "", {})
         Planted(run, fault, onset).train()
         return rows
 

@@ -26,8 +26,8 @@ from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.evaluation_runner import evaluation_runner
+from fp4rl.rl.events import ignore
 from fp4rl.rl.generate import Sampling, transformers_sampler
-from fp4rl.rl.listeners import Listeners
 from fp4rl.rl.rollout import roll_out
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder
@@ -80,7 +80,7 @@ def prepared(cache: Path, folder: Path) -> Run:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     problems = task.problems("train")
-    return Run(described, folder, folder, task, problems, evaluation_runner(described, task), Listeners(), "")
+    return Run(described, folder, folder, task, problems, evaluation_runner(described, task), ignore, "")
 
 
 def plain(run: Run, folder: Path) -> Callable[[], float]:
@@ -106,7 +106,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
 
 def ours(run: Run, folder: Path, mode: str) -> Callable[[], float]:
     """One of our arms."""
-    mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.runner, Listeners(), "")
+    mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.runner, ignore, "")
     attempt = TrainingSession(mine, ResumeState())
     return timed(attempt.trainer)
 

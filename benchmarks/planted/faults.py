@@ -135,13 +135,13 @@ class Planted(TrainingSession):
         self.onset = onset
         super().__init__(run, ResumeState())
 
-    def _on_begin(self, trainer: Any) -> None:
-        super()._on_begin(trainer)
+    def on_begin(self, trainer: Any) -> None:
+        super().on_begin(trainer)
         if self.onset == 0:
             self.fault.plant(self)
 
-    def _on_step(self, step: int, metrics: dict[str, float]) -> bool:
-        ended = super()._on_step(step, metrics)
+    def on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        ended = super().on_step(step, metrics)
         if step == self.onset:
             self.fault.plant(self)
         return ended

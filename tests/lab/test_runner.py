@@ -19,6 +19,7 @@ from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.provenance import changed_inputs, code_digest
 from fp4rl.lab.runner import Outcome, archive_stale, run_all, split_finished, stale
+from fp4rl.rl.events import StepDone
 from fp4rl.rl.inputs import inputs
 from fp4rl.rl.train import Trained
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -35,10 +36,10 @@ def trained(monkeypatch, tmp_path):
     """Training that takes no time: the names of what was trained, in order."""
     names = []
 
-    def train(experiment, folder, cache, listeners, past, *, stamp):
+    def train(experiment, folder, cache, emit, past, **options):
         names.append(folder.name)
-        listeners.on_step(1, {"loss": 0.5})
-        listeners.record(line("master"))
+        emit(StepDone(1, {"loss": 0.5}))
+        emit(line("master"))
         (folder / "config.json").write_text("{}")
         return Trained(folder, folder / "final", 1, Summary(masters_unchanged=True))
 
@@ -163,10 +164,10 @@ def test_the_digest_of_the_code_sees_compiled_kernels(tmp_path, monkeypatch):
 def test_a_run_that_is_ended_at_a_judged_step_has_one_number_there(trained, tmp_path, monkeypatch):
     real = work.train
 
-    def stopped(experiment, folder, cache, listeners, past, *, stamp):
+    def stopped(experiment, folder, cache, emit, past, **options):
         for last in (False, True):
-            listeners.record(line("evaluation", step=1, last=last))
-        return real(experiment, folder, cache, listeners, past, stamp=stamp)
+            emit(line("evaluation", step=1, last=last))
+        return real(experiment, folder, cache, emit, past, **options)
 
     monkeypatch.setattr(work, "train", stopped)
     folder = work.execute_run(RUNS[0], tmp_path)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl import events
 from fp4rl.rl.train import train
+from fp4rl.spec.evidence import Record
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import merge
 
@@ -35,19 +36,23 @@ ARMS = {
 
 
 class Heard:
-    """Everything that a run told its listeners."""
+    """Everything that a run emitted."""
 
     def __init__(self):
         self.steps, self.evaluations, self.records, self.sites, self.lines = [], [], [], [], []
 
-    def listeners(self):
-        return Listeners(
-            on_step=lambda step, metrics: self.steps.append((step, metrics)),
-            on_evaluation=self.evaluations.append,
-            record=lambda line: self.records.append({"kind": line.kind} | line.as_json()),
-            on_sites=lambda sites: self.sites.append(sites.as_json()),
-            say=self.lines.append,
-        )
+    def __call__(self, event):
+        match event:
+            case events.StepDone(step, metrics):
+                self.steps.append((step, metrics))
+            case events.Evaluated(evaluation):
+                self.evaluations.append(evaluation)
+            case events.SitesResolved(sites):
+                self.sites.append(sites.as_json())
+            case events.Message(line, False):
+                self.lines.append(line)
+            case Record():
+                self.records.append({"kind": event.kind} | event.as_json())
 
     def of(self, kind):
         return [record for record in self.records if record["kind"] == kind]
@@ -81,6 +86,6 @@ def run(model_cache, tmp_path):
     def go(described, name="run", heard=None):
         torch.set_num_threads(1)
         heard = heard or Heard()
-        return train(described, tmp_path / name, model_cache, heard.listeners()), heard
+        return train(described, tmp_path / name, model_cache, heard), heard
 
     return go

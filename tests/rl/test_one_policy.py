@@ -14,7 +14,7 @@ from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import Decoding, answer
 from fp4rl.rl.evaluation_runner import evaluation_runner
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.events import ignore
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.errors import InvalidValueError
@@ -121,7 +121,7 @@ def attempt_at(path, dtype, injection, into, **training):
     )
     task = described.task
     judge, problems = evaluation_runner(described, task), task.problems("train")
-    return TrainingSession(Run(described, into, path, task, problems, judge, Listeners(), "", {}), ResumeState())
+    return TrainingSession(Run(described, into, path, task, problems, judge, ignore, "", {}), ResumeState())
 
 
 def generated(trainer):

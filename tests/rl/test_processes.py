@@ -18,7 +18,7 @@ FIXED_BATCH = """
 import json, os, sys, torch
 from pathlib import Path
 from fp4rl.rl import processes, sampler_check, trainer
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.events import Evaluated, StepDone
 from fp4rl.rl.train import train
 from fp4rl.spec.load import load_spec
 torch.set_num_threads(1)
@@ -45,7 +45,12 @@ sampler_check.require_decoded = lambda *_: None  # nobody sampled this batch
 found = {}
 for spec in specs:
     judged, steps = [], []
-    hear = Listeners(on_step=lambda step, metrics: steps.append(metrics), on_evaluation=lambda e: judged.append(e.step))
+    def hear(event):
+        match event:
+            case StepDone(_, metrics):
+                steps.append(metrics)
+            case Evaluated(evaluation):
+                judged.append(evaluation.step)
     train(load_spec(str(spec)), out / spec.stem, cache, hear)
     found[spec.stem] = {"judged": judged, "steps": steps}
 if processes.is_first():

@@ -21,8 +21,8 @@ from fp4rl.lab.work import execute_run
 from fp4rl.rl import checkpoints
 from fp4rl.rl import session as session_room
 from fp4rl.rl.checkpoints import EVERY_S, SaveClock
+from fp4rl.rl.events import Interrupted
 from fp4rl.rl.inputs import inputs
-from fp4rl.rl.listeners import Interrupted
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
@@ -209,13 +209,13 @@ def test_a_forgotten_state_would_be_noticed(carried, kept, monkeypatch):
     """The plant: a resume that does not put the stream of problems back."""
     whole(carried, kept)
     carried("broken", 3)
-    real = session_room.TrainingSession._on_begin
+    real = session_room.TrainingSession.on_begin
 
     def forgetful(self, trainer):
         real(self, trainer)
         self.stream.position = 0
 
-    monkeypatch.setattr(session_room.TrainingSession, "_on_begin", forgetful)
+    monkeypatch.setattr(session_room.TrainingSession, "on_begin", forgetful)
     assert numbers(carried("broken")) != kept["numbers"]
 
 

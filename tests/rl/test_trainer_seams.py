@@ -15,7 +15,7 @@ from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import by_length
 from fp4rl.rl.evaluation_runner import evaluation_runner
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.events import ignore
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder
 from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
@@ -89,9 +89,7 @@ def attempt(experiment, model_cache, tmp_path):
         task = described.task
         start = start_folder(described.model, task, model_cache)
         judge, problems = evaluation_runner(described, task), task.problems("train")
-        return TrainingSession(
-            Run(described, tmp_path, start, task, problems, judge, Listeners(), "", {}), ResumeState()
-        )
+        return TrainingSession(Run(described, tmp_path, start, task, problems, judge, ignore, "", {}), ResumeState())
 
     return begun
 

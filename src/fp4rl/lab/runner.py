@@ -13,6 +13,7 @@ from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import changed_inputs, code_digest
+from fp4rl.rl import events
 from fp4rl.spec.errors import InvalidValueError
 
 STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in
@@ -28,6 +29,18 @@ class Event:
     total: int
     metrics: dict[str, float] | None = None
     line: str | None = None
+
+    @classmethod
+    def of(cls, run: PlannedRun, event: events.Event) -> "Event | None":
+        """The event of one run as a screen shows it; None for what only its folder keeps."""
+        match event:
+            case events.Progress(stage, done, total):
+                return cls(run.run_id, stage, done, total)
+            case events.StepDone(step, metrics):
+                return cls(run.run_id, "training", step, run.experiment.training.steps, metrics)
+            case events.Message(line):
+                return cls(run.run_id, "", 0, 0, None, line)
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ that was never interrupted. A folder with a result is never touched.
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import yaml
 
@@ -24,12 +23,21 @@ from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.rl import processes
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
-from fp4rl.rl.evaluate import Evaluation
-from fp4rl.rl.listeners import Listeners
+from fp4rl.rl.events import (
+    Emit,
+    Evaluated,
+    Event,
+    Message,
+    SitesResolved,
+    StepDone,
+    StepsDropped,
+    ignore,
+    never,
+)
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec import evidence
-from fp4rl.spec.evidence import Warned
+from fp4rl.spec.evidence import Record, Warned
 from fp4rl.spec.records import VERSION, RunResult, read_evidence
 
 _LEFTOVERS = (
@@ -38,23 +46,14 @@ _LEFTOVERS = (
 )
 
 
-class OnStage(Protocol):
-    """Hears how a run goes: `done` of `total` (0: unknown) in a stage, with the metrics where a step was done; or a
-    `line` that people must hear."""
-
-    def __call__(
-        self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None, line: str | None = None
-    ) -> None: ...
-
-
 def execute_run(
     run: PlannedRun,
     root: Path,
-    on_stage: OnStage | None = None,
+    emit: Emit = ignore,
     report_to: Sequence[str] = (),
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], bool] = never,
 ) -> RunFolder:
-    """Train and judge `run` below `root`; returns its folder. A finished run is returned as it is.
+    """Train and evaluate `run` below `root`; return its folder. A finished run is returned as it is.
 
     `report_to` names the sinks besides TensorBoard: they follow the run and are no part of the experiment. Once
     `interrupted()` is true the run keeps a checkpoint after the step it is in and raises Interrupted.
@@ -68,7 +67,12 @@ def execute_run(
     check(run.experiment)
     if not processes.is_first():  # one of several that train this run together: the first keeps the folder
         train(
-            run.experiment, folder.path, root / "models", None, processes.from_first(ResumeState()), stamp=code_digest()
+            run.experiment,
+            folder.path,
+            root / "models",
+            ignore,
+            processes.from_first(ResumeState()),
+            stamp=code_digest(),
         )
         return folder
     with full_disk_named(folder), locked(folder):
@@ -80,10 +84,17 @@ def execute_run(
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
         with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
-            hear = replace(_listeners(run, folder, sinks, on_stage), interrupted=interrupted)
             for line in spec_warnings({run.arm: run.experiment}):
                 _say(folder, line)
-            trained = train(run.experiment, folder.path, root / "models", hear, past, stamp=code_digest())
+            trained = train(
+                run.experiment,
+                folder.path,
+                root / "models",
+                _kept(folder, sinks, emit),
+                past,
+                interrupted=interrupted,
+                stamp=code_digest(),
+            )
             for name, why in sinks.failures.items():
                 _say(folder, f"{name} was left out from some step on: {why}")
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
@@ -115,37 +126,32 @@ def _forget_interruptions(folder: RunFolder, every: int) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _listeners(run: PlannedRun, folder: RunFolder, sinks: Sinks, on_stage: OnStage | None) -> Listeners:
-    def keep(evaluation: Evaluation) -> None:
-        folder.write_items(evaluation.step, evaluation.profile.name, [asdict(item) for item in evaluation.items])
-        folder.add_evidence(evaluation.summary())
+def _kept(folder: RunFolder, sinks: Sinks, emit: Emit) -> Emit:
+    """Write every event of a run into its folder; those that a screen shows go on to `emit`."""
 
-    def stage(name: str, done: int, total: int) -> None:
-        if on_stage is not None:
-            on_stage(name, done, total)
+    def keep(event: Event) -> None:
+        match event:
+            case StepDone():
+                folder.add_metrics(event.step, event.metrics)
+                sinks.log(event.step, event.metrics)
+            case Evaluated(evaluation):
+                items = [asdict(item) for item in evaluation.items]
+                folder.write_items(evaluation.step, evaluation.profile.name, items)
+                folder.add_evidence(evaluation.summary())
+            case SitesResolved():
+                folder.write_sites(event.sites)
+            case StepsDropped():
+                folder.drop_metrics_after(event.step)
+            case Message():
+                _say(folder, event.line)
+                if event.log_only:
+                    return
+                folder.add_evidence(Warned(line=event.line))
+            case Record():
+                folder.add_evidence(event)
+        emit(event)
 
-    def step(done: int, metrics: dict[str, float]) -> None:
-        folder.add_metrics(done, metrics)
-        sinks.log(done, metrics)
-        if on_stage is not None:
-            on_stage("training", done, run.experiment.training.steps, metrics)
-
-    def say(line: str) -> None:
-        _say(folder, line)
-        folder.add_evidence(Warned(line=line))
-        if on_stage is not None:
-            on_stage("", 0, 0, None, line)
-
-    return Listeners(
-        stage,
-        step,
-        keep,
-        folder.add_evidence,
-        folder.write_sites,
-        folder.drop_metrics_after,
-        say,
-        lambda line: _say(folder, line),
-    )
+    return keep
 
 
 def _say(folder: RunFolder, line: str) -> None:

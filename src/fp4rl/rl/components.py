@@ -1,10 +1,10 @@
 """What a trainer is made of besides the model, so that the file that touches TRL holds nothing else."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from fp4rl.rl.events import Emit
 from fp4rl.rl.generate import Sampler, transformers_sampler
 from fp4rl.rl.losses import LossRule
 from fp4rl.rl.phases import Phases
@@ -14,17 +14,22 @@ from fp4rl.rl.stream import PromptStream
 from fp4rl.spec.training import Training
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """Who hears what. `on_step(steps done, metrics)` returns whether to stop. `on_begin` comes after a checkpoint was
-    loaded, `on_checkpoint(steps done, its folder)` after one was written. `on_boundary(steps done)`, after the last
-    update from a rollout, returns whether to write a checkpoint and whether to stop."""
+class Supervisor(Protocol):
+    """Decides between the steps of a trainer, and keeps what a checkpoint needs besides the trainer's own files."""
 
-    on_step: Callable[[int, dict[str, float]], bool]
-    on_begin: Callable[[Any], None]
-    on_boundary: Callable[[int], tuple[bool, bool]]
-    on_checkpoint: Callable[[int, Path], None]
-    say: Callable[[str], None]
+    def on_begin(self, trainer: Any) -> None:
+        """Model, optimizer and scheduler are there, and those of a checkpoint have been loaded."""
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        """Take the metrics of a step; return whether to stop."""
+        ...
+
+    def on_boundary(self, step: int) -> tuple[bool, bool]:
+        """After the last update from a rollout: return whether to write a checkpoint, and whether to stop."""
+        ...
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """The trainer has written its files of a checkpoint into `folder`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class TrainerComponents:
     rewarder: Rewarder
     phases: Phases
     standing: ReferencePolicies
-    hooks: Hooks
+    supervisor: Supervisor
+    emit: Emit
     seed: int
     float_masters: bool = True
     sampler: Sampler = transformers_sampler

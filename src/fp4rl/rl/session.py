@@ -1,7 +1,7 @@
 """One attempt at training: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -14,12 +14,12 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
-from fp4rl.rl.components import Hooks, TrainerComponents
+from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.evaluation_runner import EvaluationRunner
+from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.health.live import LiveMonitor
-from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import standing
@@ -42,22 +42,22 @@ class Run:
     task: Task
     problems: tuple[Problem, ...]
     runner: EvaluationRunner
-    hear: Listeners
+    emit: Emit
     stamp: str
     inputs: Mapping[str, str]
+    interrupted: Callable[[], bool] = never
 
     def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
         """Every profile's evaluation of the model in `folder`."""
 
-        def heard(name: str, done: int, total: int) -> None:
-            self.hear.on_stage(f"eval {name}", done, total)
-            if (last or step == 0) and self.hear.interrupted():  # on the way the step is finished, and kept, first
+        def on_items(name: str, done: int, total: int) -> None:
+            self.emit(Progress(f"eval {name}", done, total))
+            if (last or step == 0) and self.interrupted():  # on the way the step is finished, and kept, first
                 raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
 
-        dtype, record = self.experiment.model.dtype, self.hear.record
         if processes.is_first():
-            for evaluation in self.runner.run(folder, dtype, step, last, heard, record):
-                self.hear.on_evaluation(evaluation)
+            for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
+                self.emit(Evaluated(evaluation))
                 yield evaluation
         processes.wait()
 
@@ -89,11 +89,10 @@ class TrainingSession:
             experiment.noise,
             seed=experiment.seed,
             total_steps=recipe.steps,
-            record=run.hear.record,
+            record=run.emit,
         )
         self.phases.start()
-        hear = run.hear
-        self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), hear.record, hear.say, hear.note)
+        self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(run.problems, experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
@@ -116,8 +115,9 @@ class TrainingSession:
     def _parts(self) -> TrainerComponents:
         run, experiment = self.run, self.run.experiment
         recipe = experiment.training
-        rewarder = Rewarder(run.task.score, reward_named(recipe.reward), recipe.reward, run.hear.say)
-        hooks = Hooks(self._on_step, self._on_begin, self._on_boundary, self._on_checkpoint, run.hear.say)
+        rewarder = Rewarder(
+            run.task.score, reward_named(recipe.reward), recipe.reward, lambda line: run.emit(Message(line))
+        )
         return TrainerComponents(
             recipe,
             loss_rule(recipe),
@@ -125,7 +125,8 @@ class TrainingSession:
             rewarder,
             self.phases,
             standing(experiment, run.start, self.model, self.phases),
-            hooks,
+            self,
+            run.emit,
             experiment.seed,
             experiment.model.master_dtype == "float32",
             sampler_named(experiment.sampler),
@@ -139,7 +140,8 @@ class TrainingSession:
 
     # -- what the trainer calls
 
-    def _on_begin(self, trainer: Any) -> None:
+    def on_begin(self, trainer: Any) -> None:
+        """Restore what a checkpoint holds besides the trainer's files, and lower the learning rate of a rollback."""
         checkpoint, rolled_back = self.past.checkpoint, self.past.rollbacks
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
@@ -150,18 +152,20 @@ class TrainingSession:
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
 
-    def _on_step(self, step: int, metrics: dict[str, float]) -> bool:
+    def on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        """Evaluate where it is due, report the step and let the monitor judge it; return whether to stop."""
         every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps
         if every and step % every == 0 and step < last:
             metrics = metrics | self._validated(step)
         self.past.metrics[step] = metrics
-        self.run.hear.on_step(step, metrics)
+        self.run.emit(StepDone(step, metrics))
         self.saving.begin()
         return self.monitor.observe(step, metrics)
 
-    def _on_boundary(self, step: int) -> tuple[bool, bool]:
+    def on_boundary(self, step: int) -> tuple[bool, bool]:
+        """Return whether to write a checkpoint and whether to stop: by the clock, or because somebody asked."""
         due = self.saving.due(last=step == self.run.experiment.training.steps)
-        due, self.interrupted = processes.from_first((due, self.run.hear.interrupted()))
+        due, self.interrupted = processes.from_first((due, self.run.interrupted()))
         return due or self.interrupted, self.interrupted
 
     def _validated(self, step: int) -> dict[str, float]:
@@ -175,10 +179,11 @@ class TrainingSession:
         of_each = {f"accuracy/validation_{name}": share for name, (share, _) in found.items()}
         return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
 
-    def _on_checkpoint(self, step: int, folder: Path) -> None:
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """Complete a checkpoint with what the trainer does not know, and delete those nobody goes back to."""
         if self.monitor.verdict != "note":
             return  # left incomplete: nobody should go on from where the monitor ended it
-        self.run.hear.record(CheckpointKept(step=step))
+        self.run.emit(CheckpointKept(step=step))
         state = {
             "positions": self.trainer.positions(),
             "phases": processes.from_all(self.phases.state()),

@@ -1,5 +1,6 @@
-"""One run from its description to its numbers: start, judge, train, save, judge what was saved."""
+"""One run from its description to its numbers: start, evaluate, train, save, evaluate what was saved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
 from fp4rl.rl.evaluation_runner import evaluation_runner
+from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
-from fp4rl.rl.listeners import Interrupted, Listeners
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.start import start_folder
 from fp4rl.rl.verify import (
@@ -50,14 +51,16 @@ def train(
     experiment: Experiment,
     folder: Path,
     cache: Path,
-    listeners: Listeners | None = None,
+    emit: Emit = ignore,
     past: ResumeState | None = None,
     *,
+    interrupted: Callable[[], bool] = never,
     stamp: str = "",
 ) -> Trained:
     """Run one experiment; the trained model lands in `folder`/final, warmed-up models in `cache`.
 
-    `past` goes on from a checkpoint in `folder`/checkpoints, with the metrics up to it; step 0 is not judged again.
+    `past` goes on from a checkpoint in `folder`/checkpoints, with the metrics up to it; step 0 is not evaluated again.
+    `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted.
     Raises NotFoundError and InvalidValueError for what the experiment names and cannot be used, before anything is
     trained, and CheckFailed when the run's own evidence contradicts its spec.
     """
@@ -66,7 +69,7 @@ def train(
     require_shares(experiment.training, processes.count())
     past = past or ResumeState()
     _require_as_many(past)
-    run = _run(experiment, folder, cache, _heard_by_one(listeners), stamp)
+    run = _run(experiment, folder, cache, emit, interrupted, stamp)
     if past.checkpoint is not None:
         then = past.checkpoint.state["inputs"]
         require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
@@ -77,11 +80,11 @@ def train(
         require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
         for line in noise_warnings(session.model, experiment.noise, experiment.training.steps):
-            run.hear.say(line)
+            run.emit(Message(line))
         if experiment.model.path is not None:  # of the embedded model it is known without loading it
             for line in without_effect(session.model, experiment.noise):
-                run.hear.say(line)
-    run.hear.on_sites(sites(session.attachment))
+                run.emit(Message(line))
+    run.emit(SitesResolved(sites(session.attachment)))
     session.train()
     while session.monitor.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
         _roll_back(run, session)
@@ -90,23 +93,22 @@ def train(
     return _ended(run, session)
 
 
-def _run(experiment: Experiment, folder: Path, cache: Path, hear: Listeners, stamp: str) -> Run:
-    task = experiment.task
-    problems = task.problems("train")
-    warm_up_steps = experiment.model.embedded.warm_up_steps if experiment.model.embedded else 0
+def _run(
+    experiment: Experiment, folder: Path, cache: Path, emit: Emit, interrupted: Callable[[], bool], stamp: str
+) -> Run:
+    if not processes.is_first():  # one of several reports
+        emit, interrupted = ignore, never
+    task, embedded = experiment.task, experiment.model.embedded
 
     def warming(step: int, _: float) -> None:
-        hear.on_stage("warm-up", step, warm_up_steps)
-        if hear.interrupted():
+        emit(Progress("warm-up", step, embedded.warm_up_steps if embedded else 0))
+        if interrupted():
             raise Interrupted("in the warm-up, which starts over")
 
     start = start_folder(experiment.model, task, cache, warming)
-    found = processes.from_first(inputs(experiment, start))
-    return Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), hear, stamp, found)
-
-
-def _heard_by_one(listeners: Listeners | None) -> Listeners:
-    return listeners if listeners is not None and processes.is_first() else Listeners()
+    digests = processes.from_first(inputs(experiment, start))
+    runner, problems = evaluation_runner(experiment, task), task.problems("train")
+    return Run(experiment, folder, start, task, problems, runner, emit, stamp, digests, interrupted)
 
 
 def _require_as_many(past: ResumeState) -> None:
@@ -138,9 +140,11 @@ def _roll_back(run: Run, session: TrainingSession) -> None:
     past.metrics = {done: metrics for done, metrics in past.metrics.items() if done <= back}
     past.rollbacks += 1
     lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks
-    run.hear.on_rollback(back)
-    run.hear.record(RolledBack(step=session.trainer.step, to=back, lr=lr, why=str(finding)))
-    run.hear.say(f"rolled back from step {session.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
+    run.emit(StepsDropped(back))
+    run.emit(RolledBack(step=session.trainer.step, to=back, lr=lr, why=str(finding)))
+    run.emit(
+        Message(f"rolled back from step {session.trainer.step} to step {back}, learning rate now {lr:g}: {finding}")
+    )
 
 
 def _ended(run: Run, session: TrainingSession) -> Trained:
@@ -148,13 +152,13 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
         session.phases.finish()
     final = session.save(run.folder / "final")
-    share, steps = share_changed(beginning(run), session.model, run.hear.record), session.past.metrics.values()
+    share, steps = share_changed(beginning(run), session.model, run.emit), session.past.metrics.values()
     if stopped is None:
         require_changed(share, steps, session.trainer.filler.metric, run.experiment.model.dtype)
     hardly_moved = few_changed(share, run.experiment.model)
     if hardly_moved is not None:
-        run.hear.say(hardly_moved)
-    evidence = verify_final(run.experiment, session.model, session.attachment, final, run.hear.record).extended(
+        run.emit(Message(hardly_moved))
+    evidence = verify_final(run.experiment, session.model, session.attachment, final, run.emit).extended(
         weights_changed=share,
         hardly_moved=hardly_moved,
         steps_without_update=without_update(steps),

@@ -23,6 +23,7 @@ from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import by_length, training_batch
 from fp4rl.rl.components import TrainerComponents
+from fp4rl.rl.events import Message
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.generate import Sampling
 from fp4rl.rl.masters import Masters
@@ -122,10 +123,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             self.timer.lap("rewards")
         self.timer.lap("noise")
         if line := filled.report():
-            self.parts.hooks.say(f"step {self.step}: {line}")
+            self.parts.emit(Message(f"step {self.step}: {line}"))
         # Nothing has been learned yet: this is the start, under the noise that was planned.
         if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):
-            self.parts.hooks.say(f"before any training: {line}")
+            self.parts.emit(Message(f"before any training: {line}"))
         batch = training_batch(
             filled.answers, filled.any_answer, recipe, len(inputs), self._tokenizer.pad_token_id, self._device
         )
@@ -255,7 +256,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         found["time/step_s"] = time.perf_counter() - self._started
         self.timer.lap("other")
         found |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
-        if self.parts.hooks.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
+        if self.parts.supervisor.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
             self.control.should_training_stop = True
 
     @property
@@ -271,7 +272,7 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Model, optimizer and scheduler have been loaded: the rest of a checkpoint's state follows."""
-        self._trainer.parts.hooks.on_begin(self._trainer)
+        self._trainer.parts.supervisor.on_begin(self._trainer)
         self._trainer.timer.restart()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
@@ -301,14 +302,14 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Between two rollouts: the only place where a checkpoint can be written, and where a run can be ended."""
         if state.global_step % self._trainer.parts.recipe.updates_per_step == 0:
-            save, stop = self._trainer.parts.hooks.on_boundary(self._trainer.step)
+            save, stop = self._trainer.parts.supervisor.on_boundary(self._trainer.step)
             control.should_save = control.should_save or save
             control.should_training_stop = control.should_training_stop or stop
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The trainer's checkpoint is whole: ours, written last, completes it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._trainer.parts.hooks.on_checkpoint(self._trainer.step, folder)
+        self._trainer.parts.supervisor.on_checkpoint(self._trainer.step, folder)
 
 
 def _scored_by_the_stream(**_: Any) -> list[float]:

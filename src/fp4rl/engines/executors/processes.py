@@ -13,13 +13,14 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fp4rl.engines.rounding import choose_backend
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import STOPPING, Event, OnEvent, Outcome
+from fp4rl.rl import events
 
 
 @dataclass
@@ -49,9 +50,9 @@ class LocalPool:
         waiting = list(runs)
         workers: list[_Worker] = []
         with _interruptible() as interrupted:
-            yield from self._carry_out(waiting, workers, root, on_event, interrupted)
+            yield from self._execute(waiting, workers, root, on_event, interrupted)
 
-    def _carry_out(
+    def _execute(
         self,
         waiting: list[PlannedRun],
         workers: list[_Worker],
@@ -61,29 +62,29 @@ class LocalPool:
     ) -> Generator[Outcome, None, None]:
         try:
             while waiting and len(workers) < self.workers:
-                workers.append(self._hired(waiting.pop(0), root))
-            told = False
+                workers.append(self._spawn(waiting.pop(0), root))
+            asked = False
             while workers:
                 if interrupted.is_set():
                     waiting.clear()
-                    if not told:
+                    if not asked:
                         on_event(Event("", STOPPING, 0, 0))
                         for worker in workers:
                             _ask_to_end(worker)
-                    told = True
+                    asked = True
                 for pipe in wait([w.pipe for w in workers], timeout=1.0):
                     worker = next(w for w in workers if w.pipe is pipe)
-                    outcome = _heard(worker, root, on_event)
+                    outcome = _received(worker, root, on_event)
                     if outcome is None:
                         continue
                     yield outcome
                     workers.remove(worker)
                     if not waiting:
-                        _dismiss(worker)
+                        _stop(worker)
                     elif worker.process.is_alive():
-                        workers.append(self._given(worker, waiting.pop(0), root))
+                        workers.append(self._assign(worker, waiting.pop(0), root))
                     else:
-                        workers.append(self._hired(waiting.pop(0), root))
+                        workers.append(self._spawn(waiting.pop(0), root))
             if interrupted.is_set():
                 raise KeyboardInterrupt
         finally:
@@ -91,7 +92,7 @@ class LocalPool:
                 worker.process.kill()
                 worker.process.join()
 
-    def _hired(self, run: PlannedRun, root: Path) -> _Worker:
+    def _spawn(self, run: PlannedRun, root: Path) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads), daemon=True)
@@ -111,9 +112,9 @@ class LocalPool:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        return self._given(_Worker(process, ours), run, root)
+        return self._assign(_Worker(process, ours), run, root)
 
-    def _given(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
+    def _assign(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
         worker.run = run
         worker.pipe.send((run, root, self.report_to))
         return worker
@@ -140,7 +141,7 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _heard(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
+def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
     """Pass an event on, or return how the worker's run ended."""
     assert worker.run is not None
     try:
@@ -172,7 +173,7 @@ def _ask_to_end(worker: _Worker) -> None:
         os.kill(worker.process.pid, signal.SIGINT)
 
 
-def _dismiss(worker: _Worker) -> None:
+def _stop(worker: _Worker) -> None:
     with contextlib.suppress(BrokenPipeError):
         worker.pipe.send(None)
     worker.process.join()
@@ -187,7 +188,7 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
     _prepare(threads)
     while (order := pipe.recv()) is not None:
         run, root, report_to = order
-        pipe.send(attempt(run, root, report_to, pipe, asked.is_set))
+        pipe.send(attempt(run, root, report_to, pipe.send, asked.is_set))
 
 
 def _prepare(threads: int) -> None:
@@ -199,33 +200,25 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-class Hearer(Protocol):
-    """Whom a run tells its events."""
-
-    def send(self, event: Event, /) -> None: ...
-
-
 def attempt(
     run: PlannedRun,
     root: Path,
     report_to: tuple[str, ...],
-    pipe: "Connection | Hearer",
+    on_event: OnEvent,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[str | None, bool, bool]:
     """(what went wrong or None, whether it is the user's mistake, whether it was asked to end)."""
     from fp4rl.lab.work import execute_run
-    from fp4rl.rl.listeners import Interrupted
     from fp4rl.spec.errors import CheckFailed, UserError
 
-    def tell(
-        stage: str, done: int, total: int, metrics: dict[str, float] | None = None, line: str | None = None
-    ) -> None:
-        pipe.send(Event(run.run_id, stage, done, total, metrics, line))
+    def emit(event: events.Event) -> None:
+        if (shown := Event.of(run, event)) is not None:
+            on_event(shown)
 
     try:
-        choose_backend(lambda message: tell(message, 0, 0))
-        execute_run(run, root, tell, report_to, interrupted)
-    except Interrupted as error:
+        choose_backend(lambda message: emit(events.Progress(message, 0, 0)))
+        execute_run(run, root, emit, report_to, interrupted)
+    except events.Interrupted as error:
         return str(error), False, True
     except UserError as error:
         return str(error), True, False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fp4rl.engines.executors.processes import attempt
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.runner import Event, OnEvent, Outcome
+from fp4rl.lab.runner import OnEvent, Outcome
 from fp4rl.spec.errors import CheckFailed
 
 
@@ -22,7 +22,7 @@ class TorchrunExecutor:
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Outcomes as they come."""
         for run in runs:
-            error, mistake, _ = attempt(run, root, self.report_to, _Told(on_event))
+            error, mistake, _ = attempt(run, root, self.report_to, on_event)
             yield Outcome(run, error, mistake)
             if error is not None:  # the other processes are still in the middle of it
                 return
@@ -48,14 +48,6 @@ def follow(root: Path) -> None:
 
     runs: list[PlannedRun] = processes.from_first([])
     for run in runs:
-        error, _, _ = attempt(run, root, (), _Told(lambda event: None))  # noqa: ARG005
+        error, _, _ = attempt(run, root, (), lambda event: None)  # noqa: ARG005
         if error is not None:
             raise CheckFailed(f"process {processes.rank()}, {run.run_id}: {error}")
-
-
-@dataclass(frozen=True)
-class _Told:
-    on_event: OnEvent
-
-    def send(self, event: Event, /) -> None:
-        self.on_event(event)

@@ -1,7 +1,8 @@
 """The monitor beside a run: turns findings into evidence and log lines, and says when to end or roll back."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
+from fp4rl.rl.events import Emit, Message
 from fp4rl.rl.health.findings import Finding
 from fp4rl.rl.health.monitor import Monitor, action
 from fp4rl.spec.evidence import HealthFinding
@@ -15,7 +16,7 @@ History = Iterable[tuple[int, Mapping[str, float]]]
 class LiveMonitor:
     """Monitors one training session. `past` is what was logged before it began: a resumed run is one history.
 
-    `say` hears alarms, `note` the other findings (as `say` does where it is not given).
+    Findings are emitted as evidence and as messages; those that are no alarms are for the log alone.
 
     `verdict` is what the alarms so far ask for: `note` to go on, `stop` or `rollback`.
     """
@@ -24,14 +25,10 @@ class LiveMonitor:
         self,
         spec: Health,
         past: History,
-        record: Callable[[HealthFinding], None],
-        say: Callable[[str], None],
-        note: Callable[[str], None] | None = None,
+        emit: Emit,
     ) -> None:
         self._monitor = Monitor(spec)
-        self._record = record
-        self._say = say
-        self._note = note or say
+        self._emit = emit
         self.decisive: Finding | None = None
         for step, metrics in past:
             self._decide(self._monitor.observe(step, metrics))
@@ -50,8 +47,8 @@ class LiveMonitor:
         """Take the metrics of one more step; return whether it is the last one."""
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
-            self._record(_line(finding))
-            (self._say if finding.state == "alarm" else self._note)(str(finding))
+            self._emit(_line(finding))
+            self._emit(Message(str(finding), log_only=finding.state != "alarm"))
         self._decide(findings)
         return self.verdict != "note"
 
