@@ -10,7 +10,7 @@ import pytest
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.lab.compare.evidence import gaps
 from fp4rl.noise import perturb
-from fp4rl.rl import sound
+from fp4rl.rl import verify
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import Rounded
 
@@ -95,12 +95,12 @@ def test_rollout_and_training_that_round_alike_may_not_score_apart(run, experime
 
 def test_a_broken_quantizer_stops_the_run_before_anything_is_trained(run, experiment, monkeypatch):
     """The fault that was made: stochastic rounding that returned half the value."""
-    whole = sound.fake_quantize
+    whole = verify.fake_quantize
 
     def halved(x, fmt, generator):
         return whole(x, fmt, generator=generator) / (2 if fmt.rounding == "stochastic" else 1)
 
-    monkeypatch.setattr(sound, "fake_quantize", halved)
+    monkeypatch.setattr(verify, "fake_quantize", halved)
     with pytest.raises(CheckFailed, match="the quantizer is broken: stochastic rounding is unbiased"):
         run(experiment("w4a16"))
 
