@@ -227,7 +227,7 @@ def test_the_pool_hands_its_workers_what_to_report_to():
             self.order = order
 
     worker = processes._Worker(None, Pipe())
-    LocalPool(report_to=("mlflow",))._given(worker, RUNS[0], Path("runs"))
+    LocalPool(report_to=("mlflow",))._assign(worker, RUNS[0], Path("runs"))
     assert worker.pipe.order == (RUNS[0], Path("runs"), ("mlflow",))
 
 
