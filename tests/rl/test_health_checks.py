@@ -120,7 +120,7 @@ def test_a_check_that_looks_at_an_unknown_signal_is_refused_where_it_is_written(
 def test_a_check_without_its_data_keeps_still_and_says_that_it_did_not_judge(check):
     monitor = Monitor()
     assert monitor.observe(1, {"time/step_s": 1.0}) == []
-    finding = {f.check: f for f in monitor.standing()}[check]
+    finding = {f.check: f for f in monitor.findings()}[check]
     assert finding.state == "not judged"
     assert finding.evidence.startswith("needs ")
     assert monitor.state == "not judged"
@@ -129,7 +129,7 @@ def test_a_check_without_its_data_keeps_still_and_says_that_it_did_not_judge(che
 def test_a_check_that_can_do_without_a_metric_is_judged_without_it():
     monitor = Monitor()
     monitor.observe(1, {"reward/mean": 0.5})
-    states = {f.check: (f.state, f.evidence) for f in monitor.standing()}
+    states = {f.check: (f.state, f.evidence) for f in monitor.findings()}
     assert states["accuracy_collapse"] == ("ok", "no accuracy or validation logged, goes by reward 0.5 -> 0.5")
     assert states["reward_hacking"][0] == "not judged"
     assert "accuracy/rollout" in states["reward_hacking"][1]

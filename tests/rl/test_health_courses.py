@@ -79,7 +79,7 @@ def test_a_resumed_run_that_replays_its_metrics_judges_as_the_uninterrupted_one(
     for step, row in list(numbered(rows))[ONSET + 4 :]:
         resumed.observe(step, row)
     assert resumed.alarms == whole.alarms
-    assert resumed.standing() == whole.standing()
+    assert resumed.findings() == whole.findings()
 
 
 def test_the_checkpoint_to_go_back_to_lies_before_the_onset():

@@ -112,7 +112,7 @@ def _as_dict(title: str, monitor: "Monitor", said: list["Finding"]) -> dict[str,
         "log": title,
         "healthy": monitor.healthy,
         "state": monitor.state,
-        "checks": [finding.as_dict() for finding in monitor.standing()],
+        "checks": [finding.as_dict() for finding in monitor.findings()],
         "course": [finding.as_dict() for finding in said],
     }
 
@@ -123,7 +123,7 @@ def _table(monitor: "Monitor") -> Table:
     table.add_column("at the end", no_wrap=True)
     table.add_column("alarms", justify="right")
     table.add_column("evidence", overflow="fold")
-    for finding in monitor.standing():
+    for finding in monitor.findings():
         alarms = sum(alarm.check == finding.check for alarm in monitor.alarms)
         state = Text(finding.state, style=COLOURS[finding.state])
         table.add_row(Text(finding.check), state, str(alarms or ""), Text(finding.evidence))

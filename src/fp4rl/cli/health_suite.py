@@ -52,7 +52,7 @@ def _judged(name: str, run: Path, spec: "Health") -> Judged:
     except (UserError, CheckFailed) as error:
         return Judged(name, 0, "unreadable", 0, str(error))
     monitor, _ = replay(steps.items(), spec)
-    worst = monitor.standing()[0]
+    worst = monitor.findings()[0]
     first = str(monitor.alarms[0]) if monitor.alarms else str(worst) if worst.state == "watch" else ""
     return Judged(name, len(steps), monitor.state, len(monitor.alarms), first)
 

@@ -6,8 +6,11 @@ Micro-batches and processes must not change the result, so each mode divides by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fp4rl.spec.algorithms import LOSS_AGGREGATIONS
@@ -30,6 +33,17 @@ class Whole:
         """The counts of one batch that is the whole step. mask [sequences, tokens]."""
         lengths = mask.sum(-1)
         return cls(tokens=lengths.sum().clamp(min=1), sequences=(lengths > 0).sum().clamp(min=1))
+
+    @classmethod
+    def of_step(cls, masks: Sequence[Tensor], accelerator: Any) -> tuple[bool, Whole]:
+        """Whether the micro-batches of one optimizer step hold any answer, in any process; and their counts."""
+        lengths = [mask.sum(-1) for mask in masks]
+        tokens = torch.stack([length.sum() for length in lengths]).sum()
+        answers = torch.stack([(length > 0).sum() for length in lengths]).sum()
+        counts = torch.stack([tokens, answers]).float()
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(counts, reduction="mean")
+        return bool(counts[1] > 0), cls(tokens=counts[0].clamp(min=1), sequences=counts[1].clamp(min=1))
 
 
 def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_factor: int | None = None) -> Tensor:

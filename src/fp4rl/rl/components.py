@@ -41,7 +41,7 @@ class TrainerComponents:
     stream: PromptStream
     rewarder: Rewarder
     phases: Phases
-    standing: ReferencePolicies
+    references: ReferencePolicies
     supervisor: Supervisor
     emit: Emit
     seed: int

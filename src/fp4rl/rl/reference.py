@@ -1,4 +1,4 @@
-"""A policy that stands still while another learns: what KL is measured against, or a teacher to distil from."""
+"""Policies that are not trained: the reference that KL is measured against, and the teacher to distil from."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,8 +42,8 @@ class ReferencePolicies:
     teacher: FrozenPolicy | None
 
 
-def standing(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases) -> ReferencePolicies:
-    """What the recipe of `experiment` needs beside the live model, which starts from the folder `start`.
+def reference_policies(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases) -> ReferencePolicies:
+    """Make what the recipe of `experiment` needs beside the live model, which starts from the folder `start`.
 
     With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
     Without one it is a frozen copy, shared by reference and teacher where both are in full precision.
@@ -92,10 +92,10 @@ def backbone(model: Any) -> nn.Module:
 
 
 class Teacher:
-    """Distils `still` into `student`: their KL over the whole vocabulary, without a second forward of the student."""
+    """Distils `frozen` into `student`: their KL over the whole vocabulary, without a second forward of the student."""
 
-    def __init__(self, still: FrozenPolicy, student: Any, spec: Distillation, temperature: float) -> None:
-        self.still = still
+    def __init__(self, frozen: FrozenPolicy, student: Any, spec: Distillation, temperature: float) -> None:
+        self.frozen = frozen
         self.student = student
         self.spec = spec
         self.temperature = temperature
@@ -110,8 +110,8 @@ class Teacher:
         """KL at each token of the answers [rows, T], for the student's last forward of `ids` [rows, P + T]."""
         student = self._hidden
         assert student is not None, "the student has not been run on these tokens"
-        with torch.no_grad(), self.still.scoring(), dropout_off(self.still.model):
-            below_head = backbone(self.still.model)
+        with torch.no_grad(), self.frozen.scoring(), dropout_off(self.frozen.model):
+            below_head = backbone(self.frozen.model)
             teacher = below_head(**forward_inputs(below_head, ids, attention_mask), use_cache=False)
         self._hidden = None
         tokens = slice(-mask.shape[1] - 1, -1)  # the state before a token is what predicts it
@@ -120,6 +120,6 @@ class Teacher:
             teacher.last_hidden_state[:, tokens],
             mask,
             self.spec.direction,
-            (self.student.get_output_embeddings(), self.still.model.get_output_embeddings()),
+            (self.student.get_output_embeddings(), self.frozen.model.get_output_embeddings()),
             temperature=self.temperature,
         )

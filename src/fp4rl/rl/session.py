@@ -22,7 +22,7 @@ from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.health.live import LiveMonitor
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
-from fp4rl.rl.reference import standing
+from fp4rl.rl.reference import reference_policies
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
@@ -124,7 +124,7 @@ class TrainingSession:
             self.stream,
             rewarder,
             self.phases,
-            standing(experiment, run.start, self.model, self.phases),
+            reference_policies(experiment, run.start, self.model, self.phases),
             self,
             run.emit,
             experiment.seed,

@@ -66,10 +66,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
         self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
         self.teacher = None
-        if parts.standing.teacher is not None and recipe.distillation is not None:
-            self.teacher = Teacher(parts.standing.teacher, self.model, recipe.distillation, recipe.temperature)
-        if parts.standing.reference is not None and parts.standing.reference.is_copy:
-            add_fused_lm_head(parts.standing.reference.model, temperature=recipe.temperature)
+        if parts.references.teacher is not None and recipe.distillation is not None:
+            self.teacher = Teacher(parts.references.teacher, self.model, recipe.distillation, recipe.temperature)
+        if parts.references.reference is not None and parts.references.reference.is_copy:
+            add_fused_lm_head(parts.references.reference.model, temperature=recipe.temperature)
         self.add_callback(_AroundTheOptimizer(self))
 
     @property
@@ -127,17 +127,15 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         # Nothing has been learned yet: this is the start, under the noise that was planned.
         if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):
             self.parts.emit(Message(f"before any training: {line}"))
-        batch = training_batch(
-            filled.answers, filled.any_answer, recipe, len(inputs), self._tokenizer.pad_token_id, self._device
-        )
+        pad_id, device = self._tokenizer.pad_token_id, torch.device(self.accelerator.device)
+        batch = training_batch(filled.answers, filled.any_answer, recipe, len(inputs), pad_id, device)
         self._step_metrics = {
             **filled.metrics(recipe.rollout_n),
             "noise/sigma": self.parts.phases.sigma,
             "time/rollout_s": time.perf_counter() - self._started,
         }
         self.timer.lap("batch")
-        if self.parts.standing.reference is not None:
-            reference = self.parts.standing.reference
+        if (reference := self.parts.references.reference) is not None:
             with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.timer.lap("reference")
@@ -162,14 +160,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
+        width, rows = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
         with self.accelerator.autocast():
-            return answer_logps(
-                model,
-                *whole_sequences(batch),
-                batch["completion_ids"].shape[1],
-                rows=self.args.per_device_train_batch_size,
-                entropy=entropy,
-            )
+            return answer_logps(model, *whole_sequences(batch), width, rows=rows, entropy=entropy)
 
     @torch.no_grad()
     def _old(self, batch: dict[str, Tensor]) -> Tensor:
@@ -196,9 +189,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         assert entropies is not None
         self.learned, whole = self._whole()
         self.timer.lap("forward")
-        teacher_kl = None
+        teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask) if self.teacher is not None else None
         if self.teacher is not None:
-            teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask)
             self.timer.lap("teacher")
         batch = MicroBatch(
             logps,
@@ -221,12 +213,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         """Whether the optimizer step that this micro-batch belongs to has any answer, and its counts per process."""
         span = self.args.gradient_accumulation_steps
         first = self._step % self.args.steps_per_generation // span * span
-        parts = self._buffered_inputs[first : first + span]
-        masks = [p.get("loss_mask", p["completion_mask"]) for p in parts]
-        counts = torch.stack([sum(m.sum() for m in masks), sum((m.sum(-1) > 0).sum() for m in masks)]).float()
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="mean")
-        return bool(counts[1] > 0), Whole(tokens=counts[0].clamp(min=1), sequences=counts[1].clamp(min=1))
+        masks = [p.get("loss_mask", p["completion_mask"]) for p in self._buffered_inputs[first : first + span]]
+        return Whole.of_step(masks, self.accelerator)
 
     @torch.no_grad()
     def score_later_updates(self) -> None:
@@ -258,10 +246,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         found |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
         if self.parts.supervisor.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
             self.control.should_training_stop = True
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(self.accelerator.device)
 
 
 class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]

@@ -43,7 +43,7 @@ class LongWatch:
 
 
 @dataclass
-class _Standing:
+class _CheckState:
     """Where one check stands: its confirmed finding, and how long it has thought otherwise."""
 
     finding: Finding
@@ -67,8 +67,8 @@ class Monitor:
         self.steps = 0  # lines seen
         self._histories = SignalHistories()
         self._rules = [RuleWatch(rule) for rule in self.spec.rules]
-        self._standing = {name: _Standing(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
-        self._standing |= {str(rule): _Standing(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
+        self._states = {name: _CheckState(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
+        self._states |= {str(rule): _CheckState(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One more step; returns what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
@@ -81,15 +81,15 @@ class Monitor:
         self.alarms += [finding for finding in found if finding.state == "alarm"]
         return found
 
-    def standing(self) -> list[Finding]:
+    def findings(self) -> list[Finding]:
         """Every check and rule as it stands now, the most serious first, what could not be judged last."""
-        findings = [self._with_evidence(s.finding) for s in self._standing.values()]
+        findings = [self._with_evidence(s.finding) for s in self._states.values()]
         return sorted(findings, key=lambda f: -ORDER[f.state])
 
     @property
     def state(self) -> State:
         """The most serious state now."""
-        return self.standing()[0].state
+        return self.findings()[0].state
 
     @property
     def healthy(self) -> bool:
@@ -109,7 +109,7 @@ class Monitor:
 
     def _judge(self, step: int, name: str, check: Check) -> Finding | None:
         verdict = check.function(self._histories, self.spec.thresholds)
-        verdict = self._standing[name].watch.judge(step, verdict, self.spec.thresholds)
+        verdict = self._states[name].watch.judge(step, verdict, self.spec.thresholds)
         needed = 1 if check.at_once else self._persist
         return self._settle(step, name, verdict, needed, self.spec.policy_of(name))
 
@@ -124,24 +124,24 @@ class Monitor:
 
     def _settle(self, step: int, name: str, verdict: Verdict, needed: int, policy: Policy) -> Finding | None:
         """The new finding if the state of `name` changes by this verdict, else None (evidence is kept up to date)."""
-        standing = self._standing[name]
+        check = self._states[name]
         if verdict.state == "alarm":
-            standing.onset = step if standing.bad == 0 else standing.onset
-            standing.bad, standing.good = standing.bad + 1, 0
+            check.onset = step if check.bad == 0 else check.onset
+            check.bad, check.good = check.bad + 1, 0
         else:
-            standing.bad, standing.good = 0, standing.good + 1
-        before = standing.finding
+            check.bad, check.good = 0, check.good + 1
+        before = check.finding
         state = verdict.state
-        if state == "alarm" and standing.bad < needed and before.state != "alarm":
+        if state == "alarm" and check.bad < needed and before.state != "alarm":
             state = "watch"
-        if before.state == "alarm" and state != "alarm" and standing.good < self._persist:
+        if before.state == "alarm" and state != "alarm" and check.good < self._persist:
             return None  # one good step does not end an alarm
-        since = standing.onset if verdict.state == "alarm" else step
+        since = check.onset if verdict.state == "alarm" else step
         if state == before.state:
-            standing.finding = replace(before, evidence=verdict.evidence)
+            check.finding = replace(before, evidence=verdict.evidence)
             return None
-        standing.finding = Finding(name, state, step, since, verdict.evidence or "over", policy)
-        return standing.finding
+        check.finding = Finding(name, state, step, since, verdict.evidence or "over", policy)
+        return check.finding
 
 
 def action(findings: Iterable[Finding]) -> Policy:
