@@ -191,10 +191,12 @@ def test_a_tensor_that_differs_outside_the_sample_shows_in_its_storage():
     layer, x = nn.Linear(64, 64), torch.randn(4, 64)
     with attach(layer, W4A16), torch.no_grad():
         layer(x)
-        other = layer.weight.detach().clone()
+        before = layer.weight.data  # held: memory that is free again may read as anything
+        other = before.clone()
         other[5, 7] += 1
-        layer.weight.data = other.requires_grad_(False)
+        layer.weight.data = other
         assert torch.equal(layer(x), linear(x, rounded(layer.weight), layer.bias))
+        assert layer.weight.data_ptr() != before.data_ptr()
 
 
 UNWATCHED = {
