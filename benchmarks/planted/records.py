@@ -1,9 +1,11 @@
 """Lines of evidence and results as a run writes them, of which a test names what it is about."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fp4rl.spec.evidence import Evidence
-from fp4rl.spec.records import read_evidence
+from fp4rl.lab.gaps import gaps
+from fp4rl.spec.evidence import Evaluation, Evidence
+from fp4rl.spec.records import read_evidence, read_result
 
 _USUAL: dict[str, dict[str, Any]] = {
     "master": {"phase": "rollout", "step": 0, "unharmed": True, "digest": "abab"},
@@ -29,3 +31,11 @@ def line(kind: str, **values: Any) -> Evidence:
     found = read_evidence({key: value for key, value in content.items() if value is not None})
     assert found is not None
     return found
+
+
+def gaps_of(
+    spec: Mapping[str, Any], summary: Mapping[str, Any], lines: Iterable[Mapping[str, Any]], *evaluations: Evaluation
+) -> tuple[str, ...]:
+    """The gaps of a run that left this summary and these lines; of its evaluations only where some are given."""
+    found = read_result({"evidence": summary}).evidence
+    return gaps(spec, found, [line(**content) for content in lines], evaluations or None)

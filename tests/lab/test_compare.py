@@ -8,31 +8,44 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp4rl.lab.compare.comparison import Compared, Question, compare_all
+from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
 from fp4rl.lab.compare.difference import differences, undeclared
-from fp4rl.lab.compare.evidence import gaps
+from fp4rl.lab.compare.sides import At, named_side
+from fp4rl.lab.ledger.query import spread_of_run
 from fp4rl.lab.ledger.record import record_new
 from fp4rl.lab.ledger.store import Ledger
+from fp4rl.lab.runs import read_run
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
-from planted.records import line
+from planted.records import gaps_of, line
 
 W4A4 = {"injection": {"mode": "w4a4", "weight": "mxfp4", "input": "mxfp4"}}
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
 NONE = {"sites": 0, "calls": {}, "master_unharmed": True}
 PROVEN = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": 0.0}]
-Ask = Callable[..., Compared]
+Ask = Callable[..., Answer]
+
+
+def answered(ledger: Ledger, questions: list[Question], force: bool = False) -> list[Answer]:
+    with ledger.reading() as connection:
+        sides = [
+            [named_side(connection, ledger.root, name, At(q.step, q.score)) for name in (q.treatment, q.control)]
+            for q in questions
+        ]
+        asked = [(question, *pair) for question, pair in zip(questions, sides, strict=True)]
+        answers = answer_all(asked, lambda run: spread_of_run(connection, run), force=force)
+    return [checked(answer) for answer in answers]
 
 
 @pytest.fixture
 def ask(make_run, opened, tmp_path: Path) -> Ask:
     """Record all runs, then compare w4a4 with bf16 (or what is named) in the injection."""
 
-    def answer(treatment: str = "w4a4", control: str = "bf16", force: bool = False, **asked: Any) -> Compared:
+    def answer(treatment: str = "w4a4", control: str = "bf16", force: bool = False, **asked: Any) -> Answer:
         ledger: Ledger = opened(tmp_path / "ledger.db")
         record_new(ledger, tmp_path / "runs")
         question = Question(treatment, control, **({"factors": ("injection",)} | asked))
-        return compare_all(ledger, [question], force=force)[0]
+        return answered(ledger, [question], force=force)[0]
 
     return answer
 
@@ -50,7 +63,7 @@ def two_arms(make_run) -> Callable[..., None]:
     return make
 
 
-def _kinds(compared: Compared) -> set[str]:
+def _kinds(compared: Answer) -> set[str]:
     return {objection.kind for objection in compared.objections}
 
 
@@ -123,7 +136,7 @@ def test_labels_are_compared_by_what_acted(two_arms, make_run, ask: Ask):
 @pytest.fixture
 def evaluated(make_run) -> Callable[..., dict[str, Any]]:
     """The `evaluations` of a result that holds one number, as `make_run` would write it but for what is given."""
-    profile = make_run("example", suite="examples").result()["evaluations"][-1]["profile"]
+    profile = make_run("example", suite="examples").result().evaluations[-1].profile.as_json()
 
     def result(step: int = 30, n: int = 40, last: bool = True) -> dict[str, Any]:
         return {"evaluations": [{"step": step, "last": last, "profile": profile, "n": n, "strict": 0.5}]}
@@ -210,7 +223,7 @@ def test_a_margin_named_after_the_runs_reaches_nothing(two_arms, ask: Ask):
 
 def test_a_side_may_be_named_by_the_beginning_of_its_run(two_arms, ask: Ask):
     two_arms()
-    assert [run.seed for run in ask("w4a4-s1", "bf16-s1").treatment.runs] == [1]
+    assert [one.run.seed for one in ask("w4a4-s1", "bf16-s1").treatment.runs] == [1]
     with pytest.raises(InvalidValueError, match="3 runs begin with 'w4a4-'"):
         ask("w4a4-", "bf16")
 
@@ -234,7 +247,7 @@ def test_a_seed_counts_once_a_side(make_run, ask: Ask):
             "no quantized call was counted during rollout",
         ),
         ({"sites": 0, "calls": {}, "master_unharmed": True}, "no site is recorded as quantized"),
-        (QUANTIZED | {"master_unharmed": False}, "its master weights were harmed"),
+        (QUANTIZED | {"master_unharmed": False}, "its master weights were changed"),
     ],
 )
 def test_a_run_without_its_evidence_is_refused(two_arms, ask: Ask, evidence: dict[str, Any], gap: str):
@@ -265,7 +278,7 @@ def test_refused_comparisons_still_count_in_the_family(two_arms, make_run, opene
     ledger = opened(tmp_path / "ledger.db")
     record_new(ledger, tmp_path / "runs")
     asked = [Question("w4a4", "bf16", ("injection",)), Question("odd", "bf16", ("injection",))]
-    first, second = compare_all(ledger, asked)
+    first, second = answered(ledger, asked)
     assert first.verdict is not None
     assert second.verdict is None
     assert first.verdict.comparisons == 2
@@ -339,17 +352,17 @@ def test_two_single_runs_get_mcnemar_as_a_test_of_two_checkpoints(make_run, ask:
 def test_noise_that_changed_nothing_is_a_gap():
     spec = {"noise": {"schedule": {}}}
     still = [{"kind": "noise", "share_changed": 0.0}, *PROVEN]
-    assert gaps(spec, {"sites": 0}, still) == ("its noise was never effective: no weight changed in any rollout",)
+    assert gaps_of(spec, {"sites": 0}, still) == ("its noise was never effective: no weight changed in any rollout",)
     real = [{"kind": "noise", "share_changed": 0.3}, *PROVEN]
-    assert gaps(spec, {"sites": 0}, real) == ()
-    assert gaps({"noise": None}, {"sites": 0}, real) == ("noise was put on weights, but its spec asks for none",)
+    assert gaps_of(spec, {"sites": 0}, real) == ()
+    assert gaps_of({"noise": None}, {"sites": 0}, real) == ("noise was put on weights, but its spec asks for none",)
     control = {"noise": {"control": "sigma_zero"}}
-    assert gaps(control, {"sites": 0}, still) == ()
-    assert gaps(control, {"sites": 0}, real) == ("the control without noise changed weights",)
+    assert gaps_of(control, {"sites": 0}, still) == ()
+    assert gaps_of(control, {"sites": 0}, real) == ("the control without noise changed weights",)
 
 
 def test_a_run_that_never_held_its_live_policy_against_the_saved_one_lacks_evidence():
-    assert gaps({}, {"sites": 0}, PROVEN[:1]) == ("no check of its live policy against the saved one is recorded",)
+    assert gaps_of({}, {"sites": 0}, PROVEN[:1]) == ("no check of its live policy against the saved one is recorded",)
 
 
 def test_an_evaluation_under_a_site_table_that_rounded_nothing_is_a_gap():
@@ -357,34 +370,35 @@ def test_an_evaluation_under_a_site_table_that_rounded_nothing_is_a_gap():
     judged = {"kind": "evaluation", "step": 30, "profile": profile}
     full = {"kind": "evaluation", "step": 30, "profile": {"name": "full", "sites_digest": None}}
     row = {"kind": "injection", "phase": "evaluation", "profile": "w4a16", "step": 30, "point": "weight", "calls": 5}
-    assert gaps({}, {"sites": 0}, [judged, full, row, *PROVEN]) == ()
+    assert gaps_of({}, {"sites": 0}, [judged, full, row, *PROVEN]) == ()
     missing = ("no quantized call was counted while it was judged as w4a16 at step 30",)
     for other in ({"step": 0}, {"profile": "w4a4"}, {"calls": 0}):
-        assert gaps({}, {"sites": 0}, [judged, full, row | other, *PROVEN]) == missing
+        assert gaps_of({}, {"sites": 0}, [judged, full, row | other, *PROVEN]) == missing
 
 
 def test_a_live_policy_that_differs_from_the_saved_one_is_a_gap_also_when_it_is_no_number():
     for difference in (0.5, "nan", "inf"):
         lines = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": difference}]
-        assert gaps({}, {"sites": 0}, lines) == ("its live policy differed from the saved one",)
+        assert gaps_of({}, {"sites": 0}, lines) == ("its live policy differed from the saved one",)
 
 
 def test_what_an_evaluation_rounded_does_not_stand_in_for_the_training():
     place = {"kind": "injection", "point": "weight", "site": "a", "calls": 9}
-    lines = [*PROVEN, *(place | {"phase": phase, "share_changed": 0.0} for phase in ("rollout", "training"))]
+    older = {"share_changed": 0.0, "missed": None}
+    lines = [*PROVEN, *(place | {"phase": phase} | older for phase in ("rollout", "training"))]
     judged = place | {"phase": "evaluation", "profile": "w4a16", "share_changed": 0.9}
     spec = {"injection": {"weight": "mxfp4"}}
-    assert gaps(spec, QUANTIZED, [*lines, judged]) == (
+    assert gaps_of(spec, QUANTIZED, [*lines, judged]) == (
         "rounding changed no weight at 1 of 1 site during rollout",
         "rounding changed no weight at 1 of 1 site during training",
     )
 
 
 @pytest.fixture
-def of_values(make_run, ask: Ask) -> Callable[..., Compared]:
+def of_values(make_run, ask: Ask) -> Callable[..., Answer]:
     """Two arms of two seeds with one site table, whose digests are given by arm and seed; then they are compared."""
 
-    def make(key: str, weights: dict[str, Any], answers: dict[str, Any], **control: Any) -> Compared:
+    def make(key: str, weights: dict[str, Any], answers: dict[str, Any], **control: Any) -> Answer:
         for arm, described in (("with", {"training": {key: "k2"}}), ("without", control.get("spec", {}))):
             for seed in range(2):
                 digests = {"final_weights": weights[arm][seed]} if weights else {}
@@ -455,23 +469,21 @@ def test_an_injection_that_its_spec_leaves_out_of_training_has_no_gap_there():
     judged = {"kind": "evaluation", "step": 30, "profile": {"name": "deployment", "sites_digest": "aaaa"}}
     place = {"kind": "injection", "point": "weight", "site": "a", "calls": 9, "share_changed": 0.9}
     row = place | {"phase": "evaluation", "profile": "deployment", "step": 30}
-    assert gaps(spec, {"sites": 14}, [judged, row, *PROVEN]) == ()
-    assert gaps(spec, {"sites": 14}, [judged, row, place | {"phase": "training"}, *PROVEN]) == (
+    assert gaps_of(spec, {"sites": 14}, [judged, row, *PROVEN]) == ()
+    assert gaps_of(spec, {"sites": 14}, [judged, row, place | {"phase": "training"}, *PROVEN]) == (
         "sites were rounded during training, which its spec leaves out",
     )
-    assert gaps(spec, {"sites": 14}, PROVEN) == (
+    assert gaps_of(spec, {"sites": 14}, PROVEN) == (
         "its spec injects in evaluations alone, and none was made under the injection",
     )
-    assert gaps({}, {"sites": 14}, PROVEN) == ("14 sites were quantized, but its spec injects nothing",)
+    assert gaps_of({}, {"sites": 14}, PROVEN) == ("14 sites were quantized, but its spec injects nothing",)
 
 
 def test_a_run_without_one_of_its_evaluations_is_refused_as_in_the_report(two_arms, make_run, ask: Ask):
     """Kind: two pipelines for one question; the report has always refused such a run."""
     two_arms()
     run = make_run("w4a4", 3, 0.63, spec=W4A4 | {"evaluation": {"profiles": ["deployment", "full"]}})
-    assert gaps(run.spec(), QUANTIZED, run.evidence(), [{"step": 30, "profile": "deployment", "last": True}]) == (
-        "no evaluation of full at the last step",
-    )
+    assert read_run(run).gaps == ("no evaluation of full at the last step",)
     compared = ask("trial/" + run.run_id)
     assert [o.treatment for o in compared.objections if o.kind == "evidence"] == [
         "no evaluation of full at the last step"
@@ -479,7 +491,7 @@ def test_a_run_without_one_of_its_evaluations_is_refused_as_in_the_report(two_ar
 
 
 def test_nothing_recorded_is_a_gap():
-    assert gaps({}, {}, []) == ("it left no evidence",)
+    assert gaps_of({}, {}, []) == ("it left no evidence",)
 
 
 def test_a_side_whose_training_moved_few_weights_is_marked(two_arms, ask: Ask):

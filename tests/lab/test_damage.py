@@ -23,8 +23,10 @@ from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import store
 from fp4rl.lab.ledger.query import Filter, count_runs
 from fp4rl.lab.ledger.record import rebuild, record_new
+from fp4rl.lab.matrix import planned
 from fp4rl.rl import checkpoints
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import load_spec
 from planted.records import line
 
 FILES = ("sites.json", "spec.yaml", "result.json", "evidence.jsonl", "metrics.jsonl", "items/30-deployment.parquet")
@@ -146,7 +148,7 @@ def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path,
         yield from ()
 
     places = []
-    monkeypatch.setattr(module, "from_ledger", lambda place, _: places.append(place))
+    monkeypatch.setattr(module, "known_spread", lambda place, _: places.append(place))
     monkeypatch.setattr(processes.LocalPool, "__call__", carried)
     monkeypatch.setenv("FP4RL_LEDGER", str(tmp_path / "team.db"))
     (tmp_path / "mine.yaml").write_text("training: {steps: 1}\n")
@@ -158,8 +160,13 @@ def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path,
     (tmp_path / "runs" / "mine" / "suite.yaml").write_text(
         yaml.safe_dump({"suite": "mine", "arms": {"bf16": {}, "w4a4": {"injection": "w4a4"}}, "comparisons": [sides]})
     )
-    monkeypatch.setattr(module, "has_single_runs", lambda _: True)
-    assert main(["report", "mine"]) == 0
+    plan = planned(load_spec(tmp_path / "runs" / "mine" / "suite.yaml"))
+    for run in (run for run in plan if run.seed == 0):
+        folder = tmp_path / "runs" / "mine" / run.run_id
+        shutil.copytree(next((tmp_path / "runs" / "good").glob("bf16-s0*")), folder)
+        (folder / "spec.yaml").write_text(run.experiment.model_dump_json())
+        (folder / "result.json").write_text(json.dumps(RunFolder(folder).result().as_json() | {"spec_digest": None}))
+    main(["report", "mine"])
     assert places == [str(tmp_path / "team.db")]
     capsys.readouterr()
 
@@ -168,7 +175,9 @@ def test_a_locked_ledger_is_one_line_and_stops_no_run(lab, tmp_path, monkeypatch
     monkeypatch.setattr(store, "_WAIT_S", 0.2)
     assert main(["runs"]) == 0
     capsys.readouterr()
-    (lab.path / "result.json").write_text(json.dumps(lab.result() | {"wall_s": 1.0}))  # so that there is work to do
+    (lab.path / "result.json").write_text(
+        json.dumps(lab.result().as_json() | {"wall_s": 1.0})
+    )  # so that there is work to do
     with sqlite3.connect(tmp_path / "runs" / "ledger.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         assert main(["runs"]) == 2

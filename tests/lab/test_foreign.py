@@ -170,8 +170,8 @@ def test_an_imported_log_is_a_finished_run_with_the_numbers_of_the_log(tmp_path:
     assert finished_runs(tmp_path) == [found.run]
     assert found.run.metrics() == read_verl(source.read_bytes()).in_order()
     result = found.run.result()
-    assert (result["arm"], result["seed"], result["steps_done"]) == ("gpg", 1, 105)
-    assert [e["strict"] for e in result["evaluations"] if e["last"]] == [0.880]
+    assert (result.arm, result.seed, result.steps_done) == ("gpg", 1, 105)
+    assert [e.strict for e in result.evaluations if e.last] == [0.880]
 
 
 def test_importing_the_same_log_twice_gives_one_run(tmp_path: Path):

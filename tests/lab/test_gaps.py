@@ -2,8 +2,8 @@
 
 import pytest
 
-from fp4rl.lab.compare.evidence import gaps
 from fp4rl.spec.injection import Injection
+from planted.records import gaps_of
 
 PROVEN = [{"kind": "master", "unharmed": True}, {"kind": "live_equals_fresh", "max_difference": 0.0}]
 SUMMARY = {"sites": 3, "master_unharmed": True}
@@ -27,7 +27,7 @@ def acting(points, phases=("rollout", "training"), sites=3, **beside):
 
 def found(injection, lines):
     spec = {"injection": Injection.model_validate(injection).model_dump(mode="json"), "noise": None}
-    return gaps(spec, SUMMARY, [*PROVEN, *lines])
+    return gaps_of(spec, SUMMARY, [*PROVEN, *lines])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_phase_or_a_site_that_was_called_and_not_rounded_is_a_gap(phase, older
     for row in idle:
         row |= {"share_changed": 0.0, "missed": 4}
     if older:
-        lines = [{key: value for key, value in row.items() if key != "missed"} for row in lines]
+        lines = [row | {"missed": None} for row in lines]
     assert found("w4a16", lines) == (f"rounding changed no weight at 2 of 3 sites during {phase}",)
 
 

@@ -75,12 +75,12 @@ def test_recording_twice_changes_nothing(all_rows, make_run, ledger: Ledger):
 def test_a_run_whose_result_changed_is_replaced_as_a_whole(make_run, ledger: Ledger):
     run = make_run(strict=[True] * 40)
     record(ledger, run)
-    result = run.result() | {"wall_s": 99.0, "evaluations": []}
+    result = run.result().as_json() | {"wall_s": 99.0, "evaluations": []}
     (run.path / "result.json").write_text(json.dumps(result))
     assert record(ledger, run)
     with ledger.reading() as connection:
         number = tables.run_number(run.suite, run.run_id)
-        assert documents_of(connection, [number])[number].result["wall_s"] == 99.0
+        assert documents_of(connection, [number])[number].run.result.wall_s == 99.0
         assert connection.execute(select(tables.evaluations)).all() == []
 
 

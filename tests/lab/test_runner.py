@@ -171,7 +171,7 @@ def test_a_run_that_is_ended_at_a_judged_step_has_one_number_there(trained, tmp_
 
     monkeypatch.setattr(work, "train", stopped)
     folder = work.execute_run(RUNS[0], tmp_path)
-    assert [(e["step"], e["last"]) for e in folder.result()["evaluations"]] == [(1, True)]
+    assert [(e.step, e.last) for e in folder.result().evaluations] == [(1, True)]
 
 
 def test_a_place_that_cannot_be_written_is_one_line_with_the_cure(tmp_path):
@@ -218,7 +218,7 @@ def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(train
     monkeypatch.setattr(sinks, "find_spec", lambda name: object())
     folder = work.execute_run(RUNS[0], tmp_path, report_to=("wandb",))
     assert Recorded.told == [("spec", 30), (1, {"loss": 0.5}), "closed"]
-    assert folder.result()["spec_digest"] == RUNS[0].spec_digest
+    assert folder.result().spec_digest == RUNS[0].spec_digest
 
 
 def test_the_pool_hands_its_workers_what_to_report_to():

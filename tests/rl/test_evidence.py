@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from fp4rl.inject.linear import InjectedLinear, LinearState
-from fp4rl.lab.compare.evidence import gaps
 from fp4rl.noise import perturb
 from fp4rl.rl import verify
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import Rounded
+from planted.records import gaps_of
 
 SHORT = {"steps": 1}
 
@@ -28,7 +28,7 @@ def spread(monkeypatch):
 
 def missing(experiment, trained, heard):
     judged = [{"kind": "evaluation", **one.summary().as_json()} for one in heard.evaluations]
-    return gaps(experiment.model_dump(mode="json"), trained.evidence.as_json(), [*heard.records, *judged])
+    return gaps_of(experiment.model_dump(mode="json"), trained.evidence.as_json(), [*heard.records, *judged])
 
 
 @pytest.mark.parametrize(

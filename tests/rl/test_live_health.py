@@ -152,7 +152,7 @@ def numbers(folder):
         step: {name: value for name, value in values.items() if not name.startswith("time/")}
         for step, values in folder.metrics().items()
     }
-    return json.dumps([metrics, folder.result()["evaluations"]], sort_keys=True)
+    return json.dumps([metrics, str(folder.result().evaluations)], sort_keys=True)
 
 
 MATMUL_NOISE = {"errors": [{"kind": "relative", "scale": 0.05}]}

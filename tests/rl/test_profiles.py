@@ -12,7 +12,6 @@ from fp4rl.cli.eval import _table
 from fp4rl.cli.main import main
 from fp4rl.inject.label import label
 from fp4rl.inject.resolve import resolve
-from fp4rl.lab.compare.evidence import gaps
 from fp4rl.models.skeleton import embedded_skeleton
 from fp4rl.rl.evaluate import Evaluation, Item, answers_digest
 from fp4rl.rl.profiles import precision_named
@@ -23,6 +22,7 @@ from fp4rl.spec.evidence import Evaluation as Shares
 from fp4rl.spec.evidence import Profile
 from fp4rl.spec.injection import PHASES, Injection
 from fp4rl.spec.model import Embedded
+from planted.records import gaps_of
 
 VLLM = spec.Evaluation(preset="vllm")
 W4A4 = Injection.named("w4a4", preset="vllm")
@@ -188,7 +188,7 @@ def test_an_injection_of_evaluations_alone_trains_as_without_it_and_proves_itsel
     assert trained.evidence.final_weights == plain.evidence.final_weights
     spec = experiment("bf16", injection=later, evaluation={"count": 8}).model_dump(mode="json")
     lines = [*heard.records, *({"kind": "evaluation", **e.summary().as_json()} for e in heard.evaluations)]
-    assert gaps(spec, trained.evidence.as_json(), lines) == ()
+    assert gaps_of(spec, trained.evidence.as_json(), lines) == ()
     tables = {e.profile.name: e.profile.sites_digest is not None for e in heard.evaluations}
     assert tables == {"full": False, "deployment": True}
 

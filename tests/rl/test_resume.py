@@ -92,8 +92,8 @@ def numbers(folder):
         for step, values in folder.metrics().items()
     }
     items = {f"{step}-{name}": folder.items(step, name).to_pylist() for step, name in folder.item_sets()}
-    marks_aside = [line for line in folder.evidence() if line["kind"] != "checkpoint"]
-    return json.dumps([metrics, folder.result()["evaluations"], folder.result()["evidence"], items, marks_aside])
+    marks_aside = [str(line) for line in folder.evidence() if line.kind != "checkpoint"]
+    return json.dumps([metrics, str(folder.result().evaluations), str(folder.result().evidence), items, marks_aside])
 
 
 def whole(carried, kept):
@@ -315,7 +315,7 @@ def test_what_changed_behind_its_path_is_not_gone_on_with(with_files, carried):
         file.write_text(before)
     folder = carried("broken", described=described)
     assert "resumed from the checkpoint after step 1" in (folder.path / "log.txt").read_text()
-    assert set(folder.result()["evidence"]["inputs"]) == set(files)
+    assert set(folder.result().evidence.inputs) == set(files)
 
 
 def test_the_base_of_an_adapter_and_the_modules_beside_a_reward_are_inputs_too(tmp_path, monkeypatch, experiment):

@@ -1,6 +1,5 @@
 """`fp4rl compare`: two arms held against each other, or every comparison that a suite declared."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +14,11 @@ from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
-    from fp4rl.lab.compare.comparison import Compared, Question
-    from fp4rl.lab.compare.sides import Side
+    from collections.abc import Sequence
+
+    from fp4rl.lab.compare.comparison import Answer
+    from fp4rl.lab.compare.sides import At, Side
+    from fp4rl.lab.ledger.store import Ledger
 
 Margin = Annotated[
     float | None,
@@ -42,18 +44,13 @@ def command(
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
-    from fp4rl.lab.compare.comparison import compare_all, compare_among
+    from fp4rl.lab.compare.sides import At
 
     check_factors(factor or (), "--factor")
     if score not in SCORES:
         raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
-    with opened(runs, ledger) as found:
-        asked, family = _questions(treatment, control, runs, factor, margin)
-        family = tuple(replace(question, step=step, score=score) for question in family)
-        if asked is None:
-            answers = compare_all(found, family, force=force)
-        else:
-            answers = compare_among(found, family, replace(asked, step=step, score=score), force=force)
+    with opened(runs, ledger) as book:
+        answers = _answers(book, treatment, control, runs, (factor or (), margin), At(step, score), force)
     if as_json:
         print_json([answer.as_dict() for answer in answers])
     else:
@@ -69,28 +66,41 @@ def command(
         raise CheckFailed(f"{count} not comparable; --force shows the numbers, labelled so")
 
 
-def _questions(
-    treatment: str, control: str | None, runs: Path, factor: list[str] | None, margin: float | None
-) -> "tuple[Question | None, tuple[Question, ...]]":
-    """(the question, or None for all; the family it stands in). What was declared stands, among the questions of its
-    suite; another `--factor` or `--margin` asks another one, alone."""
-    from fp4rl.lab.compare.comparison import Question
-    from fp4rl.lab.compare.declared import declared_question, declared_questions, factors_between
+def _answers(
+    book: "Ledger",
+    treatment: str,
+    control: str | None,
+    runs: Path,
+    given: "tuple[Sequence[str], float | None]",
+    at: "At",
+    force: bool,
+) -> "tuple[Answer, ...]":
+    """A suite's questions, or one: what was declared stands, among the questions of its suite; another `--factor` or
+    `--margin` asks another one, alone."""
+    from fp4rl.lab.compare.comparison import Question, answer_all, checked
+    from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
+    from fp4rl.lab.compare.sides import named_side
+    from fp4rl.lab.ledger.query import spread_of_run
 
-    if control is None:
-        declared = declared_questions(runs, treatment)
-        if not declared:
-            raise InvalidValueError(f"the suite {treatment} declares no comparisons; name two sides")
-        return None, declared
-    known = declared_question(runs, treatment, control, tuple(factor or ()), margin)
-    if known is not None:
-        return known, declared_questions(runs, str(known.suite))
-    factors = factors_between(treatment, control, factor) if factor else ()
-    alone = Question(treatment, control, factors, margin)
-    return alone, (alone,)
+    factors, margin = given
+    known = declared_question(runs, treatment, control, factors, margin) if control is not None else None
+    suite = treatment if control is None else (known.suite if known is not None else None)
+    with book.reading() as connection:
+        if suite is not None:
+            asked = questions_in(connection, runs, suite, at)
+            if not asked:
+                raise InvalidValueError(f"the suite {suite} declares no comparisons; name two sides")
+        else:
+            together = factors_between(treatment, str(control), factors) if factors else ()
+            question = Question(treatment, str(control), together, margin, at.step, at.score)
+            sides = [named_side(connection, runs, name, at) for name in (treatment, str(control))]
+            asked = [(question, sides[0], sides[1])]
+        answers = answer_all(asked, lambda run: spread_of_run(connection, run), force=force)
+    chosen = answers if known is None else [one for one in answers if one.question.asked == known.asked]
+    return tuple(map(checked, chosen))
 
 
-def _print(answer: "Compared") -> None:
+def _print(answer: "Answer") -> None:
     from rich.padding import Padding
 
     screen = console()
@@ -134,24 +144,22 @@ def _print(answer: "Compared") -> None:
 _MOST = 12
 
 
-def _one_label(answer: "Compared") -> bool:
+def _one_label(answer: "Answer") -> bool:
     """Whether both sides go by one label, though other sites were rounded or the same ones otherwise."""
-    labels, tables = (
-        {run.measured.conditions.get(key) for side in (answer.treatment, answer.control) for run in side.runs}
-        for key in ("precision", "sites_digest")
-    )
-    return len(labels) == 1 < len(tables)
+    profiles = [run.measured.profile for side in (answer.treatment, answer.control) for run in side.runs]
+    return len({profile.precision for profile in profiles}) == 1 < len({profile.sites_digest for profile in profiles})
 
 
 def _side(side: "Side", *, with_table: bool) -> str:
     """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the digest of the site table where that tells."""
+    if not side.runs:
+        return side.missing or "no run"
     measured = side.runs[0].measured
-    shown = side.runs[:_MOST]
-    seeds = " ".join("?" if run.seed is None else str(run.seed) for run in shown)
-    values = " ".join(f"{100 * run.measured.value:.1f}" for run in shown)
+    seeds = " ".join("?" if one.run.seed is None else str(one.run.seed) for one in side.runs[:_MOST])
+    values = " ".join(f"{points:.1f}" for points in side.points[:_MOST])
     more = f" and {len(side.runs) - _MOST} more" if len(side.runs) > _MOST else ""
-    precision = measured.conditions.get("precision") or "precision not known"
+    precision = measured.profile.precision or "precision not known"
     if with_table:
-        precision += f", site table {measured.conditions.get('sites_digest') or 'none'}"
+        precision += f", site table {measured.profile.sites_digest or 'none'}"
     word = "seeds" if len(side.runs) > 1 else "seed"
-    return f"{word} {seeds}: {values}{more} % at step {measured.step} ({measured.profile}: {precision})"
+    return f"{word} {seeds}: {values}{more} % at step {measured.step} ({measured.profile.name}: {precision})"

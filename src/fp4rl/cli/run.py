@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from fp4rl.lab.matrix import PlannedRun
     from fp4rl.lab.runner import SuiteOutcome
+    from fp4rl.spec.evidence import Evaluation
     from fp4rl.spec.experiment import Experiment, Suite
+    from fp4rl.spec.records import RunResult
 
 
 def command(
@@ -80,15 +82,14 @@ def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRu
         show(root / described.suite, ledger=ledger)
         return
     for run in done:
-        console().print(accuracies(_last(run_folder(root, run.suite, run.run_id).result())))
+        console().print(accuracies(_ends(run_folder(root, run.suite, run.run_id).result())))
         line = f"{root / run.suite / run.run_id}: `fp4rl show {run.suite}/{run.run_id}` shows all of it"
         console().print(line, highlight=False, soft_wrap=True)
 
 
-def _last(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The evaluations of step 0 and the last step, as the ledger would hold them."""
-    judged = [one for one in result.get("evaluations", ()) if one["last"] or one["step"] == 0]
-    return [{**one, "profile": one["profile"]["name"], "conditions": one["profile"]} for one in judged]
+def _ends(result: "RunResult") -> "list[Evaluation]":
+    """The evaluations of step 0 and the last step."""
+    return [one for one in result.evaluations if one.last or one.step == 0]
 
 
 def end(outcome: "SuiteOutcome") -> None:

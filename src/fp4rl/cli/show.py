@@ -14,6 +14,10 @@ from fp4rl.spec.words import counted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fp4rl.lab.ledger.show import About
+    from fp4rl.spec.evidence import Evaluation
+    from fp4rl.spec.records import Imported
+
 _FEW = 12
 
 
@@ -33,63 +37,63 @@ def command(
     from fp4rl.lab.ledger.show import about, answers
 
     with opened(runs, ledger) as found, found.reading() as connection:
-        everything = about(connection, run)
+        known = about(connection, runs, run)
     if problem is not None:
-        folder = RunFolder(runs / everything["run"]["suite"] / everything["run"]["run_id"])
-        everything = {"run": everything["run"], "answers": answers(folder, problem)}
-    if as_json:
-        print_json(json_ready(everything))
-    elif problem is not None:
-        _print_answers(everything, problem)
+        given = answers(RunFolder(runs / known.run.suite / known.run.run_id), problem)
+        if as_json:
+            print_json(json_ready({"run": known.run_row(), "answers": given}))
+        else:
+            _print_answers(known.run.key, given, problem)
+    elif as_json:
+        print_json(json_ready(known.as_dict()))
     else:
-        _print(everything)
+        _print(known)
 
 
-def _print(about: dict[str, Any]) -> None:
+def _print(about: "About") -> None:
     import yaml
     from rich.padding import Padding
 
-    run, screen = about["run"], console()
-    seed = f"seed {run['seed']}" if run["seed"] is not None else "seed not known"
-    screen.print(styled((f"{run['suite']}/{run['run_id']}", "bold"), f"  arm {run['arm']}, {seed}"), highlight=False)
-    wall = f", {run['wall_s']:.0f} s" if run["wall_s"] is not None else ""
-    screen.print(
-        f"{run['steps_done']} of {run['steps_asked'] or '?'} steps{wall}, code {run['code_digest']}", highlight=False
-    )
-    if run["imported"]:
-        _print_source(run["imported"])
-    if about["evaluations"]:
-        screen.print(accuracies(about["evaluations"]))
+    run, result, screen = about.run, about.run.result, console()
+    seed = f"seed {run.seed}" if run.seed is not None else "seed not known"
+    screen.print(styled((run.key, "bold"), f"  arm {run.arm}, {seed}"), highlight=False)
+    wall = f", {result.wall_s:.0f} s" if result.wall_s is not None else ""
+    steps = f"{result.steps_done} of {result.steps_asked or '?'} steps"
+    screen.print(f"{steps}{wall}, code {result.code_digest}", highlight=False)
+    if result.imported is not None:
+        _print_source(result.imported)
+    if result.evaluations:
+        screen.print(accuracies(result.evaluations))
     screen.print(styled(("evidence", "bold")), highlight=False)
-    for gap in about["gaps"]:
+    for gap in run.gaps:
         screen.print(styled("  ", ("missing", "red"), f": {gap}"), highlight=False)
-    for kind, count in about["evidence_lines"].items():
+    for kind, count in about.lines.items():
         screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}", highlight=False)
-    for name, value in run["evidence"].items():
+    for name, value in result.evidence.as_json().items():
         screen.print(f"  {name}: {_plain(value)}", highlight=False)
-    for line in dict.fromkeys(about["warnings"]):
+    for line in dict.fromkeys(run.warnings):
         screen.print(Padding(styled(("warning", "yellow"), f": {line}"), (0, 0, 0, 2), expand=False), highlight=False)
-    _print_metrics(about["metrics"])
-    files = about["artefacts"]
+    _print_metrics(about.curves)
+    files = about.files
     size = sum(file["bytes"] for file in files) / 2**20
     screen.print(
         styled(("files", "bold"), f" {len(files)}, {size:.1f} MiB: {_some([f['path'] for f in files])}"),
         highlight=False,
     )
-    described = about["spec"] or (run["imported"] or {}).get("config")
+    described = run.described or (result.imported.config if result.imported is not None else None)
     if described:
         screen.print(styled(("described as", "bold")))
         text = yaml.safe_dump(_said(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
         screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
 
 
-def _print_source(source: dict[str, Any]) -> None:
+def _print_source(source: "Imported") -> None:
     """Where a foreign log came from, and what was said of it when it was taken over."""
-    said = [f"from {source['source']} ({source['dialect']})", source.get("status"), source.get("note")]
+    said = [f"from {source.source} ({source.dialect})", source.status, source.note]
     console().print("; ".join(filter(None, said)), highlight=False, markup=False, soft_wrap=True)
 
 
-def accuracies(evaluations: Sequence[dict[str, Any]]) -> "Table":
+def accuracies(evaluations: "Sequence[Evaluation]") -> "Table":
     """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
     from rich.table import Table
 
@@ -106,15 +110,15 @@ def accuracies(evaluations: Sequence[dict[str, Any]]) -> "Table":
         words = name in ("profile", "precision")  # these may go on below themselves, numbers stay whole
         table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row in evaluations:
-        conditions, n, strict = row["conditions"], row["n"], row["strict"]
-        shown = _percent(strict)
-        if n and strict is not None:
-            low, high = wilson(round(strict * n), n)
+        shown = _percent(row.strict)
+        if row.n:
+            low, high = wilson(round(row.strict * row.n), row.n)
             shown += f" [{100 * low:.1f}, {100 * high:.1f}]"
-        cells = (_percent(row["flexible"]), _percent(row["formatted"]))
-        step = f"{row['step']}{' last' if row['last'] else ''}"
-        length = f"{row['mean_length']:.1f}" if row["mean_length"] is not None else "-"
-        table.add_row(step, row["profile"], conditions.get("precision") or "?", str(n or "?"), shown, *cells, length)
+        cells = (_percent(row.flexible), _percent(row.formatted))
+        step = f"{row.step}{' last' if row.last else ''}"
+        length = f"{row.mean_length:.1f}" if row.mean_length is not None else "-"
+        names = (step, row.profile.name, row.profile.precision or "?", str(row.n or "?"))
+        table.add_row(*names, shown, *cells, length)
     return table
 
 
@@ -136,12 +140,10 @@ def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
     console().print(table)
 
 
-def _print_answers(found: dict[str, Any], problem: str) -> None:
+def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> None:
     screen = console()
-    screen.print(
-        styled((f"{found['run']['suite']}/{found['run']['run_id']}", "bold"), f" on {problem}"), highlight=False
-    )
-    for answer in found["answers"]:
+    screen.print(styled((run, "bold"), f" on {problem}"), highlight=False)
+    for answer in answers:
         verdict = "solved" if answer["strict"] else "not solved"
         where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"
         screen.print(f"{where}: {verdict}, {counted(answer['length'], 'token')}", highlight=False)

@@ -8,7 +8,7 @@ in which repeats of the same run fall. Accuracies, margins and differences are i
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from fp4rl.lab.statistics.families import holm_grouped
 from fp4rl.lab.statistics.seeds import Difference, NotWorse, Spread, not_worse, welch
@@ -66,7 +66,22 @@ class Verdict:
         word = self.word or "no verdict"
         return f"{self.difference:+.1f} points{interval}, {self.seeds[0]} vs {self.seeds[1]} seeds{chance}: {word}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def in_words(self, treatment: str, control: str) -> str:
+        """What may be said of the two sides in plain words, and no more."""
+        sides = f"{treatment} ({self.means[0]:.1f} %)", f"{control} ({self.means[1]:.1f} %)"
+        size = f"{abs(self.difference):.1f} points"
+        match self.word:
+            case "better" | "worse":
+                way = "above" if self.word == "better" else "below"
+                return f"{sides[0]} lies {size} {way} {sides[1]}: {self.why}."
+            case "reaches":
+                return f"{sides[0]} reaches {sides[1]} within {self.margin:g} points: {self.why}."
+            case "no difference shown":
+                span = f"anything from {self.low:+.1f} to {self.high:+.1f} points fits these seeds"
+                return f"{sides[0]} and {sides[1]}: {self.why}; {span}. This does not show that they are equal."
+        return f"{sides[0]} and {sides[1]} differ by {size}: {self.why}."
+
+    def as_dict(self) -> dict[str, object]:
         """Plain values for a program."""
         return asdict(self)
 

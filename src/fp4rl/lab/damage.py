@@ -27,6 +27,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except (*_SYMPTOMS, NotImplementedError) as error:
         said = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         why = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        why = said if isinstance(error, InvalidValueError) else why
         raise Damaged(f"{path} is damaged ({why}); put back a copy, or move its run's folder away") from error
 
 

@@ -23,13 +23,11 @@ from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, w
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.records import RunResult, Sites
+from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
 from fp4rl.spec.task import SCORES
 
 if TYPE_CHECKING:
     import pyarrow
-
-Record = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -88,11 +86,13 @@ class RunFolder:
 
     def drop_evidence_after(self, step: int) -> bool:
         """Forget every line after the checkpoint of `step`; False, and nothing done, if none is recorded."""
-        kept = self.evidence()
+        file = self.path / "evidence.jsonl"
+        with damage_named(file):
+            kept = [_mapping(line) for line in read_lines(file)]
         places = [i for i, line in enumerate(kept) if (line.get("kind"), line.get("step")) == ("checkpoint", step)]
         if not places:
             return False
-        write_whole(self.path / "evidence.jsonl", "".join(dumps(record) + "\n" for record in kept[: places[-1] + 1]))
+        write_whole(file, "".join(dumps(line) + "\n" for line in kept[: places[-1] + 1]))
         return True
 
     def write_items(self, step: int, profile: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -113,7 +113,7 @@ class RunFolder:
 
     # -- read by everyone
 
-    def spec(self) -> Record:
+    def spec(self) -> dict[str, Any]:
         """The described experiment as plain values; empty for a run that came from a foreign log."""
         file = self.path / "spec.yaml"
         if not file.is_file():
@@ -121,14 +121,17 @@ class RunFolder:
         with damage_named(file):
             return _mapping(plain_values(file.read_text(encoding="utf-8"), "YAML") or {})
 
-    def sites(self) -> Record:
+    def sites(self) -> Sites:
+        """The resolved site table; one without plans where none was written."""
         file = self.path / "sites.json"
-        return _json(file) if file.is_file() else {}
+        with damage_named(file):
+            return read_sites(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Sites()
 
-    def evidence(self) -> list[Record]:
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Every line of a kind that this version knows, in order."""
         file = self.path / "evidence.jsonl"
         with damage_named(file):
-            return [_mapping(record) for record in read_lines(file)]
+            return tuple(line for line in map(read_evidence, read_lines(file)) if line is not None)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step -> name -> value. Lines of one step are joined; the first value of a key stays."""
@@ -144,11 +147,13 @@ class RunFolder:
                         values.setdefault(name, float(value))
             return dict(sorted(steps.items()))
 
-    def result(self) -> Record:
-        """The parsed `result.json`. Raises `NotFoundError` for an unfinished run."""
+    def result(self) -> RunResult:
+        """What `result.json` says. Raises `NotFoundError` for an unfinished run."""
         if not self.finished:
             raise NotFoundError(f"{self.key} has no result.json: the run is not finished")
-        return _json(self.path / "result.json")
+        file = self.path / "result.json"
+        with damage_named(file):
+            return read_result(json.loads(file.read_text(encoding="utf-8")))
 
     def item_sets(self) -> list[tuple[int, str]]:
         """(step, profile) of every stored evaluation, in order of step."""
@@ -175,12 +180,7 @@ class RunFolder:
         return self.path / "items" / f"{step}-{profile}.parquet"
 
 
-def _json(file: Path) -> Record:
-    with damage_named(file):
-        return _mapping(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _mapping(value: Any) -> Record:
+def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"keys and values expected, found {shown(value)}")
     return value

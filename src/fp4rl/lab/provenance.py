@@ -93,6 +93,6 @@ def _recorded_inputs(folder: RunFolder) -> dict[str, str]:
     """The digests in a run's result; none where it cannot be read (whoever reports the run names it)."""
     try:
         with damage_named(folder.path / "result.json"):
-            return dict((folder.result().get("evidence") or {}).get("inputs") or {})
+            return dict(folder.result().evidence.inputs)
     except Damaged:
         return {}

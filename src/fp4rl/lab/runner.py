@@ -91,7 +91,7 @@ def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
 
 def _code_of(run: PlannedRun, root: Path) -> str:
     try:
-        return str(run_folder(root, run.suite, run.run_id).result().get("code_digest", "unknown"))
+        return run_folder(root, run.suite, run.run_id).result().code_digest or "unknown"
     except Damaged:
         return "unknown"
 

@@ -38,7 +38,7 @@ from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec import evidence
 from fp4rl.spec.evidence import Record, Warned
-from fp4rl.spec.records import VERSION, RunResult, read_evidence
+from fp4rl.spec.records import VERSION, RunResult
 
 _LEFTOVERS = (
     *("evidence.jsonl", "metrics.jsonl", "items", "checkpoints", "on-the-way", "final", "sites.json", "log.txt"),
@@ -163,7 +163,7 @@ def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
     """What was judged, in order. The newest evaluation of a step counts: after a rollback, and where a run was ended at
     a step that had just been judged on the way."""
     found: dict[tuple[int, str], evidence.Evaluation] = {}
-    for line in map(read_evidence, folder.evidence()):
+    for line in folder.evidence():
         if isinstance(line, evidence.Evaluation):
             place = line.step, line.profile.name
             found.pop(place, None)

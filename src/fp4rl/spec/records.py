@@ -56,11 +56,11 @@ class Sites(Record):
 class NoiseSummary(Record):
     """The noise of a whole run: rollouts, those in which weights changed, and how large it was."""
 
-    rollouts: int
-    noisy_rollouts: int
-    largest_sigma: float
-    largest_realised: float
-    mean_share_changed: float
+    rollouts: int = 0
+    noisy_rollouts: int = 0
+    largest_sigma: float = 0.0
+    largest_realised: float = 0.0
+    mean_share_changed: float = 0.0
 
 
 class HealthSummary(Record):

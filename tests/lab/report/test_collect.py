@@ -219,7 +219,8 @@ def test_a_run_that_the_monitor_ended_does_not_count_and_says_why(make_trial):
 
 def test_a_run_that_was_rolled_back_is_named(make_trial):
     folder = make_trial().write()
-    health = {"state": "alarm", "alarms": [{"check": "gradient", "step": 4}], "rollbacks": 1}
+    alarm = {"check": "gradient", "state": "alarm", "step": 4, "since": 3, "evidence": "1e9", "policy": "rollback"}
+    health = {"state": "alarm", "alarms": [alarm], "rollbacks": 1}
     rewrite(folder, "w4a4", lambda result: result["evidence"].update(health=health))
     report = collect(folder)
     assert any("lower learning rate: w4a4 seed 0, w4a4 seed 1" in note for note in report.notes)

@@ -17,7 +17,7 @@ def runs(make_trial):
 def with_curves(runs, values):
     """The first two finished runs of one arm, each with its own curve."""
     chosen = [run for run in runs if run.planned.arm == "bf16"][: len(values)]
-    return [replace(run, curves=curves) for run, curves in zip(chosen, values, strict=True)]
+    return [replace(one, run=replace(one.run, curves=curves)) for one, curves in zip(chosen, values, strict=True)]
 
 
 def test_the_line_is_the_mean_and_the_band_the_range_over_seeds(runs):
@@ -35,7 +35,7 @@ def test_a_metric_that_nobody_logged_has_no_curve(runs):
 
 
 def test_a_run_that_does_not_count_draws_no_curve(runs):
-    unproven = [replace(run, gaps=("it left no evidence",)) for run in runs]
+    unproven = [replace(one, run=one.run and replace(one.run, lines=())) for one in runs]
     assert curve("bf16", "entropy", unproven) is None
 
 

@@ -7,24 +7,39 @@ import pytest
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
-from fp4rl.lab.report.evidence import read_evidence
+from fp4rl.lab.report.evidence import RunEvidence, pooled_evidence
 from fp4rl.lab.report.evidence_rows import evidence_of
+from fp4rl.lab.runs import Run
+from fp4rl.spec.records import read_result
 from planted.records import line
 
 
+def pool(lines, summary=None) -> RunEvidence:
+    result = read_result({"evidence": summary or {}})
+    return pooled_evidence(Run("s", "r", {}, result, [line(**content) for content in lines]))
+
+
 def row(site, phase="rollout", **values):
-    return {"kind": "injection", "phase": phase, "site": site, "point": "weight", "calls": 3, "elements": 8} | values
+    return {
+        "kind": "injection",
+        "phase": phase,
+        "site": site,
+        "point": "weight",
+        "calls": 3,
+        "elements": 8,
+        "relative_error": None,
+    } | values
 
 
 def test_nothing_recorded_reads_as_none():
-    evidence = read_evidence([], {}, {})
-    assert (evidence.sites, evidence.master_unharmed, evidence.live_difference) == (None, None, None)
+    evidence = pool([])
+    assert (evidence.sites, evidence.masters_unchanged, evidence.live_difference) == (None, None, None)
     assert evidence.roundings == ()
 
 
 def test_sites_are_pooled_by_phase_and_point_with_medians():
     lines = [row("a", share_changed=0.5), row("b", share_changed=0.9), row("c", share_changed=None)]
-    (pooled,) = read_evidence(lines, {}, {}).roundings
+    (pooled,) = pool(lines).roundings
     assert (pooled.sites, pooled.calls, pooled.elements) == (3, 9, 24)
     assert pooled.share_changed == pytest.approx(0.7)
     assert pooled.relative_error is None
@@ -32,29 +47,31 @@ def test_sites_are_pooled_by_phase_and_point_with_medians():
 
 def test_evaluations_under_several_profiles_stay_apart():
     lines = [row("a", "evaluation", profile="w4a16"), row("a", "evaluation", profile="w4a4")]
-    phases = [rounding.phase for rounding in read_evidence(lines, {}, {}).roundings]
+    phases = [rounding.phase for rounding in pool(lines).roundings]
     assert phases == ["evaluation as w4a16", "evaluation as w4a4"]
 
 
 def test_noise_is_pooled_over_layers_as_a_root_mean_square():
-    layers = [{"sigma": 0.03, "realised": 0.04, "elements": 100}, {"sigma": 0.01, "realised": 0.0, "elements": 300}]
-    line = {"kind": "noise", "step": 2, "sigma": 0.02, "share_changed": 0.5, "layers": layers}
-    (step,) = read_evidence([line], {}, {}).noise
+    rest = {"drawn": 0.0, "share_changed": 1.0, "swallowed": 0}
+    sizes = ((0, 0.03, 0.04, 100), (1, 0.01, 0.0, 300))
+    layers = [{"layer": n, "sigma": s, "realised": r, "elements": e} | rest for n, s, r, e in sizes]
+    written = {"kind": "noise", "step": 2, "sigma": 0.02, "share_changed": 0.5, "layers": layers}
+    (step,) = pool([written]).noise
     assert (step.asked, step.realised) == (pytest.approx((0.0003) ** 0.5), pytest.approx(0.02))
 
 
 def test_one_harmed_master_is_enough():
     lines = [{"kind": "master", "unharmed": unharmed} for unharmed in (True, False, True)]
-    evidence = read_evidence(lines, {}, {})
-    assert (evidence.master_checks, evidence.master_unharmed) == (3, False)
+    evidence = pool(lines)
+    assert (evidence.master_checks, evidence.masters_unchanged) == (3, False)
 
 
 def test_phases_whose_operands_were_held_are_named_once_and_what_moved_is_a_share():
     held = [{"kind": "rounded", "phase": "rollout", "step": step, "sites": 14} for step in (0, 1)]
     held += [{"kind": "rounded", "phase": "evaluation", "profile": name, "sites": 14} for name in ("w4a16", "w4a4")]
-    evidence = read_evidence(held, {}, {"weights_changed": 0.25})
+    evidence = pool(held, {"weights_changed": 0.25})
     assert (evidence.operands_held, evidence.moved) == (("rollout", "evaluation"), 0.25)
-    nothing = read_evidence([], {}, {})
+    nothing = pool([])
     assert (nothing.operands_held, nothing.moved) == ((), None)
 
 
@@ -67,7 +84,7 @@ def test_what_moved_and_was_held_stands_in_the_arms_rows(make_trial):
     for place in folder.glob("w4a16-s*"):
         own = RunFolder(place)
         own.add_evidence(line("rounded", phase="rollout", step=0, sites=14))
-        result = own.result()
+        result = own.result().as_json()
         result["evidence"]["weights_changed"] = 0.25
         (place / "result.json").write_text(json.dumps(result))
     rows = rows_of(collect(folder), "w4a16")
@@ -101,7 +118,7 @@ def test_an_evaluation_that_recorded_itself_is_shown_under_its_profile(make_tria
 def test_the_site_table_keeps_evaluations_under_several_profiles_apart(make_trial):
     folder = make_trial().write()
     for run in folder.glob("w4a16-s*"):
-        site = RunFolder(run).sites()["plans"][0]["site"]
+        site = RunFolder(run).sites().plans[0].site
         for profile, error in (("w4a16", 0.1), ("bf16", 0.002)):
             RunFolder(run).add_evidence(line(**row(site, "evaluation", profile=profile, relative_error=error)))
     shown = evidence_of(collect(folder), "w4a16").sites[0][-1]

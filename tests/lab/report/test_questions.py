@@ -2,11 +2,11 @@
 
 import pytest
 
+from fp4rl.lab.compare.comparison import answer_all
 from fp4rl.lab.folders import finished_runs
 from fp4rl.lab.ledger.record import record
 from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.report.collect import collect
-from fp4rl.lab.report.questions import questions
 from fp4rl.spec.errors import InvalidValueError
 
 QUANTIZED = {"mode": "w4a16", "preset": "vllm"}
@@ -92,7 +92,8 @@ def test_a_margin_of_the_suite_is_a_share_and_the_verdict_is_in_points(make_tria
 
 
 def test_all_questions_of_a_suite_are_corrected_together(complete):
-    alone = questions([complete.questions[0].asked], complete.runs)[0].verdict
+    first = complete.questions[0]
+    alone = answer_all([(first.question, first.treatment, first.control)], lambda run: None)[0].verdict
     assert complete.questions[0].verdict.p_family == pytest.approx(3 * alone.p_family)
 
 

@@ -1,12 +1,51 @@
 """The questions that a suite fixed before its runs: sides, factors, and the margin of non-inferiority."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy import Connection
+
 from fp4rl.lab.compare.comparison import Question
+from fp4rl.lab.compare.sides import At, Side, named_side, planned_side
+from fp4rl.lab.suites import SuiteRuns, read_suite
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Comparison
 from fp4rl.spec.load import parse, read_yaml
+
+
+def suite_questions(suite: SuiteRuns, at: At) -> list[tuple[Question, Side, Side]]:
+    """Every question of a suite with both sides, out of the runs that it plans."""
+    questions = [question_of(comparison, suite.folder.name) for comparison in suite.comparisons]
+    return _with_sides(questions, lambda name: planned_side(name, suite.by_arm, at), at)
+
+
+def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list[tuple[Question, Side, Side]]:
+    """The same of the suite in `root`. Where none of its run folders is there, or its file plans none, the ledger tells
+    which runs there are.
+
+    Raises `NotFoundError` for a suite without its file.
+    """
+    questions = declared_questions(root, suite)
+    if "arms" in read_yaml(root / suite / "suite.yaml"):
+        plan = read_suite(root / suite)
+        if any(run.state != "missing" for run in plan.runs):
+            return suite_questions(plan, at)
+
+    def named(name: str) -> Side:
+        try:
+            return named_side(connection, root, name, at, suite)
+        except NotFoundError as error:
+            return Side(name, suite, (), at.score, missing=str(error))
+
+    return _with_sides(questions, named, at)
+
+
+def _with_sides(
+    questions: Sequence[Question], side: Callable[[str], Side], at: At
+) -> list[tuple[Question, Side, Side]]:
+    asked = [replace(question, step=at.step, score=at.score) for question in questions]
+    return [(question, side(question.treatment), side(question.control)) for question in asked]
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
@@ -20,7 +59,7 @@ def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
             f"{file}: no such file, so nothing says which comparisons {suite} was made for; name two sides"
         )
     declared = read_yaml(file).get("comparisons") or ()
-    return tuple(_question(parse(Comparison, content, str(file)), suite) for content in declared)
+    return tuple(question_of(parse(Comparison, content, str(file)), suite) for content in declared)
 
 
 def declared_question(
@@ -54,11 +93,6 @@ def _names(asked: str, declared: str) -> bool:
     return asked in (declared, declared.partition("@")[0])
 
 
-def factors_of(comparison: Comparison) -> tuple[str, ...]:
-    """The keys in which the sides of a declared comparison may differ; any other difference refuses it."""
-    return factors_between(comparison.treatment, comparison.control, comparison.factors)
-
-
 def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:
     """`factors`, and what comes with them, whoever names them.
 
@@ -69,15 +103,17 @@ def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tup
     return tuple(dict.fromkeys((*factors, "evaluation.profiles", *asked)))
 
 
-def _question(comparison: Comparison, suite: str) -> Question:
+def question_of(comparison: Comparison, suite: str) -> Question:
+    """The question that a suite declares; its margin becomes points."""
     return Question(
         treatment=comparison.treatment,
         control=comparison.control,
-        factors=factors_of(comparison),
+        factors=factors_between(comparison.treatment, comparison.control, comparison.factors),
         margin=None if comparison.margin is None else 100 * comparison.margin,
         label=comparison.question,
         suite=suite,
         declared=True,
+        asked=comparison,
     )
 
 

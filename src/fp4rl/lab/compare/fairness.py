@@ -1,7 +1,7 @@
 """May two sides be compared? Every reason why not, each with the difference that is behind it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from fp4rl.lab.compare.sides import Side, SideRun
 from fp4rl.rl.inputs import POINTERS
 
 Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
-Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence", "identical"]
+Kind = Measuring | Literal["spec", "seeds", "code", "inputs", "evidence", "identical", "missing"]
 
 _CONDITIONS: tuple[tuple[str, Kind], ...] = (
     ("precision", "precision"),
@@ -37,8 +37,14 @@ class Objection:
     control: str
 
     def sentence(self) -> str:
-        if self.kind == "identical":
-            return f"{self.what} (digest {self.treatment})"
+        """The objection in one line."""
+        match self.kind:
+            case "identical":
+                return f"{self.what} (digest {self.treatment})"
+            case "missing":
+                return self.what
+            case "evidence":
+                return f"{self.what}: {self.treatment}"
         return f"{self.what}: {self.treatment} against {self.control}"
 
 
@@ -48,6 +54,9 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     `factors`: the keys in which the specs may differ. `precision` among them lets the sides be judged at different
     precisions, which is the question when 4 bits are held against BF16.
     """
+    if not (treatment.runs and control.runs):
+        empty = [side.missing or f"{side.name} has no run" for side in (treatment, control) if not side.runs]
+        return tuple(Objection("missing", why, "no run", "one is needed") for why in empty)
     return (
         *_specs(treatment, control, factors),
         *_nothing_differs(treatment, control, factors),
@@ -82,12 +91,12 @@ def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> 
 
 
 def _same_place(side: Side) -> set[tuple[Any, ...]]:
-    return {(run.measured.step, *(run.measured.conditions.get(key) for key, _ in _CONDITIONS)) for run in side.runs}
+    return {(run.measured.step, *(getattr(run.measured.profile, key) for key, _ in _CONDITIONS)) for run in side.runs}
 
 
 def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
     for side in (treatment, control):
-        seeds = Counter(run.seed for run in side.runs if run.seed is not None)
+        seeds = Counter(one.run.seed for one in side.runs if one.run.seed is not None)
         for seed, count in seeds.items():
             if count > 1:
                 yield Objection("seeds", f"seed {seed} counts {count} times in {side.name}", f"{count} runs", "one")
@@ -118,7 +127,7 @@ def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterat
 
 def _condition(run: SideRun, key: str) -> Any:
     """A condition by what acted: what a label says after its colon is described and did not."""
-    value = run.measured.conditions.get(key)
+    value = getattr(run.measured.profile, key)
     if key != "precision" or value is None:
         return value
     acted = str(value).partition(": ")[0]
@@ -126,29 +135,32 @@ def _condition(run: SideRun, key: str) -> Any:
 
 
 def _code(treatment: Side, control: Side) -> Iterator[Objection]:
-    sides = _both(treatment, control, lambda run: run.code_digest)
+    sides = _both(treatment, control, lambda run: run.run.result.code_digest)
     yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)
-    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.versions}):
+    for name in sorted(
+        {name for side in (treatment, control) for run in side.runs for name in run.run.result.versions}
+    ):
         if name not in _VERSIONS_IN_THE_CODE:
-            yield from _unequal("code", f"{name}'s version", *_both(treatment, control, _entry("versions", name)))
+            yield from _unequal(
+                "code",
+                f"{name}'s version",
+                *_both(treatment, control, lambda one, name=name: one.run.result.versions.get(name)),
+            )
 
 
 def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
-    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.inputs}):
+    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.run.inputs}):
         pointer = POINTERS.get(name)
         if pointer is None or not any(covered(pointer, [factor]) or covered(factor, [pointer]) for factor in factors):
-            yield from _unequal("inputs", f"the {name}", *_both(treatment, control, _entry("inputs", name)))
-
-
-def _entry(table: str, name: str) -> Callable[[SideRun], Any]:
-    return lambda run: getattr(run, table).get(name)
+            yield from _unequal(
+                "inputs", f"the {name}", *_both(treatment, control, lambda one, name=name: one.run.inputs.get(name))
+            )
 
 
 def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:
     for side in (treatment, control):
-        for run in side.runs:
-            for gap in run.gaps:
-                yield Objection("evidence", f"{run.key} lacks evidence", gap, "a run proves its treatment")
+        for run in (one.run for one in side.runs if one.run.gaps):
+            yield Objection("evidence", f"{run.key} lacks evidence", "; ".join(run.gaps), "a run proves its treatment")
 
 
 def _both(treatment: Side, control: Side, value: Any) -> tuple[set[Any], set[Any]]:

@@ -1,18 +1,17 @@
 """Two names for one thing: sides whose runs end in the same weights, or gave the same answers, bit for bit (P48)."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fp4rl.lab.compare.sides import Side, SideRun
+from fp4rl.lab.runs import Run
 from fp4rl.spec.modes import PHASES
 from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
-
-if TYPE_CHECKING:
-    from fp4rl.lab.compare.sides import Side, SideRun
 
 _TRAINED_IN = tuple(phase for phase in PHASES if phase != "evaluation")
 
 
-def identical(treatment: "Side", control: "Side") -> Iterator[tuple[str, str]]:
+def identical(treatment: Side, control: Side) -> Iterator[tuple[str, str]]:
     """(what is the same, its digest). Runs made before digests were recorded say nothing.
 
     Weights may be the same where the descriptions differ in nothing that training sees. Answers may be where different
@@ -20,22 +19,34 @@ def identical(treatment: "Side", control: "Side") -> Iterator[tuple[str, str]]:
     """
     same = _same_weights(treatment, control)
     if same and training_part(treatment.spec) != training_part(control.spec):
-        seeds = ", ".join(str(run.seed) for run, _ in same)
-        yield f"the final weights are bit-identical (seed {seeds}): what differs did not act", str(same[0][0].weights)
+        seeds = ", ".join(str(run.seed) for run in same)
+        yield f"the final weights are bit-identical (seed {seeds}): what differs did not act", str(_weights(same[0]))
         return
-    pairs = [(a, b) for a in treatment.runs for b in control.runs if a.seed == b.seed and a.answers and b.answers]
-    if pairs and all(a.answers == b.answers and _sites(a) == _sites(b) for a, b in pairs):
-        yield "every answer is the same on both sides: what differs did not act", str(pairs[0][0].answers)
+    pairs = [(a, b) for a in treatment.runs for b in control.runs if a.run.seed == b.run.seed and _answers(a, b)]
+    if pairs and all(_alike(a, b) for a, b in pairs):
+        digest = pairs[0][0].run.answers(pairs[0][0].measured)
+        yield "every answer is the same on both sides: what differs did not act", str(digest)
 
 
-def _same_weights(treatment: "Side", control: "Side") -> "list[tuple[SideRun, SideRun]]":
-    return [
-        (a, b) for a in treatment.runs for b in control.runs if a.key != b.key and a.weights and a.weights == b.weights
-    ]
+def _same_weights(treatment: Side, control: Side) -> list[Run]:
+    """Runs of the treatment that end in the weights of another run of the control."""
+    pairs = [(a.run, b.run) for a in treatment.runs for b in control.runs if a.run.key != b.run.key]
+    return [a for a, b in pairs if _weights(a) and _weights(a) == _weights(b)]
 
 
-def _sites(run: "SideRun") -> Any:
-    return run.measured.conditions.get("sites_digest")
+def _weights(run: Run) -> str | None:
+    return run.result.evidence.final_weights
+
+
+def _answers(*runs: SideRun) -> set[str] | None:
+    """The digests of their answers; None where one recorded none."""
+    digests = {one.run.answers(one.measured) for one in runs}
+    return None if None in digests else {str(digest) for digest in digests}
+
+
+def _alike(first: SideRun, second: SideRun) -> bool:
+    same_sites = first.measured.profile.sites_digest == second.measured.profile.sites_digest
+    return same_sites and len(_answers(first, second) or ()) == 1
 
 
 def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:

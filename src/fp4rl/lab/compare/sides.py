@@ -1,143 +1,124 @@
-"""One side of a comparison: the finished runs of an arm, each with its last number and what that was measured under."""
+"""One side of a question: the finished runs of an arm, each with the evaluation that is asked for.
+
+A side of a suite's own question is what its suite.yaml plans; any other is found by its name in the ledger.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, or_, select
 
-from fp4rl.lab.compare.evidence import gaps
+from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document
-from fp4rl.lab.ledger.query import documents_of, rows_of_runs
+from fp4rl.lab.ledger.query import documents_of
+from fp4rl.lab.runs import Run, read_run
+from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One evaluation of one run. `value` is a share; `conditions` is all that the number depends on besides weights."""
-
-    step: int
-    last: bool
-    profile: str
-    n: int | None
-    value: float
-    conditions: Mapping[str, Any]
+from fp4rl.spec.evidence import Evaluation
 
 
 @dataclass(frozen=True)
 class SideRun:
-    """One run of a side."""
+    """One run of a side, and the evaluation of it that is compared."""
 
-    id: int
-    key: str
-    seed: int | None
-    experiment: str | None
-    code_digest: str | None
-    steps: tuple[int | None, int | None]  # asked, done
-    measured: Measured
-    gaps: tuple[str, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None  # digest of the final weights
-    answers: str | None = None  # digest of the answers that were measured
-    hardly_moved: str | None = None  # in words, where training changed few weights
+    run: Run
+    measured: Evaluation
+
+    @property
+    def steps(self) -> tuple[int | None, int | None]:
+        """Steps asked for, and done."""
+        asked = self.run.result.steps_asked
+        if asked is None:
+            asked = (self.run.spec.get("training") or {}).get("steps")
+        return asked, self.run.result.steps_done
 
 
 @dataclass(frozen=True)
 class Side:
-    """What stands on one side. `spec` is the experiment that all its runs repeat, empty for foreign logs."""
+    """What stands on one side. `unmeasured`: its runs that have no such number; `missing`: why it has none at all."""
 
     name: str
     suite: str
     runs: tuple[SideRun, ...]
-    spec: Mapping[str, Any]
-    unmeasured: tuple[str, ...] = ()  # runs of this side that have no such number
+    score: str = "strict"
+    unmeasured: tuple[str, ...] = ()
+    missing: str | None = None
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The experiment that all its runs repeat; empty for foreign logs."""
+        return self.runs[0].run.described if self.runs else {}
 
     @property
     def points(self) -> tuple[float, ...]:
         """One accuracy per seed, in points."""
-        return tuple(100 * run.measured.value for run in self.runs)
+        return tuple(100 * getattr(run.measured, self.score) for run in self.runs)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A side as a user writes it: `arm`, `suite/arm`, a run id or an experiment's digest, each with `@profile`."""
+class At:
+    """Which number: the evaluation at `step` (None: the last one) and the score, `strict` or `flexible`."""
 
-    word: str
-    profile: str | None
+    step: int | None = None
+    score: str = "strict"
 
-    @classmethod
-    def of(cls, text: str) -> "Asked":
-        word, at, profile = text.partition("@")
-        if not word or (at and not profile):
-            raise InvalidValueError(f"a side is written arm, suite/arm or run id, with @profile; got {text!r}")
-        return cls(word, profile or None)
+    def of(self, run: Run, profile: str) -> Evaluation | None:
+        """The run's evaluation under a profile, where it has this score."""
+        found = run.evaluations(self.step).get(profile)
+        return found if found is not None and getattr(found, self.score) is not None else None
 
 
-def read_side(
-    connection: Connection, text: str, *, step: int | None = None, score: str = "strict", suite: str | None = None
-) -> Side:
-    """Find the runs and their numbers at `step` (the last one by default).
+def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
+    """The side `arm@profile` of a suite's own question, out of the runs that the suite plans."""
+    arm, _, profile = name.partition("@")
+    runs = [planned.run for planned in by_arm.get(arm, ()) if planned.run is not None]
+    suite = next((planned.planned.suite for planned in by_arm.get(arm, ())), "")
+    if not runs:
+        return Side(name, suite, (), at.score, missing=f"no run of {arm} is finished")
+    side = _side(name, suite, runs, profile, at)
+    where = "at its last step" if at.step is None else f"at step {at.step}"
+    return side if side.runs else Side(name, suite, (), at.score, missing=f"no run of {name} was evaluated {where}")
 
-    Raises `NotFoundError` for a name without runs and for an evaluation that none of them has, `InvalidValueError` for
-    a name that means runs of several suites or experiments.
+
+def named_side(connection: Connection, root: Path, name: str, at: At, suite: str | None = None) -> Side:
+    """Find a side by what a user writes: `arm`, `suite/arm`, a run id or an experiment's digest, each with `@profile`.
+
+    Runs are read from their folders below `root`; of one whose folder is not there the ledger tells. Raises
+    `NotFoundError` for a name without runs and for an evaluation that none of them has, `InvalidValueError` for a name
+    that means runs of several suites or experiments.
     """
-    asked = Asked.of(text)
-    found = _named(connection, asked.word, suite)
-    chosen = _evaluations(connection, [row["id"] for row in found], asked, step, score)
-    documents = documents_of(connection, [row["id"] for row in found])
-    spec = {key: value for key, value in documents[found[0]["id"]].spec.items() if key != "seed"}
-    judged = _judged(connection, list(documents))
-    runs = tuple(
-        _side_run(row, chosen[row["id"]], documents[row["id"]], judged[row["id"]])
-        for row in found
-        if row["id"] in chosen
-    )
-    unmeasured = tuple(f"{row['suite']}/{row['run_id']}" for row in found if row["id"] not in chosen)
-    return Side(text, found[0]["suite"], runs, spec, unmeasured)
+    word, sign, profile = name.partition("@")
+    if not word or (sign and not profile):
+        raise InvalidValueError(f"a side is written arm, suite/arm or run id, with @profile; got {name!r}")
+    rows = _named(connection, word, suite)
+    documents = documents_of(connection, [row["id"] for row in rows])
+    folders = {row["id"]: RunFolder(root / row["suite"] / row["run_id"]) for row in rows}
+    runs = [read_run(folder) if folder.finished else documents[key].run for key, folder in folders.items()]
+    return _side(name, rows[0]["suite"], runs, _profile(word, profile, runs, at), at)
 
 
-def _judged(connection: Connection, ids: list[int]) -> dict[int, list[Mapping[str, Any]]]:
-    """Run -> its evaluations."""
-    found: dict[int, list[Mapping[str, Any]]] = {number: [] for number in ids}
-    for row in rows_of_runs(connection, tables.evaluations, ids):
-        found[row["run"]].append(row)
-    return found
+def _side(name: str, suite: str, runs: Sequence[Run], profile: str, at: At) -> Side:
+    measured = [(run, at.of(run, profile)) for run in runs]
+    there = tuple(SideRun(run, found) for run, found in measured if found is not None)
+    return Side(name, suite, there, at.score, tuple(run.key for run, found in measured if found is None))
 
 
-def _side_run(row: Any, measured: Measured, document: Document, judged: list[Mapping[str, Any]]) -> SideRun:
-    foreign = ("it is a foreign log without evidence",)
-    summary = document.result.get("evidence") or {}
-    missing = gaps(document.spec, summary, document.evidence, judged) if not row["imported"] else foreign
-    return SideRun(
-        row["id"],
-        f"{row['suite']}/{row['run_id']}",
-        row["seed"],
-        row["experiment"],
-        row["code_digest"],
-        (row["steps_asked"], row["steps_done"]),
-        measured,
-        missing,
-        document.result.get("versions") or {},
-        inputs_of(summary),
-        summary.get("final_weights"),
-        answers_of(document.evidence, measured.step, measured.profile),
-        summary.get("hardly_moved"),
-    )
-
-
-def answers_of(lines: Sequence[Mapping[str, Any]], step: int, profile: str) -> str | None:
-    """The digest of the answers that an evaluation recorded; the last record of it counts, as in the result."""
-    found = [line for line in lines if line.get("kind") == "evaluation" and line.get("step") == step]
-    own = [line.get("answers_digest") for line in found if (line.get("profile") or {}).get("name") == profile]
-    return own[-1] if own else None
-
-
-def inputs_of(evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says it was made from: digests by name, and the number of processes that trained it."""
-    number = {"number of processes": evidence["processes"]} if "processes" in evidence else {}
-    return {**(evidence.get("inputs") or {}), **number}
+def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
+    """The profile that is named, else the only one there is, else `deployment`."""
+    names = sorted({name for run in runs for name in run.evaluations(at.step)})
+    if not names:
+        steps = sorted({evaluation.step for run in runs for evaluation in run.result.evaluations})
+        where = "at the last step" if at.step is None else f"at step {at.step}"
+        listed = ", ".join(map(str, steps)) or "none"
+        raise NotFoundError(f"{word} has no evaluation {where}; there are: {listed}")
+    chosen = profile or (names[0] if len(names) == 1 else "deployment")
+    if chosen not in names:
+        raise NotFoundError(f"{word} was not evaluated as {chosen!r}" + nearest(chosen, names))
+    if not any(at.of(run, chosen) for run in runs):
+        raise NotFoundError(f"{word} has no {at.score} accuracy as {chosen!r}")
+    return chosen
 
 
 def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
@@ -173,28 +154,4 @@ def _beginning(connection: Connection, start: str, suite: str | None) -> list[An
     if len(found) > 1:
         some = ", ".join(f"{row['suite']}/{row['run_id']}" for row in found[:4])
         raise InvalidValueError(f"{len(found)} runs begin with {start!r}: {some}; name more of it")
-    return found
-
-
-def _evaluations(
-    connection: Connection, ids: list[int], asked: Asked, step: int | None, score: str
-) -> dict[int, Measured]:
-    """Run -> its number. The profile, where none is named, is the only one, or `deployment` where there are more."""
-    rows = rows_of_runs(connection, tables.evaluations, ids)
-    at = [row for row in rows if (row["last"] if step is None else row["step"] == step)]
-    profiles = sorted({row["profile"] for row in at})
-    if not at:
-        steps = ", ".join(str(number) for number in sorted({row["step"] for row in rows})) or "none"
-        where = "at the last step" if step is None else f"at step {step}"
-        raise NotFoundError(f"{asked.word} has no evaluation {where}; there are: {steps}")
-    profile = asked.profile or (profiles[0] if len(profiles) == 1 else "deployment")
-    if profile not in profiles:
-        raise NotFoundError(f"{asked.word} was not evaluated as {profile!r}" + nearest(profile, profiles))
-    found = {
-        row["run"]: Measured(row["step"], row["last"], profile, row["n"], row[score], row["conditions"])
-        for row in at
-        if row["profile"] == profile and row[score] is not None
-    }
-    if not found:
-        raise NotFoundError(f"{asked.word} has no {score} accuracy as {profile!r}")
     return found

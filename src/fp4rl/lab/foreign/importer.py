@@ -89,8 +89,8 @@ def _arm(path: Path) -> str:
 
 
 def _refuse_other(run: RunFolder, described: Mapping[str, Any]) -> None:
-    known = run.result().get("imported") or {}
-    other = [name for name, value in described.items() if known.get(name) != value]
+    known = run.result().imported
+    other = [name for name, value in described.items() if getattr(known, name, None) != value]
     if other:
         raise InvalidValueError(
             f"{run.key} is here already with another {' and '.join(other)}; remove {run.path} to import it again"

@@ -86,12 +86,6 @@ def read_steps(log: Path) -> tuple[str, Joined]:
 def _validations(run: RunFolder) -> dict[int, float]:
     """Step -> strict accuracy at the precision the policy samples in; other profiles are no validation."""
     validations: dict[int, float] = {}
-    try:
-        evaluations = [(e["profile"]["name"], int(e["step"]), float(e["strict"])) for e in run.result()["evaluations"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidValueError(
-            f"{run.path / 'result.json'} is damaged: its evaluations cannot be read ({error!r})"
-        ) from None
     for name in ("full", "deployment"):  # the second overrides the first
-        validations |= {step: strict for profile, step, strict in evaluations if profile == name}
+        validations |= {e.step: e.strict for e in run.result().evaluations if e.profile.name == name}
     return validations

@@ -1,17 +1,21 @@
 """A finished run as one document, and the rows of the index that are made from it."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fp4rl.lab.damage import damage_named
+from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
+from fp4rl.lab.runs import Run, read_run
 from fp4rl.spec.digest import digest
+from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.records import Sites, read_evidence, read_result
 from fp4rl.spec.task import SCORES
 
 Row = dict[str, Any]
@@ -26,48 +30,62 @@ class Document:
     """Everything that the ledger keeps of one run. `content` is the SHA-256 of its `result.json`.
 
     `items`: answers and solved problems of each evaluation; the answers themselves stay in the folder. `files`: path,
-    bytes and SHA-256 of each file. `metrics`: step -> name -> value.
+    bytes and SHA-256 of each file.
     """
 
-    suite: str
-    run_id: str
+    run: Run
     content: str
-    spec: Row
-    sites_digest: str | None
-    result: Row
-    evidence: list[Row]
-    items: list[Row]
-    files: list[Row]
-    metrics: Mapping[Any, Mapping[str, Any]]
+    items: Sequence[Row] = ()
+    files: Sequence[Row] = ()
 
     @property
     def number(self) -> int:
         """The run's key in every table."""
-        return tables.run_number(self.suite, self.run_id)
+        return tables.run_number(self.run.suite, self.run.run_id)
 
     @property
     def experiment(self) -> Row:
         """Digests of the spec without its seed, and of its task and model; empty for a foreign log."""
-        described = {key: value for key, value in self.spec.items() if key != "seed"}
-        parts = {name: digest(described.get(name)) for name in ("task", "model")}
-        return {"experiment": digest(described), **parts} if self.spec else {}
+        parts = {name: digest(self.run.described.get(name)) for name in ("task", "model")}
+        return {"experiment": self.run.experiment, **parts} if self.run.spec else {}
+
+    def as_json(self) -> Row:
+        """The record as it is kept, without the metrics."""
+        run = self.run
+        return {
+            "suite": run.suite,
+            "run_id": run.run_id,
+            "content": self.content,
+            "spec": run.spec,
+            "sites_digest": run.sites.digest,
+            "result": json_ready(run.result.as_json()),
+            "evidence": [json_ready({"kind": line.kind} | line.as_json()) for line in run.lines],
+            "items": self.items,
+            "files": self.files,
+        }
+
+
+def read_document(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Document:
+    """What `as_json` gave, with the metrics (step -> name -> value, "nan" for a number that is none)."""
+    lines = map(read_evidence, record["evidence"])
+    run = Run(
+        suite=record["suite"],
+        run_id=record["run_id"],
+        spec=record["spec"],
+        result=read_result(record["result"]),
+        lines=tuple(line for line in lines if line is not None),
+        sites=Sites(digest=record["sites_digest"]),
+        curves={int(step): {name: float(value) for name, value in row.items()} for step, row in metrics.items()},
+    )
+    return Document(run, record["content"], record["items"], record["files"])
 
 
 def document_of(folder: RunFolder) -> Document:
     """Read a run's folder. Raises `NotFoundError` for a run that is not finished, `Damaged` for an unreadable one."""
-    if not folder.finished:
-        folder.result()
+    run = read_run(folder)
     with damage_named(folder.path):
-        result, spec, evidence = folder.result(), folder.spec(), folder.evidence()
-        if spec and result.get("spec_digest") not in (None, digest(spec)):  # YAML that lost its end can still be YAML
-            raise ValueError("spec.yaml is not what its result was computed from")
-        if not all(isinstance(line.get("kind"), str) for line in evidence):
-            raise ValueError("evidence.jsonl has a line without its kind")
-        if not isinstance(sites := folder.sites().get("digest"), str | None):
-            raise ValueError("sites.json has a digest that is no text")
         items = [_counted(folder, step, profile) for step, profile in folder.item_sets()]
-        names = (folder.suite, folder.run_id, content_of(folder))
-        return Document(*names, spec, sites, result, evidence, items, _files(folder), folder.metrics())
+        return Document(run, content_of(folder), items, _files(folder))
 
 
 def content_of(folder: RunFolder) -> str:
@@ -103,9 +121,9 @@ def write(connection: Connection, document: Document) -> None:
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     put: Any = dialect.insert(tables.runs).values(row)
     connection.execute(put.on_conflict_do_update(index_elements=["id"], set_=row))
-    record = asdict(document)
+    metrics = json_ready(document.run.curves)
     new = {
-        tables.documents: [{"run": document.number, "metrics": record.pop("metrics"), "record": record}],
+        tables.documents: [{"run": document.number, "metrics": metrics, "record": document.as_json()}],
         tables.evaluations: _evaluation_rows(document),
     }
     for table, rows in new.items():
@@ -115,29 +133,29 @@ def write(connection: Connection, document: Document) -> None:
 
 
 def _run_row(document: Document) -> Row:
-    result, imported = document.result, document.result.get("imported")
+    run, result = document.run, document.run.result
     return {
         "id": document.number,
-        "suite": document.suite,
-        "run_id": document.run_id,
-        "arm": result.get("arm") or document.run_id,
+        "suite": run.suite,
+        "run_id": run.run_id,
+        "arm": run.arm,
         **dict.fromkeys(("experiment", "task", "model")),
         **document.experiment,
-        **{name: result.get(name) for name in ("seed", "code_digest", "steps_asked", "steps_done")},
-        "imported": imported is not None,
-        "status": imported.get("status") if imported is not None else None,
+        **{name: getattr(result, name) for name in ("seed", "code_digest", "steps_asked", "steps_done")},
+        "imported": result.imported is not None,
+        "status": result.imported.status if result.imported is not None else None,
         "content": document.content,
     }
 
 
 def _evaluation_rows(document: Document) -> list[Row]:
     """One a step and profile; a step that was evaluated twice counts as it was evaluated last."""
-    rows = [_evaluation_row(evaluation, document.number) for evaluation in document.result.get("evaluations") or ()]
+    rows = [evaluation_row(one) | {"run": document.number} for one in document.run.result.evaluations]
     return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 
-def _evaluation_row(evaluation: Row, number: int) -> Row:
-    profile = evaluation.get("profile") or {}
-    scores = {name: evaluation.get(name) for name in ("n", *SCORES, "mean_length")}
-    key = {"run": number, "step": evaluation["step"], "profile": profile.get("name") or "full"}
-    return key | {"last": bool(evaluation.get("last")), "conditions": profile} | scores
+def evaluation_row(evaluation: Evaluation) -> Row:
+    """An evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
+    names = ("step", "last", "n", *SCORES, "mean_length")
+    scores = {name: getattr(evaluation, name) for name in names}
+    return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, Row
+from fp4rl.lab.ledger.document import Document, Row, read_document
+from fp4rl.lab.ledger.store import open_ledger
+from fp4rl.lab.runs import Run
 from fp4rl.lab.statistics.seeds import Spread, pooled
+from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents
@@ -97,7 +101,7 @@ def documents_of(connection: Connection, ids: Sequence[int], *, metrics: bool = 
     read: dict[int, Document] = {}
     for some in _chunks(ids):
         for row in connection.execute(select(*columns).where(documents.c.run.in_(some))):
-            read[row.run] = Document(**row.record, metrics=row.metrics if metrics else {})
+            read[row.run] = read_document(row.record, row.metrics if metrics else {})
     return read
 
 
@@ -126,6 +130,19 @@ def spread_of_repeats(connection: Connection, task: str, model: str) -> Spread |
     return pooled([100 * share for share in group] for group in repeats(connection, task, model))
 
 
+def known_spread(address: str | Path, run: Run) -> Spread | None:
+    """The same out of the ledger at `address`; None where none is there."""
+    if isinstance(address, Path) and not address.is_file():
+        return None
+    with open_ledger(address) as ledger, ledger.reading() as connection:
+        return spread_of_run(connection, run)
+
+
+def spread_of_run(connection: Connection, run: Run) -> Spread | None:
+    """The spread of repeats of a run's task and model, in points; None without any."""
+    return spread_of_repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
+
+
 def known_spreads(connection: Connection, like: str | None = None) -> list[tuple[str, Spread]]:
     """(task on model, spread in points) of all that has repeats; with `like` only those of that run's kind."""
     kinds = select(runs.c.task, runs.c.model, func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
@@ -135,7 +152,7 @@ def known_spreads(connection: Connection, like: str | None = None) -> list[tuple
     for task, model, number in connection.execute(kinds.group_by(runs.c.task, runs.c.model).order_by("task", "model")):
         spread = spread_of_repeats(connection, task, model)
         if spread is not None and spread.sd > 0:
-            spec = documents_of(connection, [number])[number].spec
+            spec = documents_of(connection, [number])[number].run.spec
             spreads.append((f"{_name(spec.get('task'))} on {_name(spec.get('model'))}", spread))
     return spreads
 

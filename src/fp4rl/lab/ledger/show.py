@@ -1,51 +1,75 @@
-"""Everything that the ledger and the run's folder tell of one run, as plain values."""
+"""Everything that the run's folder and the ledger tell of one run."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import Connection
 
-from fp4rl.lab.compare.evidence import gaps
 from fp4rl.lab.folders import RunFolder
-from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Row
-from fp4rl.lab.ledger.query import documents_of, find_run, rows_of_runs
+from fp4rl.lab.ledger.document import Row, evaluation_row
+from fp4rl.lab.ledger.query import documents_of, find_run
+from fp4rl.lab.runs import Run, read_run
 from fp4rl.spec.errors import NotFoundError
 
 
-def about(connection: Connection, word: str) -> Row:
-    """The run that `word` names, its spec, evaluations, evidence (and what is missing in it), curves, items and files.
+@dataclass(frozen=True)
+class About:
+    """A run, its row in the ledger's index, how many answers each evaluation has, and its files."""
 
-    Raises as `find_run` does.
-    """
+    run: Run
+    index: Row
+    items: Sequence[Row]
+    files: Sequence[Row]
+
+    @property
+    def curves(self) -> dict[str, Row]:
+        """Name -> first, last, lowest, highest; None where a value was not a number."""
+        return _curves(self.run.curves.values())
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Kind of evidence -> how many lines there are."""
+        return dict(Counter(line.kind for line in self.run.lines))
+
+    def as_dict(self) -> Row:
+        """Plain values for a program."""
+        run, result = self.run, self.run.result
+        return {
+            "run": self.run_row(),
+            "spec": run.described,
+            "evaluations": [evaluation_row(evaluation) for evaluation in result.evaluations],
+            "gaps": run.gaps,
+            "warnings": run.warnings,
+            "evidence_lines": self.lines,
+            "metrics": self.curves,
+            "items": self.items,
+            "artefacts": self.files,
+        }
+
+    def run_row(self) -> Row:
+        """The run itself, as plain values."""
+        result = self.run.result
+        named = ("id", "suite", "run_id", "arm", "seed", "experiment", "code_digest", "steps_asked", "steps_done")
+        return {name: self.index[name] for name in (*named, "content")} | {
+            "spec_digest": result.spec_digest,
+            "sites_digest": self.run.sites.digest,
+            "wall_s": result.wall_s,
+            "versions": result.versions,
+            "evidence": result.evidence.as_json(),
+            "imported": None if result.imported is None else result.imported.as_json(),
+        }
+
+
+def about(connection: Connection, root: Path, word: str) -> About:
+    """The run that `word` names, out of its folder below `root` or else the ledger. Raises as `find_run` does."""
     index = find_run(connection, word)
+    folder = RunFolder(root / index["suite"] / index["run_id"])
     document = documents_of(connection, [index["id"]], metrics=True)[index["id"]]
-    result, lines = document.result, document.evidence
-    summary, imported = result.get("evidence") or {}, result.get("imported")
-    evaluations = rows_of_runs(connection, tables.evaluations, [index["id"]])
-    named = ("id", "suite", "run_id", "arm", "seed", "experiment", "code_digest", "steps_asked", "steps_done")
-    run = {name: index[name] for name in (*named, "content")} | {
-        "spec_digest": result.get("spec_digest"),
-        "sites_digest": document.sites_digest,
-        "wall_s": result.get("wall_s"),
-        "versions": result.get("versions") or {},
-        "evidence": summary,
-        "imported": imported,
-    }
-    foreign = ("it is a foreign log without evidence",)
-    return {
-        "run": run,
-        "spec": {key: value for key, value in document.spec.items() if key != "seed"},
-        "evaluations": [{name: value for name, value in row.items() if name != "run"} for row in evaluations],
-        "gaps": foreign if imported else gaps(document.spec, summary, lines, evaluations),
-        "warnings": [str(line.get("line")) for line in lines if line["kind"] == "warning"],
-        "evidence_lines": dict(Counter(line["kind"] for line in lines)),
-        "metrics": _curves(document.metrics.values()),
-        "items": document.items,
-        "artefacts": document.files,
-    }
+    run = read_run(folder) if folder.finished else document.run
+    return About(run, index, document.items, document.files)
 
 
 def answers(folder: RunFolder, problem: str) -> list[Row]:
@@ -65,13 +89,12 @@ def answers(folder: RunFolder, problem: str) -> list[Row]:
     return rows
 
 
-def _curves(steps: Iterable[Mapping[str, Any]]) -> dict[str, Row]:
+def _curves(steps: Iterable[Mapping[str, float]]) -> dict[str, Row]:
     """Name -> first, last, lowest, highest; None where a value was not a number."""
     values: dict[str, list[float | None]] = {}
     for step in steps:
         for name, value in step.items():
-            number = float(value)  # also of "nan" and "inf"
-            values.setdefault(name, []).append(None if math.isnan(number) else number)
+            values.setdefault(name, []).append(None if math.isnan(value) else value)
     return {name: _curve(numbers) for name, numbers in sorted(values.items())}
 
 

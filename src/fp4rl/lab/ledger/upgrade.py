@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import Connection, MetaData, select, text
 
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, Row, write
+from fp4rl.lab.ledger.document import Document, Row, read_document, write
 from fp4rl.spec.errors import InvalidValueError
 
 _OLD = ("experiments", "runs", "metrics", "evaluations", "evidence", "artefacts")
@@ -71,6 +71,5 @@ def _old_document(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]])
     lines = [row["content"] for row in sorted(of_run["evidence"], key=lambda row: row["line"])]
     named = spec | {"seed": run["seed"]} if spec else {}
     digest, files = run["sites_digest"], of_run["artefacts"]
-    return Document(
-        run["suite"], run["run_id"], "", named, digest, result, lines, [], files, dict(sorted(metrics.items()))
-    )
+    record = {"suite": run["suite"], "run_id": run["run_id"], "content": "", "spec": named, "sites_digest": digest}
+    return read_document(record | {"result": result, "evidence": lines, "items": [], "files": files}, metrics)

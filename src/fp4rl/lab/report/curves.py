@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fp4rl.lab.report.runs import Run
+from fp4rl.lab.suites import SuiteRun
 
 MOST_POINTS = 300
 
@@ -23,7 +23,7 @@ class Curve:
     seeds: int
 
 
-def curve(arm: str, metric: str, runs: Iterable[Run], scale: float = 1.0) -> Curve | None:
+def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -> Curve | None:
     """The curve over the arm's runs that count, times `scale`; None where none of them logged the metric."""
     logged = [_finite(run, metric, scale) for run in runs if run.planned.arm == arm and run.counts]
     logged = [values for values in logged if values]
@@ -36,7 +36,7 @@ def curve(arm: str, metric: str, runs: Iterable[Run], scale: float = 1.0) -> Cur
     return Curve(arm, metric, x, mean, low, high, len(logged))
 
 
-def _finite(run: Run, metric: str, scale: float) -> dict[int, float]:
+def _finite(run: SuiteRun, metric: str, scale: float) -> dict[int, float]:
     found = {step: values[metric] for step, values in run.curves.items() if metric in values}
     return {step: scale * value for step, value in found.items() if math.isfinite(value)}
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp4rl.lab.report.collect import SuiteReport
-from fp4rl.lab.report.runs import Profile
 from fp4rl.lab.report.scores import Score
 from fp4rl.rl.profiles import precision_named
+from fp4rl.spec.evidence import Profile
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import describe
 from fp4rl.spec.injection import Injection
@@ -63,8 +63,9 @@ def _nothing_acted(precision: str | None) -> bool:
 
 def versions(report: SuiteReport) -> list[Row]:
     """Library -> the versions that the finished runs name."""
-    names = dict.fromkeys(name for run in report.finished for name in run.versions)
-    return [(name, sorted({run.versions[name] for run in report.finished if name in run.versions})) for name in names]
+    tables = [run.run.result.versions for run in report.finished if run.run is not None]
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [(name, sorted({table[name] for table in tables if name in table})) for name in names]
 
 
 def _formats(profile: str, experiment: Experiment) -> str:

@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fp4rl.lab.folders import Record
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, format_words
-from fp4rl.lab.report.evidence import Evidence, phase_of
-from fp4rl.lab.report.runs import Run
+from fp4rl.lab.report.evidence import RunEvidence, phase_of, pooled_evidence
+from fp4rl.lab.suites import SuiteRun
+from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.modes import PHASES
 from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS
+from fp4rl.spec.records import PlannedSite
 from fp4rl.spec.words import counted
 
 _ORDER: dict[str, int] = {phase: order for order, phase in enumerate(PHASES)}
@@ -31,18 +32,18 @@ class ArmEvidence:
 def evidence_of(report: SuiteReport, arm: str) -> ArmEvidence:
     """Everything that an arm's finished runs recorded, missing facts named as such."""
     runs = [run for run in report.finished if run.planned.arm == arm]
-    shown = next((run.evidence for run in runs if run.evidence and run.evidence.plans), None)
+    facts = [pooled_evidence(run.run) for run in runs if run.run is not None]
+    shown = next((one for one in facts if one.plans), None)
     return ArmEvidence(
         arm=arm,
         heads=[f"seed {run.planned.seed}" for run in runs],
-        rows=list(_rows(runs)) if runs else [],
+        rows=list(_rows(runs, facts)) if runs else [],
         sites=[_site(shown, plan) for plan in shown.plans] if shown else [],
-        left_out=[[str(row.get("site")), str(row.get("reason"))] for row in shown.left_out] if shown else [],
+        left_out=[[row.site, row.reason] for row in shown.left_out] if shown else [],
     )
 
 
-def _rows(runs: Sequence[Run]) -> Iterator[Row]:
-    facts = [run.evidence for run in runs if run.evidence is not None]
+def _rows(runs: Sequence[SuiteRun], facts: Sequence[RunEvidence]) -> Iterator[Row]:
     yield "enters the means", ["yes" if run.counts else f"no: {'; '.join(run.gaps)}" for run in runs]
     yield "sites quantized", [_known(e.sites) for e in facts]
     if any(e.sites_digest for e in facts):
@@ -61,7 +62,7 @@ def _rows(runs: Sequence[Run]) -> Iterator[Row]:
     yield "duration", ["-" if run.wall_s is None else f"{run.wall_s:.0f} s" for run in runs]
 
 
-def _rounding_rows(facts: Sequence[Evidence], injection: Injection | None) -> Iterator[Row]:
+def _rounding_rows(facts: Sequence[RunEvidence], injection: Injection | None) -> Iterator[Row]:
     """Calls, share changed and error of every phase and point that the spec asks for or some run recorded."""
     found = [{(r.phase, r.point): r for r in e.roundings} for e in facts]
     seen = dict.fromkeys(key for rows in found for key in rows)
@@ -91,7 +92,7 @@ def _asked(injection: Injection | None) -> Iterator[tuple[str, str]]:
             yield from ((phase, point) for phase in getattr(injection.apply_during, point))
 
 
-def _noise_rows(facts: Sequence[Evidence]) -> Iterator[Row]:
+def _noise_rows(facts: Sequence[RunEvidence]) -> Iterator[Row]:
     if not any(e.noise for e in facts):
         return
     peaks = [max(e.noise, key=lambda step: step.asked, default=None) for e in facts]
@@ -107,32 +108,31 @@ def _noise_rows(facts: Sequence[Evidence]) -> Iterator[Row]:
         yield "  sigma never reached", [", ".join(f"{v:.3g}" for v in e.noise_missed) or "none" for e in facts]
 
 
-def _site(evidence: Evidence, plan: dict[str, object]) -> list[str]:
+def _site(evidence: RunEvidence, plan: PlannedSite) -> list[str]:
     """Site, shape, formats, and by phase how often it was called and what rounding did to its operands."""
-    name = str(plan.get("site"))
-    shape = plan.get("shape")
-    size = " x ".join(str(n) for n in shape) if isinstance(shape, list) else ""
-    points = [f"{point} {format_words(plan[point])}" for point in FORMAT_POINTS if point in plan]
-    phases: dict[str, list[Record]] = {}
-    for row in (row for row in evidence.site_rows if row.get("site") == name):
+    size = " x ".join(map(str, plan.shape))
+    formats = [(point, getattr(plan, point)) for point in FORMAT_POINTS]
+    points = [f"{point} {format_words(fmt)}" for point, fmt in formats if fmt is not None]
+    phases: dict[str, list[Injected]] = {}
+    for row in (row for row in evidence.site_rows if row.site == plan.site):
         phases.setdefault(phase_of(row), []).append(row)
-    return [name, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
+    return [plan.site, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
 
 
-def _in_phase(phase: str, rows: list[Record]) -> str:
-    calls = max(int(row.get("calls", 0)) for row in rows)
-    errors = [f"{r.get('point')} {_share(r['relative_error'])}" for r in rows if r.get("relative_error") is not None]
+def _in_phase(phase: str, rows: list[Injected]) -> str:
+    calls = max(row.calls for row in rows)
+    errors = [f"{row.point} {_share(row.relative_error)}" for row in rows if row.relative_error is not None]
     return ", ".join([f"{phase} {calls:,} calls", *errors])
 
 
-def _master(evidence: Evidence) -> str:
-    if evidence.master_unharmed is None:
+def _master(evidence: RunEvidence) -> str:
+    if evidence.masters_unchanged is None:
         return NOT_RECORDED
-    word = "unharmed" if evidence.master_unharmed else "HARMED"
+    word = "unchanged" if evidence.masters_unchanged else "CHANGED"
     return f"{word}, {counted(evidence.master_checks, 'check')}"
 
 
-def _live(evidence: Evidence) -> str:
+def _live(evidence: RunEvidence) -> str:
     if evidence.live_difference is None:
         return NOT_RECORDED
     if evidence.live_difference == 0:
@@ -140,14 +140,14 @@ def _live(evidence: Evidence) -> str:
     return f"differs by {evidence.live_difference:g}"
 
 
-def _health(evidence: Evidence) -> str:
+def _health(evidence: RunEvidence) -> str:
     """The worst state of the run, its alarms by name, and how often it was rolled back."""
     if evidence.health is None:
         return NOT_RECORDED
-    alarms = [f"{alarm.get('check')} at step {alarm.get('step')}" for alarm in evidence.health.get("alarms") or ()]
-    rollbacks = evidence.health.get("rollbacks") or 0
+    alarms = [f"{alarm.check} at step {alarm.step}" for alarm in evidence.health.alarms]
+    rollbacks = evidence.health.rollbacks
     again = [f"rolled back {rollbacks} x, at a lower learning rate"] if rollbacks else []
-    return "; ".join([str(evidence.health.get("state")), *alarms, *again])
+    return "; ".join([evidence.health.state, *alarms, *again])
 
 
 def _known(value: object) -> str:

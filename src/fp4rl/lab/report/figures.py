@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.curves import Curve, curve
-from fp4rl.lab.report.evidence import NoiseStep
-from fp4rl.lab.report.questions import Question
-from fp4rl.lab.report.runs import Run
+from fp4rl.lab.report.evidence import NoiseStep, pooled_evidence
 from fp4rl.lab.report.scores import Score
+from fp4rl.lab.suites import SuiteRun
 from fp4rl.pages.page import DASHES, SYMBOLS, Figure, Trace, in_rows, line, marks, over_steps
 
 # title, metric, scale, unit
@@ -45,7 +45,7 @@ def accuracy(report: SuiteReport) -> Figure | None:
     return Figure("accuracy", "", f"Accuracy at the last step: {words}", data, layout)
 
 
-def answers(questions: Sequence[Question]) -> Figure | None:
+def answers(questions: Sequence[Answer]) -> Figure | None:
     """One row per question: the difference with its interval, and the margin where one was fixed."""
     judged = [(f"question {i}", q) for i, q in enumerate(questions, 1) if q.verdict is not None]
     if not judged:
@@ -82,8 +82,8 @@ def _sigma(report: SuiteReport) -> Figure | None:
     return Figure("sigma", title, f"Sigma asked and realised of {', '.join(words)}", data, layout)
 
 
-def _noise(run: Run) -> list[NoiseStep]:
-    return [step for step in run.evidence.noise if step.asked > 0] if run.evidence else []
+def _noise(run: SuiteRun) -> list[NoiseStep]:
+    return [step for step in pooled_evidence(run.run).noise if step.asked > 0] if run.run is not None else []
 
 
 def _noise_traces(number: int, arm: str, steps: Sequence[NoiseStep]) -> list[Trace]:
@@ -114,7 +114,7 @@ def _score_traces(score: Score, number: int) -> Iterable[Trace]:
     ):
         if group:
             yield marks(
-                [s.end.strict for s in group if s.end is not None],
+                [s.after for s in group if s.after is not None],
                 [score.name] * len(group),
                 "dots",
                 number,
@@ -126,7 +126,7 @@ def _score_traces(score: Score, number: int) -> Iterable[Trace]:
         yield _interval(score.after.value, score.after.low, score.after.high, score.name, number)
 
 
-def _answer_traces(name: str, question: Question) -> Iterable[Trace]:
+def _answer_traces(name: str, question: Answer) -> Iterable[Trace]:
     verdict = question.verdict
     assert verdict is not None
     yield _interval(verdict.difference, verdict.low, verdict.high, name, None)

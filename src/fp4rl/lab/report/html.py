@@ -45,7 +45,7 @@ def render(report: SuiteReport) -> str:
         learning=curves,
         accuracy=scores,
         answers=asked,
-        has_margin=any(question.asked.margin for question in report.questions),
+        has_margin=any(question.question.margin for question in report.questions),
         has_noise=any(figure.id == "sigma" for figure in curves),
         evidence=[evidence_of(report, arm) for arm in report.arms],
         differences=arm_differences(report),

@@ -5,15 +5,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
-from fp4rl.lab.report.questions import Question
-from fp4rl.lab.report.runs import Run
+from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.lab.statistics.seeds import variance
+from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.words import counted
 
 
-def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Question]) -> tuple[str, ...]:
+def notes(runs: Sequence[SuiteRun], scores: Sequence[Score], questions: Sequence[Answer]) -> tuple[str, ...]:
     """In order: what is missing or does not count, then what the numbers rest on."""
     return tuple(
         line
@@ -35,7 +35,7 @@ def notes(runs: Sequence[Run], scores: Sequence[Score], questions: Sequence[Ques
     )
 
 
-def _missing(runs: Sequence[Run]) -> Iterator[str]:
+def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
     others = [run for run in runs if run.state != "finished"]
     damaged = [run for run in others if run.state == "damaged"]
     missing = [run for run in others if run.state != "damaged"]
@@ -45,13 +45,13 @@ def _missing(runs: Sequence[Run]) -> Iterator[str]:
         yield f"Partial: {len(runs) - len(others)} of {counted(len(runs), 'run')}; {named}."
 
 
-def _without_evidence(runs: Sequence[Run]) -> Iterator[str]:
+def _without_evidence(runs: Sequence[SuiteRun]) -> Iterator[str]:
     for run in runs:
         if run.gaps:
             yield f"Not comparable, left out of every mean: {_named([run])} ({'; '.join(run.gaps)})."
 
 
-def _stale(runs: Sequence[Run]) -> Iterator[str]:
+def _stale(runs: Sequence[SuiteRun]) -> Iterator[str]:
     stale = [run for run in runs if run.stale]
     if stale:
         finished = sum(run.state == "finished" for run in runs)
@@ -59,28 +59,28 @@ def _stale(runs: Sequence[Run]) -> Iterator[str]:
         yield f"Stale, computed by other code than this: {which}; `fp4rl run --rerun-stale` repeats them."
 
 
-def _ill(runs: Sequence[Run]) -> Iterator[str]:
+def _ill(runs: Sequence[SuiteRun]) -> Iterator[str]:
     """A run that the monitor ended or rolled back was not trained as its spec says."""
     for run in runs:
-        if run.stopped:
-            yield f"Ended early by the monitor: {_named([run])} ({run.stopped})."
-    back = [run for run in runs if run.evidence and (run.evidence.health or {}).get("rollbacks")]
+        if run.run is not None and run.run.result.stopped:
+            yield f"Ended early by the monitor: {_named([run])} ({run.run.result.stopped})."
+    back = [run for run in runs if run.run and (health := run.run.result.evidence.health) and health.rollbacks]
     if back:
         yield f"Rolled back by the monitor and continued at a lower learning rate: {_named(back)}."
 
 
-def _forewarned(runs: Sequence[Run]) -> Iterator[str]:
+def _forewarned(runs: Sequence[SuiteRun]) -> Iterator[str]:
     """What `fp4rl plan` says of the arms."""
     for line in spec_warnings({run.planned.arm: run.planned.experiment for run in runs}):
         yield f"Known beforehand: {line}."
 
 
-def _said(runs: Sequence[Run]) -> Iterator[str]:
+def _said(runs: Sequence[SuiteRun]) -> Iterator[str]:
     """What runs said aloud while they went on: the first line of a kind, whatever its numbers, and who said it."""
     first: dict[str, str] = {}
-    by_kind: dict[str, list[Run]] = {}
+    by_kind: dict[str, list[SuiteRun]] = {}
     for run in runs:
-        for line in run.evidence.warnings if run.evidence else ():
+        for line in run.run.warnings if run.run is not None else ():
             kind = re.sub(r"\d[\d.]*", "#", line)
             if line.startswith("rolled back"):
                 continue  # a note of its own
@@ -117,7 +117,7 @@ def _spread(scores: Sequence[Score]) -> Iterator[str]:
         yield f"Runs that differ in the seed alone spread by a standard deviation of {span}."
 
 
-def _clipping(runs: Sequence[Run]) -> Iterator[str]:
+def _clipping(runs: Sequence[SuiteRun]) -> Iterator[str]:
     updates = {run.planned.experiment.training.updates_per_step for run in runs}
     if updates == {1}:
         yield "One update is made from each rollout: the probability ratio is always 1, so clip-higher never acted."
@@ -126,7 +126,7 @@ def _clipping(runs: Sequence[Run]) -> Iterator[str]:
         yield f"{shown} updates are made from each rollout; clip-higher cut {100 * share:.2f} % of the tokens."
 
 
-def _dropped(runs: Sequence[Run]) -> Iterator[str]:
+def _dropped(runs: Sequence[SuiteRun]) -> Iterator[str]:
     dropped, batches = _mean_of(runs, "sampling/dropped_share"), _mean_of(runs, "sampling/gen_batches")
     if dropped and batches:
         yield (
@@ -135,7 +135,7 @@ def _dropped(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
-def _shared_start(runs: Sequence[Run]) -> Iterator[str]:
+def _shared_start(runs: Sequence[SuiteRun]) -> Iterator[str]:
     if len({run.planned.seed for run in runs}) > 1:
         yield (
             "All seeds start from the same model: the intervals cover the chance in training it, not other models, "
@@ -143,18 +143,18 @@ def _shared_start(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
-def _family(questions: Sequence[Question]) -> Iterator[str]:
+def _family(questions: Sequence[Answer]) -> Iterator[str]:
     if len(questions) > 1:
         yield f"The {len(questions)} questions are those that suite.yaml names, corrected as one family (Holm)."
 
 
-def _mean_of(runs: Iterable[Run], metric: str) -> float | None:
+def _mean_of(runs: Iterable[SuiteRun], metric: str) -> float | None:
     """Mean of a metric over steps and runs, not-a-number left out."""
     values = [step[metric] for run in runs for step in run.curves.values() if metric in step]
     finite = [value for value in values if math.isfinite(value)]
     return fmean(finite) if finite else None
 
 
-def _named(runs: Sequence[Run]) -> str:
+def _named(runs: Sequence[SuiteRun]) -> str:
     shown = [f"{run.planned.arm} seed {run.planned.seed}" for run in runs]
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

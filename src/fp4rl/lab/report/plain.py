@@ -1,15 +1,17 @@
 """The report as plain values for JSON."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fp4rl.lab.compare.difference import differences
+from fp4rl.lab.report.evidence import pooled_evidence
 
 if TYPE_CHECKING:
+    from fp4rl.lab.compare.comparison import Answer
     from fp4rl.lab.report.collect import SuiteReport
-    from fp4rl.lab.report.questions import Question
-    from fp4rl.lab.report.runs import Run
     from fp4rl.lab.report.scores import Score
+    from fp4rl.lab.runs import Run
+    from fp4rl.lab.suites import SuiteRun
 
 
 def as_dict(report: "SuiteReport") -> dict[str, object]:
@@ -27,12 +29,12 @@ def as_dict(report: "SuiteReport") -> dict[str, object]:
     }
 
 
-def _score(score: "Score") -> dict[str, Any]:
+def _score(score: "Score") -> dict[str, object]:
     means = ("before", "after", "flexible", "formatted", "formatted_before", "truncated")
     return {
         "arm": score.arm,
         "profile": score.profile,
-        "measured_under": [asdict(profile) for profile in score.profiles],
+        "measured_under": [profile.model_dump() for profile in score.profiles],
         "problems": score.problems,
         **{name: None if getattr(score, name) is None else asdict(getattr(score, name)) for name in means},
         "of_samples": {name: asdict(mean) for name, mean in score.of_samples.items()},
@@ -42,26 +44,26 @@ def _score(score: "Score") -> dict[str, Any]:
                 "run_id": s.run_id,
                 "counts": s.counts,
                 "stale": s.stale,
-                "before": None if s.start is None else s.start.strict,
-                "after": None if s.end is None else s.end.strict,
+                "before": s.before,
+                "after": s.after,
             }
             for s in score.by_seed
         ],
     }
 
 
-def _question(question: "Question") -> dict[str, Any]:
+def _question(answer: "Answer") -> dict[str, object]:
     return {
-        **question.asked.model_dump(mode="json"),
-        "word": question.word,
-        "sentence": question.sentence(),
-        "refused": list(question.refused),
-        "verdict": None if question.verdict is None else question.verdict.as_dict(),
+        **(answer.question.asked.model_dump(mode="json") if answer.question.asked else {}),
+        "word": answer.word,
+        "sentence": answer.sentence(),
+        "refused": list(answer.refused),
+        "verdict": None if answer.verdict is None else answer.verdict.as_dict(),
     }
 
 
-def _run(run: "Run") -> dict[str, Any]:
-    evidence = run.evidence
+def _run(run: "SuiteRun") -> dict[str, object]:
+    result = None if run.run is None else run.run.result
     return {
         "run_id": run.planned.run_id,
         "arm": run.planned.arm,
@@ -71,25 +73,28 @@ def _run(run: "Run") -> dict[str, Any]:
         "stale": run.stale,
         "code_digest": run.code_digest,
         "gaps": list(run.gaps),
-        "versions": dict(run.versions),
+        "versions": dict(result.versions) if result else {},
         "wall_s": run.wall_s,
-        "stopped": run.stopped,
-        "evidence": None
-        if evidence is None
-        else {
-            "sites": evidence.sites,
-            "sites_digest": evidence.sites_digest,
-            "roundings": [asdict(rounding) for rounding in evidence.roundings],
-            "noise": [asdict(step) for step in evidence.noise],
-            "master_checks": evidence.master_checks,
-            "master_unharmed": evidence.master_unharmed,
-            "live_difference": evidence.live_difference,
-            "health": evidence.health,
-        },
+        "stopped": result.stopped if result else None,
+        "evidence": None if run.run is None else _evidence(run.run),
     }
 
 
-def _arms(report: "SuiteReport") -> dict[str, Any]:
+def _evidence(run: "Run") -> dict[str, object]:
+    evidence = pooled_evidence(run)
+    return {
+        "sites": evidence.sites,
+        "sites_digest": evidence.sites_digest,
+        "roundings": [asdict(rounding) for rounding in evidence.roundings],
+        "noise": [asdict(step) for step in evidence.noise],
+        "master_checks": evidence.master_checks,
+        "master_unharmed": evidence.masters_unchanged,
+        "live_difference": evidence.live_difference,
+        "health": None if evidence.health is None else evidence.health.as_json(),
+    }
+
+
+def _arms(report: "SuiteReport") -> dict[str, object]:
     """Each arm's difference from the first one."""
     arms = [(name, experiment.model_dump(mode="json")) for name, experiment in report.arms.items()]
     return {

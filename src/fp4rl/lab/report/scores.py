@@ -7,8 +7,9 @@ from statistics import fmean
 
 from scipy import special
 
-from fp4rl.lab.report.runs import Measurement, Profile, Run
 from fp4rl.lab.statistics.seeds import variance
+from fp4rl.lab.suites import SuiteRun
+from fp4rl.spec.evidence import Evaluation, Profile
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,18 @@ class SeedScore:
     run_id: str
     counts: bool
     stale: bool
-    start: Measurement | None
-    end: Measurement | None
+    start: Evaluation | None
+    end: Evaluation | None
+
+    @property
+    def before(self) -> float | None:
+        """Strict accuracy before the first step, in points."""
+        return None if self.start is None else 100 * self.start.strict
+
+    @property
+    def after(self) -> float | None:
+        """Strict accuracy at the last step, in points."""
+        return None if self.end is None else 100 * self.end.strict
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Score:
     @property
     def values(self) -> tuple[float, ...]:
         """Strict accuracy at the last step in points, one value per run that counts."""
-        return tuple(s.end.strict for s in self.by_seed if s.counts and s.end is not None)
+        return tuple(s.after for s in self.by_seed if s.counts and s.after is not None)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
@@ -71,13 +82,13 @@ class Score:
     @property
     def problems(self) -> int | None:
         """Problems per run; None where the runs differ or there is none."""
-        found = {s.end.problems for s in self.by_seed if s.end is not None}
-        return found.pop() if len(found) == 1 else None
+        counts = {s.end.problems or s.end.n or 0 for s in self.by_seed if s.end is not None}
+        return counts.pop() if len(counts) == 1 else None
 
 
-def scores(runs: Iterable[Run]) -> tuple[Score, ...]:
+def scores(runs: Iterable[SuiteRun]) -> tuple[Score, ...]:
     """Every arm x profile that the runs were asked to be judged under, in the order of the suite."""
-    by_arm: dict[str, list[Run]] = {}
+    by_arm: dict[str, list[SuiteRun]] = {}
     for run in runs:
         by_arm.setdefault(run.planned.arm, []).append(run)
     return tuple(_score(arm, profile, group) for arm, group in by_arm.items() for profile in group[0].profiles)
@@ -97,33 +108,43 @@ def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Mean | None
     return Mean(mean, max(0.0, mean - half), min(100.0, mean + half), len(values))
 
 
-def _score(arm: str, profile: str, runs: list[Run]) -> Score:
+def _score(arm: str, profile: str, runs: list[SuiteRun]) -> Score:
     by_seed = tuple(
         SeedScore(
-            run.planned.seed, run.planned.run_id, run.counts, run.stale, run.at_start(profile), run.at_end(profile)
+            run.planned.seed,
+            run.planned.run_id,
+            run.counts,
+            run.stale,
+            run.run.start(profile),
+            run.run.evaluations().get(profile),
         )
         for run in runs
-        if run.state == "finished"
+        if run.run is not None
     )
     counted = [s for s in by_seed if s.counts]
     starts = [s.start for s in counted if s.start is not None]
     ends = [s.end for s in counted if s.end is not None]
+
+    def mean(evaluations: Iterable[Evaluation], name: str) -> Mean | None:
+        shares = [getattr(evaluation, name) for evaluation in evaluations]
+        return mean_over_seeds([100 * share for share in shares if share is not None])
+
     return Score(
         arm=arm,
         profile=profile,
         by_seed=by_seed,
-        before=mean_over_seeds([m.strict for m in starts]),
-        after=mean_over_seeds([m.strict for m in ends]),
-        flexible=mean_over_seeds([m.flexible for m in ends if m.flexible is not None]),
-        formatted=mean_over_seeds([m.formatted for m in ends if m.formatted is not None]),
-        formatted_before=mean_over_seeds([m.formatted for m in starts if m.formatted is not None]),
-        truncated=mean_over_seeds([m.truncated for m in ends if m.truncated is not None]),
+        before=mean(starts, "strict"),
+        after=mean(ends, "strict"),
+        flexible=mean(ends, "flexible"),
+        formatted=mean(ends, "formatted"),
+        formatted_before=mean(starts, "formatted"),
+        truncated=mean(ends, "truncated"),
         of_samples=_of_samples(ends),
     )
 
 
-def _of_samples(ends: Sequence[Measurement]) -> dict[str, Mean]:
+def _of_samples(ends: Sequence[Evaluation]) -> dict[str, Mean]:
     """`pass@k` and `mean@k` over seeds, where every run has them."""
     names = [name for name in ends[0].of_samples if all(name in m.of_samples for m in ends)] if ends else []
-    found = {name: mean_over_seeds([m.of_samples[name] for m in ends]) for name in names}
+    found = {name: mean_over_seeds([100 * m.of_samples[name] for m in ends]) for name in names}
     return {name: mean for name, mean in found.items() if mean is not None}

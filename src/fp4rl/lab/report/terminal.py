@@ -8,8 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.collect import SuiteReport
-from fp4rl.lab.report.questions import Question
 from fp4rl.lab.report.scores import Mean, Score
 from fp4rl.spec.evaluation import MATMUL_NOISE
 
@@ -87,7 +87,7 @@ def _row(name: str, score: Score, full: str, deployed: str) -> list[tuple[str, b
     ]
 
 
-def _questions(questions: tuple[Question, ...], wide: bool) -> Table:
+def _questions(questions: tuple[Answer, ...], wide: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), title="Questions, points [95 % over seeds, before correction]")
     table.title_justify = "left"
     table.title_style = "bold"
@@ -100,9 +100,9 @@ def _questions(questions: tuple[Question, ...], wide: bool) -> Table:
     table.add_column("verdict", overflow="fold", max_width=19 if wide else 14)
     for number, question in enumerate(questions, 1):
         verdict = question.verdict
-        cells = [str(number), question.asked.question, "-", "-"]
+        cells = [str(number), question.question.label, "-", "-"]
         p = "-"
-        if verdict is not None:
+        if verdict is not None and question.comparable:
             span = "" if verdict.low is None else f" [{verdict.low:+.1f}, {verdict.high:+.1f}]"
             cells[2:] = [f"{verdict.difference:+.1f}{span}", f"{verdict.seeds[0]} vs {verdict.seeds[1]}"]
             p = "-" if verdict.p_family is None else f"{verdict.p_family:.2g}"

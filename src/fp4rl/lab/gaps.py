@@ -1,0 +1,168 @@
+"""Does a run prove that its treatment happened? Every gap between what its spec asks for and what it recorded."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from fp4rl.spec.evidence import Acting, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
+from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, ApplyDuring
+from fp4rl.spec.records import Summary
+from fp4rl.spec.words import agreeing, counted
+
+Spec = Mapping[str, Any]
+_E = TypeVar("_E")
+
+_TRAINED_IN: tuple[Phase, ...] = ("rollout", "training")  # evaluations record their own precision, under a profile
+
+
+def gaps(
+    spec: Spec, summary: Summary, lines: Sequence[Evidence], evaluations: Sequence[Evaluation] | None = None
+) -> tuple[str, ...]:
+    """Empty for a run whose treatment is proven. `summary` stands in `result.json`, `lines` in `evidence.jsonl`.
+
+    `evaluations`: those of the result; None where they are not looked at.
+    """
+    if not summary.model_fields_set and not lines:
+        return ("it left no evidence",)
+    return (
+        *_injection_gaps(spec.get("injection"), summary, lines),
+        *_noise_gaps(spec.get("noise"), _of(lines, RolloutNoise)),
+        *_weight_gaps(summary, _of(lines, MasterCheck)),
+        *_live_gaps(_of(lines, LiveCheck)),
+        *_evaluation_gaps(lines),
+        *(_missing_evaluations(spec, evaluations) if evaluations is not None else ()),
+    )
+
+
+def _of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
+    return [line for line in lines if isinstance(line, kind)]
+
+
+def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
+    asked = {phase: _wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
+    if not any(asked.values()):
+        if summary.sites:
+            were = agreeing(summary.sites, "was", "were")
+            yield f"{counted(summary.sites, 'site')} {were} quantized, but its spec injects nothing"
+        return
+    if not summary.sites:
+        yield "no site is recorded as quantized"
+        return
+    for phase in _TRAINED_IN:
+        # Without what evaluations recorded: what was rounded there says nothing about the training.
+        rows = [row for row in _of(lines, Injected) if row.phase == phase and row.profile is None]
+        acting = [line for line in _of(lines, Acting) if line.phase == phase and line.profile is None]
+        if asked[phase]:
+            yield from _rounding_gaps(asked[phase], acting, rows, f"during {phase}")
+        elif any(row.calls for row in rows):
+            yield f"sites were rounded during {phase}, which its spec leaves out"
+    trained = any(asked[phase] for phase in PHASES if phase != "evaluation")
+    if not trained and not any(line.profile.sites_digest for line in _of(lines, Evaluation)):
+        yield "its spec injects in evaluations alone, and none was made under the injection"
+
+
+def _wanted(injection: Spec, phase: Phase) -> set[str]:
+    """The points and hardware errors that a spec's injection asks for in a phase."""
+    tables = [injection, *(injection.get("by_pattern") or ())]
+    points = {point for point in FORMAT_POINTS for table in tables if table.get(point) not in (None, "none", "keep")}
+    during = ApplyDuring.model_validate(injection.get("apply_during") or {}).active(phase)
+    errors = injection.get("errors") or () if "errors" in during else ()
+    named = {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
+    return {point for point in points if point in during} | named
+
+
+def _name(error: Spec) -> str:
+    return f"{error.get('kind', 'relative')}@{error.get('point', 'matmul')}/{error.get('when', 'forward')}"
+
+
+def _rounding_gaps(
+    points: Collection[str], acting: Sequence[Acting], rows: Sequence[Injected], where: str
+) -> Iterator[str]:
+    """What is missing. `acting` holds the run's own record of how many sites each point has, if it made one; without
+    it the sites are those of the rows, whatever they are.
+
+    A call is no rounding: each site must have been looked at, and no look may have found what rounding changes as it
+    was. The backward asks only some sites (a frozen weight has no gradient), and an error that meets no value that it
+    changes is one all the same, so these are asked for as a whole.
+    """
+    if points and not any(row.calls > 0 for row in rows):
+        yield f"no quantized call was counted {where}"
+        return
+    sites = {point: count for line in acting for point, count in line.points.items()}
+    for point in sorted({*points, *sites}):
+        own = [row for row in rows if row.point.partition(":")[0] == point]
+        seen = {row.site for row in own if (row.calls if row.looks is None else row.looks) > 0}
+        backward = point in GRADIENTS or point.endswith("/backward")
+        needed = 1 if backward else sites.get(point, max(1, len({row.site for row in own})))
+        if len(seen) < needed:
+            did = "was rounded" if point in FORMAT_POINTS else "acted"
+            yield f"{point} {did} at {len(seen)} of {counted(needed, 'site')} {where}"
+        idle = {row.site for row in own if point in FORMAT_POINTS and _idle(row)}
+        if idle:
+            yield f"rounding changed no {point} at {len(idle)} of {counted(max(needed, len(seen)), 'site')} {where}"
+        if point not in FORMAT_POINTS and own and not any(_positive(row.share_changed) for row in own):
+            yield f"{point} changed nothing {where}"
+
+
+def _idle(row: Injected) -> bool:
+    """Whether rounding left what it changes; runs of older code say no more than that nothing changed."""
+    return not _positive(row.share_changed) if row.missed is None else row.missed > 0
+
+
+def _noise_gaps(noise: Any, lines: Sequence[RolloutNoise]) -> Iterator[str]:
+    changed = any(_positive(line.share_changed) for line in lines)
+    if not isinstance(noise, Mapping):
+        if changed:
+            yield "noise was put on weights, but its spec asks for none"
+    elif not lines:
+        yield "its spec asks for noise, and none is recorded"
+    elif noise.get("control") == "sigma_zero":
+        if changed:
+            yield "the control without noise changed weights"
+    elif not changed:
+        yield "its noise was never effective: no weight changed in any rollout"
+
+
+def _weight_gaps(summary: Summary, lines: Sequence[MasterCheck]) -> Iterator[str]:
+    if not all(line.unchanged for line in lines) or summary.masters_unchanged is False:
+        yield "its master weights were changed"
+    elif not lines and not summary.masters_unchanged:
+        yield "no check of its master weights is recorded"
+    if summary.weights_changed is not None and not _positive(summary.weights_changed):
+        yield "training changed none of its weights"
+
+
+def _live_gaps(lines: Sequence[LiveCheck]) -> Iterator[str]:
+    if not lines:
+        yield "no check of its live policy against the saved one is recorded"
+    if any(_positive(line.max_difference) for line in lines):
+        yield "its live policy differed from the saved one"
+
+
+def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
+    """Evaluations under a site table of which not everything acted while the answers were made."""
+    for evaluation in _of(lines, Evaluation):
+        profile, step = evaluation.profile, evaluation.step
+        if profile.sites_digest is None:
+            continue
+        rows = [row for row in _of(lines, Injected) if (row.profile, row.step) == (profile.name, step)]
+        acting = [line for line in _of(lines, Acting) if (line.profile, line.step) == (profile.name, step)]
+        # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
+        points = {row.point for row in rows} or {"weight"}
+        yield from _rounding_gaps(points, acting, rows, f"while it was judged as {profile.name} at step {step}")
+
+
+def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """Profiles that the spec names and that were not measured at the last step: who knows what else is missing."""
+    asked = (spec.get("training") or {}).get("steps")
+    for profile in (spec.get("evaluation") or {}).get("profiles") or ():
+        last = next((one for one in evaluations if one.profile.name == profile and one.last), None)
+        if last is None:
+            yield f"no evaluation of {profile} at the last step"
+        elif asked is not None and last.step != asked:
+            yield f"its last evaluation of {profile} is of step {last.step}, not {asked}"
+
+
+def _positive(value: float | None) -> bool:
+    """Also for not-a-number, which proves nothing good."""
+    return value is not None and not value <= 0

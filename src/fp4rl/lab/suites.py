@@ -1,0 +1,113 @@
+"""A suite's folder: what its suite.yaml plans, and for each planned run how far it is and what it left."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fp4rl.lab.damage import Damaged, damage_named
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.matrix import PlannedRun, planned, single
+from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.runs import Curves, Run, read_run
+from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.experiment import Comparison, Experiment, Suite
+from fp4rl.spec.load import load_spec
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet), `damaged` or `finished`.
+
+    `stale`: other code than the present one computed it.
+    """
+
+    planned: PlannedRun
+    state: str
+    run: Run | None = None
+    stale: bool = False
+    damage: Damaged | None = None
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """Why a finished run is not comparable: evidence that its spec asks for and that is not there."""
+        return self.run.gaps if self.run is not None else ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether its numbers may enter a mean or a comparison."""
+        return self.run is not None and not self.run.gaps
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Every profile that its last step is to be evaluated under."""
+        asked = self.planned.experiment.evaluation
+        return (*asked.profiles, *asked.sweep)
+
+    @property
+    def curves(self) -> Curves:
+        """Step -> metric -> value."""
+        return self.run.curves if self.run is not None else {}
+
+    @property
+    def code_digest(self) -> str | None:
+        """Of the code that computed it."""
+        return self.run.result.code_digest if self.run is not None else None
+
+    @property
+    def wall_s(self) -> float | None:
+        """How long it took."""
+        return self.run.result.wall_s if self.run is not None else None
+
+
+@dataclass(frozen=True)
+class SuiteRuns:
+    """A suite as its folder shows it. `not_planned`: run folders that the present suite.yaml does not ask for."""
+
+    folder: Path
+    runs: tuple[SuiteRun, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    not_planned: tuple[str, ...] = ()
+    by_arm: dict[str, list[SuiteRun]] = field(default_factory=dict)
+
+
+def read_suite(folder: Path, arms: Iterable[str] | None = None) -> SuiteRuns:
+    """Read every planned run of a suite's folder, or those of some arms.
+
+    Raises `NotFoundError` where it is no suite's folder, and what the door raises for its suite.yaml.
+    """
+    described = _described(folder)
+    is_suite = isinstance(described, Suite)
+    plan = planned(described) if isinstance(described, Suite) else (single(described, folder.name),)
+    wanted = None if arms is None else set(arms)
+    runs = tuple(_read(run, RunFolder(folder / run.run_id)) for run in plan if wanted is None or run.arm in wanted)
+    by_arm: dict[str, list[SuiteRun]] = {}
+    for run in runs:
+        by_arm.setdefault(run.planned.arm, []).append(run)
+    comparisons = described.comparisons if isinstance(described, Suite) and is_suite else ()
+    return SuiteRuns(folder, runs, comparisons, _not_planned(folder, plan), by_arm)
+
+
+def _read(planned: PlannedRun, folder: RunFolder) -> SuiteRun:
+    if not folder.finished:
+        return SuiteRun(planned, "unfinished" if folder.path.is_dir() else "missing")
+    try:
+        with damage_named(folder.path):
+            run = read_run(folder)
+            return SuiteRun(planned, "finished", run, run.result.code_digest != code_digest())
+    except Damaged as error:
+        return SuiteRun(planned, "damaged", damage=error)
+
+
+def _described(folder: Path) -> Suite | Experiment:
+    file = folder / "suite.yaml"
+    if not file.is_file():
+        suites = [found.parent.name for found in folder.parent.glob("*/suite.yaml")]
+        cure = nearest(folder.name, suites) if suites else "; `fp4rl run` makes one"
+        raise NotFoundError(f"{folder}: no suite.yaml, so this is no suite's folder{cure}")
+    return load_spec(file)
+
+
+def _not_planned(folder: Path, plan: tuple[PlannedRun, ...]) -> tuple[str, ...]:
+    ids = {run.run_id for run in plan}
+    others = (other for other in folder.iterdir() if other.is_dir() and other.name not in ids)
+    return tuple(sorted(other.name for other in others if (other / "spec.yaml").is_file()))
