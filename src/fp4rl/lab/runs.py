@@ -13,7 +13,7 @@ from fp4rl.lab.damage import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.gaps import gaps
 from fp4rl.spec.digest import digest
-from fp4rl.spec.evidence import Evaluation, Evidence, Profile, Warned
+from fp4rl.spec.evidence import Evaluation, Evidence, Warned
 from fp4rl.spec.records import RunResult, Sites
 
 Curves = Mapping[int, Mapping[str, float]]
@@ -99,8 +99,11 @@ class Run:
         return own[-1].answers_digest if own else evaluation.answers_digest
 
 
-def read_run(folder: RunFolder) -> Run:
-    """Read a finished run. Raises `Damaged` for files that cannot be read, `NotFoundError` where it is not finished."""
+def read_run(folder: RunFolder, *, curves: bool = True) -> Run:
+    """Read a finished run, without its `curves` where they are not needed: they are the longest file.
+
+    Raises `Damaged` for files that cannot be read, `NotFoundError` where it is not finished.
+    """
     if not folder.finished:
         folder.result()
     with damage_named(folder.path):
@@ -114,11 +117,6 @@ def read_run(folder: RunFolder) -> Run:
             result=result,
             lines=folder.evidence(),
             sites=folder.sites(),
-            curves=folder.metrics(),
+            curves=folder.metrics() if curves else {},
             folder=folder,
         )
-
-
-def conditions(profile: Profile) -> dict[str, object]:
-    """All that a number depends on besides the weights, by name; None where it was not recorded."""
-    return {name: getattr(profile, name) for name in type(profile).model_fields if name != "name"}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from fp4rl.lab import criteria
 from fp4rl.lab.compare.checks import CrossChecks, cross_checks
@@ -164,7 +163,7 @@ def _spread(answers: Sequence[Answer], spread_of: Callable[[Run], Spread | None]
     return pooled(sides.values()) if single else None
 
 
-def _side_dict(side: Side) -> dict[str, Any]:
+def _side_dict(side: Side) -> dict[str, object]:
     return {
         "name": side.name,
         "suite": side.suite,
