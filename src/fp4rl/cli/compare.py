@@ -14,8 +14,9 @@ from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from fp4rl.lab.compare.checks import CrossChecks
     from fp4rl.lab.compare.comparison import Answer
     from fp4rl.lab.compare.sides import At, Side
     from fp4rl.lab.ledger.store import Ledger
@@ -124,21 +125,22 @@ def _print(answer: "Answer") -> None:
     indented(answer.verdict.why)
     if not answer.question.declared:
         indented("exploratory: no suite declared this question before its runs, so it stands alone")
-    checks = answer.checks
+    for line in _checks(answer.checks):
+        indented(line)
+
+
+def _checks(checks: "CrossChecks") -> "Iterator[str]":
+    """What the problems say, or why they say nothing."""
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
-        indented(f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}")
-        line = f"Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
-        indented(line)
+        yield f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}"
+        yield f"Multi-Bootstrap [{many.low:+.1f}, {many.high:+.1f}], p = {many.p:.2g} (cross-checks, no verdict)"
     if checks.unread:
-        runs = counted(len(checks.unread), "run")
-        screen.print(f"no cross-checks over problems: the folders of {runs} are not here", highlight=False)
+        yield f"no cross-checks over problems: the folders of {counted(len(checks.unread), 'run')} are not here"
     if checks.checkpoints:
         flips = checks.checkpoints
-        line = (
-            f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{counted(flips.lost, 'problem')}"
-        )
-        indented(f"{line}, p = {flips.p:.2g}")
+        lost = counted(flips.lost, "problem")
+        yield f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{lost}, p = {flips.p:.2g}"
 
 
 _MOST = 12

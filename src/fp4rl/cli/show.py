@@ -161,6 +161,8 @@ def _said(spec: Any) -> Any:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_plain, value)) or "none"
     if value is None:
         return "not recorded"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

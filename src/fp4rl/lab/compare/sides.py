@@ -95,7 +95,9 @@ def named_side(connection: Connection, root: Path, name: str, at: At, suite: str
     rows = _named(connection, word, suite)
     documents = documents_of(connection, [row["id"] for row in rows])
     folders = {row["id"]: RunFolder(root / row["suite"] / row["run_id"]) for row in rows}
-    runs = [read_run(folder, curves=False) if folder.finished else documents[key].run for key, folder in folders.items()]
+    runs = [
+        read_run(folder, curves=False) if folder.finished else documents[key].run for key, folder in folders.items()
+    ]
     return _side(name, rows[0]["suite"], runs, _profile(word, profile, runs, at), at)
 
 
