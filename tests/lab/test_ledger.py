@@ -165,9 +165,10 @@ def test_a_ledger_of_the_previous_schema_keeps_every_run_without_a_folder(opened
         "documents": 3,
     }
     with ledger.reading() as connection:
-        foreign, own = about(connection, "imported/verl"), about(connection, "trial/bf16-s0")
+        shown = [about(connection, ledger.root, name).as_dict() for name in ("imported/verl", "trial/bf16-s0")]
         row = find_run(connection, "trial/bf16-s0")
         groups = repeats(connection, row["task"], row["model"])
+    foreign, own = shown
     assert (foreign["run"]["imported"]["status"], foreign["run"]["seed"]) == ("failed", 3)
     assert foreign["metrics"]["loss"] == {"count": 2, "first": 0.5, "last": 0.25, "lowest": 0.25, "highest": 0.5}
     assert own["evidence_lines"] == {"master": 1, "live_equals_fresh": 1}

@@ -143,11 +143,11 @@ class MasterCheck(Record):
     """Whether the master weights are bit for bit what they were before a phase, and their digest before it."""
 
     kind: Literal["master"] = Field("master", exclude=True)
-    phase: Phase
-    step: int
+    phase: Phase | None = None
+    step: int | None = None
     profile: str | None = None
     unchanged: bool = Field(alias="unharmed")
-    digest: str
+    digest: str | None = None
 
 
 class LayerNoise(Record):
