@@ -77,6 +77,11 @@ class Evaluation(Record):
     answers_digest: str | None = None
     of_samples: Mapping[str, Share] = Field(default_factory=dict)
 
+    def score(self, name: str) -> float | None:
+        """A score by its name; a further one than the three above stands with what several answers say."""
+        value: float | None = getattr(self, name) if name in type(self).model_fields else self.of_samples.get(name)
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _gathered(cls, content: Any) -> Any:

@@ -172,7 +172,7 @@ def _side_dict(side: Side) -> dict[str, object]:
                 "run": one.run.key,
                 "seed": one.run.seed,
                 "step": one.measured.step,
-                "share": getattr(one.measured, side.score),
+                "share": one.measured.score(side.score),
                 "gaps": one.run.gaps,
             }
             for one in side.runs

@@ -54,7 +54,7 @@ class Side:
     @property
     def points(self) -> tuple[float, ...]:
         """One accuracy per seed, in points."""
-        return tuple(100 * getattr(run.measured, self.score) for run in self.runs)
+        return tuple(100 * (run.measured.score(self.score) or 0.0) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class At:
     def of(self, run: Run, profile: str) -> Evaluation | None:
         """The run's evaluation under a profile, where it has this score."""
         found = run.evaluations(self.step).get(profile)
-        return found if found is not None and getattr(found, self.score) is not None else None
+        return found if found is not None and found.score(self.score) is not None else None
 
 
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:

@@ -156,6 +156,6 @@ def _evaluation_rows(document: Document) -> list[Row]:
 
 def evaluation_row(evaluation: Evaluation) -> Row:
     """An evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
-    names = ("step", "last", "n", *SCORES, "mean_length")
-    scores = {name: getattr(evaluation, name) for name in names}
+    scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length")}
+    scores |= {name: evaluation.score(name) for name in SCORES}
     return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}
