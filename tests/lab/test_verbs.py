@@ -338,7 +338,6 @@ def test_help_shows_an_example_without_importing_torch_or_scipy():
     code = """
 import sys
 from fp4rl.cli.main import main
-from planted.records import line
 for verb in ("runs", "show", "compare", "audit", "power", "ledger"):
     main([*([verb, "rebuild"] if verb == "ledger" else [verb]), "--help"])
 print([name for name in ("torch", "scipy", "sqlalchemy", "transformers") if name in sys.modules])
