@@ -167,7 +167,7 @@ def grouped(tensors: list[tuple[str, torch.Size]], values: int) -> Iterator[list
 
 def scan_child(place: str) -> None:
     """What `memory` measures, in a process of its own."""
-    from fp4rl.diagnose.stored import stored_weight_errors
+    from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.numerics.errors import pooled
 
     quiet()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fp4rl.cli.asked_profiles import asked_profiles
-from fp4rl.cli.eval import _asked_task, _described, _table
+from fp4rl.cli.eval import _asked_task, _described, _table, asked_profiles
 from fp4rl.spec.errors import InvalidValueError, UserError
+from fp4rl.spec.evidence import Evaluation, Profile
 
 
 def summary(name, n, **more):
@@ -29,7 +29,8 @@ def summary(name, n, **more):
 @pytest.fixture
 def lines(capsys):
     def show(*summaries):
-        Console(width=80).print(_table("models/mine", list(summaries)))
+        found = [Evaluation(step=0, **{**s, "profile": Profile(**s["profile"])}) for s in summaries]
+        Console(width=80).print(_table("models/mine", found))
         return capsys.readouterr().out.splitlines()
 
     return show

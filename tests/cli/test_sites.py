@@ -31,7 +31,7 @@ def sites(capsys, monkeypatch):
 def test_the_embedded_model_in_14_places(sites):
     code, out, _ = sites("embedded", "--mode", "w4a4")
     assert code == 0
-    assert "14 places = 2 layers x 7" in out
+    assert "14 sites = 2 layers x 7" in out
     assert "lm_head" in out
     assert max(map(len, out.splitlines())) <= 100
 
@@ -47,8 +47,8 @@ def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_pat
     assert "w4a4 of values cast to bfloat16" in sites(file)[1]
     _, out, _ = sites(file, "--arm", "mixed")
     assert "mxfp8" in out
-    assert "21 places = 3 layers x 7" in out
-    assert "28 places = 4 layers x 7" in sites(file, "model.embedded.num_layers=4")[1]
+    assert "21 sites = 3 layers x 7" in out
+    assert "28 sites = 4 layers x 7" in sites(file, "model.embedded.num_layers=4")[1]
     assert "nothing is rounded" in sites(file, "--arm", "plain")[1]
     assert "did you mean 'mixed'" in sites(file, "--arm", "mixd")[2]
 
@@ -59,7 +59,7 @@ def test_a_preset_takes_the_place_of_the_specs_own(sites, tmp_path):
     code, out, _ = sites(file, "--preset", "modelopt")
     assert code == 0
     assert "mxfp4 rceil" in out
-    assert "7 places = 1 layer x 7" in out
+    assert "7 sites = 1 layer x 7" in out
 
 
 def test_settings_of_a_format_errors_and_phases_are_in_words(sites):
@@ -126,7 +126,7 @@ def test_old_settings_are_written_as_a_fragment_that_a_spec_takes(sites, tmp_pat
         (["embedded", "--preset", "vlm"], "did you mean 'vllm'"),
         (["embedded", "x=1"], "is no spec file"),
         (["embedded", "--old", "error_type"], "KEY=VALUE"),
-        (["embedded", "--write", "x.yaml"], "no old setting is given"),
+        (["embedded", "--write", "x.yaml"], "no setting is given"),
         (["embedded", "--mode", "{weight: mxfp4, targets: {take: '*.qproj'}}"], "did you mean '*.q_proj'"),
         (["no/such/folder"], "does not exist"),
     ],

@@ -13,7 +13,7 @@ from fp4rl.diagnose.aqn import RULES as NOISE_RULES
 from fp4rl.diagnose.aqn import noise_multipliers
 from fp4rl.diagnose.findings import findings, rule_results, standing_out
 from fp4rl.diagnose.knapsack import Choice, knapsack
-from fp4rl.diagnose.rules import Measured, band, judge, meanings, rule_named
+from fp4rl.diagnose.rules import Measured, apply_rule, band, meanings, rule_named
 from fp4rl.diagnose.scan import scan
 from fp4rl.inject.resolve import resolve
 from fp4rl.noise.schedule import multiplier_at
@@ -107,19 +107,19 @@ def test_the_forks_relative_error_is_the_mean_of_ratios_and_stands_beside_ours()
     place = Measured("a weight", 0, tally.measures(), {})
     assert place.measures["mean_relative"] == pytest.approx(0.5)
     assert place.measures["relative_l1"] == pytest.approx(1 / 11)
-    assert judge(rule_named("relative_error", 0.4), [place]).flagged == ("a weight",)
-    assert judge(rule_named("relative_error", 0.6), [place]).flagged == ()
-    assert judge(rule_named("relative_l1", 0.4), [place]).flagged == ()
-    judged = [judge(rule_named(name), [place]) for name in ("sqnr", "relative_error", "relative_l1")]
+    assert apply_rule(rule_named("relative_error", 0.4), [place]).flagged == ("a weight",)
+    assert apply_rule(rule_named("relative_error", 0.6), [place]).flagged == ()
+    assert apply_rule(rule_named("relative_l1", 0.4), [place]).flagged == ()
+    judged = [apply_rule(rule_named(name), [place]) for name in ("sqnr", "relative_error", "relative_l1")]
     said = "relative_error: mean |e|/|w|, as the fork defines it; relative_l1: sum|e|/sum|w|"
     assert meanings(judged) == said
 
 
 def test_thresholds_are_configurable():
     place = Measured("a weight", 0, {"sqnr_db": 18.7}, {"sqnr_db": 18.86})
-    assert judge(rule_named("sqnr"), [place]).flagged == ("a weight",)
-    assert judge(rule_named("sqnr", 18.0), [place]).flagged == ()
-    assert judge(rule_named("sqnr", 18.0), [place]).advice == "no action"
+    assert apply_rule(rule_named("sqnr"), [place]).flagged == ("a weight",)
+    assert apply_rule(rule_named("sqnr", 18.0), [place]).flagged == ()
+    assert apply_rule(rule_named("sqnr", 18.0), [place]).advice == "no action"
     with pytest.raises(NotFoundError, match="did you mean 'sqnr'"):
         rule_named("snr")
 

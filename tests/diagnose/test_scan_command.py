@@ -295,5 +295,5 @@ def test_the_page_carries_the_advice_and_the_sites_of_a_finding(w4a4, trained):
     text = page(w4a4, advice)
     assert f"Advice: {advice.strategy}" in text
     assert all(escape(reason) in text for reason in advice.reasons)
-    assert any(found.places() for found in findings(w4a4))
-    assert all(found.places() in text for found in findings(w4a4))
+    assert any(found.named_sites() for found in findings(w4a4))
+    assert all(found.named_sites() in text for found in findings(w4a4))

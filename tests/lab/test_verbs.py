@@ -54,7 +54,7 @@ def test_runs_of_a_profile_are_counted_and_an_unknown_one_is_a_mistake(root: str
     assert "1 finished run " in shown
     assert "more" not in shown
     assert main(["runs", "--runs", root, "--profile", "ful"]) == 2
-    assert "no run was judged as 'ful'; did you mean 'full'" in capsys.readouterr().err
+    assert "no run was evaluated as 'ful'; did you mean 'full'" in capsys.readouterr().err
 
 
 def test_a_factor_that_is_no_key_is_a_mistake(root: str, capsys: pytest.CaptureFixture[str]):

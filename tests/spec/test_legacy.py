@@ -82,7 +82,7 @@ def test_gaussian_noise_on_a_weight_never_acted_and_is_refused():
 
 
 def test_the_old_default_target_is_refused():
-    with pytest.raises(InvalidValueError, match="harmed norms"):
+    with pytest.raises(InvalidValueError, match="norms"):
         translate({f"{OLD}enabled": True})
 
 
@@ -99,8 +99,8 @@ def test_switched_off_means_nothing():
         ({f"{OLD}injection_point": "wieght"}, "did you mean 'weight'"),
         ({"VERL_NOISY_OPS_ENABLED": "1", "VERL_NOISY_OPS_SACLE": "1"}, "did you mean 'SCALE'"),
         ({"VERL_NOISY_OPS_ENABLED": "1", "VERL_NOISY_OPS_TYPE": "uniform"}, "is unknown"),
-        ({"VERL_NOISY_OPS_ENABLED": "1", f"{OLD}enabled": "True"}, "harmed twice"),
-        ({"PATH": "/bin"}, "no old setting here"),
+        ({"VERL_NOISY_OPS_ENABLED": "1", f"{OLD}enabled": "True"}, "twice"),
+        ({"PATH": "/bin"}, "no setting of the verl fork"),
     ],
 )
 def test_what_cannot_be_read_is_refused(settings, cure):

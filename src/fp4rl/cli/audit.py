@@ -26,67 +26,67 @@ def command(
     from fp4rl.lab.audit.audit import audit
     from fp4rl.lab.audit.records import read_reports
 
-    found = audit(read_reports(file))
+    result = audit(read_reports(file))
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
         return
-    _print_pairs(found)
-    _print_silent(found)
+    _print_pairs(result)
+    _print_silent(result)
     if not brief:
-        _print_records(found)
+        _print_records(result)
 
 
-def _print_pairs(found: "Audit") -> None:
+def _print_pairs(result: "Audit") -> None:
     screen = console()
-    confounds = {one.record.id: one.confounds for one in found.records}
-    pairs, problems = counted(len(found.pairs), "comparison"), counted(found.problems, "problem")
+    confounds = {audited.record.id: audited.confounds for audited in result.records}
+    pairs, problems = counted(len(result.pairs), "comparison"), counted(result.problems, "problem")
     heading = f"{pairs} in points, 95 % intervals over {problems} (Newcombe)"
-    screen.print(styled((heading, "bold")), highlight=False)
-    screen.print("Each arm is one run: no comparison earns an effect word.", highlight=False)
-    if found.spread:
-        groups, sd, band = found.spread.groups, found.spread.sd, found.spread.band((1, 1))
+    screen.print(styled((heading, "bold")))
+    screen.print("Each arm is one run: no comparison earns an effect word.")
+    if result.spread:
+        groups, sd, band = result.spread.groups, result.spread.sd, result.spread.band((1, 1))
         repeats = f"Runs that turned out to be repeats ({counted(groups, 'group')})"
         line = f"{repeats} have a standard deviation of {sd:.2f} points:"
-        screen.print(f"{line} 95 % of pairs of equal runs differ by less than {band:.1f} points.", highlight=False)
-    for one in found.pairs:
-        share, pair = one.difference, one.pair
+        screen.print(f"{line} 95 % of pairs of equal runs differ by less than {band:.1f} points.")
+    for audited in result.pairs:
+        share, pair = audited.difference, audited.pair
         accuracies = f"{pair.treatment.final_accuracy:.2f} against {pair.control.final_accuracy:.2f}"
         interval = f"{100 * share.value:+.1f} [{100 * share.low:+.1f}, {100 * share.high:+.1f}]"
-        screen.print(f"\n{pair.treatment.id} against {pair.control.id} ({pair.factor}): {accuracies}", highlight=False)
-        _indented(f"{interval}, {_p(share.p)}, after Holm {_p(one.p_family)}")
+        screen.print(f"\n{pair.treatment.id} against {pair.control.id} ({pair.factor}): {accuracies}")
+        _indented(f"{interval}, {_p(share.p)}, after Holm {_p(audited.p_family)}")
         both = dict.fromkeys((*confounds[pair.treatment.id], *confounds[pair.control.id]))
-        _indented("; ".join([*_remarks(one), *(text for text in both if text != ONE_RUN)]))
+        _indented("; ".join([*_remarks(audited), *(text for text in both if text != ONE_RUN)]))
 
 
-def _remarks(one: "AuditedPair") -> list[str]:
+def _remarks(audited: "AuditedPair") -> list[str]:
     """What the comparison really compares."""
-    remarks = ["the same treatment twice: its noise was never effective"] if one.replicates else []
-    if not one.replicates and one.pair.factor == "noise" and one.noise.state != "effective":
-        remarks.append(f"noise: {one.noise.state}")
-    if one.inside_band:
+    remarks = ["the same treatment twice: its noise was never effective"] if audited.replicates else []
+    if not audited.replicates and audited.pair.factor == "noise" and audited.noise.state != "effective":
+        remarks.append(f"noise: {audited.noise.state}")
+    if audited.inside_band:
         remarks.append("no larger than equal runs differ")
-    return [*remarks, *one.pair.differs]
+    return [*remarks, *audited.pair.differs]
 
 
-def _print_silent(found: "Audit") -> None:
+def _print_silent(result: "Audit") -> None:
     reasons: dict[str, list[str]] = {}
-    for one in found.records:
-        if one.noise.state == "never effective":
-            reasons.setdefault("; ".join(one.noise.reasons), []).append(one.record.id)
+    for audited in result.records:
+        if audited.noise.state == "never effective":
+            reasons.setdefault("; ".join(audited.noise.reasons), []).append(audited.record.id)
     count = sum(len(ids) for ids in reasons.values())
-    console().print(styled((f"\n{counted(count, 'arm')} whose noise was never effective", "bold")), highlight=False)
+    console().print(styled((f"\n{counted(count, 'arm')} whose noise was never effective", "bold")))
     for reason, ids in reasons.items():
-        console().print(", ".join(ids), highlight=False)
+        console().print(", ".join(ids))
         _indented(reason)
 
 
-def _print_records(found: "Audit") -> None:
-    console().print(styled((f"\n{len(found.records)} records", "bold")), highlight=False)
-    for one in found.records:
-        final = "no result" if one.record.final_accuracy is None else f"{one.record.final_accuracy:.2f} %"
-        console().print(f"{one.record.id}: {final}; noise: {one.noise.state}", highlight=False)
-        news = one.noise.reasons if one.noise.state == "not as named" else ()
-        _indented("; ".join((*news, *one.confounds)))
+def _print_records(result: "Audit") -> None:
+    console().print(styled((f"\n{len(result.records)} records", "bold")))
+    for audited in result.records:
+        final = "no result" if audited.record.final_accuracy is None else f"{audited.record.final_accuracy:.2f} %"
+        console().print(f"{audited.record.id}: {final}; noise: {audited.noise.state}")
+        news = audited.noise.reasons if audited.noise.state == "not as named" else ()
+        _indented("; ".join((*news, *audited.confounds)))
 
 
 def _indented(text: str) -> None:

@@ -110,7 +110,7 @@ def _print(answer: "Answer") -> None:
         screen.print(Padding(styled(*parts), (0, 0, 0, 2), expand=False))  # a long line wraps below itself
 
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
-    screen.print(styled((label, "bold")), highlight=False)
+    screen.print(styled((label, "bold")))
     for side in (answer.treatment, answer.control):
         indented(f"{side.name}: {_side(side, with_table=_one_label(answer))}")
     for objection in answer.objections[:_MOST]:

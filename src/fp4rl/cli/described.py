@@ -79,7 +79,7 @@ def asked_task(name: str | None, data: Path | None) -> dict[str, str]:
         raise InvalidValueError(f"--task {shown(name)}: no such task{nearest(name, TASKS)}")
     keys = TASKS[name].file_keys()
     if data is not None and not keys:
-        others = " or ".join(f"--task {other}" for other, found in TASKS.items() if found.file_keys())
+        others = " or ".join(f"--task {other}" for other, task in TASKS.items() if task.file_keys())
         raise InvalidValueError(f"--data {data}: the {name} task makes its own problems; add {others}")
     if data is None and keys and TASKS[name].model_fields[keys[0]].is_required():
         raise InvalidValueError(f"--task {name} needs --data FILE: {TASKS[name].model_fields[keys[0]].description}")

@@ -60,7 +60,6 @@ class Display:
         if event.stage == STOPPING:
             self._console.print(
                 "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once",
-                highlight=False,
             )
             return
         if event.line is not None:
@@ -73,14 +72,14 @@ class Display:
             self._done[event.run_id] = event.done + _AROUND / 2
         if not self._console.is_terminal and time.monotonic() - self._last_beat > _BEAT_S:
             self._last_beat = time.monotonic()
-            self._console.print("; ".join(map(self._doing, self._active.values())), highlight=False, soft_wrap=True)
+            self._console.print("; ".join(map(self._doing, self._active.values())), soft_wrap=True)
 
     def _say(self, run_id: str, line: str) -> None:
         """Once a run and kind of line, whatever the numbers in it; a line that several runs share once for all."""
         kind = run_id, re.sub(r"\d[\d.]*", "#", line)
         if kind not in self._said and line not in self._lines:
             run = self._runs[run_id]
-            self._console.print(styled(("warning", "yellow"), f": {run.arm}, seed {run.seed}: {line}"), highlight=False)
+            self._console.print(styled(("warning", "yellow"), f": {run.arm}, seed {run.seed}: {line}"))
         self._said.add(kind)
         self._lines.add(line)
 
@@ -102,11 +101,11 @@ class Display:
         if outcome.error is not None:
             said = f" {run.arm}, seed {run.seed}: {outcome.error}"
             how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
-            self._console.print(styled(how, said), highlight=False)
+            self._console.print(styled(how, said))
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)
-            self._console.print(f"finished {run.arm}, seed {run.seed} ({rest})", highlight=False)
+            self._console.print(f"finished {run.arm}, seed {run.seed} ({rest})")
 
     def _picture(self) -> RenderableType:
         table = Table(box=None, padding=(0, 1), show_edge=False)

@@ -1,17 +1,23 @@
-"""`fp4rl eval`: judge a Hugging Face model folder on a task, at a named precision."""
+"""`fp4rl eval`: evaluate a Hugging Face model folder on a task, at a named precision."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fp4rl.cli.options import AsJson, require_writable
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import InvalidValueError, shown
+from fp4rl.spec.evaluation import MATMUL_NOISE
+from fp4rl.spec.load import read_yaml
+from fp4rl.spec.plain_yaml import plain_values
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fp4rl.spec.evidence import Evaluation
     from fp4rl.spec.experiment import Experiment
 
@@ -86,23 +92,24 @@ def command(
     names = judge.precisions()
     with progress(console(stderr=True)) as bar:
         places = {name: bar.add_task(name, total=len(problems)) for name in names}
-        found = list(judge.run(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done)))
+        evaluations = list(
+            judge.run(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done))
+        )
     if out is not None:
-        _write(out, [(e.profile.name, asdict(item)) for e in found for item in e.items])
+        _write(out, [(e.profile.name, asdict(item)) for e in evaluations for item in e.items])
     if as_json:
-        print_json([e.summary().as_json() for e in found])
+        print_json([e.summary().as_json() for e in evaluations])
         return
-    console().print(_table(str(model), [e.summary() for e in found], _cut_from(data, test_path, spec.split)))
+    console().print(_table(str(model), [e.summary() for e in evaluations], _cut_from(data, test_path, spec.split)))
     for name, measured in names.items():
         if note := batch_note(measured.injection, "evaluation"):
-            console().print(f"{name}: {note} ({judge.decoding.batch_size} answers here)", highlight=False)
+            console().print(f"{name}: {note} ({judge.decoding.batch_size} answers here)")
 
 
 def _described(
     model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
 ) -> "Experiment":
     """The experiment whose evaluation is asked for; mistakes are found before torch is imported."""
-    from fp4rl.cli.asked_profiles import asked_profiles
     from fp4rl.spec.experiment import Experiment
     from fp4rl.spec.load import parse
     from fp4rl.spec.task_registry import TASKS
@@ -144,32 +151,24 @@ def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | No
     return None if data is None else f"problems: the {split} split, the tenth of {data} that its questions' hash picks"
 
 
-def _table(title: str, summaries: "list[Evaluation]", problems: str | None = None) -> Table:
+def _table(title: str, summaries: "list[Evaluation]", problems: str | None = None) -> "Table":
     from fp4rl.lab.statistics.proportions import wilson
 
-    table = Table(
-        title=f"{title}: shares in %",
-        title_justify="left",
-        caption="\n".join([_caption(summaries), *([problems] if problems else [])]),
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.caption_justify = "left"
     # pass@1 is the mean accuracy, which stands under `strict`
     passed = list(
         dict.fromkeys(name for s in summaries for name in s.of_samples if name.startswith("pass@") and name != "pass@1")
     )
-    for name in ("precision", "n", "strict", "flexible", "format", "cut", "tokens", *passed):
-        table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
+    rows = []
     for s in summaries:
         n = _problems(s)  # several answers to one problem are no independent trials
         low, high = wilson(round(s.strict * n), n)
         strict = f"{100 * s.strict:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         shares = (s.flexible, s.formatted, s.truncated)
         cells = [s.profile.name, str(n), strict, *(f"{100 * (share or 0.0):.1f}" for share in shares)]
-        table.add_row(*cells, f"{s.mean_length or 0.0:.1f}", *(f"{100 * s.of_samples[name]:.1f}" for name in passed))
-    return table
+        rows.append([*cells, f"{s.mean_length or 0.0:.1f}", *(f"{100 * s.of_samples[name]:.1f}" for name in passed)])
+    numbers = (f"{name}>" for name in ("n", "strict", "flexible", "format", "cut", "tokens", *passed))
+    caption = "\n".join([_caption(summaries), *([problems] if problems else [])])
+    return table("precision=", *numbers, rows=rows, title=f"{title}: shares in %", caption=caption)
 
 
 def _caption(summaries: "list[Evaluation]") -> str:
@@ -224,3 +223,48 @@ def _write(out: Path, rows: list[tuple[str, dict[str, object]]]) -> None:
 
     with whole(out) as partial:
         parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)
+
+
+def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
+    """The keys `profiles` and `injections` of an evaluation.
+
+    A word is the name of a profile, a YAML file that holds an injection (an experiment, a run's `spec.yaml`, what
+    `fp4rl scan --advise` wrote, or an injection alone), or NAME=FILE or NAME={mapping}.
+    """
+    names, own = [], dict[str, Any]()
+    for word in words:
+        name, equals, what = word.partition("=")
+        if word.startswith(MATMUL_NOISE) or not (equals or _is_file(word)):
+            names.append(word)
+            continue
+        name, what = (name, what) if equals else (_name_of(Path(word)), word)
+        if name in own:
+            raise InvalidValueError(f"--precision {word}: {name!r} is named twice; write NAME=FILE")
+        own[name] = _injection(word, what)
+        names.append(name)
+    return {"profiles": names, "injections": own}
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def _name_of(file: Path) -> str:
+    """Every run's description is called spec.yaml, so its folder tells more."""
+    return file.resolve().parent.name if file.stem == "spec" else file.stem
+
+
+def _injection(word: str, what: str) -> Any:
+    if not _is_file(what):
+        content = plain_values(what, shown(what), "try '{weight: mxfp4, input: mxfp8}'")
+        if not isinstance(content, dict):
+            raise InvalidValueError(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
+        return content
+    content = read_yaml(what)
+    if "arms" in content:
+        raise InvalidValueError(
+            f"--precision {word}: a suite has many injections; name the spec.yaml of one of its runs"
+        )
+    if content.get("injection", content) is None:
+        raise InvalidValueError(f"--precision {word}: {what} injects nothing, which is the profile full")
+    return content.get("injection", content)

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fp4rl.cli.options import AsJson
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
@@ -67,22 +68,13 @@ def _list(as_json: bool) -> None:
         modes = {mode.name: mode.meaning for mode in MODES.values()}
         print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes, "presets": presets})
         return
-    table = Table(
-        "format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB", box=None, pad_edge=False
-    )
-    for fmt in FORMATS.values():
-        table.add_row(
-            *(fmt.name, _bits(fmt.bits_per_value), fmt.element.name, _block(fmt), SCALES[fmt.scale]),
-            *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{_ideal(fmt)['sqnr_db']:.1f}"),
-        )
+    names = ("format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB")
     screen = console()
-    screen.print(table)
+    screen.print(table(*names, rows=map(_row, FORMATS.values())))
     screen.print(styled(("\nGrids", "bold"), ": the magnitudes that an element can hold, in units of its scale"))
-    screen.print(_grids(), highlight=False)
-    screen.print(
-        styled(("\nModes", "bold"), ": formats of all linear layers at once, as `injection: w4a4` or `--mode w4a4`")
-    )
-    screen.print(_modes(), highlight=False)
+    screen.print(_grids())
+    screen.print(styled(("\nModes", "bold"), ": formats of all linear layers at once, as `injection: w4a4`"))
+    screen.print(table("", "", rows=((mode.name, mode.meaning) for mode in MODES.values())))
     screen.print(styled(("\nPresets", "bold"), ": what a deployment target does to MX formats, weights | inputs"))
     screen.print(_presets())
     screen.print(
@@ -91,28 +83,26 @@ def _list(as_json: bool) -> None:
     )
 
 
+def _row(fmt: Format) -> tuple[str, ...]:
+    """One format in the list of all."""
+    return (
+        *(fmt.name, _bits(fmt.bits_per_value), fmt.element.name, _block(fmt), SCALES[fmt.scale]),
+        *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{_ideal(fmt)['sqnr_db']:.1f}"),
+    )
+
+
 def _grids() -> Table:
-    table = Table("element", "codes", "magnitudes", box=None, pad_edge=False)
-    for element in dict.fromkeys(fmt.element for fmt in FORMATS.values()):
-        if element.bits <= 8:
-            table.add_row(element.name, str(2 * len(element.grid())), _grid(element.grid(), ends=4))
-    return table
-
-
-def _modes() -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for mode in MODES.values():
-        table.add_row(mode.name, mode.meaning)
-    return table
+    elements = [e for e in dict.fromkeys(fmt.element for fmt in FORMATS.values()) if e.bits <= 8]
+    rows = ((e.name, str(2 * len(e.grid())), _grid(e.grid(), ends=4)) for e in elements)
+    return table("element", "codes", "magnitudes", rows=rows)
 
 
 def _presets() -> Table:
-    table = Table("preset", "weights", "inputs", "source", box=None, pad_edge=False)
-    for preset in PRESETS.values():
-        weights = f"{preset.weight_rule}, {preset.weight_rounding}"
-        inputs = f"{preset.input_rule}, {preset.input_rounding}"
-        table.add_row(preset.name, weights, inputs, preset.source)
-    return table
+    rows = (
+        (p.name, f"{p.weight_rule}, {p.weight_rounding}", f"{p.input_rule}, {p.input_rounding}", p.source)
+        for p in PRESETS.values()
+    )
+    return table("preset", "weights", "inputs", "source", rows=rows)
 
 
 def _show_one(fmt: Format, as_json: bool) -> None:
@@ -120,11 +110,8 @@ def _show_one(fmt: Format, as_json: bool) -> None:
         print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "presets": dict(_under_presets(fmt))})
         return
     screen = console()
-    screen.print(styled((fmt.name, "bold"), f"  {_bits(fmt.bits_per_value)} bits a value"), highlight=False)
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in _in_words(fmt):
-        facts.add_row(key, value)
-    screen.print(facts)
+    screen.print(styled((fmt.name, "bold"), f"  {_bits(fmt.bits_per_value)} bits a value"))
+    screen.print(table("", "", rows=_in_words(fmt)))
     screen.print(_details(fmt))
 
 
@@ -153,18 +140,14 @@ def _formula(fmt: Format) -> str:
 
 
 def _details(fmt: Format) -> Group:
-    ideal = Table("error on ideal Gaussian data", "", box=None, pad_edge=False)
-    for key, value in _ideal(fmt).items():
-        ideal.add_row(key, f"{value:.4g}")
-    parts = [ideal]
+    ideal = ((key, f"{value:.4g}") for key, value in _ideal(fmt).items())
+    parts = [table("error on ideal Gaussian data", "", rows=ideal)]
     if fmt == MXFP4:
-        rules = Table("scale rule", "exponent", "ideal dB", box=None, pad_edge=False)
-        for rule, decibels in MXFP4_RULES_DB.items():
-            rules.add_row(rule, _formula(replace(fmt, scale_rule=rule)), f"{decibels:.2f}")
-        parts.append(rules)
-    under = Table("preset", "weights", "inputs", box=None, pad_edge=False)
-    for name, sides in _under_presets(fmt):
-        under.add_row(name, sides["weight"], sides["input"])
+        rules = MXFP4_RULES_DB.items()
+        rows = ((rule, _formula(replace(fmt, scale_rule=rule)), f"{decibels:.2f}") for rule, decibels in rules)
+        parts.append(table("scale rule", "exponent", "ideal dB", rows=rows))
+    sides = ((name, both["weight"], both["input"]) for name, both in _under_presets(fmt))
+    under = table("preset", "weights", "inputs", rows=sides)
     return Group(*(item for part in (*parts, under) if part.row_count for item in ("", part)))
 
 
@@ -200,15 +183,13 @@ def _compare(as_json: bool) -> None:
     if as_json:
         print_json([{"format": label, "bits_per_value": bits, "errors": errors} for label, bits, errors in rows])
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("format", "bits", *(kind.replace("_", " ") for kind in DATA)):
-        table.add_column(name, no_wrap=True)
-    for label, bits, errors in rows:
-        cells = (f"{100 * m['relative_l2']:5.2f} %  {m['sqnr_db']:4.1f}" for m in errors.values())
-        table.add_row(label, _bits(bits), *cells)
+    cells = (
+        (label, _bits(bits), *(f"{100 * m['relative_l2']:5.2f} %  {m['sqnr_db']:4.1f}" for m in errors.values()))
+        for label, bits, errors in rows
+    )
     screen = console()
-    screen.print(table, highlight=False)
-    screen.print("\nRoot mean square of the error over that of the values, and SQNR in dB.", highlight=False)
+    screen.print(table("format=", "bits=", *(f"{kind.replace('_', ' ')}=" for kind in DATA), rows=cells))
+    screen.print("\nRoot mean square of the error over that of the values, and SQNR in dB.")
     screen.print("512 x 2048 values of size 0.02, one size; the ideal dB of `fp4rl formats` is the mean of eight.")
     screen.print("heavy tailed: Student's t, 4 degrees. outlier channels: every 128th column 30 times as large.")
 

@@ -1,5 +1,6 @@
 """`fp4rl health`: is this run well? Judges a run of ours or an imported log with the monitor that watches live runs."""
 
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,10 +9,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fp4rl.cli.health_suite import COLOURS, require_logged, suite
 from fp4rl.cli.options import AsJson, RunsRoot
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, UserError, nearest
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.rl.health.findings import Finding
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from fp4rl.spec.health import Health
 
 _METRICS = "metrics.jsonl"
+COLOURS = {"not judged": "cyan", "ok": "green", "watch": "yellow", "alarm": "bold red", "unreadable": "bold red"}
 
 
 def command(
@@ -43,12 +46,12 @@ def command(
 
     Example: `fp4rl health runs/quickstart/RUN --rule 'stop if accuracy/rollout < 0.1 at step 20'`
     """
-    spec, place = _spec(rule or [], thresholds or []), _place(log, runs)
-    members = _runs_in(place)
+    spec, folder = _spec(rule or [], thresholds or []), _place(log, runs)
+    members = _runs_in(folder)
     if members:
-        suite(place, members, spec, as_json)
+        _suite(folder, members, spec, as_json)
     else:
-        _one(place, spec, as_json)
+        _one(folder, spec, as_json)
 
 
 def _one(log: Path, spec: "Health", as_json: bool) -> None:
@@ -59,7 +62,7 @@ def _one(log: Path, spec: "Health", as_json: bool) -> None:
 
     dialect, joined = read_steps(log)
     steps = joined.in_order()
-    require_logged(spec, steps)
+    _require_logged(spec, steps)
     monitor, said = replay(steps.items(), spec)
     title = readable(f"{log}: {len(steps)} step{'s' * (len(steps) != 1)} ({dialect})")
     if as_json:
@@ -85,8 +88,8 @@ def _place(log: Path, runs: Path) -> Path:
         return log
     if (runs / log).exists():
         return runs / log
-    found = sorted(runs.glob(f"{escape(str(log))}*/")) if ".." not in log.parts else []
-    return found[0] if len(found) == 1 else log
+    matches = sorted(runs.glob(f"{escape(str(log))}*/")) if ".." not in log.parts else []
+    return matches[0] if len(matches) == 1 else log
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -118,13 +121,69 @@ def _as_dict(title: str, monitor: "Monitor", said: list["Finding"]) -> dict[str,
 
 
 def _table(monitor: "Monitor") -> Table:
-    table = Table()
-    table.add_column("check", no_wrap=True)
-    table.add_column("at the end", no_wrap=True)
-    table.add_column("alarms", justify="right")
-    table.add_column("evidence", overflow="fold")
+    rows = []
     for finding in monitor.findings():
         alarms = sum(alarm.check == finding.check for alarm in monitor.alarms)
-        state = Text(finding.state, style=COLOURS[finding.state])
-        table.add_row(Text(finding.check), state, str(alarms or ""), Text(finding.evidence))
-    return table
+        rows.append((finding.check, _state(finding.state), str(alarms or ""), finding.evidence))
+    return table("check=", "at the end=", "alarms>", "evidence", rows=rows, lines=True)
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=COLOURS[state])
+
+
+@dataclass(frozen=True)
+class RunHealth:
+    """One run of a suite: where it stands at its end, and its first alarm or what keeps it from being read."""
+
+    run: str
+    steps: int
+    state: str
+    alarms: int
+    evidence: str
+
+
+def _suite(folder: Path, members: list[Path], spec: "Health", as_json: bool) -> None:
+    """Judge all runs. Raises CheckFailed where one had an alarm or cannot be read."""
+    results = [_run_health(member.relative_to(folder).as_posix(), member, spec) for member in members]
+    bad = [result for result in results if result.alarms or result.state == "unreadable"]
+    if as_json:
+        print_json({"suite": str(folder), "healthy": not bad, "runs": [vars(result) for result in results]})
+    else:
+        console().print(_suite_table(results))
+    if bad:
+        alarms = sum(result.alarms > 0 for result in bad)
+        unreadable = len(bad) - alarms
+        said = [f"{alarms} of {counted(len(results), 'run')} had an alarm"] if alarms else []
+        raise CheckFailed("; ".join(said + ([f"{counted(unreadable, 'run')} cannot be read"] if unreadable else [])))
+
+
+def _run_health(name: str, run: Path, spec: "Health") -> RunHealth:
+    from fp4rl.lab.foreign.reader import read_steps
+    from fp4rl.rl.health.monitor import replay
+
+    try:
+        steps = read_steps(run)[1].in_order()
+        _require_logged(spec, steps)
+    except (UserError, CheckFailed) as error:
+        return RunHealth(name, 0, "unreadable", 0, str(error))
+    monitor, _ = replay(steps.items(), spec)
+    worst = monitor.findings()[0]
+    first = str(monitor.alarms[0]) if monitor.alarms else str(worst) if worst.state == "watch" else ""
+    return RunHealth(name, len(steps), monitor.state, len(monitor.alarms), first)
+
+
+def _suite_table(results: list[RunHealth]) -> Table:
+    rows = ((run.run, str(run.steps), str(run.alarms or ""), _state(run.state), run.evidence) for run in results)
+    names = ("run=", "steps>", "alarms>", "at the end=", "first alarm, or what is watched")
+    return table(*names, rows=rows, lines=True)
+
+
+def _require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:
+    """A rule about a metric that the log does not have would never be broken."""
+    from fp4rl.rl.health.signals import signals_of
+
+    known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
+    for rule in spec.rules:
+        if rule.metric not in known:
+            raise NotFoundError(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")

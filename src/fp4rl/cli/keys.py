@@ -1,17 +1,18 @@
 """`fp4rl keys`: every key that an experiment or a suite may have, with its type, its default and what it means."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from fp4rl.cli.options import AsJson
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.errors import NotFoundError, nearest
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from fp4rl.spec.keys import Key
 
 
@@ -29,14 +30,14 @@ def command(
 
     whole = {"suite": described_keys(Suite), "scan": described_keys(ScanRequest)}
     every = [*described_keys(Experiment), *whole["suite"]]
-    asked = prefix.removeprefix("base.")  # the base holds an experiment's keys
-    found = whole.get(asked) or [key for key in every if _below(key, asked)]
-    if not found:
-        raise NotFoundError(f"no key is called {prefix!r}{_nearest(asked, every)}")
+    path = prefix.removeprefix("base.")  # the base holds an experiment's keys
+    chosen = whole.get(path) or [key for key in every if _below(key, path)]
+    if not chosen:
+        raise NotFoundError(f"no key is called {prefix!r}{_nearest(path, every)}")
     if as_json:
-        print_json([_row(key) for key in found])
+        print_json([_row(key) for key in chosen])
         return
-    _print(found)
+    _print(chosen)
 
 
 def _below(key: "Key", prefix: str) -> bool:
@@ -60,30 +61,25 @@ def _row(key: "Key") -> dict[str, Any]:
     }
 
 
-def _print(found: "list[Key]") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column("key", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    for key, begins in _with_breaks(found):
-        if begins:
-            table.add_row()
+def _print(keys: "list[Key]") -> None:
+    rows: list[tuple[str | Text, ...]] = []
+    for key, begins in _with_breaks(keys):
         said = [part for part in (styled(key.kind), _default(key), styled(key.meaning)) if part]
-        table.add_row(key.path, styled("; ").join(said))
-    console().print(table)
+        rows += [(), (key.path, styled("; ").join(said))] if begins else [(key.path, styled("; ").join(said))]
+    console().print(table("=", "", rows=rows))
 
 
-def _with_breaks(found: "list[Key]") -> "Iterator[tuple[Key, bool]]":
-    """Each key, and whether a new part of the experiment begins with it."""
+def _with_breaks(keys: "list[Key]") -> "Iterator[tuple[Key, bool]]":
+    """Each key, and whether a new part of the experiment, one of several keys, begins or ends with it."""
+    sizes = Counter(key.path.partition(".")[0] for key in keys)
     before = None
-    for key in found:
+    for key in keys:
         part = key.path.partition(".")[0]
-        yield key, before is not None and part != before
+        yield key, before is not None and part != before and max(sizes[part], sizes[before]) > 1
         before = part
 
 
-def _default(key: "Key") -> "Text":
+def _default(key: "Key") -> Text:
     if key.kind.startswith("keys"):
         return styled()
     if key.default is ...:
@@ -93,7 +89,7 @@ def _default(key: "Key") -> "Text":
 
 def _as_yaml(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_as_yaml(one)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {_as_yaml(item)}' for key, item in value.items())}}}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_as_yaml, value))}]"
     return (

@@ -36,17 +36,17 @@ def rebuild_ledger(
 
     _require_runs(runs)
     screen = console(stderr=True)
-    with open_ledger(place(runs, ledger), runs) as found, progress(screen) as bar:
+    with open_ledger(place(runs, ledger), runs) as store, progress(screen) as bar:
         task = bar.add_task("reading runs", total=None)
         count = rebuild(
-            found,
+            store,
             runs,
             drop_missing=drop_missing,
             on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
             on_damaged=leave_out,
         )
-        name = found.name
-    console().print(f"{counted(count, 'run')} recorded in {name}", highlight=False, soft_wrap=True)
+        name = store.name
+    console().print(f"{counted(count, 'run')} recorded in {name}", soft_wrap=True)
 
 
 @app.command("info")
@@ -59,18 +59,18 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
     from fp4rl.lab.ledger import tables
 
-    with opened(runs, ledger) as found, found.reading() as connection:
+    with opened(runs, ledger) as store, store.reading() as connection:
         counts = {
             table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
             for table in (tables.runs, tables.evaluations, tables.documents)
         }
-        name = found.name
+        name = store.name
     if as_json:
         print_json({"ledger": name, "schema": tables.SCHEMA, "rows": counts})
         return
-    console().print(f"{name}, schema {tables.SCHEMA}", highlight=False, soft_wrap=True)
+    console().print(f"{name}, schema {tables.SCHEMA}", soft_wrap=True)
     for table, count in counts.items():
-        console().print(f"  {count:>9,} {table}", highlight=False)
+        console().print(f"  {count:>9,} {table}")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The command line: one file a verb, one line an error, and three exit codes (0 fine, 1 check failed, 2 bad input)."""
 
 import ast
+import inspect
 import io
+import re
 import signal
 import sys
 from importlib import import_module
@@ -74,7 +76,8 @@ def _app(verb: str | None) -> typer.Typer:
     if hasattr(module, "app"):
         app.add_typer(module.app, name=verb)
     else:
-        app.command(name=verb, context_settings=getattr(module, "CONTEXT", None))(module.command)
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(module.command) or "")  # paragraphs wrap on the screen
+        app.command(name=verb, help=text, context_settings=getattr(module, "CONTEXT", None))(module.command)
     return app
 
 
@@ -82,9 +85,9 @@ def _first_line(verb: str) -> str:
     """What the verb's module says of itself, read without importing it: a list of verbs should cost nothing."""
     source = Path(__file__).with_name(f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
-    said = (ast.get_docstring(found[0]) if found else None) or ast.get_docstring(tree) or ""
-    return said.split("\n\n")[0].replace("\n", " ").replace("`", "")
+    commands = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
+    docstring = (ast.get_docstring(commands[0]) if commands else None) or ast.get_docstring(tree) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").replace("`", "")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,8 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, progress, ready_to_round
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.spec.errors import InvalidValueError
@@ -37,39 +36,38 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     ready_to_round()
     arms = {run.arm: run.experiment for run in reversed(runs)}
     first = runs[0].experiment
-    alike = {arm: found for arm, found in reversed(arms.items()) if _same_start(found, first)}
+    alike = {arm: experiment for arm, experiment in reversed(arms.items()) if _same_start(experiment, first)}
     task = first.task
     model, tokenizer = load(start_folder(first.model, task, root / "models"), first.model.dtype)
     pairs = [(p.prompt, p.solution) for p in task.problems("train", TEXTS)]
-    asked = sigma if sigma is not None else max(_greatest(found) for found in alike.values())
+    used_sigma = sigma if sigma is not None else max(_greatest(experiment) for experiment in alike.values())
     with progress(console(stderr=True)) as bar:
-        place = bar.add_task("draws", total=draws)
+        task_id = bar.add_task("draws", total=draws)
         losses = noise_losses(
             model,
             first.injection,
-            {arm: found.noise for arm, found in alike.items()},
+            {arm: experiment.noise for arm, experiment in alike.items()},
             calibrate_answers(tokenizer, pairs),
-            sigma=asked,
+            sigma=used_sigma,
             draws=draws,
-            on_progress=lambda done, _: bar.update(place, completed=done),
+            on_progress=lambda done, _: bar.update(task_id, completed=done),
         )
-    quiet_arm = next((arm for arm, found in alike.items() if found.noise is None), next(iter(alike)))
-    return {"sigma": asked, "draws": draws, "against": quiet_arm, "arms": _rows(losses, quiet_arm)}
+    quiet_arm = next((arm for arm, experiment in alike.items() if experiment.noise is None), next(iter(alike)))
+    return {"sigma": used_sigma, "draws": draws, "against": quiet_arm, "arms": _rows(losses, quiet_arm)}
 
 
-def show_losses(screen: "Console", found: dict[str, Any]) -> None:
+def show_losses(screen: "Console", losses: dict[str, Any]) -> None:
     """One row per arm; p after Holm over the arms."""
-    draws = f"sigma {found['sigma']:g}, {counted(found['draws'], 'draw')}"
-    title = f"loss of the answers without training, {draws}, against {found['against']}"
-    table = Table(title=title, title_justify="left")
-    for name in ("arm", "loss", "sd", "difference", "95 % interval", "p (Holm)"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for row in found["arms"]:
+    draws = f"sigma {losses['sigma']:g}, {counted(losses['draws'], 'draw')}"
+    title = f"loss of the answers without training, {draws}, against {losses['against']}"
+    rows = []
+    for row in losses["arms"]:
         cells = [row["arm"], f"{row['mean']:.4f}", f"{row['sd']:.4f}"]
         if row["difference"] is not None:
             cells += [f"{row['difference']:+.4f}", f"[{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p']:.2g}"]
-        table.add_row(*cells)
-    screen.print(table)
+        rows.append(cells)
+    names = ("loss>", "sd>", "difference>", "95 % interval>", "p (Holm)>")
+    screen.print(table("arm=", *names, rows=rows, title=title, lines=True))
 
 
 def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
@@ -81,26 +79,26 @@ def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
         paired = [value - base for value, base in zip(values, losses[against], strict=True)]
         if len(set(paired)) > 1:  # one sample against 0: Welch with a side that does not vary is the paired t-test
             tested[arm] = welch(paired, [0.0] * len(paired))
-    adjusted = dict(zip(tested, holm([found.p for found in tested.values()]), strict=True))
+    adjusted = dict(zip(tested, holm([difference.p for difference in tested.values()]), strict=True))
     rows = []
     for arm, values in losses.items():
         row: dict[str, Any] = {"arm": arm, "mean": fmean(values), "sd": stdev(values), "losses": values}
-        found = tested.get(arm)
+        difference = tested.get(arm)
         keys = ("difference", "low", "high", "p")
-        numbers = (found.value, found.low, found.high, adjusted[arm]) if found else (None,) * 4
+        numbers = (difference.value, difference.low, difference.high, adjusted[arm]) if difference else (None,) * 4
         rows.append(row | dict(zip(keys, numbers, strict=True)))
     return rows
 
 
-def _same_start(found: "Experiment", first: "Experiment") -> bool:
-    return (found.model, found.task, found.injection) == (first.model, first.task, first.injection)
+def _same_start(experiment: "Experiment", first: "Experiment") -> bool:
+    return (experiment.model, experiment.task, experiment.injection) == (first.model, first.task, first.injection)
 
 
-def _greatest(found: "Experiment") -> float:
-    if found.noise is None:
+def _greatest(experiment: "Experiment") -> float:
+    if experiment.noise is None:
         return 0.0
-    steps = found.training.steps
-    return max(asked_sigma(found.noise, step, steps) for step in range(steps))
+    steps = experiment.training.steps
+    return max(asked_sigma(experiment.noise, step, steps) for step in range(steps))
 
 
 def require_draws(draws: int | None, sigma: float | None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -31,44 +32,45 @@ def command(
     from fp4rl.lab.runner import split_finished
 
     described = described_by(spec, overrides or [])
-    found = runs_described(described, spec.stem)
-    finished, _ = split_finished(found, runs)
+    runs_planned = runs_described(described, spec.stem)
+    finished, _ = split_finished(runs_planned, runs)
     if as_json:
-        print_json([_row(run, run in finished) for run in found])
+        print_json([_row(run, run in finished) for run in runs_planned])
         return
     screen = console()
-    _print_what(screen, found[0].experiment)
-    _print_recipes(screen, found)
-    screen.print(what_interrupting_costs(found[0].experiment.training.save_freq), highlight=False)
+    _print_what(screen, runs_planned[0].experiment)
+    _print_recipes(screen, runs_planned)
+    screen.print(what_interrupting_costs(runs_planned[0].experiment.training.save_freq))
     _print_suite(screen, described)
-    _print_runs(screen, found, finished)
-    for line in warnings_of(found):
-        screen.print(styled(("warning", "yellow"), f": {line}"), highlight=False)
-    for line in missing_files(found):
-        screen.print(styled(("missing", "yellow"), f": {line}"), highlight=False)
+    _print_runs(screen, runs_planned, finished)
+    for line in warnings_of(runs_planned):
+        screen.print(styled(("warning", "yellow"), f": {line}"))
+    for line in missing_files(runs_planned):
+        screen.print(styled(("missing", "yellow"), f": {line}"))
 
 
-def _print_what(screen: "Console", one: "Experiment") -> None:
+def _print_what(screen: "Console", experiment: "Experiment") -> None:
     """What the first run trains; the arms say in which keys the others differ."""
-    recipe, judged = one.training, one.evaluation
-    model = one.model.path or f"the embedded model ({(one.model.embedded or Embedded()).hidden_size} wide)"
+    recipe, evaluation = experiment.training, experiment.evaluation
+    model = (
+        experiment.model.path or f"the embedded model ({(experiment.model.embedded or Embedded()).hidden_size} wide)"
+    )
     screen.print(
-        f"{recipe.algorithm} on {one.task.name}, {counted(recipe.steps, 'step')} of {recipe.train_batch_size} x "
-        f"{counted(recipe.rollout_n, 'answer')}, from {model}; judged on {counted(judged.count, 'problem')}",
-        highlight=False,
+        f"{recipe.algorithm} on {experiment.task.name}, {counted(recipe.steps, 'step')} of {recipe.train_batch_size} x "
+        f"{counted(recipe.rollout_n, 'answer')}, from {model}; evaluated on {counted(evaluation.count, 'problem')}",
     )
 
 
-def _print_recipes(screen: "Console", found: "Sequence[PlannedRun]") -> None:
+def _print_recipes(screen: "Console", runs: "Sequence[PlannedRun]") -> None:
     """Every number that decides what is learned, named or the algorithm's own; once for all arms that share them."""
     recipes: dict[str, dict[str, None]] = {}
-    for run in found:
+    for run in runs:
         recipe = run.experiment.training
         numbers = "; ".join(f"{key} {value}" for key, value in recipe.effective().items())
         recipes.setdefault(f"{recipe.algorithm} ({recipe.published.source}): {numbers}", {})[run.arm] = None
     for said, arms in recipes.items():
         of = f" of {', '.join(arms)}" if len(recipes) > 1 else ""
-        screen.print(f"recipe{of}: {said}", markup=False, highlight=False)
+        screen.print(f"recipe{of}: {said}")
 
 
 def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
@@ -78,22 +80,18 @@ def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:
 
     if not isinstance(described, Suite):
         return
-    arms = Table(title="arms", title_justify="left")
-    for name in ("arm", "differs from the base in"):
-        arms.add_column(name, overflow="fold")
-    for name, change in described.arms.items():
-        arms.add_row(name, _as_line(change))
-    screen.print(arms)
+    arms = ((name, _as_line(change)) for name, change in described.arms.items())
+    screen.print(table("arm", "differs from the base in", rows=arms, title="arms", lines=True))
     for key, values in described.axes.items():
-        screen.print(f"each with {key} = {', '.join(map(str, values))}", highlight=False)
+        screen.print(f"each with {key} = {', '.join(map(str, values))}")
     questions = Table.grid(padding=(0, 1))  # a long question wraps below itself
-    for number, asked in enumerate(described.comparisons, 1):
-        sides = f"{asked.treatment} against {asked.control}"
-        questions.add_row(f"{number}.", styled(f"{asked.question} ", (f"({sides})", "dim")))
+    for number, question in enumerate(described.comparisons, 1):
+        sides = f"{question.treatment} against {question.control}"
+        questions.add_row(f"{number}.", styled(f"{question.question} ", (f"({sides})", "dim")))
     if questions.row_count:
-        screen.print(questions, highlight=False)
+        screen.print(questions)
     if not described.comparisons:
-        screen.print("no comparisons: the report will show the arms side by side and say nothing", highlight=False)
+        screen.print("no comparisons: the report will show the arms side by side and say nothing")
 
 
 def _as_line(change: dict[str, Any]) -> str:
@@ -103,16 +101,10 @@ def _as_line(change: dict[str, Any]) -> str:
     return text[1:-1] or "-"
 
 
-def _print_runs(screen: "Console", found: "Sequence[PlannedRun]", finished: "Sequence[PlannedRun]") -> None:
-    from rich.table import Table
-
-    title = f"{found[0].suite}: {counted(len(found), 'run')}, {len(finished)} finished"
-    table = Table(title=title, title_justify="left")
-    for name in ("arm", "seed", "run", "state"):
-        table.add_column(name, justify="right" if name == "seed" else "left", overflow="fold")
-    for run in found:
-        table.add_row(run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do")
-    screen.print(table)
+def _print_runs(screen: "Console", runs: "Sequence[PlannedRun]", finished: "Sequence[PlannedRun]") -> None:
+    title = f"{runs[0].suite}: {counted(len(runs), 'run')}, {len(finished)} finished"
+    rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs)
+    screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
 
 
 def _row(run: "PlannedRun", finished: bool) -> dict[str, object]:

@@ -53,11 +53,11 @@ def command(
 
 def _print(needed: int, table: dict[int, float], basis: str) -> None:
     screen = console()
-    screen.print(styled((f"{counted(needed, 'seed')} an arm", "bold"), f", at a {basis}"), highlight=False)
+    screen.print(styled((f"{counted(needed, 'seed')} an arm", "bold"), f", at a {basis}"))
     for seeds, chance in table.items():
         mark = "  <-" if seeds == needed else ""
         word = agreeing(seeds, "seed", "seeds")
-        screen.print(f"  {seeds:>4} {word}: seen in {100 * chance:3.0f} of 100 tries{mark}", highlight=False)
+        screen.print(f"  {seeds:>4} {word}: seen in {100 * chance:3.0f} of 100 tries{mark}")
 
 
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
@@ -67,7 +67,7 @@ def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[flo
         raise NotFoundError(
             f"{runs}: no runs to take the spread from; give --spread POINTS, or name their folder with --runs"
         )
-    with opened(runs, address) as found, found.reading() as connection:
+    with opened(runs, address) as store, store.reading() as connection:
         spreads: list[tuple[str, Any]] = known_spreads(connection, like)
     if not spreads:
         raise NotFoundError("the ledger holds no repeats (runs that differ in the seed alone); give --spread")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from fp4rl.cli.tables import table
+
 if TYPE_CHECKING:
     from fp4rl.lab.matrix import PlannedRun
 
@@ -24,7 +26,7 @@ def profiled(runs: "Sequence[PlannedRun]", root: Path, width: int) -> Group:
     by_arm: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         shares = write_profile(run_folder(root, run.suite, run.run_id))
-        by_arm.setdefault(run.arm, []).append({one.name: one.seconds for one in shares})
+        by_arm.setdefault(run.arm, []).append({share.name: share.seconds for share in shares})
     means = {arm: {name: mean(s.get(name, 0.0) for s in seeds) for name in WHAT} for arm, seeds in by_arm.items()}
     whole = {arm: sum(seconds.values()) for arm, seconds in means.items()}
     rows = [name for name in WHAT if any(seconds[name] for seconds in means.values())]
@@ -52,11 +54,8 @@ def _fitting(arms: Mapping[str, object], width: int) -> Iterator[list[str]]:
 
 def _table(means: Mapping[str, Mapping[str, float]], rows: Sequence[str]) -> Table:
     whole = {arm: sum(seconds.values()) for arm, seconds in means.items()}
-    table = Table(title_justify="left", caption_justify="left")
-    table.add_column("work", no_wrap=True)
-    for arm in means:
-        table.add_column(arm, justify="right", overflow="fold")
-    table.add_row("all", *(f"{seconds:.3f}" for seconds in whole.values()), end_section=True)
+    made = table("work=", *(f"{arm}>" for arm in means), lines=True)
+    made.add_row("all", *(f"{seconds:.3f}" for seconds in whole.values()), end_section=True)
     for name in rows:
-        table.add_row(name, *(f"{s[name]:.3f} {s[name] / whole[arm]:.0%}" for arm, s in means.items()))
-    return table
+        made.add_row(name, *(f"{s[name]:.3f} {s[name] / whole[arm]:.0%}" for arm, s in means.items()))
+    return made

@@ -43,4 +43,4 @@ def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> N
         return
     console().print(terminal(report))
     if page is not None:
-        console().print(f"HTML report: {page}", highlight=False, soft_wrap=True)
+        console().print(f"HTML report: {page}", soft_wrap=True)

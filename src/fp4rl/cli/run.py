@@ -84,7 +84,7 @@ def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRu
     for run in done:
         console().print(accuracies(_ends(run_folder(root, run.suite, run.run_id).result())))
         line = f"{root / run.suite / run.run_id}: `fp4rl show {run.suite}/{run.run_id}` shows all of it"
-        console().print(line, highlight=False, soft_wrap=True)
+        console().print(line, soft_wrap=True)
 
 
 def _ends(result: "RunResult") -> "list[Evaluation]":
@@ -146,9 +146,9 @@ def carry_out_all(
     screen = console(stderr=True)
     if finished and not quiet:
         are = agreeing(len(finished), "is", "are")
-        screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already", highlight=False)
+        screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already")
     for line in warnings_of(missing) if not quiet else ():
-        screen.print(f"warning: {line}", markup=False, highlight=False)
+        screen.print(f"warning: {line}")
     book = place(root, ledger)
     _record(book, root, screen)  # also what a killed process finished and did not get to enter
     with Display(missing, screen) as display:

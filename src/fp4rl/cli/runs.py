@@ -7,6 +7,7 @@ import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.words import counted
@@ -25,7 +26,7 @@ def list_all(
     suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
     arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Only runs judged so, and only that accuracy.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Only runs evaluated so, and only that accuracy.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 50,
     as_json: AsJson = False,
 ) -> None:
@@ -38,12 +39,12 @@ def list_all(
     from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
 
     wanted = Filter(suite, arm, seed, profile)
-    with opened(runs, ledger) as found, found.reading() as connection:
+    with opened(runs, ledger) as store, store.reading() as connection:
         rows = list_runs(connection, wanted, limit or None)
         total = count_runs(connection, wanted)
         known = profiles_of(connection)
     if profile is not None and profile not in known and known:
-        raise NotFoundError(f"no run was judged as {profile!r}{nearest(profile, known)}")
+        raise NotFoundError(f"no run was evaluated as {profile!r}{nearest(profile, known)}")
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "id"} for row in rows])
         return
@@ -55,26 +56,21 @@ def list_all(
 
 
 def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
-    from rich.table import Table
-
     from fp4rl.lab.provenance import code_digest
 
-    table = Table(title=f"{total} finished run{'s' * (total != 1)}", title_justify="left")
-    for name in ("suite", "run", "steps", "accuracy %", "code"):
-        # A run's id must stay whole, to be copied.
-        table.add_column(name, overflow="fold", no_wrap=name == "run", justify="right" if name == "steps" else "left")
-    now = code_digest()
+    now, lines = code_digest(), []
     for row in rows:
-        asked = row["steps_asked"]
-        steps = f"{row['steps_done']}" + (f"/{asked}" if asked not in (None, row["steps_done"]) else "")
+        planned = row["steps_asked"]
+        steps = f"{row['steps_done']}" + (f"/{planned}" if planned not in (None, row["steps_done"]) else "")
         own = "current" if row["code_digest"] == now else "stale"
         state = ", ".join(filter(None, ("foreign", row["status"]))) if row["imported"] else own
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
-        table.add_row(row["suite"], row["run_id"], steps, shown or "-", state)
-    console().print(table)
+        lines.append((row["suite"], row["run_id"], steps, shown or "-", state))
+    names = ("suite", "run=", "steps>", "accuracy %", "code")  # a run's id must stay whole, to be copied
+    console().print(table(*names, rows=lines, title=counted(total, "finished run"), lines=True))
     if total > len(rows):
-        console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose", highlight=False)
+        console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose")
 
 
 @app.command("import")
@@ -104,36 +100,35 @@ def import_file(
     from fp4rl.spec.load import read_yaml
 
     about = About(read_yaml(config) if config is not None else None, status, note)
-    found = import_log(file, runs, arm=arm, seed=seed, about=about)
+    imported = import_log(file, runs, arm=arm, seed=seed, about=about)
     with opened(runs, ledger):
         pass
     if as_json:
-        print_json(_as_dict(found))
+        print_json(_as_dict(imported))
         return
     from fp4rl.lab.foreign.plain import readable
 
-    log = found.log
+    log = imported.log
     screen = console()
-    verb = "is here already as" if found.already_there else f"({found.dialect}) is now"
-    screen.print(f"{readable(file.name)} {verb} {found.run.key}", highlight=False, markup=False, soft_wrap=True)
+    verb = "is here already as" if imported.already_there else f"({imported.dialect}) is now"
+    screen.print(f"{readable(file.name)} {verb} {imported.run.key}", soft_wrap=True)
     screen.print(
         f"{counted(len(log.steps), 'step')} ({min(log.steps)} to {max(log.steps)}), {counted(len(log.names), 'key')}",
-        highlight=False,
     )
     for line in log.remarks():
-        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+        screen.print(line, soft_wrap=True)
 
 
-def _as_dict(found: "Imported") -> dict[str, Any]:
-    log = found.log
+def _as_dict(imported: "Imported") -> dict[str, Any]:
+    log = imported.log
     return {
-        "run": found.run.key,
-        "dialect": found.dialect,
+        "run": imported.run.key,
+        "dialect": imported.dialect,
         "steps": len(log.steps),
         "keys": log.names,
         "went_back": log.went_back,
         "met_twice": log.met_twice,
         "left_behind": log.left_behind,
         "skipped": log.skipped,
-        "already_there": found.already_there,
+        "already_there": imported.already_there,
     }

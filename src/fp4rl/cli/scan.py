@@ -153,8 +153,8 @@ def _stored(target: ScanTarget) -> "ScanReport":
     from fp4rl.models.quiet import quiet
 
     quiet()
+    from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
-    from fp4rl.diagnose.stored import stored_weight_errors
 
     with progress(console(stderr=True)) as bar:
         task = bar.add_task("weights", total=None)

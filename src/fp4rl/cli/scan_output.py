@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from fp4rl.spec.scan import Piece, ScanRequest
 
 
-def other_scan(place: Path | None) -> dict[str, Any] | None:
+def other_scan(path: Path | None) -> dict[str, Any] | None:
     """The JSON of another scan, None for a model folder; raises NotFoundError and InvalidValueError for what is
     neither."""
-    if place is None or place.is_dir():
+    if path is None or path.is_dir():
         return None
-    if not place.exists():
-        raise NotFoundError(f"--against {place}: does not exist; give a model folder or the JSON of another scan")
+    if not path.exists():
+        raise NotFoundError(f"--against {path}: does not exist; give a model folder or the JSON of another scan")
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"model", "sites_digest", "parts"} <= set(found):
-        raise InvalidValueError(f"--against {place}: is no JSON of `fp4rl scan --json`; give that, or a model folder")
-    return found
+        content = None
+    if not isinstance(content, dict) or not {"model", "sites_digest", "parts"} <= set(content):
+        raise InvalidValueError(f"--against {path}: is no JSON of `fp4rl scan --json`; give that, or a model folder")
+    return content
 
 
 def write_advice(file: Path, advice: "Advice", pieces: "Sequence[Piece] | None") -> None:
@@ -43,16 +43,16 @@ def as_json(report: "ScanReport", advice: "Advice | None", request: "ScanRequest
     """The report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
     from fp4rl.diagnose.findings import rules_as_dicts
 
-    found = report.as_dict() | {"rules": rules_as_dicts(report)}
-    found["scan"] = request.model_dump(mode="json")
+    content = report.as_dict() | {"rules": rules_as_dicts(report)}
+    content["scan"] = request.model_dump(mode="json")
     if advice is not None:
-        found["advice"] = {
+        content["advice"] = {
             "strategy": advice.strategy,
             "reasons": list(advice.reasons),
             "leave": list(advice.leave),
             "fragment": advice.fragment(request.take),
         }
-    return found
+    return content
 
 
 def print_scan(report: "ScanReport", advice: "Advice | None", request: "ScanRequest", *, json_only: bool) -> None:
@@ -75,31 +75,24 @@ def say_written(
     lines = [f"page: {html}"] if html else []
     if advise and advice:
         held = advice.held(pieces)
-        words = (
-            " and ".join(held)
-            if held
-            else "nothing but the injection as scanned (take=[formats,noise,leave] puts more in)"
-        )
+        words = " and ".join(held) or "nothing but the injection as scanned (take=[formats,noise] puts more in)"
         on = "; its noise turns AQN on where a spec has none" if "noise" in held else ""
         lines.append(f"advice: {advise} holds {words}{on}")
-        lines += [
-            f"{piece}: nothing to advise, so nothing of it is in the file"
-            for piece in pieces or ()
-            if piece not in held
-        ]
+        empty = [piece for piece in pieces or () if piece not in held]
+        lines += [f"{piece}: nothing to advise, so nothing of it is in the file" for piece in empty]
         lines.append(f"run with it: {where.format(advise)}")
     for line in lines:
-        console().print(line, highlight=False, markup=False, soft_wrap=True)
+        console().print(line, soft_wrap=True)
 
 
-def compare(model: str, report: "ScanReport", place: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:
+def compare(model: str, report: "ScanReport", path: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:
     """Print both side by side and what differs most; leave with 1 when nothing does."""
     from fp4rl.cli.scan_view import show_totals
     from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 
     if other is None:
-        delta = compare_checkpoints(place, model)
-        require_difference(delta, f"the weights of {place} and {model}")
+        delta = compare_checkpoints(path, model)
+        require_difference(delta, f"the weights of {path} and {model}")
         lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
         words = "weights that differ most, |change| / |weight|"
     else:
@@ -107,11 +100,11 @@ def compare(model: str, report: "ScanReport", place: Path, other: dict[str, Any]
         rows = compare_scans(other, now)
         other_sites = other["model"] == now["model"] and other["sites_digest"] != now["sites_digest"]
         if not other_sites:  # the same model with some sites left out is the same in all others
-            require_difference(rows, f"the scans {place} and of {model}")
+            require_difference(rows, f"the scans {path} and of {model}")
         if not quiet:
-            show_totals(console(), totals(other, now), (place.name, "this scan"))
+            show_totals(console(), totals(other, now), (path.name, "this scan"))
         errors = sorted((r for r in rows if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]
         lines = [f"{r.site} {r.part}: {r.a:.4f} -> {r.b:.4f}" for r in errors]
         words = "sites whose relative error differs most"
     if not quiet:
-        console().print(f"{words}:\n  " + "\n  ".join(lines), highlight=False)
+        console().print(f"{words}:\n  " + "\n  ".join(lines))

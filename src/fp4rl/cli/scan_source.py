@@ -55,8 +55,8 @@ def described(source: str, words: Sequence[str]) -> ScanTarget:
 
     Raises InvalidValueError for a wrong key or value, NotFoundError where a file that is named is not on this machine.
     """
-    asked, change, of_suite = _sorted(words, is_spec(source))
-    request = parse(ScanRequest, asked, "")
+    requested, change, of_suite = _sorted(words, is_spec(source))
+    request = parse(ScanRequest, requested, "")
     if request.weights_only and "task" in change:
         raise InvalidValueError("task names what to calibrate on, and weights_only never loads the model; drop one")
     if request.text is not None and "task" in change:
@@ -74,7 +74,7 @@ def described(source: str, words: Sequence[str]) -> ScanTarget:
 def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Split the words into keys of the scan, keys of the experiment, and words for the suite's file."""
     known = [*ScanRequest.model_fields, *Experiment.model_fields, *(Suite.model_fields if of_spec else ())]
-    asked, change, of_suite = dict[str, Any](), dict[str, Any](), list[str]()
+    requested, change, of_suite = dict[str, Any](), dict[str, Any](), list[str]()
     for word in words:
         changed = change_of(word)
         keys = {key: str(key).partition(".")[0] for key in changed}
@@ -86,10 +86,10 @@ def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[s
             continue
         for key, head in keys.items():
             if head in ScanRequest.model_fields:
-                asked = merge(asked, {key: changed[key]})
+                requested = merge(requested, {key: changed[key]})
             else:
                 change = merge(change, {key: changed[key]})
-    return asked, change, of_suite
+    return requested, change, of_suite
 
 
 def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None) -> PlannedRun:
@@ -105,8 +105,8 @@ def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: s
 
 def _with_task(content: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`content` with `change`; another task takes nothing over from the one that was there."""
-    asked = change.get("task")
-    if isinstance(asked, Mapping) and "name" in asked and asked["name"] != (content.get("task") or {}).get("name"):
+    task = change.get("task")
+    if isinstance(task, Mapping) and "name" in task and task["name"] != (content.get("task") or {}).get("name"):
         content = {key: value for key, value in content.items() if key != "task"}
     return merge(content, change)
 
@@ -124,21 +124,21 @@ def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | N
 
 def _name(source: str, run: PlannedRun) -> str:
     """What the report calls it; the model that a run ends with is `final` in every run."""
-    place = Path(source).resolve()
+    path = Path(source).resolve()
     if is_spec(source):
-        return f"{place.name}{_ARM}{run.arm}" if run.arm != "run" else place.name
-    return f"{place.parent.name}/{place.name}" if place.name == "final" else place.name
+        return f"{path.name}{_ARM}{run.arm}" if run.arm != "run" else path.name
+    return f"{path.parent.name}/{path.name}" if path.name == "final" else path.name
 
 
 def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
     """The experiment's own injection, or W4A16 where it has none, with the format, preset and patterns asked for."""
-    found = experiment.injection or Injection.named(DEFAULT_MODE)
+    injection = experiment.injection or Injection.named(DEFAULT_MODE)
     if request.format is not None:
-        found = in_format(found, request.format)
+        injection = in_format(injection, request.format)
     if request.preset is not None:
-        found = under_preset(found, request.preset)
-    changed = found.targets.model_copy(update={"leave": (*found.targets.leave, *request.leave)})
-    return found.model_copy(update={"targets": changed})
+        injection = under_preset(injection, request.preset)
+    changed = injection.targets.model_copy(update={"leave": (*injection.targets.leave, *request.leave)})
+    return injection.model_copy(update={"targets": changed})
 
 
 def loaded(target: ScanTarget, lines: list[str] | None, runs: Path) -> tuple[Any, "Calibration"]:
@@ -151,6 +151,6 @@ def loaded(target: ScanTarget, lines: list[str] | None, runs: Path) -> tuple[Any
     from fp4rl.rl.start import start_folder
 
     spec, request = target.experiment, target.request
-    found = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
+    texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
     model, tokenizer = load(start_folder(spec.model, spec.task, runs / "models"), spec.model.dtype)
-    return model, calibrate(tokenizer, found, batch_size=request.batch_size, longest=request.longest)
+    return model, calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.pictures import heat_strip
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import styled
 from fp4rl.spec.words import counted
 
@@ -38,39 +38,32 @@ def show(screen: "Console", report: "ScanReport") -> None:
 
     injection = report.table.injection
     sites = counted(len(report.table.plans), "site")
-    screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"), highlight=False)
+    screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"))
     if report.calibration:
         given = report.calibration
         texts, tokens = counted(given["texts"], "text"), counted(given["tokens"], "token")
-        screen.print(f"{texts}, {tokens}, digest {given['digest']}", highlight=False)
+        screen.print(f"{texts}, {tokens}, digest {given['digest']}")
     _show_together(screen, report)
     _show_layers(screen, report)
-    for found in findings(report):
-        _show_finding(screen, found)
-    if judged := rule_results(report):
-        screen.print(styled(("fixed thresholds of the verl fork", "bold"), ", to compare with"), highlight=False)
-        table = _plain(*COLUMNS)
-        for result in judged:
-            table.add_row(*result.cells())
-        screen.print(table)
-        screen.print(meanings(judged), style="dim", highlight=False)
+    for finding in findings(report):
+        _show_finding(screen, finding)
+    if results := rule_results(report):
+        screen.print(styled(("fixed thresholds of the verl fork", "bold"), ", to compare with"))
+        first, *others = COLUMNS
+        screen.print(table(f"{first}=", *others, rows=(result.cells() for result in results)))
+        screen.print(meanings(results), style="dim")
 
 
 def show_advice(screen: "Console", advice: "Advice") -> None:
     """The strategy and its reasons."""
     screen.print(styled((f"advice: {advice.strategy}", "bold")))
-    for reason in advice.reasons:
-        line = Table.grid(padding=(0, 1))
-        line.add_row(" ", Text(reason))
-        screen.print(line)
+    screen.print(table("", "", rows=((" ", reason) for reason in advice.reasons)))
 
 
 def show_totals(screen: "Console", totals: "Sequence[Total]", names: tuple[str, str]) -> None:
     """Whole figures of two scans beside each other."""
-    table = _plain("", *names, right=True)
-    for total in totals:
-        table.add_row(total.name, f"{total.a:.4g}", f"{total.b:.4g}")
-    screen.print(table)
+    rows = ((total.name, f"{total.a:.4g}", f"{total.b:.4g}") for total in totals)
+    screen.print(table("=", *(f"{name}>" for name in names), rows=rows))
 
 
 def _show_together(screen: "Console", report: "ScanReport") -> None:
@@ -80,19 +73,12 @@ def _show_together(screen: "Console", report: "ScanReport") -> None:
     if not report.tallies or not weights:
         return
     measures = {"all weights": pooled(list(report.tallies.values())).measures(), "ideal Gaussian": weights[0].ideal}
-    table = _plain("", *TOGETHER, right=True)
-    for name, found in measures.items():
-        table.add_row(name, *(f"{found[measure]:{form}}" for measure, form in TOGETHER.values()))
-    screen.print(table)
+    rows = (
+        (name, *(f"{values[measure]:{form}}" for measure, form in TOGETHER.values()))
+        for name, values in measures.items()
+    )
+    screen.print(table("=", *(f"{name}>" for name in TOGETHER), rows=rows))
     screen.print("scale, dead zone and grid are parts of each value's error, with signs", style="dim")
-
-
-def _plain(*names: str, right: bool = False) -> Table:
-    """A table without lines that fits 80 columns; its first column never wraps."""
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(names):
-        table.add_column(name, justify="right" if right and number else "left", no_wrap=number == 0)
-    return table
 
 
 def _show_layers(screen: "Console", report: "ScanReport") -> None:
@@ -110,25 +96,22 @@ def _show_layers(screen: "Console", report: "ScanReport") -> None:
         else {},
     }
     shown = {name: cells for name, cells in columns.items() if cells}
-    table = Table()
-    for name in ("layer", *shown):
-        table.add_column(name, justify="left" if name in ("weights", "inputs", "fault") else "right", no_wrap=True)
-    for layer in layers:
-        table.add_row(str(layer), *(cells.get(layer, Text("")) for cells in shown.values()))
-    screen.print(table)
+    names = (f"{name}=" if name in ("weights", "inputs", "fault") else f"{name}>" for name in ("layer", *shown))
+    rows = ((str(layer), *(cells.get(layer, "") for cells in shown.values())) for layer in layers)
+    screen.print(table(*names, rows=rows, lines=True))
     scale = f"0 is the format's ideal error, 9 is {WORST_SHOWN:g} times it"
-    screen.print(f"cells: {' '.join(roles)}; {scale}", style="dim", highlight=False)
+    screen.print(f"cells: {' '.join(roles)}; {scale}", style="dim")
 
 
 def _strips(report: "ScanReport", part: str, layers: list[int], roles: list[str]) -> dict[int | None, Text]:
-    found: dict[tuple[int | None, str], list[float]] = {}
-    for one in report.parts:
-        if one.part == part:
-            found.setdefault((one.layer, one.role), []).append(one.excess)
-    if not found:
+    excess: dict[tuple[int | None, str], list[float]] = {}
+    for error in report.parts:
+        if error.part == part:
+            excess.setdefault((error.layer, error.role), []).append(error.excess)
+    if not excess:
         return {}
     return {
-        layer: heat_strip([max(found.get((layer, role), [float("nan")])) for role in roles], 1.0, WORST_SHOWN)
+        layer: heat_strip([max(excess.get((layer, role), [float("nan")])) for role in roles], 1.0, WORST_SHOWN)
         for layer in layers
     }
 
@@ -146,7 +129,7 @@ def _kl(report: "ScanReport", layers: list[int]) -> dict[int | None, Text]:
 
 
 def _saved(report: "ScanReport") -> dict[int | None, Text]:
-    """KL that sparing each site of a layer saves, added up."""
+    """Add up, by layer, the KL that leaving each of its sites out saves."""
     saved: dict[int | None, float] = {}
     for site in report.sensitivity.sites if report.sensitivity is not None else ():
         if site.leave_one_out is not None:
@@ -154,12 +137,9 @@ def _saved(report: "ScanReport") -> dict[int | None, Text]:
     return {layer: Text(f"{value:.4f}") for layer, value in saved.items()}
 
 
-def _show_finding(screen: "Console", found: "Finding") -> None:
-    style = {"fault": "bold red", "note": "dim"}.get(found.kind)
-    line = Table.grid(padding=(0, 1))
-    line.add_row("-", Text(found.text, style=style or ""))
-    screen.print(line)
-    if places := found.places():
-        named = Table.grid(padding=(0, 1))
-        named.add_row(" ", Text(places, style="dim"))
-        screen.print(named)
+def _show_finding(screen: "Console", finding: "Finding") -> None:
+    style = {"fault": "bold red", "note": "dim"}.get(finding.kind)
+    rows = [("-", Text(finding.text, style=style or ""))]
+    if named := finding.named_sites():
+        rows.append(("", Text(named, style="dim")))
+    screen.print(table("", "", rows=rows))

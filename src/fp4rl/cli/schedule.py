@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.noise.resolution import share_bf16_can_change
@@ -47,14 +47,14 @@ def command(
     require_draws(loss, sigma)
     norms = _norm_values(model) if model else None
     planned = runs_of(spec, overrides or [])
-    found = [_facts(arms, experiment, norms) for experiment, arms in _with_noise(spec, planned)]
+    schedules = [_facts(arms, experiment, norms) for experiment, arms in _with_noise(spec, planned)]
     losses = losses_of(planned, loss, sigma, runs) if loss else None
     if as_json:
-        print_json({"schedules": found, "losses": losses})
+        print_json({"schedules": schedules, "losses": losses})
         return
     screen = console()
-    for number, facts in enumerate(found):
-        alike = next((other for other in found[:number] if _looks(other) == _looks(facts)), None)
+    for number, facts in enumerate(schedules):
+        alike = next((other for other in schedules[:number] if _looks(other) == _looks(facts)), None)
         _show(screen, facts, "its norm weights" if model else "norm weights of 1.0", alike)
     if losses:
         show_losses(screen, losses)
@@ -130,26 +130,27 @@ def _looks(facts: dict[str, Any]) -> list[Any]:
 def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[str, Any] | None) -> None:
     name = (", ".join(facts["arms"]), "bold")
     if alike is not None:
-        screen.print(styled(name, f": sigma as in {', '.join(alike['arms'])}"), highlight=False)
+        screen.print(styled(name, f": sigma as in {', '.join(alike['arms'])}"))
         _show_multipliers(screen, facts["multipliers"])
         return
-    screen.print(styled(name, f": {facts['schedule']['kind']}, {counted(facts['steps'], 'step')}"), highlight=False)
+    screen.print(styled(name, f": {facts['schedule']['kind']}, {counted(facts['steps'], 'step')}"))
     if facts["control"] != "no":
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):
-        screen.print(line, highlight=False, markup=False)
+        screen.print(line)
     # BF16 swallows noise where it is written into BF16 weights: not in wider ones, and not where the norm computes it.
     in_bf16 = facts["weights_dtype"] == "bfloat16" and facts["precision"] == "weight"
-    table = Table("steps", "sigma", f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})")
+    rows = []
     shown = facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]
     for row in shown:
         swallowed = in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05
         low = (" mostly swallowed" if swallowed else "", "yellow")
         steps = f"{row['first_step']}-{row['last_step']}"
-        table.add_row(steps, f"{row['sigma']:.4g}", styled(f"{row['bf16_share_changed']:.1%}", low))
-    screen.print(table)
+        rows.append((steps, f"{row['sigma']:.4g}", styled(f"{row['bf16_share_changed']:.1%}", low)))
+    changed = f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})"
+    screen.print(table("steps", "sigma", changed, rows=rows, lines=True))
     if not in_bf16:
-        screen.print(_why_not_swallowed(facts), highlight=False)
+        screen.print(_why_not_swallowed(facts))
     _show_multipliers(screen, facts["multipliers"])
     if facts["values_missed"]:
         missed = ", ".join(f"{value:.4g}" for value in facts["values_missed"])
@@ -171,7 +172,7 @@ def _show_multipliers(screen: "Console", rows: list[dict[str, Any]]) -> None:
     changing = any(row["at_start"] != row["at_end"] for row in rows)
     for key, when in (("at_start", " at the start"), ("at_end", " at the end")) if changing else (("at_start", ""),):
         cells = (f"{'others' if row['layer'] is None else row['layer']}:{row[key]:g}" for row in rows)
-        screen.print(f"multipliers{when}, layer:factor  {' '.join(cells)}", highlight=False)
+        screen.print(f"multipliers{when}, layer:factor  {' '.join(cells)}")
 
 
 def _norm_values(folder: Path) -> Counter[float]:

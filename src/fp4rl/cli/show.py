@@ -8,6 +8,7 @@ import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.spec.words import counted
 
@@ -56,59 +57,47 @@ def _print(about: "About") -> None:
 
     run, result, screen = about.run, about.run.result, console()
     seed = f"seed {run.seed}" if run.seed is not None else "seed not known"
-    screen.print(styled((run.key, "bold"), f"  arm {run.arm}, {seed}"), highlight=False)
+    screen.print(styled((run.key, "bold"), f"  arm {run.arm}, {seed}"))
     wall = f", {result.wall_s:.0f} s" if result.wall_s is not None else ""
     steps = f"{result.steps_done} of {result.steps_asked or '?'} steps"
-    screen.print(f"{steps}{wall}, code {result.code_digest}", highlight=False)
+    screen.print(f"{steps}{wall}, code {result.code_digest}")
     if result.imported is not None:
         _print_source(result.imported)
     if result.evaluations:
         screen.print(accuracies(result.evaluations))
-    screen.print(styled(("evidence", "bold")), highlight=False)
+    screen.print(styled(("evidence", "bold")))
     for gap in run.gaps:
-        screen.print(styled("  ", ("missing", "red"), f": {gap}"), highlight=False)
+        screen.print(styled("  ", ("missing", "red"), f": {gap}"))
     for kind, count in about.lines.items():
-        screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}", highlight=False)
+        screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}")
     for name, value in result.evidence.as_json().items():
-        screen.print(f"  {name}: {_plain(value)}", highlight=False)
+        screen.print(f"  {name}: {_plain(value)}")
     for line in dict.fromkeys(run.warnings):
-        screen.print(Padding(styled(("warning", "yellow"), f": {line}"), (0, 0, 0, 2), expand=False), highlight=False)
+        screen.print(Padding(styled(("warning", "yellow"), f": {line}"), (0, 0, 0, 2), expand=False))
     _print_metrics(about.curves)
     files = about.files
     size = sum(file["bytes"] for file in files) / 2**20
     screen.print(
         styled(("files", "bold"), f" {len(files)}, {size:.1f} MiB: {_some([f['path'] for f in files])}"),
-        highlight=False,
     )
     described = run.described or (result.imported.config if result.imported is not None else None)
     if described:
         screen.print(styled(("described as", "bold")))
         text = yaml.safe_dump(_said(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
-        screen.print(Padding(text, (0, 2)), highlight=False, markup=False)
+        screen.print(Padding(text, (0, 2)))
 
 
 def _print_source(source: "Imported") -> None:
     """Where a foreign log came from, and what was said of it when it was taken over."""
     said = [f"from {source.source} ({source.dialect})", source.status, source.note]
-    console().print("; ".join(filter(None, said)), highlight=False, markup=False, soft_wrap=True)
+    console().print("; ".join(filter(None, said)), soft_wrap=True)
 
 
 def accuracies(evaluations: "Sequence[Evaluation]") -> "Table":
     """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
-    from rich.table import Table
-
     from fp4rl.lab.statistics.proportions import wilson
 
-    table = Table(
-        title="accuracy % (95 % interval over problems)",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("step", "profile", "precision", "n", "strict", "flexible", "format", "tokens"):
-        words = name in ("profile", "precision")  # these may go on below themselves, numbers stay whole
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    rows = []
     for row in evaluations:
         shown = _percent(row.strict)
         if row.n:
@@ -118,37 +107,34 @@ def accuracies(evaluations: "Sequence[Evaluation]") -> "Table":
         step = f"{row.step}{' last' if row.last else ''}"
         length = f"{row.mean_length:.1f}" if row.mean_length is not None else "-"
         names = (step, row.profile.name, row.profile.precision or "?", str(row.n or "?"))
-        table.add_row(*names, shown, *cells, length)
-    return table
+        rows.append((*names, shown, *cells, length))
+    columns = ("step>", "profile", "precision", "n>", "strict>", "flexible>", "format>", "tokens>")
+    return table(*columns, rows=rows, title="accuracy % (95 % interval over problems)")
 
 
 def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
-    from rich.table import Table
-
     if not metrics:
         return
     shown = {name: curve for name, curve in metrics.items() if not name.startswith("time/")}
     hidden = f", and {len(metrics) - len(shown)} of time (--json)" if len(shown) < len(metrics) else ""
     title = f"{len(shown)} curves{hidden}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("curve", "steps", "first", "last", "lowest", "highest"):
-        number = name != "curve"  # a name may go on below itself, a number may not
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    rows = []
     for name, curve in shown.items():
         numbers = (curve[key] for key in ("first", "last", "lowest", "highest"))
-        table.add_row(name, str(curve["count"]), *("nan" if number is None else f"{number:.4g}" for number in numbers))
-    console().print(table)
+        rows.append((name, str(curve["count"]), *("nan" if number is None else f"{number:.4g}" for number in numbers)))
+    names = ("curve", "steps>", "first>", "last>", "lowest>", "highest>")
+    console().print(table(*names, rows=rows, title=title))
 
 
 def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> None:
     screen = console()
-    screen.print(styled((run, "bold"), f" on {problem}"), highlight=False)
+    screen.print(styled((run, "bold"), f" on {problem}"))
     for answer in answers:
         verdict = "solved" if answer["strict"] else "not solved"
         where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"
-        screen.print(f"{where}: {verdict}, {counted(answer['length'], 'token')}", highlight=False)
+        screen.print(f"{where}: {verdict}, {counted(answer['length'], 'token')}")
         if answer["completion"] is not None:
-            screen.print(f"  {answer['completion']!r}", highlight=False, markup=False, soft_wrap=True)
+            screen.print(f"  {answer['completion']!r}", soft_wrap=True)
 
 
 def _said(spec: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`fp4rl sites`: what an injection would do to a model, place by place, and why the rest is left out."""
+"""`fp4rl sites`: what an injection would do to a model, site by site, and why the rest is left out."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
 
 from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, require_writable
+from fp4rl.cli.tables import table
 from fp4rl.cli.terminal import console, print_json, styled
 from fp4rl.lab.matrix import single
 from fp4rl.spec.errors import InvalidValueError, shown
@@ -38,12 +38,12 @@ def command(
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a suite; else the first that rounds.")] = None,
     old: Annotated[
         list[str] | None,
-        typer.Option("--old", help="An old setting KEY=VALUE (hw_error_injection, noise_injection, VERL_NOISY_OPS)."),
+        typer.Option("--old", help="KEY=VALUE of the verl fork (hw_error_injection, noise_injection, VERL_NOISY_OPS)."),
     ] = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Write what --old says as a fragment for `fp4rl run SPEC +FILE`.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="One line per place instead of one per role.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One line per site instead of one per role.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what is rounded in a model and in which format, what is left out, and the counts to expect.
@@ -53,7 +53,7 @@ def command(
     """
     require_writable(write, "--write")
     if write and not old:
-        raise InvalidValueError(f"--write {write}: writes what --old says, and no old setting is given; name some")
+        raise InvalidValueError(f"--write {write}: writes what --old says, and no setting is given; name some")
     model_spec, injection = _described(source, overrides or [], arm)
     translation = translate(dict(_setting(word) for word in old)) if old else None
     warnings = translation.warnings if translation else ()
@@ -68,19 +68,21 @@ def command(
         print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
         return
     for line in warnings:
-        console(stderr=True).print(styled(("old setting:", "yellow"), f" {line}"), highlight=False, soft_wrap=True)
+        console(stderr=True).print(styled(("verl fork:", "yellow"), f" {line}"), soft_wrap=True)
     _show(table, every)
     if translation and translation.noise:
-        console().print(f"noise: {_in_a_line(translation.noise)}", highlight=False)
+        console().print(f"noise: {_in_a_line(translation.noise)}")
     if write:
-        console().print(f"old settings: {write}; run with it: fp4rl run SPEC +{write}", highlight=False, soft_wrap=True)
+        console().print(f"translated settings: {write}; run with it: fp4rl run SPEC +{write}", soft_wrap=True)
 
 
 def _write(file: Path, translation: Translation) -> None:
-    """The fragment as YAML, with what the old settings did otherwise as comments above it."""
+    """The fragment as YAML, with what the fork did otherwise as comments above it."""
     lines = "".join(f"# {line}\n" for line in translation.warnings)
     content = yaml.safe_dump(translation.fragment(), sort_keys=False, allow_unicode=True)
-    file.write_text(f"# Old settings, translated by `fp4rl sites --old`\n{lines}{content}", encoding="utf-8")
+    file.write_text(
+        f"# Settings of the verl fork, translated by `fp4rl sites --old`\n{lines}{content}", encoding="utf-8"
+    )
 
 
 def _in_a_line(noise: Noise) -> str:
@@ -116,7 +118,7 @@ def _mapping(mode: str) -> dict[str, Any]:
 def _setting(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals:
-        raise InvalidValueError(f"--old {word!r}: an old setting is written KEY=VALUE")
+        raise InvalidValueError(f"--old {word!r}: a setting is written KEY=VALUE")
     return key.strip(" '+"), value.strip().strip("'")
 
 
@@ -132,30 +134,25 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     return resolve(model, injection)
 
 
-def _show(table: "SiteTable", every: bool) -> None:
+def _show(sites: "SiteTable", every: bool) -> None:
     screen = console()
-    rows = table.rows()
+    rows = sites.rows()
     active = [point for point in FORMAT_POINTS if any(point in row for row in rows)]
     wrong = ["errors"] if any("errors" in row for row in rows) else []
-    shown = Table("place", "layers", "shape", *active, *wrong, box=None, pad_edge=False)
-    for cells in _each(rows, active) if every else _by_role(rows, active):
-        shown.add_row(*cells[: len(shown.columns)])
+    names = ("site", "layers", "shape", *active, *wrong)
     if rows:
-        screen.print(shown)
-    screen.print(_counts(rows), highlight=False)
-    left = Table("left out", "places", "such as", box=None, pad_edge=False)
-    for reason, names in _by_reason(table).items():
-        left.add_row(reason, str(len(names)), names[0])
-    if left.row_count:
+        cells = _each(rows, active) if every else _by_role(rows, active)
+        screen.print(table(*names, rows=(row[: len(names)] for row in cells)))
+    screen.print(_counts(rows))
+    left = [(reason, str(len(names)), names[0]) for reason, names in _by_reason(sites).items()]
+    if left:
         screen.print("")
-        screen.print(left)
+        screen.print(table("left out", "sites", "such as", rows=left))
     for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
-        screen.print(f"\n{note}", highlight=False)
-    screen.print(
-        f"\n{table.injection.name} of values cast to {table.injection.dtype}, table {table.digest}", highlight=False
-    )
-    for line in _phases(table.injection, active, bool(wrong)):
-        screen.print(line, highlight=False)
+        screen.print(f"\n{note}")
+    screen.print(f"\n{sites.injection.name} of values cast to {sites.injection.dtype}, table {sites.digest}")
+    for line in _phases(sites.injection, active, bool(wrong)):
+        screen.print(line)
 
 
 def _phases(injection: Injection, active: list[str], errors: bool) -> Iterator[str]:
@@ -169,13 +166,13 @@ def _phases(injection: Injection, active: list[str], errors: bool) -> Iterator[s
 
 
 def _each(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
-    return [(row["site"], _layers([row["layer"]]), _shape(row), *_harm(row, active)) for row in rows]
+    return [(row["site"], _layers([row["layer"]]), _shape(row), *_formats_of(row, active)) for row in rows]
 
 
 def _by_role(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
     for row in rows:
-        groups[(row["role"], _shape(row), *_harm(row, active))].append(row["layer"])
+        groups[(row["role"], _shape(row), *_formats_of(row, active))].append(row["layer"])
     return [(role, _layers(layers), *rest) for (role, *rest), layers in groups.items()]
 
 
@@ -183,7 +180,7 @@ def _shape(row: dict[str, Any]) -> str:
     return " x ".join(map(str, row["shape"])) or "-"
 
 
-def _harm(row: dict[str, Any], active: list[str]) -> tuple[str, ...]:
+def _formats_of(row: dict[str, Any], active: list[str]) -> tuple[str, ...]:
     errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
     return *(_format(row.get(point)) for point in active), "\n".join(errors)
 
@@ -216,7 +213,7 @@ def _layers(layers: list[int | None]) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:
-    """`196 places = 28 layers x 7`, so that a miscount is seen at a glance."""
+    """`196 sites = 28 layers x 7`, so that a miscount is seen at a glance."""
     per_layer: dict[int | None, int] = defaultdict(int)
     for row in rows:
         per_layer[row["layer"]] += 1
@@ -224,12 +221,12 @@ def _counts(rows: list[dict[str, Any]]) -> str:
         return "nothing is rounded"
     sizes = set(per_layer.values())
     if len(sizes) == 1 and None not in per_layer:
-        return f"{counted(len(rows), 'place')} = {counted(len(per_layer), 'layer')} x {sizes.pop()}"
-    return f"{counted(len(rows), 'place')} in {counted(len(per_layer), 'layer')}"
+        return f"{counted(len(rows), 'site')} = {counted(len(per_layer), 'layer')} x {sizes.pop()}"
+    return f"{counted(len(rows), 'site')} in {counted(len(per_layer), 'layer')}"
 
 
-def _by_reason(table: "SiteTable") -> dict[str, list[str]]:
+def _by_reason(sites: "SiteTable") -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for left in table.left_out:
+    for left in sites.left_out:
         groups[left.reason].append(left.site.name)
     return groups

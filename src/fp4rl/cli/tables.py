@@ -6,6 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+_MANY = 6  # columns from which on one space stands between them, so that 80 columns of text hold them
+
 
 def table(
     *columns: str,
@@ -26,7 +28,7 @@ def table(
         caption_justify="left",
         box=box.HEAVY_HEAD if lines else None,
         pad_edge=lines,
-        padding=(0, 1) if lines else (0, 1, 0, 0),
+        padding=(0, 1) if lines else (0, 2 if len(columns) < _MANY else 1, 0, 0),
         show_header=any(column.strip("=>") for column in columns),
     )
     for column in columns:

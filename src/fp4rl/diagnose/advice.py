@@ -98,12 +98,12 @@ class Advice:
         pieces = self.pieces if pieces is None else pieces
         # The mode in any case: one that the spec names must not stay where the scan was of other formats.
         injection = self.injection(pieces).model_dump(mode="json", exclude_defaults=True)
-        found: dict[str, Any] = {"injection": {"mode": self.scanned.mode, **injection}}
+        content: dict[str, Any] = {"injection": {"mode": self.scanned.mode, **injection}}
         if "noise" in pieces and self.multipliers is not None:
             # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
             factors = self.multipliers.model_dump()
-            found["noise"] = {"multipliers": factors | {"by_layer": factors["by_layer"] or []}}
-        return found
+            content["noise"] = {"multipliers": factors | {"by_layer": factors["by_layer"] or []}}
+        return content
 
 
 def advise(
@@ -174,22 +174,22 @@ def _reasons(
     report: ScanReport, out: tuple[str, ...], share: float, formats: FormatAdvice | None, variants: tuple[Variant, ...]
 ) -> list[str]:
     are = agreeing(len(out), "is", "are")
-    found = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) {are} well above the format's ideal error"]
+    reasons = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) {are} well above the format's ideal error"]
     if report.sensitivity is not None:
-        found.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
+        reasons.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
     if formats is not None:
         now = sum(site.kl for site in report.sensitivity.sites) if report.sensitivity else 0.0
         names = list(dict.fromkeys(exception.pattern for exception in formats.exceptions(report.table.injection)))
         some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
         sites = f"{counted(len(names), 'site')} wider{some}"
         fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}"
-        found.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
-    found += [
+        reasons.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
+    reasons += [
         f"{variant.name} would change the weights' error by {variant.change:+.1%}{_target(variant, report)}"
         for variant in variants
         if variant.change < -WORTH_SAYING
     ]
-    return found
+    return reasons
 
 
 def _target(variant: Variant, report: ScanReport) -> str:

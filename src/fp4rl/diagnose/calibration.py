@@ -47,7 +47,7 @@ def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, long
     """
     rows = [row[:longest] for text in texts if text.strip() and (row := list(tokenizer(text)["input_ids"]))]
     if not rows:
-        raise InvalidValueError("the calibration text is empty; give texts of the task, or --text FILE with some lines")
+        raise InvalidValueError("the calibration text is empty; give texts of the task, or text=FILE with some lines")
     if tokenizer.pad_token_id is None:
         raise InvalidValueError(
             "the tokenizer has no pad token; set one, such as tokenizer.pad_token = tokenizer.eos_token"

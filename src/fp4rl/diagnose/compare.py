@@ -84,25 +84,29 @@ def totals(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Total, ...]:
     return tuple(Total(name, value, theirs[name]) for name, value in ours.items() if name in theirs)
 
 
-def require_difference(found: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
-    """CheckFailed when nothing differs (an adapter that was not loaded)."""
-    same = found.identical if isinstance(found, CheckpointDelta) else all(row.a == row.b for row in found)
+def require_difference(differences: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
+    """Raise CheckFailed when nothing differs (an adapter that was not loaded)."""
+    same = (
+        differences.identical
+        if isinstance(differences, CheckpointDelta)
+        else all(row.a == row.b for row in differences)
+    )
     if same:
         raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
 
 
 def _totals(scan: Mapping[str, Any]) -> dict[str, float]:
     together, sensitivity = scan.get("weights_together"), scan.get("sensitivity")
-    found = {f"weights: {word}": together[key] for key, word in _TOGETHER.items()} if together else {}
+    figures = {f"weights: {word}": together[key] for key, word in _TOGETHER.items()} if together else {}
     if sensitivity:
         everything = sensitivity["everything"]
-        found |= {"KL of everything, nats": everything["kl"], "loss change": everything["loss_change"]}
+        figures |= {"KL of everything, nats": everything["kl"], "loss change": everything["loss_change"]}
         for site in sensitivity["sites"]:
             if site["layer"] is not None:
                 name = f"KL of layer {site['layer']}'s sites, nats"
                 measured = site.get("leave_one_in", site.get("alone"))  # schema 1 called it `alone`
-                found[name] = found.get(name, 0.0) + (measured["kl"] if measured else site["estimate"] or 0.0)
-    return found
+                figures[name] = figures.get(name, 0.0) + (measured["kl"] if measured else site["estimate"] or 0.0)
+    return figures
 
 
 def _delta(a: StoredTensor, b: StoredTensor) -> TensorDelta:

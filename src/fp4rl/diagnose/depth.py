@@ -78,17 +78,17 @@ def depth(
 
 def layer_paths(table: SiteTable) -> dict[str, int]:
     """Path of each decoder layer that holds a site -> its number, in order."""
-    found: dict[str, int] = {}
+    paths: dict[str, int] = {}
     for site in (*(plan.site for plan in table.plans), *(left.site for left in table.left_out)):
         parts = site.path.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if site.layer is not None and at is not None:
-            found[".".join(parts[: at + 1])] = site.layer
-    if not found:
+            paths[".".join(parts[: at + 1])] = site.layer
+    if not paths:
         raise InvalidValueError(
             "the model has no numbered layers (such as model.layers.0), so there is no depth to follow"
         )
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(paths.items(), key=lambda item: item[1]))
 
 
 def _add_errors(

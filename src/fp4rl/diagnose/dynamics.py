@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from math import nan
 from typing import Any
 
 import torch
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Batch, Calibration
 from fp4rl.diagnose.depth import layer_paths
-from fp4rl.diagnose.moments import Moments
 from fp4rl.diagnose.passes import logits_of
 from fp4rl.diagnose.probes import STEP, Probe, probe
 from fp4rl.inject.plan import SiteTable
 from fp4rl.sites.observe import Eye, first_tensor
-from fp4rl.sites.walk import Site
 
 # Of each linear layer in a batch, and of each decoder layer: enough for what a fault leaves blunt, for less than the
 # price of the forward pass itself.
@@ -48,7 +47,7 @@ class Dynamics:
 
     layers: tuple[LayerDynamics, ...]
     sites: Mapping[str, Probe]
-    places: Mapping[str, Site]
+    site_layers: Mapping[str, int | None]
     tokens: int
 
 
@@ -65,11 +64,11 @@ def dynamics(
 
     Within the pass each layer is called again with its own input, changed a little; nothing is kept but sums. The
     model is not changed. A second batch enters as the mean of the features (of the extremes for gains). Linear layers
-    are left in peace unless `probed`.
+    are probed only with `probed`.
     """
     sites = {plan.name: plan.site for plan in table.plans if probed and plan.site.kind == "linear"}
     paths = layer_paths(table)
-    seen = _Seen(_stranger(generator))
+    seen = _Seen(_own_stream(generator))
     for batch in calibration.batches[-batches:]:
         with ExitStack() as stack, torch.no_grad():
             seen.eye.mask = batch.mask
@@ -83,11 +82,11 @@ def dynamics(
             seen.eye.forget()
     probes = {name: _merged(found) for name, found in seen.sites.items()}
     tokens = sum(int(batch.mask.sum()) for batch in calibration.batches[-batches:])
-    return Dynamics(tuple(_with_jumps(seen.layers)), probes, {name: sites[name] for name in probes}, tokens)
+    return Dynamics(tuple(_with_jumps(seen.layers)), probes, {name: sites[name].layer for name in probes}, tokens)
 
 
-def _stranger(generator: torch.Generator) -> torch.Generator:
-    """A generator that shares no stream with any other of a small seed.
+def _own_stream(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that shares no stream with any other of a small seed.
 
     Weights that were drawn from seed 0 and probed with noise from seed 0 answer themselves: it looked like spikes.
     """
@@ -117,7 +116,7 @@ class _Seen:
         self.generator = generator
         self.eye = Eye()
         self.sites: dict[str, list[Probe]] = {}
-        self.layers: dict[int, list[tuple[Moments, Tensor, float]]] = {}
+        self.layers: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
         self._busy = False
 
     def site_hook(self, name: str) -> Callable[..., None]:
@@ -137,15 +136,15 @@ class _Seen:
             if self._busy or hidden is None or out is None:
                 return
             self._busy = True
-            moments = Moments.of(out[batch.mask.bool().to(out.device)])
+            sums = power_sums(out[batch.mask.bool().to(out.device)])
             self.layers.setdefault(number, []).append(
-                (moments, *self._asked(layer, (args, kwargs), hidden, batch.mask))
+                (sums, *self._response(layer, (args, kwargs), hidden, batch.mask))
             )
             self._busy = False
 
         return hook
 
-    def _asked(
+    def _response(
         self, layer: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor, mask: Tensor
     ) -> tuple[Tensor, float]:
         """Gain of every token of the probed texts [tokens], and the relative difference of two identical calls."""
@@ -154,16 +153,16 @@ class _Seen:
         hidden, real = some_texts(hidden, texts), some_texts(mask.bool().to(hidden.device), texts)
         change = torch.randn(hidden.shape, generator=self.generator, dtype=torch.float32).to(hidden.device)
         moved = (hidden.float() + STEP * float(hidden[real].float().square().mean().sqrt()) * change).to(hidden.dtype)
-        there, once, again = (_called(layer, value, args, kwargs)[real].double() for value in (moved, hidden, hidden))
-        came, went = there - once, (moved - hidden)[real].double()
+        changed, once, again = (_called(layer, value, args, kwargs)[real].double() for value in (moved, hidden, hidden))
+        came, went = changed - once, (moved - hidden)[real].double()
         gains = came.std(-1, correction=0) / went.std(-1, correction=0)
         return gains, float((again - once).square().mean().sqrt() / once.square().mean().sqrt())
 
 
 def _called(layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = first_tensor(layer(hidden, *args[1:], **kwargs))
-    assert found is not None
-    return found
+    output = first_tensor(layer(hidden, *args[1:], **kwargs))
+    assert output is not None
+    return output
 
 
 def some_texts(value: Any, texts: int) -> Any:
@@ -174,30 +173,44 @@ def some_texts(value: Any, texts: int) -> Any:
     if isinstance(value, Tensor):
         return value[-PROBED_TEXTS:] if value.dim() > 1 and len(value) == texts else value
     if isinstance(value, tuple):
-        return tuple(some_texts(one, texts) for one in value)
+        return tuple(some_texts(part, texts) for part in value)
     if isinstance(value, dict):
-        return {key: some_texts(one, texts) for key, one in value.items()}
+        return {key: some_texts(part, texts) for key, part in value.items()}
     return value
 
 
-def _merged(found: list[Probe]) -> Probe:
+def _merged(probes: list[Probe]) -> Probe:
     """Means over batches, and extremes for the extremes."""
     choose: dict[str, Callable[[list[float]], float]] = {"min_gain": min, "max_gain": max}
     names = [field.name for field in fields(Probe)]
-    return Probe(*(choose.get(name, _mean)([getattr(one, name) for one in found]) for name in names))
+    return Probe(*(choose.get(name, _mean)([getattr(each, name) for each in probes]) for name in names))
+
+
+def power_sums(values: Tensor) -> Tensor:
+    """Return sum(x^k) for k = 0 to 4 in float64 [5]; those of pieces add up to those of the whole."""
+    exact = values.detach().double()
+    return torch.stack([(exact**k).sum() for k in range(5)]).cpu()
+
+
+def excess_kurtosis(sums: Tensor) -> float:
+    """Return the excess kurtosis of the values that gave the power sums: 0 for Gaussian values, NaN without spread."""
+    _, mean, second, third, fourth = (sums / sums[0]).tolist()
+    variance = second - mean**2
+    central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+    return central / variance**2 - 3 if variance > 0 else nan
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _with_jumps(layers: dict[int, list[tuple[Moments, Tensor, float]]]) -> list[LayerDynamics]:
+def _with_jumps(layers: dict[int, list[tuple[Tensor, Tensor, float]]]) -> list[LayerDynamics]:
     rows: list[LayerDynamics] = []
-    for number, found in sorted(layers.items()):
-        gains = torch.cat([gains for _, gains, _ in found])
-        kurtosis = sum((moments for moments, _, _ in found), Moments()).excess_kurtosis
+    for number, batches in sorted(layers.items()):
+        gains = torch.cat([gains for _, gains, _ in batches])
+        kurtosis = excess_kurtosis(torch.stack([sums for sums, _, _ in batches]).sum(0))
         jump = kurtosis - rows[-1].kurtosis if rows else 0.0
         gain = float(gains.square().mean().sqrt())
-        unstable = max(unstable for _, _, unstable in found)
+        unstable = max(unstable for _, _, unstable in batches)
         rows.append(LayerDynamics(number, gain, float(gains.min()), float(gains.max()), kurtosis, jump, unstable))
     return rows

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.rules import RULES, Measured, RuleResult, judge, rule_named
+from fp4rl.diagnose.rules import RULES, Measured, RuleResult, apply_rule, rule_named
 from fp4rl.diagnose.sensitivity import rank_correlation
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
 from fp4rl.spec.modes import PHASES
@@ -17,13 +17,13 @@ Kind = Literal["fault", "precision", "sensitivity", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence, and the places it is about (sites)."""
+    """One sentence, and the sites it is about."""
 
     kind: Kind
     text: str
     sites: tuple[str, ...] = ()
 
-    def places(self, most: int = 3) -> str:
+    def named_sites(self, most: int = 3) -> str:
         """The first of its sites in words; empty for a note, and where the sentence names them all."""
         if self.kind == "note" or all(site in self.text for site in self.sites):
             return ""
@@ -38,8 +38,8 @@ def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ..
 
 def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
     """The numbered layers that these sites belong to."""
-    places = {plan.name: plan.site.layer for plan in report.table.plans}
-    return frozenset(layer for site in sites if (layer := places.get(site)) is not None)
+    layer_of = {plan.name: plan.site.layer for plan in report.table.plans}
+    return frozenset(layer for site in sites if (layer := layer_of.get(site)) is not None)
 
 
 def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ...]:
@@ -49,7 +49,7 @@ def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ..
 
 def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
     """Apply the verl fork's thresholds, with the report's limits, leaving out those that nothing was measured for."""
-    results = (judge(rule_named(name, report.limits.get(name)), places(report)) for name in RULES)
+    results = (apply_rule(rule_named(name, report.limits.get(name)), measured(report)) for name in RULES)
     return tuple(result for result in results if result.judged)
 
 
@@ -69,17 +69,17 @@ def rules_as_dicts(report: ScanReport) -> list[dict[str, Any]]:
     ]
 
 
-def places(report: ScanReport) -> list[Measured]:
-    """Every measured weight and input, and every layer's ratios to full precision, as something that rules judge."""
+def measured(report: ScanReport) -> list[Measured]:
+    """Every measured weight and input, and every layer's ratios to full precision, as something that rules apply to."""
     parts = [Measured(f"{part.site} {part.part}", part.layer, part.measures, part.ideal) for part in report.parts]
-    return parts + [Measured(f"layer {layer}", layer, found, {}) for layer, found in report.ratios.items()]
+    return parts + [Measured(f"layer {layer}", layer, ratios, {}) for layer, ratios in report.ratios.items()]
 
 
 def _faults(report: ScanReport) -> list[Finding]:
     verdict = report.verdict
     if verdict is None:
         return []
-    found = []
+    faults = []
     if verdict.suspects:
         worst = verdict.suspects[0]
         sites = tuple(suspect.site for suspect in verdict.suspects)
@@ -87,11 +87,11 @@ def _faults(report: ScanReport) -> list[Finding]:
             f"layer {verdict.layer} looks faulty ({verdict.kind}): {worst.feature} of {worst.site} is "
             f"{worst.value:.3g}, {worst.z:.0f} robust standard deviations from the other sites"
         )
-        found.append(Finding("fault", text, sites))
+        faults.append(Finding("fault", text, sites))
     if verdict.everywhere:
         words = ", ".join(verdict.everywhere)
-        found.append(Finding("fault", f"every layer is out of bounds in {words}: the device, or a precision left on"))
-    return found
+        faults.append(Finding("fault", f"every layer is out of bounds in {words}: the device, or a precision left on"))
+    return faults
 
 
 def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
@@ -109,10 +109,10 @@ def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
 
 
 def _sensitive(report: ScanReport) -> list[Finding]:
-    found = report.sensitivity
-    if found is None or not found.sites:
+    sensitivity = report.sensitivity
+    if sensitivity is None or not sensitivity.sites:
         return []
-    ranked = sorted(found.sites, key=lambda site: -site.kl)
+    ranked = sorted(sensitivity.sites, key=lambda site: -site.kl)
     total = sum(site.kl for site in ranked) or 1.0
     top = ranked[: max(1, len(ranked) // 10)]
     share = sum(site.kl for site in top) / total
@@ -125,21 +125,21 @@ def _sensitive(report: ScanReport) -> list[Finding]:
     if agreement is not None:
         text = f"rank correlation of a weight's error with the KL it causes: {agreement:.2f}; size alone does not tell"
         lines += [Finding("sensitivity", text)] if agreement < 0.7 else []
-    if found.rank_correlation is not None:
-        text = f"rank correlation of the one-pass estimate with the measured KL: {found.rank_correlation:.2f}"
+    if sensitivity.rank_correlation is not None:
+        text = f"rank correlation of the one-pass estimate with the measured KL: {sensitivity.rank_correlation:.2f}"
         lines.append(Finding("sensitivity", text))
     return lines
 
 
 def _notes(report: ScanReport) -> list[Finding]:
-    found = []
+    notes = []
     if batch := batch_note(report.table.injection, *PHASES):
-        found.append(Finding("note", batch))
+        notes.append(Finding("note", batch))
     short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))
     if short:
         text = f"the block does not divide the width of {counted(len(short), 'site')}; the last block there is short"
-        found.append(Finding("note", text, short))
+        notes.append(Finding("note", text, short))
     if report.calibration and report.calibration["few"]:
         texts = counted(report.calibration["texts"], "calibration text")
-        found.append(Finding("note", f"only {texts}; use at least {ENOUGH_TEXTS}"))
-    return found
+        notes.append(Finding("note", f"only {texts}; use at least {ENOUGH_TEXTS}"))
+    return notes

@@ -35,14 +35,14 @@ class FormatAdvice:
 
     def exceptions(self, injection: Injection) -> tuple[PatternFormats, ...]:
         """One exception per site whose format is not the injection's own; BF16 means that nothing is rounded there."""
-        found = []
+        exceptions = []
         for group, choice in self.chosen.choices.items():
             if injection.weight is not None and choice.format != injection.weight.name:
                 fmt = next(wide for wide in WIDER if wide.name == choice.format)
                 point = None if fmt is BF16 else fmt
                 inputs = point if injection.input is not None else "keep"
-                found += [PatternFormats(pattern=s, weight=point, input=inputs) for s in self.groups[group]]
-        return tuple(found)
+                exceptions += [PatternFormats(pattern=s, weight=point, input=inputs) for s in self.groups[group]]
+        return tuple(exceptions)
 
 
 def advised_formats(
@@ -95,8 +95,8 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
     errors = {name: _error(model, plans, table, variant) for name, variant in tried.items()}
     now = errors["as scanned"]
-    found = [Variant(name, tried[name], error, error / now - 1) for name, error in errors.items() if now > 0]
-    return tuple(sorted(found, key=lambda variant: variant.relative_l2))
+    variants = [Variant(name, tried[name], error, error / now - 1) for name, error in errors.items() if now > 0]
+    return tuple(sorted(variants, key=lambda variant: variant.relative_l2))
 
 
 def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: Format) -> float:
@@ -137,8 +137,8 @@ def _widened(table: SiteTable) -> SiteTable:
 
 def fused_groups(plans: Sequence[SitePlan]) -> dict[str, tuple[str, ...]]:
     """Sites that a serving kernel fuses form one group; every other site is its own."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for plan in plans:
         fused = _FUSED.get(plan.site.role)
-        found.setdefault(f"{plan.site.parent}.{fused}" if fused else plan.name, []).append(plan.name)
-    return {group: tuple(sites) for group, sites in found.items()}
+        groups.setdefault(f"{plan.site.parent}.{fused}" if fused else plan.name, []).append(plan.name)
+    return {group: tuple(sites) for group, sites in groups.items()}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.passes import Progress, logits_of
+from fp4rl.diagnose.shards import StoredTensor, stored_tensors
 from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.inject.resolve import resolve
+from fp4rl.models.skeleton import skeleton
 from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.formats import Format
+from fp4rl.spec.injection import Injection
 
 Part = Literal["weight", "input"]
 Rows = Callable[[int], Iterator[Tensor]]  # pieces [at most n rows, columns] of one tensor, from its start
@@ -49,15 +55,37 @@ class PartError:
 def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    """Every weight that the table rounds, and the sums behind it. Raises InvalidValueError, naming the site, for NaN or
-    Inf."""
+    """Measure every weight of a model that the table rounds; also returns the sums behind the measures.
+
+    Raises InvalidValueError, naming the site, for NaN or Inf.
+    """
+    return _weight_errors(lambda plan: _pieces(weight_of(model, plan)), table, on_progress)
+
+
+def stored_weight_errors(
+    folder: str | Path, injection: Injection, on_progress: Progress | None = None
+) -> tuple[SiteTable, tuple[PartError, ...], dict[str, ErrorSums]]:
+    """Measure the weights of a checkpoint folder from its files; the model is never loaded and need not fit in memory.
+
+    Raises InvalidValueError for an adapter's folder (its weights are those of the base model), NotFoundError for a
+    tensor that the files do not hold.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
+    table, stored = resolve(skeleton(folder), injection), stored_tensors(folder)
+    return table, *_weight_errors(lambda plan: _tensor_of(plan, stored, folder).rows, table, on_progress)
+
+
+def _weight_errors(
+    rows_of: Callable[[SitePlan], Rows], table: SiteTable, on_progress: Progress | None
+) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    found: dict[str, ErrorSums] = {}
+    sums: dict[str, ErrorSums] = {}
     for done, plan in enumerate(plans, start=1):
-        found[plan.name] = rounding_error(_pieces(weight_of(model, plan)), plan, table)
+        sums[plan.name] = rounding_error(rows_of(plan), plan, table)
         if on_progress is not None:
             on_progress(done, len(plans))
-    return tuple(part_error(plan, "weight", found[plan.name]) for plan in plans), found
+    return tuple(part_error(plan, "weight", sums[plan.name]) for plan in plans), sums
 
 
 def weight_of(model: nn.Module, plan: SitePlan) -> Tensor:
@@ -90,11 +118,11 @@ def input_errors(
     def watch(path: str, tokens: Tensor) -> None:
         fmt = plans[path].input
         assert fmt is not None
-        if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read one tensor
+        if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read sums tensor
             seen = tokens.to(dtype)
-            one = ErrorSums()
-            one.add(round_piece(seen, fmt, plans[path].name), each_row=True)
-            last.update(tokens=tokens, fmt=fmt, tally=one)
+            sums = ErrorSums()
+            sums.add(round_piece(seen, fmt, plans[path].name), each_row=True)
+            last.update(tokens=tokens, fmt=fmt, tally=sums)
         tallies[path].merge(last["tally"])
 
     with observe(model, plans, on_input=watch) as eye:
@@ -139,3 +167,18 @@ def ideal_measures(fmt: Format) -> dict[str, float]:
 def _spans_tensor(fmt: Format) -> bool:
     """Whether one scale serves the whole tensor (NVFP4's second level, FP8), so that a piece does not know it."""
     return fmt.scale in ("e4m3", "fp32")
+
+
+def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> StoredTensor:
+    name = f"{plan.name}.weight"
+    if name not in stored:
+        raise NotFoundError(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
+    if plan.site.transposed:
+        raise InvalidValueError(
+            f"{folder}: {name} is stored [in, out], which is not read in pieces; scan without weights_only"
+        )
+    if stored[name].shape != plan.site.shape:
+        raise InvalidValueError(
+            f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(plan.site.shape)}"
+        )
+    return stored[name]

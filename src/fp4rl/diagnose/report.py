@@ -43,23 +43,19 @@ class ScanReport:
     distribution: Distribution | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
 
-    def part(self, site: str, part: str) -> PartError | None:
-        """One site's weight or input, if it was measured."""
-        return next((p for p in self.parts if p.site == site and p.part == part), None)
-
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
         """Return layer -> the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
         mean excess of the squared error over the format's ideal. Sites in `without` count as 0."""
-        found: dict[int, list[float]] = {}
+        by_layer: dict[int, list[float]] = {}
         if self.sensitivity is not None:
             for site in self.sensitivity.sites:
                 if site.layer is not None:
-                    found.setdefault(site.layer, []).append(0.0 if site.name in without else site.kl)
-            return {layer: sum(values) for layer, values in sorted(found.items())}
+                    by_layer.setdefault(site.layer, []).append(0.0 if site.name in without else site.kl)
+            return {layer: sum(values) for layer, values in sorted(by_layer.items())}
         for part in self.parts:
             if part.layer is not None:
-                found.setdefault(part.layer, []).append(part.excess**2)
-        return {layer: sum(values) / len(values) for layer, values in sorted(found.items())}
+                by_layer.setdefault(part.layer, []).append(part.excess**2)
+        return {layer: sum(values) / len(values) for layer, values in sorted(by_layer.items())}
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON."""
@@ -89,7 +85,7 @@ class ScanReport:
             "sites": {name: asdict(probe) for name, probe in self.dynamics.sites.items()},
             "suspects": [asdict(suspect) for suspect in self.verdict.suspects],
             "everywhere": list(self.verdict.everywhere),
-            "ratios": {str(layer): dict(found) for layer, found in self.ratios.items()},
+            "ratios": {str(layer): dict(ratios) for layer, ratios in self.ratios.items()},
         }
 
 

@@ -44,9 +44,9 @@ RULES: Mapping[str, Rule] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One place that rules judge: its measures, and those of ideal data in the same format where they exist."""
+    """One weight, input or layer that rules are applied to, with the measures of ideal data in the same format."""
 
-    place: str
+    name: str
     layer: int | None
     measures: Mapping[str, float]
     ideal: Mapping[str, float]
@@ -54,8 +54,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What one rule flagged. `ideal_fails` counts the judged places whose format's ideal value already fails it;
-    `layers` are those with a flagged place, of `layers_judged` that have any."""
+    """What one rule flagged. `ideal_fails` counts the measured ones whose format's ideal value already fails it;
+    `layers` are those with a flagged one, of `layers_judged` that have any."""
 
     rule: Rule
     judged: int
@@ -98,14 +98,15 @@ def rule_named(name: str, limit: float | None = None) -> Rule:
     return rule if limit is None else replace(rule, limit=limit)
 
 
-def judge(rule: Rule, places: Sequence[Measured]) -> RuleResult:
-    """Apply one rule to every place that has its measure."""
-    judged = [place for place in places if rule.measure in place.measures]
-    flagged = [place for place in judged if rule.flags(place.measures[rule.measure])]
-    hopeless = [place for place in judged if rule.measure in place.ideal and rule.flags(place.ideal[rule.measure])]
-    layers = sorted({place.layer for place in flagged if place.layer is not None})
-    of = len({place.layer for place in judged if place.layer is not None})
-    return RuleResult(rule, len(judged), tuple(place.place for place in flagged), tuple(layers), of, len(hopeless))
+def apply_rule(rule: Rule, measured: Sequence[Measured]) -> RuleResult:
+    """Apply one rule to everything that has its measure."""
+    having = [item for item in measured if rule.measure in item.measures]
+    flagged = [item for item in having if rule.flags(item.measures[rule.measure])]
+    ideal_fails = sum(rule.measure in item.ideal and rule.flags(item.ideal[rule.measure]) for item in having)
+    layers = sorted({item.layer for item in flagged if item.layer is not None})
+    layers_judged = len({item.layer for item in having if item.layer is not None})
+    names = tuple(item.name for item in flagged)
+    return RuleResult(rule, len(having), names, tuple(layers), layers_judged, ideal_fails)
 
 
 def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:

@@ -52,15 +52,15 @@ def scan(
             "sensitivity, depth and dynamics need texts; give some, or scan with parts=('precision',)"
         )
     generator = torch.Generator().manual_seed(spec.seed)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "precision" in spec.parts:
-        parts, found["tallies"] = weight_errors(model, table, _stage(on_stage, "weights"))
+        parts, results["tallies"] = weight_errors(model, table, _stage(on_stage, "weights"))
         inputs = input_errors(model, table, calibration, _stage(on_stage, "inputs")) if calibration else ()
-        found["parts"] = (*parts, *inputs)
+        results["parts"] = (*parts, *inputs)
     if calibration is not None:
-        found["calibration"] = calibration.described()
-        found |= _fed(model, table, calibration, spec, generator, on_stage)
-    report = ScanReport(type(model).__name__, table, **found)
+        results["calibration"] = calibration.described()
+        results |= _fed(model, table, calibration, spec, generator, on_stage)
+    report = ScanReport(type(model).__name__, table, **results)
     return _with_distribution(report, model)
 
 
@@ -73,19 +73,19 @@ def _fed(
     on_stage: Stages | None,
 ) -> dict[str, Any]:
     """The parts that need texts."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "dynamics" in spec.parts:
-        found["dynamics"] = dynamics(model, table, calibration, generator=generator, batches=spec.probed_batches)
-        found["verdict"] = suspects(found["dynamics"])
+        results["dynamics"] = dynamics(model, table, calibration, generator=generator, batches=spec.probed_batches)
+        results["verdict"] = suspects(results["dynamics"])
         with attach(model, table) as attachment:
             attachment.set_phase("evaluation")
             again = torch.Generator().manual_seed(spec.seed)
             injected = dynamics(model, table, calibration, generator=again, batches=spec.probed_batches, probed=False)
-        found["ratios"] = ratios(found["dynamics"], injected)
+        results["ratios"] = ratios(results["dynamics"], injected)
     if "depth" in spec.parts:
-        found["depth"] = depth(model, table, calibration, on_progress=_stage(on_stage, "depth"))
+        results["depth"] = depth(model, table, calibration, on_progress=_stage(on_stage, "depth"))
     if "sensitivity" in spec.parts:
-        found["sensitivity"] = sensitivity(
+        results["sensitivity"] = sensitivity(
             model,
             table,
             calibration,
@@ -94,7 +94,7 @@ def _fed(
             generator=generator,
             on_progress=_stage(on_stage, "sensitivity"),
         )
-    return found
+    return results
 
 
 def distribution(model: nn.Module, report: ScanReport, site: str) -> Distribution:

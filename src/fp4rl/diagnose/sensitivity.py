@@ -104,11 +104,11 @@ def _divergences(
     model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None
 ) -> list[Divergence]:
     """Divergence of each table over all batches; batches outside, so that one reference is held at a time."""
-    found: list[list[Divergence]] = [[] for _ in tables]
+    by_table: list[list[Divergence]] = [[] for _ in tables]
     done, total = 0, len(tables) * len(calibration.batches)
     for batch in calibration.batches:
         reference = reference_of(model, batch)
-        for divergences, table in zip(found, tables, strict=True):
+        for divergences, table in zip(by_table, tables, strict=True):
             if table.plans:
                 with attach(model, table) as attachment:
                     attachment.set_phase("evaluation")
@@ -119,7 +119,7 @@ def _divergences(
             if on_progress is not None:
                 on_progress(done, total)
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
-    return [weighted(divergences, weights) for divergences in found]
+    return [weighted(divergences, weights) for divergences in by_table]
 
 
 def _only(table: SiteTable, plan: SitePlan) -> SiteTable:

@@ -63,26 +63,26 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     Raises NotFoundError when the folder holds no safetensors file or its index names a missing one, InvalidValueError
     for a file that cannot be read.
     """
-    place = Path(folder)
-    found: dict[str, StoredTensor] = {}
-    with readable("the safetensors", place):
-        files = _files(place)
+    path = Path(folder)
+    tensors: dict[str, StoredTensor] = {}
+    with readable("the safetensors", path):
+        files = _files(path)
         if not files:
-            raise NotFoundError(f"{place}: no safetensors file; give a Hugging Face model folder")
+            raise NotFoundError(f"{path}: no safetensors file; give a Hugging Face model folder")
         for file in files:
-            found |= {tensor.name: tensor for tensor in _contents(file)}
-    return found
+            tensors |= {tensor.name: tensor for tensor in _contents(file)}
+    return tensors
 
 
-def _files(place: Path) -> list[Path]:
-    index = place / "model.safetensors.index.json"
+def _files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
     if not index.is_file():
-        return sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+        return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
-        if not (place / name).is_file():
-            raise NotFoundError(f"{place}: the index names {name}, which is not there; copy the checkpoint anew")
-    return [place / name for name in names]
+        if not (path / name).is_file():
+            raise NotFoundError(f"{path}: the index names {name}, which is not there; copy the checkpoint anew")
+    return [path / name for name in names]
 
 
 def _contents(file: Path) -> Iterator[StoredTensor]:

@@ -54,8 +54,8 @@ class Verdict:
     @property
     def kind(self) -> str | None:
         """The kind of fault with most of the evidence, in that layer."""
-        found = [suspect for suspect in self.suspects if suspect.layer == self.layer]
-        return Verdict(tuple(found), ())._winner(lambda suspect: suspect.kind)
+        in_layer = [suspect for suspect in self.suspects if suspect.layer == self.layer]
+        return Verdict(tuple(in_layer), ())._winner(lambda suspect: suspect.kind)
 
     def _winner(self, key: Callable[[Suspect], T]) -> T | None:
         votes: dict[T, float] = {}
@@ -64,17 +64,18 @@ class Verdict:
         return max(votes, key=lambda vote: votes[vote]) if votes else None
 
 
-def suspects(found: Dynamics, limit: float = LIMIT) -> Verdict:
+def suspects(dynamics: Dynamics, limit: float = LIMIT) -> Verdict:
     """Robust z-scores of every feature over all probed sites, and what the ones beyond `limit` mean."""
-    values = {feature: {name: _feature(p, feature) for name, p in found.sites.items()} for feature, _, _ in _SIGNS}
+    values = {feature: {name: _feature(p, feature) for name, p in dynamics.sites.items()} for feature, _, _ in _SIGNS}
     scores = {feature: robust_z(values[feature], spread) for feature, _, spread in _SIGNS}
     named = []
-    for name in found.sites:
+    for name in dynamics.sites:
         sign = next(((f, kind) for f, kind, _ in _SIGNS if scores[f][name] > limit), None)
         if sign is not None:
             feature, kind = sign
-            place = found.places[name]
-            named.append(Suspect(name, place.layer, kind, feature, values[feature][name], scores[feature][name]))
+            named.append(
+                Suspect(name, dynamics.site_layers[name], kind, feature, values[feature][name], scores[feature][name])
+            )
     everywhere = [f for f, _, spread in _SIGNS if values[f] and median(values[f].values()) > limit * spread]
     return Verdict(tuple(sorted(named, key=lambda s: -s.z)), tuple(everywhere))
 
@@ -88,7 +89,7 @@ def robust_z(values: dict[str, float], least_spread: float) -> dict[str, float]:
     return {name: (value - middle) / spread for name, value in values.items()}
 
 
-def _feature(found: Probe, name: str) -> float:
+def _feature(answers: Probe, name: str) -> float:
     if name == "strange_gain":
-        return abs(found.gain - 1)
-    return float(getattr(found, name))
+        return abs(answers.gain - 1)
+    return float(getattr(answers, name))

@@ -1,4 +1,4 @@
-"""Settings of an older code base, read into an injection and noise, with a line for every trap that they held.
+"""Settings of the verl fork that this work grew from, as an injection and noise, with a line for every trap in them.
 
 Three families: `...hw_error_injection.KEY` (and `...hw_error_injection_config.KEY` of the rollout), the environment
 variables `VERL_NOISY_OPS_KEY`, and the noise of `legacy_noise`. Whoever calls reads files and environments; this only
@@ -44,7 +44,7 @@ _EVERYWHERE = ["rollout", "training", "evaluation"]
 
 @dataclass(frozen=True)
 class Translation:
-    """What the old settings become here, and what they did not do, or did without saying so."""
+    """What settings of the verl fork become here, with a warning for what they did not do or did silently."""
 
     injection: Injection
     warnings: tuple[str, ...]
@@ -52,45 +52,44 @@ class Translation:
     speaks_of: tuple[str, ...] = ("injection",)
 
     def fragment(self) -> dict[str, Any]:
-        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; what the old settings did not
-        speak of is not in it."""
+        """Return what `fp4rl run SPEC +FILE` lays over a spec, without what the settings did not speak of."""
         given = self.injection.model_dump(mode="json", exclude_defaults=True)
-        harm = {"mode": None, **given} if given else "none"  # a mode that the spec names must not stay
+        injection = {"mode": None, **given} if given else "none"  # a mode that the spec names must not stay
         noise = self.noise.model_dump(mode="json") if self.noise else "none"
         if isinstance(noise, dict):  # a list where there are no layers: mappings merge, and a spec's factors would stay
             noise["multipliers"]["by_layer"] = noise["multipliers"]["by_layer"] or []
-        return {key: value for key, value in (("injection", harm), ("noise", noise)) if key in self.speaks_of}
+        return {key: value for key, value in (("injection", injection), ("noise", noise)) if key in self.speaks_of}
 
 
 def translate(settings: Mapping[str, Any]) -> Translation:
-    """Old settings, by dotted key or variable name, as an `Injection` and `Noise`; keys of other families are left
-    alone.
+    """Translate settings of the fork, by dotted key or variable name; keys of other families are left alone.
 
     Raises InvalidValueError for an unknown key of the families, for an unknown value, and for settings that never could
     act.
     """
     if not any(FAMILY in key for key in settings):
-        return _harm(settings)
+        return _errors_of(settings)
     plain = {key: plain_values(value, key) if isinstance(value, str) else value for key, value in settings.items()}
     noise, lines = noise_of(plain)
     if not any(key.startswith(PREFIX) or any(part in key for part in _FAMILY) for key in settings):
         return Translation(Injection(), lines, noise, ("noise",))
-    found = _harm(settings)
+    found = _errors_of(settings)
     return replace(found, warnings=(*found.warnings, *lines), noise=noise, speaks_of=("injection", "noise"))
 
 
-def _harm(settings: Mapping[str, Any]) -> Translation:
+def _errors_of(settings: Mapping[str, Any]) -> Translation:
     """The families that put errors into a model."""
     old = {key: value for key, value in settings.items() if any(part in key for part in _FAMILY)}
     noisy = {key.removeprefix(PREFIX): str(value) for key, value in settings.items() if key.startswith(PREFIX)}
     if not (old or noisy):
         raise InvalidValueError(
-            f"no old setting here: expected keys with hw_error_injection or {FAMILY} in them, or {PREFIX}... variables"
+            f"no setting of the verl fork here: expected keys with hw_error_injection or {FAMILY} in them, "
+            f"or {PREFIX}... variables"
         )
     if noisy and _yes(noisy.get("ENABLED", "")):
         if old:
             raise InvalidValueError(
-                f"both {PREFIX}... and hw_error_injection are set, which harmed twice; translate one of them"
+                f"both {PREFIX}... and hw_error_injection are set, which injected errors twice; translate one of them"
             )
         return _from_noisy_ops(noisy)
     return _from_hooks(_known(old)) if old else Translation(Injection(), (f"{PREFIX}ENABLED is not 1: nothing acts",))
@@ -101,7 +100,7 @@ def _known(old: Mapping[str, Any]) -> dict[str, Any]:
     for path, value in old.items():
         key = path.rpartition(".")[2].removeprefix("hw_error_injection_").lstrip("+'")
         if key not in _DEFAULTS:
-            raise InvalidValueError(f"{path}: the old settings had no {key!r}{nearest(key, _DEFAULTS)}")
+            raise InvalidValueError(f"{path}: the verl fork had no {key!r}{nearest(key, _DEFAULTS)}")
         content[key] = plain_values(value, path) if isinstance(value, str) else value
     return content
 
@@ -144,7 +143,7 @@ def _error(old: Mapping[str, Any], targets: Any) -> dict[str, Any]:
         return where | {"kind": "dead_zone", "scale": old["deadzone_threshold"], "unit": "largest"}
     if [word.lower() for word in old["target_modules"] or ["rmsnorm"]] == ["rmsnorm"]:
         raise InvalidValueError(
-            "target_modules is ['rmsnorm'] (the old default): it harmed norms, which no 4-bit kernel rounds; "
+            "target_modules is ['rmsnorm'] (the fork's default): it met norms, which no 4-bit kernel rounds; "
             "write target_modules: [linear]"
         )
     return where | {"kind": _KINDS[kind], "scale": old["error_scale"]}
@@ -164,7 +163,7 @@ def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _traps(old: Mapping[str, Any]) -> list[str]:
-    """What the old code did beside or instead of what its settings said, for these settings."""
+    """What the fork did beside or instead of what its settings said, for these settings."""
     kind, point, left = old["error_type"], old["injection_point"], old["exclude_modules"]
     fmt = kind in _FORMATS
     lines = {
@@ -219,11 +218,11 @@ def _from_noisy_ops(noisy: Mapping[str, str]) -> Translation:
         "rollouts in vLLM under torch.compile or CUDA graphs were never reached; here they are": not only["TRAINING"],
         f"{PREFIX}SCALE was not set, and its default is 1e-4, not 5 %": "SCALE" not in noisy,
         "FORWARD_ONLY and BACKWARD_ONLY together meant both": only["FORWARD"] and only["BACKWARD"],
-        "ALL_OPS also harmed softmax, activations and norms, which has no counterpart here": _yes(
+        "ALL_OPS also put errors into softmax, activations and norms, which has no counterpart here": _yes(
             noisy.get("ALL_OPS", "")
         ),
-        "attention was harmed in its eager form alone; here name point: scores and point: values for it": True,
-        "the output head was harmed as well; here it is left out": True,
+        "errors met attention in its eager form alone; here name point: scores and point: values for it": True,
+        "errors met the output head as well; here it is left out": True,
         "no seed was set, so no run could be repeated; here the seed is 0": True,
     }
     injection = Injection.model_validate({"errors": [error], "apply_during": phases})

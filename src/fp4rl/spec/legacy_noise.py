@@ -1,4 +1,4 @@
-"""Noise settings of an older code base (`...noise_injection.KEY`), read into a `Noise`, with a line for every trap."""
+"""Noise settings of the verl fork (`...noise_injection.KEY`), read into a `Noise`, with a line for every trap."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _NEVER = ("lm_head", "embed_tokens")  # take no noise here whatever is said
 
 
 def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]]:
-    """The noise that old settings describe, None where it was off, and what they did not do or did silently.
+    """Return the noise that the settings describe, None where it was off, and lines for what they did not do.
 
     `settings` are plain values by dotted key. Raises InvalidValueError for an unknown key or value, and for what has no
     counterpart here.
@@ -61,7 +61,7 @@ def _require_known(content: Any, known: Sequence[str], where: str) -> None:
                 f"{where}.{key} was computed by the trainer; write sigma_start, sigma_end and num_stages"
             )
         if key not in known:
-            raise InvalidValueError(f"{where}: the old settings had no {key!r}{nearest(str(key), known)}")
+            raise InvalidValueError(f"{where}: the verl fork had no {key!r}{nearest(str(key), known)}")
 
 
 def _schedule(old: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _factor(zones: Mapping[str, Any], zone: str, usual: float) -> dict[str, Any]
 
 
 def _traps(old: Mapping[str, Any]) -> Iterator[str]:
-    """What the old code did beside or instead of what its settings said, for these settings."""
+    """What the fork did beside or instead of what its settings said, for these settings."""
     if old.get("epoch_aware"):
         yield "the epoch-aware mode drew no noise at all (it asked for its own silent interval); here it fades"
     else:
