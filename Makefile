@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test slow fuzz docs demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test slow mutants fuzz docs demo bench bench-gpu setup setup-dev constraints clean
 
 check: lint test
 
@@ -13,6 +13,7 @@ lint: setup-dev
 	.venv/bin/ruff check src tests benchmarks examples tools
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) tools/reference.py --check
 
 format: setup-dev
 	.venv/bin/ruff format src tests benchmarks examples tools
@@ -30,6 +31,10 @@ test: setup-dev
 
 slow: setup-dev
 	$(PY) -m pytest -q -n 2 -m slow
+
+# Mutations of the code, each with the tests that must find it; they are slow tests too.
+mutants: setup-dev
+	$(PY) -m pytest -q -n 2 -m slow tests/mutants
 
 # 10,000 damaged inputs for each property (`make fuzz FUZZ=500`: so many); a failure prints how to repeat it.
 FUZZ ?= 10000

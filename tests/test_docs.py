@@ -5,6 +5,8 @@ The kind of fault: a key or an option in a document that no description takes.
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from fp4rl.spec.scan import ScanRequest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+    *(ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"),
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference"),  # those are generated
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
 ]
@@ -82,6 +84,13 @@ PATHS = sorted(
     {span for text in TEXTS.values() for span in spans(text) if re.fullmatch(r"[a-z]+(\.[a-z_]+)+", span)}
     - {f"{name}.md" for name in Experiment.model_fields}
 )
+
+
+def test_the_reference_pages_are_up_to_date():
+    checked = subprocess.run(
+        [sys.executable, "tools/reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_the_pages_hold_something_to_try():

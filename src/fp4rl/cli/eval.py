@@ -18,6 +18,8 @@ from fp4rl.spec.plain_yaml import plain_values
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fp4rl.rl.evaluate import Evaluation as Measured
+    from fp4rl.rl.evaluation_runner import EvaluationRunner
     from fp4rl.spec.evidence import Evaluation
     from fp4rl.spec.experiment import Experiment
 
@@ -70,40 +72,51 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    from fp4rl.cli.described import require_here
-    from fp4rl.lab.matrix import single
-    from fp4rl.spec.shared_scales import batch_note
-
     _require_new(out)
     given = {"preset": preset, "samples": samples, "split": split, "count": count}
     given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
     start = {"path": str(model), "dtype": dtype}
     described = _described(start, _asked_task(task, data, test_path, split), precision or ["full"], sweep, given)
-    require_here([single(described, "eval")])
+    runner, evaluations = _evaluated(described, model, count)
+    summaries = [evaluation.summary() for evaluation in evaluations]
+    if out is not None:
+        _write(out, [(e.profile.name, asdict(item)) for e in evaluations for item in e.items])
+    if as_json:
+        print_json([summary.as_json() for summary in summaries])
+    else:
+        console().print(_table(str(model), summaries, _cut_from(data, test_path, runner.spec.split)))
+        _print_batch_notes(runner)
+
+
+def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":
+    """Evaluate the model at every precision, in their order, with a bar on stderr."""
+    from fp4rl.cli.described import require_here
+    from fp4rl.lab.matrix import single
     from fp4rl.models.quiet import quiet
 
+    require_here([single(described, "eval")])
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
     from fp4rl.rl.evaluation_runner import EvaluationRunner
 
     ready_to_round()
     spec = described.evaluation.for_task(described.task)
     problems = described.task.problems(spec.split, count)[: spec.count]
-    judge = EvaluationRunner(spec, None, described.task, problems)
-    names = judge.precisions()
+    runner = EvaluationRunner(spec, None, described.task, problems)
     with progress(console(stderr=True)) as bar:
-        places = {name: bar.add_task(name, total=len(problems)) for name in names}
-        evaluations = list(
-            judge.run(model, dtype, 0, True, lambda name, done, _: bar.update(places[name], completed=done))
-        )
-    if out is not None:
-        _write(out, [(e.profile.name, asdict(item)) for e in evaluations for item in e.items])
-    if as_json:
-        print_json([e.summary().as_json() for e in evaluations])
-        return
-    console().print(_table(str(model), [e.summary() for e in evaluations], _cut_from(data, test_path, spec.split)))
-    for name, measured in names.items():
+        bars = {name: bar.add_task(name, total=len(problems)) for name in runner.precisions()}
+
+        def advance(name: str, done: int, _: int) -> None:
+            bar.update(bars[name], completed=done)
+
+        return runner, list(runner.run(model, described.model.dtype, 0, True, advance))
+
+
+def _print_batch_notes(runner: "EvaluationRunner") -> None:
+    from fp4rl.spec.shared_scales import batch_note
+
+    for name, measured in runner.precisions().items():
         if note := batch_note(measured.injection, "evaluation"):
-            console().print(f"{name}: {note} ({judge.decoding.batch_size} answers here)")
+            console().print(f"{name}: {note} ({runner.decoding.batch_size} answers here)")
 
 
 def _described(

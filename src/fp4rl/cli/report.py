@@ -28,6 +28,7 @@ def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> N
     from fp4rl.lab.files import json_ready
     from fp4rl.lab.report.collect import collect
     from fp4rl.lab.report.html import write_html
+    from fp4rl.lab.report.plain import as_dict
     from fp4rl.lab.report.terminal import terminal
 
     report = collect(folder, ledger)
@@ -39,7 +40,7 @@ def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> N
         page = None
         console(stderr=True).print(f"no HTML report: {folder} cannot be written ({error.strerror})", soft_wrap=True)
     if as_json:
-        print_json(json_ready(report.as_dict() | {"html": page}))
+        print_json(json_ready(as_dict(report) | {"html": page}))
         return
     console().print(terminal(report))
     if page is not None:

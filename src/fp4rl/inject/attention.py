@@ -83,7 +83,7 @@ class _Intercept(TorchFunctionMode):
         return self.state.product(a, self.state.cached(b).mT, "values")
 
 
-def _attention(
+def _attention(  # noqa: PLR0913 - the signature of torch's own function
     state: AttentionState,
     query: Tensor,
     key: Tensor,

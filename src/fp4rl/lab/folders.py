@@ -42,10 +42,12 @@ class RunFolder:
 
     @property
     def suite(self) -> str:
+        """The suite's name."""
         return self.path.parent.name
 
     @property
     def run_id(self) -> str:
+        """The run's id within its suite."""
         return self.path.name
 
     @property
@@ -55,6 +57,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has a result."""
         return (self.path / "result.json").is_file()
 
     # -- written by the runner

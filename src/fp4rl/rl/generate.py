@@ -134,6 +134,7 @@ class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Keep the logits [answers, vocabulary] that the next token is drawn from; return them unchanged."""
         self._drawn(input_ids)
         self._logits = scores
         return scores
@@ -171,6 +172,7 @@ class Stops(StoppingCriteria):  # type: ignore[misc]
         self._window = max(len(text.encode()) for text in stop) + _SPARE
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return which rows [answers] of `input_ids` hold a stop text."""
         last = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :]
         texts = self._tokenizer.batch_decode(last, skip_special_tokens=True)
         return torch.tensor([_holds(text, self._stop) for text in texts], device=input_ids.device)

@@ -9,6 +9,7 @@ import yaml
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.evidence_rows import evidence_of
+from fp4rl.lab.report.plain import as_dict
 from fp4rl.lab.report.scores import mean_over_seeds
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
@@ -157,7 +158,7 @@ def test_a_single_experiment_is_shown_without_questions(tmp_path: Path):
 def test_the_report_is_strict_json(make_trial):
     trial = make_trial()
     folder = trial.write(missing=[("w4a4", 2)], without_evidence=[("w4a16", 1)], stale=[("bf16", 0)])
-    plain = json.loads(json.dumps(collect(folder).as_dict(), allow_nan=False))
+    plain = json.loads(json.dumps(as_dict(collect(folder)), allow_nan=False))
     assert plain["questions"][0]["word"] == "not comparable"
     assert plain["differences_between_arms"]["w4a16+aqn"]["noise"]["first"] is None
 

@@ -63,15 +63,13 @@ class LocalPool:
         try:
             while waiting and len(workers) < self.workers:
                 workers.append(self._spawn(waiting.pop(0), root))
-            asked = False
+            stopping = False
             while workers:
-                if interrupted.is_set():
+                if interrupted.is_set() and not stopping:
+                    stopping = True
                     waiting.clear()
-                    if not asked:
-                        on_event(Event("", STOPPING, 0, 0))
-                        for worker in workers:
-                            _ask_to_end(worker)
-                    asked = True
+                    on_event(Event("", STOPPING, 0, 0))
+                    _ask_to_end(workers)
                 for pipe in wait([w.pipe for w in workers], timeout=1.0):
                     worker = next(w for w in workers if w.pipe is pipe)
                     outcome = _received(worker, root, on_event)
@@ -79,12 +77,10 @@ class LocalPool:
                         continue
                     yield outcome
                     workers.remove(worker)
-                    if not waiting:
-                        _stop(worker)
-                    elif worker.process.is_alive():
-                        workers.append(self._assign(worker, waiting.pop(0), root))
+                    if waiting:
+                        workers.append(self._next(worker, waiting.pop(0), root))
                     else:
-                        workers.append(self._spawn(waiting.pop(0), root))
+                        _stop(worker)
             if interrupted.is_set():
                 raise KeyboardInterrupt
         finally:
@@ -113,6 +109,9 @@ class LocalPool:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
         return self._assign(_Worker(process, ours), run, root)
+
+    def _next(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
+        return self._assign(worker, run, root) if worker.process.is_alive() else self._spawn(run, root)
 
     def _assign(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
         worker.run = run
@@ -168,9 +167,10 @@ def died(code: int | None, folder: RunFolder) -> str:
     return f"its process died ({how}){where}; run again to repeat it"
 
 
-def _ask_to_end(worker: _Worker) -> None:
-    if worker.process.pid is not None and worker.process.is_alive():
-        os.kill(worker.process.pid, signal.SIGINT)
+def _ask_to_end(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        if worker.process.pid is not None and worker.process.is_alive():
+            os.kill(worker.process.pid, signal.SIGINT)
 
 
 def _stop(worker: _Worker) -> None:

@@ -10,7 +10,6 @@ from fp4rl.lab.damage import Damaged
 from fp4rl.lab.ledger.query import known_spread
 from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.report.notes import notes
-from fp4rl.lab.report.plain import as_dict
 from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.suites import SuiteRun, read_suite
 from fp4rl.spec.experiment import Experiment
@@ -62,10 +61,6 @@ class SuiteReport:
         """`12 of 12 runs`, or `partial: 7 of 12 runs`."""
         count = f"{len(self.finished)} of {counted(len(self.runs), 'run')}"
         return count if not self.missing else f"partial: {count}"
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON; accuracies in points."""
-        return as_dict(self)
 
 
 def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:

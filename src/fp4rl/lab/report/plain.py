@@ -1,20 +1,17 @@
 """The report as plain values for JSON."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
+from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.compare.difference import differences
+from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.evidence import pooled_evidence
-
-if TYPE_CHECKING:
-    from fp4rl.lab.compare.comparison import Answer
-    from fp4rl.lab.report.collect import SuiteReport
-    from fp4rl.lab.report.scores import Score
-    from fp4rl.lab.runs import Run
-    from fp4rl.lab.suites import SuiteRun
+from fp4rl.lab.report.scores import Score
+from fp4rl.lab.runs import Run
+from fp4rl.lab.suites import SuiteRun
 
 
-def as_dict(report: "SuiteReport") -> dict[str, object]:
+def as_dict(report: SuiteReport) -> dict[str, object]:
     """Every number of the report; accuracies, differences and margins in points, shares between 0 and 1."""
     return {
         "suite": report.name,
@@ -29,7 +26,7 @@ def as_dict(report: "SuiteReport") -> dict[str, object]:
     }
 
 
-def _score(score: "Score") -> dict[str, object]:
+def _score(score: Score) -> dict[str, object]:
     means = ("before", "after", "flexible", "formatted", "formatted_before", "truncated")
     return {
         "arm": score.arm,
@@ -52,7 +49,7 @@ def _score(score: "Score") -> dict[str, object]:
     }
 
 
-def _question(answer: "Answer") -> dict[str, object]:
+def _question(answer: Answer) -> dict[str, object]:
     return {
         **(answer.question.asked.model_dump(mode="json") if answer.question.asked else {}),
         "word": answer.word,
@@ -62,7 +59,7 @@ def _question(answer: "Answer") -> dict[str, object]:
     }
 
 
-def _run(run: "SuiteRun") -> dict[str, object]:
+def _run(run: SuiteRun) -> dict[str, object]:
     result = None if run.run is None else run.run.result
     return {
         "run_id": run.planned.run_id,
@@ -80,7 +77,7 @@ def _run(run: "SuiteRun") -> dict[str, object]:
     }
 
 
-def _evidence(run: "Run") -> dict[str, object]:
+def _evidence(run: Run) -> dict[str, object]:
     evidence = pooled_evidence(run)
     return {
         "sites": evidence.sites,
@@ -94,7 +91,7 @@ def _evidence(run: "Run") -> dict[str, object]:
     }
 
 
-def _arms(report: "SuiteReport") -> dict[str, object]:
+def _arms(report: SuiteReport) -> dict[str, object]:
     """Each arm's difference from the first one."""
     arms = [(name, experiment.model_dump(mode="json")) for name, experiment in report.arms.items()]
     return {

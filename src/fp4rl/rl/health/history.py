@@ -47,10 +47,12 @@ class SignalHistory:
 
     @property
     def last(self) -> float | None:
+        """The newest value; None before there is one."""
         return self.values[-1] if self.values else None
 
     @property
     def first(self) -> float | None:
+        """The oldest value; None before there is one."""
         return self.values[0] if self.values else None
 
     @property
