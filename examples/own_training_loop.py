@@ -15,13 +15,13 @@ def main(steps: int = 20) -> float:
     y = x[:, :1] * x[:, 1:2]
 
     injection = fp4rl.Injection.named("w4a4", preset="vllm")
-    with fp4rl.attach(model, injection) as harmed:
+    with fp4rl.attach(model, injection) as injected:
         for _ in range(steps):
             loss = nn.functional.mse_loss(model(x), y)  # forward and grad_input meet the rounded weights
             optimizer.zero_grad()
             loss.backward()  # grad_weight reaches the master weights
             optimizer.step()  # the rounded copies are thrown away by themselves
-        print(harmed.report())  # what was rounded, how often, and by how much
+        print(injected.report())  # what was rounded, how often, and by how much
     return loss.item()  # outside the `with` the model is as it was: only its weights were trained
 
 

@@ -23,10 +23,10 @@ def main(steps: int = 4) -> list[dict]:
     )
     rows = torch.randint(0, 64, (32, 16))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    with tempfile.TemporaryDirectory() as folder, fp4rl.attach(model, fp4rl.Injection.named("w4a16")) as harmed:
+    with tempfile.TemporaryDirectory() as folder, fp4rl.attach(model, fp4rl.Injection.named("w4a16")) as injected:
         arguments = TrainingArguments(folder, max_steps=steps, report_to=[], disable_tqdm=True, save_strategy="no")
         Trainer(model=model, args=arguments, train_dataset=data).train()
-        evidence = harmed.evidence()
+        evidence = injected.evidence()
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear  # taken out again
     return evidence
 
