@@ -57,10 +57,10 @@ def test_a_worker_tells_its_run_what_it_compiles_and_heeds_the_word(fresh, monke
     pipe = SimpleNamespace(send=heard.append)
     monkeypatch.setattr("fp4rl.lab.work.execute_run", lambda *_: dispatch._PROCESS.announce("compiling"))
     monkeypatch.setenv("FP4RL_BACKEND", "chunked")
-    assert processes.attempt(run, tmp_path, (), pipe) == (None, False, False)
+    assert processes.attempt(run, tmp_path, (), pipe.send) == (None, False, False)
     assert dispatch.chosen() == "chunked"
     assert [(event.run_id, event.stage) for event in heard] == [("a-0", "compiling")]
     monkeypatch.setenv("FP4RL_BACKEND", "chunkt")
-    error, mistake, _ = processes.attempt(run, tmp_path, (), pipe)
+    error, mistake, _ = processes.attempt(run, tmp_path, (), pipe.send)
     assert "FP4RL_BACKEND: no backend is called 'chunkt'" in error
     assert mistake

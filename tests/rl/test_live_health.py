@@ -94,9 +94,10 @@ def test_the_result_says_that_the_run_was_stopped_and_why(experiment, model_cach
         health={"rules": ["stop if loss_scale < 1 from step 1", "stop if entropy > 0 at step 1"]},
     )
     result = execute_run(single(described, "trial"), tmp_path).result()
-    assert (result["steps_asked"], result["steps_done"]) == (6, 1)
-    assert result["stopped"].startswith("step 1: stop if entropy > 0")
-    assert {e["step"] for e in result["evaluations"] if e["last"]} == {1}
+    assert (result.steps_asked, result.steps_done) == (6, 1)
+    assert result.stopped is not None
+    assert result.stopped.startswith("step 1: stop if entropy > 0")
+    assert {e.step for e in result.evaluations if e.last} == {1}
 
 
 ROLLBACK = {

@@ -22,8 +22,8 @@ PLURAL = re.compile(
 NEVER_ONE = {
     ("compare.py", "len(answers)"),  # said of more than one
     ("power.py", "len(spreads)"),  # of more than one
-    ("scan_source.py", "model"),  # no count: `fp4rl run SPEC arms.NAME`
-    ("show.py", "run['steps_asked'] or '?'"),  # `1/3`, of steps that were asked for
+    ("scan_source.py", "self.source"),  # no count: `fp4rl run SPEC arms.NAME`
+    ("show.py", "result.steps_asked or '?'"),  # `1/3`, of steps that were asked for
 }
 
 

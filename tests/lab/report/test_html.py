@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.figures import accuracy, answers, learning
 from fp4rl.lab.report.html import render, write_html
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from planted.records import line
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
@@ -112,3 +114,11 @@ def test_without_the_extra_the_error_names_it(faulty, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(NotFoundError, match=r"pip install 'fp4rl\[report\]'"):
         render(faulty)
+
+
+def test_master_weights_that_changed_stand_out_on_the_page(make_trial):
+    folder = make_trial().write()
+    run = RunFolder(next(path.parent for path in folder.glob("w4a16-*/result.json")))
+    run.add_evidence(line("master", step=9, unharmed=False))
+    (cell,) = re.findall(r"<td[^>]*>CHANGED[^<]*</td>", without_plotly(render(collect(folder))))
+    assert 'class="warn"' in cell
