@@ -64,7 +64,7 @@ class EvaluationRunner:
     ) -> Iterator[Evaluation]:
         """Load `folder` afresh and answer all problems once per profile; `record` hears what was rounded meanwhile.
 
-        Raises CheckFailed for sites that were never called while the answers were made, and for master weights that changed.
+        Raises CheckFailed for sites that were never called while the answers were made, and for changed master weights.
         """
         model, tokenizer = load(folder, dtype)
         if self.lora is not None and not (folder / "adapter_config.json").is_file():
