@@ -94,10 +94,10 @@ def _ends(result: "RunResult") -> "list[Evaluation]":
 
 def end(outcome: "SuiteOutcome") -> None:
     """Leave with 2 if a run could not start for a mistake in its spec, with 1 if one failed under way."""
-    mistakes = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
-    if mistakes:
-        more = f" (and {counted(len(mistakes) - 1, 'other mistake')})" if len(mistakes) > 1 else ""
-        raise InvalidValueError(f"{mistakes[0]}{more}")
+    messages = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
+    if messages:
+        more = f" (and {counted(len(messages) - 1, 'other mistake')})" if len(messages) > 1 else ""
+        raise InvalidValueError(f"{messages[0]}{more}")
     if outcome.failed:
         failed, them = len(outcome.failed), agreeing(len(outcome.failed), "it", "them")
         raise CheckFailed(f"{failed} of the runs failed; the same command tries {them} again")

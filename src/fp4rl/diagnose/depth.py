@@ -11,7 +11,7 @@ from fp4rl.diagnose.calibration import Batch, Calibration
 from fp4rl.diagnose.passes import Progress, logits_of
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SiteTable
-from fp4rl.sites.observe import Watch, observe
+from fp4rl.sites.observe import OnTensor, observe
 from fp4rl.spec.errors import InvalidValueError
 
 PARTS = ("weights", "inputs", "both")
@@ -105,14 +105,14 @@ def _add_errors(
         _run(model, clean, batch, watch)
 
 
-def _keeping(kept: dict[str, Tensor]) -> Watch:
+def _keeping(kept: dict[str, Tensor]) -> OnTensor:
     def watch(name: str, tokens: Tensor) -> None:
         kept[name] = tokens.float().clone()
 
     return watch
 
 
-def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: Watch) -> None:
+def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: OnTensor) -> None:
     with observe(model, paths, on_output=watch) as eye, torch.no_grad():
         eye.mask = batch.mask
         logits_of(model, batch)

@@ -96,8 +96,8 @@ def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
     groups: dict[tuple[object, ...], list[SitePlan]] = defaultdict(list)
     for plan in plans:
         readers = _READ_TOGETHER.get(plan.site.role)
-        alone = readers is None or plan.input is None or plan.input.rounding == "stochastic"
-        groups[(plan.name,) if alone else (plan.site.parent, readers, plan.input)].append(plan)
+        rounded_apart = readers is None or plan.input is None or plan.input.rounding == "stochastic"
+        groups[(plan.name,) if rounded_apart else (plan.site.parent, readers, plan.input)].append(plan)
     return {plan.name: shared for group in groups.values() for shared in [SharedInput(len(group))] for plan in group}
 
 

@@ -73,7 +73,7 @@ class EvaluationRunner:
         sampler = sampler_named(self.sampler)
         for name, precision in self.precisions(last=last).items():
 
-            def heard(done: int, total: int, name: str = name) -> None:
+            def on_answered(done: int, total: int, name: str = name) -> None:
                 if on_items is not None:
                     on_items(name, done, total)
 
@@ -81,8 +81,8 @@ class EvaluationRunner:
                 weights_unchanged(model, "evaluation", step, record, profile=name),
                 _injected(model, precision.injection) as attachment,
             ):
-                items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, heard, sampler)
-                for row in _proved(attachment, step, name):
+                items = answer(model, tokenizer, self.problems, self.task.score, self.decoding, on_answered, sampler)
+                for row in _verified(attachment, step, name):
                     record(row)
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)
 
@@ -134,7 +134,7 @@ def _digest(attachment: Attachment | None) -> str | None:
     return attachment.table.digest_in("evaluation")
 
 
-def _proved(attachment: Attachment | None, step: int, profile: str) -> Iterator[Evidence]:
+def _verified(attachment: Attachment | None, step: int, profile: str) -> Iterator[Evidence]:
     """What should have acted while the answers were made, and what did."""
     if attachment is None:
         return

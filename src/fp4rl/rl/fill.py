@@ -60,8 +60,11 @@ class Filled:
     def metrics(self, rollout_n: int) -> dict[str, float]:
         """Of the first generation, which no filter has looked at and no penalty touched; and of the filter."""
         first = self.generations[0]
-        told = groups_with_spread(torch.tensor(first.scored.earned), rollout_n)
-        of_groups = {"reward/no_spread": 1 - told.float().mean().item(), "rollout/groups": float(len(told))}
+        with_spread = groups_with_spread(torch.tensor(first.scored.earned), rollout_n)
+        of_groups = {
+            "reward/no_spread": 1 - with_spread.float().mean().item(),
+            "rollout/groups": float(len(with_spread)),
+        }
         return {**first.scored.means(), **of_groups, **first.rollout.shape(), **self.refill.metrics()}
 
 

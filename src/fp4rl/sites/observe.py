@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fp4rl.spec.errors import NotFoundError, nearest
 
-Watch = Callable[[str, Tensor], None]
+OnTensor = Callable[[str, Tensor], None]
 
 
 class Eye:
@@ -41,7 +41,7 @@ class Eye:
 
 @contextmanager
 def observe(
-    model: nn.Module, names: Iterable[str], *, on_input: Watch | None = None, on_output: Watch | None = None
+    model: nn.Module, names: Iterable[str], *, on_input: OnTensor | None = None, on_output: OnTensor | None = None
 ) -> Iterator[Eye]:
     """Call the watchers with (module name, tokens [tokens, features]) at every forward of every named module.
 
@@ -76,20 +76,20 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else None
 
 
-def _input_hook(name: str, eye: Eye, watch: Watch) -> Callable[..., None]:
+def _input_hook(name: str, eye: Eye, on_tensor: OnTensor) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = first_tensor(args)
         value = first_tensor(list(kwargs.values())) if value is None else value
         if value is not None and value.numel():
-            watch(name, eye.tokens(value))
+            on_tensor(name, eye.tokens(value))
 
     return hook
 
 
-def _output_hook(name: str, eye: Eye, watch: Watch) -> Callable[..., None]:
+def _output_hook(name: str, eye: Eye, on_tensor: OnTensor) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         value = first_tensor(output)
         if value is not None and value.numel():
-            watch(name, eye.tokens(value))
+            on_tensor(name, eye.tokens(value))
 
     return hook

@@ -69,7 +69,7 @@ def _on_policy(experiment: Experiment) -> bool:
     return experiment.training.updates_per_step == 1 and not noisy
 
 
-def _alone(recipe: Training) -> bool:
+def _distils_only(recipe: Training) -> bool:
     return recipe.distillation is not None and recipe.distillation.alone
 
 
@@ -119,7 +119,7 @@ def _embedded(experiment: Experiment) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(_REWARDED, "training.distillation.alone leaves the rewards out", lambda e: _alone(e.training)),
+    Rule(_REWARDED, "training.distillation.alone leaves the rewards out", lambda e: _distils_only(e.training)),
     Rule(
         _of_training("kl_loss_type", "reference_precision"),
         "training.kl_loss_coef is 0, so there is no KL and no reference",

@@ -22,7 +22,7 @@ def notes(runs: Sequence[SuiteRun], scores: Sequence[Score], questions: Sequence
             _without_evidence(runs),
             _stale(runs),
             _ill(runs),
-            _forewarned(runs),
+            _spec_warnings(runs),
             _said(runs),
             _before(scores),
             _spread(scores),
@@ -69,7 +69,7 @@ def _ill(runs: Sequence[SuiteRun]) -> Iterator[str]:
         yield f"Rolled back by the monitor and continued at a lower learning rate: {_named(back)}."
 
 
-def _forewarned(runs: Sequence[SuiteRun]) -> Iterator[str]:
+def _spec_warnings(runs: Sequence[SuiteRun]) -> Iterator[str]:
     """What `fp4rl plan` says of the arms."""
     for line in spec_warnings({run.planned.arm: run.planned.experiment for run in runs}):
         yield f"Known beforehand: {line}."

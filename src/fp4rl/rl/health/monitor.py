@@ -25,7 +25,7 @@ class LongWatch:
         self._last = 0
         self._first: list[float] = []
 
-    def judge(self, step: int, verdict: Verdict, t: Thresholds) -> Verdict:
+    def evaluate(self, step: int, verdict: Verdict, t: Thresholds) -> Verdict:
         """`verdict`, or an alarm in its place. Only what comes with a `severity` can become one."""
         if verdict.state == "ok" or verdict.severity is None:
             if self._since is not None and step - self._last > t.persist:
@@ -75,7 +75,7 @@ class Monitor:
         self.steps += 1
         signals = signals_of(metrics)
         self._histories.add(step, signals)
-        news = [self._judge(step, name, check) for name, check in CHECKS.items()]
+        news = [self._evaluate(step, name, check) for name, check in CHECKS.items()]
         news += [self._ask(step, watch, {**signals, **metrics}) for watch in self._rules]
         found = [finding for finding in news if finding is not None]
         self.alarms += [finding for finding in found if finding.state == "alarm"]
@@ -107,9 +107,9 @@ class Monitor:
             finding, evidence="not broken" if rule else summary(self._histories, CHECKS[finding.check].signals)
         )
 
-    def _judge(self, step: int, name: str, check: Check) -> Finding | None:
+    def _evaluate(self, step: int, name: str, check: Check) -> Finding | None:
         verdict = check.function(self._histories, self.spec.thresholds)
-        verdict = self._states[name].watch.judge(step, verdict, self.spec.thresholds)
+        verdict = self._states[name].watch.evaluate(step, verdict, self.spec.thresholds)
         needed = 1 if check.at_once else self._persist
         return self._settle(step, name, verdict, needed, self.spec.policy_of(name))
 
@@ -120,7 +120,7 @@ class Monitor:
         return max(min(persist, 2), ceil(persist / self._histories.spacing))
 
     def _ask(self, step: int, watch: RuleWatch, values: Mapping[str, float]) -> Finding | None:
-        return self._settle(step, str(watch.rule), watch.judge(step, values), 1, watch.rule.action)
+        return self._settle(step, str(watch.rule), watch.evaluate(step, values), 1, watch.rule.action)
 
     def _settle(self, step: int, name: str, verdict: Verdict, needed: int, policy: Policy) -> Finding | None:
         """The new finding if the state of `name` changes by this verdict, else None (evidence is kept up to date)."""

@@ -33,7 +33,7 @@ class RuleWatch:
         """Why the rule has had no value to look at so far; empty once it had one."""
         return "" if self._answer is not None else f"{self.rule.metric} was not logged from step {self.rule.step} on"
 
-    def judge(self, step: int, values: Mapping[str, float]) -> Verdict:
+    def evaluate(self, step: int, values: Mapping[str, float]) -> Verdict:
         """`values`: this step's metrics and signals by name. An `at` rule asks once and keeps its answer."""
         rule = self.rule
         if step < rule.step:
