@@ -88,16 +88,16 @@ def _answers(
     suite = treatment if control is None else (known.suite if known is not None else None)
     with book.reading() as connection:
         if suite is not None:
-            asked = questions_in(connection, runs, suite, at)
-            if not asked:
+            suite_asks = questions_in(connection, runs, suite, at)
+            if not suite_asks:
                 raise InvalidValueError(f"the suite {suite} declares no comparisons; name two sides")
         else:
             together = factors_between(treatment, str(control), factors) if factors else ()
             question = Question(treatment, str(control), together, margin, at.step, at.score)
             sides = [named_side(connection, runs, name, at) for name in (treatment, str(control))]
-            asked = [(question, sides[0], sides[1])]
-        answers = answer_all(asked, lambda run: spread_of_run(connection, run), force=force)
-    chosen = answers if known is None else [one for one in answers if one.question.asked == known.asked]
+            suite_asks = [(question, sides[0], sides[1])]
+        answers = answer_all(suite_asks, lambda run: spread_of_run(connection, run), force=force)
+    chosen = answers if known is None else [answer for answer in answers if answer.question.asked == known.asked]
     return tuple(map(checked, chosen))
 
 
@@ -157,7 +157,7 @@ def _side(side: "Side", *, with_table: bool) -> str:
     if not side.runs:
         return side.missing or "no run"
     measured = side.runs[0].measured
-    seeds = " ".join("?" if one.run.seed is None else str(one.run.seed) for one in side.runs[:_MOST])
+    seeds = " ".join("?" if side_run.run.seed is None else str(side_run.run.seed) for side_run in side.runs[:_MOST])
     values = " ".join(f"{points:.1f}" for points in side.points[:_MOST])
     more = f" and {len(side.runs) - _MOST} more" if len(side.runs) > _MOST else ""
     precision = measured.profile.precision or "precision not known"

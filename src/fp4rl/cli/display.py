@@ -99,9 +99,9 @@ class Display:
         if outcome.mistake:
             return  # said once, at the end, for all runs that share it
         if outcome.error is not None:
-            said = f" {run.arm}, seed {run.seed}: {outcome.error}"
+            line = f" {run.arm}, seed {run.seed}: {outcome.error}"
             how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
-            self._console.print(styled(how, said))
+            self._console.print(styled(how, line))
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)

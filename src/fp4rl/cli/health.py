@@ -63,17 +63,17 @@ def _one(log: Path, spec: "Health", as_json: bool) -> None:
     dialect, joined = read_steps(log)
     steps = joined.in_order()
     _require_logged(spec, steps)
-    monitor, said = replay(steps.items(), spec)
+    monitor, findings = replay(steps.items(), spec)
     title = readable(f"{log}: {len(steps)} step{'s' * (len(steps) != 1)} ({dialect})")
     if as_json:
-        print_json(_as_dict(title, monitor, said) | {"read": joined.remarks()})
+        print_json(_as_dict(title, monitor, findings) | {"read": joined.remarks()})
     else:
         screen = console()
         screen.print(Text(title))
         for line in joined.remarks():
             screen.print(Text(line, style="yellow"))
         screen.print(_table(monitor))
-        for finding in said:  # what the monitor would have said live
+        for finding in findings:  # what the monitor would have said live
             screen.print(Text(str(finding), style=COLOURS[finding.state]))
     if not monitor.healthy:
         count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
@@ -110,13 +110,13 @@ def _spec(rules: list[str], thresholds: list[str]) -> "Health":
     return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
 
 
-def _as_dict(title: str, monitor: "Monitor", said: list["Finding"]) -> dict[str, object]:
+def _as_dict(title: str, monitor: "Monitor", findings: list["Finding"]) -> dict[str, object]:
     return {
         "log": title,
         "healthy": monitor.healthy,
         "state": monitor.state,
         "checks": [finding.as_dict() for finding in monitor.findings()],
-        "course": [finding.as_dict() for finding in said],
+        "course": [finding.as_dict() for finding in findings],
     }
 
 
@@ -154,8 +154,8 @@ def _suite(folder: Path, members: list[Path], spec: "Health", as_json: bool) -> 
     if bad:
         alarms = sum(result.alarms > 0 for result in bad)
         unreadable = len(bad) - alarms
-        said = [f"{alarms} of {counted(len(results), 'run')} had an alarm"] if alarms else []
-        raise CheckFailed("; ".join(said + ([f"{counted(unreadable, 'run')} cannot be read"] if unreadable else [])))
+        alarmed = [f"{alarms} of {counted(len(results), 'run')} had an alarm"] if alarms else []
+        raise CheckFailed("; ".join(alarmed + ([f"{counted(unreadable, 'run')} cannot be read"] if unreadable else [])))
 
 
 def _run_health(name: str, run: Path, spec: "Health") -> RunHealth:

@@ -64,8 +64,8 @@ def _row(key: "Key") -> dict[str, Any]:
 def _print(keys: "list[Key]") -> None:
     rows: list[tuple[str | Text, ...]] = []
     for key, begins in _with_breaks(keys):
-        said = [part for part in (styled(key.kind), _default(key), styled(key.meaning)) if part]
-        rows += [(), (key.path, styled("; ").join(said))] if begins else [(key.path, styled("; ").join(said))]
+        parts = [part for part in (styled(key.kind), _default(key), styled(key.meaning)) if part]
+        rows += [(), (key.path, styled("; ").join(parts))] if begins else [(key.path, styled("; ").join(parts))]
     console().print(table("=", "", rows=rows))
 
 

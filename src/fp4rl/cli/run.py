@@ -89,7 +89,7 @@ def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRu
 
 def _ends(result: "RunResult") -> "list[Evaluation]":
     """The evaluations of step 0 and the last step."""
-    return [one for one in result.evaluations if one.last or one.step == 0]
+    return [evaluation for evaluation in result.evaluations if evaluation.last or evaluation.step == 0]
 
 
 def end(outcome: "SuiteOutcome") -> None:

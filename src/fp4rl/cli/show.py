@@ -37,7 +37,7 @@ def command(
     from fp4rl.lab.folders import RunFolder
     from fp4rl.lab.ledger.show import about, answers
 
-    with opened(runs, ledger) as found, found.reading() as connection:
+    with opened(runs, ledger) as book, book.reading() as connection:
         known = about(connection, runs, run)
     if problem is not None:
         given = answers(RunFolder(runs / known.run.suite / known.run.run_id), problem)
@@ -89,8 +89,8 @@ def _print(about: "About") -> None:
 
 def _print_source(source: "Imported") -> None:
     """Where a foreign log came from, and what was said of it when it was taken over."""
-    said = [f"from {source.source} ({source.dialect})", source.status, source.note]
-    console().print("; ".join(filter(None, said)), soft_wrap=True)
+    lines = [f"from {source.source} ({source.dialect})", source.status, source.note]
+    console().print("; ".join(filter(None, lines)), soft_wrap=True)
 
 
 def accuracies(evaluations: "Sequence[Evaluation]") -> "Table":
@@ -146,7 +146,7 @@ def _said(spec: Any) -> Any:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "none"
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items()) or "none"
     if isinstance(value, list | tuple):
         return "; ".join(map(_plain, value)) or "none"
     if value is None:

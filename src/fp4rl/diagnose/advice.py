@@ -71,13 +71,13 @@ class Advice:
 
     def held(self, pieces: Sequence[Piece] | None = None) -> tuple[Piece, ...]:
         """Those of `pieces`, by default the strategy's own, that there is something to say of."""
-        said = {
+        reasons = {
             "formats": self.formats is not None and bool(self.formats.exceptions(self.scanned)),
             "noise": self.multipliers is not None,
             "leave": bool(self.leave),
             "weight_format": self.variant is not None,
         }
-        return tuple(piece for piece in (self.pieces if pieces is None else pieces) if said[piece])
+        return tuple(piece for piece in (self.pieces if pieces is None else pieces) if reasons[piece])
 
     def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
         """The scanned injection with the advice that `pieces` name in it."""

@@ -80,7 +80,7 @@ def dynamics(
                 stack.callback(hook.remove)
             logits_of(model, batch)
             seen.eye.forget()
-    probes = {name: _merged(found) for name, found in seen.sites.items()}
+    probes = {name: _merged(moments) for name, moments in seen.sites.items()}
     tokens = sum(int(batch.mask.sum()) for batch in calibration.batches[-batches:])
     return Dynamics(tuple(_with_jumps(seen.layers)), probes, {name: sites[name].layer for name in probes}, tokens)
 

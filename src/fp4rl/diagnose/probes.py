@@ -51,12 +51,12 @@ def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
     expected = (step.square().mean(0) @ layer.weight.float().square().T).double().sqrt()  # [out], spread per channel
     known = expected > 0
     y, again, rest = (layer(value).double()[:, known] for value in (x, x, torch.cat([moved, -x, x * LOUDER])))
-    there, turned, loud = rest.chunk(3)
+    plain, turned, loud = rest.chunk(3)
     bias = torch.zeros_like(expected) if layer.bias is None else layer.bias.double()
     expected, bias = expected[known], bias[known]
     size = max(_rms(y), _TINY)
 
-    response = there - y  # [tokens, out]
+    response = plain - y  # [tokens, out]
     gains = response.square().mean(0).sqrt() / expected
     answers = gains > 1e-6
     live = [values[:, answers] for values in (y, response, turned, loud)]

@@ -105,9 +105,9 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
     }
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(first: Tensor, other: Tensor) -> bool:
     """Value by value; what is no number equals itself, since a run that diverged has nothing to do with staleness."""
-    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
+    return torch.equal(first, other) or torch.equal(first.nan_to_num(), other.nan_to_num())
 
 
 class _Listener(TorchFunctionMode):

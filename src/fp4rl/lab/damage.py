@@ -25,9 +25,9 @@ def damage_named(path: Path) -> Iterator[None]:
     except Damaged:
         raise
     except (*_SYMPTOMS, NotImplementedError) as error:
-        said = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-        why = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        why = said if isinstance(error, InvalidValueError) else why
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        why = reason if isinstance(error, InvalidValueError) else why
         raise Damaged(f"{path} is damaged ({why}); put back a copy, or move its run's folder away") from error
 
 

@@ -54,12 +54,12 @@ def write_whole(path: Path, text: str) -> None:
 def is_full(error: BaseException) -> bool:
     """Tell whether an error means that a disk or a quota is full, however deep below it the system said so."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        if getattr(found, "errno", None) in _FULL or any(words in str(found) for words in _SAY_FULL):
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if getattr(cause, "errno", None) in _FULL or any(words in str(cause) for words in _SAY_FULL):
             return True
-        seen.add(id(found))
-        found = found.__cause__ or found.__context__
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
     return False
 
 

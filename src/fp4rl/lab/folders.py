@@ -92,10 +92,10 @@ class RunFolder:
         file = self.path / "evidence.jsonl"
         with damage_named(file):
             kept = [_mapping(line) for line in read_lines(file)]
-        places = [i for i, line in enumerate(kept) if (line.get("kind"), line.get("step")) == ("checkpoint", step)]
-        if not places:
+        checkpoints = [i for i, line in enumerate(kept) if (line.get("kind"), line.get("step")) == ("checkpoint", step)]
+        if not checkpoints:
             return False
-        write_whole(file, "".join(dumps(line) + "\n" for line in kept[: places[-1] + 1]))
+        write_whole(file, "".join(dumps(line) + "\n" for line in kept[: checkpoints[-1] + 1]))
         return True
 
     def write_items(self, step: int, profile: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -160,8 +160,8 @@ class RunFolder:
 
     def item_sets(self) -> list[tuple[int, str]]:
         """(step, profile) of every stored evaluation, in order of step."""
-        found = (_ITEMS_FILE.fullmatch(file.name) for file in (self.path / "items").glob("*.parquet"))
-        return sorted((int(match[1]), match[2]) for match in found if match)
+        matches = (_ITEMS_FILE.fullmatch(file.name) for file in (self.path / "items").glob("*.parquet"))
+        return sorted((int(match[1]), match[2]) for match in matches if match)
 
     def items(self, step: int, profile: str, columns: list[str] | None = None) -> "pyarrow.Table":
         """One evaluation's rows (all columns, or those named). Raises `NotFoundError` naming the sets that exist."""

@@ -39,8 +39,8 @@ def _of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
 
 
 def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
-    asked = {phase: _wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
-    if not any(asked.values()):
+    wanted = {phase: _wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
+    if not any(wanted.values()):
         if summary.sites:
             were = agreeing(summary.sites, "was", "were")
             yield f"{counted(summary.sites, 'site')} {were} quantized, but its spec injects nothing"
@@ -52,11 +52,11 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
         # Without what evaluations recorded: what was rounded there says nothing about the training.
         rows = [row for row in _of(lines, Injected) if row.phase == phase and row.profile is None]
         acting = [line for line in _of(lines, Acting) if line.phase == phase and line.profile is None]
-        if asked[phase]:
-            yield from _rounding_gaps(asked[phase], acting, rows, f"during {phase}")
+        if wanted[phase]:
+            yield from _rounding_gaps(wanted[phase], acting, rows, f"during {phase}")
         elif any(row.calls for row in rows):
             yield f"sites were rounded during {phase}, which its spec leaves out"
-    trained = any(asked[phase] for phase in PHASES if phase != "evaluation")
+    trained = any(wanted[phase] for phase in PHASES if phase != "evaluation")
     if not trained and not any(line.profile.sites_digest for line in _of(lines, Evaluation)):
         yield "its spec injects in evaluations alone, and none was made under the injection"
 
@@ -154,13 +154,15 @@ def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
 
 def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Iterator[str]:
     """Profiles that the spec names and that were not measured at the last step: who knows what else is missing."""
-    asked = (spec.get("training") or {}).get("steps")
+    steps = (spec.get("training") or {}).get("steps")
     for profile in (spec.get("evaluation") or {}).get("profiles") or ():
-        last = next((one for one in evaluations if one.profile.name == profile and one.last), None)
+        last = next(
+            (evaluation for evaluation in evaluations if evaluation.profile.name == profile and evaluation.last), None
+        )
         if last is None:
             yield f"no evaluation of {profile} at the last step"
-        elif asked is not None and last.step != asked:
-            yield f"its last evaluation of {profile} is of step {last.step}, not {asked}"
+        elif steps is not None and last.step != steps:
+            yield f"its last evaluation of {profile} is of step {last.step}, not {steps}"
 
 
 def _positive(value: float | None) -> bool:

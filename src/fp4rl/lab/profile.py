@@ -58,8 +58,8 @@ def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
 def write_profile(folder: RunFolder) -> tuple[Share, ...]:
     """Write `profile.md` beside the run's results and return its rows."""
     shares = where_time_goes(folder)
-    rows = [f"| {one.name} | {one.seconds:.4f} | {one.share:.1%} | {one.what} |" for one in shares]
-    whole = sum(one.seconds for one in shares)
+    rows = [f"| {share.name} | {share.seconds:.4f} | {share.share:.1%} | {share.what} |" for share in shares]
+    whole = sum(share.seconds for share in shares)
     head = [f"# Where a step of {folder.key} goes", "", f"{whole:.4f} s a step, mean over all steps but the first.", ""]
     table = ["| work | s a step | share | what it is |", "|---|---|---|---|", *rows, ""]
     write_whole(folder.path / "profile.md", "\n".join([*head, *table]))

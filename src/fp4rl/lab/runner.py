@@ -133,6 +133,6 @@ def archive_stale(runs: Sequence[PlannedRun], root: Path) -> None:
     """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
     for run in runs:
         folder = run_folder(root, run.suite, run.run_id)
-        place = root / run.suite / "stale" / f"{run.run_id}-{_code_of(run, root)}"
-        place.parent.mkdir(exist_ok=True)
-        folder.path.rename(place)
+        archive = root / run.suite / "stale" / f"{run.run_id}-{_code_of(run, root)}"
+        archive.parent.mkdir(exist_ok=True)
+        folder.path.rename(archive)

@@ -90,8 +90,8 @@ class Run:
 
     def start(self, profile: str) -> Evaluation | None:
         """The evaluation before the first step."""
-        found = (e for e in self.result.evaluations if e.step == 0 and not e.last)
-        return next((e for e in found if e.profile.name == profile), None)
+        at_start = (e for e in self.result.evaluations if e.step == 0 and not e.last)
+        return next((e for e in at_start if e.profile.name == profile), None)
 
     def answers(self, evaluation: Evaluation) -> str | None:
         """The digest of the answers that an evaluation rests on; equal where every answer is the same."""

@@ -14,13 +14,13 @@ _PLAIN = Algorithm("")  # the clipping of PPO
 def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
     """Return one line for each warning, once for all arms that share it. A setting of the base that acts in some arm is
     none."""
-    found: dict[str, list[str]] = {}
+    arms_by_line: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
         for line in (*experiment.warnings(), *_one(experiment)):
-            found.setdefault(line, []).append(arm)
+            arms_by_line.setdefault(line, []).append(arm)
     for line, names in _idle(arms):
-        found.setdefault(line, []).extend(names)
-    return [f"{line}{_where(names, arms)}" for line, names in found.items()]
+        arms_by_line.setdefault(line, []).extend(names)
+    return [f"{line}{_where(names, arms)}" for line, names in arms_by_line.items()]
 
 
 def _where(names: Iterable[str], arms: Mapping[str, Experiment]) -> str:
@@ -35,8 +35,8 @@ def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
         setting = [arm for arm, experiment in arms.items() if is_set(experiment, key)]
         if all(key in by_arm[arm] for arm in setting):
             value = value_at(arms[setting[0]], key)
-            said = f" {str(value).lower()}" if isinstance(value, str | int | float) else ""
-            yield f"{key}{said} cannot act: {by_arm[setting[0]][key]}", setting
+            shown_value = f" {str(value).lower()}" if isinstance(value, str | int | float) else ""
+            yield f"{key}{shown_value} cannot act: {by_arm[setting[0]][key]}", setting
 
 
 def _one(experiment: Experiment) -> Iterator[str]:

@@ -40,8 +40,8 @@ class SuiteRun:
     @property
     def profiles(self) -> tuple[str, ...]:
         """Every profile that its last step is to be evaluated under."""
-        asked = self.planned.experiment.evaluation
-        return (*asked.profiles, *asked.sweep)
+        evaluation = self.planned.experiment.evaluation
+        return (*evaluation.profiles, *evaluation.sweep)
 
     @property
     def curves(self) -> Curves:
@@ -101,7 +101,7 @@ def _read(planned: PlannedRun, folder: RunFolder) -> SuiteRun:
 def _described(folder: Path) -> Suite | Experiment:
     file = folder / "suite.yaml"
     if not file.is_file():
-        suites = [found.parent.name for found in folder.parent.glob("*/suite.yaml")]
+        suites = [suite_file.parent.name for suite_file in folder.parent.glob("*/suite.yaml")]
         cure = nearest(folder.name, suites) if suites else "; `fp4rl run` makes one"
         raise NotFoundError(f"{folder}: no suite.yaml, so this is no suite's folder{cure}")
     return load_spec(file)

@@ -105,25 +105,25 @@ def execute_run(
 def _past(folder: RunFolder) -> ResumeState:
     """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
-    found = newest(checkpoints, code_digest(), lines.append)
-    if found is None or not folder.drop_evidence_after(found.step):
+    checkpoint = newest(checkpoints, code_digest(), lines.append)
+    if checkpoint is None or not folder.drop_evidence_after(checkpoint.step):
         _clear(folder)
         for line in (*lines, "starting over from the seed") if lines else ():
             _say(folder, line)
         return ResumeState()
-    remove([path for step, path in all_of(checkpoints).items() if step > found.step])
-    folder.drop_metrics_after(found.step)
-    for line in (*lines, f"resumed from the checkpoint after step {found.step}"):
+    remove([path for step, path in all_of(checkpoints).items() if step > checkpoint.step])
+    folder.drop_metrics_after(checkpoint.step)
+    for line in (*lines, f"resumed from the checkpoint after step {checkpoint.step}"):
         _say(folder, line)
-    return ResumeState(found, folder.metrics(), found.state["rollbacks"])
+    return ResumeState(checkpoint, folder.metrics(), checkpoint.state["rollbacks"])
 
 
 def _forget_interruptions(folder: RunFolder, every: int) -> None:
     """Of a finished run those checkpoints stay that its spec asks for."""
-    place = folder.path / "checkpoints"
-    remove([path for step, path in all_of(place).items() if not every or step % every])
+    checkpoints = folder.path / "checkpoints"
+    remove([path for step, path in all_of(checkpoints).items() if not every or step % every])
     if not every:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _kept(folder: RunFolder, sinks: Sinks, emit: Emit) -> Emit:
@@ -162,13 +162,13 @@ def _say(folder: RunFolder, line: str) -> None:
 def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
     """What was judged, in order. The newest evaluation of a step counts: after a rollback, and where a run was ended at
     a step that had just been judged on the way."""
-    found: dict[tuple[int, str], evidence.Evaluation] = {}
+    by_key: dict[tuple[int, str], evidence.Evaluation] = {}
     for line in folder.evidence():
         if isinstance(line, evidence.Evaluation):
-            place = line.step, line.profile.name
-            found.pop(place, None)
-            found[place] = line
-    return tuple(found.values())
+            key = line.step, line.profile.name
+            by_key.pop(key, None)
+            by_key[key] = line
+    return tuple(by_key.values())
 
 
 def _result(

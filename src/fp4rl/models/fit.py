@@ -44,8 +44,8 @@ def _is(part: Any) -> bool:
     return isinstance(part, dict)
 
 
-def _method(found: Any) -> str:
-    names = [found.get(key) for key in ("quant_method", "quant_algo", "format")] if _is(found) else []
+def _method(function: Any) -> str:
+    names = [function.get(key) for key in ("quant_method", "quant_algo", "format")] if _is(function) else []
     return next((str(name) for name in names if name), "of a kind that it does not name")
 
 
@@ -53,7 +53,7 @@ def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     """Raise InvalidValueError for a tokenizer that ends every text, or begins it twice: a prompt has to be open at its
     end."""
     ids = list(tokenizer("a")["input_ids"])
-    ending = [one for one in (tokenizer.eos_token_id, tokenizer.sep_token_id) if one is not None]
+    ending = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
     if len(ids) > 1 and ids[-1] in ending:
         raise InvalidValueError(
             f"the tokenizer in {str(folder)!r} ends every text with {tokenizer.decode(ids[-1:])!r}, so that a prompt "

@@ -106,8 +106,8 @@ def base_of(folder: Path) -> Path | None:
         return None
     with readable("adapter_config.json", folder):
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        there = bool(base) and Path(base).is_dir()
-    if not there:
+        is_local = bool(base) and Path(base).is_dir()
+    if not is_local:
         raise NotFoundError(
             f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one"
         )

@@ -65,9 +65,9 @@ def noisy_copy(
 
     For a stream of named weights to another engine; `perturb` uses it too, so that both see the same numbers.
     """
-    asked = sigma * weight.multiplier
+    scaled_sigma = sigma * weight.multiplier
     exact = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
-    drawn = asked * standard_noise(seed, weight.name, clean.shape).to(exact.device)
+    drawn = scaled_sigma * standard_noise(seed, weight.name, clean.shape).to(exact.device)
     noisy = exact + drawn if noise.operation == "additive" else exact * (1 + drawn)
     if noise.precision == "weight":
         noisy = noisy.to(clean.dtype)
@@ -76,7 +76,7 @@ def noisy_copy(
         kind=weight.kind,
         layer=weight.layer,
         multiplier=weight.multiplier,
-        sigma=asked,
+        sigma=scaled_sigma,
         drawn=float(drawn.square().mean().sqrt()),
         realised=_realised(noisy.to(exact.dtype), exact, noise.operation),
         share_changed=float((noisy.to(exact.dtype) != exact).double().mean()),

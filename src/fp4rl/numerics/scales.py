@@ -27,21 +27,21 @@ def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
     step on, 7 * 2^k for E2M1. even_e2m1: that same 1.75 whatever the element. uos: ceil(log2(amax / 7.25)). `floor`
     is OCP MX v1.0 section 6.3; `mse` starts from it.
     """
-    one = 1 << mantissa_bits
+    unit = 1 << mantissa_bits
     top = 2.0**element.max_exponent
     match rule:
         case "floor" | "mse":
             return 0
         case "ceil":
-            return one - 1
+            return unit - 1
         case "rceil":
-            return round((2 - element.largest / top) * one) - 1
+            return round((2 - element.largest / top) * unit) - 1
         case "even":
-            return one >> (element.mantissa_bits + 1)
+            return unit >> (element.mantissa_bits + 1)
         case "even_e2m1":
-            return one >> 2
+            return unit >> 2
         case "uos":
-            return round((2 - UOS_LIMIT / top) * one) - 1
+            return round((2 - UOS_LIMIT / top) * unit) - 1
         case "amax":
             raise ValueError("the rule 'amax' picks no exponent")
 

@@ -48,14 +48,14 @@ def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tens
     together = max(1, ELEMENTS // (height * width))
     grid = (-(-blocks // together),)
     shape = (blocks, bands, across, rows, columns)
-    places = {"HEIGHT": height, "WIDTH": width, "TOGETHER": together, "RAGGED": height > 1 or columns % width > 0}
+    layout = {"HEIGHT": height, "WIDTH": width, "TOGETHER": together, "RAGGED": height > 1 or columns % width > 0}
     options = {"DTYPE": DTYPES[x.dtype], "enable_fp_fusion": False}
     amax = torch.zeros(1, dtype=torch.int32, device=x.device)
     source, target = _as_bits(x), _as_bits(out)
     if fmt.scale == "e4m3":
-        _largest[grid](source, amax, *shape, **places, **options)
+        _largest[grid](source, amax, *shape, **layout, **options)
     first, second = seed or (0, 0)
-    _round[grid](source, target, amax, *shape, first, second, **places, **options, **_constants(fmt))
+    _round[grid](source, target, amax, *shape, first, second, **layout, **options, **_constants(fmt))
     return out
 
 

@@ -102,18 +102,18 @@ def by_length(batches: Sequence[Batch], span: int) -> list[Batch]:
     Padding that no row of a micro-batch needs is not computed. An update keeps its answers, and so its loss.
     Tensors are [rows], [rows, prompt] (`prompt_*`, padded on the left) or [rows, answer] (padded on the right).
     """
-    found: list[Batch] = []
+    sorted_batches: list[Batch] = []
     for first in range(0, len(batches), span):
         parts = batches[first : first + span]
-        found += [_cut(part) for part in (_sorted(parts) if len(parts) > 1 else parts)]
-    return found
+        sorted_batches += [_cut(part) for part in (_sorted(parts) if len(parts) > 1 else parts)]
+    return sorted_batches
 
 
 def _sorted(parts: Sequence[Batch]) -> list[Batch]:
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = (whole["prompt_mask"].sum(-1) + whole["completion_mask"].sum(-1)).argsort(stable=True)
-    places = torch.split(order, [len(part["completion_mask"]) for part in parts])
-    return [{name: value[rows] for name, value in whole.items()} for rows in places]
+    indices = torch.split(order, [len(part["completion_mask"]) for part in parts])
+    return [{name: value[rows] for name, value in whole.items()} for rows in indices]
 
 
 def _cut(batch: Batch) -> Batch:

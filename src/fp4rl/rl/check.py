@@ -70,22 +70,22 @@ def _reference_can_be_what_it_says(experiment: Experiment) -> None:
 
 def _answers_fit_the_positions(experiment: Experiment, config: Any) -> None:
     """Beyond its positions a model says anything, or the run ends in an index error."""
-    there = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     recipe, longest = experiment.training, "training.max_response_length"
     answer = recipe.max_response_length
     if experiment.evaluation.max_new_tokens > answer:
         longest, answer = "evaluation.max_new_tokens", experiment.evaluation.max_new_tokens
-    if there is not None and recipe.max_prompt_length + answer > there:
+    if positions is not None and recipe.max_prompt_length + answer > positions:
         raise InvalidValueError(
             f"training.max_prompt_length {recipe.max_prompt_length} and {longest} {answer} are more than the "
-            f"{there} positions of the model (max_position_embeddings); set {longest} to "
-            f"{max(there - recipe.max_prompt_length, 1)} or less, or max_prompt_length to that of your prompts"
+            f"{positions} positions of the model (max_position_embeddings); set {longest} to "
+            f"{max(positions - recipe.max_prompt_length, 1)} or less, or max_prompt_length to that of your prompts"
         )
 
 
 def _one_correction_is_enough(experiment: Experiment) -> None:
-    noise, asked = experiment.noise, experiment.training.rollout_correction
-    if noise is not None and noise.logprobs == "noisy" and asked.rollout_is != "none":
+    noise, correction = experiment.noise, experiment.training.rollout_correction
+    if noise is not None and noise.logprobs == "noisy" and correction.rollout_is != "none":
         raise InvalidValueError(
             "training.rollout_correction would correct twice: noise.logprobs: noisy takes the ratio against the noisy "
             "sampler already; drop one of them"

@@ -47,20 +47,20 @@ def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> N
 def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint in `folder` that is complete, whole and of this code; `say` hears why others are not."""
     for path in _by_age(folder):
-        found, why = _read(path, stamp)
-        if found is not None:
-            return found
+        checkpoint, why = _read(path, stamp)
+        if checkpoint is not None:
+            return checkpoint
         say(f"checkpoint {path.name} is left out: {why}")
     return None
 
 
 def all_of(folder: Path) -> dict[int, Path]:
     """Steps done -> folder, of every complete checkpoint."""
-    found = {}
+    by_step = {}
     for path in _by_age(folder):
         with suppress(*_UNREADABLE):  # the same that `newest` leaves out, and says so
-            found[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
-    return found
+            by_step[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
+    return by_step
 
 
 def read(path: Path, stamp: str) -> Checkpoint | None:
@@ -88,8 +88,8 @@ def remove(paths: list[Path]) -> None:
 
 def _by_age(folder: Path) -> list[Path]:
     """The newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def _read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
@@ -121,11 +121,11 @@ def _fingerprints(folder: Path) -> dict[str, str]:
 
 
 def _fingerprint(path: Path) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while part := file.read(_CHUNK):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class SaveClock:

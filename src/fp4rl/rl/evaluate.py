@@ -53,7 +53,7 @@ class Evaluation:
         With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`, that one of k is right.
         """
         shares = {name: self.share(name) for name in SCORES}
-        found = evidence.Evaluation(
+        evaluation = evidence.Evaluation(
             step=self.step,
             last=self.last,
             profile=self.profile,
@@ -68,11 +68,11 @@ class Evaluation:
         )
         samples = max(item.sample for item in self.items) + 1
         if samples == 1:
-            return found
+            return evaluation
         powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
         passed = {f"pass@{k}": self.pass_at(k) for k in (*powers, samples)}
         mean = {f"mean@{samples}": self.share("strict")}
-        return found.extended(problems=len(self.items) // samples, of_samples=shares | mean | passed)
+        return evaluation.extended(problems=len(self.items) // samples, of_samples=shares | mean | passed)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def answer(
             answers = iter(sampler(model, tokenizer, prompts, decoding.sampling))
             for i in chosen:
                 samples = itertools.islice(answers, decoding.samples)
-                rows[i] = [_item(problems[i], sample, found, scorer) for sample, found in enumerate(samples)]
+                rows[i] = [_item(problems[i], sample, generation, scorer) for sample, generation in enumerate(samples)]
             if on_batch is not None:
                 on_batch(min(start + size, len(order)), len(order))
     return tuple(item for i in range(len(problems)) for item in rows[i])

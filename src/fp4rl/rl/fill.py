@@ -123,10 +123,10 @@ class Filler:
         recipe, buffer = self.recipe, self.recipe.overlong
         if buffer is None:
             return [0.0] * len(lengths)
-        found: list[float] = soft_overlong_penalty(
+        penalties: list[float] = soft_overlong_penalty(
             torch.tensor(lengths), recipe.max_response_length, buffer, recipe.overlong_buffer.penalty_factor
         ).tolist()
-        return found
+        return penalties
 
 
 def _rows(spreads: list[Tensor], wanted: int, recipe: Training) -> list[list[int]]:

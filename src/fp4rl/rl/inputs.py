@@ -47,13 +47,13 @@ def of_model(folder: Path) -> str:
 
 def pointed_at(experiment: Experiment) -> dict[str, str]:
     """The inputs that are known without a start model."""
-    found = {}
+    digests = {}
     if files := experiment.task.files:
-        found["problems"] = _of_files(Path(path) for path in files.values())
+        digests["problems"] = _of_files(Path(path) for path in files.values())
     source = _sources(experiment.training.reward.rpartition(".")[0])
     if source:
-        found["reward's source"] = _of_files(source)
-    return found
+        digests["reward's source"] = _of_files(source)
+    return digests
 
 
 def _sources(module: str) -> list[Path]:
@@ -76,17 +76,17 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 def _of_files(paths: Iterable[Path]) -> str:
     """Over names and contents."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in paths:
-        found.update(f"{path.name}\n{_of_file(path)}\n".encode())
-    return found.hexdigest()[:12]
+        digest.update(f"{path.name}\n{_of_file(path)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _of_file(path: Path) -> str:
     """A large model is read once a process, not once a run."""
     stat = path.stat()
-    place = path, stat.st_size, stat.st_mtime_ns
-    if place not in _read:
+    key = path, stat.st_size, stat.st_mtime_ns
+    if key not in _read:
         with path.open("rb") as file:
-            _read[place] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _read[place]
+            _read[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _read[key]

@@ -36,8 +36,8 @@ class Masters:
     @classmethod
     def of(cls, model: nn.Module) -> "Masters | None":
         """None where every trainable weight of `model` is in float32."""
-        found = cls(model)
-        return found if found._pairs else None
+        masters = cls(model)
+        return masters if masters._pairs else None
 
     def parameters(self) -> Iterator[Tensor]:
         """What the optimizer updates: the copies, and the weights that need none."""
@@ -58,8 +58,8 @@ class Masters:
             if shared and master.grad is not None:
                 master.grad = accelerator.reduce(master.grad, reduction="mean")
             if weight.grad is not None:
-                found = weight.grad.float()
-                master.grad = found if master.grad is None else master.grad.add_(found)
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 weight.grad = None
 
     def drop_gradients(self) -> None:

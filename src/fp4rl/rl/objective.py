@@ -51,8 +51,8 @@ def loss_rule(recipe: Training) -> LossRule:
 def objective(batch: MicroBatch, recipe: Training, rule: LossRule, whole: Whole) -> tuple[Tensor, dict[str, float]]:
     """(loss, metrics). `whole` counts the optimizer step that the micro-batch is a part of."""
     metrics = {"entropy": _mean(batch.entropies, batch.mask)}
-    weights, found = _correction(batch, recipe)
-    metrics |= found
+    weights, correction_metrics = _correction(batch, recipe)
+    metrics |= correction_metrics
     loss = batch.logps.new_zeros(())
     if recipe.distillation is None or not recipe.distillation.alone:
         inputs = LossInputs(batch.logps, batch.advantages, batch.mask, batch.old_logps, batch.ref_logps, weights, whole)
@@ -80,11 +80,13 @@ def _correction(batch: MicroBatch, recipe: Training) -> tuple[Tensor | None, dic
         return None, clean
     trained = batch.logps.detach() if batch.old_logps is None else batch.old_logps
     metrics = mismatch_metrics(trained, batch.sampler_logps, batch.mask)
-    asked = recipe.rollout_correction
-    if asked.rollout_is == "none":
+    settings = recipe.rollout_correction
+    if settings.rollout_is == "none":
         return None, metrics
-    found = correct_rollout(trained, batch.sampler_logps, batch.mask, asked.rollout_is, asked.mode, asked.threshold)
-    return found.weights, metrics | found.metrics
+    correction = correct_rollout(
+        trained, batch.sampler_logps, batch.mask, settings.rollout_is, settings.mode, settings.threshold
+    )
+    return correction.weights, metrics | correction.metrics
 
 
 @torch.no_grad()

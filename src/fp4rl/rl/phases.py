@@ -142,16 +142,16 @@ class Phases:
         seen = self._noise_seen
         return NoiseSummary(
             rollouts=len(seen),
-            noisy_rollouts=sum(one.share_changed > 0 for one in seen),
-            largest_sigma=max((one.sigma for one in seen), default=0.0),
-            largest_realised=max((one.realised for one in seen), default=0.0),
-            mean_share_changed=sum(one.share_changed for one in seen) / max(len(seen), 1),
+            noisy_rollouts=sum(rollout.share_changed > 0 for rollout in seen),
+            largest_sigma=max((rollout.sigma for rollout in seen), default=0.0),
+            largest_realised=max((rollout.realised for rollout in seen), default=0.0),
+            mean_share_changed=sum(rollout.share_changed for rollout in seen) / max(len(seen), 1),
         )
 
     def state(self) -> dict[str, Any]:
         """What a run that is resumed needs to end like one that was not; JSON-able."""
         return {
-            "noise": [asdict(one) for one in self._noise_seen],
+            "noise": [asdict(rollout) for rollout in self._noise_seen],
             "stages": self.stages.ran,
             "course": _progress_as_json(self.progress) if self.progress is not None else None,
             "injection": self.attachment.state_dict() if self.attachment is not None else {},
@@ -159,7 +159,7 @@ class Phases:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, after the weights of that moment were loaded."""
-        self._noise_seen = [NoiseEvidence(**one) for one in state["noise"]]
+        self._noise_seen = [NoiseEvidence(**rollout) for rollout in state["noise"]]
         self.stages = StageLog([(sigma, count) for sigma, count in state["stages"]])
         if self.progress is not None:
             epoch, begun, *length = state["course"]
@@ -204,7 +204,7 @@ class Phases:
             return
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record(NoiseStages(ran=tuple(self.stages.ran), missed=missed))
-        require_noise(self.noise, [[one] for one in self._noise_seen])
+        require_noise(self.noise, [[rollout] for rollout in self._noise_seen])
 
 
 def _progress_as_json(progress: ScheduleProgress) -> list[int]:
@@ -213,12 +213,12 @@ def _progress_as_json(progress: ScheduleProgress) -> list[int]:
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:
     """All noisy weights of one rollout as one: the largest of their noise, the share of all their values."""
-    elements = sum(one.elements for one in evidence)
+    elements = sum(weight.elements for weight in evidence)
     return replace(
-        max(evidence, key=lambda one: one.sigma),
+        max(evidence, key=lambda weight: weight.sigma),
         name="all",
         layer=None,
-        realised=max(one.realised for one in evidence),
-        share_changed=sum(one.share_changed * one.elements for one in evidence) / elements,
+        realised=max(weight.realised for weight in evidence),
+        share_changed=sum(weight.share_changed * weight.elements for weight in evidence) / elements,
         elements=elements,
     )

@@ -48,12 +48,12 @@ def reference_policies(experiment: Experiment, start: Path, live: PreTrainedMode
     With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
     Without one it is a frozen copy, shared by reference and teacher where both are in full precision.
     """
-    recipe, found = experiment.training, dict[str, FrozenPolicy]()
+    recipe, loaded = experiment.training, dict[str, FrozenPolicy]()
 
     def start_in(precision: str) -> FrozenPolicy:
-        if precision not in found:
-            found[precision] = _start(experiment, start, live, phases, quantized=precision == "deployment")
-        return found[precision]
+        if precision not in loaded:
+            loaded[precision] = _start(experiment, start, live, phases, quantized=precision == "deployment")
+        return loaded[precision]
 
     teacher = None
     if recipe.distillation is not None:

@@ -119,14 +119,14 @@ def reward_named(name: str) -> Reward | None:
             f"training.reward {name!r}: write {', '.join(REWARDS)}, or the path package.module.function"
         )
     try:
-        found = getattr(import_module(module), attribute, None)
+        function = getattr(import_module(module), attribute, None)
     except ImportError as error:
         raise NotFoundError(f"training.reward {name!r}: {error}; is its folder on PYTHONPATH?") from None
-    if found is None:
+    if function is None:
         raise NotFoundError(f"training.reward {name!r}: {module} has no {attribute!r}")
-    if not callable(found):
-        raise InvalidValueError(f"training.reward {name!r} is {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]
+    if not callable(function):
+        raise InvalidValueError(f"training.reward {name!r} is {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
 
 
 def _math_verify() -> Reward:

@@ -172,11 +172,11 @@ class TrainingSession:
         """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
         judged = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.judged(folder, step)}
-        found = processes.from_first(judged)
+        accuracies = processes.from_first(judged)
         if processes.is_first():
             shutil.rmtree(folder)
-        goal, answers = found.get("deployment", next(iter(found.values())))
-        of_each = {f"accuracy/validation_{name}": share for name, (share, _) in found.items()}
+        goal, answers = accuracies.get("deployment", next(iter(accuracies.values())))
+        of_each = {f"accuracy/validation_{name}": share for name, (share, _) in accuracies.items()}
         return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
 
     def on_checkpoint(self, step: int, folder: Path) -> None:

@@ -42,9 +42,9 @@ class StepMeans:
 
     def take(self, updates: int) -> dict[str, float]:
         """The metrics of the step, which made `updates`; the next one begins."""
-        found = {name: _one(name, values, updates) for name, values in self._found.items()}
+        means = {name: _one(name, values, updates) for name, values in self._found.items()}
         self._found.clear()
-        return found
+        return means
 
 
 def _one(name: str, values: list[tuple[float, float]], updates: int) -> float:

@@ -34,10 +34,10 @@ class PromptStream:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Problem:
-        epoch, place = divmod(self.position * self.world + self.rank, len(self.problems))
+        epoch, index = divmod(self.position * self.world + self.rank, len(self.problems))
         if epoch != self._epoch:
             self._order = list(range(len(self.problems)))
             Random(f"prompts/{self.seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
         self.position += 1
-        return self.problems[self._order[place]]
+        return self.problems[self._order[index]]

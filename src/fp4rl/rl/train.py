@@ -128,14 +128,14 @@ def _roll_back(run: Run, session: TrainingSession) -> None:
     past, finding = session.past, session.monitor.decisive
     if session.attachment is not None:
         session.attachment.remove()
-    found, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
+    checkpoints, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
     # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
-    step = last_healthy([done for done in found if every and done % every == 0], session.monitor.alarms)
-    past.checkpoint = read(found[step], run.stamp) if step is not None else None
+    step = last_healthy([done for done in checkpoints if every and done % every == 0], session.monitor.alarms)
+    past.checkpoint = read(checkpoints[step], run.stamp) if step is not None else None
     back = past.checkpoint.step if past.checkpoint is not None else 0
     processes.wait()  # all have read what is there
     if processes.is_first():
-        remove([path for done, path in found.items() if done > back])
+        remove([path for done, path in checkpoints.items() if done > back])
     processes.wait()
     past.metrics = {done: metrics for done, metrics in past.metrics.items() if done <= back}
     past.rollbacks += 1

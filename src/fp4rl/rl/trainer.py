@@ -240,11 +240,11 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self._means.add_update(grad_norm=float(logs["grad_norm"]), lr=float(logs["learning_rate"]))
         if self.state.global_step % self.parts.recipe.updates_per_step:
             return
-        found = self._means.take(self.parts.recipe.updates_per_step)
-        found["time/step_s"] = time.perf_counter() - self._started
+        metrics = self._means.take(self.parts.recipe.updates_per_step)
+        metrics["time/step_s"] = time.perf_counter() - self._started
         self.timer.lap("other")
-        found |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
-        if self.parts.supervisor.on_step(self.step, processes.of_all({**self._step_metrics, **found})):
+        metrics |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
+        if self.parts.supervisor.on_step(self.step, processes.of_all({**self._step_metrics, **metrics})):
             self.control.should_training_stop = True
 
 

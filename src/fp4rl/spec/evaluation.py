@@ -90,7 +90,9 @@ class Evaluation(Spec):
         """A fragment, as `fp4rl scan` writes it, holds its injection under that key."""
         if not isinstance(value, dict):
             return value
-        return {name: one["injection"] if _is_fragment(one) else one for name, one in value.items()}
+        return {
+            name: injection["injection"] if _is_fragment(injection) else injection for name, injection in value.items()
+        }
 
     @field_validator("injections")
     @classmethod

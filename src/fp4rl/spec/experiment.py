@@ -83,21 +83,21 @@ class Experiment(Spec):
 
     def warnings(self) -> list[str]:
         """Return what is allowed and hardly ever meant, one line each."""
-        steps, every, found = self.training.steps, self.evaluation.test_freq, self.training.warnings()
-        found += self._out_of_reach()
+        steps, every, lines = self.training.steps, self.evaluation.test_freq, self.training.warnings()
+        lines += self._out_of_reach()
         if every > steps:
-            found.append(
+            lines.append(
                 f"evaluation.test_freq {every} is more than {counted(steps, 'step')}: nothing is judged on the way"
             )
         elif every and steps % every:
-            found.append(
+            lines.append(
                 f"evaluation.test_freq {every} does not divide {counted(steps, 'step')}: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
         for profile in self.evaluation.profiles:
             if note := batch_note(self._measured_under(profile), "evaluation"):
-                found.append(f"evaluation profile {profile}: {note} (evaluation.batch_size)")
-        return found
+                lines.append(f"evaluation profile {profile}: {note} (evaluation.batch_size)")
+        return lines
 
     def _measured_under(self, profile: str) -> Injection | None:
         """Return the injection that a profile names, as far as this description alone tells."""

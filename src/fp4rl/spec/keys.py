@@ -86,10 +86,10 @@ def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
         given = None if field.is_required() else field.get_default(call_default_factory=True)
         default = ... if field.is_required() else None if isinstance(given, BaseModel) else given
         models = _models_in(field.annotation)
-        said = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}  # where the type hides it
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}  # where the type hides it
         meaning = field.description or (_first_sentence(models[0]) if len(models) == 1 else "")
-        kind_in_words = str(said.get("kind", _in_words(field.annotation)))
-        yield Key(path, kind_in_words, said.get("default", default), meaning)
+        kind_in_words = str(extra.get("kind", _in_words(field.annotation)))
+        yield Key(path, kind_in_words, extra.get("default", default), meaning)
         if get_origin(field.annotation) is not dict:  # else the keys stand below a name of the user's own
             for model in models:
                 yield from _described(model, f"{path}.")
@@ -104,12 +104,12 @@ def _first_sentence(model: type[BaseModel]) -> str:
 
 def _once(keys: Iterable[Key]) -> list[Key]:
     """Keys of several members of a union as one, with all their types."""
-    found: dict[str, Key] = {}
+    by_path: dict[str, Key] = {}
     for key in keys:
-        before = found.get(key.path, key)
+        before = by_path.get(key.path, key)
         kinds = dict.fromkeys([*before.kind.split(" | "), *key.kind.split(" | ")])
-        found[key.path] = replace(before, kind=" | ".join(kinds), meaning=before.meaning or key.meaning)
-    return list(found.values())
+        by_path[key.path] = replace(before, kind=" | ".join(kinds), meaning=before.meaning or key.meaning)
+    return list(by_path.values())
 
 
 def _in_words(annotation: Any) -> str:

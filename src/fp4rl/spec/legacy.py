@@ -73,8 +73,8 @@ def translate(settings: Mapping[str, Any]) -> Translation:
     noise, lines = noise_of(plain)
     if not any(key.startswith(PREFIX) or any(part in key for part in _FAMILY) for key in settings):
         return Translation(Injection(), lines, noise, ("noise",))
-    found = _errors_of(settings)
-    return replace(found, warnings=(*found.warnings, *lines), noise=noise, speaks_of=("injection", "noise"))
+    errors = _errors_of(settings)
+    return replace(errors, warnings=(*errors.warnings, *lines), noise=noise, speaks_of=("injection", "noise"))
 
 
 def _errors_of(settings: Mapping[str, Any]) -> Translation:

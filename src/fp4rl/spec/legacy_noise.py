@@ -39,17 +39,17 @@ def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part after `noise_injection` as nested keys; the rollout's own copy joins it with an underscore."""
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for path, value in settings.items():
         if FAMILY not in path:
             continue
         rest = path.partition(FAMILY)[2]
         *above, last = rest.lstrip("._").split(".")
-        here = found
+        here = nested
         for part in above:
             here = here.setdefault(part, {})
         here[last] = value
-    return found
+    return nested
 
 
 def _require_known(content: Any, known: Sequence[str], where: str) -> None:
@@ -105,8 +105,8 @@ def _multipliers(old: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
     zones = config.get("zone_schedule") or {}
     if not zones.get("enabled", bool(zones)):
         return {"by_layer": by_layer, "others": others}, ()
-    found, lines = _zones(zones, float(others))
-    return {"by_layer": by_layer, "zones": found, "others": others}, lines
+    multipliers, lines = _zones(zones, float(others))
+    return {"by_layer": by_layer, "zones": multipliers, "others": others}, lines
 
 
 def _zones(zones: Mapping[str, Any], usual: float) -> tuple[dict[str, Any], tuple[str, ...]]:

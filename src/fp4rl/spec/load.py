@@ -72,8 +72,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise NotFoundError(f"{file}: cannot be read: {error.strerror}; name a YAML file") from None
     if not isinstance(content, dict):
-        found = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
-        raise InvalidValueError(f"{file}: expected keys and values, found {found}")
+        kind = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
+        raise InvalidValueError(f"{file}: expected keys and values, found {kind}")
     return content
 
 
@@ -83,12 +83,12 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
     try:
         value = kind.model_validate(content)
     except ValidationError as error:
-        said: str | None = validation_message(kind, error)
+        message: str | None = validation_message(kind, error)
     else:
-        said = truth_as_number(content, value)
-        if said is None:
+        message = truth_as_number(content, value)
+        if message is None:
             return value
-    raise InvalidValueError(f"{source}: {said}" if source else said)
+    raise InvalidValueError(f"{source}: {message}" if source else message)
 
 
 def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
@@ -140,11 +140,11 @@ def _check_name(name: str, what: str) -> None:
         )
 
 
-def _twins(one: str, other: str) -> str:
-    if one == other:
-        return f"arm {one}: an axis holds the same value twice; a run would count twice"
+def _twins(first: str, other: str) -> str:
+    if first == other:
+        return f"arm {first}: an axis holds the same value twice; a run would count twice"
     return (
-        f"arms {one} and {other} describe the same experiment; an override changes the "
+        f"arms {first} and {other} describe the same experiment; an override changes the "
         "base of all arms, `arms.NAME.key=value` and `arms.NAME=+file.yaml` change one"
     )
 

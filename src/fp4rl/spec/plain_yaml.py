@@ -107,9 +107,9 @@ def plain_values(text: str, source: str, cure: str = "") -> Any:
     except _Refused as error:
         raise InvalidValueError(f"{source}: {_line(error)}{error.problem}") from None
     except yaml.YAMLError as error:
-        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InvalidValueError(
-            f"{source}: {_line(error)}{said}; this is not valid YAML{cure and f'; {cure}'}"
+            f"{source}: {_line(error)}{problem}; this is not valid YAML{cure and f'; {cure}'}"
         ) from None
     except UnicodeEncodeError:
         raise InvalidValueError(f"{source}: holds half a surrogate pair, which is no text") from None
@@ -126,11 +126,11 @@ def _encodable(value: Any) -> Any:
     """`value`, or UnicodeEncodeError where some text in it could not be written to a file."""
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            one.encode()
-        elif isinstance(one, dict):
-            waiting += [*one, *one.values()]
-        elif isinstance(one, list):
-            waiting += one
+        part = waiting.pop()
+        if isinstance(part, str):
+            part.encode()
+        elif isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list):
+            waiting += part
     return value

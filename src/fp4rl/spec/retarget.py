@@ -34,12 +34,12 @@ def in_format(injection: Injection, fmt: str) -> Injection:
 
     Raises NotFoundError for an unknown format, InvalidValueError where no linear layer is rounded.
     """
-    places = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
-    if not places:
+    formats = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
+    if not formats:
         raise InvalidValueError(
             f"{injection.name} rounds no linear layer, so format {fmt} has no place; name another mode"
         )
-    return parse(Injection, _kept(injection) | places | {"mode": None}, "format")
+    return parse(Injection, _kept(injection) | formats | {"mode": None}, "format")
 
 
 def _kept(injection: Injection) -> dict[str, Any]:

@@ -16,10 +16,10 @@ HOMES = (
 
 def _task_class(home: str) -> type[Task]:
     module, _, name = home.rpartition(".")
-    found = getattr(import_module(module), name)
-    if missing := sorted(found.__abstractmethods__):
+    cls = getattr(import_module(module), name)
+    if missing := sorted(cls.__abstractmethods__):
         raise TypeError(f"{home} does not implement {', '.join(missing)}, which every task needs")
-    return found  # type: ignore[no-any-return]
+    return cls  # type: ignore[no-any-return]
 
 
 _CLASSES = tuple(_task_class(home) for home in HOMES)

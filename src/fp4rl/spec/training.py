@@ -136,10 +136,10 @@ class Training(Spec):
     @property
     def overlong(self) -> int | None:
         """Tokens before the cap in which an answer is punished; None for no punishment."""
-        asked = self.overlong_buffer
-        if not (self.published.punishes_overlong if asked.enable is None else asked.enable):
+        buffer = self.overlong_buffer
+        if not (self.published.punishes_overlong if buffer.enable is None else buffer.enable):
             return None
-        return asked.len or max(1, self.max_response_length // 5)  # DAPO's own: 4,096 of 20,480
+        return buffer.len or max(1, self.max_response_length // 5)  # DAPO's own: 4,096 of 20,480
 
     @property
     def kl(self) -> float:
@@ -199,14 +199,14 @@ class Training(Spec):
 
     def warnings(self) -> list[str]:
         """Return what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""
-        found = []
+        lines = []
         if self.lr_warmup_steps > 0.2 * self.steps:
-            found.append(
+            lines.append(
                 f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {counted(self.steps, 'step')}"
             )
         if self.save_freq > self.steps:
-            found.append(
+            lines.append(
                 f"save_freq {self.save_freq} is more than {counted(self.steps, 'step')}: there will be no checkpoint "
                 "but those against interruptions, which go when the run is done"
             )
-        return found
+        return lines

@@ -35,8 +35,8 @@ def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
     if first["type"].startswith("union_tag"):
         path.append(first["ctx"]["discriminator"].strip("'"))
         where = ".".join(path)
-    said = _said(first["type"], first["msg"], first["input"], first.get("ctx", {}))
-    return f"{where}: {said}" if where else said
+    message = _said(first["type"], first["msg"], first["input"], first.get("ctx", {}))
+    return f"{where}: {message}" if where else message
 
 
 def _said(sort: str, message: str, given: Any, about: dict[str, Any]) -> str:
@@ -68,18 +68,18 @@ def _given(given: Any) -> str:
     return {True: "true", False: "false"}[given] if isinstance(given, bool) else shown(given)
 
 
-def written(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+def written(kind: type[BaseModel], key_path: Sequence[int | str]) -> list[str]:
     """Return the keys of a location as they are written in a file: without the members of unions that were tried."""
     here: list[type[BaseModel]] = [kind]
     path = []
     named = False
-    for index, part in enumerate(place):
+    for index, part in enumerate(key_path):
         if named:
             named = False
             path.append(str(part))
             continue
         known = any(part in model.model_fields for model in here)
-        tried = isinstance(part, str) and ("[" in part or (here and not known and index + 1 < len(place)))
+        tried = isinstance(part, str) and ("[" in part or (here and not known and index + 1 < len(key_path)))
         if not tried:
             path.append(str(part))
         if known:
@@ -92,9 +92,9 @@ def truth_as_number(given: Any, value: Any, above: str = "") -> str | None:
     if isinstance(given, bool) and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{above}: expected a number, found {_given(given)}"
     for key, part in _children(given):
-        said = truth_as_number(part, _child(value, key), f"{above}.{key}" if above else str(key))
-        if said is not None:
-            return said
+        message = truth_as_number(part, _child(value, key), f"{above}.{key}" if above else str(key))
+        if message is not None:
+            return message
     return None
 
 

@@ -6,6 +6,6 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
-def agreeing(count: int, one: str, many: str) -> str:
+def agreeing(count: int, singular: str, many: str) -> str:
     """The verb or the word that goes with a count: `is` or `are`."""
-    return one if count == 1 else many
+    return singular if count == 1 else many

@@ -109,13 +109,13 @@ def _marked(text: str) -> re.Match[str] | None:
     return next((mark for mark in marks if mark["heading"] is None), marks[0] if marks else None)
 
 
-def _value(found: re.Match[str]) -> Decimal | None:
-    number = None if found["head"] or found["scale"] else _NUMBER.fullmatch(found["body"])
+def _value(match: re.Match[str]) -> Decimal | None:
+    number = None if match["head"] or match["scale"] else _NUMBER.fullmatch(match["body"])
     if number is None:
         return None
     digits = re.sub(rf"{_BLANK}|,", "", number["digits"])
     size = Decimal(digits + (number["exponent"] or "").replace("−", "-"))
-    return -size if any(sign in (found["sign"] or "") for sign in "-−–") else size
+    return -size if any(sign in (match["sign"] or "") for sign in "-−–") else size
 
 
 def _plain_latex(text: str) -> str:

@@ -83,7 +83,10 @@ def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split,
         by_split["test"] = list(rows(Path(task.test_path)))
     for held_out in (by_split["validation"], by_split["test"]):
         _require_distinct(held_out)
-    return {split: tuple(_problem(row, task.prompt, split) for row in found) for split, found in by_split.items()}
+    return {
+        split: tuple(_problem(row, task.prompt, split) for row in rows_of_split)
+        for split, rows_of_split in by_split.items()
+    }
 
 
 def _written_at(path: str) -> tuple[int, int]:
@@ -107,11 +110,11 @@ def normalised(question: str) -> str:
 
 def _require_distinct(held_out: Sequence[Row]) -> None:
     """Raise InvalidValueError for a question that is asked twice: it would count twice, as two problems would."""
-    places: dict[str, str] = {}
+    split_of_question: dict[str, str] = {}
     repeated = [
         (row, first)
         for row in held_out
-        if (first := places.setdefault(normalised(row.question), row.place)) != row.place
+        if (first := split_of_question.setdefault(normalised(row.question), row.place)) != row.place
     ]
     if repeated:
         row, first = repeated[0]
@@ -123,26 +126,26 @@ def _require_distinct(held_out: Sequence[Row]) -> None:
 
 def rows(path: Path) -> Iterator[Row]:
     """Read every row, in the file's order."""
-    place = None
-    for row, place in _records(Path(path)):
+    location = None
+    for row, location in _records(Path(path)):
         for column in COLUMNS:
             if column not in row:
-                raise NotFoundError(f"{place}: no column {column!r}{nearest(column, map(str, row))}")
+                raise NotFoundError(f"{location}: no column {column!r}{nearest(column, map(str, row))}")
             if not isinstance(row[column], str):
                 raise InvalidValueError(
-                    f"{place}: {column!r} is {type(row[column]).__name__}, not text; write it as a string"
+                    f"{location}: {column!r} is {type(row[column]).__name__}, not text; write it as a string"
                 )
             if any("\ud800" <= mark <= "\udfff" for mark in row[column]):
                 raise InvalidValueError(
-                    f"{place}: {column!r} holds half of a character (a lone surrogate); write it whole"
+                    f"{location}: {column!r} holds half of a character (a lone surrogate); write it whole"
                 )
         gold = answers.strict_number(row["answer"])
         if gold is None:
             raise InvalidValueError(
-                f"{place}: the answer has no final number after '####'; end it with a line like '#### 42'"
+                f"{location}: the answer has no final number after '####'; end it with a line like '#### 42'"
             )
-        yield Row(row["question"].strip(), row["answer"].strip(), answers.plain(gold), place)
-    if place is None:
+        yield Row(row["question"].strip(), row["answer"].strip(), answers.plain(gold), location)
+    if location is None:
         raise InvalidValueError(f"{path} holds no rows; give a file with the columns {' and '.join(COLUMNS)}")
 
 
@@ -158,30 +161,32 @@ def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            place = f"{path}, line {number}"
-            text = _utf8(line, place)
+            location = f"{path}, line {number}"
+            text = _utf8(line, location)
             if not text.strip():
                 continue
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as why:  # also numbers of thousands of digits, and endless nesting
-                said = getattr(why, "msg", str(why).splitlines()[0])
-                raise InvalidValueError(f"{place}: not JSON ({said}); write one object a line") from None
+                reason = getattr(why, "msg", str(why).splitlines()[0])
+                raise InvalidValueError(f"{location}: not JSON ({reason}); write one object a line") from None
             if not isinstance(row, dict):
-                raise InvalidValueError(f"{place}: not an object; write one {{'question': ..., 'answer': ...}} a line")
-            yield row, place
+                raise InvalidValueError(
+                    f"{location}: not an object; write one {{'question': ..., 'answer': ...}} a line"
+                )
+            yield row, location
 
 
-def _utf8(line: bytes, place: str) -> str:
+def _utf8(line: bytes, location: str) -> str:
     """The line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InvalidValueError(f"{place}: UTF-16, not UTF-8; save the file again as UTF-8")
+        raise InvalidValueError(f"{location}: UTF-16, not UTF-8; save the file again as UTF-8")
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as why:
         byte = line[why.start]
         raise InvalidValueError(
-            f"{place}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8"
+            f"{location}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8"
         ) from None
 
 

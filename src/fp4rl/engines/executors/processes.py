@@ -181,14 +181,14 @@ def _stop(worker: _Worker) -> None:
 
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
     """In the child: carry out runs until told to stop; each answer is what `_attempt` returns."""
-    asked = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: asked.set())  # of the whole group, or passed on by the parent
+    stop_requested = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # of the whole group, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     _prepare(threads)
     while (order := pipe.recv()) is not None:
         run, root, report_to = order
-        pipe.send(attempt(run, root, report_to, pipe.send, asked.is_set))
+        pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
 
 
 def _prepare(threads: int) -> None:

@@ -38,7 +38,9 @@ class ScoreTable:
 
 def cross_checks(treatment: Side, control: Side) -> CrossChecks:
     """What the items of the same problems on both sides say."""
-    if unread := tuple(one.run.key for side in (treatment, control) for one in side.runs if one.run.folder is None):
+    if unread := tuple(
+        side_run.run.key for side in (treatment, control) for side_run in side.runs if side_run.run.folder is None
+    ):
         return CrossChecks(unread=unread)
     first, second = _scores(treatment), _scores(control)
     if first is None or second is None or first.problems != second.problems:
@@ -53,7 +55,7 @@ def cross_checks(treatment: Side, control: Side) -> CrossChecks:
 
 def _scores(side: Side) -> ScoreTable | None:
     measured = side.runs[0].measured
-    folders = [one.run.folder for one in side.runs if one.run.folder is not None]
+    folders = [side_run.run.folder for side_run in side.runs if side_run.run.folder is not None]
     return score_table(folders, measured.step, measured.profile.name, side.score)
 
 

@@ -66,9 +66,9 @@ class Answer:
     @property
     def marks(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers: a run whose training changed few weights is almost its start."""
-        runs = [one.run for side in (self.treatment, self.control) for one in side.runs]
+        runs = [side_run.run for side in (self.treatment, self.control) for side_run in side.runs]
         few = ((run.key, run.result.evidence.hardly_moved) for run in runs)
-        return tuple(f"{key} is hardly trained: {said}" for key, said in few if said)
+        return tuple(f"{key} is hardly trained: {share}" for key, share in few if share)
 
     def sentence(self) -> str:
         """What may be said in plain words, and no more."""
@@ -91,7 +91,7 @@ class Answer:
 
 
 def answer_all(
-    asked: Sequence[tuple[Question, Side, Side]],
+    questions: Sequence[tuple[Question, Side, Side]],
     spread_of: Callable[[Run], Spread | None],
     *,
     force: bool = False,
@@ -102,14 +102,17 @@ def answer_all(
     repeats among the sides tell. With `force` the difference of an unfair pair is shown with its interval, without an
     effect word.
     """
-    answers = [_objected(question, treatment, control, force) for question, treatment, control in asked]
+    answers = [_objected(question, treatment, control, force) for question, treatment, control in questions]
     fair = [answer for answer in answers if answer.comparable]
     spread = _spread(answers, spread_of)
     family = evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair))
     verdicts = iter(family)
     return tuple(
-        replace(one, verdict=_earned(one, next(verdicts)) if one.comparable else _forced(one, spread))
-        for one in answers
+        replace(
+            candidate,
+            verdict=_earned(candidate, next(verdicts)) if candidate.comparable else _forced(candidate, spread),
+        )
+        for candidate in answers
     )
 
 
@@ -122,12 +125,13 @@ def checked(answer: Answer) -> Answer:
 
 def _objected(question: Question, treatment: Side, control: Side, force: bool) -> Answer:
     keys = [
-        {(one.run.key, one.measured.step, one.measured.profile.name) for one in s.runs} for s in (treatment, control)
+        {(side_run.run.key, side_run.measured.step, side_run.measured.profile.name) for side_run in s.runs}
+        for s in (treatment, control)
     ]
     if keys[0] and keys[0] == keys[1]:
         raise InvalidValueError(f"{question.treatment} and {question.control} are the same numbers of the same runs")
-    found = objections(treatment, control, question.factors)
-    return Answer(question, treatment, control, found, force=force)
+    against = objections(treatment, control, question.factors)
+    return Answer(question, treatment, control, against, force=force)
 
 
 def _member(answer: Answer) -> criteria.Comparison:
@@ -169,12 +173,12 @@ def _side_dict(side: Side) -> dict[str, object]:
         "suite": side.suite,
         "runs": [
             {
-                "run": one.run.key,
-                "seed": one.run.seed,
-                "step": one.measured.step,
-                "share": one.measured.score(side.score),
-                "gaps": one.run.gaps,
+                "run": side_run.run.key,
+                "seed": side_run.run.seed,
+                "step": side_run.measured.step,
+                "share": side_run.measured.score(side.score),
+                "gaps": side_run.run.gaps,
             }
-            for one in side.runs
+            for side_run in side.runs
         ],
     }

@@ -44,8 +44,8 @@ def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list
 def _with_sides(
     questions: Sequence[Question], side: Callable[[str], Side], at: At
 ) -> list[tuple[Question, Side, Side]]:
-    asked = [replace(question, step=at.step, score=at.score) for question in questions]
-    return [(question, side(question.treatment), side(question.control)) for question in asked]
+    questions_at = [replace(question, step=at.step, score=at.score) for question in questions]
+    return [(question, side(question.treatment), side(question.control)) for question in questions_at]
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
@@ -72,25 +72,25 @@ def declared_question(
     """
     suites = [side.partition("/")[0] for side in (treatment, control) if "/" in side]
     suites = suites[:1] or sorted(file.parent.name for file in root.glob("*/suite.yaml"))
-    asked = [side.rpartition("/")[2] for side in (treatment, control)]
-    found = [
+    names = [side.rpartition("/")[2] for side in (treatment, control)]
+    matching = [
         question
         for suite in suites
         if (root / suite / "suite.yaml").is_file()
         for question in declared_questions(root, suite)
-        if all(map(_names, asked, (question.treatment, question.control)))
+        if all(map(_names, names, (question.treatment, question.control)))
     ]
     asked_the_same = [
-        one
-        for one in found
-        if (not factors or set(one.factors) == set(factors_between(treatment, control, factors)))
-        and margin in (None, one.margin)
+        candidate
+        for candidate in matching
+        if (not factors or set(candidate.factors) == set(factors_between(treatment, control, factors)))
+        and margin in (None, candidate.margin)
     ]
     return asked_the_same[0] if len(asked_the_same) == 1 else None
 
 
-def _names(asked: str, declared: str) -> bool:
-    return asked in (declared, declared.partition("@")[0])
+def _names(name: str, declared: str) -> bool:
+    return name in (declared, declared.partition("@")[0])
 
 
 def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:
@@ -99,8 +99,8 @@ def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tup
     `evaluation.profiles` is always among them: which profiles an arm is judged under changes no number. `precision` is
     where the question is about it.
     """
-    asked = ("precision",) if _asks_about_precision(treatment, control, factors) else ()
-    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *asked)))
+    precision = ("precision",) if _asks_about_precision(treatment, control, factors) else ()
+    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *precision)))
 
 
 def question_of(comparison: Comparison, suite: str) -> Question:

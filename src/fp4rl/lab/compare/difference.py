@@ -13,18 +13,18 @@ Differences = dict[str, tuple[Any, Any]]
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differences:
     """Dotted key -> (value in the first, value in the second)."""
-    found = dict(_differ(first, second, ""))
-    return {key: pair for key, pair in found.items() if key != "seed" and not covered(key, _NO_FACTOR)}
+    differing = dict(_differ(first, second, ""))
+    return {key: pair for key, pair in differing.items() if key != "seed" and not covered(key, _NO_FACTOR)}
 
 
-def undeclared(found: Differences, factors: Sequence[str]) -> Differences:
+def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
     """The differences that no declared factor covers.
 
     Where none is declared, one factor may differ: one key, or the injection, or the noise, each as a whole.
     """
     if factors:
-        return {key: pair for key, pair in found.items() if not covered(key, factors)}
-    return found if len({factor_of(key) for key in found}) > 1 else {}
+        return {key: pair for key, pair in differing.items() if not covered(key, factors)}
+    return differing if len({factor_of(key) for key in differing}) > 1 else {}
 
 
 def covered(key: str, factors: Sequence[str]) -> bool:

@@ -71,8 +71,8 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
 
 
 def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
-    found = differences(treatment.spec, control.spec)
-    for key, (first, second) in undeclared(found, factors).items():
+    differing = differences(treatment.spec, control.spec)
+    for key, (first, second) in undeclared(differing, factors).items():
         name = f"the specs also differ in {key}" if factors else f"the specs differ in {key}"
         if not factors and factor_of(key) != key:
             name += f" (part of {factor_of(key)})"
@@ -96,7 +96,7 @@ def _same_place(side: Side) -> set[tuple[Any, ...]]:
 
 def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
     for side in (treatment, control):
-        seeds = Counter(one.run.seed for one in side.runs if one.run.seed is not None)
+        seeds = Counter(side_run.run.seed for side_run in side.runs if side_run.run.seed is not None)
         for seed, count in seeds.items():
             if count > 1:
                 yield Objection("seeds", f"seed {seed} counts {count} times in {side.name}", f"{count} runs", "one")
@@ -109,8 +109,8 @@ def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
             yield Objection("step", f"{key} was not evaluated there", "no number", "the other runs have one")
         short = [run for run in side.runs if run.measured.last and run.steps[0] not in (None, run.steps[1])]
         if short:
-            asked, done = short[0].steps
-            yield Objection("step", f"a run of {side.name} stopped early", f"{done} steps done", f"{asked} asked for")
+            planned, done = short[0].steps
+            yield Objection("step", f"a run of {side.name} stopped early", f"{done} steps done", f"{planned} asked for")
 
 
 def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterator[Objection]:
@@ -144,7 +144,7 @@ def _code(treatment: Side, control: Side) -> Iterator[Objection]:
             yield from _unequal(
                 "code",
                 f"{name}'s version",
-                *_both(treatment, control, lambda one, name=name: one.run.result.versions.get(name)),
+                *_both(treatment, control, lambda side_run, name=name: side_run.run.result.versions.get(name)),
             )
 
 
@@ -153,13 +153,15 @@ def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[
         pointer = POINTERS.get(name)
         if pointer is None or not any(covered(pointer, [factor]) or covered(factor, [pointer]) for factor in factors):
             yield from _unequal(
-                "inputs", f"the {name}", *_both(treatment, control, lambda one, name=name: one.run.inputs.get(name))
+                "inputs",
+                f"the {name}",
+                *_both(treatment, control, lambda side_run, name=name: side_run.run.inputs.get(name)),
             )
 
 
 def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:
     for side in (treatment, control):
-        for run in (one.run for one in side.runs if one.run.gaps):
+        for run in (side_run.run for side_run in side.runs if side_run.run.gaps):
             yield Objection("evidence", f"{run.key} lacks evidence", "; ".join(run.gaps), "a run proves its treatment")
 
 

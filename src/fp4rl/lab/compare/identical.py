@@ -40,7 +40,7 @@ def _weights(run: Run) -> str | None:
 
 def _answers(*runs: SideRun) -> set[str] | None:
     """The digests of their answers; None where one recorded none."""
-    digests = {one.run.answers(one.measured) for one in runs}
+    digests = {side_run.run.answers(side_run.measured) for side_run in runs}
     return None if None in digests else {str(digest) for digest in digests}
 
 
@@ -66,11 +66,11 @@ def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
         return {key: value for key, value in table.items() if key not in idle}
 
     tables = [acting(injection), *map(acting, injection.get("by_pattern") or ())]
-    there = {point for table in tables for point in FORMAT_POINTS if table.get(point) not in (None, "none", "keep")}
-    there |= {"errors"} if tables[0].get("errors") else set()
-    if not there:
+    points = {point for table in tables for point in FORMAT_POINTS if table.get(point) not in (None, "none", "keep")}
+    points |= {"errors"} if tables[0].get("errors") else set()
+    if not points:
         return None
     # The mode and the preset only name what the points hold.
-    phases = {phase: sorted(during.active(phase) & there) for phase in _TRAINED_IN}
+    phases = {phase: sorted(during.active(phase) & points) for phase in _TRAINED_IN}
     named = {key: value for key, value in tables[0].items() if key not in ("mode", "preset", "apply_during")}
     return named | {"by_pattern": tables[1:], "phases": phases}

@@ -29,10 +29,10 @@ class SideRun:
     @property
     def steps(self) -> tuple[int | None, int | None]:
         """Steps asked for, and done."""
-        asked = self.run.result.steps_asked
-        if asked is None:
-            asked = (self.run.spec.get("training") or {}).get("steps")
-        return asked, self.run.result.steps_done
+        planned = self.run.result.steps_asked
+        if planned is None:
+            planned = (self.run.spec.get("training") or {}).get("steps")
+        return planned, self.run.result.steps_done
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class At:
 
     def of(self, run: Run, profile: str) -> Evaluation | None:
         """The run's evaluation under a profile, where it has this score."""
-        found = run.evaluations(self.step).get(profile)
-        return found if found is not None and found.score(self.score) is not None else None
+        evaluation = run.evaluations(self.step).get(profile)
+        return evaluation if evaluation is not None and evaluation.score(self.score) is not None else None
 
 
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
@@ -103,8 +103,8 @@ def named_side(connection: Connection, root: Path, name: str, at: At, suite: str
 
 def _side(name: str, suite: str, runs: Sequence[Run], profile: str, at: At) -> Side:
     measured = [(run, at.of(run, profile)) for run in runs]
-    there = tuple(SideRun(run, found) for run, found in measured if found is not None)
-    return Side(name, suite, there, at.score, tuple(run.key for run, found in measured if found is None))
+    side_runs = tuple(SideRun(run, evaluation) for run, evaluation in measured if evaluation is not None)
+    return Side(name, suite, side_runs, at.score, tuple(run.key for run, evaluation in measured if evaluation is None))
 
 
 def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
@@ -131,29 +131,29 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
     query = select(tables.runs).where(name).order_by(table.suite, table.arm, table.seed)
     if head or suite:
         query = query.where(table.suite == (head or suite))
-    found = list(connection.execute(query).mappings()) or _beginning(connection, tail, head or suite)
-    found = [row for row in found if row["run_id"] == tail] or found
-    if not found:
+    rows = list(connection.execute(query).mappings()) or _beginning(connection, tail, head or suite)
+    rows = [row for row in rows if row["run_id"] == tail] or rows
+    if not rows:
         known = {f"{suite}/{arm}" for suite, arm in connection.execute(select(table.suite, table.arm).distinct())}
         raise NotFoundError(f"no finished run or arm is called {word!r}" + (nearest(word, known) if known else ""))
-    suites = sorted({row["suite"] for row in found})
+    suites = sorted({row["suite"] for row in rows})
     if len(suites) > 1:
         raise InvalidValueError(f"{word!r} is in the suites {', '.join(suites)}; write {suites[0]}/{tail}")
-    digests = sorted({str(row["experiment"]) for row in found})
-    if len(digests) > 1 and not all(row["imported"] for row in found):
+    digests = sorted({str(row["experiment"]) for row in rows})
+    if len(digests) > 1 and not all(row["imported"] for row in rows):
         raise InvalidValueError(
             f"{word!r} names runs of {len(digests)} different experiments, which are no repeats; "
             f"name one by its digest: {', '.join(digests)}"
         )
-    return found
+    return rows
 
 
 def _beginning(connection: Connection, start: str, suite: str | None) -> list[Any]:
     """The one run whose id begins so. Raises InvalidValueError where several do."""
     table = tables.runs.c
     query = select(tables.runs).where(table.run_id.startswith(start, autoescape=True)).order_by(table.run_id)
-    found = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())
-    if len(found) > 1:
-        some = ", ".join(f"{row['suite']}/{row['run_id']}" for row in found[:4])
-        raise InvalidValueError(f"{len(found)} runs begin with {start!r}: {some}; name more of it")
-    return found
+    rows = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())
+    if len(rows) > 1:
+        some = ", ".join(f"{row['suite']}/{row['run_id']}" for row in rows[:4])
+        raise InvalidValueError(f"{len(rows)} runs begin with {start!r}: {some}; name more of it")
+    return rows

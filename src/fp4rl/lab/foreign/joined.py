@@ -107,8 +107,8 @@ class Joined:
             self.steps[step].pop(name, None)
 
 
-def _same(one: float, other: float) -> bool:
-    return one == other or (math.isnan(one) and math.isnan(other))
+def _same(first: float, other: float) -> bool:
+    return first == other or (math.isnan(first) and math.isnan(other))
 
 
 def _count(numbers: int) -> str:

@@ -150,7 +150,7 @@ def _run_row(document: Document) -> Row:
 
 def _evaluation_rows(document: Document) -> list[Row]:
     """One a step and profile; a step that was evaluated twice counts as it was evaluated last."""
-    rows = [evaluation_row(one) | {"run": document.number} for one in document.run.result.evaluations]
+    rows = [evaluation_row(evaluation) | {"run": document.number} for evaluation in document.run.result.evaluations]
     return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 

@@ -70,8 +70,8 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     """
     suite = read_suite(suite_folder)
     address = ledger or suite_folder.parent / "ledger.db"
-    asked = suite_questions(suite, At())
-    answers = answer_all(asked, lambda run: known_spread(address, run))
+    questions = suite_questions(suite, At())
+    answers = answer_all(questions, lambda run: known_spread(address, run))
     rows = scores(suite.runs)
     return SuiteReport(
         name=suite_folder.resolve().name,

@@ -37,8 +37,8 @@ def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -
 
 
 def _finite(run: SuiteRun, metric: str, scale: float) -> dict[int, float]:
-    found = {step: values[metric] for step, values in run.curves.items() if metric in values}
-    return {step: scale * value for step, value in found.items() if math.isfinite(value)}
+    values_by_step = {step: values[metric] for step, values in run.curves.items() if metric in values}
+    return {step: scale * value for step, value in values_by_step.items() if math.isfinite(value)}
 
 
 def _thinned(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:

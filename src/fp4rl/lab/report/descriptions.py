@@ -73,11 +73,11 @@ def _formats(profile: str, experiment: Experiment) -> str:
     if injection is None or injection.is_nothing:
         return experiment.model.dtype
     acting = injection.acts_in("evaluation")
-    found = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in acting]
-    formats = [f"{point} {format_words(describe(fmt))}" for point, fmt in found if fmt is not None]
+    by_point = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in acting]
+    formats = [f"{point} {format_words(describe(fmt))}" for point, fmt in by_point if fmt is not None]
     errors = injection.errors if "errors" in acting else ()
-    said = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
-    return "; ".join(said) or experiment.model.dtype
+    words = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
+    return "; ".join(words) or experiment.model.dtype
 
 
 def format_words(value: object) -> str:

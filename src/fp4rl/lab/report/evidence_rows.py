@@ -33,7 +33,7 @@ def evidence_of(report: SuiteReport, arm: str) -> ArmEvidence:
     """Everything that an arm's finished runs recorded, missing facts named as such."""
     runs = [run for run in report.finished if run.planned.arm == arm]
     facts = [pooled_evidence(run.run) for run in runs if run.run is not None]
-    shown = next((one for one in facts if one.plans), None)
+    shown = next((facts_of_run for facts_of_run in facts if facts_of_run.plans), None)
     return ArmEvidence(
         arm=arm,
         heads=[f"seed {run.planned.seed}" for run in runs],
@@ -64,15 +64,15 @@ def _rows(runs: Sequence[SuiteRun], facts: Sequence[RunEvidence]) -> Iterator[Ro
 
 def _rounding_rows(facts: Sequence[RunEvidence], injection: Injection | None) -> Iterator[Row]:
     """Calls, share changed and error of every phase and point that the spec asks for or some run recorded."""
-    found = [{(r.phase, r.point): r for r in e.roundings} for e in facts]
-    seen = dict.fromkeys(key for rows in found for key in rows)
+    roundings = [{(r.phase, r.point): r for r in e.roundings} for e in facts]
+    seen = dict.fromkeys(key for rows in roundings for key in rows)
     # Evaluations record themselves per profile: "evaluation as deployment".
     unseen = [
         (phase, point) for phase, point in _asked(injection) if not any(_within(key, phase, point) for key in seen)
     ]
     keys = [*seen, *unseen]
     for phase, point in sorted(keys, key=lambda key: _ORDER.get(key[0].partition(" ")[0], len(_ORDER))):
-        rows = [one.get((phase, point)) for one in found]
+        rows = [by_key.get((phase, point)) for by_key in roundings]
         yield f"{point}s rounded in {phase}", [NOT_RECORDED if r is None else f"{r.calls:,} calls" for r in rows]
         if any(rows):
             yield "  values changed", [_share(r.share_changed if r else None) for r in rows]

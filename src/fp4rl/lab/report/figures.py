@@ -90,13 +90,13 @@ def _noise_traces(number: int, arm: str, steps: Sequence[NoiseStep]) -> list[Tra
     at: dict[int, list[NoiseStep]] = defaultdict(list)
     for step in sorted(steps, key=lambda step: step.step):
         at[step.step].append(step)
-    asked = [fmean(step.asked for step in group) for group in at.values()]
+    sigmas = [fmean(step.asked for step in group) for group in at.values()]
     measured = [[step.realised for step in group if step.realised is not None] for group in at.values()]
     realised = [fmean(values) if values else None for values in measured]
     steps_taken, hover = [step + 1 for step in at], {"hovertemplate": "%{y:.3g}"}
     dot = {"size": 6, "symbol": SYMBOLS[number % len(SYMBOLS)]}
     return [
-        line(steps_taken, asked, f"{arm}, asked", number, line={"width": 2, "shape": "hvh"}, **hover),
+        line(steps_taken, sigmas, f"{arm}, asked", number, line={"width": 2, "shape": "hvh"}, **hover),
         marks(steps_taken, realised, "dots", number, name=f"{arm}, realised", marker=dot, **hover),
     ]
 

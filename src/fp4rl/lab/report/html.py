@@ -35,16 +35,16 @@ def render(report: SuiteReport) -> str:
 
     Raises `NotFoundError` without the extra `report`.
     """
-    curves, scores, asked = learning(report), accuracy(report), answers(report.questions)
+    curves, scores, questions = learning(report), accuracy(report), answers(report.questions)
     return pages.render(
         Path(__file__).with_name("report.html.j2"),
-        [figure for figure in (asked, scores, *curves) if figure is not None],
+        [figure for figure in (questions, scores, *curves) if figure is not None],
         report=report,
         arms=[_arm(number, name, report) for number, name in enumerate(report.arms)],
         unproven=sum(bool(run.gaps) for run in report.runs),
         learning=curves,
         accuracy=scores,
-        answers=asked,
+        answers=questions,
         has_margin=any(question.question.margin for question in report.questions),
         has_noise=any(figure.id == "sigma" for figure in curves),
         evidence=[evidence_of(report, arm) for arm in report.arms],

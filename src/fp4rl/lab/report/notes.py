@@ -85,11 +85,11 @@ def _said(runs: Sequence[SuiteRun]) -> Iterator[str]:
             if line.startswith("rolled back"):
                 continue  # a note of its own
             first.setdefault(kind, line)
-            if not any(run is one for one in by_kind.setdefault(kind, [])):
+            if not any(run is other for other in by_kind.setdefault(kind, [])):
                 by_kind[kind].append(run)
-    for kind, said in by_kind.items():
-        more = f"; the like in {_named(said[1:])}" if len(said) > 1 else ""
-        yield f"Said by {_named(said[:1])}: {first[kind].rstrip('.')}{more}."
+    for kind, lines in by_kind.items():
+        more = f"; the like in {_named(lines[1:])}" if len(lines) > 1 else ""
+        yield f"Said by {_named(lines[:1])}: {first[kind].rstrip('.')}{more}."
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:

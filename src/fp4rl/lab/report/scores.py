@@ -146,5 +146,5 @@ def _score(arm: str, profile: str, runs: list[SuiteRun]) -> Score:
 def _of_samples(ends: Sequence[Evaluation]) -> dict[str, Mean]:
     """`pass@k` and `mean@k` over seeds, where every run has them."""
     names = [name for name in ends[0].of_samples if all(name in m.of_samples for m in ends)] if ends else []
-    found = {name: mean_over_seeds([100 * m.of_samples[name] for m in ends]) for name in names}
-    return {name: mean for name, mean in found.items() if mean is not None}
+    means = {name: mean_over_seeds([100 * m.of_samples[name] for m in ends]) for name in names}
+    return {name: mean for name, mean in means.items() if mean is not None}

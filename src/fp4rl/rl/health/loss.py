@@ -71,8 +71,8 @@ def lost(histories: SignalHistories, t: Thresholds) -> Loss:
     """
     if histories.loss is None:
         histories.loss = _lost(histories, t)
-    found: Loss = histories.loss
-    return found
+    loss: Loss = histories.loss
+    return loss
 
 
 def _lost(histories: SignalHistories, t: Thresholds) -> Loss:

@@ -98,18 +98,18 @@ def _apart(histories: SignalHistories, t: Thresholds, side: _Side) -> Verdict:
     now = histories[side.signal].lately(width) if side.signal in histories.now else None
     if now is None or now < side.most:
         return OK
-    found, foreseen = side.words.format(now), _measured(histories, side.described)
+    words, foreseen = side.words.format(now), _measured(histories, side.described)
     if foreseen is None:
-        return _unless_corrected(histories, t, f"{found}; the log does not tell why")
+        return _unless_corrected(histories, t, f"{words}; the log does not tell why")
     decoding = _measured(histories, side.decoding) or 0.0
     if now >= side.most + side.times * (foreseen + decoding):
         parts = f"{foreseen:.3g} of it as described, {decoding:.3g} by decoding token by token"
-        return _unless_corrected(histories, t, f"{found}, {parts}; the rest is not explained")
+        return _unless_corrected(histories, t, f"{words}, {parts}; the rest is not explained")
     if side.signal == "mismatch_kl" and now >= t.mismatch_noise:
-        return _unless_corrected(histories, t, f"{found}, as described, but too much to learn from")
+        return _unless_corrected(histories, t, f"{words}, as described, but too much to learn from")
     if foreseen < _NOTHING * side.most:
         beside = "made by decoding token by token (same weights and rounding); see rollout_correction"
-        return Verdict("watch", f"{found}, {beside}")
+        return Verdict("watch", f"{words}, {beside}")
     return OK  # as large as the noise, the errors and the chance that are described make it
 
 
@@ -119,9 +119,9 @@ def _measured(histories: SignalHistories, part: str) -> float | None:
     return max(sum(values) / len(values), values[-1]) if values else None
 
 
-def _unless_corrected(histories: SignalHistories, t: Thresholds, found: str) -> Verdict:
+def _unless_corrected(histories: SignalHistories, t: Thresholds, words: str) -> Verdict:
     """Importance weights make up for another sampler for as long as they leave most of the answers their say."""
     effective = histories["effective"].lately(_WINDOW) if "effective" in histories.now else None
     if effective is not None and effective >= t.effective:
-        return Verdict("watch", f"{found}; rollout_correction makes up for it (effective sample size {effective:.0%})")
-    return Verdict("alarm", found)
+        return Verdict("watch", f"{words}; rollout_correction makes up for it (effective sample size {effective:.0%})")
+    return Verdict("alarm", words)

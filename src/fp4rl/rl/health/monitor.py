@@ -77,9 +77,9 @@ class Monitor:
         self._histories.add(step, signals)
         news = [self._evaluate(step, name, check) for name, check in CHECKS.items()]
         news += [self._ask(step, watch, {**signals, **metrics}) for watch in self._rules]
-        found = [finding for finding in news if finding is not None]
-        self.alarms += [finding for finding in found if finding.state == "alarm"]
-        return found
+        findings = [finding for finding in news if finding is not None]
+        self.alarms += [finding for finding in findings if finding.state == "alarm"]
+        return findings
 
     def findings(self) -> list[Finding]:
         """Every check and rule as it stands now, the most serious first, what could not be judged last."""
@@ -154,8 +154,8 @@ def replay(
 ) -> tuple[Monitor, list[Finding]]:
     """A monitor that has seen a whole log, and everything it said on the way."""
     monitor = Monitor(spec)
-    said = [finding for step, metrics in histories for finding in monitor.observe(step, metrics)]
-    return monitor, said
+    findings = [finding for step, metrics in histories for finding in monitor.observe(step, metrics)]
+    return monitor, findings
 
 
 def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int | None:

@@ -30,11 +30,11 @@ _OTHER_PHASE = re.compile(r"(?:eval|val|valid|validation|test)(?:[-_/]|$)", re.I
 
 def known_names(metrics: Mapping[str, float]) -> dict[str, float]:
     """`metrics`, and beside them what stands there under another name; no number of theirs is replaced."""
-    found = dict(metrics)
+    known = dict(metrics)
     for phase, name in _PHASES:
-        found |= {name + key.removeprefix(phase): metrics[key] for key in metrics if key.startswith(phase)} | found
-    found |= {new: found[old] for old, new in _TODAY.items() if old in found and new not in found}
-    return _rewards(found) | found
+        known |= {name + key.removeprefix(phase): metrics[key] for key in metrics if key.startswith(phase)} | known
+    known |= {new: known[old] for old, new in _TODAY.items() if old in known and new not in known}
+    return _rewards(known) | known
 
 
 def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -47,13 +47,13 @@ def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
         match = _FUNCTION.fullmatch(name)
         if match and match[2] not in _STATISTICS:
             functions[match[1] or ""][match[2]] = value
-    found: dict[str, float] = {}
+    rewards: dict[str, float] = {}
     for phase, means in functions.items():
         solved = [mean for name, mean in means.items() if _SAYS_SOLVED.search(name)]
-        found |= {f"{phase}rewards/accuracy_reward/mean": mean for mean in solved[:1]}
+        rewards |= {f"{phase}rewards/accuracy_reward/mean": mean for mean in solved[:1]}
     total = [name for name in metrics if _REWARD.fullmatch(name) and not _OTHER_PHASE.match(name)]
     if functions[""]:
-        found["reward"] = sum(functions[""].values())
+        rewards["reward"] = sum(functions[""].values())
     elif total:
-        found["reward"] = metrics[min(total, key=lambda name: (len(name), name))]
-    return found
+        rewards["reward"] = metrics[min(total, key=lambda name: (len(name), name))]
+    return rewards

@@ -20,8 +20,8 @@ def grain(values: Sequence[float]) -> int | None:
         return None
     distinct = {round(value, 6) for value in values[-200:]}
     sizes = range(1, _LARGEST_GRAIN + 1)
-    found = next((n for n in sizes if all(abs(v * n - round(v * n)) < n * _ROUNDING for v in distinct)), None)
-    return found if found is not None and len(distinct) >= max(2, min(found, _DIFFERENT)) else None
+    cases = next((n for n in sizes if all(abs(v * n - round(v * n)) < n * _ROUNDING for v in distinct)), None)
+    return cases if cases is not None and len(distinct) >= max(2, min(cases, _DIFFERENT)) else None
 
 
 def independent(answers: float, groups: float | None) -> float:

@@ -50,19 +50,19 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
     """
     metrics = known_names(metrics)
-    found = {signal: metrics[name] for signal, names in NAMES.items() for name in _first(names, metrics)}
+    signals = {signal: metrics[name] for signal, names in NAMES.items() for name in _first(names, metrics)}
     if metrics.get("sampling/trained_groups") == 0:
         for signal in _OF_AN_UPDATE:
-            found.pop(signal, None)
-    if found.get("no_spread") == 1.0 and found.get("grad_norm") == 0.0:
-        del found["grad_norm"]  # nothing to learn in this step is what `no_spread` says
-    if "validation" not in found:
+            signals.pop(signal, None)
+    if signals.get("no_spread") == 1.0 and signals.get("grad_norm") == 0.0:
+        del signals["grad_norm"]  # nothing to learn in this step is what `no_spread` says
+    if "validation" not in signals:
         values = [value for name, value in metrics.items() if _VALIDATION.fullmatch(name)]
         if values:
-            found["validation"] = sum(values) / len(values)
-    if "accuracy" not in found and "reward" in found and _is_share(metrics):
-        found["accuracy"] = found["reward"]
-    return found
+            signals["validation"] = sum(values) / len(values)
+    if "accuracy" not in signals and "reward" in signals and _is_share(metrics):
+        signals["accuracy"] = signals["reward"]
+    return signals
 
 
 def _first(names: tuple[str, ...], metrics: Mapping[str, float]) -> list[str]:
