@@ -143,7 +143,7 @@ INJECTION = (
     Mutant(
         "operands held against their masters",
         "inject/probe.py",
-        "return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())",
+        "return torch.equal(first, other) or torch.equal(first.nan_to_num(), other.nan_to_num())",
         "return True",
         (
             "tests/inject/test_probe.py::"
@@ -250,6 +250,23 @@ COMPARISON = (
         'yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)',
         "del sides",
         ("tests/lab/test_compare.py::test_results_of_other_code_are_refused",),
+    ),
+    Mutant(
+        "a call is no rounding",
+        "lab/gaps.py",
+        "else row.missed > 0",
+        "else False",
+        (
+            "tests/lab/test_gaps.py::test_a_phase_or_a_site_that_was_called_and_not_rounded_is_a_gap[False-rollout]",
+            "tests/lab/test_gaps.py::test_a_single_look_that_missed_is_a_gap_though_others_saw_a_change",
+        ),
+    ),
+    Mutant(
+        "the last evaluation is part of the evidence",
+        "lab/gaps.py",
+        "*(_missing_evaluations(spec, evaluations) if evaluations is not None else ()),",
+        "",
+        ("tests/lab/report/test_one_answer.py::test_the_run_whose_last_full_evaluation_was_deleted",),
     ),
     Mutant(
         "the correction for several questions",
