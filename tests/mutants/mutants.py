@@ -257,7 +257,7 @@ COMPARISON = (
         "else row.missed > 0",
         "else False",
         (
-            "tests/lab/test_gaps.py::test_a_phase_or_a_site_that_was_called_and_not_rounded_is_a_gap[False-rollout]",
+            "tests/lab/test_gaps.py::test_a_phase_or_a_site_that_was_called_and_not_rounded_is_a_gap[rollout-False]",
             "tests/lab/test_gaps.py::test_a_single_look_that_missed_is_a_gap_though_others_saw_a_change",
         ),
     ),
