@@ -33,8 +33,8 @@ def folder(tmp_path_factory):
 def test_a_run_under_advice_shows_the_advised_multipliers_and_formats_per_layer(folder, tmp_path):
     spec, advice = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
     spec.write_text(SPEC.format(folder=folder))
-    scanned = ["scan", str(folder), "--mode", "w4a4", "--quick", "--bits", "5", "--advise", str(advice)]
-    scanned += ["--take", "formats", "--take", "noise"]
+    scanned = ["scan", str(folder), "injection=w4a4", "measured=false", "bits=5", "take=[formats, noise]"]
+    scanned += ["--advise", str(advice)]
     assert main(scanned) == 0
     assert main(["run", str(spec), f"+{advice}", "--runs", str(tmp_path / "runs")]) == 0
 

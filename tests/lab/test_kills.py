@@ -69,8 +69,8 @@ def numbers(root):
             for step, values in run.metrics().items()
         }
         items = {f"{step}-{name}": run.items(step, name).to_pylist() for step, name in run.item_sets()}
-        evidence = [r for r in run.evidence() if r.kind != "injection"]
-        found[run.run_id] = (metrics, run.result().evaluations, items, evidence)
+        evidence = [r.as_json() for r in run.evidence() if r.kind != "injection"]
+        found[run.run_id] = (metrics, [e.as_json() for e in run.result().evaluations], items, evidence)
     return found
 
 
