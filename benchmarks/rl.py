@@ -80,7 +80,7 @@ def prepared(cache: Path, folder: Path) -> Run:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     problems = task.problems("train")
-    return Run(described, folder, folder, task, problems, evaluation_runner(described, task), ignore, "")
+    return Run(described, folder, folder, task, problems, evaluation_runner(described, task), ignore, "", {})
 
 
 def plain(run: Run, folder: Path) -> Callable[[], float]:
@@ -97,7 +97,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[correct, overlong],
-        args=GRPOConfig(**arguments(recipe, folder, 0, 2), loss_type="dapo", epsilon_high=0.28),
+        args=GRPOConfig(**arguments(recipe, folder, 0), loss_type="dapo", epsilon_high=0.28),
         train_dataset=Dataset.from_list([{"prompt": p.prompt} for p in run.problems]),
         processing_class=tokenizer,
     )
@@ -106,7 +106,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
 
 def ours(run: Run, folder: Path, mode: str) -> Callable[[], float]:
     """One of our arms."""
-    mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.runner, ignore, "")
+    mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.runner, ignore, "", {})
     attempt = TrainingSession(mine, ResumeState())
     return timed(attempt.trainer)
 

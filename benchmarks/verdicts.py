@@ -16,7 +16,7 @@ import numpy as np
 from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import mcnemar
 from fp4rl.lab.statistics.seeds import welch
-from made_up import World, coverage, families_with_a_false_word, make_world, share_called
+from planted.made_up import World, coverage, families_with_a_false_word, make_world, share_called
 
 Row = tuple[str, str, str, float, int]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fp4rl.noise.schedule import Course
+from fp4rl.noise.schedule import ScheduleProgress
 from fp4rl.rl.generate import Generation, Sampling, transformers_sampler
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.noise import Noise
@@ -58,7 +58,7 @@ def _noise_on_linear_weights(attempt: TrainingSession) -> None:
     phases.noise = Noise.model_validate(
         {"schedule": {"kind": "constant", "sigma": 0.05}, "targets": {"kinds": ["linear"]}}
     )
-    phases.course = Course.of(phases.noise, phases.total_steps)
+    phases.progress = ScheduleProgress.of(phases.noise, phases.total_steps)
 
 
 def _length_is_rewarded(attempt: TrainingSession) -> None:

@@ -189,6 +189,16 @@ def test_a_ledger_of_the_previous_schema_is_completed_from_the_folders(
     assert all_rows(ledger) == all_rows(whole)
 
 
+def test_an_old_record_that_cannot_be_read_names_its_run_and_leaves_the_ledger(old_file: Path):
+    with contextlib.closing(sqlite3.connect(old_file)) as connection, connection:
+        connection.execute("UPDATE evaluations SET strict = NULL WHERE step = 30")
+    with pytest.raises(InvalidValueError, match=r"trial/bf16-s\d\S* .*strict.*fp4rl ledger rebuild"):
+        open_ledger(old_file)
+    with contextlib.closing(sqlite3.connect(old_file)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+        assert connection.execute("SELECT count(*) FROM evaluations").fetchall() == [(6,)]
+
+
 def test_a_change_of_schema_that_fails_leaves_the_old_one(old_file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fp4rl.lab.ledger.upgrade.write", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
     with pytest.raises(RuntimeError, match="power cut"):

@@ -8,7 +8,7 @@ import pytest
 from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import mcnemar
 from fp4rl.lab.statistics.seeds import welch
-from made_up import (
+from planted.made_up import (
     World,
     coverage,
     families_with_a_false_word,

@@ -1,6 +1,6 @@
 """The monitor on whole runs: healthy ones stay quiet, and each way to fail is caught within ten steps of its onset.
 
-The courses are synthesised in `benchmarks/planted/histories.py`; `benchmarks/health.py` measures real runs too.
+The courses are synthesised in `benchmarks/planted/courses.py`; `benchmarks/health.py` measures real runs too.
 """
 
 import pytest

@@ -68,9 +68,9 @@ def _print_recipes(screen: "Console", runs: "Sequence[PlannedRun]") -> None:
         recipe = run.experiment.training
         numbers = "; ".join(f"{key} {value}" for key, value in recipe.effective().items())
         recipes.setdefault(f"{recipe.algorithm} ({recipe.published.source}): {numbers}", {})[run.arm] = None
-    for lines, arms in recipes.items():
+    for recipe_in_words, arms in recipes.items():
         of = f" of {', '.join(arms)}" if len(recipes) > 1 else ""
-        screen.print(f"recipe{of}: {lines}")
+        screen.print(f"recipe{of}: {recipe_in_words}")
 
 
 def _print_suite(screen: "Console", described: "Suite | Experiment") -> None:

@@ -120,7 +120,7 @@ class LinearState(SiteState):
         return self.with_errors(y, "matmul", drawn_for, backward="" if product == "forward" else product)
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """As above; a weight is rounded along `in` whichever way it is stored."""
+        """Whether rounding `x` changes any value; a weight is rounded along `in`, whichever way it is stored."""
         return super().would_change(point, self.as_used(x).contiguous() if point == "weight" else x)
 
     def enter(self, phase: Any, points: frozenset[str]) -> None:

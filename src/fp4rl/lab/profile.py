@@ -58,8 +58,8 @@ def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
 def write_profile(folder: RunFolder) -> tuple[Share, ...]:
     """Write `profile.md` beside the run's results and return its rows."""
     shares = where_time_goes(folder)
-    rows = [f"| {share.name} | {share.seconds:.4f} | {share.share:.1%} | {share.what} |" for share in shares]
-    whole = sum(share.seconds for share in shares)
+    rows = [f"| {part.name} | {part.seconds:.4f} | {part.share:.1%} | {part.what} |" for part in shares]
+    whole = sum(part.seconds for part in shares)
     head = [f"# Where a step of {folder.key} goes", "", f"{whole:.4f} s a step, mean over all steps but the first.", ""]
     table = ["| work | s a step | share | what it is |", "|---|---|---|---|", *rows, ""]
     write_whole(folder.path / "profile.md", "\n".join([*head, *table]))

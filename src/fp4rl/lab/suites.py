@@ -1,6 +1,5 @@
 """A suite's folder: what its suite.yaml plans, and for each planned run how far it is and what it left."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,29 +69,29 @@ class SuiteRuns:
     by_arm: dict[str, list[SuiteRun]] = field(default_factory=dict)
 
 
-def read_suite(folder: Path, arms: Iterable[str] | None = None) -> SuiteRuns:
-    """Read every planned run of a suite's folder, or those of some arms.
+def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
+    """Read every planned run of a suite's folder, without their `curves` where those are not needed.
 
     Raises `NotFoundError` where it is no suite's folder, and what the door raises for its suite.yaml.
     """
     described = _described(folder)
-    is_suite = isinstance(described, Suite)
-    plan = planned(described) if isinstance(described, Suite) else (single(described, folder.name),)
-    wanted = None if arms is None else set(arms)
-    runs = tuple(_read(run, RunFolder(folder / run.run_id)) for run in plan if wanted is None or run.arm in wanted)
+    if isinstance(described, Suite):
+        plan, comparisons = planned(described), described.comparisons
+    else:
+        plan, comparisons = (single(described, folder.name),), ()
+    runs = tuple(_read(run, RunFolder(folder / run.run_id), curves) for run in plan)
     by_arm: dict[str, list[SuiteRun]] = {}
     for run in runs:
         by_arm.setdefault(run.planned.arm, []).append(run)
-    comparisons = described.comparisons if isinstance(described, Suite) and is_suite else ()
     return SuiteRuns(folder, runs, comparisons, _not_planned(folder, plan), by_arm)
 
 
-def _read(planned: PlannedRun, folder: RunFolder) -> SuiteRun:
+def _read(planned: PlannedRun, folder: RunFolder, curves: bool) -> SuiteRun:
     if not folder.finished:
         return SuiteRun(planned, "unfinished" if folder.path.is_dir() else "missing")
     try:
         with damage_named(folder.path):
-            run = read_run(folder)
+            run = read_run(folder, curves=curves)
             return SuiteRun(planned, "finished", run, run.result.code_digest != code_digest())
     except Damaged as error:
         return SuiteRun(planned, "damaged", damage=error)

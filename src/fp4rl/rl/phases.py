@@ -1,4 +1,4 @@
-"""The one switch that moves injection and noise together, and watches that neither harms the master weights."""
+"""The one switch that moves injection and noise together, and checks that neither changes the master weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -30,10 +30,10 @@ def require_prompts_fit(
     if not too_long:
         return
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-    length = in_question[longest]
+    problem = in_question[longest]
     raise InvalidValueError(
         f"training.max_prompt_length {limit}: {len(too_long)} of {len(problems)} prompts are longer, the longest has "
-        f"{max(too_long)} tokens ({length.split} problem {length.id}, {length.prompt.strip()[:40]!r}); set "
+        f"{max(too_long)} tokens ({problem.split} problem {problem.id}, {problem.prompt.strip()[:40]!r}); set "
         f"training.max_prompt_length={max(too_long)}, or take such problems out of the data"
     )
 

@@ -68,7 +68,7 @@ class Answer:
         """What a reader must know beside the numbers: a run whose training changed few weights is almost its start."""
         runs = [side_run.run for side in (self.treatment, self.control) for side_run in side.runs]
         few = ((run.key, run.result.evidence.hardly_moved) for run in runs)
-        return tuple(f"{key} is hardly trained: {share}" for key, share in few if share)
+        return tuple(f"{key} is hardly trained: {why}" for key, why in few if why)
 
     def sentence(self) -> str:
         """What may be said in plain words, and no more."""

@@ -28,7 +28,7 @@ def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list
     """
     questions = declared_questions(root, suite)
     if "arms" in read_yaml(root / suite / "suite.yaml"):
-        plan = read_suite(root / suite)
+        plan = read_suite(root / suite, curves=False)
         if any(run.state != "missing" for run in plan.runs):
             return suite_questions(plan, at)
 

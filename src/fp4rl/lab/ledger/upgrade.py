@@ -72,4 +72,10 @@ def _old_document(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]])
     named = spec | {"seed": run["seed"]} if spec else {}
     digest, files = run["sites_digest"], of_run["artefacts"]
     record = {"suite": run["suite"], "run_id": run["run_id"], "content": "", "spec": named, "sites_digest": digest}
-    return read_document(record | {"result": result, "evidence": lines, "items": [], "files": files}, metrics)
+    try:
+        return read_document(record | {"result": result, "evidence": lines, "items": [], "files": files}, metrics)
+    except InvalidValueError as error:
+        raise InvalidValueError(
+            f"the ledger's record of {run['suite']}/{run['run_id']} cannot be read ({error}); the ledger is as it was: "
+            "move it away, and `fp4rl ledger rebuild` makes a new one"
+        ) from None

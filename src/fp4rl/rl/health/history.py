@@ -116,7 +116,7 @@ class SignalHistory:
         return _MAD_TO_SD * median(abs(s - middle) for s in steps) / _SQRT2
 
     def spread(self) -> float:
-        """The same, not blind where most observations are equal: the larger of both; 0 before it is known.
+        """Return the larger of `noise` and the plain spread, which equal neighbours do not hide; 0 before it is known.
 
         Shares of few answers are often 0 or 1 twice in a row, and a median of such differences is 0. The last few
         observations are left out: a fall is no measure of itself.
