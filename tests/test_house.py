@@ -63,6 +63,17 @@ def test_describing_never_imports_torch(arguments, tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+def test_listing_runs_never_imports_what_statistics_need(tmp_path):
+    """Kind: a shared module that pulls a library of seconds into a verb that does without it."""
+    program = (
+        "import sys\nfrom fp4rl.cli.main import main\nmain(['runs'])\n"
+        "heavy = [m for m in ('torch', 'scipy', 'pyarrow') if m in sys.modules]\nassert not heavy, heavy\n"
+    )
+    (tmp_path / "runs").mkdir()
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_importing_the_package_is_free():
     program = "import sys, fp4rl\nassert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Select, func, select
 
@@ -11,9 +11,11 @@ from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.document import Document, Row, read_document
 from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.runs import Run
-from fp4rl.lab.statistics.seeds import Spread, pooled
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+
+if TYPE_CHECKING:
+    from fp4rl.lab.statistics.seeds import Spread
 
 runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents
 
@@ -125,12 +127,14 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     return [list(by_seed.values()) for by_seed in chosen]
 
 
-def spread_of_repeats(connection: Connection, task: str, model: str) -> Spread | None:
+def spread_of_repeats(connection: Connection, task: str, model: str) -> "Spread | None":
     """How far repeats of one task and model lie apart, in points; None without any."""
+    from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
+
     return pooled([100 * share for share in group] for group in repeats(connection, task, model))
 
 
-def known_spread(address: str | Path, run: Run) -> Spread | None:
+def known_spread(address: str | Path, run: Run) -> "Spread | None":
     """The same out of the ledger at `address`; None where none is there."""
     if isinstance(address, Path) and not address.is_file():
         return None
@@ -138,12 +142,12 @@ def known_spread(address: str | Path, run: Run) -> Spread | None:
         return spread_of_run(connection, run)
 
 
-def spread_of_run(connection: Connection, run: Run) -> Spread | None:
+def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
     """The spread of repeats of a run's task and model, in points; None without any."""
     return spread_of_repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
 
 
-def known_spreads(connection: Connection, like: str | None = None) -> list[tuple[str, Spread]]:
+def known_spreads(connection: Connection, like: str | None = None) -> "list[tuple[str, Spread]]":
     """(task on model, spread in points) of all that has repeats; with `like` only those of that run's kind."""
     kinds = select(runs.c.task, runs.c.model, func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
     if like is not None:
