@@ -134,7 +134,7 @@ def main() -> int:
     times = {
         "`fp4rl runs`": timed("runs", *place),
         "`fp4rl runs --limit 0`": timed("runs", *place, "--limit", "0"),
-        "`fp4rl show RUN`": timed("show", "big-a-s7-", *place),
+        "`fp4rl show RUN`": timed("show", "big-a-s1-", *place),
         "`fp4rl compare arm0 arm1` (10 against 10 seeds)": timed("compare", "arm0", "arm1", *place),
         f"`fp4rl compare big-a big-b` ({asked.runs * 3 // 10} against as many)": timed(
             "compare", "big-a", "big-b", *place

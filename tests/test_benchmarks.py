@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SMALLEST = {
     "health": ["--healthy", "1", "--faults", "0", "--courses", "1", "--keep", "{folder}"],
     "injection": ["--rounds", "2"],
-    "ledger": ["--runs", "16", "--folder", "{folder}"],
+    "ledger": ["--runs", "60", "--folder", "{folder}"],
     "numerics": ["--rounds", "2", "--dry"],
     "rl": ["--rounds", "2", "--cache", "{folder}"],
     "scan": ["sensitivity", "--folder", "{folder}"],
