@@ -69,6 +69,16 @@ def test_a_file_torn_in_its_only_line_starts_anew(tmp_path: Path):
     assert list(read_lines(file)) == [{"a": 3}]
 
 
+def test_a_last_line_cut_inside_a_letter_is_left_out_and_no_file_stays_open(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"a": "' + "é".encode()[:1])
+    lines = read_lines(file)
+    assert next(lines) == {"a": 1}
+    opened = [Path(link).resolve() for link in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").is_dir() else []
+    assert file.resolve() not in opened
+    assert list(lines) == []
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "x.json"
     write_whole(file, "old")
