@@ -1,10 +1,10 @@
 """At which precision, and on which problems, a policy is judged."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.formats import FORMATS
@@ -30,11 +30,14 @@ def require_profile(name: str, own: Collection[str] = ()) -> None:
         raise InvalidValueError(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
 
 
-def _required_name(name: str) -> None:
-    if name in KNOWN_PROFILES:
-        raise ValueError(f"injections: {name!r} is the name of a profile that there is already; take another")
-    if not _OWN_NAME.fullmatch(name):
-        raise ValueError(f"injections: a name is letters, digits and ._+-; got {shown(name)}")
+def _out_of_fragments(value: Any) -> Any:
+    """A fragment, as `fp4rl scan` writes it, holds its injection under that key."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: given["injection"] if isinstance(given, dict) and set(given) == {"injection"} else given
+        for name, given in value.items()
+    }
 
 
 class Evaluation(Spec):
@@ -54,7 +57,7 @@ class Evaluation(Spec):
         description="precisions: full, deployment, a mode (w4a16), a format of the weights (mxfp8), matmul_noise=0.05, "
         "or a name in `injections`",
     )
-    injections: dict[str, Injection] = Field(
+    injections: Annotated[dict[str, Injection], BeforeValidator(_out_of_fragments)] = Field(
         default_factory=dict,
         description="injections of your own by name, for profiles; they act whole, whatever phases they name",
     )
@@ -84,55 +87,21 @@ class Evaluation(Spec):
         """Every profile of the last step."""
         return (*self.profiles, *self.sweep)
 
-    @field_validator("injections", mode="before")
-    @classmethod
-    def _fragments(cls, value: Any) -> Any:
-        """A fragment, as `fp4rl scan` writes it, holds its injection under that key."""
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: injection["injection"] if _is_fragment(injection) else injection for name, injection in value.items()
-        }
-
-    @field_validator("injections")
-    @classmethod
-    def _named_and_something(cls, value: dict[str, Injection]) -> dict[str, Injection]:
-        for name, injection in value.items():
-            _required_name(name)
+    def _conflicts(self) -> Iterator[str]:
+        for name, injection in self.injections.items():
+            if name in KNOWN_PROFILES:
+                yield f"injections: {name!r} is the name of a profile that there is already; take another"
+            if not _OWN_NAME.fullmatch(name):
+                yield f"injections: a name is letters, digits and ._+-; got {shown(name)}"
             if injection.is_nothing:
-                raise ValueError(f"injections: {name} names no format and no error; the profile full is that")
-        return value
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, preset: str) -> str:
-        if preset not in PRESETS:
-            raise ValueError(f"no preset is called {preset!r}{nearest(preset, PRESETS)}")
-        return preset
-
-    @field_validator("formats")
-    @classmethod
-    def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            require_profile(name)
-        return names
-
-    @model_validator(mode="after")
-    def _known_profiles(self) -> "Evaluation":
-        for name in self.profiles:
-            try:
-                require_profile(name, self.injections)
-            except InvalidValueError as error:
-                raise ValueError(f"profiles: {error}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _profiles_differ(self) -> "Evaluation":
-        names = [*self.all_profiles]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a profile is named twice in {names}")
-        return self
-
-
-def _is_fragment(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"injection"}
+                yield f"injections: {name} names no format and no error; the profile full is that"
+        if self.preset not in PRESETS:
+            yield f"preset: no preset is called {self.preset!r}{nearest(self.preset, PRESETS)}"
+        for key, names, own in (("formats", self.formats, ()), ("profiles", self.profiles, self.injections)):
+            for name in names:
+                try:
+                    require_profile(name, own)
+                except InvalidValueError as error:
+                    yield f"{key}: {error}"
+        if len(set(self.all_profiles)) != len(self.all_profiles):
+            yield f"a profile is named twice in {[*self.all_profiles]}"

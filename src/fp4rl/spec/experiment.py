@@ -1,12 +1,12 @@
 """One experiment, and a suite of them: arms that differ from a common base by declared factors."""
 
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from fp4rl.spec.evaluation import Evaluation
-from fp4rl.spec.fitting import with_fitting_numbers
-from fp4rl.spec.frozen import Spec, later_key
+from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
@@ -20,6 +20,32 @@ from fp4rl.spec.words import counted
 
 _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
 
+# Numbers that hang on the model where nobody names them: what fits the small embedded model ruins a real one. Its
+# learning rate was found by trying; 1e-6 is what GRPO's and DAPO's papers train with, and adapters take about ten times
+# the rate of whole weights.
+_EMBEDDED = {"lr": 4e-4, "max_response_length": 48}
+_ADAPTER = {"lr": 1e-5}
+
+
+def _with_fitting_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The unchecked `content` of an experiment with the keys that fit its model where none is named: `training.lr`,
+    `training.max_response_length`, and as long an answer in evaluations as in training."""
+    model = _named(content.get("model") or {})
+    if isinstance(model, str):
+        model = {} if model == "embedded" else {"path": model}
+    training, evaluation = _named(content.get("training", {})), _named(content.get("evaluation", {}))
+    if not (isinstance(model, Mapping) and isinstance(training, Mapping) and isinstance(evaluation, Mapping)):
+        return dict(content)  # what is wrong with it is said where it is checked
+    fitting = _EMBEDDED if not model.get("path") else _ADAPTER if model.get("lora") is not None else {}
+    training = {**fitting, **training}
+    longest = training.get("max_response_length", Training.model_fields["max_response_length"].default)
+    return {**content, "training": training, "evaluation": {"max_new_tokens": longest, **evaluation}}
+
+
+def _named(part: Any) -> Any:
+    """A description as the keys that were named in it."""
+    return part.model_dump(exclude_unset=True) if isinstance(part, BaseModel) else part
+
 
 class Experiment(Spec):
     """Everything that decides a result: what is not in here changes no number."""
@@ -27,8 +53,8 @@ class Experiment(Spec):
     model: Model = Model()
     task: AnyTask = TASKS["arithmetic"]()
     training: Training = Training()
-    injection: Injection | None = None
-    noise: Noise | None = None
+    injection: Annotated[Injection | None, NoneIsAWord] = None
+    noise: Annotated[Noise | None, NoneIsAWord] = None
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
     sampler: str = later_key("transformers", description="what generates the answers of rollouts and evaluations")
@@ -36,50 +62,33 @@ class Experiment(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _numbers_that_fit_the_model(cls, value: Any) -> Any:
-        return with_fitting_numbers(value) if isinstance(value, dict) else value
+    def _that_fits_itself(cls, value: Any) -> Any:
+        """Numbers that fit the model; `noise.control: bf16` is the same noise on the unquantized model."""
+        if not isinstance(value, dict):
+            return value
+        noise = _named(value.get("noise"))
+        unrounded = isinstance(noise, Mapping) and noise.get("control") == "bf16"
+        return _with_fitting_numbers(value) | ({"injection": None} if unrounded else {})
 
-    @field_validator("injection", "noise", mode="before")
-    @classmethod
-    def _none_is_a_word(cls, value: Any) -> Any:
-        return None if value == "none" else value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _the_bf16_control_rounds_nothing(cls, value: Any) -> Any:
-        """`noise.control: bf16` is the same noise on the unquantized model."""
-        noise = value.get("noise") if isinstance(value, dict) else None
-        control = noise.get("control") if isinstance(noise, dict) else getattr(noise, "control", None)
-        return {**value, "injection": None} if control == "bf16" else value
-
-    @model_validator(mode="after")
-    def _the_head_can_be_rounded(self) -> "Experiment":
-        """Refuse `targets.opt_in: [lm_head]` where it cannot act."""
+    def _conflicts(self) -> Iterator[str]:
         embedded, injection = self.model.embedded, self.injection
-        if injection is None or "lm_head" not in injection.targets.opt_in:
-            return self
-        if embedded and embedded.tie_word_embeddings:
-            raise ValueError(
-                "injection.targets.opt_in: the embedded model's lm_head shares its weight with the embedding, which is "
-                "not rounded; write model.embedded.tie_word_embeddings: false, or drop lm_head"
-            )
-        if any("training" in getattr(injection.apply_during, p) for p in LINEAR_POINTS if getattr(injection, p)):
-            raise ValueError(
-                "injection.targets.opt_in: the training forward reads lm_head's weight without calling the layer, so "
-                "rounding would not reach it there; write apply_during: [rollout, evaluation], or drop lm_head"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sampler_and_trainer_can_round_alike(self) -> "Experiment":
-        shared = shared_scales(self.injection, "rollout", "training")
-        if shared:
-            raise ValueError(
+        if injection is not None and "lm_head" in injection.targets.opt_in:
+            if embedded and embedded.tie_word_embeddings:
+                yield (
+                    "injection.targets.opt_in: the embedded model's lm_head shares its weight with the embedding, "
+                    "which is not rounded; write model.embedded.tie_word_embeddings: false, or drop lm_head"
+                )
+            if any("training" in getattr(injection.apply_during, p) for p in LINEAR_POINTS if getattr(injection, p)):
+                yield (
+                    "injection.targets.opt_in: the training forward reads lm_head's weight without calling the layer, "
+                    "so rounding would not reach it there; write apply_during: [rollout, evaluation], or drop lm_head"
+                )
+        if shared := shared_scales(self.injection, "rollout", "training"):
+            yield (
                 f"injection: {', '.join(shared)}: all tokens of a call share a scale, so that a token is rounded "
                 "differently in a batch of another size: sampler and trainer would be two policies. Keep such formats "
                 "to weights (nvfp4_w4a16) or to evaluation, or take MXFP4 (w4a4)"
             )
-        return self
 
     def warnings(self) -> list[str]:
         """Return what is allowed and hardly ever meant, one line each."""
@@ -139,11 +148,9 @@ class Comparison(Spec):
         default=None, description="of `reaches`, a share: 0.01 is one point of accuracy (--margin 1 on a command line)"
     )
 
-    @model_validator(mode="after")
-    def _a_margin_to_reach(self) -> "Comparison":
+    def _conflicts(self) -> Iterator[str]:
         if (self.test == "reaches") != (self.margin is not None):
-            raise ValueError("`margin` belongs to `test: reaches`, which cannot be judged without one")
-        return self
+            yield "`margin` belongs to `test: reaches`, which cannot be judged without one"
 
 
 class Suite(Spec):
@@ -164,19 +171,17 @@ class Suite(Spec):
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1, description="every arm is run with each")
     comparisons: tuple[Comparison, ...] = Field(default=(), description="the questions, fixed before the runs")
 
-    @model_validator(mode="after")
-    def _names_fit(self) -> "Suite":
+    def _conflicts(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"a seed is named twice in {list(self.seeds)}")
+            yield f"a seed is named twice in {list(self.seeds)}"
         for name, content in (("base", self.base), *((f"arms.{arm}", content) for arm, content in self.arms.items())):
             if "seed" in content:
-                raise ValueError(f"{name}.seed: a suite runs every arm with each of its own `seeds`; name them there")
+                yield f"{name}.seed: a suite runs every arm with each of its own `seeds`; name them there"
         for key, values in self.axes.items():
             if not values:
-                raise ValueError(f"axes.{key}: is empty; name at least one value, or drop the axis")
+                yield f"axes.{key}: is empty; name at least one value, or drop the axis"
         if "seed" in self.axes:
-            raise ValueError("axes.seed: the seeds of a suite stand in its own `seeds`")
+            yield "axes.seed: the seeds of a suite stand in its own `seeds`"
         for arm in self.arms:
             if not arm or any(c in arm for c in "@/\\ "):
-                raise ValueError(f"arm {arm!r}: a name has no '@', slash or space (arm@profile names a measurement)")
-        return self
+                yield f"arm {arm!r}: a name has no '@', slash or space (arm@profile names a measurement)"

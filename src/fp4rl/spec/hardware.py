@@ -1,13 +1,12 @@
 """Errors that hardware makes in matmuls and memories, and the one table of which of them can act where."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat
 
-from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.targets import Targets
 
@@ -70,19 +69,14 @@ class HardwareError(Spec):
     share: float | None = Field(default=None, gt=0.0, le=1.0, description="of spikes and stuck: how many are hit")
     targets: Targets = Targets()
 
-    @model_validator(mode="after")
-    def _acts(self) -> "HardwareError":
-        reason = CAPABILITIES[self.kind, self.point, self.when]
-        if reason is not None:
-            raise InvalidValueError(f"{self.kind} at {self.point}, {self.when}, would do nothing: {reason}")
+    def _conflicts(self) -> Iterator[str]:
+        if reason := CAPABILITIES[self.kind, self.point, self.when]:
+            yield f"{self.kind} at {self.point}, {self.when}, would do nothing: {reason}"
         if (self.share is not None) != (self.kind in SPARSE):
             what = f"{self.kind} hits a share of the values; name it" if self.kind in SPARSE else "it would do nothing"
-            raise InvalidValueError(f"`share` belongs to {' and '.join(SPARSE)} alone: {what}")
+            yield f"`share` belongs to {' and '.join(SPARSE)} alone: {what}"
         if self.unit == "largest" and self.kind in PROPORTIONAL:
-            raise InvalidValueError(
-                f"unit: largest would do nothing: {self.kind} is in proportion to each value already"
-            )
-        return self
+            yield f"unit: largest would do nothing: {self.kind} is in proportion to each value already"
 
     @property
     def name(self) -> str:

@@ -1,9 +1,10 @@
 """When a run counts as ill, and what is done about it: thresholds of the monitor, policies, and rules of one's own."""
 
 import re
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.frozen import Spec
@@ -121,9 +122,12 @@ class Thresholds(Spec):
     repetition: PositiveFloat = Field(default=0.5, description="share of repeated 4-grams")
 
 
-def _at_first() -> dict[str, Policy]:
-    """After a NaN every number is worthless, so nothing is lost by stopping."""
-    return {"not_a_number": "stop"}
+def _parsed(value: Any) -> Any:
+    """Rules that are written as sentences; a single one stands for a list of one."""
+    sentences = [value] if isinstance(value, str) else value
+    if not isinstance(sentences, list | tuple):
+        return value
+    return tuple(Rule.parse(item) if isinstance(item, str) else item for item in sentences)
 
 
 class Health(Spec):
@@ -134,26 +138,17 @@ class Health(Spec):
     """
 
     policy: Policy = "note"
-    policies: dict[str, Policy] = Field(default_factory=_at_first)
-    rules: tuple[Rule, ...] = ()
+    # After a NaN every number is worthless, so nothing is lost by stopping.
+    policies: dict[str, Policy] = Field(default_factory=lambda: dict[str, Policy](not_a_number="stop"))
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_parsed)] = ()
     thresholds: Thresholds = Thresholds()
     rollback_lr: PositiveFloat = Field(default=0.5, lt=1.0)
     max_rollbacks: PositiveInt = 2
 
-    @field_validator("rules", mode="before")
-    @classmethod
-    def _sentences(cls, value: Any) -> Any:
-        sentences = [value] if isinstance(value, str) else value
-        if not isinstance(sentences, list | tuple):
-            return value
-        return tuple(Rule.parse(item) if isinstance(item, str) else item for item in sentences)
-
-    @model_validator(mode="after")
-    def _known_checks(self) -> "Health":
+    def _conflicts(self) -> Iterator[str]:
         for name in self.policies:
             if name not in CHECKS:
-                raise ValueError(f"policies: no check {name!r}{nearest(name, CHECKS)}")
-        return self
+                yield f"policies: no check {name!r}{nearest(name, CHECKS)}"
 
     def policy_of(self, check: str) -> Policy:
         """What an alarm of `check` does."""

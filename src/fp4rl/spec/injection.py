@@ -1,6 +1,6 @@
 """Which formats and errors act where in a model, in which phases, and what a gradient makes of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -128,46 +128,35 @@ class Injection(Spec):
             content["by_pattern"] = [_exception(entry, content, preset) for entry in _entries(content["by_pattern"])]
         return content
 
-    @model_validator(mode="after")
-    def _the_mode_is_true(self) -> "Injection":
+    def _conflicts(self) -> Iterator[str]:
         mode = MODES.get(self.mode or "")
         for point in LINEAR_POINTS if mode else ():
             named, own = getattr(mode, point), getattr(self, point)
             if (named and named.element) != (own and own.element):
-                raise InvalidValueError(
+                yield (
                     f"mode {self.mode} means {point}: {named.name if named else 'none'}, but {point} is "
                     f"{own.name if own else 'none'}; drop `mode` and name the points"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _every_setting_acts(self) -> "Injection":
-        during = self.apply_during
-        if self.straight_through == "clipped":
-            if not any(can_clip(fmt) for fmt in self.formats):
-                raise InvalidValueError(
-                    "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
-                )
-            if not any("training" in getattr(during, p) for p in (*LINEAR_POINTS, "kv_cache") if getattr(self, p)):
-                raise InvalidValueError("straight_through: clipped would do nothing: no point is active in training")
-        if any(e.when == "backward" for e in self.errors) and "training" not in during.errors:
-            raise InvalidValueError(
-                "an error in the backward would do nothing: apply_during.errors leaves training out"
-            )
+        yield from self._without_effect()
         if (self.lora == "merged" or self.frozen_base == "packed") and not self.weight:
-            raise InvalidValueError(
-                "lora: merged and frozen_base: packed round weights, but `weight` is none; name its format"
-            )
-        if self.frozen_base == "packed" and during.weight != PHASES:
-            raise InvalidValueError(
+            yield "lora: merged and frozen_base: packed round weights, but `weight` is none; name its format"
+        if self.frozen_base == "packed" and self.apply_during.weight != PHASES:
+            yield (
                 "frozen_base: packed leaves no unrounded weight for any phase; "
                 f"write apply_during: {{weight: [{', '.join(PHASES)}]}}"
             )
         if self.lora == "merged" and self.frozen_base == "packed":
-            raise InvalidValueError(
-                "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
-            )
-        return self
+            yield "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
+
+    def _without_effect(self) -> Iterator[str]:
+        during = self.apply_during
+        if self.straight_through == "clipped":
+            if not any(can_clip(fmt) for fmt in self.formats):
+                yield "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
+            if not any("training" in getattr(during, p) for p in (*LINEAR_POINTS, "kv_cache") if getattr(self, p)):
+                yield "straight_through: clipped would do nothing: no point is active in training"
+        if any(error.when == "backward" for error in self.errors) and "training" not in during.errors:
+            yield "an error in the backward would do nothing: apply_during.errors leaves training out"
 
 
 def _mode_of(content: Mapping[str, Any]) -> Mode | None:

@@ -1,7 +1,7 @@
 """Which keys a description has at a path: for hints on wrong keys, and for keys that are named as values."""
 
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,39 +22,35 @@ _WORDS = {
 
 def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
-    here, named = [kind], False
-    for part in path:
-        if not named:
-            named, here = names_of_ones_own(here, str(part)), below(here, str(part)) or here
-        else:
-            named = False
-    return sorted({name for k in here for name in k.model_fields})
+    models, _ = reached(kind, path)
+    return sorted({name for model in models for name in model.model_fields})
 
 
 def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
     """The index of the first part of `path` that is no key where it stands; None for a path that leads somewhere."""
-    here, named = [kind], False
     for index, part in enumerate(path):
-        if named:
-            named = False
-            continue
-        if not any(part in k.model_fields for k in here):
-            return index
-        named, here = names_of_ones_own(here, part), below(here, part)
-        if not here:
+        models, own_name = reached(kind, path[:index])
+        if not models:
             return None  # a value, or a mapping with keys of the user's own
+        if not own_name and not any(part in model.model_fields for model in models):
+            return index
     return None
 
 
-def below(kinds: list[type[BaseModel]], part: str) -> list[type[BaseModel]]:
-    """The descriptions that may stand under the key `part` of any of `kinds`."""
-    return [model for k in kinds if part in k.model_fields for model in _models_in(k.model_fields[part].annotation)]
+def reached(kind: type[BaseModel], path: Sequence[int | str]) -> tuple[list[type[BaseModel]], bool]:
+    """The descriptions that may stand at `path`, and whether the next part is a name that a user chose.
 
-
-def names_of_ones_own(kinds: list[type[BaseModel]], part: str) -> bool:
-    """Whether the words right below the key `part` are names that a user chose, each with a description below it."""
-    fields = (k.model_fields[part].annotation for k in kinds if part in k.model_fields)
-    return any(get_origin(annotation) is dict and _models_in(annotation) for annotation in fields)
+    Positions in lists and the tags of unions lead nowhere else.
+    """
+    models, own_name = [kind], False
+    for part in path:
+        fields = [model.model_fields[str(part)].annotation for model in models if part in model.model_fields]
+        if own_name or not fields:
+            own_name = False
+            continue
+        models = [model for annotation in fields for model in _models_in(annotation)]
+        own_name = bool(models) and any(get_origin(annotation) is dict for annotation in fields)
+    return models, own_name
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -77,7 +73,12 @@ class Key:
 
 def described_keys(kind: type[BaseModel]) -> list[Key]:
     """All keys below `kind`, depth first in the order of their definition; below a union, those of every member."""
-    return _once(_described(kind, ""))
+    by_path: dict[str, Key] = {}
+    for key in _described(kind, ""):
+        before = by_path.get(key.path, key)
+        kinds = dict.fromkeys([*before.kind.split(" | "), *key.kind.split(" | ")])
+        by_path[key.path] = replace(before, kind=" | ".join(kinds), meaning=before.meaning or key.meaning)
+    return list(by_path.values())
 
 
 def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
@@ -100,16 +101,6 @@ def _first_sentence(model: type[BaseModel]) -> str:
     paragraph = " ".join((model.__doc__ or "").split("\n\n")[0].split())
     sentence = paragraph.partition(". ")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:] if sentence[1:2] in (" ", *"abcdefghijklmnopqrstuvwxyz") else sentence
-
-
-def _once(keys: Iterable[Key]) -> list[Key]:
-    """Keys of several members of a union as one, with all their types."""
-    by_path: dict[str, Key] = {}
-    for key in keys:
-        before = by_path.get(key.path, key)
-        kinds = dict.fromkeys([*before.kind.split(" | "), *key.kind.split(" | ")])
-        by_path[key.path] = replace(before, kind=" | ".join(kinds), meaning=before.meaning or key.meaning)
-    return list(by_path.values())
 
 
 def _in_words(annotation: Any) -> str:

@@ -85,7 +85,7 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
     except ValidationError as error:
         message: str | None = validation_message(kind, error)
     else:
-        message = truth_as_number(content, value)
+        message = truth_as_number(content, value.model_dump(mode="json"))
         if message is None:
             return value
     raise InvalidValueError(f"{source}: {message}" if source else message)

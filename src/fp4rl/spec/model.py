@@ -1,5 +1,6 @@
 """Which model a run starts from: the embedded one, or a Hugging Face folder on this disk."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -30,11 +31,9 @@ class Embedded(Spec):
     warm_up_lr: PositiveFloat = 3e-3
     warm_up_rise: float = Field(default=0.1, ge=0.0, lt=1.0, description="share of the steps in which lr rises")
 
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> "Embedded":
+    def _conflicts(self) -> Iterator[str]:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even width")
-        return self
+            yield f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even width"
 
     @property
     def examples_needed(self) -> int:
@@ -81,14 +80,8 @@ class Model(Spec):
             return {**value, "embedded": {}}
         return value
 
-    @model_validator(mode="after")
-    def _masters_hold_the_weights(self) -> "Model":
+    def _conflicts(self) -> Iterator[str]:
         if self.master_dtype not in ("float32", self.dtype):
-            raise ValueError(f"master_dtype {self.master_dtype} is neither float32 nor the dtype {self.dtype}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Model":
+            yield f"master_dtype {self.master_dtype} is neither float32 nor the dtype {self.dtype}"
         if self.path is not None and self.embedded is not None:
-            raise ValueError("name either `path` or `embedded`, not both")
-        return self
+            yield "name either `path` or `embedded`, not both"

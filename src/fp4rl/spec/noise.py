@@ -6,18 +6,11 @@ schedule of your own is a class here with a `kind` and an `at`, and its name in 
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PositiveFloat, PositiveInt
 
 from fp4rl.spec.frozen import Spec
 
@@ -26,7 +19,6 @@ class Fade(Spec):
     """Sigma, the standard deviation of the noise, that fades from `sigma_start` to `sigma_end` over a run."""
 
     by_ratio: ClassVar[bool] = False  # a fade by ratios never reaches zero
-    fewest: ClassVar[int] = 0  # values of a staged fade
     kind: str
     sigma_start: PositiveFloat = Field(default=5e-2, description="standard deviation at first")
     sigma_end: float = Field(default=5e-4, ge=0.0, description="standard deviation at last")
@@ -40,29 +32,15 @@ class Fade(Spec):
         """Steps of the shortest run that reaches every value; 0 for a smooth fade, which has one per step."""
         return 0
 
-    @model_validator(mode="after")
-    def _fades(self) -> "Fade":
+    def _conflicts(self) -> Iterator[str]:
         if self.sigma_end > self.sigma_start:
             ends = f"sigma_end {self.sigma_end:g} is above sigma_start {self.sigma_start:g}"
-            raise ValueError(f"{ends}: the noise would grow; swap them")
-        return self
-
-    @field_validator("sigma_end")
-    @classmethod
-    def _reached(cls, sigma: float) -> float:
-        if cls.by_ratio and sigma == 0:
-            raise ValueError(
+            yield f"{ends}: the noise would grow; swap them"
+        if self.by_ratio and self.sigma_end == 0:
+            yield (
                 "sigma_end is 0, and a geometric fade never reaches zero; name the last value you want, such as "
                 "0.0005, or write `noise: none`"
             )
-        return sigma
-
-    @field_validator("num_stages", "stages_per_epoch", check_fields=False)
-    @classmethod
-    def _enough(cls, stages: int) -> int:
-        if stages < cls.fewest:
-            raise ValueError(f"{stages} stages are too few for a fade; use at least {cls.fewest}, or constant")
-        return stages
 
     def _by_ratio(self, share: float | Fraction) -> float:
         """start * (end/start)^share."""
@@ -73,13 +51,23 @@ class Fade(Spec):
         return self.sigma_end + (self.sigma_start - self.sigma_end) * left
 
 
+def _at_least(fewest: int) -> AfterValidator:
+    def enough(stages: int) -> int:
+        if stages < fewest:
+            raise ValueError(f"{stages} stages are too few for a fade; use at least {fewest}, or constant")
+        return stages
+
+    return AfterValidator(enough)
+
+
 class Geometric(Fade):
     """`num_stages` equal intervals of the run: the first one silent, then values that fade by equal ratios."""
 
     by_ratio: ClassVar[bool] = True
-    fewest: ClassVar[int] = 3
     kind: Literal["geometric"] = "geometric"
-    num_stages: int = Field(default=10, description="equal intervals of the run, the first one silent")
+    num_stages: Annotated[int, _at_least(3)] = Field(
+        default=10, description="equal intervals of the run, the first one silent"
+    )
 
     def at(self, step: int, total: int) -> float:
         """Return start * (end/start)^(i/(K-2)) in interval i + 1 = floor(step K / total), K = num_stages; 0 before."""
@@ -96,10 +84,9 @@ class EpochAware(Fade):
     """Epoch e fades from b_e to b_(e+1), b_e = start * (end/start)^(e/epochs), after a silent 1/(stages + 1) of it."""
 
     by_ratio: ClassVar[bool] = True
-    fewest: ClassVar[int] = 2
     kind: Literal["epoch_aware"] = "epoch_aware"
     epochs: PositiveInt = Field(default=1, description="parts of the run, each with a fade of its own")
-    stages_per_epoch: int = Field(default=5, description="values in each")
+    stages_per_epoch: Annotated[int, _at_least(2)] = Field(default=5, description="values in each")
 
     def at(self, step: int, total: int) -> float:
         """Return sigma in `step` where all epochs are equally long."""
@@ -184,30 +171,37 @@ class Factor(Spec):
     later: float | None = Field(default=None, ge=0.0)
     changes_at: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the run")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        return {"value": value} if isinstance(value, int | float) else value
-
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> "Factor":
+    def _conflicts(self) -> Iterator[str]:
         if (self.later is None) != (self.changes_at is None):
-            raise ValueError("a factor that changes needs both `later` and `changes_at` (a share of the run)")
-        return self
+            yield "a factor that changes needs both `later` and `changes_at` (a share of the run)"
+
+
+AnyFactor = Annotated[
+    Factor, BeforeValidator(lambda value: {"value": value} if isinstance(value, int | float) else value)
+]
 
 
 class Zones(Spec):
     """The layers at both ends of the model, and the ones between them."""
 
     edge_share: float = Field(default=0.2, gt=0.0, lt=0.5, description="share of the layers at each end, at least one")
-    edge: Factor = Factor()
-    middle: Factor = Factor()
+    edge: AnyFactor = Factor()
+    middle: AnyFactor = Factor()
+
+
+ByLayer = Annotated[
+    tuple[tuple[int, float], ...],
+    BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value),
+    AfterValidator(lambda pairs: tuple(sorted(pairs))),
+    PlainSerializer(dict, return_type=dict[int, float]),
+]
+"""Layer and factor, a mapping in files."""
 
 
 class Multipliers(Spec):
     """Factors on sigma: a layer's own value first, else its zone's, else `others` (the final norm has no layer)."""
 
-    by_layer: tuple[tuple[int, float], ...] = Field(
+    by_layer: ByLayer = Field(
         default=(),
         description="factor of each layer, such as {0: 2.0}",
         json_schema_extra={"kind": "layer: number", "default": {}},
@@ -215,24 +209,12 @@ class Multipliers(Spec):
     zones: Zones | None = None
     others: float = Field(default=1.0, ge=0.0, description="factor of what has no factor of its own")
 
-    @field_validator("by_layer", mode="before")
-    @classmethod
-    def _mapping(cls, value: Any) -> Any:
-        return tuple(value.items()) if isinstance(value, dict) else value
-
-    @field_serializer("by_layer")
-    def _as_mapping(self, value: tuple[tuple[int, float], ...]) -> dict[int, float]:
-        return dict(value)
-
-    @field_validator("by_layer")
-    @classmethod
-    def _sane(cls, value: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        layers = [layer for layer, _ in value]
+    def _conflicts(self) -> Iterator[str]:
+        layers = [layer for layer, _ in self.by_layer]
         if len(set(layers)) != len(layers):
-            raise ValueError("a layer stands twice in multipliers.by_layer")
-        if bad := [pair for pair in value if pair[0] < 0 or pair[1] < 0]:
-            raise ValueError(f"multipliers.by_layer wants layer numbers and factors from 0 up, got {bad[0]}")
-        return tuple(sorted(value))
+            yield "by_layer: a layer stands twice"
+        if bad := [pair for pair in self.by_layer if min(pair) < 0]:
+            yield f"by_layer: layer numbers and factors go from 0 up, got {bad[0]}"
 
 
 class Noise(Spec):
@@ -258,8 +240,6 @@ class Noise(Spec):
         default="no", description="sigma_zero: all steps of it with sigma 0; bf16: the noise without an injection"
     )
 
-    @model_validator(mode="after")
-    def _carried(self) -> "Noise":
+    def _conflicts(self) -> Iterator[str]:
         if self.precision == "float32" and "linear" in self.targets.kinds:
-            raise ValueError("precision: float32 exists for norms only; take `linear` out of targets.kinds")
-        return self
+            yield "precision: float32 exists for norms only; take `linear` out of targets.kinds"

@@ -1,12 +1,13 @@
 """The points where an injection rounds, how a spec file names a format there, and when each point is active."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.formats import Format, describe, format_of
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import NoneIsAWord, Spec
 from fp4rl.spec.modes import PHASES, Phase
 from fp4rl.spec.targets import compiled
 
@@ -26,13 +27,7 @@ def read_format(value: Any) -> Format:
         raise InvalidValueError(str(error)) from None
 
 
-def _none_is_a_word(value: Any) -> Any:
-    return None if value == "none" else value
-
-
-PointFormat = Annotated[
-    Annotated[Format, PlainValidator(read_format), PlainSerializer(describe)] | None, BeforeValidator(_none_is_a_word)
-]
+PointFormat = Annotated[Annotated[Format, PlainValidator(read_format), PlainSerializer(describe)] | None, NoneIsAWord]
 
 
 class PatternFormats(Spec):
@@ -43,19 +38,10 @@ class PatternFormats(Spec):
     input: PointFormat | Literal["keep"] = "keep"
     output: PointFormat | Literal["keep"] = "keep"
 
-    @field_validator("pattern")
-    @classmethod
-    def _readable(cls, pattern: str) -> str:
-        compiled(pattern)
-        return pattern
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "PatternFormats":
+    def _conflicts(self) -> Iterator[str]:
+        compiled(self.pattern)
         if self.weight == self.input == self.output == "keep":
-            raise InvalidValueError(
-                f"{self.pattern!r} names no format; write weight, input or output, each a format or none"
-            )
-        return self
+            yield f"{self.pattern!r} names no format; write weight, input or output, each a format or none"
 
 
 class ApplyDuring(Spec):

@@ -1,19 +1,15 @@
 """What a scan of a model measures, and everything that `fp4rl scan` can be asked for."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fp4rl.spec.frozen import Place, Spec
+from fp4rl.spec.frozen import Place, Spec, WordOrList
 
 ScanPart = Literal["precision", "sensitivity", "depth", "dynamics"]
 NoiseRule = Literal["global", "targeted", "healthy_only", "proportional", "inverse", "zones"]
 Piece = Literal["formats", "noise", "leave", "weight_format"]
 Threshold = Literal["sqnr", "deadzone", "saturation", "relative_error", "relative_l1", "gain_ratio", "kurtosis_ratio"]
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class Scan(Spec):
@@ -22,7 +18,7 @@ class Scan(Spec):
     `precision` needs the weights alone (inputs only with texts); the other parts feed texts through the model.
     """
 
-    parts: Annotated[tuple[ScanPart, ...], BeforeValidator(_listed)] = Field(
+    parts: Annotated[tuple[ScanPart, ...], WordOrList] = Field(
         default=("precision", "sensitivity", "depth", "dynamics"), min_length=1, description="what is measured"
     )
     measured: bool = Field(
@@ -44,7 +40,7 @@ class ScanRequest(Scan):
     arm: str | None = Field(default=None, description="arm of a suite; by default the first that rounds something")
     format: str | None = Field(default=None, description="another format wherever a linear layer is rounded")
     preset: str | None = Field(default=None, description="another deployment preset of scale rule and rounding")
-    leave: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    leave: Annotated[tuple[str, ...], WordOrList] = Field(
         default=(), description="patterns of sites that are left out too"
     )
     text: Place | None = Field(default=None, description="text file to calibrate on, instead of the task")
@@ -54,7 +50,7 @@ class ScanRequest(Scan):
     limits: dict[Threshold, float] = Field(
         default_factory=dict, description="other limits of fixed thresholds, such as sqnr: 18"
     )
-    take: Annotated[tuple[Piece, ...] | None, BeforeValidator(_listed)] = Field(
+    take: Annotated[tuple[Piece, ...] | None, WordOrList] = Field(
         default=None,
         description="pieces that the advice holds: formats, noise, leave, weight_format; else its strategy's",
     )

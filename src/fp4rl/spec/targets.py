@@ -1,20 +1,21 @@
 """Which sites of a model are meant: whole patterns over dotted names, and layers by number."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Spec, WordOrList
 
 # What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in
 # `opt_in` where a mistake would be costly: that takes the role's patterns out of the default.
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
+Patterns = Annotated[tuple[str, ...], WordOrList]
 OptIn = Literal["router", "adapter", "lm_head"]
 _LEAVES: Mapping[str, tuple[str, ...]] = {  # the patterns of the default that keep each role out
     "router": ("*router*", "*.gate", "*shared_expert_gate"),
@@ -30,10 +31,12 @@ class Targets(Spec):
     neither `*.layers.2.*` nor `*layers.2*` touches layer 20.
     """
 
-    take: tuple[str, ...] = Field(default=("*",), description="patterns of the sites that are meant")
-    leave: tuple[str, ...] = Field(default=LEFT_BY_DEFAULT, description="patterns of sites that are not")
+    take: Patterns = Field(default=("*",), description="patterns of the sites that are meant")
+    leave: Patterns = Field(default=LEFT_BY_DEFAULT, description="patterns of sites that are not")
     layers: tuple[int, ...] | None = Field(default=None, description="only these; negative ones count from the end")
-    opt_in: tuple[OptIn, ...] = Field(default=(), description="what is rounded only where it is named here")
+    opt_in: Annotated[tuple[OptIn, ...], WordOrList] = Field(
+        default=(), description="what is rounded only where it is named here"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -45,43 +48,21 @@ class Targets(Spec):
         lifted = {pattern for role in roles for pattern in _LEAVES.get(str(role), ())}
         return {**value, "leave": tuple(pattern for pattern in LEFT_BY_DEFAULT if pattern not in lifted)}
 
-    @model_validator(mode="after")
-    def _what_is_opted_in_is_not_left(self) -> "Targets":
+    def _conflicts(self) -> Iterator[str]:
         for role in self.opt_in:
             if set(_LEAVES[role]) <= set(self.leave):
-                raise ValueError(
+                yield (
                     f"opt_in: [{role}] would do nothing, because leave holds {', '.join(map(repr, _LEAVES[role]))}; "
                     "take that out of leave"
                 )
-        return self
-
-    @field_validator("take", "leave", "opt_in", mode="before")
-    @classmethod
-    def _one_word_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("take", "leave")
-    @classmethod
-    def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
+        for pattern in (*self.take, *self.leave):
             if not pattern.strip():
-                raise ValueError("an empty pattern matches nothing; write '*' for every site, or leave it out")
+                yield "an empty pattern matches nothing; write '*' for every site, or leave it out"
             compiled(pattern)
-        return patterns
-
-    @field_validator("take")
-    @classmethod
-    def _something(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        if not patterns:
-            raise ValueError("`take` is empty; write '*' for every site")
-        return patterns
-
-    @field_validator("layers")
-    @classmethod
-    def _some_layer(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty; leave it out for all layers, or name some, such as [0, -1]")
-        return layers
+        if not self.take:
+            yield "`take` is empty; write '*' for every site"
+        if self.layers == ():
+            yield "`layers` is empty; leave it out for all layers, or name some, such as [0, -1]"
 
     def why_left(self, name: str) -> str | None:
         """The pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at)."""

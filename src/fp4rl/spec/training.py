@@ -1,8 +1,9 @@
 """How a policy is trained: the settings of GRPO and its relatives under the names that verl and TRL use."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fp4rl.spec.algorithms import (
     ALGORITHMS,
@@ -165,37 +166,29 @@ class Training(Spec):
             else "off",
         }
 
-    @model_validator(mode="after")
-    def _dual_clip_is_of_ppo(self) -> "Training":
-        if self.clip_ratio_c is not None and self.published.clipping != "ppo":
-            raise ValueError(
-                f"clip_ratio_c: {self.algorithm} has no ratio that it could bound; it is of ppo's clipping"
-            )
-        return self
-
     @property
     def updates_per_step(self) -> int:
         """Optimizer updates made from one batch of rollouts."""
         return self.train_batch_size // self.mini_batch_size
 
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "Training":
+    def _conflicts(self) -> Iterator[str]:
+        if self.clip_ratio_c is not None and self.published.clipping != "ppo":
+            yield f"clip_ratio_c: {self.algorithm} has no ratio that it could bound; it is of ppo's clipping"
         if self.train_batch_size % self.mini_batch_size:
-            raise ValueError(
+            yield (
                 f"train_batch_size {self.train_batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
             )
         answers = self.mini_batch_size * self.rollout_n
         if self.micro_batch_size and answers % self.micro_batch_size:
-            raise ValueError(
+            yield (
                 f"micro_batch_size {self.micro_batch_size} does not divide the {answers} answers of one update "
                 f"(mini_batch_size {self.mini_batch_size} x rollout_n {self.rollout_n})"
             )
         if self.overlong is not None and self.overlong >= self.max_response_length:
-            raise ValueError(
+            yield (
                 f"overlong_buffer.len {self.overlong} must be below max_response_length "
                 f"{self.max_response_length}: every answer would be punished"
             )
-        return self
 
     def warnings(self) -> list[str]:
         """Return what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""

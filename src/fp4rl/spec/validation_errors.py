@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fp4rl.spec.errors import nearest, shown
-from fp4rl.spec.keys import below, keys_at, names_of_ones_own
+from fp4rl.spec.keys import keys_at, reached
 
 # By pydantic's own names of errors, or how these begin.
 _EXPECTED = {
@@ -31,12 +31,13 @@ def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
         where = ".".join([*written(kind, above), str(key)])
         return f"unknown key {shown(where)}{nearest(str(key), keys_at(kind, above))}"
     path = written(kind, first["loc"])
-    where = ".".join(path)
     if first["type"].startswith("union_tag"):
         path.append(first["ctx"]["discriminator"].strip("'"))
-        where = ".".join(path)
     message = _said(first["type"], first["msg"], first["input"], first.get("ctx", {}))
-    return f"{where}: {message}" if where else message
+    key, colon, rest = message.partition(": ")
+    if colon and key in keys_at(kind, first["loc"]):  # values that are each allowed, and not together
+        path, message = [*path, key], rest
+    return ": ".join([".".join(path), message] if path else [message])
 
 
 def _said(sort: str, message: str, given: Any, about: dict[str, Any]) -> str:
@@ -70,49 +71,30 @@ def _given(given: Any) -> str:
 
 def written(kind: type[BaseModel], key_path: Sequence[int | str]) -> list[str]:
     """Return the keys of a location as they are written in a file: without the members of unions that were tried."""
-    here: list[type[BaseModel]] = [kind]
     path = []
-    named = False
     for index, part in enumerate(key_path):
-        if named:
-            named = False
+        models, own_name = reached(kind, key_path[:index])
+        inside = bool(models) and index + 1 < len(key_path) and not any(part in model.model_fields for model in models)
+        if own_name or isinstance(part, int) or not (inside or "[" in part):
             path.append(str(part))
-            continue
-        known = any(part in model.model_fields for model in here)
-        tried = isinstance(part, str) and ("[" in part or (here and not known and index + 1 < len(key_path)))
-        if not tried:
-            path.append(str(part))
-        if known:
-            named, here = names_of_ones_own(here, str(part)), below(here, str(part))
     return path
 
 
 def truth_as_number(given: Any, value: Any, above: str = "") -> str | None:
-    """Return the message about a `true` or `false` of the file that became a number; None where there is none."""
+    """Return the message about a `true` or `false` of the file that became a number; None where there is none.
+
+    `value` is what became of `given`, as plain values.
+    """
     if isinstance(given, bool) and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{above}: expected a number, found {_given(given)}"
-    for key, part in _children(given):
-        message = truth_as_number(part, _child(value, key), f"{above}.{key}" if above else str(key))
+    became = _parts(value)
+    for key, part in _parts(given).items():
+        message = truth_as_number(part, became.get(key), f"{above}.{key}" if above else key)
         if message is not None:
             return message
     return None
 
 
-def _children(given: Any) -> list[tuple[Any, Any]]:
-    if isinstance(given, Mapping):
-        return list(given.items())
-    return list(enumerate(given)) if isinstance(given, list | tuple) else []
-
-
-def _child(value: Any, key: Any) -> Any:
-    """Return what became of the part `key`; None where the description keeps it under another name."""
-    if isinstance(value, BaseModel):
-        return getattr(value, str(key), None)
-    if isinstance(value, Mapping):
-        return next((inner for known, inner in value.items() if str(known) == str(key)), None)
-    if not isinstance(value, list | tuple):
-        return None
-    pairs = [pair for pair in value if isinstance(pair, tuple) and len(pair) == 2]
-    if pairs and len(pairs) == len(value):  # a mapping that is kept as sorted pairs
-        return _child(dict(pairs), key)
-    return value[key] if isinstance(key, int) and key < len(value) else None
+def _parts(value: Any) -> dict[str, Any]:
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value if isinstance(value, list | tuple) else ())
+    return {str(key): part for key, part in pairs}
