@@ -79,7 +79,7 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "invalidate()",
         "inject/attach.py",
-        "        for state in self._states.values():\n            state.forget()\n\n    def remove",
+        "        for state in self.states.values():\n            state.forget()\n\n    def remove",
         "        pass\n\n    def remove",
         (f"{_FRESH}a_write_outside_the_sample_is_rounded_once_it_is_told[True-invalidate]",),
     ),

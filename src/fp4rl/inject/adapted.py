@@ -22,15 +22,15 @@ class MergedState(LinearState):
             original: Any = self.original
             self.calls += 1
             return original.forward(layer, x, **kwargs)  # type: ignore[no-any-return]
-        return super().forward(_Sum(layer, self), x)  # type: ignore[arg-type]
+        return super().forward(AdaptedSum(layer), x)  # type: ignore[arg-type]
 
     def master(self, layer: Any) -> Tensor:
         """The sum of base and active adapters, which exists for the moment alone."""
-        return (layer if isinstance(layer, _Sum) else _Sum(layer, self)).weight
+        return AdaptedSum(layer).weight
 
     def rounded_weight(self, layer: Any) -> Tensor:
         """The rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
-        sources, scaling = layer.sources(), layer.scaling()
+        sources, scaling = layer.sources, layer.scaling
         if scaling != self.scaling:
             self.cache.forget()
             self.scaling = scaling
@@ -41,33 +41,22 @@ class MergedState(LinearState):
         return self.copy_of(layer.weight, *sources)
 
 
-class _Sum:
-    """What a LoRA layer looks like to the code of a linear one: a weight and a bias."""
+class AdaptedSum:
+    """A LoRA layer as the code of a linear one sees it: a weight and a bias, made from `sources` by `scaling`."""
 
-    def __init__(self, layer: Any, state: MergedState) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any) -> None:
+        active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+        names = [name for name in active if name in layer.lora_A]
         self.base: nn.Linear = layer.base_layer
         self.bias = self.base.bias
-        self.adapters = [] if layer.disable_adapters or layer.merged else self._active()
-        self.state = state
-
-    def _active(self) -> list[str]:
-        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
-
-    def sources(self) -> tuple[Tensor, ...]:
-        """Every parameter that the sum is made from."""
-        pairs = [(self.layer.lora_A[name].weight, self.layer.lora_B[name].weight) for name in self.adapters]
-        return (self.base.weight, *(weight for pair in pairs for weight in pair))
-
-    def scaling(self) -> tuple[float, ...]:
-        """The factor s of every active adapter."""
-        return tuple(self.layer.scaling[name] for name in self.adapters)
+        self.pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
+        self.sources: tuple[Tensor, ...] = (self.base.weight, *(weight for pair in self.pairs for weight in pair))
+        self.scaling: tuple[float, ...] = tuple(layer.scaling[name] for name in names)
 
     @property
     def weight(self) -> Tensor:
         """W + sum of s B A, in W's dtype."""
         total = self.base.weight
-        for name in self.adapters:
-            a, b = self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
-            total = total + (b @ a * self.layer.scaling[name]).to(total.dtype)
+        for (a, b), scaling in zip(self.pairs, self.scaling, strict=True):
+            total = total + (b @ a * scaling).to(total.dtype)
         return total

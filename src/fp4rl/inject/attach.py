@@ -1,9 +1,8 @@
 """Put a site table into a live model, switch it by phase, take it out again. The only step that changes the model."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,6 @@ from fp4rl.inject.evidence import table_of
 from fp4rl.inject.install import install, is_injected, uninstall
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
-from fp4rl.inject.site import SiteState
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
@@ -21,33 +19,17 @@ from fp4rl.spec.words import agreeing, counted
 
 
 class Attachment:
-    """The handle on an injection: a switch per phase, evidence (also after removal), and the way back. A context
-    manager.
+    """The handle on an injection: a switch per phase, evidence (also after removal), and the way back; for `with`.
 
-    It starts in the phase `training`. Every optimizer step of the process invalidates the rounded copies of trained
-    weights by itself; whoever writes weights in another way calls `invalidate`.
+    `modules` are those whose class was swapped (none after `remove`), `states` hold each site's by its name, `phase` is
+    the one that is on, `training` at first. Every optimizer step of the process invalidates the rounded copies of
+    trained weights by itself; whoever writes weights in another way calls `invalidate`.
     """
 
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
-        self.model = model
-        self.table = table
-        self._modules, self._states = install(model, table)
+        self.model, self.table = model, table
+        self.modules, self.states = install(model, table)
         self.set_phase("training")
-
-    @property
-    def states(self) -> Mapping[str, SiteState]:
-        """The state of each site, by name."""
-        return self._states
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules whose class was swapped; none after `remove`."""
-        return tuple(self._modules)
-
-    @property
-    def phase(self) -> Phase:
-        """The phase that is on."""
-        return self._phase
 
     def set_phase(self, phase: Phase) -> None:
         """Switch to a phase: the points that `apply_during` names for it act, the others do not."""
@@ -55,65 +37,60 @@ class Attachment:
             raise InvalidValueError(f"no phase is called {phase!r}; known: {', '.join(PHASES)}")
         points, sharded = self.table.injection.apply_during.active(phase), _is_sharded(self.model)
         _refuse_packed_shards(self.table, sharded)
-        self._phase: Phase = phase
-        for state in self._states.values():
+        self.phase: Phase = phase
+        for state in self.states.values():
             state.keep_copies = not sharded
             state.forget()
             state.enter(phase, points)
 
     def invalidate(self) -> None:
         """Throw away every rounded copy; to be called after weights were written (optimizer step, load)."""
-        for state in self._states.values():
+        for state in self.states.values():
             state.forget()
 
     def remove(self) -> None:
         """Give every module its own class back. The weights were never written; calling it twice is harmless."""
-        uninstall(self.model, self.table, self._modules)
-        for state in self._states.values():
-            state.release()
-        self._modules = []
+        uninstall(self.model, self.table, self.modules)
+        for state in self.states.values():
+            state.forget()
+            state.enter(
+                self.phase, frozenset()
+            )  # a module that was wrapped since keeps its class, and so goes on asking
+        self.modules = []
 
     def evidence(self) -> list[Injected]:
-        """One row per phase, site and point, in the order of the phases and of the model: calls, elements rounded or
-        given an error, share changed, realised relative error."""
-        rows = [row for state in self._states.values() for row in state.rows()]
+        """One row per phase, site and point, in the order of the phases and of the model."""
+        rows = [row for state in self.states.values() for row in state.rows()]
         return sorted(rows, key=lambda row: PHASES.index(row.phase))
 
     def reset_evidence(self) -> None:
         """Start counting afresh."""
-        for state in self._states.values():
+        for state in self.states.values():
             state.recount()
 
     def require_calls(self) -> None:
-        """Raise CheckFailed, naming them, for sites that should act in the present phase and were never called, were
-        called and met no tensor at a point that should act, or left as they were what rounding changes."""
-        everywhere = len(self._states)
-        if silent := [state.plan.name for state in self._silent()]:
-            raise CheckFailed(
-                f"{_were(silent, everywhere)} never called during {self.phase}, so nothing was "
-                f"injected there: {_first(silent)}"
-            )
-        bare = {
-            f"{state.plan.name} ({', '.join(points)})": points
-            for state in self._states.values()
-            if (points := state.untouched())
-        }
-        if bare:
-            raise CheckFailed(
-                f"{_were(bare, everywhere)} called during {self.phase} and 0 elements were rounded: "
-                f"{_first(list(bare))}; their matmul is computed in a way that injection does not reach (leave these "
-                "points out: by_pattern), or a copy that was rounded earlier went stale"
-            )
-        if idle := [state.plan.name for state in self._states.values() if state.missed()]:
-            raise CheckFailed(
-                f"{_were(idle, everywhere)} called during {self.phase} and rounded nothing: {_first(idle)}"
-            )
+        """Raise CheckFailed, naming the sites, where one should act in the present phase and did not.
 
-    def _silent(self) -> Iterator[SiteState]:
-        for state in self._states.values():
+        It was never called, met no tensor at a point that should act, or left as it was what rounding changes.
+        """
+        states, during = self.states.values(), f"called during {self.phase}"
+        for state in states:
             state.book()
-            if state.active and not any((self.phase, point) in state.meters for point in state.active):
-                yield state
+        silent = [state.plan.name for state in states if state.silent()]
+        bare = [f"{state.plan.name} ({', '.join(points)})" for state in states if (points := state.untouched())]
+        idle = [state.plan.name for state in states if state.missed()]
+        unreached = (
+            "; their matmul is computed in a way that injection does not reach (leave these points out: by_pattern), "
+            "or a copy that was rounded earlier went stale"
+        )
+        for sites, what, why in (
+            (silent, f"never {during}, so nothing was injected there", ""),
+            (bare, f"{during} and 0 elements were rounded", unreached),
+            (idle, f"{during} and rounded nothing", ""),
+        ):
+            if sites:
+                were = f"{len(sites)} of {counted(len(states), 'site')} {agreeing(len(sites), 'was', 'were')}"
+                raise CheckFailed(f"{were} {what}: {', '.join(sites[:4])}{' ...' if len(sites) > 4 else ''}{why}")
 
     def report(self) -> str:
         """The evidence as lines of text, one per phase and point."""
@@ -123,19 +100,17 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """What each site has counted and where its randomness stands, for JSON: an interrupted run goes on from it."""
-        return {name: state.state_dict() for name, state in self._states.items()}
+        return {name: state.state_dict() for name, state in self.states.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave, for the sites that it names."""
-        for name in self._states.keys() & saved.keys():
-            self._states[name].load_state_dict(saved[name])
+        for name in self.states.keys() & saved.keys():
+            self.states[name].load_state_dict(saved[name])
 
     def __enter__(self) -> "Attachment":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -153,20 +128,9 @@ def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
     return Attachment(model, table)
 
 
-def _were(sites: Sized, everywhere: int) -> str:
-    """`1 of 15 sites was`, `2 of 15 sites were`."""
-    return f"{len(sites)} of {counted(everywhere, 'site')} {agreeing(len(sites), 'was', 'were')}"
-
-
-def _first(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-
-
 def _refuse_packed_shards(table: SiteTable, sharded: bool) -> None:
     if sharded and any(plan.packed for plan in table.plans):
-        raise InvalidValueError(
-            "FSDP cannot shard packed weights, which have no tensor to shard; use DDP, or frozen_base: copy"
-        )
+        raise InvalidValueError("FSDP cannot shard packed weights: they have no tensor; use DDP, or frozen_base: copy")
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -33,28 +33,11 @@ class AttentionState(SiteState):
         """Keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
         return self.rounded_values(x, "kv_cache") if "kv_cache" in self.points else x
 
-    def product(self, a: Tensor, b: Tensor, where: str) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, point: str) -> Tensor:
         """a b^T over the last axis, with the errors of `scores` or `values`."""
-        if not self.has_errors(where):
+        if not self.has_errors(point):
             return a @ b.mT
-        return Product.apply(a, b, None, _At(self, where))  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _At:
-    """What happens to one of attention's two products."""
-
-    def __init__(self, state: AttentionState, where: str) -> None:
-        self.state, self.where = state, where
-
-    @property
-    def in_forward(self) -> bool:
-        return any(error.forward and error.point == self.where for error in self.state.errors)
-
-    def result(self, product: str, y: Tensor, drawn_for: Tensor) -> Tensor:
-        return self.state.with_errors(y, self.where, drawn_for, backward="" if product == "forward" else product)
-
-    def gradient(self, product: str, g: Tensor) -> Tensor:  # noqa: ARG002
-        return g
+        return Product.apply(a, b, None, self, point)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Intercept(TorchFunctionMode):

@@ -8,9 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
-from zlib import crc32
 
-import torch
 from torch import nn
 
 from fp4rl.inject.adapted import MergedState
@@ -20,9 +18,7 @@ from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.packed import PackedLinear, PackedState
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.inject.site import KEY, Settings, SiteState
-
-_READ_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+from fp4rl.inject.site import KEY, SiteState
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
@@ -32,19 +28,21 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
     """
     shared = _shared_inputs(table.plans)
     states: dict[str, SiteState] = {}
-    stacks: dict[str, dict[str, StackState]] = defaultdict(dict)
+    stacks: dict[nn.Module, dict[str, StackState]] = defaultdict(dict)
     modules: list[nn.Module] = []
     try:
         for plan in table.plans:
-            module, state = _made(model, plan, _settings(table, plan), shared[plan.name])
-            states[plan.name] = state
+            module = model.get_submodule(plan.site.path.rpartition(".")[0] if plan.merged else plan.site.path)
+            state = states[plan.name] = _state_class(plan)(plan, table.injection, shared[plan.name])
+            if isinstance(state, PackedState):
+                state.take(module)  # type: ignore[arg-type]
+                model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{plan.site.path}.weight"]  # type: ignore[assignment]
             if isinstance(state, StackState):
-                stacks[plan.site.path][str(plan.site.parameter)] = state
+                stacks[module][str(plan.site.parameter)] = state
                 continue
             swap(module, state)
             modules.append(module)
-        for path, by_name in stacks.items():
-            module = model.get_submodule(path)
+        for module, by_name in stacks.items():
             swap(module, ExpertsState(by_name))
             modules.append(module)
     except BaseException:
@@ -62,28 +60,10 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
         model._ddp_params_and_buffers_to_ignore = [name for name in _ignored_by_ddp(model) if name not in hidden]  # type: ignore[assignment]
 
 
-def _made(model: nn.Module, plan: SitePlan, settings: Settings, shared: SharedInput) -> tuple[nn.Module, SiteState]:
-    """The module whose class is to be swapped for a plan, and its state."""
-    site = plan.site
-    module = model.get_submodule(site.path)
-    if site.kind == "attention":
-        return module, AttentionState(plan, settings)
-    if site.kind == "experts":
-        return module, StackState(plan, settings, shared)
-    if plan.merged:
-        return model.get_submodule(site.path.rpartition(".")[0]), MergedState(plan, settings, shared)
-    if plan.packed:
-        packed = PackedState(plan, settings, shared)
-        packed.take(module)  # type: ignore[arg-type]
-        model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{site.path}.weight"]  # type: ignore[assignment]
-        return module, packed
-    return module, LinearState(plan, settings, shared)
-
-
-def _settings(table: SiteTable, plan: SitePlan) -> Settings:
-    injection = table.injection
-    seed = crc32(f"{injection.seed}/{plan.name}".encode())
-    return Settings(getattr(torch, injection.dtype), injection.straight_through == "clipped", seed)
+def _state_class(plan: SitePlan) -> type[SiteState]:
+    if plan.merged or plan.packed:
+        return MergedState if plan.merged else PackedState
+    return {"attention": AttentionState, "experts": StackState}.get(plan.site.kind, LinearState)
 
 
 def _ignored_by_ddp(model: nn.Module) -> list[str]:
@@ -92,12 +72,12 @@ def _ignored_by_ddp(model: nn.Module) -> list[str]:
 
 
 def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
-    """Layers below one parent that read the same tensor in the same format share its rounding."""
+    """Layers of a fused group read the same tensor: in the same format they share its rounding."""
     groups: dict[tuple[object, ...], list[SitePlan]] = defaultdict(list)
     for plan in plans:
-        readers = _READ_TOGETHER.get(plan.site.role)
-        rounded_apart = readers is None or plan.input is None or plan.input.rounding == "stochastic"
-        groups[(plan.name,) if rounded_apart else (plan.site.parent, readers, plan.input)].append(plan)
+        group = plan.site.fused_group
+        rounded_apart = group is None or plan.input is None or plan.input.rounding == "stochastic"
+        groups[(plan.name,) if rounded_apart else (group, plan.input)].append(plan)
     return {plan.name: shared for group in groups.values() for shared in [SharedInput(len(group))] for plan in group}
 
 

@@ -1,17 +1,17 @@
 """The words beside a number: what acted while it was measured, read off the site table, and what did not."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.spec.formats import Format
-from fp4rl.spec.hardware import HardwareError
-from fp4rl.spec.modes import MODES, Phase
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.modes import MODES, Mode, Phase
 from fp4rl.spec.points import LINEAR_POINTS
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 FULL, CLEAN = "full", "clean"
 
+_LEFT_BY_DEFAULT = {f"left by {pattern!r}" for pattern in LEFT_BY_DEFAULT}  # goes without saying: no engine rounds it
 _Formats = tuple[str | None, ...]  # of weight, input and output
 
 
@@ -24,8 +24,14 @@ def label(table: SiteTable | None, phase: Phase = "evaluation") -> str:
     if table is None:
         return FULL
     active = table.injection.apply_during.active(phase)
-    acted = [*_linear(table, active), *_cache(table, active), *_errors(table, active)]
-    idle = [point for point in (*LINEAR_POINTS, "kv_cache", "errors") if point not in active and _there(table, point)]
+    errors = [f"{error.kind} {error.scale:g}@{error.point}" for error in table.injection.errors if error.forward]
+    caches = sorted({plan.kv_cache.name for plan in table.plans if plan.kv_cache is not None})
+    described = [point for point in LINEAR_POINTS if any(getattr(plan, point) is not None for plan in table.plans)]
+    described += ["kv_cache"] * bool(caches) + ["errors"] * bool(errors)
+    idle = [point for point in described if point not in active]
+    acted = _linear(table, active)
+    acted += [f"kv_cache:{name}" for name in caches if "kv_cache" in active]
+    acted += errors if "errors" in active else []
     head = ", ".join(acted) or (CLEAN if idle else FULL)
     return f"{head}: no {' and '.join(idle)} in {phase}" if idle else head
 
@@ -36,25 +42,18 @@ def _linear(table: SiteTable, active: frozenset[str]) -> list[str]:
     untouched = counts.pop((None,) * len(LINEAR_POINTS), 0)
     if not counts:
         return []
-    described = tuple(_name(getattr(table.injection, point)) if point in active else None for point in LINEAR_POINTS)
+    described = _formats(table.injection, active)
     usual = described if described in counts else counts.most_common(1)[0][0]
     others = [(formats, count) for formats, count in counts.most_common() if formats != usual]
-    untouched += sum(left.site.kind in ("linear", "experts") and _was_asked(left.reason) for left in table.left_out)
+    left_by_user = [left for left in table.left_out if left.reason not in _LEFT_BY_DEFAULT]
+    untouched += sum(left.site.kind in ("linear", "experts") for left in left_by_user)
     words = [_word(usual), *(f"{_sites(count)} {_exception(formats, usual)}" for formats, count in others)]
     return words + ([f"{_sites(untouched)} not rounded"] if untouched else [])
 
 
-def _was_asked(reason: str) -> bool:
-    """Whether a site stays as it is by the user's own targets: what no engine rounds goes without saying."""
-    return reason not in {f"left by {pattern!r}" for pattern in LEFT_BY_DEFAULT}
-
-
-def _formats(plan: SitePlan, active: frozenset[str]) -> _Formats:
-    return tuple(_name(getattr(plan, point)) if point in active else None for point in LINEAR_POINTS)
-
-
-def _name(fmt: Format | None) -> str | None:
-    return fmt.name if fmt is not None else None
+def _formats(described: SitePlan | Injection | Mode, active: Collection[str] = LINEAR_POINTS) -> _Formats:
+    formats = [getattr(described, point) if point in active else None for point in LINEAR_POINTS]
+    return tuple(fmt.name if fmt is not None else None for fmt in formats)
 
 
 def _exception(formats: _Formats, usual: _Formats) -> str:
@@ -67,30 +66,10 @@ def _exception(formats: _Formats, usual: _Formats) -> str:
 def _word(formats: _Formats) -> str:
     """The mode of these formats by its name; else the points one by one."""
     for mode in MODES.values():
-        if formats == tuple(_name(getattr(mode, point)) for point in LINEAR_POINTS):
+        if formats == _formats(mode):
             return mode.name
     return "+".join(f"{point}:{name}" for point, name in zip(LINEAR_POINTS, formats, strict=True) if name is not None)
 
 
 def _sites(count: int) -> str:
     return f"{count} site{'s' * (count != 1)}"
-
-
-def _cache(table: SiteTable, active: frozenset[str]) -> list[str]:
-    names = {plan.kv_cache.name for plan in table.plans if plan.kv_cache is not None}
-    return [f"kv_cache:{name}" for name in sorted(names)] if "kv_cache" in active else []
-
-
-def _errors(table: SiteTable, active: frozenset[str]) -> list[str]:
-    errors = _forward(table.injection.errors) if "errors" in active else []
-    return [f"{error.kind} {error.scale:g}@{error.point}" for error in errors]
-
-
-def _forward(errors: Sequence[HardwareError]) -> list[HardwareError]:
-    return [error for error in errors if error.forward]
-
-
-def _there(table: SiteTable, point: str) -> bool:
-    if point == "errors":
-        return bool(_forward(table.injection.errors))
-    return any(getattr(plan, point) is not None for plan in table.plans)

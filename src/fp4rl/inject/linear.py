@@ -10,16 +10,16 @@ from fp4rl.inject.cache import QuantCache, SharedInput
 from fp4rl.inject.matmul import linear_with_errors
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import through
-from fp4rl.inject.site import Settings, SiteState
+from fp4rl.inject.site import SiteState
+from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import GRADIENTS
 
 
 class LinearState(SiteState):
     """What an injected linear layer knows beyond the frame: its rounded weight, and what acts in this phase."""
 
-    def __init__(self, plan: SitePlan, settings: Settings, shared: SharedInput) -> None:
-        super().__init__(plan, settings)
-        self.shared = shared
+    def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
+        super().__init__(plan, injection, shared)
         self.cache = QuantCache(plan.name)
         self.weight_on = self.input_on = self.output_on = self.products_on = False
         self.only_weight = False
@@ -34,12 +34,8 @@ class LinearState(SiteState):
         self.count()
         weight = self.as_used(self.rounded_weight(layer) if self.weight_on else layer.weight)
         x = self.rounded_input(x) if self.input_on else x
-        y = self.product(x, weight, layer.bias)
+        y = linear_with_errors(x, weight, layer.bias, self) if self.products_on else linear(x, weight, layer.bias)
         return self.rounded_values(y, "output") if self.output_on else y
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply: `F.linear`, or the matmul whose products come out wrong or whose gradients are rounded."""
-        return linear_with_errors(x, weight, bias, self) if self.products_on else linear(x, weight, bias)
 
     def rounded_weight(self, layer: nn.Linear) -> Tensor:
         """The rounded weight as it is stored, with a gradient to the master where one is computed."""
@@ -110,15 +106,6 @@ class LinearState(SiteState):
         salt = f"weight/{self.rng.step}" if self.phase == "training" else "weight"
         return self.rng.fixed(weight.device, salt)
 
-    @property
-    def in_forward(self) -> bool:
-        """Whether the product of the forward comes out wrong."""
-        return any(error.forward and error.point == "matmul" for error in self.errors)
-
-    def result(self, product: str, y: Tensor, drawn_for: Tensor) -> Tensor:
-        """The result of one product of the matmul with its errors."""
-        return self.with_errors(y, "matmul", drawn_for, backward="" if product == "forward" else product)
-
     def would_change(self, point: str, x: Tensor) -> bool:
         """Whether rounding `x` changes any value; a weight is rounded along `in`, whichever way it is stored."""
         return super().would_change(point, self.as_used(x).contiguous() if point == "weight" else x)
@@ -141,24 +128,13 @@ class LinearState(SiteState):
     def stepped(self) -> None:
         """An optimizer made a step; frozen weights it leaves alone."""
         super().stepped()
-        self.shared.forget()
         if not self.cache.frozen:
             self.cache.forget()
 
     def forget(self) -> None:
         """Let go of what was made from the weight and the last input."""
         super().forget()
-        self.shared.forget()
         self.cache.forget()
-
-    def release(self) -> None:
-        """Act no more, and let go of every copy."""
-        super().release()
-        self.shared.forget()
-        self.cache.forget()
-
-    def _ingredients(self) -> tuple[Any, ...]:
-        return self.plan, self.settings, self.shared
 
 
 class InjectedLinear(nn.Linear):

@@ -8,19 +8,20 @@ from torch.nn.functional import linear
 
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.linear import InjectedLinear, LinearState
+from fp4rl.inject.matmul import linear_with_errors
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.site import KEY, Settings
+from fp4rl.inject.site import KEY
 from fp4rl.numerics.packing import Packed, dequantize, pack_tensor
+from fp4rl.spec.injection import Injection
 
 
 class PackedState(LinearState):
-    """The state of a layer with a packed weight. `take` gives the weight up, `give_back` restores what there is then:
-    the rounded one."""
+    """The state of a layer with a packed weight: `take` gives the weight up, `give_back` puts the rounded one back."""
 
-    def __init__(self, plan: SitePlan, settings: Settings, shared: SharedInput) -> None:
-        super().__init__(plan, settings, shared)
+    def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
+        super().__init__(plan, injection, shared)
         self.packed: Packed | None = None
-        self.dtype = settings.dtype
+        self.master_dtype = self.dtype
         self._before = self._after = torch.empty(0)
 
     def __reduce__(self) -> Any:
@@ -30,8 +31,8 @@ class PackedState(LinearState):
         """Pack the layer's weight and put a meta tensor, which has a shape and no memory, in its place."""
         weight = layer.weight.detach()
         assert self.plan.weight is not None
-        self.dtype = weight.dtype
-        self.packed = pack_tensor(weight.to(self.settings.dtype), self.plan.weight, name=self.plan.name)
+        self.master_dtype = weight.dtype
+        self.packed = pack_tensor(weight.to(self.dtype), self.plan.weight, name=self.plan.name)
         stride = max(1, weight.numel() // 4096)
         self._before = weight.reshape(-1)[::stride].clone()
         self._after = self.values().reshape(-1)[::stride].clone()
@@ -44,7 +45,7 @@ class PackedState(LinearState):
     def values(self) -> Tensor:
         """The rounded weight [out, in] in the dtype that the master had, made for the moment."""
         assert self.packed is not None
-        return dequantize(self.packed).to(self.dtype)
+        return dequantize(self.packed).to(self.master_dtype)
 
     def move(self, device: torch.device) -> None:
         """Codes and scales on another device."""
@@ -60,14 +61,13 @@ class PackedState(LinearState):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """As in `LinearState`; the weight is unpacked in the forward and again in the backward, never kept, unless
-        errors in products or rounded gradients need it whole."""
+        """As in `LinearState`; the weight is unpacked in forward and backward and kept for wrong products alone."""
         self.calls += 1
         self.note("weight", self._before, self._after, 0)
         if self.input_on:
             x = self.rounded_input(x)
         if self.products_on:
-            y = self.product(x, self.values(), layer.bias)
+            y = linear_with_errors(x, self.values(), layer.bias, self)
         else:
             y = _UnpackedTwice.apply(x, layer.bias, self)  # type: ignore[no-untyped-call]
         return self.rounded_values(y, "output") if self.output_on else y

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class SitePlan:
         row: dict[str, Any] = {"site": site.name, "kind": site.kind, "role": site.role, "layer": site.layer}
         row |= {"shape": list(site.shape)} | {point: describe(getattr(self, point)) for point in self.points()}
         if self.errors:
-            row["errors"] = [_facts(error) for error in self.errors]
+            row["errors"] = [e.model_dump(mode="json", exclude={"targets"}, exclude_none=True) for e in self.errors]
         flags = {"merged": self.merged, "packed": self.packed, "note": self.note}
         return row | {key: value for key, value in flags.items() if value}
 
@@ -89,21 +90,22 @@ class SiteTable:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for the whole table: sites, formats, phases, what a gradient does."""
-        return _digest({phase: self._acting(phase) for phase in PHASES} | self._settings("straight_through", "seed"))
+        injection = self.injection
+        facts = {"dtype": injection.dtype, "straight_through": injection.straight_through, "seed": injection.seed}
+        return _digest({phase: self._acting(phase) for phase in PHASES} | facts)
 
     def digest_in(self, phase: Phase) -> str:
         """Twelve hexadecimal digits of what acts in the forward of one phase: equal where the same numbers result."""
-        return _digest({"plans": self._acting(phase, forward_only=True)} | self._settings())
+        return _digest({"plans": self._acting(phase, forward_only=True), "dtype": self.injection.dtype})
 
     def acting(self, phase: Phase) -> dict[str, int]:
         """What acts in a phase, and at how many sites: points with a format, and hardware errors by their names."""
         points = self.injection.apply_during.active(phase)
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for plan in self.plans:
-            errors = {error.name for error in plan.errors} if "errors" in points else set()
-            for point in (*(point for point in plan.points() if point in points), *sorted(errors)):
-                counts[point] = counts.get(point, 0) + 1
-        return counts
+            counts.update(point for point in plan.points() if point in points)
+            counts.update(sorted({error.name for error in plan.errors} if "errors" in points else ()))
+        return dict(counts)
 
     def rows(self) -> list[dict[str, Any]]:
         """The plans as plain values for JSON, in the order of the model."""
@@ -111,10 +113,11 @@ class SiteTable:
 
     def as_dict(self) -> dict[str, Any]:
         """The whole table as plain values: `digest`, `plans`, `left_out`."""
-        return {"digest": self.digest, "plans": self.rows(), "left_out": [left.row() for left in self.left_out]}
-
-    def _settings(self, *more: str) -> dict[str, Any]:
-        return {key: getattr(self.injection, key) for key in ("dtype", *more)}
+        return {
+            "digest": self.digest,
+            "plans": self.rows(),
+            "left_out": [left.row() for left in self.left_out],
+        }
 
     def _acting(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
         """The rows cut down to what acts in a phase; sites where nothing does are gone."""
@@ -126,10 +129,6 @@ class SiteTable:
             if acting:
                 rows.append({"site": plan.name, "shape": row["shape"], "merged": plan.merged} | acting)
         return rows
-
-
-def _facts(error: HardwareError) -> dict[str, Any]:
-    return error.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
 
 
 def _digest(facts: dict[str, Any]) -> str:

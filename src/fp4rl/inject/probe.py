@@ -72,7 +72,7 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
     """`x` as it should arrive: rounded where the point is active, itself where it is not."""
     if point not in state.points:
         return x
-    return fake_quantize(x.to(state.settings.dtype), getattr(state.plan, point)).to(x.dtype)
+    return fake_quantize(x.to(state.dtype), getattr(state.plan, point)).to(x.dtype)
 
 
 @torch.no_grad()

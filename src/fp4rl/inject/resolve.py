@@ -43,7 +43,9 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
             left_out.append(LeftOut(site, reason or _nothing_here(site)))
     _require_every_setting(plans, injection)
     if not plans:
-        raise NotFoundError(f"nothing to inject in {type(model).__name__}: {_what_was_left(left_out)}")
+        reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
+        why = "; ".join(reasons) or "the model has no linear layers"
+        raise NotFoundError(f"nothing to inject in {type(model).__name__}: {why}")
     validate.require_one_rounding(plans)
     if injection.fused_groups == "agree":
         validate.require_agreement(plans, left_out)
@@ -106,16 +108,8 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         note = _EXPERT_GRADIENTS if plan.grad_input or plan.grad_weight else plan.note
         return replace(plan, grad_input=None, grad_weight=None, note=note)
     if plan.acts:
-        _require_module(plan, module)
+        validate.require_plain_linear(plan.site, module)
     return _with_adapters(plan, model, injection)
-
-
-def _require_module(plan: SitePlan, module: nn.Module) -> None:
-    if plan.site.kind == "router" and not isinstance(module, nn.Linear):
-        raise InvalidValueError(
-            f"{plan.name} is a {type(module).__name__}, no linear layer, and cannot be rounded; leave it"
-        )
-    validate.require_plain_linear(plan.site, module)
 
 
 def _reaches(error: HardwareError, site: Site, layers: int) -> bool:
@@ -149,19 +143,14 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
 
 def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
     """A setting that reached no site would be silently without effect."""
-    checks = {
-        "lora: merged": (injection.lora == "merged", any(plan.merged for plan in plans), "no adapted layer is taken"),
-        "frozen_base: packed": (
-            injection.frozen_base == "packed",
-            any(plan.packed for plan in plans),
-            "no taken weight is frozen",
-        ),
-        "kv_cache": (injection.kv_cache, any(plan.kv_cache for plan in plans), "no attention is taken"),
-        "grad_weight": (injection.grad_weight, any(plan.grad_weight for plan in plans), "every taken weight is frozen"),
-        "grad_input": (injection.grad_input, any(plan.grad_input for plan in plans), "no linear layer is taken"),
-    }
-    for setting, (described, acts, why) in checks.items():
-        if described and not acts:
+    for setting, described, at_a_site, why in (
+        ("lora: merged", injection.lora == "merged", "merged", "no adapted layer is taken"),
+        ("frozen_base: packed", injection.frozen_base == "packed", "packed", "no taken weight is frozen"),
+        ("kv_cache", injection.kv_cache, "kv_cache", "no attention is taken"),
+        ("grad_weight", injection.grad_weight, "grad_weight", "every taken weight is frozen"),
+        ("grad_input", injection.grad_input, "grad_input", "no linear layer is taken"),
+    ):
+        if described and not any(getattr(plan, at_a_site) for plan in plans):
             raise InvalidValueError(f"{setting} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
@@ -173,8 +162,3 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
 
 def _nothing_here(site: Site) -> str:
     return "attention: no kv_cache, no error" if site.kind == "attention" else "by_pattern leaves every point as it is"
-
-
-def _what_was_left(left_out: list[LeftOut]) -> str:
-    reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
-    return "; ".join(reasons) or "the model has no linear layers"

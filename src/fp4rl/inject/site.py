@@ -1,14 +1,16 @@
 """What every injected module knows: its plan, what is active in the present phase, its counters and its randomness."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple
 from typing import Any
 from weakref import WeakSet
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
 from fp4rl.inject.plan import SitePlan
@@ -17,19 +19,11 @@ from fp4rl.numerics.levels import within_reach
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
+from fp4rl.spec.injection import Injection
 from fp4rl.spec.modes import Phase
 from fp4rl.spec.points import GRADIENTS, can_clip
 
 KEY = "injected"  # where a module holds its state
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all sites of one injection share."""
-
-    dtype: torch.dtype
-    clipped: bool  # whether a clipped value gets no gradient
-    seed: int
 
 
 # Every site of the process hears of every optimizer step, also one that was copied or unpickled: a fused optimizer
@@ -50,13 +44,14 @@ class SiteState:
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
 
-    def __init__(self, plan: SitePlan, settings: Settings) -> None:
-        self.plan = plan
-        self.settings = settings
+    def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
+        self.plan, self.injection, self.shared = plan, injection, shared
+        self.dtype: torch.dtype = getattr(torch, injection.dtype)
+        clipped = injection.straight_through == "clipped"  # no gradient for values that were
         formats = {point: getattr(plan, point) for point in plan.points()}
         self._formats = {point: format_text(fmt) for point, fmt in formats.items()}
-        self._clipping = {p for p, fmt in formats.items() if settings.clipped and p not in GRADIENTS and can_clip(fmt)}
-        self.rng = SiteRng(settings.seed)
+        self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
+        self.rng = SiteRng(crc32(f"{injection.seed}/{plan.name}".encode()))
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}
         self.calls = 0
@@ -73,14 +68,12 @@ class SiteState:
 
     def __reduce__(self) -> Any:
         points = self.points | ({"errors"} if self.errors else set())
-        return type(self), self._ingredients(), (self.original, self.keep_copies, self.rng.step, self.phase, points)
+        acting = self.original, self.keep_copies, self.rng.step, self.phase, points
+        return type(self), (self.plan, self.injection, self.shared), acting
 
     def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
         self.original, self.keep_copies, self.rng.step, phase, points = state
         self.enter(phase, points)
-
-    def _ingredients(self) -> tuple[Any, ...]:
-        return self.plan, self.settings
 
     def enter(self, phase: Phase, points: frozenset[str]) -> None:
         """Begin a phase in which `points` are active; what was counted so far is booked under the phase before."""
@@ -132,6 +125,10 @@ class SiteState:
         self.book()
         self.meters.clear()
 
+    def silent(self) -> bool:
+        """Whether it should act in this phase and no booked call has met any of its points."""
+        return bool(self.active) and not any((self.phase, point) in self.meters for point in self.active)
+
     def untouched(self) -> tuple[str, ...]:
         """The points that should act in this phase, at which calls were counted and not one tensor was met."""
         met = {point: self.meters.get((self.phase, point)) for point in self.active}
@@ -159,7 +156,7 @@ class SiteState:
         if fmt is None:
             return False
         generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
-        rounded = fake_quantize(x.detach().to(self.settings.dtype), fmt, generator=generator)
+        rounded = fake_quantize(x.detach().to(self.dtype), fmt, generator=generator)
         return not torch.equal(rounded.to(x.dtype), x)
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
@@ -176,14 +173,14 @@ class SiteState:
             return self._rounded_now(x, point, generator)
         if generator is not None:
             return self._rounded_outside(x, point, generator)  # type: ignore[no-any-return]
-        dtype, fmt = self.settings.dtype, self._formats[point]
+        fmt = self._formats[point]
         with torch.no_grad():
-            reach = reach_as(x.detach(), fmt, dtype) if point in self._clipping else None
-            return round_as(x.detach(), fmt, dtype), reach
+            reach = reach_as(x.detach(), fmt, self.dtype) if point in self._clipping else None
+            return round_as(x.detach(), fmt, self.dtype), reach
 
     def _rounded_now(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            fmt, seen = getattr(self.plan, point), x.detach().to(self.settings.dtype)
+            fmt, seen = getattr(self.plan, point), x.detach().to(self.dtype)
             reach = within_reach(seen, fmt) if point in self._clipping else None
             return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
 
@@ -225,14 +222,12 @@ class SiteState:
     def stepped(self) -> None:
         """An optimizer made a step: what is drawn from here on belongs to the next one."""
         self.rng.step += 1
+        self.shared.forget()
 
     def forget(self) -> None:
         """Let go of everything that was made from weights: they may have been written."""
         self.rng.step += 1
-
-    def release(self) -> None:
-        """Act no more: a module that was wrapped since keeps its class, and so goes on asking."""
-        self.enter(self.phase, frozenset())
+        self.shared.forget()
 
     def rows(self) -> Iterator[Injected]:
         """The evidence, a row per phase and point."""
@@ -243,14 +238,10 @@ class SiteState:
     def state_dict(self) -> dict[str, Any]:
         """The step that random kinds draw by, and the meters; for JSON."""
         self.book()
-        meters = [[*key, *(getattr(meter, f.name) for f in fields(Meter))] for key, meter in self.meters.items()]
-        return {"step": self.rng.step, "meters": meters}
+        return {"step": self.rng.step, "meters": [[*key, *astuple(meter)] for key, meter in self.meters.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.uncount()
         self.rng.step = state["step"]
-        self.meters = {
-            (phase, point): Meter(**dict(zip((f.name for f in fields(Meter)), values, strict=True)))
-            for phase, point, *values in state["meters"]
-        }
+        self.meters = {(phase, point): Meter(*values) for phase, point, *values in state["meters"]}

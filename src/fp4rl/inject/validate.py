@@ -9,24 +9,23 @@ from fp4rl.inject.plan import LeftOut, SitePlan
 from fp4rl.sites.layout import is_conv1d
 from fp4rl.sites.walk import Site
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import E8M7
+from fp4rl.spec.formats import E8M7, Format
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.targets import Targets
 
-OPT_IN = {"router": "router", "adapter": "adapter"}
 _CALLED = {"lm_head": "the output head", "router": "a router", "adapter": "an adapter"}
 _LEAVE = {"lm_head": "*lm_head*", "adapter": "*lora_*"}
 _REACHED = ("eager", "grouped_mm", "batched_mm")  # what else there is are kernels that read the weight themselves
-_FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
 def require_opt_in(site: Site, targets: Targets) -> None:
     """InvalidValueError for a router, an adapter or the output head that was not asked for, and for a shared weight."""
-    wanted = "lm_head" if site.role == "lm_head" else OPT_IN.get(site.kind)
-    if wanted and wanted not in targets.opt_in:
+    wanted = "lm_head" if site.role == "lm_head" else site.kind
+    if wanted in _CALLED and wanted not in targets.opt_in:
+        pattern = _LEAVE.get(wanted) or _everywhere(site.name)
         raise InvalidValueError(
-            f"{site.name} is {_CALLED[wanted]}, which no engine rounds; "
-            f"leave it ({_pattern(site, wanted)!r} in targets.leave), or write targets.opt_in: [{wanted}]"
+            f"{site.name} is {_CALLED[wanted]}, which no engine rounds; leave it ({pattern!r} in targets.leave), or "
+            f"write targets.opt_in: [{wanted}]"
         )
     if site.shares is not None:
         raise InvalidValueError(
@@ -35,23 +34,17 @@ def require_opt_in(site: Site, targets: Targets) -> None:
         )
 
 
-def _pattern(site: Site, wanted: str) -> str:
-    """What leaves a site out, and its likes in other layers."""
-    return _LEAVE.get(wanted) or _everywhere(site.name)
-
-
 def _everywhere(name: str) -> str:
     """The pattern that matches a site in every layer."""
     return re.sub(r"^.*?\.\d+\.", "*.", name)
 
 
 def require_plain_linear(site: Site, module: nn.Module) -> None:
-    """InvalidValueError for a linear layer that computes in its own way, or with a weight that something else
-    computes."""
+    """InvalidValueError for a linear layer that computes in its own way, or with a weight that is computed itself."""
+    if site.kind == "router" and not isinstance(module, nn.Linear):
+        raise InvalidValueError(f"{site.name} is a {type(module).__name__}, no linear layer to be rounded; leave it")
     if site.parameter is None:
-        raise InvalidValueError(
-            f"{site.name} has no weight of its own (it is parametrized, or sharded already); attach before that is done"
-        )
+        raise InvalidValueError(f"{site.name} has no weight of its own (parametrized, sharded?); attach before that")
     own = is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
     if not own:
         raise InvalidValueError(
@@ -77,8 +70,7 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
 
 
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
-    """InvalidValueError where the inputs or outputs of stacked experts are asked for and their matmul cannot be
-    reached."""
+    """InvalidValueError for inputs or outputs of stacked experts whose matmul cannot be reached."""
     points = [point for point in ("input", "output") if getattr(plan, point) is not None]
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
     if points and how not in _REACHED:
@@ -94,10 +86,8 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
 
 
 def require_layout(site: Site, module: nn.Module) -> None:
-    """InvalidValueError for experts whose parts, or the axis that their matmul sums over, cannot be told from their
-    sizes."""
+    """InvalidValueError for experts whose sizes do not tell their parts, or the axis that their matmul sums over."""
     kind, shape = type(module).__name__, list(site.shape)
-    leave = f"leave it out: targets.leave: [{site.name}]"
     if len(shape) == 2:
         raise InvalidValueError(
             f"{site.name}: {kind} holds all its experts in one matrix {shape}, whose parts injection cannot tell "
@@ -106,7 +96,7 @@ def require_layout(site: Site, module: nn.Module) -> None:
     if site.transposed is None and shape[1] != shape[2]:
         raise InvalidValueError(
             f"{site.name}: nothing in {kind} tells which axis of {shape} its matmul sums over, so along which its "
-            f"blocks run; {leave}"
+            f"blocks run; leave it out: targets.leave: [{site.name}]"
         )
 
 
@@ -114,9 +104,7 @@ def require_eager_attention(site: Site, module: nn.Module) -> None:
     """InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached."""
     how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
     if how not in ("sdpa", "eager"):
-        raise InvalidValueError(
-            f"{site.name}: attention runs in {how!r}, out of reach; load the model with attn_implementation='sdpa'"
-        )
+        raise InvalidValueError(f"{site.name}: attention runs in {how!r}, out of reach; load the model with 'sdpa'")
 
 
 def require_one_rounding(plans: list[SitePlan]) -> None:
@@ -125,47 +113,33 @@ def require_one_rounding(plans: list[SitePlan]) -> None:
     for plan in plans:
         owner = plan.site.shares or plan.name
         if owner in seen:
-            raise InvalidValueError(
-                f"{plan.name} and {seen[owner]} are one parameter, which would be rounded twice; leave one"
-            )
+            raise InvalidValueError(f"{plan.name} and {seen[owner]} are one parameter, rounded twice; leave one")
         seen[owner] = plan.name
 
 
 def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
-    """InvalidValueError when q/k/v or gate/up differ: they become one matmul in a serving engine, with one format for
-    all."""
-    groups: dict[tuple[str, tuple[str, ...]], dict[str, tuple[object, object]]] = defaultdict(dict)
+    """InvalidValueError when q/k/v or gate/up differ: a serving engine makes one matmul of them, with one format."""
+    groups: dict[str, dict[str, tuple[Format | None, ...]]] = defaultdict(dict)
     formats = [(plan.site, (plan.weight, plan.input)) for plan in plans]
-    formats += [(left.site, (None, None)) for left in left_out]
-    for site, pair in formats:
-        for roles in _FUSED:
-            if site.role in roles and site.kind == "linear":
-                groups[site.parent, roles][site.name] = pair
+    for site, pair in formats + [(left.site, (None, None)) for left in left_out]:
+        if site.fused_group is not None and site.kind == "linear":
+            groups[site.fused_group][site.name] = pair
     for members in groups.values():
         if len(set(members.values())) > 1:
-            formats_of = ", ".join(f"{name}: {_pair(*pair)}" for name, pair in members.items())
-            raise InvalidValueError(
-                f"a serving kernel fuses these, so their formats must agree: {formats_of} (or fused_groups: free)"
-            )
-
-
-def _pair(weight: object, inputs: object) -> str:
-    return "/".join(getattr(fmt, "name", "none") for fmt in (weight, inputs))
+            words = {name: "/".join(fmt.name if fmt else "none" for fmt in pair) for name, pair in members.items()}
+            listed = ", ".join(f"{name}: {pair}" for name, pair in words.items())
+            raise InvalidValueError(f"a serving kernel fuses these, which must agree: {listed} (or fused_groups: free)")
 
 
 def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
-    """InvalidValueError for an adapter that is no sum of matrices at one site, so that W + sBA is not what it
-    computes."""
+    """InvalidValueError for an adapter that is no plain sum of matrices, so that W + sBA is not what it computes."""
     dropout = [m.p for m in adapted.lora_dropout.modules() if isinstance(m, nn.Dropout) and m.p > 0]  # type: ignore[union-attr]
-    reasons = {
-        "its dropout acts on the adapter's input alone; set lora_dropout=0": bool(dropout),
-        "it is a variant (DoRA or the like), no plain sum; use plain LoRA": bool(
-            getattr(adapted, "lora_variant", None)
-        ),
-        "its weight is stored transposed; use adapter": bool(getattr(adapted, "fan_in_fan_out", False)),
-        "its adapter has a bias; use lora_bias=False": any(getattr(adapted, "lora_bias", {}).values()),
-    }
-    for reason, holds in reasons.items():
+    for holds, reason in (
+        (dropout, "its dropout acts on the adapter's input alone; set lora_dropout=0"),
+        (getattr(adapted, "lora_variant", None), "it is a variant (DoRA or the like), no plain sum; use plain LoRA"),
+        (getattr(adapted, "fan_in_fan_out", False), "its weight is stored transposed; use adapter"),
+        (any(getattr(adapted, "lora_bias", {}).values()), "its adapter has a bias; use lora_bias=False"),
+    ):
         if holds:
             raise InvalidValueError(f"{plan.name}: lora: merged cannot round this adapter: {reason}")
 
@@ -174,10 +148,6 @@ def require_packable(plan: SitePlan) -> None:
     """InvalidValueError for a format that has no packed layout."""
     fmt = plan.weight
     if plan.site.transposed:
-        raise InvalidValueError(
-            f"{plan.name}: frozen_base: packed does not unpack a weight stored [in, out]; take copy"
-        )
+        raise InvalidValueError(f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out]; take copy")
     if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):
-        raise InvalidValueError(
-            f"{plan.name}: frozen_base: packed stores 4-bit codes that are drawn once, not {fmt.name}"
-        )
+        raise InvalidValueError(f"{plan.name}: frozen_base: packed stores 4-bit codes drawn once, not {fmt.name}")

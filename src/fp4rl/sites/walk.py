@@ -29,6 +29,7 @@ _ROLES = {
     "lm_head": ("lm_head", "embed_out"),
     "router": ("router", "gate", "shared_expert_gate"),
 }
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
 
@@ -55,6 +56,11 @@ class Site:
     def parent(self) -> str:
         """The module above, where the members of a fused group meet."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def fused_group(self) -> str | None:
+        """The group of sites that read one tensor and that a serving kernel fuses: q, k and v, or gate and up."""
+        return f"{self.parent}.{_FUSED[self.role]}" if self.role in _FUSED else None
 
 
 def walk(model: nn.Module) -> tuple[Site, ...]:
