@@ -74,7 +74,9 @@ def test_a_last_line_cut_inside_a_letter_is_left_out_and_no_file_stays_open(tmp_
     file.write_bytes(b'{"a": 1}\n{"a": "' + "é".encode()[:1])
     lines = read_lines(file)
     assert next(lines) == {"a": 1}
-    opened = [Path(link).resolve() for link in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").is_dir() else []
+    opened = (
+        [Path(link).resolve() for link in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").is_dir() else []
+    )
     assert file.resolve() not in opened
     assert list(lines) == []
 
