@@ -215,7 +215,7 @@ NOISE = (
 TRAINING = (
     Mutant(
         "the seed orders the prompts",
-        "rl/stream.py",
+        "rl/fill.py",
         'Random(f"prompts/{self.seed}/{epoch}")',
         'Random(f"prompts/{epoch}")',
         ("tests/rl/test_stream.py::test_the_order_follows_the_seed",),
@@ -229,7 +229,7 @@ TRAINING = (
     ),
     Mutant(
         "k3 is never negative",
-        "rl/divergence.py",
+        "rl/losses.py",
         "return (x.exp() - x - 1).clamp(max=K3_CAP)",
         "return (x.exp() + x - 1).clamp(max=K3_CAP)",
         ("tests/rl/test_losses.py::test_k3_has_its_hand_worked_values_and_averages_to_the_exact_kl",),

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fp4rl.rl.advantages import group_advantages
-from fp4rl.rl.batch import Answer, training_batch
+from fp4rl.rl.batch import Answer, group_advantages, training_batch
 from fp4rl.spec.algorithms import ALGORITHMS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.training import Training

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from fp4rl.rl.distill import teacher_kl
+from fp4rl.rl.reference import teacher_kl
 from fp4rl.spec.errors import InvalidValueError
 
 

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 
-from fp4rl.rl.fill import Filler
+from fp4rl.rl.fill import Filler, PromptStream
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Rollout
-from fp4rl.rl.stream import PromptStream
 from fp4rl.spec.task import Problem, Score
 from fp4rl.spec.training import Training
 

@@ -9,11 +9,9 @@ from pydantic import ValidationError
 from fp4rl.rl.health.checks import CHECKS as RECORDS
 from fp4rl.rl.health.checks import Check
 from fp4rl.rl.health.findings import Finding
-from fp4rl.rl.health.histories import SignalHistories
-from fp4rl.rl.health.history import SignalHistory, trend
+from fp4rl.rl.health.histories import SignalHistories, SignalHistory, grain, trend
 from fp4rl.rl.health.mechanics import gradient
 from fp4rl.rl.health.monitor import Monitor, action
-from fp4rl.rl.health.shares import grain
 from fp4rl.rl.health.signals import NAMES, signals_of
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.health import CHECKS, Health, Rule, Thresholds

@@ -6,9 +6,7 @@ from math import log, sqrt
 import pytest
 import torch
 
-from fp4rl.rl.aggregation import Whole, aggregate
-from fp4rl.rl.divergence import kl_per_token
-from fp4rl.rl.losses import LossInputs, loss_named, policy_loss
+from fp4rl.rl.losses import LossInputs, Whole, aggregate, kl_per_token, loss_named, policy_loss
 from fp4rl.spec.algorithms import ALGORITHMS, LOSS_AGGREGATIONS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fp4rl.rl.aggregation import Whole
-from fp4rl.rl.losses import LossInputs, loss_named, policy_loss
+from fp4rl.rl.losses import LossInputs, Whole, loss_named, policy_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what TRL imports warns while it is compiled for the first time

@@ -17,7 +17,7 @@ from fp4rl.spec.training import Training
 FIXED_BATCH = """
 import json, os, sys, torch
 from pathlib import Path
-from fp4rl.rl import processes, sampler_check, trainer
+from fp4rl.rl import mismatch, processes, trainer
 from fp4rl.rl.events import Evaluated, StepDone
 from fp4rl.rl.train import train
 from fp4rl.spec.load import load_spec
@@ -41,7 +41,7 @@ def fixed(answers, stand_in, recipe, rows, pad_id, device):
     return {name: value[first : first + rows] for name, value in batch.items()}
 
 trainer.training_batch = fixed
-sampler_check.require_decoded = lambda *_: None  # nobody sampled this batch
+mismatch.require_decoded = lambda *_: None  # nobody sampled this batch
 found = {}
 for spec in specs:
     judged, steps = [], []

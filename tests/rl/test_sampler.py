@@ -41,7 +41,7 @@ def plugged(monkeypatch):
 
 
 def test_another_sampler_answers_rollouts_and_evaluations(plugged, run, experiment, monkeypatch):
-    monkeypatch.setattr("fp4rl.rl.sampler_check.require_decoded", lambda *_: None)  # a parrot is not the policy
+    monkeypatch.setattr("fp4rl.rl.mismatch.require_decoded", lambda *_: None)  # a parrot is not the policy
     described = experiment("bf16", training={"steps": 1}).model_copy(update={"sampler": "parrot"})
     _, heard = run(described)
     asked = [call for sampler in plugged for call in sampler.asked]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
+from fp4rl.rl.fill import Refill, answers_of, choose, groups_with_spread
 from fp4rl.spec.errors import InvalidValueError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp4rl.rl.stream import PromptStream
+from fp4rl.rl.fill import PromptStream
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.tasks.arithmetic import Arithmetic
 

@@ -11,9 +11,8 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
-from fp4rl.rl.advantages import group_advantages
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.batch import by_length
+from fp4rl.rl.batch import by_length, group_advantages
 from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.events import ignore
 from fp4rl.rl.session import ResumeState, Run, TrainingSession

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp4rl.rl.events import Emit
+from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import Sampler, transformers_sampler
 from fp4rl.rl.losses import LossRule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import ReferencePolicies
 from fp4rl.rl.rewards import Rewarder
-from fp4rl.rl.stream import PromptStream
 from fp4rl.spec.training import Training
 
 

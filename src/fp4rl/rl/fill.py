@@ -1,7 +1,12 @@
-"""Fill one training batch: generate, score, drop groups without spread and generate again, up to a limit."""
+"""Fill one training batch: take problems, generate, score, drop groups without spread, and again, up to a limit.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Groups without spread are replaced by fresh ones as DAPO's dynamic sampling does (arXiv 2503.14476, 3.2).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from random import Random
 
 import torch
 from torch import Tensor
@@ -9,10 +14,153 @@ from torch import Tensor
 from fp4rl.rl.batch import Answer, kept_answers
 from fp4rl.rl.rewards import Rewarder, soft_overlong_penalty
 from fp4rl.rl.rollout import Rollout, ScoredRollout
-from fp4rl.rl.sampling import Refill, answers_of, choose, groups_with_spread
-from fp4rl.rl.stream import PromptStream
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
 from fp4rl.spec.training import Training
+
+
+@dataclass
+class PromptStream:
+    """Endless. `position` counts problems handed out; with `seed` it is the whole state of the stream.
+
+    Dynamic sampling takes a varying number of problems a step, so the trainer's own data loader cannot serve it. Each
+    of several processes has a stream of its own: process `rank` of `world` gets every `world`-th problem of the order.
+    Raises InvalidValueError for an empty training split.
+    """
+
+    problems: Sequence[Problem]
+    seed: int
+    position: int = 0
+    rank: int = 0
+    world: int = 1
+    _order: list[int] = field(default_factory=list, repr=False)
+    _epoch: int = field(default=-1, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise InvalidValueError("the training split is empty: there is nothing to train on")
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Problem:
+        epoch, index = divmod(self.position * self.world + self.rank, len(self.problems))
+        if epoch != self._epoch:
+            self._order = list(range(len(self.problems)))
+            Random(f"prompts/{self.seed}/{epoch}").shuffle(self._order)
+            self._epoch = epoch
+        self.position += 1
+        return self.problems[self._order[index]]
+
+
+# Two answers differ when their metric does by more than this; rewards that are sums of floats differ by rounding.
+TOLERANCE = 1e-6
+
+
+def groups_with_spread(metric: Tensor, rollout_n: int, tolerance: float = TOLERANCE) -> Tensor:
+    """True for groups whose answers differ. metric [groups * rollout_n] -> bool [groups]. NaN answers do not count.
+
+    DAPO filters on accuracy: with a length penalty in it, the *reward* of an all-wrong group spreads, and dividing by
+    that small standard deviation blows the penalty up to a full-sized advantage.
+    """
+    if rollout_n < 2 or metric.dim() != 1 or metric.numel() % rollout_n:
+        raise InvalidValueError(f"{tuple(metric.shape)} answers do not make groups of {rollout_n} (at least 2)")
+    grouped = metric.float().view(-1, rollout_n)
+    highest = grouped.nan_to_num(nan=float("-inf")).amax(-1)
+    lowest = grouped.nan_to_num(nan=float("inf")).amin(-1)
+    return highest - lowest > tolerance
+
+
+@dataclass(frozen=True)
+class Refill:
+    """How far one training batch has been filled. Immutable: `after` returns the next state.
+
+    `wanted`: groups a training batch needs. `max_num_gen_batches`: generations allowed. `kept`, `generated`: groups so
+    far. `batches`: generations so far.
+    """
+
+    wanted: int
+    max_num_gen_batches: int
+    kept: int = 0
+    generated: int = 0
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wanted < 1 or self.max_num_gen_batches < 1:
+            raise InvalidValueError(
+                f"a batch of {self.wanted} groups with max_num_gen_batches {self.max_num_gen_batches}: "
+                "want at least 1 of each"
+            )
+
+    def after(self, kept: int, generated: int) -> "Refill":
+        """The state after one more generation of `generated` groups, of which `kept` have spread."""
+        if not 0 <= kept <= generated:
+            raise InvalidValueError(f"{kept} of {generated} groups kept")
+        return replace(self, kept=self.kept + kept, generated=self.generated + generated, batches=self.batches + 1)
+
+    @property
+    def full(self) -> bool:
+        """Enough groups for the training batch."""
+        return self.kept >= self.wanted
+
+    @property
+    def gave_up(self) -> bool:
+        """Not full, and no generation left."""
+        return not self.full and self.max_num_gen_batches <= self.batches
+
+    @property
+    def done(self) -> bool:
+        """Stop generating: the batch is full, or the limit is reached."""
+        return self.full or self.gave_up
+
+    def ask(self, batch: int) -> int:
+        """Groups to generate next: what is missing over the share kept so far, at most `batch`; 0 when done.
+
+        The first generation asks for `batch`. A run that keeps 9 of 10 groups refills with 2 prompts, not with a
+        whole batch. With nothing kept yet there is no share to go by, so it asks for a whole batch again.
+        """
+        if self.done:
+            return 0
+        if self.kept == 0:
+            return batch
+        return min(batch, ceil((self.wanted - self.kept) * self.generated / self.kept))
+
+    @property
+    def trained(self) -> int:
+        """Groups that reach the loss: surplus ones are left out, so that every update weighs the same."""
+        return min(self.kept, self.wanted)
+
+    def report(self, metric: str) -> str | None:
+        """One line when the batch is not full, None when it is; `metric` names what was to spread."""
+        if not self.gave_up:
+            return None
+        action = f"training on {self.kept}" if self.kept else "no update in this step"
+        return (
+            f"dynamic sampling: {self.kept} of {self.wanted} groups have spread in {metric} after {self.batches} "
+            f"generations ({self.generated} groups, max_num_gen_batches {self.max_num_gen_batches}); {action}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl. `sampling/dropped_share`: generated groups without spread, over all generated."""
+        return {
+            "sampling/dropped_share": 1 - self.kept / self.generated if self.generated else 0.0,
+            "sampling/gen_batches": float(self.batches),
+            "sampling/generated_groups": float(self.generated),
+            "sampling/trained_groups": float(self.trained),
+        }
+
+
+def choose(spread: Tensor, missing: int) -> Tensor:
+    """Indices of the first `missing` groups with spread, in order of generation. spread bool [groups] -> int64."""
+    return spread.nonzero().flatten()[:missing]
+
+
+def answers_of(groups: Tensor, rollout_n: int) -> Tensor:
+    """Row numbers of all answers of `groups` (indices): [groups] -> [groups * rollout_n]."""
+    first = groups.unsqueeze(-1) * rollout_n
+    return (first + first.new_tensor(range(rollout_n))).flatten()
+
 
 Sampler = Callable[[list[Problem]], Rollout]
 """Problems, each repeated `rollout_n` times in a row -> their answers."""

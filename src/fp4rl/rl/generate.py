@@ -1,13 +1,18 @@
-"""Generate answers: the one place where rollouts and evaluations meet an engine, so that another one plugs in here."""
+"""Generate answers, and score those that are there as they were generated: the whole model, dropout off.
+
+The one place where rollouts and evaluations meet an engine, so that another one plugs in here. Dropout acts where a
+policy learns and nowhere else.
+"""
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -19,9 +24,73 @@ from transformers import (
 )
 
 from fp4rl.models.endings import end_ids
+from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.prompts import padded
-from fp4rl.rl.scoring import dropout_off
 from fp4rl.spec.errors import NotFoundError, nearest
+
+
+def whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Put prompts and answers side by side: ids and attention mask, [rows, P + T] both."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def answer_logps(
+    model: Any, ids: Tensor, mask: Tensor, width: int, *, rows: int, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Score the last `width` tokens of `ids` [n, P + T] in one pass per `rows` sequences.
+
+    `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [n, width] and, if asked,
+    the entropies of the distributions they come from; both 0 in the padding.
+    """
+    logps, entropies = [], []
+    for these, real in zip(torch.split(ids, rows), torch.split(mask, rows), strict=True):
+        labels = these.masked_fill(real == 0, -100)
+        labels[:, :-width] = -100
+        output = model(**forward_inputs(model, these, real), labels=labels, fused_lm_head=True)
+        logps.append(output.log_probs[:, -width:])
+        if entropy:
+            entropies.append(output.entropy[:, -width:])
+    return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, and afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def drops(model: nn.Module) -> bool:
+    """Tell whether `model` leaves anything to chance while it learns, by running it once in training mode.
+
+    What draws random numbers need not be a dropout layer: OPT calls the function, some models skip whole layers or
+    jitter a router. The generators are left as they were.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        before = _random_state(device)
+        try:
+            model(input_ids=torch.ones(1, 8, dtype=torch.long, device=device), use_cache=False)
+        finally:
+            model.train(was_training)
+        return not torch.equal(before, _random_state(device))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """States of the CPU's generator and the device's own, which is where dropout draws from."""
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
 
 # A token is a byte or more: the last n bytes of an answer stand in its last n tokens. Some more for words' beginnings.
 _SPARE = 8

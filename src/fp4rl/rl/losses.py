@@ -4,19 +4,119 @@ r      = pi(token) / pi_old(token), or the geometric mean of that over the answe
 ppo    = -min(r A, clip(r, 1 - low, 1 + high) A)                                    `clipping`
 cispo  = -sg[clip(r, 1 - low, 1 + high)] A log pi
 loss   = aggregate(ppo or cispo) + kl_loss_coef * aggregate(KL(pi || reference))
+
+Micro-batches and processes must not change the result, so each `loss_agg_mode` divides by counts of the *whole*
+optimizer step (`Whole`), never by what happens to be in this micro-batch: the sum over micro-batches is the loss of the
+whole batch.
+
+The KL is estimated per token, from x = log p_ref - log p_policy at a token drawn from the policy (J. Schulman,
+"Approximating KL divergence", 2020); verl's `kl_loss_type`:
+
+    k1 = -x            unbiased, noisy, can be negative; as a *loss* its gradient is zero on average
+    k2 = x^2 / 2       biased, but its gradient is that of the KL
+    k3 = e^x - x - 1   unbiased, never negative; verl and DeepSeek call it low_var_kl
+    abs = |x|
+
+A trailing `+` (`k3+`) keeps the value and takes the gradient of k2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4rl.rl.aggregation import Whole, aggregate
-from fp4rl.rl.divergence import SAFE_LOG_RATIO, kl_per_token
-from fp4rl.spec.algorithms import ALGORITHMS
+from fp4rl.spec.algorithms import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What one optimizer step counts, over all micro-batches, per process (the global count / number of processes).
+
+    `tokens`: unmasked tokens. `sequences`: sequences that share the mean. verl counts those with at least one unmasked
+    token (`Whole.of`), TRL all of them; the difference matters when truncated answers are masked out entirely.
+    """
+
+    tokens: Tensor | float
+    sequences: Tensor | float
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Whole":
+        """The counts of one batch that is the whole step. mask [sequences, tokens]."""
+        lengths = mask.sum(-1)
+        return cls(tokens=lengths.sum().clamp(min=1), sequences=(lengths > 0).sum().clamp(min=1))
+
+    @classmethod
+    def of_step(cls, masks: Sequence[Tensor], accelerator: Any) -> tuple[bool, "Whole"]:
+        """Whether the micro-batches of one optimizer step hold any answer, in any process; and their counts."""
+        lengths = [mask.sum(-1) for mask in masks]
+        tokens = torch.stack([length.sum() for length in lengths]).sum()
+        answers = torch.stack([(length > 0).sum() for length in lengths]).sum()
+        counts = torch.stack([tokens, answers]).float()
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(counts, reduction="mean")
+        return bool(counts[1] > 0), cls(tokens=counts[0].clamp(min=1), sequences=counts[1].clamp(min=1))
+
+
+def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_factor: int | None = None) -> Tensor:
+    """Sum up `losses` [sequences, tokens or 1] under `mask` [sequences, tokens] (1 = counts) as `mode` says.
+
+    `loss_scale_factor`: the longest answer allowed, in tokens; needed by modes that divide by it. Raises NotFoundError
+    for an unknown mode, InvalidValueError when the constant is missing.
+    """
+    if mode not in LOSS_AGGREGATIONS:
+        raise NotFoundError(f"no loss_agg_mode {mode!r}{nearest(mode, LOSS_AGGREGATIONS)}")
+    rule = LOSS_AGGREGATIONS[mode]
+    # masked_fill, not a product: an infinite loss at a padded position must not become NaN.
+    per_sequence = losses.expand_as(mask).masked_fill(mask == 0, 0.0).sum(-1)  # [sequences]
+    if rule.mean_of_answer:
+        per_sequence = per_sequence / mask.sum(-1).clamp(min=1.0)
+    total = per_sequence.sum() / (whole.tokens if rule.over == "tokens" else whole.sequences)
+    return total / _constant(mode, loss_scale_factor) if rule.over_longest else total
+
+
+def _constant(mode: str, loss_scale_factor: int | None) -> int:
+    if loss_scale_factor is None or loss_scale_factor < 1:
+        raise InvalidValueError(f"{mode} divides by a constant: set loss_scale_factor to max_response_length")
+    return loss_scale_factor
+
+
+# exp(20) = 4.9e8: beyond it a ratio carries no information, and exp(89) is infinite in float32.
+SAFE_LOG_RATIO = 20.0
+# verl's cap on one token's k3.
+K3_CAP = 10.0
+
+
+def _k3(x: Tensor) -> Tensor:
+    x = x.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
+    return (x.exp() - x - 1).clamp(max=K3_CAP)
+
+
+_ESTIMATES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "k1": lambda x: -x,
+        "k2": lambda x: 0.5 * x.square(),
+        "k3": _k3,
+        "abs": lambda x: x.abs(),
+        "low_var_kl": _k3,
+    }
+)
+require_names("kl_loss_type", _ESTIMATES, KL_ESTIMATORS)
+
+
+def kl_per_token(logps: Tensor, ref_logps: Tensor, kl_loss_type: str = "low_var_kl") -> Tensor:
+    """Estimate KL(policy || reference) at each token, in nats; same shape as `logps`. Raises NotFoundError."""
+    kind = kl_loss_type.removesuffix("+")
+    if kind not in _ESTIMATES:
+        raise NotFoundError(f"no kl_loss_type {kl_loss_type!r}{nearest(kind, KL_ESTIMATORS)}")
+    value = _ESTIMATES[kind](ref_logps - logps)
+    if kind == kl_loss_type:
+        return value
+    k2 = 0.5 * (logps - ref_logps).square()
+    return k2 - k2.detach() + value.detach()
 
 
 @dataclass(frozen=True)

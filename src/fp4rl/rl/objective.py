@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fp4rl.rl.aggregation import Whole, aggregate
-from fp4rl.rl.losses import LossInputs, LossRule, loss_named, policy_loss
+from fp4rl.rl.losses import LossInputs, LossRule, Whole, aggregate, loss_named, policy_loss
 from fp4rl.rl.mismatch import correct_rollout, mismatch_metrics
 from fp4rl.spec.training import Training
 

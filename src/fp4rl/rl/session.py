@@ -18,13 +18,13 @@ from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.evaluate import Evaluation
 from fp4rl.rl.evaluation_runner import EvaluationRunner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
+from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import sampler_named
-from fp4rl.rl.health.live import LiveMonitor
+from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_policies
 from fp4rl.rl.rewards import Rewarder, reward_named
-from fp4rl.rl.stream import PromptStream
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment

@@ -19,19 +19,18 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
 from fp4rl.rl import processes
-from fp4rl.rl.aggregation import Whole
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import by_length, training_batch
 from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.events import Message
 from fp4rl.rl.fill import Filler
-from fp4rl.rl.generate import Sampling
+from fp4rl.rl.generate import Sampling, answer_logps, dropout_off, drops, whole_sequences
+from fp4rl.rl.losses import Whole
 from fp4rl.rl.masters import Masters
+from fp4rl.rl.mismatch import compare_sampler, is_due
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
-from fp4rl.rl.sampler_check import compare_sampler, is_due
-from fp4rl.rl.scoring import answer_logps, dropout_off, drops, whole_sequences
 from fp4rl.rl.step_metrics import StepMeans, StepTimer
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fp4rl.rl.health.answers import dead_rollouts, length_explosion
-from fp4rl.rl.health.exploration import entropy_collapse, entropy_explosion
+from fp4rl.rl.health.answers import dead_rollouts, entropy_collapse, entropy_explosion, length_explosion
 from fp4rl.rl.health.findings import Verdict
 from fp4rl.rl.health.histories import SignalHistories
 from fp4rl.rl.health.learning import accuracy_collapse, no_spread, reward_hacking

@@ -1,9 +1,8 @@
 """Checks on whether the policy learns what it should: accuracy, reward against validation, and rewards that differ."""
 
 from fp4rl.rl.health.findings import OK, Verdict, worst
-from fp4rl.rl.health.histories import SignalHistories, solved
+from fp4rl.rl.health.histories import SignalHistories, grain, sampling_error, solved
 from fp4rl.rl.health.loss import lost
-from fp4rl.rl.health.shares import grain, sampling_error
 from fp4rl.spec.health import Thresholds
 
 # Validations in a row without a new best before a rising reward looks suspicious.

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log, sqrt
 
-from fp4rl.rl.health.histories import SignalHistories
-from fp4rl.rl.health.history import LEVELS, NOISE_WINDOW, SignalHistory
-from fp4rl.rl.health.shares import sampling_error
+from fp4rl.rl.health.histories import LEVELS, NOISE_WINDOW, SignalHistories, SignalHistory, sampling_error
 from fp4rl.spec.health import Thresholds
 
 # A level that never stood out from its noise has no gain to lose: a fall is then counted in units of the noise.

@@ -1,15 +1,67 @@
-"""The monitor of one run: metrics in, step by step; findings out when a state changes."""
+"""The monitor of one run: metrics in, step by step; findings out when a state changes. Live, it ends or rolls back."""
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
+from fp4rl.rl.events import Emit, Message
 from fp4rl.rl.health.checks import CHECKS, Check
-from fp4rl.rl.health.findings import ORDER, Finding, Verdict
+from fp4rl.rl.health.findings import OK, ORDER, Finding, Verdict
 from fp4rl.rl.health.histories import SignalHistories, lacking, summary
-from fp4rl.rl.health.rules import RuleWatch
 from fp4rl.rl.health.signals import signals_of
-from fp4rl.spec.health import Health, Policy, State, Thresholds
+from fp4rl.spec.errors import nearest
+from fp4rl.spec.evidence import HealthFinding
+from fp4rl.spec.health import Health, Policy, Rule, State, Thresholds
+from fp4rl.spec.records import HealthSummary
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+# Observations without the metric of a rule before that is said.
+_PATIENCE = 20
+
+
+class RuleWatch:
+    """One rule over a run. A rule that could not be asked because nobody logs its metric says so instead of nothing."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._answer: Verdict | None = None
+        self._missed = 0
+
+    @property
+    def unasked(self) -> str:
+        """Why the rule has had no value to look at so far; empty once it had one."""
+        return "" if self._answer is not None else f"{self.rule.metric} was not logged from step {self.rule.step} on"
+
+    def evaluate(self, step: int, values: Mapping[str, float]) -> Verdict:
+        """`values`: this step's metrics and signals by name. An `at` rule asks once and keeps its answer."""
+        rule = self.rule
+        if step < rule.step:
+            return OK
+        if rule.when == "at" and self._answer is not None:
+            return self._answer
+        value = values.get(rule.metric)
+        if value is None:
+            return self._missing(values)
+        broken = _OPERATORS[rule.op](value, rule.value)
+        self._answer = Verdict("alarm", f"{rule.metric} is {value:.4g}") if broken else OK
+        return self._answer
+
+    def _missing(self, values: Mapping[str, float]) -> Verdict:
+        """Sparse metrics (validation) are absent from most steps; one that never came is a name nobody logs."""
+        self._missed += 1
+        if self._answer is not None or self._missed < _PATIENCE:
+            return self._answer or OK
+        return Verdict("watch", f"no metric {self.rule.metric!r} so far{nearest(self.rule.metric, values)}")
+
 
 _STRENGTH: Mapping[Policy, int] = {"note": 0, "stop": 1, "rollback": 2}
 
@@ -163,3 +215,61 @@ def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int
     onset = min((f.since for f in findings if f.state == "alarm"), default=None)
     before = [step for step in checkpoints if onset is None or step < onset]
     return max(before, default=None)
+
+
+History = Iterable[tuple[int, Mapping[str, float]]]
+"""(steps done, metrics), in order."""
+
+
+class LiveMonitor:
+    """Monitors one training session. `past` is what was logged before it began: a resumed run is one history.
+
+    Findings are emitted as evidence and as messages; those that are no alarms are for the log alone.
+
+    `verdict` is what the alarms so far ask for: `note` to go on, `stop` or `rollback`.
+    """
+
+    def __init__(
+        self,
+        spec: Health,
+        past: History,
+        emit: Emit,
+    ) -> None:
+        self._monitor = Monitor(spec)
+        self._emit = emit
+        self.decisive: Finding | None = None
+        for step, metrics in past:
+            self._decide(self._monitor.observe(step, metrics))
+
+    @property
+    def verdict(self) -> Policy:
+        """Return what to do now."""
+        return self.decisive.policy if self.decisive is not None else "note"
+
+    @property
+    def alarms(self) -> list[Finding]:
+        """Return every alarm so far."""
+        return self._monitor.alarms
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Take the metrics of one more step; return whether it is the last one."""
+        findings = self._monitor.observe(step, metrics)
+        for finding in findings:
+            self._emit(_line(finding))
+            self._emit(Message(str(finding), log_only=finding.state != "alarm"))
+        self._decide(findings)
+        return self.verdict != "note"
+
+    def summary(self, rollbacks: int) -> HealthSummary:
+        """Summarise for the result: the worst state of the whole run, and its alarms in the order they came."""
+        state = "alarm" if self.alarms else self._monitor.state
+        return HealthSummary(state=state, alarms=tuple(map(_line, self.alarms)), rollbacks=rollbacks)
+
+    def _decide(self, findings: Iterable[Finding]) -> None:
+        wanted = action(findings)
+        if self.decisive is None and wanted != "note":
+            self.decisive = next(f for f in findings if f.state == "alarm" and f.policy == wanted)
+
+
+def _line(finding: Finding) -> HealthFinding:
+    return HealthFinding(**finding.as_dict())
