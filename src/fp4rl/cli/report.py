@@ -25,22 +25,22 @@ def command(
 def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> None:
     """Print the comparison table of a suite and write its HTML report beside its runs; `ledger` is the address of the
     one that knows how far repeats lie apart, where it is not the folder's own."""
-    from fp4rl.lab.files import json_ready
+    from fp4rl.lab.files import json_ready, write_whole
     from fp4rl.lab.report.collect import collect
-    from fp4rl.lab.report.html import write_html
-    from fp4rl.lab.report.plain import as_dict
+    from fp4rl.lab.report.html import render
     from fp4rl.lab.report.terminal import terminal
 
     report = collect(folder, ledger)
     for damage in report.damages:
         leave_out(damage)
+    page: Path | None = folder / "report.html"
     try:
-        page: str | None = str(write_html(report, folder / "report.html"))
+        write_whole(folder / "report.html", render(report))
     except OSError as error:  # an archive can be read all the same
         page = None
         console(stderr=True).print(f"no HTML report: {folder} cannot be written ({error.strerror})", soft_wrap=True)
     if as_json:
-        print_json(json_ready(as_dict(report) | {"html": page}))
+        print_json(json_ready(report.as_dict() | {"html": page}))
         return
     console().print(terminal(report))
     if page is not None:

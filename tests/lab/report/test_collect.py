@@ -8,8 +8,7 @@ import yaml
 
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
-from fp4rl.lab.report.evidence_rows import evidence_of
-from fp4rl.lab.report.plain import as_dict
+from fp4rl.lab.report.evidence import evidence_of
 from fp4rl.lab.report.scores import mean_over_seeds
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
@@ -158,7 +157,7 @@ def test_a_single_experiment_is_shown_without_questions(tmp_path: Path):
 def test_the_report_is_strict_json(make_trial):
     trial = make_trial()
     folder = trial.write(missing=[("w4a4", 2)], without_evidence=[("w4a16", 1)], stale=[("bf16", 0)])
-    plain = json.loads(json.dumps(as_dict(collect(folder)), allow_nan=False))
+    plain = json.loads(json.dumps(collect(folder).as_dict(), allow_nan=False))
     assert plain["questions"][0]["word"] == "not comparable"
     assert plain["differences_between_arms"]["w4a16+aqn"]["noise"]["first"] is None
 
@@ -225,7 +224,7 @@ def test_a_run_that_was_rolled_back_is_named(make_trial):
     rewrite(folder, "w4a4", lambda result: result["evidence"].update(health=health))
     report = collect(folder)
     assert any("lower learning rate: w4a4 seed 0, w4a4 seed 1" in note for note in report.notes)
-    rows = dict(evidence_of(report, "w4a4").rows)
+    rows = dict(evidence_of(report.runs, "w4a4").rows)
     assert rows["monitor"][0] == "alarm; gradient at step 4; rolled back 1 x, at a lower learning rate"
 
 

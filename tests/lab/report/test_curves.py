@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fp4rl.lab.report.collect import collect
-from fp4rl.lab.report.curves import MOST_POINTS, curve
+from fp4rl.lab.report.figures import MOST_POINTS, curve
 
 
 @pytest.fixture

@@ -7,16 +7,21 @@ import pytest
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
-from fp4rl.lab.report.evidence import RunEvidence, pooled_evidence
-from fp4rl.lab.report.evidence_rows import evidence_of
+from fp4rl.lab.report.evidence import (
+    evidence_of,
+    live_difference,
+    masters_unchanged,
+    noise_steps,
+    roundings,
+    sites_quantized,
+)
 from fp4rl.lab.runs import Run
 from fp4rl.spec.records import read_result
 from planted.records import line
 
 
-def pool(lines, summary=None) -> RunEvidence:
-    result = read_result({"evidence": summary or {}})
-    return pooled_evidence(Run("s", "r", {}, result, [line(**content) for content in lines]))
+def run_with(lines) -> Run:
+    return Run("s", "r", {}, read_result({"evidence": {}}), [line(**content) for content in lines])
 
 
 def row(site, phase="rollout", **values):
@@ -32,14 +37,14 @@ def row(site, phase="rollout", **values):
 
 
 def test_nothing_recorded_reads_as_none():
-    evidence = pool([])
-    assert (evidence.sites, evidence.masters_unchanged, evidence.live_difference) == (None, None, None)
-    assert evidence.roundings == ()
+    run = run_with([])
+    assert (sites_quantized(run), masters_unchanged(run), live_difference(run)) == (None, None, None)
+    assert roundings(run) == []
 
 
 def test_sites_are_pooled_by_phase_and_point_with_medians():
     lines = [row("a", share_changed=0.5), row("b", share_changed=0.9), row("c", share_changed=None)]
-    (pooled,) = pool(lines).roundings
+    (pooled,) = roundings(run_with(lines))
     assert (pooled.sites, pooled.calls, pooled.elements) == (3, 9, 24)
     assert pooled.share_changed == pytest.approx(0.7)
     assert pooled.relative_error is None
@@ -47,7 +52,7 @@ def test_sites_are_pooled_by_phase_and_point_with_medians():
 
 def test_evaluations_under_several_profiles_stay_apart():
     lines = [row("a", "evaluation", profile="w4a16"), row("a", "evaluation", profile="w4a4")]
-    phases = [rounding.phase for rounding in pool(lines).roundings]
+    phases = [rounding.phase for rounding in roundings(run_with(lines))]
     assert phases == ["evaluation as w4a16", "evaluation as w4a4"]
 
 
@@ -56,39 +61,31 @@ def test_noise_is_pooled_over_layers_as_a_root_mean_square():
     sizes = ((0, 0.03, 0.04, 100), (1, 0.01, 0.0, 300))
     layers = [{"layer": n, "sigma": s, "realised": r, "elements": e} | rest for n, s, r, e in sizes]
     written = {"kind": "noise", "step": 2, "sigma": 0.02, "share_changed": 0.5, "layers": layers}
-    (step,) = pool([written]).noise
+    (step,) = noise_steps(run_with([written]))
     assert (step.asked, step.realised) == (pytest.approx((0.0003) ** 0.5), pytest.approx(0.02))
 
 
 def test_one_harmed_master_is_enough():
     lines = [{"kind": "master", "unharmed": unharmed} for unharmed in (True, False, True)]
-    evidence = pool(lines)
-    assert (evidence.master_checks, evidence.masters_unchanged) == (3, False)
-
-
-def test_phases_whose_operands_were_held_are_named_once_and_what_moved_is_a_share():
-    held = [{"kind": "rounded", "phase": "rollout", "step": step, "sites": 14} for step in (0, 1)]
-    held += [{"kind": "rounded", "phase": "evaluation", "profile": name, "sites": 14} for name in ("w4a16", "w4a4")]
-    evidence = pool(held, {"weights_changed": 0.25})
-    assert (evidence.operands_held, evidence.moved) == (("rollout", "evaluation"), 0.25)
-    nothing = pool([])
-    assert (nothing.operands_held, nothing.moved) == ((), None)
+    assert masters_unchanged(run_with(lines)) is False
 
 
 def rows_of(report, arm):
-    return dict(evidence_of(report, arm).rows)
+    return dict(evidence_of(report.runs, arm).rows)
 
 
 def test_what_moved_and_was_held_stands_in_the_arms_rows(make_trial):
     folder = make_trial().write()
     for place in folder.glob("w4a16-s*"):
         own = RunFolder(place)
-        own.add_evidence(line("rounded", phase="rollout", step=0, sites=14))
+        for step in (0, 1):
+            own.add_evidence(line("rounded", phase="rollout", step=step, sites=14))
+        own.add_evidence(line("rounded", phase="evaluation", profile="w4a16", sites=14))
         result = own.result().as_json()
         result["evidence"]["weights_changed"] = 0.25
         (place / "result.json").write_text(json.dumps(result))
     rows = rows_of(collect(folder), "w4a16")
-    assert rows["operands equal their masters' rounding"] == ["rollout"] * 3
+    assert rows["operands equal their masters' rounding"] == ["rollout, evaluation"] * 3
     assert rows["weights changed by training"] == ["25.0 %"] * 3
     assert "weights changed by training" not in rows_of(collect(folder), "w4a4")
 
@@ -121,7 +118,7 @@ def test_the_site_table_keeps_evaluations_under_several_profiles_apart(make_tria
         site = RunFolder(run).sites().plans[0].site
         for profile, error in (("w4a16", 0.1), ("bf16", 0.002)):
             RunFolder(run).add_evidence(line(**row(site, "evaluation", profile=profile, relative_error=error)))
-    shown = evidence_of(collect(folder), "w4a16").sites[0][-1]
+    shown = evidence_of(collect(folder).runs, "w4a16").sites[0][-1]
     assert "evaluation as w4a16 3 calls, weight 10.0 %; evaluation as bf16 3 calls, weight 0.2 %" in shown
 
 
@@ -133,7 +130,7 @@ def test_noise_asked_and_realised_stand_side_by_side(complete):
 
 
 def test_every_site_says_its_formats_its_calls_and_its_error_by_phase(complete):
-    arm = evidence_of(complete, "w4a4")
+    arm = evidence_of(complete.runs, "w4a4")
     assert arm.sites[0] == [
         "model.layers.0.q_proj",
         "64 x 64",
@@ -144,7 +141,7 @@ def test_every_site_says_its_formats_its_calls_and_its_error_by_phase(complete):
 
 
 def test_only_the_keys_in_which_arms_differ_are_listed(complete):
-    rows = dict(arm_differences(complete))
+    rows = dict(arm_differences(complete.arms))
     assert rows["injection.weight"] == ["-", *["mxfp4 (scale_rule even)"] * 3]
     assert rows["injection.input"][1:] == ["none", "none", "mxfp4 (scale_rule even)"]
     assert rows["noise.schedule.sigma_start"] == ["-", "-", "0.01", "-"]
@@ -162,4 +159,4 @@ def test_every_number_says_what_it_was_measured_under(make_trial):
 
 
 def test_versions_come_from_the_runs(complete):
-    assert dict(versions(complete))["torch"] == ["2.13.0"]
+    assert dict(versions(complete.runs))["torch"] == ["2.13.0"]

@@ -9,8 +9,8 @@ import pytest
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.figures import accuracy, answers, learning
-from fp4rl.lab.report.html import render, write_html
-from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.lab.report.html import render
+from fp4rl.spec.errors import NotFoundError
 from planted.records import line
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
@@ -99,15 +99,6 @@ def test_a_suite_without_any_finished_run_still_has_a_page(make_trial):
     everything = [(arm, seed) for arm in ("bf16", "w4a16", "w4a16+aqn", "w4a4") for seed in range(3)]
     own = without_plotly(render(collect(make_trial().write(missing=everything))))
     assert "No run is finished." in own
-
-
-def test_the_file_is_written_whole_or_not_at_all(faulty, tmp_path, monkeypatch):
-    target = tmp_path / "report.html"
-    target.write_text("old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(InvalidValueError, match="No space left"):
-        write_html(faulty, target)
-    assert target.read_text() == "old"
 
 
 def test_without_the_extra_the_error_names_it(faulty, monkeypatch):

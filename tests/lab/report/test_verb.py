@@ -37,3 +37,15 @@ def test_what_is_no_suite_is_one_line_and_exit_code_2(make_trial, capsys, tmp_pa
     message = capsys.readouterr().err
     assert cure in message
     assert message.count("\n") == 1
+
+
+def test_a_suite_that_cannot_be_written_is_shown_and_its_page_stays_as_it_was(make_trial, capsys, monkeypatch):
+    folder = make_trial().write()
+    (folder / "report.html").write_text("old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "12 of 12 runs" in printed.out
+    assert "no HTML report" in printed.err
+    assert "Read-only file system" in printed.err
+    assert (folder / "report.html").read_text() == "old"

@@ -1,27 +1,37 @@
 """Suite folder -> everything the report shows, as one frozen value."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fp4rl.lab.compare.comparison import Answer, answer_all
 from fp4rl.lab.compare.declared import suite_questions
+from fp4rl.lab.compare.difference import differences
 from fp4rl.lab.compare.sides import At
 from fp4rl.lab.damage import Damaged
 from fp4rl.lab.ledger.query import known_spread
 from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps, roundings, sites_quantized
 from fp4rl.lab.report.notes import notes
 from fp4rl.lab.report.scores import Score, scores
+from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun, read_suite
+from fp4rl.spec.evidence import MasterCheck
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.words import agreeing, counted
+from fp4rl.spec.words import counted
+
+_MEANS = ("before", "after", "flexible", "formatted", "formatted_before", "truncated")
 
 
 @dataclass(frozen=True)
 class SuiteReport:
-    """A suite as its runs show it. `not_planned`: run folders that the present suite.yaml does not ask for."""
+    """A suite as its runs show it. `arms`: what each describes (its first seed), in the order of the suite.
+
+    `not_planned`: run folders that the present suite.yaml does not ask for.
+    """
 
     name: str
     code_digest: str
+    arms: dict[str, Experiment]
     runs: tuple[SuiteRun, ...]
     scores: tuple[Score, ...]
     questions: tuple[Answer, ...]
@@ -29,21 +39,8 @@ class SuiteReport:
     not_planned: tuple[str, ...]
 
     @property
-    def arms(self) -> dict[str, Experiment]:
-        """Arm -> what it describes (its first seed), in the order of the suite."""
-        described: dict[str, Experiment] = {}
-        for run in self.runs:
-            described.setdefault(run.planned.arm, run.planned.experiment)
-        return described
-
-    @property
-    def finished(self) -> tuple[SuiteRun, ...]:
-        """Planned runs with a result that can be read."""
-        return tuple(run for run in self.runs if run.run is not None)
-
-    @property
     def missing(self) -> tuple[SuiteRun, ...]:
-        """Planned runs without one."""
+        """Planned runs without a result that can be read."""
         return tuple(run for run in self.runs if run.run is None)
 
     @property
@@ -59,8 +56,26 @@ class SuiteReport:
     @property
     def state(self) -> str:
         """`12 of 12 runs`, or `partial: 7 of 12 runs`."""
-        count = f"{len(self.finished)} of {counted(len(self.runs), 'run')}"
+        count = f"{len(self.runs) - len(self.missing)} of {counted(len(self.runs), 'run')}"
         return count if not self.missing else f"partial: {count}"
+
+    def as_dict(self) -> dict[str, object]:
+        """Every number as plain values; accuracies, differences and margins in points, shares between 0 and 1."""
+        arms = [(name, experiment.model_dump(mode="json")) for name, experiment in self.arms.items()]
+        return {
+            "suite": self.name,
+            "state": self.state,
+            "code_digest": self.code_digest,
+            "scores": [_score_dict(score) for score in self.scores],
+            "questions": [_question_dict(answer) for answer in self.questions],
+            "runs": [_run_dict(run) for run in self.runs],
+            "differences_between_arms": {
+                name: {key: {"first": a, "this": b} for key, (a, b) in differences(arms[0][1], described).items()}
+                for name, described in arms[1:]
+            },
+            "not_planned": list(self.not_planned),
+            "notes": list(self.notes),
+        }
 
 
 def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
@@ -70,24 +85,80 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     """
     suite = read_suite(suite_folder)
     address = ledger or suite_folder.parent / "ledger.db"
-    questions = suite_questions(suite, At())
-    answers = answer_all(questions, lambda run: known_spread(address, run))
-    rows = scores(suite.runs)
+    answers = answer_all(suite_questions(suite, At()), lambda run: known_spread(address, run))
+    rows = scores(suite.by_arm)
     return SuiteReport(
         name=suite_folder.resolve().name,
         code_digest=code_digest(),
+        arms={arm: runs[0].planned.experiment for arm, runs in suite.by_arm.items()},
         runs=suite.runs,
         scores=rows,
         questions=answers,
-        notes=(*notes(suite.runs, rows, answers), *_left_alone(suite.not_planned)),
+        notes=notes(suite, rows, answers),
         not_planned=suite.not_planned,
     )
 
 
-def _left_alone(others: tuple[str, ...]) -> tuple[str, ...]:
-    """A description that changed, in the file or in the code that reads it, gives its runs other ids."""
-    if not others:
-        return ()
-    many = f"{counted(len(others), 'run folder')} {agreeing(len(others), 'is', 'are')}"
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return (f"{many} not asked for by the present suite.yaml, and left alone: {', '.join(others[:3])}{more}.",)
+def _score_dict(score: Score) -> dict[str, object]:
+    means = {name: getattr(score, name) for name in _MEANS}
+    return {
+        "arm": score.arm,
+        "profile": score.profile,
+        "measured_under": [profile.model_dump() for profile in score.profiles],
+        "problems": score.problems,
+        **{name: mean and asdict(mean) for name, mean in means.items()},
+        "of_samples": {name: asdict(mean) for name, mean in score.of_samples.items()},
+        "by_seed": [
+            {
+                "seed": s.run.planned.seed,
+                "run_id": s.run.planned.run_id,
+                "counts": s.run.counts,
+                "stale": s.run.stale,
+                "before": s.before,
+                "after": s.after,
+            }
+            for s in score.by_seed
+        ],
+    }
+
+
+def _question_dict(answer: Answer) -> dict[str, object]:
+    return {
+        **(answer.question.asked.model_dump(mode="json") if answer.question.asked else {}),
+        "word": answer.word,
+        "sentence": answer.sentence(),
+        "refused": list(answer.refused),
+        "verdict": None if answer.verdict is None else answer.verdict.as_dict(),
+    }
+
+
+def _run_dict(run: SuiteRun) -> dict[str, object]:
+    result = None if run.run is None else run.run.result
+    return {
+        "run_id": run.planned.run_id,
+        "arm": run.planned.arm,
+        "seed": run.planned.seed,
+        "state": run.state,
+        "counts": run.counts,
+        "stale": run.stale,
+        "code_digest": run.code_digest,
+        "gaps": list(run.gaps),
+        "versions": dict(result.versions) if result else {},
+        "wall_s": run.wall_s,
+        "stopped": result.stopped if result else None,
+        "evidence": None if run.run is None else _evidence_dict(run.run),
+    }
+
+
+def _evidence_dict(run: Run) -> dict[str, object]:
+    health = run.result.evidence.health
+    return {
+        "sites": sites_quantized(run),
+        "sites_digest": run.sites.digest,
+        "roundings": [asdict(rounding) for rounding in roundings(run)],
+        "noise": [asdict(step) for step in noise_steps(run)],
+        "master_checks": len(run.of(MasterCheck)),
+        "master_unharmed": masters_unchanged(run),
+        "live_difference": live_difference(run),
+        "health": None if health is None else health.as_json(),
+    }

@@ -1,10 +1,10 @@
 """What was asked, in words: where arms differ, what a number was measured under, which versions computed it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.scores import Score
+from fp4rl.lab.suites import SuiteRun
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec.evidence import Profile
 from fp4rl.spec.experiment import Experiment
@@ -15,26 +15,23 @@ from fp4rl.spec.points import FORMAT_POINTS
 
 Row = tuple[str, list[str]]
 NOT_RECORDED = "not recorded"
-_ABSENT = object()
 
 
-def arm_differences(report: SuiteReport) -> list[Row]:
+def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
     """Key -> its value in every arm, for the keys in which arms differ.
 
     An arm without injection (or noise) has none of its keys; of the others' only what is no default is shown.
     """
-    described = [experiment.model_dump(mode="json", exclude={"seed"}) for experiment in report.arms.values()]
-    arms = [dict(_leaves(content, "")) for content in described]
-    keys = dict.fromkeys(key for arm in arms for key in arm)
+    described = [dict(_leaves(arm.model_dump(mode="json", exclude={"seed"}), "")) for arm in arms.values()]
+    keys = dict.fromkeys(key for leaves in described for key in leaves)
     rows = []
     for key in keys:
-        values = [arm.get(key, _ABSENT) for arm in arms]
-        present = [value for value in values if value is not _ABSENT]
+        present = [leaves[key] for leaves in described if key in leaves]
         same = all(value == present[0] for value in present)
         above = any(other.startswith(f"{key}.") for other in keys)
-        if above or (same and (len(present) == len(arms) or present[0] == _DEFAULTS.get(key, _ABSENT))):
-            continue
-        rows.append((key, ["-" if value is _ABSENT else _said(value) for value in values]))
+        usual = len(present) == len(described) or (key in _DEFAULTS and present[0] == _DEFAULTS[key])
+        if not above and not (same and usual):
+            rows.append((key, [_in_words(leaves[key]) if key in leaves else "-" for leaves in described]))
     return rows
 
 
@@ -43,10 +40,11 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
 
     The formats are those of the description; the digest of the site table is what was really there.
     """
+    nothing_acted = profile.precision is not None and profile.precision.partition(":")[0] in ("full", "clean")
     facts = {
         "precision": profile.precision,
         "formats": _formats(profile.name, experiment),
-        "site table": profile.sites_digest or ("none" if _nothing_acted(profile.precision) else None),
+        "site table": profile.sites_digest or ("none" if nothing_acted else None),
         "noise": profile.noise,
         "scorer": profile.scorer,
         "answers": profile.sampling,
@@ -57,13 +55,9 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
     return [(name, NOT_RECORDED if value is None else str(value)) for name, value in facts.items()]
 
 
-def _nothing_acted(precision: str | None) -> bool:
-    return precision is not None and precision.partition(":")[0] in ("full", "clean")
-
-
-def versions(report: SuiteReport) -> list[Row]:
+def versions(runs: Iterable[SuiteRun]) -> list[Row]:
     """Library -> the versions that the finished runs name."""
-    tables = [run.run.result.versions for run in report.finished if run.run is not None]
+    tables = [run.run.result.versions for run in runs if run.run is not None]
     names = dict.fromkeys(name for table in tables for name in table)
     return [(name, sorted({table[name] for table in tables if name in table})) for name in names]
 
@@ -97,14 +91,14 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _said(value: Any) -> str:
+def _in_words(value: Any) -> str:
     match value:
         case None:
             return "none"
         case dict():
             return format_words(value)
         case list():
-            return ", ".join(_said(inner) for inner in value) or "none"
+            return ", ".join(_in_words(inner) for inner in value) or "none"
     return str(value)
 
 

@@ -1,14 +1,23 @@
-"""What one run shows of its treatment, pooled for a reader: rounding by phase, noise, checks of its weights."""
+"""What runs recorded of their treatment: rounding by phase, noise, checks of their weights; then as rows of words."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
+from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, format_words
 from fp4rl.lab.runs import Run
+from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Injected, LayerNoise, LiveCheck, MasterCheck, NoiseStages, RolloutNoise, Rounded
-from fp4rl.spec.records import HealthSummary, PlannedSite, SiteLeftOut
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS
+from fp4rl.spec.records import PlannedSite
+from fp4rl.spec.words import counted
+
+_ORDER: dict[str, int] = {phase: order for order, phase in enumerate(PHASES)}
+_Cells = Iterator[tuple[str, Sequence[str | None]]]  # None stands for what a run did not record
 
 
 @dataclass(frozen=True)
@@ -35,53 +44,27 @@ class NoiseStep:
 
 
 @dataclass(frozen=True)
-class RunEvidence:
-    """What a run recorded. None stands for what it did not record, never for a good result."""
+class ArmEvidence:
+    """One arm: a column per finished run (`heads`), a row per fact. `sites`: the site table of its first run."""
 
-    sites: int | None
-    sites_digest: str | None
-    roundings: tuple[Rounding, ...]
-    site_rows: tuple[Injected, ...]
-    plans: tuple[PlannedSite, ...]
-    left_out: tuple[SiteLeftOut, ...]
-    noise: tuple[NoiseStep, ...]
-    noise_missed: tuple[float, ...]
-    master_checks: int
-    masters_unchanged: bool | None
-    live_difference: float | None
-    operands_held: tuple[str, ...]  # the phases whose operands were compared with their masters by value
-    moved: float | None
-    health: HealthSummary | None
+    arm: str
+    heads: list[str]
+    rows: list[Row]
+    sites: list[list[str]]
+    left_out: list[list[str]]
 
 
-def pooled_evidence(run: Run) -> RunEvidence:
-    """The evidence of one run as a reader wants it."""
-    live = [line.max_difference for line in run.of(LiveCheck)]
-    masters = [line.unchanged for line in run.of(MasterCheck)]
-    summary, plans = run.result.evidence, run.sites.plans
-    return RunEvidence(
-        sites=summary.sites if plans is None else len(plans),
-        sites_digest=run.sites.digest,
-        roundings=_roundings(run.of(Injected)),
-        site_rows=tuple(run.of(Injected)),
-        plans=plans or (),
-        left_out=run.sites.left_out,
-        noise=tuple(map(_noise_step, run.of(RolloutNoise))),
-        noise_missed=tuple(sigma for line in run.of(NoiseStages) for sigma in line.missed),
-        master_checks=len(masters),
-        masters_unchanged=all(masters) if masters else None,
-        live_difference=max(live, key=lambda value: (math.isnan(value), value), default=None),
-        operands_held=tuple(dict.fromkeys(line.phase for line in run.of(Rounded))),
-        moved=summary.weights_changed,
-        health=summary.health,
-    )
+def sites_quantized(run: Run) -> int | None:
+    """How many sites something was done to; None where the run did not record it."""
+    return run.result.evidence.sites if run.sites.plans is None else len(run.sites.plans)
 
 
-def _roundings(rows: Iterable[Injected]) -> tuple[Rounding, ...]:
+def roundings(run: Run) -> list[Rounding]:
+    """What every point did in every phase."""
     groups: dict[tuple[str, str], list[Injected]] = defaultdict(list)
-    for row in rows:
-        groups[phase_of(row), row.point].append(row)
-    return tuple(
+    for row in run.of(Injected):
+        groups[_phase_of(row), row.point].append(row)
+    return [
         Rounding(
             phase=phase,
             point=point,
@@ -92,28 +75,161 @@ def _roundings(rows: Iterable[Injected]) -> tuple[Rounding, ...]:
             relative_error=_median(row.relative_error for row in group),
         )
         for (phase, point), group in groups.items()
+    ]
+
+
+def noise_steps(run: Run) -> list[NoiseStep]:
+    """The noise of every rollout."""
+    steps = []
+    for line in run.of(RolloutNoise):
+        asked, realised = _pooled(line.layers, "sigma"), _pooled(line.layers, "realised")
+        steps.append(NoiseStep(line.step, line.sigma if asked is None else asked, realised, line.share_changed))
+    return steps
+
+
+def masters_unchanged(run: Run) -> bool | None:
+    """Whether all checks of the master weights held; None where none was made."""
+    return all(line.unchanged for line in run.of(MasterCheck)) if run.of(MasterCheck) else None
+
+
+def live_difference(run: Run) -> float | None:
+    """The largest difference of the live policy from its saved copy; not-a-number is larger than any."""
+    differences = [line.max_difference for line in run.of(LiveCheck)]
+    return max(differences, key=lambda value: (math.isnan(value), value), default=None)
+
+
+def evidence_of(runs: Iterable[SuiteRun], arm: str) -> ArmEvidence:
+    """Everything that an arm's finished runs recorded, missing facts named as such."""
+    finished = [(planned, planned.run) for planned in runs if planned.planned.arm == arm and planned.run is not None]
+    shown = next((run for _, run in finished if run.sites.plans), None)
+    return ArmEvidence(
+        arm=arm,
+        heads=[f"seed {planned.planned.seed}" for planned, _ in finished],
+        rows=[(name, [cell or NOT_RECORDED for cell in cells]) for name, cells in _rows(finished)],
+        sites=[_site(shown, plan) for plan in shown.sites.plans or ()] if shown else [],
+        left_out=[[row.site, row.reason] for row in shown.sites.left_out] if shown else [],
     )
 
 
-def phase_of(row: Injected) -> str:
+def _rows(finished: Sequence[tuple[SuiteRun, Run]]) -> _Cells:
+    if not finished:
+        return
+    runs = [run for _, run in finished]
+    yield "enters the means", [f"no: {'; '.join(run.gaps)}" if run.gaps else "yes" for run in runs]
+    sites = [sites_quantized(run) for run in runs]
+    yield "sites quantized", [None if count is None else str(count) for count in sites]
+    yield from _if_any("site table", [run.sites.digest for run in runs])
+    yield from _rounding_rows(runs, finished[0][0].planned.experiment.injection)
+    yield from _noise_rows(runs)
+    held = [", ".join(dict.fromkeys(line.phase for line in run.of(Rounded))) for run in runs]
+    yield from _if_any("operands equal their masters' rounding", held)
+    yield from _if_any("weights changed by training", [_share(run.result.evidence.weights_changed) for run in runs])
+    yield "master weights", [_masters(run) for run in runs]
+    yield "live policy", [_live(run) for run in runs]
+    yield from _if_any("monitor", [_health(run) for run in runs])
+    stale = [" (stale)" if planned.stale else "" for planned, _ in finished]
+    yield "code", [f"{run.result.code_digest or NOT_RECORDED}{mark}" for run, mark in zip(runs, stale, strict=True)]
+    yield "duration", ["-" if run.result.wall_s is None else f"{run.result.wall_s:.0f} s" for run in runs]
+
+
+def _if_any(name: str, cells: Sequence[str | None]) -> _Cells:
+    if any(cells):
+        yield name, cells
+
+
+def _rounding_rows(runs: Sequence[Run], injection: Injection | None) -> _Cells:
+    """Calls, share changed and error of every phase and point that the spec asks for or some run recorded."""
+    by_key = [{(rounding.phase, rounding.point): rounding for rounding in roundings(run)} for run in runs]
+    recorded = dict.fromkeys(key for rows in by_key for key in rows)
+    # Evaluations record themselves per profile: "evaluation as deployment".
+    begun = {(phase.partition(" ")[0], point) for phase, point in recorded}
+    keys = [*recorded, *(key for key in _asked(injection) if key not in begun)]
+    for phase, point in sorted(keys, key=lambda key: _ORDER.get(key[0].partition(" ")[0], len(_ORDER))):
+        rows = [own.get((phase, point)) for own in by_key]
+        yield f"{point}s rounded in {phase}", [f"{row.calls:,} calls" if row else None for row in rows]
+        if any(rows):
+            yield "  values changed", [_share(row.share_changed) if row else None for row in rows]
+            yield "  relative error", [_share(row.relative_error) if row else None for row in rows]
+
+
+def _asked(injection: Injection | None) -> Iterator[tuple[str, str]]:
+    """(phase, point) of every matmul operand that the injection rounds."""
+    for point in LINEAR_POINTS:
+        if injection is not None and getattr(injection, point) is not None:
+            yield from ((phase, point) for phase in getattr(injection.apply_during, point))
+
+
+def _noise_rows(runs: Sequence[Run]) -> _Cells:
+    steps = [noise_steps(run) for run in runs]
+    if not any(steps):
+        return
+    peaks = [max(own, key=lambda step: step.asked, default=None) for own in steps]
+    yield "noise, largest sigma asked", [f"{peak.asked:.4g}" if peak else None for peak in peaks]
+    realised = [peak.realised if peak else None for peak in peaks]
+    yield "  realised there", [None if sigma is None else f"{sigma:.4g}" for sigma in realised]
+    noisy = [[step.share_changed for step in own if step.asked > 0] for own in steps]
+    yield "  weights changed", [_share(fmean(shares)) if shares else None for shares in noisy]
+    counts = [f"{len(shares)} of {len(own)}" if own else None for shares, own in zip(noisy, steps, strict=True)]
+    yield "  rollouts with noise", counts
+    missed = [", ".join(f"{v:.3g}" for line in run.of(NoiseStages) for v in line.missed) for run in runs]
+    if any(missed):
+        yield "  sigma never reached", [values or "none" for values in missed]
+
+
+def _site(run: Run, plan: PlannedSite) -> list[str]:
+    """Site, shape, formats, and by phase how often it was called and what rounding did to its operands."""
+    size = " x ".join(map(str, plan.shape))
+    formats = [(point, getattr(plan, point)) for point in FORMAT_POINTS]
+    points = [f"{point} {format_words(fmt)}" for point, fmt in formats if fmt is not None]
+    phases: dict[str, list[Injected]] = defaultdict(list)
+    for row in run.of(Injected):
+        if row.site == plan.site:
+            phases[_phase_of(row)].append(row)
+    return [plan.site, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
+
+
+def _in_phase(phase: str, rows: list[Injected]) -> str:
+    calls = max(row.calls for row in rows)
+    errors = [f"{row.point} {_share(row.relative_error)}" for row in rows if row.relative_error is not None]
+    return ", ".join([f"{phase} {calls:,} calls", *errors])
+
+
+def _phase_of(row: Injected) -> str:
     """`rollout`, or `evaluation as w4a16`: evaluations record themselves under each profile."""
     return f"{row.phase} as {row.profile}" if row.profile else row.phase
 
 
-def _noise_step(line: RolloutNoise) -> NoiseStep:
-    asked = _pooled(line.layers, [layer.sigma for layer in line.layers])
-    return NoiseStep(
-        step=line.step,
-        asked=line.sigma if asked is None else asked,
-        realised=_pooled(line.layers, [layer.realised for layer in line.layers]),
-        share_changed=line.share_changed,
-    )
+def _masters(run: Run) -> str | None:
+    unchanged = masters_unchanged(run)
+    word = "unchanged" if unchanged else "CHANGED"
+    return None if unchanged is None else f"{word}, {counted(len(run.of(MasterCheck)), 'check')}"
 
 
-def _pooled(layers: Sequence[LayerNoise], sizes: Sequence[float]) -> float | None:
-    """Root mean square over all weights; None where no layer says it."""
+def _live(run: Run) -> str | None:
+    difference = live_difference(run)
+    if difference is None:
+        return None
+    return "equals a fresh copy" if difference == 0 else f"differs by {difference:g}"
+
+
+def _health(run: Run) -> str | None:
+    """The worst state of the run, its alarms by name, and how often it was rolled back."""
+    health = run.result.evidence.health
+    if health is None:
+        return None
+    alarms = [f"{alarm.check} at step {alarm.step}" for alarm in health.alarms]
+    again = [f"rolled back {health.rollbacks} x, at a lower learning rate"] if health.rollbacks else []
+    return "; ".join([health.state, *alarms, *again])
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _pooled(layers: Sequence[LayerNoise], name: str) -> float | None:
+    """Root mean square of a number of the layers over all weights; None where there is no layer."""
     elements = sum(layer.elements for layer in layers)
-    squares = sum(size * size * layer.elements for size, layer in zip(sizes, layers, strict=True))
+    squares = sum(getattr(layer, name) ** 2 * layer.elements for layer in layers)
     return math.sqrt(squares / elements) if elements else None
 
 

@@ -1,14 +1,15 @@
-"""The figures of a suite's page."""
+"""The figures of a suite's page: learning curves, accuracy and answers."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.collect import SuiteReport
-from fp4rl.lab.report.curves import Curve, curve
-from fp4rl.lab.report.evidence import NoiseStep, pooled_evidence
+from fp4rl.lab.report.evidence import NoiseStep, noise_steps
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.pages.page import DASHES, SYMBOLS, Figure, Trace, in_rows, line, marks, over_steps
@@ -19,6 +20,44 @@ _CURVES = (
     ("Entropy, nats per token", "entropy", 1.0, ""),
     ("Response length, tokens", "response_length/mean", 1.0, ""),
 )
+MOST_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one arm: per step the mean over its runs, and the lowest and highest of them."""
+
+    arm: str
+    steps: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    seeds: int
+
+
+def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -> Curve | None:
+    """The curve over the arm's runs that count, times `scale`; None where none of them logged the metric."""
+    values: dict[int, list[float]] = defaultdict(list)
+    seeds = 0
+    for run in runs:
+        own = {step: scale * logged.get(metric, math.nan) for step, logged in run.curves.items()}
+        finite = {step: value for step, value in own.items() if math.isfinite(value)}
+        if run.planned.arm == arm and run.counts and finite:
+            seeds += 1
+            for step, value in finite.items():
+                values[step].append(value)
+    if not values:
+        return None
+    rows = _thinned([(float(step), fmean(at), min(at), max(at)) for step, at in sorted(values.items())])
+    steps, mean, low, high = zip(*rows, strict=True)
+    return Curve(arm, steps, mean, low, high, seeds)
+
+
+def _thinned(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """At most MOST_POINTS rows, each the mean of its neighbours; a page of long runs stays small."""
+    size = math.ceil(len(rows) / MOST_POINTS)
+    groups = (rows[start : start + size] for start in range(0, len(rows), size))
+    return [tuple(fmean(column) for column in zip(*group, strict=True)) for group in groups]
 
 
 def learning(report: SuiteReport) -> list[Figure]:
@@ -52,7 +91,8 @@ def answers(questions: Sequence[Answer]) -> Figure | None:
         return None
     data = [trace for name, question in judged for trace in _answer_traces(name, question)]
     layout = in_rows([name for name, _ in judged], "treatment minus control, points")
-    layout["shapes"] = [_zero_line()]
+    zero = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1, "dash": "dot"}}
+    layout["shapes"] = [zero]
     words = "; ".join(f"{name}: {q.verdict.sentence()}" for name, q in judged if q.verdict)
     return Figure("answers", "", words, data, layout)
 
@@ -68,22 +108,15 @@ def _band_and_line(number: int, c: Curve) -> Iterable[Trace]:
 
 def _sigma(report: SuiteReport) -> Figure | None:
     """Noise as the schedule asked for it (line) and as measured on the weights (marks); silent steps are not drawn."""
-    data: list[Trace] = []
-    words = []
-    for number, arm in enumerate(report.arms):
-        steps = [step for run in report.runs if run.planned.arm == arm and run.counts for step in _noise(run)]
-        if steps:
-            data += _noise_traces(number, arm, steps)
-            words.append(arm)
+    runs = [(run.planned.arm, run.run) for run in report.runs if run.run is not None and run.counts]
+    steps = {arm: [step for own, run in runs if own == arm for step in noise_steps(run)] for arm in report.arms}
+    noisy = {arm: [step for step in own if step.asked > 0] for arm, own in steps.items()}
+    data = [trace for n, (arm, own) in enumerate(noisy.items()) if own for trace in _noise_traces(n, arm, own)]
     if not data:
         return None
     layout = over_steps() | {"yaxis": {"type": "log", "exponentformat": "power", "dtick": 1, "title": {"text": ""}}}
-    title = "Noise on the weights in rollouts, sigma"
-    return Figure("sigma", title, f"Sigma asked and realised of {', '.join(words)}", data, layout)
-
-
-def _noise(run: SuiteRun) -> list[NoiseStep]:
-    return [step for step in pooled_evidence(run.run).noise if step.asked > 0] if run.run is not None else []
+    words = f"Sigma asked and realised of {', '.join(arm for arm, own in noisy.items() if own)}"
+    return Figure("sigma", "Noise on the weights in rollouts, sigma", words, data, layout)
 
 
 def _noise_traces(number: int, arm: str, steps: Sequence[NoiseStep]) -> list[Trace]:
@@ -102,23 +135,21 @@ def _noise_traces(number: int, arm: str, steps: Sequence[NoiseStep]) -> list[Tra
 
 
 def _score_traces(score: Score, number: int) -> Iterable[Trace]:
-    counted = [s for s in score.by_seed if s.end is not None and s.counts]
-    others = [s for s in score.by_seed if s.end is not None and not s.counts]
     if score.before is not None:
-        tick = {"symbol": "line-ns-open", "size": 12, "line": {"width": 2}}
         hover = "step 0: %{x:.1f} %<extra></extra>"
-        yield marks([score.before.value], [score.name], "start", None, marker=tick, hovertemplate=hover)
-    for group, symbol, note in (
-        (counted, SYMBOLS[number % len(SYMBOLS)], ""),
-        (others, "x-thin-open", ", not comparable"),
+        yield marks([score.before.value], [score.name], "start", None, marker=_tick(12, 2), hovertemplate=hover)
+    for counts, symbol, note in (
+        (True, SYMBOLS[number % len(SYMBOLS)], ""),
+        (False, "x-thin-open", ", not comparable"),
     ):
+        group = [s for s in score.by_seed if s.end is not None and s.run.counts == counts]
         if group:
             yield marks(
-                [s.after for s in group if s.after is not None],
+                [s.after for s in group],
                 [score.name] * len(group),
                 "dots",
                 number,
-                text=[f"seed {s.seed}{note}{', stale' if s.stale else ''}" for s in group],
+                text=[f"seed {s.run.planned.seed}{note}{', stale' if s.run.stale else ''}" for s in group],
                 marker={"symbol": symbol, "size": 8, "opacity": 0.6, "line": {"width": 2 if note else 0}},
                 hovertemplate="%{text}: %{x:.1f} %<extra></extra>",
             )
@@ -131,26 +162,22 @@ def _answer_traces(name: str, question: Answer) -> Iterable[Trace]:
     assert verdict is not None
     yield _interval(verdict.difference, verdict.low, verdict.high, name, None)
     if verdict.margin is not None:
-        tick = {"symbol": "line-ns-open", "size": 18, "line": {"width": 3}}
         hover = "margin: %{x:.1f}<extra></extra>"
-        yield marks([-verdict.margin], [name], "margin", None, marker=tick, hovertemplate=hover)
+        yield marks([-verdict.margin], [name], "margin", None, marker=_tick(18, 3), hovertemplate=hover)
 
 
 def _interval(value: float, low: float | None, high: float | None, row: str, number: int | None) -> Trace:
     error: dict[str, Any] = {"visible": False}
+    span = f"{value:.1f}"
     if low is not None and high is not None:
         error = {"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 5}
-    tick = {"symbol": "line-ns-open", "size": 16, "line": {"width": 3}}
-    hover = f"{_span(value, low, high)}<extra></extra>"
-    return marks([value], [row], "mean", number, error_x=error, marker=tick, hovertemplate=hover)
+        span += f" [{low:.1f}, {high:.1f}]"
+    hover = f"{span}<extra></extra>"
+    return marks([value], [row], "mean", number, error_x=error, marker=_tick(16, 3), hovertemplate=hover)
 
 
-def _span(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.1f}" + ("" if low is None or high is None else f" [{low:.1f}, {high:.1f}]")
-
-
-def _zero_line() -> dict[str, Any]:
-    return {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1, "dash": "dot"}}
+def _tick(size: int, width: int) -> dict[str, Any]:
+    return {"symbol": "line-ns-open", "size": size, "line": {"width": width}}
 
 
 def _spoken(title: str, curves: Sequence[tuple[int, Curve]], unit: str) -> str:

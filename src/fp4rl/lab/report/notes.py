@@ -9,40 +9,36 @@ from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.lab.statistics.seeds import variance
-from fp4rl.lab.suites import SuiteRun
-from fp4rl.spec.words import counted
+from fp4rl.lab.suites import SuiteRun, SuiteRuns
+from fp4rl.spec.words import agreeing, counted
 
 
-def notes(runs: Sequence[SuiteRun], scores: Sequence[Score], questions: Sequence[Answer]) -> tuple[str, ...]:
+def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]) -> tuple[str, ...]:
     """In order: what is missing or does not count, then what the numbers rest on."""
-    return tuple(
-        line
-        for part in (
-            _missing(runs),
-            _without_evidence(runs),
-            _stale(runs),
-            _ill(runs),
-            _spec_warnings(runs),
-            _said(runs),
-            _before(scores),
-            _spread(scores),
-            _clipping(runs),
-            _dropped(runs),
-            _shared_start(runs),
-            _family(questions),
-        )
-        for line in part
+    runs = suite.runs
+    return (
+        *_missing(runs),
+        *_without_evidence(runs),
+        *_stale(runs),
+        *_ill(runs),
+        *(f"Known beforehand: {line}." for line in spec_warnings({r.planned.arm: r.planned.experiment for r in runs})),
+        *_warned(runs),
+        *_before(scores),
+        *_spread(scores),
+        *_clipping(runs),
+        *_dropped(runs),
+        *_scope(runs, questions),
+        *_not_planned(suite.not_planned),
     )
 
 
 def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    others = [run for run in runs if run.state != "finished"]
-    damaged = [run for run in others if run.state == "damaged"]
-    missing = [run for run in others if run.state != "damaged"]
-    if others:
+    damaged = [run for run in runs if run.state == "damaged"]
+    missing = [run for run in runs if run.state in ("missing", "unfinished")]
+    if others := len(damaged) + len(missing):
         parts = (("missing", missing), ("damaged", damaged))
         named = "; ".join(f"{state}: {_named(some)}" for state, some in parts if some)
-        yield f"Partial: {len(runs) - len(others)} of {counted(len(runs), 'run')}; {named}."
+        yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
 
 
 def _without_evidence(runs: Sequence[SuiteRun]) -> Iterator[str]:
@@ -69,37 +65,28 @@ def _ill(runs: Sequence[SuiteRun]) -> Iterator[str]:
         yield f"Rolled back by the monitor and continued at a lower learning rate: {_named(back)}."
 
 
-def _spec_warnings(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """What `fp4rl plan` says of the arms."""
-    for line in spec_warnings({run.planned.arm: run.planned.experiment for run in runs}):
-        yield f"Known beforehand: {line}."
-
-
-def _said(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """What runs said aloud while they went on: the first line of a kind, whatever its numbers, and who said it."""
-    first: dict[str, str] = {}
-    by_kind: dict[str, list[SuiteRun]] = {}
+def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
+    """What runs told while they went on: the first line of a kind, whatever its numbers, and whose it was."""
+    by_kind: dict[str, list[tuple[str, SuiteRun]]] = {}
     for run in runs:
         for line in run.run.warnings if run.run is not None else ():
-            kind = re.sub(r"\d[\d.]*", "#", line)
-            if line.startswith("rolled back"):
-                continue  # a note of its own
-            first.setdefault(kind, line)
-            if not any(run is other for other in by_kind.setdefault(kind, [])):
-                by_kind[kind].append(run)
-    for kind, lines in by_kind.items():
-        more = f"; the like in {_named(lines[1:])}" if len(lines) > 1 else ""
-        yield f"Said by {_named(lines[:1])}: {first[kind].rstrip('.')}{more}."
+            if not line.startswith("rolled back"):  # that has a note of its own
+                by_kind.setdefault(re.sub(r"\d[\d.]*", "#", line), []).append((line, run))
+    for lines in by_kind.values():
+        (first, teller), *_ = lines
+        others = list({run.planned.run_id: run for _, run in lines if run is not teller}.values())
+        more = f"; the like in {_named(others)}" if others else ""
+        yield f"Said by {_named([teller])}: {first.rstrip('.')}{more}."
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:
-    """Arms that share a warm-up share their start; a start of bad format is not a start of bad arithmetic (P07)."""
-    starts: dict[tuple[str, float], str] = {}
+    """Arms that share a warm-up share their start; a start of bad format is not a start of bad arithmetic."""
+    starts: dict[tuple[str, float], None] = {}
     for score in scores:
         if score.before is not None:
-            profile = score.by_seed[0].start.profile if score.by_seed and score.by_seed[0].start else None
-            precision = (profile.precision if profile else None) or score.profile
-            starts.setdefault((precision, round(score.before.value, 1)), precision)
+            start = score.by_seed[0].start
+            precision = start.profile.precision if start is not None else None
+            starts[precision or score.profile, round(score.before.value, 1)] = None
     if starts:
         shown = ", ".join(f"{value:.1f} % ({precision})" for precision, value in starts)
         formats = [s.formatted_before.value for s in scores if s.formatted_before is not None]
@@ -135,17 +122,22 @@ def _dropped(runs: Sequence[SuiteRun]) -> Iterator[str]:
         )
 
 
-def _shared_start(runs: Sequence[SuiteRun]) -> Iterator[str]:
+def _scope(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> Iterator[str]:
     if len({run.planned.seed for run in runs}) > 1:
         yield (
             "All seeds start from the same model: the intervals cover the chance in training it, not other models, "
             "tasks or longer runs."
         )
-
-
-def _family(questions: Sequence[Answer]) -> Iterator[str]:
     if len(questions) > 1:
         yield f"The {len(questions)} questions are those that suite.yaml names, corrected as one family (Holm)."
+
+
+def _not_planned(others: Sequence[str]) -> Iterator[str]:
+    """A description that changed, in the file or in the code that reads it, gives its runs other ids."""
+    if others:
+        folders = f"{counted(len(others), 'run folder')} {agreeing(len(others), 'is', 'are')}"
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        yield f"{folders} not asked for by the present suite.yaml, and left alone: {named}."
 
 
 def _mean_of(runs: Iterable[SuiteRun], metric: str) -> float | None:

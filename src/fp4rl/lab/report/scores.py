@@ -1,7 +1,7 @@
 """Accuracy of every arm under every profile: one value per seed, their mean, and an interval over seeds."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -24,12 +24,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class SeedScore:
-    """What one run scored in points. `counts` is False for a run that is not comparable: shown, never averaged."""
+    """What one run scored. One that does not count is shown, never averaged."""
 
-    seed: int
-    run_id: str
-    counts: bool
-    stale: bool
+    run: SuiteRun
     start: Evaluation | None
     end: Evaluation | None
 
@@ -57,7 +54,7 @@ class Score:
     formatted: Mean | None
     formatted_before: Mean | None
     truncated: Mean | None
-    of_samples: Mapping[str, Mean]
+    of_samples: Mapping[str, Mean]  # `pass@k` and `mean@k`, where every run has them
 
     @property
     def name(self) -> str:
@@ -67,7 +64,7 @@ class Score:
     @property
     def values(self) -> tuple[float, ...]:
         """Strict accuracy at the last step in points, one value per run that counts."""
-        return tuple(s.after for s in self.by_seed if s.counts and s.after is not None)
+        return tuple(s.after for s in self.by_seed if s.run.counts and s.after is not None)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
@@ -86,12 +83,9 @@ class Score:
         return counts.pop() if len(counts) == 1 else None
 
 
-def scores(runs: Iterable[SuiteRun]) -> tuple[Score, ...]:
+def scores(by_arm: Mapping[str, Sequence[SuiteRun]]) -> tuple[Score, ...]:
     """Every arm x profile that the runs were asked to be judged under, in the order of the suite."""
-    by_arm: dict[str, list[SuiteRun]] = {}
-    for run in runs:
-        by_arm.setdefault(run.planned.arm, []).append(run)
-    return tuple(_score(arm, profile, group) for arm, group in by_arm.items() for profile in group[0].profiles)
+    return tuple(_score(arm, profile, runs) for arm, runs in by_arm.items() for profile in runs[0].profiles)
 
 
 def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Mean | None:
@@ -108,43 +102,27 @@ def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Mean | None
     return Mean(mean, max(0.0, mean - half), min(100.0, mean + half), len(values))
 
 
-def _score(arm: str, profile: str, runs: list[SuiteRun]) -> Score:
-    by_seed = tuple(
-        SeedScore(
-            run.planned.seed,
-            run.planned.run_id,
-            run.counts,
-            run.stale,
-            run.run.start(profile),
-            run.run.evaluations().get(profile),
-        )
-        for run in runs
-        if run.run is not None
-    )
-    counted = [s for s in by_seed if s.counts]
-    starts = [s.start for s in counted if s.start is not None]
-    ends = [s.end for s in counted if s.end is not None]
+def _score(arm: str, profile: str, runs: Sequence[SuiteRun]) -> Score:
+    measured = [(planned, planned.run) for planned in runs if planned.run is not None]
+    by_seed = [SeedScore(planned, run.start(profile), run.evaluations().get(profile)) for planned, run in measured]
+    starts = [s.start for s in by_seed if s.run.counts and s.start is not None]
+    ends = [s.end for s in by_seed if s.run.counts and s.end is not None]
 
-    def mean(evaluations: Iterable[Evaluation], name: str) -> Mean | None:
-        shares = [getattr(evaluation, name) for evaluation in evaluations]
+    def mean(evaluations: Sequence[Evaluation], name: str) -> Mean | None:
+        shares = [evaluation.score(name) for evaluation in evaluations]
         return mean_over_seeds([100 * share for share in shares if share is not None])
 
+    names = [name for name in ends[0].of_samples if all(name in end.of_samples for end in ends)] if ends else []
+    of_samples = {name: mean(ends, name) for name in names}
     return Score(
         arm=arm,
         profile=profile,
-        by_seed=by_seed,
+        by_seed=tuple(by_seed),
         before=mean(starts, "strict"),
         after=mean(ends, "strict"),
         flexible=mean(ends, "flexible"),
         formatted=mean(ends, "formatted"),
         formatted_before=mean(starts, "formatted"),
         truncated=mean(ends, "truncated"),
-        of_samples=_of_samples(ends),
+        of_samples={name: value for name, value in of_samples.items() if value is not None},
     )
-
-
-def _of_samples(ends: Sequence[Evaluation]) -> dict[str, Mean]:
-    """`pass@k` and `mean@k` over seeds, where every run has them."""
-    names = [name for name in ends[0].of_samples if all(name in m.of_samples for m in ends)] if ends else []
-    means = {name: mean_over_seeds([100 * m.of_samples[name] for m in ends]) for name in names}
-    return {name: mean for name, mean in means.items() if mean is not None}
