@@ -278,7 +278,7 @@ def test_a_scan_s_page_is_drawn_in_a_browser_within_the_window(w4a4, drawn, widt
 
 
 def test_the_figures_of_a_scan_are_what_plotly_accepts(w4a4):
-    from fp4rl.diagnose.figures import figures_of
+    from fp4rl.diagnose.page import figures_of
 
     go = pytest.importorskip("plotly.graph_objects")
     figures = figures_of(w4a4)

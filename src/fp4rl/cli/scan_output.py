@@ -92,7 +92,7 @@ def compare(model: str, report: "ScanReport", path: Path, other: dict[str, Any] 
 
     if other is None:
         delta = compare_checkpoints(path, model)
-        require_difference(delta, f"the weights of {path} and {model}")
+        require_difference(delta.identical, f"the weights of {path} and {model}")
         lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
         words = "weights that differ most, |change| / |weight|"
     else:
@@ -100,7 +100,7 @@ def compare(model: str, report: "ScanReport", path: Path, other: dict[str, Any] 
         rows = compare_scans(other, now)
         other_sites = other["model"] == now["model"] and other["sites_digest"] != now["sites_digest"]
         if not other_sites:  # the same model with some sites left out is the same in all others
-            require_difference(rows, f"the scans {path} and of {model}")
+            require_difference(all(row.a == row.b for row in rows), f"the scans {path} and of {model}")
         if not quiet:
             show_totals(console(), totals(other, now), (path.name, "this scan"))
         errors = sorted((r for r in rows if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]

@@ -84,14 +84,9 @@ def totals(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Total, ...]:
     return tuple(Total(name, value, theirs[name]) for name, value in ours.items() if name in theirs)
 
 
-def require_difference(differences: CheckpointDelta | tuple[MeasureChange, ...], what: str) -> None:
-    """Raise CheckFailed when nothing differs (an adapter that was not loaded)."""
-    same = (
-        differences.identical
-        if isinstance(differences, CheckpointDelta)
-        else all(row.a == row.b for row in differences)
-    )
-    if same:
+def require_difference(identical: bool, what: str) -> None:
+    """Raise CheckFailed for two that are identical (an adapter that was not loaded)."""
+    if identical:
         raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
 
 

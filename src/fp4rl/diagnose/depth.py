@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Batch, Calibration
-from fp4rl.diagnose.passes import Progress, logits_of
+from fp4rl.diagnose.passes import Progress, logits_of, tracked
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SiteTable
 from fp4rl.sites.observe import OnTensor, observe
@@ -55,25 +55,16 @@ def depth(
     power = dict.fromkeys(layers, 0.0)
     errors = {part: dict.fromkeys(layers, 0.0) for part in PARTS}
     counts = dict.fromkeys(layers, 0)
-    for done, batch in enumerate(calibration.batches, start=1):
-        clean: dict[str, Tensor] = {}
-        _run(model, layers, batch, _keeping(clean))
+    for batch in tracked(calibration.batches, on_progress):
+        clean = _stream(model, layers, batch)
         for name, tokens in clean.items():
             power[name] += float(tokens.double().square().sum())
             counts[name] += tokens.numel()
         for part, injected in tables.items():
             _add_errors(model, injected, batch, clean, errors[part])
-        if on_progress is not None:
-            on_progress(done, len(calibration.batches))
-    return tuple(
-        LayerDepth(
-            number,
-            (power[path] / counts[path]) ** 0.5,
-            *((errors[part][path] / power[path]) ** 0.5 for part in PARTS),
-        )
-        for path, number in layers.items()
-        if counts[path]
-    )
+    rms = {path: (power[path] / counts[path]) ** 0.5 for path in layers if counts[path]}
+    relative = {path: [(errors[part][path] / power[path]) ** 0.5 for part in PARTS] for path in rms}
+    return tuple(LayerDepth(layers[path], rms[path], *relative[path]) for path in rms)
 
 
 def layer_paths(table: SiteTable) -> dict[str, int]:
@@ -85,9 +76,7 @@ def layer_paths(table: SiteTable) -> dict[str, int]:
         if site.layer is not None and at is not None:
             paths[".".join(parts[: at + 1])] = site.layer
     if not paths:
-        raise InvalidValueError(
-            "the model has no numbered layers (such as model.layers.0), so there is no depth to follow"
-        )
+        raise InvalidValueError("the model has no numbered layers (such as model.layers.0), so no depth to follow")
     return dict(sorted(paths.items(), key=lambda item: item[1]))
 
 
@@ -105,11 +94,10 @@ def _add_errors(
         _run(model, clean, batch, watch)
 
 
-def _keeping(kept: dict[str, Tensor]) -> OnTensor:
-    def watch(name: str, tokens: Tensor) -> None:
-        kept[name] = tokens.float().clone()
-
-    return watch
+def _stream(model: nn.Module, paths: Iterable[str], batch: Batch) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    _run(model, paths, batch, lambda name, tokens: kept.update({name: tokens.float().clone()}))
+    return kept
 
 
 def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: OnTensor) -> None:
@@ -122,8 +110,8 @@ def _part(table: SiteTable, part: str) -> SiteTable:
     """The table with weights alone or inputs alone; sites that then do nothing are left out."""
     if part == "both":
         return table
-    plans = [
-        replace(plan, input=None, output=None) if part == "weights" else replace(plan, weight=None)
-        for plan in table.plans
-    ]
+    if part == "weights":
+        plans = [replace(plan, input=None, output=None) for plan in table.plans]
+    else:
+        plans = [replace(plan, weight=None) for plan in table.plans]
     return replace(table, plans=tuple(plan for plan in plans if plan.points()))

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from math import nan
 from typing import Any
@@ -15,7 +14,7 @@ from fp4rl.diagnose.depth import layer_paths
 from fp4rl.diagnose.passes import logits_of
 from fp4rl.diagnose.probes import STEP, Probe, probe
 from fp4rl.inject.plan import SiteTable
-from fp4rl.sites.observe import Eye, first_tensor
+from fp4rl.sites.observe import Eye, first_tensor, hooked
 
 # Of each linear layer in a batch, and of each decoder layer: enough for what a fault leaves blunt, for less than the
 # price of the forward pass itself.
@@ -67,17 +66,12 @@ def dynamics(
     are probed only with `probed`.
     """
     sites = {plan.name: plan.site for plan in table.plans if probed and plan.site.kind == "linear"}
-    paths = layer_paths(table)
     seen = _Seen(_own_stream(generator))
     for batch in calibration.batches[-batches:]:
-        with ExitStack() as stack, torch.no_grad():
+        hooks = {site.path: seen.site_hook(name) for name, site in sites.items()}
+        hooks |= {path: seen.layer_hook(number, batch) for path, number in layer_paths(table).items()}
+        with hooked(model, hooks), torch.no_grad():
             seen.eye.mask = batch.mask
-            for name, site in sites.items():
-                hook = model.get_submodule(site.path).register_forward_hook(seen.site_hook(name))
-                stack.callback(hook.remove)
-            for path, number in paths.items():
-                hook = model.get_submodule(path).register_forward_hook(seen.layer_hook(number, batch), with_kwargs=True)
-                stack.callback(hook.remove)
             logits_of(model, batch)
             seen.eye.forget()
     probes = {name: _merged(moments) for name, moments in seen.sites.items()}
@@ -120,7 +114,7 @@ class _Seen:
         self._busy = False
 
     def site_hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        def hook(layer: nn.Linear, args: tuple[Tensor, ...], _kwargs: dict[str, Any], _output: Tensor) -> None:
             if not self._busy:
                 self._busy = True
                 tokens = self.eye.tokens(args[0])

@@ -5,8 +5,7 @@ their log-probability at a site's output for token t and d_t the error that roun
 what makes g g' the Fisher information (Martens 2020, arXiv 1412.1193, section 5).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fp4rl.diagnose.calibration import Batch, Calibration
 from fp4rl.diagnose.passes import logits_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.sites.observe import hooked
 from fp4rl.sites.walk import as_used
 from fp4rl.spec.formats import Format
 
@@ -31,16 +31,17 @@ def estimated_kl(
     linears = tuple(plan for plan in table.plans if plan.site.kind == "linear")
     sums = {plan.name: 0.0 for plan in linears}
     for batch in calibration.batches:
-        with _taps(model, linears) as taps, torch.enable_grad():
+        taps: dict[str, tuple[Tensor, Callable[[torch.dtype], Tensor]]] = {}
+        with hooked(model, {plan.site.path: _tap(taps, plan) for plan in linears}), torch.enable_grad():
             logits = logits_of(model, batch)
             called = [plan for plan in linears if plan.name in taps]  # an expert may get no token
-            outputs = [taps[plan.name][1] for plan in called]
+            outputs = [taps[plan.name][0] for plan in called]
             for draw in range(draws):
                 log_prob = _log_prob_of_own_answers(logits, batch, generator)
                 gradients = torch.autograd.grad(log_prob, outputs, retain_graph=draw + 1 < draws, allow_unused=True)
                 for plan, gradient in zip(called, gradients, strict=True):
                     if gradient is not None:
-                        error = taps[plan.name][2](dtype)
+                        error = taps[plan.name][1](dtype)
                         sums[plan.name] += float(_along(gradient, error, batch).square().sum()) / draws
     return {name: 0.5 * total / calibration.tokens for name, total in sums.items()}
 
@@ -58,21 +59,10 @@ def _log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Gene
     return log_probs.gather(-1, drawn).sum()
 
 
-@contextmanager
-def _taps(model: nn.Module, plans: tuple[SitePlan, ...]) -> Iterator[dict[str, Any]]:
-    """Name -> (input, output in the graph, function giving the error of the output), filled by a forward pass."""
-    taps: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for plan in plans:
-            layer = model.get_submodule(plan.site.path)
-            assert isinstance(layer, nn.Linear)
-            handle = layer.register_forward_hook(_tap(taps, plan))
-            stack.callback(handle.remove)
-        yield taps
-
-
 def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
-    def hook(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The hook that notes under the site's name its output in the graph, and the function giving that one's error."""
+
+    def hook(layer: nn.Linear, args: tuple[Tensor, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:  # frozen weights: the graph starts here
             output = output.detach().requires_grad_()
         x, known = args[0].detach(), dict[torch.dtype, Tensor]()
@@ -82,7 +72,7 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
                 known[dtype] = output_error(x, layer, plan, dtype)
             return known[dtype]
 
-        taps[plan.name] = (x, output, error)
+        taps[plan.name] = (output, error)
         return output
 
     return hook

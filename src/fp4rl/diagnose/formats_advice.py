@@ -1,15 +1,15 @@
-"""Which format each site should have, by the knapsack on measured KL, and what another scale rule would save."""
+"""Which format each site should have, by a knapsack on measured KL, and what another scale rule would save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+import numpy as np
 import torch
 from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
-from fp4rl.diagnose.knapsack import Choice, Chosen, knapsack
 from fp4rl.diagnose.precision import PIECE, weight_of
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.inject.plan import SitePlan, SiteTable
@@ -22,7 +22,55 @@ from fp4rl.spec.presets import preset_named
 
 WIDER: tuple[Format, ...] = (MXFP8, BF16)
 _RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
-_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+BUCKETS = 1 << 16  # steps of the budget; costs are rounded up to whole steps, so that the budget is never passed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format for one group: what it costs in bits, and the KL that remains, in nats per token."""
+
+    format: str
+    bits: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One choice per group, with their sums."""
+
+    choices: Mapping[str, Choice]
+    bits: float
+    kl: float
+
+
+def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chosen:
+    """Take one choice from every group so that the bits fit `budget_bits` and the sum of the KLs is least.
+
+    By dynamic programming: the solver of `scipy.optimize.milp` prints on standard output now and then, amid JSON.
+    Raises InvalidValueError when even the cheapest choices do not fit, naming what would.
+    """
+    floors = [min(choice.bits for choice in choices) for choices in groups.values()]
+    spare = budget_bits - sum(floors)
+    if spare < -1e-9 * budget_bits:
+        raise InvalidValueError(
+            f"the cheapest formats need {sum(floors):.6g} bits, but the budget is {budget_bits:.6g}; raise it"
+        )
+    step = max(spare, 1e-9 * budget_bits) / BUCKETS
+    best = np.zeros(BUCKETS + 1)  # least KL of the groups so far, by the steps that they may take
+    picks = []
+    for choices, floor in zip(groups.values(), floors, strict=True):
+        options = np.full((len(choices), BUCKETS + 1), np.inf)
+        costs = [int(np.ceil((choice.bits - floor) / step - 1e-9)) for choice in choices]
+        for row, choice, cost in zip(options, choices, costs, strict=True):
+            row[cost:] = best[: max(BUCKETS + 1 - cost, 0)] + choice.kl
+        best = options.min(0)
+        picks.append((options.argmin(0).astype(np.int8), costs))
+    at, chosen = int(best.argmin()), dict[str, Choice]()
+    for name, (pick, costs) in zip(reversed(list(groups)), reversed(picks), strict=True):
+        chosen[name] = groups[name][pick[at]]
+        at -= costs[pick[at]]
+    ordered = {name: chosen[name] for name in groups}
+    return Chosen(ordered, sum(c.bits for c in ordered.values()), sum(c.kl for c in ordered.values()))
 
 
 @dataclass(frozen=True)
@@ -105,9 +153,8 @@ def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: F
         weight = weight_of(model, plan)
         rows = max(1, PIECE // weight.shape[-1])
         fits = fmt.rotation is None or weight.shape[-1] % fmt.rotation == 0
-        way = fmt if fits else replace(fmt, rotation=None)
         seen = weight[:rows].to(getattr(torch, table.injection.dtype))
-        tally.add(round_piece(seen, way))
+        tally.add(round_piece(seen, fmt if fits else replace(fmt, rotation=None)))
     return tally.measures()["relative_l2"] if tally.values else float("inf")
 
 
@@ -128,9 +175,8 @@ def _ratio(wide: float, narrow: float) -> float:
 
 def _widened(table: SiteTable) -> SiteTable:
     """Every site in MXFP8, as the scanned preset rounds it."""
-    named = table.injection.preset
-    weight = preset_named(named).for_weight(MXFP8) if named else MXFP8
-    inputs = preset_named(named).for_input(MXFP8) if named else MXFP8
+    preset = preset_named(table.injection.preset) if table.injection.preset else None
+    weight, inputs = (preset.for_weight(MXFP8), preset.for_input(MXFP8)) if preset else (MXFP8, MXFP8)
     plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)
     return replace(table, plans=tuple(plans))
 
@@ -139,6 +185,5 @@ def fused_groups(plans: Sequence[SitePlan]) -> dict[str, tuple[str, ...]]:
     """Sites that a serving kernel fuses form one group; every other site is its own."""
     groups: dict[str, list[str]] = {}
     for plan in plans:
-        fused = _FUSED.get(plan.site.role)
-        groups.setdefault(f"{plan.site.parent}.{fused}" if fused else plan.name, []).append(plan.name)
+        groups.setdefault(plan.site.fused_group or plan.name, []).append(plan.name)
     return {group: tuple(sites) for group, sites in groups.items()}

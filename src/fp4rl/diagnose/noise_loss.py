@@ -1,14 +1,13 @@
 """What noise alone does to the loss of a quantized model: the cheapest probe of a noise strategy, without training."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
-from fp4rl.diagnose.passes import Progress, reference_of
-from fp4rl.inject.attach import Attachment, attach
+from fp4rl.diagnose.passes import Progress, reference_of, tracked
+from fp4rl.inject.attach import attach
 from fp4rl.noise.perturb import perturb
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
@@ -33,34 +32,22 @@ def noise_losses(
     if draws < 2:
         raise InvalidValueError(f"{draws} draws have no spread; take at least 2, better 20")
     losses: dict[str, list[float]] = {name: [] for name in noises}
-    with attach(model, injection) if injection is not None else nullcontext() as attachment:
-        if attachment is not None:
-            attachment.set_phase("rollout")
-        for draw in range(draws):
+    with attach(model, injection or Injection()) as attachment:
+        attachment.set_phase("rollout")
+        for draw in tracked(range(draws), on_progress):
             for name, noise in noises.items():
-                if noise is None and losses[name]:
-                    losses[name].append(losses[name][0])
-                else:
-                    losses[name].append(_loss(model, attachment, noise, calibration, sigma, draw))
-            if on_progress is not None:
-                on_progress(draw + 1, draws)
+                if noise is None:
+                    losses[name].append(losses[name][0] if draw else _loss(model, calibration))
+                    continue
+                generator = torch.Generator().manual_seed(draw)
+                with perturb(model, noise, sigma, generator=generator, share=0.0):
+                    attachment.invalidate()
+                    losses[name].append(_loss(model, calibration))
+                attachment.invalidate()
     return losses
 
 
-def _loss(
-    model: nn.Module,
-    attachment: Attachment | None,
-    noise: Noise | None,
-    calibration: Calibration,
-    sigma: float,
-    draw: int,
-) -> float:
-    generator = torch.Generator().manual_seed(draw)
-    with perturb(model, noise, sigma, generator=generator, share=0.0) if noise is not None else nullcontext():
-        if attachment is not None:
-            attachment.invalidate()
-        counts = [int(batch.predicted.sum()) for batch in calibration.batches]
-        losses = [reference_of(model, batch).loss for batch in calibration.batches]
-    if attachment is not None:
-        attachment.invalidate()
+def _loss(model: nn.Module, calibration: Calibration) -> float:
+    counts = [int(batch.predicted.sum()) for batch in calibration.batches]
+    losses = [reference_of(model, batch).loss for batch in calibration.batches]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

@@ -1,8 +1,8 @@
 """One forward pass over a batch, and how far two of them lie apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,16 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from fp4rl.diagnose.calibration import Batch
 from fp4rl.models.positions import forward_inputs
 
-Progress = Callable[[int, int], None]
+T = TypeVar("T")
+Progress = Callable[[int, int], None]  # done, total
+
+
+def tracked(items: Sequence[T], on_progress: Progress | None) -> Iterator[T]:
+    """Yield each item, and say after each how many are done."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if on_progress is not None:
+            on_progress(done, len(items))
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,9 @@ class Divergence:
 
     kl: float
     loss_change: float
+
+    def __sub__(self, other: "Divergence") -> "Divergence":
+        return Divergence(self.kl - other.kl, self.loss_change - other.loss_change)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Calibration
-from fp4rl.diagnose.passes import Progress, logits_of
+from fp4rl.diagnose.passes import Progress, logits_of, tracked
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
+from fp4rl.inject.adapted import AdaptedSum
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.skeleton import skeleton
@@ -59,7 +60,9 @@ def weight_errors(
 
     Raises InvalidValueError, naming the site, for NaN or Inf.
     """
-    return _weight_errors(lambda plan: _pieces(weight_of(model, plan)), table, on_progress)
+    return _weight_errors(
+        lambda plan: lambda height: iter(torch.split(weight_of(model, plan), height)), table, on_progress
+    )
 
 
 def stored_weight_errors(
@@ -80,28 +83,15 @@ def _weight_errors(
     rows_of: Callable[[SitePlan], Rows], table: SiteTable, on_progress: Progress | None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    sums: dict[str, ErrorSums] = {}
-    for done, plan in enumerate(plans, start=1):
-        sums[plan.name] = rounding_error(rows_of(plan), plan, table)
-        if on_progress is not None:
-            on_progress(done, len(plans))
+    sums = {plan.name: rounding_error(rows_of(plan), plan, table) for plan in tracked(plans, on_progress)}
     return tuple(part_error(plan, "weight", sums[plan.name]) for plan in plans), sums
 
 
 def weight_of(model: nn.Module, plan: SitePlan) -> Tensor:
     """The weight [out, in] that is rounded: its layer's own, plus its active adapters where they are merged."""
-    layer: Any = model.get_submodule(plan.site.path)
-    weight = as_used(plan.site, layer.weight.detach())
     if plan.merged:
-        above: Any = model.get_submodule(plan.site.path.rpartition(".")[0])
-        for name in (n for n in above.active_adapters if n in above.lora_A):
-            pair = above.lora_B[name].weight.detach() @ above.lora_A[name].weight.detach()
-            weight = weight + (pair * above.scaling[name]).to(weight.dtype)
-    return weight
-
-
-def _pieces(weight: Tensor) -> Rows:
-    return lambda height: iter(torch.split(weight, height))
+        return AdaptedSum(model.get_submodule(plan.site.path.rpartition(".")[0])).weight.detach()
+    return as_used(plan.site, model.get_submodule(plan.site.path).get_parameter("weight").detach())
 
 
 def input_errors(
@@ -119,19 +109,16 @@ def input_errors(
         fmt = plans[path].input
         assert fmt is not None
         if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read sums tensor
-            seen = tokens.to(dtype)
             sums = ErrorSums()
-            sums.add(round_piece(seen, fmt, plans[path].name), each_row=True)
+            sums.add(round_piece(tokens.to(dtype), fmt, plans[path].name), each_row=True)
             last.update(tokens=tokens, fmt=fmt, tally=sums)
         tallies[path].merge(last["tally"])
 
     with observe(model, plans, on_input=watch) as eye:
-        for done, batch in enumerate(calibration.batches, start=1):
+        for batch in tracked(calibration.batches, on_progress):
             eye.mask = batch.mask
             logits_of(model, batch)
             last.clear()
-            if on_progress is not None:
-                on_progress(done, len(calibration.batches))
     return tuple(part_error(plan, "input", tallies[path]) for path, plan in plans.items() if tallies[path].values)
 
 
@@ -150,23 +137,18 @@ def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
     fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
     assert fmt is not None
     height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
-    amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if _spans_tensor(fmt) else None
+    spans_tensor = fmt.scale in ("e4m3", "fp32")  # one scale serves it whole (NVFP4's second level, FP8)
+    amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if spans_tensor else None
     tally = ErrorSums()
     for piece in rows(height):
-        seen = piece.to(dtype)
-        tally.add(round_piece(seen, fmt, plan.name, amax))
+        tally.add(round_piece(piece.to(dtype), fmt, plan.name, amax))
     return tally
 
 
 def ideal_measures(fmt: Format) -> dict[str, float]:
     """What ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
     ideal = gaussian_ideal(fmt)
-    return {**ideal} | {"row_median": ideal["relative_l2"]}
-
-
-def _spans_tensor(fmt: Format) -> bool:
-    """Whether one scale serves the whole tensor (NVFP4's second level, FP8), so that a piece does not know it."""
-    return fmt.scale in ("e4m3", "fp32")
+    return {**ideal, "row_median": ideal["relative_l2"]}
 
 
 def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> StoredTensor:
@@ -174,11 +156,8 @@ def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Pa
     if name not in stored:
         raise NotFoundError(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
     if plan.site.transposed:
-        raise InvalidValueError(
-            f"{folder}: {name} is stored [in, out], which is not read in pieces; scan without weights_only"
-        )
-    if stored[name].shape != plan.site.shape:
-        raise InvalidValueError(
-            f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(plan.site.shape)}"
-        )
+        raise InvalidValueError(f"{folder}: {name} is stored [in, out], not read in pieces; scan without weights_only")
+    shape, said = list(stored[name].shape), list(plan.site.shape)
+    if shape != said:
+        raise InvalidValueError(f"{folder}: {name} is {shape}, but config.json says {said}")
     return stored[name]

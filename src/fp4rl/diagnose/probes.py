@@ -4,7 +4,9 @@ y = W x + b repeats itself, answers a small change of x with W dx, turns its sig
 Every fault of the hardware breaks one of these, and which one it breaks names the fault; no healthy twin is needed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +45,7 @@ class Probe:
 
 @torch.no_grad()
 def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
-    """Ask `layer` with inputs [tokens, in]; three calls, the last with three questions at once. `generator` draws the
-    change of the input."""
+    """Ask `layer` with inputs [tokens, in], in three calls; `generator` draws the change of the input."""
     change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     moved = (x.float() + STEP * _rms(x) * change).to(x.dtype)
     step = moved.float() - x.float()  # what is left of the change after rounding to x's dtype
@@ -63,35 +64,27 @@ def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
     return Probe(
         instability=_rms(again - y) / size,
         gain=_rms(response) / max(_rms(expected), _TINY),
-        min_gain=_least(gains[answers]),
-        max_gain=_greatest(gains),
+        min_gain=_or_zero(torch.min, gains[answers]),
+        max_gain=_or_zero(torch.max, gains),
         kurtosis=_kurtosis(live[1]),
         jumps=_share(live[1].abs() > 6 * expected[answers]),
         dead=_share(live[0] == 0),
         edge=_pile_up(live[3], LOUDER * live[0] - (LOUDER - 1) * bias[answers]),
         stuck=_share(~answers),
-        offset=_middle(((live[0] + live[2]) / 2 - bias[answers]).mean(0).abs()) / size,
+        offset=_or_zero(torch.median, ((live[0] + live[2]) / 2 - bias[answers]).mean(0).abs()) / size,
     )
 
 
+def _or_zero(reduce: Callable[[Tensor], Tensor], values: Tensor) -> float:
+    return float(reduce(values)) if values.numel() else 0.0
+
+
 def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+    return sqrt(_or_zero(torch.mean, x.double().square()))
 
 
 def _share(hits: Tensor) -> float:
-    return float(hits.double().mean()) if hits.numel() else 0.0
-
-
-def _least(values: Tensor) -> float:
-    return float(values.min()) if values.numel() else 0.0
-
-
-def _greatest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
-
-
-def _middle(values: Tensor) -> float:
-    return float(values.median()) if values.numel() else 0.0
+    return _or_zero(torch.mean, hits.double())
 
 
 def _kurtosis(response: Tensor) -> float:

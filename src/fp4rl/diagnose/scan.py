@@ -48,9 +48,7 @@ def scan(
         raise InvalidValueError("this injection rounds nothing, so there is nothing to scan; take a mode such as w4a16")
     calibration = _calibration(tokenizer, texts, spec)
     if calibration is None and set(spec.parts) != {"precision"}:
-        raise InvalidValueError(
-            "sensitivity, depth and dynamics need texts; give some, or scan with parts=('precision',)"
-        )
+        raise InvalidValueError("sensitivity, depth and dynamics need texts; give some, or scan parts=('precision',)")
     generator = torch.Generator().manual_seed(spec.seed)
     results: dict[str, Any] = {}
     if "precision" in spec.parts:
@@ -61,7 +59,8 @@ def scan(
         results["calibration"] = calibration.described()
         results |= _fed(model, table, calibration, spec, generator, on_stage)
     report = ScanReport(type(model).__name__, table, **results)
-    return _with_distribution(report, model)
+    site = worst_site(report)
+    return report if site is None else replace(report, distribution=distribution(model, report, site))
 
 
 def _fed(
@@ -98,8 +97,7 @@ def _fed(
 
 
 def distribution(model: nn.Module, report: ScanReport, site: str) -> Distribution:
-    """Histogram of one scanned weight before and after rounding; InvalidValueError for a site whose weight is not
-    rounded."""
+    """Histogram of one scanned weight before and after rounding; InvalidValueError for one that is not rounded."""
     plan = next((p for p in report.table.plans if p.name == site and p.weight is not None), None)
     if plan is None or plan.weight is None:
         raise InvalidValueError(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
@@ -120,11 +118,6 @@ def worst_site(report: ScanReport) -> str | None:
         known = [site for site in report.sensitivity.sites if site.name in weights]
         return max(known, key=lambda s: s.kl).name if known else None
     return max(weights, key=lambda name: weights[name].excess) if weights else None
-
-
-def _with_distribution(report: ScanReport, model: nn.Module) -> ScanReport:
-    site = worst_site(report)
-    return report if site is None else replace(report, distribution=distribution(model, report, site))
 
 
 def _calibration(tokenizer: Any, texts: Sequence[str] | Calibration, spec: Scan) -> Calibration | None:

@@ -10,7 +10,7 @@ from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.passes import Divergence, Progress, divergence_of, reference_of, weighted
 from fp4rl.inject.attach import attach
-from fp4rl.inject.plan import SitePlan, SiteTable
+from fp4rl.inject.plan import SiteTable
 from fp4rl.spec.errors import InvalidValueError
 
 
@@ -62,7 +62,9 @@ def sensitivity(
     one backward pass per batch.
     """
     plans = table.plans if measured else ()
-    tables = [_only(table, plan) for plan in plans] + [_without(table, plan) for plan in plans if leave_one_out]
+    others_of = {plan.name: tuple(other for other in table.plans if other is not plan) for plan in plans}
+    tables = [replace(table, plans=(plan,)) for plan in plans]
+    tables += [replace(table, plans=others_of[plan.name]) for plan in plans if leave_one_out]
     divergences = _divergences(model, [table, *tables], calibration, on_progress)
     estimates = estimated_kl(model, table, calibration, generator=generator)
     everything, each, others = divergences[0], divergences[1 : 1 + len(plans)], divergences[1 + len(plans) :]
@@ -72,7 +74,7 @@ def sensitivity(
             plan.site.layer,
             plan.site.role,
             leave_one_in=each[i] if measured else None,
-            leave_one_out=_saved(everything, others[i]) if measured and leave_one_out else None,
+            leave_one_out=everything - others[i] if measured and leave_one_out else None,
             estimate=estimates.get(plan.name),
         )
         for i, plan in enumerate(table.plans)
@@ -120,15 +122,3 @@ def _divergences(
                 on_progress(done, total)
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
     return [weighted(divergences, weights) for divergences in by_table]
-
-
-def _only(table: SiteTable, plan: SitePlan) -> SiteTable:
-    return replace(table, plans=(plan,))
-
-
-def _without(table: SiteTable, plan: SitePlan) -> SiteTable:
-    return replace(table, plans=tuple(p for p in table.plans if p is not plan))
-
-
-def _saved(everything: Divergence, without: Divergence) -> Divergence:
-    return Divergence(everything.kl - without.kl, everything.loss_change - without.loss_change)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,21 +85,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def _contents(file: Path) -> Iterator[StoredTensor]:
-    header, data_start = _header(file)
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in _DTYPES:
-            start = data_start + entry["data_offsets"][0]
-            yield StoredTensor(name, file, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file is the header's length (8 bytes, little endian), the header in JSON, and the data."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= _HEADER_LIMIT:
-            raise InvalidValueError(f"{file}: not a safetensors file")
         try:
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length)) if length <= _HEADER_LIMIT else None
         except ValueError:
-            raise InvalidValueError(f"{file}: not a safetensors file") from None
-    return header, 8 + length
+            header = None
+    if header is None:
+        raise InvalidValueError(f"{file}: not a safetensors file")
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in _DTYPES:
+            start = 8 + length + entry["data_offsets"][0]
+            yield StoredTensor(name, file, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))

@@ -1,7 +1,7 @@
 """Looking at what flows into and out of named modules, all of them in one forward pass, changing nothing."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +40,15 @@ class Eye:
 
 
 @contextmanager
+def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Call `hook(module, args, kwargs, output)` after every forward of each module named, for as long as it lasts."""
+    with ExitStack() as stack:
+        for path, hook in hooks.items():
+            stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def observe(
     model: nn.Module, names: Iterable[str], *, on_input: OnTensor | None = None, on_output: OnTensor | None = None
 ) -> Iterator[Eye]:
@@ -50,23 +59,17 @@ def observe(
     """
     modules = dict(model.named_modules())
     eye = Eye()
-    handles = []
-    try:
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(eye.forget)
         for name in names:
             if name not in modules:
                 raise NotFoundError(f"the model has no module {name!r}{nearest(name, list(modules))}")
             if on_input is not None:
-                handles.append(
-                    modules[name].register_forward_pre_hook(_input_hook(name, eye, on_input), with_kwargs=True)
-                )
+                hook = _input_hook(name, eye, on_input)
+                stack.callback(modules[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
             if on_output is not None:
-                handles.append(modules[name].register_forward_hook(_output_hook(name, eye, on_output)))
-        with torch.no_grad():
-            yield eye
-    finally:
-        eye.forget()
-        for handle in handles:
-            handle.remove()
+                stack.callback(modules[name].register_forward_hook(_output_hook(name, eye, on_output)).remove)
+        yield eye
 
 
 def first_tensor(value: Any) -> Tensor | None:
