@@ -99,8 +99,7 @@ def _grids() -> Table:
 
 def _presets() -> Table:
     rows = (
-        (p.name, f"{p.weight_rule}, {p.weight_rounding}", f"{p.input_rule}, {p.input_rounding}", p.source)
-        for p in PRESETS.values()
+        (p.name, f"{p.rule}, {p.weight_rounding}", f"{p.rule}, {p.input_rounding}", p.source) for p in PRESETS.values()
     )
     return table("preset", "weights", "inputs", "source", rows=rows)
 

@@ -11,8 +11,8 @@ and E5M2; NVIDIA's NVFP4 (E4M3 block scales under one FP32 scale a tensor). The 
 `fp4rl.numerics`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from math import frexp
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -116,9 +116,8 @@ class Format:
     rotation: int | None = None
 
     def __post_init__(self) -> None:
-        _check_words(self)
-        _check_scale(self)
-        _check_block(self)
+        for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_block(self)):
+            raise InvalidValueError(f"{self.name}: {mistake}")
 
     @property
     def bits_per_value(self) -> float:
@@ -135,48 +134,38 @@ class Format:
         return self.scale in ("e4m3", "fp32") or rows > 1
 
 
-def _check_words(fmt: Format) -> None:
+def _wrong_words(fmt: Format) -> Iterator[str]:
     for key, known in (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding)):
         word = getattr(fmt, key)
         if word not in get_args(known):
-            raise InvalidValueError(f"{fmt.name}: {key} {word!r} is unknown{nearest(str(word), get_args(known))}")
+            yield f"{key} {word!r} is unknown{nearest(str(word), get_args(known))}"
     if fmt.coarse and fmt.coarse.choice not in get_args(CoarseChoice):
-        raise InvalidValueError(f"{fmt.name}: coarse choice {fmt.coarse.choice!r} is unknown; known: max, search")
+        yield f"coarse choice {fmt.coarse.choice!r} is unknown; known: max, search"
 
 
-def _check_scale(fmt: Format) -> None:
+def _wrong_scale(fmt: Format) -> Iterator[str]:
     powers = fmt.scale == "e8m0"
     if powers == (fmt.scale_rule == "amax"):
         cure = "floor, ceil, rceil, even, uos or mse" if powers else "amax"
-        raise InvalidValueError(
-            f"{fmt.name}: a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}"
-        )
+        yield f"a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}"
     if fmt.scale_rule == "uos" and fmt.element.largest != 6.0:
-        raise InvalidValueError(f"{fmt.name}: scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil")
+        yield "scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil"
     if fmt.scale == "none" and fmt.rounding != "nearest_even":
-        raise InvalidValueError(
-            f"{fmt.name}: rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
-        )
+        yield f"rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
     if fmt.coarse and not powers:
-        raise InvalidValueError(
-            f"{fmt.name}: a coarse scale stands above e8m0 block scales only, not above {fmt.scale}"
-        )
+        yield f"a coarse scale stands above e8m0 block scales only, not above {fmt.scale}"
 
 
-def _check_block(fmt: Format) -> None:
+def _wrong_block(fmt: Format) -> Iterator[str]:
     whole = fmt.scale in ("fp32", "none")
     if whole != (fmt.block is None):
-        raise InvalidValueError(
-            f"{fmt.name}: a scale in {fmt.scale} {'is one for the tensor: block None' if whole else 'needs a block'}"
-        )
+        yield f"a scale in {fmt.scale} {'is one for the tensor: block None' if whole else 'needs a block'}"
     if fmt.block is not None and (len(fmt.block) != 2 or min(fmt.block) < 1):
-        raise InvalidValueError(f"{fmt.name}: block {fmt.block} must be (rows, columns), each at least 1")
+        yield f"block {fmt.block} must be (rows, columns), each at least 1"
+    elif fmt.coarse and fmt.block and (fmt.block[0] != 1 or fmt.coarse.columns % fmt.block[1]):
+        yield f"coarse columns {fmt.coarse.columns} must hold whole one-row blocks of {fmt.block[1]}"
     if fmt.rotation is not None and fmt.rotation not in ROTATIONS:
-        raise InvalidValueError(f"{fmt.name}: rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}")
-    if fmt.coarse and fmt.block and (fmt.block[0] != 1 or fmt.coarse.columns % fmt.block[1]):
-        raise InvalidValueError(
-            f"{fmt.name}: coarse columns {fmt.coarse.columns} must hold whole one-row blocks of {fmt.block[1]}"
-        )
+        yield f"rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}"
 
 
 E2M1 = Element("E2M1", 2, 1, 6.0)
@@ -258,10 +247,9 @@ def _field_of(name: str, key: object, given: Any) -> Any:
             return replace(Coarse(), columns=given)
         case "coarse" if isinstance(given, Mapping) and set(given) <= {"columns", "choice"}:
             return Coarse(**given)
-        case "scale_rule" | "rounding" | "rotation" | "block" | "coarse":
-            raise InvalidValueError(f"{name}: {key} cannot be {given!r}")
-        case _:
-            raise NotFoundError(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
+    if key in _SETTINGS:
+        raise InvalidValueError(f"{name}: {key} cannot be {given!r}")
+    raise NotFoundError(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
 
 
 _SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")
@@ -272,17 +260,16 @@ def describe(fmt: Format) -> str | dict[str, object]:
     known = format_named(fmt.name)
     if fmt == known:
         return fmt.name
-    changed = {key: getattr(fmt, key) for key in _SETTINGS if getattr(fmt, key) != getattr(known, key)}
+    changed = {key: value for key in _SETTINGS if (value := getattr(fmt, key)) != getattr(known, key)}
     return {"name": fmt.name} | {key: _plain(value) for key, value in changed.items()}
 
 
 def _plain(value: object) -> object:
     match value:
         case Coarse():
-            return {"columns": value.columns, "choice": value.choice}
+            return asdict(value)
         case (1, int() as columns):
             return columns
         case tuple():
             return list(value)
-        case _:
-            return value
+    return value

@@ -1,15 +1,11 @@
 """YAML as a description uses it: plain values, each key once, aliases that end. Anything else is one line."""
 
+import json
 from typing import Any
 
 import yaml
 from yaml.composer import Composer
-from yaml.constructor import SafeConstructor
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
-from yaml.parser import Parser
-from yaml.reader import Reader
-from yaml.resolver import Resolver
-from yaml.scanner import Scanner
 
 from fp4rl.spec.errors import InvalidValueError
 
@@ -19,15 +15,8 @@ _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float
 _TEXT, _DATE, _EQUALS = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "value"))
 
 
-class _PythonParser(Reader, Scanner, Parser):
-    def __init__(self, text: str) -> None:
-        Reader.__init__(self, text)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-
-
 # libyaml's parser where PyYAML was built with it. Its composer is not used: deep nesting overflows its stack.
-_Parser: Any = vars(yaml.cyaml)["CParser"] if yaml.__with_libyaml__ else _PythonParser
+_PARSER: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -37,14 +26,12 @@ class _Refused(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
-class _Loader(Composer, SafeConstructor, Resolver, _Parser):  # type: ignore[misc]
+class _Loader(*_PARSER):  # type: ignore[misc]
     """Composes in Python, so that depth, size, keys and tags are looked at before anything is built."""
 
     def __init__(self, text: str) -> None:
-        _Parser.__init__(self, text)
+        _PARSER[-1].__init__(self, text)
         Composer.__init__(self)
-        SafeConstructor.__init__(self)
-        Resolver.__init__(self)
         self._depth = 0
         self._values: dict[Node, int] = {}  # how many values stand below a node that is complete
 
@@ -99,38 +86,21 @@ def plain_values(text: str, source: str, cure: str = "") -> Any:
     plain YAML: a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an
     object."""
     try:
-        loader = _Loader(text)
-        try:
-            return _encodable(loader.get_single_data())
-        finally:
-            loader.dispose()
+        value = _Loader(text).get_single_data()
+        json.dumps(value, ensure_ascii=False).encode()  # every text in it can be written to a file
+        return value
     except _Refused as error:
-        raise InvalidValueError(f"{source}: {_line(error)}{error.problem}") from None
+        wrong = f"{_line(error)}{error.problem}"
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InvalidValueError(
-            f"{source}: {_line(error)}{problem}; this is not valid YAML{cure and f'; {cure}'}"
-        ) from None
+        wrong = f"{_line(error)}{problem}; this is not valid YAML{cure and f'; {cure}'}"
     except UnicodeEncodeError:
-        raise InvalidValueError(f"{source}: holds half a surrogate pair, which is no text") from None
+        wrong = "holds half a surrogate pair, which is no text"
     except (ValueError, KeyError, OverflowError) as error:  # a tag such as !!int before a word
-        raise InvalidValueError(f"{source}: {error}; a value does not fit the kind that it is said to be") from None
+        wrong = f"{error}; a value does not fit the kind that it is said to be"
+    raise InvalidValueError(f"{source}: {wrong}")
 
 
 def _line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return f"line {mark.line + 1}: " if mark else ""
-
-
-def _encodable(value: Any) -> Any:
-    """`value`, or UnicodeEncodeError where some text in it could not be written to a file."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, str):
-            part.encode()
-        elif isinstance(part, dict):
-            waiting += [*part, *part.values()]
-        elif isinstance(part, list):
-            waiting += part
-    return value

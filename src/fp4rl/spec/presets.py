@@ -19,21 +19,20 @@ class Preset:
     """
 
     name: str
-    weight_rule: ScaleRule
-    weight_rounding: Rounding
-    input_rule: ScaleRule
-    input_rounding: Rounding
+    rule: ScaleRule
     source: str
+    weight_rounding: Rounding = "nearest_even"
+    input_rounding: Rounding = "nearest_even"
 
     def for_weight(self, fmt: Format) -> Format:
         """The format as this target rounds weights; raises InvalidValueError where the format sets another rule
         itself."""
-        return self._applied(fmt, self.weight_rule, self.weight_rounding)
+        return self._applied(fmt, self.weight_rounding)
 
     def for_input(self, fmt: Format) -> Format:
         """The format as this target rounds matmul inputs; raises InvalidValueError where the format sets another rule
         itself."""
-        return self._applied(fmt, self.input_rule, self.input_rounding)
+        return self._applied(fmt, self.input_rounding)
 
     def accepts(self, weight: Format) -> bool:
         """Whether this target rounds weights as the format says: a rule of its own would be refused."""
@@ -42,9 +41,10 @@ class Preset:
         except InvalidValueError:
             return False
 
-    def _applied(self, fmt: Format, rule: ScaleRule, rounding: Rounding) -> Format:
+    def _applied(self, fmt: Format, rounding: Rounding) -> Format:
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
+        rule = self.rule
         if rule == "uos" and fmt.element != E2M1:
             rule = "floor"  # dst_type_max exists for FP4 alone; the wider elements keep scale_alg 0
         if rule == "even" and fmt.element in (E4M3, E5M2):
@@ -61,44 +61,29 @@ class Preset:
         return replace(fmt, scale_rule=rule, rounding=rounding)
 
 
-OCP = Preset(
-    "ocp",
-    "floor",
-    "nearest_even",
-    "floor",
-    "nearest_even",
-    "OCP Microscaling Formats (MX) Specification v1.0, section 6.3",
-)
-ASCEND950 = Preset(
-    "ascend950",
-    *("floor", "nearest_even", "floor", "nearest_even"),
-    "CANN aclnnDynamicMxQuant: scale_alg 0 (the OCP rule) and round_mode rint, its defaults",
-)
-ASCEND950_UOS = Preset(
-    "ascend950_uos",
-    *("uos", "nearest_even", "uos", "nearest_even"),
-    "CANN aclnnDynamicMxQuant: scale_alg 2 with dst_type_max 7.25, round_mode rint",
-)
-VLLM_ASCEND = Preset(
-    "vllm_ascend",
-    *("floor", "nearest_even", "floor", "half_away"),
-    "vLLM-Ascend W4A4_MXFP4: weights as msModelSlim packed them, inputs by npu_dynamic_mx_quant "
-    "with round_mode 'round' (half away from zero by its name; not confirmed on hardware)",
-)
-VLLM = Preset(
-    "vllm",
-    *("even", "nearest_even", "even", "nearest_even"),
-    "compressed-tensors 0.20 (llm-compressor checkpoints) and vLLM's reference_mxfp4.py",
-)
-MODELOPT = Preset(
-    "modelopt",
-    *("rceil", "nearest_even", "rceil", "nearest_even"),
-    "nvidia-modelopt 0.47 MXFP4QTensor; its pack path sends exact ties toward zero, which this preset does not imitate",
+_ALL = (
+    Preset("ocp", "floor", "OCP Microscaling Formats (MX) Specification v1.0, section 6.3"),
+    Preset(
+        "ascend950", "floor", "CANN aclnnDynamicMxQuant: scale_alg 0 (the OCP rule) and round_mode rint, its defaults"
+    ),
+    Preset("ascend950_uos", "uos", "CANN aclnnDynamicMxQuant: scale_alg 2 with dst_type_max 7.25, round_mode rint"),
+    Preset(
+        "vllm_ascend",
+        "floor",
+        "vLLM-Ascend W4A4_MXFP4: weights as msModelSlim packed them, inputs by npu_dynamic_mx_quant "
+        "with round_mode 'round' (half away from zero by its name; not confirmed on hardware)",
+        input_rounding="half_away",
+    ),
+    Preset("vllm", "even", "compressed-tensors 0.20 (llm-compressor checkpoints) and vLLM's reference_mxfp4.py"),
+    Preset(
+        "modelopt",
+        "rceil",
+        "nvidia-modelopt 0.47 MXFP4QTensor; its pack path sends exact ties toward zero, which this preset does not "
+        "imitate",
+    ),
 )
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {p.name: p for p in (OCP, ASCEND950, ASCEND950_UOS, VLLM_ASCEND, VLLM, MODELOPT)}
-)
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
 
 
 def preset_named(name: str) -> Preset:
