@@ -7,6 +7,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.engines.executors import processes
+from fp4rl.lab.runner import Outcome
 from fp4rl.numerics import dispatch, native_build
 
 LOAD, BUILD = native_build.load, native_build.build
@@ -57,10 +58,10 @@ def test_a_worker_tells_its_run_what_it_compiles_and_heeds_the_word(fresh, monke
     pipe = SimpleNamespace(send=heard.append)
     monkeypatch.setattr("fp4rl.lab.work.execute_run", lambda *_: dispatch._PROCESS.announce("compiling"))
     monkeypatch.setenv("FP4RL_BACKEND", "chunked")
-    assert processes.attempt(run, tmp_path, (), pipe.send) == (None, False, False)
+    assert processes.attempt(run, tmp_path, (), pipe.send) == Outcome(run)
     assert dispatch.chosen() == "chunked"
     assert [(event.run_id, event.stage) for event in heard] == [("a-0", "compiling")]
     monkeypatch.setenv("FP4RL_BACKEND", "chunkt")
-    error, mistake, _ = processes.attempt(run, tmp_path, (), pipe.send)
-    assert "FP4RL_BACKEND: no backend is called 'chunkt'" in error
-    assert mistake
+    ended = processes.attempt(run, tmp_path, (), pipe.send)
+    assert "FP4RL_BACKEND: no backend is called 'chunkt'" in ended.error
+    assert ended.mistake

@@ -147,7 +147,7 @@ while len(list(Path(meeting).iterdir())) < 2:
     time.sleep(0.005)
 ledger = open_ledger(where)
 for folder in folders:
-    record(ledger, RunFolder(Path(folder)))
+    record(ledger, RunFolder(Path(folder)), {})
 """
 
 

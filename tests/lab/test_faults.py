@@ -69,8 +69,9 @@ def test_a_start_that_fails_before_its_folder_exists_keeps_its_cause(tmp_path, m
     monkeypatch.setattr(work, "check", broken)
     (tmp_path / "file").write_text("")
     run, root = single(Experiment(), "one"), tmp_path / place
-    error, mistake, _ = attempt(run, root, (), _Nobody())
-    assert not mistake
+    ended = attempt(run, root, (), _Nobody())
+    error = ended.error
+    assert not ended.mistake
     assert error.startswith("RuntimeError: the device went away (")
     log = run_folder(root, run.suite, run.run_id).path / "log.txt"
     if place == "runs":

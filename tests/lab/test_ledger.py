@@ -36,7 +36,7 @@ def _three_runs(make_run) -> list[RunFolder]:
 
 def test_a_rebuilt_ledger_has_the_same_rows(opened, all_rows, make_run, ledger: Ledger, tmp_path: Path):
     for run in reversed(_three_runs(make_run)):
-        record(ledger, run)
+        record(ledger, run, {})
     before = all_rows(ledger)
     assert rebuild(ledger, tmp_path / "runs") == 3
     assert all_rows(ledger) == before
@@ -64,20 +64,20 @@ def test_a_row_that_no_folder_explains_does_not_survive_a_rebuild(all_rows, make
     assert all_rows(ledger) == before
 
 
-def test_recording_twice_changes_nothing(all_rows, make_run, ledger: Ledger):
-    run = make_run()
-    assert record(ledger, run)
+def test_recording_twice_changes_nothing(all_rows, make_run, ledger: Ledger, tmp_path: Path):
+    make_run()
+    assert record_new(ledger, tmp_path / "runs") == 1
     before = all_rows(ledger)
-    assert not record(ledger, run)
+    assert record_new(ledger, tmp_path / "runs") == 0
     assert all_rows(ledger) == before
 
 
 def test_a_run_whose_result_changed_is_replaced_as_a_whole(make_run, ledger: Ledger):
     run = make_run(strict=[True] * 40)
-    record(ledger, run)
+    record(ledger, run, {})
     result = run.result().as_json() | {"wall_s": 99.0, "evaluations": []}
     (run.path / "result.json").write_text(json.dumps(result))
-    assert record(ledger, run)
+    assert record_new(ledger, run.path.parents[1]) == 1
     with ledger.reading() as connection:
         number = tables.run_number(run.suite, run.run_id)
         assert documents_of(connection, [number])[number].run.result.wall_s == 99.0
@@ -88,7 +88,7 @@ def test_an_unfinished_run_is_not_recorded(make_run, ledger: Ledger, tmp_path: P
     run = make_run()
     (run.path / "result.json").unlink()
     with pytest.raises(NotFoundError, match="not finished"):
-        record(ledger, run)
+        record(ledger, run, {})
     assert record_new(ledger, tmp_path / "runs") == 0
 
 
@@ -99,7 +99,7 @@ def test_a_record_that_fails_halfway_leaves_nothing(
     unfit = {"run": 1, "step": None, "profile": "full", "last": True, "conditions": {}}
     monkeypatch.setattr("fp4rl.lab.ledger.document._evaluation_rows", lambda _: [unfit])
     with pytest.raises(Exception, match="NOT NULL"):
-        record(ledger, run)
+        record(ledger, run, {})
     assert all_rows(ledger)["runs"] == []
 
 
@@ -235,7 +235,7 @@ def test_a_step_that_was_judged_twice_is_one_row_as_it_was_judged_last(make_run,
     judged = [{"step": 5, "last": last, "strict": strict} | scores for last, strict in ((True, 0.6), (False, 0.5))]
     run = make_run(evaluations=judged, steps_done=5, stopped="an alarm")
     ledger = opened(tmp_path / "ledger.db")
-    assert record(ledger, run)
+    assert record(ledger, run, {})
     with ledger.reading() as connection:
         (row,) = connection.execute(select(tables.evaluations)).mappings()
     assert (row["last"], row["strict"]) == (True, 0.6)
@@ -251,7 +251,7 @@ def test_a_seed_is_one_repeat_however_many_suites_and_profiles_show_it(make_run,
                 for name, extra in (("full", 0.1), ("deployment", 0.0), ("w4a16", 0.2))
             ]
             run = make_run("bf16", seed, evaluations=shown, suite=suite)
-            record(ledger, run)
+            record(ledger, run, {})
     with ledger.reading() as connection:
         groups = repeats(connection, digest(run.spec()["task"]), digest(run.spec()["model"]))
     assert groups == [[0.50, 0.54, 0.47]]

@@ -137,7 +137,7 @@ def test_recording_while_another_rebuilds_loses_nothing_in_postgresql(
 def _recorded(address: str, runs: list[RunFolder]) -> None:
     with open_ledger(address) as ledger:
         for run in runs:
-            record(ledger, run)
+            record(ledger, run, {})
 
 
 def _rebuilt(address: str, root: Path) -> None:

@@ -122,7 +122,7 @@ def carry_out_all(
     from fp4rl.cli.display import Display
     from fp4rl.engines.executors.launcher import launched
     from fp4rl.engines.executors.processes import LocalPool
-    from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow, is_first, tell
+    from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
     from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
     from fp4rl.lab.sinks import require_sinks
     from fp4rl.models.quiet import quiet as quiet_libraries
@@ -132,7 +132,9 @@ def carry_out_all(
     require_here(runs)
     if launched():
         quiet_libraries()
-        if not is_first():
+        from fp4rl.rl import processes
+
+        if not processes.is_first():
             follow(root)
             return SuiteOutcome()
     keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
@@ -142,7 +144,7 @@ def carry_out_all(
     refuse_others(finished, root)
     executor = TorchrunExecutor(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
     if launched():
-        tell(missing)
+        processes.from_first(missing)
     screen = console(stderr=True)
     if finished and not quiet:
         are = agreeing(len(finished), "is", "are")

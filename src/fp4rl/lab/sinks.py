@@ -171,23 +171,22 @@ class Sinks:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Export the numbers of one step."""
-        for name, sink in list(self._open.items()):
-            self._attempt(name, lambda sink=sink: sink.log(step, values))  # type: ignore[misc]
+        self._each(lambda sink: sink.log(step, values))
 
     def close(self) -> None:
         """Write what is buffered, and end the run there."""
-        for name, sink in list(self._open.items()):
-            self._attempt(name, sink.close)
+        self._each(lambda sink: sink.close())
         self._open.clear()
 
-    def _attempt(self, name: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever a client library raises
-            if name == "tensorboard":
-                raise
-            self.failures[name] = f"{type(error).__name__}: {error}"
-            del self._open[name]
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._open.items()):
+            try:
+                call(sink)
+            except Exception as error:  # whatever a client library raises
+                if name == "tensorboard":
+                    raise
+                self.failures[name] = f"{type(error).__name__}: {error}"
+                del self._open[name]
 
     def __enter__(self) -> "Sinks":
         return self

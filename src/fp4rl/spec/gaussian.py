@@ -10,16 +10,8 @@ from types import MappingProxyType
 from fp4rl.spec.formats import FORMATS, Format, ScaleRule
 
 MEASURES = (
-    "sqnr_db",
-    "relative_l2",
-    "relative_l1",
-    "mean_relative",
-    "deadzone_share",
-    "clipped_share",
-    "clipped_error",
-    "scale_bias",
-    "deadzone",
-    "grid_noise",
+    *("sqnr_db", "relative_l2", "relative_l1", "mean_relative", "deadzone_share"),
+    *("clipped_share", "clipped_error", "scale_bias", "deadzone", "grid_noise"),
 )
 
 _FIGURES = {
@@ -39,14 +31,7 @@ _FIGURES = {
 
 # MXFP4 under each scale rule, as SQNR in dB.
 MXFP4_RULES_DB: Mapping[ScaleRule, float] = MappingProxyType(
-    {
-        "floor": 18.75,
-        "ceil": 17.01,
-        "rceil": 18.65,
-        "even": 18.99,
-        "uos": 19.02,
-        "mse": 19.03,
-    }
+    {"floor": 18.75, "ceil": 17.01, "rceil": 18.65, "even": 18.99, "uos": 19.02, "mse": 19.03}
 )
 
 

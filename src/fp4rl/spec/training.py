@@ -5,14 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from fp4rl.spec.algorithms import (
-    ALGORITHMS,
-    AdvantageEstimator,
-    Algorithm,
-    AlgorithmName,
-    KlLossType,
-    LossAggregation,
-)
+from fp4rl.spec.algorithms import ALGORITHMS, AdvantageEstimator, Algorithm, AlgorithmName, KlLossType, LossAggregation
 from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.words import counted
 

@@ -113,7 +113,7 @@ def test_one_seed_is_shown_with_the_band_of_repeats_in_the_ledger(make_trial, tm
     make_trial().write()
     with open_ledger(tmp_path / "ledger.db") as ledger:
         for run in finished_runs(tmp_path):
-            record(ledger, run)
+            record(ledger, run, {})
     verdict = collect(make_trial(suite="single", seeds=[0]).write()).questions[0].verdict
     assert (verdict.word, verdict.interval) == (None, "run-to-run band")
     assert verdict.low < verdict.difference < verdict.high

@@ -47,23 +47,10 @@ class LocalPool:
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on any
         exception here (a second Ctrl-C) all workers are ended before it goes on."""
-        waiting = list(runs)
-        workers: list[_Worker] = []
-        with _interruptible() as interrupted:
-            yield from self._execute(waiting, workers, root, on_event, interrupted)
-
-    def _execute(
-        self,
-        waiting: list[PlannedRun],
-        workers: list[_Worker],
-        root: Path,
-        on_event: OnEvent,
-        interrupted: threading.Event,
-    ) -> Generator[Outcome, None, None]:
-        try:
+        waiting, stopping = list(runs), False
+        with _interruptible() as interrupted, _ended_at_last() as workers:
             while waiting and len(workers) < self.workers:
                 workers.append(self._spawn(waiting.pop(0), root))
-            stopping = False
             while workers:
                 if interrupted.is_set() and not stopping:
                     stopping = True
@@ -83,10 +70,6 @@ class LocalPool:
                         _stop(worker)
             if interrupted.is_set():
                 raise KeyboardInterrupt
-        finally:
-            for worker in workers:
-                worker.process.kill()
-                worker.process.join()
 
     def _spawn(self, run: PlannedRun, root: Path) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -120,6 +103,18 @@ class LocalPool:
 
 
 @contextlib.contextmanager
+def _ended_at_last() -> Iterator[list[_Worker]]:
+    """A list of workers; those that are still in it at the end are killed."""
+    workers: list[_Worker] = []
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+@contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
     """Remembers the first Ctrl-C; the second is raised as KeyboardInterrupt."""
     interrupted = threading.Event()
@@ -144,14 +139,14 @@ def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
     """Pass an event on, or return how the worker's run ended."""
     assert worker.run is not None
     try:
-        message = worker.pipe.recv()
+        message: Event | Outcome = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join()
         return Outcome(worker.run, died(worker.process.exitcode, run_folder(root, worker.run.suite, worker.run.run_id)))
-    if isinstance(message, Event):
-        on_event(message)
-        return None
-    return Outcome(worker.run, *message)
+    if isinstance(message, Outcome):
+        return message
+    on_event(message)
+    return None
 
 
 def died(code: int | None, folder: RunFolder) -> str:
@@ -180,7 +175,7 @@ def _stop(worker: _Worker) -> None:
 
 
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
-    """In the child: carry out runs until told to stop; each answer is what `_attempt` returns."""
+    """In the child: carry out runs until told to stop; each one's events and outcome are sent back."""
     stop_requested = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # of the whole group, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -206,8 +201,8 @@ def attempt(
     report_to: tuple[str, ...],
     on_event: OnEvent,
     interrupted: Callable[[], bool] = lambda: False,
-) -> tuple[str | None, bool, bool]:
-    """(what went wrong or None, whether it is the user's mistake, whether it was asked to end)."""
+) -> Outcome:
+    """Carry out a run in this process; what goes wrong is told by its outcome, and its traceback kept in its log."""
     from fp4rl.lab.work import execute_run
     from fp4rl.spec.errors import CheckFailed, UserError
 
@@ -218,19 +213,16 @@ def attempt(
     try:
         choose_backend(lambda message: emit(events.Progress(message, 0, 0)))
         execute_run(run, root, emit, report_to, interrupted)
-    except events.Interrupted as error:
-        return str(error), False, True
-    except UserError as error:
-        return str(error), True, False
-    except CheckFailed as error:
-        return str(error), False, False
+    except (events.Interrupted, UserError, CheckFailed) as error:
+        mistake, asked_to_end = isinstance(error, UserError), isinstance(error, events.Interrupted)
+        return Outcome(run, str(error), mistake=mistake, interrupted=asked_to_end)
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
         where = _keep_traceback(run, root, error)
         what = str(error).splitlines()[0] if str(error) else "no message"
-        return f"{type(error).__name__}: {what} ({where})", False, False
-    return None, False, False
+        return Outcome(run, f"{type(error).__name__}: {what} ({where})")
+    return Outcome(run)
 
 
 def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:

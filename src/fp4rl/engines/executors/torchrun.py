@@ -22,32 +22,19 @@ class TorchrunExecutor:
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Outcomes as they come."""
         for run in runs:
-            error, mistake, _ = attempt(run, root, self.report_to, on_event)
-            yield Outcome(run, error, mistake)
-            if error is not None:  # the other processes are still in the middle of it
+            outcome = attempt(run, root, self.report_to, on_event)
+            yield outcome
+            if outcome.error is not None:  # the other processes are still in the middle of it
                 return
 
 
-def is_first() -> bool:
-    """Whether this process is the one that plans and speaks."""
-    from fp4rl.rl import processes
-
-    return processes.is_first()
-
-
-def tell(runs: Sequence[PlannedRun]) -> None:
-    """In the first process: what all are to carry out now."""
-    from fp4rl.rl import processes
-
-    processes.from_first(list(runs))
-
-
 def follow(root: Path) -> None:
-    """In every other process: take part in what the first one tells. Raises CheckFailed when this one's share fails."""
+    """In every other process: take part in what the first one carries out. Raises CheckFailed where this one's share
+    fails."""
     from fp4rl.rl import processes
 
     runs: list[PlannedRun] = processes.from_first([])
     for run in runs:
-        error, _, _ = attempt(run, root, (), lambda event: None)  # noqa: ARG005
-        if error is not None:
-            raise CheckFailed(f"process {processes.rank()}, {run.run_id}: {error}")
+        outcome = attempt(run, root, (), lambda event: None)  # noqa: ARG005
+        if outcome.error is not None:
+            raise CheckFailed(f"process {processes.rank()}, {run.run_id}: {outcome.error}")

@@ -19,15 +19,8 @@ _NUMBER = re.compile(
 # First name found wins. `global_step/max_steps` is ms-swift's ("3/609"), `current_steps` LLaMA-Factory's,
 # `_step` that of W&B.
 STEP_NAMES = (
-    "step",
-    "global_step",
-    "train/global_step",
-    "training/global_step",
-    "trainer/global_step",
-    "global_step/max_steps",
-    "current_steps",
-    "iteration",
-    "_step",
+    *("step", "global_step", "train/global_step", "training/global_step", "trainer/global_step"),
+    *("global_step/max_steps", "current_steps", "iteration", "_step"),
 )
 _STEP = re.compile(r"([0-9]{1,18})(?:\.0*)?(?:/[0-9]+)?")
 _HIGHEST_STEP = 2**31 - 1  # what the ledger's column holds

@@ -43,12 +43,6 @@ class Document:
         """The run's key in every table."""
         return tables.run_number(self.run.suite, self.run.run_id)
 
-    @property
-    def experiment(self) -> Row:
-        """Digests of the spec without its seed, and of its task and model; empty for a foreign log."""
-        parts = {name: digest(self.run.described.get(name)) for name in ("task", "model")}
-        return {"experiment": self.run.experiment, **parts} if self.run.spec else {}
-
     def as_json(self) -> Row:
         """The record as it is kept, without the metrics."""
         run = self.run
@@ -134,13 +128,14 @@ def write(connection: Connection, document: Document) -> None:
 
 def _run_row(document: Document) -> Row:
     run, result = document.run, document.run.result
+    parts = {name: digest(run.described.get(name)) if run.spec else None for name in ("task", "model")}
     return {
         "id": document.number,
         "suite": run.suite,
         "run_id": run.run_id,
         "arm": run.arm,
-        **dict.fromkeys(("experiment", "task", "model")),
-        **document.experiment,
+        "experiment": run.experiment,
+        **parts,
         **{name: getattr(result, name) for name in ("seed", "code_digest", "steps_asked", "steps_done")},
         "imported": result.imported is not None,
         "status": result.imported.status if result.imported is not None else None,

@@ -1,6 +1,7 @@
 """Questions to the ledger: which runs there are, the record of each, and which of them repeat each other."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fp4rl.lab.statistics.seeds import Spread
 
 runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents
+_IN_A_STATEMENT = 500  # how many ids fit the parameters of one statement
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) 
     names = ("id", "suite", "run_id", "arm", "seed", "steps_asked", "steps_done", "code_digest", "imported", "status")
     query = wanted.applied(select(*(runs.c[name] for name in names)))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
-    rows = [dict(row) for row in connection.execute(query).mappings()]
-    scores: dict[int, dict[str, float]] = {}
-    for row in rows_of_runs(connection, evaluations, [row["id"] for row in rows]):
-        if row["last"]:
-            scores.setdefault(row["run"], {})[row["profile"]] = row["strict"]
-    return [row | {"strict": scores.get(row["id"], {})} for row in rows]
+    of_these = evaluations.c.run.in_(query.with_only_columns(runs.c.id))
+    last = select(evaluations).where(evaluations.c.last, of_these).order_by(evaluations.c.profile)
+    scores: dict[int, dict[str, float]] = defaultdict(dict)
+    for row in connection.execute(last):
+        scores[row.run][row.profile] = row.strict
+    return [{**row, "strict": scores[row["id"]]} for row in connection.execute(query).mappings()]
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:
@@ -88,21 +90,13 @@ def find_run(connection: Connection, word: str) -> Row:
     return dict(connection.execute(select(runs).where(runs.c.id == names[matching[0]])).mappings().one())
 
 
-def rows_of_runs(connection: Connection, table: Any, ids: Sequence[int]) -> list[Row]:
-    """All rows of `table` that belong to the runs `ids`, in the order of the table's key."""
-    rows: list[Row] = []
-    for some in _chunks(ids):
-        query = select(table).where(table.c.run.in_(some)).order_by(*table.primary_key.columns)
-        rows += [dict(row) for row in connection.execute(query).mappings()]
-    return rows
-
-
 def documents_of(connection: Connection, ids: Sequence[int], *, metrics: bool = False) -> dict[int, Document]:
     """The records of these runs, by the run's number; their metrics are left out unless asked for."""
     columns = (documents.c.run, documents.c.record, *((documents.c.metrics,) if metrics else ()))
     read: dict[int, Document] = {}
-    for some in _chunks(ids):
-        for row in connection.execute(select(*columns).where(documents.c.run.in_(some))):
+    for start in range(0, len(ids), _IN_A_STATEMENT):
+        some = documents.c.run.in_(ids[start : start + _IN_A_STATEMENT])
+        for row in connection.execute(select(*columns).where(some)):
             read[row.run] = read_document(row.record, row.metrics if metrics else {})
     return read
 
@@ -170,8 +164,3 @@ def _name(described: Any) -> str:
     if described.get("path"):
         return str(described["path"]).rstrip("/").rpartition("/")[2]
     return next((key for key, value in described.items() if value is not None), "?")
-
-
-def _chunks(ids: Sequence[int], size: int = 500) -> Iterable[Sequence[int]]:
-    """Pieces short enough for one statement's parameters."""
-    return (ids[start : start + size] for start in range(0, len(ids), size))

@@ -1,6 +1,6 @@
 """Recording run folders: a run is entered wholly or not at all, and the same rows come of it however often."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, select, text
@@ -15,41 +15,31 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import agreeing, counted
 
 OnRun = Callable[[int, int], None]
-
-
-def record(ledger: Ledger, folder: RunFolder) -> bool:
-    """Put a finished run into the ledger; False where exactly this result is there already.
-
-    Raises `NotFoundError` for a run that is not finished. Safe to call from several processes at once.
-    """
-    content = content_of(folder)
-    with ledger.reading() as connection:
-        if known_content(connection).get((folder.suite, folder.run_id)) == content:
-            return False
-    _record(ledger, folder)
-    return True
+Known = Mapping[tuple[str, str], str]
 
 
 def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damaged: OnDamaged | None = None) -> int:
     """Record every finished run below `root` that the ledger does not hold as it is; how many those were.
 
     `on_run(done, total)` is called after each, `on_damaged` for a run that cannot be read and is left out; without it
-    the first of these is raised once all others are recorded.
+    the first of these is raised once all others are recorded. Safe to call from several processes at once.
     """
     with ledger.reading() as connection:
         known = known_content(connection)
-    finished, damaged, recorded = finished_runs(root), list[Damaged](), 0
-    for done, run in enumerate(finished, start=1):
-        try:
-            if known.get((run.suite, run.run_id)) != content_of(run):
-                _record(ledger, run)
-                recorded += 1
-        except Damaged as error:
-            damaged.append(error)
-        if on_run:
-            on_run(done, len(finished))
-    tell(damaged, on_damaged)
-    return recorded
+    return _record_each(finished_runs(root), lambda folder: record(ledger, folder, known), on_run, on_damaged)
+
+
+def record(ledger: Ledger, folder: RunFolder, known: Known) -> bool:
+    """Put a finished run into the ledger; False where `known` says that exactly this result is there already.
+
+    Raises `NotFoundError` for a run that is not finished.
+    """
+    if known.get((folder.suite, folder.run_id)) == content_of(folder):
+        return False
+    document = document_of(folder)
+    with ledger.writing() as connection:
+        _write_whole(connection, document, folder)
+    return True
 
 
 def rebuild(
@@ -75,29 +65,38 @@ def rebuild(
             raise InvalidValueError(_missing_message(missing, root))
         for table in (tables.documents, tables.evaluations, tables.runs):
             connection.execute(delete(table))
-        damaged: list[Damaged] = []
-        for done, folder in enumerate(folders, start=1):
-            try:
-                _write_whole(connection, document_of(folder), folder)
-            except Damaged as error:
-                damaged.append(error)
-            if on_run:
-                on_run(done, len(folders))
-        tell(damaged, on_damaged)  # raises within the transaction where nobody listens
-    return len(folders) - len(damaged)
+
+        def write_again(folder: RunFolder) -> bool:
+            _write_whole(connection, document_of(folder), folder)
+            return True
+
+        return _record_each(folders, write_again, on_run, on_damaged)
 
 
-def known_content(connection: Connection) -> dict[tuple[str, str], str]:
+def _record_each(
+    folders: Sequence[RunFolder],
+    record: Callable[[RunFolder], bool],
+    on_run: OnRun | None,
+    on_damaged: OnDamaged | None,
+) -> int:
+    """How many runs `record` entered; damaged ones are told once all others are in."""
+    damaged, recorded = list[Damaged](), 0
+    for done, folder in enumerate(folders, start=1):
+        try:
+            recorded += record(folder)
+        except Damaged as error:
+            damaged.append(error)
+        if on_run:
+            on_run(done, len(folders))
+    tell(damaged, on_damaged)
+    return recorded
+
+
+def known_content(connection: Connection) -> Known:
     """(suite, run id) -> digest of the result that the ledger holds."""
     table = tables.runs.c
     rows = connection.execute(select(table.suite, table.run_id, table.content))
     return {(suite, run_id): content for suite, run_id, content in rows}
-
-
-def _record(ledger: Ledger, folder: RunFolder) -> None:
-    document = document_of(folder)
-    with ledger.writing() as connection:
-        _write_whole(connection, document, folder)
 
 
 def _write_whole(connection: Connection, document: Document, folder: RunFolder) -> None:

@@ -5,76 +5,62 @@ Every key comes from the content, so that a rebuilt ledger holds the same rows.
 
 import hashlib
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-)
+import sqlalchemy as sa
 
 from fp4rl.spec.task import SCORES
 
 SCHEMA = "-".join(("0003", *SCORES[3:]))  # a further score is a further column
 
-metadata = MetaData()
+metadata = sa.MetaData()
 
-schema = Table("ledger_schema", metadata, Column("version", Text, primary_key=True))
+schema = sa.Table("ledger_schema", metadata, sa.Column("version", sa.Text, primary_key=True))
 
 # `experiment` is the digest of the spec without its seed: runs of one experiment repeat each other.
-runs = Table(
+runs = sa.Table(
     "runs",
     metadata,
-    Column("id", BigInteger, primary_key=True, autoincrement=False),
-    Column("suite", Text, nullable=False),
-    Column("run_id", Text, nullable=False),
-    Column("arm", Text, nullable=False),
-    Column("seed", Integer),
-    Column("experiment", String(12), index=True),
-    Column("task", String(12)),
-    Column("model", String(12)),
-    Column("code_digest", Text),
-    Column("steps_asked", Integer),
-    Column("steps_done", Integer),
-    Column("imported", Boolean, nullable=False),
-    Column("status", Text),
-    Column("content", String(64), nullable=False),
-    UniqueConstraint("suite", "run_id", name="uq_runs_suite_run_id"),
-    Index("ix_runs_suite_arm", "suite", "arm"),
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("suite", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("arm", sa.Text, nullable=False),
+    sa.Column("seed", sa.Integer),
+    sa.Column("experiment", sa.String(12), index=True),
+    sa.Column("task", sa.String(12)),
+    sa.Column("model", sa.String(12)),
+    sa.Column("code_digest", sa.Text),
+    sa.Column("steps_asked", sa.Integer),
+    sa.Column("steps_done", sa.Integer),
+    sa.Column("imported", sa.Boolean, nullable=False),
+    sa.Column("status", sa.Text),
+    sa.Column("content", sa.String(64), nullable=False),
+    sa.UniqueConstraint("suite", "run_id", name="uq_runs_suite_run_id"),
+    sa.Index("ix_runs_suite_arm", "suite", "arm"),
 )
 
 
-def _run_column() -> Column[int]:
-    return Column("run", BigInteger, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+def _run_column() -> sa.Column[int]:
+    return sa.Column("run", sa.BigInteger, sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
 
 
-evaluations = Table(
+evaluations = sa.Table(
     "evaluations",
     metadata,
     _run_column(),
-    Column("step", Integer, primary_key=True),
-    Column("profile", Text, primary_key=True),
-    Column("last", Boolean, nullable=False),
-    Column("n", Integer),
-    *(Column(name, Double) for name in (*SCORES, "mean_length")),
-    Column("conditions", JSON, nullable=False),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("profile", sa.Text, primary_key=True),
+    sa.Column("last", sa.Boolean, nullable=False),
+    sa.Column("n", sa.Integer),
+    *(sa.Column(name, sa.Double) for name in (*SCORES, "mean_length")),
+    sa.Column("conditions", sa.JSON, nullable=False),
 )
 
 # `metrics` stands alone: it is the longest part, and only `show` reads it.
-documents = Table(
+documents = sa.Table(
     "documents",
     metadata,
     _run_column(),
-    Column("record", JSON, nullable=False),
-    Column("metrics", JSON, nullable=False),
+    sa.Column("record", sa.JSON, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
 )
 
 
