@@ -115,8 +115,8 @@ def _as_dict(title: str, monitor: "Monitor", findings: list["Finding"]) -> dict[
         "log": title,
         "healthy": monitor.healthy,
         "state": monitor.state,
-        "checks": [finding.as_dict() for finding in monitor.findings()],
-        "course": [finding.as_dict() for finding in findings],
+        "checks": [vars(finding) for finding in monitor.findings()],
+        "course": [vars(finding) for finding in findings],
     }
 
 

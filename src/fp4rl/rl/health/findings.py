@@ -1,7 +1,6 @@
 """What the monitor says: a state with its evidence."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from fp4rl.spec.health import Policy, State
 
@@ -36,10 +35,6 @@ class Finding:
     since: int
     evidence: str
     policy: Policy = "note"
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able, for evidence.jsonl and `--json`."""
-        return asdict(self)
 
     def __str__(self) -> str:
         onset = f" (since step {self.since})" if self.since != self.step else ""

@@ -62,9 +62,9 @@ class SignalHistory:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
+        self.bests: dict[int, float] = {}  # width -> the highest mean of so many; how far to trust it, see `loss`
+        self.lowest: float | None = None  # running median of five
         self._total = [0.0]  # of the first n values
-        self._best: dict[int, float] = {}
-        self._lowest: float | None = None
 
     def add(self, step: int, value: float) -> None:
         """One more observation; a value that is not finite is left out."""
@@ -75,11 +75,11 @@ class SignalHistory:
         self._total.append(self._total[-1] + value)
         if len(self.values) >= 3:
             smooth = median(self.values[-_SMOOTH:])
-            self._lowest = smooth if self._lowest is None else min(self._lowest, smooth)
+            self.lowest = smooth if self.lowest is None else min(self.lowest, smooth)
         for width in LEVELS:
             mean = self.mean(width)
             if mean is not None:
-                self._best[width] = max(self._best.get(width, mean), mean)
+                self.bests[width] = max(self.bests.get(width, mean), mean)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -88,11 +88,6 @@ class SignalHistory:
     def last(self) -> float | None:
         """The newest value; None before there is one."""
         return self.values[-1] if self.values else None
-
-    @property
-    def first(self) -> float | None:
-        """The oldest value; None before there is one."""
-        return self.values[0] if self.values else None
 
     @property
     def spacing(self) -> float:
@@ -109,15 +104,6 @@ class SignalHistory:
         """Mean of the first `width` observations, of which there must be as many."""
         return self._total[width] / width
 
-    def bests(self) -> dict[int, float]:
-        """Width of a window -> the highest mean that any window so wide has had; how far to trust it, see `loss`."""
-        return self._best
-
-    @property
-    def lowest(self) -> float | None:
-        """Lowest running median of five so far."""
-        return self._lowest
-
     def early(self, most: int) -> float | None:
         """Median of the first observations: a quarter of them, so that an early failure does not become the measure.
 
@@ -126,24 +112,16 @@ class SignalHistory:
         n, limit = len(self.values), round(most / self.spacing)
         return median(self.values[: max(3, min(limit, n // 4))]) if n >= 4 else None
 
-    def level(self, width: int = 3, ago: int = 0) -> float | None:
-        """Median of `width` observations that ended `ago` observations before the last."""
-        end = len(self.values) - ago
-        return median(self.values[end - width : end]) if end >= width else None
-
-    def lately(self, most: int) -> float | None:
-        """Median of the last observations, at most `most` of them; None before there is one."""
-        return median(self.values[-most:]) if self.values else None
+    def level(self, width: int = 3, ago: int = 0, least: int | None = None) -> float | None:
+        """Median of `width` observations that ended `ago` before the last; of fewer, where `least` are enough."""
+        end = max(len(self.values) - ago, 0)
+        past = self.values[max(end - width, 0) : end]
+        return median(past) if len(past) >= (least or width) else None
 
     def level_at(self, step: int) -> float | None:
         """Median of the last 3 observations up to `step`."""
         past = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step][-3:]
         return median(past) if past else None
-
-    def recent(self, window: int, ago: int) -> float | None:
-        """Median of up to `window` observations, leaving out the last `ago`; needs 3."""
-        past = self.values[max(0, len(self.values) - ago - window) : len(self.values) - ago]
-        return median(past) if len(past) >= 3 else None
 
     def noise(self) -> float | None:
         """Standard deviation from one observation to the next, robust to jumps and blind to a trend."""
@@ -242,7 +220,7 @@ class SignalHistories:
 def summary(histories: SignalHistories, signals: tuple[str, ...]) -> str:
     """Say in a few words how `signals` went, and which of them nobody logs."""
     logged = [name for name in signals if len(histories[name])]
-    seen = [f"{name} {histories[name].first:.3g} -> {histories[name].last:.3g}" for name in logged]
+    seen = [f"{name} {histories[name].values[0]:.3g} -> {histories[name].last:.3g}" for name in logged]
     unseen = [name for name in signals if name not in logged]
     beside = [f"no {' or '.join(unseen)} logged"] if unseen else []
     if "accuracy" in unseen and len(histories["reward"]) and "reward" not in signals:

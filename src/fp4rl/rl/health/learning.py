@@ -100,7 +100,7 @@ def no_spread(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 def _spread_gone(histories: SignalHistories, share: float, t: Thresholds) -> Verdict:
     """Few groups still differ, all of a sudden, in a task that is not solved: the reward has stopped telling."""
-    usual = histories["no_spread"].recent(_RECENT, _AGO)
+    usual = histories["no_spread"].level(_RECENT, _AGO, least=3)
     if usual is None or 1 - usual < _SPREAD_ENOUGH or 1 - share > t.spread_left * (1 - usual) or solved(histories, t):
         return OK
     return Verdict("alarm", f"{1 - share:.0%} of the groups have spread, {1 - usual:.0%} had: the reward hardly tells")

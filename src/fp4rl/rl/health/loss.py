@@ -95,7 +95,7 @@ def _levels(goal: SignalHistory, before: int, error: _Error) -> Iterator[tuple[f
     for width in (1, *LEVELS):
         if width <= before and error.tells(width):
             yield goal.start(width), width
-    for width, mean in goal.bests().items():
+    for width, mean in goal.bests.items():
         yield mean - sqrt(2 * log(len(goal) / width)) * error.at(mean, width), width
 
 

@@ -1,6 +1,5 @@
 """Checks on the machine: numbers that are none, gradients that burst or vanish, a sampler that is another policy."""
 
-from dataclasses import dataclass
 from math import isfinite
 
 from fp4rl.rl.health.findings import OK, Verdict, worst
@@ -14,6 +13,10 @@ _AGO = 3
 _WINDOW = 3
 # A part of the mismatch below this share of what would be an illness is none.
 _NOTHING = 0.1
+_MEASURES = {
+    "kl": "KL(rollout || train) {:.3g} nats a token",
+    "probability": "token probabilities differ by {:.3g} on average between sampler and trainer",
+}
 
 
 def not_a_number(histories: SignalHistories, t: Thresholds) -> Verdict:  # noqa: ARG001
@@ -30,7 +33,7 @@ def gradient(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def _burst(histories: SignalHistories, t: Thresholds) -> Verdict:
-    now, usual = histories.value("grad_norm"), histories["grad_norm"].recent(_RECENT, _AGO)
+    now, usual = histories.value("grad_norm"), histories["grad_norm"].level(_RECENT, _AGO, least=3)
     if now is None or usual is None or usual <= 0 or now < t.gradient_ratio * usual:
         return OK
     evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
@@ -54,60 +57,36 @@ def mismatch(histories: SignalHistories, t: Thresholds) -> Verdict:
     Only what was measured is named: the formats of two phases are held against each other on the same tokens, and the
     noise, hardware errors and stochastic rounding that are described are measured as they act.
     """
-    phases = histories["mismatch_phases"].lately(_WINDOW)
+    phases = histories["mismatch_phases"].level(_WINDOW, least=1)
     if phases is not None and phases >= t.mismatch_phases:
         return _unless_corrected(
             histories, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
         )
-    return worst([_apart(histories, t, side) for side in _sides(t)])
+    # A divergence grows with the square of a difference, and is carried by few tokens.
+    apart = [_apart(histories, t, "kl", t.described**2), _apart(histories, t, "probability", t.described)]
+    return worst(apart)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One measure of the mismatch: its signal, what of it is described and what decoding makes, how many times those
-    are let pass, and a limit."""
+def _apart(histories: SignalHistories, t: Thresholds, measure: str, times: float) -> Verdict:
+    """Hold one measure of the mismatch against its limit and `times` what of it is described or made by decoding.
 
-    signal: str
-    described: str
-    decoding: str
-    times: float
-    most: float
-    words: str
-
-
-def _sides(t: Thresholds) -> tuple[_Side, _Side]:
-    kl = "KL(rollout || train) {:.3g} nats a token"
-    probability = "token probabilities differ by {:.3g} on average between sampler and trainer"
-    return (
-        # A divergence grows with the square of a difference, and is carried by few tokens.
-        _Side("mismatch_kl", "described_kl", "decoding_kl", t.described**2, t.mismatch_kl, kl),
-        _Side(
-            "mismatch_probability",
-            "described_probability",
-            "decoding_probability",
-            t.described,
-            t.mismatch_probability,
-            probability,
-        ),
-    )
-
-
-def _apart(histories: SignalHistories, t: Thresholds, side: _Side) -> Verdict:
-    """The median of the last few steps, since the estimate of one step is carried by few tokens."""
-    width = max(_WINDOW, histories.width())
-    now = histories[side.signal].lately(width) if side.signal in histories.now else None
-    if now is None or now < side.most:
+    Of the last few steps the median, since the estimate of one step is carried by few tokens.
+    """
+    signal = f"mismatch_{measure}"
+    now = histories[signal].level(max(_WINDOW, histories.width()), least=1) if signal in histories.now else None
+    most: float = getattr(t, signal)
+    if now is None or now < most:
         return OK
-    words, foreseen = side.words.format(now), _measured(histories, side.described)
+    words, foreseen = _MEASURES[measure].format(now), _measured(histories, f"described_{measure}")
     if foreseen is None:
         return _unless_corrected(histories, t, f"{words}; the log does not tell why")
-    decoding = _measured(histories, side.decoding) or 0.0
-    if now >= side.most + side.times * (foreseen + decoding):
+    decoding = _measured(histories, f"decoding_{measure}") or 0.0
+    if now >= most + times * (foreseen + decoding):
         parts = f"{foreseen:.3g} of it as described, {decoding:.3g} by decoding token by token"
         return _unless_corrected(histories, t, f"{words}, {parts}; the rest is not explained")
-    if side.signal == "mismatch_kl" and now >= t.mismatch_noise:
+    if measure == "kl" and now >= t.mismatch_noise:
         return _unless_corrected(histories, t, f"{words}, as described, but too much to learn from")
-    if foreseen < _NOTHING * side.most:
+    if foreseen < _NOTHING * most:
         beside = "made by decoding token by token (same weights and rounding); see rollout_correction"
         return Verdict("watch", f"{words}, {beside}")
     return OK  # as large as the noise, the errors and the chance that are described make it
@@ -121,7 +100,7 @@ def _measured(histories: SignalHistories, part: str) -> float | None:
 
 def _unless_corrected(histories: SignalHistories, t: Thresholds, words: str) -> Verdict:
     """Importance weights make up for another sampler for as long as they leave most of the answers their say."""
-    effective = histories["effective"].lately(_WINDOW) if "effective" in histories.now else None
+    effective = histories["effective"].level(_WINDOW, least=1) if "effective" in histories.now else None
     if effective is not None and effective >= t.effective:
         return Verdict("watch", f"{words}; rollout_correction makes up for it (effective sample size {effective:.0%})")
     return Verdict("alarm", words)

@@ -67,10 +67,7 @@ _STRENGTH: Mapping[Policy, int] = {"note": 0, "stop": 1, "rollback": 2}
 
 
 class LongWatch:
-    """Turns a watch that stays and gets worse into an alarm.
-
-    A few steps in between that are well do not end it.
-    """
+    """Turns a watch that stays and gets worse into an alarm; a few steps in between that are well do not end it."""
 
     def __init__(self) -> None:
         self._since: int | None = None
@@ -119,8 +116,8 @@ class Monitor:
         self.steps = 0  # lines seen
         self._histories = SignalHistories()
         self._rules = [RuleWatch(rule) for rule in self.spec.rules]
-        self._states = {name: _CheckState(Finding(name, "ok", 0, 0, "")) for name in CHECKS}
-        self._states |= {str(rule): _CheckState(Finding(str(rule), "ok", 0, 0, "")) for rule in self.spec.rules}
+        names = (*CHECKS, *map(str, self.spec.rules))
+        self._states = {name: _CheckState(Finding(name, "ok", 0, 0, "")) for name in names}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One more step; returns what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
@@ -128,7 +125,9 @@ class Monitor:
         signals = signals_of(metrics)
         self._histories.add(step, signals)
         news = [self._evaluate(step, name, check) for name, check in CHECKS.items()]
-        news += [self._ask(step, watch, {**signals, **metrics}) for watch in self._rules]
+        for watch in self._rules:
+            verdict = watch.evaluate(step, {**signals, **metrics})
+            news.append(self._settle(step, str(watch.rule), verdict, 1, watch.rule.action))
         findings = [finding for finding in news if finding is not None]
         self.alarms += [finding for finding in findings if finding.state == "alarm"]
         return findings
@@ -155,9 +154,8 @@ class Monitor:
         missing = rule.unasked if rule is not None else lacking(self._histories, CHECKS[finding.check].needs)
         if missing:
             return replace(finding, state="not judged", evidence=missing)
-        return replace(
-            finding, evidence="not broken" if rule else summary(self._histories, CHECKS[finding.check].signals)
-        )
+        held = "not broken" if rule else summary(self._histories, CHECKS[finding.check].signals)
+        return replace(finding, evidence=held)
 
     def _evaluate(self, step: int, name: str, check: Check) -> Finding | None:
         verdict = check.function(self._histories, self.spec.thresholds)
@@ -170,9 +168,6 @@ class Monitor:
         """Observations that span `persist` steps; at least two, unless one step in a row is all that is asked for."""
         persist = self.spec.thresholds.persist
         return max(min(persist, 2), ceil(persist / self._histories.spacing))
-
-    def _ask(self, step: int, watch: RuleWatch, values: Mapping[str, float]) -> Finding | None:
-        return self._settle(step, str(watch.rule), watch.evaluate(step, values), 1, watch.rule.action)
 
     def _settle(self, step: int, name: str, verdict: Verdict, needed: int, policy: Policy) -> Finding | None:
         """The new finding if the state of `name` changes by this verdict, else None (evidence is kept up to date)."""
@@ -202,39 +197,27 @@ def action(findings: Iterable[Finding]) -> Policy:
 
 
 def replay(
-    histories: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
+    steps: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
 ) -> tuple[Monitor, list[Finding]]:
     """A monitor that has seen a whole log, and everything it said on the way."""
     monitor = Monitor(spec)
-    findings = [finding for step, metrics in histories for finding in monitor.observe(step, metrics)]
+    findings = [finding for step, metrics in steps for finding in monitor.observe(step, metrics)]
     return monitor, findings
 
 
 def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int | None:
     """The latest of `checkpoints` (steps) before the onset of every alarm among `findings`; None when there is none."""
     onset = min((f.since for f in findings if f.state == "alarm"), default=None)
-    before = [step for step in checkpoints if onset is None or step < onset]
-    return max(before, default=None)
-
-
-History = Iterable[tuple[int, Mapping[str, float]]]
-"""(steps done, metrics), in order."""
+    return max((step for step in checkpoints if onset is None or step < onset), default=None)
 
 
 class LiveMonitor:
     """Monitors one training session. `past` is what was logged before it began: a resumed run is one history.
 
     Findings are emitted as evidence and as messages; those that are no alarms are for the log alone.
-
-    `verdict` is what the alarms so far ask for: `note` to go on, `stop` or `rollback`.
     """
 
-    def __init__(
-        self,
-        spec: Health,
-        past: History,
-        emit: Emit,
-    ) -> None:
+    def __init__(self, spec: Health, past: Iterable[tuple[int, Mapping[str, float]]], emit: Emit) -> None:
         self._monitor = Monitor(spec)
         self._emit = emit
         self.decisive: Finding | None = None
@@ -243,7 +226,7 @@ class LiveMonitor:
 
     @property
     def verdict(self) -> Policy:
-        """Return what to do now."""
+        """What the alarms so far ask for: `note` to go on, `stop` or `rollback`."""
         return self.decisive.policy if self.decisive is not None else "note"
 
     @property
@@ -255,7 +238,7 @@ class LiveMonitor:
         """Take the metrics of one more step; return whether it is the last one."""
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
-            self._emit(_line(finding))
+            self._emit(HealthFinding(**vars(finding)))
             self._emit(Message(str(finding), log_only=finding.state != "alarm"))
         self._decide(findings)
         return self.verdict != "note"
@@ -263,13 +246,10 @@ class LiveMonitor:
     def summary(self, rollbacks: int) -> HealthSummary:
         """Summarise for the result: the worst state of the whole run, and its alarms in the order they came."""
         state = "alarm" if self.alarms else self._monitor.state
-        return HealthSummary(state=state, alarms=tuple(map(_line, self.alarms)), rollbacks=rollbacks)
+        alarms = tuple(HealthFinding(**vars(finding)) for finding in self.alarms)
+        return HealthSummary(state=state, alarms=alarms, rollbacks=rollbacks)
 
     def _decide(self, findings: Iterable[Finding]) -> None:
         wanted = action(findings)
         if self.decisive is None and wanted != "note":
             self.decisive = next(f for f in findings if f.state == "alarm" and f.policy == wanted)
-
-
-def _line(finding: Finding) -> HealthFinding:
-    return HealthFinding(**finding.as_dict())

@@ -61,12 +61,7 @@ def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
 
 # First name found wins. Ours, then verl's (`actor/`, `critic/`, `training/`), then TRL's (`completions/`, `frac_`).
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "accuracy": (
-        "accuracy/rollout",
-        "critic/acc/mean",
-        "train/acc",
-        "rewards/accuracy_reward/mean",
-    ),
+    "accuracy": ("accuracy/rollout", "critic/acc/mean", "train/acc", "rewards/accuracy_reward/mean"),
     "reward": ("reward/mean", "critic/rewards/mean", "critic/score/mean", "reward"),
     "validation": ("accuracy/validation", "eval/accuracy", "eval_rewards/accuracy_reward/mean"),
     "entropy": ("entropy", "actor/entropy", "actor/entropy_loss"),
@@ -104,7 +99,8 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
     """
     metrics = known_names(metrics)
-    signals = {signal: metrics[name] for signal, names in NAMES.items() for name in _first(names, metrics)}
+    logged = {signal: next((n for n in names if n in metrics), None) for signal, names in NAMES.items()}
+    signals = {signal: metrics[name] for signal, name in logged.items() if name is not None}
     if metrics.get("sampling/trained_groups") == 0:
         for signal in _OF_AN_UPDATE:
             signals.pop(signal, None)
@@ -117,10 +113,6 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     if "accuracy" not in signals and "reward" in signals and _is_share(metrics):
         signals["accuracy"] = signals["reward"]
     return signals
-
-
-def _first(names: tuple[str, ...], metrics: Mapping[str, float]) -> list[str]:
-    return [name for name in names if name in metrics][:1]
 
 
 def _is_share(metrics: Mapping[str, float]) -> bool:
