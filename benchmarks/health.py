@@ -22,7 +22,6 @@ from scipy.stats import chi2
 
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
-from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.events import Evaluated, Event, StepDone
 from fp4rl.rl.health.monitor import Monitor, replay
 from fp4rl.rl.session import Run
@@ -90,15 +89,13 @@ class Bench:
     def _plant(self, described: dict[str, Any], folder: Path, fault: Fault, onset: int) -> Rows:
         rows: Rows = []
         experiment = Experiment.model_validate(described)
-        task = experiment.task
-        start = start_folder(experiment.model, task, self.models)
-        problems = task.problems("train")
+        start = start_folder(experiment.model, experiment.task, self.models)
 
         def keep(event: Event) -> None:
             if isinstance(event, StepDone):
                 rows.append((event.step, event.metrics))
 
-        run = Run(experiment, folder, start, task, problems, evaluation_runner(experiment, task), keep, "", {})
+        run = Run(experiment, folder, start, keep)
         Planted(run, fault, onset).train()
         return rows
 

@@ -25,7 +25,6 @@ from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.events import ignore
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.rollout import roll_out
@@ -73,24 +72,22 @@ def experiment(mode: str) -> Experiment:
 def prepared(cache: Path, folder: Path) -> Run:
     """The warmed-up model with an end token that it never says: every answer runs into the cap."""
     described = experiment("none")
-    task = described.task
-    model, tokenizer = load(start_folder(described.model, task, cache))
+    model, tokenizer = load(start_folder(described.model, described.task, cache))
     tokenizer.eos_token = tokenizer.bos_token
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    problems = task.problems("train")
-    return Run(described, folder, folder, task, problems, evaluation_runner(described, task), ignore, "", {})
+    return Run(described, folder, folder, ignore)
 
 
 def plain(run: Run, folder: Path) -> Callable[[], float]:
     """TRL as it comes, with the same reward, loss and batch."""
     model, tokenizer = load(run.start)
-    by_prompt = {problem.prompt: problem for problem in run.problems}
+    by_prompt = {problem.prompt: problem for problem in run.experiment.task.problems("train")}
     recipe = run.experiment.training
 
     def correct(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        scored = (run.task.score(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
+        scored = (run.experiment.task.score(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
         return [float(score.strict) for score in scored]
 
     overlong = get_soft_overlong_punishment(recipe.max_response_length, recipe.overlong)
@@ -98,7 +95,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
         model=model,
         reward_funcs=[correct, overlong],
         args=GRPOConfig(**arguments(recipe, folder, 0), loss_type="dapo", epsilon_high=0.28),
-        train_dataset=Dataset.from_list([{"prompt": p.prompt} for p in run.problems]),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt} for p in run.experiment.task.problems("train")]),
         processing_class=tokenizer,
     )
     return timed(trainer)
@@ -106,7 +103,7 @@ def plain(run: Run, folder: Path) -> Callable[[], float]:
 
 def ours(run: Run, folder: Path, mode: str) -> Callable[[], float]:
     """One of our arms."""
-    mine = Run(experiment(mode), folder, run.start, run.task, run.problems, run.runner, ignore, "", {})
+    mine = Run(experiment(mode), folder, run.start, ignore)
     attempt = TrainingSession(mine, ResumeState())
     return timed(attempt.trainer)
 
@@ -130,7 +127,7 @@ def generation(run: Run, rounds: int) -> tuple[float, float]:
     """(seconds of a generation, ratio of W4A16 to it), two models taking turns."""
     (one, tokenizer), (other, _) = load(run.start), load(run.start)
     sampling = Sampling(48, temperature=1.0, logps=True)
-    problems = [problem for problem in run.problems[:16] for _ in range(8)]
+    problems = [problem for problem in run.experiment.task.problems("train")[:16] for _ in range(8)]
     found: dict[str, list[float]] = {"plain": [], "w4a16": []}
     with attach(other, Injection.named("w4a16", preset="vllm")) as attachment:
         attachment.set_phase("rollout")

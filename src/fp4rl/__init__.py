@@ -23,7 +23,7 @@ _HOMES = {
     "scan": "fp4rl.diagnose.scan",
     "advise": "fp4rl.diagnose.advice",
     "train": "fp4rl.rl.train",
-    "evaluate": "fp4rl.rl.evaluation_runner",
+    "evaluate": "fp4rl.rl.evaluate",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -10,10 +10,11 @@ from fp4rl.models.endings import end_ids
 from fp4rl.models.load import load, with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl.evaluate import Decoding, answer
+from fp4rl.rl.evaluate import answer
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.rollout import roll_out, seed_rollout
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded, Lora
 from fp4rl.tasks.arithmetic import Arithmetic
 
@@ -42,7 +43,7 @@ def altered(clean, folder, **settings):
 
 def answers(folder, samples=1):
     model, tokenizer = load(folder)
-    decoding = Decoding(NEW_TOKENS, samples=samples)
+    decoding = Evaluation(max_new_tokens=NEW_TOKENS, samples=samples)
     return [
         (i.completion, i.length, i.truncated) for i in answer(model, tokenizer, PROBLEMS, Arithmetic().score, decoding)
     ]

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl.evaluate import Decoding, answer
-from fp4rl.rl.evaluation_runner import evaluation_runner
+from fp4rl.rl.evaluate import answer
 from fp4rl.rl.events import ignore
 from fp4rl.rl.mismatch import mismatch_metrics
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 
@@ -119,9 +119,7 @@ def attempt_at(path, dtype, injection, into, **training):
             },
         }
     )
-    task = described.task
-    judge, problems = evaluation_runner(described, task), task.problems("train")
-    return TrainingSession(Run(described, into, path, task, problems, judge, ignore, "", {}), ResumeState())
+    return TrainingSession(Run(described, into, path, ignore), ResumeState())
 
 
 def generated(trainer):
@@ -180,9 +178,10 @@ def test_the_micro_batch_changes_nothing_but_float_noise(family, folder, tmp_pat
 def test_the_size_of_an_evaluation_batch_changes_no_answer(rounded, folder, tmp_path):
     run = attempt_at(folder("llama", "bfloat16"), "bfloat16", ROUNDED[rounded], tmp_path)
     run.phases.attachment.set_phase("evaluation")
-    task, problems = run.run.task, run.run.runner.problems
+    task, problems = run.run.experiment.task, run.run.runner.problems
+    spec = lambda size: Evaluation(max_new_tokens=16, batch_size=size)  # noqa: E731
     answers = [
-        [item.completion for item in answer(run.model, run.tokenizer, problems, task.score, Decoding(16, size))]
+        [item.completion for item in answer(run.model, run.tokenizer, problems, task.score, spec(size))]
         for size in (60, 7, 1)
     ]
     assert len(set(answers[0])) > 1

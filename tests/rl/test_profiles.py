@@ -113,7 +113,7 @@ def test_what_acts_in_training_alone_does_not_make_the_evaluation_another_one(ru
 
 
 def test_an_injection_that_never_runs_ends_the_evaluation(run, experiment, monkeypatch):
-    monkeypatch.setattr("fp4rl.rl.evaluation_runner.answer", lambda *_: ())
+    monkeypatch.setattr("fp4rl.rl.evaluate.answer", lambda *_: ())
     with pytest.raises(CheckFailed, match="never called during evaluation"):
         run(experiment("w4a16"))
 

@@ -8,11 +8,12 @@ from tokenizers.processors import TemplateProcessing
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
-from fp4rl.rl.evaluate import Decoding, answer
+from fp4rl.rl.evaluate import answer
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded, padded, require_positions, require_prompts_fit
 from fp4rl.rl.rollout import roll_out
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.task import Problem, Score
 from fp4rl.tasks.gsm8k import Gsm8k
@@ -96,7 +97,7 @@ def test_a_prompt_that_begins_twice_or_is_over_is_refused_wherever_one_is_answer
     with pytest.raises(InvalidValueError, match=message):
         encoded(*opening, [problem("1"), problem(prompt)])
     with pytest.raises(InvalidValueError, match=message):
-        answer(*opening, [problem(prompt)], lambda *_: Score(False, False, False), Decoding(2))
+        answer(*opening, [problem(prompt)], lambda *_: Score(False, False, False), Evaluation(max_new_tokens=2))
     with pytest.raises(InvalidValueError, match=message):
         roll_out(transformers_sampler, *opening, [problem(prompt)], Sampling(2, temperature=1.0))
 
@@ -137,5 +138,5 @@ def test_answers_beyond_the_positions_of_the_model_are_refused_before_any_is_mad
     room = model.config.max_position_embeddings - tokens
     problems = [problem("1" * 9), problem("1")]
     with pytest.raises(InvalidValueError, match=rf"max_new_tokens {room + 1}: .* id-9 takes {tokens}; {room} are left"):
-        answer(model, tokenizer, problems, lambda *_: Score(False, False, False), Decoding(room + 1))
+        answer(model, tokenizer, problems, lambda *_: Score(False, False, False), Evaluation(max_new_tokens=room + 1))
     require_positions(model, tokenizer, problems[0], room)

@@ -5,7 +5,7 @@ import torch
 
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl.evaluate import Decoding, answer
+from fp4rl.rl.evaluate import answer
 from fp4rl.rl.generate import Stops, cut
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
@@ -51,10 +51,12 @@ def test_an_evaluation_scores_and_counts_what_stands_before_the_text():
     torch.manual_seed(0)
     model = build(Embedded(num_layers=1, initializer_range=0.4), TOKENIZER).eval()
     problems = arithmetic.Arithmetic().problems("test", 3)
-    plain = answer(model, TOKENIZER, problems, arithmetic.Arithmetic().score, Decoding(24))
+    plain = answer(model, TOKENIZER, problems, arithmetic.Arithmetic().score, Evaluation(max_new_tokens=24))
     assert all(item.truncated for item in plain)
     stop = TOKENIZER.decode(tokens(plain[1].completion)[6:8])
-    stopped = answer(model, TOKENIZER, problems, arithmetic.Arithmetic().score, Decoding(24, stop=(stop,)))
+    stopped = answer(
+        model, TOKENIZER, problems, arithmetic.Arithmetic().score, Evaluation(max_new_tokens=24, stop=(stop,))
+    )
     for before, after in zip(plain, stopped, strict=True):
         assert after.completion == before.completion.partition(stop)[0]
         assert after.truncated == (stop not in before.completion)

@@ -13,7 +13,6 @@ from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.batch import by_length, group_advantages
-from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.events import ignore
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.start import start_folder
@@ -85,10 +84,8 @@ def attempt(experiment, model_cache, tmp_path):
     def begun(**training):
         torch.set_num_threads(1)
         described = experiment("bf16", training={"temperature": 1.0, "entropy_coeff": 0.0, **training})
-        task = described.task
-        start = start_folder(described.model, task, model_cache)
-        judge, problems = evaluation_runner(described, task), task.problems("train")
-        return TrainingSession(Run(described, tmp_path, start, task, problems, judge, ignore, "", {}), ResumeState())
+        start = start_folder(described.model, described.task, model_cache)
+        return TrainingSession(Run(described, tmp_path, start, ignore), ResumeState())
 
     return begun
 

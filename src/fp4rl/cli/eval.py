@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fp4rl.rl.evaluate import Evaluation as Measured
-    from fp4rl.rl.evaluation_runner import EvaluationRunner
+    from fp4rl.rl.evaluate import EvaluationRunner
     from fp4rl.spec.evidence import Evaluation
     from fp4rl.spec.experiment import Experiment
 
@@ -96,7 +96,7 @@ def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tupl
 
     require_here([single(described, "eval")])
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
-    from fp4rl.rl.evaluation_runner import EvaluationRunner
+    from fp4rl.rl.evaluate import EvaluationRunner
 
     ready_to_round()
     spec = described.evaluation.for_task(described.task)
@@ -116,7 +116,7 @@ def _print_batch_notes(runner: "EvaluationRunner") -> None:
 
     for name, measured in runner.precisions().items():
         if note := batch_note(measured.injection, "evaluation"):
-            console().print(f"{name}: {note} ({runner.decoding.batch_size} answers here)")
+            console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
 
 
 def _described(

@@ -9,7 +9,7 @@ from fp4rl.models.load import tokenizer_of, with_lora
 from fp4rl.models.skeleton import embedded_skeleton, skeleton
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
-from fp4rl.rl.evaluation_runner import evaluation_runner
+from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
@@ -30,7 +30,7 @@ def check(experiment: Experiment) -> None:
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)
     task = experiment.task
-    runner = evaluation_runner(experiment, task)
+    runner = evaluation_runner(experiment)
     learned = task.problems("train")
     check_disjoint(task, learned, runner.problems)
     for problem in (*learned[:1], *runner.problems[:1]):

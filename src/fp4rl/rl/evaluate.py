@@ -1,19 +1,35 @@
-"""Judge a policy: answers to held-out problems under a named precision, one row kept per problem and sample."""
+"""Evaluate a policy: answers to held-out problems under named precisions, one row kept per problem and sample.
+
+What is evaluated is what was written to disk.
+"""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import comb
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.rl.generate import Generation, Sampler, Sampling, transformers_sampler
+from fp4rl.inject.attach import Attachment, attach
+from fp4rl.inject.label import label
+from fp4rl.models.load import load, with_lora
+from fp4rl.rl import processes
+from fp4rl.rl.generate import Sampler, Sampling, sampler_named, transformers_sampler
+from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
+from fp4rl.rl.verify import Record, acting, rounded, weights_unchanged
 from fp4rl.spec import evidence
-from fp4rl.spec.task import SCORES, Problem, Score
+from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Lora
+from fp4rl.spec.task import SCORES, Problem, Score, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,40 +91,8 @@ class Evaluation:
         return evaluation.extended(problems=len(self.items) // samples, of_samples=shares | mean | passed)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are generated: `samples` 1 is greedy, more are drawn at `temperature` from `seed`.
-
-    Each of the texts in `stop` ends an answer and is no part of it.
-    """
-
-    max_new_tokens: int = 48
-    batch_size: int = 256
-    samples: int = 1
-    temperature: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    @property
-    def sampling(self) -> Sampling:
-        """The same as a sampler is asked for it."""
-        temperature = self.temperature if self.samples > 1 else 0.0
-        return Sampling(self.max_new_tokens, temperature, count=self.samples, stop=self.stop)
-
-    @property
-    def name(self) -> str:
-        """What the profile calls it."""
-        drawn = "greedy" if self.samples == 1 else f"{self.samples} samples at temperature {self.temperature:g}"
-        return f"{drawn}, to {' or '.join(map(repr, self.stop))}" if self.stop else drawn
-
-
-def items_digest(problems: Sequence[Problem]) -> str:
-    """Twelve hex digits over the identities of the problems, in order."""
-    return hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()[:12]
-
-
 def answers_digest(items: Sequence[Item]) -> str:
-    """Twelve hex digits over all answers, as they were generated: equal digests are the same answers (P48)."""
+    """Twelve hex digits over all answers, as they were generated: equal digests are the same answers."""
     rows = (f"{item.problem_id}\x1f{item.sample}\x1f{item.length}\x1f{item.completion}" for item in items)
     return hashlib.sha256("\x1e".join(rows).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
@@ -119,7 +103,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     scorer: Scorer,
-    decoding: Decoding,
+    spec: EvaluationSpec,
     on_batch: Callable[[int, int], None] | None = None,
     sampler: Sampler = transformers_sampler,
 ) -> tuple[Item, ...]:
@@ -128,31 +112,132 @@ def answer(
     Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
     """
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
-    require_positions(model, tokenizer, problems[order[-1]], decoding.max_new_tokens)
-    size = max(decoding.batch_size // decoding.samples, 1)
+    require_positions(model, tokenizer, problems[order[-1]], spec.max_new_tokens)
+    size = max(spec.batch_size // spec.samples, 1)
+    temperature = spec.temperature if spec.samples > 1 else 0.0
+    sampling = Sampling(spec.max_new_tokens, temperature, count=spec.samples, stop=spec.stop or ())
     rows: dict[int, list[Item]] = {}
-    # Sampling draws from torch's global generator; forked, so that judging never moves the training's randomness.
+    # Sampling draws from torch's global generator; forked, so that evaluation never moves the training's randomness.
     with torch.random.fork_rng():
-        torch.manual_seed(decoding.seed)
+        torch.manual_seed(0)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             prompts = encoded(model, tokenizer, [problems[i] for i in chosen])
-            answers = iter(sampler(model, tokenizer, prompts, decoding.sampling))
+            answers = iter(sampler(model, tokenizer, prompts, sampling))
             for i in chosen:
-                samples = itertools.islice(answers, decoding.samples)
-                rows[i] = [_item(problems[i], sample, generation, scorer) for sample, generation in enumerate(samples)]
+                rows[i] = [
+                    Item(
+                        **vars(scorer(problems[i], generated.text)),
+                        problem_id=problems[i].id,
+                        sample=sample,
+                        completion=generated.text,
+                        length=len(generated.tokens),
+                        truncated=not generated.ended,
+                    )
+                    for sample, generated in enumerate(itertools.islice(answers, spec.samples))
+                ]
             if on_batch is not None:
                 on_batch(min(start + size, len(order)), len(order))
     return tuple(item for i in range(len(problems)) for item in rows[i])
 
 
-def _item(problem: Problem, sample: int, answer: Generation, scorer: Scorer) -> Item:
-    score = scorer(problem, answer.text)
-    return Item(
-        **vars(score),
-        problem_id=problem.id,
-        sample=sample,
-        completion=answer.text,
-        length=len(answer.tokens),
-        truncated=not answer.ended,
-    )
+@dataclass(frozen=True)
+class EvaluationRunner:
+    """Evaluates models on held-out problems under each profile; the same for every step of a run.
+
+    `injection` is the run's own: what `deployment` means. Noise on weights is off in every profile. `lora`: a folder
+    without an adapter is evaluated under a fresh one, which changes no number.
+    """
+
+    spec: EvaluationSpec
+    injection: Injection | None
+    task: Task
+    problems: tuple[Problem, ...]
+    lora: Lora | None = None
+    sampler: str = "transformers"
+
+    def precisions(self, *, last: bool = True) -> dict[str, Precision]:
+        """Profile name -> what is injected while it is measured; the robustness sweep belongs to the `last` step.
+
+        Raises NotFoundError for a profile that no precision is called by.
+        """
+        names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
+        return {name: precision_named(name, self.spec, self.injection) for name in names}
+
+    def run(
+        self,
+        folder: Path,
+        dtype: str,
+        step: int,
+        last: bool,
+        on_items: Callable[[str, int, int], None] = lambda *_: None,
+        record: Record = lambda _: None,
+    ) -> Iterator[Evaluation]:
+        """Load `folder` afresh and answer all problems once per profile; `record` hears what was rounded meanwhile.
+
+        `on_items` hears (profile, done, all). Raises CheckFailed for sites that were never called while the answers
+        were made, and for changed master weights.
+        """
+        model, tokenizer = load(folder, dtype)
+        if self.lora is not None and not (folder / "adapter_config.json").is_file():
+            model = with_lora(model, self.lora, folder).eval()
+        model.to(processes.device())
+        sampler = sampler_named(self.sampler)
+        for name, precision in self.precisions(last=last).items():
+            on_answered = partial(on_items, name)
+            with (
+                weights_unchanged(model, "evaluation", step, record, profile=name),
+                _injected(model, precision.injection) as attachment,
+            ):
+                items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
+                if attachment is not None:  # what should have acted while the answers were made, and what did
+                    attachment.require_calls()
+                    plan: evidence.Evidence = acting(attachment, "evaluation")
+                    for line in (plan, rounded(attachment, step), *attachment.evidence()):
+                        record(line.extended(profile=name, step=step))
+            yield Evaluation(step, last, self._profile(name, precision, attachment), items)
+
+    def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> evidence.Profile:
+        spec, table = self.spec, attachment.table if attachment is not None else None
+        drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
+        ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
+        # Under errors that stay out of evaluations no site acts: that is `full`, which has no digest.
+        digest = table.digest_in("evaluation") if table is not None and table.acting("evaluation") else None
+        return evidence.Profile(
+            name=name,
+            precision=label(table),
+            sites_digest=digest,
+            noise=precision.noise,
+            scorer=self.task.name,
+            max_new_tokens=spec.max_new_tokens,
+            sampling=drawn + ends + (f", by {self.sampler}" if self.sampler != "transformers" else ""),
+            items_digest=hashlib.sha256("\n".join(p.id for p in self.problems).encode()).hexdigest()[:12],
+        )
+
+
+def evaluation_runner(experiment: Experiment) -> EvaluationRunner:
+    """Make the runner of an experiment, with its held-out problems."""
+    task = experiment.task
+    spec = experiment.evaluation.for_task(task)
+    problems = task.problems(spec.split, spec.count)
+    return EvaluationRunner(spec, experiment.injection, task, problems, experiment.model.lora, experiment.sampler)
+
+
+@contextmanager
+def _injected(model: PreTrainedModel, injection: Injection | None) -> Iterator[Attachment | None]:
+    if injection is None:
+        yield None
+        return
+    # Packed weights come back rounded, and the next profile would be measured on them; the numbers are the same.
+    with attach(model, injection.model_copy(update={"frozen_base": "copy"})) as attachment:
+        attachment.set_phase("evaluation")
+        yield attachment
+
+
+def evaluate(folder: Path, experiment: Experiment) -> tuple[Evaluation, ...]:
+    """Evaluate the model in `folder` as `experiment` would: its task, its held-out problems, every profile it names.
+
+    Raises NotFoundError for a folder, a file or a profile that does not exist.
+    """
+    runner = evaluation_runner(experiment)
+    return tuple(runner.run(folder, experiment.model.dtype, experiment.training.steps, last=True))

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from fp4rl.models.load import load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import TrainerComponents
-from fp4rl.rl.evaluate import Evaluation
-from fp4rl.rl.evaluation_runner import EvaluationRunner
+from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, evaluation_runner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import sampler_named
@@ -28,7 +28,6 @@ from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.task import Problem, Task
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,15 @@ class Run:
     experiment: Experiment
     folder: Path
     start: Path
-    task: Task
-    problems: tuple[Problem, ...]
-    runner: EvaluationRunner
     emit: Emit
-    stamp: str
-    inputs: Mapping[str, str]
+    stamp: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
     interrupted: Callable[[], bool] = never
+
+    @cached_property
+    def runner(self) -> EvaluationRunner:
+        """What evaluates the start, the model on the way and the final one alike."""
+        return evaluation_runner(self.experiment)
 
     def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
         """Every profile's evaluation of the model in `folder`."""
@@ -94,7 +95,7 @@ class TrainingSession:
         self.phases.start()
         self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
-        self.stream = PromptStream(run.problems, experiment.seed)
+        self.stream = PromptStream(experiment.task.problems("train"), experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 
     def train(self) -> None:
@@ -116,7 +117,7 @@ class TrainingSession:
         run, experiment = self.run, self.run.experiment
         recipe = experiment.training
         rewarder = Rewarder(
-            run.task.score, reward_named(recipe.reward), recipe.reward, lambda line: run.emit(Message(line))
+            experiment.task.score, reward_named(recipe.reward), recipe.reward, lambda line: run.emit(Message(line))
         )
         return TrainerComponents(
             recipe,

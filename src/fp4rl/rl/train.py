@@ -9,7 +9,6 @@ from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, read, remove
-from fp4rl.rl.evaluation_runner import evaluation_runner
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
@@ -98,17 +97,16 @@ def _run(
 ) -> Run:
     if not processes.is_first():  # one of several reports
         emit, interrupted = ignore, never
-    task, embedded = experiment.task, experiment.model.embedded
+    embedded = experiment.model.embedded
 
     def warming(step: int, _: float) -> None:
         emit(Progress("warm-up", step, embedded.warm_up_steps if embedded else 0))
         if interrupted():
             raise Interrupted("in the warm-up, which starts over")
 
-    start = start_folder(experiment.model, task, cache, warming)
+    start = start_folder(experiment.model, experiment.task, cache, warming)
     digests = processes.from_first(inputs(experiment, start))
-    runner, problems = evaluation_runner(experiment, task), task.problems("train")
-    return Run(experiment, folder, start, task, problems, runner, emit, stamp, digests, interrupted)
+    return Run(experiment, folder, start, emit, stamp, digests, interrupted)
 
 
 def _require_as_many(past: ResumeState) -> None:

@@ -3,6 +3,7 @@ training, training changed them, and the live policy is the one that was saved.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,16 +45,14 @@ def require_sound_quantizer() -> None:
     require_sound(quantize)
 
 
-def acting(attachment: Attachment, phase: Phase, step: int | None = None, profile: str | None = None) -> Acting:
+def acting(attachment: Attachment, phase: Phase) -> Acting:
     """Name the points and hardware errors of a phase, with the number of sites at which each is to act."""
-    line = Acting(phase=phase, points=attachment.table.acting(phase))
-    return line if profile is None else line.extended(profile=profile, step=step)
+    return Acting(phase=phase, points=attachment.table.acting(phase))
 
 
-def rounded(attachment: Attachment, step: int, profile: str | None = None) -> Rounded:
+def rounded(attachment: Attachment, step: int) -> Rounded:
     """Compare the operands of this phase's matmuls with their masters, rounded now. CheckFailed where they differ."""
-    line = Rounded(phase=attachment.phase, sites=require_rounded(attachment), step=step)
-    return line if profile is None else line.extended(profile=profile)
+    return Rounded(phase=attachment.phase, sites=require_rounded(attachment), step=step)
 
 
 @contextmanager
@@ -144,9 +143,8 @@ def verify_final(
 
     Raises CheckFailed when the live policy is not the one in `final`.
     """
-    rows = []
+    rows = attachment.evidence() if attachment is not None else []
     if attachment is not None:
-        rows = attachment.evidence()
         record(acting(attachment, "rollout"))
         record(acting(attachment, "training"))
     for row in rows:
@@ -158,15 +156,11 @@ def verify_final(
             f"the live policy's logits differ from those of its saved copy by up to {difference:g}: "
             "rounded weights went stale"
         )
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     for row in rows:
-        calls[row.phase] = calls.get(row.phase, 0) + row.calls
-    return Summary(
-        sites=len(attachment.table.plans) if attachment is not None else 0,
-        calls=calls,
-        live_equals_fresh=True,
-        masters_unchanged=True,
-    )
+        calls[row.phase] += row.calls
+    acting_sites = len(attachment.table.plans) if attachment is not None else 0
+    return Summary(sites=acting_sites, calls=dict(calls), live_equals_fresh=True, masters_unchanged=True)
 
 
 def require_verifiable(
