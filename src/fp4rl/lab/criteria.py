@@ -6,16 +6,17 @@ in which repeats of the same run fall. Accuracies, margins and differences are i
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
 from fp4rl.lab.statistics.families import holm_grouped
-from fp4rl.lab.statistics.seeds import Difference, NotWorse, Spread, not_worse, welch
+from fp4rl.lab.statistics.seeds import LEVEL, Difference, NotWorse, Spread, not_worse, welch
 from fp4rl.spec.errors import InvalidValueError
 
 Word = Literal["better", "worse", "reaches", "no difference shown"]
-ALPHA = 0.05
+ALPHA = 0.05  # 1 - LEVEL
+_Tests = tuple[Difference, NotWorse | None]  # the second where a margin was fixed
 
 
 @dataclass(frozen=True)
@@ -81,47 +82,38 @@ class Verdict:
                 return f"{sides[0]} and {sides[1]}: {self.why}; {span}. This does not show that they are equal."
         return f"{sides[0]} and {sides[1]} differ by {size}: {self.why}."
 
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for a program."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Tests:
-    """The tests of one comparison; `margin` where one was fixed."""
-
-    difference: Difference
-    margin: NotWorse | None
-
 
 def evaluate_family(
-    family: Sequence[Comparison], *, spread: Spread | None = None, others: int = 0, alpha: float = ALPHA
+    family: Sequence[Comparison], *, spread: Spread | None = None, others: int = 0
 ) -> tuple[Verdict, ...]:
     """Test all comparisons that are shown together; their verdicts in order, corrected for their number (Holm).
 
     `spread`: run-to-run spread of repeats of the same task and model, for comparisons with one seed an arm.
     `others`: comparisons shown elsewhere whose p-values are not at hand; each counts in full.
     """
-    tested = [_test(comparison, alpha) for comparison in family]
+    tested = [_test(comparison) for comparison in family]
     p_values: dict[tuple[Hashable, ...], float] = {(f"elsewhere {i}", "difference"): 1.0 for i in range(others)}
     for index, tests in enumerate(tested):
-        if isinstance(tests, str):
-            p_values[index, "difference"] = 1.0  # shown, so it counts, though nothing can be tested
-        else:
-            p_values[index, "difference"] = tests.difference.p
-            if tests.margin:
-                p_values[index, "margin"] = tests.margin.p
+        # One that cannot be tested is shown, so it counts.
+        p_values[index, "difference"] = 1.0 if isinstance(tests, str) else tests[0].p
+        if not isinstance(tests, str) and tests[1] is not None:
+            p_values[index, "margin"] = tests[1].p
     corrected = holm_grouped(p_values)
-    count = len({key[0] for key in p_values})
-    return tuple(
-        _verdict(comparison, tests, corrected[index, "difference"], corrected.get((index, "margin")), alpha, count)
-        if isinstance(tests, _Tests)
-        else _without_word(comparison, tests, spread, 1 - alpha, count)
-        for index, (comparison, tests) in enumerate(zip(family, tested, strict=True))
-    )
+    verdicts = []
+    for index, (comparison, tests) in enumerate(zip(family, tested, strict=True)):
+        means = fmean(comparison.treatment), fmean(comparison.control)
+        seeds = len(comparison.treatment), len(comparison.control)
+        count = len(family) + others
+        plain = Verdict(comparison.label, means[0] - means[1], seeds, means, LEVEL, count, "", margin=comparison.margin)
+        if isinstance(tests, str):
+            verdicts.append(_without_word(plain, tests, spread))
+        else:
+            p, p_margin = corrected[index, "difference"], corrected.get((index, "margin"))
+            verdicts.append(_with_word(plain, tests, p, p_margin))
+    return tuple(verdicts)
 
 
-def _test(comparison: Comparison, alpha: float) -> _Tests | str:
+def _test(comparison: Comparison) -> _Tests | str:
     """The tests of one comparison, or the reason why there is none."""
     treatment, control, margin = comparison.treatment, comparison.control, comparison.margin
     if not (treatment and control):
@@ -130,19 +122,16 @@ def _test(comparison: Comparison, alpha: float) -> _Tests | str:
         return "one seed an arm shows a difference, never an effect: the seed is the replicate"
     if len({*treatment}) == 1 and len({*control}) == 1:
         return "no seed differs from another within its arm, so chance cannot be measured"
-    below = not_worse(treatment, control, margin, 1 - alpha) if margin is not None else None
-    return _Tests(welch(treatment, control, 1 - alpha), below)
+    return welch(treatment, control), None if margin is None else not_worse(treatment, control, margin)
 
 
-def _verdict(
-    comparison: Comparison, tests: _Tests, p: float, p_margin: float | None, alpha: float, count: int
-) -> Verdict:
-    difference, below = tests.difference, tests.margin
-    word, why = _word(difference, below, p, p_margin, alpha)
-    why += f" (Holm over {count} comparisons)" if count > 1 else ""
+def _with_word(plain: Verdict, tests: _Tests, p: float, p_margin: float | None) -> Verdict:
+    difference, below = tests
+    word, why = _word(difference, below, p, p_margin)
     return replace(
-        _shown(comparison, why, difference.level, count),
+        plain,
         word=word,
+        why=why + (f" (Holm over {plain.comparisons} comparisons)" if plain.comparisons > 1 else ""),
         low=difference.low,
         high=difference.high,
         interval="Welch over seeds",
@@ -153,44 +142,30 @@ def _verdict(
     )
 
 
-def _word(
-    difference: Difference, below: NotWorse | None, p: float, p_margin: float | None, alpha: float
-) -> tuple[Word, str]:
+def _word(difference: Difference, below: NotWorse | None, p: float, p_margin: float | None) -> tuple[Word, str]:
     """The word, and the rule that gave it."""
-    if p <= alpha and difference.value > 0:
+    bound = f"the one-sided lower bound {below.lower_bound:+.2f}" if below else ""
+    if p <= ALPHA and difference.value > 0:
         return "better", f"the difference is above 0, p = {p:.2g}"
-    if below and p_margin is not None and p_margin <= alpha:
-        lower = ", though below 0" if p <= alpha else ""
-        return (
-            "reaches",
-            f"the one-sided lower bound {below.lower_bound:+.2f} clears the margin -{below.margin:g}{lower}",
-        )
-    if p <= alpha:
+    if below and p_margin is not None and p_margin <= ALPHA:
+        return "reaches", f"{bound} clears the margin -{below.margin:g}{', though below 0' if p <= ALPHA else ''}"
+    if p <= ALPHA:
         return "worse", f"the difference is below 0, p = {p:.2g}"
-    if difference.p <= alpha:
+    if difference.p <= ALPHA:
         return "no difference shown", f"p = {difference.p:.2g} alone becomes {p:.2g} after correction"
+    if below and below.clears:
+        return "no difference shown", f"{bound} clears the margin only before correction"
     if below:
-        reason = f"the one-sided lower bound {below.lower_bound:+.2f} does not clear the margin -{below.margin:g}"
-        if below.clears:
-            reason = f"the one-sided lower bound {below.lower_bound:+.2f} clears the margin only before correction"
-        return "no difference shown", reason
+        return "no difference shown", f"{bound} does not clear the margin -{below.margin:g}"
     return "no difference shown", f"the interval holds 0, p = {p:.2g}"
 
 
-def _without_word(comparison: Comparison, why: str, spread: Spread | None, level: float, count: int) -> Verdict:
+def _without_word(plain: Verdict, why: str, spread: Spread | None) -> Verdict:
+    """The difference alone, with the band of equal runs where repeats tell it."""
     if spread is None or spread.sd == 0:  # repeats that do not vary at all measure no chance
-        unknown = "no repeats of this task and model tell how far equal runs lie apart"
-        return _shown(comparison, f"{why}; {unknown}", level, count)
-    half = spread.band((len(comparison.treatment), len(comparison.control)), level)
-    band = f"{level:.0%} of equal runs lie within {half:.1f} points of each other"
+        return replace(plain, why=f"{why}; no repeats of this task and model tell how far equal runs lie apart")
+    half = spread.band(plain.seeds)
+    band = f"{LEVEL:.0%} of equal runs lie within {half:.1f} points of each other"
     why = f"{why}; {band} ({spread.sd:.2f} points run-to-run SD)"
-    shown = _shown(comparison, why, level, count)
-    low, high = shown.difference - half, shown.difference + half
-    return replace(shown, low=low, high=high, interval="run-to-run band")
-
-
-def _shown(comparison: Comparison, why: str, level: float, count: int) -> Verdict:
-    """The difference alone, before any rule has given it a word."""
-    means = fmean(comparison.treatment), fmean(comparison.control)
-    seeds = len(comparison.treatment), len(comparison.control)
-    return Verdict(comparison.label, means[0] - means[1], seeds, means, level, count, why, margin=comparison.margin)
+    low, high = plain.difference - half, plain.difference + half
+    return replace(plain, why=why, low=low, high=high, interval="run-to-run band")

@@ -85,7 +85,7 @@ class Answer:
             "comparable": self.comparable,
             "objections": [asdict(objection) for objection in self.objections],
             "marks": self.marks,
-            "verdict": self.verdict.as_dict() if self.verdict else None,
+            "verdict": asdict(self.verdict) if self.verdict else None,
             "checks": asdict(self.checks),
         }
 

@@ -128,7 +128,7 @@ def _question_dict(answer: Answer) -> dict[str, object]:
         "word": answer.word,
         "sentence": answer.sentence(),
         "refused": list(answer.refused),
-        "verdict": None if answer.verdict is None else answer.verdict.as_dict(),
+        "verdict": None if answer.verdict is None else asdict(answer.verdict),
     }
 
 

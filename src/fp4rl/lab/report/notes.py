@@ -3,12 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.lab.statistics.seeds import variance
 from fp4rl.lab.suites import SuiteRun, SuiteRuns
 from fp4rl.spec.words import agreeing, counted
 
@@ -95,7 +94,7 @@ def _before(scores: Sequence[Score]) -> Iterator[str]:
 
 
 def _spread(scores: Sequence[Score]) -> Iterator[str]:
-    spreads = {s.name: math.sqrt(variance(s.values)) for s in scores if len(s.values) > 1}
+    spreads = {s.name: stdev(s.values) for s in scores if len(s.values) > 1}
     if spreads and not any(spreads.values()):
         yield "Runs that differ in the seed alone came out equal: here is no chance to measure an effect against."
     elif spreads:

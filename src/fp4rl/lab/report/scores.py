@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 from scipy import special
 
-from fp4rl.lab.statistics.seeds import variance
+from fp4rl.lab.statistics.seeds import LEVEL
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Evaluation, Profile
 
@@ -88,7 +88,7 @@ def scores(by_arm: Mapping[str, Sequence[SuiteRun]]) -> tuple[Score, ...]:
     return tuple(_score(arm, profile, runs) for arm, runs in by_arm.items() for profile in runs[0].profiles)
 
 
-def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Mean | None:
+def mean_over_seeds(values: Sequence[float]) -> Mean | None:
     """Student's t interval of the mean of one value per seed, cut at 0 and 100 points; None for no value.
 
     One seed, or seeds that do not differ at all, measure no chance: the mean then has no interval.
@@ -98,7 +98,7 @@ def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Mean | None
     mean = fmean(values)
     if len(set(values)) < 2:
         return Mean(mean, None, None, len(values))
-    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2)) * math.sqrt(variance(values) / len(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * stdev(values) / math.sqrt(len(values))
     return Mean(mean, max(0.0, mean - half), min(100.0, mean + half), len(values))
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import special
 
-from fp4rl.lab.statistics.seeds import Difference
+from fp4rl.lab.statistics.seeds import LEVEL, Difference, student_t
 from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -32,25 +31,23 @@ class Bootstrapped:
 
 
 def multi_bootstrap(
-    treatment: "Scores", control: "Scores", *, generator: np.random.Generator, draws: int = 2000, level: float = 0.95
+    treatment: "Scores", control: "Scores", *, generator: np.random.Generator, draws: int = 2000
 ) -> Bootstrapped:
     """Resample seeds (unpaired) and problems (paired): the Multi-Bootstrap of Sellam et al., arXiv 2106.16163.
 
-    Each draw takes seeds of each arm, and one set of problems for both, with replacement.
-
-    Both resamplings carry the chance of single
-    answers, so it is cautious where that dominates; where seeds dominate and are few, its percentile interval is too
-    narrow. Raises `InvalidValueError` unless the problems agree.
+    Each draw takes seeds of each arm, and one set of problems for both, with replacement. Both resamplings carry the
+    chance of single answers, so it is cautious where that dominates; where seeds dominate and are few, its percentile
+    interval is too narrow. Raises `InvalidValueError` unless the problems agree.
     """
     _check_problems(treatment, control)
     per_problem = _drawn(treatment, draws, generator) - _drawn(control, draws, generator)  # [draws, problems]
     problems = per_problem.shape[1]
     weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=draws) / problems
     differences = np.einsum("dp,dp->d", per_problem, weights)  # [draws]
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min((differences <= 0).mean(), (differences >= 0).mean())
     value = float(treatment.mean() - control.mean())
-    return Bootstrapped(value, float(low), float(high), level, min(1.0, max(2 * float(tail), 1 / draws)), draws)
+    return Bootstrapped(value, float(low), float(high), LEVEL, min(1.0, max(2 * float(tail), 1 / draws)), draws)
 
 
 def _drawn(arm: "Scores", draws: int, generator: np.random.Generator) -> "Scores":
@@ -60,7 +57,7 @@ def _drawn(arm: "Scores", draws: int, generator: np.random.Generator) -> "Scores
     return weights @ arm
 
 
-def two_way(treatment: "Scores", control: "Scores", level: float = 0.95) -> Difference:
+def two_way(treatment: "Scores", control: "Scores") -> Difference:
     """Test the difference of means with the variance of seeds and problems both (two-way clustering).
 
     The variance is V(seeds) + V(problems) - V(cell): that of the seed means, plus that of the per-problem differences,
@@ -81,10 +78,7 @@ def two_way(treatment: "Scores", control: "Scores", level: float = 0.95) -> Diff
         sum(part**2 / (len(arm) - 1) for part, arm in zip(seeds, (treatment, control), strict=True))
         + problems**2 / (treatment.shape[1] - 1)
     )
-    error = math.sqrt(total)
-    half = float(special.stdtrit(freedom, (1 + level) / 2)) * error
-    p = 2 * float(special.stdtr(freedom, -abs(value) / error))
-    return Difference(value, value - half, value + half, level, error, freedom, p, (len(treatment), len(control)))
+    return student_t(value, math.sqrt(total), freedom, (len(treatment), len(control)))
 
 
 def _cell(arm: "Scores") -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from scipy import special
 
+from fp4rl.lab.statistics.seeds import LEVEL
 from fp4rl.spec.errors import InvalidValueError
 
 
@@ -32,11 +33,11 @@ class PairedFlips:
     p: float
 
 
-def wilson(solved: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total and total > 0."""
+def wilson(solved: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total and total > 0."""
     if not (0 <= solved <= total and total > 0):
         raise InvalidValueError(f"{solved} solved of {total} is no share")
-    z = _z(level)
+    z = float(special.ndtri((1 + LEVEL) / 2))
     share = solved / total
     centre = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -44,24 +45,20 @@ def wilson(solved: int, total: int, level: float = 0.95) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def newcombe(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> ShareDifference:
+def newcombe(first: tuple[int, int], second: tuple[int, int]) -> ShareDifference:
     """Difference of two independent shares (solved, total), each without its items.
 
     Interval: Newcombe, Statistics in Medicine 17 (1998), method 10 (hybrid of two Wilson intervals). p: the pooled
     two-sample z test. For shares of the same problems it is wide: pairing needs the items.
     """
-    (share_1, low_1, high_1), (share_2, low_2, high_2) = _shares(first, second, level)
+    (share_1, low_1, high_1), (share_2, low_2, high_2) = ((s / n, *wilson(s, n)) for s, n in (first, second))
     value = share_1 - share_2
     low = value - math.hypot(share_1 - low_1, high_2 - share_2)
     high = value + math.hypot(high_1 - share_1, share_2 - low_2)
     together = (first[0] + second[0]) / (first[1] + second[1])
     error = math.sqrt(together * (1 - together) * (1 / first[1] + 1 / second[1]))
     p = 2 * float(special.ndtr(-abs(value) / error)) if error else 1.0
-    return ShareDifference(value, low, high, level, p)
-
-
-def _shares(first: tuple[int, int], second: tuple[int, int], level: float) -> list[tuple[float, float, float]]:
-    return [(solved / total, *wilson(solved, total, level)) for solved, total in (first, second)]
+    return ShareDifference(value, low, high, LEVEL, p)
 
 
 def mcnemar(gained: int, lost: int) -> PairedFlips:
@@ -69,7 +66,3 @@ def mcnemar(gained: int, lost: int) -> PairedFlips:
     flips = gained + lost
     tail = float(special.bdtr(min(gained, lost), flips, 0.5)) if flips else 1.0
     return PairedFlips(gained, lost, min(1.0, 2 * tail))
-
-
-def _z(level: float) -> float:
-    return float(special.ndtri((1 + level) / 2))

@@ -8,10 +8,13 @@ takes only the problems as random calls that an effect in 20 to 25 % of comparis
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 from scipy import special
 
 from fp4rl.spec.errors import InvalidValueError
+
+LEVEL = 0.95  # of every interval; a test's alpha is what is left
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,34 @@ class NotWorse:
         return self.lower_bound > -self.margin
 
 
-def welch(treatment: Sequence[float], control: Sequence[float], level: float = 0.95) -> Difference:
+def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
     """Test the difference of seed means by Welch's t: one value per seed, spreads need not be equal.
 
     Raises `InvalidValueError` with fewer than two seeds an arm, and where no seed differs from another (there is
     nothing to measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
     """
-    _check_level(level)
-    value = _mean(treatment) - _mean(control)
     error, freedom = standard_error(treatment, control)
-    half = float(special.stdtrit(freedom, (1 + level) / 2)) * error
+    return student_t(fmean(treatment) - fmean(control), error, freedom, (len(treatment), len(control)))
+
+
+def student_t(value: float, error: float, freedom: float, seeds: tuple[int, int]) -> Difference:
+    """The two-sided t test of a difference with its standard error and degrees of freedom."""
+    half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * error
     p = 2 * float(special.stdtr(freedom, -abs(value) / error))
-    return Difference(value, value - half, value + half, level, error, freedom, p, (len(treatment), len(control)))
+    return Difference(value, value - half, value + half, LEVEL, error, freedom, p, seeds)
 
 
-def not_worse(treatment: Sequence[float], control: Sequence[float], margin: float, level: float = 0.95) -> NotWorse:
+def not_worse(treatment: Sequence[float], control: Sequence[float], margin: float) -> NotWorse:
     """Test whether the treatment is less than `margin` worse: Welch's one-sided lower bound must lie above -margin.
 
     Raises `InvalidValueError` for a margin that is not positive, and as `welch` does.
     """
-    _check_level(level)
     if not margin > 0:
         raise InvalidValueError(f"a margin of non-inferiority is a positive number fixed beforehand; got {margin}")
-    value = _mean(treatment) - _mean(control)
+    value = fmean(treatment) - fmean(control)
     error, freedom = standard_error(treatment, control)
-    bound = value - float(special.stdtrit(freedom, level)) * error
-    return NotWorse(margin, bound, level, float(special.stdtr(freedom, -(value + margin) / error)))
+    bound = value - float(special.stdtrit(freedom, LEVEL)) * error
+    return NotWorse(margin, bound, LEVEL, float(special.stdtr(freedom, -(value + margin) / error)))
 
 
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
@@ -86,21 +91,6 @@ def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tupl
     return math.sqrt(total), total**2 / sum(shares)
 
 
-def variance(values: Sequence[float]) -> float:
-    """The unbiased sample variance (divisor n - 1), 0 for values that are all the same."""
-    mean = _mean(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _check_level(level: float) -> None:
-    if not 0.5 < level < 1:
-        raise InvalidValueError(f"a confidence level lies between 0.5 and 1, as 0.95 does; got {level}")
-
-
 @dataclass(frozen=True)
 class Spread:
     """A standard deviation pooled over groups of repeats, with the degrees of freedom it rests on."""
@@ -109,16 +99,16 @@ class Spread:
     freedom: int
     groups: int
 
-    def band(self, seeds: tuple[int, int], level: float = 0.95) -> float:
-        """Half the width of the band that holds `level` of the differences of two arms that are the same."""
-        quantile = float(special.stdtrit(self.freedom, (1 + level) / 2))
+    def band(self, seeds: tuple[int, int]) -> float:
+        """Half the width of the band that holds 95 % of the differences of two arms that are the same."""
+        quantile = float(special.stdtrit(self.freedom, (1 + LEVEL) / 2))
         return quantile * self.sd * math.sqrt(1 / seeds[0] + 1 / seeds[1])
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
-    """Pool the spread over groups of repeats (each: one value per seed of the same experiment); None without any.
+    """Pool the spread over groups of repeats (each: one value per seed of the same experiment), single ones left out.
 
-    Groups of one tell nothing about spread and are left out.
+    None where there are no repeats.
     """
     repeats = [group for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in repeats)
