@@ -7,8 +7,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.lab.audit.audit import Audit, audit
-from fp4rl.lab.audit.confounds import confounds
-from fp4rl.lab.audit.noise import noise_finding
+from fp4rl.lab.audit.confounds import confounds, noise_finding
 from fp4rl.lab.audit.records import Record, ReportedNoise, Reports, read_reports
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 

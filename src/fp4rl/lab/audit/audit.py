@@ -4,9 +4,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fp4rl.lab.audit.confounds import confounds
-from fp4rl.lab.audit.noise import NoiseFinding, noise_finding
-from fp4rl.lab.audit.pairs import Pair, hardware_error, pairs
+from fp4rl.lab.audit.confounds import NoiseFinding, confounds, noise_finding
+from fp4rl.lab.audit.pairs import Pair, pairs
 from fp4rl.lab.audit.records import Record, Reports
 from fp4rl.lab.statistics.families import holm
 from fp4rl.lab.statistics.proportions import ShareDifference, newcombe
@@ -15,19 +14,24 @@ from fp4rl.lab.statistics.seeds import Spread, pooled
 
 @dataclass(frozen=True)
 class AuditedPair:
-    """One published comparison in points. The interval is over problems (Newcombe); each arm is one run, so no word.
-
-    `replicates`: the treatment's noise was never effective, so the two arms are repeats of each other.
-    `inside_band`: the difference is no larger than two equal runs show, None where no repeats tell.
-    """
+    """One published comparison in points. The interval is over problems (Newcombe); each arm is one run, so no word."""
 
     pair: Pair
     solved: tuple[int, int]
     difference: ShareDifference
     p_family: float
     noise: NoiseFinding
-    replicates: bool
-    inside_band: bool | None
+    spread: Spread | None
+
+    @property
+    def replicates(self) -> bool:
+        """Whether the arms repeat each other: noise that was never effective, and nothing else that differs."""
+        return self.pair.factor == "noise" and self.noise.state == "never effective" and not self.pair.differs
+
+    @property
+    def inside_band(self) -> bool | None:
+        """Whether the difference is no larger than two equal runs show; None where no repeats tell."""
+        return None if self.spread is None else abs(100 * self.difference.value) <= self.spread.band((1, 1))
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,7 @@ def audit(reports: Reports) -> Audit:
     return Audit(
         problems=n,
         pairs=tuple(
-            AuditedPair(
-                pair, counts, share, p, findings[pair.treatment.id], _replicates(pair, findings), _inside(share, spread)
-            )
+            AuditedPair(pair, counts, share, p, findings[pair.treatment.id], spread)
             for pair, counts, share, p in zip(matched, solved, shares, corrected, strict=True)
         ),
         records=tuple(
@@ -89,15 +91,6 @@ def audit(reports: Reports) -> Audit:
     )
 
 
-def _replicates(pair: Pair, findings: dict[str, NoiseFinding]) -> bool:
-    """Only where nothing else differs either: then the comparison measures chance, and nothing else."""
-    return pair.factor == "noise" and findings[pair.treatment.id].state == "never effective" and not pair.differs
-
-
-def _inside(share: ShareDifference, spread: Spread | None) -> bool | None:
-    return None if spread is None else abs(100 * share.value) <= spread.band((1, 1))
-
-
 def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> list[list[Record]]:
     """Runs that were the same but for the seed: equal settings, and noise not asked for or never effective."""
     groups: dict[str, list[Record]] = defaultdict(list)
@@ -106,7 +99,7 @@ def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> 
         if record.counts_as_result and record.status == "completed" and silent:
             fields = (record.model, record.algorithm, record.format, record.quant_mode, record.injection_point)
             schedule = (record.lora, record.epochs, record.steps, record.batch, record.logged_step)
-            groups[repr((fields, hardware_error(record), schedule))].append(record)
+            groups[repr((fields, record.hardware_error, schedule))].append(record)
     return [group for group in groups.values() if len(group) > 1]
 
 

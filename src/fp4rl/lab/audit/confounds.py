@@ -1,31 +1,33 @@
-"""What else stands between a reported number and a conclusion: stated confounds, and those its own fields show."""
+"""What a report's own fields show: confounds of its number, and whether its noise was ever effective."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
-from fp4rl.lab.audit.records import Record, Reports
+from fp4rl.lab.audit.records import Record, ReportedNoise, Reports
+
+State = Literal["none asked for", "never run", "never effective", "not as named", "effective", "not known"]
 
 ONE_RUN = "one run: the training seed is not varied"
 _IMPLAUSIBLE_START = 30.0  # points above what other runs of the same model score before the first step
 _TOLD_APART = 1.0  # points by which a peak must lie above the final number to be worth a word
+_FEWEST_STAGES = 2  # the generator of the geometric schedule makes the first of `num_stages` intervals silent
 
 
 def confounds(record: Record, reports: Reports) -> tuple[str, ...]:
     """List what is stated in the file, then what the fields themselves show."""
-    return (*record.confounds, *_from_fields(record, reports))
-
-
-def _from_fields(record: Record, reports: Reports) -> Iterator[str]:
     if record.final_accuracy is None:
-        yield f"no final number ({record.status or 'no status'})"
-        return
-    if not record.counts_as_result:
-        yield f"status: {record.status}"
-    yield ONE_RUN
-    yield from _final_step(record)
-    yield from _final_value(record, reports.gsm8k_test_n)
-    yield from _curve(record)
-    yield from _start(record, reports.records)
+        return (*record.confounds, f"no final number ({record.status or 'no status'})")
+    return (
+        *record.confounds,
+        *([] if record.counts_as_result else [f"status: {record.status}"]),
+        ONE_RUN,
+        *_final_step(record),
+        *_final_value(record.final_accuracy, record.solved(reports.gsm8k_test_n), reports.gsm8k_test_n),
+        *_curve(record, record.final_accuracy),
+        *_start(record, reports.records),
+    )
 
 
 def _final_step(record: Record) -> Iterator[str]:
@@ -35,19 +37,17 @@ def _final_step(record: Record) -> Iterator[str]:
         yield f"final is step {record.final_step} of {record.steps}"
 
 
-def _final_value(record: Record, problems: int) -> Iterator[str]:
-    final = record.final_accuracy or 0.0
+def _final_value(final: float, solved: int, problems: int) -> Iterator[str]:
     decimals = len(f"{final:.2f}".rstrip("0").partition(".")[2])
-    if abs(final - 100 * record.solved(problems) / problems) > 0.5001 * 10.0**-decimals:
+    if abs(final - 100 * solved / problems) > 0.5001 * 10.0**-decimals:
         yield f"{final:g} % is no whole number of {problems} problems"
 
 
-def _curve(record: Record) -> Iterator[str]:
+def _curve(record: Record, final: float) -> Iterator[str]:
     if not record.curve:
         yield "no curve is reported"
         return
-    final, (last_step, _) = record.final_accuracy or 0.0, record.curve[-1]
-    logged = record.logged_final
+    (last_step, _), logged = record.curve[-1], record.logged_final
     if logged is not None and abs(final - logged) > 0.005:
         yield f"final {final:g} is not the curve's {logged:g} at step {record.final_step or record.steps}"
     elif last_step < (record.final_step or record.steps or 0):
@@ -66,3 +66,60 @@ def _start(record: Record, records: Sequence[Record]) -> Iterator[str]:
 
 def _at_start(record: Record) -> float | None:
     return next((value for step, value in record.curve or () if step == 0), None)
+
+
+@dataclass(frozen=True)
+class NoiseFinding:
+    """What a record's noise came to, and why."""
+
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+def noise_finding(record: Record) -> NoiseFinding:
+    """Tell what the noise of a record came to.
+
+    `never effective`: sigma was 0 on all weights at all steps, so the arm repeats the one without noise.
+    """
+    noise = record.aqn
+    if not noise.enabled:
+        return NoiseFinding("none asked for")
+    never, other = tuple(_never(noise)), tuple(_not_as_named(noise))
+    stated = (noise.effective_noise_reason,) if noise.effective_noise_reason else ()
+    if noise.effective_noise is False:
+        return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *_unstated(never, stated)))
+    if never and noise.effective_noise is None:
+        return NoiseFinding("never effective", never)
+    if record.final_accuracy is None and not record.curve:
+        return NoiseFinding("never run", ("no number is reported",))
+    if never or other:
+        return NoiseFinding("not as named", (*never, *other, *stated))
+    return NoiseFinding("effective" if noise.effective_noise else "not known", stated)
+
+
+def _never(noise: ReportedNoise) -> Iterator[str]:
+    """Settings under which sigma is 0 throughout."""
+    if noise.epoch_aware:
+        yield "epoch-aware: the generator is asked for step 0 of 1, its own silent interval, so sigma stays 0"
+    if noise.sigma_start == 0:
+        yield "sigma_start is 0"
+    if noise.num_stages is not None and noise.num_stages < _FEWEST_STAGES:
+        yield f"num_stages is {noise.num_stages}: the only interval is the silent one"
+    multipliers = noise.layer_multipliers
+    if isinstance(multipliers, dict) and multipliers and not any(multipliers.values()):
+        yield "every layer multiplier is 0"
+
+
+def _not_as_named(noise: ReportedNoise) -> Iterator[str]:
+    """Settings under which there was noise, but not the noise that the report names."""
+    if noise.sigma_end == 0 and noise.sigma_start:
+        yield "sigma_end is 0: a geometric fade to 0 is its first value once and 0 ever after"
+    if noise.layer_multipliers and "never reached" in (noise.effective_noise_reason or ""):
+        yield "the layer multipliers did not act: uniform noise under another name"
+
+
+def _unstated(reasons: tuple[str, ...], stated: tuple[str, ...]) -> Iterator[str]:
+    """Reasons whose cause (their first word) the stated ones do not name already."""
+    for reason in reasons:
+        if not any(reason.split()[0].strip(":,").lower() in text.lower() for text in stated):
+            yield reason

@@ -1,7 +1,6 @@
 """Which reported experiments are held against which: the nearest control of each, and what else differs."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +8,8 @@ from fp4rl.lab.audit.records import Record
 
 Factor = Literal["noise", "hardware error", "format"]
 
-_NAMES = {"logged_step": "step of the number"}
+# In this order: a control of one has neither it nor those before it.
+_FACTORS: tuple[Factor | None, ...] = ("noise", "hardware error", "format", None)
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ def pairs(records: Sequence[Record]) -> tuple[Pair, ...]:
 
 
 def _pair(record: Record, results: Sequence[Record]) -> Pair | None:
+    """The record against the control that differs in the fewest other fields, the first of several."""
     factor = _factor(record)
     if factor is None:
         return None
     controls = [other for other in results if _is_control(other, record, factor)]
-    if not controls:
-        return None
-    nearest = min(controls, key=lambda other: (len(_differs(record, other, factor)), results.index(other)))
-    return Pair(record, nearest, factor, tuple(_differs(record, nearest, factor)))
+    differing = [(other, _differs(record, other, factor)) for other in controls]
+    nearest = min(differing, key=lambda candidate: len(candidate[1]), default=None)
+    return Pair(record, nearest[0], factor, nearest[1]) if nearest else None
 
 
 def _factor(record: Record) -> Factor | None:
@@ -50,36 +50,20 @@ def _factor(record: Record) -> Factor | None:
 
 def _is_control(other: Record, record: Record, factor: Factor) -> bool:
     """Without the factor, and the same in what makes a comparison at all: model, algorithm, adapter, other factors."""
-    same: list[Callable[[Record], Any]] = [lambda r: r.model, lambda r: r.algorithm, lambda r: bool(r.lora)]
+    same = other.model == record.model and other.algorithm == record.algorithm and bool(other.lora) == bool(record.lora)
     if factor != "format":
-        same += [lambda r: r.format, lambda r: r.quant_mode]
+        same = same and other.format == record.format and other.quant_mode == record.quant_mode
     if factor == "noise":
-        same.append(hardware_error)
-    without = {
-        "noise": not other.aqn.enabled,
-        "hardware error": not other.aqn.enabled and not other.hw_noise,
-        "format": not (other.aqn.enabled or other.hw_noise or other.quant_mode),
-    }
-    return other is not record and without[factor] and all(of(other) == of(record) for of in same)
+        return same and not other.aqn.enabled and other.hardware_error == record.hardware_error
+    return same and _FACTORS.index(_factor(other)) > _FACTORS.index(factor)
 
 
-def _differs(record: Record, other: Record, factor: Factor) -> list[str]:
+def _differs(record: Record, other: Record, factor: Factor) -> tuple[str, ...]:
     """The fields in which the two differ besides the factor, each with both values."""
-    fields = ["epochs", "steps", "logged_step", "batch", "lora"]
-    fields += ["injection_point"] if factor == "noise" else []
-    return [
-        f"{_NAMES.get(name, name)}: {_shown(getattr(record, name))} against {_shown(getattr(other, name))}"
-        for name in fields
-        if getattr(record, name) != getattr(other, name)
-    ]
-
-
-def hardware_error(record: Record) -> str:
-    """Name a reported hardware error, of which one is written in several ways.
-
-    'matmul 5%' and 'matmul 5% fwd+bwd' are the same, as are 'ALL_OPS 5%' and 'ALL_OPS 5% (matmul,...)'.
-    """
-    return re.sub(r"\s*\(.*\)|\s*fwd\+bwd", "", record.hw_noise or "")
+    names = ("epochs", "steps", "logged_step", "batch", "lora", *(["injection_point"] if factor == "noise" else []))
+    values = [(name, getattr(record, name), getattr(other, name)) for name in names]
+    shown = {"logged_step": "step of the number"}
+    return tuple(f"{shown.get(name, name)}: {_shown(a)} against {_shown(b)}" for name, a, b in values if a != b)
 
 
 def _shown(value: Any) -> str:

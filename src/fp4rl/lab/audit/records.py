@@ -1,6 +1,7 @@
 """A file of reported experiments: one record each, under ids that are the file's own."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 
-class ReportedNoise(BaseModel):
-    """The noise (AQN) that a report names. `effective_noise` is what reading its code or log showed, None if unread."""
-
+class _Reported(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+
+class ReportedNoise(_Reported):
+    """The noise (AQN) that a report names. `effective_noise` is what reading its code or log showed, None if unread."""
+
     enabled: bool = False
-    targets: str | None = None
     sigma_start: float | None = None
     sigma_end: float | None = None
     epoch_aware: bool = False
@@ -26,13 +28,10 @@ class ReportedNoise(BaseModel):
     effective_noise_reason: str | None = None
 
 
-class Record(BaseModel):
+class Record(_Reported):
     """One reported experiment. Accuracies are in points; `curve` holds (step, accuracy)."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     id: str
-    series: str | None = None
     model: str | None = None
     algorithm: str | None = None
     format: str | None = None
@@ -46,12 +45,9 @@ class Record(BaseModel):
     batch: dict[str, Any] | None = None
     final_accuracy: float | None = None
     final_eval_step: int | None = None
-    peak_accuracy: float | None = None
     curve: tuple[tuple[int, float], ...] | None = None
     status: str | None = None
-    notes: str | None = None
     confounds: tuple[str, ...] = ()
-    origin: str | None = None
 
     @property
     def counts_as_result(self) -> bool:
@@ -78,15 +74,18 @@ class Record(BaseModel):
         steps = {step for step, _ in self.curve or ()}
         return self.final_step or (self.steps if self.steps in steps else None)
 
+    @property
+    def hardware_error(self) -> str:
+        """The hardware error under one name: 'matmul 5% fwd+bwd' is 'matmul 5%', 'ALL_OPS 5% (...)' is 'ALL_OPS 5%'."""
+        return re.sub(r"\s*\(.*\)|\s*fwd\+bwd", "", self.hw_noise or "")
+
     def solved(self, problems: int) -> int:
         """The whole number of problems behind the reported percentage."""
         return round((self.final_accuracy or 0.0) * problems / 100)
 
 
-class Reports(BaseModel):
+class Reports(_Reported):
     """The file: `records`, and `gsm8k_test_n`, the problems behind every accuracy."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     gsm8k_test_n: int = Field(gt=0)
     records: tuple[Record, ...] = Field(min_length=1)
