@@ -247,7 +247,7 @@ COMPARISON = (
     Mutant(
         "results of one code",
         "lab/compare/fairness.py",
-        'yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)',
+        'yield from _unequal("code", "the code that computed the results (rerun the stale side)", sides)',
         "del sides",
         ("tests/lab/test_compare.py::test_results_of_other_code_are_refused",),
     ),

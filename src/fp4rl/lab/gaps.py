@@ -63,12 +63,16 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
 
 def _wanted(injection: Spec, phase: Phase) -> set[str]:
     """The points and hardware errors that a spec's injection asks for in a phase."""
-    tables = [injection, *(injection.get("by_pattern") or ())]
-    points = {point for point in FORMAT_POINTS for table in tables if table.get(point) not in (None, "none", "keep")}
     during = ApplyDuring.model_validate(injection.get("apply_during") or {}).active(phase)
     errors = injection.get("errors") or () if "errors" in during else ()
     named = {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
-    return {point for point in points if point in during} | named
+    return points_named(injection) & during | named
+
+
+def points_named(injection: Spec) -> set[str]:
+    """The points that a described injection gives a format, somewhere."""
+    tables = [injection, *(injection.get("by_pattern") or ())]
+    return {point for point in FORMAT_POINTS for table in tables if table.get(point) not in (None, "none", "keep")}
 
 
 def _name(error: Spec) -> str:

@@ -1,19 +1,17 @@
 """Cross-checks that take the problems as random too. They confirm or warn; the verdict is over seeds."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fp4rl.lab.compare.sides import Side
-from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.statistics.crossed import Bootstrapped, multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from fp4rl.lab.statistics.crossed import Scores
 
 _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
 
@@ -28,62 +26,46 @@ class CrossChecks:
     unread: tuple[str, ...] = ()  # runs whose folder, and with it their items, is not here
 
 
-@dataclass(frozen=True)
-class ScoreTable:
-    """`scores`: [runs, problems], the share of samples solved, runs in the order given, `problems` are their ids."""
-
-    problems: tuple[str, ...]
-    scores: "NDArray[np.float64]"
-
-
 def cross_checks(treatment: Side, control: Side) -> CrossChecks:
-    """What the items of the same problems on both sides say."""
-    if unread := tuple(
-        side_run.run.key for side in (treatment, control) for side_run in side.runs if side_run.run.folder is None
-    ):
+    """What the items of the same problems on both sides say. Raises `Damaged` for a file that cannot be read."""
+    runs = [side_run.run for side in (treatment, control) for side_run in side.runs]
+    if unread := tuple(run.key for run in runs if run.folder is None):
         return CrossChecks(unread=unread)
-    first, second = _scores(treatment), _scores(control)
-    if first is None or second is None or first.problems != second.problems:
+    (problems, first), (others, second) = _score_table(treatment), _score_table(control)
+    if not problems or problems != others:
         return CrossChecks()
-    if len(first.scores) == len(second.scores) == 1:
+    if len(first) == len(second) == 1:
         return CrossChecks(checkpoints=_flips(first, second))
-    if min(len(first.scores), len(second.scores)) < 2:
+    if min(len(first), len(second)) < 2:
         return CrossChecks()
-    points = 100 * first.scores, 100 * second.scores
+    points = 100 * first, 100 * second
     return CrossChecks(two_way(*points), multi_bootstrap(*points, generator=np.random.default_rng(_DRAWS_SEED)))
 
 
-def _scores(side: Side) -> ScoreTable | None:
-    measured = side.runs[0].measured
-    folders = [side_run.run.folder for side_run in side.runs if side_run.run.folder is not None]
-    return score_table(folders, measured.step, measured.profile.name, side.score)
+def _score_table(side: Side) -> tuple[list[str], "Scores"]:
+    """The ids of the problems, and [runs, problems], the share of samples solved.
 
-
-def score_table(runs: Sequence[RunFolder], step: int, profile: str, score: str = "strict") -> ScoreTable | None:
-    """The items of these runs at one step and profile.
-
-    None where a run has none or no folder here, and where they answer other problems or other numbers of samples.
-    Raises `Damaged` for a file that cannot be read.
+    No problems where a run has no items here, and where runs answer other problems or other numbers of samples.
     """
-    first: tuple[list[str], list[int]] | None = None  # problems and samples of each
+    measured = side.runs[0].measured
+    answered: list[tuple[list[str], list[int]]] = []  # problems and samples of each, run by run
     shares = []
-    for run in runs:
-        if (step, profile) not in run.item_sets():
-            return None
-        items = run.items(step, profile, ["problem_id", score])
+    for folder in (side_run.run.folder for side_run in side.runs):
+        if folder is None or (measured.step, measured.profile.name) not in folder.item_sets():
+            return [], np.empty((0, 0))
+        items = folder.items(measured.step, measured.profile.name, ["problem_id", side.score])
         names, row, counts = np.unique(items.column("problem_id").to_pylist(), return_inverse=True, return_counts=True)
-        answered = (names.tolist(), counts.tolist())
-        first = first or answered
-        if answered != first:
-            return None
-        solved = [flag is True for flag in items.column(score).to_pylist()]
+        answered.append((names.tolist(), counts.tolist()))
+        solved = [flag is True for flag in items.column(side.score).to_pylist()]
         shares.append(np.bincount(row, weights=solved) / counts)  # [problems]
-    return ScoreTable(tuple(first[0]), np.stack(shares)) if first else None
+    if any(other != answered[0] for other in answered):
+        return [], np.empty((0, 0))
+    return answered[0][0], np.stack(shares)
 
 
-def _flips(first: ScoreTable, second: ScoreTable) -> PairedFlips | None:
+def _flips(first: "Scores", second: "Scores") -> PairedFlips | None:
     """McNemar counts solved and not solved; a share over several samples is neither."""
-    if not all(np.isin(table.scores, (0.0, 1.0)).all() for table in (first, second)):
+    if not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
         return None
-    change = first.scores - second.scores
+    change = first - second
     return mcnemar(int((change > 0).sum()), int((change < 0).sum()))

@@ -105,14 +105,10 @@ def answer_all(
     answers = [_objected(question, treatment, control, force) for question, treatment, control in questions]
     fair = [answer for answer in answers if answer.comparable]
     spread = _spread(answers, spread_of)
-    family = evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair))
-    verdicts = iter(family)
+    verdicts = iter(evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair)))
     return tuple(
-        replace(
-            candidate,
-            verdict=_earned(candidate, next(verdicts)) if candidate.comparable else _forced(candidate, spread),
-        )
-        for candidate in answers
+        replace(answer, verdict=_earned(answer, next(verdicts)) if answer.comparable else _forced(answer, spread))
+        for answer in answers
     )
 
 
@@ -124,14 +120,13 @@ def checked(answer: Answer) -> Answer:
 
 
 def _objected(question: Question, treatment: Side, control: Side, force: bool) -> Answer:
-    keys = [
-        {(side_run.run.key, side_run.measured.step, side_run.measured.profile.name) for side_run in s.runs}
-        for s in (treatment, control)
-    ]
-    if keys[0] and keys[0] == keys[1]:
+    first, second = (
+        {(side_run.run.key, side_run.measured.step, side_run.measured.profile.name) for side_run in side.runs}
+        for side in (treatment, control)
+    )
+    if first and first == second:
         raise InvalidValueError(f"{question.treatment} and {question.control} are the same numbers of the same runs")
-    against = objections(treatment, control, question.factors)
-    return Answer(question, treatment, control, against, force=force)
+    return Answer(question, treatment, control, objections(treatment, control, question.factors), force=force)
 
 
 def _member(answer: Answer) -> criteria.Comparison:
@@ -142,18 +137,15 @@ def _member(answer: Answer) -> criteria.Comparison:
 def _earned(answer: Answer, verdict: Verdict) -> Verdict:
     if verdict.word != "reaches" or answer.question.declared:
         return verdict
-    return replace(
-        verdict, word=None, why=f"{verdict.why}; no word: a margin counts where the suite fixed it beforehand"
-    )
+    why = f"{verdict.why}; no word: a margin counts where the suite fixed it beforehand"
+    return replace(verdict, word=None, why=why)
 
 
 def _forced(answer: Answer, spread: Spread | None) -> Verdict | None:
     if not (answer.force and answer.treatment.points and answer.control.points):
         return None
-    verdict = evaluate_family([_member(answer)], spread=spread)[0]
-    return replace(
-        verdict, word=None, why="not comparable: an effect word would be about more than the declared factor"
-    )
+    why = "not comparable: an effect word would be about more than the declared factor"
+    return replace(evaluate_family([_member(answer)], spread=spread)[0], word=None, why=why)
 
 
 def _spread(answers: Sequence[Answer], spread_of: Callable[[Run], Spread | None]) -> Spread | None:

@@ -1,7 +1,11 @@
-"""In which factors two descriptions differ, seeds aside."""
+"""In which factors two descriptions differ, seeds aside; and what of one can touch a weight."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from fp4rl.lab.gaps import points_named
+from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
 
 # Described as a whole: two recipes of noise or injection differ in one factor, however many keys write it down.
 _WHOLE = ("injection", "noise")
@@ -38,10 +42,35 @@ def factor_of(key: str) -> str:
     return head if head in _WHOLE else key
 
 
-def said(value: Any) -> str:
+def in_few_words(value: Any) -> str:
     """A value in few words."""
     text = "none" if value is None else str(value)
     return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a description can touch a weight: all but how it is judged."""
+    part = {key: value for key, value in spec.items() if key not in ("evaluation", "seed")}
+    injection = spec.get("injection")
+    return part | {"injection": _trained_under(injection) if isinstance(injection, Mapping) else None}
+
+
+def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An injection without the points that act in evaluations alone; None where nothing is left of it."""
+    during = ApplyDuring.model_validate(injection.get("apply_during") or {})
+    phases = {phase: during.active(phase) for phase in PHASES if phase != "evaluation"}
+    idle = {*FORMAT_POINTS, "errors"}.difference(*phases.values())
+    table, *by_pattern = (
+        {key: value for key, value in described.items() if key not in idle}
+        for described in (injection, *(injection.get("by_pattern") or ()))
+    )
+    points = points_named(injection) - idle | ({"errors"} if table.get("errors") else set())
+    if not points:
+        return None
+    # The mode and the preset only name what the points hold.
+    named = {key: value for key, value in table.items() if key not in ("mode", "preset", "apply_during")}
+    acting = {phase: sorted(active & points) for phase, active in phases.items()}
+    return named | {"by_pattern": by_pattern, "phases": acting}
 
 
 def _differ(first: Any, second: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:

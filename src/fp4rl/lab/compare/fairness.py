@@ -1,13 +1,14 @@
 """May two sides be compared? Every reason why not, each with the difference that is behind it."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from fp4rl.lab.compare.difference import covered, differences, factor_of, said, undeclared
-from fp4rl.lab.compare.identical import identical
+from fp4rl.lab.compare.difference import covered, differences, factor_of, in_few_words, training_part, undeclared
 from fp4rl.lab.compare.sides import Side, SideRun
+from fp4rl.lab.runs import Run
 from fp4rl.rl.inputs import POINTERS
 
 Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
@@ -23,6 +24,7 @@ _CONDITIONS: tuple[tuple[str, Kind], ...] = (
     ("items_digest", "items"),
 )
 
+_Values = tuple[set[Any], set[Any]]  # of the treatment, of the control
 _OF_MEASURING = ("precision", "evaluation.profiles")
 _VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code says more
 
@@ -60,7 +62,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     return (
         *_specs(treatment, control, factors),
         *_nothing_differs(treatment, control, factors),
-        *(Objection("identical", what, digest, digest) for what, digest in identical(treatment, control)),
+        *_identical(treatment, control),
         *_seeds(treatment, control),
         *_steps(treatment, control),
         *_conditions(treatment, control, covered("precision", factors)),
@@ -76,7 +78,7 @@ def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[O
         name = f"the specs also differ in {key}" if factors else f"the specs differ in {key}"
         if not factors and factor_of(key) != key:
             name += f" (part of {factor_of(key)})"
-        yield Objection("spec", name, said(first), said(second))
+        yield Objection("spec", name, in_few_words(first), in_few_words(second))
 
 
 def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
@@ -84,14 +86,32 @@ def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> 
     described = [factor for factor in factors if factor not in _OF_MEASURING]
     if not described or not treatment.spec or not control.spec or differences(treatment.spec, control.spec):
         return
-    if _same_place(treatment) == _same_place(control):
-        yield Objection(
-            "spec", f"the sides do not differ in {' or '.join(described)}, nor in anything else", "one", "the same"
-        )
+    where = [
+        {(run.measured.step, *(getattr(run.measured.profile, key) for key, _ in _CONDITIONS)) for run in side.runs}
+        for side in (treatment, control)
+    ]
+    if where[0] == where[1]:
+        what = f"the sides do not differ in {' or '.join(described)}, nor in anything else"
+        yield Objection("spec", what, "one", "the same")
 
 
-def _same_place(side: Side) -> set[tuple[Any, ...]]:
-    return {(run.measured.step, *(getattr(run.measured.profile, key) for key, _ in _CONDITIONS)) for run in side.runs}
+def _identical(treatment: Side, control: Side) -> Iterator[Objection]:
+    """Runs that end in the same weights, or gave the same answers, bit for bit; those without digests say nothing.
+
+    Weights may be the same where the descriptions differ in nothing that training sees. Answers may be where different
+    sites were rounded for them, which evidence proves: that rounding cost nothing is a result.
+    """
+    pairs = [(a, b) for a in treatment.runs for b in control.runs]
+    same = [a for a, b in pairs if a.run.key != b.run.key and a.final_weights and a.final_weights == b.final_weights]
+    if same and training_part(treatment.spec) != training_part(control.spec):
+        seeds, digest = ", ".join(str(side_run.run.seed) for side_run in same), str(same[0].final_weights)
+        what = f"the final weights are bit-identical (seed {seeds}): what differs did not act"
+        yield Objection("identical", what, digest, digest)
+        return
+    answered = [(a, b) for a, b in pairs if a.run.seed == b.run.seed and a.answers and b.answers]
+    if answered and all(a.answers == b.answers and a.sites_digest == b.sites_digest for a, b in answered):
+        digest = str(answered[0][0].answers)
+        yield Objection("identical", "every answer is the same on both sides: what differs did not act", digest, digest)
 
 
 def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
@@ -103,7 +123,8 @@ def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
 
 
 def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
-    yield from _unequal("step", "the evaluated step", *_both(treatment, control, lambda run: run.measured.step))
+    steps = _values(treatment, control, lambda run: run.measured.step)
+    yield from _unequal("step", "the evaluated step", steps)
     for side in (treatment, control):
         for key in side.unmeasured:
             yield Objection("step", f"{key} was not evaluated there", "no number", "the other runs have one")
@@ -115,14 +136,13 @@ def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
 
 def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterator[Objection]:
     for key, kind in _CONDITIONS:
-        sides = _both(treatment, control, lambda run, key=key: _condition(run, key))
+        sides = _values(treatment, control, partial(_condition, key=key))
         if kind == "precision" and other_precision and all(len(side) == 1 for side in sides):
             continue
-        if len(sides[0] | sides[1]) > 1:
-            yield from _unequal(kind, f"the evaluation's {key}", *sides)
-        elif key != "sites_digest" and None in sides[0]:
-            yield Objection(kind, f"the evaluation's {key} is not known", _listed(sides[0]), _listed(sides[1]))
-    yield from _unequal("items", "the number of answers", *_both(treatment, control, lambda run: run.measured.n))
+        if key != "sites_digest" and sides[0] == sides[1] == {None}:
+            yield Objection(kind, f"the evaluation's {key} is not known", *map(_listed, sides))
+        yield from _unequal(kind, f"the evaluation's {key}", sides)
+    yield from _unequal("items", "the number of answers", _values(treatment, control, lambda run: run.measured.n))
 
 
 def _condition(run: SideRun, key: str) -> Any:
@@ -135,28 +155,18 @@ def _condition(run: SideRun, key: str) -> Any:
 
 
 def _code(treatment: Side, control: Side) -> Iterator[Objection]:
-    sides = _both(treatment, control, lambda run: run.run.result.code_digest)
-    yield from _unequal("code", "the code that computed the results (rerun the stale side)", *sides)
-    for name in sorted(
-        {name for side in (treatment, control) for run in side.runs for name in run.run.result.versions}
-    ):
+    sides = _values(treatment, control, lambda run: run.run.result.code_digest)
+    yield from _unequal("code", "the code that computed the results (rerun the stale side)", sides)
+    for name, versions in _by_name(treatment, control, lambda run: run.result.versions):
         if name not in _VERSIONS_IN_THE_CODE:
-            yield from _unequal(
-                "code",
-                f"{name}'s version",
-                *_both(treatment, control, lambda side_run, name=name: side_run.run.result.versions.get(name)),
-            )
+            yield from _unequal("code", f"{name}'s version", versions)
 
 
 def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
-    for name in sorted({name for side in (treatment, control) for run in side.runs for name in run.run.inputs}):
+    for name, digests in _by_name(treatment, control, lambda run: run.inputs):
         pointer = POINTERS.get(name)
         if pointer is None or not any(covered(pointer, [factor]) or covered(factor, [pointer]) for factor in factors):
-            yield from _unequal(
-                "inputs",
-                f"the {name}",
-                *_both(treatment, control, lambda side_run, name=name: side_run.run.inputs.get(name)),
-            )
+            yield from _unequal("inputs", f"the {name}", digests)
 
 
 def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:
@@ -165,14 +175,24 @@ def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:
             yield Objection("evidence", f"{run.key} lacks evidence", "; ".join(run.gaps), "a run proves its treatment")
 
 
-def _both(treatment: Side, control: Side, value: Any) -> tuple[set[Any], set[Any]]:
+def _values(treatment: Side, control: Side, value: Callable[[SideRun], Any]) -> _Values:
     return {value(run) for run in treatment.runs}, {value(run) for run in control.runs}
 
 
-def _unequal(kind: Kind, what: str, first: set[Any], second: set[Any]) -> Iterator[Objection]:
-    if len(first | second) > 1:
-        yield Objection(kind, f"{what} differs", _listed(first), _listed(second))
+def _by_name(
+    treatment: Side, control: Side, table: Callable[[Run], Mapping[str, Any]]
+) -> Iterator[tuple[str, _Values]]:
+    """Every name that some run's table holds, with its values on both sides."""
+    tables = [[table(side_run.run) for side_run in side.runs] for side in (treatment, control)]
+    for name in sorted({name for side in tables for own in side for name in own}):
+        first, second = ({own.get(name) for own in side} for side in tables)
+        yield name, (first, second)
+
+
+def _unequal(kind: Kind, what: str, sides: _Values) -> Iterator[Objection]:
+    if len(sides[0] | sides[1]) > 1:
+        yield Objection(kind, f"{what} differs", *map(_listed, sides))
 
 
 def _listed(values: set[Any]) -> str:
-    return ", ".join(sorted(said(value) for value in values))
+    return ", ".join(sorted(in_few_words(value) for value in values))

@@ -34,6 +34,21 @@ class SideRun:
             planned = (self.run.spec.get("training") or {}).get("steps")
         return planned, self.run.result.steps_done
 
+    @property
+    def final_weights(self) -> str | None:
+        """The digest of the weights it ended in; None where it recorded none."""
+        return self.run.result.evidence.final_weights
+
+    @property
+    def answers(self) -> str | None:
+        """The digest of the compared answers; None where it recorded none."""
+        return self.run.answers(self.measured)
+
+    @property
+    def sites_digest(self) -> str | None:
+        """The digest of the sites that were rounded for them."""
+        return self.measured.profile.sites_digest
+
 
 @dataclass(frozen=True)
 class Side:
