@@ -42,6 +42,6 @@ def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> N
     if as_json:
         print_json(json_ready(report.as_dict() | {"html": page}))
         return
-    console().print(terminal(report))
+    console().print(terminal(report, console().width))
     if page is not None:
         console().print(f"HTML report: {page}", soft_wrap=True)

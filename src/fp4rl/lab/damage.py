@@ -18,10 +18,10 @@ OnDamaged = Callable[[Damaged], None]
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Raise Damaged, in one line that names `path`, for whatever goes wrong while it is read."""
+def damage_named(path: Path) -> Iterator[Path]:
+    """Yield `path`; raise Damaged, in one line that names it, for whatever goes wrong while it is read."""
     try:
-        yield
+        yield path
     except Damaged:
         raise
     except (*_SYMPTOMS, NotImplementedError) as error:

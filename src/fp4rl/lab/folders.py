@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.lab.damage import damage_named
-from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_whole
+from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_lines, write_whole
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
@@ -82,21 +82,20 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after `step`: a run resumed from that checkpoint takes those steps again."""
-        file = self.path / "metrics.jsonl"
-        with damage_named(file):
+        with damage_named(self.path / "metrics.jsonl") as file:
             kept = [record for record in read_lines(file) if record["step"] <= step]
-        write_whole(file, "".join(dumps(record) + "\n" for record in kept))
+        write_lines(file, kept)
 
     def drop_evidence_after(self, step: int) -> bool:
         """Forget every line after the checkpoint of `step`; False, and nothing done, if none is recorded."""
-        file = self.path / "evidence.jsonl"
-        with damage_named(file):
-            kept = [_mapping(line) for line in read_lines(file)]
-        checkpoints = [i for i, line in enumerate(kept) if (line.get("kind"), line.get("step")) == ("checkpoint", step)]
-        if not checkpoints:
-            return False
-        write_whole(file, "".join(dumps(line) + "\n" for line in kept[: checkpoints[-1] + 1]))
-        return True
+        with damage_named(self.path / "evidence.jsonl") as file:
+            lines = [_mapping(line) for line in read_lines(file)]
+        checkpoints = [
+            n for n, line in enumerate(lines, 1) if line.get("kind") == "checkpoint" and line["step"] == step
+        ]
+        if checkpoints:
+            write_lines(file, lines[: checkpoints[-1]])
+        return bool(checkpoints)
 
     def write_items(self, step: int, profile: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """One row per problem and sample, with exactly the columns of `items_schema`."""
@@ -126,21 +125,18 @@ class RunFolder:
 
     def sites(self) -> Sites:
         """The resolved site table; one without plans where none was written."""
-        file = self.path / "sites.json"
-        with damage_named(file):
+        with damage_named(self.path / "sites.json") as file:
             return read_sites(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Sites()
 
     def evidence(self) -> tuple[Evidence, ...]:
         """Every line of a kind that this version knows, in order."""
-        file = self.path / "evidence.jsonl"
-        with damage_named(file):
+        with damage_named(self.path / "evidence.jsonl") as file:
             return tuple(line for line in map(read_evidence, read_lines(file)) if line is not None)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step -> name -> value. Lines of one step are joined; the first value of a key stays."""
         steps: dict[int, dict[str, float]] = {}
-        file = self.path / "metrics.jsonl"
-        with damage_named(file):
+        with damage_named(self.path / "metrics.jsonl") as file:
             for record in read_lines(file):
                 values = steps.setdefault(int(_mapping(record).pop("step")), {})
                 for name, value in record.items():
@@ -154,8 +150,7 @@ class RunFolder:
         """What `result.json` says. Raises `NotFoundError` for an unfinished run."""
         if not self.finished:
             raise NotFoundError(f"{self.key} has no result.json: the run is not finished")
-        file = self.path / "result.json"
-        with damage_named(file):
+        with damage_named(self.path / "result.json") as file:
             return read_result(json.loads(file.read_text(encoding="utf-8")))
 
     def item_sets(self) -> list[tuple[int, str]]:
@@ -169,13 +164,11 @@ class RunFolder:
 
         file = self._items_file(step, profile)
         if not file.is_file():
-            raise NotFoundError(f"{self.key} holds no items {file.stem}" + nearest(file.stem, self._stems()))
+            stems = [f"{step}-{profile}" for step, profile in self.item_sets()]
+            raise NotFoundError(f"{self.key} holds no items {file.stem}" + nearest(file.stem, stems))
         # read_table would import pandas where it is installed
         with damage_named(file), parquet.ParquetFile(file) as opened:
             return opened.read(columns=columns)
-
-    def _stems(self) -> list[str]:
-        return [f"{step}-{profile}" for step, profile in self.item_sets()]
 
     def _items_file(self, step: int, profile: str) -> Path:
         if not _NAME.fullmatch(profile):

@@ -1,6 +1,5 @@
 """Plan the runs of a suite: arms x axes x seeds, each with an id that needs no model to be known."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp4rl.spec.digest import digest
@@ -30,16 +29,14 @@ class PlannedRun:
 
 def planned(suite: Suite) -> tuple[PlannedRun, ...]:
     """Return every run of a suite, seed by seed, so that an interrupted suite holds complete comparisons first."""
-    return tuple(_planned(suite))
+    arms = list(arm_contents(suite))
+    return tuple(
+        PlannedRun(suite.suite, arm, seed, experiment.model_copy(update={"seed": seed}))
+        for seed in suite.seeds
+        for arm, experiment in arms
+    )
 
 
 def single(experiment: Experiment, name: str) -> PlannedRun:
     """Return an experiment of its own as the only run of a suite called `name`."""
     return PlannedRun(name, "run", experiment.seed, experiment)
-
-
-def _planned(suite: Suite) -> Iterator[PlannedRun]:
-    arms = list(arm_contents(suite))
-    for seed in suite.seeds:
-        for arm, experiment in arms:
-            yield PlannedRun(suite.suite, arm, seed, experiment.model_copy(update={"seed": seed}))

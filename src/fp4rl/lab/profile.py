@@ -34,11 +34,6 @@ class Share:
     seconds: float
     share: float
 
-    @property
-    def what(self) -> str:
-        """Return what the work is, in words."""
-        return WHAT[self.name]
-
 
 def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
     """Return the kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
@@ -58,7 +53,7 @@ def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
 def write_profile(folder: RunFolder) -> tuple[Share, ...]:
     """Write `profile.md` beside the run's results and return its rows."""
     shares = where_time_goes(folder)
-    rows = [f"| {part.name} | {part.seconds:.4f} | {part.share:.1%} | {part.what} |" for part in shares]
+    rows = [f"| {part.name} | {part.seconds:.4f} | {part.share:.1%} | {WHAT[part.name]} |" for part in shares]
     whole = sum(part.seconds for part in shares)
     head = [f"# Where a step of {folder.key} goes", "", f"{whole:.4f} s a step, mean over all steps but the first.", ""]
     table = ["| work | s a step | share | what it is |", "|---|---|---|---|", *rows, ""]

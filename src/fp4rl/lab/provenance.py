@@ -9,10 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fp4rl
-from fp4rl.lab.damage import Damaged, damage_named
-from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.damage import Damaged
+from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.rl.inputs import of_model, pointed_at
+from fp4rl.spec.errors import NotFoundError
+from fp4rl.spec.records import RunResult
 
 # A change in any of these rooms can change a number; the lab, the engines and the command line only move numbers.
 _ROOMS = ("spec", "numerics", "sites", "tasks", "models", "inject", "noise", "rl")
@@ -56,7 +58,8 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
     """
     changed: dict[str, Sequence[str]] = {}
     for run in runs:
-        then = _recorded_inputs(run_folder(root, run.suite, run.run_id))
+        recorded = recorded_result(run, root)
+        then = recorded.evidence.inputs if recorded is not None else {}
         now = pointed_at(run.experiment)
         if run.experiment.model.path is not None:
             now["start model"] = of_model(Path(run.experiment.model.path))
@@ -64,6 +67,14 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
         if names:
             changed[run.run_id] = names
     return changed
+
+
+def recorded_result(run: PlannedRun, root: Path) -> RunResult | None:
+    """The result of a finished run; None where it cannot be read (whoever reports the run names it)."""
+    try:
+        return run_folder(root, run.suite, run.run_id).result()
+    except (Damaged, NotFoundError):
+        return None
 
 
 def _missing(run: PlannedRun) -> Iterator[str]:
@@ -87,12 +98,3 @@ def _cure(key: str, path: str) -> str:
         "nothing is downloaded here, so if it is an id of the Hub, "
         f"`hf download {path} --local-dir models/{Path(path).name}` fetches it: then name that folder"
     )
-
-
-def _recorded_inputs(folder: RunFolder) -> dict[str, str]:
-    """The digests in a run's result; none where it cannot be read (whoever reports the run names it)."""
-    try:
-        with damage_named(folder.path / "result.json"):
-            return dict(folder.result().evidence.inputs)
-    except Damaged:
-        return {}

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import yaml
 
-from fp4rl.lab.damage import Damaged
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.provenance import changed_inputs, code_digest
+from fp4rl.lab.provenance import changed_inputs, code_digest, recorded_result
 from fp4rl.rl import events
 from fp4rl.spec.errors import InvalidValueError
 
@@ -90,10 +89,8 @@ def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
 
 
 def _code_of(run: PlannedRun, root: Path) -> str:
-    try:
-        return run_folder(root, run.suite, run.run_id).result().code_digest or "unknown"
-    except Damaged:
-        return "unknown"
+    result = recorded_result(run, root)
+    return (result.code_digest if result is not None else None) or "unknown"
 
 
 def run_all(

@@ -1,6 +1,6 @@
 """Warnings about descriptions, before anything runs: for `plan`, a run's log and the report."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
@@ -20,12 +20,8 @@ def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
             arms_by_line.setdefault(line, []).append(arm)
     for line, names in _idle(arms):
         arms_by_line.setdefault(line, []).extend(names)
-    return [f"{line}{_where(names, arms)}" for line, names in arms_by_line.items()]
-
-
-def _where(names: Iterable[str], arms: Mapping[str, Experiment]) -> str:
-    named = list(dict.fromkeys(names))
-    return "" if len(named) == len(arms) else f" (arm {', '.join(named)})"
+    named = {line: list(dict.fromkeys(names)) for line, names in arms_by_line.items()}
+    return [line if len(names) == len(arms) else f"{line} (arm {', '.join(names)})" for line, names in named.items()]
 
 
 def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
@@ -69,7 +65,8 @@ def _loss(experiment: Experiment) -> Iterator[str]:
     """Settings of the loss that hardly act."""
     recipe, noise = experiment.training, experiment.noise
     noisy = noise is not None and noise.logprobs == "noisy"
-    if recipe.updates_per_step == 1 and not noisy and _clips_its_own_way(ALGORITHMS[recipe.algorithm]):
+    own, usual = ((a.clipping, a.clip_ratio_low, a.clip_ratio_high) for a in (ALGORITHMS[recipe.algorithm], _PLAIN))
+    if recipe.updates_per_step == 1 and not noisy and own != usual:
         yield (
             f"one update is made from each batch, so that the ratio is 1 and the clipping of {recipe.algorithm} never "
             "acts: a training.mini_batch_size below train_batch_size makes more"
@@ -82,9 +79,3 @@ def _loss(experiment: Experiment) -> Iterator[str]:
             f"clip_ratio_high {recipe.clip_ratio_high} on a sequence ratio hardly ever acts; "
             "GSPO's own bounds are 3e-4 and 4e-4"
         )
-
-
-def _clips_its_own_way(own: Algorithm) -> bool:
-    """Whether clipping is what sets an algorithm apart."""
-    ways = [(a.clipping, a.clip_ratio_low, a.clip_ratio_high) for a in (own, _PLAIN)]
-    return ways[0] != ways[1]

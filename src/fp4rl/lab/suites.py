@@ -52,11 +52,6 @@ class SuiteRun:
         """Of the code that computed it."""
         return self.run.result.code_digest if self.run is not None else None
 
-    @property
-    def wall_s(self) -> float | None:
-        """How long it took."""
-        return self.run.result.wall_s if self.run is not None else None
-
 
 @dataclass(frozen=True)
 class SuiteRuns:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -20,20 +21,9 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks import Sinks
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.rl import processes
+from fp4rl.rl import events, processes
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
-from fp4rl.rl.events import (
-    Emit,
-    Evaluated,
-    Event,
-    Message,
-    SitesResolved,
-    StepDone,
-    StepsDropped,
-    ignore,
-    never,
-)
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec import evidence
@@ -49,9 +39,9 @@ _LEFTOVERS = (
 def execute_run(
     run: PlannedRun,
     root: Path,
-    emit: Emit = ignore,
+    emit: events.Emit = events.ignore,
     report_to: Sequence[str] = (),
-    interrupted: Callable[[], bool] = never,
+    interrupted: Callable[[], bool] = events.never,
 ) -> RunFolder:
     """Train and evaluate `run` below `root`; return its folder. A finished run is returned as it is.
 
@@ -65,15 +55,9 @@ def execute_run(
     if folder.finished:
         return folder
     check(run.experiment)
+    train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest())
     if not processes.is_first():  # one of several that train this run together: the first keeps the folder
-        train(
-            run.experiment,
-            folder.path,
-            root / "models",
-            ignore,
-            processes.from_first(ResumeState()),
-            stamp=code_digest(),
-        )
+        train_here(events.ignore, processes.from_first(ResumeState()))
         return folder
     with full_disk_named(folder), locked(folder):
         if folder.finished:
@@ -86,15 +70,7 @@ def execute_run(
         with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             for line in spec_warnings({run.arm: run.experiment}):
                 _say(folder, line)
-            trained = train(
-                run.experiment,
-                folder.path,
-                root / "models",
-                _kept(folder, sinks, emit),
-                past,
-                interrupted=interrupted,
-                stamp=code_digest(),
-            )
+            trained = train_here(_kept(folder, sinks, emit), past, interrupted=interrupted)
             for name, why in sinks.failures.items():
                 _say(folder, f"{name} was left out from some step on: {why}")
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
@@ -126,23 +102,23 @@ def _forget_interruptions(folder: RunFolder, every: int) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _kept(folder: RunFolder, sinks: Sinks, emit: Emit) -> Emit:
+def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
     """Write every event of a run into its folder; those that a screen shows go on to `emit`."""
 
-    def keep(event: Event) -> None:
+    def keep(event: events.Event) -> None:
         match event:
-            case StepDone():
+            case events.StepDone():
                 folder.add_metrics(event.step, event.metrics)
                 sinks.log(event.step, event.metrics)
-            case Evaluated(evaluation):
+            case events.Evaluated(evaluation):
                 items = [asdict(item) for item in evaluation.items]
                 folder.write_items(evaluation.step, evaluation.profile.name, items)
                 folder.add_evidence(evaluation.summary())
-            case SitesResolved():
+            case events.SitesResolved():
                 folder.write_sites(event.sites)
-            case StepsDropped():
+            case events.StepsDropped():
                 folder.drop_metrics_after(event.step)
-            case Message():
+            case events.Message():
                 _say(folder, event.line)
                 if event.log_only:
                     return

@@ -11,7 +11,7 @@ from fp4rl.lab.report.terminal import terminal
 
 def shown(report, width):
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(terminal(report))
+    console.print(terminal(report, width))
     return console.file.getvalue()
 
 

@@ -144,7 +144,7 @@ def _run_dict(run: SuiteRun) -> dict[str, object]:
         "code_digest": run.code_digest,
         "gaps": list(run.gaps),
         "versions": dict(result.versions) if result else {},
-        "wall_s": run.wall_s,
+        "wall_s": result.wall_s if result else None,
         "stopped": result.stopped if result else None,
         "evidence": None if run.run is None else _evidence_dict(run.run),
     }
