@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fp4rl.cli.tables import table
+from fp4rl.cli.terminal import table
 
 
 @pytest.mark.parametrize("lines", [True, False])

@@ -1,30 +1,26 @@
 """`fp4rl compare`: two arms held against each other, or every comparison that a suite declared."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_indented, print_json, styled
+from fp4rl.lab.compare.checks import CrossChecks
+from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
+from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
+from fp4rl.lab.compare.sides import At, Side, named_side
+from fp4rl.lab.ledger.query import spread_of_run
+from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.questions import check_factors
 from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from fp4rl.lab.compare.checks import CrossChecks
-    from fp4rl.lab.compare.comparison import Answer
-    from fp4rl.lab.compare.sides import At, Side
-    from fp4rl.lab.ledger.store import Ledger
-
-Margin = Annotated[
-    float | None,
-    typer.Option(help="Points that the treatment may be worse; a word needs a margin that the suite fixed before."),
-]
+_MOST = 12  # lines of one kind, and seeds of a side, that are shown
 
 
 def command(
@@ -35,7 +31,10 @@ def command(
     factor: Annotated[
         list[str] | None, typer.Option(help="Key in which the specs may differ; `precision` for the evaluation's.")
     ] = None,
-    margin: Margin = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Points that the treatment may be worse; a word needs a margin that the suite fixed before."),
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Step of the evaluation; the last one where none is named.")] = None,
     score: Annotated[str, typer.Option(help="strict, flexible, or another score of the answers.")] = "strict",
     force: Annotated[bool, typer.Option("--force", help="Show an unfair pair, labelled 'not comparable'.")] = False,
@@ -45,13 +44,11 @@ def command(
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
-    from fp4rl.lab.compare.sides import At
-
     check_factors(factor or (), "--factor")
     if score not in SCORES:
         raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
     with opened(runs, ledger) as book:
-        answers = _answers(book, treatment, control, runs, (factor or (), margin), At(step, score), force)
+        answers = _answers(book, treatment, control, runs, factor or (), margin, At(step, score), force)
     if as_json:
         print_json([answer.as_dict() for answer in answers])
     else:
@@ -59,77 +56,61 @@ def command(
             _print(answer)
     refused = sum(not answer.comparable for answer in answers)
     if refused and not force:
-        count = (
-            f"{refused} of {len(answers)} comparisons {agreeing(refused, 'is', 'are')}"
-            if len(answers) > 1
-            else "this pair is"
-        )
-        raise CheckFailed(f"{count} not comparable; --force shows the numbers, labelled so")
+        of_all = f"{refused} of {len(answers)} comparisons {agreeing(refused, 'is', 'are')}"
+        which = of_all if len(answers) > 1 else "this pair is"
+        raise CheckFailed(f"{which} not comparable; --force shows the numbers, labelled so")
 
 
 def _answers(
-    book: "Ledger",
+    book: Ledger,
     treatment: str,
     control: str | None,
     runs: Path,
-    given: "tuple[Sequence[str], float | None]",
-    at: "At",
+    factors: Sequence[str],
+    margin: float | None,
+    at: At,
     force: bool,
-) -> "tuple[Answer, ...]":
+) -> tuple[Answer, ...]:
     """A suite's questions, or one: what was declared stands, among the questions of its suite; another `--factor` or
     `--margin` asks another one, alone."""
-    from fp4rl.lab.compare.comparison import Question, answer_all, checked
-    from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
-    from fp4rl.lab.compare.sides import named_side
-    from fp4rl.lab.ledger.query import spread_of_run
-
-    factors, margin = given
     known = declared_question(runs, treatment, control, factors, margin) if control is not None else None
     suite = treatment if control is None else (known.suite if known is not None else None)
     with book.reading() as connection:
         if suite is not None:
-            suite_asks = questions_in(connection, runs, suite, at)
-            if not suite_asks:
+            questions = questions_in(connection, runs, suite, at)
+            if not questions:
                 raise InvalidValueError(f"the suite {suite} declares no comparisons; name two sides")
         else:
             together = factors_between(treatment, str(control), factors) if factors else ()
             question = Question(treatment, str(control), together, margin, at.step, at.score)
             sides = [named_side(connection, runs, name, at) for name in (treatment, str(control))]
-            suite_asks = [(question, sides[0], sides[1])]
-        answers = answer_all(suite_asks, lambda run: spread_of_run(connection, run), force=force)
-    chosen = answers if known is None else [answer for answer in answers if answer.question.asked == known.asked]
-    return tuple(map(checked, chosen))
+            questions = [(question, sides[0], sides[1])]
+        answers = answer_all(questions, lambda run: spread_of_run(connection, run), force=force)
+    return tuple(checked(a) for a in answers if known is None or a.question.asked == known.asked)
 
 
-def _print(answer: "Answer") -> None:
-    from rich.padding import Padding
-
-    screen = console()
-
-    def indented(*parts: str | tuple[str, str]) -> None:
-        screen.print(Padding(styled(*parts), (0, 0, 0, 2), expand=False))  # a long line wraps below itself
-
+def _print(answer: Answer) -> None:
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
-    screen.print(styled((label, "bold")))
+    console().print(styled((label, "bold")))
     for side in (answer.treatment, answer.control):
-        indented(f"{side.name}: {_side(side, with_table=_one_label(answer))}")
+        print_indented(f"{side.name}: {_side(side, with_table=_one_label(answer))}")
     for objection in answer.objections[:_MOST]:
-        indented(("not comparable", "red"), f": {objection.sentence()}")
+        print_indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
-        indented(f"and {counted(len(answer.objections) - _MOST, 'more difference')} (--json lists all)")
+        print_indented(f"and {counted(len(answer.objections) - _MOST, 'more difference')} (--json lists all)")
     for mark in answer.marks[:_MOST]:
-        indented(("warning", "yellow"), f": {mark}")
+        print_indented(("warning", "yellow"), f": {mark}")
     if answer.verdict is None:
         return
-    indented(answer.verdict.sentence())
-    indented(answer.verdict.why)
+    print_indented(answer.verdict.sentence())
+    print_indented(answer.verdict.why)
     if not answer.question.declared:
-        indented("exploratory: no suite declared this question before its runs, so it stands alone")
+        print_indented("exploratory: no suite declared this question before its runs, so it stands alone")
     for line in _checks(answer.checks):
-        indented(line)
+        print_indented(line)
 
 
-def _checks(checks: "CrossChecks") -> "Iterator[str]":
+def _checks(checks: CrossChecks) -> Iterator[str]:
     """What the problems say, or why they say nothing."""
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
@@ -143,16 +124,13 @@ def _checks(checks: "CrossChecks") -> "Iterator[str]":
         yield f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{lost}, p = {flips.p:.2g}"
 
 
-_MOST = 12
-
-
-def _one_label(answer: "Answer") -> bool:
+def _one_label(answer: Answer) -> bool:
     """Whether both sides go by one label, though other sites were rounded or the same ones otherwise."""
     profiles = [run.measured.profile for side in (answer.treatment, answer.control) for run in side.runs]
     return len({profile.precision for profile in profiles}) == 1 < len({profile.sites_digest for profile in profiles})
 
 
-def _side(side: "Side", *, with_table: bool) -> str:
+def _side(side: Side, *, with_table: bool) -> str:
     """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the digest of the site table where that tells."""
     if not side.runs:
         return side.missing or "no run"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import AsJson, require_writable
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, table
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
 from fp4rl.spec.load import read_yaml
@@ -102,12 +101,7 @@ def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tupl
     spec = described.evaluation.for_task(described.task)
     problems = described.task.problems(spec.split, count)[: spec.count]
     runner = EvaluationRunner(spec, None, described.task, problems)
-    with progress(console(stderr=True)) as bar:
-        bars = {name: bar.add_task(name, total=len(problems)) for name in runner.precisions()}
-
-        def advance(name: str, done: int, _: int) -> None:
-            bar.update(bars[name], completed=done)
-
+    with progress() as advance:
         return runner, list(runner.run(model, described.model.dtype, 0, True, advance))
 
 

@@ -9,8 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fp4rl.cli.options import AsJson
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled, table
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
@@ -176,9 +175,11 @@ def _compare(as_json: bool) -> None:
 
     ready_to_round()
     rows: list[tuple[str, float, dict[str, dict[str, float]]]] = []
-    with progress(console(stderr=True)) as bar:
-        for label, fmt in bar.track(list(_compared()), description="measuring"):
+    compared = list(_compared())
+    with progress() as advance:
+        for label, fmt in compared:
             rows.append((label, fmt.bits_per_value, dict(errors_on(fmt))))
+            advance("measuring", len(rows), len(compared))
     if as_json:
         print_json([{"format": label, "bits_per_value": bits, "errors": errors} for label, bits, errors in rows])
         return

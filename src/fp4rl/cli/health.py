@@ -1,24 +1,24 @@
 """`fp4rl health`: is this run well? Judges a run of ours or an imported log with the monitor that watches live runs."""
 
-from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from fp4rl.cli.options import AsJson, RunsRoot
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, table
+from fp4rl.lab.foreign.joined import Joined
+from fp4rl.lab.foreign.plain import readable
+from fp4rl.lab.foreign.reader import read_steps
+from fp4rl.rl.health.findings import Finding
+from fp4rl.rl.health.monitor import Monitor, replay
+from fp4rl.rl.health.signals import signals_of
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, UserError, nearest
+from fp4rl.spec.health import Health
+from fp4rl.spec.load import parse
 from fp4rl.spec.words import counted
-
-if TYPE_CHECKING:
-    from fp4rl.rl.health.findings import Finding
-    from fp4rl.rl.health.monitor import Monitor
-    from fp4rl.spec.health import Health
 
 _METRICS = "metrics.jsonl"
 COLOURS = {"not judged": "cyan", "ok": "green", "watch": "yellow", "alarm": "bold red", "unreadable": "bold red"}
@@ -46,43 +46,22 @@ def command(
 
     Example: `fp4rl health runs/quickstart/RUN --rule 'stop if accuracy/rollout < 0.1 at step 20'`
     """
-    spec, folder = _spec(rule or [], thresholds or []), _place(log, runs)
-    members = _runs_in(folder)
-    if members:
-        _suite(folder, members, spec, as_json)
+    spec, folder = _spec(rule or [], thresholds or []), _located(log, runs)
+    if members := _runs_in(folder):
+        _show_suite(folder, members, spec, as_json)
     else:
-        _one(folder, spec, as_json)
+        _show_log(folder, spec, as_json)
 
 
-def _one(log: Path, spec: "Health", as_json: bool) -> None:
-    """Judge one log and show every check."""
-    from fp4rl.lab.foreign.plain import readable
-    from fp4rl.lab.foreign.reader import read_steps
-    from fp4rl.rl.health.monitor import replay
-
-    dialect, joined = read_steps(log)
-    steps = joined.in_order()
-    _require_logged(spec, steps)
-    monitor, findings = replay(steps.items(), spec)
-    title = readable(f"{log}: {len(steps)} step{'s' * (len(steps) != 1)} ({dialect})")
-    if as_json:
-        print_json(_as_dict(title, monitor, findings) | {"read": joined.remarks()})
-    else:
-        screen = console()
-        screen.print(Text(title))
-        for line in joined.remarks():
-            screen.print(Text(line, style="yellow"))
-        screen.print(_table(monitor))
-        for finding in findings:  # what the monitor would have said live
-            screen.print(Text(str(finding), style=COLOURS[finding.state]))
-    if not monitor.healthy:
-        count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
-        raise CheckFailed(f"{count} at step {monitor.alarms[0].step}: {monitor.alarms[0].check}")
-    if monitor.state == "not judged":
-        raise InvalidValueError(f"{log} has nothing that a check looks at; the table names what each of them needs")
+def _spec(rules: list[str], thresholds: list[str]) -> Health:
+    pairs = [word.partition("=") for word in thresholds]
+    for word, (key, equals, _) in zip(thresholds, pairs, strict=True):
+        if not key or not equals:
+            raise InvalidValueError(f"--set {word!r}: write it like length_ratio=2")
+    return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
 
 
-def _place(log: Path, runs: Path) -> Path:
+def _located(log: Path, runs: Path) -> Path:
     """What is named: a path, or a run or a suite below the folder of runs by its name or the beginning of it."""
     if log.exists() or log.is_absolute():
         return log
@@ -99,91 +78,75 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(file.parent for file in (*folder.glob(f"*/{_METRICS}"), *folder.glob(f"*/*/{_METRICS}")))
 
 
-def _spec(rules: list[str], thresholds: list[str]) -> "Health":
-    from fp4rl.spec.health import Health
-    from fp4rl.spec.load import parse
+def _judged(log: Path, spec: Health) -> tuple[str, Joined, Monitor, list[Finding]]:
+    """The form of a log, its numbers, and what the monitor makes of them.
 
-    pairs = [word.partition("=") for word in thresholds]
-    for word, (key, equals, _) in zip(thresholds, pairs, strict=True):
-        if not key or not equals:
-            raise InvalidValueError(f"--set {word!r}: write it like length_ratio=2")
-    return parse(Health, {"rules": rules, "thresholds": {key: value for key, _, value in pairs}}, "")
-
-
-def _as_dict(title: str, monitor: "Monitor", findings: list["Finding"]) -> dict[str, object]:
-    return {
-        "log": title,
-        "healthy": monitor.healthy,
-        "state": monitor.state,
-        "checks": [vars(finding) for finding in monitor.findings()],
-        "course": [vars(finding) for finding in findings],
-    }
+    Raises NotFoundError for a rule about a metric that the log does not have: it would never be broken.
+    """
+    dialect, joined = read_steps(log)
+    steps = joined.in_order()
+    known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
+    for rule in spec.rules:
+        if rule.metric not in known:
+            raise NotFoundError(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")
+    return dialect, joined, *replay(steps.items(), spec)
 
 
-def _table(monitor: "Monitor") -> Table:
-    rows = []
-    for finding in monitor.findings():
-        alarms = sum(alarm.check == finding.check for alarm in monitor.alarms)
-        rows.append((finding.check, _state(finding.state), str(alarms or ""), finding.evidence))
-    return table("check=", "at the end=", "alarms>", "evidence", rows=rows, lines=True)
+def _show_log(log: Path, spec: Health, as_json: bool) -> None:
+    """Judge one log and show every check. Raises CheckFailed after an alarm."""
+    dialect, joined, monitor, findings = _judged(log, spec)
+    title = readable(f"{log}: {counted(len(joined.steps), 'step')} ({dialect})")
+    if as_json:
+        checks, course = ([vars(finding) for finding in some] for some in (monitor.findings(), findings))
+        states = {"log": title, "healthy": monitor.healthy, "state": monitor.state}
+        print_json(states | {"checks": checks, "course": course, "read": joined.remarks()})
+    else:
+        screen = console()
+        screen.print(title)
+        for line in joined.remarks():
+            screen.print(line, style="yellow")
+        alarms = [alarm.check for alarm in monitor.alarms]
+        rows = (
+            (finding.check, _state(finding.state), str(alarms.count(finding.check) or ""), finding.evidence)
+            for finding in monitor.findings()
+        )
+        screen.print(table("check=", "at the end=", "alarms>", "evidence", rows=rows, lines=True))
+        for finding in findings:  # what the monitor would have said live
+            screen.print(str(finding), style=COLOURS[finding.state])
+    if not monitor.healthy:
+        count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
+        raise CheckFailed(f"{count} at step {monitor.alarms[0].step}: {monitor.alarms[0].check}")
+    if monitor.state == "not judged":
+        raise InvalidValueError(f"{log} has nothing that a check looks at; the table names what each of them needs")
 
 
 def _state(state: str) -> Text:
     return Text(state, style=COLOURS[state])
 
 
-@dataclass(frozen=True)
-class RunHealth:
-    """One run of a suite: where it stands at its end, and its first alarm or what keeps it from being read."""
-
-    run: str
-    steps: int
-    state: str
-    alarms: int
-    evidence: str
-
-
-def _suite(folder: Path, members: list[Path], spec: "Health", as_json: bool) -> None:
+def _show_suite(folder: Path, members: list[Path], spec: Health, as_json: bool) -> None:
     """Judge all runs. Raises CheckFailed where one had an alarm or cannot be read."""
-    results = [_run_health(member.relative_to(folder).as_posix(), member, spec) for member in members]
-    bad = [result for result in results if result.alarms or result.state == "unreadable"]
+    results = [{"run": member.relative_to(folder).as_posix()} | _summary(member, spec) for member in members]
+    alarmed = sum(result["alarms"] > 0 for result in results)
+    unreadable = sum(result["state"] == "unreadable" for result in results)
     if as_json:
-        print_json({"suite": str(folder), "healthy": not bad, "runs": [vars(result) for result in results]})
+        print_json({"suite": str(folder), "healthy": not alarmed + unreadable, "runs": results})
     else:
-        console().print(_suite_table(results))
-    if bad:
-        alarms = sum(result.alarms > 0 for result in bad)
-        unreadable = len(bad) - alarms
-        alarmed = [f"{alarms} of {counted(len(results), 'run')} had an alarm"] if alarms else []
-        raise CheckFailed("; ".join(alarmed + ([f"{counted(unreadable, 'run')} cannot be read"] if unreadable else [])))
+        rows = ((r["run"], str(r["steps"]), str(r["alarms"] or ""), _state(r["state"]), r["evidence"]) for r in results)
+        names = ("run=", "steps>", "alarms>", "at the end=", "first alarm, or what is watched")
+        console().print(table(*names, rows=rows, lines=True))
+    wrong = [f"{alarmed} of {counted(len(results), 'run')} had an alarm"] if alarmed else []
+    wrong += [f"{counted(unreadable, 'run')} cannot be read"] if unreadable else []
+    if wrong:
+        raise CheckFailed("; ".join(wrong))
 
 
-def _run_health(name: str, run: Path, spec: "Health") -> RunHealth:
-    from fp4rl.lab.foreign.reader import read_steps
-    from fp4rl.rl.health.monitor import replay
-
+def _summary(run: Path, spec: Health) -> dict[str, Any]:
+    """Where one run of a suite stands at its end, and its first alarm or what keeps it from being read."""
     try:
-        steps = read_steps(run)[1].in_order()
-        _require_logged(spec, steps)
+        _, joined, monitor, _ = _judged(run, spec)
     except (UserError, CheckFailed) as error:
-        return RunHealth(name, 0, "unreadable", 0, str(error))
-    monitor, _ = replay(steps.items(), spec)
+        return {"steps": 0, "state": "unreadable", "alarms": 0, "evidence": str(error)}
     worst = monitor.findings()[0]
     first = str(monitor.alarms[0]) if monitor.alarms else str(worst) if worst.state == "watch" else ""
-    return RunHealth(name, len(steps), monitor.state, len(monitor.alarms), first)
-
-
-def _suite_table(results: list[RunHealth]) -> Table:
-    rows = ((run.run, str(run.steps), str(run.alarms or ""), _state(run.state), run.evidence) for run in results)
-    names = ("run=", "steps>", "alarms>", "at the end=", "first alarm, or what is watched")
-    return table(*names, rows=rows, lines=True)
-
-
-def _require_logged(spec: "Health", steps: dict[int, dict[str, float]]) -> None:
-    """A rule about a metric that the log does not have would never be broken."""
-    from fp4rl.rl.health.signals import signals_of
-
-    known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
-    for rule in spec.rules:
-        if rule.metric not in known:
-            raise NotFoundError(f"--rule: the log has no metric {rule.metric!r}{nearest(rule.metric, known)}")
+    return {"steps": len(joined.steps), "state": monitor.state, "alarms": len(monitor.alarms), "evidence": first}

@@ -8,8 +8,7 @@ import typer
 from rich.text import Text
 
 from fp4rl.cli.options import AsJson
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.spec.errors import NotFoundError, nearest
 
 if TYPE_CHECKING:

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from sqlalchemy import func, select
 
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, leave_out, print_json, progress
+from fp4rl.lab.ledger import tables
+from fp4rl.lab.ledger.record import rebuild, record_new
+from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.words import counted
-
-if TYPE_CHECKING:
-    from fp4rl.lab.ledger.store import Ledger
-
 
 app = typer.Typer(no_args_is_help=True, help="Make the ledger again from the run folders, or say what it holds.")
 
@@ -31,22 +32,11 @@ def rebuild_ledger(
 
     Example: `fp4rl ledger rebuild --runs runs`
     """
-    from fp4rl.lab.ledger.record import rebuild
-    from fp4rl.lab.ledger.store import open_ledger
-
     _require_runs(runs)
-    screen = console(stderr=True)
-    with open_ledger(place(runs, ledger), runs) as store, progress(screen) as bar:
-        task = bar.add_task("reading runs", total=None)
-        count = rebuild(
-            store,
-            runs,
-            drop_missing=drop_missing,
-            on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
-            on_damaged=leave_out,
-        )
-        name = store.name
-    console().print(f"{counted(count, 'run')} recorded in {name}", soft_wrap=True)
+    with open_ledger(place(runs, ledger), runs) as store, progress() as advance:
+        on_run = partial(advance, "reading runs")
+        count = rebuild(store, runs, drop_missing=drop_missing, on_run=on_run, on_damaged=leave_out)
+    console().print(f"{counted(count, 'run')} recorded in {store.name}", soft_wrap=True)
 
 
 @app.command("info")
@@ -55,41 +45,27 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
     Example: `fp4rl ledger info --ledger postgresql://lab@server/fp4rl`
     """
-    from sqlalchemy import func, select
-
-    from fp4rl.lab.ledger import tables
-
     with opened(runs, ledger) as store, store.reading() as connection:
         counts = {
             table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
             for table in (tables.runs, tables.evaluations, tables.documents)
         }
-        name = store.name
     if as_json:
-        print_json({"ledger": name, "schema": tables.SCHEMA, "rows": counts})
+        print_json({"ledger": store.name, "schema": tables.SCHEMA, "rows": counts})
         return
-    console().print(f"{name}, schema {tables.SCHEMA}", soft_wrap=True)
+    console().print(f"{store.name}, schema {tables.SCHEMA}", soft_wrap=True)
     for table, count in counts.items():
         console().print(f"  {count:>9,} {table}")
 
 
 @contextmanager
-def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
+def opened(runs: Path, address: str | None) -> Iterator[Ledger]:
     """The ledger with every finished run below `runs` in it. One that cannot be read is named and left out."""
-    from fp4rl.lab.ledger.record import record_new
-    from fp4rl.lab.ledger.store import open_ledger
-
     if address is None:
         _require_runs(runs)
     with open_ledger(place(runs, address), runs) as ledger:
-        with progress(console(stderr=True)) as bar:
-            task = bar.add_task("recording runs", total=None)
-            record_new(
-                ledger,
-                runs,
-                on_run=lambda done, all_: bar.update(task, completed=done, total=all_),
-                on_damaged=leave_out,
-            )
+        with progress() as advance:
+            record_new(ledger, runs, partial(advance, "recording runs"), leave_out)
         yield ledger
 
 

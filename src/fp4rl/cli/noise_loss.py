@@ -1,12 +1,12 @@
 """What each arm's noise does to the loss before any training, for `fp4rl schedule SPEC --loss DRAWS`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, progress, ready_to_round
+from fp4rl.cli.terminal import progress, ready_to_round, table
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import counted
@@ -41,8 +41,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     model, tokenizer = load(start_folder(first.model, task, root / "models"), first.model.dtype)
     pairs = [(p.prompt, p.solution) for p in task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(_greatest(experiment) for experiment in alike.values())
-    with progress(console(stderr=True)) as bar:
-        task_id = bar.add_task("draws", total=draws)
+    with progress() as advance:
         losses = noise_losses(
             model,
             first.injection,
@@ -50,7 +49,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
             calibrate_answers(tokenizer, pairs),
             sigma=used_sigma,
             draws=draws,
-            on_progress=lambda done, _: bar.update(task_id, completed=done),
+            on_progress=partial(advance, "draws"),
         )
     quiet_arm = next((arm for arm, experiment in alike.items() if experiment.noise is None), next(iter(alike)))
     return {"sigma": used_sigma, "draws": draws, "against": quiet_arm, "arms": _rows(losses, quiet_arm)}

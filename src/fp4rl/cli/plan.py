@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
 

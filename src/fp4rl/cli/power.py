@@ -1,13 +1,15 @@
 """`fp4rl power`: how many seeds an arm it takes to see a difference, before any hour is spent."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.lab.ledger.query import known_spreads
+from fp4rl.lab.statistics.power import power, seeds_needed
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import agreeing, counted
 
@@ -31,8 +33,6 @@ def command(
 
     Example: `fp4rl power 2.5 --spread 1.57`
     """
-    from fp4rl.lab.statistics.power import power, seeds_needed
-
     if not 0 < chance < 1:
         raise InvalidValueError(f"--chance lies between 0 and 1; got {chance}")
     source = "as given"
@@ -48,34 +48,26 @@ def command(
             | {"difference": difference, "margin": margin, "comparisons": comparisons}
         )
         return
-    _print(needed, table, f"run-to-run standard deviation {spread:.2f} points ({source})")
-
-
-def _print(needed: int, table: dict[int, float], basis: str) -> None:
-    screen = console()
-    screen.print(styled((f"{counted(needed, 'seed')} an arm", "bold"), f", at a {basis}"))
-    for seeds, chance in table.items():
+    basis = f", at a run-to-run standard deviation {spread:.2f} points ({source})"
+    console().print(styled((f"{counted(needed, 'seed')} an arm", "bold"), basis))
+    for seeds, seen in table.items():
         mark = "  <-" if seeds == needed else ""
         word = agreeing(seeds, "seed", "seeds")
-        screen.print(f"  {seeds:>4} {word}: seen in {100 * chance:3.0f} of 100 tries{mark}")
+        console().print(f"  {seeds:>4} {word}: seen in {100 * seen:3.0f} of 100 tries{mark}")
 
 
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
-    from fp4rl.lab.ledger.query import known_spreads
-
     if address is None and not runs.is_dir():
-        raise NotFoundError(
-            f"{runs}: no runs to take the spread from; give --spread POINTS, or name their folder with --runs"
-        )
+        cure = "give --spread POINTS, or name their folder with --runs"
+        raise NotFoundError(f"{runs}: no runs to take the spread from; {cure}")
     with opened(runs, address) as store, store.reading() as connection:
-        spreads: list[tuple[str, Any]] = known_spreads(connection, like)
+        spreads = known_spreads(connection, like)
     if not spreads:
         raise NotFoundError("the ledger holds no repeats (runs that differ in the seed alone); give --spread")
     if len(spreads) > 1:
         names = "; ".join(f"{name}: {spread.sd:.2f}" for name, spread in spreads)
-        raise InvalidValueError(
-            f"the ledger holds repeats of {len(spreads)} tasks and models ({names}); choose with --like RUN"
-        )
+        kinds = f"{len(spreads)} tasks and models ({names})"
+        raise InvalidValueError(f"the ledger holds repeats of {kinds}; choose with --like RUN")
     name, spread = spreads[0]
     freedom = counted(spread.freedom, "degree of freedom", "degrees of freedom")
     return spread.sd, f"{name}, {counted(spread.groups, 'group')} of repeats, {freedom}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
-from fp4rl.cli.tables import table
+from fp4rl.cli.terminal import table
 
 if TYPE_CHECKING:
     from fp4rl.lab.matrix import PlannedRun

@@ -9,7 +9,6 @@ import typer
 from fp4rl.cli.ledger import place
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.profiled import profiled
-from fp4rl.cli.report import show
 from fp4rl.cli.terminal import console, leave_out, print_json
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.words import agreeing, counted
@@ -74,6 +73,7 @@ def command(
 
 def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]", ledger: str | None) -> None:
     """A suite's table and page, or a single run's accuracies and where all of it can be looked at."""
+    from fp4rl.cli.report import show
     from fp4rl.cli.show import accuracies
     from fp4rl.lab.folders import run_folder
     from fp4rl.spec.experiment import Suite

@@ -1,19 +1,20 @@
 """`fp4rl runs`: list and filter the finished runs; `fp4rl runs import` takes over a foreign log."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json
+from fp4rl.cli.terminal import console, print_json, table
+from fp4rl.lab.foreign.importer import About, import_log
+from fp4rl.lab.foreign.plain import readable
+from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
+from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.load import read_yaml
 from fp4rl.spec.words import counted
-
-if TYPE_CHECKING:
-    from fp4rl.lab.foreign.importer import Imported
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -36,8 +37,6 @@ def list_all(
     """
     if context.invoked_subcommand:
         return
-    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
-
     wanted = Filter(suite, arm, seed, profile)
     with opened(runs, ledger) as store, store.reading() as connection:
         rows = list_runs(connection, wanted, limit or None)
@@ -56,8 +55,6 @@ def list_all(
 
 
 def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
-    from fp4rl.lab.provenance import code_digest
-
     now, lines = code_digest(), []
     for row in rows:
         planned = row["steps_asked"]
@@ -96,39 +93,21 @@ def import_file(
 
     Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """
-    from fp4rl.lab.foreign.importer import About, import_log
-    from fp4rl.spec.load import read_yaml
-
     about = About(read_yaml(config) if config is not None else None, status, note)
     imported = import_log(file, runs, arm=arm, seed=seed, about=about)
+    log = imported.log
     with opened(runs, ledger):
         pass
     if as_json:
-        print_json(_as_dict(imported))
+        print_json(
+            {"run": imported.run.key, "dialect": imported.dialect, "steps": len(log.steps), "keys": log.names}
+            | {name: getattr(log, name) for name in ("went_back", "met_twice", "left_behind", "skipped")}
+            | {"already_there": imported.already_there}
+        )
         return
-    from fp4rl.lab.foreign.plain import readable
-
-    log = imported.log
-    screen = console()
     verb = "is here already as" if imported.already_there else f"({imported.dialect}) is now"
-    screen.print(f"{readable(file.name)} {verb} {imported.run.key}", soft_wrap=True)
-    screen.print(
-        f"{counted(len(log.steps), 'step')} ({min(log.steps)} to {max(log.steps)}), {counted(len(log.names), 'key')}",
-    )
+    console().print(f"{readable(file.name)} {verb} {imported.run.key}", soft_wrap=True)
+    steps = f"{counted(len(log.steps), 'step')} ({min(log.steps)} to {max(log.steps)})"
+    console().print(f"{steps}, {counted(len(log.names), 'key')}")
     for line in log.remarks():
-        screen.print(line, soft_wrap=True)
-
-
-def _as_dict(imported: "Imported") -> dict[str, Any]:
-    log = imported.log
-    return {
-        "run": imported.run.key,
-        "dialect": imported.dialect,
-        "steps": len(log.steps),
-        "keys": log.names,
-        "went_back": log.went_back,
-        "met_twice": log.met_twice,
-        "left_behind": log.left_behind,
-        "skipped": log.skipped,
-        "already_there": imported.already_there,
-    }
+        console().print(line, soft_wrap=True)

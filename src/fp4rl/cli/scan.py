@@ -1,15 +1,16 @@
 """`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp4rl.cli.options import AsJson, RunsRoot, require_writable
 from fp4rl.cli.scan_output import compare, other_scan, print_scan, say_written, write_advice
 from fp4rl.cli.scan_source import ScanTarget, described, loaded
-from fp4rl.cli.terminal import console, progress, ready_to_round
+from fp4rl.cli.terminal import progress, ready_to_round
 from fp4rl.spec.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -134,15 +135,8 @@ def _scanned(
     from fp4rl.diagnose.scan import distribution, scan
 
     request = target.request
-    with progress(console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_stage(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        report = scan(model, target.injection, texts=calibration, spec=request, on_stage=on_stage)
+    with progress() as advance:
+        report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)
     if request.site:
         report = replace(report, distribution=distribution(model, report, request.site))
     options = Options(noise_rule=request.noise_rule, bits_per_weight=request.bits)
@@ -156,9 +150,7 @@ def _stored(target: ScanTarget) -> "ScanReport":
     from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
 
-    with progress(console(stderr=True)) as bar:
-        task = bar.add_task("weights", total=None)
-        table, parts, tallies = stored_weight_errors(
-            target.folder, target.injection, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with progress() as advance:
+        on_progress = partial(advance, "weights")
+        table, parts, tallies = stored_weight_errors(target.folder, target.injection, on_progress)
     return ScanReport(target.folder, table, parts, tallies)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from fp4rl.cli.pictures import heat_strip
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import styled
+from fp4rl.cli.terminal import styled, table
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:

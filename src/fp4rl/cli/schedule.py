@@ -11,8 +11,7 @@ from fp4rl.cli.described import runs_of
 from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.noise.resolution import share_bf16_can_change
 from fp4rl.noise.schedule import asked_sigma, multiplier_at, stages, values_missed

@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+import yaml
+from rich.padding import Padding
+from rich.table import Table
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
+from fp4rl.lab.files import json_ready
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.ledger.show import About, about, answers
+from fp4rl.lab.statistics.proportions import wilson
+from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.words import counted
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fp4rl.lab.ledger.show import About
-    from fp4rl.spec.evidence import Evaluation
-    from fp4rl.spec.records import Imported
 
 _FEW = 12
 
@@ -33,10 +33,6 @@ def command(
 
     Example: `fp4rl show quickstart/w4a4-s0`
     """
-    from fp4rl.lab.files import json_ready
-    from fp4rl.lab.folders import RunFolder
-    from fp4rl.lab.ledger.show import about, answers
-
     with opened(runs, ledger) as book, book.reading() as connection:
         known = about(connection, runs, run)
     if problem is not None:
@@ -51,79 +47,70 @@ def command(
         _print(known)
 
 
-def _print(about: "About") -> None:
-    import yaml
-    from rich.padding import Padding
-
+def _print(about: About) -> None:
     run, result, screen = about.run, about.run.result, console()
     seed = f"seed {run.seed}" if run.seed is not None else "seed not known"
     screen.print(styled((run.key, "bold"), f"  arm {run.arm}, {seed}"))
     wall = f", {result.wall_s:.0f} s" if result.wall_s is not None else ""
     steps = f"{result.steps_done} of {result.steps_asked or '?'} steps"
     screen.print(f"{steps}{wall}, code {result.code_digest}")
-    if result.imported is not None:
-        _print_source(result.imported)
+    if (source := result.imported) is not None:
+        origin = [f"from {source.source} ({source.dialect})", source.status, source.note]
+        screen.print("; ".join(filter(None, origin)), soft_wrap=True)
     if result.evaluations:
         screen.print(accuracies(result.evaluations))
-    screen.print(styled(("evidence", "bold")))
-    for gap in run.gaps:
-        screen.print(styled("  ", ("missing", "red"), f": {gap}"))
-    for kind, count in about.lines.items():
-        screen.print(f"  {kind}: {count} {'line' if count == 1 else 'lines'}")
-    for name, value in result.evidence.as_json().items():
-        screen.print(f"  {name}: {_plain(value)}")
-    for line in dict.fromkeys(run.warnings):
-        screen.print(Padding(styled(("warning", "yellow"), f": {line}"), (0, 0, 0, 2), expand=False))
-    _print_metrics(about.curves)
-    files = about.files
-    size = sum(file["bytes"] for file in files) / 2**20
-    screen.print(
-        styled(("files", "bold"), f" {len(files)}, {size:.1f} MiB: {_some([f['path'] for f in files])}"),
-    )
-    described = run.described or (result.imported.config if result.imported is not None else None)
+    _print_evidence(about)
+    if about.curves:
+        screen.print(_curves(about.curves))
+    size = sum(file["bytes"] for file in about.files) / 2**20
+    names = [file["path"] for file in about.files[:_FEW]]
+    more = f" and {len(about.files) - _FEW} more" if len(about.files) > _FEW else ""
+    screen.print(styled(("files", "bold"), f" {len(about.files)}, {size:.1f} MiB: {', '.join(names)}{more}"))
+    described = run.described or (source.config if source is not None else None)
     if described:
         screen.print(styled(("described as", "bold")))
-        text = yaml.safe_dump(_said(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
+        text = yaml.safe_dump(_given(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
         screen.print(Padding(text, (0, 2)))
 
 
-def _print_source(source: "Imported") -> None:
-    """Where a foreign log came from, and what was said of it when it was taken over."""
-    lines = [f"from {source.source} ({source.dialect})", source.status, source.note]
-    console().print("; ".join(filter(None, lines)), soft_wrap=True)
+def _print_evidence(about: About) -> None:
+    screen = console()
+    screen.print(styled(("evidence", "bold")))
+    for gap in about.run.gaps:
+        screen.print(styled("  ", ("missing", "red"), f": {gap}"))
+    for kind, count in about.lines.items():
+        screen.print(f"  {kind}: {counted(count, 'line')}")
+    for name, value in about.run.result.evidence.as_json().items():
+        screen.print(f"  {name}: {_plain(value)}")
+    for line in dict.fromkeys(about.run.warnings):
+        print_indented(("warning", "yellow"), f": {line}")
 
 
-def accuracies(evaluations: "Sequence[Evaluation]") -> "Table":
+def accuracies(evaluations: Sequence[Evaluation]) -> Table:
     """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
-    from fp4rl.lab.statistics.proportions import wilson
-
     rows = []
     for row in evaluations:
         shown = _percent(row.strict)
         if row.n:
             low, high = wilson(round(row.strict * row.n), row.n)
             shown += f" [{100 * low:.1f}, {100 * high:.1f}]"
-        cells = (_percent(row.flexible), _percent(row.formatted))
         step = f"{row.step}{' last' if row.last else ''}"
         length = f"{row.mean_length:.1f}" if row.mean_length is not None else "-"
         names = (step, row.profile.name, row.profile.precision or "?", str(row.n or "?"))
-        rows.append((*names, shown, *cells, length))
+        rows.append((*names, shown, _percent(row.flexible), _percent(row.formatted), length))
     columns = ("step>", "profile", "precision", "n>", "strict>", "flexible>", "format>", "tokens>")
     return table(*columns, rows=rows, title="accuracy % (95 % interval over problems)")
 
 
-def _print_metrics(metrics: dict[str, dict[str, Any]]) -> None:
-    if not metrics:
-        return
-    shown = {name: curve for name, curve in metrics.items() if not name.startswith("time/")}
-    hidden = f", and {len(metrics) - len(shown)} of time (--json)" if len(shown) < len(metrics) else ""
-    title = f"{len(shown)} curves{hidden}"
+def _curves(curves: dict[str, dict[str, Any]]) -> Table:
+    shown = {name: curve for name, curve in curves.items() if not name.startswith("time/")}
+    hidden = f", and {len(curves) - len(shown)} of time (--json)" if len(shown) < len(curves) else ""
     rows = []
     for name, curve in shown.items():
         numbers = (curve[key] for key in ("first", "last", "lowest", "highest"))
         rows.append((name, str(curve["count"]), *("nan" if number is None else f"{number:.4g}" for number in numbers)))
-    names = ("curve", "steps>", "first>", "last>", "lowest>", "highest>")
-    console().print(table(*names, rows=rows, title=title))
+    columns = ("curve", "steps>", "first>", "last>", "lowest>", "highest>")
+    return table(*columns, rows=rows, title=f"{len(shown)} curves{hidden}")
 
 
 def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> None:
@@ -137,11 +124,11 @@ def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> Non
             screen.print(f"  {answer['completion']!r}", soft_wrap=True)
 
 
-def _said(spec: Any) -> Any:
+def _given(spec: Any) -> Any:
     """The description without what it leaves at none."""
-    if isinstance(spec, dict):
-        return {key: _said(value) for key, value in spec.items() if value is not None}
-    return spec
+    if not isinstance(spec, dict):
+        return spec
+    return {key: _given(value) for key, value in spec.items() if value is not None}
 
 
 def _plain(value: Any) -> str:
@@ -152,10 +139,6 @@ def _plain(value: Any) -> str:
     if value is None:
         return "not recorded"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _percent(share: float | None) -> str:

@@ -10,8 +10,7 @@ import yaml
 
 from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, require_writable
-from fp4rl.cli.tables import table
-from fp4rl.cli.terminal import console, print_json, styled
+from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.experiment import Experiment

@@ -1,17 +1,23 @@
-"""What every verb shares on the screen: a console that prints strings as they are, JSON, progress, what is left out."""
+"""What every verb shares on the screen: strings as they are, tables, JSON, progress, and what is left out."""
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from fp4rl.engines.rounding import choose_backend
 from fp4rl.spec.errors import CheckFailed
 
-_left_out: dict[str, None] = {}
+_MANY = 6  # columns from which on one space stands between them, so that 80 columns of text hold them
+_left_out: set[str] = set()
 
 
 def console(stderr: bool = False) -> Console:
@@ -19,13 +25,10 @@ def console(stderr: bool = False) -> Console:
 
     A string is data, brackets and all: answers, paths and errors come from outside. What has a style is a `Text`.
     """
-    plain = _console(stderr)
-    sized = plain.is_terminal or "COLUMNS" in os.environ
-    return plain if sized else _console(stderr, max(plain.width, 100))
-
-
-def _console(stderr: bool, width: int | None = None) -> Console:
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    screen = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen.width = max(screen.width, 100)
+    return screen
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
@@ -33,22 +36,66 @@ def styled(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*parts)
 
 
+def print_indented(*parts: str | tuple[str, str], by: int = 2) -> None:
+    """Print one line of `styled` parts behind `by` spaces; a long line wraps below itself."""
+    console().print(Padding(styled(*parts), (0, 0, 0, by), expand=False))
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output, nothing else."""
     print(json.dumps(value, indent=2, sort_keys=False, allow_nan=False))
 
 
-def progress(on: Console) -> Progress:
-    """A bar with a count and the time left, on standard error; nothing of it stays, and nothing shows on a pipe."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=on,
-        transient=True,
-        disable=not on.is_terminal,
+def table(
+    *columns: str,
+    rows: Iterable[Sequence[str | Text]] = (),
+    title: str | None = None,
+    caption: str | None = None,
+    lines: bool = False,
+) -> Table:
+    """Return a table of `rows`, with `lines` around its cells or without; no headings where all are empty.
+
+    A column is its heading and how it behaves: `steps>` is right and never broken (numbers), `run=` is left and never
+    broken (what is copied), and any other is left and goes on below itself.
+    """
+    made = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.HEAVY_HEAD if lines else None,
+        pad_edge=lines,
+        padding=(0, 1) if lines else (0, 2 if len(columns) < _MANY else 1, 0, 0),
+        show_header=any(column.strip("=>") for column in columns),
     )
+    for column in columns:
+        made.add_column(
+            column.rstrip("=>"),
+            justify="right" if column.endswith(">") else "left",
+            no_wrap=column.endswith(("=", ">")),
+            overflow="fold",
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function of (stage, done, total) that shows a bar with the time left for each stage, on standard error.
+
+    Nothing of it stays, and nothing shows on a pipe.
+    """
+    screen, bars = console(stderr=True), dict[str, TaskID]()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = shown.add_task(stage, total=total)
+            shown.update(bars[stage], completed=done)
+
+        yield advance
 
 
 def ready_to_round() -> None:
@@ -63,7 +110,7 @@ def ready_to_round() -> None:
 def leave_out(error: Exception) -> None:
     """Name, once a command line, something that cannot be read; the verb goes on, and its exit code will be 1."""
     if str(error) not in _left_out:
-        _left_out[str(error)] = None
+        _left_out.add(str(error))
         console(stderr=True).print(f"left out: {error}", soft_wrap=True)
 
 
