@@ -1,16 +1,18 @@
 """`fp4rl audit`: what reported experiments allow to be said."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp4rl.cli.options import AsJson
 from fp4rl.cli.terminal import console, print_indented, print_json, styled
-from fp4rl.lab.audit.audit import Audit, AuditedPair, audit
 from fp4rl.lab.audit.confounds import ONE_RUN
 from fp4rl.lab.audit.records import read_reports
 from fp4rl.spec.words import counted
+
+if TYPE_CHECKING:
+    from fp4rl.lab.audit.audit import Audit, AuditedPair
 
 
 def command(
@@ -22,6 +24,8 @@ def command(
 
     Example: `fp4rl audit reported_experiments.json`
     """
+    from fp4rl.lab.audit.audit import audit
+
     result = audit(read_reports(file))
     if as_json:
         print_json(result.as_dict())
@@ -32,7 +36,7 @@ def command(
         _print_records(result)
 
 
-def _print_pairs(result: Audit) -> None:
+def _print_pairs(result: "Audit") -> None:
     screen = console()
     confounds = {audited.record.id: audited.confounds for audited in result.records}
     pairs, problems = counted(len(result.pairs), "comparison"), counted(result.problems, "problem")
@@ -53,7 +57,7 @@ def _print_pairs(result: Audit) -> None:
         _print_remarks(*_remarks(audited), *(text for text in both if text != ONE_RUN))
 
 
-def _remarks(audited: AuditedPair) -> list[str]:
+def _remarks(audited: "AuditedPair") -> list[str]:
     """What the comparison really compares."""
     remarks = ["the same treatment twice: its noise was never effective"] if audited.replicates else []
     if not audited.replicates and audited.pair.factor == "noise" and audited.noise.state != "effective":
@@ -63,7 +67,7 @@ def _remarks(audited: AuditedPair) -> list[str]:
     return [*remarks, *audited.pair.differs]
 
 
-def _print_silent(result: Audit) -> None:
+def _print_silent(result: "Audit") -> None:
     ids_by_reason: dict[str, list[str]] = {}
     for audited in result.records:
         if audited.noise.state == "never effective":
@@ -75,7 +79,7 @@ def _print_silent(result: Audit) -> None:
         _print_remarks(reason)
 
 
-def _print_records(result: Audit) -> None:
+def _print_records(result: "Audit") -> None:
     console().print(styled((f"\n{len(result.records)} records", "bold")))
     for audited in result.records:
         final = "no result" if audited.record.final_accuracy is None else f"{audited.record.final_accuracy:.2f} %"

@@ -2,23 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled
-from fp4rl.lab.compare.checks import CrossChecks
-from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
-from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
-from fp4rl.lab.compare.sides import At, Side, named_side
-from fp4rl.lab.ledger.query import spread_of_run
-from fp4rl.lab.ledger.store import Ledger
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.questions import check_factors
 from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
+
+if TYPE_CHECKING:
+    from fp4rl.lab.compare.checks import CrossChecks
+    from fp4rl.lab.compare.comparison import Answer
+    from fp4rl.lab.compare.sides import At, Side
+    from fp4rl.lab.ledger.store import Ledger
 
 _MOST = 12  # lines of one kind, and seeds of a side, that are shown
 
@@ -44,6 +44,8 @@ def command(
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
+    from fp4rl.lab.compare.sides import At
+
     check_factors(factor or (), "--factor")
     if score not in SCORES:
         raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
@@ -62,17 +64,22 @@ def command(
 
 
 def _answers(
-    book: Ledger,
+    book: "Ledger",
     treatment: str,
     control: str | None,
     runs: Path,
     factors: Sequence[str],
     margin: float | None,
-    at: At,
+    at: "At",
     force: bool,
-) -> tuple[Answer, ...]:
+) -> "tuple[Answer, ...]":
     """A suite's questions, or one: what was declared stands, among the questions of its suite; another `--factor` or
     `--margin` asks another one, alone."""
+    from fp4rl.lab.compare.comparison import Question, answer_all, checked
+    from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
+    from fp4rl.lab.compare.sides import named_side
+    from fp4rl.lab.ledger.query import spread_of_run
+
     known = declared_question(runs, treatment, control, factors, margin) if control is not None else None
     suite = treatment if control is None else (known.suite if known is not None else None)
     with book.reading() as connection:
@@ -89,7 +96,7 @@ def _answers(
     return tuple(checked(a) for a in answers if known is None or a.question.asked == known.asked)
 
 
-def _print(answer: Answer) -> None:
+def _print(answer: "Answer") -> None:
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
     console().print(styled((label, "bold")))
     for side in (answer.treatment, answer.control):
@@ -110,7 +117,7 @@ def _print(answer: Answer) -> None:
         print_indented(line)
 
 
-def _checks(checks: CrossChecks) -> Iterator[str]:
+def _checks(checks: "CrossChecks") -> Iterator[str]:
     """What the problems say, or why they say nothing."""
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
@@ -124,13 +131,13 @@ def _checks(checks: CrossChecks) -> Iterator[str]:
         yield f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{lost}, p = {flips.p:.2g}"
 
 
-def _one_label(answer: Answer) -> bool:
+def _one_label(answer: "Answer") -> bool:
     """Whether both sides go by one label, though other sites were rounded or the same ones otherwise."""
     profiles = [run.measured.profile for side in (answer.treatment, answer.control) for run in side.runs]
     return len({profile.precision for profile in profiles}) == 1 < len({profile.sites_digest for profile in profiles})
 
 
-def _side(side: Side, *, with_table: bool) -> str:
+def _side(side: "Side", *, with_table: bool) -> str:
     """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the digest of the site table where that tells."""
     if not side.runs:
         return side.missing or "no run"

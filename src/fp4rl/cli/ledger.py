@@ -4,18 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sqlalchemy import func, select
 
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, leave_out, print_json, progress
-from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.record import rebuild, record_new
-from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.words import counted
+
+if TYPE_CHECKING:
+    from fp4rl.lab.ledger.store import Ledger
 
 app = typer.Typer(no_args_is_help=True, help="Make the ledger again from the run folders, or say what it holds.")
 
@@ -32,6 +31,9 @@ def rebuild_ledger(
 
     Example: `fp4rl ledger rebuild --runs runs`
     """
+    from fp4rl.lab.ledger.record import rebuild
+    from fp4rl.lab.ledger.store import open_ledger
+
     _require_runs(runs)
     with open_ledger(place(runs, ledger), runs) as store, progress() as advance:
         on_run = partial(advance, "reading runs")
@@ -45,6 +47,10 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
     Example: `fp4rl ledger info --ledger postgresql://lab@server/fp4rl`
     """
+    from sqlalchemy import func, select
+
+    from fp4rl.lab.ledger import tables
+
     with opened(runs, ledger) as store, store.reading() as connection:
         counts = {
             table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
@@ -59,8 +65,11 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
 
 @contextmanager
-def opened(runs: Path, address: str | None) -> Iterator[Ledger]:
+def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
     """The ledger with every finished run below `runs` in it. One that cannot be read is named and left out."""
+    from fp4rl.lab.ledger.record import record_new
+    from fp4rl.lab.ledger.store import open_ledger
+
     if address is None:
         _require_runs(runs)
     with open_ledger(place(runs, address), runs) as ledger:

@@ -8,8 +8,6 @@ import typer
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, styled
-from fp4rl.lab.ledger.query import known_spreads
-from fp4rl.lab.statistics.power import power, seeds_needed
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import agreeing, counted
 
@@ -33,6 +31,8 @@ def command(
 
     Example: `fp4rl power 2.5 --spread 1.57`
     """
+    from fp4rl.lab.statistics.power import power, seeds_needed
+
     if not 0 < chance < 1:
         raise InvalidValueError(f"--chance lies between 0 and 1; got {chance}")
     source = "as given"
@@ -57,6 +57,8 @@ def command(
 
 
 def _from_ledger(runs: Path, address: str | None, like: str | None) -> tuple[float, str]:
+    from fp4rl.lab.ledger.query import known_spreads
+
     if address is None and not runs.is_dir():
         cure = "give --spread POINTS, or name their folder with --runs"
         raise NotFoundError(f"{runs}: no runs to take the spread from; {cure}")

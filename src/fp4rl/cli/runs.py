@@ -10,7 +10,6 @@ from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, table
 from fp4rl.lab.foreign.importer import About, import_log
 from fp4rl.lab.foreign.plain import readable
-from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.load import read_yaml
@@ -37,6 +36,8 @@ def list_all(
     """
     if context.invoked_subcommand:
         return
+    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
+
     wanted = Filter(suite, arm, seed, profile)
     with opened(runs, ledger) as store, store.reading() as connection:
         rows = list_runs(connection, wanted, limit or None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -14,10 +14,11 @@ from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder
-from fp4rl.lab.ledger.show import About, about, answers
-from fp4rl.lab.statistics.proportions import wilson
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.words import counted
+
+if TYPE_CHECKING:
+    from fp4rl.lab.ledger.show import About
 
 _FEW = 12
 
@@ -33,6 +34,8 @@ def command(
 
     Example: `fp4rl show quickstart/w4a4-s0`
     """
+    from fp4rl.lab.ledger.show import about, answers
+
     with opened(runs, ledger) as book, book.reading() as connection:
         known = about(connection, runs, run)
     if problem is not None:
@@ -47,7 +50,7 @@ def command(
         _print(known)
 
 
-def _print(about: About) -> None:
+def _print(about: "About") -> None:
     run, result, screen = about.run, about.run.result, console()
     seed = f"seed {run.seed}" if run.seed is not None else "seed not known"
     screen.print(styled((run.key, "bold"), f"  arm {run.arm}, {seed}"))
@@ -73,7 +76,7 @@ def _print(about: About) -> None:
         screen.print(Padding(text, (0, 2)))
 
 
-def _print_evidence(about: About) -> None:
+def _print_evidence(about: "About") -> None:
     screen = console()
     screen.print(styled(("evidence", "bold")))
     for gap in about.run.gaps:
@@ -88,6 +91,8 @@ def _print_evidence(about: About) -> None:
 
 def accuracies(evaluations: Sequence[Evaluation]) -> Table:
     """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
+    from fp4rl.lab.statistics.proportions import wilson
+
     rows = []
     for row in evaluations:
         shown = _percent(row.strict)
