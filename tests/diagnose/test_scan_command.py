@@ -10,11 +10,12 @@ from markupsafe import escape
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.main import main
-from fp4rl.cli.scan import KEYS
+from fp4rl.cli.scan import RENAMED
 from fp4rl.cli.scan_source import _sorted, described
 from fp4rl.diagnose.page import page
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.scan import ScanRequest
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 
@@ -171,12 +172,11 @@ def test_keys_may_stand_in_a_file_of_their_own(spec, tmp_path, capsys):
     assert (found["scan"]["arm"], found["injection"]["preset"], len(found["parts"])) == ("layer1", "vllm", 7)
 
 
-@pytest.mark.parametrize(("option", "key"), KEYS.items())
-def test_an_option_of_earlier_versions_is_answered_with_its_key(folder, capsys, option, key):
-    assert main(["scan", str(folder), option, "x"]) == 2
-    assert f"write {key}" in capsys.readouterr().err
-    words = [word.replace("NAME", "a").replace("FILE", "f").replace("PATTERN", "p") for word in [key]]
-    _sorted(words, of_spec=True)
+@pytest.mark.parametrize(("name", "key"), [*RENAMED.items(), *((key, key) for key in ScanRequest.model_fields)])
+def test_an_option_of_earlier_versions_is_answered_with_its_key(folder, capsys, name, key):
+    assert main(["scan", str(folder), f"--{name.replace('_', '-')}", "x"]) == 2
+    assert f"write {key}=" in capsys.readouterr().err
+    _sorted([f"{key}=x"], of_spec=True)
 
 
 def test_a_dtype_and_a_task_are_those_of_the_command_line_whatever_the_arm_says(spec, tmp_path):

@@ -1,11 +1,13 @@
-"""Arguments and options that several verbs share, so that they read alike everywhere, and a check of files to write."""
+"""Arguments and options that several verbs share, so that they read alike everywhere, and the files that they write."""
 
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from fp4rl.spec.errors import InvalidValueError
 
@@ -44,3 +46,9 @@ def require_writable(file: Path | None, option: str) -> None:
             pass
     except OSError as error:
         raise InvalidValueError(f"{option} {file}: cannot write there ({error.strerror}); name another place") from None
+
+
+def write_fragment(file: Path, comments: Iterable[str], content: Mapping[str, Any]) -> None:
+    """Write a fragment for `fp4rl run SPEC +FILE` as YAML, with lines of comment above it."""
+    lines = "".join(f"# {comment}\n" for comment in comments)
+    file.write_text(lines + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,42 +1,33 @@
 """`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.options import AsJson, RunsRoot, require_writable
-from fp4rl.cli.scan_output import compare, other_scan, print_scan, say_written, write_advice
-from fp4rl.cli.scan_source import ScanTarget, described, loaded
-from fp4rl.cli.terminal import progress, ready_to_round
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.cli.options import AsJson, RunsRoot, require_writable, write_fragment
+from fp4rl.cli.scan_source import ScanTarget, described
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
+from fp4rl.diagnose.texts import texts_of
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.spec.scan import ScanRequest
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
     from fp4rl.diagnose.report import ScanReport
 
 CONTEXT = {"ignore_unknown_options": True}  # so that an option of earlier versions is answered with its key
-KEYS = {
-    "--mode": "injection=w4a4",
-    "--format": "format=mxfp8",
-    "--preset": "preset=vllm",
-    "--leave": "leave=[PATTERN]",
-    "--arm": "arm=NAME",
-    "--text": "text=FILE",
-    "--texts": "texts=32",
-    "--task": "task.name=gsm8k",
-    "--data": "task.path=FILE",
-    "--weights-only": "weights_only=true",
-    "--quick": "measured=false",
-    "--spared": "leave_one_out=true",
-    "--site": "site=NAME",
-    "--dtype": "model.dtype=bfloat16",
-    "--take": "take=[formats,noise]",
-    "--noise-rule": "noise_rule=targeted",
-    "--limit": "limits.sqnr=18",
-    "--bits": "bits=5",
+RENAMED = {
+    "mode": "injection",
+    "task": "task.name",
+    "data": "task.path",
+    "dtype": "model.dtype",
+    "quick": "measured",
+    "spared": "leave_one_out",
+    "limit": "limits.sqnr",
 }
 
 
@@ -68,41 +59,60 @@ def command(
     # Everything that can be said without torch, which takes seconds to import, is said before it.
     require_writable(html, "--html")
     require_writable(advise, "--advise")
-    other = other_scan(against)
+    other = _other_scan(against)
     target = described(model, words or [])
     _check(target, advise, against)
-    lines = _lines(target)
+    request = target.request
+    lines = None if request.text is None else texts_of(Path(request.text))
 
     ready_to_round()
-    if target.request.weights_only:
-        report, advice = _stored(target), None
-    else:
-        report, advice = _scanned(target, lines, runs, advised=advise is not None)
-    report = replace(report, model=target.name, limits=dict[str, float](target.request.limits.items()))
+    report, advice = _stored(target) if request.weights_only else _scanned(target, lines, runs, advised=bool(advise))
+    report = replace(report, model=target.name, limits=dict[str, float](request.limits.items()))
     if advise and advice:
-        write_advice(advise, advice, target.request.take)
+        heading = f"Advice of `fp4rl scan`: {advice.strategy}"
+        write_fragment(advise, (heading, *(f"  {reason}" for reason in advice.reasons)), advice.fragment(request.take))
     if html:
         from fp4rl.diagnose.page import page
 
         html.write_text(page(report, advice), encoding="utf-8")
-    print_scan(report, advice, target.request, json_only=as_json)
-    if not as_json:
-        say_written(html, advise, advice, target.request.take, target.takes_advice)
+    if as_json:
+        print_json(_as_dict(report, advice, request))
+    else:
+        _print(report, advice)
+        for line in ([f"page: {html}"] if html else []) + (_of_advice(advise, advice, target) if advise else []):
+            console().print(line, soft_wrap=True)
     if against:
+        from fp4rl.cli.scan_view import compare
+
         compare(target.experiment.model.path or model, report, against, other, quiet=as_json)
 
 
 def _refuse_options(words: list[str]) -> None:
-    for word in words:
-        if word.startswith("-"):
-            option = word.partition("=")[0]
-            cure = f"it is a key now: write {KEYS[option]}" if option in KEYS else "fp4rl scan --help shows its options"
-            raise InvalidValueError(f"no such option: {option}; {cure}")
+    for option in (word.partition("=")[0] for word in words if word.startswith("-")):
+        name = option.lstrip("-").replace("-", "_")
+        key = RENAMED.get(name, name if name in ScanRequest.model_fields else None)
+        cure = f"it is a key now: write {key}=VALUE" if key else "fp4rl scan --help shows its options"
+        raise InvalidValueError(f"no such option: {option}; {cure}")
+
+
+def _other_scan(path: Path | None) -> dict[str, Any] | None:
+    """The JSON of another scan, None for a model folder; raises NotFoundError and InvalidValueError for neither."""
+    if path is None or path.is_dir():
+        return None
+    if not path.exists():
+        raise NotFoundError(f"--against {path}: does not exist; give a model folder or the JSON of another scan")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"model", "sites_digest", "parts"} <= set(content):
+        raise InvalidValueError(f"--against {path}: is no JSON of `fp4rl scan --json`; give that, or a model folder")
+    return content
 
 
 def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> None:
     """Raise InvalidValueError for keys that contradict each other, or that nobody would see the effect of."""
-    request, given = target.request, target.request.model_fields_set
+    request, given, folder = target.request, target.request.model_fields_set, target.experiment.model.path
     for key in ("take", "noise_rule", "bits"):
         if key in given and advise is None:
             raise InvalidValueError(f"{key} chooses what advice says, and none is asked for; add --advise FILE")
@@ -114,27 +124,31 @@ def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> Non
         needs = [key for key in ("site", "measured", "leave_one_out", "text", "texts", "parts") if key in given]
         for what in (["--advise"] if advise else []) + needs:
             raise InvalidValueError(f"{what} needs the model, which weights_only never loads; drop one of the two")
-        _ = target.folder  # which the embedded model has not
-    if against and against.is_dir() and target.experiment.model.path is None:
-        raise InvalidValueError(
-            f"--against {against}: the embedded model has no files to compare; give the JSON of another scan"
-        )
-
-
-def _lines(target: ScanTarget) -> list[str] | None:
-    from fp4rl.diagnose.texts import texts_of
-
-    return None if target.request.text is None else texts_of(Path(target.request.text))
+        if folder is None:
+            why = "the embedded model has none and is scanned without it"
+            raise InvalidValueError(f"weights_only reads a model folder; {why}")
+    if against and against.is_dir() and folder is None:
+        cure = "give the JSON of another scan"
+        raise InvalidValueError(f"--against {against}: the embedded model has no files to compare; {cure}")
 
 
 def _scanned(
     target: ScanTarget, lines: list[str] | None, runs: Path, *, advised: bool
 ) -> "tuple[ScanReport, Advice | None]":
-    model, calibration = loaded(target, lines, runs)
-    from fp4rl.diagnose.advice import Options, advise
-    from fp4rl.diagnose.scan import distribution, scan
+    """Load the model and feed it the lines given, or texts of the experiment's task."""
+    from fp4rl.models.quiet import quiet
 
-    request = target.request
+    quiet()
+    from fp4rl.diagnose.advice import Options, advise
+    from fp4rl.diagnose.calibration import calibrate
+    from fp4rl.diagnose.scan import distribution, scan
+    from fp4rl.models.load import load
+    from fp4rl.rl.start import start_folder
+
+    spec, request = target.experiment, target.request
+    texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
+    model, tokenizer = load(start_folder(spec.model, spec.task, runs / "models"), spec.model.dtype)
+    calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)
     if request.site:
@@ -143,14 +157,45 @@ def _scanned(
     return report, advise(report, model, calibration, options) if advised else None
 
 
-def _stored(target: ScanTarget) -> "ScanReport":
+def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
+    """Read the weights from their files, one at a time."""
     from fp4rl.models.quiet import quiet
 
     quiet()
     from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
 
+    folder = str(target.experiment.model.path)
     with progress() as advance:
-        on_progress = partial(advance, "weights")
-        table, parts, tallies = stored_weight_errors(target.folder, target.injection, on_progress)
-    return ScanReport(target.folder, table, parts, tallies)
+        return ScanReport(folder, *stored_weight_errors(folder, target.injection, partial(advance, "weights"))), None
+
+
+def _print(report: "ScanReport", advice: "Advice | None") -> None:
+    from fp4rl.cli.scan_view import show, show_advice
+
+    show(console(), report)
+    if advice is not None:
+        show_advice(console(), advice)
+
+
+def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest) -> dict[str, Any]:
+    """The report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
+    from fp4rl.diagnose.findings import rules_as_dicts
+
+    content = report.as_dict() | {"rules": rules_as_dicts(report), "scan": request.model_dump(mode="json")}
+    if advice is not None:
+        told = {"strategy": advice.strategy, "reasons": list(advice.reasons), "leave": list(advice.leave)}
+        content["advice"] = told | {"fragment": advice.fragment(request.take)}
+    return content
+
+
+def _of_advice(file: Path, advice: "Advice | None", target: ScanTarget) -> list[str]:
+    """What the file of advice holds, what of it was asked for in vain, and the command that takes it."""
+    if advice is None:
+        return []
+    pieces = target.request.take
+    held = advice.held(pieces)
+    words = " and ".join(held) or "nothing but the injection as scanned (take=[formats,noise] puts more in)"
+    on = "; its noise turns AQN on where a spec has none" if "noise" in held else ""
+    empty = [f"{p}: nothing to advise, so nothing of it is in the file" for p in pieces or () if p not in held]
+    return [f"advice: {file} holds {words}{on}", *empty, f"run with it: {target.run_with(file)}"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fp4rl.cli.described import described_by, is_spec, require_here, run_described, spec_file
 from fp4rl.lab.matrix import PlannedRun, single
@@ -13,9 +13,6 @@ from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import arm_content, change_of, merge, parse, read_yaml
 from fp4rl.spec.retarget import in_format, under_preset
 from fp4rl.spec.scan import ScanRequest
-
-if TYPE_CHECKING:
-    from fp4rl.diagnose.calibration import Calibration
 
 DEFAULT_MODE = "w4a16"
 OF_A_MODEL = ("model", "task", "injection")  # keys of an experiment that act without a spec file
@@ -32,22 +29,12 @@ class ScanTarget:
     request: ScanRequest
     injection: Injection
 
-    @property
-    def folder(self) -> str:
-        """The folder that holds the weights; InvalidValueError for the embedded model, which is made when needed."""
-        if self.experiment.model.path is None:
-            raise InvalidValueError(
-                "weights_only reads a model folder; the embedded model has none and is scanned without it"
-            )
-        return self.experiment.model.path
-
-    @property
-    def takes_advice(self) -> str:
-        """The command that lays a file of advice, {0}, over what was scanned."""
+    def run_with(self, file: Path) -> str:
+        """The command that lays a file of advice over what was scanned."""
         if not is_spec(self.source):
-            return "fp4rl run SPEC +{0}; for one arm of a suite: arms.NAME=+{0}"
+            return f"fp4rl run SPEC +{file}; for one arm of a suite: arms.NAME=+{file}"
         _, _, arm = self.name.partition(_ARM)
-        return f"fp4rl run {self.source} arms.{arm}=+{{0}}" if arm else f"fp4rl run {self.source} +{{0}}"
+        return f"fp4rl run {self.source} {f'arms.{arm}=' if arm else ''}+{file}"
 
 
 def described(source: str, words: Sequence[str]) -> ScanTarget:
@@ -139,18 +126,3 @@ def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
         injection = under_preset(injection, request.preset)
     changed = injection.targets.model_copy(update={"leave": (*injection.targets.leave, *request.leave)})
     return injection.model_copy(update={"targets": changed})
-
-
-def loaded(target: ScanTarget, lines: list[str] | None, runs: Path) -> tuple[Any, "Calibration"]:
-    """The live model, and the texts that it is fed: the lines given, or those of the experiment's task."""
-    from fp4rl.models.quiet import quiet
-
-    quiet()
-    from fp4rl.diagnose.calibration import calibrate
-    from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder
-
-    spec, request = target.experiment, target.request
-    texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
-    model, tokenizer = load(start_folder(spec.model, spec.task, runs / "models"), spec.model.dtype)
-    return model, calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)

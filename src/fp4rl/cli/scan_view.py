@@ -1,23 +1,22 @@
-"""A scan on the terminal: one row a layer, with a strip of cells for its weights and one for its inputs."""
+"""A scan on the terminal: a row a layer, with strips of cells for its weights and inputs; two scans side by side."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from fp4rl.cli.pictures import heat_strip
-from fp4rl.cli.terminal import styled, table
+from fp4rl.cli.terminal import console, styled, table
+from fp4rl.diagnose.advice import Advice
+from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
+from fp4rl.diagnose.findings import findings, rule_results
+from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.rules import COLUMNS, meanings
+from fp4rl.numerics.errors import pooled
 from fp4rl.spec.words import counted
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from fp4rl.diagnose.advice import Advice
-    from fp4rl.diagnose.compare import Total
-    from fp4rl.diagnose.findings import Finding
-    from fp4rl.diagnose.report import ScanReport
-
+_STYLES = {"fault": "bold red", "note": "dim"}
 WORST_SHOWN = 1.5  # times the ideal error: the darkest cell
 TOGETHER = {  # what all weights together are said to have: measure and form
     "SQNR, dB": ("sqnr_db", ".2f"),
@@ -30,11 +29,8 @@ TOGETHER = {  # what all weights together are said to have: measure and form
 }
 
 
-def show(screen: "Console", report: "ScanReport") -> None:
+def show(screen: Console, report: ScanReport) -> None:
     """Head, layers, findings and the thresholds of the verl fork."""
-    from fp4rl.diagnose.findings import findings, rule_results
-    from fp4rl.diagnose.rules import COLUMNS, meanings
-
     injection = report.table.injection
     sites = counted(len(report.table.plans), "site")
     screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"))
@@ -45,7 +41,10 @@ def show(screen: "Console", report: "ScanReport") -> None:
     _show_together(screen, report)
     _show_layers(screen, report)
     for finding in findings(report):
-        _show_finding(screen, finding)
+        rows = [("-", Text(finding.text, style=_STYLES.get(finding.kind, "")))]
+        if named := finding.named_sites():
+            rows.append(("", Text(named, style="dim")))
+        screen.print(table("", "", rows=rows))
     if results := rule_results(report):
         screen.print(styled(("fixed thresholds of the verl fork", "bold"), ", to compare with"))
         first, *others = COLUMNS
@@ -53,21 +52,39 @@ def show(screen: "Console", report: "ScanReport") -> None:
         screen.print(meanings(results), style="dim")
 
 
-def show_advice(screen: "Console", advice: "Advice") -> None:
+def show_advice(screen: Console, advice: Advice) -> None:
     """The strategy and its reasons."""
     screen.print(styled((f"advice: {advice.strategy}", "bold")))
     screen.print(table("", "", rows=((" ", reason) for reason in advice.reasons)))
 
 
-def show_totals(screen: "Console", totals: "Sequence[Total]", names: tuple[str, str]) -> None:
-    """Whole figures of two scans beside each other."""
-    rows = ((total.name, f"{total.a:.4g}", f"{total.b:.4g}") for total in totals)
-    screen.print(table("=", *(f"{name}>" for name in names), rows=rows))
+def compare(model: str, report: ScanReport, path: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:
+    """Print a scan beside `other` (None: beside the weights in `path`) and what differs most.
+
+    Raises CheckFailed when nothing does.
+    """
+    if other is None:
+        delta = compare_checkpoints(path, model)
+        require_difference(delta.identical, f"the weights of {path} and {model}")
+        lines = [f"{t.name}: {t.relative:.3%}" for t in sorted(delta.tensors, key=lambda t: -t.relative)[:5]]
+        words = "weights that differ most, |change| / |weight|"
+    else:
+        now = report.as_dict()
+        changes = compare_scans(other, now)
+        other_sites = other["model"] == now["model"] and other["sites_digest"] != now["sites_digest"]
+        if not other_sites:  # the same model with some sites left out is the same in all others
+            require_difference(all(row.a == row.b for row in changes), f"the scans {path} and of {model}")
+        if not quiet:
+            rows = ((total.name, f"{total.a:.4g}", f"{total.b:.4g}") for total in totals(other, now))
+            console().print(table("=", f"{path.name}>", "this scan>", rows=rows))
+        errors = sorted((r for r in changes if r.measure == "relative_l2"), key=lambda r: -abs(r.b - r.a))[:5]
+        lines = [f"{r.site} {r.part}: {r.a:.4f} -> {r.b:.4f}" for r in errors]
+        words = "sites whose relative error differs most"
+    if not quiet:
+        console().print(f"{words}:\n  " + "\n  ".join(lines))
 
 
-def _show_together(screen: "Console", report: "ScanReport") -> None:
-    from fp4rl.numerics.errors import pooled
-
+def _show_together(screen: Console, report: ScanReport) -> None:
     weights = [part for part in report.parts if part.part == "weight"]
     if not report.tallies or not weights:
         return
@@ -80,7 +97,7 @@ def _show_together(screen: "Console", report: "ScanReport") -> None:
     screen.print("scale, dead zone and grid are parts of each value's error, with signs", style="dim")
 
 
-def _show_layers(screen: "Console", report: "ScanReport") -> None:
+def _show_layers(screen: Console, report: ScanReport) -> None:
     layers = sorted({plan.site.layer for plan in report.table.plans if plan.site.layer is not None})
     roles = list(dict.fromkeys(plan.site.role for plan in report.table.plans if plan.site.layer is not None))
     columns: dict[str, dict[int | None, Text]] = {
@@ -102,7 +119,7 @@ def _show_layers(screen: "Console", report: "ScanReport") -> None:
     screen.print(f"cells: {' '.join(roles)}; {scale}", style="dim")
 
 
-def _strips(report: "ScanReport", part: str, layers: list[int], roles: list[str]) -> dict[int | None, Text]:
+def _strips(report: ScanReport, part: str, layers: list[int], roles: list[str]) -> dict[int | None, Text]:
     excess: dict[tuple[int | None, str], list[float]] = {}
     for error in report.parts:
         if error.part == part:
@@ -115,30 +132,19 @@ def _strips(report: "ScanReport", part: str, layers: list[int], roles: list[str]
     }
 
 
-def _kl(report: "ScanReport", layers: list[int]) -> dict[int | None, Text]:
+def _kl(report: ScanReport, layers: list[int]) -> dict[int | None, Text]:
     if report.sensitivity is None:
         return {}
     severity = report.severity()
     worst = max(severity.values(), default=0.0) or 1.0
-    cells: dict[int | None, Text] = {}
-    for layer in layers:
-        value = severity.get(layer, 0.0)
-        cells[layer] = Text(f"{value:.4f} ") + heat_strip([value], 0.0, worst)
-    return cells
+    values = {layer: severity.get(layer, 0.0) for layer in layers}
+    return {layer: Text(f"{value:.4f} ") + heat_strip([value], 0.0, worst) for layer, value in values.items()}
 
 
-def _saved(report: "ScanReport") -> dict[int | None, Text]:
+def _saved(report: ScanReport) -> dict[int | None, Text]:
     """Add up, by layer, the KL that leaving each of its sites out saves."""
     saved: dict[int | None, float] = {}
     for site in report.sensitivity.sites if report.sensitivity is not None else ():
         if site.leave_one_out is not None:
             saved[site.layer] = saved.get(site.layer, 0.0) + site.leave_one_out.kl
     return {layer: Text(f"{value:.4f}") for layer, value in saved.items()}
-
-
-def _show_finding(screen: "Console", finding: "Finding") -> None:
-    style = {"fault": "bold red", "note": "dim"}.get(finding.kind)
-    rows = [("-", Text(finding.text, style=style or ""))]
-    if named := finding.named_sites():
-        rows.append(("", Text(named, style="dim")))
-    screen.print(table("", "", rows=rows))

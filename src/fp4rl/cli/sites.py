@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
-from fp4rl.cli.options import AsJson, require_writable
+from fp4rl.cli.options import AsJson, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.legacy import Translation, translate
+from fp4rl.spec.legacy import translate
 from fp4rl.spec.load import parse
 from fp4rl.spec.model import Model
 from fp4rl.spec.modes import PHASES
@@ -62,7 +61,8 @@ def command(
         injection = _asked(mode, preset, injection)
     table = _resolved(model_spec, injection)
     if write and translation:
-        _write(write, translation)
+        heading = "Settings of the verl fork, translated by `fp4rl sites --old`"
+        write_fragment(write, (heading, *translation.warnings), translation.fragment())
     if as_json:
         print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
         return
@@ -73,15 +73,6 @@ def command(
         console().print(f"noise: {_in_a_line(translation.noise)}")
     if write:
         console().print(f"translated settings: {write}; run with it: fp4rl run SPEC +{write}", soft_wrap=True)
-
-
-def _write(file: Path, translation: Translation) -> None:
-    """The fragment as YAML, with what the fork did otherwise as comments above it."""
-    lines = "".join(f"# {line}\n" for line in translation.warnings)
-    content = yaml.safe_dump(translation.fragment(), sort_keys=False, allow_unicode=True)
-    file.write_text(
-        f"# Settings of the verl fork, translated by `fp4rl sites --old`\n{lines}{content}", encoding="utf-8"
-    )
 
 
 def _in_a_line(noise: Noise) -> str:
