@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics import native_build
-from fp4rl.numerics.chunked import round_chunked
 from fp4rl.numerics.dispatch import use
 from fp4rl.numerics.packing import dequantize, pack_tensor
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reference import reference
+from fp4rl.numerics.reference import reference, round_chunked
 from fp4rl.spec.formats import FORMATS, MXFP4, MXFP4_2D, MXFP4_SR, NVFP4, Format
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,7 @@ def fresh(monkeypatch):
     """A process that has chosen nothing yet and finds no built kernels."""
     monkeypatch.setattr(dispatch, "_PROCESS", dispatch._Process())
     monkeypatch.setattr(native_build, "load", lambda: None)
-    monkeypatch.setattr("fp4rl.numerics.distributions.SHAPE", (32, 64))
+    monkeypatch.setattr("fp4rl.numerics.errors.SHAPE", (32, 64))
 
 
 def test_the_word_in_the_environment_is_what_rounds(fresh, monkeypatch, capsys):
@@ -26,7 +26,7 @@ def test_the_word_in_the_environment_is_what_rounds(fresh, monkeypatch, capsys):
     monkeypatch.setattr(native_build, "build", lambda: pytest.fail("built although another backend is forced"))
     monkeypatch.setattr(dispatch, "BUILD_AFTER", 1)
     assert main(["formats", "--compare", "--json"]) == 0
-    assert dispatch.chosen() == "reference"
+    assert dispatch._PROCESS.chosen == "reference"
     assert json.loads(capsys.readouterr().out)
 
 
@@ -59,7 +59,7 @@ def test_a_worker_tells_its_run_what_it_compiles_and_heeds_the_word(fresh, monke
     monkeypatch.setattr("fp4rl.lab.work.execute_run", lambda *_: dispatch._PROCESS.announce("compiling"))
     monkeypatch.setenv("FP4RL_BACKEND", "chunked")
     assert processes.attempt(run, tmp_path, (), pipe.send) == Outcome(run)
-    assert dispatch.chosen() == "chunked"
+    assert dispatch._PROCESS.chosen == "chunked"
     assert [(event.run_id, event.stage) for event in heard] == [("a-0", "compiling")]
     monkeypatch.setenv("FP4RL_BACKEND", "chunkt")
     ended = processes.attempt(run, tmp_path, (), pipe.send)

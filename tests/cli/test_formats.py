@@ -72,7 +72,7 @@ def test_a_format_may_be_spelled_out(shown):
 
 
 def test_the_comparison_ranks_the_formats_as_they_are(shown, monkeypatch):
-    monkeypatch.setattr("fp4rl.numerics.distributions.SHAPE", (64, 512))
+    monkeypatch.setattr("fp4rl.numerics.errors.SHAPE", (64, 512))
     code, out, _ = shown("--compare", "--json")
     found = {row["format"]: row["errors"] for row in json.loads(out)}
     assert code == 0
@@ -84,7 +84,7 @@ def test_the_comparison_ranks_the_formats_as_they_are(shown, monkeypatch):
 
 
 def test_the_comparison_is_a_line_a_format_on_80_columns(shown, monkeypatch):
-    monkeypatch.setattr("fp4rl.numerics.distributions.SHAPE", (64, 512))
+    monkeypatch.setattr("fp4rl.numerics.errors.SHAPE", (64, 512))
     code, out, _ = shown("--compare")
     assert code == 0
     rows = out.split("\n\n")[0].splitlines()[1:]

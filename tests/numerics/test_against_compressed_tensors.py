@@ -120,7 +120,7 @@ def test_packed_weights_are_the_bytes_of_their_checkpoints(peer, hard):
     for _, x in hard.mx_values(MXFP4.element, torch.float32, 0.1):
         packed = pack_tensor(x, replace(MXFP4, scale_rule="even"))
         scale = torch.exp2(packed.scales.double() - 127)
-        values = (fake_quantize(x, packed.fmt).double() / scale).float()
+        values = (fake_quantize(x, packed.levels.fmt).double() / scale).float()
         keep = values.isfinite().all(-1)  # the last power of two leaves float32
         assert torch.equal(nibbles(values[keep]), packed.data[keep])
 

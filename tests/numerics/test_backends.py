@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp4rl.numerics import chunked, dispatch, native, native_build
-from fp4rl.numerics.chunked import round_chunked
+from fp4rl.numerics import dispatch, native, native_build
 from fp4rl.numerics.quantize import fake_quantize
-from fp4rl.numerics.reference import reference
+from fp4rl.numerics.reference import reference, round_chunked
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4, Format
 
@@ -47,7 +46,7 @@ def library():
     ids=said,
 )
 def test_chunks_equal_the_whole(fmt, edges, equal, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", 1024)
+    monkeypatch.setattr("fp4rl.numerics.reference.CHUNK", 1024)
     for dtype in (torch.bfloat16, torch.float64):
         for x in edges(dtype):
             assert equal(round_chunked(x, fmt, seed_of(fmt), torch.empty_like(x)), reference(x, fmt, seed_of(fmt)))
@@ -143,7 +142,7 @@ def test_a_broken_source_is_reported_with_the_compilers_words(monkeypatch, tmp_p
         pytest.skip("no C compiler here")
     (tmp_path / "fake.c").write_text("this is no C")
     (tmp_path / "pack.c").write_text("")
-    monkeypatch.setattr(native_build, "_source_folder", lambda: tmp_path)
+    monkeypatch.setattr(native_build, "KERNELS", tmp_path)
     monkeypatch.setattr(native_build, "_folder", lambda: tmp_path)
     with pytest.raises(native_build.BuildFailed, match="error"):
         native_build.build()

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp4rl.numerics.distributions import errors_on
-from fp4rl.numerics.errors import gaussian_ideal, ideally_rounded, measure, split
+from fp4rl.numerics.errors import errors_on, gaussian_ideal, ideally_rounded, measure, split
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, NVFP4, Coarse

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fp4rl.numerics.noise import draw_seed, uniform_matrix
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.rounding import draw_seed, uniform_matrix
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4_SR
 

@@ -171,7 +171,7 @@ def _ideal(fmt: Format) -> dict[str, float]:
 
 
 def _compare(as_json: bool) -> None:
-    from fp4rl.numerics.distributions import DATA, errors_on
+    from fp4rl.numerics.errors import DATA, errors_on
 
     ready_to_round()
     rows: list[tuple[str, float, dict[str, dict[str, float]]]] = []

@@ -2,8 +2,7 @@
 
     reference  plain PyTorch, the definition: tensors that fit a cache, and every format
     chunked    the reference in cache-sized pieces: large tensors where nothing is compiled
-native     the C kernels: every CPU tensor once they are built, which a machine does once, after enough work to pay
-for it
+    native     the C kernels: every CPU tensor once they are built, once a machine, after enough work to pay for it
     triton     CUDA
 
 A backend that does not know a format leaves it to the reference.
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics import native, native_build
-from fp4rl.numerics.chunked import CHUNK, round_chunked
-from fp4rl.numerics.noise import Seed
-from fp4rl.numerics.reference import reference
+from fp4rl.numerics.reference import CHUNK, reference, round_chunked
+from fp4rl.numerics.rounding import Seed
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.formats import Format
 
@@ -51,7 +49,7 @@ _PROCESS = _Process()
 
 
 def use(backend: str, announce: Callable[[str], None] = silent) -> None:
-    """Forces a backend (or `auto`) for this process; `announce` is told what is being compiled. For the doors alone.
+    """Force a backend (or `auto`) for this process; `announce` is told what is being compiled.
 
     Raises InvalidValueError for a word that is no backend, and for one that cannot work here.
     """
@@ -63,11 +61,6 @@ def use(backend: str, announce: Callable[[str], None] = silent) -> None:
     if backend == "native" and native_library(BUILD_AFTER) is None:
         _PROCESS.chosen = "auto"
         raise InvalidValueError(f"the native backend cannot be built: {_PROCESS.failure}; take auto or chunked")
-
-
-def chosen() -> Backend:
-    """The backend that `use` forced, or `auto`."""
-    return _PROCESS.chosen
 
 
 def backend_for(x: Tensor, fmt: Format) -> Backend:
@@ -98,25 +91,19 @@ def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None =
 
 
 def _round_into(backend: Backend, source: Tensor, fmt: Format, seed: Seed | None, target: Tensor) -> None:
-    match backend:
-        case "native":
-            _round_natively(source, fmt, seed, target)
-        case "triton":
-            from fp4rl.numerics import triton_kernels  # imports triton, which only CUDA machines need
+    if backend == "native":
+        assert _PROCESS.library is not None
+        if source.dtype != torch.float16:
+            native.round_native(_PROCESS.library, source, fmt, seed, target)
+        else:
+            wide = source.float()
+            target.copy_(native.round_native(_PROCESS.library, wide, fmt, seed, wide))
+    elif backend == "triton":
+        from fp4rl.numerics import triton_kernels  # imports triton, which only CUDA machines need
 
-            triton_kernels.round_triton(source, fmt, seed, target)
-        case _:
-            round_chunked(source, fmt, seed, target)
-
-
-def _round_natively(source: Tensor, fmt: Format, seed: Seed | None, target: Tensor) -> None:
-    library = _PROCESS.library
-    assert library is not None
-    if source.dtype == torch.float16:
-        wide = source.float()
-        target.copy_(native.round_native(library, wide, fmt, seed, wide))
+        triton_kernels.round_triton(source, fmt, seed, target)
     else:
-        native.round_native(library, source, fmt, seed, target)
+        round_chunked(source, fmt, seed, target)
 
 
 def _on_cuda(x: Tensor, fmt: Format, wanted: Backend) -> Backend:

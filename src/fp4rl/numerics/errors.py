@@ -1,8 +1,7 @@
 """How large a format's error is on a tensor, and of what it is made: each measure beside its ideal on Gaussian data.
 
-The split is exact: scale bias + deadzone + grid noise is the error of every element. The ideal, real-valued scale
-of a block maps its largest magnitude to the element's largest; rounding under that scale tells what any scale
-format would leave behind.
+The split is exact: scale bias + deadzone + grid noise is the error of every element. The ideal, real-valued scale of a
+block maps its largest magnitude to the element's largest; rounding under it tells what any scale format would leave.
 
     scale bias   rounded under the stored scale - rounded under the ideal scale
     deadzone     what is left of the values that the ideal scale rounds to zero
@@ -11,12 +10,13 @@ format would leave behind.
 After arXiv 2605.20402, which names the three parts; the element-wise definition here is this project's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import inf, isfinite, log10, sqrt
 from statistics import median
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,14 @@ OCTAVE = 8  # a power-of-two scale cares where in an octave the data lie, so the
 IDEAL_SHAPE = (512, 512)
 EXACT_DB = 200.0  # stands for an error of zero
 _TINY = 1e-300
+SHAPE = (512, 2048)  # of the data that formats are tried on
+SIZE = 0.02  # standard deviation, the size of real weights
+DEGREES = 4.0  # of Student's t
+OUTLIER_EVERY = 128  # channels
+OUTLIER_TIMES = 30.0
 
 
-@dataclass(frozen=True, eq=False)
-class ErrorSplit:
+class ErrorSplit(NamedTuple):
     """The three parts of an error, float64 like the tensor; they add up to it element by element."""
 
     scale_bias: Tensor
@@ -47,13 +51,10 @@ class ErrorSplit:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error.
-
-    `largest` is the largest magnitude of the values, or of the tensor that they are a piece of.
-    """
+    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error."""
 
     values: Tensor
-    largest: float
+    largest: float  # magnitude of the values, or of the tensor that they are a piece of
     rounded: Tensor
     reach: Tensor
     parts: ErrorSplit
@@ -61,10 +62,7 @@ class Rounded:
 
 @dataclass
 class ErrorSums:
-    """Sums over values x and what they were rounded to, which pieces add up to: no tensor need be held whole.
-
-    `rows` holds the relative error of single rows (tokens).
-    """
+    """Sums over values x and what they were rounded to, which pieces add up to: no tensor need be held whole."""
 
     values: int = 0
     signal: float = 0.0
@@ -79,7 +77,7 @@ class ErrorSums:
     scale_bias: float = 0.0
     deadzone: float = 0.0
     grid_noise: float = 0.0
-    rows: list[float] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)  # relative errors of single rows (tokens)
 
     def add(self, piece: Rounded, *, each_row: bool = False) -> None:
         """Add one piece; `each_row` also keeps the relative error of every row."""
@@ -148,8 +146,7 @@ def pooled(parts: Iterable[ErrorSums]) -> ErrorSums:
 
 
 def measure(x: Tensor, rounded: Tensor, fmt: Format) -> dict[str, float]:
-    """Return every measure of `rounded` [any shape, like x], which `fmt` made of `x`; raises InvalidValueError for NaN
-    and infinity."""
+    """Return every measure of `rounded`, which `fmt` made of `x`, both finite and of one shape (InvalidValueError)."""
     if x.shape != rounded.shape or not bool(x.isfinite().all() and rounded.isfinite().all()):
         raise InvalidValueError("an error is measured between two finite tensors of one shape")
     sums = ErrorSums()
@@ -171,8 +168,8 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
     largest = float(widened(x).abs().max()) if x.numel() else 0.0
     rounded = fake_quantize(x, fmt, generator=generator, check_finite=not isfinite(largest), name=name)
     rows = len(x) - (amax is not None)
-    parts = {part: value[:rows] for part, value in vars(split(x, rounded, fmt)).items()}
-    return Rounded(x[:rows], largest, rounded[:rows], within_reach(x, fmt)[:rows], ErrorSplit(**parts))
+    parts = ErrorSplit(*(part[:rows] for part in split(x, rounded, fmt)))
+    return Rounded(x[:rows], largest, rounded[:rows], within_reach(x, fmt)[:rows], parts)
 
 
 @torch.no_grad()
@@ -183,13 +180,12 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
     format is split in the rotated basis.
     """
     if fmt.rotation:
-        plain = replace(fmt, rotation=None)
         x, rounded = (inside(t, replace(fmt, coarse=None))[0] for t in (x, rounded))
-        return split(x, rounded, plain)
+        return split(x, rounded, replace(fmt, rotation=None))
     wide = widened(x)
     ideal = ideally_rounded(wide, fmt)
-    steady = replace(fmt, rounding="nearest_even")
-    settled = fake_quantize(wide, steady) if fmt.rounding == "stochastic" else rounded
+    stochastic = fmt.rounding == "stochastic"
+    settled = fake_quantize(wide, replace(fmt, rounding="nearest_even")) if stochastic else rounded
     bias = settled.double() - ideal.double()
     rest = (rounded.double() - wide.double()) - bias
     dead = torch.where(ideal == 0, rest, 0.0)
@@ -197,9 +193,7 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
 
 
 def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
-    """`x` (float32 or float64) rounded under the real-valued scale that maps each block's largest magnitude to the
-    element's largest: what is left when the scale's own format costs nothing.
-    """
+    """`x` (float32 or float64) rounded under each block's real-valued scale, whose own format costs nothing."""
     if fmt.scale == "none":
         return fake_quantize(x, fmt)
     grouping = Grouping(x.shape, fmt.block)
@@ -216,8 +210,7 @@ def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
 def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
     """Measure ideal Gaussian data, so that a reader can tell the format's floor from a tensor's own problem.
 
-    The mean of each measure over eight standard deviations that span an octave, 2^18 values each, from a fixed
-    generator.
+    The mean of each measure over eight standard deviations that span an octave, 2^18 values each, from seed 0.
     """
     generator = torch.Generator().manual_seed(0)
     measured = []
@@ -225,6 +218,39 @@ def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
         x = torch.randn(IDEAL_SHAPE, generator=generator) * 2.0 ** (i / OCTAVE)
         measured.append(measure(x, fake_quantize(x, fmt, generator=generator), fmt))
     return MappingProxyType({name: sum(m[name] for m in measured) / OCTAVE for name in measured[0]})
+
+
+def gaussian(generator: torch.Generator) -> Tensor:
+    """[512, 2048] normal values."""
+    return SIZE * torch.randn(SHAPE, generator=generator)
+
+
+def heavy_tailed(generator: torch.Generator) -> Tensor:
+    """[512, 2048] of Student's t with 4 degrees of freedom: a normal value over the root of a mean of four squares."""
+    squares = torch.randn((int(DEGREES), *SHAPE), generator=generator).square().mean(0)
+    return gaussian(generator) / squares.sqrt()
+
+
+def outlier_channels(generator: torch.Generator) -> Tensor:
+    """[512, 2048] normal values of which every 128th column is 30 times as large, as in the inputs of many layers."""
+    x = gaussian(generator)
+    x[:, ::OUTLIER_EVERY] *= OUTLIER_TIMES
+    return x
+
+
+DATA: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "gaussian": gaussian,
+    "heavy_tailed": heavy_tailed,
+    "outlier_channels": outlier_channels,
+}
+
+
+def errors_on(fmt: Format, seed: int = 0) -> Iterator[tuple[str, dict[str, float]]]:
+    """The format's measures on each kind of data, every kind from its own generator of that seed."""
+    for name, draw in DATA.items():
+        generator = torch.Generator().manual_seed(seed)
+        x = draw(generator)
+        yield name, measure(x, fake_quantize(x, fmt, generator=generator), fmt)
 
 
 def _sum(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The native backend: the C kernels on the rows of a CPU tensor, shared among torch's number of threads."""
+"""The native backend: C kernels that round and pack the rows of a CPU tensor, on as many threads as torch has."""
 
 import ctypes
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics.blocks import columns_of
-from fp4rl.numerics.noise import Seed
+from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite
-from fp4rl.spec.formats import Format
+from fp4rl.spec.formats import E2M1, Format
 
 # As numbered in grid.h, with the fraction above which the middle one rounds up: from one half on, or never.
 ROUNDINGS = {
@@ -22,6 +22,7 @@ ROUNDINGS = {
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ELEMENTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
+WIDEST = 256  # block that packs, as in pack.c
 
 
 class Rule(ctypes.Structure):
@@ -105,8 +106,8 @@ def _round_tiles(library: ctypes.CDLL, x: Tensor, rule: Rule, block: tuple[int, 
 
 def _round_whole(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: Tensor) -> Tensor:
     source, target, size = x.data_ptr(), out.data_ptr(), x.element_size()
-    amax = torch.tensor(_largest_bits(library, x, rule, columns_of(x), finite=False), dtype=torch.int32)
-    amax = amax.view(torch.float32)
+    bits = _largest_bits(library, x, rule, columns_of(x), finite=False)
+    amax = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     scale = nan_where_not_finite(fp32_scale(amax, fmt.element), amax).item()
 
     def part(start: int, count: int) -> None:
@@ -134,9 +135,64 @@ def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finit
     return max(maxima)
 
 
+def packs(x: Tensor, fmt: Format) -> bool:
+    """Whether the kernels pack this format: no level around the blocks, an even width, float32 or bfloat16 on a CPU."""
+    if fmt.block is None or fmt.rotation or fmt.coarse or fmt.element != E2M1 or fmt.scale_rule == "mse":
+        return False
+    height, width = fmt.block
+    return height == 1 and width % 2 == 0 and width <= WIDEST and x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def pack_native(
+    library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Nibbles, scales and NVFP4's factor of a contiguous tensor; None where a block is not finite."""
+    assert fmt.block is not None
+    width, columns, rule = fmt.block[1], columns_of(x), rule_of(fmt, x.dtype, seed)
+    rows, across, bytes_of_row = x.numel() // columns, -(-columns // width), (columns + 1) // 2
+    two_levels = fmt.scale == "e4m3"
+    factor = nvfp4_factor(library, x, rule, width) if two_levels else 0.0
+    data = torch.empty(*x.shape[:-1], bytes_of_row, dtype=torch.uint8)
+    scales = torch.empty(*x.shape[:-1], across, dtype=torch.uint8)
+    broken = [0]
+
+    def part(start: int, count: int) -> None:
+        at = start * columns
+        source, target = x.data_ptr() + at * x.element_size(), data.data_ptr() + start * bytes_of_row
+        rest = count, columns, width, factor, rule, at & 0xFFFFFFFF
+        broken.append(library.pack_rows(source, target, scales.data_ptr() + start * across, *rest))
+
+    share(part, rows, x.numel())
+    if sum(broken):
+        return None
+    if not two_levels:
+        return data, scales, None
+    return data, scales.view(torch.float8_e4m3fn), torch.tensor(factor, dtype=torch.float32)
+
+
+def unpack_native(
+    library: ctypes.CDLL, data: Tensor, scales: Tensor, factor: Tensor | None, fmt: Format, out: Tensor
+) -> Tensor:
+    """The values of packed codes, written into `out` [..., columns], contiguous, float32 or bfloat16."""
+    assert fmt.block is not None
+    width, columns = fmt.block[1], columns_of(out)
+    across, bytes_of_row = -(-columns // width), (columns + 1) // 2
+    data, scales = data.contiguous(), scales.contiguous()
+    multiplier = 0.0 if factor is None else factor.item()
+
+    def part(start: int, count: int) -> None:
+        library.unpack_rows(
+            *(data.data_ptr() + start * bytes_of_row, scales.data_ptr() + start * across),
+            out.data_ptr() + start * columns * out.element_size(),
+            *(count, columns, width, multiplier, DTYPES[out.dtype]),
+        )
+
+    share(part, out.numel() // columns, out.numel())
+    return out
+
+
 def share(part: Callable[[int, int], None], units: int, elements: int) -> None:
-    """Calls `part(start, count)` over all units, in as many threads as pay; the kernels let go of the interpreter's
-    lock.
+    """Call `part(start, count)` over all units, in as many threads as pay; the kernels let go of the GIL.
 
     Plain threads, made for the call: they survive a fork, which a pool of either language does not.
     """

@@ -15,6 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+KERNELS = Path(__file__).parent / "kernels"
 SOURCES = ("fake.c", "pack.c")
 FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 TUNED = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
@@ -32,7 +33,7 @@ def library_path() -> Path:
 
 def compiler() -> str | None:
     """The C compiler's path, None where there is none."""
-    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def load() -> ctypes.CDLL | None:
@@ -45,10 +46,9 @@ def load() -> ctypes.CDLL | None:
 
 
 def build() -> ctypes.CDLL:
-    """Compiles the kernels and loads them; raises BuildFailed without a compiler or where it refuses.
+    """Compile the kernels and load them; raises BuildFailed without a compiler or where it refuses.
 
-    The finished file moves into place in one step, so that processes that build at the same time do not disturb
-    each other.
+    The finished file moves into place in one step, so that processes that build at once do not disturb each other.
     """
     program = compiler()
     if program is None:
@@ -56,7 +56,7 @@ def build() -> ctypes.CDLL:
     path = library_path()
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        sources = [str(_source_folder() / name) for name in SOURCES]
+        sources = [str(KERNELS / name) for name in SOURCES]
         for tuning in (TUNED, ()):
             command = [program, *FLAGS, *tuning, *sources, "-o", str(made), "-lm"]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,14 +66,9 @@ def build() -> ctypes.CDLL:
     raise BuildFailed(run.stderr.strip() or f"{program} failed with exit code {run.returncode}")
 
 
-def _source_folder() -> Path:
-    return Path(__file__).parent / "kernels"
-
-
 @cache
 def _folder() -> Path:
-    """A folder that only this user writes: beside other caches, or in the temporary folder where the home is
-    read-only."""
+    """A folder that only this user writes: beside other caches, or in the temporary folder."""
     for root in (Path.home() / ".cache" / "fp4rl", Path(tempfile.gettempdir()) / f"fp4rl-{os.getuid()}"):
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,7 +81,7 @@ def _folder() -> Path:
 
 @cache
 def _digest() -> str:
-    texts = [path.read_bytes() for path in sorted(_source_folder().iterdir())]
+    texts = [path.read_bytes() for path in sorted(KERNELS.iterdir())]
     return hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS + TUNED).encode(), _processor()])).hexdigest()[:16]
 
 

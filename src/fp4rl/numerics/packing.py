@@ -1,15 +1,12 @@
-"""Codes and scales: what a checkpoint holds, two 4-bit codes a byte, and the way back to the values of fake
-quantization.
+"""Codes and scales: what a checkpoint holds, two 4-bit codes a byte, and the way back to the fake-quantized values.
 
-    quantize(x) -> codes, scales        one code a byte
-pack / unpack                       low nibble = even column, high nibble = odd column; a row starts on a byte of
-its own
-    dequantize                          bit for bit `fake_quantize(x)`
-    pack_tensor(x)                      pack(quantize(x)) in one step, by the C kernels where they are built
+    quantize(x) -> codes, scales    one code a byte
+    pack / unpack                   low nibble = even column, high nibble = odd; a row starts on a byte of its own
+    dequantize                      bit for bit `fake_quantize(x)`
+    pack_tensor(x)                  pack(quantize(x)) in one step, by the C kernels where they are built
 
-An E8M0 scale is its byte, exponent + 127, never 255; NVFP4 block scales are float8_e4m3fn under `factor`, a
-multiplier (compressed-tensors' weight_global_scale). Layouts: compressed-tensors `mxfp4-pack-quantized` and
-`nvfp4-pack-quantized`.
+An E8M0 scale is its byte, exponent + 127, never 255; NVFP4 block scales are float8_e4m3fn under `factor`, a multiplier
+(compressed-tensors' weight_global_scale). Layouts: compressed-tensors' mxfp4- and nvfp4-pack-quantized.
 """
 
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fp4rl.numerics import native_packing
+from fp4rl.numerics import native
 from fp4rl.numerics.blocks import Grouping, columns_of
 from fp4rl.numerics.dispatch import native_library
 from fp4rl.numerics.levels import Levels, inside
@@ -32,8 +29,7 @@ from fp4rl.spec.formats import Element, Format
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A tensor as codes [its shape] uint8 and scales, one a block: [..., blocks in a row] or [..., row blocks,
-    column blocks].
+    """A tensor as codes [its shape] uint8 and scales, one a block, [..., blocks in a row] or [..., row, column blocks].
 
     `factor` is NVFP4's float32 multiplier for the tensor; `levels` undoes a coarse scale and a rotation.
     """
@@ -43,19 +39,10 @@ class Quantized:
     factor: Tensor | None
     levels: Levels
 
-    @property
-    def fmt(self) -> Format:
-        """The format of the codes."""
-        return self.levels.fmt
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """4-bit codes two a byte, [..., ceil(columns / 2)] uint8; `columns` says whether the last nibble is filling.
-
-    `short_block` is the number of values in the last block of a row, equal to the block's width where the columns
-    divide.
-    """
+    """4-bit codes two a byte, [..., ceil(columns / 2)] uint8; `columns` says whether the last nibble is filling."""
 
     data: Tensor
     scales: Tensor
@@ -63,30 +50,12 @@ class Packed:
     levels: Levels
     columns: int
 
-    @property
-    def fmt(self) -> Format:
-        """The format of the codes."""
-        return self.levels.fmt
-
-    @property
-    def short_block(self) -> int:
-        """Values in the last block of a row."""
-        width = self.fmt.block[1] if self.fmt.block else self.columns
-        return self.columns % width or width
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits really stored for one value, all scales among them; 0 where there are no values."""
-        parts = (self.data, self.scales, self.factor, self.levels.coarse)
-        stored = sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
-        values = prod(self.data.shape[:-1]) * self.columns
-        return stored / values if values else 0.0
-
 
 @torch.no_grad()
 def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Quantized:
-    """Codes and scales of `x` [any shape, at least one axis]. Raises InvalidValueError for a format without codes and
-    for a tensor with NaN or infinity, which no scale byte stands for, naming it.
+    """Codes and scales of `x` [any shape, at least one axis].
+
+    Raises InvalidValueError, naming it, for a format without codes, and for NaN or infinity, which no scale stands for.
     """
     _check(x, fmt, name)
     seed = seed_for(fmt, generator, name)
@@ -98,7 +67,7 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
     magnitude = blocks.abs()
     amax = magnitude.amax(grouping.axes, keepdim=True)
     if not bool(amax.isfinite().all()):
-        raise not_finite(fmt, name)
+        raise _not_finite(fmt, name)
     stored, factor = stored_scales(magnitude, amax, grouping.axes, fmt)
     uniform = None if seed is None else grouping.split(uniform_like(x, seed))
     units = magnitude / effective_scale(stored, factor, fmt, amax.dtype)
@@ -118,37 +87,32 @@ def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
 
 @torch.no_grad()
 def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tensor:
-    """The values, in the dtype that the tensor had: bit for bit what `fake_quantize` gives.
-
-    `out` takes them; raises InvalidValueError where its shape or dtype is another.
-    """
+    """The values in the tensor's own dtype, bit for bit those of `fake_quantize`; `out`, which must fit, takes them."""
+    levels, fmt = stored.levels, stored.levels.fmt
     shape = stored.codes.shape if isinstance(stored, Quantized) else (*stored.data.shape[:-1], stored.columns)
-    if out is not None and (out.shape != shape or out.dtype != stored.levels.dtype):
-        raise InvalidValueError(
-            f"out is {out.dtype} {tuple(out.shape)}, but the values are {stored.levels.dtype} {tuple(shape)}"
-        )
+    if out is not None and (out.shape != shape or out.dtype != levels.dtype):
+        raise InvalidValueError(f"out is {out.dtype} {tuple(out.shape)}, the values are {levels.dtype} {tuple(shape)}")
     if not prod(shape):
-        return torch.empty(shape, dtype=stored.levels.dtype, device=stored.scales.device) if out is None else out
+        return torch.empty(shape, dtype=levels.dtype, device=stored.scales.device) if out is None else out
     if isinstance(stored, Packed):
         if (values := _fast_values(stored, out)) is not None:
-            return saturated(values, stored.fmt.rounding)
+            return saturated(values, fmt.rounding)
         stored = unpack(stored)
-    fmt, dtype = stored.fmt, torch.float64 if stored.levels.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if levels.dtype == torch.float64 else torch.float32
     grouping = Grouping(stored.codes.shape, fmt.block)
     scales = stored.scales.to(torch.int32) if fmt.scale == "e8m0" else stored.scales
     scale = grouping.scales_inside(effective_scale(scales, stored.factor, fmt, dtype))
     values = decode(grouping.split(stored.codes), fmt.element, dtype) * scale
-    rounded = saturated(grouping.join(values).to(stored.levels.dtype), fmt.rounding)
-    result = saturated(stored.levels.outside(rounded), fmt.rounding)
+    rounded = saturated(grouping.join(values).to(levels.dtype), fmt.rounding)
+    result = saturated(levels.outside(rounded), fmt.rounding)
     return result if out is None else out.copy_(result)
 
 
 def pack(stored: Quantized) -> Packed:
     """Two codes a byte; raises InvalidValueError for elements that are not 4 bits wide."""
-    if stored.fmt.element.bits != 4:
-        raise InvalidValueError(
-            f"{stored.fmt.name}: only 4-bit codes pack two a byte, not {stored.fmt.element.bits}-bit ones"
-        )
+    fmt = stored.levels.fmt
+    if fmt.element.bits != 4:
+        raise InvalidValueError(f"{fmt.name}: only 4-bit codes pack two a byte, not {fmt.element.bits}-bit ones")
     columns = columns_of(stored.codes)
     codes = torch.nn.functional.pad(stored.codes, (0, columns % 2)).contiguous()
     if not codes.numel():  # nothing to join, and no two bytes that could be read as one number
@@ -163,24 +127,24 @@ def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = N
     """`pack(quantize(x, fmt))`, in one pass by the C kernels where they are built; raises what those two raise."""
     _check(x, fmt, name)
     library = native_library(x.numel())
-    if library is None or not x.numel() or not native_packing.supports(x, fmt):
+    if library is None or not x.numel() or not native.packs(x, fmt):
         return pack(quantize(x, fmt, generator=generator, name=name))
-    made = native_packing.pack_native(library, x.contiguous(), fmt, seed_for(fmt, generator, name))
+    made = native.pack_native(library, x.contiguous(), fmt, seed_for(fmt, generator, name))
     if made is None:
-        raise not_finite(fmt, name)
+        raise _not_finite(fmt, name)
     return Packed(*made, Levels(fmt, x.dtype), columns_of(x))
 
 
 def _fast_values(packed: Packed, out: Tensor | None) -> Tensor | None:
     """`dequantize` by the C kernels, None where they are not built or do not know the format."""
     library = native_library(2 * packed.data.numel())
-    dtype = packed.levels.dtype
-    if library is None or not native_packing.supports(packed.data.new_empty(0, dtype=dtype), packed.fmt):
+    dtype, fmt = packed.levels.dtype, packed.levels.fmt
+    if library is None or not native.packs(packed.data.new_empty(0, dtype=dtype), fmt):
         return None
     fits = out is not None and out.is_contiguous() and out.device == packed.data.device
     target = out if fits else packed.data.new_empty(*packed.data.shape[:-1], packed.columns, dtype=dtype)
     assert target is not None
-    native_packing.unpack_native(library, packed.data, packed.scales, packed.factor, packed.fmt, target)
+    native.unpack_native(library, packed.data, packed.scales, packed.factor, fmt, target)
     return target if out is None or fits else out.copy_(target)
 
 
@@ -191,25 +155,19 @@ def unpack(packed: Packed) -> Quantized:
     return Quantized(codes.contiguous(), packed.scales, packed.factor, packed.levels)
 
 
-def not_finite(fmt: Format, name: str) -> InvalidValueError:
-    """What is wrong with a tensor that has no codes: no scale byte stands for NaN."""
-    return InvalidValueError(
-        f"{name}: holds NaN or infinity, and {fmt.name} has no code for a block of NaN; mend it first"
-    )
+def _not_finite(fmt: Format, name: str) -> InvalidValueError:
+    return InvalidValueError(f"{name}: holds NaN or infinity, for which {fmt.name} has no code; mend it first")
 
 
 def _check(x: Tensor, fmt: Format, name: str) -> None:
     if fmt.scale == "none":
         raise InvalidValueError(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
     if not x.is_floating_point() or not x.ndim:
-        raise InvalidValueError(
-            f"{name}: a tensor of at least one axis and of floats has codes, not {x.dtype} {tuple(x.shape)}"
-        )
+        raise InvalidValueError(f"{name}: floats with at least one axis have codes, not {x.dtype} {tuple(x.shape)}")
 
 
 def encode(values: Tensor, element: Element) -> Tensor:
-    """uint8 codes of values on the grid (in units of the scale); float32 or float64, same shape. -0 has a code of
-    its own.
+    """uint8 codes of values on the grid, float32 or float64 in units of the scale; -0 has a code of its own.
 
     Positions of normal values are read off their float32 bits; below the smallest normal the grid is even.
     """

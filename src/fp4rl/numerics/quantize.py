@@ -5,8 +5,7 @@ from torch import Tensor
 
 from fp4rl.numerics.dispatch import round_tensor
 from fp4rl.numerics.levels import inside
-from fp4rl.numerics.noise import Seed, draw_seed
-from fp4rl.numerics.rounding import saturated
+from fp4rl.numerics.rounding import Seed, draw_seed, saturated
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
 
@@ -25,10 +24,9 @@ def fake_quantize(
 ) -> Tensor:
     """`x` [any shape] rounded to `fmt`, same shape and dtype, contiguous; no gradient flows.
 
-    A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding
-    and moves on by one draw a call. `out` takes the result and may be `x` itself. Raises InvalidValueError for a dtype
-    that is no float, a missing generator, an `out` that does not fit, and with `check_finite` for a tensor that is not
-    finite, naming it.
+    A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding and
+    moves on by one draw a call. `out` takes the result and may be `x` itself. Raises InvalidValueError, naming it, for
+    no float, a missing generator, an `out` that does not fit, and with `check_finite` for a tensor that is not finite.
     """
     if x.dtype not in DTYPES:
         raise InvalidValueError(f"{name}: {fmt.name} rounds float32, bfloat16, float16 and float64, not {x.dtype}")
@@ -48,8 +46,7 @@ def fake_quantize(
 
 
 def seed_for(fmt: Format, generator: torch.Generator | None, name: str = "tensor") -> Seed | None:
-    """The seed of one stochastic rounding, None for a format that rounds otherwise; raises InvalidValueError without a
-    generator."""
+    """The seed of one stochastic rounding, for which a generator must be there; None where it rounds otherwise."""
     if fmt.rounding != "stochastic":
         return None
     if generator is None:

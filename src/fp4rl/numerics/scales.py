@@ -2,8 +2,7 @@
 
 Every rule for a power-of-two scale asks one question of amax = m * 2^k, 1 <= m < 2: does the exponent k go up by
 one? The answer depends on m alone, so each rule is a threshold on m, and adding (2 - threshold) to the bits of amax
-carries into the exponent exactly when the threshold is met. No logarithm is taken: float32 log2 of the number just
-below 8 gives 3.0.
+carries into the exponent exactly when it is met. No logarithm: float32 log2 of the number just below 8 gives 3.0.
 """
 
 import torch
@@ -65,8 +64,7 @@ def power_of_two(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nan_where_not_finite(scale: Tensor, amax: Tensor) -> Tensor:
-    """The scale, NaN for a block that holds a NaN or an infinity, so that the whole block becomes NaN (OCP MX v1.0
-    6.2)."""
+    """The scale, NaN for a block with a NaN or an infinity: the whole block becomes NaN (OCP MX v1.0 6.2)."""
     return scale + (amax - amax)  # 0 for a finite amax, NaN otherwise
 
 
@@ -75,17 +73,13 @@ def divided(amax: Tensor, by: float) -> Tensor:
     return amax / torch.full((), by, dtype=amax.dtype, device=amax.device)
 
 
-def largest_finite(amax: Tensor) -> Tensor:
-    """The largest of the finite block maxima, [] of amax's dtype: one broken block does not take the tensor with it."""
-    return amax.masked_fill(~amax.isfinite(), 0).amax()
-
-
 def nvfp4_global(amax: Tensor, element: Element) -> Tensor:
     """NVFP4's FP32 factor for the tensor, [] float32: it maps the largest magnitude to 448 block scales of 6.
 
     A multiplier, as compressed-tensors stores it: a block's effective scale is its E4M3 scale divided by this.
     """
-    factor = largest_finite(amax).reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as there
+    largest = amax.masked_fill(~amax.isfinite(), 0).amax()  # one broken block does not take the tensor with it
+    factor = largest.reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as there
     return factor.clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)
 
 
@@ -96,11 +90,8 @@ def nvfp4_blocks(amax: Tensor, factor: Tensor, element: Element) -> Tensor:
     0.125, as in compressed-tensors and in the CUDA kernels, and no value is divided by zero.
     """
     wanted = (factor * divided(amax, element.largest)).clamp(max=E4M3_LARGEST)
-    stored = wanted.to(torch.float32).to(torch.float8_e4m3fn)
-    return torch.where(stored.view(torch.uint8) == 0, _EIGHTH, stored.view(torch.uint8)).view(torch.float8_e4m3fn)
-
-
-_EIGHTH = 0x20  # 0.125 in E4M3
+    codes = wanted.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.where(codes == 0, 0x20, codes).view(torch.float8_e4m3fn)  # the code of 0.125
 
 
 def fp32_scale(amax: Tensor, element: Element) -> Tensor:

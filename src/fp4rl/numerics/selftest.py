@@ -58,25 +58,18 @@ def _generator() -> torch.Generator:
 def _known_vectors(quantizer: Quantizer) -> Iterator[Check]:
     """Blocks of one row each: NVFP4's and FP8's tensors hold a value that makes their FP32 scale one."""
     e2m1, e4m3 = torch.tensor(E2M1_IN), torch.tensor(E4M3_IN)
+    nvfp4_wanted = torch.cat((torch.tensor(E2M1_OUT[:-1]), torch.tensor([6.0]), torch.full((16,), 2688.0)))
     for fmt, given, wanted in (
         (MXFP4, e2m1.repeat(2), torch.tensor(E2M1_OUT).repeat(2)),
-        (NVFP4, torch.cat((e2m1[:-1], e2m1[-2:-1], torch.full((16,), 2688.0))), _nvfp4_wanted()),
+        (NVFP4, torch.cat((e2m1[:-1], e2m1[-2:-1], torch.full((16,), 2688.0))), nvfp4_wanted),
         (MXFP8, e4m3.repeat(4), torch.tensor(E4M3_OUT).repeat(4)),
         (FP8, e4m3, torch.tensor(E4M3_OUT)),
     ):
         for sign in (1.0, -1.0):
             made = quantizer(given * sign, fmt, _generator())
             wrong = (made != wanted * sign).nonzero().flatten().tolist()
-            seen = (
-                f"{given[wrong[0]] * sign:g} became {made[wrong[0]]:g}, not {wanted[wrong[0]] * sign:g}"
-                if wrong
-                else "all"
-            )
-            yield Check(f"known vectors, {fmt.name}", not wrong, seen)
-
-
-def _nvfp4_wanted() -> Tensor:
-    return torch.cat((torch.tensor(E2M1_OUT[:-1]), torch.tensor([6.0]), torch.full((16,), 2688.0)))
+            changes = [f"{given[at] * sign:g} became {made[at]:g}, not {wanted[at] * sign:g}" for at in wrong[:1]]
+            yield Check(f"known vectors, {fmt.name}", not wrong, "".join(changes) or "all")
 
 
 def _sqnr_db(x: Tensor, made: Tensor) -> float:
@@ -98,9 +91,8 @@ def _powers_of_two(quantizer: Quantizer) -> Iterator[Check]:
     for fmt in FORMATS.values():
         times = quantizer(x * 2.0**-9, fmt, _generator())
         same = torch.equal(times, quantizer(x, fmt, _generator()) * 2.0**-9)
-        yield Check(
-            f"follows powers of two, {fmt.name}", same, "yes" if same else "scaling by 2^-9 changed the rounding"
-        )
+        seen = "yes" if same else "scaling by 2^-9 changed the rounding"
+        yield Check(f"follows powers of two, {fmt.name}", same, seen)
 
 
 def _idempotence(quantizer: Quantizer) -> Iterator[Check]:
@@ -121,10 +113,9 @@ def _unbiased_noise(quantizer: Quantizer) -> Iterator[Check]:
         total = made.sum(-1)
         error = (total.mean() - x.double().sum()).abs().item()
         allowed = 4 * (total.std() / DRAWS**0.5).item() + 1e-6 * x.sum().item()
+        unbiased = error <= allowed and bool((made.std(0) > 0).any())
         seen = f"mean off by {error:.3g}, four standard errors are {allowed:.3g}"
-        yield Check(
-            f"stochastic rounding is unbiased, {fmt.name}", error <= allowed and bool((made.std(0) > 0).any()), seen
-        )
+        yield Check(f"stochastic rounding is unbiased, {fmt.name}", unbiased, seen)
 
 
 def _true_tiles(quantizer: Quantizer) -> Iterator[Check]:

@@ -1,5 +1,4 @@
-"""The Triton backend for CUDA: a program loads whole blocks once, scales and rounds them in registers, and stores
-them once.
+"""The Triton backend for CUDA: a program loads whole blocks, scales and rounds them in registers, and stores them.
 
 The same steps as the reference on the same bits: largest magnitudes are found on the bits (NaN above infinity above
 every number), divisions are rounded to nearest, and stochastic rounding hashes the element's index. Triton's
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4rl.numerics.blocks import columns_of
-from fp4rl.numerics.noise import Seed
+from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry
 from fp4rl.spec.formats import Format
 
@@ -29,8 +28,7 @@ DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
-    """Whether the kernels know this format: blocks whose sides are powers of two, every rule but the search for
-    least error."""
+    """Whether the kernels know this format: blocks of powers of two, every rule but the search for least error."""
     if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse":
         return False
     height, width = fmt.block
@@ -135,7 +133,7 @@ def _largest(
 
 @triton.jit
 def _uniform(at, first, second):
-    """noise.uniform_at: the same shifts, the same constants."""
+    """rounding.uniform_at: the same shifts, the same constants."""
     value = at.to(tl.uint32) ^ first.to(tl.uint32)
     value = (value ^ (value >> 16)) * 0x7FEB352D + second.to(tl.uint32)
     value = (value ^ (value >> 15)) * 0x846CA68B

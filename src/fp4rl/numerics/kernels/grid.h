@@ -38,7 +38,7 @@ INLINE void store(void *out, int64_t i, uint32_t bits, int dtype) {
     else ((uint16_t *)out)[i] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-/* noise.uniform_at: the same shifts, the same constants. */
+/* rounding.uniform_at: the same shifts, the same constants. */
 INLINE float uniform_at(uint32_t index, const uint32_t *seed) {
     uint32_t x = index ^ seed[0];
     x = (x ^ x >> 16) * 0x7FEB352Du + seed[1];
