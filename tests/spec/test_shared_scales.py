@@ -4,8 +4,7 @@ import pytest
 
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import FORMATS
-from fp4rl.spec.injection import Injection
-from fp4rl.spec.shared_scales import batch_note, shared_scales
+from fp4rl.spec.injection import Injection, batch_note, shared_scales
 
 TWO_D = {"input": "mxfp4_2d"}
 

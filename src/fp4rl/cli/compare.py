@@ -10,7 +10,7 @@ from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
-from fp4rl.spec.questions import check_factors
+from fp4rl.spec.load import check_factors
 from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 

@@ -106,7 +106,7 @@ def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tupl
 
 
 def _print_batch_notes(runner: "EvaluationRunner") -> None:
-    from fp4rl.spec.shared_scales import batch_note
+    from fp4rl.spec.injection import batch_note
 
     for name, measured in runner.precisions().items():
         if note := batch_note(measured.injection, "evaluation"):

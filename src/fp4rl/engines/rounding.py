@@ -9,8 +9,9 @@ VARIABLE = "FP4RL_BACKEND"
 
 
 def choose_backend(announce: Callable[[str], None]) -> None:
-    """Forces the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and what they
-    took. Raises InvalidValueError for a word that is no backend and for one that cannot work here.
+    """Force the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and their time.
+
+    Raises InvalidValueError for a word that is no backend and for one that cannot work here.
     """
     from fp4rl.numerics.dispatch import use
 

@@ -71,7 +71,7 @@ class TensorBoardSink:
             self._writer.close()
 
 
-class WandbSink:
+class _WandbSink:
     """One W&B run per run folder, in the project named after the suite; its files lie in the run folder."""
 
     def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
@@ -92,15 +92,13 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Export the numbers of one step."""
         self._run.log({**values, "step": step})
 
     def close(self) -> None:
-        """Write what is buffered, and end the run there."""
         self._run.finish()
 
 
-class MlflowSink:
+class _MlflowSink:
     """One MLflow run per run folder, in the experiment named after the suite."""
 
     def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
@@ -119,7 +117,6 @@ class MlflowSink:
             self._client.log_param(self.mlflow_run_id, key, str(value)[:6000])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Export the numbers of one step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -128,7 +125,6 @@ class MlflowSink:
             self._client.log_batch(self.mlflow_run_id, metrics=metrics[start : start + _MOST_PER_CALL])
 
     def close(self) -> None:
-        """Write what is buffered, and end the run there."""
         self._client.set_terminated(self.mlflow_run_id)
 
 
@@ -137,7 +133,7 @@ def allowed_name(name: str) -> str:
     return _NOT_ALLOWED.sub(lambda match: f"_x{ord(match[0]):x}_", name)
 
 
-_BY_NAME: dict[str, Callable[[RunFolder, Mapping[str, Any]], Sink]] = {"wandb": WandbSink, "mlflow": MlflowSink}
+_BY_NAME: dict[str, Callable[[RunFolder, Mapping[str, Any]], Sink]] = {"wandb": _WandbSink, "mlflow": _MlflowSink}
 _EXTRAS = {"tensorboard": "train"}
 
 

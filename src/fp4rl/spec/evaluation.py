@@ -20,8 +20,7 @@ _OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # part of a file's name,
 
 
 def require_profile(name: str, own: Collection[str] = ()) -> None:
-    """Raise InvalidValueError, with the nearest name, for what names no profile; `own` are those of
-    `evaluation.injections`."""
+    """Raise InvalidValueError, with the nearest name, for no profile; `own` are those of `evaluation.injections`."""
     size = name.removeprefix(MATMUL_NOISE)
     if size != name:
         if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):

@@ -28,7 +28,8 @@ CHECKS = (
 )
 
 _RULE = re.compile(
-    r"(?P<action>note|watch|stop|rollback)\s+if\s+(?P<metric>\S+)\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<value>[-+.\w]+)"
+    r"(?P<action>note|watch|stop|rollback)\s+if\s+(?P<metric>\S+)\s*(?P<op><=|>=|==|!=|<|>)\s*"
+    r"(?P<value>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
     r"(?:\s+(?P<when>at|from)\s+step\s+(?P<step>\d+))?"
 )
 
@@ -51,26 +52,13 @@ class Rule(Spec):
     def parse(cls, text: str) -> "Rule":
         """The rule of one sentence. Raises InvalidValueError with an example."""
         match = _RULE.fullmatch(text.strip())
-        try:
-            value = float(match["value"]) if match else None
-        except ValueError:
-            value = None
-        if match is None or value is None:
+        if match is None:
             raise InvalidValueError(
                 f"cannot read the rule {text!r}; write it like 'stop if accuracy/rollout < 0.1 at step 20' "
                 "(note, stop or rollback; < <= > >= == !=; at or from step N, or neither)"
             )
-        action = "note" if match["action"] == "watch" else match["action"]
-        return cls.model_validate(
-            {
-                "action": action,
-                "metric": match["metric"],
-                "op": match["op"],
-                "value": value,
-                "when": match["when"] or "from",
-                "step": int(match["step"] or 0),
-            }
-        )
+        words = {name: word for name, word in match.groupdict().items() if word is not None}
+        return cls.model_validate(words | ({"action": "note"} if match["action"] == "watch" else {}))
 
     def __str__(self) -> str:
         where = f" {self.when} step {self.step}" if self.step or self.when == "at" else ""

@@ -12,6 +12,7 @@ from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.modes import MODES, PHASES, Mode, Phase
 from fp4rl.spec.points import (
     FORMAT_POINTS,
+    GRADIENTS,
     LINEAR_POINTS,
     ApplyDuring,
     PatternFormats,
@@ -207,3 +208,31 @@ def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) ->
 def _for_every_point(fmt: Any, content: Mapping[str, Any]) -> dict[str, Any]:
     points = {point: fmt for point in LINEAR_POINTS if content[point] not in (None, "none")}
     return points or {"weight": fmt}
+
+
+def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...]:
+    """List the points of `injection` at which tokens share a scale in any of `phases`, such as `input nvfp4`.
+
+    NVFP4 has one FP32 factor, and FP8 one scale, for the whole tensor of a call; a block of 32 x 32 spans 32 tokens.
+    Decoding one token and scoring a whole answer then round the same value differently, and so do two batch sizes.
+    Weights are the same tensor in every call, so they may share what they like.
+    """
+    if injection is None:
+        return ()
+    active = frozenset[str]().union(*(injection.apply_during.active(phase) for phase in phases))
+    points = dict[str, None]()
+    for point in ("input", "output", "kv_cache", *GRADIENTS):
+        rows = [injection, *injection.by_pattern] if point in ("input", "output") else [injection]
+        for row in rows if point in active else ():
+            fmt = getattr(row, point)
+            if isinstance(fmt, Format) and fmt.spans_rows:
+                points[f"{point} {fmt.name}"] = None
+    return tuple(points)
+
+
+def batch_note(injection: Injection | None, *phases: Phase) -> str | None:
+    """Say in one sentence that numbers under `injection` depend on the batch; None where they do not."""
+    shared = shared_scales(injection, *phases)
+    if not shared:
+        return None
+    return f"{', '.join(shared)}: tokens of one call share a scale, so these numbers depend on the batch size"

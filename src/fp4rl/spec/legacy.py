@@ -11,7 +11,7 @@ from typing import Any
 
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.legacy_noise import FAMILY, noise_of
+from fp4rl.spec.legacy_noise import FAMILY, noise_of, require_word
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
@@ -64,8 +64,7 @@ class Translation:
 def translate(settings: Mapping[str, Any]) -> Translation:
     """Translate settings of the fork, by dotted key or variable name; keys of other families are left alone.
 
-    Raises InvalidValueError for an unknown key of the families, for an unknown value, and for settings that never could
-    act.
+    Raises InvalidValueError for an unknown key of the families, an unknown value, and settings that never could act.
     """
     if not any(FAMILY in key for key in settings):
         return _errors_of(settings)
@@ -107,12 +106,8 @@ def _known(old: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_hooks(old: dict[str, Any]) -> Translation:
     kind = old["error_type"]
-    if kind not in (*_KINDS, *_FORMATS, "deadzone"):
-        raise InvalidValueError(f"error_type {kind!r} is unknown{nearest(str(kind), [*_KINDS, *_FORMATS, 'deadzone'])}")
-    if old["injection_point"] not in _POINTS:
-        raise InvalidValueError(
-            f"injection_point {old['injection_point']!r} is unknown{nearest(old['injection_point'], _POINTS)}"
-        )
+    require_word("error_type", kind, (*_KINDS, *_FORMATS, "deadzone"))
+    require_word("injection_point", old["injection_point"], _POINTS)
     if not old["enabled"]:
         return Translation(Injection(), ("enabled is false: nothing acts",))
     content: dict[str, Any] = {"targets": _targets(old), "seed": old["seed"] or 0}
@@ -163,36 +158,39 @@ def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _traps(old: Mapping[str, Any]) -> list[str]:
-    """What the fork did beside or instead of what its settings said, for these settings."""
     kind, point, left = old["error_type"], old["injection_point"], old["exclude_modules"]
-    fmt = kind in _FORMATS
+    rounds, head_named = kind in _FORMATS, "lm_head" in (left or [])
+    ends_in_a_number = any(str(word)[-1:].isdigit() for word in left or [])
+    stochastic = old["mxfp4_stochastic_rounding"] or old["nvfp4_stochastic_rounding"]
     lines = {
         "apply_during: both was on in validation too; it is kept here, take evaluation out of apply_during for clean "
         "scores": old["apply_during"] != "training",
         "injection_point: both rounded weights and, depending on the version, inputs or outputs; here it is inputs, as "
         "kernels do (mode w4a4_out repeats the other)": point == "both",
-        "injection_point: output rounds after the layer, which no kernel does": fmt and point == "output",
-        "use_ste: false let the backward see unrounded numbers; here it always meets the rounded ones": not old[
-            "use_ste"
-        ],
-        "weights were swapped by hooks and lost after a forward without backward; here they are never written": fmt
-        and point in ("weight", "both"),
-        "fp8 at the weight did nothing, and elsewhere had no scale; here it acts, scaled": kind == "fp8",
-        "nvfp4 had no scale for the tensor and ran its blocks along out_features; here both are NVIDIA's": kind
-        == "nvfp4",
-        "stochastic rounding returned half the value; here it is unbiased": bool(
-            old["mxfp4_stochastic_rounding"] or old["nvfp4_stochastic_rounding"]
+        "injection_point: output rounds after the layer, which no kernel does": rounds and point == "output",
+        "use_ste: false let the backward see unrounded numbers; here it always meets the rounded ones": (
+            not old["use_ste"]
         ),
-        "2-D blocks were 1,024 consecutive values; here they are 32 x 32": bool(old["mxfp4_block_2d"]),
-        "the dead zone met the output of whole decoder layers (the residual stream); here it meets their matmuls": kind
-        == "deadzone",
-        "exclude_modules without lm_head rounded the output head, which ruins a model; here it is left out": left
-        is not None
-        and "lm_head" not in left,
-        "excluding base_layer under LoRA left the real weights unrounded; here they are rounded once": "base_layer"
-        in (left or []),
-        "a number in exclude_modules also matched longer ones (layers.2: layers 20 to 29); here it is that layer": any(
-            str(word)[-1:].isdigit() for word in left or []
+        "weights were swapped by hooks and lost after a forward without backward; here they are never written": (
+            rounds and point in ("weight", "both")
+        ),
+        "fp8 at the weight did nothing, and elsewhere had no scale; here it acts, scaled": kind == "fp8",
+        "nvfp4 had no scale for the tensor and ran its blocks along out_features; here both are NVIDIA's": (
+            kind == "nvfp4"
+        ),
+        "stochastic rounding returned half the value; here it is unbiased": stochastic,
+        "2-D blocks were 1,024 consecutive values; here they are 32 x 32": old["mxfp4_block_2d"],
+        "the dead zone met the output of whole decoder layers (the residual stream); here it meets their matmuls": (
+            kind == "deadzone"
+        ),
+        "exclude_modules without lm_head rounded the output head, which ruins a model; here it is left out": (
+            left is not None and not head_named
+        ),
+        "excluding base_layer under LoRA left the real weights unrounded; here they are rounded once": (
+            "base_layer" in (left or [])
+        ),
+        "a number in exclude_modules also matched longer ones (layers.2: layers 20 to 29); here it is that layer": (
+            ends_in_a_number
         ),
         "without a seed no run could be repeated; here the seed is 0": old["seed"] is None,
     }
@@ -204,10 +202,7 @@ def _from_noisy_ops(noisy: Mapping[str, str]) -> Translation:
         if key not in _NOISY_OPS:
             raise InvalidValueError(f"{PREFIX}{key} is unknown{nearest(key, _NOISY_OPS)}")
     kind = noisy.get("TYPE", "relative_gaussian")
-    if kind not in ("relative_gaussian", "absolute_gaussian"):
-        raise InvalidValueError(
-            f"{PREFIX}TYPE {kind!r} is unknown{nearest(kind, ['relative_gaussian', 'absolute_gaussian'])}"
-        )
+    require_word(f"{PREFIX}TYPE", kind, ("relative_gaussian", "absolute_gaussian"))
     only = {way: _yes(noisy.get(f"{way}_ONLY", "")) for way in ("FORWARD", "BACKWARD", "TRAINING")}
     when = "both" if only["FORWARD"] == only["BACKWARD"] else "forward" if only["FORWARD"] else "backward"
     error = {"kind": _KINDS[kind], "when": when, "scale": float(noisy.get("SCALE", "1e-4"))}

@@ -1,6 +1,6 @@
 """Noise settings of the verl fork (`...noise_injection.KEY`), read into a `Noise`, with a line for every trap."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fp4rl.spec.errors import InvalidValueError, nearest
@@ -24,8 +24,7 @@ _NEVER = ("lm_head", "embed_tokens")  # take no noise here whatever is said
 def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]]:
     """Return the noise that the settings describe, None where it was off, and lines for what they did not do.
 
-    `settings` are plain values by dotted key. Raises InvalidValueError for an unknown key or value, and for what has no
-    counterpart here.
+    `settings` are plain values by dotted key. Raises InvalidValueError for what is unknown or has no counterpart here.
     """
     old = _nested(settings)
     _require_known(old, _KEYS, FAMILY)
@@ -35,6 +34,12 @@ def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]
     factors, factor_lines = _multipliers(old)
     content = {"schedule": _schedule(old, epochs), "targets": _targets(old), "multipliers": factors}
     return parse(Noise, content, FAMILY), (*_traps(old), *factor_lines)
+
+
+def require_word(key: str, word: Any, known: Collection[str]) -> None:
+    """Raise InvalidValueError, with the nearest, for a word that the fork did not know under `key`."""
+    if word not in known:
+        raise InvalidValueError(f"{key} {word!r} is unknown{nearest(str(word), known)}")
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +84,7 @@ def _schedule(old: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
 def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
     types = old.get("layer_types") or ["rmsnorm"]
     for word in types:
-        if word not in _KINDS:
-            raise InvalidValueError(f"{FAMILY}.layer_types {word!r} is unknown{nearest(str(word), _KINDS)}")
+        require_word(f"{FAMILY}.layer_types", word, _KINDS)
     left = [f"*{word}*" for word in old.get("exclude_patterns") or [] if word not in _NEVER]
     taken = old.get("target_modules") or []
     if taken and list(taken) != ["post_attention_layernorm"]:
@@ -134,7 +138,6 @@ def _factor(zones: Mapping[str, Any], zone: str, usual: float) -> dict[str, Any]
 
 
 def _traps(old: Mapping[str, Any]) -> Iterator[str]:
-    """What the fork did beside or instead of what its settings said, for these settings."""
     if old.get("epoch_aware"):
         yield "the epoch-aware mode drew no noise at all (it asked for its own silent interval); here it fades"
     else:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fp4rl.spec.digest import canonical
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, shown
-from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
+from fp4rl.spec.experiment import Comparison, Experiment, Suite
+from fp4rl.spec.keys import keys_at, wrong_part
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
-from fp4rl.spec.questions import check_questions
 from fp4rl.spec.validation_errors import truth_as_number, validation_message
 
 S = TypeVar("S", bound=BaseModel)
@@ -24,9 +24,8 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     """Read a YAML file (a suite if it has `arms`, else one experiment), overridden by `key.path=value` or `+file.yaml`.
 
     In a suite, `key.path=value` changes the base unless the key is the suite's own (`seeds=[0]`). `key.path=+file.yaml`
-    lays the file's content there (`arms.w4a16=+advice.yaml`).
-    Raises NotFoundError for a missing file, InvalidValueError for anything in it that is not allowed; both name file,
-    key and cure.
+    lays the file's content there (`arms.w4a16=+advice.yaml`). Raises NotFoundError for a missing file and
+    InvalidValueError for anything in it that is not allowed; both name file, key and cure.
     """
     content = read_yaml(path)
     is_suite = "arms" in content or "suite" in content
@@ -51,12 +50,46 @@ def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experime
 
 
 def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
-    """Return what is wrong with a description, None where nothing is."""
     try:
         _described(content, is_suite, source)
     except InvalidValueError as error:
         return str(error)
     return None
+
+
+def check_questions(questions: tuple[Comparison, ...], arms: Mapping[str, Experiment], source: str) -> None:
+    """Raise InvalidValueError for a side whose arm or profile is not in the suite, and for a factor that is no key."""
+    for number, question in enumerate(questions):
+        path = f"{source}: comparisons.{number}"
+        for key, side in (("treatment", question.treatment), ("control", question.control)):
+            _check_side(f"{path}.{key}", side, arms)
+        if question.treatment == question.control:
+            raise InvalidValueError(f"{path}: {question.treatment} is compared with itself; name two sides that differ")
+        check_factors(question.factors, f"{path}.factors")
+
+
+def check_factors(factors: Iterable[str], path: str) -> None:
+    """Raise InvalidValueError for a factor that is neither a key of an experiment nor `precision`."""
+    for factor in factors:
+        parts = factor.split(".")
+        wrong = None if factor == "precision" else wrong_part(Experiment, parts)
+        if wrong is not None:
+            known = nearest(parts[wrong], keys_at(Experiment, parts[:wrong]))
+            raise InvalidValueError(f"{path}: {factor!r} is no key{known}")
+
+
+def _check_side(path: str, side: str, arms: Mapping[str, Experiment]) -> None:
+    arm, _, profile = side.partition("@")
+    if arm not in arms:
+        raise InvalidValueError(f"{path}: no arm is called {arm!r}{nearest(arm, arms)}")
+    evaluation = arms[arm].evaluation
+    profiles = (*evaluation.profiles, *evaluation.sweep)
+    if not profile:
+        raise InvalidValueError(f"{path}: a side is written arm@profile; {arm} is judged as {', '.join(profiles)}")
+    if profile not in profiles:
+        raise InvalidValueError(
+            f"{path}: {arm} is not judged as {profile!r}{nearest(profile, profiles)}; its evaluation.profiles say which"
+        )
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -43,11 +43,9 @@ class Fade(Spec):
             )
 
     def _by_ratio(self, share: float | Fraction) -> float:
-        """start * (end/start)^share."""
         return float(self.sigma_start * (self.sigma_end / self.sigma_start) ** share)
 
     def _between(self, left: float) -> float:
-        """end + (start - end) * left."""
         return self.sigma_end + (self.sigma_start - self.sigma_end) * left
 
 
@@ -93,8 +91,7 @@ class EpochAware(Fade):
         return self.at_share(Fraction(step, total))
 
     def at_share(self, share: Fraction) -> float:
-        """Return sigma when this share of the epochs is done, below 1. Exact: in floats 1/3 of three epochs is not
-        quite one."""
+        """Return sigma when this share of the epochs, exact and below 1, is done: in floats 3 * (1/3) can miss 1."""
         epoch, inside = divmod(share * self.epochs, 1)
         slot = int(inside * (self.stages_per_epoch + 1))
         return self._by_ratio((epoch + (slot - 1) / (self.stages_per_epoch - 1)) / self.epochs) if slot else 0.0

@@ -19,8 +19,7 @@ _POLICY: tuple[Phase, ...] = ("rollout", "training", "evaluation")
 
 
 def read_format(value: Any) -> Format:
-    """`format_of`, with unknown names as InvalidValueError: pydantic collects ValueErrors alone, and adds the key to
-    them."""
+    """`format_of`, with unknown names as InvalidValueError: pydantic adds the key to ValueErrors alone."""
     try:
         return format_of(value)
     except NotFoundError as error:

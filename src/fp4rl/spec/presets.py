@@ -13,9 +13,9 @@ from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, Format, Rounding, Scal
 
 @dataclass(frozen=True)
 class Preset:
-    """What one deployment target does to MX formats. Formats without a power-of-two scale pass unchanged, and so
-    does one that rounds stochastically: no target does, so such a format is a training device and keeps its own
-    rule.
+    """What one deployment target does to MX formats.
+
+    Formats without a power-of-two scale pass unchanged, and so do stochastic ones, which no target has.
     """
 
     name: str
@@ -25,13 +25,11 @@ class Preset:
     input_rounding: Rounding = "nearest_even"
 
     def for_weight(self, fmt: Format) -> Format:
-        """The format as this target rounds weights; raises InvalidValueError where the format sets another rule
-        itself."""
+        """The format as this target rounds weights; raises InvalidValueError where it sets another rule itself."""
         return self._applied(fmt, self.weight_rounding)
 
     def for_input(self, fmt: Format) -> Format:
-        """The format as this target rounds matmul inputs; raises InvalidValueError where the format sets another rule
-        itself."""
+        """The format as this target rounds matmul inputs; raises as `for_weight` does."""
         return self._applied(fmt, self.input_rounding)
 
     def accepts(self, weight: Format) -> bool:

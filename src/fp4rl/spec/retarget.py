@@ -16,8 +16,7 @@ _ROUNDED = (*LINEAR_POINTS, "kv_cache")
 def under_preset(injection: Injection, preset: str) -> Injection:
     """Return the injection with the rules of `preset` in place of those of its own.
 
-    Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule of its own that the preset
-    fixes.
+    Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule itself that it fixes.
     """
     preset_named(preset)
     content = {point: _without_rules(injection, point, getattr(injection, point)) for point in _ROUNDED}

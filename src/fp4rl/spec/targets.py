@@ -16,6 +16,8 @@ from fp4rl.spec.frozen import Spec, WordOrList
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
 Patterns = Annotated[tuple[str, ...], WordOrList]
+_PIECE = re.compile(r"\[(?:[!^].|[^!^])[^\]]*\]|.", re.DOTALL)  # a class of characters, or one character
+
 OptIn = Literal["router", "adapter", "lm_head"]
 _LEAVES: Mapping[str, tuple[str, ...]] = {  # the patterns of the default that keep each role out
     "router": ("*router*", "*.gate", "*shared_expert_gate"),
@@ -72,8 +74,7 @@ class Targets(Spec):
         return None if hit is None else f"left by {hit!r}"
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
-        """The layers as numbers from 0 in a model of `count` layers, None for all; InvalidValueError outside the
-        model."""
+        """The layers as numbers from 0 in a model of `count`, None for all; InvalidValueError outside the model."""
         if self.layers is None:
             return None
         for layer in self.layers:
@@ -97,29 +98,20 @@ def require_hit(pattern: str, names: Iterable[str], what: str) -> None:
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> re.Pattern[str]:
     """The pattern as a regular expression; InvalidValueError for an open bracket."""
-    out, rest = "", pattern
-    while rest:
-        piece, rest = _first_piece(rest)
+    pieces, out = _PIECE.findall(pattern), ""
+    for before, piece, after in zip(["", *pieces], pieces, [*pieces[1:], ""], strict=False):
         if piece == "*":
             # A star next to a digit must not swallow part of a number: `layers.2*` is layer 2 and what is below it.
-            out += (r"(?!\d)" if out[-1:].isdigit() else "") + ".*" + (r"(?<!\d)" if rest[:1].isdigit() else "")
+            out += (r"(?!\d)" if before.isdigit() else "") + ".*" + (r"(?<!\d)" if after.isdigit() else "")
         elif piece == "?":
             out += "."
+        elif piece == "[":
+            raise InvalidValueError(f"the bracket in {pattern!r} is never closed; a character class is written [0-3]")
         elif len(piece) > 1:
             out += "[" + ("^" + piece[2:-1] if piece[1] in "!^" else piece[1:-1]).replace("\\", r"\\") + "]"
         else:
             out += re.escape(piece)
     return re.compile(out, re.DOTALL)
-
-
-def _first_piece(rest: str) -> tuple[str, str]:
-    """The first character, or a whole `[...]` class, and what follows."""
-    if rest[0] != "[":
-        return rest[0], rest[1:]
-    end = rest.find("]", 2 + (rest[1:2] in ("!", "^")))
-    if end < 0:
-        raise InvalidValueError(f"the bracket in {rest!r} is never closed; a character class is written [0-3]")
-    return rest[: end + 1], rest[end + 1 :]
 
 
 def _nearest_places(pattern: str, names: list[str]) -> str:

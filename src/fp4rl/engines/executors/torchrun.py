@@ -29,8 +29,7 @@ class TorchrunExecutor:
 
 
 def follow(root: Path) -> None:
-    """In every other process: take part in what the first one carries out. Raises CheckFailed where this one's share
-    fails."""
+    """In every other process: take part in what the first one runs. Raises CheckFailed where this share fails."""
     from fp4rl.rl import processes
 
     runs: list[PlannedRun] = processes.from_first([])

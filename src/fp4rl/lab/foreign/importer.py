@@ -61,8 +61,7 @@ def import_log(
 ) -> Imported:
     """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run.
 
-    Raises as `read_log` does, and `InvalidValueError` where the log is here already with another configuration, status
-    or note.
+    Raises as `read_log` does, and `InvalidValueError` where the log is here already and described otherwise.
     """
     dialect, log = read_log(path)
     described = (about or About()).as_dict()

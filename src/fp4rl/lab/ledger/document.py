@@ -29,8 +29,7 @@ _HASHED_UP_TO = 64 * 2**20  # bytes
 class Document:
     """Everything that the ledger keeps of one run. `content` is the SHA-256 of its `result.json`.
 
-    `items`: answers and solved problems of each evaluation; the answers themselves stay in the folder. `files`: path,
-    bytes and SHA-256 of each file.
+    `items`: numbers of answers and of solved problems of each evaluation. `files`: path, bytes and SHA-256 of each.
     """
 
     run: Run
