@@ -12,9 +12,8 @@ from sqlalchemy import select, text
 
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.query import documents_of, find_run, repeats
+from fp4rl.lab.ledger.query import about, documents_of, find_run, repeats
 from fp4rl.lab.ledger.record import rebuild, record, record_new
-from fp4rl.lab.ledger.show import about
 from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError

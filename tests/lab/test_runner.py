@@ -4,6 +4,7 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -222,13 +223,10 @@ def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(train
 
 
 def test_the_pool_hands_its_workers_what_to_report_to():
-    class Pipe:
-        def send(self, order):
-            self.order = order
-
-    worker = processes._Worker(None, Pipe())
-    LocalPool(report_to=("mlflow",))._assign(worker, RUNS[0], Path("runs"))
-    assert worker.pipe.order == (RUNS[0], Path("runs"), ("mlflow",))
+    orders = []
+    worker = processes._Worker(SimpleNamespace(is_alive=lambda: True), SimpleNamespace(send=orders.append))
+    assert LocalPool(report_to=("mlflow",))._assigned(RUNS[0], Path("runs"), worker) is worker
+    assert orders == [(RUNS[0], Path("runs"), ("mlflow",))]
 
 
 def test_the_curves_of_a_run_are_in_tensorboard_too(trained, tmp_path):

@@ -18,7 +18,7 @@ from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
-    from fp4rl.lab.ledger.show import About
+    from fp4rl.lab.ledger.query import About
 
 _FEW = 12
 
@@ -34,7 +34,7 @@ def command(
 
     Example: `fp4rl show quickstart/w4a4-s0`
     """
-    from fp4rl.lab.ledger.show import about, answers
+    from fp4rl.lab.ledger.query import about, answers
 
     with opened(runs, ledger) as book, book.reading() as connection:
         known = about(connection, runs, run)

@@ -159,8 +159,10 @@ def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
 
 def _traps(old: Mapping[str, Any]) -> list[str]:
     kind, point, left = old["error_type"], old["injection_point"], old["exclude_modules"]
-    rounds, head_named = kind in _FORMATS, "lm_head" in (left or [])
-    ends_in_a_number = any(str(word)[-1:].isdigit() for word in left or [])
+    rounds = kind in _FORMATS
+    rounds_weights = rounds and point in ("weight", "both")
+    head_met = left is not None and "lm_head" not in left
+    numbers = any(str(word)[-1:].isdigit() for word in left or [])
     stochastic = old["mxfp4_stochastic_rounding"] or old["nvfp4_stochastic_rounding"]
     lines = {
         "apply_during: both was on in validation too; it is kept here, take evaluation out of apply_during for clean "
@@ -168,30 +170,16 @@ def _traps(old: Mapping[str, Any]) -> list[str]:
         "injection_point: both rounded weights and, depending on the version, inputs or outputs; here it is inputs, as "
         "kernels do (mode w4a4_out repeats the other)": point == "both",
         "injection_point: output rounds after the layer, which no kernel does": rounds and point == "output",
-        "use_ste: false let the backward see unrounded numbers; here it always meets the rounded ones": (
-            not old["use_ste"]
-        ),
-        "weights were swapped by hooks and lost after a forward without backward; here they are never written": (
-            rounds and point in ("weight", "both")
-        ),
+        "use_ste: false let the backward see unrounded numbers; here it always meets rounded ones": not old["use_ste"],
+        "hooks swapped weights, lost after a forward without backward; here none is written": rounds_weights,
         "fp8 at the weight did nothing, and elsewhere had no scale; here it acts, scaled": kind == "fp8",
-        "nvfp4 had no scale for the tensor and ran its blocks along out_features; here both are NVIDIA's": (
-            kind == "nvfp4"
-        ),
+        "nvfp4 had no scale for the tensor and blocks along out_features; here both are NVIDIA's": kind == "nvfp4",
         "stochastic rounding returned half the value; here it is unbiased": stochastic,
         "2-D blocks were 1,024 consecutive values; here they are 32 x 32": old["mxfp4_block_2d"],
-        "the dead zone met the output of whole decoder layers (the residual stream); here it meets their matmuls": (
-            kind == "deadzone"
-        ),
-        "exclude_modules without lm_head rounded the output head, which ruins a model; here it is left out": (
-            left is not None and not head_named
-        ),
-        "excluding base_layer under LoRA left the real weights unrounded; here they are rounded once": (
-            "base_layer" in (left or [])
-        ),
-        "a number in exclude_modules also matched longer ones (layers.2: layers 20 to 29); here it is that layer": (
-            ends_in_a_number
-        ),
+        "the dead zone met whole decoder layers (the residual stream); here it meets their matmuls": kind == "deadzone",
+        "exclude_modules without lm_head rounded the output head, which ruins a model; here it is left out": head_met,
+        "excluding base_layer left the real weights unrounded (LoRA); here they round": "base_layer" in (left or []),
+        "a number in exclude_modules also met longer ones (layers.2: layers 20 to 29); here it is that layer": numbers,
         "without a seed no run could be repeated; here the seed is 0": old["seed"] is None,
     }
     return [line for line, holds in lines.items() if holds]

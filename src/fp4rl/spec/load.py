@@ -12,10 +12,9 @@ from pydantic import BaseModel, ValidationError
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
-from fp4rl.spec.keys import keys_at, wrong_part
+from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
-from fp4rl.spec.validation_errors import truth_as_number, validation_message
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -19,13 +19,12 @@ def under_preset(injection: Injection, preset: str) -> Injection:
     Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule itself that it fixes.
     """
     preset_named(preset)
-    content = {point: _without_rules(injection, point, getattr(injection, point)) for point in _ROUNDED}
-    exceptions = [
-        entry.model_dump() | {point: _without_rules(injection, point, getattr(entry, point)) for point in LINEAR_POINTS}
-        for entry in injection.by_pattern
-    ]
-    changed = _kept(injection) | content | {"preset": preset, "by_pattern": exceptions}
-    return parse(Injection, changed, "preset")
+    own, *exceptions = (
+        row.model_dump(mode="json")
+        | {point: _without_rules(injection, point, fmt) for point, fmt in row if point in _ROUNDED}
+        for row in (injection, *injection.by_pattern)
+    )
+    return parse(Injection, own | {"preset": preset, "by_pattern": exceptions}, "preset")
 
 
 def in_format(injection: Injection, fmt: str) -> Injection:
@@ -38,11 +37,7 @@ def in_format(injection: Injection, fmt: str) -> Injection:
         raise InvalidValueError(
             f"{injection.name} rounds no linear layer, so format {fmt} has no place; name another mode"
         )
-    return parse(Injection, _kept(injection) | formats | {"mode": None}, "format")
-
-
-def _kept(injection: Injection) -> dict[str, Any]:
-    return injection.model_dump(mode="json")
+    return parse(Injection, injection.model_dump(mode="json") | formats | {"mode": None}, "format")
 
 
 def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:

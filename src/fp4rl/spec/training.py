@@ -147,8 +147,8 @@ class Training(Spec):
         own, filters = self.published, self.filter_groups
         return {
             "lr": self.lr,
-            "clip_ratio_low": own.clip_ratio_low if self.clip_ratio_low is None else self.clip_ratio_low,
-            "clip_ratio_high": own.clip_ratio_high if self.clip_ratio_high is None else self.clip_ratio_high,
+            "clip_ratio_low": self.clip_ratio_low or own.clip_ratio_low,
+            "clip_ratio_high": self.clip_ratio_high or own.clip_ratio_high,
             **({} if self.clip_ratio_c is None else {"clip_ratio_c": self.clip_ratio_c}),
             "loss_agg_mode": self.loss_agg_mode or own.loss_agg_mode,
             "norm_adv_by_std": own.norm_adv_by_std if self.norm_adv_by_std is None else self.norm_adv_by_std,

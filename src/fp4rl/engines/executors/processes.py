@@ -50,7 +50,7 @@ class LocalPool:
         waiting, stopping = list(runs), False
         with _interruptible() as interrupted, _ended_at_last() as workers:
             while waiting and len(workers) < self.workers:
-                workers.append(self._spawn(waiting.pop(0), root))
+                workers.append(self._assigned(waiting.pop(0), root))
             while workers:
                 if interrupted.is_set() and not stopping:
                     stopping = True
@@ -65,19 +65,23 @@ class LocalPool:
                     yield outcome
                     workers.remove(worker)
                     if waiting:
-                        workers.append(self._next(worker, waiting.pop(0), root))
+                        workers.append(self._assigned(waiting.pop(0), root, worker))
                     else:
                         _stop(worker)
             if interrupted.is_set():
                 raise KeyboardInterrupt
 
-    def _spawn(self, run: PlannedRun, root: Path) -> _Worker:
+    def _assigned(self, run: PlannedRun, root: Path, worker: _Worker | None = None) -> _Worker:
+        if worker is None or not worker.process.is_alive():
+            worker = self._spawned()
+        worker.run = run
+        worker.pipe.send((run, root, self.report_to))
+        return worker
+
+    def _spawned(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads), daemon=True)
-        # Read by OpenMP when the child loads torch, so it must stand in the environment before that.
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(self.threads)
         # Ctrl-C reaches the whole group. A child starts with what is held back here, so that none of them prints a
         # traceback of its imports; both hear it as soon as they can.
         resource_tracker.ensure_running()  # starting it lets the signal through again
@@ -86,20 +90,8 @@ class LocalPool:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        return self._assign(_Worker(process, ours), run, root)
-
-    def _next(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
-        return self._assign(worker, run, root) if worker.process.is_alive() else self._spawn(run, root)
-
-    def _assign(self, worker: _Worker, run: PlannedRun, root: Path) -> _Worker:
-        worker.run = run
-        worker.pipe.send((run, root, self.report_to))
-        return worker
+        return _Worker(process, ours)
 
 
 @contextlib.contextmanager
@@ -180,19 +172,16 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # of the whole group, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    _prepare(threads)
-    while (order := pipe.recv()) is not None:
-        run, root, report_to = order
-        pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
-
-
-def _prepare(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # OpenMP reads it when torch is loaded
     from fp4rl.models.quiet import quiet
 
     quiet()  # before torch and its threads: it writes to the environment
     import torch
 
     torch.set_num_threads(threads)
+    while (order := pipe.recv()) is not None:
+        run, root, report_to = order
+        pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
 
 
 def attempt(

@@ -1,17 +1,19 @@
-"""Questions to the ledger: which runs there are, the record of each, and which of them repeat each other."""
+"""Questions to the ledger: which runs there are, what is known of each, and which of them repeat each other."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Select, func, select
 
+from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, Row, read_document
+from fp4rl.lab.ledger.document import Document, Row, evaluation_row, read_document
 from fp4rl.lab.ledger.store import open_ledger
-from fp4rl.lab.runs import Run
+from fp4rl.lab.runs import Run, read_run
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
@@ -121,15 +123,8 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     return [list(by_seed.values()) for by_seed in chosen]
 
 
-def spread_of_repeats(connection: Connection, task: str, model: str) -> "Spread | None":
-    """How far repeats of one task and model lie apart, in points; None without any."""
-    from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
-
-    return pooled([100 * share for share in group] for group in repeats(connection, task, model))
-
-
 def known_spread(address: str | Path, run: Run) -> "Spread | None":
-    """The same out of the ledger at `address`; None where none is there."""
+    """The `spread_of_run` out of the ledger at `address`; None where none is there."""
     if isinstance(address, Path) and not address.is_file():
         return None
     with open_ledger(address) as ledger, ledger.reading() as connection:
@@ -137,21 +132,25 @@ def known_spread(address: str | Path, run: Run) -> "Spread | None":
 
 
 def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
-    """The spread of repeats of a run's task and model, in points; None without any."""
-    return spread_of_repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
+    """How far repeats of a run's task and model lie apart, in points; None without any."""
+    from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
+
+    groups = repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
+    return pooled([100 * share for share in group] for group in groups)
 
 
 def known_spreads(connection: Connection, like: str | None = None) -> "list[tuple[str, Spread]]":
     """(task on model, spread in points) of all that has repeats; with `like` only those of that run's kind."""
-    kinds = select(runs.c.task, runs.c.model, func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
+    kinds = select(func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
     if like is not None:
         kinds = kinds.where(runs.c.experiment == find_run(connection, like)["experiment"])
     spreads = []
-    for task, model, number in connection.execute(kinds.group_by(runs.c.task, runs.c.model).order_by("task", "model")):
-        spread = spread_of_repeats(connection, task, model)
+    kinds = kinds.group_by(runs.c.task, runs.c.model).order_by(runs.c.task, runs.c.model)
+    for number in connection.execute(kinds).scalars():
+        run = documents_of(connection, [number])[number].run
+        spread = spread_of_run(connection, run)
         if spread is not None and spread.sd > 0:
-            spec = documents_of(connection, [number])[number].run.spec
-            spreads.append((f"{_name(spec.get('task'))} on {_name(spec.get('model'))}", spread))
+            spreads.append((f"{_name(run.spec.get('task'))} on {_name(run.spec.get('model'))}", spread))
     return spreads
 
 
@@ -164,3 +163,92 @@ def _name(described: Any) -> str:
     if described.get("path"):
         return str(described["path"]).rstrip("/").rpartition("/")[2]
     return next((key for key, value in described.items() if value is not None), "?")
+
+
+@dataclass(frozen=True)
+class About:
+    """A run, its row in the ledger's index, how many answers each evaluation has, and its files."""
+
+    run: Run
+    index: Row
+    items: Sequence[Row]
+    files: Sequence[Row]
+
+    @property
+    def curves(self) -> dict[str, Row]:
+        """Name -> first, last, lowest, highest; None where a value was not a number."""
+        return _curves(self.run.curves.values())
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Kind of evidence -> how many lines there are."""
+        return dict(Counter(line.kind for line in self.run.lines))
+
+    def as_dict(self) -> Row:
+        """Plain values for a program."""
+        run, result = self.run, self.run.result
+        return {
+            "run": self.run_row(),
+            "spec": run.described,
+            "evaluations": [evaluation_row(evaluation) for evaluation in result.evaluations],
+            "gaps": run.gaps,
+            "warnings": run.warnings,
+            "evidence_lines": self.lines,
+            "metrics": self.curves,
+            "items": self.items,
+            "artefacts": self.files,
+        }
+
+    def run_row(self) -> Row:
+        """The run itself, as plain values."""
+        result = self.run.result
+        named = ("id", "suite", "run_id", "arm", "seed", "experiment", "code_digest", "steps_asked", "steps_done")
+        return {name: self.index[name] for name in (*named, "content")} | {
+            "spec_digest": result.spec_digest,
+            "sites_digest": self.run.sites.digest,
+            "wall_s": result.wall_s,
+            "versions": result.versions,
+            "evidence": result.evidence.as_json(),
+            "imported": None if result.imported is None else result.imported.as_json(),
+        }
+
+
+def about(connection: Connection, root: Path, word: str) -> About:
+    """The run that `word` names, out of its folder below `root` or else the ledger. Raises as `find_run` does."""
+    index = find_run(connection, word)
+    folder = RunFolder(root / index["suite"] / index["run_id"])
+    document = documents_of(connection, [index["id"]], metrics=True)[index["id"]]
+    run = read_run(folder) if folder.finished else document.run
+    return About(run, index, document.items, document.files)
+
+
+def answers(folder: RunFolder, problem: str) -> list[Row]:
+    """Every answer of a run to one problem. Raises `NotFoundError` with the first ids that there are."""
+    rows: list[Row] = []
+    known: set[str] = set()
+    for step, profile in folder.item_sets():
+        for row in folder.items(step, profile).to_pylist():
+            known.add(row["problem_id"])
+            if row["problem_id"] == problem:
+                own = {name: row[name] for name in ("sample", "strict", "length", "completion")}
+                rows.append({"step": step, "profile": profile} | own)
+    if not rows:
+        ids = f"; its {len(known)} problems are {', '.join(sorted(known)[:3])}, ..." if known else ""
+        where = ids if folder.path.is_dir() else f": its folder {folder.path} is not here"
+        raise NotFoundError(f"{folder.run_id} has no answer to {problem!r}{where}")
+    return rows
+
+
+def _curves(steps: Iterable[Mapping[str, float]]) -> dict[str, Row]:
+    """Name -> first, last, lowest, highest; None where a value was not a number."""
+    values: dict[str, list[float | None]] = defaultdict(list)
+    for step in steps:
+        for name, value in step.items():
+            values[name].append(None if math.isnan(value) else value)
+    return {name: _curve(numbers) for name, numbers in sorted(values.items())}
+
+
+def _curve(numbers: list[float | None]) -> Row:
+    known = [number for number in numbers if number is not None]
+    ends = {"lowest": min(known, default=None), "highest": max(known, default=None)}
+    return {"count": len(numbers), "first": numbers[0], "last": numbers[-1], **ends}

@@ -1,7 +1,6 @@
 """A ledger of an older schema is made again from what it holds; the folders then complete it."""
 
 from collections import defaultdict
-from typing import Any
 
 from sqlalchemy import Connection, MetaData, select, text
 
@@ -11,7 +10,6 @@ from fp4rl.spec.errors import InvalidValueError
 
 _OLD = ("experiments", "runs", "metrics", "evaluations", "evidence", "artefacts")
 _DROPPED = ("items", "problem_lists", "alembic_version")
-_OF_RESULT = ("arm", "seed", "spec_digest", "code_digest", "steps_asked", "steps_done", "wall_s", "versions")
 
 
 def schema_of(connection: Connection) -> str | None:
@@ -58,22 +56,23 @@ def _old_documents(connection: Connection, old: MetaData) -> list[Document]:
 
 
 def _old_document(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]]) -> Document:
-    result: dict[str, Any] = {name: run[name] for name in (*_OF_RESULT, "evidence")}
-    result["evaluations"] = [
-        row | {"profile": row.pop("conditions") | {"name": row["profile"]}} for row in of_run["evaluations"]
-    ]
-    if run["imported"] is not None:
-        result["imported"] = run["imported"]
+    evaluations = [row | {"profile": row["conditions"] | {"name": row["profile"]}} for row in of_run["evaluations"]]
     metrics: dict[int, Row] = defaultdict(dict)
     for row in of_run["metrics"]:  # SQLite kept NULL for not-a-number
         metrics[row["step"]][row["name"]] = float("nan") if row["value"] is None else row["value"]
     spec = specs.get(run["experiment"], {})
     lines = [row["content"] for row in sorted(of_run["evidence"], key=lambda row: row["line"])]
-    named = spec | {"seed": run["seed"]} if spec else {}
-    digest, files = run["sites_digest"], of_run["artefacts"]
-    record = {"suite": run["suite"], "run_id": run["run_id"], "content": "", "spec": named, "sites_digest": digest}
+    record = {
+        **{name: run[name] for name in ("suite", "run_id", "sites_digest")},
+        "content": "",
+        "spec": spec | {"seed": run["seed"]} if spec else {},
+        "result": run | {"evaluations": evaluations},
+        "evidence": lines,
+        "items": [],
+        "files": of_run["artefacts"],
+    }
     try:
-        return read_document(record | {"result": result, "evidence": lines, "items": [], "files": files}, metrics)
+        return read_document(record, metrics)
     except InvalidValueError as error:
         raise InvalidValueError(
             f"the ledger's record of {run['suite']}/{run['run_id']} cannot be read ({error}); the ledger is as it was: "
