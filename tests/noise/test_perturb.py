@@ -131,7 +131,6 @@ def test_rollouts_are_noisy_and_training_is_not(model):
 
     clean, records = _bits(model), []
     phases = Phases(model, None, Noise(), seed=0, total_steps=29, record=records.append)
-    phases.start()
     for step in (3, 4):
         with phases.rollout(step):
             assert _bits(model) != clean

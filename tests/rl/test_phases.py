@@ -29,7 +29,6 @@ def spend(phases, phase):
         with phases.rollout(0), torch.no_grad():
             phases.model(x)
     else:
-        phases.start()
         phases.model(x)
         phases.require_calls("training")
 

@@ -9,6 +9,7 @@ import pytest
 
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import arguments, require_shares
+from fp4rl.rl.step_metrics import joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.training import Training
 
@@ -137,12 +138,12 @@ def test_extremes_stay_extremes_groups_are_added_and_the_rest_are_means():
         {"response_length/max": 9.0, "is_min": 0.1, "sampling/trained_groups": 5.0, "entropy": 0.4, "kl": 1.0},
     ]
     want = {"response_length/max": 9.0, "sampling/trained_groups": 8.0, "entropy": pytest.approx(0.3), "kl": 1.0}
-    assert processes.joined(lines) == want | {"is_min": 0.1}
+    assert joined(lines) == want | {"is_min": 0.1}
 
 
 def test_one_process_is_the_first_and_waits_for_nobody():
     assert (processes.count(), processes.is_first(), processes.from_first(3)) == (1, True, 3)
-    assert processes.of_all({"a": 1.0}) == {"a": 1.0}
+    assert joined(processes.from_all({"a": 1.0})) == {"a": 1.0}
     processes.wait()
 
 

@@ -16,9 +16,11 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
 
     `beta` stays 0: the reference belongs to our own loss. A TRL step is one update, ours is a batch of rollouts.
     """
+    updates, share = recipe.updates_per_step, recipe.mini_batch_size * recipe.rollout_n // processes
+    micro = recipe.micro_batch_size or share
     return {
         "output_dir": str(folder),
-        "max_steps": recipe.steps * recipe.updates_per_step,
+        "max_steps": recipe.steps * updates,
         "max_completion_length": recipe.max_response_length,
         "temperature": recipe.temperature,
         "top_p": recipe.top_p,
@@ -32,9 +34,19 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
         "disable_tqdm": True,
         "shuffle_dataset": False,
         "remove_unused_columns": False,
-        **_batches(recipe, processes),
-        **_optimizer(recipe),
-        **_checkpoints(recipe),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "steps_per_generation": updates * share // micro,
+        "num_generations": recipe.rollout_n,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": "constant_with_warmup" if recipe.lr_scheduler == "constant" else recipe.lr_scheduler,
+        "warmup_steps": recipe.lr_warmup_steps * updates,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.grad_clip,
+        # At rollout boundaries alone: in between, a batch of answers would have to be saved too.
+        "save_strategy": "steps" if recipe.save_freq else "no",
+        **({"save_steps": recipe.save_freq * updates} if recipe.save_freq else {}),
+        "ignore_data_skip": True,  # problems come from our own stream; TRL's loader only counts
     }
 
 
@@ -53,34 +65,3 @@ def require_shares(recipe: Training, processes: int) -> None:
             "adv_estimator reinforce_plus_plus_baseline divides by the spread of the whole batch, of which each of "
             f"{processes} processes has a share: take grpo or rloo"
         )
-
-
-def _batches(recipe: Training, processes: int) -> dict[str, Any]:
-    share = recipe.mini_batch_size * recipe.rollout_n // processes
-    micro = recipe.micro_batch_size or share
-    return {
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
-        "steps_per_generation": recipe.updates_per_step * share // micro,
-        "num_generations": recipe.rollout_n,
-    }
-
-
-def _optimizer(recipe: Training) -> dict[str, Any]:
-    return {
-        "learning_rate": recipe.lr,
-        "lr_scheduler_type": "constant_with_warmup" if recipe.lr_scheduler == "constant" else recipe.lr_scheduler,
-        "warmup_steps": recipe.lr_warmup_steps * recipe.updates_per_step,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.grad_clip,
-    }
-
-
-def _checkpoints(recipe: Training) -> dict[str, Any]:
-    # At rollout boundaries alone: in between, a batch of answers would have to be saved too.
-    return {
-        "save_strategy": "steps" if recipe.save_freq else "no",
-        **({"save_steps": recipe.save_freq * recipe.updates_per_step} if recipe.save_freq else {}),
-        # Problems come from our own stream; TRL's loader only counts.
-        "ignore_data_skip": True,
-    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -23,38 +23,29 @@ from fp4rl.spec.records import NoiseSummary
 _HELD_STEPS, _HELD_EVERY = 3, 10
 
 
+@dataclass
 class Phases:
-    """Rollout and training of one model under one injection and one noise.
+    """Rollout and training of one model under one injection and one noise; begins in training.
 
     `record` receives evidence. A rollout that leaves the master weights different from what it found raises
     CheckFailed, and so does noise that was asked for and is not there.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        attachment: Attachment | None,
-        noise: Noise | None,
-        *,
-        seed: int,
-        total_steps: int,
-        record: Record,
-    ) -> None:
-        self.model = model
-        self.attachment = attachment
-        self.noise = noise
-        self.seed = seed
-        self.total_steps = total_steps
-        self.record = record
-        self.sigma = 0.0
-        self.stages = StageLog()
-        self.progress = ScheduleProgress.of(noise, total_steps) if noise is not None else None
-        self._noise_seen: list[NoiseEvidence] = []  # one for each rollout, its weights pooled
-        self._called: set[Phase] = set()
-        self._to_hold: int | None = None  # the step whose training is still to be held against its masters
+    model: nn.Module
+    attachment: Attachment | None
+    noise: Noise | None
+    _: KW_ONLY
+    seed: int
+    total_steps: int
+    record: Record
+    sigma: float = 0.0
+    stages: StageLog = field(default_factory=StageLog)
+    _noise_seen: list[NoiseEvidence] = field(default_factory=list)  # one for each rollout, its weights pooled
+    _called: set[Phase] = field(default_factory=set)
+    _to_hold: int | None = None  # the step whose training is still to be held against its masters
 
-    def start(self) -> None:
-        """Before the first step: the model computes as in training."""
+    def __post_init__(self) -> None:
+        self.progress = ScheduleProgress.of(self.noise, self.total_steps) if self.noise is not None else None
         self._switch("training")
 
     @contextmanager
@@ -63,16 +54,12 @@ class Phases:
 
         `data_epochs` says how often the training problems have been gone through: an epoch-aware schedule follows.
         """
-        with weights_unchanged(self.model, "rollout", step, self.record):
-            self._switch("rollout")
-            try:
-                with self._noisy(step, data_epochs):
-                    yield
-                    # While the noise is still on: it is part of what was sampled from.
-                    self._to_hold = self._require_rounded(step)
-                self.require_calls("rollout")
-            finally:
-                self._switch("training")
+        with weights_unchanged(self.model, "rollout", step, self.record), self.reference("rollout"):
+            with self._noisy(step, data_epochs):
+                yield
+                # While the noise is still on: it is part of what was sampled from.
+                self._to_hold = self._require_rounded(step)
+            self.require_calls("rollout")
 
     @property
     def scores_with_noise(self) -> bool:
@@ -92,12 +79,8 @@ class Phases:
     def as_sampled(self, step: int) -> Iterator[None]:
         """Score as the sampler of `step` did: injection as in rollouts, and the very noise that was on."""
         assert self.noise is not None
-        self._switch("rollout")
-        try:
-            with self._perturbed(self.noise, step):
-                yield
-        finally:
-            self._switch("training")
+        with self.reference("rollout"), self._perturbed(self.noise, step):
+            yield
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -114,8 +97,8 @@ class Phases:
             self.attachment.invalidate()
 
     def require_calls(self, phase: Phase) -> None:
-        """Once a phase, in the first steps: a site that should act and did not stops the run (P10). Training's matmuls
-        are held against their masters as a rollout's are: once, in each step whose rollout was held."""
+        """Once a phase: a site that should act and did not stops the run. Training's matmuls are held against their
+        masters once in each step whose rollout was."""
         if self.attachment is None:
             return
         if phase not in self._called:
@@ -126,7 +109,7 @@ class Phases:
             self._to_hold = None
 
     def _require_rounded(self, step: int) -> int | None:
-        """In the first steps and every so often: what the matmuls receive is what their masters round to now (P35).
+        """In the first steps and every so often: what the matmuls receive is what their masters round to now.
 
         Returns the step if it was one of these.
         """
@@ -153,7 +136,7 @@ class Phases:
         return {
             "noise": [asdict(rollout) for rollout in self._noise_seen],
             "stages": self.stages.ran,
-            "course": _progress_as_json(self.progress) if self.progress is not None else None,
+            "course": [p.epoch, p.begun, p.length.numerator, p.length.denominator] if (p := self.progress) else None,
             "injection": self.attachment.state_dict() if self.attachment is not None else {},
         }
 
@@ -199,16 +182,12 @@ class Phases:
             self.weights_changed()
 
     def finish(self) -> None:
-        """At the end of a run: noise that was asked for must have acted, a control must not have (P03)."""
+        """At the end of a run: noise that was asked for must have acted, a control must not have."""
         if self.noise is None:
             return
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
         self.record(NoiseStages(ran=tuple(self.stages.ran), missed=missed))
         require_noise(self.noise, [[rollout] for rollout in self._noise_seen])
-
-
-def _progress_as_json(progress: ScheduleProgress) -> list[int]:
-    return [progress.epoch, progress.begun, progress.length.numerator, progress.length.denominator]
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:

@@ -4,7 +4,6 @@ Without a launcher there is one process, it is the first, and nothing here costs
 where it is used: judging a model needs none of it.
 """
 
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,7 +11,6 @@ import torch
 
 T = TypeVar("T")
 
-_SUMS = ("rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups")
 # The others wait while the first judges; one that died is noticed by the launcher, not by a clock.
 _PATIENCE = timedelta(days=1)
 
@@ -66,20 +64,3 @@ def from_all(value: T) -> list[T]:
     from accelerate.utils import gather_object
 
     return list(gather_object([value]))
-
-
-def of_all(metrics: Mapping[str, float]) -> dict[str, float]:
-    """One line of metrics out of those of all processes, the same everywhere."""
-    return joined(from_all(dict(metrics)))
-
-
-def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Extremes stay extremes, numbers of groups are added, the rest are means over the processes that have them."""
-    names = dict.fromkeys(name for line in lines for name in line)
-    return {name: _one(name, [line[name] for line in lines if name in line]) for name in names}
-
-
-def _one(name: str, values: list[float]) -> float:
-    if "max" in name or "_min" in name:
-        return (max if "max" in name else min)(values)
-    return sum(values) if name in _SUMS else sum(values) / len(values)

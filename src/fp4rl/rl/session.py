@@ -48,7 +48,7 @@ class Run:
         """What evaluates the start, the model on the way and the final one alike."""
         return evaluation_runner(self.experiment)
 
-    def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
+    def evaluated(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
         """Every profile's evaluation of the model in `folder`."""
 
         def on_items(name: str, done: int, total: int) -> None:
@@ -78,21 +78,16 @@ class TrainingSession:
     def __init__(self, run: Run, past: ResumeState) -> None:
         self.run = run
         self.past = past
-        experiment, recipe = run.experiment, run.experiment.training
+        experiment = run.experiment
         torch.manual_seed(experiment.seed)
         self.model, self.tokenizer = opened(run)
         self.attachment: Attachment | None = None
         if experiment.injection is not None:
             self.attachment = attach(self.model, experiment.injection)
+        seed, steps = experiment.seed, experiment.training.steps
         self.phases = Phases(
-            self.model,
-            self.attachment,
-            experiment.noise,
-            seed=experiment.seed,
-            total_steps=recipe.steps,
-            record=run.emit,
+            self.model, self.attachment, experiment.noise, seed=seed, total_steps=steps, record=run.emit
         )
-        self.phases.start()
         self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(experiment.task.problems("train"), experiment.seed)
@@ -172,8 +167,8 @@ class TrainingSession:
     def _validated(self, step: int) -> dict[str, float]:
         """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
-        judged = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.judged(folder, step)}
-        accuracies = processes.from_first(judged)
+        shares = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.evaluated(folder, step)}
+        accuracies = processes.from_first(shares)
         if processes.is_first():
             shutil.rmtree(folder)
         goal, answers = accuracies.get("deployment", next(iter(accuracies.values())))

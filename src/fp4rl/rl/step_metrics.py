@@ -1,13 +1,15 @@
-"""What a step logs: one number out of those of its micro-batches, and where its time went."""
+"""What a step logs: one number out of those of its micro-batches and processes, and where its time went."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 # Of a micro-batch these are its part of an update's, so that they add up.
 _IN_PARTS = {"policy_loss", "kl_loss"}
+# Of a process these are its part of the step's.
+_COUNTS = {"rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups"}
 # Means over answers; every other one is a mean over tokens.
 _OF_ANSWERS = {
     f"rollout_corr/{name}"
@@ -50,9 +52,18 @@ class StepMeans:
 def _one(name: str, values: list[tuple[float, float]], updates: int) -> float:
     if name in _IN_PARTS:
         return sum(value for value, _ in values) / updates
+    if name in _COUNTS:
+        return sum(value for value, _ in values)
     if "max" in name or "_min" in name:
         return (max if "max" in name else min)(value for value, _ in values)
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+
+
+def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Make one line of metrics out of those of all processes: counts are added, the rest are means."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    values = {name: [(line[name], 1.0) for line in lines if name in line] for name in names}
+    return {name: _one(name, of_each, len(of_each)) for name, of_each in values.items()}
 
 
 class StepTimer:

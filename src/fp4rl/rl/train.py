@@ -8,7 +8,7 @@ from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.check import check
-from fp4rl.rl.checkpoints import all_of, read, remove
+from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged
@@ -67,22 +67,20 @@ def train(
     require_sound_quantizer()
     require_shares(experiment.training, processes.count())
     past = past or ResumeState()
-    _require_as_many(past)
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
     if past.checkpoint is not None:
-        then = past.checkpoint.state["inputs"]
-        require_unchanged(then, run.inputs, past.checkpoint.step, folder / "checkpoints")
-    if past.checkpoint is None:
-        list(run.judged(run.start, 0))
-    session = TrainingSession(run, past)
-    if past.checkpoint is None:
+        _require_resumable(past.checkpoint, run)
+        session = TrainingSession(run, past)
+    else:
+        list(run.evaluated(run.start, 0))
+        session = TrainingSession(run, past)
         require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
-        for line in noise_warnings(session.model, experiment.noise, experiment.training.steps):
-            run.emit(Message(line))
+        warnings = [*noise_warnings(session.model, experiment.noise, experiment.training.steps)]
         if experiment.model.path is not None:  # of the embedded model it is known without loading it
-            for line in without_effect(session.model, experiment.noise):
-                run.emit(Message(line))
+            warnings += without_effect(session.model, experiment.noise)
+        for line in warnings:
+            run.emit(Message(line))
     run.emit(SitesResolved(sites(session.attachment)))
     session.train()
     while session.monitor.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
@@ -109,16 +107,15 @@ def _run(
     return Run(experiment, folder, start, emit, stamp, digests, interrupted)
 
 
-def _require_as_many(past: ResumeState) -> None:
-    """Each process goes on from its own place in the problems and its own counters."""
-    if past.checkpoint is None:
-        return
-    before = len(past.checkpoint.state["positions"])
+def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:
+    """Each process goes on from its own place in the problems and its own counters, on the same contents."""
+    before = len(checkpoint.state["positions"])
     if before != processes.count():
         raise InvalidValueError(
-            f"{past.checkpoint.path} was written by {before} processes and this is {processes.count()}: start as many, "
+            f"{checkpoint.path} was written by {before} processes and this is {processes.count()}: start as many, "
             "or delete the checkpoints"
         )
+    require_unchanged(checkpoint.state["inputs"], run.inputs, checkpoint.step, run.folder / "checkpoints")
 
 
 def _roll_back(run: Run, session: TrainingSession) -> None:
@@ -166,5 +163,5 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         noise=session.phases.noise_summary(),
         health=session.monitor.summary(session.past.rollbacks),
     )
-    list(run.judged(final, session.trainer.step, last=True))
+    list(run.evaluated(final, session.trainer.step, last=True))
     return Trained(run.start, final, session.trainer.step, evidence, stopped)

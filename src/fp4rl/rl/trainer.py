@@ -31,7 +31,7 @@ from fp4rl.rl.mismatch import compare_sampler, is_due
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
-from fp4rl.rl.step_metrics import StepMeans, StepTimer
+from fp4rl.rl.step_metrics import StepMeans, StepTimer, joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
 
@@ -243,7 +243,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         metrics["time/step_s"] = time.perf_counter() - self._started
         self.timer.lap("other")
         metrics |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
-        if self.parts.supervisor.on_step(self.step, processes.of_all({**self._step_metrics, **metrics})):
+        if self.parts.supervisor.on_step(self.step, joined(processes.from_all({**self._step_metrics, **metrics}))):
             self.control.should_training_stop = True
 
 
