@@ -63,7 +63,7 @@ def test_the_sampler_is_the_model_whatever_the_folder_says(adapted, clean, tmp_p
     seed_rollout(0, 0)
     asked = Sampling(NEW_TOKENS, temperature=1.0, logps=True)
     found = roll_out(transformers_sampler, model, tokenizer, PROBLEMS, asked)
-    for prompt, tokens, logps in zip(found.prompt_ids, found.completion_ids, found.logps, strict=True):
+    for prompt, (tokens, _, _, logps) in zip(found.prompt_ids, found.answers, strict=True):
         with torch.no_grad():
             scored = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(logps, scored.gather(-1, torch.tensor(tokens)[:, None])[:, 0], atol=1e-3, rtol=0)
@@ -86,8 +86,8 @@ def test_rollouts_and_evaluations_end_an_answer_at_the_same_tokens(clean, tmp_pa
     judged = answers(folder)
     assert judged[0][1:] == (2, False) != answers(clean)[0][1:]
     drawn = roll_out(transformers_sampler, model, tokenizer, PROBLEMS, Sampling(NEW_TOKENS))
-    assert [len(tokens) for tokens in drawn.completion_ids] == [length for _, length, _ in judged]
-    assert [not ended for ended in drawn.ended] == [truncated for *_, truncated in judged]
+    assert [len(answer.tokens) for answer in drawn.answers] == [length for _, length, _ in judged]
+    assert [not answer.ended for answer in drawn.answers] == [truncated for *_, truncated in judged]
 
 
 def test_a_model_that_never_ends_is_refused_where_it_is_to_answer(clean):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fp4rl.rl.batch import Answer, group_advantages, training_batch
+from fp4rl.rl.batch import group_advantages, training_batch
+from fp4rl.rl.generate import Generation
+from fp4rl.rl.rollout import Answer
 from fp4rl.spec.algorithms import ALGORITHMS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.training import Training
@@ -49,7 +51,7 @@ def test_the_batch_deviation_keeps_a_quiet_group_quiet():
 )
 def test_a_step_learns_from_the_advantages_of_its_recipe(recipe, first, second):
     """The kind: `one != other`, which any difference passes, in place of the right values, worked out by hand."""
-    answers = [Answer([5], [6], torch.zeros(1), reward, True) for reward in REWARDS.tolist()]
+    answers = [Answer([5], Generation([6], "", True, torch.zeros(1)), reward) for reward in REWARDS.tolist()]
     described = Training.model_validate({"algorithm": "dapo", "rollout_n": 4} | recipe)
     batch = training_batch(answers, answers[0], described, 8, 0, torch.device("cpu"))
     (up, down), (high, low) = first, second

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp4rl.rl.fill import Filler, PromptStream
+from fp4rl.rl.generate import Generation
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Rollout
 from fp4rl.spec.task import Problem, Score
@@ -31,9 +32,9 @@ def filler(mixed, groups=3, function=None, uneven=False, **changes):
             texts.append("yes" if right else "no")
         last = [uneven and place % N == N - 1 for place in range(len(problems))]
         # the length says which problem it was
-        ids = tuple([7] * (1 + numbers[p.id] + longer) for p, longer in zip(problems, last, strict=True))
-        logps = tuple(torch.zeros(len(row)) for row in ids)
-        return Rollout(tuple(problems), tuple([1] for _ in problems), ids, logps, (True,) * len(ids), tuple(texts))
+        ids = [[7] * (1 + numbers[p.id] + longer) for p, longer in zip(problems, last, strict=True)]
+        answers = [Generation(row, text, True) for row, text in zip(ids, texts, strict=True)]
+        return Rollout(tuple(problems), tuple([1] for _ in problems), tuple(answers))
 
     return Filler(recipe, stream, Rewarder(scorer, function, "of.mine" if function else "accuracy"), groups).fill(
         sample
@@ -41,7 +42,7 @@ def filler(mixed, groups=3, function=None, uneven=False, **changes):
 
 
 def groups_of(filled):
-    return [len(answer.completion_ids) - 1 for answer in filled.answers][::N]
+    return [len(answer.generation.tokens) - 1 for answer in filled.answers][::N]
 
 
 def test_groups_without_spread_never_reach_the_loss():

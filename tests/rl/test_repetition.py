@@ -5,8 +5,9 @@ from random import Random
 
 import pytest
 
+from fp4rl.rl.generate import Generation
 from fp4rl.rl.health.signals import signals_of
-from fp4rl.rl.rollout import answer_metrics, repeated_share
+from fp4rl.rl.rollout import Rollout, repeated_share
 
 
 def test_a_loop_repeats_nearly_all_of_its_ngrams_and_a_sentence_none():
@@ -28,10 +29,11 @@ def test_the_share_is_trls_penalty_without_its_sign():
 
 
 def test_an_answer_that_is_only_its_end_is_empty():
-    metrics = answer_metrics([[9], [1, 9], [], [1]], [True, True, False, False])
-    assert metrics["response_length/empty_ratio"] == 0.5
-    assert answer_metrics([], []) == {}
+    answers = [([9], True), ([1, 9], True), ([], False), ([1], False)]
+    rollout = Rollout((), (), tuple(Generation(tokens, "", ended) for tokens, ended in answers))
+    assert rollout.shape()["response_length/empty_ratio"] == 0.5
 
 
 def test_the_monitor_knows_these_metrics():
-    assert set(signals_of(answer_metrics([[7] * 9], [False]))) == {"empty", "repetition"}
+    shape = Rollout((), (), (Generation([7] * 9, "", False),)).shape()
+    assert set(signals_of(shape)) == {"answers", "length", "truncated", "empty", "repetition"}

@@ -1,14 +1,13 @@
 """From the answers that are kept to their advantages, and to the padded micro-batches that the loss reads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from fp4rl.rl.prompts import padded
-from fp4rl.rl.rollout import ScoredRollout
+from fp4rl.rl.rollout import Answer
 from fp4rl.spec.algorithms import ADV_ESTIMATORS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
 from fp4rl.spec.training import Training
@@ -72,86 +71,42 @@ def _nan_std(values: Tensor, dim: int) -> Tensor:
 Batch = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer of a kept group, ready for a batch."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    logps: Tensor
-    reward: float
-    ended: bool
-
-
-def kept_answers(parts: Sequence[ScoredRollout], rows: Sequence[Sequence[int]]) -> list[Answer]:
-    """The answers in `rows` (row numbers, one list per part), in order."""
-    return [
-        Answer(
-            part.rollout.prompt_ids[i],
-            part.rollout.completion_ids[i],
-            part.rollout.logps[i],
-            part.scored.rewards[i],
-            part.rollout.ended[i],
-        )
-        for part, chosen in zip(parts, rows, strict=True)
-        for i in chosen
-    ]
-
-
 def training_batch(
     answers: Sequence[Answer], stand_in: Answer, recipe: Training, rows: int, pad_id: int, device: torch.device
-) -> dict[str, Tensor]:
-    """The tensors of one step: `tensors`, with `advantages` [rows] and, where truncated answers are masked,
-    `loss_mask` [rows, T]. Without any answer `stand_in` gives the batch its shape, under an empty mask."""
-    batch = tensors(answers or [stand_in], rows, pad_id, device)
-    if not answers:
-        batch["completion_mask"].zero_()
+) -> Batch:
+    """The padded tensors of one step, in `rows` rows: prompts on the left, answers on the right.
+
+    Where fewer answers were kept than `rows`, the rest are copies of the first one (`stand_in` where none was kept)
+    under an empty mask: they are in the batch for its shape and in no sum. Keys as TRL names them: prompt_ids,
+    prompt_mask [rows, P]; completion_ids, completion_mask, sampling_per_token_logps [rows, T]; `advantages` [rows] and,
+    where truncated answers are masked, `loss_mask` [rows, T]. A log-probability that the sampler did not give is NaN,
+    which every reader takes for unknown.
+    """
+    missing = rows - len(answers)
+    filled = [*answers, *[next(iter(answers), stand_in)] * missing]
+    counts = torch.tensor([1] * len(answers) + [0] * missing)
+    prompts, prompt_mask = padded([a.prompt_ids for a in filled], pad_id)
+    completions, completion_mask = padded([a.generation.tokens for a in filled], pad_id, left=False)
+    logps = torch.zeros(completions.shape, dtype=torch.float32)
+    for row, (_, generation, _) in zip(logps, filled, strict=True):
+        row[: len(generation.tokens)] = torch.nan if generation.logps is None else generation.logps
     advantages = torch.zeros(rows)
     if answers:
-        advantages[: len(answers)] = _advantages(answers, recipe)
-    batch["advantages"] = advantages.to(device)
-    if recipe.mask_truncated:
-        cut = torch.tensor([not a.ended for a in answers] + [False] * (rows - len(answers)), device=device)
-        batch["loss_mask"] = mask_truncated(batch["completion_mask"], cut)
-    return batch
-
-
-def _advantages(answers: Sequence[Answer], recipe: Training) -> Tensor:
-    by_std = recipe.published.norm_adv_by_std if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
-    rewards = torch.tensor([a.reward for a in answers])
-    return group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std)
-
-
-def tensors(answers: Sequence[Answer], rows: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Padded tensors of `rows` rows: prompts on the left, answers on the right.
-
-    Where fewer answers were kept than `rows`, the rest are copies of the first one under an empty mask: they are in
-    the batch for its shape and in no sum. Keys as TRL names them: prompt_ids, prompt_mask [rows, P]; completion_ids,
-    completion_mask, sampling_per_token_logps [rows, T].
-    """
-    filled = [*answers, *([answers[0]] * (rows - len(answers)))]
-    counts = torch.tensor([1] * len(answers) + [0] * (rows - len(answers)))
-    prompts, prompt_mask = padded([a.prompt_ids for a in filled], pad_id)
-    completions, completion_mask = padded([a.completion_ids for a in filled], pad_id, left=False)
-    logps = torch.zeros(completions.shape, dtype=torch.float32)
-    for row, answer in zip(logps, filled, strict=True):
-        row[: len(answer.logps)] = answer.logps
+        by_std = recipe.published.norm_adv_by_std if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
+        rewards = torch.tensor([a.reward for a in answers])
+        advantages[: len(answers)] = group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std)
     batch = {
         "prompt_ids": prompts,
         "prompt_mask": prompt_mask,
         "completion_ids": completions,
         "completion_mask": completion_mask * counts.unsqueeze(-1),
         "sampling_per_token_logps": logps,
+        "advantages": advantages,
     }
+    if recipe.mask_truncated:  # the attention mask stays as it is: only the loss forgets truncated answers
+        ended = torch.tensor([a.generation.ended for a in filled])
+        batch["loss_mask"] = batch["completion_mask"] * ended.unsqueeze(-1)
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def mask_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
-    """The loss mask [answers, tokens] without the truncated answers: they are neither rewarded nor punished.
-
-    The attention mask must stay as it is: only the loss forgets them.
-    """
-    return mask.masked_fill(truncated.bool().unsqueeze(-1), 0)
 
 
 def by_length(batches: Sequence[Batch], span: int) -> list[Batch]:
@@ -176,10 +131,5 @@ def _sorted(parts: Sequence[Batch]) -> list[Batch]:
 
 def _cut(batch: Batch) -> Batch:
     prompt, answer = (max(int(batch[f"{name}_mask"].sum(-1).max()), 1) for name in ("prompt", "completion"))
-    return {name: _columns(name, value, prompt, answer) for name, value in batch.items()}
-
-
-def _columns(name: str, value: Tensor, prompt: int, answer: int) -> Tensor:
-    if value.dim() < 2:
-        return value
-    return value[:, -prompt:] if name.startswith("prompt_") else value[:, :answer]
+    columns = {name: slice(-prompt, None) if name.startswith("prompt_") else slice(answer) for name in batch}
+    return {name: value[:, columns[name]] if value.dim() > 1 else value for name, value in batch.items()}

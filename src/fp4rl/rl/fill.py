@@ -11,9 +11,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from fp4rl.rl.batch import Answer, kept_answers
 from fp4rl.rl.rewards import Rewarder, soft_overlong_penalty
-from fp4rl.rl.rollout import Rollout, ScoredRollout
+from fp4rl.rl.rollout import Answer, Rollout, ScoredRollout
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
 from fp4rl.spec.training import Training
@@ -178,21 +177,16 @@ class Filled:
     answers: tuple[Answer, ...]
     metric: str | None
 
-    @property
-    def any_answer(self) -> Answer:
-        """Some answer, kept or not."""
-        return kept_answers(self.generations[:1], [[0]])[0]
-
     def report(self) -> str | None:
         """One line when the filter left the batch short, None else. Nothing is trained on in silence."""
         return self.refill.report(self.metric) if self.metric is not None else None
 
     def without_spread(self, rollout_n: int) -> str | None:
-        """One line where no group that is learned from differs in what it earned (P25)."""
+        """One line where no group that is learned from differs in what it earned."""
         kept = torch.tensor([answer.reward for answer in self.answers])
         if len(kept) and groups_with_spread(kept, rollout_n).any():
             return None
-        rewards = torch.cat([torch.tensor(part.scored.rewards) for part in self.generations])
+        rewards = torch.tensor([reward for part in self.generations for reward in part.scored.rewards])
         groups, differ = len(rewards) // rollout_n, int(groups_with_spread(rewards, rollout_n).sum())
         if differ:
             return (
@@ -216,18 +210,19 @@ class Filled:
         return {**first.scored.means(), **of_groups, **first.rollout.shape(), **self.refill.metrics()}
 
 
+@dataclass
 class Filler:
     """Takes problems from the stream until enough groups teach something."""
 
-    def __init__(self, recipe: Training, stream: PromptStream, rewarder: Rewarder, groups: int) -> None:
-        self.recipe = recipe
-        self.stream = stream
-        self.rewarder = rewarder
-        self.groups = groups
+    recipe: Training
+    stream: PromptStream
+    rewarder: Rewarder
+    groups: int
 
     def fill(self, sample: Sampler) -> Filled:
         """Generate until enough groups have spread, or the limit of generations is reached."""
-        filtered = self._filtered
+        # A group without spread teaches as much as any other where there are no advantages.
+        filtered = self.recipe.filters and not self.distils_alone
         refill = Refill(self.groups, self.recipe.filter_groups.max_num_gen_batches if filtered else 1)
         parts: list[ScoredRollout] = []
         spreads: list[Tensor] = []
@@ -236,13 +231,10 @@ class Filler:
             parts.append(self._scored(sample([p for p in problems for _ in range(self.recipe.rollout_n)])))
             spreads.append(self._spread(parts[-1]) if filtered else torch.ones(len(problems), dtype=torch.bool))
             refill = refill.after(int(spreads[-1].sum()), len(problems))
-        kept = kept_answers(parts, _rows(spreads, refill.wanted, self.recipe))
-        return Filled(tuple(parts), refill, tuple(kept), self.metric if filtered else None)
-
-    @property
-    def _filtered(self) -> bool:
-        # A group without spread teaches as much as any other where there are no advantages.
-        return self.recipe.filters and not self.distils_alone
+        answers = [answer for part in parts for answer in part.answers()]
+        rows = answers_of(choose(torch.cat(spreads), refill.wanted), self.recipe.rollout_n)
+        kept = tuple(answers[row] for row in rows.tolist())
+        return Filled(tuple(parts), refill, kept, self.metric if filtered else None)
 
     @property
     def distils_alone(self) -> bool:
@@ -250,8 +242,8 @@ class Filler:
         return self.recipe.distillation is not None and self.recipe.distillation.alone
 
     def _spread(self, part: ScoredRollout) -> Tensor:
-        scored = part.scored
-        metric = {"score": scored.earned, "reward": scored.rewards, "acc": scored.strict}
+        scored, strict = part.scored, tuple(score.strict for score in part.scored.scores)
+        metric = {"score": scored.earned, "reward": scored.rewards, "acc": strict}
         chosen = torch.tensor(metric[self.recipe.filter_groups.metric], dtype=torch.float32)
         return groups_with_spread(chosen, self.recipe.rollout_n)
 
@@ -262,27 +254,10 @@ class Filler:
         return f"{metric} ({'the task' if metric == 'acc' else self.rewarder.name})"
 
     def _scored(self, rollout: Rollout) -> ScoredRollout:
-        lengths = [len(ids) for ids in rollout.completion_ids]
-        return ScoredRollout(
-            rollout, self.rewarder.score(rollout.problems, rollout.completions, self._penalties(lengths))
-        )
-
-    def _penalties(self, lengths: list[int]) -> list[float]:
         recipe, buffer = self.recipe, self.recipe.overlong
-        if buffer is None:
-            return [0.0] * len(lengths)
-        penalties: list[float] = soft_overlong_penalty(
-            torch.tensor(lengths), recipe.max_response_length, buffer, recipe.overlong_buffer.penalty_factor
-        ).tolist()
-        return penalties
-
-
-def _rows(spreads: list[Tensor], wanted: int, recipe: Training) -> list[list[int]]:
-    """Row numbers of the answers that reach the loss, one list per generation."""
-    rows: list[list[int]] = []
-    missing = wanted
-    for spread in spreads:
-        groups = choose(spread, missing)
-        missing -= len(groups)
-        rows.append(answers_of(groups, recipe.rollout_n).tolist())
-    return rows
+        texts, lengths = zip(*((answer.text, len(answer.tokens)) for answer in rollout.answers), strict=True)
+        penalties = torch.zeros(len(lengths))
+        if buffer is not None:
+            factor = recipe.overlong_buffer.penalty_factor
+            penalties = soft_overlong_penalty(torch.tensor(lengths), recipe.max_response_length, buffer, factor)
+        return ScoredRollout(rollout, self.rewarder.score(rollout.problems, texts, penalties.tolist()))

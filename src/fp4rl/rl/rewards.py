@@ -28,9 +28,7 @@ class Scored:
 
     earned: tuple[float, ...]
     penalties: tuple[float, ...]
-    strict: tuple[bool, ...]
-    flexible: tuple[bool, ...]
-    formatted: tuple[bool, ...]
+    scores: tuple[Score, ...]
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -47,9 +45,9 @@ class Scored:
             "reward/unjudged": 1 - len(judged) / n,
             "overlong/share": sum(penalty < 0 for penalty in self.penalties) / n,
             "overlong/mean_penalty": sum(self.penalties) / n,
-            "accuracy/rollout": sum(self.strict) / n,
-            "accuracy/rollout_flexible": sum(self.flexible) / n,
-            "accuracy/rollout_format": sum(self.formatted) / n,
+            "accuracy/rollout": sum(score.strict for score in self.scores) / n,
+            "accuracy/rollout_flexible": sum(score.flexible for score in self.scores) / n,
+            "accuracy/rollout_format": sum(score.formatted for score in self.scores) / n,
         }
 
 
@@ -67,27 +65,16 @@ class Rewarder:
     _told: bool = False
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str], penalties: Sequence[float]) -> Scored:
-        """Raises CheckFailed, naming the problem, when the function raises or returns what is no number.
-
-        The same for a batch of which it could judge nothing.
-        """
-        scores = [self.scorer(problem, text) for problem, text in zip(problems, completions, strict=True)]
-        earned = [
-            self._reward(problem, text, score)
-            for problem, text, score in zip(problems, completions, scores, strict=True)
-        ]
+        """Raises CheckFailed, naming the problem, when the function raises, returns what is no number, or can judge
+        nothing of the batch."""
+        scores = tuple(self.scorer(problem, text) for problem, text in zip(problems, completions, strict=True))
+        earned = tuple(map(self._reward, problems, completions, scores))
         if earned and all(math.isnan(reward) for reward in earned):
             raise CheckFailed(
                 f"the reward {self.name} judged none of {len(earned)} answers (first problem: {problems[0].id}); "
                 "it must return a number for at least some"
             )
-        return Scored(
-            earned=tuple(earned),
-            penalties=tuple(penalties),
-            strict=tuple(s.strict for s in scores),
-            flexible=tuple(s.flexible for s in scores),
-            formatted=tuple(s.formatted for s in scores),
-        )
+        return Scored(earned, tuple(penalties), scores)
 
     def _reward(self, problem: Problem, text: str, score: Score) -> float:
         if self.function is None:

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.rl.generate import Generation, Sampler, Sampling
@@ -18,30 +18,36 @@ NGRAM = 4
 
 @dataclass(frozen=True)
 class Rollout:
-    """Answers to one batch of problems, `n` in a row for each.
-
-    `prompt_ids`: token ids of each prompt, once per answer. `completion_ids`: generated ids up to and including the
-    end token. `logps`: the sampler's log-probability of each of them. `ended`: whether the end token was reached.
-    """
+    """Answers to one batch of problems, `n` in a row for each; `prompt_ids`: tokens of each prompt, once per answer."""
 
     problems: tuple[Problem, ...]
     prompt_ids: tuple[list[int], ...]
-    completion_ids: tuple[list[int], ...]
-    logps: tuple[Tensor, ...]
-    ended: tuple[bool, ...]
-    completions: tuple[str, ...]
+    answers: tuple[Generation, ...]
 
     def shape(self) -> dict[str, float]:
-        """Lengths in tokens, the shares of answers cut off and empty, and how much they repeat themselves."""
-        lengths = [len(ids) for ids in self.completion_ids]
+        """Lengths in tokens, the shares of answers cut off and empty, and how much they repeat themselves.
+
+        `response_length/empty_ratio`: share of answers that are nothing but their end token. `response/repetition`:
+        mean share of repeated 4-grams. Both are signs that a rollout is dead although its length looks well.
+        """
+        lengths = [len(answer.tokens) for answer in self.answers]
         n = len(lengths)
         return {
             "rollout/answers": float(n),
             "response_length/mean": sum(lengths) / n,
             "response_length/max": float(max(lengths)),
-            "response_length/clip_ratio": 1 - sum(self.ended) / n,
-            **answer_metrics(self.completion_ids, self.ended),
+            "response_length/clip_ratio": 1 - sum(answer.ended for answer in self.answers) / n,
+            "response_length/empty_ratio": sum(len(answer.tokens) <= answer.ended for answer in self.answers) / n,
+            "response/repetition": sum(repeated_share(answer.tokens) for answer in self.answers) / n,
         }
+
+
+class Answer(NamedTuple):
+    """One answer that was scored, beside the token ids of its prompt."""
+
+    prompt_ids: list[int]
+    generation: Generation
+    reward: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ class ScoredRollout:
 
     rollout: Rollout
     scored: Scored
+
+    def answers(self) -> list[Answer]:
+        """Its answers, in order."""
+        rollout = self.rollout
+        return [Answer(*each) for each in zip(rollout.prompt_ids, rollout.answers, self.scored.rewards, strict=True)]
 
 
 def roll_out(
@@ -61,20 +72,7 @@ def roll_out(
 ) -> Rollout:
     """Sample one answer to each of `problems` (which may repeat)."""
     prompts = encoded(model, tokenizer, problems)
-    answers = sampler(model, tokenizer, prompts, sampling)
-    return Rollout(
-        tuple(problems),
-        tuple(prompts),
-        tuple(answer.tokens for answer in answers),
-        tuple(_scored(answer) for answer in answers),
-        tuple(answer.ended for answer in answers),
-        tuple(answer.text for answer in answers),
-    )
-
-
-def _scored(answer: Generation) -> Tensor:
-    """The log-probabilities of an answer; NaN, which every reader takes for `unknown`, where the sampler gave none."""
-    return torch.full((len(answer.tokens),), torch.nan) if answer.logps is None else answer.logps
+    return Rollout(tuple(problems), tuple(prompts), tuple(sampler(model, tokenizer, prompts, sampling)))
 
 
 def seed_rollout(seed: int, step: int, process: int = 0) -> None:
@@ -96,18 +94,3 @@ def repeated_share(token_ids: Sequence[int], ngram: int = NGRAM) -> float:
     if count < 1:
         return 0.0
     return 1 - len({tuple(token_ids[i : i + ngram]) for i in range(count)}) / count
-
-
-def answer_metrics(completion_ids: Sequence[Sequence[int]], ended: Sequence[bool]) -> dict[str, float]:
-    """Signs that a rollout is dead although its length looks well; empty without answers.
-
-    `response_length/empty_ratio`: share of answers that are nothing but their end token. `response/repetition`: mean
-    share of repeated 4-grams.
-    """
-    if not completion_ids:
-        return {}
-    empty = sum(len(ids) - end <= 0 for ids, end in zip(completion_ids, ended, strict=True))
-    return {
-        "response_length/empty_ratio": empty / len(completion_ids),
-        "response/repetition": sum(repeated_share(ids) for ids in completion_ids) / len(completion_ids),
-    }

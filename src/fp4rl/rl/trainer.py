@@ -127,7 +127,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):
             self.parts.emit(Message(f"before any training: {line}"))
         pad_id, device = self._tokenizer.pad_token_id, torch.device(self.accelerator.device)
-        batch = training_batch(filled.answers, filled.any_answer, recipe, len(inputs), pad_id, device)
+        batch = training_batch(filled.answers, filled.generations[0].answers()[0], recipe, len(inputs), pad_id, device)
         self._step_metrics = {
             **filled.metrics(recipe.rollout_n),
             "noise/sigma": self.parts.phases.sigma,
