@@ -199,7 +199,7 @@ def test_an_old_record_that_cannot_be_read_names_its_run_and_leaves_the_ledger(o
 
 
 def test_a_change_of_schema_that_fails_leaves_the_old_one(old_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fp4rl.lab.ledger.upgrade.write", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
+    monkeypatch.setattr("fp4rl.lab.ledger.store.write", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
     with pytest.raises(RuntimeError, match="power cut"):
         open_ledger(old_file)
     with contextlib.closing(sqlite3.connect(old_file)) as connection:

@@ -1,9 +1,13 @@
 """The registry of settings that cannot act: each is named where it cannot, and not where it can."""
 
+import inspect
+import re
+
 import pytest
 
+from fp4rl.spec import idle as module
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.idle import RULES, idle, value_at
+from fp4rl.spec.idle import idle, rules, value_at
 from fp4rl.spec.load import merge
 
 BATCH = {"train_batch_size": 4, "mini_batch_size": 4}
@@ -106,11 +110,12 @@ def test_defaults_are_never_named():
 
 
 def test_every_rule_speaks_of_keys_that_there_are_and_has_a_case():
-    full = {"injection": "w4a4", "noise": {}, "training": {"distillation": {}}}
-    experiment = Experiment.model_validate(full)
-    for rule in RULES:
-        for key in rule.keys:
-            parent, _, last = key.rpartition(".")
-            assert hasattr(value_at(experiment, parent) if parent else experiment, last), key
-    covered = {key for key, *_ in CASES}
-    assert all(covered & set(rule.keys) for rule in RULES)
+    full = Experiment.model_validate({"injection": "w4a4", "noise": {}, "training": {"distillation": {}}})
+    with_a_case = set()
+    for key, content, _ in CASES:
+        for why, keys in rules(Experiment.model_validate(content)):
+            with_a_case |= {why} & ({why} if key in keys else set())
+            for name in keys:
+                parent, _, last = name.rpartition(".")
+                assert hasattr(value_at(full, parent) if parent else full, last), name
+    assert with_a_case == set(re.findall(r'yield "([^"]+)"', inspect.getsource(module)))

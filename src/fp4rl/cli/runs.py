@@ -8,7 +8,7 @@ import typer
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, table
-from fp4rl.lab.foreign.importer import About, import_log
+from fp4rl.lab.foreign.importer import import_log
 from fp4rl.lab.foreign.plain import readable
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.errors import NotFoundError, nearest
@@ -94,8 +94,8 @@ def import_file(
 
     Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """
-    about = About(read_yaml(config) if config is not None else None, status, note)
-    imported = import_log(file, runs, arm=arm, seed=seed, about=about)
+    settings = read_yaml(config) if config is not None else None
+    imported = import_log(file, runs, arm=arm, seed=seed, config=settings, status=status, note=note)
     log = imported.log
     with opened(runs, ledger):
         pass

@@ -1,7 +1,6 @@
-"""Find settings of a description that cannot act there: one table of rules, for `plan`, logs and reports."""
+"""Find settings of a description that cannot act there, for `plan`, logs and reports: one rule is one `if`."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,22 +12,19 @@ from fp4rl.spec.modes import MODES, PHASES
 from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
 from fp4rl.spec.targets import Targets
 
+Rules = Iterator[tuple[str, tuple[str, ...]]]
 
-@dataclass(frozen=True)
-class Rule:
-    """`keys` cannot act in experiments for which `holds` is true; `why` says so in words."""
-
-    keys: tuple[str, ...]
-    why: str
-    holds: Callable[[Experiment], bool]
+_REWARDED = (
+    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "reward"),
+    *("kl_loss_coef", "kl_loss_type", "reference_precision", "overlong_buffer", "filter_groups", "rollout_correction"),
+)
 
 
 def idle(experiment: Experiment) -> dict[str, str]:
     """Return, by key, why its value, which is not the default, cannot act here."""
     reasons: dict[str, str] = {}
-    for rule in RULES:
-        if rule.holds(experiment):
-            reasons |= {key: rule.why for key in rule.keys if is_set(experiment, key) and key not in reasons}
+    for why, keys in rules(experiment):
+        reasons |= {key: why for key in keys if is_set(experiment, key) and key not in reasons}
     return reasons | (dict(_idle_phases(experiment.injection)) if experiment.injection is not None else {})
 
 
@@ -50,147 +46,86 @@ def value_at(experiment: Experiment, key: str) -> Any:
     return value
 
 
+def rules(experiment: Experiment) -> Rules:
+    """Yield the rules that hold for an experiment: why, and the keys that therefore cannot act, set or not."""
+    yield from _of_training(experiment)
+    yield from _of_models(experiment)
+    if experiment.injection is not None:
+        yield from _of_injection(experiment.injection, experiment.evaluation.all_profiles)
+    yield from _of_evaluation(experiment)
+
+
 def _keys(above: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{above}.{name}" for name in names)
 
 
-_REWARDED = (
-    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "reward"),
-    *("kl_loss_coef", "kl_loss_type", "reference_precision", "overlong_buffer", "filter_groups", "rollout_correction"),
-)
+def _of_training(experiment: Experiment) -> Rules:
+    recipe, distillation = experiment.training, experiment.training.distillation
+    injects = experiment.injection is not None and not experiment.injection.is_nothing
+    if distillation is not None and distillation.alone:
+        yield "training.distillation.alone leaves the rewards out", _keys("training", *_REWARDED)
+    if not recipe.kl:
+        keys = _keys("training", "kl_loss_type", "reference_precision")
+        yield "training.kl_loss_coef is 0, so there is no KL and no reference", keys
+    if not injects:
+        yield "nothing is injected", ("training.reference_precision",)
+    if recipe.adv_estimator != "grpo":
+        keys = ("training.norm_adv_by_std",)
+        yield "only training.adv_estimator grpo divides by the spread of a group", keys
+    if recipe.updates_per_step == 1 and (experiment.noise is None or experiment.noise.logprobs == "clean"):
+        keys = _keys("training", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
+        yield "one update is made from each batch, so that the ratio is always 1", keys
+    if recipe.overlong is None:
+        keys = _keys("training.overlong_buffer", "len", "penalty_factor")
+        yield "training.overlong_buffer.enable is false, or left to an algorithm without it", keys
+    if not recipe.filters:
+        keys = _keys("training.filter_groups", "metric", "max_num_gen_batches")
+        yield "training.filter_groups.enable is false, or left to an algorithm without it", keys
+    if recipe.rollout_correction.rollout_is == "none":
+        keys = _keys("training.rollout_correction", "mode", "threshold")
+        yield "training.rollout_correction.rollout_is is none", keys
+    if not injects and distillation is not None and distillation.teacher == "live":
+        yield "the live teacher is the student itself where nothing is injected", ("training.distillation",)
 
 
-def _on_policy(experiment: Experiment) -> bool:
-    """Whether the ratio is 1 in every update: one is made from a batch, and the sampler's own weights are scored."""
-    noisy = experiment.noise is not None and experiment.noise.logprobs == "noisy"
-    return experiment.training.updates_per_step == 1 and not noisy
+def _of_models(experiment: Experiment) -> Rules:
+    embedded, noise = experiment.model.embedded, experiment.noise
+    if embedded is not None and embedded.warm_up_steps == 0:
+        keys = _keys("model.embedded", "warm_up_lr", "warm_up_batch_size", "warm_up_rise")
+        yield "model.embedded.warm_up_steps is 0", keys
+    if noise is not None and "norm" not in noise.targets.kinds:
+        yield "noise.targets.kinds holds no norm", _keys("noise.targets", "final_norm", "qk_norms", "moe")
+    if embedded is not None:
+        yield "the embedded model has no norms of queries and keys", ("noise.targets.qk_norms",)
+        yield "the embedded model has no experts", ("noise.targets.moe",)
 
 
-def _injects(experiment: Experiment) -> bool:
-    return experiment.injection is not None and not experiment.injection.is_nothing
+def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
+    if injection.is_nothing:
+        yield "it names no format and no error", ("injection",)
+    elsewhere = any(injection.acts_in(phase) for phase in PHASES if phase != "evaluation")
+    if not elsewhere and not any(name == "deployment" or "=" in name for name in profiles):
+        yield "it acts in evaluations alone, and none of evaluation.profiles is deployment", ("injection",)
+    rows = (injection, *injection.by_pattern)
+    points = [getattr(row, point, None) for row in rows for point in FORMAT_POINTS]
+    formats = [fmt for fmt in points if isinstance(fmt, Format)]
+    if not any(fmt.scale == "e8m0" and fmt.rounding != "stochastic" for fmt in formats):
+        yield "no format here has a scale that is a power of two", ("injection.preset",)
+    if not injection.errors and all(fmt.rounding != "stochastic" for fmt in formats):
+        yield "nothing is drawn: no stochastic format, no error", ("injection.seed",)
+    if not injection.by_pattern and injection.targets == Targets():
+        yield "every site has the same formats", ("injection.fused_groups",)
 
 
-def _of_injection(holds: Callable[[Injection, list[Format]], bool]) -> Callable[[Experiment], bool]:
-    """A condition on an injection and all its formats, gradients' and exceptions' among them."""
-
-    def of_experiment(experiment: Experiment) -> bool:
-        injection = experiment.injection
-        if injection is None:
-            return False
-        rows = (injection, *injection.by_pattern)
-        formats = [getattr(row, point, None) for row in rows for point in FORMAT_POINTS]
-        return holds(injection, [fmt for fmt in formats if isinstance(fmt, Format)])
-
-    return of_experiment
-
-
-def _evaluated_alone(experiment: Experiment) -> bool:
-    """An injection of the evaluation phase alone, in a run that no profile evaluates under it."""
-    injection = experiment.injection
-    if injection is None or injection.is_nothing:
-        return False
-    own = any(name == "deployment" or "=" in name for name in experiment.evaluation.all_profiles)
-    return not own and not any(injection.acts_in(phase) for phase in PHASES if phase != "evaluation")
-
-
-def _rolls_back(experiment: Experiment) -> bool:
-    health = experiment.health
-    return "rollback" in (health.policy, *health.policies.values(), *(rule.action for rule in health.rules))
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        _keys("training", *_REWARDED),
-        "training.distillation.alone leaves the rewards out",
-        lambda e: e.training.distillation is not None and e.training.distillation.alone,
-    ),
-    Rule(
-        _keys("training", "kl_loss_type", "reference_precision"),
-        "training.kl_loss_coef is 0, so there is no KL and no reference",
-        lambda e: not e.training.kl,
-    ),
-    Rule(("training.reference_precision",), "nothing is injected", lambda e: not _injects(e)),
-    Rule(
-        ("training.norm_adv_by_std",),
-        "only training.adv_estimator grpo divides by the spread of a group",
-        lambda e: e.training.adv_estimator != "grpo",
-    ),
-    Rule(
-        _keys("training", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
-        "one update is made from each batch, so that the ratio is always 1",
-        _on_policy,
-    ),
-    Rule(
-        _keys("training.overlong_buffer", "len", "penalty_factor"),
-        "training.overlong_buffer.enable is false, or left to an algorithm without it",
-        lambda e: e.training.overlong is None,
-    ),
-    Rule(
-        _keys("training.filter_groups", "metric", "max_num_gen_batches"),
-        "training.filter_groups.enable is false, or left to an algorithm without it",
-        lambda e: not e.training.filters,
-    ),
-    Rule(
-        _keys("training.rollout_correction", "mode", "threshold"),
-        "training.rollout_correction.rollout_is is none",
-        lambda e: e.training.rollout_correction.rollout_is == "none",
-    ),
-    Rule(
-        ("training.distillation",),
-        "the live teacher is the student itself where nothing is injected",
-        lambda e: not _injects(e) and e.training.distillation is not None and e.training.distillation.teacher == "live",
-    ),
-    Rule(
-        _keys("model.embedded", "warm_up_lr", "warm_up_batch_size", "warm_up_rise"),
-        "model.embedded.warm_up_steps is 0",
-        lambda e: e.model.embedded is not None and e.model.embedded.warm_up_steps == 0,
-    ),
-    Rule(("injection",), "it names no format and no error", lambda e: e.injection is not None and not _injects(e)),
-    Rule(
-        ("injection",),
-        "it acts in evaluations alone, and none of evaluation.profiles is deployment",
-        _evaluated_alone,
-    ),
-    Rule(
-        ("injection.preset",),
-        "no format here has a scale that is a power of two",
-        _of_injection(lambda _, formats: not any(f.scale == "e8m0" and f.rounding != "stochastic" for f in formats)),
-    ),
-    Rule(
-        ("injection.seed",),
-        "nothing is drawn: no stochastic format, no error",
-        _of_injection(lambda i, formats: not i.errors and all(f.rounding != "stochastic" for f in formats)),
-    ),
-    Rule(
-        ("injection.fused_groups",),
-        "every site has the same formats",
-        _of_injection(lambda i, _: not i.by_pattern and i.targets == Targets()),
-    ),
-    Rule(
-        _keys("noise.targets", "final_norm", "qk_norms", "moe"),
-        "noise.targets.kinds holds no norm",
-        lambda e: e.noise is not None and "norm" not in e.noise.targets.kinds,
-    ),
-    Rule(
-        ("noise.targets.qk_norms",),
-        "the embedded model has no norms of queries and keys",
-        lambda e: e.model.embedded is not None,
-    ),
-    Rule(("noise.targets.moe",), "the embedded model has no experts", lambda e: e.model.embedded is not None),
-    Rule(
-        ("evaluation.temperature",),
-        "evaluation.samples is 1, which is greedy",
-        lambda e: e.evaluation.samples == 1,
-    ),
-    Rule(
-        ("evaluation.preset",),
-        "no profile is named by a mode or a format; deployment follows injection.preset",
-        lambda e: not any(name in MODES or name in FORMATS for name in e.evaluation.all_profiles),
-    ),
-    Rule(
-        _keys("health", "rollback_lr", "max_rollbacks"), "no policy of health is rollback", lambda e: not _rolls_back(e)
-    ),
-)
+def _of_evaluation(experiment: Experiment) -> Rules:
+    evaluation, health = experiment.evaluation, experiment.health
+    if evaluation.samples == 1:
+        yield "evaluation.samples is 1, which is greedy", ("evaluation.temperature",)
+    if not any(name in MODES or name in FORMATS for name in evaluation.all_profiles):
+        keys = ("evaluation.preset",)
+        yield "no profile is named by a mode or a format; deployment follows injection.preset", keys
+    if "rollback" not in (health.policy, *health.policies.values(), *(rule.action for rule in health.rules)):
+        yield "no policy of health is rollback", _keys("health", "rollback_lr", "max_rollbacks")
 
 
 def _idle_phases(injection: Injection) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -31,13 +32,6 @@ class Preset:
     def for_input(self, fmt: Format) -> Format:
         """The format as this target rounds matmul inputs; raises as `for_weight` does."""
         return self._applied(fmt, self.input_rounding)
-
-    def accepts(self, weight: Format) -> bool:
-        """Whether this target rounds weights as the format says: a rule of its own would be refused."""
-        try:
-            return self.for_weight(weight) == weight
-        except InvalidValueError:
-            return False
 
     def _applied(self, fmt: Format, rounding: Rounding) -> Format:
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
@@ -93,5 +87,8 @@ def preset_named(name: str) -> Preset:
 
 def accepted(weight: Format, preset: str | None) -> bool:
     """Whether the preset, or any preset where none is named, rounds weights as the format says."""
-    targets = PRESETS.values() if preset is None else (preset_named(preset),)
-    return any(target.accepts(weight) for target in targets)
+    for target in PRESETS.values() if preset is None else (preset_named(preset),):
+        with suppress(InvalidValueError):  # a rule of its own that the target does not have
+            if target.for_weight(weight) == weight:
+                return True
+    return False

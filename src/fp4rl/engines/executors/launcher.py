@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -13,18 +14,11 @@ def launched() -> bool:
 def leave(code: int) -> NoReturn:
     """End this process at once: tearing down a process group now and then aborts, after everything is done."""
     if code == 0:
-        _wait_for_the_others()
+        from torch import distributed
+
+        if distributed.is_initialized():  # the first to leave takes its connections along, so they leave together
+            with suppress(RuntimeError):  # whoever got through first may be gone already
+                distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _wait_for_the_others() -> None:
-    """The first to leave takes its connections along."""
-    from contextlib import suppress
-
-    from torch import distributed
-
-    if distributed.is_initialized():
-        with suppress(RuntimeError):  # whoever got through first may be gone already
-            distributed.barrier()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +34,28 @@ class Imported:
     already_there: bool
 
 
-@dataclass(frozen=True)
-class About:
-    """What the log itself does not say: the trainer's configuration, how the run ended, and a remark."""
-
-    config: Mapping[str, Any] | None = None
-    status: str | None = None
-    note: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise `InvalidValueError` for a status that is none of `STATUSES`."""
-        if self.status is not None and self.status not in STATUSES:
-            raise InvalidValueError(
-                f"no status {self.status!r}{nearest(self.status, STATUSES)}; one of {', '.join(STATUSES)}"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is known, in the values that JSON has (YAML knows dates besides)."""
-        known = {name: value for name, value in asdict(self).items() if value is not None}
-        plain: dict[str, Any] = json.loads(json.dumps(json_ready(known), default=str))
-        return plain
-
-
 def import_log(
-    path: Path, root: Path, *, arm: str | None = None, seed: int | None = None, about: About | None = None
+    path: Path,
+    root: Path,
+    *,
+    arm: str | None = None,
+    seed: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    status: str | None = None,
+    note: str | None = None,
 ) -> Imported:
     """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run.
 
-    Raises as `read_log` does, and `InvalidValueError` where the log is here already and described otherwise.
+    `config`, `status` and `note` are what the log itself does not say: the trainer's settings, how the run ended (one
+    of `STATUSES`), and a remark. Raises as `read_log` does, and `InvalidValueError` where the log is here already and
+    described otherwise.
     """
+    if status is not None and status not in STATUSES:
+        raise InvalidValueError(f"no status {status!r}{nearest(status, STATUSES)}; one of {', '.join(STATUSES)}")
     dialect, log = read_log(path)
-    described = (about or About()).as_dict()
+    told = {"config": config, "status": status, "note": note}
+    known = {name: value for name, value in told.items() if value is not None}
+    described = json.loads(json.dumps(json_ready(known), default=str))  # YAML knows dates besides what JSON has
     arm = arm or _arm(path)
     content = dumps({"steps": log.in_order()})
     checksum = hashlib.sha256(content.encode()).hexdigest()

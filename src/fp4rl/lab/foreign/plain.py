@@ -69,14 +69,8 @@ def step_of(value: Any) -> int | None:
     """The step that a value names: 3, 3.0, "3" or "3/609"; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    match = _STEP.fullmatch(str(value).strip()) if isinstance(value, str) else None
-    if match:
-        step = int(match[1])
-    elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        step = int(value)
-    else:
-        return None
-    return step if 0 <= step <= _HIGHEST_STEP else None
+    match = _STEP.fullmatch(str(value).strip())
+    return int(match[1]) if match and int(match[1]) <= _HIGHEST_STEP else None
 
 
 def readable(name: Any) -> str:

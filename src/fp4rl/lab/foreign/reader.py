@@ -5,8 +5,16 @@ from pathlib import Path
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.foreign.joined import Joined
 from fp4rl.lab.foreign.plain import text_of
-from fp4rl.lab.foreign.records import STATE, join, newest_state, read_printed, read_trl, read_verl, whole_file
-from fp4rl.lab.foreign.table import read_table
+from fp4rl.lab.foreign.records import (
+    STATE,
+    join,
+    newest_state,
+    read_printed,
+    read_table,
+    read_trl,
+    read_verl,
+    whole_file,
+)
 from fp4rl.lab.foreign.tensorboard import EVENTS, read_tensorboard
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.words import counted
