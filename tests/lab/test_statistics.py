@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
-from fp4rl.lab.statistics.families import holm, holm_grouped
 from fp4rl.lab.statistics.power import power, seeds_needed
 from fp4rl.lab.statistics.proportions import mcnemar, newcombe, wilson
-from fp4rl.lab.statistics.seeds import not_worse, pooled, welch
+from fp4rl.lab.statistics.seeds import holm, holm_grouped, not_worse, pooled, welch
 from fp4rl.spec.errors import InvalidValueError
 
 ARMS = st.lists(st.floats(0, 100), min_size=2, max_size=8).filter(lambda arm: max(arm) - min(arm) > 1e-3)

@@ -270,7 +270,7 @@ COMPARISON = (
     ),
     Mutant(
         "the correction for several questions",
-        "lab/statistics/families.py",
+        "lab/statistics/seeds.py",
         "p_values[key] * comparisons",
         "p_values[key]",
         ("tests/lab/test_statistics.py::test_holm_reproduces_the_textbook_order",),

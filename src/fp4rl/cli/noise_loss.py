@@ -70,8 +70,7 @@ def show_losses(screen: "Console", losses: dict[str, Any]) -> None:
 
 
 def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
-    from fp4rl.lab.statistics.families import holm
-    from fp4rl.lab.statistics.seeds import welch
+    from fp4rl.lab.statistics.seeds import holm, welch
 
     tested = {}
     for arm, values in losses.items():

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from fp4rl.lab.statistics.families import holm_grouped
-from fp4rl.lab.statistics.seeds import LEVEL, Difference, NotWorse, Spread, not_worse, welch
+from fp4rl.lab.statistics.seeds import LEVEL, Difference, NotWorse, Spread, holm_grouped, not_worse, welch
 from fp4rl.spec.errors import InvalidValueError
 
 Word = Literal["better", "worse", "reaches", "no difference shown"]

@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from fp4rl.spec.errors import InvalidValueError
 
 _PARTIAL = ".partial"
 # No file takes so long to write: a partial one that old was left by a process that died.
@@ -43,6 +45,15 @@ def remove_partial(folder: Path, pattern: str = f"**/*{_PARTIAL}", older_than_s:
                 left.unlink()
 
 
+@contextmanager
+def unwritable_named(folder: Path) -> Iterator[None]:
+    """Raise InvalidValueError, which names `folder`, where it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidValueError(f"cannot write to {folder}: {error.strerror}; give another place with --runs") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file as `whole` does, and have it on the disk before it takes its place."""
     with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -72,18 +83,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as one line. A half-written last line, left by a crash, is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        _cut_torn_line(file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if size and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write((dumps(record) + "\n").encode())
-
-
-def _cut_torn_line(file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return
-    file.seek(size - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -90,9 +90,8 @@ class RunFolder:
         """Forget every line after the checkpoint of `step`; False, and nothing done, if none is recorded."""
         with damage_named(self.path / "evidence.jsonl") as file:
             lines = [_mapping(line) for line in read_lines(file)]
-        checkpoints = [
-            n for n, line in enumerate(lines, 1) if line.get("kind") == "checkpoint" and line["step"] == step
-        ]
+        wanted = ("checkpoint", step)
+        checkpoints = [n for n, line in enumerate(lines, 1) if (line.get("kind"), line.get("step")) == wanted]
         if checkpoints:
             write_lines(file, lines[: checkpoints[-1]])
         return bool(checkpoints)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fp4rl.lab.files import is_full
+from fp4rl.lab.files import is_full, unwritable_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
@@ -23,15 +23,12 @@ def locked(folder: RunFolder) -> Iterator[None]:
     Raises InvalidValueError when another process keeps it, and where the folder cannot be written.
     """
     lock = FileLock(folder.path / ".lock", timeout=_PATIENCE_S, poll_interval=0.2)
-    try:
+    with unwritable_named(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise InvalidValueError(f"{folder.key} is being run by another process; wait for it to end") from None
-    except OSError as error:
-        raise InvalidValueError(
-            f"cannot write to {folder.path}: {error.strerror}; give another place with --runs"
-        ) from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InvalidValueError(f"{folder.key} is being run by another process; wait for it to end") from None
     try:
         yield
     finally:

@@ -4,16 +4,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
-from fp4rl.lab.files import write_whole
+from fp4rl.lab.files import unwritable_named, write_whole
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import changed_inputs, code_digest, recorded_result
 from fp4rl.rl import events
-from fp4rl.spec.errors import InvalidValueError
 
 STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in
 
@@ -56,12 +55,8 @@ class Outcome:
 OnEvent = Callable[[Event], None]
 
 
-class Executor(Protocol):
-    """Runs things somewhere. Yields outcomes as they come, in any order."""
-
-    def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
-        """Carry out `runs` below `root`, telling `on_event` how they go."""
-        ...
+# Carries out runs below a folder, tells how they go, and yields outcomes as they come, in any order.
+Executor = Callable[[Sequence[PlannedRun], Path, OnEvent], Generator[Outcome, None, None]]
 
 
 @dataclass
@@ -118,12 +113,8 @@ def run_all(
 
 def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:
     """Write the suite's own description beside its runs, for the report and for whoever reads the folder."""
-    try:
+    with unwritable_named(root / suite):
         write_whole(root / suite / "suite.yaml", yaml.safe_dump(dict(content), sort_keys=False))
-    except OSError as error:
-        raise InvalidValueError(
-            f"cannot write to {root / suite}: {error.strerror}; give another place with --runs"
-        ) from None
 
 
 def archive_stale(runs: Sequence[PlannedRun], root: Path) -> None:

@@ -47,11 +47,6 @@ class SuiteRun:
         """Step -> metric -> value."""
         return self.run.curves if self.run is not None else {}
 
-    @property
-    def code_digest(self) -> str | None:
-        """Of the code that computed it."""
-        return self.run.result.code_digest if self.run is not None else None
-
 
 @dataclass(frozen=True)
 class SuiteRuns:

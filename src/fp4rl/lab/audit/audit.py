@@ -7,9 +7,8 @@ from typing import Any
 from fp4rl.lab.audit.confounds import NoiseFinding, confounds, noise_finding
 from fp4rl.lab.audit.pairs import Pair, pairs
 from fp4rl.lab.audit.records import Record, Reports
-from fp4rl.lab.statistics.families import holm
 from fp4rl.lab.statistics.proportions import ShareDifference, newcombe
-from fp4rl.lab.statistics.seeds import Spread, pooled
+from fp4rl.lab.statistics.seeds import Spread, holm, pooled
 
 
 @dataclass(frozen=True)

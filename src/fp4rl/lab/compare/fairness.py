@@ -102,14 +102,17 @@ def _identical(treatment: Side, control: Side) -> Iterator[Objection]:
     sites were rounded for them, which evidence proves: that rounding cost nothing is a result.
     """
     pairs = [(a, b) for a in treatment.runs for b in control.runs]
-    same = [a for a, b in pairs if a.run.key != b.run.key and a.final_weights and a.final_weights == b.final_weights]
+    weights = {run.run.key: run.run.result.evidence.final_weights for run in (*treatment.runs, *control.runs)}
+    others = [(a.run, b.run) for a, b in pairs if a.run.key != b.run.key]
+    same = [a for a, b in others if weights[a.key] and weights[a.key] == weights[b.key]]
     if same and training_part(treatment.spec) != training_part(control.spec):
-        seeds, digest = ", ".join(str(side_run.run.seed) for side_run in same), str(same[0].final_weights)
+        seeds, digest = ", ".join(str(run.seed) for run in same), str(weights[same[0].key])
         what = f"the final weights are bit-identical (seed {seeds}): what differs did not act"
         yield Objection("identical", what, digest, digest)
         return
     answered = [(a, b) for a, b in pairs if a.run.seed == b.run.seed and a.answers and b.answers]
-    if answered and all(a.answers == b.answers and a.sites_digest == b.sites_digest for a, b in answered):
+    sites = [a.measured.profile.sites_digest == b.measured.profile.sites_digest for a, b in answered]
+    if answered and all(sites) and all(a.answers == b.answers for a, b in answered):
         digest = str(answered[0][0].answers)
         yield Objection("identical", "every answer is the same on both sides: what differs did not act", digest, digest)
 

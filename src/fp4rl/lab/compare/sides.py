@@ -35,19 +35,9 @@ class SideRun:
         return planned, self.run.result.steps_done
 
     @property
-    def final_weights(self) -> str | None:
-        """The digest of the weights it ended in; None where it recorded none."""
-        return self.run.result.evidence.final_weights
-
-    @property
     def answers(self) -> str | None:
         """The digest of the compared answers; None where it recorded none."""
         return self.run.answers(self.measured)
-
-    @property
-    def sites_digest(self) -> str | None:
-        """The digest of the sites that were rounded for them."""
-        return self.measured.profile.sites_digest
 
 
 @dataclass(frozen=True)
@@ -88,13 +78,14 @@ class At:
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
     """The side `arm@profile` of a suite's own question, out of the runs that the suite plans."""
     arm, _, profile = name.partition("@")
-    runs = [planned.run for planned in by_arm.get(arm, ()) if planned.run is not None]
-    suite = next((planned.planned.suite for planned in by_arm.get(arm, ())), "")
-    if not runs:
-        return Side(name, suite, (), at.score, missing=f"no run of {arm} is finished")
-    side = _side(name, suite, runs, profile, at)
+    planned = by_arm.get(arm, ())
+    runs = [own.run for own in planned if own.run is not None]
+    side = _side(name, planned[0].planned.suite if planned else "", runs, profile, at)
+    if side.runs:
+        return side
     where = "at its last step" if at.step is None else f"at step {at.step}"
-    return side if side.runs else Side(name, suite, (), at.score, missing=f"no run of {name} was evaluated {where}")
+    missing = f"no run of {name} was evaluated {where}" if runs else f"no run of {arm} is finished"
+    return Side(name, side.suite, (), at.score, missing=missing)
 
 
 def named_side(connection: Connection, root: Path, name: str, at: At, suite: str | None = None) -> Side:

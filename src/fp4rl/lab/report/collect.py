@@ -141,7 +141,7 @@ def _run_dict(run: SuiteRun) -> dict[str, object]:
         "state": run.state,
         "counts": run.counts,
         "stale": run.stale,
-        "code_digest": run.code_digest,
+        "code_digest": result.code_digest if result else None,
         "gaps": list(run.gaps),
         "versions": dict(result.versions) if result else {},
         "wall_s": result.wall_s if result else None,

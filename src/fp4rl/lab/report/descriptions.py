@@ -31,7 +31,7 @@ def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
         above = any(other.startswith(f"{key}.") for other in keys)
         usual = len(present) == len(described) or (key in _DEFAULTS and present[0] == _DEFAULTS[key])
         if not above and not (same and usual):
-            rows.append((key, [_in_words(leaves[key]) if key in leaves else "-" for leaves in described]))
+            rows.append((key, [in_words(leaves[key]) if key in leaves else "-" for leaves in described]))
     return rows
 
 
@@ -68,18 +68,10 @@ def _formats(profile: str, experiment: Experiment) -> str:
         return experiment.model.dtype
     acting = injection.acts_in("evaluation")
     by_point = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in acting]
-    formats = [f"{point} {format_words(describe(fmt))}" for point, fmt in by_point if fmt is not None]
+    formats = [f"{point} {in_words(describe(fmt))}" for point, fmt in by_point if fmt is not None]
     errors = injection.errors if "errors" in acting else ()
     words = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
     return "; ".join(words) or experiment.model.dtype
-
-
-def format_words(value: object) -> str:
-    """A described format: its name, and in brackets what differs from it."""
-    if not isinstance(value, dict):
-        return str(value)
-    rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "name")
-    return f"{value.get('name')} ({rest})"
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -91,14 +83,16 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A described value; a format is its name, and in brackets what differs from it."""
     match value:
         case None:
             return "none"
         case dict():
-            return format_words(value)
+            rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "name")
+            return f"{value.get('name')} ({rest})"
         case list():
-            return ", ".join(_in_words(inner) for inner in value) or "none"
+            return ", ".join(map(in_words, value)) or "none"
     return str(value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, format_words
+from fp4rl.lab.report.descriptions import NOT_RECORDED, Row, in_words
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Injected, LayerNoise, LiveCheck, MasterCheck, NoiseStages, RolloutNoise, Rounded
@@ -180,7 +180,7 @@ def _site(run: Run, plan: PlannedSite) -> list[str]:
     """Site, shape, formats, and by phase how often it was called and what rounding did to its operands."""
     size = " x ".join(map(str, plan.shape))
     formats = [(point, getattr(plan, point)) for point in FORMAT_POINTS]
-    points = [f"{point} {format_words(fmt)}" for point, fmt in formats if fmt is not None]
+    points = [f"{point} {in_words(fmt)}" for point, fmt in formats if fmt is not None]
     phases: dict[str, list[Injected]] = defaultdict(list)
     for row in run.of(Injected):
         if row.site == plan.site:

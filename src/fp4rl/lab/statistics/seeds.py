@@ -1,4 +1,4 @@
-"""Two arms compared over training seeds: the difference of seed means with a Welch interval.
+"""Two arms compared over training seeds: the difference of seed means with a Welch interval, and Holm's correction.
 
 Every function is free of units: give accuracies in points and the answer is in points. The seed is the replicate
 because two runs that differ in nothing but the seed differ by more than the problems' sampling explains; a test that
@@ -6,7 +6,7 @@ takes only the problems as random calls that an effect in 20 to 25 % of comparis
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
@@ -116,3 +116,29 @@ def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
         return None
     squares = math.fsum(variance(group) * (len(group) - 1) for group in repeats)
     return Spread(math.sqrt(squares / freedom), freedom, len(repeats))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given: reject where the result is at most the level.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
+    """
+    return list(holm_grouped({(index,): p for index, p in enumerate(p_values)}).values())
+
+
+def holm_grouped(p_values: Mapping[tuple[Hashable, ...], float]) -> dict[tuple[Hashable, ...], float]:
+    """Holm over hypotheses keyed (comparison, question), where at most one question of a comparison can be null.
+
+    'No difference' and 'worse by the margin' cannot both be true, so each step divides by the number of *comparisons*
+    that still have an open hypothesis, not by the number of hypotheses (Shaffer, JASA 81 (1986), logically related
+    hypotheses). With one question each this is exactly Holm's correction.
+    """
+    corrected: dict[tuple[Hashable, ...], float] = {}
+    open_keys = sorted(p_values, key=lambda key: p_values[key])
+    floor = 0.0
+    while open_keys:
+        comparisons = len({key[0] for key in open_keys})
+        key = open_keys.pop(0)
+        floor = max(floor, min(1.0, p_values[key] * comparisons))
+        corrected[key] = floor
+    return {key: corrected[key] for key in p_values}
