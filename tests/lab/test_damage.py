@@ -18,7 +18,7 @@ import yaml
 from fp4rl.cli.main import main
 from fp4rl.cli.run import _record, carry_out_all
 from fp4rl.cli.terminal import console
-from fp4rl.lab.damage import Damaged
+from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import store
 from fp4rl.lab.ledger.query import Filter, count_runs

@@ -25,8 +25,7 @@ def profiled(runs: "Sequence[PlannedRun]", root: Path, width: int) -> Group:
 
     by_arm: dict[str, list[dict[str, float]]] = {}
     for run in runs:
-        shares = write_profile(run_folder(root, run.suite, run.run_id))
-        by_arm.setdefault(run.arm, []).append({share.name: share.seconds for share in shares})
+        by_arm.setdefault(run.arm, []).append(write_profile(run_folder(root, run.suite, run.run_id)))
     means = {arm: {name: mean(s.get(name, 0.0) for s in seeds) for name in WHAT} for arm, seeds in by_arm.items()}
     whole = {arm: sum(seconds.values()) for arm, seconds in means.items()}
     rows = [name for name in WHAT if any(seconds[name] for seconds in means.values())]

@@ -1,11 +1,11 @@
-"""Write files that a crash cannot spoil: whole, or line by line, in strict JSON."""
+"""Write files that a crash cannot spoil, whole or line by line in strict JSON; name those that cannot be read."""
 
 import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ _DEAD_S = 600
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # How SQLite, safetensors, Arrow and torch say that the disk is full; they have no errno.
 _SAY_FULL = ("disk is full", "No space left", "os error 28", "errno 28", "PytorchStreamWriter failed", "unexpected pos")
+# What reading a truncated, mixed-up or unreadable file ends in, in any of the libraries that read them.
+_SYMPTOMS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
 @contextmanager
@@ -116,3 +118,32 @@ def json_ready(value: Any) -> Any:
         case Path():
             return str(value)
     return value
+
+
+class Damaged(InvalidValueError):
+    """A file of a run, or the whole of its folder, is not what it should be. The message names it and the cure."""
+
+
+OnDamaged = Callable[[Damaged], None]
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[Path]:
+    """Yield `path`; raise Damaged, in one line that names it, for whatever goes wrong while it is read."""
+    try:
+        yield path
+    except Damaged:
+        raise
+    except (*_SYMPTOMS, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        why = reason if isinstance(error, InvalidValueError) else why
+        raise Damaged(f"{path} is damaged ({why}); put back a copy, or move its run's folder away") from error
+
+
+def tell(damaged: Iterable[Damaged], on_damaged: OnDamaged | None) -> None:
+    """Pass each to `on_damaged`, or raise the first where there is none."""
+    for error in damaged:
+        if on_damaged is None:
+            raise error
+        on_damaged(error)

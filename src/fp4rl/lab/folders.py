@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.lab.damage import damage_named
-from fp4rl.lab.files import append_line, dumps, json_ready, read_lines, whole, write_lines, write_whole
+from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_lines, whole, write_lines, write_whole
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values

@@ -18,10 +18,7 @@ _PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
 
 @contextmanager
 def locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's lock; the system releases it when the process dies, however it dies.
-
-    Raises InvalidValueError when another process keeps it, and where the folder cannot be written.
-    """
+    """Hold the run's lock, which the system releases when the process dies. Raises InvalidValueError if it cannot."""
     lock = FileLock(folder.path / ".lock", timeout=_PATIENCE_S, poll_interval=0.2)
     with unwritable_named(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -51,11 +48,8 @@ def full_disk_named(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def crashes_logged(log: Path) -> Iterator[None]:
-    """Append the stacks of all threads to `log` at a segmentation fault, an abort or a bus error.
-
-    Where faulthandler is on already, somebody asked to have them elsewhere.
-    """
-    if faulthandler.is_enabled():
+    """Append the stacks of all threads to `log` at a segmentation fault, an abort or a bus error."""
+    if faulthandler.is_enabled():  # somebody asked to have them elsewhere
         yield
         return
     with log.open("a", encoding="utf-8") as file:

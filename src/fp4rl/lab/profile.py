@@ -1,7 +1,6 @@
 """Where a step's time goes, from the times that every run logs (`time/*_s` in metrics.jsonl)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import mean
 
 from fp4rl.lab.files import write_whole
@@ -26,36 +25,25 @@ WHAT: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Share:
-    """One kind of work: seconds a step, and its share of all."""
-
-    name: str
-    seconds: float
-    share: float
-
-
-def where_time_goes(folder: RunFolder) -> tuple[Share, ...]:
-    """Return the kinds of work of a run, the longest first; the first step, which warms everything up, is left out.
+def seconds_a_step(folder: RunFolder) -> dict[str, float]:
+    """Kind of work -> its seconds a step, the longest first; the first step, which warms everything up, is left out.
 
     Raises NotFoundError when the run logged no step.
     """
     steps = list(folder.metrics().values())
     steps = steps[1:] or steps
-    seconds = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
-    whole = sum(seconds.values())
-    if not whole:
+    means = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}
+    if not any(means.values()):
         raise NotFoundError(f"{folder.key} has logged no times: it ended before its first step, or older code ran it")
-    shares = [Share(name, spent, spent / whole) for name, spent in seconds.items() if spent > 0]
-    return tuple(sorted(shares, key=lambda share: -share.seconds))
+    return dict(sorted(((name, spent) for name, spent in means.items() if spent > 0), key=lambda item: -item[1]))
 
 
-def write_profile(folder: RunFolder) -> tuple[Share, ...]:
+def write_profile(folder: RunFolder) -> dict[str, float]:
     """Write `profile.md` beside the run's results and return its rows."""
-    shares = where_time_goes(folder)
-    rows = [f"| {part.name} | {part.seconds:.4f} | {part.share:.1%} | {WHAT[part.name]} |" for part in shares]
-    whole = sum(part.seconds for part in shares)
+    seconds = seconds_a_step(folder)
+    whole = sum(seconds.values())
+    rows = [f"| {name} | {spent:.4f} | {spent / whole:.1%} | {WHAT[name]} |" for name, spent in seconds.items()]
     head = [f"# Where a step of {folder.key} goes", "", f"{whole:.4f} s a step, mean over all steps but the first.", ""]
     table = ["| work | s a step | share | what it is |", "|---|---|---|---|", *rows, ""]
     write_whole(folder.path / "profile.md", "\n".join([*head, *table]))
-    return shares
+    return seconds

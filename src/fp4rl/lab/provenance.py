@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fp4rl
-from fp4rl.lab.damage import Damaged
+from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.rl.inputs import of_model, pointed_at

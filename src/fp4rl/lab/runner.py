@@ -75,12 +75,10 @@ def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[Planned
 
 
 def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
-    """Return the finished runs whose result was computed by other code or from other files than those of now, or
-    cannot be read."""
-    now = code_digest()
+    """Return the finished runs that other code or other files than those of now computed, or that cannot be read."""
     finished, _ = split_finished(runs, root)
-    others = changed_inputs(finished, root)
-    return [run for run in finished if run.run_id in others or _code_of(run, root) != now]
+    changed = changed_inputs(finished, root)
+    return [run for run in finished if run.run_id in changed or _code_of(run, root) != code_digest()]
 
 
 def _code_of(run: PlannedRun, root: Path) -> str:
@@ -120,7 +118,6 @@ def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:
 def archive_stale(runs: Sequence[PlannedRun], root: Path) -> None:
     """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
     for run in runs:
-        folder = run_folder(root, run.suite, run.run_id)
         archive = root / run.suite / "stale" / f"{run.run_id}-{_code_of(run, root)}"
         archive.parent.mkdir(exist_ok=True)
-        folder.path.rename(archive)
+        run_folder(root, run.suite, run.run_id).path.rename(archive)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from fp4rl.lab.damage import damage_named
+from fp4rl.lab.files import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.gaps import gaps
 from fp4rl.spec.digest import digest

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fp4rl.lab.damage import Damaged, damage_named
+from fp4rl.lab.files import Damaged, damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import code_digest

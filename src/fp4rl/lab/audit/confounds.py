@@ -23,23 +23,19 @@ def confounds(record: Record, reports: Reports) -> tuple[str, ...]:
         *record.confounds,
         *([] if record.counts_as_result else [f"status: {record.status}"]),
         ONE_RUN,
-        *_final_step(record),
-        *_final_value(record.final_accuracy, record.solved(reports.gsm8k_test_n), reports.gsm8k_test_n),
+        *_final(record, record.final_accuracy, reports.gsm8k_test_n),
         *_curve(record, record.final_accuracy),
         *_start(record, reports.records),
     )
 
 
-def _final_step(record: Record) -> Iterator[str]:
+def _final(record: Record, final: float, problems: int) -> Iterator[str]:
     if record.final_step is None:
         yield "the step of the final number is not recorded"
     elif record.steps is not None and record.final_step != record.steps:
         yield f"final is step {record.final_step} of {record.steps}"
-
-
-def _final_value(final: float, solved: int, problems: int) -> Iterator[str]:
     decimals = len(f"{final:.2f}".rstrip("0").partition(".")[2])
-    if abs(final - 100 * solved / problems) > 0.5001 * 10.0**-decimals:
+    if abs(final - 100 * record.solved(problems) / problems) > 0.5001 * 10.0**-decimals:
         yield f"{final:g} % is no whole number of {problems} problems"
 
 
@@ -77,10 +73,7 @@ class NoiseFinding:
 
 
 def noise_finding(record: Record) -> NoiseFinding:
-    """Tell what the noise of a record came to.
-
-    `never effective`: sigma was 0 on all weights at all steps, so the arm repeats the one without noise.
-    """
+    """Tell what a record's noise came to; `never effective` is sigma 0 throughout: the arm without noise, repeated."""
     noise = record.aqn
     if not noise.enabled:
         return NoiseFinding("none asked for")

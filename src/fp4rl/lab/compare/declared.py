@@ -44,8 +44,7 @@ def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list
 def _with_sides(
     questions: Sequence[Question], side: Callable[[str], Side], at: At
 ) -> list[tuple[Question, Side, Side]]:
-    questions_at = [replace(question, step=at.step, score=at.score) for question in questions]
-    return [(question, side(question.treatment), side(question.control)) for question in questions_at]
+    return [(replace(q, step=at.step, score=at.score), side(q.treatment), side(q.control)) for q in questions]
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
@@ -73,24 +72,18 @@ def declared_question(
     suites = [side.partition("/")[0] for side in (treatment, control) if "/" in side]
     suites = suites[:1] or sorted(file.parent.name for file in root.glob("*/suite.yaml"))
     names = [side.rpartition("/")[2] for side in (treatment, control)]
+    wanted = set(factors_between(treatment, control, factors))
     matching = [
         question
         for suite in suites
         if (root / suite / "suite.yaml").is_file()
         for question in declared_questions(root, suite)
-        if all(map(_names, names, (question.treatment, question.control)))
+        if names[0] in (question.treatment, question.treatment.partition("@")[0])
+        and names[1] in (question.control, question.control.partition("@")[0])
+        and (not factors or set(question.factors) == wanted)
+        and margin in (None, question.margin)
     ]
-    asked_the_same = [
-        candidate
-        for candidate in matching
-        if (not factors or set(candidate.factors) == set(factors_between(treatment, control, factors)))
-        and margin in (None, candidate.margin)
-    ]
-    return asked_the_same[0] if len(asked_the_same) == 1 else None
-
-
-def _names(name: str, declared: str) -> bool:
-    return name in (declared, declared.partition("@")[0])
+    return matching[0] if len(matching) == 1 else None
 
 
 def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:

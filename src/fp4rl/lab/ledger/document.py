@@ -8,8 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert
 from sqlalchemy.dialects import postgresql, sqlite
 
-from fp4rl.lab.damage import damage_named
-from fp4rl.lab.files import json_ready
+from fp4rl.lab.files import damage_named, json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.runs import Run, read_run

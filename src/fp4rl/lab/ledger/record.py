@@ -6,7 +6,7 @@ from pathlib import Path
 from sqlalchemy import Connection, delete, select, text
 from sqlalchemy.exc import OperationalError, StatementError
 
-from fp4rl.lab.damage import Damaged, OnDamaged, tell
+from fp4rl.lab.files import Damaged, OnDamaged, tell
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.document import Document, content_of, document_of, write

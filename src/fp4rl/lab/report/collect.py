@@ -7,7 +7,7 @@ from fp4rl.lab.compare.comparison import Answer, answer_all
 from fp4rl.lab.compare.declared import suite_questions
 from fp4rl.lab.compare.difference import differences
 from fp4rl.lab.compare.sides import At
-from fp4rl.lab.damage import Damaged
+from fp4rl.lab.files import Damaged
 from fp4rl.lab.ledger.query import known_spread
 from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps, roundings, sites_quantized

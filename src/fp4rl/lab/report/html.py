@@ -15,10 +15,7 @@ _STROKES = {"solid": "", "dash": "9 5", "dot": "3 4", "dashdot": "9 4 3 4", "lon
 
 
 def render(report: SuiteReport) -> str:
-    """The page as text. The same report gives the same text, byte for byte.
-
-    Raises `NotFoundError` without the extra `report`.
-    """
+    """The page as text, the same bytes for the same report. Raises `NotFoundError` without the extra `report`."""
     curves, scores, questions = learning(report), accuracy(report), answers(report.questions)
     return pages.render(
         Path(__file__).with_name("report.html.j2"),

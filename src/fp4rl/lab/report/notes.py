@@ -17,7 +17,11 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
     runs = suite.runs
     return (
         *_missing(runs),
-        *_without_evidence(runs),
+        *(
+            f"Not comparable, left out of every mean: {_named([run])} ({'; '.join(run.gaps)})."
+            for run in runs
+            if run.gaps
+        ),
         *_stale(runs),
         *_ill(runs),
         *(f"Known beforehand: {line}." for line in spec_warnings({r.planned.arm: r.planned.experiment for r in runs})),
@@ -38,12 +42,6 @@ def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
         parts = (("missing", missing), ("damaged", damaged))
         named = "; ".join(f"{state}: {_named(some)}" for state, some in parts if some)
         yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
-
-
-def _without_evidence(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    for run in runs:
-        if run.gaps:
-            yield f"Not comparable, left out of every mean: {_named([run])} ({'; '.join(run.gaps)})."
 
 
 def _stale(runs: Sequence[SuiteRun]) -> Iterator[str]:

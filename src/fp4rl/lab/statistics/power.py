@@ -31,10 +31,7 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
 
 
 def _below(t: float, freedom: float, noncentral: float) -> float:
-    """The chance that noncentral t lies below `t`.
-
-    Far from the mass scipy's series underflows to NaN: there it is 0 on the one side and 1 on the other.
-    """
+    """The chance that noncentral t lies below `t`; 0 or 1 far from the mass, where scipy's series is NaN."""
     chance = float(special.nctdtr(freedom, noncentral, t))
     return chance if math.isfinite(chance) else float(t > noncentral)
 
@@ -42,17 +39,12 @@ def _below(t: float, freedom: float, noncentral: float) -> float:
 def seeds_needed(
     difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
 ) -> int:
-    """Find the fewest seeds an arm that see `difference` with probability `chance`.
-
-    Raises `InvalidValueError` where none suffice.
-    """
+    """The fewest seeds an arm that see `difference` with probability `chance`. Raises InvalidValueError if none do."""
     if (abs(difference) if margin is None else difference + margin) <= 0:
-        raise InvalidValueError(
-            "a difference of 0 is never seen, and one at the margin never clears it; ask for a larger one"
-        )
+        why = "a difference of 0 is never seen, and one at the margin never clears it"
+        raise InvalidValueError(f"{why}; ask for a larger one")
     for seeds in range(2, _MOST_SEEDS):
         if power(seeds, difference, spread, alpha=alpha, margin=margin) >= chance:
             return seeds
-    raise InvalidValueError(
-        f"{_MOST_SEEDS} seeds an arm do not see a difference of {difference} at a spread of {spread}"
-    )
+    what = f"a difference of {difference} at a spread of {spread}"
+    raise InvalidValueError(f"{_MOST_SEEDS} seeds an arm do not see {what}")

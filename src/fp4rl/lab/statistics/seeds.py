@@ -77,10 +77,7 @@ def not_worse(treatment: Sequence[float], control: Sequence[float], margin: floa
 
 
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
-    """Compute (standard error of the difference of means, Satterthwaite's degrees of freedom).
-
-    SE^2 = s1^2/n1 + s2^2/n2; freedom = SE^4 / sum((s^2/n)^2 / (n - 1)).
-    """
+    """SE^2 = s1^2/n1 + s2^2/n2 of the difference of means; Satterthwaite's freedom, SE^4 / sum((s^2/n)^2 / (n - 1))."""
     if min(len(treatment), len(control)) < 2:
         raise InvalidValueError(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
     parts = [variance(arm) / len(arm) for arm in (treatment, control)]
@@ -106,10 +103,7 @@ class Spread:
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
-    """Pool the spread over groups of repeats (each: one value per seed of the same experiment), single ones left out.
-
-    None where there are no repeats.
-    """
+    """Pool the spread over groups of repeats (one value per seed of one experiment); None where no group has two."""
     repeats = [group for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in repeats)
     if not freedom:
@@ -119,10 +113,7 @@ def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given: reject where the result is at most the level.
-
-    Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
-    """
+    """Holm's step-down correction, in the order given (S. Holm, Scandinavian Journal of Statistics 6 (1979))."""
     return list(holm_grouped({(index,): p for index, p in enumerate(p_values)}).values())
 
 
