@@ -9,7 +9,7 @@ import pytest
 from fp4rl.cli.main import main
 from fp4rl.spec import formats
 from fp4rl.spec.formats import FORMATS, Element, Format, Rounding, ScaleRule, add_format
-from fp4rl.spec.modes import MODES
+from fp4rl.spec.points import MODES
 from fp4rl.spec.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "formats.md"

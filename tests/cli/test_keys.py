@@ -6,7 +6,7 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.modes import MODES
+from fp4rl.spec.points import MODES
 
 
 @pytest.fixture

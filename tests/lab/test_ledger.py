@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.query import about, documents_of, find_run, repeats
+from fp4rl.lab.ledger.query import about, find_run, repeats, runs_of
 from fp4rl.lab.ledger.record import rebuild, record, record_new
 from fp4rl.lab.ledger.store import Ledger, open_ledger
 from fp4rl.spec.digest import digest
@@ -79,7 +79,7 @@ def test_a_run_whose_result_changed_is_replaced_as_a_whole(make_run, ledger: Led
     assert record_new(ledger, run.path.parents[1]) == 1
     with ledger.reading() as connection:
         number = tables.run_number(run.suite, run.run_id)
-        assert documents_of(connection, [number])[number].run.result.wall_s == 99.0
+        assert runs_of(connection, [number])[number].result.wall_s == 99.0
         assert connection.execute(select(tables.evaluations)).all() == []
 
 

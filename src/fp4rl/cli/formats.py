@@ -13,8 +13,8 @@ from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, st
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
-from fp4rl.spec.modes import MODES
 from fp4rl.spec.plain_yaml import plain_values
+from fp4rl.spec.points import MODES
 from fp4rl.spec.presets import PRESETS
 
 RULES = {

@@ -17,10 +17,9 @@ from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.load import parse
 from fp4rl.spec.model import Model
-from fp4rl.spec.modes import PHASES
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.points import FORMAT_POINTS
+from fp4rl.spec.points import FORMAT_POINTS, PHASES
 from fp4rl.spec.retarget import under_preset
 from fp4rl.spec.words import counted
 

@@ -8,7 +8,7 @@ from fp4rl.diagnose.rules import RULES, Measured, RuleResult, apply_rule, rule_n
 from fp4rl.diagnose.sensitivity import rank_correlation
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
 from fp4rl.spec.injection import batch_note
-from fp4rl.spec.modes import PHASES
+from fp4rl.spec.points import PHASES
 from fp4rl.spec.words import agreeing, counted
 
 STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data

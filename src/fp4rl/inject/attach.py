@@ -14,7 +14,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import PHASES, Phase
+from fp4rl.spec.points import PHASES, Phase
 from fp4rl.spec.words import agreeing, counted
 
 

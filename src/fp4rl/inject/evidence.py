@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.spec.evidence import Injected
-from fp4rl.spec.modes import Phase
+from fp4rl.spec.points import Phase
 from fp4rl.spec.words import counted
 
 SAMPLE = 4096  # values compared per look

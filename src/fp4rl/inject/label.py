@@ -5,8 +5,7 @@ from collections.abc import Collection
 
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import MODES, Mode, Phase
-from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.points import LINEAR_POINTS, MODES, Mode, Phase
 from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 FULL, CLEAN = "full", "clean"

@@ -10,8 +10,7 @@ from fp4rl.sites.walk import Site
 from fp4rl.spec.formats import Format, describe
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import PHASES, Phase
-from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS
+from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, Phase
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import Phase
-from fp4rl.spec.points import GRADIENTS, can_clip
+from fp4rl.spec.points import GRADIENTS, Phase, can_clip
 
 KEY = "injected"  # where a module holds its state
 

@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fp4rl.spec.evidence import Acting, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
-from fp4rl.spec.modes import PHASES, Phase
-from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, ApplyDuring
+from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, ApplyDuring, Phase
 from fp4rl.spec.records import Summary
 from fp4rl.spec.words import agreeing, counted
 

@@ -24,7 +24,7 @@ from fp4rl.spec.evidence import Acting, Evidence, LiveCheck, MasterCheck, Rounde
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import Format
 from fp4rl.spec.model import Model
-from fp4rl.spec.modes import Phase
+from fp4rl.spec.points import Phase
 from fp4rl.spec.records import Sites, Summary, read_sites
 
 Record = Callable[[Evidence], None]

@@ -10,7 +10,7 @@ from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import MODES
+from fp4rl.spec.points import MODES
 from fp4rl.spec.presets import PRESETS
 from fp4rl.spec.task import Task
 

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from fp4rl.spec.health import Policy, State
-from fp4rl.spec.modes import Phase
+from fp4rl.spec.points import Phase
 from fp4rl.spec.task import SCORES
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

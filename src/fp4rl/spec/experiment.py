@@ -10,9 +10,8 @@ from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection, batch_note, shared_scales
 from fp4rl.spec.model import Model
-from fp4rl.spec.modes import MODES
 from fp4rl.spec.noise import Noise
-from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.points import LINEAR_POINTS, MODES
 from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
 from fp4rl.spec.words import counted

@@ -8,8 +8,7 @@ from pydantic import BaseModel
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import FORMATS, Format
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import MODES, PHASES
-from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
+from fp4rl.spec.points import FORMAT_POINTS, MODES, PHASES, ApplyDuring
 from fp4rl.spec.targets import Targets
 
 Rules = Iterator[tuple[str, tuple[str, ...]]]

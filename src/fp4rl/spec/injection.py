@@ -1,7 +1,7 @@
 """Which formats and errors act where in a model, in which phases, and what a gradient makes of them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -9,13 +9,15 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.formats import Format
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.hardware import HardwareError
-from fp4rl.spec.modes import MODES, PHASES, Mode, Phase
 from fp4rl.spec.points import (
     FORMAT_POINTS,
     GRADIENTS,
     LINEAR_POINTS,
+    MODES,
+    PHASES,
     ApplyDuring,
     PatternFormats,
+    Phase,
     PointFormat,
     can_clip,
     read_format,
@@ -23,6 +25,7 @@ from fp4rl.spec.points import (
 from fp4rl.spec.presets import PRESETS, Preset, preset_named
 from fp4rl.spec.targets import Targets
 
+T = TypeVar("T")
 __all__ = ["MODES", "PHASES", "ApplyDuring", "Injection", "Phase"]
 
 
@@ -120,7 +123,7 @@ class Injection(Spec):
         if not isinstance(value, Mapping):
             return value
         content = dict(value)
-        mode, preset = _mode_of(content), _preset_of(content)
+        mode, preset = _entry(MODES, content.get("mode"), "mode"), _entry(PRESETS, content.get("preset"), "preset")
         for point in LINEAR_POINTS:
             content.setdefault(point, getattr(mode, point) if mode else None)
         for point in (*LINEAR_POINTS, "kv_cache"):
@@ -160,20 +163,12 @@ class Injection(Spec):
             yield "an error in the backward would do nothing: apply_during.errors leaves training out"
 
 
-def _mode_of(content: Mapping[str, Any]) -> Mode | None:
-    word = content.get("mode")
-    if word is None:
+def _entry(table: Mapping[str, T], name: Any, what: str) -> T | None:
+    if name is None:
         return None
-    if not isinstance(word, str) or word not in MODES:
-        raise InvalidValueError(f"no mode is called {shown(word)}{nearest(str(word), MODES)}")
-    return MODES[word]
-
-
-def _preset_of(content: Mapping[str, Any]) -> Preset | None:
-    try:
-        return None if content.get("preset") is None else preset_named(str(content["preset"]))
-    except NotFoundError as error:
-        raise InvalidValueError(str(error)) from None
+    if not isinstance(name, str) or name not in table:
+        raise InvalidValueError(f"no {what} is called {shown(name)}{nearest(str(name), table)}")
+    return table[name]
 
 
 def _under(preset: Preset | None, point: str, given: Any) -> Any:

@@ -96,13 +96,12 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path).expanduser()
     try:
         content = plain_values(file.read_text(encoding="utf-8-sig"), str(file))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
-        raise NotFoundError(f"{file}: {what}; name a YAML file") from None
     except UnicodeDecodeError:
         raise InvalidValueError(f"{file}: not a text file in UTF-8") from None
     except OSError as error:
-        raise NotFoundError(f"{file}: cannot be read: {error.strerror}; name a YAML file") from None
+        known = {FileNotFoundError: "no such file", IsADirectoryError: "is a folder"}
+        what = known.get(type(error), f"cannot be read: {error.strerror}")
+        raise NotFoundError(f"{file}: {what}; name a YAML file") from None
     if not isinstance(content, dict):
         kind = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
         raise InvalidValueError(f"{file}: expected keys and values, found {kind}")

@@ -1,15 +1,19 @@
-"""The points where an injection rounds, how a spec file names a format there, and when each point is active."""
+"""Where an injection rounds: points, the modes that name formats for them at once, and the phases of each."""
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
-from fp4rl.spec.formats import Format, describe, format_of
+from fp4rl.spec.formats import MXFP4, MXFP8, NVFP4, Format, describe, format_of
 from fp4rl.spec.frozen import NoneIsAWord, Spec
-from fp4rl.spec.modes import PHASES, Phase
 from fp4rl.spec.targets import compiled
+
+Phase = Literal["rollout", "training", "evaluation", "reference"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 LINEAR_POINTS = ("weight", "input", "output")
 GRADIENTS = ("grad_input", "grad_weight")
@@ -76,3 +80,35 @@ class ApplyDuring(Spec):
 def can_clip(fmt: Format) -> bool:
     """Whether a value can lie beyond what its block's scale reaches: no scale that is rounded up leaves one out."""
     return fmt.scale == "e4m3" or (fmt.scale == "e8m0" and fmt.scale_rule not in ("ceil", "rceil"))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Formats of a linear layer's weight, of the input of its matmul, and of its output; None leaves one as it is.
+
+    Blocks run along in_features, the reduction axis of the matmul, for weights and inputs alike.
+    """
+
+    name: str
+    weight: Format | None
+    input: Format | None
+    output: Format | None
+    meaning: str
+
+
+MODES: Mapping[str, Mode] = MappingProxyType(
+    {
+        mode.name: mode
+        for mode in (
+            Mode("none", None, None, None, "nothing is rounded"),
+            Mode("w4a16", MXFP4, None, None, "MXFP4 weights"),
+            Mode("w4a8", MXFP4, MXFP8, None, "MXFP4 weights, MXFP8 matmul inputs: a dense mode of Ascend"),
+            Mode("w4a4", MXFP4, MXFP4, None, "MXFP4 weights and matmul inputs, as 4-bit kernels compute"),
+            Mode("w16a4", None, MXFP4, None, "MXFP4 matmul inputs alone, to tell their error from the weights'"),
+            Mode("w8a8", MXFP8, MXFP8, None, "MXFP8 weights and matmul inputs"),
+            Mode("nvfp4_w4a16", NVFP4, None, None, "NVFP4 weights"),
+            Mode("nvfp4_w4a4", NVFP4, NVFP4, None, "NVFP4 weights and matmul inputs"),
+            Mode("w4a4_out", MXFP4, None, MXFP4, "MXFP4 weights and outputs; only to repeat older results"),
+        )
+    }
+)

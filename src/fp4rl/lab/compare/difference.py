@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fp4rl.lab.gaps import points_named
-from fp4rl.spec.modes import PHASES
-from fp4rl.spec.points import FORMAT_POINTS, ApplyDuring
+from fp4rl.spec.points import FORMAT_POINTS, PHASES, ApplyDuring
 
 # Described as a whole: two recipes of noise or injection differ in one factor, however many keys write it down.
 _WHOLE = ("injection", "noise")

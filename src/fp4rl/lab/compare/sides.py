@@ -12,7 +12,7 @@ from sqlalchemy import Connection, or_, select
 
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.query import documents_of
+from fp4rl.lab.ledger.query import runs_of
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -99,11 +99,9 @@ def named_side(connection: Connection, root: Path, name: str, at: At, suite: str
     if not word or (sign and not profile):
         raise InvalidValueError(f"a side is written arm, suite/arm or run id, with @profile; got {name!r}")
     rows = _named(connection, word, suite)
-    documents = documents_of(connection, [row["id"] for row in rows])
+    recorded = runs_of(connection, [row["id"] for row in rows])
     folders = {row["id"]: RunFolder(root / row["suite"] / row["run_id"]) for row in rows}
-    runs = [
-        read_run(folder, curves=False) if folder.finished else documents[key].run for key, folder in folders.items()
-    ]
+    runs = [read_run(folder, curves=False) if folder.finished else recorded[key] for key, folder in folders.items()]
     return _side(name, rows[0]["suite"], runs, _profile(word, profile, runs, at), at)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert
@@ -24,43 +23,28 @@ _UNSETTLED = ("log.txt", "tensorboard", "wandb")
 _HASHED_UP_TO = 64 * 2**20  # bytes
 
 
-@dataclass(frozen=True)
-class Document:
-    """Everything that the ledger keeps of one run. `content` is the SHA-256 of its `result.json`.
+def record_of(run: Run, content: str, items: Sequence[Row], files: Sequence[Row]) -> Row:
+    """Everything that the ledger keeps of a run, without its metrics. `content` is the SHA-256 of its `result.json`.
 
     `items`: numbers of answers and of solved problems of each evaluation. `files`: path, bytes and SHA-256 of each.
     """
-
-    run: Run
-    content: str
-    items: Sequence[Row] = ()
-    files: Sequence[Row] = ()
-
-    @property
-    def number(self) -> int:
-        """The run's key in every table."""
-        return tables.run_number(self.run.suite, self.run.run_id)
-
-    def as_json(self) -> Row:
-        """The record as it is kept, without the metrics."""
-        run = self.run
-        return {
-            "suite": run.suite,
-            "run_id": run.run_id,
-            "content": self.content,
-            "spec": run.spec,
-            "sites_digest": run.sites.digest,
-            "result": json_ready(run.result.as_json()),
-            "evidence": [json_ready({"kind": line.kind} | line.as_json()) for line in run.lines],
-            "items": self.items,
-            "files": self.files,
-        }
+    return {
+        "suite": run.suite,
+        "run_id": run.run_id,
+        "content": content,
+        "spec": run.spec,
+        "sites_digest": run.sites.digest,
+        "result": json_ready(run.result.as_json()),
+        "evidence": [json_ready({"kind": line.kind} | line.as_json()) for line in run.lines],
+        "items": items,
+        "files": files,
+    }
 
 
-def read_document(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Document:
-    """What `as_json` gave, with the metrics (step -> name -> value, "nan" for a number that is none)."""
+def run_of(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Run:
+    """The run of a record, with its metrics (step -> name -> value, "nan" for a number that is none)."""
     lines = map(read_evidence, record["evidence"])
-    run = Run(
+    return Run(
         suite=record["suite"],
         run_id=record["run_id"],
         spec=record["spec"],
@@ -69,15 +53,14 @@ def read_document(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Docu
         sites=Sites(digest=record["sites_digest"]),
         curves={int(step): {name: float(value) for name, value in row.items()} for step, row in metrics.items()},
     )
-    return Document(run, record["content"], record["items"], record["files"])
 
 
-def document_of(folder: RunFolder) -> Document:
-    """Read a run's folder. Raises `NotFoundError` for a run that is not finished, `Damaged` for an unreadable one."""
+def read_folder(folder: RunFolder) -> tuple[Run, Row]:
+    """Read a finished run and its record. Raises `NotFoundError` where it is not finished, `Damaged` for a bad file."""
     run = read_run(folder)
     with damage_named(folder.path):
         items = [_counted(folder, step, profile) for step, profile in folder.item_sets()]
-        return Document(run, content_of(folder), items, _files(folder))
+        return run, record_of(run, content_of(folder), items, _files(folder))
 
 
 def content_of(folder: RunFolder) -> str:
@@ -104,31 +87,30 @@ def _files(folder: RunFolder) -> list[Row]:
     return listed
 
 
-def write(connection: Connection, document: Document) -> None:
+def write(connection: Connection, run: Run, record: Row) -> None:
     """Put the run in place of what is there of it.
 
     Its own row comes first: whoever holds it keeps others that record the same run waiting.
     """
-    row = _run_row(document)
+    row = _run_row(run, record["content"])
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     put: Any = dialect.insert(tables.runs).values(row)
     connection.execute(put.on_conflict_do_update(index_elements=["id"], set_=row))
-    metrics = json_ready(document.run.curves)
     new = {
-        tables.documents: [{"run": document.number, "metrics": metrics, "record": document.as_json()}],
-        tables.evaluations: _evaluation_rows(document),
+        tables.documents: [{"run": row["id"], "metrics": json_ready(run.curves), "record": record}],
+        tables.evaluations: _evaluation_rows(run),
     }
     for table, rows in new.items():
-        connection.execute(delete(table).where(table.c.run == document.number))
+        connection.execute(delete(table).where(table.c.run == row["id"]))
         if rows:
             connection.execute(insert(table), rows)
 
 
-def _run_row(document: Document) -> Row:
-    run, result = document.run, document.run.result
+def _run_row(run: Run, content: str) -> Row:
+    result = run.result
     parts = {name: digest(run.described.get(name)) if run.spec else None for name in ("task", "model")}
     return {
-        "id": document.number,
+        "id": tables.run_number(run.suite, run.run_id),
         "suite": run.suite,
         "run_id": run.run_id,
         "arm": run.arm,
@@ -137,13 +119,14 @@ def _run_row(document: Document) -> Row:
         **{name: getattr(result, name) for name in ("seed", "code_digest", "steps_asked", "steps_done")},
         "imported": result.imported is not None,
         "status": result.imported.status if result.imported is not None else None,
-        "content": document.content,
+        "content": content,
     }
 
 
-def _evaluation_rows(document: Document) -> list[Row]:
+def _evaluation_rows(run: Run) -> list[Row]:
     """One a step and profile; a step that was evaluated twice counts as it was evaluated last."""
-    rows = [evaluation_row(evaluation) | {"run": document.number} for evaluation in document.run.result.evaluations]
+    number = tables.run_number(run.suite, run.run_id)
+    rows = [evaluation_row(evaluation) | {"run": number} for evaluation in run.result.evaluations]
     return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 

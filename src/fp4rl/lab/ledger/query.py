@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, Row, evaluation_row, read_document
+from fp4rl.lab.ledger.document import Row, evaluation_row, run_of
 from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.spec.digest import digest
@@ -92,14 +92,13 @@ def find_run(connection: Connection, word: str) -> Row:
     return dict(connection.execute(select(runs).where(runs.c.id == names[matching[0]])).mappings().one())
 
 
-def documents_of(connection: Connection, ids: Sequence[int], *, metrics: bool = False) -> dict[int, Document]:
-    """The records of these runs, by the run's number; their metrics are left out unless asked for."""
-    columns = (documents.c.run, documents.c.record, *((documents.c.metrics,) if metrics else ()))
-    read: dict[int, Document] = {}
+def runs_of(connection: Connection, ids: Sequence[int]) -> dict[int, Run]:
+    """The runs as they were recorded, by number, without their metrics."""
+    read: dict[int, Run] = {}
     for start in range(0, len(ids), _IN_A_STATEMENT):
         some = documents.c.run.in_(ids[start : start + _IN_A_STATEMENT])
-        for row in connection.execute(select(*columns).where(some)):
-            read[row.run] = read_document(row.record, row.metrics if metrics else {})
+        for number, record in connection.execute(select(documents.c.run, documents.c.record).where(some)):
+            read[number] = run_of(record, {})
     return read
 
 
@@ -147,7 +146,7 @@ def known_spreads(connection: Connection, like: str | None = None) -> "list[tupl
     spreads = []
     kinds = kinds.group_by(runs.c.task, runs.c.model).order_by(runs.c.task, runs.c.model)
     for number in connection.execute(kinds).scalars():
-        run = documents_of(connection, [number])[number].run
+        run = runs_of(connection, [number])[number]
         spread = spread_of_run(connection, run)
         if spread is not None and spread.sd > 0:
             spreads.append((f"{_name(run.spec.get('task'))} on {_name(run.spec.get('model'))}", spread))
@@ -217,9 +216,11 @@ def about(connection: Connection, root: Path, word: str) -> About:
     """The run that `word` names, out of its folder below `root` or else the ledger. Raises as `find_run` does."""
     index = find_run(connection, word)
     folder = RunFolder(root / index["suite"] / index["run_id"])
-    document = documents_of(connection, [index["id"]], metrics=True)[index["id"]]
-    run = read_run(folder) if folder.finished else document.run
-    return About(run, index, document.items, document.files)
+    record, metrics = connection.execute(
+        select(documents.c.record, documents.c.metrics).where(documents.c.run == index["id"])
+    ).one()
+    run = read_run(folder) if folder.finished else run_of(record, metrics)
+    return About(run, index, record["items"], record["files"])
 
 
 def answers(folder: RunFolder, problem: str) -> list[Row]:

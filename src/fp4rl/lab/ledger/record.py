@@ -9,8 +9,9 @@ from sqlalchemy.exc import OperationalError, StatementError
 from fp4rl.lab.files import Damaged, OnDamaged, tell
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, content_of, document_of, write
+from fp4rl.lab.ledger.document import Row, content_of, read_folder, write
 from fp4rl.lab.ledger.store import Ledger
+from fp4rl.lab.runs import Run
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import agreeing, counted
 
@@ -36,9 +37,9 @@ def record(ledger: Ledger, folder: RunFolder, known: Known) -> bool:
     """
     if known.get((folder.suite, folder.run_id)) == content_of(folder):
         return False
-    document = document_of(folder)
+    run, entry = read_folder(folder)
     with ledger.writing() as connection:
-        _write_whole(connection, document, folder)
+        _write_whole(connection, folder, run, entry)
     return True
 
 
@@ -67,7 +68,7 @@ def rebuild(
             connection.execute(delete(table))
 
         def write_again(folder: RunFolder) -> bool:
-            _write_whole(connection, document_of(folder), folder)
+            _write_whole(connection, folder, *read_folder(folder))
             return True
 
         return _record_each(folders, write_again, on_run, on_damaged)
@@ -99,11 +100,11 @@ def known_content(connection: Connection) -> Known:
     return {(suite, run_id): content for suite, run_id, content in rows}
 
 
-def _write_whole(connection: Connection, document: Document, folder: RunFolder) -> None:
+def _write_whole(connection: Connection, folder: RunFolder, run: Run, entry: Row) -> None:
     """Replace the run, or raise `Damaged` and leave the ledger as it was where a value does not fit its column."""
     try:
         with connection.begin_nested():
-            write(connection, document)
+            write(connection, run, entry)
     except (StatementError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, OperationalError):
             raise

@@ -19,7 +19,8 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, Oper
 
 from fp4rl.lab.files import dumps
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Document, Row, read_document, write
+from fp4rl.lab.ledger.document import Row, record_of, run_of, write
+from fp4rl.lab.runs import Run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _WAIT_S = 20.0  # for another process's write to end
@@ -208,19 +209,19 @@ def _make_again(connection: Connection, version: str | None) -> None:
         raise InvalidValueError(
             f"this ledger was made by a newer fp4rl (schema {version}); update fp4rl, or name another file"
         )
-    documents = []
+    runs: list[tuple[Run, Row]] = []
     if version is not None:
         old = MetaData()
         old.reflect(connection, only=lambda name, _: name in (*_OLD, *_DROPPED))  # nothing else that stands there
-        documents = _old_documents(connection, old)
+        runs = _old_runs(connection, old)
         old.drop_all(connection)
     tables.metadata.create_all(connection)
     connection.execute(tables.schema.insert().values(version=tables.SCHEMA))
-    for document in documents:
-        write(connection, document)
+    for run, record in runs:
+        write(connection, run, record)
 
 
-def _old_documents(connection: Connection, old: MetaData) -> list[Document]:
+def _old_runs(connection: Connection, old: MetaData) -> list[tuple[Run, Row]]:
     """Every run of the old tables. Its content is unknown, so that it is read again where its folder is there."""
     rows = {name: [dict(row) for row in connection.execute(select(old.tables[name])).mappings()] for name in _OLD}
     specs = {row["digest"]: row["spec"] for row in rows["experiments"]}
@@ -228,10 +229,10 @@ def _old_documents(connection: Connection, old: MetaData) -> list[Document]:
     for name in ("metrics", "evaluations", "evidence", "artefacts"):
         for row in rows[name]:
             of_run[name][row.pop("run")].append(row)
-    return [_old_document(row, specs, {name: of_run[name][row["id"]] for name in of_run}) for row in rows["runs"]]
+    return [_old_run(row, specs, {name: of_run[name][row["id"]] for name in of_run}) for row in rows["runs"]]
 
 
-def _old_document(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]]) -> Document:
+def _old_run(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]]) -> tuple[Run, Row]:
     evaluations = [row | {"profile": row["conditions"] | {"name": row["profile"]}} for row in of_run["evaluations"]]
     metrics: dict[int, Row] = defaultdict(dict)
     for row in of_run["metrics"]:  # SQLite kept NULL for not-a-number
@@ -240,17 +241,15 @@ def _old_document(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]])
     lines = [row["content"] for row in sorted(of_run["evidence"], key=lambda row: row["line"])]
     record = {
         **{name: run[name] for name in ("suite", "run_id", "sites_digest")},
-        "content": "",
         "spec": spec | {"seed": run["seed"]} if spec else {},
         "result": run | {"evaluations": evaluations},
         "evidence": lines,
-        "items": [],
-        "files": of_run["artefacts"],
     }
     try:
-        return read_document(record, metrics)
+        old = run_of(record, metrics)
     except InvalidValueError as error:
         raise InvalidValueError(
             f"the ledger's record of {run['suite']}/{run['run_id']} cannot be read ({error}); the ledger is as it was: "
             "move it away, and `fp4rl ledger rebuild` makes a new one"
         ) from None
+    return old, record_of(old, "", [], of_run["artefacts"])

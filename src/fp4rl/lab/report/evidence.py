@@ -11,8 +11,7 @@ from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Injected, LayerNoise, LiveCheck, MasterCheck, NoiseStages, RolloutNoise, Rounded
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.modes import PHASES
-from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS
+from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS, PHASES
 from fp4rl.spec.records import PlannedSite
 from fp4rl.spec.words import counted
 
