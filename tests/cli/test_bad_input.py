@@ -64,7 +64,7 @@ def test_files_that_are_not_there_stop_a_run_before_anything_is_written(said, tm
 def test_what_is_hardly_meant_is_one_line_in_the_plan_and_before_the_run(tmp_path, capsys, monkeypatch):
     file = tmp_path / "s.yaml"
     file.write_text(SUITE.replace("[0]", "[0, 1]"))
-    monkeypatch.setattr("fp4rl.lab.runner.run_all", lambda *_: SuiteOutcome())
+    monkeypatch.setattr("fp4rl.cli.run.run_all", lambda *_: SuiteOutcome())
     for verb, rest in (("plan", ()), ("run", ("--runs", str(tmp_path / "runs")))):
         assert main([verb, str(file), "evaluation.test_freq=7", *rest]) == 0
         shown = "".join(capsys.readouterr())

@@ -27,7 +27,7 @@ def in_process(monkeypatch):
 
         return execute_run
 
-    monkeypatch.setattr("fp4rl.engines.executors.processes.LocalPool", pool)
+    monkeypatch.setattr("fp4rl.cli.run.LocalPool", pool)
 
 
 def test_a_pattern_without_a_hit_is_one_line_with_the_nearest_name_before_anything_runs(

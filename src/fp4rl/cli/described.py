@@ -7,11 +7,9 @@ from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
+from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import load_spec
-from fp4rl.spec.task_registry import TASKS
-from fp4rl.spec.words import counted
 
 
 def spec_file(spec: Path) -> Path:
@@ -61,35 +59,3 @@ def run_described(source: str, overrides: list[str], arm: str | None) -> Planned
         raise NotFoundError(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
     chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection]
     return (chosen or list(runs))[0]
-
-
-def refuse_words_for_a_spec(source: str, overrides: list[str], arm: str | None) -> None:
-    """InvalidValueError where a model, which is no spec file, was given words that change one."""
-    if overrides or arm:
-        raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
-
-
-def asked_task(name: str | None, data: Path | None) -> dict[str, str]:
-    """Return what `--task` and `--data` say as the key `task` of an experiment; a file alone is GSM8K's.
-
-    Raises InvalidValueError for a task that lacks its file, and for a file of a task that reads none.
-    """
-    name = name or "gsm8k"
-    if name not in TASKS:
-        raise InvalidValueError(f"--task {shown(name)}: no such task{nearest(name, TASKS)}")
-    keys = TASKS[name].file_keys()
-    if data is not None and not keys:
-        others = " or ".join(f"--task {other}" for other, task in TASKS.items() if task.file_keys())
-        raise InvalidValueError(f"--data {data}: the {name} task makes its own problems; add {others}")
-    if data is None and keys and TASKS[name].model_fields[keys[0]].is_required():
-        raise InvalidValueError(f"--task {name} needs --data FILE: {TASKS[name].model_fields[keys[0]].description}")
-    return {"name": name, **({keys[0]: str(data)} if data else {})}
-
-
-def what_interrupting_costs(save_freq: int) -> str:
-    """What is lost when runs are interrupted, in one line."""
-    every = f"{counted(save_freq, 'step')} or 5 minutes, whichever are less" if save_freq else "5 minutes"
-    return (
-        "Ctrl-C: each run ends after the step it is in, and the same command goes on from there; a kill or a power cut "
-        f"costs at most {every} (more where writing a checkpoint takes long)"
-    )

@@ -1,26 +1,31 @@
 """`fp4rl eval`: evaluate a Hugging Face model folder on a task, at a named precision."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
+from fp4rl.cli.described import require_here
 from fp4rl.cli.options import AsJson, require_writable
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, table
-from fp4rl.spec.errors import InvalidValueError, shown
+from fp4rl.lab.files import whole
+from fp4rl.lab.matrix import single
+from fp4rl.models.quiet import quiet
+from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
-from fp4rl.spec.load import read_yaml
+from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import batch_note
+from fp4rl.spec.load import parse, read_yaml
 from fp4rl.spec.plain_yaml import plain_values
+from fp4rl.spec.task_registry import TASKS
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fp4rl.rl.evaluate import Evaluation as Measured
     from fp4rl.rl.evaluate import EvaluationRunner
-    from fp4rl.spec.evidence import Evaluation
-    from fp4rl.spec.experiment import Experiment
 
 # One answer in twenty moves the accuracy by more points than most recipes do.
 _MANY_CUT_OFF = 0.05
@@ -71,7 +76,9 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    _require_new(out)
+    if out is not None and out.is_file():
+        raise InvalidValueError(f"--out {out}: is there already; name another file")
+    require_writable(out, "--out")
     given = {"preset": preset, "samples": samples, "split": split, "count": count}
     given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
     start = {"path": str(model), "dtype": dtype}
@@ -79,20 +86,18 @@ def command(
     runner, evaluations = _evaluated(described, model, count)
     summaries = [evaluation.summary() for evaluation in evaluations]
     if out is not None:
-        _write(out, [(e.profile.name, asdict(item)) for e in evaluations for item in e.items])
+        _write(out, evaluations)
     if as_json:
         print_json([summary.as_json() for summary in summaries])
-    else:
-        console().print(_table(str(model), summaries, _cut_from(data, test_path, runner.spec.split)))
-        _print_batch_notes(runner)
+        return
+    console().print(_table(str(model), summaries, _cut_from(data, test_path, runner.spec.split)))
+    for name, measured in runner.precisions().items():
+        if note := batch_note(measured.injection, "evaluation"):
+            console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
 
 
-def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":
+def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":
     """Evaluate the model at every precision, in their order, with a bar on stderr."""
-    from fp4rl.cli.described import require_here
-    from fp4rl.lab.matrix import single
-    from fp4rl.models.quiet import quiet
-
     require_here([single(described, "eval")])
     quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
     from fp4rl.rl.evaluate import EvaluationRunner
@@ -105,22 +110,10 @@ def _evaluated(described: "Experiment", model: Path, count: int | None) -> "tupl
         return runner, list(runner.run(model, described.model.dtype, 0, True, advance))
 
 
-def _print_batch_notes(runner: "EvaluationRunner") -> None:
-    from fp4rl.spec.injection import batch_note
-
-    for name, measured in runner.precisions().items():
-        if note := batch_note(measured.injection, "evaluation"):
-            console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
-
-
 def _described(
     model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
-) -> "Experiment":
+) -> Experiment:
     """The experiment whose evaluation is asked for; mistakes are found before torch is imported."""
-    from fp4rl.spec.experiment import Experiment
-    from fp4rl.spec.load import parse
-    from fp4rl.spec.task_registry import TASKS
-
     evaluation = asked_profiles(precision)
     if sweep:
         evaluation |= _SWEEP
@@ -135,21 +128,30 @@ def _described(
 
 
 def _asked_task(task: str, data: Path | None, test_path: Path | None, split: str | None) -> dict[str, str]:
-    """What `--task`, `--data` and `--test-path` say. A test file is not cut by mistake."""
-    from fp4rl.cli.described import asked_task
+    """Return what `--task`, `--data` and `--test-path` say as the key `task` of an experiment.
 
-    if test_path is not None:
-        if data is not None or split is not None:
-            raise InvalidValueError(
-                "--test-path FILE is held out whole; drop --data and --split, which cut a training file"
-            )
-        return {**asked_task(task, test_path), "test_path": str(test_path)}
+    Raises InvalidValueError for a task that lacks its file, for a file of a task that reads none, and for a test file
+    that would be cut by mistake.
+    """
+    if test_path is not None and (data is not None or split is not None):
+        raise InvalidValueError(
+            "--test-path FILE is held out whole; drop --data and --split, which cut a training file"
+        )
     if data is not None and split is None and "test" in data.stem.lower():
         raise InvalidValueError(
             f"--data {data}: by its name a test file, of which only a tenth would be answered; --test-path {data} "
             "answers all of it, --split test that tenth"
         )
-    return asked_task(task, data)
+    if task not in TASKS:
+        raise InvalidValueError(f"--task {shown(task)}: no such task{nearest(task, TASKS)}")
+    file, keys = data or test_path, TASKS[task].file_keys()
+    if file is not None and not keys:
+        others = " or ".join(f"--task {name}" for name, other in TASKS.items() if other.file_keys())
+        raise InvalidValueError(f"--data {file}: the {task} task makes its own problems; add {others}")
+    if file is None and keys and TASKS[task].model_fields[keys[0]].is_required():
+        raise InvalidValueError(f"--task {task} needs --data FILE: {TASKS[task].model_fields[keys[0]].description}")
+    own_file = {keys[0]: str(file)} if file else {}
+    return {"name": task, **own_file} | ({"test_path": str(test_path)} if test_path else {})
 
 
 def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | None:
@@ -158,13 +160,12 @@ def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | No
     return None if data is None else f"problems: the {split} split, the tenth of {data} that its questions' hash picks"
 
 
-def _table(title: str, summaries: "list[Evaluation]", problems: str | None = None) -> "Table":
+def _table(title: str, summaries: list[Evaluation], problems: str | None = None) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
     # pass@1 is the mean accuracy, which stands under `strict`
-    passed = list(
-        dict.fromkeys(name for s in summaries for name in s.of_samples if name.startswith("pass@") and name != "pass@1")
-    )
+    names = dict.fromkeys(name for s in summaries for name in s.of_samples)
+    passed = [name for name in names if name.startswith("pass@") and name != "pass@1"]
     rows = []
     for s in summaries:
         n = _problems(s)  # several answers to one problem are no independent trials
@@ -174,62 +175,42 @@ def _table(title: str, summaries: "list[Evaluation]", problems: str | None = Non
         cells = [s.profile.name, str(n), strict, *(f"{100 * (share or 0.0):.1f}" for share in shares)]
         rows.append([*cells, f"{s.mean_length or 0.0:.1f}", *(f"{100 * s.of_samples[name]:.1f}" for name in passed)])
     numbers = (f"{name}>" for name in ("n", "strict", "flexible", "format", "cut", "tokens", *passed))
-    caption = "\n".join([_caption(summaries), *([problems] if problems else [])])
+    caption = "\n".join([*_caption(summaries), *([problems] if problems else [])])
     return table("precision=", *numbers, rows=rows, title=f"{title}: shares in %", caption=caption)
 
 
-def _caption(summaries: "list[Evaluation]") -> str:
+def _caption(summaries: list[Evaluation]) -> Iterator[str]:
     """What n counts, what the intervals are of, what was cut off, and what acted under names that do not say it."""
-    return "\n".join([_counts(summaries), *_cut_off(summaries), *_labels(summaries)])
-
-
-def _cut_off(summaries: "list[Evaluation]") -> list[str]:
-    """A line where so many answers met the limit that the accuracy is one of the limit too."""
-    worst = max(summaries, key=lambda s: s.truncated or 0.0)
-    share = worst.truncated or 0.0
-    if share <= _MANY_CUT_OFF:
-        return []
-    return [
-        f"{100 * share:.0f} % of the answers of {worst.profile.name} were cut off at the token limit, "
-        f"{worst.profile.max_new_tokens}, and scored as they stood: raise --max-new-tokens, or name what ends an "
-        "answer with --stop"
-    ]
-
-
-def _labels(summaries: "list[Evaluation]") -> list[str]:
-    pairs = [(s.profile.name, s.profile.precision) for s in summaries]
-    return [f"{name}: {label}" for name, label in pairs if label is not None and label != name]
-
-
-def _counts(summaries: "list[Evaluation]") -> str:
-    cut = f"cut: the share that the token limit, {summaries[0].profile.max_new_tokens}, cut off"
     answers = max((s.n or 0) // _problems(s) for s in summaries)
     if answers == 1:
-        return f"n problems, one answer each; 95 % Wilson intervals over problems\n{cut}"
-    return (
-        f"n problems, {answers} answers each; strict, flexible and format are means over all answers.\n95 % Wilson "
-        f"intervals with n problems as trials: answers to one problem are not independent\n{cut}"
-    )
+        yield "n problems, one answer each; 95 % Wilson intervals over problems"
+    else:
+        yield f"n problems, {answers} answers each; strict, flexible and format are means over all answers."
+        yield "95 % Wilson intervals with n problems as trials: answers to one problem are not independent"
+    yield f"cut: the share that the token limit, {summaries[0].profile.max_new_tokens}, cut off"
+    worst = max(summaries, key=lambda s: s.truncated or 0.0)
+    if (worst.truncated or 0.0) > _MANY_CUT_OFF:  # the accuracy is one of the limit too
+        yield (
+            f"{100 * (worst.truncated or 0.0):.0f} % of the answers of {worst.profile.name} were cut off at the token "
+            f"limit, {worst.profile.max_new_tokens}, and scored as they stood: raise --max-new-tokens, or name what "
+            "ends an answer with --stop"
+        )
+    for s in summaries:
+        if s.profile.precision not in (None, s.profile.name):
+            yield f"{s.profile.name}: {s.profile.precision}"
 
 
-def _problems(evaluation: "Evaluation") -> int:
+def _problems(evaluation: Evaluation) -> int:
     return evaluation.problems or evaluation.n or 1
 
 
-def _require_new(out: Path | None) -> None:
-    if out is not None and out.is_file():
-        raise InvalidValueError(f"--out {out}: is there already; name another file")
-    require_writable(out, "--out")
-
-
-def _write(out: Path, rows: list[tuple[str, dict[str, object]]]) -> None:
+def _write(out: Path, evaluations: "list[Measured]") -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from fp4rl.lab.files import whole
-
+    rows = [{"profile": e.profile.name, **asdict(item)} for e in evaluations for item in e.items]
     with whole(out) as partial:
-        parquet.write_table(pa.Table.from_pylist([{"profile": name, **row} for name, row in rows]), partial)
+        parquet.write_table(pa.Table.from_pylist(rows), partial)
 
 
 def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
@@ -244,7 +225,9 @@ def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith(MATMUL_NOISE) or not (equals or _is_file(word)):
             names.append(word)
             continue
-        name, what = (name, what) if equals else (_name_of(Path(word)), word)
+        if not equals:  # every run's description is called spec.yaml, so its folder tells more
+            file = Path(word)
+            name, what = file.resolve().parent.name if file.stem == "spec" else file.stem, word
         if name in own:
             raise InvalidValueError(f"--precision {word}: {name!r} is named twice; write NAME=FILE")
         own[name] = _injection(word, what)
@@ -256,11 +239,6 @@ def _is_file(word: str) -> bool:
     return word.endswith((".yaml", ".yml"))
 
 
-def _name_of(file: Path) -> str:
-    """Every run's description is called spec.yaml, so its folder tells more."""
-    return file.resolve().parent.name if file.stem == "spec" else file.stem
-
-
 def _injection(word: str, what: str) -> Any:
     if not _is_file(what):
         content = plain_values(what, shown(what), "try '{weight: mxfp4, input: mxfp8}'")
@@ -269,9 +247,9 @@ def _injection(word: str, what: str) -> Any:
         return content
     content = read_yaml(what)
     if "arms" in content:
-        raise InvalidValueError(
-            f"--precision {word}: a suite has many injections; name the spec.yaml of one of its runs"
-        )
-    if content.get("injection", content) is None:
+        cure = "name the spec.yaml of one of its runs"
+        raise InvalidValueError(f"--precision {word}: a suite has many injections; {cure}")
+    injection = content.get("injection", content)
+    if injection is None:
         raise InvalidValueError(f"--precision {word}: {what} injects nothing, which is the profile full")
-    return content.get("injection", content)
+    return injection

@@ -23,6 +23,6 @@ def command(
     from fp4rl.spec.load import load_spec
 
     suite = load_spec(named("quickstart"), overrides or [])
-    outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to=report_to or (), ledger=ledger, quiet=as_json)
+    outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to or (), ledger, quiet=as_json)
     show(runs / "quickstart", ledger=ledger, as_json=as_json)
     end(outcome)

@@ -1,26 +1,33 @@
 """`fp4rl run`: carry out every run of a file that is not finished, then show what the suite says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from statistics import mean
+from typing import Annotated
 
 import typer
+from rich.console import Console, Group
 
+from fp4rl.cli.described import described_by, require_here, runs_described, warnings_of
+from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import place
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
-from fp4rl.cli.profiled import profiled
-from fp4rl.cli.terminal import console, leave_out, print_json
+from fp4rl.cli.terminal import console, leave_out, print_json, table
+from fp4rl.engines.executors.launcher import launched
+from fp4rl.engines.executors.processes import LocalPool
+from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
+from fp4rl.lab.folders import run_folder
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.profile import WHAT, write_profile
+from fp4rl.lab.provenance import changed_inputs
+from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
+from fp4rl.models.quiet import quiet as quiet_libraries
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import agreeing, counted
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fp4rl.lab.matrix import PlannedRun
-    from fp4rl.lab.runner import SuiteOutcome
-    from fp4rl.spec.evidence import Evaluation
-    from fp4rl.spec.experiment import Experiment, Suite
-    from fp4rl.spec.records import RunResult
+_CELL = len("12.345 100%")  # of a table of times
+_FRAME = 3  # what a column adds to its widest cell: a line and a space on both sides
 
 
 def command(
@@ -45,54 +52,40 @@ def command(
 
     Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
     """
-    from fp4rl.cli.described import described_by
-
     described = described_by(spec, overrides or [])
     outcome = carry_out_all(
-        described,
-        spec.stem,
-        runs,
-        jobs,
-        report_to=report_to or (),
-        ledger=ledger,
-        rerun_stale=rerun_stale,
-        quiet=as_json,
+        described, spec.stem, runs, jobs, report_to or (), ledger, rerun_stale=rerun_stale, quiet=as_json
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
         return  # one of several processes: the first one speaks
-    table = profiled(done, runs, console().width) if profile and done else None
+    times = profiled(done, runs, console().width) if profile and done else None
     if as_json:
-        print_json(_as_dict(outcome))
+        ids = {"skipped": [run.run_id for run in outcome.skipped], "done": [run.run_id for run in outcome.done]}
+        print_json(ids | {"failed": {ended.run.run_id: ended.error for ended in outcome.failed}})
     elif done:
         _show(described, runs, done, ledger)
-        if table is not None:
-            console().print(table)
+        if times is not None:
+            console().print(times)
     end(outcome)
 
 
-def _show(described: "Suite | Experiment", root: Path, done: "Sequence[PlannedRun]", ledger: str | None) -> None:
+def _show(described: Suite | Experiment, root: Path, done: Sequence[PlannedRun], ledger: str | None) -> None:
     """A suite's table and page, or a single run's accuracies and where all of it can be looked at."""
     from fp4rl.cli.report import show
     from fp4rl.cli.show import accuracies
-    from fp4rl.lab.folders import run_folder
-    from fp4rl.spec.experiment import Suite
 
     if isinstance(described, Suite):
         show(root / described.suite, ledger=ledger)
         return
     for run in done:
-        console().print(accuracies(_ends(run_folder(root, run.suite, run.run_id).result())))
-        line = f"{root / run.suite / run.run_id}: `fp4rl show {run.suite}/{run.run_id}` shows all of it"
-        console().print(line, soft_wrap=True)
+        folder = run_folder(root, run.suite, run.run_id)
+        evaluations = folder.result().evaluations
+        console().print(accuracies([each for each in evaluations if each.last or each.step == 0]))
+        console().print(f"{folder.path}: `fp4rl show {folder.key}` shows all of it", soft_wrap=True)
 
 
-def _ends(result: "RunResult") -> "list[Evaluation]":
-    """The evaluations of step 0 and the last step."""
-    return [evaluation for evaluation in result.evaluations if evaluation.last or evaluation.step == 0]
-
-
-def end(outcome: "SuiteOutcome") -> None:
+def end(outcome: SuiteOutcome) -> None:
     """Leave with 2 if a run could not start for a mistake in its spec, with 1 if one failed under way."""
     messages = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
     if messages:
@@ -104,28 +97,21 @@ def end(outcome: "SuiteOutcome") -> None:
 
 
 def carry_out_all(
-    described: "Suite | Experiment",
+    described: Suite | Experiment,
     name: str,
     root: Path,
     jobs: int,
-    *,
     report_to: Sequence[str] = (),
     ledger: str | None = None,
+    *,
     rerun_stale: bool = False,
     quiet: bool = False,
-) -> "SuiteOutcome":
+) -> SuiteOutcome:
     """Run what is described below `root` with a live picture; used by `run` and `quickstart`.
 
     Under a launcher (torchrun) all its processes train each run together, and the first one alone shows anything.
     """
-    from fp4rl.cli.described import require_here, runs_described, warnings_of
-    from fp4rl.cli.display import Display
-    from fp4rl.engines.executors.launcher import launched
-    from fp4rl.engines.executors.processes import LocalPool
-    from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
-    from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
     from fp4rl.lab.sinks import require_sinks
-    from fp4rl.models.quiet import quiet as quiet_libraries
 
     require_sinks(report_to)
     runs = runs_described(described, name)
@@ -162,7 +148,7 @@ def carry_out_all(
         return run_all(runs, root, executor, display.on_event, ended)
 
 
-def _record(book: str | Path, root: Path, screen: "Console") -> None:
+def _record(book: str | Path, root: Path, screen: Console) -> None:
     """Enter what is finished. Old runs that cannot be read, and a ledger that another process keeps, stop no new run:
     whoever opens the ledger next enters what is missing in it."""
     from fp4rl.lab.ledger.record import record_new
@@ -175,10 +161,8 @@ def _record(book: str | Path, root: Path, screen: "Console") -> None:
         screen.print(f"warning: {error}", soft_wrap=True)
 
 
-def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
+def refuse_others(finished: Sequence[PlannedRun], root: Path) -> None:
     """Raises InvalidValueError where a finished run was made from other files than those that are there now."""
-    from fp4rl.lab.provenance import changed_inputs
-
     changed = changed_inputs(finished, root)
     if changed:
         run, names = next(iter(changed.items()))
@@ -189,9 +173,38 @@ def refuse_others(finished: "Sequence[PlannedRun]", root: Path) -> None:
         )
 
 
-def _as_dict(outcome: "SuiteOutcome") -> dict[str, object]:
-    return {
-        "skipped": [run.run_id for run in outcome.skipped],
-        "done": [run.run_id for run in outcome.done],
-        "failed": {ended.run.run_id: ended.error for ended in outcome.failed},
-    }
+def profiled(runs: Sequence[PlannedRun], root: Path, width: int) -> Group:
+    """Write `profile.md` into the folder of every run, and return seconds a step and shares by arm: tables of as many
+    arms as fit `width` columns, each with the same rows."""
+    by_arm: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, []).append(write_profile(run_folder(root, run.suite, run.run_id)))
+    means = {arm: {name: mean(s.get(name, 0.0) for s in seeds) for name in WHAT} for arm, seeds in by_arm.items()}
+    whole = {arm: sum(seconds.values()) for arm, seconds in means.items()}
+    names = [name for name in WHAT if any(seconds[name] for seconds in means.values())]
+    names.sort(key=lambda name: -max(seconds[name] / whole[arm] for arm, seconds in means.items()))
+    beside = width - max(map(len, names)) - _FRAME - 1
+    tables = []
+    for arms in _fitting(means, beside):
+        made = table("work=", *(f"{arm}>" for arm in arms), lines=True)
+        made.add_row("all", *(f"{whole[arm]:.3f}" for arm in arms), end_section=True)
+        for name in names:
+            made.add_row(name, *(f"{means[arm][name]:.3f} {means[arm][name] / whole[arm]:.0%}" for arm in arms))
+        tables.append(made)
+    tables[0].title = "Where a step goes, s and share of it"
+    tables[-1].caption = "all steps but the first, mean over seeds; each run's own table is its profile.md"
+    return Group(*tables)
+
+
+def _fitting(arms: Mapping[str, object], width: int) -> Iterator[list[str]]:
+    """The arms in their order, in groups whose columns together take at most `width`; one arm at least."""
+    group: list[str] = []
+    used = 0
+    for arm in arms:
+        needed = max(len(arm), _CELL) + _FRAME
+        if group and used + needed > width:
+            yield group
+            group, used = [], 0
+        group.append(arm)
+        used += needed
+    yield group

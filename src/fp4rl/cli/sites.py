@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.described import is_spec, refuse_words_for_a_spec, require_here, run_described
+from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
@@ -83,7 +83,9 @@ def _in_a_line(noise: Noise) -> str:
 
 def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Model, Injection]:
     if not is_spec(source):
-        refuse_words_for_a_spec(source, overrides, arm)
+        if overrides or arm:
+            why = "is no spec file, so key=value and --arm have nothing to change; use --mode"
+            raise InvalidValueError(f"{source} {why}")
         content: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
         return parse(Model, content, ""), Injection.named("w4a16")
     experiment = run_described(source, overrides, arm).experiment
