@@ -24,8 +24,7 @@ class Display:
 
     def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
         self._runs = {run.run_id: run for run in runs}
-        self._said: set[tuple[str, str]] = set()
-        self._lines: set[str] = set()
+        self._said: set[object] = set()
         self._steps = {run.run_id: run.experiment.training.steps + _AROUND for run in runs}
         self._done = dict.fromkeys(self._runs, 0.0)
         self._active: dict[str, Event] = {}
@@ -58,9 +57,8 @@ class Display:
     def on_event(self, event: Event) -> None:
         """A run went on, or has something to say."""
         if event.stage == STOPPING:
-            self._console.print(
-                "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once",
-            )
+            line = "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once"
+            self._console.print(line)
             return
         if event.line is not None:
             self._say(event.run_id, event.line)
@@ -77,16 +75,13 @@ class Display:
     def _say(self, run_id: str, line: str) -> None:
         """Once a run and kind of line, whatever the numbers in it; a line that several runs share once for all."""
         kind = run_id, re.sub(r"\d[\d.]*", "#", line)
-        if kind not in self._said and line not in self._lines:
-            run = self._runs[run_id]
-            self._console.print(styled(("warning", "yellow"), f": {run.arm}, seed {run.seed}: {line}"))
-        self._said.add(kind)
-        self._lines.add(line)
+        if not self._said & {kind, line}:
+            self._console.print(styled(("warning", "yellow"), f": {_name(self._runs[run_id])}: {line}"))
+        self._said |= {kind, line}
 
     def _doing(self, event: Event) -> str:
-        run = self._runs[event.run_id]
         where = f" {event.done}/{event.total}" if event.total else ""
-        return f"{run.arm}, seed {run.seed}: {event.stage}{where}"
+        return f"{_name(self._runs[event.run_id])}: {event.stage}{where}"
 
     def on_outcome(self, outcome: Outcome) -> None:
         """A run ended."""
@@ -99,13 +94,12 @@ class Display:
         if outcome.mistake:
             return  # said once, at the end, for all runs that share it
         if outcome.error is not None:
-            line = f" {run.arm}, seed {run.seed}: {outcome.error}"
             how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
-            self._console.print(styled(how, line))
+            self._console.print(styled(how, f" {_name(run)}: {outcome.error}"))
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)
-            self._console.print(f"finished {run.arm}, seed {run.seed} ({rest})")
+            self._console.print(f"finished {_name(run)} ({rest})")
 
     def _picture(self) -> RenderableType:
         table = Table(box=None, padding=(0, 1), show_edge=False)
@@ -130,13 +124,15 @@ class Display:
 
     def _left(self) -> str:
         share = sum(self._done.values()) / max(sum(self._steps.values()), 1)
-        if share < 0.02:
+        if share < 0.02 or share == 1:
             return ""
         seconds = (time.monotonic() - self._started) * (1 - share) / share
-        if share == 1:
-            return ""
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _name(run: PlannedRun) -> str:
+    return f"{run.arm}, seed {run.seed}"

@@ -76,9 +76,7 @@ def command(
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
-    if out is not None and out.is_file():
-        raise InvalidValueError(f"--out {out}: is there already; name another file")
-    require_writable(out, "--out")
+    require_writable(out, "--out", new=True)
     given = {"preset": preset, "samples": samples, "split": split, "count": count}
     given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
     start = {"path": str(model), "dtype": dtype}

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.table import Table
 
 from fp4rl.cli.options import AsJson
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled, table
@@ -44,21 +42,15 @@ def command(
     Examples: `fp4rl formats`, `fp4rl formats mxfp4`, `fp4rl formats --compare`
     """
     if compare and name:
-        raise InvalidValueError(
-            "--compare measures all formats; leave the name away, or leave --compare away to see one"
-        )
+        cure = "leave the name away, or leave --compare away to see one"
+        raise InvalidValueError(f"--compare measures all formats; {cure}")
     if compare:
         _compare(as_json)
     elif name:
-        _show_one(_parsed(name), as_json)
+        cure = "try '{name: mxfp4, block: 16}'"
+        _show_one(format_of(plain_values(name, shown(name), cure) if "{" in name else name), as_json)
     else:
         _list(as_json)
-
-
-def _parsed(text: str) -> Format:
-    if "{" not in text:
-        return format_of(text)
-    return format_of(plain_values(text, shown(text), "try '{name: mxfp4, block: 16}'"))
 
 
 def _list(as_json: bool) -> None:
@@ -67,15 +59,20 @@ def _list(as_json: bool) -> None:
         modes = {mode.name: mode.meaning for mode in MODES.values()}
         print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes, "presets": presets})
         return
-    names = ("format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB")
     screen = console()
+    names = ("format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB")
     screen.print(table(*names, rows=map(_row, FORMATS.values())))
     screen.print(styled(("\nGrids", "bold"), ": the magnitudes that an element can hold, in units of its scale"))
-    screen.print(_grids())
+    elements = [e for e in dict.fromkeys(fmt.element for fmt in FORMATS.values()) if e.bits <= 8]
+    grids = ((e.name, str(2 * len(e.grid())), _grid(e.grid(), ends=4)) for e in elements)
+    screen.print(table("element", "codes", "magnitudes", rows=grids))
     screen.print(styled(("\nModes", "bold"), ": formats of all linear layers at once, as `injection: w4a4`"))
     screen.print(table("", "", rows=((mode.name, mode.meaning) for mode in MODES.values())))
     screen.print(styled(("\nPresets", "bold"), ": what a deployment target does to MX formats, weights | inputs"))
-    screen.print(_presets())
+    rules = (
+        (p.name, f"{p.rule}, {p.weight_rounding}", f"{p.rule}, {p.input_rounding}", p.source) for p in PRESETS.values()
+    )
+    screen.print(table("preset", "weights", "inputs", "source", rows=rules))
     screen.print(
         "\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor; a mean over eight "
         "sizes within an octave,\nbecause a scale that is a power of two fits some sizes better (--compare takes one)."
@@ -90,19 +87,6 @@ def _row(fmt: Format) -> tuple[str, ...]:
     )
 
 
-def _grids() -> Table:
-    elements = [e for e in dict.fromkeys(fmt.element for fmt in FORMATS.values()) if e.bits <= 8]
-    rows = ((e.name, str(2 * len(e.grid())), _grid(e.grid(), ends=4)) for e in elements)
-    return table("element", "codes", "magnitudes", rows=rows)
-
-
-def _presets() -> Table:
-    rows = (
-        (p.name, f"{p.rule}, {p.weight_rounding}", f"{p.rule}, {p.input_rounding}", p.source) for p in PRESETS.values()
-    )
-    return table("preset", "weights", "inputs", "source", rows=rows)
-
-
 def _show_one(fmt: Format, as_json: bool) -> None:
     if as_json:
         print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "presets": dict(_under_presets(fmt))})
@@ -110,7 +94,14 @@ def _show_one(fmt: Format, as_json: bool) -> None:
     screen = console()
     screen.print(styled((fmt.name, "bold"), f"  {_bits(fmt.bits_per_value)} bits a value"))
     screen.print(table("", "", rows=_in_words(fmt)))
-    screen.print(_details(fmt))
+    ideal = ((key, f"{value:.4g}") for key, value in _ideal(fmt).items())
+    screen.print("", table("error on ideal Gaussian data", "", rows=ideal), sep="\n")
+    if fmt == MXFP4:
+        rules = MXFP4_RULES_DB.items()
+        rows = ((rule, _formula(replace(fmt, scale_rule=rule)), f"{decibels:.2f}") for rule, decibels in rules)
+        screen.print("", table("scale rule", "exponent", "ideal dB", rows=rows), sep="\n")
+    if sides := [(name, both["weight"], both["input"]) for name, both in _under_presets(fmt)]:
+        screen.print("", table("preset", "weights", "inputs", rows=sides), sep="\n")
 
 
 def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
@@ -122,8 +113,7 @@ def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
     yield "block", _block(fmt) + (" of the last axis; a last block may be short" if fmt.block else "")
     yield "scale", SCALES[fmt.scale] + (", one for a block" if fmt.block else "")
     if fmt.scale != "none":
-        rule = _formula(fmt)
-        yield "rule", f"{fmt.scale_rule}: {'exponent = ' if fmt.scale == 'e8m0' else ''}{rule}"
+        yield "rule", f"{fmt.scale_rule}: {'exponent = ' if fmt.scale == 'e8m0' else ''}{_formula(fmt)}"
     yield "rounding", fmt.rounding
     if fmt.coarse:
         yield "coarse", f"one FP32 scale for {fmt.coarse.columns} columns, chosen by {fmt.coarse.choice}"
@@ -135,18 +125,6 @@ def _formula(fmt: Format) -> str:
     element, top = fmt.element, 2.0**fmt.element.max_exponent
     even = (2 - 2.0 ** -(element.mantissa_bits + 1)) * top
     return RULES[fmt.scale_rule].format(e=element.max_exponent, largest=element.largest, even=even, seven=1.75 * top)
-
-
-def _details(fmt: Format) -> Group:
-    ideal = ((key, f"{value:.4g}") for key, value in _ideal(fmt).items())
-    parts = [table("error on ideal Gaussian data", "", rows=ideal)]
-    if fmt == MXFP4:
-        rules = MXFP4_RULES_DB.items()
-        rows = ((rule, _formula(replace(fmt, scale_rule=rule)), f"{decibels:.2f}") for rule, decibels in rules)
-        parts.append(table("scale rule", "exponent", "ideal dB", rows=rows))
-    sides = ((name, both["weight"], both["input"]) for name, both in _under_presets(fmt))
-    under = table("preset", "weights", "inputs", rows=sides)
-    return Group(*(item for part in (*parts, under) if part.row_count for item in ("", part)))
 
 
 def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
@@ -174,18 +152,21 @@ def _compare(as_json: bool) -> None:
     from fp4rl.numerics.errors import DATA, errors_on
 
     ready_to_round()
-    rows: list[tuple[str, float, dict[str, dict[str, float]]]] = []
+    rows: list[dict[str, Any]] = []
     compared = list(_compared())
     with progress() as advance:
         for label, fmt in compared:
-            rows.append((label, fmt.bits_per_value, dict(errors_on(fmt))))
+            rows.append({"format": label, "bits_per_value": fmt.bits_per_value, "errors": dict(errors_on(fmt))})
             advance("measuring", len(rows), len(compared))
     if as_json:
-        print_json([{"format": label, "bits_per_value": bits, "errors": errors} for label, bits, errors in rows])
+        print_json(rows)
         return
     cells = (
-        (label, _bits(bits), *(f"{100 * m['relative_l2']:5.2f} %  {m['sqnr_db']:4.1f}" for m in errors.values()))
-        for label, bits, errors in rows
+        (
+            *(row["format"], _bits(row["bits_per_value"])),
+            *(f"{100 * m['relative_l2']:5.2f} %  {m['sqnr_db']:4.1f}" for m in row["errors"].values()),
+        )
+        for row in rows
     )
     screen = console()
     screen.print(table("format=", "bits=", *(f"{kind.replace('_', ' ')}=" for kind in DATA), rows=cells))

@@ -100,23 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
         if code == _INTERRUPTED:  # typer catches it, and says nothing
-            return _report(KeyboardInterrupt(), verb)
+            raise KeyboardInterrupt
         require_nothing_left_out()
         return code
     except (Exception, KeyboardInterrupt) as error:
-        if debug or not _of_the_user(error):
+        answer = None if debug else _answer(error, verb)
+        if answer is None:
             raise
-        return _report(error, verb)
-
-
-def _of_the_user(error: BaseException) -> bool:
-    """An error of the system that names a file is about what the user gave, and so is a full disk; any other error that
-    is no mistake is a fault of ours."""
-    if isinstance(error, OSError):
-        return isinstance(error, BrokenPipeError) or error.filename is not None or is_full(error)
-    return isinstance(error, UserError | CheckFailed | TyperException | typer.Abort | KeyboardInterrupt) or is_full(
-        error
-    )
+        code, line = answer
+        if line:  # one, whatever stands in it: names and messages come from outside
+            print("fp4rl:", " ".join(line.split("\n")), file=sys.stderr)
+        return code
 
 
 def _at_home(argument: str) -> str:
@@ -127,42 +121,31 @@ def _at_home(argument: str) -> str:
     return str(Path(argument).expanduser()) if argument.startswith("~") else argument
 
 
-def _report(error: BaseException, verb: str | None) -> int:
+def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
+    """The exit code and the line that answer an error; None for a fault of ours.
+
+    An error of the system that names a file is about what the user gave, and so is a full disk.
+    """
     match error:
         case TyperException():
             shown = str(error.format_message()).strip()
-            if shown:
-                _say(f"{shown.rstrip('.')}; {_where_to_look(error)}")
-            return 2 if shown else 0
+            path = getattr(getattr(error, "ctx", None), "command_path", "fp4rl")
+            where = f"{path} --help shows {'its options' if path != 'fp4rl' else 'the verbs and their options'}"
+            return (2, f"{shown.rstrip('.')}; {where}") if shown else (0, "")
         case CheckFailed():
-            _say(str(error))
-            return 1
+            return 1, str(error)
         case KeyboardInterrupt() | typer.Abort():
             resumes = verb in ("run", "quickstart")
-            _say("stopped; the same command continues where it left off" if resumes else "stopped")
-            return _INTERRUPTED
+            return _INTERRUPTED, f"stopped{'; the same command continues where it left off' if resumes else ''}"
         case BrokenPipeError():
-            return 0
+            return 0, ""
         case OSError() if error.filename is not None:
-            _say(f"{error.filename}: {error.strerror}; name another place, or make room there")
-            return 2
+            return 2, f"{error.filename}: {error.strerror}; name another place, or make room there"
         case UserError():
-            _say(str(error))
-            return 2
-        case _:
-            _say("a disk is full, or a quota used up; make room and run the same command again")
-            return 1
-
-
-def _say(line: str) -> None:
-    """One line on standard error, whatever stands in it: names and messages come from outside."""
-    print("fp4rl:", " ".join(line.split("\n")), file=sys.stderr)
-
-
-def _where_to_look(error: TyperException) -> str:
-    """The help of the verb that was used, where one was."""
-    path = getattr(getattr(error, "ctx", None), "command_path", "fp4rl")
-    return f"{path} --help shows {'its options' if path != 'fp4rl' else 'the verbs and their options'}"
+            return 2, str(error)
+        case _ if is_full(error):
+            return 1, "a disk is full, or a quota used up; make room and run the same command again"
+    return None
 
 
 def entry() -> None:

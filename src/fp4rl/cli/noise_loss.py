@@ -4,43 +4,36 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fp4rl.cli.terminal import progress, ready_to_round, table
+from fp4rl.cli.terminal import console, progress, ready_to_round, table
+from fp4rl.diagnose.calibration import calibrate_answers
+from fp4rl.diagnose.noise_loss import noise_losses
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.statistics.seeds import holm, welch
+from fp4rl.models.load import load
 from fp4rl.noise.schedule import asked_sigma
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.rl.start import start_folder
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.words import counted
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fp4rl.lab.matrix import PlannedRun
-    from fp4rl.spec.experiment import Experiment
 
 TEXTS = 64
 
 
-def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, root: Path) -> dict[str, Any]:
+def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root: Path) -> dict[str, Any]:
     """Losses of every arm that starts from the first arm's model under its injection, and differences to the quiet arm.
 
     The quiet arm is the first without noise, or the first of all. Sigma is the greatest of any schedule unless given.
     """
-    from fp4rl.models.quiet import quiet
-
-    quiet()
-    from fp4rl.diagnose.calibration import calibrate_answers
-    from fp4rl.diagnose.noise_loss import noise_losses
-    from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder
-
     ready_to_round()
-    arms = {run.arm: run.experiment for run in reversed(runs)}
     first = runs[0].experiment
-    alike = {arm: experiment for arm, experiment in reversed(arms.items()) if _same_start(experiment, first)}
-    task = first.task
-    model, tokenizer = load(start_folder(first.model, task, root / "models"), first.model.dtype)
-    pairs = [(p.prompt, p.solution) for p in task.problems("train", TEXTS)]
-    used_sigma = sigma if sigma is not None else max(_greatest(experiment) for experiment in alike.values())
+    alike: dict[str, Experiment] = {}
+    for run in runs:
+        if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "task", "injection")):
+            alike.setdefault(run.arm, run.experiment)
+    model, tokenizer = load(start_folder(first.model, first.task, root / "models"), first.model.dtype)
+    pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
+    used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))
     with progress() as advance:
         losses = noise_losses(
             model,
@@ -55,7 +48,7 @@ def losses_of(runs: "Sequence[PlannedRun]", draws: int, sigma: float | None, roo
     return {"sigma": used_sigma, "draws": draws, "against": quiet_arm, "arms": _rows(losses, quiet_arm)}
 
 
-def show_losses(screen: "Console", losses: dict[str, Any]) -> None:
+def show_losses(losses: dict[str, Any]) -> None:
     """One row per arm; p after Holm over the arms."""
     draws = f"sigma {losses['sigma']:g}, {counted(losses['draws'], 'draw')}"
     title = f"loss of the answers without training, {draws}, against {losses['against']}"
@@ -66,12 +59,10 @@ def show_losses(screen: "Console", losses: dict[str, Any]) -> None:
             cells += [f"{row['difference']:+.4f}", f"[{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p']:.2g}"]
         rows.append(cells)
     names = ("loss>", "sd>", "difference>", "95 % interval>", "p (Holm)>")
-    screen.print(table("arm=", *names, rows=rows, title=title, lines=True))
+    console().print(table("arm=", *names, rows=rows, title=title, lines=True))
 
 
 def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
-    from fp4rl.lab.statistics.seeds import holm, welch
-
     tested = {}
     for arm, values in losses.items():
         paired = [value - base for value, base in zip(values, losses[against], strict=True)]
@@ -81,25 +72,13 @@ def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
     rows = []
     for arm, values in losses.items():
         row: dict[str, Any] = {"arm": arm, "mean": fmean(values), "sd": stdev(values), "losses": values}
-        difference = tested.get(arm)
-        keys = ("difference", "low", "high", "p")
-        numbers = (difference.value, difference.low, difference.high, adjusted[arm]) if difference else (None,) * 4
-        rows.append(row | dict(zip(keys, numbers, strict=True)))
+        row |= dict.fromkeys(("difference", "low", "high", "p"))
+        if d := tested.get(arm):
+            row |= {"difference": d.value, "low": d.low, "high": d.high, "p": adjusted[arm]}
+        rows.append(row)
     return rows
 
 
-def _same_start(experiment: "Experiment", first: "Experiment") -> bool:
-    return (experiment.model, experiment.task, experiment.injection) == (first.model, first.task, first.injection)
-
-
-def _greatest(experiment: "Experiment") -> float:
-    if experiment.noise is None:
-        return 0.0
-    steps = experiment.training.steps
-    return max(asked_sigma(experiment.noise, step, steps) for step in range(steps))
-
-
-def require_draws(draws: int | None, sigma: float | None) -> None:
-    """A sigma without draws would do nothing."""
-    if sigma is not None and draws is None:
-        raise InvalidValueError("--sigma is for --loss; say how many draws, such as --loss 20")
+def _greatest(experiment: Experiment) -> float:
+    noise, steps = experiment.noise, experiment.training.steps
+    return max(asked_sigma(noise, step, steps) for step in range(steps)) if noise else 0.0

@@ -31,10 +31,13 @@ Address = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead.")]
 
 
-def require_writable(file: Path | None, option: str) -> None:
-    """Raise InvalidValueError where `file`, given as `option`, could not be written after the work."""
+def require_writable(file: Path | None, option: str, *, new: bool = False) -> None:
+    """Raise InvalidValueError where `file`, given as `option`, could not be written after the work, or where it should
+    be `new` and is there."""
     if file is None:
         return
+    if new and file.is_file():
+        raise InvalidValueError(f"{option} {file}: is there already; name another file")
     if file.is_dir():
         raise InvalidValueError(f"{option} {file}: is a folder; name a file")
     if not file.parent.is_dir():

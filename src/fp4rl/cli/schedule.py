@@ -3,16 +3,16 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fp4rl.cli.described import runs_of
-from fp4rl.cli.noise_loss import losses_of, require_draws, show_losses
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.pictures import log_curve
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.models.quiet import quiet
 from fp4rl.noise.resolution import share_bf16_can_change
 from fp4rl.noise.schedule import asked_sigma, multiplier_at, stages, values_missed
 from fp4rl.spec.errors import InvalidValueError
@@ -20,10 +20,9 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.words import counted
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 WITHOUT_MODEL = Counter({1.0: 1})  # norms are born as ones
+# What the curve and the table of a schedule follow from; arms may differ in their multipliers alone.
+_SHAPES = ("schedule", "steps", "control", "operation", "precision", "weights_dtype")
 
 
 def command(
@@ -43,20 +42,25 @@ def command(
 
     Example: `fp4rl schedule catalogue/quickstart noise.schedule.num_stages=5 training.steps=40`
     """
-    require_draws(loss, sigma)
+    if sigma is not None and loss is None:
+        raise InvalidValueError("--sigma is for --loss; say how many draws, such as --loss 20")
     norms = _norm_values(model) if model else None
     planned = runs_of(spec, overrides or [])
     schedules = [_facts(arms, experiment, norms) for experiment, arms in _with_noise(spec, planned)]
-    losses = losses_of(planned, loss, sigma, runs) if loss else None
+    losses = None
+    if loss:
+        quiet()
+        from fp4rl.cli.noise_loss import losses_of, show_losses  # they import torch
+
+        losses = losses_of(planned, loss, sigma, runs)
     if as_json:
         print_json({"schedules": schedules, "losses": losses})
         return
-    screen = console()
+    weights = "its norm weights" if model else "norm weights of 1.0"
     for number, facts in enumerate(schedules):
-        alike = next((other for other in schedules[:number] if _looks(other) == _looks(facts)), None)
-        _show(screen, facts, "its norm weights" if model else "norm weights of 1.0", alike)
+        _show(facts, weights, schedules[:number])
     if losses:
-        show_losses(screen, losses)
+        show_losses(losses)
 
 
 def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experiment, list[str]]]:
@@ -69,28 +73,19 @@ def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experim
             if run.arm not in arms:
                 arms.append(run.arm)
     if not groups:
-        raise InvalidValueError(
-            f"{spec}: no noise in it; add `noise: {{schedule: geometric}}`, or noise=... on the command line"
-        )
+        cure = "add `noise: {schedule: geometric}`, or noise=... on the command line"
+        raise InvalidValueError(f"{spec}: no noise in it; {cure}")
     return list(groups.values())
 
 
 def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None) -> dict[str, Any]:
     noise, total = experiment.noise, experiment.training.steps
     assert noise is not None
-    sigmas = [asked_sigma(noise, step, total) for step in range(total)]
-    silent = noise.control == "sigma_zero"
-    rows = [
-        {
-            "first_step": stage.first,
-            "last_step": stage.last,
-            "sigma": 0.0 if silent else stage.sigma,
-            "bf16_share_changed": share_bf16_can_change(
-                norms or WITHOUT_MODEL, 0.0 if silent else stage.sigma, noise.operation
-            ),
-        }
-        for stage in stages(noise.schedule, total)
-    ]
+    rows = []
+    for stage in stages(noise.schedule, total):
+        sigma = 0.0 if noise.control == "sigma_zero" else stage.sigma
+        share = share_bf16_can_change(norms or WITHOUT_MODEL, sigma, noise.operation)
+        rows.append({"first_step": stage.first, "last_step": stage.last, "sigma": sigma, "bf16_share_changed": share})
     return {
         "arms": arms,
         "schedule": noise.schedule.model_dump(mode="json"),
@@ -99,7 +94,7 @@ def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None
         "precision": noise.precision,
         "weights_dtype": experiment.model.dtype,
         "steps": total,
-        "sigma": sigmas,
+        "sigma": [asked_sigma(noise, step, total) for step in range(total)],
         "stages": rows,
         "values_missed": list(values_missed(noise.schedule, total)),
         "multipliers": _multipliers(noise, experiment),
@@ -111,67 +106,60 @@ def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
     embedded = experiment.model.embedded
     named = max((layer for layer, _ in noise.multipliers.by_layer), default=-1) + 1
     depth = embedded.num_layers if embedded else named
+    ends = {"at_start": 0.0, "at_end": 1.0}
     return [
-        {
-            "layer": layer,
-            "at_start": multiplier_at(noise.multipliers, layer, depth, 0.0),
-            "at_end": multiplier_at(noise.multipliers, layer, depth, 1.0),
-        }
+        {"layer": layer} | {end: multiplier_at(noise.multipliers, layer, depth, share) for end, share in ends.items()}
         for layer in [*range(depth), None]
     ]
 
 
-def _looks(facts: dict[str, Any]) -> list[Any]:
-    """What the curve and the table of a schedule follow from; arms may differ in their multipliers alone."""
-    return [facts[key] for key in ("schedule", "steps", "control", "operation", "precision", "weights_dtype")]
-
-
-def _show(screen: "Console", facts: dict[str, Any], weights: str, alike: dict[str, Any] | None) -> None:
-    name = (", ".join(facts["arms"]), "bold")
-    if alike is not None:
-        screen.print(styled(name, f": sigma as in {', '.join(alike['arms'])}"))
-        _show_multipliers(screen, facts["multipliers"])
-        return
+def _show(facts: dict[str, Any], weights: str, before: Sequence[dict[str, Any]]) -> None:
+    """Print a schedule, or which one of those `before` has the same curve."""
+    screen, name = console(), (", ".join(facts["arms"]), "bold")
+    for other in before:
+        if all(other[key] == facts[key] for key in _SHAPES):
+            screen.print(styled(name, f": sigma as in {', '.join(other['arms'])}"))
+            _show_multipliers(facts["multipliers"])
+            return
     screen.print(styled(name, f": {facts['schedule']['kind']}, {counted(facts['steps'], 'step')}"))
     if facts["control"] != "no":
         screen.print(f"control: {facts['control']}")
     for line in log_curve(facts["sigma"], width=min(screen.width - 12, 100)):
         screen.print(line)
-    # BF16 swallows noise where it is written into BF16 weights: not in wider ones, and not where the norm computes it.
-    in_bf16 = facts["weights_dtype"] == "bfloat16" and facts["precision"] == "weight"
-    rows = []
-    shown = facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]
-    for row in shown:
-        swallowed = in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05
-        low = (" mostly swallowed" if swallowed else "", "yellow")
-        steps = f"{row['first_step']}-{row['last_step']}"
-        rows.append((steps, f"{row['sigma']:.4g}", styled(f"{row['bf16_share_changed']:.1%}", low)))
-    changed = f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})"
-    screen.print(table("steps", "sigma", changed, rows=rows, lines=True))
-    if not in_bf16:
-        screen.print(_why_not_swallowed(facts))
-    _show_multipliers(screen, facts["multipliers"])
+    _show_stages(facts, weights)
+    _show_multipliers(facts["multipliers"])
     if facts["values_missed"]:
         missed = ", ".join(f"{value:.4g}" for value in facts["values_missed"])
         screen.print(f"the run is too short to reach sigma {missed}; use fewer stages or more steps", style="yellow")
 
 
-def _why_not_swallowed(facts: dict[str, Any]) -> str:
+def _show_stages(facts: dict[str, Any], weights: str) -> None:
+    # BF16 swallows noise where it is written into BF16 weights: not in wider ones, and not where the norm computes it.
+    in_bf16 = facts["weights_dtype"] == "bfloat16" and facts["precision"] == "weight"
+    rows = []
+    for row in facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]:
+        swallowed = in_bf16 and row["sigma"] > 0 and row["bf16_share_changed"] < 0.05
+        low = (" mostly swallowed" if swallowed else "", "yellow")
+        steps = f"{row['first_step']}-{row['last_step']}"
+        rows.append((steps, f"{row['sigma']:.4g}", styled(f"{row['bf16_share_changed']:.1%}", low)))
+    changed = f"changed {'in bf16' if in_bf16 else 'if written in bf16'} ({weights})"
+    console().print(table("steps", "sigma", changed, rows=rows, lines=True))
     if facts["precision"] == "float32":
-        return "this run swallows none of it: the norms compute with it"
-    if facts["weights_dtype"] == "float16":
-        return "weights are float16, whose steps are an eighth of bfloat16's"
-    return "this run swallows none of it: weights are float32"
+        console().print("this run swallows none of it: the norms compute with it")
+    elif facts["weights_dtype"] == "float16":
+        console().print("weights are float16, whose steps are an eighth of bfloat16's")
+    elif not in_bf16:
+        console().print("this run swallows none of it: weights are float32")
 
 
-def _show_multipliers(screen: "Console", rows: list[dict[str, Any]]) -> None:
+def _show_multipliers(rows: list[dict[str, Any]]) -> None:
     if all(row["at_start"] == row["at_end"] == 1.0 for row in rows):
-        screen.print("multipliers: 1 on every layer")
+        console().print("multipliers: 1 on every layer")
         return
     changing = any(row["at_start"] != row["at_end"] for row in rows)
     for key, when in (("at_start", " at the start"), ("at_end", " at the end")) if changing else (("at_start", ""),):
         cells = (f"{'others' if row['layer'] is None else row['layer']}:{row[key]:g}" for row in rows)
-        screen.print(f"multipliers{when}, layer:factor  {' '.join(cells)}")
+        console().print(f"multipliers{when}, layer:factor  {' '.join(cells)}")
 
 
 def _norm_values(folder: Path) -> Counter[float]:

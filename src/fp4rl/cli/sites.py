@@ -1,6 +1,6 @@
 """`fp4rl sites`: what an injection would do to a model, site by site, and why the rest is left out."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,17 +93,14 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
 
 
 def _asked(mode: str | None, preset: str | None, present: Injection) -> Injection:
-    if mode is not None:
-        return parse(Injection, _mapping(mode) | ({"preset": preset} if preset else {}), "--mode")
-    return present if preset is None else under_preset(present, preset)
-
-
-def _mapping(mode: str) -> dict[str, Any]:
+    if mode is None:
+        return present if preset is None else under_preset(present, preset)
     cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"
     content = plain_values(mode, f"--mode {shown(mode)}", cure)
     if not isinstance(content, str | dict):
         raise InvalidValueError(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
-    return {"mode": content} if isinstance(content, str) else content
+    mapping = {"mode": content} if isinstance(content, str) else content
+    return parse(Injection, mapping | ({"preset": preset} if preset else {}), "--mode")
 
 
 def _setting(word: str) -> tuple[str, str]:
@@ -130,65 +127,55 @@ def _show(sites: "SiteTable", every: bool) -> None:
     rows = sites.rows()
     active = [point for point in FORMAT_POINTS if any(point in row for row in rows)]
     wrong = ["errors"] if any("errors" in row for row in rows) else []
-    names = ("site", "layers", "shape", *active, *wrong)
     if rows:
-        cells = _each(rows, active) if every else _by_role(rows, active)
-        screen.print(table(*names, rows=(row[: len(names)] for row in cells)))
+        names = ("site", "layers", "shape", *active, *wrong)
+        screen.print(table(*names, rows=(cells[: len(names)] for cells in _cells(rows, active, every))))
     screen.print(_counts(rows))
-    left = [(reason, str(len(names)), names[0]) for reason, names in _by_reason(sites).items()]
-    if left:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for left in sites.left_out:
+        by_reason[left.reason].append(left.site.name)
+    if by_reason:
         screen.print("")
-        screen.print(table("left out", "sites", "such as", rows=left))
+        cells = ((reason, str(len(names)), names[0]) for reason, names in by_reason.items())
+        screen.print(table("left out", "sites", "such as", rows=cells))
     for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
         screen.print(f"\n{note}")
     screen.print(f"\n{sites.injection.name} of values cast to {sites.injection.dtype}, table {sites.digest}")
-    for line in _phases(sites.injection, active, bool(wrong)):
+    for line in _phases(sites.injection, [*active, *wrong]):
         screen.print(line)
 
 
-def _phases(injection: Injection, active: list[str], errors: bool) -> Iterator[str]:
+def _phases(injection: Injection, points: list[str]) -> Iterator[str]:
     """`weight, input: rollout, training, evaluation`, a line for each set of phases."""
-    points: dict[str, list[str]] = defaultdict(list)
-    for point in [*active, *(["errors"] if errors else [])]:
+    by_phases: dict[str, list[str]] = defaultdict(list)
+    for point in points:
         phases = [phase for phase in PHASES if point in injection.apply_during.active(phase)]
-        points[", ".join(phases)].append(point)
-    for where, names in points.items():
+        by_phases[", ".join(phases)].append(point)
+    for where, names in by_phases.items():
         yield f"{', '.join(names)}: in {where}"
 
 
-def _each(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
-    return [(row["site"], _layers([row["layer"]]), _shape(row), *_formats_of(row, active)) for row in rows]
-
-
-def _by_role(rows: list[dict[str, Any]], active: list[str]) -> list[tuple[str, ...]]:
-    groups: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
+def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[tuple[str, ...]]:
+    """A line for each site, or for all layers of a role that are rounded alike: name, layers, shape, formats."""
+    layers: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
     for row in rows:
-        groups[(row["role"], _shape(row), *_formats_of(row, active))].append(row["layer"])
-    return [(role, _layers(layers), *rest) for (role, *rest), layers in groups.items()]
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return " x ".join(map(str, row["shape"])) or "-"
-
-
-def _formats_of(row: dict[str, Any], active: list[str]) -> tuple[str, ...]:
-    errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
-    return *(_format(row.get(point)) for point in active), "\n".join(errors)
+        shape = " x ".join(map(str, row["shape"])) or "-"
+        errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
+        formats = (_format(row.get(point)) for point in active)
+        layers[(row["site"] if every else row["role"], shape, *formats, "\n".join(errors))].append(row["layer"])
+    return [(name, _layers(numbers), *rest) for (name, *rest), numbers in layers.items()]
 
 
 def _format(fmt: Any) -> str:
     """`mxfp4`, or `mxfp4 even rotation 64 coarse 512 max`."""
-    if fmt is None:
-        return "-"
-    if isinstance(fmt, str):
-        return fmt
-    return " ".join([fmt["name"], *(_setting_of(key, value) for key, value in fmt.items() if key != "name")])
-
-
-def _setting_of(key: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{key} {' '.join(map(str, value.values() if isinstance(value, dict) else [value]))}"
+    if not isinstance(fmt, dict):
+        return fmt or "-"
+    words = [fmt["name"]]
+    for key, value in fmt.items():
+        if key != "name":
+            settings = value.values() if isinstance(value, dict) else [value]
+            words.append(value if isinstance(value, str) else f"{key} {' '.join(map(str, settings))}")
+    return " ".join(words)
 
 
 def _layers(layers: list[int | None]) -> str:
@@ -205,19 +192,10 @@ def _layers(layers: list[int | None]) -> str:
 
 def _counts(rows: list[dict[str, Any]]) -> str:
     """`196 sites = 28 layers x 7`, so that a miscount is seen at a glance."""
-    per_layer: dict[int | None, int] = defaultdict(int)
-    for row in rows:
-        per_layer[row["layer"]] += 1
     if not rows:
         return "nothing is rounded"
+    per_layer = Counter(row["layer"] for row in rows)
     sizes = set(per_layer.values())
     if len(sizes) == 1 and None not in per_layer:
         return f"{counted(len(rows), 'site')} = {counted(len(per_layer), 'layer')} x {sizes.pop()}"
     return f"{counted(len(rows), 'site')} in {counted(len(per_layer), 'layer')}"
-
-
-def _by_reason(sites: "SiteTable") -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for left in sites.left_out:
-        groups[left.reason].append(left.site.name)
-    return groups

@@ -30,10 +30,6 @@ class Figure:
     data: Sequence[Trace]
     layout: Layout
 
-    def as_dict(self) -> dict[str, Any]:
-        """What the page's script reads."""
-        return {"id": self.id, "data": self.data, "layout": self.layout}
-
 
 def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
     """Fill a template that extends `base.html.j2`. The same contents give the same text, byte for byte.
@@ -53,7 +49,7 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
         lstrip_blocks=True,
     )
     files = {name: (_HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    drawn = [figure.as_dict() for figure in figures]
+    drawn = [{"id": figure.id, "data": figure.data, "layout": figure.layout} for figure in figures]
     page: str = environment.get_template(template.name).render(
         **contents, **files, figures=drawn, plotly_js=get_plotlyjs()
     )
@@ -63,44 +59,32 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
 def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:
     """A line, or what stands in `mode`, as Plotly's scatter trace; `part` is what it plays."""
     part = more.pop("part", "line")
-    trace = {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": name, "line": {"width": 2}}
-    return trace | more | {"meta": {"arm": arm, "part": part}}
+    return _scatter(x, y, part, arm, {"mode": "lines", "name": name, "line": {"width": 2}} | more)
 
 
 def marks(x: Sequence[Any], y: Sequence[Any], part: str, arm: int | None, **more: Any) -> Trace:
     """Single marks, as Plotly's scatter trace."""
-    return (
-        {"type": "scatter", "mode": "markers", "x": list(x), "y": list(y)} | more | {"meta": {"arm": arm, "part": part}}
-    )
+    return _scatter(x, y, part, arm, {"mode": "markers"} | more)
+
+
+def _scatter(x: Sequence[Any], y: Sequence[Any], part: str, arm: int | None, more: Trace) -> Trace:
+    return {"type": "scatter", "x": list(x), "y": list(y)} | more | {"meta": {"arm": arm, "part": part}}
 
 
 def over_steps(title: str = "step", height: int = 260) -> Layout:
     """Layout of lines over the steps or layers of something; `height` in pixels."""
-    return {
-        "height": height,
-        "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
-        "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": ""}},
-        "hovermode": "x unified",
-        "showlegend": False,
-    }
+    margin = {"l": 48, "r": 12, "t": 8, "b": 40}
+    axes = {"xaxis": {"title": {"text": title}, "rangemode": "tozero"}, "yaxis": {"title": {"text": ""}}}
+    return {"height": height, "margin": margin, "hovermode": "x unified", "showlegend": False} | axes
 
 
 def in_rows(names: Sequence[str], title: str, row: int = 34) -> Layout:
     """Layout of one row a name, the first on top; `row` is its height in pixels."""
-    return {
-        "height": row * len(names) + 60,
-        "margin": {"l": 8, "r": 16, "t": 8, "b": 44},
-        "xaxis": {"title": {"text": title}},
-        "yaxis": {
-            "type": "category",
-            "categoryorder": "array",
-            "categoryarray": list(reversed(names)),
-            "automargin": True,
-        },
-        "hovermode": "closest",
-        "showlegend": False,
-    }
+    margin = {"l": 8, "r": 16, "t": 8, "b": 44}
+    order = {"categoryorder": "array", "categoryarray": list(reversed(names))}
+    axes = {"xaxis": {"title": {"text": title}}, "yaxis": {"type": "category", "automargin": True} | order}
+    height = row * len(names) + 60
+    return {"height": height, "margin": margin, "hovermode": "closest", "showlegend": False} | axes
 
 
 def with_legend(layout: Layout) -> Layout:
