@@ -6,9 +6,12 @@ import warnings
 import pytest
 import torch
 
-from fp4rl.rl.batch import mask_truncated
+from fp4rl.rl.batch import training_batch
+from fp4rl.rl.generate import Generation
 from fp4rl.rl.rewards import soft_overlong_penalty
+from fp4rl.rl.rollout import Answer
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,9 @@ def test_a_buffer_that_does_not_fit_is_refused(buffer):
         soft_overlong_penalty(torch.tensor([1]), 48, buffer)
 
 
-def test_masking_takes_out_whole_answers_and_leaves_its_argument_alone():
-    mask = torch.ones(2, 3)
-    masked = mask_truncated(mask, torch.tensor([True, False]))
-    assert masked.tolist() == [[0, 0, 0], [1, 1, 1]]
-    assert mask.all()
+def test_masking_takes_whole_answers_out_of_the_loss_alone():
+    cut, whole = (Answer([5], Generation([6, 7, 8], "", ended), 1.0) for ended in (False, True))
+    recipe = Training(mask_truncated=True, rollout_n=2)
+    batch = training_batch([cut, whole], cut, recipe, 2, 0, torch.device("cpu"))
+    assert batch["loss_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert batch["completion_mask"].all()

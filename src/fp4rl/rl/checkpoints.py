@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 STATE = "fp4rl.json"
 EVERY_S = 300.0
 _SHARE = 20  # writing checkpoints may take a twentieth of the time, however large they are
-_CHUNK = 1 << 20
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -36,12 +37,12 @@ def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> N
     written = json.dumps({"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)})
     content = json.loads(written)  # as it will be read
     content["sum"] = _sum(content)
-    partial = folder / f".{STATE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
+    unfinished = folder / f".{STATE}.partial"
+    with unfinished.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / STATE)
+    unfinished.replace(folder / STATE)
 
 
 def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -74,8 +75,7 @@ def rotate(folder: Path, every: int, keep: int) -> None:
     complete = all_of(folder)
     regular = [step for step in sorted(complete) if every and step % every == 0]
     staying = {complete[step] for step in (*sorted(complete)[-2:], *regular[-keep:])}
-    newest = next((path for path in _by_age(folder) if path in staying), None)
-    older = _by_age(folder)[_by_age(folder).index(newest) :] if newest is not None else []
+    older = dropwhile(lambda path: path not in staying, _by_age(folder))
     remove([path for path in older if path not in staying])
 
 
@@ -116,16 +116,13 @@ def _sum(content: Mapping[str, Any]) -> str:
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((STATE, ".partial")))
-    return {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
-
-
-def _fingerprint(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(_CHUNK):
-            digest.update(part)
-    return digest.hexdigest()
+    fingerprints = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.endswith((STATE, ".partial")):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
+            fingerprints[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return fingerprints
 
 
 class SaveClock:

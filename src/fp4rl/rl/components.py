@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from fp4rl.rl.events import Emit
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import Sampler, transformers_sampler
-from fp4rl.rl.losses import LossRule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import ReferencePolicies
 from fp4rl.rl.rewards import Rewarder
@@ -37,7 +36,6 @@ class TrainerComponents:
     """What a trainer is made of besides the model. `float_masters`: updates are made to weights in FP32."""
 
     recipe: Training
-    rule: LossRule
     stream: PromptStream
     rewarder: Rewarder
     phases: Phases

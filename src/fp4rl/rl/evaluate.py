@@ -17,13 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
-from fp4rl.models.load import load, with_lora
-from fp4rl.rl import processes
 from fp4rl.rl.generate import Sampler, Sampling, sampler_named, transformers_sampler
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
-from fp4rl.rl.verify import Record, acting, rounded, weights_unchanged
+from fp4rl.rl.verify import Record, acting, load_saved, rounded, weights_unchanged
 from fp4rl.spec import evidence
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
@@ -178,10 +176,7 @@ class EvaluationRunner:
         `on_items` hears (profile, done, all). Raises CheckFailed for sites that were never called while the answers
         were made, and for changed master weights.
         """
-        model, tokenizer = load(folder, dtype)
-        if self.lora is not None and not (folder / "adapter_config.json").is_file():
-            model = with_lora(model, self.lora, folder).eval()
-        model.to(processes.device())
+        model, tokenizer = load_saved(folder, dtype, self.lora)
         sampler = sampler_named(self.sampler)
         for name, precision in self.precisions(last=last).items():
             on_answered = partial(on_items, name)

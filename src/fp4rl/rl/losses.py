@@ -23,7 +23,7 @@ A trailing `+` (`k3+`) keeps the value and takes the gradient of k2.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,13 +75,11 @@ def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_
     if rule.mean_of_answer:
         per_sequence = per_sequence / mask.sum(-1).clamp(min=1.0)
     total = per_sequence.sum() / (whole.tokens if rule.over == "tokens" else whole.sequences)
-    return total / _constant(mode, loss_scale_factor) if rule.over_longest else total
-
-
-def _constant(mode: str, loss_scale_factor: int | None) -> int:
+    if not rule.over_longest:
+        return total
     if loss_scale_factor is None or loss_scale_factor < 1:
         raise InvalidValueError(f"{mode} divides by a constant: set loss_scale_factor to max_response_length")
-    return loss_scale_factor
+    return total / loss_scale_factor
 
 
 # exp(20) = 4.9e8: beyond it a ratio carries no information, and exp(89) is infinite in float32.
@@ -168,8 +166,7 @@ class LossInputs:
     whole: Whole | None = None
 
 
-@dataclass(frozen=True)
-class LossOutputs:
+class LossOutputs(NamedTuple):
     """`loss`: a scalar with gradient. `metrics`: detached scalars, means over the tokens of this micro-batch."""
 
     loss: Tensor

@@ -6,8 +6,7 @@ names (`rollout_corr/*`, `training/rollout_probs_diff_*`), so that its dashboard
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from fp4rl.spec.injection import Phase
 from fp4rl.spec.points import LINEAR_POINTS
 
 
-@dataclass(frozen=True)
-class Correction:
+class Correction(NamedTuple):
     """`weights`, to multiply per-token losses by: [answers, tokens] (token level) or [answers, 1] (sequence level)."""
 
     weights: Tensor

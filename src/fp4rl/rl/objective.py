@@ -10,23 +10,17 @@ from fp4rl.rl.mismatch import correct_rollout, mismatch_metrics
 from fp4rl.spec.training import Training
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What the forwards of a micro-batch came to; all [answers, tokens], `advantages` [answers].
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(LossInputs):
+    """What the forwards of a micro-batch came to, besides what the policy loss takes; all [answers, tokens].
 
-    `logps` carries the gradient, `entropies` too. `mask` is 1 where a token counts. `old_logps` is the policy that the
-    updates started from, None when that is this very policy. `sampler_logps` are those of the sampler, `ref_logps` of
-    the reference, `teacher_kl` the divergence from the teacher, where there are any. `first`: no update has been made
-    since the answers were sampled. `old_is_sampler`: the ratio is taken against the (noisy) sampler itself.
+    `entropies` carry the gradient. `sampler_logps` are those of the sampler, `teacher_kl` the divergence from the
+    teacher, where there is one. `first`: no update has been made since the answers were sampled. `old_is_sampler`: the
+    ratio is taken against the (noisy) sampler itself.
     """
 
-    logps: Tensor
     entropies: Tensor
-    advantages: Tensor
-    mask: Tensor
     sampler_logps: Tensor
-    old_logps: Tensor | None = None
-    ref_logps: Tensor | None = None
     teacher_kl: Tensor | None = None
     first: bool = True
     old_is_sampler: bool = False
@@ -47,15 +41,15 @@ def loss_rule(recipe: Training) -> LossRule:
     )
 
 
-def objective(batch: MicroBatch, recipe: Training, rule: LossRule, whole: Whole) -> tuple[Tensor, dict[str, float]]:
+def objective(batch: MicroBatch, recipe: Training, whole: Whole) -> tuple[Tensor, dict[str, float]]:
     """(loss, metrics). `whole` counts the optimizer step that the micro-batch is a part of."""
+    rule = loss_rule(recipe)
     metrics = {"entropy": _mean(batch.entropies, batch.mask)}
     weights, correction_metrics = _correction(batch, recipe)
     metrics |= correction_metrics
     loss = batch.logps.new_zeros(())
     if recipe.distillation is None or not recipe.distillation.alone:
-        inputs = LossInputs(batch.logps, batch.advantages, batch.mask, batch.old_logps, batch.ref_logps, weights, whole)
-        outputs = policy_loss(inputs, rule)
+        outputs = policy_loss(replace(batch, weights=weights, whole=whole), rule)
         loss = outputs.loss
         metrics |= {name: value.item() for name, value in outputs.metrics.items()}
     if recipe.distillation is not None and batch.teacher_kl is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.spec.errors import InvalidValueError
@@ -77,14 +78,10 @@ def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems
 
 def padded(sequences: Sequence[list[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of `sequences`, both [sequences, longest]."""
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, real, sequence in zip(ids, mask, sequences, strict=True):
-        columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        row[columns] = torch.tensor(sequence, dtype=torch.long)
-        real[columns] = 1
-    return ids, mask
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    side = "left" if left else "right"
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side), mask
 
 
 def require_prompts_open(

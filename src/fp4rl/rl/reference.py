@@ -12,6 +12,7 @@ A table of logits of [tokens, vocabulary] is the largest tensor of a step, so it
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from fp4rl.rl.generate import dropout_off
 from fp4rl.rl.phases import Phases
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.injection import Injection, Phase
+from fp4rl.spec.injection import Phase
 from fp4rl.spec.training import Distillation
 
 Direction = Literal["forward", "reverse"]
@@ -90,12 +91,7 @@ def _chunk_kl(student: Tensor, teacher: Tensor, heads: tuple[Head, Head], direct
             f"student and teacher have vocabularies of {log_s.shape[-1]} and {log_t.shape[-1]} tokens"
         )
     ahead, behind = (log_t, log_s) if direction == "forward" else (log_s, log_t)
-    return _expected_gap(ahead, behind)
-
-
-def _expected_gap(ahead: Tensor, behind: Tensor) -> Tensor:
-    """sum_v exp(ahead) (ahead - behind); a token both rule out (-inf on both sides) adds nothing."""
-    gap = (ahead - behind).masked_fill(ahead == -torch.inf, 0.0)
+    gap = (ahead - behind).masked_fill(ahead == -torch.inf, 0.0)  # a token that both rule out adds nothing
     return (ahead.exp() * gap).sum(-1)
 
 
@@ -126,35 +122,25 @@ def reference_policies(experiment: Experiment, start: Path, live: PreTrainedMode
     With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
     Without one it is a frozen copy, shared by reference and teacher where both are in full precision.
     """
-    recipe, loaded = experiment.training, dict[str, FrozenPolicy]()
+    recipe, lora = experiment.training, experiment.model.lora is not None
 
+    @cache
     def start_in(precision: str) -> FrozenPolicy:
-        if precision not in loaded:
-            loaded[precision] = _start(experiment, start, live, phases, quantized=precision == "deployment")
-        return loaded[precision]
+        injection = experiment.injection if precision == "deployment" else None
+        if lora:
+            phase: Phase = "reference" if injection is None else "evaluation"
+            return FrozenPolicy(live, lambda: _without_adapter(live, phases, phase))
+        model, _ = load(start, experiment.model.dtype)
+        model.to(next(live.parameters()).device).requires_grad_(False)
+        if injection is not None:
+            attach(model, injection).set_phase("evaluation")
+        return FrozenPolicy(model, nullcontext)
 
     teacher = None
     if recipe.distillation is not None:
         alive = recipe.distillation.teacher == "live"
         teacher = FrozenPolicy(live, phases.reference) if alive else start_in("full")
     return ReferencePolicies(start_in(recipe.reference_precision) if recipe.kl else None, teacher)
-
-
-def _start(
-    experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases, *, quantized: bool
-) -> FrozenPolicy:
-    quantized = quantized and experiment.injection is not None
-    if experiment.model.lora is not None:
-        return FrozenPolicy(live, lambda: _without_adapter(live, phases, "evaluation" if quantized else "reference"))
-    return _copy(start, experiment, next(live.parameters()).device, experiment.injection if quantized else None)
-
-
-def _copy(start: Path, experiment: Experiment, device: torch.device, injection: Injection | None) -> FrozenPolicy:
-    model, _ = load(start, experiment.model.dtype)
-    model.to(device).requires_grad_(False)
-    if injection is not None:
-        attach(model, injection).set_phase("evaluation")
-    return FrozenPolicy(model, nullcontext)
 
 
 @contextmanager
@@ -169,17 +155,19 @@ def backbone(model: Any) -> nn.Module:
     return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
 
 
+@dataclass
 class Teacher:
     """Distils `frozen` into `student`: their KL over the whole vocabulary, without a second forward of the student."""
 
-    def __init__(self, frozen: FrozenPolicy, student: Any, spec: Distillation, temperature: float) -> None:
-        self.frozen = frozen
-        self.student = student
-        self.spec = spec
-        self.temperature = temperature
-        self._hidden: Tensor | None = None
+    frozen: FrozenPolicy
+    student: Any
+    spec: Distillation
+    temperature: float
+    _hidden: Tensor | None = None
+
+    def __post_init__(self) -> None:
         # The trainer's forward gives log-probabilities of the sampled tokens alone; what they were made of passes here.
-        backbone(student).register_forward_hook(self._keep)
+        backbone(self.student).register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state

@@ -21,7 +21,6 @@ from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, Ste
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
-from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_policies
 from fp4rl.rl.rewards import Rewarder, reward_named
@@ -116,7 +115,6 @@ class TrainingSession:
         )
         return TrainerComponents(
             recipe,
-            loss_rule(recipe),
             self.stream,
             rewarder,
             self.phases,

@@ -192,18 +192,18 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.teacher is not None:
             self.timer.lap("teacher")
         batch = MicroBatch(
-            logps,
-            entropies,
-            inputs["advantages"],
-            mask,
-            inputs["sampling_per_token_logps"],
-            inputs.get("old_per_token_logps"),
-            inputs.get("ref_per_token_logps"),
-            teacher_kl,
+            logps=logps,
+            advantages=inputs["advantages"],
+            mask=mask,
+            old_logps=inputs.get("old_per_token_logps"),
+            ref_logps=inputs.get("ref_per_token_logps"),
+            entropies=entropies,
+            sampler_logps=inputs["sampling_per_token_logps"],
+            teacher_kl=teacher_kl,
             first=self._step % self.args.steps_per_generation < self.args.gradient_accumulation_steps,
             old_is_sampler=self.parts.phases.scores_with_noise,
         )
-        loss, metrics = objective(batch, self.parts.recipe, self.parts.rule, whole)
+        loss, metrics = objective(batch, self.parts.recipe, whole)
         self._means.add(metrics, mask)
         self.timer.lap("loss")
         return loss

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach, drawing_alike
 from fp4rl.inject.evidence import master_digest
@@ -23,7 +23,7 @@ from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import Acting, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import Format
-from fp4rl.spec.model import Model
+from fp4rl.spec.model import Lora, Model
 from fp4rl.spec.points import Phase
 from fp4rl.spec.records import Sites, Summary, read_sites
 
@@ -189,8 +189,8 @@ def _live_against_fresh(
 ) -> float:
     """Return the largest difference between the live policy's logits and those of a copy of `folder`, injected and
     drawing alike."""
+    fresh, _ = load_saved(folder, experiment.model.dtype, experiment.model.lora)
     device = next(model.parameters()).device
-    fresh = _fresh(experiment, folder).to(device)
     ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
     model.eval()
     if attachment is None or experiment.injection is None:
@@ -202,13 +202,13 @@ def _live_against_fresh(
             return _difference(model, fresh, ids)
 
 
-def _fresh(experiment: Experiment, folder: Path) -> PreTrainedModel:
-    """Load `folder`; a start without an adapter gets a fresh one, which changes no number."""
-    model, _ = load(folder, experiment.model.dtype)
-    if experiment.model.lora is None or (folder / "adapter_config.json").is_file():
-        return model
-    with torch.random.fork_rng():
-        return with_lora(model, experiment.model.lora, folder).eval()
+def load_saved(folder: Path, dtype: str, lora: Lora | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer; a start without an adapter gets a fresh one under `lora`, which changes no number."""
+    model, tokenizer = load(folder, dtype)
+    if lora is not None and not (folder / "adapter_config.json").is_file():
+        with torch.random.fork_rng():
+            model = with_lora(model, lora, folder).eval()
+    return model.to(processes.device()), tokenizer
 
 
 def _difference(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
