@@ -96,7 +96,7 @@ def test_a_record_that_fails_halfway_leaves_nothing(
 ):
     run = make_run()
     unfit = {"run": 1, "step": None, "profile": "full", "last": True, "conditions": {}}
-    monkeypatch.setattr("fp4rl.lab.ledger.document._evaluation_rows", lambda _: [unfit])
+    monkeypatch.setattr("fp4rl.lab.ledger.tables._evaluation_rows", lambda _: [unfit])
     with pytest.raises(Exception, match="NOT NULL"):
         record(ledger, run, {})
     assert all_rows(ledger)["runs"] == []

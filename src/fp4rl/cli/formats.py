@@ -131,7 +131,7 @@ def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
     """What each preset makes of the format; nothing for a format that presets leave alone or that sets its own rule."""
     for preset in PRESETS.values():
         try:
-            weight, entry = preset.for_weight(fmt), preset.for_input(fmt)
+            weight, entry = preset.at("weight", fmt), preset.at("input", fmt)
         except InvalidValueError:
             continue
         if fmt.scale == "e8m0" and fmt.rounding != "stochastic":

@@ -9,8 +9,7 @@ from rich.text import Text
 
 from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, table
-from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.plain import readable
+from fp4rl.lab.foreign.joined import Joined, readable
 from fp4rl.lab.foreign.reader import read_steps
 from fp4rl.rl.health.findings import Finding
 from fp4rl.rl.health.monitor import Monitor, replay

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from fp4rl.spec.errors import InvalidValueError, nearest, shown
+from fp4rl.spec.errors import nearest, shown
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.injection import Injection
@@ -19,14 +19,14 @@ KNOWN_PROFILES = ("full", "deployment", *MODES, *FORMATS)
 _OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # part of a file's name, and of `arm@profile`
 
 
-def require_profile(name: str, own: Collection[str] = ()) -> None:
-    """Raise InvalidValueError, with the nearest name, for no profile; `own` are those of `evaluation.injections`."""
-    size = name.removeprefix(MATMUL_NOISE)
-    if size != name:
-        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):
-            raise InvalidValueError(f"{name}: write a number such as {MATMUL_NOISE}0.05")
-    elif name not in (known := (*own, *KNOWN_PROFILES)):
-        raise InvalidValueError(f"no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}")
+def _wrong_profiles(key: str, names: Collection[str], own: Collection[str]) -> Iterator[str]:
+    known = (*own, *KNOWN_PROFILES)
+    for name in names:
+        size = name.removeprefix(MATMUL_NOISE)
+        if size != name and not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", size):
+            yield f"{key}: {name}: write a number such as {MATMUL_NOISE}0.05"
+        if size == name and name not in known:
+            yield f"{key}: no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}"
 
 
 def _out_of_fragments(value: Any) -> Any:
@@ -96,11 +96,7 @@ class Evaluation(Spec):
                 yield f"injections: {name} names no format and no error; the profile full is that"
         if self.preset not in PRESETS:
             yield f"preset: no preset is called {self.preset!r}{nearest(self.preset, PRESETS)}"
-        for key, names, own in (("formats", self.formats, ()), ("profiles", self.profiles, self.injections)):
-            for name in names:
-                try:
-                    require_profile(name, own)
-                except InvalidValueError as error:
-                    yield f"{key}: {error}"
+        yield from _wrong_profiles("formats", self.formats, own=())
+        yield from _wrong_profiles("profiles", self.profiles, own=self.injections)
         if len(set(self.all_profiles)) != len(self.all_profiles):
             yield f"a profile is named twice in {[*self.all_profiles]}"

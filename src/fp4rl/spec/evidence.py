@@ -39,9 +39,6 @@ class Record(BaseModel):
         return type(self)(**{key: getattr(self, key) for key in self.model_fields_set} | more)
 
 
-# -- evaluations
-
-
 class Profile(Record):
     """Everything besides the weights that a score depends on; it stands beside every number. None: not recorded."""
 
@@ -97,9 +94,6 @@ class Evaluation(Record):
         content: dict[str, Any] = handler(self)
         beside: dict[str, Any] = content.pop("of_samples", {})
         return content | beside
-
-
-# -- lines of evidence
 
 
 class Acting(Record):

@@ -41,7 +41,6 @@ def _with_fitting_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(part: Any) -> Any:
-    """A description as the keys that were named in it."""
     return part.model_dump(exclude_unset=True) if isinstance(part, BaseModel) else part
 
 
@@ -88,44 +87,38 @@ class Experiment(Spec):
                 "to weights (nvfp4_w4a16) or to evaluation, or take MXFP4 (w4a4)"
             )
 
-    def warnings(self) -> list[str]:
-        """Return what is allowed and hardly ever meant, one line each."""
-        steps, every, lines = self.training.steps, self.evaluation.test_freq, self.training.warnings()
-        lines += self._out_of_reach()
+    def warnings(self) -> Iterator[str]:
+        """Yield what is allowed and hardly ever meant, one line each."""
+        yield from self.training.warnings()
+        yield from self._out_of_reach()
+        steps, every = self.training.steps, self.evaluation.test_freq
         if every > steps:
-            lines.append(
-                f"evaluation.test_freq {every} is more than {counted(steps, 'step')}: nothing is judged on the way"
-            )
+            yield f"evaluation.test_freq {every} is more than {counted(steps, 'step')}: nothing is judged on the way"
         elif every and steps % every:
-            lines.append(
+            yield (
                 f"evaluation.test_freq {every} does not divide {counted(steps, 'step')}: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
-        for profile in self.evaluation.profiles:
-            if note := batch_note(self._measured_under(profile), "evaluation"):
-                lines.append(f"evaluation profile {profile}: {note} (evaluation.batch_size)")
-        return lines
+        named = {"deployment": self.injection, **self.evaluation.injections}
+        for profile in self.evaluation.profiles:  # as far as this description alone tells what they round
+            injection = Injection.named(profile) if profile in MODES else named.get(profile)
+            if note := batch_note(injection, "evaluation"):
+                yield f"evaluation profile {profile}: {note} (evaluation.batch_size)"
 
-    def _measured_under(self, profile: str) -> Injection | None:
-        """Return the injection that a profile names, as far as this description alone tells."""
-        if profile == "deployment":
-            return self.injection
-        return self.evaluation.injections.get(profile) or (Injection.named(profile) if profile in MODES else None)
-
-    def _out_of_reach(self) -> list[str]:
+    def _out_of_reach(self) -> Iterator[str]:
         """Warn of weights that the planned updates cannot change in the model's dtype; AdamW's are about `lr` each."""
         model, recipe = self.model, self.training
         updates = 1 if model.coarse_masters else recipe.steps * recipe.updates_per_step
         largest = recipe.lr * updates / model.smallest_change
         if model.dtype == "float32" or model.lora is not None or largest > _USUAL_WEIGHT:
-            return []
+            return
         what, cure = f"{updates} updates of about training.lr {recipe.lr:g} together", "more steps or a larger lr"
         if model.coarse_masters:
             what, cure = f"updates of about training.lr {recipe.lr:g}", "model.master_dtype: float32"
-        return [
+        yield (
             f"{what} are below half a step of {model.dtype} for every weight above "
             f"{largest:.1g}: hardly any weight will change; take {cure}"
-        ]
+        )
 
 
 class Comparison(Spec):

@@ -176,9 +176,7 @@ def _under(preset: Preset | None, point: str, given: Any) -> Any:
     if given in (None, "none", "keep"):
         return given
     fmt = read_format(given)
-    if preset is None:
-        return fmt
-    return preset.for_weight(fmt) if point == "weight" else preset.for_input(fmt)
+    return fmt if preset is None else preset.at(point, fmt)
 
 
 def _entries(value: Any) -> list[Any]:

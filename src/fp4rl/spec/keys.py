@@ -111,7 +111,6 @@ def _described(kind: type[BaseModel], above: str) -> Iterator[Key]:
 
 
 def _first_sentence(model: type[BaseModel]) -> str:
-    """What a part of a description says of itself."""
     paragraph = " ".join((model.__doc__ or "").split("\n\n")[0].split())
     sentence = paragraph.partition(". ")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:] if sentence[1:2] in (" ", *"abcdefghijklmnopqrstuvwxyz") else sentence

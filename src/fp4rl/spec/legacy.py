@@ -77,7 +77,6 @@ def translate(settings: Mapping[str, Any]) -> Translation:
 
 
 def _errors_of(settings: Mapping[str, Any]) -> Translation:
-    """The families that put errors into a model."""
     old = {key: value for key, value in settings.items() if any(part in key for part in _FAMILY)}
     noisy = {key.removeprefix(PREFIX): str(value) for key, value in settings.items() if key.startswith(PREFIX)}
     if not (old or noisy):

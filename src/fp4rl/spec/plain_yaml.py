@@ -1,11 +1,12 @@
 """YAML as a description uses it: plain values, each key once, aliases that end. Anything else is one line."""
 
 import json
+from itertools import chain
 from typing import Any
 
 import yaml
 from yaml.composer import Composer
-from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from fp4rl.spec.errors import InvalidValueError
 
@@ -57,17 +58,13 @@ class _Loader(*_PARSER):  # type: ignore[misc]
             raise _Refused(
                 f"values of the kind {node.tag.replace('tag:yaml.org,2002:', '!!')} have no place here", event
             )
-        self._values[node] = 1 + sum(self._values[below] for below in _below(node))
+        below = () if isinstance(node, ScalarNode) else node.value
+        parts = chain.from_iterable(below) if isinstance(node, MappingNode) else below
+        self._values[node] = 1 + sum(self._values[part] for part in parts)
         if self._values[node] > _MOST_VALUES:
             raise _Refused(f"more than {_MOST_VALUES:,} values with its aliases written out", event)
         if isinstance(node, MappingNode):
             _require_each_key_once(node)
-
-
-def _below(node: Node) -> list[Node]:
-    if isinstance(node, MappingNode):
-        return [part for pair in node.value for part in pair]
-    return list(node.value) if isinstance(node, CollectionNode) else []
 
 
 def _require_each_key_once(node: MappingNode) -> None:

@@ -25,18 +25,12 @@ class Preset:
     weight_rounding: Rounding = "nearest_even"
     input_rounding: Rounding = "nearest_even"
 
-    def for_weight(self, fmt: Format) -> Format:
-        """The format as this target rounds weights; raises InvalidValueError where it sets another rule itself."""
-        return self._applied(fmt, self.weight_rounding)
-
-    def for_input(self, fmt: Format) -> Format:
-        """The format as this target rounds matmul inputs; raises as `for_weight` does."""
-        return self._applied(fmt, self.input_rounding)
-
-    def _applied(self, fmt: Format, rounding: Rounding) -> Format:
+    def at(self, point: str, fmt: Format) -> Format:
+        """The format as this target rounds at a point, the `weight` or another; InvalidValueError where the format sets
+        another rule itself."""
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
-        rule = self.rule
+        rule, rounding = self.rule, self.weight_rounding if point == "weight" else self.input_rounding
         if rule == "uos" and fmt.element != E2M1:
             rule = "floor"  # dst_type_max exists for FP4 alone; the wider elements keep scale_alg 0
         if rule == "even" and fmt.element in (E4M3, E5M2):
@@ -89,6 +83,6 @@ def accepted(weight: Format, preset: str | None) -> bool:
     """Whether the preset, or any preset where none is named, rounds weights as the format says."""
     for target in PRESETS.values() if preset is None else (preset_named(preset),):
         with suppress(InvalidValueError):  # a rule of its own that the target does not have
-            if target.for_weight(weight) == weight:
+            if target.at("weight", weight) == weight:
                 return True
     return False

@@ -46,6 +46,4 @@ def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:
         return fmt
     known = FORMATS.get(fmt.name, fmt)
     plain = replace(fmt, scale_rule=known.scale_rule, rounding=known.rounding)
-    preset = preset_named(injection.preset)
-    put = preset.for_weight(plain) if point == "weight" else preset.for_input(plain)
-    return plain if put == fmt else fmt
+    return plain if preset_named(injection.preset).at(point, plain) == fmt else fmt

@@ -183,16 +183,12 @@ class Training(Spec):
                 f"{self.max_response_length}: every answer would be punished"
             )
 
-    def warnings(self) -> list[str]:
-        """Return what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""
-        lines = []
+    def warnings(self) -> Iterator[str]:
+        """Yield what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""
         if self.lr_warmup_steps > 0.2 * self.steps:
-            lines.append(
-                f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {counted(self.steps, 'step')}"
-            )
+            yield f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {counted(self.steps, 'step')}"
         if self.save_freq > self.steps:
-            lines.append(
+            yield (
                 f"save_freq {self.save_freq} is more than {counted(self.steps, 'step')}: there will be no checkpoint "
                 "but those against interruptions, which go when the run is done"
             )
-        return lines

@@ -128,7 +128,6 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
-    """Pass an event on, or return how the worker's run ended."""
     assert worker.run is not None
     try:
         message: Event | Outcome = worker.pipe.recv()

@@ -10,8 +10,7 @@ from typing import Any
 
 from fp4rl.lab.files import dumps, json_ready, write_whole
 from fp4rl.lab.folders import RunFolder, run_folder
-from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.plain import readable
+from fp4rl.lab.foreign.joined import Joined, readable
 from fp4rl.lab.foreign.reader import read_log
 from fp4rl.spec import records
 from fp4rl.spec.errors import InvalidValueError, nearest
@@ -90,13 +89,14 @@ def _refuse_other(run: RunFolder, described: Mapping[str, Any]) -> None:
 def _result(run: RunFolder, log: Joined, arm: str, seed: int | None, source: dict[str, Any]) -> RunResult:
     last = max(log.steps)
     joined = {"went_back": len(log.went_back), "met_twice": log.met_twice, "left_behind": log.left_behind}
+    source |= {**joined, "skipped": len(log.skipped)}
     return RunResult(
         version=VERSION,
         run_id=run.run_id,
         suite=run.suite,
         arm=arm,
         seed=seed,
-        imported=records.Imported(**source).extended(**joined, skipped=len(log.skipped)),
+        imported=records.Imported(**source),
         evaluations=tuple(_evaluations(log, last)),
         evidence=Summary(),
         steps_done=last,

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from fp4rl.lab.folders import RunFolder
-from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.plain import text_of
+from fp4rl.lab.foreign.joined import Joined, text_of
 from fp4rl.lab.foreign.records import (
     STATE,
     join,
@@ -85,14 +84,8 @@ def read_steps(log: Path) -> tuple[str, Joined]:
         return read_log(log)
     _, joined = read_log(folder / _METRICS)
     run = RunFolder(folder)
-    for step, accuracy in (_validations(run) if run.finished else {}).items():
-        joined.steps.setdefault(step, {})["accuracy/validation"] = accuracy
+    for name in ("full", "deployment") if run.finished else ():  # the second, at which the policy samples, wins
+        for evaluation in run.result().evaluations:
+            if evaluation.profile.name == name:
+                joined.steps.setdefault(evaluation.step, {})["accuracy/validation"] = evaluation.strict
     return "fp4rl", joined
-
-
-def _validations(run: RunFolder) -> dict[int, float]:
-    """Step -> strict accuracy at the precision the policy samples in; other profiles are no validation."""
-    validations: dict[int, float] = {}
-    for name in ("full", "deployment"):  # the second overrides the first
-        validations |= {e.step: e.strict for e in run.result().evaluations if e.profile.name == name}
-    return validations

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.plain import number, plain_lines, readable, step_name, step_of, text_of
+from fp4rl.lab.foreign.joined import Joined, number, plain_lines, readable, step_name, step_of, text_of
 from fp4rl.spec.errors import InvalidValueError
 
 Record = dict[str, Any]

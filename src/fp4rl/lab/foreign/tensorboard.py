@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp4rl.lab.foreign.joined import Joined
-from fp4rl.lab.foreign.plain import step_of
+from fp4rl.lab.foreign.joined import Joined, step_of
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 EVENTS = "*tfevents*"

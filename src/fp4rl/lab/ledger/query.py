@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Select, func, select
 
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Row, evaluation_row, run_of
 from fp4rl.lab.ledger.store import open_ledger
+from fp4rl.lab.ledger.tables import Row, evaluation_row, run_of
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest

@@ -9,8 +9,8 @@ from sqlalchemy.exc import OperationalError, StatementError
 from fp4rl.lab.files import Damaged, OnDamaged, tell
 from fp4rl.lab.folders import RunFolder, finished_runs
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Row, content_of, read_folder, write
 from fp4rl.lab.ledger.store import Ledger
+from fp4rl.lab.ledger.tables import Row, content_of, read_folder, write
 from fp4rl.lab.runs import Run
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.words import agreeing, counted

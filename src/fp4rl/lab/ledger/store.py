@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, Oper
 
 from fp4rl.lab.files import dumps
 from fp4rl.lab.ledger import tables
-from fp4rl.lab.ledger.document import Row, record_of, run_of, write
+from fp4rl.lab.ledger.tables import Row, record_of, run_of, write
 from fp4rl.lab.runs import Run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
@@ -64,16 +64,14 @@ class Ledger:
         """Turn what the database refuses (locked, damaged, gone, out of room) into an error of one line."""
         try:
             yield
-        except (OperationalError, sqlite3.OperationalError) as error:  # the latter from a connection that is prepared
-            why = _why(error)
+        except (DatabaseError, sqlite3.DatabaseError) as error:  # the latter from a connection that is prepared
+            why = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+            if not isinstance(error, OperationalError | sqlite3.OperationalError):
+                cure = "move it away, and `fp4rl ledger rebuild` makes a new one"
+                raise InvalidValueError(f"{self.name}: {why}; {cure}") from None
             if "locked" in why:
                 raise Locked(f"the ledger {self.name} is locked: another process writes to it; try again") from None
             raise NotFoundError(f"the ledger {self.name} cannot be used: {why}") from None
-        except (DatabaseError, sqlite3.DatabaseError) as error:
-            why = _why(error)
-            raise InvalidValueError(
-                f"{self.name}: {why}; move it away, and `fp4rl ledger rebuild` makes a new one"
-            ) from None
 
     @property
     def name(self) -> str:
@@ -89,10 +87,6 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _why(error: Exception) -> str:
-    return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
 def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledger:

@@ -1,13 +1,29 @@
-"""The tables of the ledger: an index of runs, and each run's whole record as one document.
+"""The tables of the ledger, an index of runs and each one's whole record, and what is written into them of a run.
 
 Every key comes from the content, so that a rebuilt ledger holds the same rows.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
 
+from fp4rl.lab.files import damage_named, json_ready
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.runs import Run, read_run
+from fp4rl.spec.digest import digest
+from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.records import Sites, read_evidence, read_result
 from fp4rl.spec.task import SCORES
+
+Row = dict[str, Any]
+
+# Written while or after the result is, so their content is not settled by it.
+_UNSETTLED = ("log.txt", "tensorboard", "wandb")
+_HASHED_UP_TO = 64 * 2**20  # bytes
 
 SCHEMA = "-".join(("0003", *SCORES[3:]))  # a further score is a further column
 
@@ -67,3 +83,117 @@ documents = sa.Table(
 def run_number(suite: str, run_id: str) -> int:
     """63 bits of SHA-256 over the run's name: the same in every ledger, whatever the order of recording."""
     return int.from_bytes(hashlib.sha256(f"{suite}/{run_id}".encode()).digest()[:8]) >> 1
+
+
+def record_of(run: Run, content: str, items: Sequence[Row], files: Sequence[Row]) -> Row:
+    """Everything that the ledger keeps of a run, without its metrics. `content` is the SHA-256 of its `result.json`.
+
+    `items`: numbers of answers and of solved problems of each evaluation. `files`: path, bytes and SHA-256 of each.
+    """
+    return {
+        "suite": run.suite,
+        "run_id": run.run_id,
+        "content": content,
+        "spec": run.spec,
+        "sites_digest": run.sites.digest,
+        "result": json_ready(run.result.as_json()),
+        "evidence": [json_ready({"kind": line.kind} | line.as_json()) for line in run.lines],
+        "items": items,
+        "files": files,
+    }
+
+
+def run_of(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Run:
+    """The run of a record, with its metrics (step -> name -> value, "nan" for a number that is none)."""
+    lines = map(read_evidence, record["evidence"])
+    return Run(
+        suite=record["suite"],
+        run_id=record["run_id"],
+        spec=record["spec"],
+        result=read_result(record["result"]),
+        lines=tuple(line for line in lines if line is not None),
+        sites=Sites(digest=record["sites_digest"]),
+        curves={int(step): {name: float(value) for name, value in row.items()} for step, row in metrics.items()},
+    )
+
+
+def read_folder(folder: RunFolder) -> tuple[Run, Row]:
+    """Read a finished run and its record. Raises `NotFoundError` where it is not finished, `Damaged` for a bad file."""
+    run = read_run(folder)
+    with damage_named(folder.path):
+        items = [_counted(folder, step, profile) for step, profile in folder.item_sets()]
+        return run, record_of(run, content_of(folder), items, _files(folder))
+
+
+def content_of(folder: RunFolder) -> str:
+    """SHA-256 of `result.json`, which is written last and never again; empty where there is none."""
+    file = folder.path / "result.json"
+    with damage_named(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _counted(folder: RunFolder, step: int, profile: str) -> Row:
+    strict = folder.items(step, profile).column("strict").to_pylist()  # the whole file is read: damage shows now
+    return {"step": step, "profile": profile, "answers": len(strict), "solved": sum(flag is True for flag in strict)}
+
+
+def _files(folder: RunFolder) -> list[Row]:
+    listed = []
+    for file in sorted(path for path in folder.path.rglob("*") if path.is_file()):
+        path = file.relative_to(folder.path)
+        if path.parts[0] in _UNSETTLED or file.name.startswith(".") or file.name.endswith(".partial"):
+            continue
+        size = file.stat().st_size
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest() if size <= _HASHED_UP_TO else None
+        listed.append({"path": path.as_posix(), "bytes": size, "sha256": checksum})
+    return listed
+
+
+def write(connection: Connection, run: Run, record: Row) -> None:
+    """Put the run in place of what is there of it.
+
+    Its own row comes first: whoever holds it keeps others that record the same run waiting.
+    """
+    row = _run_row(run, record["content"])
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    put: Any = dialect.insert(runs).values(row)
+    connection.execute(put.on_conflict_do_update(index_elements=["id"], set_=row))
+    new = {
+        documents: [{"run": row["id"], "metrics": json_ready(run.curves), "record": record}],
+        evaluations: _evaluation_rows(run),
+    }
+    for table, rows in new.items():
+        connection.execute(sa.delete(table).where(table.c.run == row["id"]))
+        if rows:
+            connection.execute(sa.insert(table), rows)
+
+
+def _run_row(run: Run, content: str) -> Row:
+    result = run.result
+    parts = {name: digest(run.described.get(name)) if run.spec else None for name in ("task", "model")}
+    return {
+        "id": run_number(run.suite, run.run_id),
+        "suite": run.suite,
+        "run_id": run.run_id,
+        "arm": run.arm,
+        "experiment": run.experiment,
+        **parts,
+        **{name: getattr(result, name) for name in ("seed", "code_digest", "steps_asked", "steps_done")},
+        "imported": result.imported is not None,
+        "status": result.imported.status if result.imported is not None else None,
+        "content": content,
+    }
+
+
+def _evaluation_rows(run: Run) -> list[Row]:
+    """One a step and profile; a step that was evaluated twice counts as it was evaluated last."""
+    number = run_number(run.suite, run.run_id)
+    rows = [evaluation_row(evaluation) | {"run": number} for evaluation in run.result.evaluations]
+    return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
+
+
+def evaluation_row(evaluation: Evaluation) -> Row:
+    """An evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
+    scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length")}
+    scores |= {name: evaluation.score(name) for name in SCORES}
+    return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}
