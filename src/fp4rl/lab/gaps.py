@@ -25,15 +25,15 @@ def gaps(
         return ("it left no evidence",)
     return (
         *_injection_gaps(spec.get("injection"), summary, lines),
-        *_noise_gaps(spec.get("noise"), _of(lines, RolloutNoise)),
-        *_weight_gaps(summary, _of(lines, MasterCheck)),
-        *_live_gaps(_of(lines, LiveCheck)),
+        *_noise_gaps(spec.get("noise"), lines_of(lines, RolloutNoise)),
+        *_policy_gaps(summary, lines_of(lines, MasterCheck), lines_of(lines, LiveCheck)),
         *_evaluation_gaps(lines),
         *(_missing_evaluations(spec, evaluations) if evaluations is not None else ()),
     )
 
 
-def _of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
+def lines_of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
+    """The lines of one kind."""
     return [line for line in lines if isinstance(line, kind)]
 
 
@@ -49,14 +49,14 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
         return
     for phase in _TRAINED_IN:
         # Without what evaluations recorded: what was rounded there says nothing about the training.
-        rows = [row for row in _of(lines, Injected) if row.phase == phase and row.profile is None]
-        acting = [line for line in _of(lines, Acting) if line.phase == phase and line.profile is None]
+        rows = [row for row in lines_of(lines, Injected) if row.phase == phase and row.profile is None]
+        acting = [line for line in lines_of(lines, Acting) if line.phase == phase and line.profile is None]
         if wanted[phase]:
             yield from _rounding_gaps(wanted[phase], acting, rows, f"during {phase}")
         elif any(row.calls for row in rows):
             yield f"sites were rounded during {phase}, which its spec leaves out"
     trained = any(wanted[phase] for phase in PHASES if phase != "evaluation")
-    if not trained and not any(line.profile.sites_digest for line in _of(lines, Evaluation)):
+    if not trained and not any(line.profile.sites_digest for line in lines_of(lines, Evaluation)):
         yield "its spec injects in evaluations alone, and none was made under the injection"
 
 
@@ -126,30 +126,27 @@ def _noise_gaps(noise: Any, lines: Sequence[RolloutNoise]) -> Iterator[str]:
         yield "its noise was never effective: no weight changed in any rollout"
 
 
-def _weight_gaps(summary: Summary, lines: Sequence[MasterCheck]) -> Iterator[str]:
-    if not all(line.unchanged for line in lines) or summary.masters_unchanged is False:
+def _policy_gaps(summary: Summary, masters: Sequence[MasterCheck], lives: Sequence[LiveCheck]) -> Iterator[str]:
+    if not all(line.unchanged for line in masters) or summary.masters_unchanged is False:
         yield "its master weights were changed"
-    elif not lines and not summary.masters_unchanged:
+    elif not masters and not summary.masters_unchanged:
         yield "no check of its master weights is recorded"
     if summary.weights_changed is not None and not _positive(summary.weights_changed):
         yield "training changed none of its weights"
-
-
-def _live_gaps(lines: Sequence[LiveCheck]) -> Iterator[str]:
-    if not lines:
+    if not lives:
         yield "no check of its live policy against the saved one is recorded"
-    if any(_positive(line.max_difference) for line in lines):
+    if any(_positive(line.max_difference) for line in lives):
         yield "its live policy differed from the saved one"
 
 
 def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
     """Evaluations under a site table of which not everything acted while the answers were made."""
-    for evaluation in _of(lines, Evaluation):
+    for evaluation in lines_of(lines, Evaluation):
         profile, step = evaluation.profile, evaluation.step
         if profile.sites_digest is None:
             continue
-        rows = [row for row in _of(lines, Injected) if (row.profile, row.step) == (profile.name, step)]
-        acting = [line for line in _of(lines, Acting) if (line.profile, line.step) == (profile.name, step)]
+        rows = [row for row in lines_of(lines, Injected) if (row.profile, row.step) == (profile.name, step)]
+        acting = [line for line in lines_of(lines, Acting) if (line.profile, line.step) == (profile.name, step)]
         # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
         points = {row.point for row in rows} or {"weight"}
         yield from _rounding_gaps(points, acting, rows, f"while it was judged as {profile.name} at step {step}")
@@ -158,10 +155,9 @@ def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
 def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Iterator[str]:
     """Profiles that the spec names and that were not measured at the last step: who knows what else is missing."""
     steps = (spec.get("training") or {}).get("steps")
+    at_end = {evaluation.profile.name: evaluation for evaluation in evaluations if evaluation.last}
     for profile in (spec.get("evaluation") or {}).get("profiles") or ():
-        last = next(
-            (evaluation for evaluation in evaluations if evaluation.profile.name == profile and evaluation.last), None
-        )
+        last = at_end.get(profile)
         if last is None:
             yield f"no evaluation of {profile} at the last step"
         elif steps is not None and last.step != steps:

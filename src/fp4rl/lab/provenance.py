@@ -4,7 +4,8 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,23 +41,24 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, fp4rl and the libraries that a number passes through, by name."""
     installed = {"python": platform.python_version(), "fp4rl": fp4rl.__version__}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return installed
 
 
 def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
     """Return one line for each path that the runs name and that does not exist on this machine; loads nothing."""
-    return list(dict.fromkeys(line for run in runs for line in _missing(run)))
+    lines: list[str] = []
+    for run in runs:
+        task, model = run.experiment.task, run.experiment.model
+        for key, path in (("model.path", model.path), *((f"task.{key}", path) for key, path in task.files.items())):
+            if path is not None and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
+                lines.append(f"{key}: {path} does not exist on this machine; {_cure(key, path)}")
+    return list(dict.fromkeys(lines))
 
 
 def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence[str]]:
-    """Return, by run id, which inputs of finished runs have changed since.
-
-    An embedded model is not looked at: its folder is named by its recipe.
-    """
+    """By run id, which inputs of finished runs have changed since. An embedded model's folder names its recipe."""
     changed: dict[str, Sequence[str]] = {}
     for run in runs:
         recorded = recorded_result(run, root)
@@ -76,13 +78,6 @@ def recorded_result(run: PlannedRun, root: Path) -> RunResult | None:
         return run_folder(root, run.suite, run.run_id).result()
     except (Damaged, NotFoundError):
         return None
-
-
-def _missing(run: PlannedRun) -> Iterator[str]:
-    task, model = run.experiment.task, run.experiment.model
-    for key, path in (("model.path", model.path), *((f"task.{key}", path) for key, path in task.files.items())):
-        if path is not None and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
-            yield f"{key}: {path} does not exist on this machine; {_cure(key, path)}"
 
 
 def _cure(key: str, path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fp4rl.lab.files import damage_named
 from fp4rl.lab.folders import RunFolder
-from fp4rl.lab.gaps import gaps
+from fp4rl.lab.gaps import gaps, lines_of
 from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import Evaluation, Evidence, Warned
 from fp4rl.spec.records import RunResult, Sites
@@ -78,7 +78,7 @@ class Run:
 
     def of(self, kind: type[_E]) -> list[_E]:
         """Its lines of evidence of one kind."""
-        return [line for line in self.lines if isinstance(line, kind)]
+        return lines_of(self.lines, kind)
 
     def evaluations(self, step: int | None = None) -> dict[str, Evaluation]:
         """Profile -> evaluation at `step`, the last step where none is named.

@@ -1,6 +1,7 @@
 """A suite's folder: what its suite.yaml plans, and for each planned run how far it is and what it left."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fp4rl.lab.files import Damaged, damage_named
@@ -54,9 +55,14 @@ class SuiteRuns:
 
     folder: Path
     runs: tuple[SuiteRun, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    not_planned: tuple[str, ...] = ()
-    by_arm: dict[str, list[SuiteRun]] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...]
+    not_planned: tuple[str, ...]
+
+    @cached_property
+    def by_arm(self) -> dict[str, list[SuiteRun]]:
+        """Arm -> its runs, in the order of the suite."""
+        arms = dict.fromkeys(run.planned.arm for run in self.runs)
+        return {arm: [run for run in self.runs if run.planned.arm == arm] for arm in arms}
 
 
 def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
@@ -70,10 +76,10 @@ def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
     else:
         plan, comparisons = (single(described, folder.name),), ()
     runs = tuple(_read(run, RunFolder(folder / run.run_id), curves) for run in plan)
-    by_arm: dict[str, list[SuiteRun]] = {}
-    for run in runs:
-        by_arm.setdefault(run.planned.arm, []).append(run)
-    return SuiteRuns(folder, runs, comparisons, _not_planned(folder, plan), by_arm)
+    ids = {run.run_id for run in plan}
+    others = (other for other in folder.iterdir() if other.is_dir() and other.name not in ids)
+    not_planned = sorted(other.name for other in others if (other / "spec.yaml").is_file())
+    return SuiteRuns(folder, runs, comparisons, tuple(not_planned))
 
 
 def _read(planned: PlannedRun, folder: RunFolder, curves: bool) -> SuiteRun:
@@ -94,9 +100,3 @@ def _described(folder: Path) -> Suite | Experiment:
         cure = nearest(folder.name, suites) if suites else "; `fp4rl run` makes one"
         raise NotFoundError(f"{folder}: no suite.yaml, so this is no suite's folder{cure}")
     return load_spec(file)
-
-
-def _not_planned(folder: Path, plan: tuple[PlannedRun, ...]) -> tuple[str, ...]:
-    ids = {run.run_id for run in plan}
-    others = (other for other in folder.iterdir() if other.is_dir() and other.name not in ids)
-    return tuple(sorted(other.name for other in others if (other / "spec.yaml").is_file()))

@@ -68,11 +68,9 @@ def execute_run(
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
         with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
-            for line in spec_warnings({run.arm: run.experiment}):
-                _say(folder, line)
+            _log(folder, spec_warnings({run.arm: run.experiment}))
             trained = train_here(_kept(folder, sinks, emit), past, interrupted=interrupted)
-            for name, why in sinks.failures.items():
-                _say(folder, f"{name} was left out from some step on: {why}")
+            _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
         _forget_interruptions(folder, run.experiment.training.save_freq)
     return folder
@@ -84,13 +82,11 @@ def _past(folder: RunFolder) -> ResumeState:
     checkpoint = newest(checkpoints, code_digest(), lines.append)
     if checkpoint is None or not folder.drop_evidence_after(checkpoint.step):
         _clear(folder)
-        for line in (*lines, "starting over from the seed") if lines else ():
-            _say(folder, line)
+        _log(folder, [*lines, "starting over from the seed"] if lines else [])
         return ResumeState()
     remove([path for step, path in all_of(checkpoints).items() if step > checkpoint.step])
     folder.drop_metrics_after(checkpoint.step)
-    for line in (*lines, f"resumed from the checkpoint after step {checkpoint.step}"):
-        _say(folder, line)
+    _log(folder, [*lines, f"resumed from the checkpoint after step {checkpoint.step}"])
     return ResumeState(checkpoint, folder.metrics(), checkpoint.state["rollbacks"])
 
 
@@ -119,7 +115,7 @@ def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
             case events.StepsDropped():
                 folder.drop_metrics_after(event.step)
             case events.Message():
-                _say(folder, event.line)
+                _log(folder, [event.line])
                 if event.log_only:
                     return
                 folder.add_evidence(Warned(line=event.line))
@@ -130,14 +126,13 @@ def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
     return keep
 
 
-def _say(folder: RunFolder, line: str) -> None:
+def _log(folder: RunFolder, lines: Sequence[str]) -> None:
     with (folder.path / "log.txt").open("a", encoding="utf-8") as log:
-        log.write(line + "\n")
+        log.writelines(f"{line}\n" for line in lines)
 
 
 def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
-    """What was judged, in order. The newest evaluation of a step counts: after a rollback, and where a run was ended at
-    a step that had just been judged on the way."""
+    """What was judged, in order; the newest of a step counts: after a rollback, or where a run ended on the way."""
     by_key: dict[tuple[int, str], evidence.Evaluation] = {}
     for line in folder.evidence():
         if isinstance(line, evidence.Evaluation):

@@ -1,14 +1,29 @@
 """The audit of a file of reports: each comparison with its interval and confounds, each record with its noise."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fp4rl.lab.audit.confounds import NoiseFinding, confounds, noise_finding
-from fp4rl.lab.audit.pairs import Pair, pairs
 from fp4rl.lab.audit.records import Record, Reports
 from fp4rl.lab.statistics.proportions import ShareDifference, newcombe
 from fp4rl.lab.statistics.seeds import Spread, holm, pooled
+
+Factor = Literal["noise", "hardware error", "format"]
+
+# In this order: a control of one has neither it nor those before it.
+_FACTORS: tuple[Factor | None, ...] = ("noise", "hardware error", "format", None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A treatment and its control, the factor in which they are meant to differ, and the fields that differ besides."""
+
+    treatment: Record
+    control: Record
+    factor: Factor
+    differs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,26 @@ class AuditedPair:
     def inside_band(self) -> bool | None:
         """Whether the difference is no larger than two equal runs show; None where no repeats tell."""
         return None if self.spread is None else abs(100 * self.difference.value) <= self.spread.band((1, 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a program; differences in points."""
+        treatment, control, difference = self.pair.treatment, self.pair.control, self.difference
+        return {
+            "treatment": treatment.id,
+            "control": control.id,
+            "factor": self.pair.factor,
+            "accuracy": [treatment.final_accuracy, control.final_accuracy],
+            "solved": self.solved,
+            "difference": 100 * difference.value,
+            "low": 100 * difference.low,
+            "high": 100 * difference.high,
+            "p": difference.p,
+            "p_family": self.p_family,
+            "treatment_noise": self.noise.state,
+            "replicates": self.replicates,
+            "inside_run_to_run_band": self.inside_band,
+            "differs": self.pair.differs,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +93,7 @@ class Audit:
             "problems": self.problems,
             "run_to_run": asdict(self.spread) if self.spread else None,
             "repeats": self.repeats,
-            "comparisons": [_pair_dict(pair) for pair in self.pairs],
+            "comparisons": [pair.as_dict() for pair in self.pairs],
             "records": [
                 {"id": report.record.id, "noise": asdict(report.noise), "confounds": report.confounds}
                 for report in self.records
@@ -75,16 +110,12 @@ def audit(reports: Reports) -> Audit:
     n = reports.gsm8k_test_n
     solved = [(pair.treatment.solved(n), pair.control.solved(n)) for pair in matched]
     shares = [newcombe((first, n), (second, n)) for first, second in solved]
-    corrected = holm([share.p for share in shares])
+    noises = [findings[pair.treatment.id] for pair in matched]
+    parts = zip(matched, solved, shares, holm([share.p for share in shares]), noises, strict=True)
     return Audit(
         problems=n,
-        pairs=tuple(
-            AuditedPair(pair, counts, share, p, findings[pair.treatment.id], spread)
-            for pair, counts, share, p in zip(matched, solved, shares, corrected, strict=True)
-        ),
-        records=tuple(
-            AuditedRecord(record, findings[record.id], confounds(record, reports)) for record in reports.records
-        ),
+        pairs=tuple(AuditedPair(*part, spread) for part in parts),
+        records=tuple(AuditedRecord(own, findings[own.id], confounds(own, reports)) for own in reports.records),
         spread=spread,
         repeats=tuple(tuple(record.id for record in group) for group in groups),
     )
@@ -102,20 +133,47 @@ def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> 
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _pair_dict(audited: AuditedPair) -> dict[str, Any]:
-    return {
-        "treatment": audited.pair.treatment.id,
-        "control": audited.pair.control.id,
-        "factor": audited.pair.factor,
-        "accuracy": [audited.pair.treatment.final_accuracy, audited.pair.control.final_accuracy],
-        "solved": audited.solved,
-        "difference": 100 * audited.difference.value,
-        "low": 100 * audited.difference.low,
-        "high": 100 * audited.difference.high,
-        "p": audited.difference.p,
-        "p_family": audited.p_family,
-        "treatment_noise": audited.noise.state,
-        "replicates": audited.replicates,
-        "inside_run_to_run_band": audited.inside_band,
-        "differs": audited.pair.differs,
-    }
+def pairs(records: Sequence[Record]) -> tuple[Pair, ...]:
+    """Find at most one control per record: against no noise, else against no hardware error, else against BF16."""
+    results = [record for record in records if record.counts_as_result]
+    found = []
+    for record in results:
+        factor = _factor(record)
+        controls = [other for other in results if factor and _is_control(other, record, factor)]
+        if factor and controls:
+            differing = [(other, _differs(record, other, factor)) for other in controls]
+            nearest, differs = min(differing, key=lambda candidate: len(candidate[1]))  # the first of several
+            found.append(Pair(record, nearest, factor, differs))
+    return tuple(found)
+
+
+def _factor(record: Record) -> Factor | None:
+    if record.aqn.enabled:
+        return "noise"
+    if record.hw_noise:
+        return "hardware error"
+    return "format" if record.quant_mode else None
+
+
+def _is_control(other: Record, record: Record, factor: Factor) -> bool:
+    """Without the factor, and the same in what makes a comparison at all: model, algorithm, adapter, other factors."""
+    same = other.model == record.model and other.algorithm == record.algorithm and bool(other.lora) == bool(record.lora)
+    if factor != "format":
+        same = same and other.format == record.format and other.quant_mode == record.quant_mode
+    if factor == "noise":
+        return same and not other.aqn.enabled and other.hardware_error == record.hardware_error
+    return same and _FACTORS.index(_factor(other)) > _FACTORS.index(factor)
+
+
+def _differs(record: Record, other: Record, factor: Factor) -> tuple[str, ...]:
+    """The fields in which the two differ besides the factor, each with both values."""
+    names = ("epochs", "steps", "logged_step", "batch", "lora", *(["injection_point"] if factor == "noise" else []))
+    values = [(name, getattr(record, name), getattr(other, name)) for name in names]
+    shown = {"logged_step": "step of the number"}
+    return tuple(f"{shown.get(name, name)}: {_shown(a)} against {_shown(b)}" for name, a, b in values if a != b)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={inner}" for key, inner in value.items())
+    return "not recorded" if value is None else str(value)

@@ -80,7 +80,9 @@ def noise_finding(record: Record) -> NoiseFinding:
     never, other = tuple(_never(noise)), tuple(_not_as_named(noise))
     stated = (noise.effective_noise_reason,) if noise.effective_noise_reason else ()
     if noise.effective_noise is False:
-        return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *_unstated(never, stated)))
+        causes = [(reason, reason.split()[0].strip(":,").lower()) for reason in never]  # their first words
+        unstated = [reason for reason, cause in causes if not any(cause in text.lower() for text in stated)]
+        return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *unstated))
     if never and noise.effective_noise is None:
         return NoiseFinding("never effective", never)
     if record.final_accuracy is None and not record.curve:
@@ -109,10 +111,3 @@ def _not_as_named(noise: ReportedNoise) -> Iterator[str]:
         yield "sigma_end is 0: a geometric fade to 0 is its first value once and 0 ever after"
     if noise.layer_multipliers and "never reached" in (noise.effective_noise_reason or ""):
         yield "the layer multipliers did not act: uniform noise under another name"
-
-
-def _unstated(reasons: tuple[str, ...], stated: tuple[str, ...]) -> Iterator[str]:
-    """Reasons whose cause (their first word) the stated ones do not name already."""
-    for reason in reasons:
-        if not any(reason.split()[0].strip(":,").lower() in text.lower() for text in stated):
-            yield reason

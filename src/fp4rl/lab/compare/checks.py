@@ -35,7 +35,10 @@ def cross_checks(treatment: Side, control: Side) -> CrossChecks:
     if not problems or problems != others:
         return CrossChecks()
     if len(first) == len(second) == 1:
-        return CrossChecks(checkpoints=_flips(first, second))
+        # McNemar counts solved and not solved; a share over several samples is neither.
+        single = np.isin(np.concatenate([first, second]), (0.0, 1.0)).all()
+        gained, lost = int((first > second).sum()), int((first < second).sum())
+        return CrossChecks(checkpoints=mcnemar(gained, lost) if single else None)
     if min(len(first), len(second)) < 2:
         return CrossChecks()
     points = 100 * first, 100 * second
@@ -61,11 +64,3 @@ def _score_table(side: Side) -> tuple[list[str], "Scores"]:
     if any(other != answered[0] for other in answered):
         return [], np.empty((0, 0))
     return answered[0][0], np.stack(shares)
-
-
-def _flips(first: "Scores", second: "Scores") -> PairedFlips | None:
-    """McNemar counts solved and not solved; a share over several samples is neither."""
-    if not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
-        return None
-    change = first - second
-    return mcnemar(int((change > 0).sum()), int((change < 0).sum()))

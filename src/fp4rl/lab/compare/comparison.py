@@ -102,7 +102,7 @@ def answer_all(
     repeats among the sides tell. With `force` the difference of an unfair pair is shown with its interval, without an
     effect word.
     """
-    answers = [_objected(question, treatment, control, force) for question, treatment, control in questions]
+    answers = [_objected(*asked, force) for asked in questions]
     fair = [answer for answer in answers if answer.comparable]
     spread = _spread(answers, spread_of)
     verdicts = iter(evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair)))
@@ -114,9 +114,7 @@ def answer_all(
 
 def checked(answer: Answer) -> Answer:
     """The answer with the cross-checks over problems beside its verdict."""
-    if answer.verdict is None:
-        return answer
-    return replace(answer, checks=cross_checks(answer.treatment, answer.control))
+    return replace(answer, checks=cross_checks(answer.treatment, answer.control)) if answer.verdict else answer
 
 
 def _objected(question: Question, treatment: Side, control: Side, force: bool) -> Answer:

@@ -90,10 +90,14 @@ def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tup
     """`factors`, and what comes with them, whoever names them.
 
     `evaluation.profiles` is always among them: which profiles an arm is judged under changes no number. `precision` is
-    where the question is about it.
+    where the question is about it: `full` on one side (4 bits against BF16), or `deployment` on both, with another
+    injection (each as it is served).
     """
-    precision = ("precision",) if _asks_about_precision(treatment, control, factors) else ()
-    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *precision)))
+    profiles = [side.partition("@")[2] for side in (treatment, control)]
+    precision = "full" in profiles and len(set(profiles)) > 1
+    if profiles == ["deployment", "deployment"]:
+        precision = any(factor.partition(".")[0] == "injection" for factor in factors)
+    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *(["precision"] if precision else []))))
 
 
 def question_of(comparison: Comparison, suite: str) -> Question:
@@ -108,11 +112,3 @@ def question_of(comparison: Comparison, suite: str) -> Question:
         declared=True,
         asked=comparison,
     )
-
-
-def _asks_about_precision(treatment: str, control: str, factors: Sequence[str]) -> bool:
-    """`full` on one side: 4 bits against BF16. `deployment` on both, with another injection: each as it is served."""
-    profiles = [side.partition("@")[2] for side in (treatment, control)]
-    if profiles == ["deployment", "deployment"]:
-        return any(factor.partition(".")[0] == "injection" for factor in factors)
-    return "full" in profiles and len(set(profiles)) > 1

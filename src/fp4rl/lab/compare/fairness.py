@@ -75,10 +75,9 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
 def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
     differing = differences(treatment.spec, control.spec)
     for key, (first, second) in undeclared(differing, factors).items():
-        name = f"the specs also differ in {key}" if factors else f"the specs differ in {key}"
-        if not factors and factor_of(key) != key:
-            name += f" (part of {factor_of(key)})"
-        yield Objection("spec", name, in_few_words(first), in_few_words(second))
+        part = f" (part of {factor_of(key)})" if not factors and factor_of(key) != key else ""
+        what = f"the specs {'also ' if factors else ''}differ in {key}{part}"
+        yield Objection("spec", what, in_few_words(first), in_few_words(second))
 
 
 def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:

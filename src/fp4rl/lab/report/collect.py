@@ -114,7 +114,7 @@ def _score_dict(score: Score) -> dict[str, object]:
                 "run_id": s.run.planned.run_id,
                 "counts": s.run.counts,
                 "stale": s.run.stale,
-                "before": s.before,
+                "before": None if s.start is None else 100 * s.start.strict,
                 "after": s.after,
             }
             for s in score.by_seed

@@ -67,7 +67,8 @@ def learning(report: SuiteReport) -> list[Figure]:
         curves = [(i, c) for i, arm in enumerate(report.arms) if (c := curve(arm, metric, report.runs, scale))]
         if curves:
             data = [trace for i, c in curves for trace in _band_and_line(i, c)]
-            figures.append(Figure(f"curve-{number}", title, _spoken(title, curves, unit), data, over_steps()))
+            ends = "; ".join(f"{c.arm} from {c.mean[0]:.3g} to {c.mean[-1]:.3g} {unit}".strip() for _, c in curves)
+            figures.append(Figure(f"curve-{number}", title, f"{title} by step: {ends}", data, over_steps()))
     noise = _sigma(report)
     return [*figures, noise] if noise else figures
 
@@ -178,8 +179,3 @@ def _interval(value: float, low: float | None, high: float | None, row: str, num
 
 def _tick(size: int, width: int) -> dict[str, Any]:
     return {"symbol": "line-ns-open", "size": size, "line": {"width": width}}
-
-
-def _spoken(title: str, curves: Sequence[tuple[int, Curve]], unit: str) -> str:
-    ends = (f"{c.arm} from {c.mean[0]:.3g} to {c.mean[-1]:.3g} {unit}".strip() for _, c in curves)
-    return f"{title} by step: {'; '.join(ends)}"

@@ -22,14 +22,12 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
             for run in runs
             if run.gaps
         ),
-        *_stale(runs),
-        *_ill(runs),
+        *_otherwise(runs),
         *(f"Known beforehand: {line}." for line in spec_warnings({r.planned.arm: r.planned.experiment for r in runs})),
         *_warned(runs),
         *_before(scores),
         *_spread(scores),
-        *_clipping(runs),
-        *_dropped(runs),
+        *_sampling(runs),
         *_scope(runs, questions),
         *_not_planned(suite.not_planned),
     )
@@ -44,16 +42,13 @@ def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
         yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
 
 
-def _stale(runs: Sequence[SuiteRun]) -> Iterator[str]:
+def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:
+    """Runs of other code, and those that the monitor ended or rolled back: not trained as their specs say now."""
     stale = [run for run in runs if run.stale]
     if stale:
         finished = sum(run.state == "finished" for run in runs)
         which = f"all {counted(finished, 'run')}" if len(stale) == finished else _named(stale)
         yield f"Stale, computed by other code than this: {which}; `fp4rl run --rerun-stale` repeats them."
-
-
-def _ill(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """A run that the monitor ended or rolled back was not trained as its spec says."""
     for run in runs:
         if run.run is not None and run.run.result.stopped:
             yield f"Ended early by the monitor: {_named([run])} ({run.run.result.stopped})."
@@ -101,16 +96,13 @@ def _spread(scores: Sequence[Score]) -> Iterator[str]:
         yield f"Runs that differ in the seed alone spread by a standard deviation of {span}."
 
 
-def _clipping(runs: Sequence[SuiteRun]) -> Iterator[str]:
+def _sampling(runs: Sequence[SuiteRun]) -> Iterator[str]:
     updates = {run.planned.experiment.training.updates_per_step for run in runs}
     if updates == {1}:
         yield "One update is made from each rollout: the probability ratio is always 1, so clip-higher never acted."
     elif share := _mean_of(runs, "clip_ratio/high"):
         shown = " or ".join(map(str, sorted(updates)))
         yield f"{shown} updates are made from each rollout; clip-higher cut {100 * share:.2f} % of the tokens."
-
-
-def _dropped(runs: Sequence[SuiteRun]) -> Iterator[str]:
     dropped, batches = _mean_of(runs, "sampling/dropped_share"), _mean_of(runs, "sampling/gen_batches")
     if dropped and batches:
         yield (

@@ -31,11 +31,6 @@ class SeedScore:
     end: Evaluation | None
 
     @property
-    def before(self) -> float | None:
-        """Strict accuracy before the first step, in points."""
-        return None if self.start is None else 100 * self.start.strict
-
-    @property
     def after(self) -> float | None:
         """Strict accuracy at the last step, in points."""
         return None if self.end is None else 100 * self.end.strict

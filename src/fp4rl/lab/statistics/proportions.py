@@ -20,7 +20,6 @@ class ShareDifference:
     value: float
     low: float
     high: float
-    level: float
     p: float
 
 
@@ -58,7 +57,7 @@ def newcombe(first: tuple[int, int], second: tuple[int, int]) -> ShareDifference
     together = (first[0] + second[0]) / (first[1] + second[1])
     error = math.sqrt(together * (1 - together) * (1 / first[1] + 1 / second[1]))
     p = 2 * float(special.ndtr(-abs(value) / error)) if error else 1.0
-    return ShareDifference(value, low, high, LEVEL, p)
+    return ShareDifference(value, low, high, p)
 
 
 def mcnemar(gained: int, lost: int) -> PairedFlips:

@@ -37,7 +37,6 @@ class NotWorse:
 
     margin: float
     lower_bound: float
-    level: float
     p: float
 
     @property
@@ -73,7 +72,7 @@ def not_worse(treatment: Sequence[float], control: Sequence[float], margin: floa
     value = fmean(treatment) - fmean(control)
     error, freedom = standard_error(treatment, control)
     bound = value - float(special.stdtrit(freedom, LEVEL)) * error
-    return NotWorse(margin, bound, LEVEL, float(special.stdtr(freedom, -(value + margin) / error)))
+    return NotWorse(margin, bound, float(special.stdtr(freedom, -(value + margin) / error)))
 
 
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
