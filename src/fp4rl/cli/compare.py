@@ -15,8 +15,7 @@ from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
-    from fp4rl.lab.compare.checks import CrossChecks
-    from fp4rl.lab.compare.comparison import Answer
+    from fp4rl.lab.compare.comparison import Answer, CrossChecks
     from fp4rl.lab.compare.sides import At, Side
     from fp4rl.lab.ledger.store import Ledger
 

@@ -12,8 +12,7 @@ _PLAIN = Algorithm("")  # the clipping of PPO
 
 
 def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
-    """Return one line for each warning, once for all arms that share it. A setting of the base that acts in some arm is
-    none."""
+    """Return one line a warning, once for all arms that share it; a setting that acts in some arm is none."""
     arms_by_line: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
         for line in (*experiment.warnings(), *_one(experiment)):

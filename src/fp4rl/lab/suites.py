@@ -38,12 +38,6 @@ class SuiteRun:
         return self.run is not None and not self.run.gaps
 
     @property
-    def profiles(self) -> tuple[str, ...]:
-        """Every profile that its last step is to be evaluated under."""
-        evaluation = self.planned.experiment.evaluation
-        return (*evaluation.profiles, *evaluation.sweep)
-
-    @property
     def curves(self) -> Curves:
         """Step -> metric -> value."""
         return self.run.curves if self.run is not None else {}

@@ -30,10 +30,8 @@ from fp4rl.spec import evidence
 from fp4rl.spec.evidence import Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
 
-_LEFTOVERS = (
-    *("evidence.jsonl", "metrics.jsonl", "items", "checkpoints", "on-the-way", "final", "sites.json", "log.txt"),
-    "tensorboard",
-)
+_FILES = ("evidence.jsonl", "metrics.jsonl", "sites.json", "log.txt")
+_FOLDERS = ("items", "checkpoints", "on-the-way", "final", "tensorboard")
 
 
 def execute_run(
@@ -81,7 +79,11 @@ def _past(folder: RunFolder) -> ResumeState:
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     checkpoint = newest(checkpoints, code_digest(), lines.append)
     if checkpoint is None or not folder.drop_evidence_after(checkpoint.step):
-        _clear(folder)
+        for name in _FOLDERS:
+            if (folder.path / name).is_dir():
+                shutil.rmtree(folder.path / name)
+        for name in _FILES:
+            (folder.path / name).unlink(missing_ok=True)
         _log(folder, [*lines, "starting over from the seed"] if lines else [])
         return ResumeState()
     remove([path for step, path in all_of(checkpoints).items() if step > checkpoint.step])
@@ -127,8 +129,9 @@ def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
 
 
 def _log(folder: RunFolder, lines: Sequence[str]) -> None:
-    with (folder.path / "log.txt").open("a", encoding="utf-8") as log:
-        log.writelines(f"{line}\n" for line in lines)
+    if lines:
+        with (folder.path / "log.txt").open("a", encoding="utf-8") as log:
+            log.writelines(f"{line}\n" for line in lines)
 
 
 def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
@@ -161,12 +164,3 @@ def _result(
         wall_s=round(wall_s, 3),
     )
     return result if trained.stopped is None else result.extended(stopped=trained.stopped)
-
-
-def _clear(folder: RunFolder) -> None:
-    for name in _LEFTOVERS:
-        path = folder.path / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -92,10 +92,7 @@ class Reports(_Reported):
 
 
 def read_reports(path: Path) -> Reports:
-    """Read a JSON file of reports.
-
-    Raises `NotFoundError` for a missing file, `InvalidValueError` for another layout and for ids that stand twice.
-    """
+    """Read the JSON file. Raises `NotFoundError` without it, `InvalidValueError` for another layout or an id twice."""
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file; name a JSON file with 'records' and 'gsm8k_test_n'")
     try:

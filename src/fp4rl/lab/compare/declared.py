@@ -48,10 +48,7 @@ def _with_sides(
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
-    """All comparisons of `root/<suite>/suite.yaml`, in order; none where the suite declares none.
-
-    Raises `NotFoundError` for a suite without that file.
-    """
+    """All comparisons of `root/<suite>/suite.yaml`, in order. Raises `NotFoundError` for a suite without that file."""
     file = root / suite / "suite.yaml"
     if not file.is_file():
         raise NotFoundError(

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fp4rl.lab.compare.comparison import Answer
+from fp4rl.lab.criteria import Verdict
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.evidence import NoiseStep, noise_steps
 from fp4rl.lab.report.scores import Score
@@ -87,14 +88,14 @@ def accuracy(report: SuiteReport) -> Figure | None:
 
 def answers(questions: Sequence[Answer]) -> Figure | None:
     """One row per question: the difference with its interval, and the margin where one was fixed."""
-    judged = [(f"question {i}", q) for i, q in enumerate(questions, 1) if q.verdict is not None]
+    judged = [(f"question {i}", q.verdict) for i, q in enumerate(questions, 1) if q.verdict is not None]
     if not judged:
         return None
-    data = [trace for name, question in judged for trace in _answer_traces(name, question)]
+    data = [trace for name, verdict in judged for trace in _answer_traces(name, verdict)]
     layout = in_rows([name for name, _ in judged], "treatment minus control, points")
     zero = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1, "dash": "dot"}}
     layout["shapes"] = [zero]
-    words = "; ".join(f"{name}: {q.verdict.sentence()}" for name, q in judged if q.verdict)
+    words = "; ".join(f"{name}: {verdict.sentence()}" for name, verdict in judged)
     return Figure("answers", "", words, data, layout)
 
 
@@ -158,9 +159,7 @@ def _score_traces(score: Score, number: int) -> Iterable[Trace]:
         yield _interval(score.after.value, score.after.low, score.after.high, score.name, number)
 
 
-def _answer_traces(name: str, question: Answer) -> Iterable[Trace]:
-    verdict = question.verdict
-    assert verdict is not None
+def _answer_traces(name: str, verdict: Verdict) -> Iterable[Trace]:
     yield _interval(verdict.difference, verdict.low, verdict.high, name, None)
     if verdict.margin is not None:
         hover = "margin: %{x:.1f}<extra></extra>"
