@@ -38,12 +38,10 @@ def full_disk_named(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_full(error):
-            raise CheckFailed(
-                f"the disk of {folder.path} is full; make room and run the same command again: "
-                "it goes on from the last checkpoint"
-            ) from None
-        raise
+        if not is_full(error):
+            raise
+        cure = "make room and run the same command again: it goes on from the last checkpoint"
+        raise CheckFailed(f"the disk of {folder.path} is full; {cure}") from None
 
 
 @contextmanager

@@ -87,11 +87,7 @@ def _code_of(run: PlannedRun, root: Path) -> str:
 
 
 def run_all(
-    runs: Sequence[PlannedRun],
-    root: Path,
-    executor: Executor,
-    on_event: OnEvent,
-    on_outcome: Callable[[Outcome], None],
+    runs: Sequence[PlannedRun], root: Path, executor: Executor, on_event: OnEvent, on_outcome: Callable[[Outcome], None]
 ) -> SuiteOutcome:
     """Carry out the runs that are not finished. A failed run does not stop the others."""
     finished, missing = split_finished(runs, root)

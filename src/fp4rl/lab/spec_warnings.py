@@ -15,7 +15,7 @@ def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
     """Return one line a warning, once for all arms that share it; a setting that acts in some arm is none."""
     arms_by_line: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
-        for line in (*experiment.warnings(), *_one(experiment)):
+        for line in (*experiment.warnings(), *_deployment(experiment), *_loss(experiment), *_noise(experiment)):
             arms_by_line.setdefault(line, []).append(arm)
     for line, names in _idle(arms):
         arms_by_line.setdefault(line, []).extend(names)
@@ -34,9 +34,7 @@ def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
             yield f"{key}{shown_value} cannot act: {by_arm[setting[0]][key]}", setting
 
 
-def _one(experiment: Experiment) -> Iterator[str]:
-    yield from _deployment(experiment)
-    yield from _loss(experiment)
+def _noise(experiment: Experiment) -> Iterator[str]:
     noise, steps = experiment.noise, experiment.training.steps
     if noise is not None and noise.control != "sigma_zero" and (missed := values_missed(noise.schedule, steps)):
         values = ", ".join(f"{value:.4g}" for value in missed)

@@ -113,10 +113,7 @@ class Answer:
 
 
 def answer_all(
-    questions: Sequence[tuple[Question, Side, Side]],
-    spread_of: Callable[[Run], Spread | None],
-    *,
-    force: bool = False,
+    questions: Sequence[tuple[Question, Side, Side]], spread_of: Callable[[Run], Spread | None], *, force: bool = False
 ) -> tuple[Answer, ...]:
     """Answer questions that are shown together, as one family. One that is refused still counts among them.
 

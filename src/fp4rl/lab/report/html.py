@@ -30,12 +30,9 @@ def render(report: SuiteReport) -> str:
             }
             for number, (name, arm) in enumerate(report.arms.items())
         ],
-        unproven=sum(bool(run.gaps) for run in report.runs),
         learning=curves,
         accuracy=scores,
         answers=questions,
-        has_margin=any(question.question.margin for question in report.questions),
-        has_noise=any(figure.id == "sigma" for figure in curves),
         evidence=[evidence_of(report.runs, arm) for arm in report.arms],
         differences=arm_differences(report.arms),
         versions=versions(report.runs),

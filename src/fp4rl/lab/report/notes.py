@@ -34,11 +34,10 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
 
 
 def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    damaged = [run for run in runs if run.state == "damaged"]
     missing = [run for run in runs if run.state in ("missing", "unfinished")]
-    if others := len(damaged) + len(missing):
-        parts = (("missing", missing), ("damaged", damaged))
-        named = "; ".join(f"{state}: {_named(some)}" for state, some in parts if some)
+    damaged = [run for run in runs if run.state == "damaged"]
+    if others := len(missing) + len(damaged):
+        named = "; ".join(f"{word}: {_named(own)}" for word, own in (("missing", missing), ("damaged", damaged)) if own)
         yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
 
 

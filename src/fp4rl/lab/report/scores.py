@@ -67,11 +67,6 @@ class Score:
         return tuple(dict.fromkeys(s.end.profile for s in self.by_seed if s.end is not None))
 
     @property
-    def rounds_nothing(self) -> bool:
-        """Whether the last step was measured with nothing injected, as far as the runs recorded it."""
-        return bool(self.profiles) and all(p.precision and not p.sites_digest for p in self.profiles)
-
-    @property
     def problems(self) -> int | None:
         """Problems per run; None where the runs differ or there is none."""
         counts = {s.end.problems or s.end.n or 0 for s in self.by_seed if s.end is not None}

@@ -63,7 +63,8 @@ def _accuracy_rows(report: SuiteReport) -> Iterator[dict[str, str | Text]]:
         full, deployed = own.pop("full", None), own.pop("deployment", None)
         shown = deployed or full
         if shown is not None:
-            nothing = deployed is not None and deployed.rounds_nothing
+            profiles = deployed.profiles if deployed is not None else ()
+            nothing = profiles and all(profile.precision and not profile.sites_digest for profile in profiles)
             yield _accuracy_row(arm, shown, _cell(full), "-" if nothing else _cell(deployed))
         for profile, score in own.items():
             how = "under" if profile.startswith(MATMUL_NOISE) else "then"
