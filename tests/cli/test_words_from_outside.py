@@ -36,7 +36,8 @@ def test_the_error_of_a_run_does_not_end_the_picture_of_the_others(word):
     run = single(Experiment(), "s")
     screen = console(stderr=True)
     screen.file = io.StringIO()
-    with Display([run], screen) as display:
+    display = Display([run], screen)
+    with display.shown():
         display.on_event(Event(run.run_id, word, 1, 3))
         display.on_outcome(Outcome(run, f"ValueError: {word} is no number"))
         screen.print(display._picture())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp4rl.cli.main import main
-from fp4rl.cli.pictures import heat_strip, log_curve
+from fp4rl.cli.terminal import heat_strip, log_curve
 from fp4rl.noise.resolution import share_bf16_can_change
 
 

@@ -98,8 +98,12 @@ def _answers(
 def _print(answer: "Answer") -> None:
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
     console().print(styled((label, "bold")))
-    for side in (answer.treatment, answer.control):
-        print_indented(f"{side.name}: {_side(side, with_table=_one_label(answer))}")
+    sides = (answer.treatment, answer.control)
+    profiles = [run.measured.profile for side in sides for run in side.runs]
+    # One label may stand for other sites, or for the same ones rounded otherwise.
+    one_label = len({p.precision for p in profiles}) == 1 < len({p.sites_digest for p in profiles})
+    for side in sides:
+        print_indented(f"{side.name}: {_side(side, with_table=one_label)}")
     for objection in answer.objections[:_MOST]:
         print_indented(("not comparable", "red"), f": {objection.sentence()}")
     if len(answer.objections) > _MOST:
@@ -128,12 +132,6 @@ def _checks(checks: "CrossChecks") -> Iterator[str]:
         flips = checks.checkpoints
         lost = counted(flips.lost, "problem")
         yield f"McNemar of these two checkpoints, not of their recipes: +{flips.gained} -{lost}, p = {flips.p:.2g}"
-
-
-def _one_label(answer: "Answer") -> bool:
-    """Whether both sides go by one label, though other sites were rounded or the same ones otherwise."""
-    profiles = [run.measured.profile for side in (answer.treatment, answer.control) for run in side.runs]
-    return len({profile.precision for profile in profiles}) == 1 < len({profile.sites_digest for profile in profiles})
 
 
 def _side(side: "Side", *, with_table: bool) -> str:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -43,16 +43,9 @@ class Display:
         self._bar = self._progress.add_task("runs", total=len(runs), left="")
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> "Display":
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+    def shown(self) -> AbstractContextManager[object]:
+        """Show the picture while the runs go on; on a pipe nothing."""
+        return self._live if self._console.is_terminal else nullcontext()
 
     def on_event(self, event: Event) -> None:
         """A run went on, or has something to say."""

@@ -80,7 +80,6 @@ def _list(as_json: bool) -> None:
 
 
 def _row(fmt: Format) -> tuple[str, ...]:
-    """One format in the list of all."""
     return (
         *(fmt.name, _bits(fmt.bits_per_value), fmt.element.name, _block(fmt), SCALES[fmt.scale]),
         *(fmt.scale_rule, f"{fmt.element.largest:.5g}", f"{_ideal(fmt)['sqnr_db']:.1f}"),

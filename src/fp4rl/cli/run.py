@@ -139,12 +139,13 @@ def carry_out_all(
         screen.print(f"warning: {line}")
     book = place(root, ledger)
     _record(book, root, screen)  # also what a killed process finished and did not get to enter
-    with Display(missing, screen) as display:
+    display = Display(missing, screen)
 
-        def ended(outcome: Outcome) -> None:
-            display.on_outcome(outcome)
-            _record(book, root, screen)
+    def ended(outcome: Outcome) -> None:
+        display.on_outcome(outcome)
+        _record(book, root, screen)
 
+    with display.shown():
         return run_all(runs, root, executor, display.on_event, ended)
 
 

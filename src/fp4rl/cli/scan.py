@@ -66,24 +66,23 @@ def command(
     lines = None if request.text is None else texts_of(Path(request.text))
 
     ready_to_round()
+    from fp4rl.cli.scan_view import compare, show
+    from fp4rl.diagnose.page import page
+
     report, advice = _stored(target) if request.weights_only else _scanned(target, lines, runs, advised=bool(advise))
     report = replace(report, model=target.name, limits=dict[str, float](request.limits.items()))
     if advise and advice:
         heading = f"Advice of `fp4rl scan`: {advice.strategy}"
         write_fragment(advise, (heading, *(f"  {reason}" for reason in advice.reasons)), advice.fragment(request.take))
     if html:
-        from fp4rl.diagnose.page import page
-
         html.write_text(page(report, advice), encoding="utf-8")
     if as_json:
         print_json(_as_dict(report, advice, request))
     else:
-        _print(report, advice)
+        show(report, advice)
         for line in ([f"page: {html}"] if html else []) + (_of_advice(advise, advice, target) if advise else []):
             console().print(line, soft_wrap=True)
     if against:
-        from fp4rl.cli.scan_view import compare
-
         compare(target.experiment.model.path or model, report, against, other, quiet=as_json)
 
 
@@ -168,14 +167,6 @@ def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
     folder = str(target.experiment.model.path)
     with progress() as advance:
         return ScanReport(folder, *stored_weight_errors(folder, target.injection, partial(advance, "weights"))), None
-
-
-def _print(report: "ScanReport", advice: "Advice | None") -> None:
-    from fp4rl.cli.scan_view import show, show_advice
-
-    show(console(), report)
-    if advice is not None:
-        show_advice(console(), advice)
 
 
 def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest) -> dict[str, Any]:

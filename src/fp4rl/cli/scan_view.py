@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fp4rl.cli.pictures import heat_strip
-from fp4rl.cli.terminal import console, styled, table
+from fp4rl.cli.terminal import console, heat_strip, styled, table
 from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 from fp4rl.diagnose.findings import findings, rule_results
@@ -29,9 +28,9 @@ TOGETHER = {  # what all weights together are said to have: measure and form
 }
 
 
-def show(screen: Console, report: ScanReport) -> None:
-    """Head, layers, findings and the thresholds of the verl fork."""
-    injection = report.table.injection
+def show(report: ScanReport, advice: Advice | None) -> None:
+    """Print head, layers, findings, the thresholds of the verl fork, and advice with its reasons."""
+    screen, injection = console(), report.table.injection
     sites = counted(len(report.table.plans), "site")
     screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"))
     if report.calibration:
@@ -50,12 +49,9 @@ def show(screen: Console, report: ScanReport) -> None:
         first, *others = COLUMNS
         screen.print(table(f"{first}=", *others, rows=(result.cells() for result in results)))
         screen.print(meanings(results), style="dim")
-
-
-def show_advice(screen: Console, advice: Advice) -> None:
-    """The strategy and its reasons."""
-    screen.print(styled((f"advice: {advice.strategy}", "bold")))
-    screen.print(table("", "", rows=((" ", reason) for reason in advice.reasons)))
+    if advice is not None:
+        screen.print(styled((f"advice: {advice.strategy}", "bold")))
+        screen.print(table("", "", rows=((" ", reason) for reason in advice.reasons)))
 
 
 def compare(model: str, report: ScanReport, path: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:

@@ -9,8 +9,7 @@ import typer
 
 from fp4rl.cli.described import runs_of
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
-from fp4rl.cli.pictures import log_curve
-from fp4rl.cli.terminal import console, print_json, styled, table
+from fp4rl.cli.terminal import console, log_curve, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.models.quiet import quiet
 from fp4rl.noise.resolution import share_bf16_can_change

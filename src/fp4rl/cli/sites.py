@@ -1,7 +1,6 @@
 """`fp4rl sites`: what an injection would do to a model, site by site, and why the rest is left out."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,18 +140,12 @@ def _show(sites: "SiteTable", every: bool) -> None:
     for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
         screen.print(f"\n{note}")
     screen.print(f"\n{sites.injection.name} of values cast to {sites.injection.dtype}, table {sites.digest}")
-    for line in _phases(sites.injection, [*active, *wrong]):
-        screen.print(line)
-
-
-def _phases(injection: Injection, points: list[str]) -> Iterator[str]:
-    """`weight, input: rollout, training, evaluation`, a line for each set of phases."""
-    by_phases: dict[str, list[str]] = defaultdict(list)
-    for point in points:
-        phases = [phase for phase in PHASES if point in injection.apply_during.active(phase)]
-        by_phases[", ".join(phases)].append(point)
-    for where, names in by_phases.items():
-        yield f"{', '.join(names)}: in {where}"
+    points_by_phases: dict[str, list[str]] = defaultdict(list)
+    for point in (*active, *wrong):
+        phases = [phase for phase in PHASES if point in sites.injection.apply_during.active(phase)]
+        points_by_phases[", ".join(phases)].append(point)
+    for phases_in_words, points in points_by_phases.items():
+        screen.print(f"{', '.join(points)}: in {phases_in_words}")
 
 
 def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[tuple[str, ...]]:

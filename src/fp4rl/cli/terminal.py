@@ -1,9 +1,11 @@
-"""What every verb shares on the screen: strings as they are, tables, JSON, progress, and what is left out."""
+"""What every verb shares on the screen: strings as they are, tables, pictures of characters, JSON, progress, gaps."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from rich import box
@@ -17,6 +19,9 @@ from fp4rl.engines.rounding import choose_backend
 from fp4rl.spec.errors import CheckFailed
 
 _MANY = 6  # columns from which on one space stands between them, so that 80 columns of text hold them
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+# Light to dark for a growing value; the digit inside a cell keeps it readable without colour.
+_HEAT = ("grey93", "light_goldenrod2", "orange1", "dark_orange3", "red3")
 _left_out: set[str] = set()
 
 
@@ -78,6 +83,44 @@ def table(
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]:
+    """Lines from top to bottom over an axis of steps. Each column shows the largest of the values that fall on it.
+
+    Zeros stay empty; the smallest value fills the lowest row, so that its bar cannot be taken for the axis.
+    """
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    columns = [max(values[a:b]) for a, b in pairwise(edges)]
+    widen = max(1, width // max(1, len(columns)))
+    positive = [v for v in columns if v > 0]
+    if not positive:
+        return ["(silent at every step)"]
+    top, low = math.log10(max(positive)), math.log10(min(positive))
+    rows = height if top > low else 1
+    span = max(top - low, 1e-9)
+    labels = {0: f"{min(positive):.3g}", rows - 1: f"{max(positive):.3g}"}
+    levels = [0.0 if v <= 0 else 8 + (math.log10(v) - low) / span * (rows - 1) * 8 for v in columns]
+    lines = []
+    for row in range(rows - 1, -1, -1):
+        cells = (_EIGHTHS[max(0, min(8, round(level - 8 * row)))] for level in levels)
+        lines.append(f"{labels.get(row, ''):>9} │" + "".join(cell * widen for cell in cells).rstrip())
+    long = len(columns) * widen
+    return [*lines, f"{'':>9} └{'─' * long}", f"{'step':>9}  0{len(values) - 1:>{max(1, long - 1)}}"]
+
+
+def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:
+    """One cell a value: darker and a higher digit (0-9) for a greater share of the way from `low` to `high`."""
+    strip = Text()
+    for value in values:
+        if value is None or math.isnan(value):
+            strip.append("·")
+            continue
+        share = 0.0 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
+        colour = _HEAT[min(len(_HEAT) - 1, int(share * len(_HEAT)))]
+        strip.append(str(min(9, int(share * 10))), style=f"black on {colour}")
+    return strip
 
 
 @contextmanager
