@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.models.skeleton import embedded_skeleton
+from fp4rl.models.load import embedded_skeleton
 from fp4rl.spec.injection import PHASES, Injection
 from fp4rl.spec.model import Embedded
 

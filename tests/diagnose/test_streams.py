@@ -91,7 +91,7 @@ def test_empty_calibration_text_and_a_tokenizer_without_padding_are_refused_with
         calibrate(Words(), ["", "  "])
     tokenizer = Words()
     tokenizer.pad_token_id = None
-    with pytest.raises(InvalidValueError, match="set one, such as"):
+    with pytest.raises(InvalidValueError, match=r"no pad token; set tokenizer\.pad_token"):
         calibrate(tokenizer, ["a b"])
 
 

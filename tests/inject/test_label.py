@@ -4,7 +4,7 @@ import pytest
 
 from fp4rl.inject.label import label
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.skeleton import embedded_skeleton
+from fp4rl.models.load import embedded_skeleton
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.skeleton import embedded_skeleton
+from fp4rl.models.load import embedded_skeleton
 from fp4rl.spec.hardware import CAPABILITIES
 from fp4rl.spec.injection import MODES, PHASES, Injection
 from fp4rl.spec.model import Embedded

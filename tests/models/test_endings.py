@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from fp4rl.models.endings import end_ids
+from fp4rl.models.fit import end_ids
 from fp4rl.models.load import load, with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer

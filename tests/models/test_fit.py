@@ -7,8 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
-from fp4rl.models.load import load
-from fp4rl.models.skeleton import skeleton
+from fp4rl.models.load import load, skeleton
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.spec.errors import InvalidValueError

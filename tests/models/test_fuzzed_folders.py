@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4rl.models.load import load
+from fp4rl.models.load import load, skeleton
 from fp4rl.models.quiet import quiet
-from fp4rl.models.skeleton import skeleton
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, UserError
@@ -107,7 +106,7 @@ def test_a_damaged_index_of_shards_is_one_line(saved, tmp_path, content):
 
 
 def test_a_mistake_of_ours_passes_as_it_is(tmp_path):
-    from fp4rl.models.readable import readable
+    from fp4rl.models.fit import readable
 
     with pytest.raises(InvalidValueError, match="as it is"), readable("x", tmp_path):
         raise InvalidValueError("as it is")

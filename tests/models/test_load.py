@@ -75,7 +75,7 @@ def test_a_folder_without_a_tokenizer(folder, left):
     for file in folder.glob("tokenizer*"):
         if file.name not in left:
             file.unlink()
-    refused(folder, NotFoundError, r"has no tokenizer; save one there \(tokenizer.save_pretrained\)")
+    refused(folder, NotFoundError, r"has no tokenizer; save one there \(save_pretrained\)")
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_the_weights_are_read(folder):
@@ -135,7 +135,7 @@ def test_without_a_padding_token_the_end_token_pads(folder):
 
 def test_without_a_padding_and_an_end_token_there_is_nothing_to_pad_with(folder):
     without(folder, "pad_token", "eos_token")
-    refused(folder, InvalidValueError, "has no pad and no eos token; set one and save it again")
+    refused(folder, InvalidValueError, "has no pad and no eos token; set one and save again")
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_an_adapter_folder_loads_its_base_and_really_acts(adapter, folder):
 
 def test_an_adapter_whose_base_is_not_here(adapter, folder):
     shutil.rmtree(folder)
-    refused(adapter, NotFoundError, r"base model '.*' is no folder on this disk; set base_model_name_or_path to one")
+    refused(adapter, NotFoundError, r"base model '.*' is no folder here; set base_model_name_or_path to one")
 
 
 def test_an_adapter_that_lacks_weights_is_refused_instead_of_acting_as_the_base(adapter):

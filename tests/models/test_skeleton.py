@@ -3,7 +3,7 @@
 import pytest
 from transformers import DbrxConfig
 
-from fp4rl.models.skeleton import skeleton
+from fp4rl.models.load import skeleton
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError
 

@@ -9,7 +9,7 @@ import torch
 
 from fp4rl.cli.main import main
 from fp4rl.cli.terminal import heat_strip, log_curve
-from fp4rl.noise.resolution import share_bf16_can_change
+from fp4rl.noise.schedule import share_bf16_can_change
 
 
 @pytest.mark.parametrize("value", [1.0, 1.5, -0.3, 0.0078125, 3.0])

@@ -100,7 +100,7 @@ def test_a_file_that_does_not_exist_is_named_with_the_cure(tmp_path):
         ({"question": "?", "answer": "#### four"}, r"line 2: the answer has no final number after '####'"),
         ({"question": 3, "answer": "#### 4"}, r"line 2: 'question' is int, not text"),
         ("{'question': 3}", r"line 2: not JSON"),
-        ("[1]", r"line 2: not an object"),
+        ("[1]", r"line 2: no object"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_with_the_cure(tmp_path, line, message):
@@ -143,7 +143,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
     ("encoding", "message"),
     [
         ("utf-16", r"some.jsonl, line 1: UTF-16, not UTF-8; save the file again as UTF-8"),
-        ("latin-1", r"some.jsonl, line 2: byte 0xe9 is not UTF-8 \(Latin-1\?\); save the file again"),
+        ("latin-1", r"some.jsonl, line 2: byte 0xe9 is not UTF-8 \(Latin-1\?\); save the file as UTF-8"),
     ],
 )
 def test_text_in_another_encoding_is_one_line_with_the_cure(tmp_path, encoding, message):

@@ -12,8 +12,7 @@ from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, log_curve, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.models.quiet import quiet
-from fp4rl.noise.resolution import share_bf16_can_change
-from fp4rl.noise.schedule import asked_sigma, multiplier_at, stages, values_missed
+from fp4rl.noise.schedule import asked_sigma, multiplier_at, share_bf16_can_change, stages, values_missed
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.noise import Noise

@@ -115,7 +115,7 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
 
     quiet()
     from fp4rl.inject.resolve import resolve
-    from fp4rl.models.skeleton import embedded_skeleton, skeleton
+    from fp4rl.models.load import embedded_skeleton, skeleton
 
     model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path))
     return resolve(model, injection)

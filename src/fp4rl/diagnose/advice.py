@@ -63,8 +63,7 @@ class Advice:
 
     @property
     def variant(self) -> Variant | None:
-        """The other way to round the weights that saves most, of those that a deployment target rounds with: the
-        scanned preset, or any where none was scanned."""
+        """The other way to round the weights that saves most, of those that the scanned preset (or any) rounds with."""
         preset = self.scanned.preset
         fitting = (v for v in self.variants if v.change < -WORTH_SAYING and accepted(v.format, preset))
         return next(fitting, None)
@@ -93,8 +92,7 @@ class Advice:
         return Injection.model_validate(changed.model_dump(mode="json"))  # as a file says it: its preset's rules on all
 
     def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
-        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec, in plain values; by default the strategy's own
-        pieces."""
+        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec; by default the strategy's own pieces."""
         pieces = self.pieces if pieces is None else pieces
         # The mode in any case: one that the spec names must not stay where the scan was of other formats.
         injection = self.injection(pieces).model_dump(mode="json", exclude_defaults=True)
@@ -109,15 +107,10 @@ class Advice:
 def advise(
     report: ScanReport, model: nn.Module, calibration: Calibration | None = None, options: Options | None = None
 ) -> Advice:
-    """Advice for the model that `report` is about. Formats need the sensitivity part and the calibration behind it.
-
-    Raises InvalidValueError for a report without measurements.
-    """
+    """Advice for the model that `report` is about; formats need the sensitivity part and the calibration behind it."""
     options = options or Options()
     if not report.parts and report.sensitivity is None:
-        raise InvalidValueError(
-            "nothing was measured, so there is nothing to advise; scan with precision or sensitivity"
-        )
+        raise InvalidValueError("nothing was measured, so nothing can be advised; scan with precision or sensitivity")
     out = standing_out(report, options.limit)
     share = len(out) / max(len(report.table.plans), 1)
     formats = None
@@ -127,8 +120,9 @@ def advise(
     variants = weight_variants(model, report.table)
     reasons = _reasons(report, out, share, formats, variants)
     plan = strategy(share, options.bands)
-    both = plan == "mixed precision and noise"
-    wider = _widened(formats, report.table.injection) if both else frozenset[str]()
+    wider: frozenset[str] = frozenset()  # the worst sites, which then need no noise
+    if formats is not None and plan == "mixed precision and noise":
+        wider = frozenset(entry.pattern for entry in formats.exceptions(report.table.injection))
     severity = report.severity(without=wider)
     noisy = layers_of(report, tuple(site for site in out if site not in wider))
     multipliers = noise_multipliers(options.noise_rule, severity, noisy) if severity else None
@@ -155,11 +149,6 @@ def strategy(share_of_sites: float, bands: tuple[float, float]) -> Strategy:
     return "mixed precision and noise" if share_of_sites <= bands[1] else "reconsider the format"
 
 
-def _widened(formats: FormatAdvice | None, injection: Injection) -> frozenset[str]:
-    """The sites that advice makes wider: the worst, which then need no noise."""
-    return frozenset(entry.pattern for entry in formats.exceptions(injection)) if formats is not None else frozenset()
-
-
 def _worst(report: ScanReport) -> tuple[str, ...]:
     """Return the tenth of the sites with the greatest KL and what is fused to them; nothing without sensitivity."""
     if report.sensitivity is None or not report.sensitivity.sites:
@@ -184,20 +173,12 @@ def _reasons(
         sites = f"{counted(len(names), 'site')} wider{some}"
         fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}"
         reasons.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
-    reasons += [
-        f"{variant.name} would change the weights' error by {variant.change:+.1%}{_target(variant, report)}"
-        for variant in variants
-        if variant.change < -WORTH_SAYING
-    ]
-    return reasons
-
-
-def _target(variant: Variant, report: ScanReport) -> str:
-    """What stands in the way of a variant that no deployment target carries out."""
     preset = report.table.injection.preset
-    if accepted(variant.format, preset):
-        return ""
-    return f"; preset {preset} does not round so" if preset else "; no deployment preset rounds so"
+    hindrance = f"; preset {preset} does not round so" if preset else "; no deployment preset rounds so"
+    for variant in (variant for variant in variants if variant.change < -WORTH_SAYING):
+        but = "" if accepted(variant.format, preset) else hindrance
+        reasons.append(f"{variant.name} would change the weights' error by {variant.change:+.1%}{but}")
+    return reasons
 
 
 def _noise_in_words(rule: str, multipliers: Multipliers, layers: Sequence[int]) -> str:

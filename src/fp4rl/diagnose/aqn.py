@@ -13,8 +13,7 @@ LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take
 
 
 def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_out: frozenset[int]) -> Multipliers:
-    """Return the multipliers of every layer. `severity` is layer -> KL or error (0 and up), `standing_out` the layers
-    that need care.
+    """Return the multipliers of every layer from `severity`, layer -> KL or error, and those `standing_out`.
 
     global        1 everywhere, the final norm included
     targeted      1 on the layers that stand out (the worst fifth when none does), 0 elsewhere
@@ -23,33 +22,21 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
     inverse       falls with it; root mean square 1
     zones         one value for the layers at both ends and one for the middle, by their mean severity
     """
-    require_rule(rule)
+    if rule not in RULES:
+        raise NotFoundError(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
     if rule == "global":
         return Multipliers()
     if not severity:
-        raise InvalidValueError(
-            "no layer was measured, so no multiplier can be advised; scan with its precision or its sensitivity"
-        )
+        raise InvalidValueError("no layer was measured, so no multiplier can be advised; scan precision or sensitivity")
     if rule in ("targeted", "healthy_only"):
-        chosen = standing_out & set(severity) or worst_fifth(severity)
+        ranked = sorted(severity, key=lambda layer: -severity[layer])
+        chosen = standing_out & set(severity) or set(ranked[: max(1, len(ranked) // 5)])
         wanted = chosen if rule == "targeted" else set(severity) - chosen
         return Multipliers(by_layer=tuple((layer, float(layer in wanted)) for layer in sorted(severity)), others=0.0)
     if rule == "zones":
         return Multipliers(zones=_zones(severity))
     power = 0.5 if rule == "proportional" else -0.5
     return Multipliers(by_layer=tuple(sorted(_scaled(severity, power).items())))
-
-
-def require_rule(rule: str) -> None:
-    """Raise NotFoundError, naming the nearest, for a word that is no noise rule."""
-    if rule not in RULES:
-        raise NotFoundError(f"no noise rule is called {rule!r}{nearest(rule, RULES)}")
-
-
-def worst_fifth(severity: Mapping[int, float]) -> frozenset[int]:
-    """The layers of greatest severity: a fifth of all, at least one."""
-    ranked = sorted(severity, key=lambda layer: -severity[layer])
-    return frozenset(ranked[: max(1, len(ranked) // 5)])
 
 
 def _scaled(severity: Mapping[int, float], power: float) -> dict[int, float]:

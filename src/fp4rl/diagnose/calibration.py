@@ -41,17 +41,12 @@ class Calibration:
 
 
 def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, longest: int = 256) -> Calibration:
-    """Tokenize `texts`, each cut at `longest` tokens.
-
-    Raises InvalidValueError when there is no text with a token in it, or the tokenizer cannot pad.
-    """
+    """Tokenize `texts`, each cut at `longest` tokens; InvalidValueError for no token and for no pad token."""
     rows = [row[:longest] for text in texts if text.strip() and (row := list(tokenizer(text)["input_ids"]))]
     if not rows:
         raise InvalidValueError("the calibration text is empty; give texts of the task, or text=FILE with some lines")
     if tokenizer.pad_token_id is None:
-        raise InvalidValueError(
-            "the tokenizer has no pad token; set one, such as tokenizer.pad_token = tokenizer.eos_token"
-        )
+        raise InvalidValueError("the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
     return from_tokens(rows, batch_size=batch_size, padding=int(tokenizer.pad_token_id))
 
 
@@ -68,10 +63,7 @@ def calibrate_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch
 def from_tokens(
     rows: Sequence[Sequence[int]], *, batch_size: int = 8, padding: int = 0, starts: Sequence[int] | None = None
 ) -> Calibration:
-    """Batches of rows of token ids, padded on the right, rows of like length together.
-
-    The loss counts the tokens of each row from its place in `starts` on (all of them without).
-    """
+    """Batches of token rows, padded on the right, like lengths together; the loss counts each from its start on."""
     if not rows or not all(rows):
         raise InvalidValueError("a calibration row has no token; give texts with at least one token each")
     digest = hashlib.sha256(repr([list(row) for row in rows]).encode()).hexdigest()[:12]

@@ -52,9 +52,8 @@ def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chos
     floors = [min(choice.bits for choice in choices) for choices in groups.values()]
     spare = budget_bits - sum(floors)
     if spare < -1e-9 * budget_bits:
-        raise InvalidValueError(
-            f"the cheapest formats need {sum(floors):.6g} bits, but the budget is {budget_bits:.6g}; raise it"
-        )
+        least = f"{sum(floors):.6g} bits"
+        raise InvalidValueError(f"the cheapest formats need {least}, but the budget is {budget_bits:.6g}; raise it")
     step = max(spare, 1e-9 * budget_bits) / BUCKETS
     best = np.zeros(BUCKETS + 1)  # least KL of the groups so far, by the steps that they may take
     picks = []

@@ -27,10 +27,7 @@ _WORDS = {
 
 
 def page(report: ScanReport, advice: Advice | None = None) -> str:
-    """The whole page, with the advice where there is any.
-
-    Raises `NotFoundError` when Plotly or Jinja (the extra `report`) is not installed.
-    """
+    """The whole page; NotFoundError when Plotly or Jinja (the extra `report`) is not installed."""
     drawn, results = figures_of(report), rule_results(report)
     return render(
         Path(__file__).with_name("scan.html.j2"),
@@ -132,11 +129,10 @@ def heat_map(report: ScanReport) -> Iterator[Figure]:
         {"label": label, "method": "update", "args": [{"visible": [n == m for m in range(len(grids))]}]}
         for n, (label, _, _) in enumerate(grids)
     ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 12}}
     layout = {
         "height": 150 + 26 * len(layers),
-        "updatemenus": [
-            {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 12}}
-        ],
+        "updatemenus": [menu],
         "yaxis": {"autorange": "reversed"},
         "margin": {"l": 80, "r": 20, "t": 70, "b": 40},
     }
@@ -200,10 +196,7 @@ def depth_lines(report: ScanReport) -> Iterator[Figure]:
 
 
 def before_and_after(report: ScanReport) -> Iterator[Figure]:
-    """Histogram of one weight before and after rounding, on a logarithmic axis so that the tails show.
-
-    What lies beyond four root mean squares is in the last bins.
-    """
+    """Histogram of one weight before and after rounding, logarithmic; beyond four rms all is in the last bins."""
     distribution = report.distribution
     if distribution is None:
         return

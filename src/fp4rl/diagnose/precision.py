@@ -15,7 +15,7 @@ from fp4rl.diagnose.shards import StoredTensor, stored_tensors
 from fp4rl.inject.adapted import AdaptedSum
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.skeleton import skeleton
+from fp4rl.models.load import skeleton
 from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
@@ -56,10 +56,7 @@ class PartError:
 def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    """Measure every weight of a model that the table rounds; also returns the sums behind the measures.
-
-    Raises InvalidValueError, naming the site, for NaN or Inf.
-    """
+    """Measure every weight that the table rounds, and return the sums behind it; InvalidValueError for NaN and Inf."""
     return _weight_errors(
         lambda plan: lambda height: iter(torch.split(weight_of(model, plan), height)), table, on_progress
     )
@@ -70,8 +67,7 @@ def stored_weight_errors(
 ) -> tuple[SiteTable, tuple[PartError, ...], dict[str, ErrorSums]]:
     """Measure the weights of a checkpoint folder from its files; the model is never loaded and need not fit in memory.
 
-    Raises InvalidValueError for an adapter's folder (its weights are those of the base model), NotFoundError for a
-    tensor that the files do not hold.
+    Raises InvalidValueError for an adapter's folder, NotFoundError for a tensor that the files do not hold.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")

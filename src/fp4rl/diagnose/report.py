@@ -27,8 +27,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Everything a scan found; parts that were not asked for are None or empty. `tallies` are the weights' sums,
-    `limits` other limits for the fixed thresholds, by name."""
+    """Everything a scan found, what was not measured None or empty; `limits` are of fixed thresholds, by name."""
 
     model: str
     table: SiteTable
@@ -44,8 +43,7 @@ class ScanReport:
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
-        """Return layer -> the KL of its sites, measured where it was and estimated otherwise; without sensitivity the
-        mean excess of the squared error over the format's ideal. Sites in `without` count as 0."""
+        """Return layer -> the KL of its sites, those in `without` as 0; without sensitivity the mean squared excess."""
         by_layer: dict[int, list[float]] = {}
         if self.sensitivity is not None:
             for site in self.sensitivity.sites:

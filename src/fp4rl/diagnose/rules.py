@@ -13,8 +13,7 @@ from fp4rl.spec.errors import NotFoundError, nearest
 
 @dataclass(frozen=True)
 class Rule:
-    """A site is flagged when `measure` is `below` or `above` the limit; `meaning` says what is measured where the name
-    could mean several things."""
+    """A site is flagged when `measure` is `below` or `above` the limit; `meaning` is what an unclear name means."""
 
     name: str
     measure: str
@@ -54,8 +53,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What one rule flagged. `ideal_fails` counts the measured ones whose format's ideal value already fails it;
-    `layers` are those with a flagged one, of `layers_judged` that have any."""
+    """What one rule flagged, and in which layers; `ideal_fails` counts those whose format's ideal already fails it."""
 
     rule: Rule
     judged: int

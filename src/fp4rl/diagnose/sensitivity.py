@@ -38,8 +38,7 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`everything` is measured with the whole table; `rank_correlation` (Spearman) compares the sites' estimates with
-    their `leave_one_in`."""
+    """`everything` is of the whole table; `rank_correlation` (Spearman) is of estimates with their `leave_one_in`."""
 
     everything: Divergence
     sites: tuple[SiteSensitivity, ...]
@@ -58,8 +57,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure and estimate what every site of `table` does to the output. The model is unchanged afterwards.
 
-    Measuring takes one pass per site and batch, and one more for `leave_one_out`; the estimate takes one forward and
-    one backward pass per batch.
+    Measuring takes a pass per site and batch, and one more for `leave_one_out`; estimating a forward and a backward.
     """
     plans = table.plans if measured else ()
     others_of = {plan.name: tuple(other for other in table.plans if other is not plan) for plan in plans}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp4rl.models.readable import readable
+from fp4rl.models.fit import readable
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,8 +59,7 @@ class StoredTensor:
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
 
-    Raises NotFoundError when the folder holds no safetensors file or its index names a missing one, InvalidValueError
-    for a file that cannot be read.
+    Raises NotFoundError for no safetensors file or a missing shard, InvalidValueError for what cannot be read.
     """
     path = Path(folder)
     tensors: dict[str, StoredTensor] = {}

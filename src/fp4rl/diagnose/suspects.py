@@ -40,8 +40,7 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Suspects, the worst first. `everywhere` names features whose median is out of bounds: no layer stands out in
-    them, because all share the fault (or a reduced precision that was left on)."""
+    """Suspects, the worst first, and the features out of bounds `everywhere`: a precision left on, or the device."""
 
     suspects: tuple[Suspect, ...]
     everywhere: tuple[str, ...]
@@ -72,10 +71,8 @@ def suspects(dynamics: Dynamics, limit: float = LIMIT) -> Verdict:
     for name in dynamics.sites:
         sign = next(((f, kind) for f, kind, _ in _SIGNS if scores[f][name] > limit), None)
         if sign is not None:
-            feature, kind = sign
-            named.append(
-                Suspect(name, dynamics.site_layers[name], kind, feature, values[feature][name], scores[feature][name])
-            )
+            (feature, kind), layer = sign, dynamics.site_layers[name]
+            named.append(Suspect(name, layer, kind, feature, values[feature][name], scores[feature][name]))
     everywhere = [f for f, _, spread in _SIGNS if values[f] and median(values[f].values()) > limit * spread]
     return Verdict(tuple(sorted(named, key=lambda s: -s.z)), tuple(everywhere))
 

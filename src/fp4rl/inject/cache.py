@@ -45,7 +45,7 @@ class WeightFingerprint:
             return self._read() == self._sample
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InvalidValueError(
-                f"{self._name}: a CUDA graph would replay the rounding of today's weight; run without CUDA graphs"
+                f"{self._name}: a CUDA graph would replay today's rounding; run without CUDA graphs"
             )
         self._uses += 1
         if self._uses % ACCELERATOR_INTERVAL == 0 and self._read() != self._sample:
@@ -119,10 +119,7 @@ class QuantCache:
 
 
 def tells_writes(weight: Tensor) -> bool:
-    """Whether a copy of `weight` may be kept: a view, a stride or inference mode would hide from us how it is written.
-
-    FSDP1 puts plain views in the place of parameters, whose storage comes and goes.
-    """
+    """Whether a copy of `weight` may be kept: views (FSDP1), strides, inference mode hide how it is written."""
     return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference()
 
 

@@ -50,13 +50,11 @@ class Meter:
                 self.missed += would_change()
             else:
                 old, new = before.detach().reshape(-1).double(), after.detach().reshape(-1).double()
-        error, power = (new - old).square().sum(), old.square().sum()
-        changed = (new != old).sum()
         self.looks += 1
         self._seen += old.numel()
-        self._changed += int(changed)
-        self._error += float(error)
-        self._power += float(power)
+        self._changed += int((new != old).sum())
+        self._error += float((new - old).square().sum())
+        self._power += float(old.square().sum())
 
     @property
     def share_changed(self) -> float | None:
@@ -98,10 +96,7 @@ def _stored(model: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...
 
 
 def master_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits over every parameter's name, dtype, shape and bits; equal means bit for bit equal.
-
-    A sharded parameter enters with the shard of this process.
-    """
+    """Twelve hexadecimal digits over every parameter's name, dtype, shape and bits (of this process's shard)."""
     total = hashlib.blake2b(digest_size=6)
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         local = getattr(parameter, "to_local", parameter.detach)().detach()
@@ -126,10 +121,10 @@ def table_of(rows: Iterable[Injected]) -> list[str]:
 
 
 def _counts(rows: list[Injected]) -> tuple[str, ...]:
-    calls, elements = sum(row.calls for row in rows), sum(row.elements for row in rows)
-    counts = f"{counted(len(rows), 'site')}", f"{counted(calls, 'call')}", f"{counted(elements, 'value')}"
     return (
-        *counts,
+        counted(len(rows), "site"),
+        counted(sum(row.calls for row in rows), "call"),
+        counted(sum(row.elements for row in rows), "value"),
         f"{_mean(row.share_changed for row in rows)} changed",
         f"{_mean(row.relative_error for row in rows)} error",
     )

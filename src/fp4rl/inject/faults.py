@@ -12,8 +12,7 @@ SAMPLE = 64  # values that stand for a tensor where a seed is made of it
 
 
 def apply_error(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
-    """`x` with the error in it, same shape and dtype; no gradient. Random kinds are drawn in float32 from `generator`,
-    `spikes` and `stuck` choose the values with it."""
+    """`x` with the error in it, same shape and dtype, no gradient; all that is random comes from `generator`."""
     with torch.no_grad():
         size: float | Tensor = error.scale * x.abs().amax() if error.unit == "largest" else error.scale
         match error.kind:

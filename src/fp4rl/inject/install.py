@@ -22,10 +22,7 @@ from fp4rl.inject.site import KEY, SiteState
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
-    """Swap the class of every module that the table names; -> these modules, and the state of each site by name.
-
-    What raises on the way leaves the model as it was.
-    """
+    """Swap the class of every module named, or of none where it raises; -> the modules, and the states by site name."""
     shared = _shared_inputs(table.plans)
     states: dict[str, SiteState] = {}
     stacks: dict[nn.Module, dict[str, StackState]] = defaultdict(dict)
@@ -94,10 +91,7 @@ State = SiteState | ExpertsState
 
 @lru_cache(maxsize=256)
 def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The class that stands in for `original`, a subclass of it; the same object every time.
-
-    Parameters named in `stacked` read as their rounded copies inside the forward.
-    """
+    """The one subclass that stands in for `original`; parameters in `stacked` read as rounded copies in its forward."""
     if original is nn.Linear:
         return InjectedLinear
     mixin = InjectedLinear if issubclass(original, nn.Linear) else InjectedModule

@@ -17,8 +17,7 @@ _Formats = tuple[str | None, ...]  # of weight, input and output
 def label(table: SiteTable | None, phase: Phase = "evaluation") -> str:
     """`w4a4, 3 sites mxfp8`: the formats of most sites, then the exceptions, the cache and the errors.
 
-    After a colon stands what is described and did not act: `clean: no errors in evaluation`. `full`: nothing is
-    described that could.
+    After a colon stands what did not act: `clean: no errors in evaluation`. `full`: nothing is described that could.
     """
     if table is None:
         return FULL

@@ -27,10 +27,7 @@ class LinearState(SiteState):
         self.transposed = plan.site.transposed  # the parameter is [in, out]; None: not known yet
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """Compute y = Q(x) Q(W)^T + b, each Q where its point is active; gradients pass straight through.
-
-        `x` [..., in] and y [..., out], in the dtype that the layer gives.
-        """
+        """Compute y [..., out] = Q(x) Q(W)^T + b, each Q where its point is active; gradients pass straight through."""
         self.count()
         weight = self.as_used(self.rounded_weight(layer) if self.weight_on else layer.weight)
         x = self.rounded_input(x) if self.input_on else x

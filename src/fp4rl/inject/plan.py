@@ -17,8 +17,7 @@ from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, Phase
 class SitePlan:
     """The formats of one site's points, None where a point stays as it is, and the hardware errors that reach it.
 
-    `merged` rounds the sum of base and adapters, `packed` keeps a frozen weight as codes, `note` says what a reader
-    should know.
+    `merged` rounds the sum of base and adapters, `packed` keeps a frozen weight as codes, `note` is for a reader.
     """
 
     site: Site

@@ -24,9 +24,8 @@ _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 def resolve(model: nn.Module, injection: Injection) -> SiteTable:
     """Make the table of one injection on one model; meta tensors will do.
 
-    Raises NotFoundError for a pattern that matches nothing (naming the nearest sites), InvalidValueError for a site
-    that cannot or must not be rounded and was asked for, for fused groups that disagree, and for a setting without
-    effect.
+    Raises NotFoundError for a pattern that matches nothing (naming the nearest sites), InvalidValueError for a wanted
+    site that cannot or must not be rounded, for fused groups that disagree, and for a setting without effect.
     """
     sites = walk(model)
     if injection.is_nothing:

@@ -1,13 +1,16 @@
-"""What a model folder must be before anything is measured on it: unquantized, and one with its tokenizer."""
+"""What a model folder must be before anything is measured on it: readable, unquantized, with a tokenizer that fits."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import InvalidValueError, UserError
 
 # Where tools say that they have quantized a checkpoint: transformers and most others, llm-compressor of old.
 _IN_CONFIG = ("quantization_config", "compression_config")
@@ -15,11 +18,27 @@ _IN_CONFIG = ("quantization_config", "compression_config")
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description.json")
 
 
-def require_unquantized(folder: Path) -> None:
-    """Raise InvalidValueError, naming the method, for a folder whose weights are quantized already.
+@contextmanager
+def readable(what: str, folder: Path) -> Iterator[None]:
+    """Raise InvalidValueError, with the folder and the cure, for whatever other libraries raise over a file."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as why:  # a parser in Rust panics with an exception of its own beside `Exception`
+        reason = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise InvalidValueError(f"{what} in {str(folder)!r} cannot be read: {reason}{_cure(folder)}") from why
 
-    Their rounding cannot be undone: its `full` would be another model than the one that it was made from.
-    """
+
+def _cure(folder: Path) -> str:
+    """Weights that only pickle holds are read without running it, so not all of them can be."""
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return "; its weights are in .bin files: save them as safetensors (save_pretrained does), or copy them anew"
+    return ""
+
+
+def require_unquantized(folder: Path) -> None:
+    """Raise InvalidValueError, naming the method, for weights quantized already: their rounding cannot be undone."""
     method = _quantized_by(folder)
     if method is not None:
         raise InvalidValueError(
@@ -33,25 +52,20 @@ def _quantized_by(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None  # whoever reads the configuration says what is wrong with it
-    for part in (config, *(config.get(name) for name in ("text_config", "llm_config"))) if _is(config) else ():
-        for key in _IN_CONFIG:
-            if _is(part) and part.get(key):
-                return f"{key}: {_method(part[key])}"
+    parts = [config, *map(_table(config).get, ("text_config", "llm_config"))]
+    for part, key in product(parts, _IN_CONFIG):
+        if said := _table(part).get(key):
+            names = [name for name in map(_table(said).get, ("quant_method", "quant_algo", "format")) if name]
+            return f"{key}: {names[0] if names else 'of a kind that it does not name'}"
     return next((name for name in _FILES if (folder / name).is_file()), None)
 
 
-def _is(part: Any) -> bool:
-    return isinstance(part, dict)
-
-
-def _method(function: Any) -> str:
-    names = [function.get(key) for key in ("quant_method", "quant_algo", "format")] if _is(function) else []
-    return next((str(name) for name in names if name), "of a kind that it does not name")
+def _table(part: Any) -> dict[str, Any]:
+    return part if isinstance(part, dict) else {}
 
 
 def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise InvalidValueError for a tokenizer that ends every text, or begins it twice: a prompt has to be open at its
-    end."""
+    """Raise InvalidValueError for a tokenizer that ends every text, so that no prompt is open, or begins it twice."""
     ids = list(tokenizer("a")["input_ids"])
     ending = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
     if len(ids) > 1 and ids[-1] in ending:
@@ -67,8 +81,7 @@ def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 
 def require_ids_inside(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise InvalidValueError for a token that pads, ends or opens every text and has no row in the model's
-    embedding."""
+    """Raise InvalidValueError for a token that pads, ends or opens every text and has no row in the embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     used = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
     if tokenizer.bos_token_id in tokenizer("a")["input_ids"]:
@@ -80,3 +93,28 @@ def require_ids_inside(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
                 f"model's embedding ends at {rows - 1}: take a {name} inside it, or call "
                 f"model.resize_token_embeddings({number + 1}), and save both again"
             )
+
+
+def keep_endings_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of the model's own generation settings only the tokens that end an answer stay, and the tokenizer's own.
+
+    They are what an engine stops at. transformers fills whatever a caller leaves open from `generation_config.json`: a
+    repetition penalty there would change "greedy" answers, and the sampler would no longer be the policy in training.
+    """
+    own = model.generation_config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.insert(0, tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+    )
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end an answer, in training and in every evaluation; InvalidValueError where there are none."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        raise InvalidValueError("no token ends an answer: set eos_token in the model's tokenizer and save it again")
+    return [ends] if isinstance(ends, int) else list(ends)

@@ -1,4 +1,4 @@
-"""Opening a model folder from this disk: weights, tokenizer, and a LoRA adapter where the folder holds one."""
+"""Opening a model folder from this disk: weights or bare modules, tokenizer, and a LoRA adapter where one is there."""
 
 import json
 import warnings
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from fp4rl.models.endings import keep_endings_alone
-from fp4rl.models.fit import require_bare_texts, require_ids_inside, require_unquantized
-from fp4rl.models.readable import readable
+from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside, require_unquantized
+from fp4rl.models.tiny import build
+from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.model import Lora
+from fp4rl.spec.model import Embedded, Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Any one of these makes a tokenizer; `tokenizer_config.json` alone does not, though transformers would invent one.
@@ -22,16 +22,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode and its tokenizer, padding on the left; nothing is downloaded, no remote code runs.
 
-    A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names.
-    A tokenizer without a padding token pads with its end-of-text token. Of the folder's generation settings only what
-    ends an answer is kept: everything else is for the spec to say.
-    Raises NotFoundError for a folder, configuration, tokenizer or weight that is missing, InvalidValueError for what
-    cannot be read, for weights that are quantized already, and for a tokenizer that closes its prompts or does not fit
-    the embedding.
+    A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names. A
+    tokenizer without a padding token pads with its end-of-text token. Raises NotFoundError for a folder, configuration,
+    tokenizer or weight that is missing, InvalidValueError for what cannot be read, for weights that are quantized
+    already, and for a tokenizer that closes its prompts or does not fit the embedding.
     """
-    folder, kind = Path(path), dtype_named(dtype)
-    if not folder.is_dir():
-        raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+    folder, kind = _folder(path), dtype_named(dtype)
     base = base_of(folder)
     # the tokenizer first: when it is missing, the reader should not have to wait for the weights
     tokenizer = tokenizer_of(folder)
@@ -50,17 +46,13 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left, with a padding token in any case."""
     if not _has_tokenizer(folder):
-        raise NotFoundError(
-            f"model folder {str(folder)!r} has no tokenizer; save one there (tokenizer.save_pretrained)"
-        )
+        raise NotFoundError(f"model folder {str(folder)!r} has no tokenizer; save one there (save_pretrained)")
     with readable("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InvalidValueError(
-                f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save it again"
-            )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InvalidValueError(f"the tokenizer in {str(folder)!r} has no pad and no eos token; set one and save again")
     with readable("the tokenizer", folder):
         require_bare_texts(tokenizer, folder)
     return tokenizer
@@ -75,10 +67,20 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _weights(folder: Path, dtype: torch.dtype) -> Any:
+def _folder(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+    return Path(path)
+
+
+def _require_weights(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
     require_unquantized(folder)
+
+
+def _weights(folder: Path, dtype: torch.dtype) -> Any:
+    _require_weights(folder)
     with readable("the model", folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
@@ -108,14 +110,30 @@ def base_of(folder: Path) -> Path | None:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         is_local = bool(base) and Path(base).is_dir()
     if not is_local:
-        raise NotFoundError(
-            f"{config}: base model {base!r} is no folder on this disk; set base_model_name_or_path to one"
-        )
+        raise NotFoundError(f"{config}: base model {base!r} is no folder here; set base_model_name_or_path to one")
     if (Path(base) / config.name).is_file():
-        raise InvalidValueError(
-            f"{config}: base model {base!r} is an adapter itself; merge it first (merge_and_unload)"
-        )
+        raise InvalidValueError(f"{config}: base model {base!r} is an adapter; merge it first (merge_and_unload)")
     return Path(base)
+
+
+def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
+    """The embedded model before its warm-up."""
+    return build(recipe, build_tokenizer())
+
+
+def skeleton(path: str | Path) -> PreTrainedModel:
+    """The modules of a Hugging Face folder on the meta device (for an adapter's those of its base): enough to resolve
+    what would be rounded, in milliseconds and no memory. The tokenizer must be there too; raises what `load` does."""
+    folder = _folder(path)
+    folder = base_of(folder) or folder
+    _require_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    with readable("the config.json", folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    require_ids_inside(model, tokenizer, folder)
+    return model
 
 
 def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
@@ -151,9 +169,7 @@ def _adapted(model: Any, folder: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     missing = sorted(set(get_peft_model_state_dict(adapted)) - set(given))
     if missing:  # a fresh adapter does nothing: the base model would be measured under the adapter's name
-        raise NotFoundError(
-            f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save it anew"
-        )
+        raise NotFoundError(f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save anew")
     return adapted
 
 

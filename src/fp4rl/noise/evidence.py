@@ -62,11 +62,9 @@ def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> Rollo
 
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
-    """CheckFailed when one rollout asked for `sigma` and no weight was drawn any noise, or noise of another size was
-    drawn, for one weight or for all together.
+    """CheckFailed when one rollout asked for `sigma` and nothing was drawn, or noise of another size.
 
-    What the weights' dtype swallowed was drawn: late stages in BF16 may change no weight at all, which the whole run
-    answers for (`require_noise`).
+    What the weights' dtype swallowed was drawn: `require_noise` asks of the whole run whether any weight changed.
     """
     if sigma > 0 and not any(item.drawn > 0 for item in evidence):
         raise CheckFailed(f"the schedule asked for noise of {sigma:g}, but no weight was given any")
@@ -86,33 +84,29 @@ def _require_size(name: str, ratio: float, elements: int) -> None:
 
 
 def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> None:
-    """CheckFailed when a run asked for noise and its rollouts show none, or a control shows some.
-
-    `rollouts` holds the evidence of each rollout of the whole run (or of one in which sigma was above zero).
-    """
+    """CheckFailed when a run asked for noise and all its `rollouts` show none, or a control's show some."""
     changed = any(item.share_changed > 0 for rollout in rollouts for item in rollout)
     if noise.control == "sigma_zero" and changed:
         raise CheckFailed("the sigma_zero control changed weights: it is not a control")
     if noise.control != "sigma_zero" and not changed:
         raise CheckFailed(
             f"the spec asks for noise ({noise.schedule.kind}), but no weight changed in "
-            f"{counted(len(rollouts), 'rollout')}; "
-            "sigma stayed 0 (too few steps for the silent stage?) or the weights' dtype swallowed it "
-            "(precision: float32 keeps it)"
+            f"{counted(len(rollouts), 'rollout')}; sigma stayed 0 (too few steps for the silent stage?) or the weights'"
+            " dtype swallowed it (precision: float32 keeps it)"
         )
 
 
 def _pool(items: list[NoiseEvidence]) -> LayerNoise:
     elements = sum(item.elements for item in items)
 
-    def root(values: list[float]) -> float:
-        return math.sqrt(sum(v * v * i.elements for v, i in zip(values, items, strict=True)) / elements)
+    def root(name: str) -> float:
+        return math.sqrt(sum(getattr(item, name) * getattr(item, name) * item.elements for item in items) / elements)
 
     return LayerNoise(
         layer=items[0].layer,
-        sigma=root([item.sigma for item in items]),
-        drawn=root([item.drawn for item in items]),
-        realised=root([item.realised for item in items]),
+        sigma=root("sigma"),
+        drawn=root("drawn"),
+        realised=root("realised"),
         share_changed=sum(item.share_changed * item.elements for item in items) / elements,
         swallowed=sum(item.swallowed for item in items),
         elements=elements,

@@ -8,6 +8,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,9 @@ def perturb(
 ) -> Iterator[list[NoiseEvidence]]:
     """Put noise of standard deviation `sigma` x multiplier on the weights that `noise` names; yields the evidence.
 
-    One number is drawn from `generator`; each weight's noise follows from it and the weight's name, so that it does not
-    depend on the order, the sharding or the process. `share` is the part of the run that is done (zones that change
-    need it). Raises InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a
-    weight did not take what was written.
+    One number is drawn from `generator`; each weight's noise follows from it and the weight's name, whatever the order,
+    the sharding or the process. `share` is the part of the run that is done (zones that change need it). Raises
+    InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a weight kept none.
     """
     if not 0 <= sigma < float("inf"):
         raise InvalidValueError(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
@@ -41,8 +41,9 @@ def perturb(
             noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
             evidence.append(record)
             undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))
-            if noise.precision == "weight":
-                _require_there(weight, noisy)
+            now = _full(weight.parameter).detach().nan_to_num()
+            if noise.precision == "weight" and not torch.equal(now, noisy.nan_to_num()):
+                raise CheckFailed(f"{weight.name} does not hold the noise that was drawn for it")
         yield evidence
 
 
@@ -92,31 +93,21 @@ def _realised(noisy: Tensor, clean: Tensor, operation: str) -> float:
     return float(change.double().square().mean().sqrt()) if change.numel() else 0.0
 
 
-def _require_there(weight: NoisyWeight, noisy: Tensor) -> None:
-    """CheckFailed when the weight is not what the evidence was measured on."""
-    if not torch.equal(_full(weight.parameter).detach().nan_to_num(), noisy.nan_to_num()):
-        raise CheckFailed(f"{weight.name} does not hold the noise that was drawn for it")
-
-
 def _full(parameter: nn.Parameter) -> Tensor:
     """A gathered copy of a sharded parameter, the parameter itself otherwise."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _sharded_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
 @contextmanager
 def _written(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
     """In place: autograd then notices a graph that was built on the clean weights and is used under noise."""
-    parameter = weight.parameter
-    kept = parameter.detach().clone()
+    parameter: Any = weight.parameter
+    kept, written = parameter.detach().clone(), noisy
+    if isinstance(parameter, DTensor):
+        written = distribute_tensor(noisy, parameter.device_mesh, parameter.placements)
     try:
         with torch.no_grad():
-            parameter.copy_(_sharded_as(parameter, noisy))
+            parameter.copy_(written)
         yield
     finally:
         with torch.no_grad():

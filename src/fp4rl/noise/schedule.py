@@ -1,14 +1,17 @@
-"""Sigma as a pure function of (step, total), its factor in each layer, and where a run really is.
-
-Dynamic sampling can use up an epoch's data early, and an epoch-aware schedule follows.
-"""
+"""Sigma as a function of (step, total), its factor in each layer, where a run really is, and what BF16 holds of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import groupby
+from typing import Literal
 
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.noise import EpochAware, Factor, Multipliers, Noise, NoiseSchedule, Zones
+from fp4rl.spec.noise import EpochAware, Multipliers, Noise, NoiseSchedule
+
+_MANTISSA_BITS = 7  # of BF16, without the leading one
+_SMALLEST_EXPONENT = -126
 
 
 def sigma_at(schedule: NoiseSchedule, step: int, total: int) -> float:
@@ -37,14 +40,8 @@ class Stage:
 
 def stages(schedule: NoiseSchedule, total: int) -> tuple[Stage, ...]:
     """Return the whole run as stages; a smooth schedule has one per step."""
-    runs: list[Stage] = []
-    for step in range(total):
-        sigma = sigma_at(schedule, step, total)
-        if runs and runs[-1].sigma == sigma:
-            runs[-1] = Stage(runs[-1].first, step, sigma)
-        else:
-            runs.append(Stage(step, step, sigma))
-    return tuple(runs)
+    runs = groupby(range(total), key=lambda step: sigma_at(schedule, step, total))
+    return tuple(Stage(first, [first, *rest][-1], sigma) for sigma, (first, *rest) in runs)
 
 
 def values_missed(schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
@@ -57,9 +54,8 @@ def values_missed(schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
 class ScheduleProgress:
     """A run of `total` optimisation steps in `epochs` equal parts, until the data begin anew sooner than that.
 
-    Epoch `epoch` of the schedule began at step `begun`. From then on an epoch is expected to last `length` steps, and
-    the last one lasts to the end of the run. Data that last longer than planned delay nothing: the number of steps is
-    fixed, and a schedule that waited for them would never fade.
+    Epoch `epoch` of the schedule began at step `begun`. From then on an epoch is expected to last `length` steps, the
+    last one to the end of the run. Data that last longer than planned delay nothing: the number of steps is fixed.
     """
 
     total: int
@@ -99,10 +95,8 @@ class ScheduleProgress:
         fresh = int(data_epochs)
         if fresh >= self.epochs or fresh <= int(self.share(step) * self.epochs):
             return self
-        return replace(self, epoch=fresh, begun=step, length=min(Fraction(step, fresh), self._room(step, fresh)))
-
-    def _room(self, step: int, epoch: int) -> Fraction:
-        return Fraction(self.total - step, self.epochs - epoch)
+        room = Fraction(self.total - step, self.epochs - fresh)
+        return replace(self, epoch=fresh, begun=step, length=min(Fraction(step, fresh), room))
 
 
 @dataclass
@@ -133,17 +127,20 @@ class StageLog:
 def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, share: float | None = None) -> float:
     """Factor of `layer` (None outside the stack, such as the final norm) in a model of `layers` layers.
 
-    `share` is the part of the run that is done, 0..1; InvalidValueError when a zone changes during the run and it is
-    missing.
+    `share` is the part of the run that is done, 0..1; InvalidValueError where a zone changes during the run without it.
     """
-    own = dict(multipliers.by_layer)
-    if layer is None:
-        return multipliers.others
+    own, zones = dict(multipliers.by_layer), multipliers.zones
     if layer in own:
         return own[layer]
-    if multipliers.zones is None:
+    if layer is None or zones is None:
         return multipliers.others
-    return _factor_at(_zone(multipliers.zones, layer, layers), share)
+    width = max(1, math.floor(zones.edge_share * layers))
+    factor = zones.edge if layer < width or layer >= layers - width else zones.middle
+    if factor.changes_at is None or factor.later is None:
+        return factor.value
+    if share is None:
+        raise InvalidValueError("a zone's factor changes during the run: pass `share`, the part of it that is done")
+    return factor.later if share >= factor.changes_at else factor.value
 
 
 def require_layers(multipliers: Multipliers, layers: int) -> None:
@@ -156,16 +153,33 @@ def require_layers(multipliers: Multipliers, layers: int) -> None:
         )
 
 
-def _zone(zones: Zones, layer: int, layers: int) -> Factor:
-    width = max(1, math.floor(zones.edge_share * layers))
-    return zones.edge if layer < width or layer >= layers - width else zones.middle
+def share_bf16_can_change(
+    values: Mapping[float, int], sigma: float, operation: Literal["additive", "multiplicative"]
+) -> float:
+    """Expected share of weights whose BF16 value differs after Gaussian noise of `sigma` (0..1).
+
+    `values` counts the weights: BF16 value -> how many have it. A weight changes when the noise passes half the gap to
+    a neighbour; the gap towards zero is half as wide at a power of two.
+    """
+    total = sum(values.values())
+    if sigma <= 0 or not total:
+        return 0.0
+    changed = sum(count * _passes(value, sigma, operation) for value, count in values.items())
+    return changed / total
 
 
-def _factor_at(factor: Factor, share: float | None) -> float:
-    if factor.changes_at is None or factor.later is None:
-        return factor.value
-    if share is None:
-        raise InvalidValueError(
-            "a zone's factor changes during the run: pass `share`, the part of the run that is done"
-        )
-    return factor.later if share >= factor.changes_at else factor.value
+def _passes(value: float, sigma: float, operation: str) -> float:
+    spread = sigma * abs(value) if operation == "multiplicative" else sigma
+    if spread == 0.0:
+        return 0.0
+    outward, inward = _gaps(abs(value))
+    return 0.5 * sum(math.erfc(gap / (2 * math.sqrt(2) * spread)) for gap in (outward, inward))
+
+
+def _gaps(magnitude: float) -> tuple[float, float]:
+    """Distances to the next BF16 value away from zero and towards it."""
+    mantissa, exponent = math.frexp(magnitude)
+    exponent = max(exponent - 1, _SMALLEST_EXPONENT) if magnitude else _SMALLEST_EXPONENT
+    gap = math.ldexp(1.0, exponent - _MANTISSA_BITS)
+    at_power_of_two = mantissa == 0.5 and exponent > _SMALLEST_EXPONENT
+    return gap, gap / 2 if at_power_of_two else gap

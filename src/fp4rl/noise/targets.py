@@ -32,8 +32,7 @@ class NoisyWeight:
 def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
     """Every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
 
-    Raises NotFoundError when there is none, or when a `leave` pattern matches nothing; InvalidValueError for
-    multipliers of layers that do not exist.
+    Raises NotFoundError for no weight or a `leave` pattern without a hit, InvalidValueError for layers not there.
     """
     sites = walk(model)
     layers = layer_count(sites)

@@ -1,4 +1,4 @@
-"""Warn before a run of what its noise will not do: weights that are missing, what BF16 swallows."""
+"""What noise will not do, told before a run: weights that are missing, and what BF16 swallows."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fp4rl.noise.resolution import share_bf16_can_change
-from fp4rl.noise.schedule import asked_sigma
+from fp4rl.noise.schedule import asked_sigma, share_bf16_can_change
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.spec.noise import Noise
 

@@ -120,10 +120,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def native_library(elements: int) -> ctypes.CDLL | None:
-    """The C kernels for `elements` more values: if they are built, or once enough were rounded for building to pay.
-
-    None where there is no compiler, where another backend is forced, and while little has been rounded.
-    """
+    """The C kernels for `elements` more values, built once enough were rounded for that to pay; None without them."""
     if _PROCESS.chosen not in ("auto", "native"):
         return None
     if _PROCESS.library or _PROCESS.failure:

@@ -58,10 +58,7 @@ def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
 
 
 def within_reach(x: Tensor, fmt: Format) -> Tensor:
-    """Bool like x: whether the magnitude lies within the element's largest times its block's scale.
-
-    For a rotated format the values are those of the rotated tensor.
-    """
+    """Bool like x, rotated where the format is: whether the magnitude is within the largest that its scale holds."""
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
     inner, _ = inside(x, fmt)

@@ -1,8 +1,7 @@
 """Compiling the C kernels: once a machine and version, with the system's own compiler, into a folder of the user's.
 
-The file's name holds a digest of the sources, the flags and the processor's features, so that a library never meets
-a machine or a source that it was not made for. Building takes a few seconds; loading a built one about a
-millisecond.
+The file's name holds a digest of the sources, the flags and the processor's features, so that a library never meets a
+machine or a source that it was not made for. Building takes a few seconds; loading a built one about a millisecond.
 """
 
 import ctypes

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import tokenizer_of, with_lora
-from fp4rl.models.skeleton import embedded_skeleton, skeleton
+from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of, with_lora
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.evaluate import evaluation_runner

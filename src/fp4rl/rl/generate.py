@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from fp4rl.models.endings import end_ids
+from fp4rl.models.fit import end_ids
 from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.prompts import padded
 from fp4rl.spec.errors import NotFoundError, nearest

@@ -9,6 +9,7 @@ and the whole either is one number as it is written (`1 080`, `3.0e2`, `-$5`), o
 """
 
 import re
+from collections import deque
 from decimal import Decimal
 
 from fp4rl.spec.task import Score
@@ -73,13 +74,12 @@ def flexible_number(text: str) -> Decimal | None:
     None where there is no number, and where the last digits belong to an expression that is none.
     """
     text = _plain_latex(text)
-    marked, last = _marked(text), None
+    marked = _marked(text)
     if marked and (strict := _value(marked)) is not None:
         return strict
     end = text.find("\n", marked.end()) if marked else -1
-    for last in _ANYWHERE.finditer(text, 0, end if end >= 0 else len(text)):  # noqa: B007 - the last one counts
-        pass
-    return _value(last) if last else None
+    last = deque(_ANYWHERE.finditer(text, 0, end if end >= 0 else len(text)), maxlen=1)
+    return _value(last[0]) if last else None
 
 
 def same_number(a: Decimal | None, b: Decimal | None) -> bool:
@@ -90,11 +90,8 @@ def same_number(a: Decimal | None, b: Decimal | None) -> bool:
 def scored(answer: str, completion: str) -> Score:
     """Score the completion's final number against `answer`, the right one written plainly."""
     gold, strict = Decimal(answer), strict_number(completion)
-    return Score(
-        strict=same_number(strict, gold),
-        flexible=same_number(flexible_number(completion), gold),
-        formatted=strict is not None,
-    )
+    flexible = same_number(flexible_number(completion), gold)
+    return Score(strict=same_number(strict, gold), flexible=flexible, formatted=strict is not None)
 
 
 def plain(number: Decimal) -> str:

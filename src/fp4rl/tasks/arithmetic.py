@@ -70,8 +70,7 @@ class Arithmetic(Task):
     def problems(self, split: Split, count: int | None = None) -> tuple[Problem, ...]:
         """Return the first `count` problems of a split, no operation sequence twice.
 
-        Without a count: `train_count` of the train split, else 4096 or all there are. Raises InvalidValueError when a
-        split has fewer problems than asked for.
+        Without a count: `train_count` of the train split, else 4096 or all there are. InvalidValueError for too few.
         """
         count = self.train_count if count is None and split == "train" else count
         wanted = 4096 if count is None else count
@@ -83,10 +82,10 @@ class Arithmetic(Task):
             if misses > 1000 + 20 * len(drawn):  # were one missing, it would have come up by now
                 if count is None:
                     break
+                key = "task.train_count" if split == "train" else "evaluation.count"
                 raise InvalidValueError(
                     f"the {split} split of arithmetic has only about {len(drawn)} problems at difficulty "
-                    f"{self.difficulty}, not {wanted}; lower "
-                    f"{'task.train_count' if split == 'train' else 'evaluation.count'} or raise task.difficulty"
+                    f"{self.difficulty}, not {wanted}; lower {key} or raise task.difficulty"
                 )
             if operations not in drawn:
                 drawn[operations] = _problem(operations, _wording(operations, random), split)
@@ -133,22 +132,15 @@ def joined_digits(text: str) -> str:
 def _draws(random: Random, level: Level) -> Iterator[Operations]:
     while True:
         start = random.randint(*level.start)
-        steps = tuple(
-            random.choice((-1, 1)) * random.randint(*level.operand) for _ in range(random.randint(*level.operations))
-        )
-        drawn = Operations(start, steps)
+        count = random.randint(*level.operations)
+        drawn = Operations(start, tuple(random.choice((-1, 1)) * random.randint(*level.operand) for _ in range(count)))
         if min(drawn.totals()) >= 0:
             yield drawn
 
 
 def _problem(operations: Operations, prompt: str, split: Split) -> Problem:
-    return Problem(
-        id=identity("arithmetic", prompt),
-        prompt=prompt,
-        answer=str(operations.totals()[-1]),
-        solution=_solution(operations),
-        split=split,
-    )
+    answer = str(operations.totals()[-1])
+    return Problem(identity("arithmetic", prompt), prompt, answer, _solution(operations), split)
 
 
 def _wording(operations: Operations, random: Random) -> str:

@@ -83,10 +83,7 @@ def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split,
         by_split["test"] = list(rows(Path(task.test_path)))
     for held_out in (by_split["validation"], by_split["test"]):
         _require_distinct(held_out)
-    return {
-        split: tuple(_problem(row, task.prompt, split) for row in rows_of_split)
-        for split, rows_of_split in by_split.items()
-    }
+    return {split: tuple(_problem(row, task.prompt, split) for row in held) for split, held in by_split.items()}
 
 
 def _written_at(path: str) -> tuple[int, int]:
@@ -110,16 +107,13 @@ def normalised(question: str) -> str:
 
 def _require_distinct(held_out: Sequence[Row]) -> None:
     """Raise InvalidValueError for a question that is asked twice: it would count twice, as two problems would."""
-    split_of_question: dict[str, str] = {}
-    repeated = [
-        (row, first)
-        for row in held_out
-        if (first := split_of_question.setdefault(normalised(row.question), row.place)) != row.place
-    ]
+    first_place: dict[str, str] = {}
+    asked = [(row, first_place.setdefault(normalised(row.question), row.place)) for row in held_out]
+    repeated = [(row, place) for row, place in asked if place != row.place]
     if repeated:
-        row, first = repeated[0]
+        row, place = repeated[0]
         raise InvalidValueError(
-            f"{row.place}: asks what {first} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
+            f"{row.place}: asks what {place} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
             "problems are repetitions, take them out of the file"
         )
 
@@ -128,25 +122,26 @@ def rows(path: Path) -> Iterator[Row]:
     """Read every row, in the file's order."""
     location = None
     for row, location in _records(Path(path)):
-        for column in COLUMNS:
-            if column not in row:
-                raise NotFoundError(f"{location}: no column {column!r}{nearest(column, map(str, row))}")
-            if not isinstance(row[column], str):
-                raise InvalidValueError(
-                    f"{location}: {column!r} is {type(row[column]).__name__}, not text; write it as a string"
-                )
-            if any("\ud800" <= mark <= "\udfff" for mark in row[column]):
-                raise InvalidValueError(
-                    f"{location}: {column!r} holds half of a character (a lone surrogate); write it whole"
-                )
-        gold = answers.strict_number(row["answer"])
+        question, answer = (_text(row, column, location) for column in COLUMNS)
+        gold = answers.strict_number(answer)
         if gold is None:
             raise InvalidValueError(
-                f"{location}: the answer has no final number after '####'; end it with a line like '#### 42'"
+                f"{location}: the answer has no final number after '####', such as '#### 42'; add it"
             )
-        yield Row(row["question"].strip(), row["answer"].strip(), answers.plain(gold), location)
+        yield Row(question, answer, answers.plain(gold), location)
     if location is None:
         raise InvalidValueError(f"{path} holds no rows; give a file with the columns {' and '.join(COLUMNS)}")
+
+
+def _text(row: Mapping[str, Any], column: str, location: str) -> str:
+    if column not in row:
+        raise NotFoundError(f"{location}: no column {column!r}{nearest(column, map(str, row))}")
+    text, what = row[column], f"{location}: {column!r}"
+    if not isinstance(text, str):
+        raise InvalidValueError(f"{what} is {type(text).__name__}, not text; write it as a string")
+    if any("\ud800" <= mark <= "\udfff" for mark in text):
+        raise InvalidValueError(f"{what} holds half of a character (a lone surrogate); write it whole")
+    return text.strip()
 
 
 def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -171,9 +166,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
                 reason = getattr(why, "msg", str(why).splitlines()[0])
                 raise InvalidValueError(f"{location}: not JSON ({reason}); write one object a line") from None
             if not isinstance(row, dict):
-                raise InvalidValueError(
-                    f"{location}: not an object; write one {{'question': ..., 'answer': ...}} a line"
-                )
+                raise InvalidValueError(f"{location}: no object; write one {{'question': ..., 'answer': ...}} a line")
             yield row, location
 
 
@@ -184,10 +177,8 @@ def _utf8(line: bytes, location: str) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as why:
-        byte = line[why.start]
-        raise InvalidValueError(
-            f"{location}: byte 0x{byte:02x} is not UTF-8 (Latin-1?); save the file again as UTF-8"
-        ) from None
+        byte = f"0x{line[why.start]:02x}"
+        raise InvalidValueError(f"{location}: byte {byte} is not UTF-8 (Latin-1?); save the file as UTF-8") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
