@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test slow mutants fuzz docs demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test slow mutants zoo fuzz docs demo bench bench-gpu setup setup-dev constraints clean
 
 check: lint test
 
@@ -35,6 +35,10 @@ slow: setup-dev
 # Mutations of the code, each with the tests that must find it; they are slow tests too.
 mutants: setup-dev
 	$(PY) -m pytest -q -n 2 -m slow tests/mutants
+
+# Tiny models of every architecture against an independent oracle; writes the table of docs/models.md.
+zoo: setup-dev
+	$(PY) tests/zoo/zoo_table.py
 
 # 10,000 damaged inputs for each property (`make fuzz FUZZ=500`: so many); a failure prints how to repeat it.
 FUZZ ?= 10000

@@ -2,6 +2,7 @@
 time, from what is known of each class and without a line of `fp4rl.inject`."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,12 @@ from fp4rl.spec.injection import Injection
 TRANSPOSED = ("GptOss", "Aria", "Llama4", "OpenAIPrivacyFilter")
 
 
-def rounded(x: Tensor, fmt: Format | None) -> Tensor:
+def rounded(x: Tensor, fmt: Format | Callable[[Tensor], Tensor] | None) -> Tensor:
     """In float32, the dtype that the tests' injections round in; the gradient passes as if nothing were rounded."""
-    return x if fmt is None else x + (fake_quantize(x.detach().float().contiguous(), fmt).double() - x).detach()
+    if fmt is None:
+        return x
+    values = fmt(x.detach()) if callable(fmt) else fake_quantize(x.detach().float().contiguous(), fmt).double()
+    return x + (values - x).detach()
 
 
 def product(x: Tensor, weight: Tensor, injection: Injection, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from fp4rl.sites.walk import layer_count, layer_of, plain_name, walk
+from fp4rl.sites.walk import is_attention, layer_count, layer_of, plain_name, walk
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,44 @@ def test_a_bare_layer_is_named_by_its_class():
 def test_a_router_that_is_a_linear_layer_is_a_router():
     block = nn.ModuleDict({"gate": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 8)})
     assert {site.name: site.kind for site in walk(block)} == {"gate": "router", "gate_proj": "linear"}
+
+
+class Headed(nn.Module):
+    """A model whose head has a name of its own, beside a state space that reads a weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer = nn.Module()
+        self.mixer.A_log = nn.Parameter(torch.zeros(4))
+        self.mixer.dt_proj = nn.Linear(4, 8)
+        self.dt_proj, self.fc1, self.output_projection = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 50)
+
+    def get_output_embeddings(self):
+        return self.output_projection
+
+
+def test_a_role_is_told_by_its_use_and_not_by_a_name():
+    roles = {site.name: site.role for site in walk(Headed()) if site.kind == "linear"}
+    assert roles == {"mixer.dt_proj": "dt_proj", "dt_proj": "linear", "fc1": "linear", "output_projection": "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "children", "parameters", "holds"),
+    [
+        ("GPT2Attention", ["c_attn", "c_proj"], [], True),
+        ("Phi3Attention", ["qkv_proj", "o_proj"], [], True),
+        ("BertSelfAttention", ["query", "key", "value"], [], True),
+        ("Plain", ["q_proj", "k_proj", "v_proj"], [], True),
+        ("RwkvFeedForward", ["key", "receptance", "value"], [], False),
+        ("MiniMaxLightningAttention", ["qkv_proj", "out_proj"], [], False),
+        ("OlmoHybridGatedDeltaNet", ["q_proj", "k_proj", "v_proj"], ["A_log", "dt_bias"], False),
+        ("DeepseekV4HCACompressor", ["kv_proj", "gate_proj"], [], False),
+    ],
+)
+def test_attention_is_what_keeps_keys_and_values(kind, children, parameters, holds):
+    module = type(kind, (nn.Module,), {})()
+    for name in children:
+        module.add_module(name, nn.Linear(4, 4))
+    for name in parameters:
+        module.register_parameter(name, nn.Parameter(torch.zeros(4)))
+    assert is_attention(module) is holds

@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from fp4rl.inject.matmul import Product
 from fp4rl.inject.site import SiteState
+from fp4rl.spec.errors import InvalidValueError
 
+_BIASED = (torch.baddbmm, Tensor.baddbmm)
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
 
@@ -26,8 +28,10 @@ class AttentionState(SiteState):
         original: Any = self.original
         if not (self.points or self.errors):
             return original.forward(module, *args, **kwargs)
-        with _Intercept(self):
-            return original.forward(module, *args, **kwargs)
+        with _Intercept(self) as products:
+            out = original.forward(module, *args, **kwargs)
+        products.require_attention(module)
+        return out
 
     def cached(self, x: Tensor) -> Tensor:
         """Keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
@@ -46,24 +50,40 @@ class _Intercept(TorchFunctionMode):
     def __init__(self, state: AttentionState) -> None:
         super().__init__()
         self.state = state
-        self.scored = False
+        self.whole = self.eager = 0  # calls of sdpa, and single products
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
+            self.whole += 1
             return _attention(self.state, *args, **kwargs)
         if func in _MATMULS and len(args) == 2 and args[0].ndim >= 3:
             return self._eager(*args)
+        if func in _BIASED:
+            return self._biased(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _eager(self, a: Tensor, b: Tensor) -> Tensor:
-        self.scored = not self.scored
-        if self.scored:  # query [..., m, d] times key transposed [..., d, n]
+        self.eager += 1
+        if self.eager % 2:  # query [..., m, d] times key transposed [..., d, n]
             self.state.count()
             return self.state.product(a, self.state.cached(b.mT), "scores")
         return self.state.product(a, self.state.cached(b).mT, "values")
+
+    def _biased(self, bias: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        return beta * bias + alpha * self._eager(batch1, batch2)
+
+    def require_attention(self, module: nn.Module) -> None:
+        """InvalidValueError where the products were not those of attention: keys and values would not be what was
+        rounded."""
+        if bool(self.whole) == bool(self.eager) or self.eager % 2:
+            kind, name = type(module).__name__.removeprefix("Injected"), self.state.plan.name
+            raise InvalidValueError(
+                f"{name}: {kind} multiplies {self.eager} times and calls sdpa {self.whole} times, so what is a key and "
+                f"what a value is not known; leave it out: targets.leave: [{name}]"
+            )
 
 
 def _attention(  # noqa: PLR0913 - the signature of torch's own function
@@ -93,5 +113,6 @@ def _attention(  # noqa: PLR0913 - the signature of torch's own function
         scores = scores.masked_fill(above, -torch.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    masked = scores.isneginf().all(-1, keepdim=True)  # as sdpa: a row that sees nothing is 0, not NaN
+    weights = scores.masked_fill(masked, 0.0).softmax(-1, dtype=torch.float32).masked_fill(masked, 0.0).to(query.dtype)
     return state.product(dropout(weights, dropout_p), value.mT, "values")

@@ -78,7 +78,9 @@ def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int)
     """Why targets leave a site out, None where they take it; refuses what was taken and must not be."""
     if site.kind not in kinds:
         return f"{site.kind}: no point of an injection"
-    reasons = [targets.why_left(name) for name in (site.name, site.path) if name]
+    if site.role == "dt_proj":
+        return "its weight is read without calling the layer"
+    reasons = [targets.why_left(name, site.role) for name in (site.name, site.path) if name]
     left = next((reason for reason in reasons if reason and reason.startswith("left")), None)
     if left or None not in reasons:
         return left or reasons[0]
@@ -95,8 +97,9 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         return SitePlan(site)
     module = model.get_submodule(site.path)
     if site.kind == "attention":
-        validate.require_eager_attention(site, module)
-        return SitePlan(site, kv_cache=injection.kv_cache if taken else None, errors=errors)
+        cache = injection.kv_cache if taken else None
+        validate.require_eager_attention(site, module, cached=cache is not None)
+        return SitePlan(site, kv_cache=cache, errors=errors)
     plan = SitePlan(site, errors=errors, note=_LM_HEAD if site.role == "lm_head" else "")
     if taken:
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)

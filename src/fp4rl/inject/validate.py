@@ -100,11 +100,19 @@ def require_layout(site: Site, module: nn.Module) -> None:
         )
 
 
-def require_eager_attention(site: Site, module: nn.Module) -> None:
-    """InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached."""
+def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> None:
+    """InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached.
+
+    With `cached` also where what an engine caches is not what this forward multiplies.
+    """
     how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
     if how not in ("sdpa", "eager"):
         raise InvalidValueError(f"{site.name}: attention runs in {how!r}, out of reach; load the model with 'sdpa'")
+    if cached and hasattr(module, "kv_b_proj"):
+        raise InvalidValueError(
+            f"{site.name}: {type(module).__name__} caches one latent vector for all heads (MLA), which this forward "
+            "has expanded to keys and values before it multiplies them; leave kv_cache out"
+        )
 
 
 def require_one_rounding(plans: list[SitePlan]) -> None:

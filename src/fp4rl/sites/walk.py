@@ -29,6 +29,11 @@ _ROLES = {
     "lm_head": ("lm_head", "embed_out"),
     "router": ("router", "gate", "shared_expert_gate"),
 }
+# Projections that make what a cache holds (but for the first, of modules whose class is called attention), and the
+# parameters that tell a recurrent layer.
+_CACHED = [{"k_proj", "v_proj"}, {"query", "key", "value"}, {"k_lin", "v_lin"}, {"Wk", "Wv"}]
+_CACHED += [{name} for name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj", "kv_b_proj")]
+_RECURRENT = ("A_log", "dt_bias", "time_decay")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
@@ -67,13 +72,15 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     """Return all sites of `model` in its own order, on any device, meta included; nothing is changed or read."""
     first: dict[int, str] = {}
     sites = []
-    hidden, routers = _width(model), _routers(model)
+    hidden, routers, used_as = _width(model), _routers(model), _used_as(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # what PEFT keeps beside a module that it trains whole
             continue
         for site, weight in _at(path, module, hidden):
             if weight is not None and weight.ndim > 1 and path.startswith(routers):
                 site = replace(site, kind="router", role="router")
+            if site.kind == "linear" and id(module) in used_as:
+                site = replace(site, role=used_as[id(module)])
             owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
             sites.append(site if owner == site.name else replace(site, shares=owner))
     return tuple(sites)
@@ -107,10 +114,20 @@ def _width(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
+def _used_as(model: nn.Module) -> dict[int, str]:
+    """Linear layers, by `id`, whose role is told by their use, not their name: what makes logits of the last hidden
+    state, and the step size of a state space, whose weight is read without calling the layer."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    roles = {id(head): "lm_head"} if head is not None else {}
+    mixers = (m for m in model.modules() if hasattr(m, "A_log") and isinstance(getattr(m, "dt_proj", None), nn.Linear))
+    return roles | {id(mixer.dt_proj): "dt_proj" for mixer in mixers}
+
+
 def _routers(model: nn.Module) -> tuple[str, ...]:
     """The beginnings of every path below a router: what it projects with decides on routes as well."""
     kinds = ((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False) if path)
-    return tuple(f"{path}." for path, kind in kinds if path.endswith("router") or "Router" in kind or "Gating" in kind)
+    routing = (path for path, kind in kinds if path.endswith("router") or re.search("Router|Gat(e|ing)$", kind))
+    return tuple(f"{path}." for path in routing)
 
 
 def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
@@ -143,9 +160,14 @@ def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, h
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this module projects keys and values itself, and so holds the products of attention."""
-    children = dict(module.named_children())
-    return "k_proj" in children and "v_proj" in children
+    """Whether this module makes keys and values of tokens and multiplies them, so that a cache would hold them.
+
+    Recurrent layers (state spaces, delta rules, lightning attention) may project the like, and keep a state instead.
+    """
+    children, kind = {name for name, _ in module.named_children()}, type(module).__name__
+    if any(name in _RECURRENT for name, _ in module.named_parameters(recurse=False)) or "Lightning" in kind:
+        return False
+    return _CACHED[0] <= children or ("Att" in kind and any(names <= children for names in _CACHED))
 
 
 def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) -> Kind | None:

@@ -66,11 +66,15 @@ class Targets(Spec):
         if self.layers == ():
             yield "`layers` is empty; leave it out for all layers, or name some, such as [0, -1]"
 
-    def why_left(self, name: str) -> str | None:
-        """The pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at)."""
+    def why_left(self, name: str, role: str = "") -> str | None:
+        """The pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at).
+
+        A default pattern of a `role` means every site of that role, whatever it is called.
+        """
         if not any(matches(name, pattern) for pattern in self.take):
             return "no pattern of take matches"
-        hit = next((pattern for pattern in self.leave if matches(name, pattern)), None)
+        meant = [pattern for pattern in _LEAVES.get(role, ()) if pattern in self.leave]
+        hit = next(iter((*(pattern for pattern in self.leave if matches(name, pattern)), *meant)), None)
         return None if hit is None else f"left by {hit!r}"
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
