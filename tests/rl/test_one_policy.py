@@ -64,14 +64,7 @@ CASES = [
 ]
 
 # What is refused by name, and why: none of it is silently left out.
-REFUSED = {
-    ("gpt_oss", "w4a4_out"): "adds a bias after its matmul",
-    **{
-        (family, rounded): "no attention is taken"  # one projection makes queries, keys and values
-        for family in ("phi3", "gpt_neox", "gpt2")
-        for rounded in ("cache8", "cache4")
-    },
-}
+REFUSED = {("gpt_oss", "w4a4_out"): "adds a bias after its matmul"}
 
 
 @pytest.fixture(scope="module")

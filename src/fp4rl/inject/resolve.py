@@ -148,7 +148,7 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
     for setting, described, at_a_site, why in (
         ("lora: merged", injection.lora == "merged", "merged", "no adapted layer is taken"),
         ("frozen_base: packed", injection.frozen_base == "packed", "packed", "no taken weight is frozen"),
-        ("kv_cache", injection.kv_cache, "kv_cache", "no attention is taken"),
+        ("kv_cache", injection.kv_cache, "kv_cache", "no attention that keeps keys and values is taken; leave it out"),
         ("grad_weight", injection.grad_weight, "grad_weight", "every taken weight is frozen"),
         ("grad_input", injection.grad_input, "grad_input", "no linear layer is taken"),
     ):
