@@ -24,7 +24,7 @@ from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
-from fp4rl.rl.start import warmed_up
+from fp4rl.rl.inputs import warmed_up
 from fp4rl.sites.observe import observe
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection

@@ -24,8 +24,8 @@ from fp4rl.lab.foreign.reader import read_log
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.events import Evaluated, Event, StepDone
 from fp4rl.rl.health.monitor import Monitor, replay
+from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.session import Run
-from fp4rl.rl.start import start_folder
 from fp4rl.rl.train import train
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment

@@ -27,9 +27,9 @@ from fp4rl.models.quiet import quiet
 from fp4rl.rl.arguments import arguments
 from fp4rl.rl.events import ignore
 from fp4rl.rl.generate import Sampling, transformers_sampler
+from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.rollout import roll_out
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
-from fp4rl.rl.start import start_folder
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 

@@ -37,7 +37,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.rl.start import warmed_up
+from fp4rl.rl.inputs import warmed_up
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.scan import Scan

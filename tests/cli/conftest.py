@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def embedded_model(tmp_path_factory):
-    from fp4rl.rl.start import warmed_up
+    from fp4rl.rl.inputs import warmed_up
     from fp4rl.spec.model import Embedded
     from fp4rl.tasks.arithmetic import Arithmetic
 

@@ -125,7 +125,7 @@ def test_the_estimate_ranks_the_sites_of_the_embedded_trained_model_as_measuring
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import scan
     from fp4rl.models.load import load
-    from fp4rl.rl.start import warmed_up
+    from fp4rl.rl.inputs import warmed_up
     from fp4rl.spec.model import Embedded
     from fp4rl.spec.scan import Scan
     from fp4rl.tasks.arithmetic import Arithmetic

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fp4rl.rl.batch import group_advantages, training_batch
 from fp4rl.rl.generate import Generation
-from fp4rl.rl.rollout import Answer
+from fp4rl.rl.rollout import Answer, group_advantages, training_batch
 from fp4rl.spec.algorithms import ALGORITHMS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.training import Training

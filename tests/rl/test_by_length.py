@@ -2,7 +2,7 @@
 
 import torch
 
-from fp4rl.rl.batch import by_length
+from fp4rl.rl.rollout import by_length
 from fp4rl.rl.trainer import Trainer
 
 # prompt lengths and answer lengths of two updates of two micro-batches, two rows each; the last row is under no mask

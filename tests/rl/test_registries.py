@@ -24,7 +24,7 @@ PLANTED = {
         "me: no loss_agg_mode 'token_mean'",
     ),
     "an estimator without a formula": (
-        "import fp4rl.spec.algorithms as table\ntable.ADV_ESTIMATORS += ('median',)\nimport fp4rl.rl.batch\n",
+        "import fp4rl.spec.algorithms as table\ntable.ADV_ESTIMATORS += ('median',)\nimport fp4rl.rl.rollout\n",
         "adv_estimator: median can be described but has no function",
     ),
     "a check without a record": (

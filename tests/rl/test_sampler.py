@@ -65,7 +65,7 @@ def test_the_key_changes_no_digest_unless_it_is_set():
 
 def test_what_is_asked_for_is_what_comes(experiment, model_cache):
     from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder
+    from fp4rl.rl.inputs import start_folder
 
     described = experiment("bf16")
     model, tokenizer = load(start_folder(described.model, described.task, model_cache))

@@ -12,10 +12,10 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.batch import by_length, group_advantages
 from fp4rl.rl.events import ignore
+from fp4rl.rl.inputs import start_folder
+from fp4rl.rl.rollout import by_length, group_advantages
 from fp4rl.rl.session import ResumeState, Run, TrainingSession
-from fp4rl.rl.start import start_folder
 from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
 
 SEAMS = {

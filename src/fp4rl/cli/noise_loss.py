@@ -13,7 +13,7 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.statistics.seeds import holm, welch
 from fp4rl.models.load import load
 from fp4rl.noise.schedule import asked_sigma
-from fp4rl.rl.start import start_folder
+from fp4rl.rl.inputs import start_folder
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.words import counted
 

@@ -142,7 +142,7 @@ def _scanned(
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
     from fp4rl.models.load import load
-    from fp4rl.rl.start import start_folder
+    from fp4rl.rl.inputs import start_folder
 
     spec, request = target.experiment, target.request
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]

@@ -8,7 +8,7 @@ from fp4rl.rl.events import Emit
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import Sampler, transformers_sampler
 from fp4rl.rl.phases import Phases
-from fp4rl.rl.reference import ReferencePolicies
+from fp4rl.rl.reference import FrozenPolicy
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.spec.training import Training
 
@@ -39,7 +39,8 @@ class TrainerComponents:
     stream: PromptStream
     rewarder: Rewarder
     phases: Phases
-    references: ReferencePolicies
+    reference: FrozenPolicy | None
+    teacher: FrozenPolicy | None
     supervisor: Supervisor
     emit: Emit
     seed: int

@@ -87,10 +87,8 @@ class Refill:
 
     def __post_init__(self) -> None:
         if self.wanted < 1 or self.max_num_gen_batches < 1:
-            raise InvalidValueError(
-                f"a batch of {self.wanted} groups with max_num_gen_batches {self.max_num_gen_batches}: "
-                "want at least 1 of each"
-            )
+            counts = f"a batch of {self.wanted} groups with max_num_gen_batches {self.max_num_gen_batches}"
+            raise InvalidValueError(f"{counts}: want at least 1 of each")
 
     def after(self, kept: int, generated: int) -> "Refill":
         """The state after one more generation of `generated` groups, of which `kept` have spread."""

@@ -151,11 +151,19 @@ def transformers_sampler(
     ids, mask = (part.to(next(model.parameters()).device) for part in padded(prompts, tokenizer.pad_token_id))
     keeper = SampledLogprobs(sampling.temperature or 1.0) if sampling.logps else None
     ends, start = end_ids(model), ids.shape[1]
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_return_sequences=sampling.count,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+        **(drawn if sampling.temperature else {"do_sample": False}),
+    )
     with dropout_off(model):
         sequences = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=_config(tokenizer, sampling, ends),
+            generation_config=settings,
             logits_processor=LogitsProcessorList([keeper] if keeper is not None else []),
             stopping_criteria=StoppingCriteriaList([Stops(tokenizer, sampling.stop, start)] if sampling.stop else []),
         )
@@ -177,17 +185,6 @@ def sampler_named(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise NotFoundError(f"no sampler {name!r}{nearest(name, SAMPLERS)}")
     return SAMPLERS[name]()
-
-
-def _config(tokenizer: PreTrainedTokenizerBase, sampling: Sampling, ends: list[int]) -> GenerationConfig:
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        num_return_sequences=sampling.count,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        **(drawn if sampling.temperature else {"do_sample": False}),
-    )
 
 
 class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]

@@ -1,21 +1,43 @@
-"""What a run is made from besides its description: digests of contents that a path or a name only points to.
+"""What a run is made from besides its description: the model it starts from, and digests of all it only points to.
 
-They stand in every checkpoint and beside the result. No torch: finished runs are compared with them too.
+Digests stand in every checkpoint and beside the result. No torch: finished runs are compared with them too.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.model import Embedded, Model
+from fp4rl.spec.task import Task
+from fp4rl.tasks.arithmetic import Arithmetic
 
 # Each with the part of a description that points to it: where that is a declared factor, the contents may differ too.
 POINTERS = {"start model": "model", "problems": "task", "reward's source": "training.reward"}
 
+OnWarmUp = Callable[[int, float], None]
+"""Hears (step, loss)."""
+
 _read: dict[tuple[Path, int, int], str] = {}
+
+
+def start_folder(model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
+    """Return the folder that training starts from; the embedded model is warmed up on first use and kept in `cache`."""
+    if model.path is not None:
+        return Path(model.path)
+    return warmed_up(model.embedded or Embedded(), task, cache, on_warm_up)
+
+
+def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
+    """Return the folder of the embedded model after its warm-up on sloppy demonstrations of arithmetic,
+    whatever the run's task."""
+    from fp4rl.models.tiny import cached
+
+    teacher = task if isinstance(task, Arithmetic) else Arithmetic()
+    return cached(cache, embedded, teacher.demonstrations(embedded.examples_needed), on_warm_up)
 
 
 def inputs(experiment: Experiment, start: Path) -> dict[str, str]:

@@ -185,10 +185,14 @@ def compare_sampler(phases: Phases, step: int, batch: dict[str, Tensor], score: 
     metrics = {**_part("described", described), **_part("decode", decoded)}
     if attachment is None:
         return metrics
-    if repeatable:
-        require_same_weights(attachment, step, between["rollout_corr/k3_kl"])
+    table, k3 = attachment.table, between["rollout_corr/k3_kl"]
+    if repeatable and table.digest_in("rollout") == table.digest_in("training") and k3 > _FLOAT:
+        raise CheckFailed(
+            f"step {step}: rollout and training round alike, but score the same tokens {k3:.3g} nats apart: "
+            "the sampler holds other weights than the trainer"
+        )
     if repeatable or _formats(attachment, "rollout") != _formats(attachment, "training"):
-        metrics["rollout_corr/phase_k3_kl"] = between["rollout_corr/k3_kl"]
+        metrics["rollout_corr/phase_k3_kl"] = k3
     return metrics
 
 
@@ -203,17 +207,6 @@ def _scored_in_turn(phases: Phases, step: int, rows: dict[str, Tensor], score: S
         return training, clean, clean
     with phases.as_sampled(step):
         return training, clean, score(rows)
-
-
-def require_same_weights(attachment: Attachment, step: int, k3: float) -> None:
-    """Raise CheckFailed when a repeatable policy scores the same tokens differently in rollout and in training by `k3`
-    nats, though the same acts in both."""
-    table = attachment.table
-    if table.digest_in("rollout") == table.digest_in("training") and k3 > _FLOAT:
-        raise CheckFailed(
-            f"step {step}: rollout and training round alike, but score the same tokens {k3:.3g} nats apart: "
-            "the sampler holds other weights than the trainer"
-        )
 
 
 def require_decoded(model: nn.Module, step: int, k3: float) -> None:

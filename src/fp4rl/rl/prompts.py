@@ -5,6 +5,7 @@ be trained on under the whole question's number. verl refuses by default too (`d
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -27,15 +28,14 @@ def require_prompts_fit(
     if not in_question:
         return
     rows = tokenizer()([problem.prompt for problem in in_question], verbose=False)["input_ids"]
-    too_long = [len(row) for row in rows if len(row) > limit]
+    too_long = [(len(row), problem) for row, problem in zip(rows, in_question, strict=True) if len(row) > limit]
     if not too_long:
         return
-    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-    problem = in_question[longest]
+    tokens, problem = max(too_long, key=itemgetter(0))
     raise InvalidValueError(
         f"training.max_prompt_length {limit}: {len(too_long)} of {len(problems)} prompts are longer, the longest has "
-        f"{max(too_long)} tokens ({problem.split} problem {problem.id}, {problem.prompt.strip()[:40]!r}); set "
-        f"training.max_prompt_length={max(too_long)}, or take such problems out of the data"
+        f"{tokens} tokens ({problem.split} problem {problem.id}, {problem.prompt.strip()[:40]!r}); set "
+        f"training.max_prompt_length={tokens}, or take such problems out of the data"
     )
 
 

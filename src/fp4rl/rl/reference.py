@@ -108,15 +108,9 @@ class FrozenPolicy:
         return self.scoring is nullcontext
 
 
-@dataclass(frozen=True)
-class ReferencePolicies:
-    """The policies that a recipe holds the live one against; None where it needs none."""
-
-    reference: FrozenPolicy | None
-    teacher: FrozenPolicy | None
-
-
-def reference_policies(experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases) -> ReferencePolicies:
+def reference_and_teacher(
+    experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases
+) -> tuple[FrozenPolicy | None, FrozenPolicy | None]:
     """Make what the recipe of `experiment` needs beside the live model, which starts from the folder `start`.
 
     With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
@@ -140,7 +134,7 @@ def reference_policies(experiment: Experiment, start: Path, live: PreTrainedMode
     if recipe.distillation is not None:
         alive = recipe.distillation.teacher == "live"
         teacher = FrozenPolicy(live, phases.reference) if alive else start_in("full")
-    return ReferencePolicies(start_in(recipe.reference_precision) if recipe.kl else None, teacher)
+    return start_in(recipe.reference_precision) if recipe.kl else None, teacher
 
 
 @contextmanager

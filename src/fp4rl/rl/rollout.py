@@ -1,17 +1,22 @@
-"""One rollout: prompts in, sampled answers out, with the log-probability that the sampler gave each token."""
+"""From problems to sampled answers, to the advantages of those that are kept and the padded micro-batches of a step."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.rl.generate import Generation, Sampler, Sampling
-from fp4rl.rl.prompts import encoded
+from fp4rl.rl.prompts import encoded, padded
 from fp4rl.rl.rewards import Scored
+from fp4rl.spec.algorithms import ADV_ESTIMATORS
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
 from fp4rl.spec.task import Problem
+from fp4rl.spec.training import Training
 
 NGRAM = 4
 
@@ -94,3 +99,126 @@ def repeated_share(token_ids: Sequence[int], ngram: int = NGRAM) -> float:
     if count < 1:
         return 0.0
     return 1 - len({tuple(token_ids[i : i + ngram]) for i in range(count)}) / count
+
+
+# Added to a standard deviation before dividing. TRL adds 1e-4, verl 1e-6; 0/1 rewards notice neither.
+EPSILON = 1e-4
+
+
+def group_advantages(
+    rewards: Tensor, rollout_n: int, adv_estimator: str = "grpo", norm_adv_by_std: bool = True
+) -> Tensor:
+    """Advantages of answers in consecutive groups of `rollout_n`, both [groups * rollout_n]; rewards of any dtype.
+
+    A NaN reward (an answer that could not be scored) takes no part in its group and gets advantage 0.
+    Raises InvalidValueError when the answers do not divide into groups of at least two, NotFoundError for an unknown
+    estimator.
+    """
+    if rollout_n < 2 or rewards.dim() != 1 or rewards.numel() % rollout_n:
+        raise InvalidValueError(
+            f"{tuple(rewards.shape)} rewards do not make groups of {rollout_n}: give rollout_n >= 2 answers a prompt"
+        )
+    if adv_estimator not in ESTIMATORS:
+        raise NotFoundError(f"no adv_estimator {adv_estimator!r}{nearest(adv_estimator, ESTIMATORS)}")
+    grouped = rewards.float().view(-1, rollout_n)  # [groups, n]
+    return ESTIMATORS[adv_estimator](grouped, norm_adv_by_std).nan_to_num(nan=0.0).flatten()
+
+
+def _grpo(grouped: Tensor, by_std: bool) -> Tensor:
+    """Reward minus the group's mean, over the group's standard deviation (arXiv 2402.03300); not `by_std`, Dr. GRPO
+    (arXiv 2503.20783)."""
+    centred = grouped - grouped.nanmean(-1, keepdim=True)
+    return centred / (_nan_std(grouped, -1) + EPSILON) if by_std else centred
+
+
+def _rloo(grouped: Tensor, _by_std: bool) -> Tensor:
+    """Reward minus the mean of the *other* answers (arXiv 2402.14740)."""
+    count = grouped.isfinite().sum(-1, keepdim=True)
+    return (grouped - grouped.nanmean(-1, keepdim=True)) * count / (count - 1).clamp(min=1)
+
+
+def _reinforce_plus_plus_baseline(grouped: Tensor, _by_std: bool) -> Tensor:
+    """Reward minus the group's mean, over the standard deviation of the whole batch (arXiv 2501.03262)."""
+    centred = grouped - grouped.nanmean(-1, keepdim=True)
+    return centred / (_nan_std(centred.flatten(), 0) + EPSILON)
+
+
+# Rewards [groups, n] (NaN: not scored), and whether to divide by the standard deviation -> advantages [groups, n].
+ESTIMATORS: Mapping[str, Callable[[Tensor, bool], Tensor]] = MappingProxyType(
+    {"grpo": _grpo, "rloo": _rloo, "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline}
+)
+require_names("adv_estimator", ESTIMATORS, ADV_ESTIMATORS)
+
+
+def _nan_std(values: Tensor, dim: int) -> Tensor:
+    """Unbiased standard deviation of the finite values along `dim` (kept); 0 where fewer than two are left."""
+    count = values.isfinite().sum(dim, keepdim=True)
+    centred = (values - values.nanmean(dim, keepdim=True)).nan_to_num(nan=0.0)
+    return torch.sqrt(centred.square().sum(dim, keepdim=True) / (count - 1).clamp(min=1))
+
+
+Batch = dict[str, Tensor]
+
+
+def training_batch(
+    answers: Sequence[Answer], stand_in: Answer, recipe: Training, rows: int, pad_id: int, device: torch.device
+) -> Batch:
+    """The padded tensors of one step, in `rows` rows: prompts on the left, answers on the right.
+
+    Where fewer answers were kept than `rows`, the rest are copies of the first one (`stand_in` where none was kept)
+    under an empty mask: they are in the batch for its shape and in no sum. Keys as TRL names them: prompt_ids,
+    prompt_mask [rows, P]; completion_ids, completion_mask, sampling_per_token_logps [rows, T]; `advantages` [rows] and,
+    where truncated answers are masked, `loss_mask` [rows, T]. A log-probability that the sampler did not give is NaN,
+    which every reader takes for unknown.
+    """
+    missing = rows - len(answers)
+    filled = [*answers, *[next(iter(answers), stand_in)] * missing]
+    counts = torch.tensor([1] * len(answers) + [0] * missing)
+    prompts, prompt_mask = padded([a.prompt_ids for a in filled], pad_id)
+    completions, completion_mask = padded([a.generation.tokens for a in filled], pad_id, left=False)
+    logps = torch.zeros(completions.shape, dtype=torch.float32)
+    for row, (_, generation, _) in zip(logps, filled, strict=True):
+        row[: len(generation.tokens)] = torch.nan if generation.logps is None else generation.logps
+    advantages = torch.zeros(rows)
+    if answers:
+        by_std = recipe.published.norm_adv_by_std if recipe.norm_adv_by_std is None else recipe.norm_adv_by_std
+        rewards = torch.tensor([a.reward for a in answers])
+        advantages[: len(answers)] = group_advantages(rewards, recipe.rollout_n, recipe.adv_estimator, by_std)
+    batch = {
+        "prompt_ids": prompts,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completions,
+        "completion_mask": completion_mask * counts.unsqueeze(-1),
+        "sampling_per_token_logps": logps,
+        "advantages": advantages,
+    }
+    if recipe.mask_truncated:  # the attention mask stays as it is: only the loss forgets truncated answers
+        ended = torch.tensor([a.generation.ended for a in filled])
+        batch["loss_mask"] = batch["completion_mask"] * ended.unsqueeze(-1)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def by_length(batches: Sequence[Batch], span: int) -> list[Batch]:
+    """Sort the micro-batches of whole updates, `span` each, by tokens within an update, and cut them to their width.
+
+    Padding that no row of a micro-batch needs is not computed. An update keeps its answers, and so its loss.
+    Tensors are [rows], [rows, prompt] (`prompt_*`, padded on the left) or [rows, answer] (padded on the right).
+    """
+    sorted_batches: list[Batch] = []
+    for first in range(0, len(batches), span):
+        parts = batches[first : first + span]
+        sorted_batches += [_cut(part) for part in (_sorted(parts) if len(parts) > 1 else parts)]
+    return sorted_batches
+
+
+def _sorted(parts: Sequence[Batch]) -> list[Batch]:
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = (whole["prompt_mask"].sum(-1) + whole["completion_mask"].sum(-1)).argsort(stable=True)
+    indices = torch.split(order, [len(part["completion_mask"]) for part in parts])
+    return [{name: value[rows] for name, value in whole.items()} for rows in indices]
+
+
+def _cut(batch: Batch) -> Batch:
+    prompt, answer = (max(int(batch[f"{name}_mask"].sum(-1).max()), 1) for name in ("prompt", "completion"))
+    columns = {name: slice(-prompt, None) if name.startswith("prompt_") else slice(answer) for name in batch}
+    return {name: value[:, columns[name]] if value.dim() > 1 else value for name, value in batch.items()}

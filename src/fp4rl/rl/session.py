@@ -22,7 +22,7 @@ from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.phases import Phases
-from fp4rl.rl.reference import reference_policies
+from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.evidence import CheckpointKept
@@ -118,7 +118,7 @@ class TrainingSession:
             self.stream,
             rewarder,
             self.phases,
-            reference_policies(experiment, run.start, self.model, self.phases),
+            *reference_and_teacher(experiment, run.start, self.model, self.phases),
             self,
             run.emit,
             experiment.seed,

@@ -11,9 +11,8 @@ from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
-from fp4rl.rl.inputs import inputs, require_unchanged
+from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
-from fp4rl.rl.start import start_folder
 from fp4rl.rl.verify import (
     few_changed,
     require_changed,

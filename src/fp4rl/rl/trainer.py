@@ -20,7 +20,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from fp4rl.rl import processes
 from fp4rl.rl.arguments import arguments
-from fp4rl.rl.batch import by_length, training_batch
 from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.events import Message
 from fp4rl.rl.fill import Filler
@@ -30,7 +29,7 @@ from fp4rl.rl.masters import Masters
 from fp4rl.rl.mismatch import compare_sampler, is_due
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
-from fp4rl.rl.rollout import Rollout, roll_out, seed_rollout
+from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
 from fp4rl.rl.step_metrics import StepMeans, StepTimer, joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
@@ -65,10 +64,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
         self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
         self.teacher = None
-        if parts.references.teacher is not None and recipe.distillation is not None:
-            self.teacher = Teacher(parts.references.teacher, self.model, recipe.distillation, recipe.temperature)
-        if parts.references.reference is not None and parts.references.reference.is_copy:
-            add_fused_lm_head(parts.references.reference.model, temperature=recipe.temperature)
+        if parts.teacher is not None and recipe.distillation is not None:
+            self.teacher = Teacher(parts.teacher, self.model, recipe.distillation, recipe.temperature)
+        if parts.reference is not None and parts.reference.is_copy:
+            add_fused_lm_head(parts.reference.model, temperature=recipe.temperature)
         self.add_callback(_AroundTheOptimizer(self))
 
     @property
@@ -134,7 +133,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             "time/rollout_s": time.perf_counter() - self._started,
         }
         self.timer.lap("batch")
-        if (reference := self.parts.references.reference) is not None:
+        if (reference := self.parts.reference) is not None:
             with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.timer.lap("reference")
@@ -186,7 +185,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         mask = inputs.get("loss_mask", inputs["completion_mask"])
         logps, entropies = self._score(model, inputs, entropy=True)
         assert entropies is not None
-        self.learned, whole = self._whole()
+        span = self.args.gradient_accumulation_steps  # the micro-batches of this optimizer step
+        begin = self._step % self.args.steps_per_generation // span * span
+        masks = [p.get("loss_mask", p["completion_mask"]) for p in self._buffered_inputs[begin : begin + span]]
+        self.learned, whole = Whole.of_step(masks, self.accelerator)
         self.timer.lap("forward")
         teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask) if self.teacher is not None else None
         if self.teacher is not None:
@@ -200,20 +202,13 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             entropies=entropies,
             sampler_logps=inputs["sampling_per_token_logps"],
             teacher_kl=teacher_kl,
-            first=self._step % self.args.steps_per_generation < self.args.gradient_accumulation_steps,
+            first=begin == 0,
             old_is_sampler=self.parts.phases.scores_with_noise,
         )
         loss, metrics = objective(batch, self.parts.recipe, whole)
         self._means.add(metrics, mask)
         self.timer.lap("loss")
         return loss
-
-    def _whole(self) -> tuple[bool, Whole]:
-        """Whether the optimizer step that this micro-batch belongs to has any answer, and its counts per process."""
-        span = self.args.gradient_accumulation_steps
-        first = self._step % self.args.steps_per_generation // span * span
-        masks = [p.get("loss_mask", p["completion_mask"]) for p in self._buffered_inputs[first : first + span]]
-        return Whole.of_step(masks, self.accelerator)
 
     @torch.no_grad()
     def score_later_updates(self) -> None:

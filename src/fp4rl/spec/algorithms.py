@@ -86,7 +86,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     }
 )
 
-# Each name has its function in `rl/batch.py` and `rl/losses.py`, which refuse to be imported otherwise.
+# Each name has its function in `rl/rollout.py` and `rl/losses.py`, which refuse to be imported otherwise.
 ADV_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "low_var_kl")
 KL_LOSS_TYPES = (*KL_ESTIMATORS, "k1+", "k3+", "abs+", "low_var_kl+")

@@ -4,7 +4,7 @@ from math import exp, log
 
 from fp4rl.rl.health.findings import OK, Verdict, worst
 from fp4rl.rl.health.histories import SignalHistories, SignalHistory, rising, trend
-from fp4rl.rl.health.loss import lost
+from fp4rl.rl.health.learning import lost
 from fp4rl.spec.health import Thresholds
 
 

@@ -4,7 +4,7 @@ from math import isfinite
 
 from fp4rl.rl.health.findings import OK, Verdict, worst
 from fp4rl.rl.health.histories import SignalHistories, solved
-from fp4rl.rl.health.loss import lost
+from fp4rl.rl.health.learning import lost
 from fp4rl.spec.health import Thresholds
 
 _MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch_kl")
