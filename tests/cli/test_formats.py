@@ -113,3 +113,9 @@ def test_the_page_names_every_format_rule_rounding_and_preset():
     page = DOCS.read_text(encoding="utf-8")
     words = (*FORMATS, *PRESETS, *get_args(Rounding), *(r for r in get_args(ScaleRule) if r != "amax"))
     assert [word for word in words if f"`{word}`" not in page] == []
+
+
+def test_a_preset_in_json_names_rule_and_rounding_of_weights_and_inputs(shown):
+    _, out, _ = shown("--json")
+    keys = {"weight_rule", "weight_rounding", "input_rule", "input_rounding", "source"}
+    assert all(set(preset) == keys for preset in json.loads(out)["presets"].values())

@@ -55,7 +55,11 @@ def command(
 
 def _list(as_json: bool) -> None:
     if as_json:
-        presets = {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in PRESETS.values()}
+        presets = {
+            preset.name: {"weight_rule": preset.rule, "weight_rounding": preset.weight_rounding}
+            | {"input_rule": preset.rule, "input_rounding": preset.input_rounding, "source": preset.source}
+            for preset in PRESETS.values()
+        }
         modes = {mode.name: mode.meaning for mode in MODES.values()}
         print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes, "presets": presets})
         return

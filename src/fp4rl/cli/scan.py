@@ -12,6 +12,7 @@ from fp4rl.cli.options import AsJson, RunsRoot, require_writable, write_fragment
 from fp4rl.cli.scan_source import ScanTarget, described
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
 from fp4rl.diagnose.texts import texts_of
+from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.scan import ScanRequest
 
@@ -66,6 +67,7 @@ def command(
     lines = None if request.text is None else texts_of(Path(request.text))
 
     ready_to_round()
+    quiet()
     from fp4rl.cli.scan_view import compare, show
     from fp4rl.diagnose.page import page
 
@@ -80,7 +82,9 @@ def command(
         print_json(_as_dict(report, advice, request))
     else:
         show(report, advice)
-        for line in ([f"page: {html}"] if html else []) + (_of_advice(advise, advice, target) if advise else []):
+        written = [f"page: {html}"] if html else []
+        written += _of_advice(advise, advice, target) if advise and advice else []
+        for line in written:
             console().print(line, soft_wrap=True)
     if against:
         compare(target.experiment.model.path or model, report, against, other, quiet=as_json)
@@ -135,9 +139,6 @@ def _scanned(
     target: ScanTarget, lines: list[str] | None, runs: Path, *, advised: bool
 ) -> "tuple[ScanReport, Advice | None]":
     """Load the model and feed it the lines given, or texts of the experiment's task."""
-    from fp4rl.models.quiet import quiet
-
-    quiet()
     from fp4rl.diagnose.advice import Options, advise
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
@@ -158,9 +159,6 @@ def _scanned(
 
 def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
     """Read the weights from their files, one at a time."""
-    from fp4rl.models.quiet import quiet
-
-    quiet()
     from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
 
@@ -180,10 +178,8 @@ def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest
     return content
 
 
-def _of_advice(file: Path, advice: "Advice | None", target: ScanTarget) -> list[str]:
+def _of_advice(file: Path, advice: "Advice", target: ScanTarget) -> list[str]:
     """What the file of advice holds, what of it was asked for in vain, and the command that takes it."""
-    if advice is None:
-        return []
     pieces = target.request.take
     held = advice.held(pieces)
     words = " and ".join(held) or "nothing but the injection as scanned (take=[formats,noise] puts more in)"

@@ -10,6 +10,7 @@ from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
+from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -111,8 +112,6 @@ def _setting(word: str) -> tuple[str, str]:
 
 def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     require_here([single(Experiment(model=spec), "sites")])
-    from fp4rl.models.quiet import quiet
-
     quiet()
     from fp4rl.inject.resolve import resolve
     from fp4rl.models.load import embedded_skeleton, skeleton
