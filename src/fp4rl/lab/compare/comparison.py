@@ -5,7 +5,6 @@ Cross-checks that take the problems as random too confirm it or warn.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,14 +13,11 @@ from fp4rl.lab.compare.fairness import Objection, objections
 from fp4rl.lab.compare.sides import Side
 from fp4rl.lab.criteria import Verdict, evaluate_family
 from fp4rl.lab.runs import Run
-from fp4rl.lab.statistics.crossed import Bootstrapped, multi_bootstrap, two_way
+from fp4rl.lab.statistics.crossed import Bootstrapped, Scores, multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference, Spread, pooled
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Comparison
-
-if TYPE_CHECKING:
-    from fp4rl.lab.statistics.crossed import Scores
 
 _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
 
@@ -155,7 +151,7 @@ def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
     return CrossChecks(two_way(*points), multi_bootstrap(*points, generator=np.random.default_rng(_DRAWS_SEED)))
 
 
-def _score_table(side: Side) -> tuple[list[str], "Scores"]:
+def _score_table(side: Side) -> tuple[list[str], Scores]:
     """The ids of the problems, and [runs, problems], the share of samples solved.
 
     No problems where a run has no items here, and where runs answer other problems or other numbers of samples.

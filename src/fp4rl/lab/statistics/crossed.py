@@ -5,17 +5,14 @@ Both read two tables of scores, [seeds, problems], that share the problems (colu
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fp4rl.lab.statistics.seeds import LEVEL, Difference, student_t
 from fp4rl.spec.errors import InvalidValueError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Scores = NDArray[np.float64]
+Scores = NDArray[np.float64]  # [seeds, problems]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Bootstrapped:
 
 
 def multi_bootstrap(
-    treatment: "Scores", control: "Scores", *, generator: np.random.Generator, draws: int = 2000
+    treatment: Scores, control: Scores, *, generator: np.random.Generator, draws: int = 2000
 ) -> Bootstrapped:
     """Resample seeds (unpaired) and problems (paired): the Multi-Bootstrap of Sellam et al., arXiv 2106.16163.
 
@@ -50,14 +47,14 @@ def multi_bootstrap(
     return Bootstrapped(value, float(low), float(high), LEVEL, min(1.0, max(2 * float(tail), 1 / draws)), draws)
 
 
-def _drawn(arm: "Scores", draws: int, generator: np.random.Generator) -> "Scores":
+def _drawn(arm: Scores, draws: int, generator: np.random.Generator) -> Scores:
     """The mean over a resample of the arm's seeds, for every draw and problem: [draws, problems]."""
     seeds = len(arm)
     weights: Scores = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     return weights @ arm
 
 
-def two_way(treatment: "Scores", control: "Scores") -> Difference:
+def two_way(treatment: Scores, control: Scores) -> Difference:
     """Test the difference of means with the variance of seeds and problems both (two-way clustering).
 
     The variance is V(seeds) + V(problems) - V(cell): that of the seed means, plus that of the per-problem differences,
@@ -81,14 +78,14 @@ def two_way(treatment: "Scores", control: "Scores") -> Difference:
     return student_t(value, math.sqrt(total), freedom, (len(treatment), len(control)))
 
 
-def _cell(arm: "Scores") -> float:
+def _cell(arm: Scores) -> float:
     """The variance of the arm's mean that comes from the residual of seed and problem alone."""
     residual = arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean()
     freedom = (arm.shape[0] - 1) * (arm.shape[1] - 1)
     return float(np.square(residual).sum() / (freedom * arm.size))
 
 
-def _check_problems(treatment: "Scores", control: "Scores") -> None:
+def _check_problems(treatment: Scores, control: Scores) -> None:
     first, second = treatment.shape[1], control.shape[1]
     if first != second:
         raise InvalidValueError(f"the arms answer {first} and {second} problems; they must be the same")
