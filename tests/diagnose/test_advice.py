@@ -8,12 +8,18 @@ import pytest
 import torch
 import yaml
 
-from fp4rl.diagnose.advice import Options, advise, strategy
-from fp4rl.diagnose.aqn import RULES as NOISE_RULES
-from fp4rl.diagnose.aqn import noise_multipliers
-from fp4rl.diagnose.findings import findings, rule_results, standing_out
+from fp4rl.diagnose.advice import NOISE_RULES, Options, advise, noise_multipliers, strategy
+from fp4rl.diagnose.findings import (
+    Measured,
+    apply_rule,
+    band,
+    findings,
+    meanings,
+    rule_named,
+    rule_results,
+    standing_out,
+)
 from fp4rl.diagnose.formats_advice import Choice, knapsack
-from fp4rl.diagnose.rules import Measured, apply_rule, band, meanings, rule_named
 from fp4rl.diagnose.scan import scan
 from fp4rl.inject.resolve import resolve
 from fp4rl.noise.schedule import multiplier_at

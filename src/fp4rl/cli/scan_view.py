@@ -9,9 +9,8 @@ from rich.text import Text
 from fp4rl.cli.terminal import console, heat_strip, styled, table
 from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
-from fp4rl.diagnose.findings import findings, rule_results
+from fp4rl.diagnose.findings import COLUMNS, findings, meanings, rule_results
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.rules import COLUMNS, meanings
 from fp4rl.numerics.errors import pooled
 from fp4rl.spec.words import counted
 

@@ -1,26 +1,28 @@
 """From findings to spec objects: what to leave out, which formats, how much noise where, and the reasons in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import sqrt
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from fp4rl.diagnose.aqn import noise_multipliers
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.noise.schedule import multiplier_at
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.noise import Multipliers
+from fp4rl.spec.noise import Factor, Multipliers, Zones
 from fp4rl.spec.presets import accepted
 from fp4rl.spec.scan import NoiseRule, Piece
 from fp4rl.spec.words import agreeing, counted
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
+NOISE_RULES: tuple[str, ...] = get_args(NoiseRule)  # two of them are there as controls
+LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take all the noise
 Strategy = Literal["no action", "mixed precision", "mixed precision and noise", "reconsider the format"]
 _PIECES: dict[Strategy, tuple[Piece, ...]] = {
     "no action": (),
@@ -190,3 +192,49 @@ def _noise_in_words(rule: str, multipliers: Multipliers, layers: Sequence[int]) 
         f"noise by the rule {rule}: from {factors[least]:.2g} times sigma in layer {least} "
         f"to {factors[most]:.2g} times in layer {most}"
     )
+
+
+def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_out: frozenset[int]) -> Multipliers:
+    """Return the multipliers of every layer from `severity`, layer -> KL or error, and those `standing_out`.
+
+    global        1 everywhere, the final norm included
+    targeted      1 on the layers that stand out (the worst fifth when none does), 0 elsewhere
+    healthy_only  the control: exactly the other layers
+    proportional  grows with the square root of the severity; root mean square 1
+    inverse       falls with it; root mean square 1
+    zones         one value for the layers at both ends and one for the middle, by their mean severity
+    """
+    if rule not in NOISE_RULES:
+        raise NotFoundError(f"no noise rule is called {rule!r}{nearest(rule, NOISE_RULES)}")
+    if rule == "global":
+        return Multipliers()
+    if not severity:
+        raise InvalidValueError("no layer was measured, so no multiplier can be advised; scan precision or sensitivity")
+    if rule in ("targeted", "healthy_only"):
+        ranked = sorted(severity, key=lambda layer: -severity[layer])
+        chosen = standing_out & set(severity) or set(ranked[: max(1, len(ranked) // 5)])
+        wanted = chosen if rule == "targeted" else set(severity) - chosen
+        return Multipliers(by_layer=tuple((layer, float(layer in wanted)) for layer in sorted(severity)), others=0.0)
+    if rule == "zones":
+        return Multipliers(zones=_zones(severity))
+    power = 0.5 if rule == "proportional" else -0.5
+    return Multipliers(by_layer=tuple(sorted(_scaled(severity, power).items())))
+
+
+def _scaled(severity: Mapping[int, float], power: float) -> dict[int, float]:
+    """Severity ** power, bounded, with root mean square 1 before the bounds."""
+    floor = max(max(severity.values()) * 1e-6, 1e-300)
+    raw = {layer: max(value, floor) ** power for layer, value in severity.items()}
+    scale = sqrt(sum(value * value for value in raw.values()) / len(raw))
+    return {layer: round(min(MOST, max(LEAST, value / scale)), 4) for layer, value in raw.items()}
+
+
+def _zones(severity: Mapping[int, float]) -> Zones:
+    share = Zones().edge_share
+    layers = sorted(severity)
+    width = max(1, int(share * len(layers)))
+    edge = [severity[layer] for layer in layers[:width] + layers[-width:]]
+    middle = [severity[layer] for layer in layers[width:-width]] or edge
+    means = {0: sum(edge) / len(edge), 1: sum(middle) / len(middle)}
+    factors = _scaled(means, 0.5) if max(means.values()) > 0 else {0: 1.0, 1: 1.0}
+    return Zones(edge_share=share, edge=Factor(value=factors[0]), middle=Factor(value=factors[1]))

@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fp4rl.diagnose.advice import Advice
-from fp4rl.diagnose.findings import findings, rule_results
+from fp4rl.diagnose.findings import COLUMNS, findings, meanings, rule_results
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.report import ScanReport
-from fp4rl.diagnose.rules import COLUMNS, meanings
 from fp4rl.numerics.errors import pooled
 from fp4rl.pages.page import Figure, in_rows, line, marks, over_steps, render, with_legend
 from fp4rl.spec.words import counted

@@ -6,8 +6,7 @@ from collections import defaultdict
 from torch import nn
 
 from fp4rl.inject.plan import LeftOut, SitePlan
-from fp4rl.sites.layout import is_conv1d
-from fp4rl.sites.walk import Site
+from fp4rl.sites.walk import Site, is_conv1d
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E8M7, Format
 from fp4rl.spec.injection import Injection
