@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from fp4rl.lab.folders import finished_runs, run_folder
-from fp4rl.lab.foreign.importer import import_log
 from fp4rl.lab.foreign.joined import plain_lines
-from fp4rl.lab.foreign.reader import read_log
+from fp4rl.lab.foreign.reader import import_log, read_log
 from fp4rl.lab.foreign.records import read_trl, read_verl
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.sinks import TensorBoardSink

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from fp4rl import __version__
 from fp4rl.cli.terminal import forget_left_out, require_nothing_left_out
-from fp4rl.engines.executors.launcher import launched, leave
+from fp4rl.engines.environment import launched, leave
 from fp4rl.lab.files import is_full
 from fp4rl.spec.errors import CheckFailed, UserError
 

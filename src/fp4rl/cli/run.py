@@ -13,7 +13,7 @@ from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import place
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, leave_out, print_json, table
-from fp4rl.engines.executors.launcher import launched
+from fp4rl.engines.environment import launched
 from fp4rl.engines.executors.processes import LocalPool
 from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
 from fp4rl.lab.folders import run_folder

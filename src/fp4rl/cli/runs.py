@@ -8,8 +8,8 @@ import typer
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_json, table
-from fp4rl.lab.foreign.importer import import_log
 from fp4rl.lab.foreign.joined import readable
+from fp4rl.lab.foreign.reader import import_log
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.load import read_yaml

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fp4rl.engines.rounding import choose_backend
+from fp4rl.engines.environment import choose_backend
 from fp4rl.spec.errors import CheckFailed
 
 _MANY = 6  # columns from which on one space stands between them, so that 80 columns of text hold them

@@ -193,14 +193,9 @@ def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) ->
     entry = dict(entry)
     if "format" in entry:
         fmt = entry.pop("format")
-        points = fmt if isinstance(fmt, Mapping) and "name" not in fmt else _for_every_point(fmt, content)
-        entry = {**entry, **points}
+        rounded = [point for point in LINEAR_POINTS if content[point] not in (None, "none")] or ["weight"]
+        entry |= fmt if isinstance(fmt, Mapping) and "name" not in fmt else dict.fromkeys(rounded, fmt)
     return {key: _under(preset, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}
-
-
-def _for_every_point(fmt: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    points = {point: fmt for point in LINEAR_POINTS if content[point] not in (None, "none")}
-    return points or {"weight": fmt}
 
 
 def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...]:

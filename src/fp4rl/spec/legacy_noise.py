@@ -48,8 +48,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     for path, value in settings.items():
         if FAMILY not in path:
             continue
-        rest = path.partition(FAMILY)[2]
-        *above, last = rest.lstrip("._").split(".")
+        *above, last = path.partition(FAMILY)[2].lstrip("._").split(".")
         here = nested
         for part in above:
             here = here.setdefault(part, {})

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,8 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     try:
         return _described(stages[-1], is_suite, str(path))
     except InvalidValueError as error:
-        same = next(i for i, stage in enumerate(stages) if _wrong(stage, is_suite, str(path)) == str(error))
+        mistakes = (_mistake(partial(_described, stage, is_suite, str(path))) for stage in stages)
+        same = next(i for i, mistake in enumerate(mistakes) if mistake == str(error))
         if same == 0:
             raise
         return _described(stages[-1], is_suite, f"{path} with {overrides[same - 1]!r}")
@@ -48,9 +50,9 @@ def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experime
     return suite
 
 
-def _wrong(content: dict[str, Any], is_suite: bool, source: str) -> str | None:
+def _mistake(make: Callable[[], object]) -> str | None:
     try:
-        _described(content, is_suite, source)
+        make()
     except InvalidValueError as error:
         return str(error)
     return None
@@ -184,12 +186,8 @@ def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: st
     try:
         return parse(Experiment, content, "")
     except InvalidValueError as error:
-        try:
-            parse(Experiment, base, "")
-        except InvalidValueError as same:
-            if str(same) == str(error):  # all arms have it from the base
-                raise InvalidValueError(f"{source}: base: {error}") from None
-        raise InvalidValueError(f"{source}: arm {name}: {error}") from None
+        from_base = _mistake(partial(parse, Experiment, base, "")) == str(error)  # then all arms have it
+        raise InvalidValueError(f"{source}: {'base' if from_base else f'arm {name}'}: {error}") from None
 
 
 # Keys that may hold one word or number in place of a mapping, and the key of the mapping that it stands for.

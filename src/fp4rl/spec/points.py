@@ -96,19 +96,15 @@ class Mode:
     meaning: str
 
 
-MODES: Mapping[str, Mode] = MappingProxyType(
-    {
-        mode.name: mode
-        for mode in (
-            Mode("none", None, None, None, "nothing is rounded"),
-            Mode("w4a16", MXFP4, None, None, "MXFP4 weights"),
-            Mode("w4a8", MXFP4, MXFP8, None, "MXFP4 weights, MXFP8 matmul inputs: a dense mode of Ascend"),
-            Mode("w4a4", MXFP4, MXFP4, None, "MXFP4 weights and matmul inputs, as 4-bit kernels compute"),
-            Mode("w16a4", None, MXFP4, None, "MXFP4 matmul inputs alone, to tell their error from the weights'"),
-            Mode("w8a8", MXFP8, MXFP8, None, "MXFP8 weights and matmul inputs"),
-            Mode("nvfp4_w4a16", NVFP4, None, None, "NVFP4 weights"),
-            Mode("nvfp4_w4a4", NVFP4, NVFP4, None, "NVFP4 weights and matmul inputs"),
-            Mode("w4a4_out", MXFP4, None, MXFP4, "MXFP4 weights and outputs; only to repeat older results"),
-        )
-    }
+_ALL = (
+    Mode("none", None, None, None, "nothing is rounded"),
+    Mode("w4a16", MXFP4, None, None, "MXFP4 weights"),
+    Mode("w4a8", MXFP4, MXFP8, None, "MXFP4 weights, MXFP8 matmul inputs: a dense mode of Ascend"),
+    Mode("w4a4", MXFP4, MXFP4, None, "MXFP4 weights and matmul inputs, as 4-bit kernels compute"),
+    Mode("w16a4", None, MXFP4, None, "MXFP4 matmul inputs alone, to tell their error from the weights'"),
+    Mode("w8a8", MXFP8, MXFP8, None, "MXFP8 weights and matmul inputs"),
+    Mode("nvfp4_w4a16", NVFP4, None, None, "NVFP4 weights"),
+    Mode("nvfp4_w4a4", NVFP4, NVFP4, None, "NVFP4 weights and matmul inputs"),
+    Mode("w4a4_out", MXFP4, None, MXFP4, "MXFP4 weights and outputs; only to repeat older results"),
 )
+MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})

@@ -26,8 +26,7 @@ class Preset:
     input_rounding: Rounding = "nearest_even"
 
     def at(self, point: str, fmt: Format) -> Format:
-        """The format as this target rounds at a point, the `weight` or another; InvalidValueError where the format sets
-        another rule itself."""
+        """The format as this target rounds at `point`; InvalidValueError where the format sets another rule itself."""
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
         rule, rounding = self.rule, self.weight_rounding if point == "weight" else self.input_rounding

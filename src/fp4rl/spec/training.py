@@ -144,7 +144,7 @@ class Training(Spec):
 
     def effective(self) -> dict[str, Any]:
         """What the recipe comes to, the algorithm's own numbers included, under the keys that would set them."""
-        own, filters = self.published, self.filter_groups
+        own, filters, longest = self.published, self.filter_groups, self.max_response_length
         return {
             "lr": self.lr,
             "clip_ratio_low": self.clip_ratio_low or own.clip_ratio_low,
@@ -154,9 +154,7 @@ class Training(Spec):
             "norm_adv_by_std": own.norm_adv_by_std if self.norm_adv_by_std is None else self.norm_adv_by_std,
             "kl_loss_coef": self.kl,
             "filter_groups": f"{filters.metric}, {filters.max_num_gen_batches} generations" if self.filters else "off",
-            "overlong_buffer": f"the last {self.overlong} of {self.max_response_length} tokens"
-            if self.overlong is not None
-            else "off",
+            "overlong_buffer": "off" if self.overlong is None else f"the last {self.overlong} of {longest} tokens",
         }
 
     @property

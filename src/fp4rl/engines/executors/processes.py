@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from fp4rl.engines.rounding import choose_backend
+from fp4rl.engines.environment import choose_backend
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
@@ -48,7 +48,9 @@ class LocalPool:
         """Outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on any
         exception here (a second Ctrl-C) all workers are ended before it goes on."""
         waiting, stopping = list(runs), False
-        with _interruptible() as interrupted, _ended_at_last() as workers:
+        workers: list[_Worker] = []
+        with _interruptible() as interrupted, contextlib.ExitStack() as at_last:
+            at_last.callback(_kill, workers)
             while waiting and len(workers) < self.workers:
                 workers.append(self._assigned(waiting.pop(0), root))
             while workers:
@@ -92,18 +94,6 @@ class LocalPool:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()
         return _Worker(process, ours)
-
-
-@contextlib.contextmanager
-def _ended_at_last() -> Iterator[list[_Worker]]:
-    """A list of workers; those that are still in it at the end are killed."""
-    workers: list[_Worker] = []
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.join()
 
 
 @contextlib.contextmanager
@@ -157,6 +147,12 @@ def _ask_to_end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         if worker.process.pid is not None and worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGINT)
+
+
+def _kill(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()
+        worker.process.join()
 
 
 def _stop(worker: _Worker) -> None:

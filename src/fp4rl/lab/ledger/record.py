@@ -39,8 +39,7 @@ def record(ledger: Ledger, folder: RunFolder, known: Known) -> bool:
         return False
     run, entry = read_folder(folder)
     with ledger.writing() as connection:
-        _write_whole(connection, folder, run, entry)
-    return True
+        return _write_whole(connection, folder, run, entry)
 
 
 def rebuild(
@@ -66,12 +65,9 @@ def rebuild(
             raise InvalidValueError(_missing_message(missing, root))
         for table in (tables.documents, tables.evaluations, tables.runs):
             connection.execute(delete(table))
-
-        def write_again(folder: RunFolder) -> bool:
-            _write_whole(connection, folder, *read_folder(folder))
-            return True
-
-        return _record_each(folders, write_again, on_run, on_damaged)
+        return _record_each(
+            folders, lambda folder: _write_whole(connection, folder, *read_folder(folder)), on_run, on_damaged
+        )
 
 
 def _record_each(
@@ -100,11 +96,12 @@ def known_content(connection: Connection) -> Known:
     return {(suite, run_id): content for suite, run_id, content in rows}
 
 
-def _write_whole(connection: Connection, folder: RunFolder, run: Run, entry: Row) -> None:
+def _write_whole(connection: Connection, folder: RunFolder, run: Run, entry: Row) -> bool:
     """Replace the run, or raise `Damaged` and leave the ledger as it was where a value does not fit its column."""
     try:
         with connection.begin_nested():
             write(connection, run, entry)
+            return True
     except (StatementError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, OperationalError):
             raise

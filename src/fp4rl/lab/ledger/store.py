@@ -100,7 +100,11 @@ def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledg
     server = "://" in str(where)
     engine = _postgres(str(where)) if server else _sqlite(Path(where))
     ledger = Ledger(engine, root or (Path("runs") if server else Path(where).parent))
-    _bring_up_to_date(ledger)
+    with ledger.reading() as connection:
+        up_to_date = _schema(connection) == tables.SCHEMA
+    if not up_to_date:
+        with ledger.writing() as connection:
+            _bring_up_to_date(connection)
     return ledger
 
 
@@ -172,18 +176,6 @@ def _postgres(address: str) -> Engine:
         raise InvalidValueError(f"{error}; an address is written postgresql://user@host/name") from None
 
 
-def _bring_up_to_date(ledger: Ledger) -> None:
-    with ledger.reading() as connection:
-        if _schema(connection) == tables.SCHEMA:
-            return
-    with ledger.writing() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADING})"))
-        version = _schema(connection)
-        if version != tables.SCHEMA:  # another process may have come first
-            _make_again(connection, version)
-
-
 def _schema(connection: Connection) -> str | None:
     """The schema's number; None for an empty database."""
     for table, column in ((tables.schema.name, "version"), ("alembic_version", "version_num")):
@@ -193,12 +185,17 @@ def _schema(connection: Connection) -> str | None:
     return None
 
 
-def _make_again(connection: Connection, version: str | None) -> None:
+def _bring_up_to_date(connection: Connection) -> None:
     """Make the tables of this version, with every run of the old ones in them.
 
     Schemas 0001 and 0002 spread a run over tables; their packed items are dropped, as the run folders hold them.
     Raises `InvalidValueError` for a ledger that a newer version made.
     """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADING})"))
+    version = _schema(connection)
+    if version == tables.SCHEMA:  # another process came first
+        return
     if version not in (None, "0001", "0002"):
         raise InvalidValueError(
             f"this ledger was made by a newer fp4rl (schema {version}); update fp4rl, or name another file"

@@ -1,9 +1,27 @@
-"""What a launcher of several processes (torchrun) asks of each: to know that there are others, and to leave cleanly."""
+"""What the environment asks of a process, read here, at the doors: the rounding backend, and to be one of several."""
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
+
+from fp4rl.spec.errors import InvalidValueError
+
+VARIABLE = "FP4RL_BACKEND"
+
+
+def choose_backend(announce: Callable[[str], None]) -> None:
+    """Force the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and their time.
+
+    Raises InvalidValueError for a word that is no backend and for one that cannot work here.
+    """
+    from fp4rl.numerics.dispatch import use
+
+    try:
+        use(os.environ.get(VARIABLE) or "auto", announce)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{VARIABLE}: {error}") from None
 
 
 def launched() -> bool:
