@@ -10,7 +10,7 @@ from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.load import arm_contents, load_spec, merge, read_yaml
+from fp4rl.spec.load import arm_contents, load_spec, merge, parse, read_yaml
 
 
 def written(tmp_path, content):
@@ -290,3 +290,10 @@ def test_axes_cross_the_arms(tmp_path):
         },
     )
     assert [run.arm for run in planned(load_spec(file))] == ["a+lr=0.1", "a+lr=0.2", "b+lr=0.1", "b+lr=0.2"]
+
+
+def test_values_that_conflict_are_named_by_the_key_as_it_is_written():
+    with pytest.raises(InvalidValueError, match=r"^x: noise\.schedule\.sigma_end: .* never reaches zero"):
+        parse(Experiment, {"noise": {"schedule": {"kind": "geometric", "sigma_end": 0}}}, "x")
+    with pytest.raises(InvalidValueError, match=r"^x: evaluation\.preset: .* did you mean 'ocp'"):
+        parse(Experiment, {"evaluation": {"preset": "ocpp"}}, "x")

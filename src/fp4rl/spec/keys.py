@@ -149,7 +149,7 @@ def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
     message = _said(first["type"], first["msg"], first["input"], first.get("ctx", {}))
     key, colon, rest = message.partition(": ")
     if colon and key in keys_at(kind, first["loc"]):  # values that are each allowed, and not together
-        path, message = [*path, key], rest
+        path, message = written(kind, (*first["loc"], key)), rest
     return ": ".join([".".join(path), message] if path else [message])
 
 

@@ -34,11 +34,11 @@ class Fade(Spec):
 
     def _conflicts(self) -> Iterator[str]:
         if self.sigma_end > self.sigma_start:
-            ends = f"sigma_end {self.sigma_end:g} is above sigma_start {self.sigma_start:g}"
-            yield f"{ends}: the noise would grow; swap them"
+            ends = f"{self.sigma_end:g} is above sigma_start {self.sigma_start:g}"
+            yield f"sigma_end: {ends}: the noise would grow; swap them"
         if self.by_ratio and self.sigma_end == 0:
             yield (
-                "sigma_end is 0, and a geometric fade never reaches zero; name the last value you want, such as "
+                "sigma_end: is 0, and a geometric fade never reaches zero; name the last value you want, such as "
                 "0.0005, or write `noise: none`"
             )
 
