@@ -24,7 +24,7 @@ from trl.rewards import get_soft_overlong_punishment
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.quiet import quiet
-from fp4rl.rl.arguments import arguments
+from fp4rl.rl.components import arguments
 from fp4rl.rl.events import ignore
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.inputs import start_folder

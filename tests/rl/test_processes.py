@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fp4rl.rl import processes
-from fp4rl.rl.arguments import arguments, require_shares
+from fp4rl.rl.components import arguments, require_shares
 from fp4rl.rl.step_metrics import joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.training import Training

@@ -11,7 +11,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from fp4rl.models.load import load
 from fp4rl.rl import trainer as trainer_room
-from fp4rl.rl.arguments import arguments
+from fp4rl.rl.components import arguments
 from fp4rl.rl.events import ignore
 from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.rollout import by_length, group_advantages

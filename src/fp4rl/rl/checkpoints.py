@@ -48,7 +48,7 @@ def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> N
 def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint in `folder` that is complete, whole and of this code; `say` hears why others are not."""
     for path in _by_age(folder):
-        checkpoint, why = _read(path, stamp)
+        checkpoint, why = read(path, stamp)
         if checkpoint is not None:
             return checkpoint
         say(f"checkpoint {path.name} is left out: {why}")
@@ -62,11 +62,6 @@ def all_of(folder: Path) -> dict[int, Path]:
         with suppress(*_UNREADABLE):  # the same that `newest` leaves out, and says so
             by_step[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
     return by_step
-
-
-def read(path: Path, stamp: str) -> Checkpoint | None:
-    """The checkpoint in `path`, None when it is not whole."""
-    return _read(path, stamp)[0]
 
 
 def rotate(folder: Path, every: int, keep: int) -> None:
@@ -92,7 +87,8 @@ def _by_age(folder: Path) -> list[Path]:
     return sorted(folders, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
-def _read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
+def read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in `path`, or None and why it cannot be gone on from."""
     if not (path / STATE).is_file():
         return None, "it was not written to its end"
     try:

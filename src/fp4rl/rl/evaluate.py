@@ -21,7 +21,7 @@ from fp4rl.rl.generate import Sampler, Sampling, sampler_named, transformers_sam
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
-from fp4rl.rl.verify import Record, acting, load_saved, rounded, weights_unchanged
+from fp4rl.rl.verify import Record, load_saved, rounded, weights_unchanged
 from fp4rl.spec import evidence
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
@@ -187,7 +187,8 @@ class EvaluationRunner:
                 items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
                 if attachment is not None:  # what should have acted while the answers were made, and what did
                     attachment.require_calls()
-                    plan: evidence.Evidence = acting(attachment, "evaluation")
+                    points = attachment.table.acting("evaluation")
+                    plan: evidence.Evidence = evidence.Acting(phase="evaluation", points=points)
                     for line in (plan, rounded(attachment, step), *attachment.evidence()):
                         record(line.extended(profile=name, step=step))
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)

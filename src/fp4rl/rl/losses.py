@@ -52,10 +52,8 @@ class Whole:
     @classmethod
     def of_step(cls, masks: Sequence[Tensor], accelerator: Any) -> tuple[bool, "Whole"]:
         """Whether the micro-batches of one optimizer step hold any answer, in any process; and their counts."""
-        lengths = [mask.sum(-1) for mask in masks]
-        tokens = torch.stack([length.sum() for length in lengths]).sum()
-        answers = torch.stack([(length > 0).sum() for length in lengths]).sum()
-        counts = torch.stack([tokens, answers]).float()
+        lengths = torch.cat([mask.sum(-1) for mask in masks])
+        counts = torch.stack([lengths.sum(), (lengths > 0).sum()]).float()
         if accelerator.num_processes > 1:
             counts = accelerator.reduce(counts, reduction="mean")
         return bool(counts[1] > 0), cls(tokens=counts[0].clamp(min=1), sequences=counts[1].clamp(min=1))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
-from fp4rl.rl.arguments import require_shares
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
+from fp4rl.rl.components import require_shares
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
@@ -125,7 +125,7 @@ def _roll_back(run: Run, session: TrainingSession) -> None:
     checkpoints, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
     # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
     step = last_healthy([done for done in checkpoints if every and done % every == 0], session.monitor.alarms)
-    past.checkpoint = read(checkpoints[step], run.stamp) if step is not None else None
+    past.checkpoint = read(checkpoints[step], run.stamp)[0] if step is not None else None
     back = past.checkpoint.step if past.checkpoint is not None else 0
     processes.wait()  # all have read what is there
     if processes.is_first():

@@ -19,8 +19,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
 from fp4rl.rl import processes
-from fp4rl.rl.arguments import arguments
-from fp4rl.rl.components import TrainerComponents
+from fp4rl.rl.components import TrainerComponents, arguments
 from fp4rl.rl.events import Message
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.generate import Sampling, answer_logps, dropout_off, drops, whole_sequences

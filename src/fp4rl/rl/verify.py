@@ -45,11 +45,6 @@ def require_sound_quantizer() -> None:
     require_sound(quantize)
 
 
-def acting(attachment: Attachment, phase: Phase) -> Acting:
-    """Name the points and hardware errors of a phase, with the number of sites at which each is to act."""
-    return Acting(phase=phase, points=attachment.table.acting(phase))
-
-
 def rounded(attachment: Attachment, step: int) -> Rounded:
     """Compare the operands of this phase's matmuls with their masters, rounded now. CheckFailed where they differ."""
     return Rounded(phase=attachment.phase, sites=require_rounded(attachment), step=step)
@@ -145,8 +140,8 @@ def verify_final(
     """
     rows = attachment.evidence() if attachment is not None else []
     if attachment is not None:
-        record(acting(attachment, "rollout"))
-        record(acting(attachment, "training"))
+        record(Acting(phase="rollout", points=attachment.table.acting("rollout")))
+        record(Acting(phase="training", points=attachment.table.acting("training")))
     for row in rows:
         record(row)
     difference = _live_against_fresh(experiment, model, attachment, final)
