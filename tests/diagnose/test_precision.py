@@ -10,7 +10,7 @@ from fp4rl.diagnose.precision import (
     rounding_error,
     stored_weight_errors,
     weight_errors,
-    weight_of,
+    weights_of,
 )
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
@@ -55,7 +55,7 @@ def test_a_weight_in_pieces_has_the_error_of_the_whole(trained, name, monkeypatc
     monkeypatch.setattr("fp4rl.diagnose.precision.PIECE", 64 * 32)
     table = resolve(trained, Injection(weight=FORMATS[name]))
     plan = next(plan for plan in table.plans if plan.name.endswith("0.mlp.gate_proj"))
-    weight = weight_of(trained, plan)
+    weight = weights_of(trained, plan)[0]
     whole = ErrorSums()
     seen = weight.bfloat16()
     whole.add(round_piece(seen, FORMATS[name]))
@@ -122,4 +122,4 @@ def test_merged_adapters_are_part_of_the_weight_that_is_scanned(trained):
     )
     layer = wrapped.base_model.model.model.layers[0].self_attn.q_proj
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
-    assert torch.allclose(weight_of(wrapped, table.plans[0]), expected, atol=1e-6)
+    assert torch.allclose(weights_of(wrapped, table.plans[0])[0], expected, atol=1e-6)

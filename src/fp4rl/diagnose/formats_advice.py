@@ -10,8 +10,9 @@ from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
-from fp4rl.diagnose.precision import PIECE, weight_of
+from fp4rl.diagnose.precision import PIECE, weights_of
 from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.sensitivity import divergences
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.errors import ErrorSums, round_piece
 from fp4rl.spec.errors import InvalidValueError
@@ -106,8 +107,14 @@ def advised_formats(
     if injection.weight is None or not plans:
         raise InvalidValueError("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
     kl = {site.name: site.kl for site in report.sensitivity.sites}
+    widened = _widened(report.table)
     narrow = estimated_kl(model, report.table, calibration, generator=generator)
-    wide = estimated_kl(model, _widened(report.table), calibration, generator=generator)
+    wide = estimated_kl(model, widened, calibration, generator=generator)
+    stacks = [plan for plan in widened.plans if plan.name not in narrow]  # experts have no estimate: a pass each
+    tables = [replace(widened, plans=(plan,)) for plan in stacks]
+    measured = divergences(model, tables, calibration)
+    narrow |= {plan.name: kl[plan.name] for plan in stacks}
+    wide |= {plan.name: divergence.kl for plan, divergence in zip(stacks, measured, strict=True)}
     groups = fused_groups(plans)
     size = {plan.name: prod(plan.site.shape) for plan in plans}
     choices = {
@@ -139,7 +146,7 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
         tried |= {f"scale_rule: {rule}": replace(fmt, scale_rule=rule) for rule in others}
     if fmt.rotation is None:
         tried["rotation: 32"] = replace(fmt, rotation=32)
-    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
+    plans = [plan for plan in table.plans if plan.weight is not None]
     errors = {name: _error(model, plans, table, variant) for name, variant in tried.items()}
     now = errors["as scanned"]
     variants = [Variant(name, tried[name], error, error / now - 1) for name, error in errors.items() if now > 0]
@@ -148,8 +155,7 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
 
 def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: Format) -> float:
     tally = ErrorSums()
-    for plan in plans:
-        weight = weight_of(model, plan)
+    for weight in (weight for plan in plans for weight in weights_of(model, plan)):
         rows = max(1, PIECE // weight.shape[-1])
         fits = fmt.rotation is None or weight.shape[-1] % fmt.rotation == 0
         seen = weight[:rows].to(getattr(torch, table.injection.dtype))

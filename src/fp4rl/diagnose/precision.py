@@ -16,7 +16,7 @@ from fp4rl.inject.adapted import AdaptedSum
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import skeleton
-from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, round_piece
+from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -57,9 +57,12 @@ def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     """Measure every weight that the table rounds, and return the sums behind it; InvalidValueError for NaN and Inf."""
-    return _weight_errors(
-        lambda plan: lambda height: iter(torch.split(weight_of(model, plan), height)), table, on_progress
-    )
+    plans = [plan for plan in table.plans if plan.weight is not None]
+
+    def matrices_of(plan: SitePlan) -> list[Rows]:
+        return [_pieces(weight) for weight in weights_of(model, plan)]
+
+    return _weight_errors(matrices_of, plans, table, on_progress)
 
 
 def stored_weight_errors(
@@ -67,27 +70,39 @@ def stored_weight_errors(
 ) -> tuple[SiteTable, tuple[PartError, ...], dict[str, ErrorSums]]:
     """Measure the weights of a checkpoint folder from its files; the model is never loaded and need not fit in memory.
 
-    Raises InvalidValueError for an adapter's folder, NotFoundError for a tensor that the files do not hold.
+    Stacked experts are left out, since files name and stack them in many ways. Raises InvalidValueError for an
+    adapter's folder, NotFoundError for a tensor that the files do not hold.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
     table, stored = resolve(skeleton(folder), injection), stored_tensors(folder)
-    return table, *_weight_errors(lambda plan: _tensor_of(plan, stored, folder).rows, table, on_progress)
+    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
+    return table, *_weight_errors(lambda plan: [_tensor_of(plan, stored, folder).rows], plans, table, on_progress)
 
 
 def _weight_errors(
-    rows_of: Callable[[SitePlan], Rows], table: SiteTable, on_progress: Progress | None
+    matrices_of: Callable[[SitePlan], list[Rows]], plans: list[SitePlan], table: SiteTable, on_progress: Progress | None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    sums = {plan.name: rounding_error(rows_of(plan), plan, table) for plan in tracked(plans, on_progress)}
+    """One row a site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
+    sums = {
+        plan.name: pooled([rounding_error(rows, plan, table) for rows in matrices_of(plan)])
+        for plan in tracked(plans, on_progress)
+    }
     return tuple(part_error(plan, "weight", sums[plan.name]) for plan in plans), sums
 
 
-def weight_of(model: nn.Module, plan: SitePlan) -> Tensor:
-    """The weight [out, in] that is rounded: its layer's own, plus its active adapters where they are merged."""
+def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
+    """The matrices [out, in] that are rounded: a layer's own (plus its active adapters where they are merged), or one
+    an expert."""
     if plan.merged:
-        return AdaptedSum(model.get_submodule(plan.site.path.rpartition(".")[0])).weight.detach()
-    return as_used(plan.site, model.get_submodule(plan.site.path).get_parameter("weight").detach())
+        return (AdaptedSum(model.get_submodule(plan.site.path.rpartition(".")[0])).weight.detach(),)
+    parameter = model.get_submodule(plan.site.path).get_parameter(plan.site.parameter or "weight").detach()
+    weight = as_used(plan.site, parameter)
+    return weight.unbind(0) if plan.site.kind == "experts" else (weight,)
+
+
+def _pieces(weight: Tensor) -> Rows:
+    return lambda height: iter(torch.split(weight, height))
 
 
 def input_errors(

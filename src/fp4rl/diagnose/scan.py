@@ -11,7 +11,7 @@ from fp4rl.diagnose.calibration import Calibration, calibrate
 from fp4rl.diagnose.depth import depth
 from fp4rl.diagnose.dynamics import dynamics, ratios
 from fp4rl.diagnose.passes import Progress
-from fp4rl.diagnose.precision import input_errors, weight_errors, weight_of
+from fp4rl.diagnose.precision import input_errors, weight_errors, weights_of
 from fp4rl.diagnose.report import Distribution, ScanReport
 from fp4rl.diagnose.sensitivity import sensitivity
 from fp4rl.diagnose.suspects import suspects
@@ -101,9 +101,10 @@ def distribution(model: nn.Module, report: ScanReport, site: str) -> Distributio
     plan = next((p for p in report.table.plans if p.name == site and p.weight is not None), None)
     if plan is None or plan.weight is None:
         raise InvalidValueError(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
-    seen = weight_of(model, plan).to(getattr(torch, report.table.injection.dtype))
+    matrices = [weight.to(getattr(torch, report.table.injection.dtype)) for weight in weights_of(model, plan)]
+    seen = torch.cat(matrices)
     generator = torch.Generator(seen.device).manual_seed(0) if plan.weight.rounding == "stochastic" else None
-    rounded = fake_quantize(seen, plan.weight, generator=generator)
+    rounded = torch.cat([fake_quantize(matrix.contiguous(), plan.weight, generator=generator) for matrix in matrices])
     unit = float(seen.float().square().mean().sqrt()) or 1.0
     edges = torch.linspace(-REACH, REACH, BINS + 1)
     counts = [torch.histogram((x.float().cpu() / unit).clamp(-REACH, REACH), edges).hist for x in (seen, rounded)]

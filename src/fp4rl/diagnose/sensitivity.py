@@ -58,24 +58,26 @@ def sensitivity(
     """Measure and estimate what every site of `table` does to the output. The model is unchanged afterwards.
 
     Measuring takes a pass per site and batch, and one more for `leave_one_out`; estimating a forward and a backward.
+    What no backward estimates (stacked experts, caches) is measured also without `measured`.
     """
-    plans = table.plans if measured else ()
-    others_of = {plan.name: tuple(other for other in table.plans if other is not plan) for plan in plans}
-    tables = [replace(table, plans=(plan,)) for plan in plans]
-    tables += [replace(table, plans=others_of[plan.name]) for plan in plans if leave_one_out]
-    divergences = _divergences(model, [table, *tables], calibration, on_progress)
     estimates = estimated_kl(model, table, calibration, generator=generator)
-    everything, each, others = divergences[0], divergences[1 : 1 + len(plans)], divergences[1 + len(plans) :]
+    alone = [plan for plan in table.plans if measured or plan.name not in estimates]
+    without = table.plans if measured and leave_one_out else ()
+    tables = [table, *(replace(table, plans=(plan,)) for plan in alone)]
+    tables += [replace(table, plans=tuple(other for other in table.plans if other is not plan)) for plan in without]
+    everything, *rest = divergences(model, tables, calibration, on_progress)
+    each = dict(zip((plan.name for plan in alone), rest, strict=False))
+    others = dict(zip((plan.name for plan in without), rest[len(alone) :], strict=True))
     sites = [
         SiteSensitivity(
             plan.name,
             plan.site.layer,
             plan.site.role,
-            leave_one_in=each[i] if measured else None,
-            leave_one_out=everything - others[i] if measured and leave_one_out else None,
+            leave_one_in=each.get(plan.name),
+            leave_one_out=everything - others[plan.name] if plan.name in others else None,
             estimate=estimates.get(plan.name),
         )
-        for i, plan in enumerate(table.plans)
+        for plan in table.plans
     ]
     known = [(s.estimate, s.leave_one_in.kl) for s in sites if s.leave_one_in is not None and s.estimate is not None]
     agreement = rank_correlation([e for e, _ in known], [kl for _, kl in known])
@@ -100,23 +102,23 @@ def _ranks(values: Sequence[float]) -> torch.Tensor:
     return below + (equal - 1) / 2
 
 
-def _divergences(
-    model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None
+def divergences(
+    model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None = None
 ) -> list[Divergence]:
     """Divergence of each table over all batches; batches outside, so that one reference is held at a time."""
     by_table: list[list[Divergence]] = [[] for _ in tables]
     done, total = 0, len(tables) * len(calibration.batches)
     for batch in calibration.batches:
         reference = reference_of(model, batch)
-        for divergences, table in zip(by_table, tables, strict=True):
+        for of_table, table in zip(by_table, tables, strict=True):
             if table.plans:
                 with attach(model, table) as attachment:
                     attachment.set_phase("evaluation")
-                    divergences.append(divergence_of(model, batch, reference))
+                    of_table.append(divergence_of(model, batch, reference))
             else:
-                divergences.append(Divergence(0.0, 0.0))
+                of_table.append(Divergence(0.0, 0.0))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
-    return [weighted(divergences, weights) for divergences in by_table]
+    return [weighted(of_table, weights) for of_table in by_table]
