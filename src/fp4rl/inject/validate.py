@@ -43,7 +43,9 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
     if site.kind == "router" and not isinstance(module, nn.Linear):
         raise InvalidValueError(f"{site.name} is a {type(module).__name__}, no linear layer to be rounded; leave it")
     if site.parameter is None:
-        raise InvalidValueError(f"{site.name} has no weight of its own (parametrized, sharded?); attach before that")
+        raise InvalidValueError(
+            f"{site.name} has no weight of its own (parametrized, or sharded already); attach before"
+        )
     own = is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
     if not own:
         raise InvalidValueError(

@@ -90,8 +90,11 @@ def same_number(a: Decimal | None, b: Decimal | None) -> bool:
 def scored(answer: str, completion: str) -> Score:
     """Score the completion's final number against `answer`, the right one written plainly."""
     gold, strict = Decimal(answer), strict_number(completion)
-    flexible = same_number(flexible_number(completion), gold)
-    return Score(strict=same_number(strict, gold), flexible=flexible, formatted=strict is not None)
+    return Score(
+        strict=same_number(strict, gold),
+        flexible=same_number(flexible_number(completion), gold),
+        formatted=strict is not None,
+    )
 
 
 def plain(number: Decimal) -> str:
