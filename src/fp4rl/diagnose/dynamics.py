@@ -80,10 +80,7 @@ def dynamics(
 
 
 def _own_stream(generator: torch.Generator) -> torch.Generator:
-    """Return a generator that shares no stream with any other of a small seed.
-
-    Weights that were drawn from seed 0 and probed with noise from seed 0 answer themselves: it looked like spikes.
-    """
+    """Return a generator of a stream of its own: weights from seed 0 answer noise from seed 0 as if with spikes."""
     drawn = int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
     seed = hashlib.blake2b(f"probe {drawn}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)

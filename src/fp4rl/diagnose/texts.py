@@ -9,10 +9,7 @@ ENOUGH_TEXTS = 32
 
 
 def texts_of(file: Path) -> list[str]:
-    """The lines of a text file; one with fewer than 32 lines is cut into 32 pieces of equally many words instead.
-
-    Raises NotFoundError for a missing file and InvalidValueError for an empty one.
-    """
+    """Lines of a text file, or 32 pieces of one with fewer; NotFoundError if missing, InvalidValueError if empty."""
     if not file.is_file():
         raise NotFoundError(f"{file}: no such file; give a text file to calibrate on")
     text = file.read_text(encoding="utf-8", errors="replace")

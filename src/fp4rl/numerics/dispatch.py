@@ -49,10 +49,7 @@ _PROCESS = _Process()
 
 
 def use(backend: str, announce: Callable[[str], None] = silent) -> None:
-    """Force a backend (or `auto`) for this process; `announce` is told what is being compiled.
-
-    Raises InvalidValueError for a word that is no backend, and for one that cannot work here.
-    """
+    """Force a backend for this process and `announce` what it compiles; InvalidValueError for one that cannot work."""
     if backend not in BACKENDS:
         raise InvalidValueError(f"no backend is called {backend!r}{nearest(backend, BACKENDS)}")
     if backend == "triton" and not (torch.cuda.is_available() and find_spec("triton")):
