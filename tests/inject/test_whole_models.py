@@ -193,3 +193,17 @@ def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused
     packed = {"mode": "w4a16", "frozen_base": "packed", "apply_during": everywhere}
     with pytest.raises(InvalidValueError, match=r"stored \[in, out\]; take copy"):
         resolve(model, Injection.model_validate(packed))
+
+
+def test_an_adapter_in_the_place_of_stacked_experts_is_refused_and_one_on_attention_alone_rounds_the_experts():
+    """Fault: KeyError 'down_proj' at the first forward of LoRA on a mixture of experts."""
+    everywhere = get_peft_model(tiny("Qwen3Moe").float(), LoraConfig(r=2, target_modules="all-linear"))
+    assert any("experts" in name and "lora_" in name for name, _ in everywhere.named_parameters())
+    with pytest.raises(InvalidValueError, match=r"experts.*adapter of stacked experts.*target_modules: \[q_proj"):
+        resolve(everywhere, Injection.named("w4a16"))
+    attention = get_peft_model(tiny("Qwen3Moe").float(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with attach(attention, Injection.named("w4a4")) as injected:
+        attention(IDS, labels=IDS).loss.backward()
+        injected.require_calls()
+        assert {plan.site.kind for plan in injected.table.plans} == {"linear", "experts"}
+    assert any(p.grad.abs().sum() > 0 for p in attention.parameters() if p.requires_grad)

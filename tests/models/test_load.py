@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4rl.models.load import load
+from fp4rl.models.load import load, with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
-from fp4rl.spec.model import Embedded
+from fp4rl.spec.model import Embedded, Lora
 
 PROMPT = "Q: Tom has 2 3 coins . loses 2 . How many ? A:"
 
@@ -172,3 +172,18 @@ def test_an_adapter_that_lacks_weights_is_refused_instead_of_acting_as_the_base(
 def test_an_adapter_without_its_weights_file(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     refused(adapter, InvalidValueError, "adapter in .* cannot be read")
+
+
+def test_an_adapter_sits_where_it_is_told_to_and_a_layer_that_is_not_there_is_a_mistake(tmp_path):
+    def adapted(*names):
+        model = with_lora(
+            build(Embedded(num_layers=1), build_tokenizer()), Lora(rank=2, target_modules=names), tmp_path
+        )
+        return {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    assert adapted("q_proj", "v_proj") == {"q_proj", "v_proj"}
+    assert adapted("all-linear") == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(InvalidValueError, match="no layer 'q_prj'; did you mean 'q_proj'"):
+        adapted("q_prj")
+    with pytest.raises(ValueError, match="all-linear alone"):
+        Lora(target_modules=("all-linear", "q_proj"))

@@ -105,6 +105,7 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
         validate.require_change(plan, module, injection)
     if site.kind == "experts":
+        validate.require_no_adapter(site, model.get_submodule(site.path.rpartition(".")[0]))
         validate.require_layout(site, module)
         validate.require_reachable_experts(plan, module)
         note = _EXPERT_GRADIENTS if plan.grad_input or plan.grad_weight else plan.note

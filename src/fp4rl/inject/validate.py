@@ -86,6 +86,15 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
         )
 
 
+def require_no_adapter(site: Site, above: nn.Module) -> None:
+    """InvalidValueError for stacked experts whose parameter an adapter (PEFT's `target_parameters`) puts a sum into."""
+    if site.path.endswith("base_layer") and hasattr(above, "parameter_name"):
+        raise InvalidValueError(
+            f"{site.name}: an adapter of stacked experts puts a sum in their parameter's place, where rounding does not "
+            "reach; adapt other layers alone, such as model.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+        )
+
+
 def require_layout(site: Site, module: nn.Module) -> None:
     """InvalidValueError for experts whose sizes do not tell their parts, or the axis that their matmul sums over."""
     kind, shape = type(module).__name__, list(site.shape)

@@ -137,10 +137,11 @@ def skeleton(path: str | Path) -> PreTrainedModel:
 
 
 def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
-    """`model`, loaded from the folder `base`, under a fresh LoRA adapter on every linear layer of its decoder.
+    """`model`, loaded from the folder `base`, under a fresh LoRA adapter on the linear layers of its decoder.
 
     The base is frozen and stays where it is: only the adapter is saved, with the path of its base. The initial values
-    come from torch's global generator. Raises InvalidValueError for a folder that holds an adapter already.
+    come from torch's global generator. Raises InvalidValueError for a folder that holds an adapter already, and for
+    modules that the model has not.
     """
     from peft import LoraConfig, get_peft_model  # only in this file: a plain model needs no peft
 
@@ -151,9 +152,12 @@ def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
         lora_alpha=lora.alpha,  # peft divides by it: a float is as good
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
-        target_modules="all-linear",
+        target_modules=lora.target_modules[0] if lora.target_modules == ("all-linear",) else list(lora.target_modules),
         task_type="CAUSAL_LM",
     )
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in {*lora.target_modules} - layers - {"all-linear"}:
+        raise InvalidValueError(f"model.lora.target_modules: the model has no layer {name!r}{nearest(name, layers)}")
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     return adapted

@@ -1,11 +1,11 @@
 """Which model a run starts from: the embedded one, or a Hugging Face folder on this disk."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fp4rl.spec.frozen import Place, Spec
+from fp4rl.spec.frozen import Place, Spec, WordOrList
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,12 +42,19 @@ class Embedded(Spec):
 
 
 class Lora(Spec):
-    """A LoRA adapter on every linear layer of the decoder (peft's `all-linear`)."""
+    """A LoRA adapter on every linear layer of the decoder (peft's `all-linear`), or on those that are named."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     rslora: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: Annotated[tuple[str, ...], WordOrList] = Field(
+        default=("all-linear",), description="last names of the layers, such as [q_proj, v_proj]; all-linear: every one"
+    )
+
+    def _conflicts(self) -> Iterator[str]:
+        if not self.target_modules or (len(self.target_modules) > 1 and "all-linear" in self.target_modules):
+            yield "target_modules names layers, or is all-linear alone"
 
 
 class Model(Spec):
