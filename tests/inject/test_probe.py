@@ -215,6 +215,6 @@ def test_a_change_that_the_sample_does_not_meet_is_found_in_the_whole():
 def test_the_table_says_what_acts_where():
     spec = {"mode": "w4a4", "errors": [{"kind": "relative"}], "apply_during": {"input": ["rollout"]}}
     with attach(policy(), Injection.model_validate(spec)) as harmed:
-        assert harmed.table.acting("rollout") == {"weight": 2, "input": 2, "relative@matmul/forward": 2}
-        assert harmed.table.acting("evaluation") == {"weight": 2}
-        assert harmed.table.acting("reference") == {}
+        assert harmed.table.active_sites("rollout") == {"weight": 2, "input": 2, "relative@matmul/forward": 2}
+        assert harmed.table.active_sites("evaluation") == {"weight": 2}
+        assert harmed.table.active_sites("reference") == {}

@@ -92,7 +92,7 @@ def _answers(
             sides = [named_side(connection, runs, name, at) for name in (treatment, str(control))]
             questions = [(question, sides[0], sides[1])]
         answers = answer_all(questions, lambda run: spread_of_run(connection, run), force=force)
-    return tuple(checked(a) for a in answers if known is None or a.question.asked == known.asked)
+    return tuple(checked(a) for a in answers if known is None or a.question.declaration == known.declaration)
 
 
 def _print(answer: "Answer") -> None:

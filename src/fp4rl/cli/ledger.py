@@ -35,7 +35,7 @@ def rebuild_ledger(
     from fp4rl.lab.ledger.store import open_ledger
 
     _require_runs(runs)
-    with open_ledger(place(runs, ledger), runs) as store, progress() as advance:
+    with open_ledger(ledger_address(runs, ledger), runs) as store, progress() as advance:
         on_run = partial(advance, "reading runs")
         count = rebuild(store, runs, drop_missing=drop_missing, on_run=on_run, on_damaged=leave_out)
     console().print(f"{counted(count, 'run')} recorded in {store.name}", soft_wrap=True)
@@ -72,7 +72,7 @@ def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
 
     if address is None:
         _require_runs(runs)
-    with open_ledger(place(runs, address), runs) as ledger:
+    with open_ledger(ledger_address(runs, address), runs) as ledger:
         with progress() as advance:
             record_new(ledger, runs, partial(advance, "recording runs"), leave_out)
         yield ledger
@@ -83,6 +83,6 @@ def _require_runs(runs: Path) -> None:
         raise NotFoundError(f"{runs}: no folder of runs here; name it with --runs, or make one with `fp4rl run`")
 
 
-def place(runs: Path, address: str | None) -> str | Path:
+def ledger_address(runs: Path, address: str | None) -> str | Path:
     """Where the ledger of a folder of runs is: the address that is named, else its own file."""
     return address or runs / "ledger.db"

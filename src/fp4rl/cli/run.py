@@ -10,7 +10,7 @@ from rich.console import Console, Group
 
 from fp4rl.cli.described import described_by, require_here, runs_described, warnings_of
 from fp4rl.cli.display import Display
-from fp4rl.cli.ledger import place
+from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, leave_out, print_json, table
 from fp4rl.engines.environment import launched
@@ -137,7 +137,7 @@ def carry_out_all(
         screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already")
     for line in warnings_of(missing) if not quiet else ():
         screen.print(f"warning: {line}")
-    book = place(root, ledger)
+    book = ledger_address(root, ledger)
     _record(book, root, screen)  # also what a killed process finished and did not get to enter
     display = Display(missing, screen)
 

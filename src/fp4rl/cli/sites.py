@@ -57,7 +57,7 @@ def command(
     if translation:
         injection = translation.injection
     elif mode is not None or preset is not None:
-        injection = _asked(mode, preset, injection)
+        injection = _requested(mode, preset, injection)
     table = _resolved(model_spec, injection)
     if write and translation:
         heading = "Settings of the verl fork, translated by `fp4rl sites --old`"
@@ -92,7 +92,7 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
     return experiment.model, experiment.injection or Injection()
 
 
-def _asked(mode: str | None, preset: str | None, present: Injection) -> Injection:
+def _requested(mode: str | None, preset: str | None, present: Injection) -> Injection:
     if mode is None:
         return present if preset is None else under_preset(present, preset)
     cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"

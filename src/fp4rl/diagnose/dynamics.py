@@ -143,9 +143,11 @@ class _Seen:
         args, kwargs = some_texts(given, texts)
         hidden, real = some_texts(hidden, texts), some_texts(mask.bool().to(hidden.device), texts)
         change = torch.randn(hidden.shape, generator=self.generator, dtype=torch.float32).to(hidden.device)
-        moved = (hidden.float() + STEP * float(hidden[real].float().square().mean().sqrt()) * change).to(hidden.dtype)
-        changed, once, again = (_called(layer, value, args, kwargs)[real].double() for value in (moved, hidden, hidden))
-        came, went = changed - once, (moved - hidden)[real].double()
+        shifted = (hidden.float() + STEP * float(hidden[real].float().square().mean().sqrt()) * change).to(hidden.dtype)
+        changed, once, again = (
+            _called(layer, value, args, kwargs)[real].double() for value in (shifted, hidden, hidden)
+        )
+        came, went = changed - once, (shifted - hidden)[real].double()
         gains = came.std(-1, correction=0) / went.std(-1, correction=0)
         return gains, float((again - once).square().mean().sqrt() / once.square().mean().sqrt())
 

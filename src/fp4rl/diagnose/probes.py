@@ -47,11 +47,11 @@ class Probe:
 def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
     """Ask `layer` with inputs [tokens, in], in three calls; `generator` draws the change of the input."""
     change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
-    moved = (x.float() + STEP * _rms(x) * change).to(x.dtype)
-    step = moved.float() - x.float()  # what is left of the change after rounding to x's dtype
+    shifted = (x.float() + STEP * _rms(x) * change).to(x.dtype)
+    step = shifted.float() - x.float()  # what is left of the change after rounding to x's dtype
     expected = (step.square().mean(0) @ layer.weight.float().square().T).double().sqrt()  # [out], spread per channel
     known = expected > 0
-    y, again, rest = (layer(value).double()[:, known] for value in (x, x, torch.cat([moved, -x, x * LOUDER])))
+    y, again, rest = (layer(value).double()[:, known] for value in (x, x, torch.cat([shifted, -x, x * LOUDER])))
     plain, turned, loud = rest.chunk(3)
     bias = torch.zeros_like(expected) if layer.bias is None else layer.bias.double()
     expected, bias = expected[known], bias[known]

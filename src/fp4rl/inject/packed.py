@@ -52,8 +52,8 @@ class PackedState(LinearState):
         packed = self.packed
         assert packed is not None
         factor = None if packed.factor is None else packed.factor.to(device)
-        moved = packed.data.to(device), packed.scales.to(device), factor
-        self.packed = Packed(*moved, packed.levels, packed.columns)
+        shifted = packed.data.to(device), packed.scales.to(device), factor
+        self.packed = Packed(*shifted, packed.levels, packed.columns)
 
     def would_change(self, point: str, x: Tensor) -> bool:
         """Codes can hold nothing but rounded values: a packed weight that did not change lay on the grid."""

@@ -90,13 +90,13 @@ class SiteTable:
         """Twelve hexadecimal digits that stand for the whole table: sites, formats, phases, what a gradient does."""
         injection = self.injection
         facts = {"dtype": injection.dtype, "straight_through": injection.straight_through, "seed": injection.seed}
-        return _digest({phase: self._acting(phase) for phase in PHASES} | facts)
+        return _digest({phase: self._active_rows(phase) for phase in PHASES} | facts)
 
     def digest_in(self, phase: Phase) -> str:
         """Twelve hexadecimal digits of what acts in the forward of one phase: equal where the same numbers result."""
-        return _digest({"plans": self._acting(phase, forward_only=True), "dtype": self.injection.dtype})
+        return _digest({"plans": self._active_rows(phase, forward_only=True), "dtype": self.injection.dtype})
 
-    def acting(self, phase: Phase) -> dict[str, int]:
+    def active_sites(self, phase: Phase) -> dict[str, int]:
         """What acts in a phase, and at how many sites: points with a format, and hardware errors by their names."""
         points = self.injection.apply_during.active(phase)
         counts: Counter[str] = Counter()
@@ -117,15 +117,15 @@ class SiteTable:
             "left_out": [left.row() for left in self.left_out],
         }
 
-    def _acting(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
+    def _active_rows(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
         """The rows cut down to what acts in a phase; sites where nothing does are gone."""
         points = self.injection.apply_during.active(phase) - (set(GRADIENTS) if forward_only else set())
         rows = []
         for plan in self.plans:
             row = plan.row()
-            acting = {key: row[key] for key in (*FORMAT_POINTS, "errors") if key in row and key in points}
-            if acting:
-                rows.append({"site": plan.name, "shape": row["shape"], "merged": plan.merged} | acting)
+            active = {key: row[key] for key in (*FORMAT_POINTS, "errors") if key in row and key in points}
+            if active:
+                rows.append({"site": plan.name, "shape": row["shape"], "merged": plan.merged} | active)
         return rows
 
 

@@ -67,8 +67,8 @@ class SiteState:
 
     def __reduce__(self) -> Any:
         points = self.points | ({"errors"} if self.errors else set())
-        acting = self.original, self.keep_copies, self.rng.step, self.phase, points
-        return type(self), (self.plan, self.injection, self.shared), acting
+        active = self.original, self.keep_copies, self.rng.step, self.phase, points
+        return type(self), (self.plan, self.injection, self.shared), active
 
     def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
         self.original, self.keep_copies, self.rng.step, phase, points = state

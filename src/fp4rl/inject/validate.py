@@ -90,8 +90,8 @@ def require_no_adapter(site: Site, above: nn.Module) -> None:
     """InvalidValueError for stacked experts whose parameter an adapter (PEFT's `target_parameters`) puts a sum into."""
     if site.path.endswith("base_layer") and hasattr(above, "parameter_name"):
         raise InvalidValueError(
-            f"{site.name}: an adapter of stacked experts puts a sum in their parameter's place, where rounding does not "
-            "reach; adapt other layers alone, such as model.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+            f"{site.name}: an adapter of stacked experts puts a sum in the place of their parameter, out of reach of "
+            "rounding; adapt other layers alone, such as model.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fp4rl.spec.evidence import Acting, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
+from fp4rl.spec.evidence import ActivePoints, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, ApplyDuring, Phase
 from fp4rl.spec.records import Summary
 from fp4rl.spec.words import agreeing, counted
@@ -50,9 +50,9 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
     for phase in _TRAINED_IN:
         # Without what evaluations recorded: what was rounded there says nothing about the training.
         rows = [row for row in lines_of(lines, Injected) if row.phase == phase and row.profile is None]
-        acting = [line for line in lines_of(lines, Acting) if line.phase == phase and line.profile is None]
+        active = [line for line in lines_of(lines, ActivePoints) if line.phase == phase and line.profile is None]
         if wanted[phase]:
-            yield from _rounding_gaps(wanted[phase], acting, rows, f"during {phase}")
+            yield from _rounding_gaps(wanted[phase], active, rows, f"during {phase}")
         elif any(row.calls for row in rows):
             yield f"sites were rounded during {phase}, which its spec leaves out"
     trained = any(wanted[phase] for phase in PHASES if phase != "evaluation")
@@ -79,7 +79,7 @@ def _name(error: Spec) -> str:
 
 
 def _rounding_gaps(
-    points: Collection[str], acting: Sequence[Acting], rows: Sequence[Injected], where: str
+    points: Collection[str], active: Sequence[ActivePoints], rows: Sequence[Injected], where: str
 ) -> Iterator[str]:
     """What is missing. `acting` holds the run's own record of how many sites each point has, if it made one; without
     it the sites are those of the rows, whatever they are.
@@ -91,7 +91,7 @@ def _rounding_gaps(
     if points and not any(row.calls > 0 for row in rows):
         yield f"no quantized call was counted {where}"
         return
-    sites = {point: count for line in acting for point, count in line.points.items()}
+    sites = {point: count for line in active for point, count in line.points.items()}
     for point in sorted({*points, *sites}):
         own = [row for row in rows if row.point.partition(":")[0] == point]
         seen = {row.site for row in own if (row.calls if row.looks is None else row.looks) > 0}
@@ -146,10 +146,10 @@ def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
         if profile.sites_digest is None:
             continue
         rows = [row for row in lines_of(lines, Injected) if (row.profile, row.step) == (profile.name, step)]
-        acting = [line for line in lines_of(lines, Acting) if (line.profile, line.step) == (profile.name, step)]
+        active = [line for line in lines_of(lines, ActivePoints) if (line.profile, line.step) == (profile.name, step)]
         # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
         points = {row.point for row in rows} or {"weight"}
-        yield from _rounding_gaps(points, acting, rows, f"while it was judged as {profile.name} at step {step}")
+        yield from _rounding_gaps(points, active, rows, f"while it was judged as {profile.name} at step {step}")
 
 
 def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Iterator[str]:

@@ -61,20 +61,20 @@ def execute_run(
         if folder.finished:
             return folder
         remove_partial(folder.path)
-        past = processes.from_first(_past(folder))
+        resume = processes.from_first(_resume_state(folder))
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
         with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             _log(folder, spec_warnings({run.arm: run.experiment}))
-            trained = train_here(_kept(folder, sinks, emit), past, interrupted=interrupted)
+            trained = train_here(_kept(folder, sinks, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
             folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
         _forget_interruptions(folder, run.experiment.training.save_freq)
     return folder
 
 
-def _past(folder: RunFolder) -> ResumeState:
+def _resume_state(folder: RunFolder) -> ResumeState:
     """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     checkpoint = newest(checkpoints, code_digest(), lines.append)

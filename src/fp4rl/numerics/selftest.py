@@ -99,10 +99,10 @@ def _idempotence(quantizer: Quantizer) -> Iterator[Check]:
     x = torch.randn(64, 96, generator=_generator())
     for fmt in (MXFP4, MXFP4_2D, MXFP8, NVFP4, FP8, BF16):
         once = quantizer(x, fmt, _generator())
-        moved = (quantizer(once, fmt, _generator()) - once).abs().max().item()
+        shifted = (quantizer(once, fmt, _generator()) - once).abs().max().item()
         # NVFP4's FP32 factor is made anew from the rounded maximum and may differ in its last bit.
-        passed = moved <= (1e-6 if fmt == NVFP4 else 0.0)
-        yield Check(f"rounding twice is rounding once, {fmt.name}", passed, f"moved by {moved:g}")
+        passed = shifted <= (1e-6 if fmt == NVFP4 else 0.0)
+        yield Check(f"rounding twice is rounding once, {fmt.name}", passed, f"shifted by {shifted:g}")
 
 
 def _unbiased_noise(quantizer: Quantizer) -> Iterator[Check]:

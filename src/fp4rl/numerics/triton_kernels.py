@@ -83,22 +83,22 @@ def _places(
     """Offsets of the program's blocks, [TOGETHER, HEIGHT * WIDTH], and which of them exist."""
     block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     inside = tl.arange(0, HEIGHT * WIDTH)
-    there = (block < blocks)[:, None] & (inside >= 0)[None, :]
+    in_bounds = (block < blocks)[:, None] & (inside >= 0)[None, :]
     if RAGGED:
         band = block // across
         row = (band % bands)[:, None] * HEIGHT + (inside // WIDTH)[None, :]
         column = (block % across)[:, None] * WIDTH + (inside % WIDTH)[None, :]
         at = ((band // bands)[:, None] * rows + row).to(tl.int64) * columns + column
-        there = there & (row < rows) & (column < columns)
+        in_bounds = in_bounds & (row < rows) & (column < columns)
     else:  # whole one-row blocks lie one behind the other
         at = block.to(tl.int64)[:, None] * WIDTH + inside[None, :]
-    return at, there
+    return at, in_bounds
 
 
 @triton.jit
-def _load_bits(x, at, there, DTYPE: tl.constexpr):
+def _load_bits(x, at, in_bounds, DTYPE: tl.constexpr):
     """The float32 bits of the values, as int32."""
-    value = tl.load(x + at, mask=there, other=0)
+    value = tl.load(x + at, mask=in_bounds, other=0)
     if DTYPE == 0:
         bits = value
     elif DTYPE == 1:
@@ -109,7 +109,7 @@ def _load_bits(x, at, there, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(out, at, bits, there, DTYPE: tl.constexpr):
+def _store_bits(out, at, bits, in_bounds, DTYPE: tl.constexpr):
     """Stores float32 bits, rounded to the nearest even value of the output's dtype."""
     if DTYPE == 0:
         value = bits
@@ -117,7 +117,7 @@ def _store_bits(out, at, bits, there, DTYPE: tl.constexpr):
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     else:
         value = bits.to(tl.float32, bitcast=True).to(tl.float16)
-    tl.store(out + at, value, mask=there)
+    tl.store(out + at, value, mask=in_bounds)
 
 
 @triton.jit
@@ -126,8 +126,8 @@ def _largest(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The bits of the largest magnitude in blocks without NaN and infinity."""
-    at, there = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
-    most = tl.max(_load_bits(x, at, there, DTYPE) & 0x7FFFFFFF, axis=1)
+    at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
+    most = tl.max(_load_bits(x, at, in_bounds, DTYPE) & 0x7FFFFFFF, axis=1)
     tl.atomic_max(amax, tl.max(tl.where(most < 0x7F800000, most, 0), axis=0))
 
 
@@ -171,8 +171,8 @@ def _round(
     CARRY: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
 ):  # fmt: skip
     """reference.round_blocks for the program's blocks."""
-    at, there = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
-    bits = _load_bits(x, at, there, DTYPE)
+    at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
+    bits = _load_bits(x, at, in_bounds, DTYPE)
     magnitude = bits & 0x7FFFFFFF
     most = tl.max(magnitude, axis=1)
     value = magnitude.to(tl.float32, bitcast=True)
@@ -189,4 +189,4 @@ def _round(
         value = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]
     scale = tl.where(most < 0x7F800000, scale, float("nan"))
     rounded = _on_grid(value, at, first, second, MANTISSA_BITS, LEAST, LARGEST, ROUNDING) * scale[:, None]
-    _store_bits(out, at, rounded.to(tl.int32, bitcast=True) | (bits & -2147483648), there, DTYPE)
+    _store_bits(out, at, rounded.to(tl.int32, bitcast=True) | (bits & -2147483648), in_bounds, DTYPE)

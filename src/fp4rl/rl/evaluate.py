@@ -187,8 +187,8 @@ class EvaluationRunner:
                 items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
                 if attachment is not None:  # what should have acted while the answers were made, and what did
                     attachment.require_calls()
-                    points = attachment.table.acting("evaluation")
-                    plan: evidence.Evidence = evidence.Acting(phase="evaluation", points=points)
+                    points = attachment.table.active_sites("evaluation")
+                    plan: evidence.Evidence = evidence.ActivePoints(phase="evaluation", points=points)
                     for line in (plan, rounded(attachment, step), *attachment.evidence()):
                         record(line.extended(profile=name, step=step))
             yield Evaluation(step, last, self._profile(name, precision, attachment), items)
@@ -198,7 +198,7 @@ class EvaluationRunner:
         drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
         ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
         # Under errors that stay out of evaluations no site acts: that is `full`, which has no digest.
-        digest = table.digest_in("evaluation") if table is not None and table.acting("evaluation") else None
+        digest = table.digest_in("evaluation") if table is not None and table.active_sites("evaluation") else None
         return evidence.Profile(
             name=name,
             precision=label(table),

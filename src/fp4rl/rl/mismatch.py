@@ -228,8 +228,8 @@ def _is_repeatable(attachment: Attachment) -> bool:
 
 def _formats(attachment: Attachment, phase: Phase) -> dict[str, int]:
     """Sites at which each point is rounded in `phase`; hardware errors are left out."""
-    acting = attachment.table.acting(phase)
-    return {point: sites for point, sites in acting.items() if point in (*LINEAR_POINTS, "kv_cache")}
+    sites_of = attachment.table.active_sites(phase)
+    return {point: sites for point, sites in sites_of.items() if point in (*LINEAR_POINTS, "kv_cache")}
 
 
 def _is_fused(model: nn.Module) -> bool:

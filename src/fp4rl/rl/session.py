@@ -74,9 +74,9 @@ class ResumeState:
 class TrainingSession:
     """Builds everything in the order that randomness needs: seed, model, adapters, injection, trainer."""
 
-    def __init__(self, run: Run, past: ResumeState) -> None:
+    def __init__(self, run: Run, resume: ResumeState) -> None:
         self.run = run
-        self.past = past
+        self.resume = resume
         experiment = run.experiment
         torch.manual_seed(experiment.seed)
         self.model, self.tokenizer = opened(run)
@@ -87,14 +87,14 @@ class TrainingSession:
         self.phases = Phases(
             self.model, self.attachment, experiment.noise, seed=seed, total_steps=steps, record=run.emit
         )
-        self.monitor = LiveMonitor(experiment.health, sorted(past.metrics.items()), run.emit)
+        self.monitor = LiveMonitor(experiment.health, sorted(resume.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(experiment.task.problems("train"), experiment.seed)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 
     def train(self) -> None:
         """Until the last step, or the step after which the monitor ends it. Raises Interrupted between two steps."""
-        checkpoint = self.past.checkpoint
+        checkpoint = self.resume.checkpoint
         self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
         if self.interrupted:
             raise Interrupted(f"after step {self.trainer.step}, with a checkpoint; the same command goes on from there")
@@ -136,7 +136,7 @@ class TrainingSession:
 
     def on_begin(self, trainer: Any) -> None:
         """Restore what a checkpoint holds besides the trainer's files, and lower the learning rate of a rollback."""
-        checkpoint, rolled_back = self.past.checkpoint, self.past.rollbacks
+        checkpoint, rolled_back = self.resume.checkpoint, self.resume.rollbacks
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
             self.phases.restore(checkpoint.state["phases"][self.stream.rank])
@@ -151,7 +151,7 @@ class TrainingSession:
         every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps
         if every and step % every == 0 and step < last:
             metrics = metrics | self._validated(step)
-        self.past.metrics[step] = metrics
+        self.resume.metrics[step] = metrics
         self.run.emit(StepDone(step, metrics))
         self.saving.begin()
         return self.monitor.observe(step, metrics)
@@ -181,7 +181,7 @@ class TrainingSession:
         state = {
             "positions": self.trainer.positions(),
             "phases": processes.from_all(self.phases.state()),
-            "rollbacks": self.past.rollbacks,
+            "rollbacks": self.resume.rollbacks,
             "inputs": self.run.inputs,
         }
         processes.wait()  # each writes a file of its own into it

@@ -25,7 +25,7 @@ class StepMeans:
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (value, weight)
+        self._values: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (value, weight)
 
     def add(self, metrics: Mapping[str, float], mask: Tensor) -> None:
         """The metrics of one micro-batch, taken over the tokens that `mask` [answers, tokens] counts."""
@@ -33,23 +33,23 @@ class StepMeans:
         tokens, answers = float(of_each.sum()), float((of_each > 0).sum())
         for name, value in metrics.items():
             if name in _IN_PARTS:
-                self._found[name].append((value, 1.0))
+                self._values[name].append((value, 1.0))
             elif tokens:
-                self._found[name].append((value, answers if name in _OF_ANSWERS else tokens))
+                self._values[name].append((value, answers if name in _OF_ANSWERS else tokens))
 
     def add_update(self, **values: float) -> None:
         """What an optimizer step says once."""
         for name, value in values.items():
-            self._found[name].append((value, 1.0))
+            self._values[name].append((value, 1.0))
 
     def take(self, updates: int) -> dict[str, float]:
         """The metrics of the step, which made `updates`; the next one begins."""
-        means = {name: _one(name, values, updates) for name, values in self._found.items()}
-        self._found.clear()
+        means = {name: _combined(name, values, updates) for name, values in self._values.items()}
+        self._values.clear()
         return means
 
 
-def _one(name: str, values: list[tuple[float, float]], updates: int) -> float:
+def _combined(name: str, values: list[tuple[float, float]], updates: int) -> float:
     if name in _IN_PARTS:
         return sum(value for value, _ in values) / updates
     if name in _COUNTS:
@@ -63,7 +63,7 @@ def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Make one line of metrics out of those of all processes: counts are added, the rest are means."""
     names = dict.fromkeys(name for line in lines for name in line)
     values = {name: [(line[name], 1.0) for line in lines if name in line] for name in names}
-    return {name: _one(name, of_each, len(of_each)) for name, of_each in values.items()}
+    return {name: _combined(name, of_each, len(of_each)) for name, of_each in values.items()}
 
 
 class StepTimer:

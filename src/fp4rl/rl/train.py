@@ -50,14 +50,14 @@ def train(
     folder: Path,
     cache: Path,
     emit: Emit = ignore,
-    past: ResumeState | None = None,
+    resume: ResumeState | None = None,
     *,
     interrupted: Callable[[], bool] = never,
     stamp: str = "",
 ) -> Trained:
     """Run one experiment; the trained model lands in `folder`/final, warmed-up models in `cache`.
 
-    `past` goes on from a checkpoint in `folder`/checkpoints, with the metrics up to it; step 0 is not evaluated again.
+    `resume` goes on from a checkpoint in `folder`/checkpoints, with its metrics; step 0 is not evaluated again.
     `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted.
     Raises NotFoundError and InvalidValueError for what the experiment names and cannot be used, before anything is
     trained, and CheckFailed when the run's own evidence contradicts its spec.
@@ -65,14 +65,14 @@ def train(
     check(experiment)
     require_sound_quantizer()
     require_shares(experiment.training, processes.count())
-    past = past or ResumeState()
+    resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
-    if past.checkpoint is not None:
-        _require_resumable(past.checkpoint, run)
-        session = TrainingSession(run, past)
+    if resume.checkpoint is not None:
+        _require_resumable(resume.checkpoint, run)
+        session = TrainingSession(run, resume)
     else:
         list(run.evaluated(run.start, 0))
-        session = TrainingSession(run, past)
+        session = TrainingSession(run, resume)
         require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
         warnings = [*noise_warnings(session.model, experiment.noise, experiment.training.steps)]
@@ -82,9 +82,9 @@ def train(
             run.emit(Message(line))
     run.emit(SitesResolved(sites(session.attachment)))
     session.train()
-    while session.monitor.verdict == "rollback" and past.rollbacks < experiment.health.max_rollbacks:
+    while session.monitor.verdict == "rollback" and resume.rollbacks < experiment.health.max_rollbacks:
         _roll_back(run, session)
-        session = TrainingSession(run, past)
+        session = TrainingSession(run, resume)
         session.train()
     return _ended(run, session)
 
@@ -119,21 +119,21 @@ def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:
 
 def _roll_back(run: Run, session: TrainingSession) -> None:
     """Back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
-    past, finding = session.past, session.monitor.decisive
+    resume, finding = session.resume, session.monitor.decisive
     if session.attachment is not None:
         session.attachment.remove()
     checkpoints, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
     # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
     step = last_healthy([done for done in checkpoints if every and done % every == 0], session.monitor.alarms)
-    past.checkpoint = read(checkpoints[step], run.stamp)[0] if step is not None else None
-    back = past.checkpoint.step if past.checkpoint is not None else 0
+    resume.checkpoint = read(checkpoints[step], run.stamp)[0] if step is not None else None
+    back = resume.checkpoint.step if resume.checkpoint is not None else 0
     processes.wait()  # all have read what is there
     if processes.is_first():
         remove([path for done, path in checkpoints.items() if done > back])
     processes.wait()
-    past.metrics = {done: metrics for done, metrics in past.metrics.items() if done <= back}
-    past.rollbacks += 1
-    lr = run.experiment.training.lr * run.experiment.health.rollback_lr**past.rollbacks
+    resume.metrics = {done: metrics for done, metrics in resume.metrics.items() if done <= back}
+    resume.rollbacks += 1
+    lr = run.experiment.training.lr * run.experiment.health.rollback_lr**resume.rollbacks
     run.emit(StepsDropped(back))
     run.emit(RolledBack(step=session.trainer.step, to=back, lr=lr, why=str(finding)))
     run.emit(
@@ -146,7 +146,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
     if stopped is None:  # a run that was ended early may not have come to its noisy stages
         session.phases.finish()
     final = session.save(run.folder / "final")
-    share, steps = share_changed(beginning(run), session.model, run.emit), session.past.metrics.values()
+    share, steps = share_changed(beginning(run), session.model, run.emit), session.resume.metrics.values()
     if stopped is None:
         require_changed(share, steps, session.trainer.filler.metric, run.experiment.model.dtype)
     hardly_moved = few_changed(share, run.experiment.model)
@@ -160,7 +160,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         inputs=run.inputs,
         final_weights=weights_digest(session.model),
         noise=session.phases.noise_summary(),
-        health=session.monitor.summary(session.past.rollbacks),
+        health=session.monitor.summary(session.resume.rollbacks),
     )
     list(run.evaluated(final, session.trainer.step, last=True))
     return Trained(run.start, final, session.trainer.step, evidence, stopped)

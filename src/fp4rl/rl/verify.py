@@ -20,7 +20,7 @@ from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.selftest import require_sound
 from fp4rl.rl import processes
 from fp4rl.spec.errors import CheckFailed
-from fp4rl.spec.evidence import Acting, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
+from fp4rl.spec.evidence import ActivePoints, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import Format
 from fp4rl.spec.model import Lora, Model
@@ -140,8 +140,8 @@ def verify_final(
     """
     rows = attachment.evidence() if attachment is not None else []
     if attachment is not None:
-        record(Acting(phase="rollout", points=attachment.table.acting("rollout")))
-        record(Acting(phase="training", points=attachment.table.acting("training")))
+        record(ActivePoints(phase="rollout", points=attachment.table.active_sites("rollout")))
+        record(ActivePoints(phase="training", points=attachment.table.active_sites("training")))
     for row in rows:
         record(row)
     difference = _live_against_fresh(experiment, model, attachment, final)

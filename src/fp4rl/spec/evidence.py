@@ -96,7 +96,7 @@ class Evaluation(Record):
         return content | beside
 
 
-class Acting(Record):
+class ActivePoints(Record):
     """What is to act in a phase: points and hardware errors, each with the number of its sites."""
 
     kind: Literal["acting"] = Field("acting", exclude=True)
@@ -235,7 +235,7 @@ class Warned(Record):
 
 
 Evidence = (
-    Acting
+    ActivePoints
     | CheckpointKept
     | Evaluation
     | HealthFinding

@@ -12,7 +12,7 @@ def _expanded(path: Any) -> Any:
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path  # noqa: PTH111
 
 
-Place = Annotated[str, BeforeValidator(_expanded)]
+LocalPath = Annotated[str, BeforeValidator(_expanded)]
 """A path on this machine, with `~` as in a shell."""
 
 WordOrList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)

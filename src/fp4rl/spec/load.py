@@ -35,8 +35,8 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     try:
         return _described(stages[-1], is_suite, str(path))
     except InvalidValueError as error:
-        mistakes = (_mistake(partial(_described, stage, is_suite, str(path))) for stage in stages)
-        same = next(i for i, mistake in enumerate(mistakes) if mistake == str(error))
+        messages = (_message(partial(_described, stage, is_suite, str(path))) for stage in stages)
+        same = next(i for i, message in enumerate(messages) if message == str(error))
         if same == 0:
             raise
         return _described(stages[-1], is_suite, f"{path} with {overrides[same - 1]!r}")
@@ -50,7 +50,7 @@ def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experime
     return suite
 
 
-def _mistake(make: Callable[[], object]) -> str | None:
+def _message(make: Callable[[], object]) -> str | None:
     try:
         make()
     except InvalidValueError as error:
@@ -186,7 +186,7 @@ def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: st
     try:
         return parse(Experiment, content, "")
     except InvalidValueError as error:
-        from_base = _mistake(partial(parse, Experiment, base, "")) == str(error)  # then all arms have it
+        from_base = _message(partial(parse, Experiment, base, "")) == str(error)  # then all arms have it
         raise InvalidValueError(f"{source}: {'base' if from_base else f'arm {name}'}: {error}") from None
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fp4rl.spec.frozen import Place, Spec, WordOrList
+from fp4rl.spec.frozen import LocalPath, Spec, WordOrList
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,7 +60,9 @@ class Lora(Spec):
 class Model(Spec):
     """Exactly one of `embedded` and `path`; `embedded` when neither is named."""
 
-    path: Place | None = Field(default=None, description="a Hugging Face folder on this disk; nothing is downloaded")
+    path: LocalPath | None = Field(
+        default=None, description="a Hugging Face folder on this disk; nothing is downloaded"
+    )
     embedded: Embedded | None = None
     dtype: Dtype = Field(default="float32", description="of the weights and of the arithmetic around what is rounded")
     master_dtype: Dtype = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fp4rl.spec.frozen import Place, Spec, WordOrList
+from fp4rl.spec.frozen import LocalPath, Spec, WordOrList
 
 ScanPart = Literal["precision", "sensitivity", "depth", "dynamics"]
 NoiseRule = Literal["global", "targeted", "healthy_only", "proportional", "inverse", "zones"]
@@ -43,7 +43,7 @@ class ScanRequest(Scan):
     leave: Annotated[tuple[str, ...], WordOrList] = Field(
         default=(), description="patterns of sites that are left out too"
     )
-    text: Place | None = Field(default=None, description="text file to calibrate on, instead of the task")
+    text: LocalPath | None = Field(default=None, description="text file to calibrate on, instead of the task")
     texts: PositiveInt = Field(default=32, description="how many texts of the task")
     weights_only: bool = Field(default=False, description="read the weights from their files, never load the model")
     site: str | None = Field(default=None, description="the weight whose distribution is shown; else the worst")

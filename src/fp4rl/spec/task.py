@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, get_args, get_type_hints
 
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.frozen import Place, Spec
+from fp4rl.spec.frozen import LocalPath, Spec
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -51,7 +51,7 @@ SCORES: tuple[str, ...] = tuple(field.name for field in fields(Score))
 class Task(Spec):
     """The base of all tasks. A subclass gives `name` a Literal type and implements the three abstract methods.
 
-    A field of type `Place` is a file that the task reads: runs refuse to start without it, record a digest of its
+    A field of type `LocalPath` is a file that the task reads: runs refuse to start without it, record a digest of its
     contents and do not resume on other contents. All methods are pure: the same arguments give the same result.
     """
 
@@ -79,14 +79,14 @@ class Task(Spec):
 
     @property
     def files(self) -> dict[str, str]:
-        """Key -> the file that it names, for every key of type `Place` that is set."""
+        """Key -> the file that it names, for every key of type `LocalPath` that is set."""
         return {key: path for key in self.file_keys() if (path := getattr(self, key)) is not None}
 
     @classmethod
     def file_keys(cls) -> tuple[str, ...]:
         """The keys that name files, in the order of their definition."""
         hints = get_type_hints(cls, include_extras=True)
-        return tuple(key for key in cls.model_fields if Place in (hints[key], *get_args(hints[key])))
+        return tuple(key for key in cls.model_fields if LocalPath in (hints[key], *get_args(hints[key])))
 
 
 def first(problems: Sequence[Problem], count: int | None, source: str) -> tuple[Problem, ...]:

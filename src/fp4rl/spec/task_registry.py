@@ -23,7 +23,7 @@ def _task_class(home: str) -> type[Task]:
 
 
 _CLASSES = tuple(_task_class(home) for home in HOMES)
-TASKS: Mapping[str, type[Task]] = {found.model_fields["name"].default: found for found in _CLASSES}
+TASKS: Mapping[str, type[Task]] = {task.model_fields["name"].default: task for task in _CLASSES}
 
 if TYPE_CHECKING:
     AnyTask = Task

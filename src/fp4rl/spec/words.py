@@ -1,9 +1,9 @@
 """Counts in sentences, so that one is never several: "1 run is", "2 runs are"."""
 
 
-def counted(count: int, one: str, many: str | None = None) -> str:
+def counted(count: int, singular: str, many: str | None = None) -> str:
     """`1 run`, `2 runs`, `1,200 runs`; `many` where the plural is not the singular with an s."""
-    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+    return f"{count:,} {singular if count == 1 else many or f'{singular}s'}"
 
 
 def agreeing(count: int, singular: str, many: str) -> str:

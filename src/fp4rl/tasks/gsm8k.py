@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.frozen import Place
+from fp4rl.spec.frozen import LocalPath
 from fp4rl.spec.task import SPLITS, Problem, Score, Split, Task, first, identity, split_of
 from fp4rl.tasks import answers
 
@@ -19,12 +19,12 @@ COLUMNS = ("question", "answer")
 
 
 class Row(NamedTuple):
-    """One row of a file: `gold` is the final number of `answer` as a plain string, `place` its file and line."""
+    """One row of a file: `gold` is the final number of `answer` as a plain string, `where` its file and line."""
 
     question: str
     answer: str
     gold: str
-    place: str
+    where: str
 
 
 class Gsm8k(Task):
@@ -35,10 +35,10 @@ class Gsm8k(Task):
     """
 
     name: Literal["gsm8k"] = "gsm8k"
-    path: Place = Field(
+    path: LocalPath = Field(
         description="the training file; the held-out split is cut from it when `test_path` is not given"
     )
-    test_path: Place | None = Field(default=None, description="file of the held-out problems")
+    test_path: LocalPath | None = Field(default=None, description="file of the held-out problems")
     prompt: str = Field(default="Question: {question}\nAnswer:", description="what the model sees of a problem")
 
     @field_validator("prompt")
@@ -108,12 +108,12 @@ def normalised(question: str) -> str:
 def _require_distinct(held_out: Sequence[Row]) -> None:
     """Raise InvalidValueError for a question that is asked twice: it would count twice, as two problems would."""
     first_place: dict[str, str] = {}
-    asked = [(row, first_place.setdefault(normalised(row.question), row.place)) for row in held_out]
-    repeated = [(row, place) for row, place in asked if place != row.place]
+    distinct = [(row, first_place.setdefault(normalised(row.question), row.where)) for row in held_out]
+    repeated = [(row, where) for row, where in distinct if where != row.where]
     if repeated:
-        row, place = repeated[0]
+        row, where = repeated[0]
         raise InvalidValueError(
-            f"{row.place}: asks what {place} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
+            f"{row.where}: asks what {where} asks ({row.question[:40]!r}); {len(repeated)} of {len(held_out)} held-out "
             "problems are repetitions, take them out of the file"
         )
 

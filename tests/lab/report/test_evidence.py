@@ -62,7 +62,7 @@ def test_noise_is_pooled_over_layers_as_a_root_mean_square():
     layers = [{"layer": n, "sigma": s, "realised": r, "elements": e} | rest for n, s, r, e in sizes]
     written = {"kind": "noise", "step": 2, "sigma": 0.02, "share_changed": 0.5, "layers": layers}
     (step,) = noise_steps(run_with([written]))
-    assert (step.asked, step.realised) == (pytest.approx((0.0003) ** 0.5), pytest.approx(0.02))
+    assert (step.scheduled, step.realised) == (pytest.approx((0.0003) ** 0.5), pytest.approx(0.02))
 
 
 def test_one_harmed_master_is_enough():

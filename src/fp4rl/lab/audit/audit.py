@@ -136,15 +136,15 @@ def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> 
 def pairs(records: Sequence[Record]) -> tuple[Pair, ...]:
     """Find at most one control per record: against no noise, else against no hardware error, else against BF16."""
     results = [record for record in records if record.counts_as_result]
-    found = []
+    paired = []
     for record in results:
         factor = _factor(record)
         controls = [other for other in results if factor and _is_control(other, record, factor)]
         if factor and controls:
             differing = [(other, _differs(record, other, factor)) for other in controls]
             nearest, differs = min(differing, key=lambda candidate: len(candidate[1]))  # the first of several
-            found.append(Pair(record, nearest, factor, differs))
-    return tuple(found)
+            paired.append(Pair(record, nearest, factor, differs))
+    return tuple(paired)
 
 
 def _factor(record: Record) -> Factor | None:

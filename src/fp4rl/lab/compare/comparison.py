@@ -39,7 +39,7 @@ class Question:
     label: str = ""
     suite: str | None = None
     declared: bool = False
-    asked: Comparison | None = None
+    declaration: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def answer_all(
     repeats among the sides tell. With `force` the difference of an unfair pair is shown with its interval, without an
     effect word.
     """
-    answers = [_objected(*asked, force) for asked in questions]
+    answers = [_objected(*sides, force) for sides in questions]
     fair = [answer for answer in answers if answer.comparable]
     spread = _spread(answers, spread_of)
     verdicts = iter(evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair)))

@@ -107,5 +107,5 @@ def question_of(comparison: Comparison, suite: str) -> Question:
         label=comparison.question,
         suite=suite,
         declared=True,
-        asked=comparison,
+        declaration=comparison,
     )

@@ -261,8 +261,8 @@ def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     # The mode and the preset only name what the points hold.
     named = {key: value for key, value in table.items() if key not in ("mode", "preset", "apply_during")}
-    acting = {phase: sorted(active & points) for phase, active in phases.items()}
-    return named | {"by_pattern": by_pattern, "phases": acting}
+    active = {phase: sorted(active & points) for phase, active in phases.items()}
+    return named | {"by_pattern": by_pattern, "phases": active}
 
 
 def _differ(first: Any, second: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -124,7 +124,7 @@ def _score_dict(score: Score) -> dict[str, object]:
 
 def _question_dict(answer: Answer) -> dict[str, object]:
     return {
-        **(answer.question.asked.model_dump(mode="json") if answer.question.asked else {}),
+        **(answer.question.declaration.model_dump(mode="json") if answer.question.declaration else {}),
         "word": answer.word,
         "sentence": answer.sentence(),
         "refused": list(answer.refused),

@@ -66,10 +66,10 @@ def _formats(profile: str, experiment: Experiment) -> str:
     injection = precision_named(profile, experiment.evaluation, experiment.injection).injection
     if injection is None or injection.is_nothing:
         return experiment.model.dtype
-    acting = injection.acts_in("evaluation")
-    by_point = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in acting]
+    active = injection.acts_in("evaluation")
+    by_point = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in active]
     formats = [f"{point} {in_words(describe(fmt))}" for point, fmt in by_point if fmt is not None]
-    errors = injection.errors if "errors" in acting else ()
+    errors = injection.errors if "errors" in active else ()
     words = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
     return "; ".join(words) or experiment.model.dtype
 

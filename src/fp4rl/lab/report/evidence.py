@@ -34,10 +34,10 @@ class Rounding:
 
 @dataclass(frozen=True)
 class NoiseStep:
-    """The noise of one rollout, pooled over layers: standard deviation asked and realised, share of weights changed."""
+    """The noise of one rollout, pooled over layers: sigma scheduled and realised, share of weights changed."""
 
     step: int
-    asked: float
+    scheduled: float
     realised: float | None
     share_changed: float
 
@@ -81,8 +81,8 @@ def noise_steps(run: Run) -> list[NoiseStep]:
     """The noise of every rollout."""
     steps = []
     for line in run.of(RolloutNoise):
-        asked, realised = _pooled(line.layers, "sigma"), _pooled(line.layers, "realised")
-        steps.append(NoiseStep(line.step, line.sigma if asked is None else asked, realised, line.share_changed))
+        scheduled, realised = _pooled(line.layers, "sigma"), _pooled(line.layers, "realised")
+        steps.append(NoiseStep(line.step, line.sigma if scheduled is None else scheduled, realised, line.share_changed))
     return steps
 
 
@@ -142,7 +142,7 @@ def _rounding_rows(runs: Sequence[Run], injection: Injection | None) -> _Cells:
     recorded = dict.fromkeys(key for rows in by_key for key in rows)
     # Evaluations record themselves per profile: "evaluation as deployment".
     begun = {(phase.partition(" ")[0], point) for phase, point in recorded}
-    keys = [*recorded, *(key for key in _asked(injection) if key not in begun)]
+    keys = [*recorded, *(key for key in _operands(injection) if key not in begun)]
     for phase, point in sorted(keys, key=lambda key: _ORDER.get(key[0].partition(" ")[0], len(_ORDER))):
         rows = [own.get((phase, point)) for own in by_key]
         yield f"{point}s rounded in {phase}", [f"{row.calls:,} calls" if row else None for row in rows]
@@ -151,7 +151,7 @@ def _rounding_rows(runs: Sequence[Run], injection: Injection | None) -> _Cells:
             yield "  relative error", [_share(row.relative_error) if row else None for row in rows]
 
 
-def _asked(injection: Injection | None) -> Iterator[tuple[str, str]]:
+def _operands(injection: Injection | None) -> Iterator[tuple[str, str]]:
     """(phase, point) of every matmul operand that the injection rounds."""
     for point in LINEAR_POINTS:
         if injection is not None and getattr(injection, point) is not None:
@@ -162,11 +162,11 @@ def _noise_rows(runs: Sequence[Run]) -> _Cells:
     steps = [noise_steps(run) for run in runs]
     if not any(steps):
         return
-    peaks = [max(own, key=lambda step: step.asked, default=None) for own in steps]
-    yield "noise, largest sigma asked", [f"{peak.asked:.4g}" if peak else None for peak in peaks]
+    peaks = [max(own, key=lambda step: step.scheduled, default=None) for own in steps]
+    yield "noise, largest sigma asked", [f"{peak.scheduled:.4g}" if peak else None for peak in peaks]
     realised = [peak.realised if peak else None for peak in peaks]
     yield "  realised there", [None if sigma is None else f"{sigma:.4g}" for sigma in realised]
-    noisy = [[step.share_changed for step in own if step.asked > 0] for own in steps]
+    noisy = [[step.share_changed for step in own if step.scheduled > 0] for own in steps]
     yield "  weights changed", [_share(fmean(shares)) if shares else None for shares in noisy]
     counts = [f"{len(shares)} of {len(own)}" if own else None for shares, own in zip(noisy, steps, strict=True)]
     yield "  rollouts with noise", counts

@@ -112,7 +112,7 @@ def _sigma(report: SuiteReport) -> Figure | None:
     """Noise as the schedule asked for it (line) and as measured on the weights (marks); silent steps are not drawn."""
     runs = [(run.planned.arm, run.run) for run in report.runs if run.run is not None and run.counts]
     steps = {arm: [step for own, run in runs if own == arm for step in noise_steps(run)] for arm in report.arms}
-    noisy = {arm: [step for step in own if step.asked > 0] for arm, own in steps.items()}
+    noisy = {arm: [step for step in own if step.scheduled > 0] for arm, own in steps.items()}
     data = [trace for n, (arm, own) in enumerate(noisy.items()) if own for trace in _noise_traces(n, arm, own)]
     if not data:
         return None
@@ -125,7 +125,7 @@ def _noise_traces(number: int, arm: str, steps: Sequence[NoiseStep]) -> list[Tra
     at: dict[int, list[NoiseStep]] = defaultdict(list)
     for step in sorted(steps, key=lambda step: step.step):
         at[step.step].append(step)
-    sigmas = [fmean(step.asked for step in group) for group in at.values()]
+    sigmas = [fmean(step.scheduled for step in group) for group in at.values()]
     measured = [[step.realised for step in group if step.realised is not None] for group in at.values()]
     realised = [fmean(values) if values else None for values in measured]
     steps_taken, hover = [step + 1 for step in at], {"hovertemplate": "%{y:.3g}"}

@@ -20,8 +20,8 @@ def length_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
         return Verdict("alarm", f"{evidence}; {cut:.0%} cut off")
     if drop >= t.harm:
         return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
-    harmful = cut is not None and cut >= max(t.truncated / 2, cut_start + t.truncated / 4)
-    return Verdict("watch", f"{evidence}; {cut:.0%} cut off", severity=now / start) if harmful else OK
+    telling = cut is not None and cut >= max(t.truncated / 2, cut_start + t.truncated / 4)
+    return Verdict("watch", f"{evidence}; {cut:.0%} cut off", severity=now / start) if telling else OK
 
 
 def dead_rollouts(histories: SignalHistories, t: Thresholds) -> Verdict:

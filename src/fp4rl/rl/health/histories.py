@@ -115,13 +115,13 @@ class SignalHistory:
     def level(self, width: int = 3, ago: int = 0, least: int | None = None) -> float | None:
         """Median of `width` observations that ended `ago` before the last; of fewer, where `least` are enough."""
         end = max(len(self.values) - ago, 0)
-        past = self.values[max(end - width, 0) : end]
-        return median(past) if len(past) >= (least or width) else None
+        window = self.values[max(end - width, 0) : end]
+        return median(window) if len(window) >= (least or width) else None
 
     def level_at(self, step: int) -> float | None:
         """Median of the last 3 observations up to `step`."""
-        past = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step][-3:]
-        return median(past) if past else None
+        window = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step][-3:]
+        return median(window) if window else None
 
     def noise(self) -> float | None:
         """Standard deviation from one observation to the next, robust to jumps and blind to a trend."""
@@ -138,8 +138,8 @@ class SignalHistory:
         Shares of few answers are often 0 or 1 twice in a row, and a median of such differences is 0. The last few
         observations are left out: a fall is no measure of itself.
         """
-        past = self.values[: max(len(self.values) - _FALL, 4)][-NOISE_WINDOW:]
-        steps = [b - a for a, b in pairwise(past)]
+        window = self.values[: max(len(self.values) - _FALL, 4)][-NOISE_WINDOW:]
+        steps = [b - a for a, b in pairwise(window)]
         plain = (sum(s * s for s in steps) / len(steps)) ** 0.5 / _SQRT2 if steps else 0.0
         return max(plain, self.noise() or 0.0)
 

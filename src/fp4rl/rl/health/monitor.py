@@ -212,16 +212,16 @@ def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int
 
 
 class LiveMonitor:
-    """Monitors one training session. `past` is what was logged before it began: a resumed run is one history.
+    """Monitors one training session. `history` is what was logged before it began: a resumed run is one history.
 
     Findings are emitted as evidence and as messages; those that are no alarms are for the log alone.
     """
 
-    def __init__(self, spec: Health, past: Iterable[tuple[int, Mapping[str, float]]], emit: Emit) -> None:
+    def __init__(self, spec: Health, history: Iterable[tuple[int, Mapping[str, float]]], emit: Emit) -> None:
         self._monitor = Monitor(spec)
         self._emit = emit
         self.decisive: Finding | None = None
-        for step, metrics in past:
+        for step, metrics in history:
             self._decide(self._monitor.observe(step, metrics))
 
     @property
