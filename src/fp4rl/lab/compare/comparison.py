@@ -97,7 +97,7 @@ class Answer:
     def as_dict(self) -> dict[str, object]:
         """Plain values for a program."""
         return {
-            "question": {name: value for name, value in asdict(self.question).items() if name != "asked"},
+            "question": {name: value for name, value in asdict(self.question).items() if name != "declaration"},
             "treatment": _side_dict(self.treatment),
             "control": _side_dict(self.control),
             "comparable": self.comparable,
