@@ -26,7 +26,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float
 
 def onto_e2m1(x: Tensor) -> Tensor:
     """To the nearest of the sixteen values, ties to the even code, 6 where it is beyond."""
-    size = x.abs().clamp(max=6.0)
+    size = x.abs().clamp(max=6.0).contiguous()
     above = torch.searchsorted(_E2M1, size).clamp(max=7)
     below = (above - 1).clamp(min=0)
     up, down = _E2M1[above] - size, size - _E2M1[below]
