@@ -117,11 +117,13 @@ def collected(place, *options):
     return [line for line in run_in(place, "-m", "slow", "--collect-only", *options).splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_a_round_of_turns_holds_every_slow_test_once(suite):
     found = [name for k in (0, 1, 2) for name in collected(suite, "--turn", f"{k}/3")]
     assert len(found) == len(set(found)) == 40
 
 
+@pytest.mark.slow
 def test_the_rooms_of_the_change_come_whole_after_the_turn(suite):
     """`engines` has no folder of tests: those that name it stand for it; `spec` has none here that do."""
     turn = collected(suite, "--turn", "3/16")
@@ -132,6 +134,7 @@ def test_the_rooms_of_the_change_come_whole_after_the_turn(suite):
     assert len(collected(suite, "--turn", "3/16", "--rooms", "all")) == 40
 
 
+@pytest.mark.slow
 def test_what_the_time_does_not_hold_is_skipped_and_said(suite):
     found = run_in(suite, "--minutes", "0", "rl")
     assert "1 passed, 20 skipped" in found

@@ -1,45 +1,49 @@
 """One entry adds an algorithm, a reward or a check; a forgotten piece is an error where the table is read."""
 
-import subprocess
+import importlib
 import sys
 
 import pytest
 
+import fp4rl.rl.health.checks
+import fp4rl.rl.rollout  # noqa: F401
 from fp4rl.rl import losses, rewards
 from fp4rl.rl.objective import loss_rule
 from fp4rl.rl.rewards import reward_named
+from fp4rl.spec import algorithms, health
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.errors import InvalidValueError, require_names
 from fp4rl.spec.training import Training
 
+SOFT = {**ALGORITHMS, "new": Algorithm("me", clipping="soft")}
 PLANTED = {
     "a clipping without a formula": (
-        "import fp4rl.spec.algorithms as table\n"
-        "table.ALGORITHMS = {**table.ALGORITHMS, 'new': table.Algorithm('me', clipping='soft')}\n"
-        "import fp4rl.rl.losses\n",
+        ("fp4rl.spec.algorithms", "ALGORITHMS", SOFT, "fp4rl.rl.losses"),
         "clipping: soft can be described but has no function",
     ),
-    "an aggregation that is none": (
-        "from fp4rl.spec.algorithms import Algorithm\nAlgorithm('me', loss_agg_mode='token_mean')\n",
-        "me: no loss_agg_mode 'token_mean'",
-    ),
     "an estimator without a formula": (
-        "import fp4rl.spec.algorithms as table\ntable.ADV_ESTIMATORS += ('median',)\nimport fp4rl.rl.rollout\n",
+        ("fp4rl.spec.algorithms", "ADV_ESTIMATORS", (*algorithms.ADV_ESTIMATORS, "median"), "fp4rl.rl.rollout"),
         "adv_estimator: median can be described but has no function",
     ),
     "a check without a record": (
-        "import fp4rl.spec.health as health\nhealth.CHECKS += ('boredom',)\nimport fp4rl.rl.health.checks\n",
+        ("fp4rl.spec.health", "CHECKS", (*health.CHECKS, "boredom"), "fp4rl.rl.health.checks"),
         "health check: boredom can be described but has no function",
     ),
 }
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_forgotten_piece_is_an_error_at_import(planted):
-    program, message = PLANTED[planted]
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert found.returncode == 1
-    assert message in found.stderr
+def test_a_forgotten_piece_is_an_error_at_import(planted, monkeypatch):
+    (table, name, value, reader), message = PLANTED[planted]
+    monkeypatch.setattr(f"{table}.{name}", value)
+    monkeypatch.delitem(sys.modules, reader)
+    with pytest.raises(InvalidValueError, match=message):
+        importlib.import_module(reader)
+
+
+def test_an_aggregation_that_is_none_is_an_error_where_it_is_named():
+    with pytest.raises(ValueError, match="me: no loss_agg_mode 'token_mean'"):
+        Algorithm("me", loss_agg_mode="token_mean")
 
 
 def test_what_has_a_function_but_no_name_is_an_error_too():

@@ -103,9 +103,8 @@ def whole(carried, kept):
     return kept["numbers"]
 
 
-@pytest.mark.parametrize(
-    "stop_at", [3, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_an_interrupted_run_ends_in_the_same_bits(carried, kept, stop_at):
     whole(carried, kept)
     broken = carried("broken", stop_at)

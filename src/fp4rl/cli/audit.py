@@ -58,7 +58,7 @@ def _print_pairs(result: "Audit") -> None:
 
 
 def _remarks(audited: "AuditedPair") -> list[str]:
-    """What the comparison really compares."""
+    """Return what the comparison really compares."""
     remarks = ["the same treatment twice: its noise was never effective"] if audited.replicates else []
     if not audited.replicates and audited.pair.factor == "noise" and audited.noise.state != "effective":
         remarks.append(f"noise: {audited.noise.state}")

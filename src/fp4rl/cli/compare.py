@@ -121,7 +121,7 @@ def _print(answer: "Answer") -> None:
 
 
 def _checks(checks: "CrossChecks") -> Iterator[str]:
-    """What the problems say, or why they say nothing."""
+    """Yield what the problems say, or why they say nothing."""
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
         yield f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}"

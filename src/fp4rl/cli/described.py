@@ -13,19 +13,19 @@ from fp4rl.spec.load import load_spec
 
 
 def spec_file(spec: Path) -> Path:
-    """A file on this disk, or a suite of the catalogue by its name (`catalogue/quickstart`)."""
+    """Return a file on this disk, or a suite of the catalogue by its name (`catalogue/quickstart`)."""
     if spec.exists() or spec.suffix:
         return spec
     return named(spec.name) if spec.parent.name == "catalogue" or spec.name in names() else spec
 
 
 def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
-    """What a file, or a name of the catalogue, describes."""
+    """Return what a file, or a name of the catalogue, describes."""
     return load_spec(spec_file(spec), overrides)
 
 
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:
-    """The runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
+    """Return the runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
     return planned(described) if isinstance(described, Suite) else (single(described, name),)
 
 
@@ -37,22 +37,22 @@ def require_here(runs: Iterable[PlannedRun]) -> None:
 
 
 def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
-    """What can be known beforehand of the arms of some runs, and is hardly ever meant."""
+    """Return what can be known beforehand of the arms of some runs, and is hardly ever meant."""
     return spec_warnings({run.arm: run.experiment for run in runs})
 
 
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
-    """The runs that a file, or a name of the catalogue, describes."""
+    """Return the runs that a file, or a name of the catalogue, describes."""
     return runs_described(described_by(spec, overrides), spec.stem)
 
 
 def is_spec(source: str) -> bool:
-    """Whether a verb's first word names a spec file, or a suite of the catalogue, and not a model."""
+    """Return whether a verb's first word names a spec file, or a suite of the catalogue, and not a model."""
     return Path(source).suffix in (".yaml", ".yml") or Path(source).parent.name == "catalogue"
 
 
 def run_described(source: str, overrides: list[str], arm: str | None) -> PlannedRun:
-    """The first run of the arm that is named, else of the first arm that rounds something, else of the first."""
+    """Return the first run of the arm that is named, else of the first arm that rounds something, else of the first."""
     runs = runs_of(Path(source), overrides)
     arms = list(dict.fromkeys(run.arm for run in runs))
     if arm is not None and arm not in arms:

@@ -111,7 +111,7 @@ def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[
 def _described(
     model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
 ) -> Experiment:
-    """The experiment whose evaluation is asked for; mistakes are found before torch is imported."""
+    """Return the experiment whose evaluation is asked for; mistakes are found before torch is imported."""
     evaluation = asked_profiles(precision)
     if sweep:
         evaluation |= _SWEEP
@@ -212,7 +212,7 @@ def _write(out: Path, evaluations: "list[Measured]") -> None:
 
 
 def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
-    """The keys `profiles` and `injections` of an evaluation.
+    """Return the keys `profiles` and `injections` of an evaluation.
 
     A word is the name of a profile, a YAML file that holds an injection (an experiment, a run's `spec.yaml`, what
     `fp4rl scan --advise` wrote, or an injection alone), or NAME=FILE or NAME={mapping}.

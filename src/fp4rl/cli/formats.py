@@ -143,7 +143,7 @@ def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _ideal(fmt: Format) -> dict[str, float]:
-    """The kept figures of a format; measured now for one that has none."""
+    """Return the kept figures of a format; measured now for one that has none."""
     if (kept := kept_ideal(fmt)) is not None:
         return kept
     from fp4rl.numerics.errors import gaussian_ideal

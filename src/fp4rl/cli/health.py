@@ -61,7 +61,7 @@ def _spec(rules: list[str], thresholds: list[str]) -> Health:
 
 
 def _located(log: Path, runs: Path) -> Path:
-    """What is named: a path, or a run or a suite below the folder of runs by its name or the beginning of it."""
+    """Return what is named: a path, or a run or a suite below the folder of runs by its name or the beginning of it."""
     if log.exists() or log.is_absolute():
         return log
     if (runs / log).exists():
@@ -78,7 +78,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _judged(log: Path, spec: Health) -> tuple[str, Joined, Monitor, list[Finding]]:
-    """The form of a log, its numbers, and what the monitor makes of them.
+    """Return the form of a log, its numbers, and what the monitor makes of them.
 
     Raises NotFoundError for a rule about a metric that the log does not have: it would never be broken.
     """
@@ -141,7 +141,7 @@ def _show_suite(folder: Path, members: list[Path], spec: Health, as_json: bool) 
 
 
 def _summary(run: Path, spec: Health) -> dict[str, Any]:
-    """Where one run of a suite stands at its end, and its first alarm or what keeps it from being read."""
+    """Return where one run of a suite stands at its end, and its first alarm or what keeps it from being read."""
     try:
         _, joined, monitor, _ = _judged(run, spec)
     except (UserError, CheckFailed) as error:

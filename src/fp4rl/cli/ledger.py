@@ -84,5 +84,5 @@ def _require_runs(runs: Path) -> None:
 
 
 def ledger_address(runs: Path, address: str | None) -> str | Path:
-    """Where the ledger of a folder of runs is: the address that is named, else its own file."""
+    """Return where the ledger of a folder of runs is: the address that is named, else its own file."""
     return address or runs / "ledger.db"

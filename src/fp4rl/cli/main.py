@@ -82,7 +82,7 @@ def _app(verb: str | None) -> typer.Typer:
 
 
 def _first_line(verb: str) -> str:
-    """What the verb's module says of itself, read without importing it: a list of verbs should cost nothing."""
+    """Return what the verb's module says of itself, read without importing it: a list of verbs should cost nothing."""
     source = Path(__file__).with_name(f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     commands = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
@@ -122,7 +122,7 @@ def _at_home(argument: str) -> str:
 
 
 def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
-    """The exit code and the line that answer an error; None for a fault of ours.
+    """Return the exit code and the line that answer an error; None for a fault of ours.
 
     An error of the system that names a file is about what the user gave, and so is a full disk.
     """

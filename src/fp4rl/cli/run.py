@@ -198,7 +198,7 @@ def profiled(runs: Sequence[PlannedRun], root: Path, width: int) -> Group:
 
 
 def _fitting(arms: Mapping[str, object], width: int) -> Iterator[list[str]]:
-    """The arms in their order, in groups whose columns together take at most `width`; one arm at least."""
+    """Yield the arms in their order, in groups whose columns together take at most `width`; one arm at least."""
     group: list[str] = []
     used = 0
     for arm in arms:

@@ -168,7 +168,7 @@ def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
 
 
 def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest) -> dict[str, Any]:
-    """The report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
+    """Return the report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
     from fp4rl.diagnose.findings import rules_as_dicts
 
     content = report.as_dict() | {"rules": rules_as_dicts(report), "scan": request.model_dump(mode="json")}
@@ -179,7 +179,7 @@ def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest
 
 
 def _of_advice(file: Path, advice: "Advice", target: ScanTarget) -> list[str]:
-    """What the file of advice holds, what of it was asked for in vain, and the command that takes it."""
+    """Return what the file of advice holds, what of it was asked for in vain, and the command that takes it."""
     pieces = target.request.take
     held = advice.held(pieces)
     words = " and ".join(held) or "nothing but the injection as scanned (take=[formats,noise] puts more in)"

@@ -30,7 +30,7 @@ class ScanTarget:
     injection: Injection
 
     def run_with(self, file: Path) -> str:
-        """The command that lays a file of advice over what was scanned."""
+        """Return the command that lays a file of advice over what was scanned."""
         if not is_spec(self.source):
             return f"fp4rl run SPEC +{file}; for one arm of a suite: arms.NAME=+{file}"
         _, _, arm = self.name.partition(_ARM)
@@ -80,7 +80,7 @@ def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[s
 
 
 def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None) -> PlannedRun:
-    """One arm of a suite, or an experiment, with the changes laid over what its file says."""
+    """Return one arm of a suite, or an experiment, with the changes laid over what its file says."""
     run = run_described(source, of_suite, arm)
     if not change:
         return run
@@ -110,7 +110,7 @@ def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | N
 
 
 def _name(source: str, run: PlannedRun) -> str:
-    """What the report calls it; the model that a run ends with is `final` in every run."""
+    """Return what the report calls it; the model that a run ends with is `final` in every run."""
     path = Path(source).resolve()
     if is_spec(source):
         return f"{path.name}{_ARM}{run.arm}" if run.arm != "run" else path.name

@@ -90,7 +90,7 @@ def _print_evidence(about: "About") -> None:
 
 
 def accuracies(evaluations: Sequence[Evaluation]) -> Table:
-    """One line an evaluation: what acted while it was measured, and the shares with their intervals."""
+    """Return one line an evaluation: what acted while it was measured, and the shares with their intervals."""
     from fp4rl.lab.statistics.proportions import wilson
 
     rows = []
@@ -130,7 +130,7 @@ def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> Non
 
 
 def _given(spec: Any) -> Any:
-    """The description without what it leaves at none."""
+    """Return the description without what it leaves at none."""
     if not isinstance(spec, dict):
         return spec
     return {key: _given(value) for key, value in spec.items() if value is not None}

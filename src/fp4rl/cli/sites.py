@@ -148,7 +148,7 @@ def _show(sites: "SiteTable", every: bool) -> None:
 
 
 def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[tuple[str, ...]]:
-    """A line for each site, or for all layers of a role that are rounded alike: name, layers, shape, formats."""
+    """Return a line for each site, or for all layers of a role that are rounded alike: name, layers, shape, formats."""
     layers: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
     for row in rows:
         shape = " x ".join(map(str, row["shape"])) or "-"

@@ -26,7 +26,7 @@ _left_out: set[str] = set()
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that fits the terminal or COLUMNS, and 100 columns where there is neither (a pipe, a log).
+    """Return a console that fits the terminal or COLUMNS, and 100 columns where there is neither (a pipe, a log).
 
     A string is data, brackets and all: answers, paths and errors come from outside. What has a style is a `Text`.
     """
@@ -37,7 +37,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """One line of strings and (string, style) pairs."""
+    """Return one line of strings and (string, style) pairs."""
     return Text.assemble(*parts)
 
 
@@ -111,7 +111,7 @@ def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]
 
 
 def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:
-    """One cell a value: darker and a higher digit (0-9) for a greater share of the way from `low` to `high`."""
+    """Return one cell a value: darker and a higher digit (0-9) for a greater share of the way from `low` to `high`."""
     strip = Text()
     for value in values:
         if value is None or math.isnan(value):

@@ -71,7 +71,7 @@ class Advice:
         return next(fitting, None)
 
     def held(self, pieces: Sequence[Piece] | None = None) -> tuple[Piece, ...]:
-        """Those of `pieces`, by default the strategy's own, that there is something to say of."""
+        """Return those of `pieces`, by default the strategy's own, that there is something to say of."""
         reasons = {
             "formats": self.formats is not None and bool(self.formats.exceptions(self.scanned)),
             "noise": self.multipliers is not None,
@@ -81,7 +81,7 @@ class Advice:
         return tuple(piece for piece in (self.pieces if pieces is None else pieces) if reasons[piece])
 
     def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
-        """The scanned injection with the advice that `pieces` name in it."""
+        """Return the scanned injection with the advice that `pieces` name in it."""
         changes: dict[str, Any] = {}
         if "formats" in pieces and self.formats is not None:
             changes["by_pattern"] = self.formats.exceptions(self.scanned) + self.scanned.by_pattern
@@ -94,7 +94,7 @@ class Advice:
         return Injection.model_validate(changed.model_dump(mode="json"))  # as a file says it: its preset's rules on all
 
     def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
-        """What `fp4rl run spec.yaml +fragment.yaml` lays over a spec; by default the strategy's own pieces."""
+        """Return what `fp4rl run spec.yaml +fragment.yaml` lays over a spec; by default the strategy's own pieces."""
         pieces = self.pieces if pieces is None else pieces
         # The mode in any case: one that the spec names must not stay where the scan was of other formats.
         injection = self.injection(pieces).model_dump(mode="json", exclude_defaults=True)

@@ -36,7 +36,7 @@ class Calibration:
     digest: str
 
     def described(self) -> dict[str, Any]:
-        """What the report says about them."""
+        """Return what the report says about them."""
         return {"texts": self.texts, "tokens": self.tokens, "digest": self.digest, "few": self.texts < ENOUGH_TEXTS}
 
 

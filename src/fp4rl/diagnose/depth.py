@@ -107,7 +107,7 @@ def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: OnTensor) 
 
 
 def _part(table: SiteTable, part: str) -> SiteTable:
-    """The table with weights alone or inputs alone; sites that then do nothing are left out."""
+    """Return the table with weights alone or inputs alone; sites that then do nothing are left out."""
     if part == "both":
         return table
     if part == "weights":

@@ -80,7 +80,7 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype) -> Tensor:
-    """What rounding adds to the layer's output: [..., out], from the input [..., in] it really had."""
+    """Return what rounding adds to the layer's output: [..., out], from the input [..., in] it really had."""
     weight = as_used(plan.site, layer.weight.detach())
     rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
     clean = linear(x, weight, layer.bias)

@@ -30,7 +30,7 @@ class Finding:
     sites: tuple[str, ...] = ()
 
     def named_sites(self, most: int = 3) -> str:
-        """The first of its sites in words; empty for a note, and where the sentence names them all."""
+        """Return the first of its sites in words; empty for a note, and where the sentence names them all."""
         if self.kind == "note" or all(site in self.text for site in self.sites):
             return ""
         more = f" and {len(self.sites) - most} more" if len(self.sites) > most else ""
@@ -49,7 +49,7 @@ class Rule:
     meaning: str = ""
 
     def flags(self, value: float) -> bool:
-        """Whether this value is on the wrong side."""
+        """Return whether this value is on the wrong side."""
         return value < self.limit if self.side == "below" else value > self.limit
 
 
@@ -107,12 +107,12 @@ class RuleResult:
 
 
 def meanings(results: Sequence[RuleResult]) -> str:
-    """What is measured by the rules whose name does not say it; empty where there is none."""
+    """Return what is measured by the rules whose name does not say it; empty where there is none."""
     return "; ".join(f"{r.rule.name}: {r.rule.meaning}" for r in results if r.rule.meaning)
 
 
 def rule_named(name: str, limit: float | None = None) -> Rule:
-    """A rule by name, with another limit where one is given; NotFoundError names the nearest."""
+    """Return a rule by name, with another limit where one is given; NotFoundError names the nearest."""
     if name not in RULES:
         raise NotFoundError(f"no rule is called {name!r}{nearest(name, RULES)}")
     rule = RULES[name]
@@ -131,7 +131,7 @@ def apply_rule(rule: Rule, measured: Sequence[Measured]) -> RuleResult:
 
 
 def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
-    """The fork's bands: what to do when this share of the layers is flagged."""
+    """Return the fork's bands: what to do when this share of the layers is flagged."""
     if share_of_layers == 0:
         return "no action"
     if share_of_layers < low:
@@ -145,7 +145,7 @@ def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ..
 
 
 def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
-    """The numbered layers that these sites belong to."""
+    """Return the numbered layers that these sites belong to."""
     layer_of = {plan.name: plan.site.layer for plan in report.table.plans}
     return frozenset(layer for site in sites if (layer := layer_of.get(site)) is not None)
 
@@ -162,7 +162,7 @@ def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
 
 
 def rules_as_dicts(report: ScanReport) -> list[dict[str, Any]]:
-    """The same for JSON."""
+    """Return the same for JSON."""
     return [
         {
             **asdict(result.rule),

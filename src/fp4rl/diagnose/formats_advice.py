@@ -179,7 +179,7 @@ def _ratio(wide: float, narrow: float) -> float:
 
 
 def _widened(table: SiteTable) -> SiteTable:
-    """Every site in MXFP8, as the scanned preset rounds it."""
+    """Return every site in MXFP8, as the scanned preset rounds it."""
     preset = preset_named(table.injection.preset) if table.injection.preset else None
     weight, inputs = (preset.at("weight", MXFP8), preset.at("input", MXFP8)) if preset else (MXFP8, MXFP8)
     plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)

@@ -26,7 +26,7 @@ _WORDS = {
 
 
 def page(report: ScanReport, advice: Advice | None = None) -> str:
-    """The whole page; NotFoundError when Plotly or Jinja (the extra `report`) is not installed."""
+    """Return the whole page; NotFoundError when Plotly or Jinja (the extra `report`) is not installed."""
     drawn, results = figures_of(report), rule_results(report)
     return render(
         Path(__file__).with_name("scan.html.j2"),
@@ -54,7 +54,7 @@ def _facts(report: ScanReport) -> list[str]:
 
 
 def _weights(report: ScanReport) -> list[list[str]]:
-    """All weights pooled, beside the ideal of the format."""
+    """Return all weights pooled, beside the ideal of the format."""
     weights = [part for part in report.parts if part.part == "weight"]
     if not report.tallies or not weights:
         return []
@@ -97,7 +97,7 @@ _MEASURES: tuple[tuple[str, str, str, bool], ...] = (
 
 
 def figures_of(report: ScanReport) -> list[Figure]:
-    """Every figure that the scan measured something for."""
+    """Return every figure that the scan measured something for."""
     return [*heat_map(report), *sensitivity_bars(report), *depth_lines(report), *before_and_after(report)]
 
 
@@ -140,7 +140,7 @@ def heat_map(report: ScanReport) -> Iterator[Figure]:
 
 
 def sensitivity_bars(report: ScanReport) -> Iterator[Figure]:
-    """The sites with the greatest KL: measured alone, and what one backward pass predicted."""
+    """Yield the sites with the greatest KL: measured alone, and what one backward pass predicted."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return
     ranked = sorted(report.sensitivity.sites, key=lambda site: site.kl, reverse=True)[:MOST_BARS]

@@ -54,14 +54,14 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def reference_of(model: nn.Module, batch: Batch) -> Reference:
-    """The model as it is now, as what others are compared with."""
+    """Return the model as it is now, as what others are compared with."""
     logits = logits_of(model, batch)
     return Reference(_log_probs(logits, batch), _loss(logits, batch))
 
 
 @torch.no_grad()
 def divergence_of(model: nn.Module, batch: Batch, reference: Reference) -> Divergence:
-    """How far the model as it is now lies from `reference`: KL(reference || now), averaged over real tokens."""
+    """Return how far the model as it is now lies from `reference`: KL(reference || now), averaged over real tokens."""
     logits = logits_of(model, batch)
     now = _log_probs(logits, batch)
     kl = kl_div(now, reference.log_probs, reduction="sum", log_target=True) / len(now)
@@ -69,7 +69,7 @@ def divergence_of(model: nn.Module, batch: Batch, reference: Reference) -> Diver
 
 
 def weighted(divergences: list[Divergence], weights: list[int]) -> Divergence:
-    """The average over batches, each counted by its tokens."""
+    """Return the average over batches, each counted by its tokens."""
     total = sum(weights)
     pairs = list(zip(divergences, weights, strict=True))
     return Divergence(sum(h.kl * w for h, w in pairs) / total, sum(h.loss_change * w for h, w in pairs) / total)

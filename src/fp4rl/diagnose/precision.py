@@ -83,7 +83,7 @@ def stored_weight_errors(
 def _weight_errors(
     matrices_of: Callable[[SitePlan], list[Rows]], plans: list[SitePlan], table: SiteTable, on_progress: Progress | None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    """One row a site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
+    """Return one row a site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
     sums = {
         plan.name: pooled([rounding_error(rows, plan, table) for rows in matrices_of(plan)])
         for plan in tracked(plans, on_progress)
@@ -108,7 +108,7 @@ def _pieces(weight: Tensor) -> Rows:
 def input_errors(
     model: nn.Module, table: SiteTable, calibration: Calibration, on_progress: Progress | None = None
 ) -> tuple[PartError, ...]:
-    """Every matmul input that the table rounds; one forward pass per batch serves all sites."""
+    """Return every matmul input that the table rounds; one forward pass per batch serves all sites."""
     plans = {plan.site.path: plan for plan in table.plans if plan.input is not None and plan.site.kind == "linear"}
     if not plans:
         return ()
@@ -157,7 +157,7 @@ def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
 
 
 def ideal_measures(fmt: Format) -> dict[str, float]:
-    """What ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
+    """Return what ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
     ideal = gaussian_ideal(fmt)
     return {**ideal, "row_median": ideal["relative_l2"]}
 

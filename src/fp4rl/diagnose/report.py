@@ -56,7 +56,7 @@ class ScanReport:
         return {layer: sum(values) / len(values) for layer, values in sorted(by_layer.items())}
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for JSON."""
+        """Return the report for JSON."""
         injection = self.table.injection
         total = pooled(list(self.tallies.values())).measures() if self.tallies else None
         return {

@@ -71,7 +71,7 @@ def _fed(
     generator: torch.Generator,
     on_stage: Stages | None,
 ) -> dict[str, Any]:
-    """The parts that need texts."""
+    """Return the parts that need texts."""
     results: dict[str, Any] = {}
     if "dynamics" in spec.parts:
         results["dynamics"] = dynamics(model, table, calibration, generator=generator, batches=spec.probed_batches)

@@ -35,7 +35,7 @@ class StoredTensor:
         return prod(self.shape)
 
     def read(self) -> Tensor:
-        """The whole tensor in its stored dtype."""
+        """Return the whole tensor in its stored dtype."""
         return self._values(0, self.elements).view(self.shape)
 
     def rows(self, at_once: int) -> Iterator[Tensor]:
@@ -57,7 +57,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
+    """Return every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
 
     Raises NotFoundError for no safetensors file or a missing shard, InvalidValueError for what cannot be read.
     """
@@ -84,7 +84,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _contents(file: Path) -> Iterator[StoredTensor]:
-    """A safetensors file is the header's length (8 bytes, little endian), the header in JSON, and the data."""
+    """Yield a safetensors file is the header's length (8 bytes, little endian), the header in JSON, and the data."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:

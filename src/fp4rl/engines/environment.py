@@ -25,7 +25,7 @@ def choose_backend(announce: Callable[[str], None]) -> None:
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process beside others."""
+    """Return whether a launcher has started this process beside others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -15,7 +15,7 @@ class MergedState(LinearState):
     scaling: tuple[float, ...] = ()  # of the adapters in the kept copy
 
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        """The layer's result with the rounded sum of base and active adapters instead of both."""
+        """Return the layer's result with the rounded sum of base and active adapters instead of both."""
         if kwargs.get("adapter_names") is not None:
             raise InvalidValueError(f"{self.plan.name}: one batch with several adapters has no single merged weight")
         if not self.weight_on:
@@ -25,11 +25,11 @@ class MergedState(LinearState):
         return super().forward(AdaptedSum(layer), x)  # type: ignore[arg-type]
 
     def master(self, layer: Any) -> Tensor:
-        """The sum of base and active adapters, which exists for the moment alone."""
+        """Return the sum of base and active adapters, which exists for the moment alone."""
         return AdaptedSum(layer).weight
 
     def rounded_weight(self, layer: Any) -> Tensor:
-        """The rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
+        """Return the rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
         sources, scaling = layer.sources, layer.scaling
         if scaling != self.scaling:
             self.cache.forget()

@@ -59,7 +59,7 @@ class Attachment:
         self.modules = []
 
     def evidence(self) -> list[Injected]:
-        """One row per phase, site and point, in the order of the phases and of the model."""
+        """Return one row per phase, site and point, in the order of the phases and of the model."""
         rows = [row for state in self.states.values() for row in state.rows()]
         return sorted(rows, key=lambda row: PHASES.index(row.phase))
 
@@ -93,7 +93,7 @@ class Attachment:
                 raise CheckFailed(f"{were} {what}: {', '.join(sites[:4])}{' ...' if len(sites) > 4 else ''}{why}")
 
     def report(self) -> str:
-        """The evidence as lines of text, one per phase and point."""
+        """Return the evidence as lines of text, one per phase and point."""
         sites = counted(len(self.table.plans), "site")
         head = f"{sites}, table {self.table.digest}, phase {self.phase}"
         return "\n".join([head, *table_of(self.evidence())])

@@ -24,7 +24,7 @@ class AttentionState(SiteState):
     """What an injected attention module knows: whether its cache is rounded, and which of its products go wrong."""
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, its products intercepted while anything is active."""
+        """Return the module's own forward, its products intercepted while anything is active."""
         original: Any = self.original
         if not (self.points or self.errors):
             return original.forward(module, *args, **kwargs)
@@ -76,7 +76,7 @@ class _Intercept(TorchFunctionMode):
         return beta * bias + alpha * self._eager(batch1, batch2)
 
     def require_attention(self, module: nn.Module) -> None:
-        """InvalidValueError where the products were not those of attention: keys and values would not be what was
+        """Raise InvalidValueError where the products were not those of attention: keys and values would not be what was
         rounded."""
         if bool(self.whole) == bool(self.eager) or self.eager % 2:
             kind, name = type(module).__name__.removeprefix("Injected"), self.state.plan.name

@@ -34,7 +34,7 @@ class WeightFingerprint:
         self._uses = 0
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether `weight` has the storage, the version and the sample that were seen.
+        """Return whether `weight` has the storage, the version and the sample that were seen.
 
         On an accelerator the sample is read on one use in ACCELERATOR_INTERVAL. Raises CheckFailed where it differs
         there, since calls in between used the old copy, and InvalidValueError while a CUDA graph is recorded.
@@ -119,7 +119,7 @@ class QuantCache:
 
 
 def tells_writes(weight: Tensor) -> bool:
-    """Whether a copy of `weight` may be kept: views (FSDP1), strides, inference mode hide how it is written."""
+    """Return whether a copy of `weight` may be kept: views (FSDP1), strides, inference mode hide how it is written."""
     return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference()
 
 

@@ -35,7 +35,7 @@ class Meter:
     _power: float = 0.0
 
     def due(self, calls: int) -> bool:
-        """Whether call number `calls` (from 1) is to be looked at."""
+        """Return whether call number `calls` (from 1) is to be looked at."""
         return calls >= self._next_look
 
     def look(self, calls: int, before: Tensor, after: Tensor, would_change: Callable[[], bool]) -> None:
@@ -107,7 +107,7 @@ def master_digest(model: nn.Module) -> str:
 
 
 def table_of(rows: Iterable[Injected]) -> list[str]:
-    """A line per phase and point: sites, calls, elements, and the mean over sites of what was measured."""
+    """Return a line per phase and point: sites, calls, elements, and the mean over sites of what was measured."""
     groups: dict[tuple[str, str, str], list[Injected]] = defaultdict(list)
     for row in rows:
         groups[row.phase, row.point, str(row.format)].append(row)

@@ -96,7 +96,7 @@ def _second(stack: StackState, func: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def _first(stack: StackState, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The weight times columns x [..., in, n]: their values run along the axis before the last."""
+    """Return the weight times columns x [..., in, n]: their values run along the axis before the last."""
     weight, x, *rest = args
     if x.numel():
         _look(stack, weight, -1)
@@ -113,7 +113,7 @@ def _look(stack: StackState, weight: Tensor, axis: int) -> None:
 
 
 def _is_fallback(func: Callable[..., Any]) -> bool:
-    """Whether this is what transformers computes a grouped product with where torch has none."""
+    """Return whether this is what transformers computes a grouped product with where torch has none."""
     return "grouped_mm_fallback" in getattr(func, "__name__", "")
 
 
@@ -142,7 +142,7 @@ class ExpertsState:
         return tuple(sorted(self.stacks))
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward over rounded parameters."""
+        """Return the module's own forward over rounded parameters."""
         stacks = self.stacks.values()
         for stack in stacks:
             stack.count()
@@ -182,7 +182,7 @@ class ExpertsState:
                 )
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """What the parameter reads as: its copy inside the forward, itself everywhere else."""
+        """Return what the parameter reads as: its copy inside the forward, itself everywhere else."""
         stack = self.stacks[name]
         value = weight
         if self._reading is not None and stack.weight_on and not self.removed:
@@ -195,7 +195,7 @@ class ExpertsState:
 
 
 def reading_rounded(name: str) -> property:
-    """A property in the place of a parameter, for the stand-in class."""
+    """Return a property in the place of a parameter, for the stand-in class."""
 
     def read(module: nn.Module) -> Any:
         weight: Any = module._parameters[name]

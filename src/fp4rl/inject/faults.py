@@ -58,17 +58,17 @@ class SiteRng:
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
 
     def for_tensor(self, x: Tensor, salt: str) -> torch.Generator:
-        """The generator, seeded for this tensor in this step."""
+        """Return the generator, seeded for this tensor in this step."""
         flat = x.detach().reshape(-1)
         read = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu().numpy().tobytes()
         return self._seeded(x.device, f"{self.seed}/{self.step}/{salt}".encode() + read)
 
     def fixed(self, device: torch.device, salt: str) -> torch.Generator:
-        """The generator, seeded the same at every step: for defects that stay where they are."""
+        """Return the generator, seeded the same at every step: for defects that stay where they are."""
         return self._seeded(device, f"{self.seed}/{salt}".encode())
 
     def unknown(self, device: torch.device, salt: str) -> torch.Generator:
-        """The generator with a seed from the operating system: nobody can repeat it."""
+        """Return the generator with a seed from the operating system: nobody can repeat it."""
         if self.repeatable:
             return self.fixed(device, salt)
         generator = self._generator(device)

@@ -64,7 +64,7 @@ def _state_class(plan: SitePlan) -> type[SiteState]:
 
 
 def _ignored_by_ddp(model: nn.Module) -> list[str]:
-    """Names that DDP passes over when it wraps: a weight without memory has nothing to compare or send."""
+    """Return names that DDP passes over when it wraps: a weight without memory has nothing to compare or send."""
     return getattr(model, "_ddp_params_and_buffers_to_ignore", [])
 
 
@@ -127,5 +127,5 @@ def restore(module: nn.Module) -> None:
 
 
 def is_injected(module: nn.Module) -> bool:
-    """Whether the module carries an injection that was not removed."""
+    """Return whether the module carries an injection that was not removed."""
     return KEY in module.__dict__ and not module.__dict__[KEY].removed

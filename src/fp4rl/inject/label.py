@@ -35,7 +35,7 @@ def label(table: SiteTable | None, phase: Phase = "evaluation") -> str:
 
 
 def _linear(table: SiteTable, active: frozenset[str]) -> list[str]:
-    """The formats of most rounded sites as one word, and how many sites differ from it, or stay as they are."""
+    """Return the formats of most rounded sites as one word, and how many sites differ from it, or stay as they are."""
     counts = Counter(_formats(plan, active) for plan in table.plans if plan.site.kind != "attention")
     untouched = counts.pop((None,) * len(LINEAR_POINTS), 0)
     if not counts:
@@ -55,14 +55,14 @@ def _formats(described: SitePlan | Injection | Mode, active: Collection[str] = L
 
 
 def _exception(formats: _Formats, usual: _Formats) -> str:
-    """One format alone, where it stands at every point that is usually rounded."""
+    """Return one format alone, where it stands at every point that is usually rounded."""
     names = {name for name in formats if name is not None}
     same_points = [name is None for name in formats] == [name is None for name in usual]
     return names.pop() if same_points and len(names) == 1 else _word(formats)
 
 
 def _word(formats: _Formats) -> str:
-    """The mode of these formats by its name; else the points one by one."""
+    """Return the mode of these formats by its name; else the points one by one."""
     for mode in MODES.values():
         if formats == _formats(mode):
             return mode.name

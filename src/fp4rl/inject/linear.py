@@ -35,11 +35,11 @@ class LinearState(SiteState):
         return self.rounded_values(y, "output") if self.output_on else y
 
     def rounded_weight(self, layer: nn.Linear) -> Tensor:
-        """The rounded weight as it is stored, with a gradient to the master where one is computed."""
+        """Return the rounded weight as it is stored, with a gradient to the master where one is computed."""
         return self.copy_of(layer.weight, layer.weight)
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        """The rounded input, shared with the layers that read the same tensor."""
+        """Return the rounded input, shared with the layers that read the same tensor."""
         rounded = None if torch.compiler.is_compiling() else self.shared.get(x)
         if rounded is not None:
             self.note("input", x, rounded, x.numel())
@@ -52,7 +52,7 @@ class LinearState(SiteState):
         return rounded
 
     def copy_of(self, weight: Tensor, *made_from: Tensor) -> Tensor:
-        """The rounded copy of `weight`, kept while the parameters that it was `made_from` stay as they are."""
+        """Return the rounded copy of `weight`, kept while the parameters that it was `made_from` stay as they are."""
         copy = reach = None
         if not torch.compiler.is_compiling():
             copy, reach = self.cache.get(*made_from), self.cache.reach
@@ -66,11 +66,11 @@ class LinearState(SiteState):
         return through(weight, copy, reach)
 
     def master(self, layer: nn.Linear) -> Tensor:
-        """What is rounded here [out, in], as it is now."""
+        """Return what is rounded here [out, in], as it is now."""
         return self.as_used(layer.weight)
 
     def as_used(self, weight: Tensor) -> Tensor:
-        """The parameter, or its copy, as [..., out, in]."""
+        """Return the parameter, or its copy, as [..., out, in]."""
         return weight.mT if self.transposed else weight
 
     def _make(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +104,7 @@ class LinearState(SiteState):
         return self.rng.fixed(weight.device, salt)
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """Whether rounding `x` changes any value; a weight is rounded along `in`, whichever way it is stored."""
+        """Return whether rounding `x` changes any value; a weight is rounded along `in`, whichever way it is stored."""
         return super().would_change(point, self.as_used(x).contiguous() if point == "weight" else x)
 
     def enter(self, phase: Any, points: frozenset[str]) -> None:

@@ -17,7 +17,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, site: SiteState, point: str) -> Tensor:
-        """The result, errors of the forward in it."""
+        """Return the result, errors of the forward in it."""
         ctx.save_for_backward(a, b)
         ctx.site, ctx.point = site, point
         if not any(error.forward and error.point == point for error in site.errors):

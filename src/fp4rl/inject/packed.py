@@ -43,7 +43,7 @@ class PackedState(LinearState):
         self._put(layer, self.values())
 
     def values(self) -> Tensor:
-        """The rounded weight [out, in] in the dtype that the master had, made for the moment."""
+        """Return the rounded weight [out, in] in the dtype that the master had, made for the moment."""
         assert self.packed is not None
         return dequantize(self.packed).to(self.master_dtype)
 

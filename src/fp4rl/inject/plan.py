@@ -38,14 +38,14 @@ class SitePlan:
         return self.site.name
 
     def label(self, point: str) -> str:
-        """What stands in the evidence as the format of a point: the format's name, or the error's size."""
+        """Return what stands in the evidence as the format of a point: the format's name, or the error's size."""
         if (fmt := getattr(self, point, None)) is not None:
             return str(fmt.name)
         error = next(error for error in self.errors if point.startswith(error.name))
         return f"{error.scale:g}"
 
     def points(self) -> tuple[str, ...]:
-        """The points that have a format."""
+        """Return the points that have a format."""
         return tuple(point for point in FORMAT_POINTS if getattr(self, point) is not None)
 
     @property
@@ -54,7 +54,7 @@ class SitePlan:
         return bool(self.points() or self.errors)
 
     def row(self) -> dict[str, Any]:
-        """The plan as plain values for JSON."""
+        """Return the plan as plain values for JSON."""
         site = self.site
         row: dict[str, Any] = {"site": site.name, "kind": site.kind, "role": site.role, "layer": site.layer}
         row |= {"shape": list(site.shape)} | {point: describe(getattr(self, point)) for point in self.points()}
@@ -106,11 +106,11 @@ class SiteTable:
         return dict(counts)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The plans as plain values for JSON, in the order of the model."""
+        """Return the plans as plain values for JSON, in the order of the model."""
         return [plan.row() for plan in self.plans]
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole table as plain values: `digest`, `plans`, `left_out`."""
+        """Return the whole table as plain values: `digest`, `plans`, `left_out`."""
         return {
             "digest": self.digest,
             "plans": self.rows(),
@@ -118,7 +118,7 @@ class SiteTable:
         }
 
     def _active_rows(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
-        """The rows cut down to what acts in a phase; sites where nothing does are gone."""
+        """Return the rows cut down to what acts in a phase; sites where nothing does are gone."""
         points = self.injection.apply_during.active(phase) - (set(GRADIENTS) if forward_only else set())
         rows = []
         for plan in self.plans:

@@ -49,7 +49,7 @@ def require_rounded(attachment: Attachment) -> int:
 
 
 def _held(module: nn.Module, state: Any) -> Iterator[tuple[SiteState, dict[str, bool]]]:
-    """Each site of a module with what could be compared there: point -> whether it is right."""
+    """Yield each site of a module with what could be compared there: point -> whether it is right."""
     stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
     for name, stack in stacks:
         if stack.keep_copies and stack.transposed is not None and _repeatable(stack, "weight"):
@@ -63,7 +63,7 @@ def _held(module: nn.Module, state: Any) -> Iterator[tuple[SiteState, dict[str, 
 
 
 def _repeatable(state: SiteState, point: str) -> bool:
-    """Whether what becomes of an operand is a function of it alone."""
+    """Return whether what becomes of an operand is a function of it alone."""
     fmt = getattr(state.plan, point)
     return not state.has_errors(point) and (fmt is None or fmt.rounding != "stochastic")
 

@@ -75,7 +75,7 @@ def _names(sites: Iterable[Site]) -> list[str]:
 
 
 def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int) -> str | None:
-    """Why targets leave a site out, None where they take it; refuses what was taken and must not be."""
+    """Return why targets leave a site out, None where they take it; refuses what was taken and must not be."""
     if site.kind not in kinds:
         return f"{site.kind}: no point of an injection"
     if site.role == "dt_proj":
@@ -130,7 +130,7 @@ def _formats(site: Site, injection: Injection) -> dict[str, Any]:
 
 
 def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> SitePlan:
-    """What frozen weights and adapters change: a sum to round, codes to keep, no gradient to round."""
+    """Return what frozen weights and adapters change: a sum to round, codes to keep, no gradient to round."""
     frozen = not model.get_submodule(plan.site.path).weight.requires_grad
     above = model.get_submodule(plan.site.path.rpartition(".")[0]) if plan.site.path else model
     adapted = plan.site.path.endswith("base_layer") and hasattr(above, "lora_A")

@@ -39,7 +39,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """The gradient of the master, alone."""
+        """Return the gradient of the master, alone."""
         return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
 
 

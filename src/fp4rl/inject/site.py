@@ -95,11 +95,11 @@ class SiteState:
             self.calls += 1
 
     def meter(self, point: str) -> Meter:
-        """The meter of a point in this phase."""
+        """Return the meter of a point in this phase."""
         return self.meters.setdefault((self.phase, point), Meter())
 
     def missed(self) -> bool:
-        """Whether some look of this phase found a tensor as it was that rounding changes."""
+        """Return whether some look of this phase found a tensor as it was that rounding changes."""
         return any(meter.missed for (phase, _), meter in self.meters.items() if phase == self.phase)
 
     def book(self) -> None:
@@ -125,11 +125,11 @@ class SiteState:
         self.meters.clear()
 
     def silent(self) -> bool:
-        """Whether it should act in this phase and no booked call has met any of its points."""
+        """Return whether it should act in this phase and no booked call has met any of its points."""
         return bool(self.active) and not any((self.phase, point) in self.meters for point in self.active)
 
     def untouched(self) -> tuple[str, ...]:
-        """The points that should act in this phase, at which calls were counted and not one tensor was met."""
+        """Return the points that should act in this phase, at which calls were counted and not one tensor was met."""
         met = {point: self.meters.get((self.phase, point)) for point in self.active}
         return tuple(p for p, meter in met.items() if meter and meter.calls and not (meter.elements or meter.looks))
 
@@ -150,7 +150,7 @@ class SiteState:
             meter.look(calls, before, after, lambda: self.would_change(point, before))
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """Whether rounding `x` afresh to the format of a point changes any value. An error owes no change."""
+        """Return whether rounding `x` afresh to the format of a point changes any value. An error owes no change."""
         fmt = getattr(self.plan, point, None)
         if fmt is None:
             return False
@@ -215,7 +215,7 @@ class SiteState:
         return rounded
 
     def has_errors(self, *points: str) -> bool:
-        """Whether an error at one of these points is active."""
+        """Return whether an error at one of these points is active."""
         return any(error.point in points for error in self.errors)
 
     def stepped(self) -> None:
@@ -229,13 +229,13 @@ class SiteState:
         self.shared.forget()
 
     def rows(self) -> Iterator[Injected]:
-        """The evidence, a row per phase and point."""
+        """Yield the evidence, a row per phase and point."""
         self.book()
         for (phase, point), meter in self.meters.items():
             yield meter.row(phase, self.plan.name, point, self.plan.label(point))
 
     def state_dict(self) -> dict[str, Any]:
-        """The step that random kinds draw by, and the meters; for JSON."""
+        """Return the step that random kinds draw by, and the meters; for JSON."""
         self.book()
         return {"step": self.rng.step, "meters": [[*key, *astuple(meter)] for key, meter in self.meters.items()]}
 

@@ -34,7 +34,7 @@ def require_opt_in(site: Site, targets: Targets) -> None:
 
 
 def _everywhere(name: str) -> str:
-    """The pattern that matches a site in every layer."""
+    """Return the pattern that matches a site in every layer."""
     return re.sub(r"^.*?\.\d+\.", "*.", name)
 
 
@@ -60,7 +60,7 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
 
 
 def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> None:
-    """InvalidValueError for a format that holds every value of the dtype that it is given."""
+    """Raise InvalidValueError for a format that holds every value of the dtype that it is given."""
     if plan.site.parameter is None:
         return
     own = str(getattr(module, plan.site.parameter).dtype).removeprefix("torch.")
@@ -71,7 +71,7 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
 
 
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
-    """InvalidValueError for inputs or outputs of stacked experts whose matmul cannot be reached."""
+    """Raise InvalidValueError for inputs or outputs of stacked experts whose matmul cannot be reached."""
     points = [point for point in ("input", "output") if getattr(plan, point) is not None]
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
     if points and how not in _REACHED:
@@ -111,7 +111,7 @@ def require_layout(site: Site, module: nn.Module) -> None:
 
 
 def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> None:
-    """InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached.
+    """Raise InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached.
 
     With `cached` also where what an engine caches is not what this forward multiplies.
     """
@@ -126,7 +126,7 @@ def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> N
 
 
 def require_one_rounding(plans: list[SitePlan]) -> None:
-    """InvalidValueError when one parameter would be rounded at two sites."""
+    """Raise InvalidValueError when one parameter would be rounded at two sites."""
     seen: dict[str, str] = {}
     for plan in plans:
         owner = plan.site.shares or plan.name
@@ -163,7 +163,7 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
 
 
 def require_packable(plan: SitePlan) -> None:
-    """InvalidValueError for a format that has no packed layout."""
+    """Raise InvalidValueError for a format that has no packed layout."""
     fmt = plan.weight
     if plan.site.transposed:
         raise InvalidValueError(f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out]; take copy")

@@ -58,7 +58,7 @@ class Verdict:
     p_margin_family: float | None = None
 
     def sentence(self) -> str:
-        """One line: the difference, its interval, the seeds, the word."""
+        """Return one line: the difference, its interval, the seeds, the word."""
         interval = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low is not None else ""
         chance = f", p = {self.p:.2g}" if self.p is not None else ""
         if self.p_family is not None and self.comparisons > 1:
@@ -67,7 +67,7 @@ class Verdict:
         return f"{self.difference:+.1f} points{interval}, {self.seeds[0]} vs {self.seeds[1]} seeds{chance}: {word}"
 
     def in_words(self, treatment: str, control: str) -> str:
-        """What may be said of the two sides in plain words, and no more."""
+        """Return what may be said of the two sides in plain words, and no more."""
         sides = f"{treatment} ({self.means[0]:.1f} %)", f"{control} ({self.means[1]:.1f} %)"
         size = f"{abs(self.difference):.1f} points"
         match self.word:
@@ -113,7 +113,7 @@ def evaluate_family(
 
 
 def _test(comparison: Comparison) -> _Tests | str:
-    """The tests of one comparison, or the reason why there is none."""
+    """Return the tests of one comparison, or the reason why there is none."""
     treatment, control, margin = comparison.treatment, comparison.control, comparison.margin
     if not (treatment and control):
         raise InvalidValueError(f"{comparison.label or 'the comparison'} has an arm without any seed")
@@ -142,7 +142,7 @@ def _with_word(plain: Verdict, tests: _Tests, p: float, p_margin: float | None) 
 
 
 def _word(difference: Difference, below: NotWorse | None, p: float, p_margin: float | None) -> tuple[Word, str]:
-    """The word, and the rule that gave it."""
+    """Return the word, and the rule that gave it."""
     bound = f"the one-sided lower bound {below.lower_bound:+.2f}" if below else ""
     if p <= ALPHA and difference.value > 0:
         return "better", f"the difference is above 0, p = {p:.2g}"
@@ -160,7 +160,7 @@ def _word(difference: Difference, below: NotWorse | None, p: float, p_margin: fl
 
 
 def _without_word(plain: Verdict, why: str, spread: Spread | None) -> Verdict:
-    """The difference alone, with the band of equal runs where repeats tell it."""
+    """Return the difference alone, with the band of equal runs where repeats tell it."""
     if spread is None or spread.sd == 0:  # repeats that do not vary at all measure no chance
         return replace(plain, why=f"{why}; no repeats of this task and model tell how far equal runs lie apart")
     half = spread.band(plain.seeds)

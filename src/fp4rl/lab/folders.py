@@ -114,7 +114,7 @@ class RunFolder:
     # -- read by everyone
 
     def spec(self) -> dict[str, Any]:
-        """The described experiment as plain values; empty for a run that came from a foreign log."""
+        """Return the described experiment as plain values; empty for a run that came from a foreign log."""
         file = self.path / "spec.yaml"
         if not file.is_file():
             return {}
@@ -122,12 +122,12 @@ class RunFolder:
             return _mapping(plain_values(file.read_text(encoding="utf-8"), "YAML") or {})
 
     def sites(self) -> Sites:
-        """The resolved site table; one without plans where none was written."""
+        """Return the resolved site table; one without plans where none was written."""
         with damage_named(self.path / "sites.json") as file:
             return read_sites(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Sites()
 
     def evidence(self) -> tuple[Evidence, ...]:
-        """Every line of a kind that this version knows, in order."""
+        """Return every line of a kind that this version knows, in order."""
         with damage_named(self.path / "evidence.jsonl") as file:
             return tuple(line for line in map(read_evidence, read_lines(file)) if line is not None)
 
@@ -145,7 +145,7 @@ class RunFolder:
             return dict(sorted(steps.items()))
 
     def result(self) -> RunResult:
-        """What `result.json` says. Raises `NotFoundError` for an unfinished run."""
+        """Return what `result.json` says. Raises `NotFoundError` for an unfinished run."""
         if not self.finished:
             raise NotFoundError(f"{self.key} has no result.json: the run is not finished")
         with damage_named(self.path / "result.json") as file:
@@ -190,7 +190,7 @@ def items_schema() -> "pyarrow.Schema":
 
 
 def run_folder(root: Path, suite: str, run_id: str) -> RunFolder:
-    """The folder of one run below `root`. Raises `InvalidValueError` for a name that is no plain file name."""
+    """Return the folder of one run below `root`. Raises `InvalidValueError` for a name that is no plain file name."""
     for name in (suite, run_id):
         if not _NAME.fullmatch(name):
             raise InvalidValueError(f"the name of a suite or run is letters, digits and ._+=-; got {name!r}")
@@ -198,7 +198,7 @@ def run_folder(root: Path, suite: str, run_id: str) -> RunFolder:
 
 
 def all_runs(root: Path) -> list[RunFolder]:
-    """Every run folder below `root` (finished or not), in order of suite and id."""
+    """Return every run folder below `root` (finished or not), in order of suite and id."""
     if not root.is_dir():
         return []
     marks = ("spec.yaml", "metrics.jsonl", "result.json")
@@ -207,5 +207,5 @@ def all_runs(root: Path) -> list[RunFolder]:
 
 
 def finished_runs(root: Path) -> list[RunFolder]:
-    """The runs below `root` that have a result."""
+    """Return the runs below `root` that have a result."""
     return [run for run in all_runs(root) if run.finished]

@@ -33,7 +33,7 @@ def gaps(
 
 
 def lines_of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
-    """The lines of one kind."""
+    """Return the lines of one kind."""
     return [line for line in lines if isinstance(line, kind)]
 
 
@@ -61,7 +61,7 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
 
 
 def _wanted(injection: Spec, phase: Phase) -> set[str]:
-    """The points and hardware errors that a spec's injection asks for in a phase."""
+    """Return the points and hardware errors that a spec's injection asks for in a phase."""
     during = ApplyDuring.model_validate(injection.get("apply_during") or {}).active(phase)
     errors = injection.get("errors") or () if "errors" in during else ()
     named = {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
@@ -69,7 +69,7 @@ def _wanted(injection: Spec, phase: Phase) -> set[str]:
 
 
 def points_named(injection: Spec) -> set[str]:
-    """The points that a described injection gives a format, somewhere."""
+    """Return the points that a described injection gives a format, somewhere."""
     tables = [injection, *(injection.get("by_pattern") or ())]
     return {point for point in FORMAT_POINTS for table in tables if table.get(point) not in (None, "none", "keep")}
 
@@ -108,7 +108,7 @@ def _rounding_gaps(
 
 
 def _idle(row: Injected) -> bool:
-    """Whether rounding left what it changes; runs of older code say no more than that nothing changed."""
+    """Return whether rounding left what it changes; runs of older code say no more than that nothing changed."""
     return not _positive(row.share_changed) if row.missed is None else row.missed > 0
 
 

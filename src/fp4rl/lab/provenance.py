@@ -73,7 +73,7 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
 
 
 def recorded_result(run: PlannedRun, root: Path) -> RunResult | None:
-    """The result of a finished run; None where it cannot be read (whoever reports the run names it)."""
+    """Return the result of a finished run; None where it cannot be read (whoever reports the run names it)."""
     try:
         return run_folder(root, run.suite, run.run_id).result()
     except (Damaged, NotFoundError):

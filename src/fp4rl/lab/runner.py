@@ -30,7 +30,7 @@ class Event:
 
     @classmethod
     def of(cls, run: PlannedRun, event: events.Event) -> "Event | None":
-        """The event of one run as a screen shows it; None for what only its folder keeps."""
+        """Return the event of one run as a screen shows it; None for what only its folder keeps."""
         match event:
             case events.Progress(stage, done, total):
                 return cls(run.run_id, stage, done, total)

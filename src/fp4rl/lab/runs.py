@@ -89,12 +89,12 @@ class Run:
         return {e.profile.name: e for e in sorted(chosen, key=lambda e: e.last)}
 
     def start(self, profile: str) -> Evaluation | None:
-        """The evaluation before the first step."""
+        """Return the evaluation before the first step."""
         at_start = (e for e in self.result.evaluations if e.step == 0 and not e.last)
         return next((e for e in at_start if e.profile.name == profile), None)
 
     def answers(self, evaluation: Evaluation) -> str | None:
-        """The digest of the answers that an evaluation rests on; equal where every answer is the same."""
+        """Return the digest of the answers that an evaluation rests on; equal where every answer is the same."""
         own = [e for e in self.of(Evaluation) if (e.step, e.profile.name) == (evaluation.step, evaluation.profile.name)]
         return own[-1].answers_digest if own else evaluation.answers_digest
 

@@ -24,7 +24,7 @@ def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
 
 
 def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
-    """A key that is set and cannot act in any arm that sets it."""
+    """Yield a key that is set and cannot act in any arm that sets it."""
     by_arm = {arm: idle(experiment) for arm, experiment in arms.items()}
     for key in dict.fromkeys(key for keys in by_arm.values() for key in keys):
         setting = [arm for arm, experiment in arms.items() if is_set(experiment, key)]
@@ -43,7 +43,7 @@ def _noise(experiment: Experiment) -> Iterator[str]:
 
 
 def _deployment(experiment: Experiment) -> Iterator[str]:
-    """Which part of the injection the profile of that name leaves out, though training meets it."""
+    """Yield which part of the injection the profile of that name leaves out, though training meets it."""
     injection = experiment.injection
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return

@@ -38,13 +38,13 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a model folder is used with: its own, or that of an adapter's base."""
+    """Return the tokenizer that a model folder is used with: its own, or that of an adapter's base."""
     base = base_of(folder)
     return load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding on the left, with a padding token in any case."""
+    """Return the folder's tokenizer, padding on the left, with a padding token in any case."""
     if not _has_tokenizer(folder):
         raise NotFoundError(f"model folder {str(folder)!r} has no tokenizer; save one there (save_pretrained)")
     with readable("the tokenizer", folder):
@@ -102,7 +102,7 @@ def _attention(dtype: torch.dtype) -> dict[str, str]:
 
 
 def base_of(folder: Path) -> Path | None:
-    """The base model's folder where `folder` holds an adapter, else None."""
+    """Return the base model's folder where `folder` holds an adapter, else None."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
@@ -117,7 +117,7 @@ def base_of(folder: Path) -> Path | None:
 
 
 def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
-    """The embedded model before its warm-up."""
+    """Return the embedded model before its warm-up."""
     return build(recipe, build_tokenizer())
 
 

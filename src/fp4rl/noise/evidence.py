@@ -62,7 +62,7 @@ def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> Rollo
 
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
-    """CheckFailed when one rollout asked for `sigma` and nothing was drawn, or noise of another size.
+    """Raise CheckFailed when one rollout asked for `sigma` and nothing was drawn, or noise of another size.
 
     What the weights' dtype swallowed was drawn: `require_noise` asks of the whole run whether any weight changed.
     """
@@ -84,7 +84,7 @@ def _require_size(name: str, ratio: float, elements: int) -> None:
 
 
 def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> None:
-    """CheckFailed when a run asked for noise and all its `rollouts` show none, or a control's show some."""
+    """Raise CheckFailed when a run asked for noise and all its `rollouts` show none, or a control's show some."""
     changed = any(item.share_changed > 0 for rollout in rollouts for item in rollout)
     if noise.control == "sigma_zero" and changed:
         raise CheckFailed("the sigma_zero control changed weights: it is not a control")

@@ -48,7 +48,7 @@ def perturb(
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """One number from the generator, from which the noise of all weights follows."""
+    """Return one number from the generator, from which the noise of all weights follows."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
 
 
@@ -62,7 +62,7 @@ def standard_noise(seed: int, name: str, shape: torch.Size) -> Tensor:
 def noisy_copy(
     weight: NoisyWeight, clean: Tensor, noise: Noise, sigma: float, seed: int
 ) -> tuple[Tensor, NoiseEvidence]:
-    """The noisy weight as a new tensor, in FP32 under `precision: float32` and in the weight's dtype otherwise.
+    """Return the noisy weight as a new tensor, in FP32 under `precision: float32` and in the weight's dtype otherwise.
 
     For a stream of named weights to another engine; `perturb` uses it too, so that both see the same numbers.
     """
@@ -94,7 +94,7 @@ def _realised(noisy: Tensor, clean: Tensor, operation: str) -> float:
 
 
 def _full(parameter: nn.Parameter) -> Tensor:
-    """A gathered copy of a sharded parameter, the parameter itself otherwise."""
+    """Return a gathered copy of a sharded parameter, the parameter itself otherwise."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 

@@ -72,11 +72,11 @@ class ScheduleProgress:
 
     @classmethod
     def of(cls, noise: Noise, total: int) -> "ScheduleProgress":
-        """The plan of a run under `noise`: only an epoch-aware schedule has more than one epoch."""
+        """Return the plan of a run under `noise`: only an epoch-aware schedule has more than one epoch."""
         return cls(total, noise.schedule.epochs if isinstance(noise.schedule, EpochAware) else 1)
 
     def sigma(self, noise: Noise, step: int) -> float:
-        """What the rollout of `step` asks for; steps are counted from 0."""
+        """Return what the rollout of `step` asks for; steps are counted from 0."""
         if noise.control == "sigma_zero" or not isinstance(noise.schedule, EpochAware):
             return asked_sigma(noise, step, self.total)
         return noise.schedule.at_share(self.share(min(step, self.total - 1)))
@@ -119,7 +119,7 @@ class StageLog:
         return bool(self.ran) and self.ran[-1][1] == 1 and self.ran[-1][0] > before
 
     def missed(self, schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
-        """Values that the plan for `total` steps holds and that never ran."""
+        """Return values that the plan for `total` steps holds and that never ran."""
         planned = {sigma_at(schedule, step, total) for step in range(total)}
         return tuple(sorted(planned - {sigma for sigma, _ in self.ran}, reverse=True))
 
@@ -144,7 +144,7 @@ def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, shar
 
 
 def require_layers(multipliers: Multipliers, layers: int) -> None:
-    """InvalidValueError when a multiplier names a layer that the model does not have: it would never act."""
+    """Raise InvalidValueError when a multiplier names a layer that the model does not have: it would never act."""
     beyond = [layer for layer, _ in multipliers.by_layer if layer >= layers]
     if beyond:
         raise InvalidValueError(

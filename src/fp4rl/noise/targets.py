@@ -30,7 +30,7 @@ class NoisyWeight:
 
 
 def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
-    """Every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
+    """Return every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
 
     Raises NotFoundError for no weight or a `leave` pattern without a hit, InvalidValueError for layers not there.
     """

@@ -16,7 +16,7 @@ _STEPS = 24  # of a smooth schedule; a staged one has hardly more
 
 
 def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
-    """One line for each thing that a reader should know before `total` steps are spent."""
+    """Yield one line for each thing that a reader should know before `total` steps are spent."""
     if noise.control == "sigma_zero":
         return
     weights = noisy_weights(model, noise, share=0.0)

@@ -73,13 +73,13 @@ class Grouping:
         return scales.reshape(self.shape_of_scales)
 
     def scales_inside(self, scales: Tensor) -> Tensor:
-        """The inverse of `scales_outside`: scales that broadcast over split blocks."""
+        """Return the inverse of `scales_outside`: scales that broadcast over split blocks."""
         if self.block is None:
             return scales.reshape(1)
         down, across = self._blocks(self.block)
         return scales.reshape((-1, across, 1) if self.block[0] == 1 else (-1, down, 1, across, 1))
 
     def _blocks(self, block: tuple[int, int]) -> tuple[int, int]:
-        """How many blocks a matrix has below one another and side by side; the last ones may be short."""
+        """Return how many blocks a matrix has below one another and side by side; the last ones may be short."""
         rows, columns = self.matrix
         return -(-rows // block[0]), -(-columns // block[1])

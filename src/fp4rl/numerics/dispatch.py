@@ -61,7 +61,7 @@ def use(backend: str, announce: Callable[[str], None] = silent) -> None:
 
 
 def backend_for(x: Tensor, fmt: Format) -> Backend:
-    """The backend that would round this tensor now."""
+    """Return the backend that would round this tensor now."""
     wanted = _PROCESS.chosen
     if torch.compiler.is_compiling():  # inside a user's torch.compile the definition itself goes into the graph
         return "reference"

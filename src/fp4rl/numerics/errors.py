@@ -155,7 +155,7 @@ def measure(x: Tensor, rounded: Tensor, fmt: Format) -> dict[str, float]:
 
 
 def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None = None) -> Rounded:
-    """One piece [rows, columns] of a tensor, rounded as in the whole.
+    """Return one piece [rows, columns] of a tensor, rounded as in the whole.
 
     Where one scale serves the whole tensor, `amax` is its largest magnitude: one more row carries it along. Raises
     InvalidValueError, naming the tensor, for NaN and infinity.
@@ -246,7 +246,7 @@ DATA: dict[str, Callable[[torch.Generator], Tensor]] = {
 
 
 def errors_on(fmt: Format, seed: int = 0) -> Iterator[tuple[str, dict[str, float]]]:
-    """The format's measures on each kind of data, every kind from its own generator of that seed."""
+    """Yield the format's measures on each kind of data, every kind from its own generator of that seed."""
     for name, draw in DATA.items():
         generator = torch.Generator().manual_seed(seed)
         x = draw(generator)

@@ -37,7 +37,7 @@ class Rule(ctypes.Structure):
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
-    """Whether the kernels know this format: any scale but none, any rule but the search for the least error."""
+    """Return whether the kernels know this format: any scale but none, any rule but the search for the least error."""
     known = fmt.scale != "none" and fmt.scale_rule != "mse" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
     return known and x.device.type == "cpu" and x.dtype != torch.float64
 
@@ -54,7 +54,7 @@ def _fixed_rule(fmt: Format, dtype: torch.dtype) -> Rule:
 
 
 def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:
-    """The struct that tells the kernels about a format; `seed` where it rounds stochastically."""
+    """Return the struct that tells the kernels about a format; `seed` where it rounds stochastically."""
     rule = _fixed_rule(fmt, dtype)
     if seed is not None:
         rule = Rule.from_buffer_copy(rule)
@@ -173,7 +173,7 @@ def pack_native(
 def unpack_native(
     library: ctypes.CDLL, data: Tensor, scales: Tensor, factor: Tensor | None, fmt: Format, out: Tensor
 ) -> Tensor:
-    """The values of packed codes, written into `out` [..., columns], contiguous, float32 or bfloat16."""
+    """Return the values of packed codes, written into `out` [..., columns], contiguous, float32 or bfloat16."""
     assert fmt.block is not None
     width, columns = fmt.block[1], columns_of(out)
     across, bytes_of_row = -(-columns // width), (columns + 1) // 2
@@ -211,7 +211,7 @@ def share(part: Callable[[int, int], None], units: int, elements: int) -> None:
 
 
 def typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the argument types of its functions declared."""
+    """Return the library with the argument types of its functions declared."""
     pointer, count, rule = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Rule)
     real, first, flag = ctypes.c_float, ctypes.c_uint32, ctypes.c_int32
     for name, result, *arguments in (

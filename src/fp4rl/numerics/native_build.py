@@ -26,17 +26,17 @@ class BuildFailed(Exception):
 
 
 def library_path() -> Path:
-    """Where this machine's library stands or will stand."""
+    """Return where this machine's library stands or will stand."""
     return _folder() / f"kernels-{_digest()}.so"
 
 
 def compiler() -> str | None:
-    """The C compiler's path, None where there is none."""
+    """Return the C compiler's path, None where there is none."""
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def load() -> ctypes.CDLL | None:
-    """The built library, None where it is not built yet (or cannot be loaded)."""
+    """Return the built library, None where it is not built yet (or cannot be loaded)."""
     path = library_path()
     try:
         return ctypes.CDLL(str(path)) if path.is_file() else None
@@ -67,7 +67,7 @@ def build() -> ctypes.CDLL:
 
 @cache
 def _folder() -> Path:
-    """A folder that only this user writes: beside other caches, or in the temporary folder."""
+    """Return a folder that only this user writes: beside other caches, or in the temporary folder."""
     for root in (Path.home() / ".cache" / "fp4rl", Path(tempfile.gettempdir()) / f"fp4rl-{os.getuid()}"):
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _digest() -> str:
 
 
 def _processor() -> bytes:
-    """What `native` means here: the processor's feature flags where Linux tells them, its name elsewhere."""
+    """Return what `native` means here: the processor's feature flags where Linux tells them, its name elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

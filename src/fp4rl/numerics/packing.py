@@ -149,7 +149,7 @@ def _fast_values(packed: Packed, out: Tensor | None) -> Tensor | None:
 
 
 def unpack(packed: Packed) -> Quantized:
-    """One code a byte again."""
+    """Return one code a byte again."""
     wide = packed.data.to(torch.int16)
     codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8)[..., : packed.columns]
     return Quantized(codes.contiguous(), packed.scales, packed.factor, packed.levels)
@@ -180,7 +180,7 @@ def encode(values: Tensor, element: Element) -> Tensor:
 
 
 def decode(codes: Tensor, element: Element, dtype: torch.dtype) -> Tensor:
-    """The grid values of uint8 codes, in units of the scale; NaN for a code that no finite value has."""
+    """Return the grid values of uint8 codes, in units of the scale; NaN for a code that no finite value has."""
     return _values(element).to(codes.device, dtype)[codes.long()]
 
 

@@ -65,7 +65,7 @@ def round_blocks(
 
 
 def block_scale(magnitude: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None) -> Tensor:
-    """The scale that every block is divided by, its axes of length one; NaN for a block that is not finite."""
+    """Return the scale that every block is divided by, its axes of length one; NaN for a block that is not finite."""
     amax = magnitude.amax(axes, keepdim=True)
     stored, factor = stored_scales(magnitude, amax, axes, fmt, factor)
     return nan_where_not_finite(effective_scale(stored, factor, fmt, amax.dtype), amax)
@@ -85,7 +85,7 @@ def stored_scales(
 
 
 def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """The number that the elements are multiplied with, in the dtype that the maths runs in."""
+    """Return the number that the elements are multiplied with, in the dtype that the maths runs in."""
     if fmt.scale == "e8m0":
         return power_of_two(stored, dtype)
     return stored.to(dtype) if factor is None else stored.to(dtype) / factor

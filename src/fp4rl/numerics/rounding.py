@@ -21,7 +21,7 @@ _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int
 
 
 def spacing(magnitude: Tensor, element: Element) -> Tensor:
-    """The distance between neighbouring grid values around each magnitude: a power of two, like `magnitude`."""
+    """Return the distance between neighbouring grid values around each magnitude: a power of two, like `magnitude`."""
     whole, mask = _EXPONENT[magnitude.dtype]
     binade = (magnitude.clamp(min=2.0**element.min_exponent).view(whole) & mask).view(magnitude.dtype)
     return binade.mul_(2.0**-element.mantissa_bits)
@@ -57,7 +57,7 @@ def saturated(values: Tensor, rounding: Rounding) -> Tensor:
 
 
 def round_magnitude(magnitude: Tensor, element: Element, rounding: Rounding, uniform: Tensor | None = None) -> Tensor:
-    """The grid value for each non-negative magnitude, clipped to the element's largest; NaN stays NaN.
+    """Return the grid value for each non-negative magnitude, clipped to the element's largest; NaN stays NaN.
 
     Ties of `nearest_even` go to the even code (OCP MX v1.0 section 5.3), those of `half_away` up.
     """
@@ -67,7 +67,7 @@ def round_magnitude(magnitude: Tensor, element: Element, rounding: Rounding, uni
 
 
 def draw_seed(generator: torch.Generator) -> Seed:
-    """A seed from the generator, which moves on; the tensor's values never touch the generator again."""
+    """Return a seed from the generator, which moves on; the tensor's values never touch the generator again."""
     pair = torch.randint(-(2**31), 2**31, (2,), generator=generator, device=generator.device, dtype=torch.int64)
     first, second = pair.tolist()
     return first, second

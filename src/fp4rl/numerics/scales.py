@@ -20,7 +20,7 @@ _LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 5
 
 
 def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
-    """What to add to the bits of amax so that its exponent field rises exactly where the rule raises the scale.
+    """Return what to add to the bits of amax so that its exponent field rises exactly where the rule raises the scale.
 
     floor: never. ceil: above 1 * 2^k. rceil: ceil(log2(amax / largest)). even: from the middle of the element's top
     step on, 7 * 2^k for E2M1. even_e2m1: that same 1.75 whatever the element. uos: ceil(log2(amax / 7.25)). `floor`
@@ -64,7 +64,7 @@ def power_of_two(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nan_where_not_finite(scale: Tensor, amax: Tensor) -> Tensor:
-    """The scale, NaN for a block with a NaN or an infinity: the whole block becomes NaN (OCP MX v1.0 6.2)."""
+    """Return the scale, NaN for a block with a NaN or an infinity: the whole block becomes NaN (OCP MX v1.0 6.2)."""
     return scale + (amax - amax)  # 0 for a finite amax, NaN otherwise
 
 
@@ -84,7 +84,7 @@ def nvfp4_global(amax: Tensor, element: Element) -> Tensor:
 
 
 def nvfp4_blocks(amax: Tensor, factor: Tensor, element: Element) -> Tensor:
-    """The E4M3 block scales of NVFP4, float8_e4m3fn [like amax]; 0.125 where the scale would round to zero.
+    """Return the E4M3 block scales of NVFP4, float8_e4m3fn [like amax]; 0.125 where the scale would round to zero.
 
     Such a block's largest magnitude is below the tensor's by more than 448 * 2^10; all its values round to zero under
     0.125, as in compressed-tensors and in the CUDA kernels, and no value is divided by zero.
@@ -95,5 +95,5 @@ def nvfp4_blocks(amax: Tensor, factor: Tensor, element: Element) -> Tensor:
 
 
 def fp32_scale(amax: Tensor, element: Element) -> Tensor:
-    """One FP32 scale that maps amax to the element's largest magnitude; never zero, so that zeros stay zeros."""
+    """Return one FP32 scale that maps amax to the element's largest magnitude; never zero, so that zeros stay zeros."""
     return divided(amax, element.largest).clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)

@@ -57,7 +57,7 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
 
 
 def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:
-    """A line, or what stands in `mode`, as Plotly's scatter trace; `part` is what it plays."""
+    """Return a line, or what stands in `mode`, as Plotly's scatter trace; `part` is what it plays."""
     part = more.pop("part", "line")
     return _scatter(x, y, part, arm, {"mode": "lines", "name": name, "line": {"width": 2}} | more)
 
@@ -88,7 +88,7 @@ def in_rows(names: Sequence[str], title: str, row: int = 34) -> Layout:
 
 
 def with_legend(layout: Layout) -> Layout:
-    """The same layout with a legend above the figure."""
+    """Return the same layout with a legend above the figure."""
     legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
     margin = layout["margin"] | {"t": 34}
     return layout | {"height": layout["height"] + 26, "margin": margin, "showlegend": True, "legend": legend}

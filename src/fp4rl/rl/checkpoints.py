@@ -82,13 +82,13 @@ def remove(paths: list[Path]) -> None:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """The newest first."""
+    """Return the newest first."""
     folders = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(folders, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
-    """The checkpoint in `path`, or None and why it cannot be gone on from."""
+    """Return the checkpoint in `path`, or None and why it cannot be gone on from."""
     if not (path / STATE).is_file():
         return None, "it was not written to its end"
     try:
@@ -130,7 +130,7 @@ class SaveClock:
         self._took = 0.0
 
     def due(self, *, last: bool) -> bool:
-        """Whether it is time. At the `last` step sooner: the evaluation that follows has no step to save at."""
+        """Return whether it is time. At the `last` step sooner: the evaluation that follows has no step to save at."""
         wait = max(EVERY_S, _SHARE * self._took)
         return self._now() - self._last >= (wait / 10 if last else wait)
 

@@ -40,7 +40,7 @@ class PromptStream:
             raise InvalidValueError("the training split is empty: there is nothing to train on")
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
+        """Return the next `count` problems."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Problem:
@@ -91,7 +91,7 @@ class Refill:
             raise InvalidValueError(f"{counts}: want at least 1 of each")
 
     def after(self, kept: int, generated: int) -> "Refill":
-        """The state after one more generation of `generated` groups, of which `kept` have spread."""
+        """Return the state after one more generation of `generated` groups, of which `kept` have spread."""
         if not 0 <= kept <= generated:
             raise InvalidValueError(f"{kept} of {generated} groups kept")
         return replace(self, kept=self.kept + kept, generated=self.generated + generated, batches=self.batches + 1)
@@ -129,7 +129,7 @@ class Refill:
         return min(self.kept, self.wanted)
 
     def report(self, metric: str) -> str | None:
-        """One line when the batch is not full, None when it is; `metric` names what was to spread."""
+        """Return one line when the batch is not full, None when it is; `metric` names what was to spread."""
         if not self.gave_up:
             return None
         action = f"training on {self.kept}" if self.kept else "no update in this step"
@@ -176,11 +176,11 @@ class Filled:
     metric: str | None
 
     def report(self) -> str | None:
-        """One line when the filter left the batch short, None else. Nothing is trained on in silence."""
+        """Return one line when the filter left the batch short, None else. Nothing is trained on in silence."""
         return self.refill.report(self.metric) if self.metric is not None else None
 
     def without_spread(self, rollout_n: int) -> str | None:
-        """One line where no group that is learned from differs in what it earned."""
+        """Return one line where no group that is learned from differs in what it earned."""
         kept = torch.tensor([answer.reward for answer in self.answers])
         if len(kept) and groups_with_spread(kept, rollout_n).any():
             return None

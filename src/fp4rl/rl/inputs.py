@@ -58,7 +58,7 @@ def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int
 
 
 def of_model(folder: Path) -> str:
-    """The files of a model: weights, settings and tokenizer, but no notes; an adapter's base belongs to it."""
+    """Return the files of a model: weights, settings and tokenizer, but no notes; an adapter's base belongs to it."""
     parts = list(_parts(folder))
     settings = folder / "adapter_config.json"
     if settings.is_file():
@@ -68,7 +68,7 @@ def of_model(folder: Path) -> str:
 
 
 def pointed_at(experiment: Experiment) -> dict[str, str]:
-    """The inputs that are known without a start model."""
+    """Return the inputs that are known without a start model."""
     digests = {}
     if files := experiment.task.files:
         digests["problems"] = _of_files(Path(path) for path in files.values())
@@ -105,7 +105,7 @@ def _of_files(paths: Iterable[Path]) -> str:
 
 
 def _of_file(path: Path) -> str:
-    """A large model is read once a process, not once a run."""
+    """Return a large model is read once a process, not once a run."""
     stat = path.stat()
     key = path, stat.st_size, stat.st_mtime_ns
     if key not in _read:

@@ -45,13 +45,13 @@ class Whole:
 
     @classmethod
     def of(cls, mask: Tensor) -> "Whole":
-        """The counts of one batch that is the whole step. mask [sequences, tokens]."""
+        """Return the counts of one batch that is the whole step. mask [sequences, tokens]."""
         lengths = mask.sum(-1)
         return cls(tokens=lengths.sum().clamp(min=1), sequences=(lengths > 0).sum().clamp(min=1))
 
     @classmethod
     def of_step(cls, masks: Sequence[Tensor], accelerator: Any) -> tuple[bool, "Whole"]:
-        """Whether the micro-batches of one optimizer step hold any answer, in any process; and their counts."""
+        """Return whether the micro-batches of one optimizer step hold any answer, in any process; and their counts."""
         lengths = torch.cat([mask.sum(-1) for mask in masks])
         counts = torch.stack([lengths.sum(), (lengths > 0).sum()]).float()
         if accelerator.num_processes > 1:
@@ -137,7 +137,7 @@ class LossRule:
 
 
 def loss_named(name: str) -> LossRule:
-    """The loss of an algorithm with its published numbers, and without a KL. Raises NotFoundError."""
+    """Return the loss of an algorithm with its published numbers, and without a KL. Raises NotFoundError."""
     if name not in ALGORITHMS:
         raise NotFoundError(f"no policy loss {name!r}{nearest(name, ALGORITHMS)}")
     own = ALGORITHMS[name]
@@ -172,7 +172,7 @@ class LossOutputs(NamedTuple):
 
 
 def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
-    """The loss of one micro-batch; the sum over the micro-batches of a step is the loss of the step.
+    """Return the loss of one micro-batch; the sum over the micro-batches of a step is the loss of the step.
 
     Raises InvalidValueError when the rule asks for a reference that is not given, or the shapes do not fit.
     """
@@ -201,7 +201,7 @@ def _of_token(log_ratio: Tensor, _mask: Tensor) -> Tensor:
 
 
 def _of_answer(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """The mean log-ratio of each answer [B, 1] (GSPO eq. 7)."""
+    """Return the mean log-ratio of each answer [B, 1] (GSPO eq. 7)."""
     return (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 

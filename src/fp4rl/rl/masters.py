@@ -40,7 +40,7 @@ class Masters:
         return masters if masters._pairs else None
 
     def parameters(self) -> Iterator[Tensor]:
-        """What the optimizer updates: the copies, and the weights that need none."""
+        """Yield what the optimizer updates: the copies, and the weights that need none."""
         yield from (master for _, master in self._pairs.values())
         yield from self._others
 

@@ -75,7 +75,7 @@ def _weight_metrics(weights: Tensor, low: Tensor, high: Tensor, counted: Tensor)
 
 @torch.no_grad()
 def mismatch_metrics(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trained policy is from the one that sampled. All inputs [answers, tokens]; nats.
+    """Return how far the trained policy is from the one that sampled. All inputs [answers, tokens]; nats.
 
     - `rollout_corr/kl`: E[log pi_rollout - log pi_train], k1 of KL(rollout || train); may be negative by chance.
     - `rollout_corr/k3_kl`: E[rho - 1 - log rho], the same divergence, never negative: the one to watch.
@@ -233,7 +233,7 @@ def _formats(attachment: Attachment, phase: Phase) -> dict[str, int]:
 
 
 def _is_fused(model: nn.Module) -> bool:
-    """Whether attention runs in a fused kernel whose rounding depends on how many queries there are."""
+    """Return whether attention runs in a fused kernel whose rounding depends on how many queries there are."""
     weight = next(model.parameters())
     written_out = getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager"
     return not written_out and (weight.is_cuda or weight.dtype != torch.float32)

@@ -27,7 +27,7 @@ class MicroBatch(LossInputs):
 
 
 def loss_rule(recipe: Training) -> LossRule:
-    """The policy loss that a recipe describes: the algorithm's own shape, under the recipe's numbers."""
+    """Return the policy loss that a recipe describes: the algorithm's own shape, under the recipe's numbers."""
     rule = loss_named(recipe.algorithm)
     return replace(
         rule,

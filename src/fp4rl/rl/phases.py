@@ -132,7 +132,7 @@ class Phases:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a run that is resumed needs to end like one that was not; JSON-able."""
+        """Return what a run that is resumed needs to end like one that was not; JSON-able."""
         return {
             "noise": [asdict(rollout) for rollout in self._noise_seen],
             "stages": self.stages.ran,
@@ -191,7 +191,7 @@ class Phases:
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:
-    """All noisy weights of one rollout as one: the largest of their noise, the share of all their values."""
+    """Return all noisy weights of one rollout as one: the largest of their noise, the share of all their values."""
     elements = sum(weight.elements for weight in evidence)
     return replace(
         max(evidence, key=lambda weight: weight.sigma),

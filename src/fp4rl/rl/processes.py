@@ -22,17 +22,17 @@ def _state() -> Any:
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return int(_state().num_processes)
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Return which of them this one is, from 0."""
     return int(_state().process_index)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and judges."""
+    """Return whether this is the process that writes and judges."""
     return rank() == 0
 
 
@@ -47,7 +47,7 @@ def wait() -> None:
 
 
 def from_first(value: T) -> T:
-    """The first process's `value`, everywhere."""
+    """Return the first process's `value`, everywhere."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -58,7 +58,7 @@ def from_first(value: T) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """Every process's `value`, by rank, everywhere."""
+    """Return every process's `value`, by rank, everywhere."""
     if count() == 1:
         return [value]
     from accelerate.utils import gather_object

@@ -20,7 +20,7 @@ class Precision:
 
 
 def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> Precision:
-    """What a profile means. `deployed` is the run's own injection.
+    """Return what a profile means. `deployed` is the run's own injection.
 
     `full` is the model as it is, `deployment` the run's injection; a mode (`w4a16`) or a format of the weights
     (`mxfp8`) is what quantizing afterwards gives; `matmul_noise=0.05` is the deployment with relative errors of that
@@ -44,7 +44,7 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
 
 
 def _whole(injection: Injection) -> Injection:
-    """A profile is one phase, in which everything that it names is to act."""
+    """Return a profile is one phase, in which everything that it names is to act."""
     phases = ApplyDuring.model_validate(["evaluation"])
     return injection.model_copy(update={"apply_during": phases, "frozen_base": "copy"})
 

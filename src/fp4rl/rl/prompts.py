@@ -59,7 +59,7 @@ def require_positions(
 
 
 def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
-    """The token ids of each prompt, as they stand.
+    """Return the token ids of each prompt, as they stand.
 
     Raises InvalidValueError for a prompt that is no open text, and for a token that the model has no embedding of.
     """

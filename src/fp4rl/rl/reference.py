@@ -40,7 +40,7 @@ CHUNK_TOKENS = 1024
 
 
 def identity(logits: Tensor) -> Tensor:
-    """The head for callers who hold logits already."""
+    """Return the head for callers who hold logits already."""
     return logits
 
 
@@ -144,7 +144,7 @@ def _without_adapter(live: Any, phases: Phases, phase: Phase) -> Iterator[None]:
 
 
 def backbone(model: Any) -> nn.Module:
-    """The part of a causal model below its head, adapters or not."""
+    """Return the part of a causal model below its head, adapters or not."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
 

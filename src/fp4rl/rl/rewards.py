@@ -117,7 +117,7 @@ def reward_named(name: str) -> Reward | None:
 
 
 def _math_verify() -> Reward:
-    """Whether the completion and the answer mean the same mathematically (LaTeX, fractions, sets, intervals)."""
+    """Return whether the completion and the answer mean the same mathematically (LaTeX, fractions, sets, intervals)."""
     try:
         math_verify = import_module("math_verify")
     except ImportError:

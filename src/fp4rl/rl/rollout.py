@@ -163,7 +163,7 @@ Batch = dict[str, Tensor]
 def training_batch(
     answers: Sequence[Answer], stand_in: Answer, recipe: Training, rows: int, pad_id: int, device: torch.device
 ) -> Batch:
-    """The padded tensors of one step, in `rows` rows: prompts on the left, answers on the right.
+    """Return the padded tensors of one step, in `rows` rows: prompts on the left, answers on the right.
 
     Where fewer answers were kept than `rows`, the rest are copies of the first one (`stand_in` where none was kept)
     under an empty mask: they are in the batch for its shape and in no sum. Keys as TRL names them: prompt_ids,

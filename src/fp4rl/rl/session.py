@@ -48,7 +48,7 @@ class Run:
         return evaluation_runner(self.experiment)
 
     def evaluated(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
-        """Every profile's evaluation of the model in `folder`."""
+        """Yield every profile's evaluation of the model in `folder`."""
 
         def on_items(name: str, done: int, total: int) -> None:
             self.emit(Progress(f"eval {name}", done, total))
@@ -100,7 +100,7 @@ class TrainingSession:
             raise Interrupted(f"after step {self.trainer.step}, with a checkpoint; the same command goes on from there")
 
     def save(self, folder: Path) -> Path:
-        """The policy as it is now, with its tokenizer."""
+        """Return the policy as it is now, with its tokenizer."""
         if processes.is_first():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -195,7 +195,7 @@ class TrainingSession:
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The start's model and tokenizer, with a fresh adapter where the spec asks for one."""
+    """Return the start's model and tokenizer, with a fresh adapter where the spec asks for one."""
     model, tokenizer = load(run.start, run.experiment.model.dtype)
     if run.experiment.model.lora is not None:
         model = with_lora(model, run.experiment.model.lora, run.start)
@@ -203,7 +203,7 @@ def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def beginning(run: Run) -> PreTrainedModel:
-    """The model once more as the first attempt found it: the same folder, the same values in a fresh adapter."""
+    """Return the model once more as the first attempt found it: the same folder, the same values in a fresh adapter."""
     with torch.random.fork_rng():
         torch.manual_seed(run.experiment.seed)
         return opened(run)[0]

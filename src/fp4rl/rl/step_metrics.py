@@ -43,7 +43,7 @@ class StepMeans:
             self._values[name].append((value, 1.0))
 
     def take(self, updates: int) -> dict[str, float]:
-        """The metrics of the step, which made `updates`; the next one begins."""
+        """Return the metrics of the step, which made `updates`; the next one begins."""
         means = {name: _combined(name, values, updates) for name, values in self._values.items()}
         self._values.clear()
         return means

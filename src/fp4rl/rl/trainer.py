@@ -75,7 +75,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return int(self.state.global_step) // self.parts.recipe.updates_per_step
 
     def positions(self) -> list[int]:
-        """How many problems each process has taken from its stream."""
+        """Return how many problems each process has taken from its stream."""
         return processes.from_all(self.parts.stream.position)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -96,7 +96,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        """A micro-batch: forward, backward, and its gradients added up in FP32."""
+        """Return a micro-batch: forward, backward, and its gradients added up in FP32."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.masters is not None:
             self.masters.take_gradients(self.accelerator)
@@ -171,7 +171,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- a micro-batch
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """A new batch of answers, once it is split into micro-batches, is put in the order of their lengths."""
+        """Return a new batch of answers, once it is split into micro-batches, is put in the order of their lengths."""
         before = self._buffered_inputs
         inputs: dict[str, Tensor] = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:

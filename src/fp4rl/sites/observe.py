@@ -73,7 +73,7 @@ def observe(
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor itself, or the first of a tuple (decoder layers of some versions return one)."""
+    """Return the tensor itself, or the first of a tuple (decoder layers of some versions return one)."""
     if isinstance(value, Tensor):
         return value
     return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else None

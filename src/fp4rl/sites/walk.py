@@ -97,22 +97,22 @@ def plain_name(path: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer a dotted name belongs to: its first whole-number segment."""
+    """Return the layer a dotted name belongs to: its first whole-number segment."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def layer_count(sites: tuple[Site, ...]) -> int:
-    """How many layers the stack has (0 for a model without numbered layers)."""
+    """Return how many layers the stack has (0 for a model without numbered layers)."""
     return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
 
 
 def as_used(site: Site, weight: Tensor) -> Tensor:
-    """A parameter, or what was made from it, as [..., out, in]: a view."""
+    """Return a parameter, or what was made from it, as [..., out, in]: a view."""
     return weight.mT if site.transposed else weight
 
 
 def _width(model: nn.Module) -> int | None:
-    """The width of the residual stream, where a config names it."""
+    """Return the width of the residual stream, where a config names it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -129,14 +129,14 @@ def _used_as(model: nn.Module) -> dict[int, str]:
 
 
 def _routers(model: nn.Module) -> tuple[str, ...]:
-    """The beginnings of every path below a router: what it projects with decides on routes as well."""
+    """Return the beginnings of every path below a router: what it projects with decides on routes as well."""
     kinds = ((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False) if path)
     routing = (path for path, kind in kinds if path.endswith("router") or re.search("Router|Gat(e|ing)$", kind))
     return tuple(f"{path}." for path in routing)
 
 
 def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
-    """The sites at one module: its attention, and each of its own weights. A bare layer is named by its class."""
+    """Yield the sites at one module: its attention, and each of its own weights. A bare layer is named by its class."""
     name = plain_name(path) or type(module).__name__
     if is_attention(module):
         yield Site(name, path, "attention", "attention", layer_of(name), (), None), None
@@ -165,7 +165,7 @@ def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, h
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this module makes keys and values of tokens and multiplies them, so that a cache would hold them.
+    """Return whether this module makes keys and values of tokens and multiplies them, so that a cache would hold them.
 
     Recurrent layers (state spaces, delta rules, lightning attention) may project the like, and keep a state instead.
     """
@@ -193,7 +193,7 @@ def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) ->
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2, whose weight is [in, out]."""
+    """Return whether it is the linear layer of GPT-2, whose weight is [in, out]."""
     own = sys.modules.get("transformers.pytorch_utils")  # never imported here: without it there is none
     return own is not None and isinstance(module, own.Conv1D)
 

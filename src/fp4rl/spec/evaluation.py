@@ -30,7 +30,7 @@ def _wrong_profiles(key: str, names: Collection[str], own: Collection[str]) -> I
 
 
 def _out_of_fragments(value: Any) -> Any:
-    """A fragment, as `fp4rl scan` writes it, holds its injection under that key."""
+    """Return a fragment, as `fp4rl scan` writes it, holds its injection under that key."""
     if not isinstance(value, dict):
         return value
     return {
@@ -73,7 +73,7 @@ class Evaluation(Spec):
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
 
     def for_task(self, task: Task) -> "Evaluation":
-        """The same with the task's own ends of an answer where none are named."""
+        """Return the same with the task's own ends of an answer where none are named."""
         return self if self.stop is not None else self.model_copy(update={"stop": task.stop})
 
     @property

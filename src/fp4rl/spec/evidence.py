@@ -35,7 +35,7 @@ class Record(BaseModel):
         return content
 
     def extended(self, **more: Any) -> Self:
-        """A copy with more keys, validated like the first."""
+        """Return a copy with more keys, validated like the first."""
         return type(self)(**{key: getattr(self, key) for key in self.model_fields_set} | more)
 
 
@@ -75,7 +75,7 @@ class Evaluation(Record):
     of_samples: Mapping[str, Share] = Field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
-        """A score by its name; a further one than the three above stands with what several answers say."""
+        """Return a score by its name; a further one than the three above stands with what several answers say."""
         value: float | None = getattr(self, name) if name in type(self).model_fields else self.of_samples.get(name)
         return value
 

@@ -73,7 +73,7 @@ class Element:
         return 2.0 ** (self.min_exponent - self.mantissa_bits)
 
     def grid(self) -> tuple[float, ...]:
-        """Every magnitude, from 0 to `largest`; its position is the code without the sign."""
+        """Return every magnitude, from 0 to `largest`; its position is the code without the sign."""
         steps = 2**self.mantissa_bits
         values = [i * self.smallest for i in range(steps)]
         for exponent in range(self.min_exponent, self.max_exponent + 1):
@@ -204,7 +204,7 @@ BF16 = add_format(Format("bf16", E8M7, block=None, scale="none", scale_rule="ama
 
 
 def format_named(name: str) -> Format:
-    """The format of that name in `FORMATS`; raises NotFoundError, naming the nearest."""
+    """Return the format of that name in `FORMATS`; raises NotFoundError, naming the nearest."""
     if name not in FORMATS:
         raise NotFoundError(f"no number format is called {name!r}{nearest(name, FORMATS)}")
     return FORMATS[name]
@@ -256,7 +256,7 @@ _SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:
-    """The inverse of `format_of`, ready for JSON: the name alone, or the name and what differs from it."""
+    """Return the inverse of `format_of`, ready for JSON: the name alone, or the name and what differs from it."""
     known = format_named(fmt.name)
     if fmt == known:
         return fmt.name

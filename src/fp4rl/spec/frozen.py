@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _expanded(path: Any) -> Any:
-    """A path as text, which is what the description keeps; anything else is left for pydantic to refuse."""
+    """Return a path as text, which is what the description keeps; anything else is left for pydantic to refuse."""
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path  # noqa: PTH111
 
 

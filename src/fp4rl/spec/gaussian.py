@@ -36,7 +36,7 @@ MXFP4_RULES_DB: Mapping[ScaleRule, float] = MappingProxyType(
 
 
 def kept_ideal(fmt: Format) -> dict[str, float] | None:
-    """Every measure of a listed format on Gaussian data; None for a format whose figures are not kept here."""
+    """Return every measure of a listed format on Gaussian data; None for a format whose figures are not kept here."""
     if fmt.name not in _FIGURES or fmt != FORMATS.get(fmt.name):
         return None
     return dict(zip(MEASURES, _FIGURES[fmt.name], strict=True))

@@ -50,7 +50,7 @@ class Rule(Spec):
 
     @classmethod
     def parse(cls, text: str) -> "Rule":
-        """The rule of one sentence. Raises InvalidValueError with an example."""
+        """Return the rule of one sentence. Raises InvalidValueError with an example."""
         match = _RULE.fullmatch(text.strip())
         if match is None:
             raise InvalidValueError(
@@ -139,5 +139,5 @@ class Health(Spec):
                 yield f"policies: no check {name!r}{nearest(name, CHECKS)}"
 
     def policy_of(self, check: str) -> Policy:
-        """What an alarm of `check` does."""
+        """Return what an alarm of `check` does."""
         return self.policies.get(check, self.policy)

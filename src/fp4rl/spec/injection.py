@@ -105,7 +105,7 @@ class Injection(Spec):
         return frozenset(points | ({"errors"} if self.errors else set()))
 
     def acts_in(self, phase: Phase) -> frozenset[str]:
-        """Those of its points that act in a phase."""
+        """Return those of its points that act in a phase."""
         return self.points & self.apply_during.active(phase)
 
     @property
@@ -172,7 +172,7 @@ def _entry(table: Mapping[str, T], name: Any, what: str) -> T | None:
 
 
 def _under(preset: Preset | None, point: str, given: Any) -> Any:
-    """The format at a point under the preset's rules; what names no format passes as it is."""
+    """Return the format at a point under the preset's rules; what names no format passes as it is."""
     if given in (None, "none", "keep"):
         return given
     fmt = read_format(given)
@@ -187,7 +187,7 @@ def _entries(value: Any) -> list[Any]:
 
 
 def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) -> Any:
-    """One exception. A bare format stands for every point that the injection rounds."""
+    """Return one exception. A bare format stands for every point that the injection rounds."""
     if not isinstance(entry, Mapping):
         return entry
     entry = dict(entry)

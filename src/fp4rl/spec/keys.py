@@ -35,7 +35,7 @@ _EXPECTED = {
 
 
 def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """The keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
+    """Return the keys that are valid at `path` below `kind`, following unions, optionals and discriminator tags."""
     models, _ = reached(kind, path)
     return sorted({name for model in models for name in model.model_fields})
 
@@ -52,7 +52,7 @@ def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
 
 
 def reached(kind: type[BaseModel], path: Sequence[int | str]) -> tuple[list[type[BaseModel]], bool]:
-    """The descriptions that may stand at `path`, and whether the next part is a name that a user chose.
+    """Return the descriptions that may stand at `path`, and whether the next part is a name that a user chose.
 
     Positions in lists and the tags of unions lead nowhere else.
     """

@@ -43,7 +43,7 @@ def require_word(key: str, word: Any, known: Collection[str]) -> None:
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The part after `noise_injection` as nested keys; the rollout's own copy joins it with an underscore."""
+    """Return the part after `noise_injection` as nested keys; the rollout's own copy joins it with an underscore."""
     nested: dict[str, Any] = {}
     for path, value in settings.items():
         if FAMILY not in path:

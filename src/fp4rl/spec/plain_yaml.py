@@ -79,7 +79,7 @@ def _require_each_key_once(node: MappingNode) -> None:
 
 
 def plain_values(text: str, source: str, cure: str = "") -> Any:
-    """The values in `text`. Raises InvalidValueError, in one line with `source` and the line, for anything else:
+    """Return the values in `text`. Raises InvalidValueError, in one line with `source` and the line, for anything else:
     a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an object."""
     try:
         value = _Loader(text).get_single_data()

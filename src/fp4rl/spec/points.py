@@ -72,7 +72,7 @@ class ApplyDuring(Spec):
         return tuple(phase for phase in PHASES if phase in phases)
 
     def active(self, phase: Phase) -> frozenset[str]:
-        """The points that act in `phase`, gradient points and `errors` among them."""
+        """Return the points that act in `phase`, gradient points and `errors` among them."""
         points = {point for point in type(self).model_fields if phase in getattr(self, point)}
         return frozenset(points | set(GRADIENTS) if phase == "training" else points)
 

@@ -72,14 +72,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
 
 
 def preset_named(name: str) -> Preset:
-    """The preset of that name in `PRESETS`; raises NotFoundError, naming the nearest."""
+    """Return the preset of that name in `PRESETS`; raises NotFoundError, naming the nearest."""
     if name not in PRESETS:
         raise NotFoundError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]
 
 
 def accepted(weight: Format, preset: str | None) -> bool:
-    """Whether the preset, or any preset where none is named, rounds weights as the format says."""
+    """Return whether the preset, or any preset where none is named, rounds weights as the format says."""
     for target in PRESETS.values() if preset is None else (preset_named(preset),):
         with suppress(InvalidValueError):  # a rule of its own that the target does not have
             if target.at("weight", weight) == weight:

@@ -129,7 +129,7 @@ _R = TypeVar("_R", bound=Record)
 
 
 def read_evidence(line: object) -> Evidence | None:
-    """One line of evidence; None for a kind that this version does not know. Raises `InvalidValueError`."""
+    """Return one line of evidence; None for a kind that this version does not know. Raises `InvalidValueError`."""
     kind = line.get("kind") if isinstance(line, Mapping) else None
     if not isinstance(kind, str):
         raise InvalidValueError(f"a line of evidence needs a 'kind', found {shown(line)}")
@@ -139,7 +139,7 @@ def read_evidence(line: object) -> Evidence | None:
 
 
 def read_result(content: object) -> RunResult:
-    """A run's result. Raises `InvalidValueError`, also for one whose format only a newer version knows."""
+    """Return a run's result. Raises `InvalidValueError`, also for one whose format only a newer version knows."""
     result = _read(RunResult.model_validate, content, "result")
     if result.version > VERSION:
         raise InvalidValueError(f"format {result.version} of a newer fp4rl, this one reads {VERSION}; update fp4rl")
@@ -147,7 +147,7 @@ def read_result(content: object) -> RunResult:
 
 
 def read_sites(content: object) -> Sites:
-    """The table in sites.json. Raises `InvalidValueError`."""
+    """Return the table in sites.json. Raises `InvalidValueError`."""
     return _read(Sites.model_validate, content, "sites")
 
 

@@ -41,7 +41,7 @@ def in_format(injection: Injection, fmt: str) -> Injection:
 
 
 def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:
-    """The format as it was described: a rule that its preset put there is taken out again."""
+    """Return the format as it was described: a rule that its preset put there is taken out again."""
     if not isinstance(fmt, Format) or injection.preset is None:
         return fmt
     known = FORMATS.get(fmt.name, fmt)

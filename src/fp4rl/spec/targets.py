@@ -67,7 +67,7 @@ class Targets(Spec):
             yield "`layers` is empty; leave it out for all layers, or name some, such as [0, -1]"
 
     def why_left(self, name: str, role: str = "") -> str | None:
-        """The pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at).
+        """Return the pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at).
 
         A default pattern of a `role` means every site of that role, whatever it is called.
         """
@@ -88,7 +88,7 @@ class Targets(Spec):
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the shell pattern covers the whole dotted name, numbers as whole numbers."""
+    """Return whether the shell pattern covers the whole dotted name, numbers as whole numbers."""
     return compiled(pattern).fullmatch(name) is not None
 
 
@@ -101,7 +101,7 @@ def require_hit(pattern: str, names: Iterable[str], what: str) -> None:
 
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression; InvalidValueError for an open bracket."""
+    """Return the pattern as a regular expression; InvalidValueError for an open bracket."""
     pieces, out = _PIECE.findall(pattern), ""
     for before, piece, after in zip(["", *pieces], pieces, [*pieces[1:], ""], strict=False):
         if piece == "*":
@@ -119,7 +119,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _nearest_places(pattern: str, names: list[str]) -> str:
-    """Up to three patterns made from real names that read most like the given one."""
+    """Return up to three patterns made from real names that read most like the given one."""
     ends = {f"*.{name.rsplit('.', 1)[-1]}" for name in names if "." in name}
     layers = {f"*.{layer[1]}.*" for name in names if (layer := re.search(r"(?:^|\.)(\w+\.\d+)\.", name))}
     close = get_close_matches(pattern, sorted(ends | layers), n=3, cutoff=0.5) or get_close_matches(

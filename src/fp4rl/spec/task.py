@@ -84,7 +84,7 @@ class Task(Spec):
 
     @classmethod
     def file_keys(cls) -> tuple[str, ...]:
-        """The keys that name files, in the order of their definition."""
+        """Return the keys that name files, in the order of their definition."""
         hints = get_type_hints(cls, include_extras=True)
         return tuple(key for key in cls.model_fields if LocalPath in (hints[key], *get_args(hints[key])))
 

@@ -143,7 +143,7 @@ class Training(Spec):
         return self.published.kl_loss_coef if self.kl_loss_coef is None else self.kl_loss_coef
 
     def effective(self) -> dict[str, Any]:
-        """What the recipe comes to, the algorithm's own numbers included, under the keys that would set them."""
+        """Return what the recipe comes to, the algorithm's own numbers included, under the keys that would set them."""
         own, filters, longest = self.published, self.filter_groups, self.max_response_length
         return {
             "lr": self.lr,

@@ -7,5 +7,5 @@ def counted(count: int, singular: str, many: str | None = None) -> str:
 
 
 def agreeing(count: int, singular: str, many: str) -> str:
-    """The verb or the word that goes with a count: `is` or `are`."""
+    """Return the verb or the word that goes with a count: `is` or `are`."""
     return singular if count == 1 else many

@@ -104,7 +104,7 @@ def plain(number: Decimal) -> str:
 
 
 def _marked(text: str) -> re.Match[str] | None:
-    """The first mark with digits right after it; a numbered heading only where no other follows."""
+    """Return the first mark with digits right after it; a numbered heading only where no other follows."""
     marks = list(_AFTER_MARK.finditer(text))
     return next((mark for mark in marks if mark["heading"] is None), marks[0] if marks else None)
 

@@ -53,7 +53,7 @@ class Operations(NamedTuple):
         return f"{self.start}" + "".join(f"{step:+d}" for step in self.steps)
 
     def totals(self) -> list[int]:
-        """The running total after each step; [len(steps)] numbers."""
+        """Return the running total after each step; [len(steps)] numbers."""
         return [self.start + sum(self.steps[: i + 1]) for i in range(len(self.steps))]
 
 

@@ -171,7 +171,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _utf8(line: bytes, location: str) -> str:
-    """The line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
+    """Return the line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InvalidValueError(f"{location}: UTF-16, not UTF-8; save the file again as UTF-8")
     try:

@@ -131,7 +131,7 @@ def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
 
 
 def died(code: int | None, folder: RunFolder) -> str:
-    """What is known of a process that ended without a word: its signal, and the stacks if it left any."""
+    """Return what is known of a process that ended without a word: its signal, and the stacks if it left any."""
     how, log, stacks = f"exit code {code}", folder.path / "log.txt", False
     if code is not None and code < 0:
         how = signal.Signals(-code).name
@@ -210,7 +210,7 @@ def attempt(
 
 
 def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
-    """Where the traceback went: the run's own log, or, where nothing can be written there, nowhere."""
+    """Return where the traceback went: the run's own log, or, where nothing can be written there, nowhere."""
     log = run_folder(root, run.suite, run.run_id).path / "log.txt"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)  # a run that failed before it began has no folder yet
@@ -222,7 +222,7 @@ def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
 
 
 def _die_with(parent: int, every_s: float = 0.5) -> Any:
-    """A parent that was killed cannot end its children: they watch for it."""
+    """Return a parent that was killed cannot end its children: they watch for it."""
     while os.getppid() == parent:
         time.sleep(every_s)
     os._exit(1)

@@ -166,7 +166,7 @@ def _is_control(other: Record, record: Record, factor: Factor) -> bool:
 
 
 def _differs(record: Record, other: Record, factor: Factor) -> tuple[str, ...]:
-    """The fields in which the two differ besides the factor, each with both values."""
+    """Return the fields in which the two differ besides the factor, each with both values."""
     names = ("epochs", "steps", "logged_step", "batch", "lora", *(["injection_point"] if factor == "noise" else []))
     values = [(name, getattr(record, name), getattr(other, name)) for name in names]
     shown = {"logged_step": "step of the number"}

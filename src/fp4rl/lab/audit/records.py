@@ -80,7 +80,7 @@ class Record(_Reported):
         return re.sub(r"\s*\(.*\)|\s*fwd\+bwd", "", self.hw_noise or "")
 
     def solved(self, problems: int) -> int:
-        """The whole number of problems behind the reported percentage."""
+        """Return the whole number of problems behind the reported percentage."""
         return round((self.final_accuracy or 0.0) * problems / 100)
 
 

@@ -89,7 +89,7 @@ class Answer:
         return tuple(f"{key} is hardly trained: {why}" for key, why in few if why)
 
     def sentence(self) -> str:
-        """What may be said in plain words, and no more."""
+        """Return what may be said in plain words, and no more."""
         if self.objections or self.verdict is None:
             return f"Not comparable: {'; '.join(self.refused)}."
         return self.verdict.in_words(self.treatment.name, self.control.name)
@@ -128,12 +128,12 @@ def answer_all(
 
 
 def checked(answer: Answer) -> Answer:
-    """The answer with the cross-checks over problems beside its verdict."""
+    """Return the answer with the cross-checks over problems beside its verdict."""
     return replace(answer, checks=_cross_checks(answer.treatment, answer.control)) if answer.verdict else answer
 
 
 def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
-    """What the items of the same problems on both sides say. Raises `Damaged` for a file that cannot be read."""
+    """Return what the items of the same problems on both sides say. Raises `Damaged` for a file that cannot be read."""
     runs = [side_run.run for side in (treatment, control) for side_run in side.runs]
     if unread := tuple(run.key for run in runs if run.folder is None):
         return CrossChecks(unread=unread)
@@ -152,7 +152,7 @@ def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
 
 
 def _score_table(side: Side) -> tuple[list[str], Scores]:
-    """The ids of the problems, and [runs, problems], the share of samples solved.
+    """Return the ids of the problems, and [runs, problems], the share of samples solved.
 
     No problems where a run has no items here, and where runs answer other problems or other numbers of samples.
     """

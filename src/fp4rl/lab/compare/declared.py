@@ -15,7 +15,7 @@ from fp4rl.spec.load import parse, read_yaml
 
 
 def suite_questions(suite: SuiteRuns, at: At) -> list[tuple[Question, Side, Side]]:
-    """Every question of a suite with both sides, out of the runs that it plans."""
+    """Return every question of a suite with both sides, out of the runs that it plans."""
     questions = [question_of(comparison, suite.folder.name) for comparison in suite.comparisons]
     return _with_sides(questions, lambda name: planned_side(name, suite.by_arm, at), at)
 
@@ -98,7 +98,7 @@ def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tup
 
 
 def question_of(comparison: Comparison, suite: str) -> Question:
-    """The question that a suite declares; its margin becomes points."""
+    """Return the question that a suite declares; its margin becomes points."""
     return Question(
         treatment=comparison.treatment,
         control=comparison.control,

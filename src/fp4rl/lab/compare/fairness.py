@@ -46,7 +46,7 @@ class Objection:
     control: str
 
     def sentence(self) -> str:
-        """The objection in one line."""
+        """Return the objection in one line."""
         match self.kind:
             case "identical":
                 return f"{self.what} (digest {self.treatment})"
@@ -58,7 +58,7 @@ class Objection:
 
 
 def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> tuple[Objection, ...]:
-    """Every reason to refuse; empty for a fair pair.
+    """Return every reason to refuse; empty for a fair pair.
 
     `factors`: the keys in which the specs may differ. `precision` among them lets the sides be judged at different
     precisions, which is the question when 4 bits are held against BF16.
@@ -88,7 +88,7 @@ def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[O
 
 
 def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
-    """A knob that was never wired to anything makes two names of one recipe."""
+    """Yield a knob that was never wired to anything makes two names of one recipe."""
     described = [factor for factor in factors if factor not in _OF_MEASURING]
     if not described or not treatment.spec or not control.spec or differences(treatment.spec, control.spec):
         return
@@ -155,7 +155,7 @@ def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterat
 
 
 def _condition(run: SideRun, key: str) -> Any:
-    """A condition by what acted: what a label says after its colon is described and did not."""
+    """Return a condition by what acted: what a label says after its colon is described and did not."""
     value = getattr(run.measured.profile, key)
     if key != "precision" or value is None:
         return value
@@ -191,7 +191,7 @@ def _values(treatment: Side, control: Side, value: Callable[[SideRun], Any]) -> 
 def _by_name(
     treatment: Side, control: Side, table: Callable[[Run], Mapping[str, Any]]
 ) -> Iterator[tuple[str, _Values]]:
-    """Every name that some run's table holds, with its values on both sides."""
+    """Yield every name that some run's table holds, with its values on both sides."""
     tables = [[table(side_run.run) for side_run in side.runs] for side in (treatment, control)]
     for name in sorted({name for side in tables for own in side for name in own}):
         first, second = ({own.get(name) for own in side} for side in tables)
@@ -214,7 +214,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differen
 
 
 def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
-    """The differences that no declared factor covers.
+    """Return the differences that no declared factor covers.
 
     Where none is declared, one factor may differ: one key, or the injection, or the noise, each as a whole.
     """
@@ -224,31 +224,31 @@ def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
 
 
 def covered(key: str, factors: Sequence[str]) -> bool:
-    """A factor covers its own key and everything below it."""
+    """Return a factor covers its own key and everything below it."""
     return any(key == factor or key.startswith(f"{factor}.") for factor in factors)
 
 
 def factor_of(key: str) -> str:
-    """The factor that a key belongs to when none is declared."""
+    """Return the factor that a key belongs to when none is declared."""
     head = key.partition(".")[0]
     return head if head in _WHOLE else key
 
 
 def in_few_words(value: Any) -> str:
-    """A value in few words."""
+    """Return a value in few words."""
     text = "none" if value is None else str(value)
     return text if len(text) <= 48 else f"{text[:45]}..."
 
 
 def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a description can touch a weight: all but how it is judged."""
+    """Return what of a description can touch a weight: all but how it is judged."""
     part = {key: value for key, value in spec.items() if key not in ("evaluation", "seed")}
     injection = spec.get("injection")
     return part | {"injection": _trained_under(injection) if isinstance(injection, Mapping) else None}
 
 
 def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An injection without the points that act in evaluations alone; None where nothing is left of it."""
+    """Return an injection without the points that act in evaluations alone; None where nothing is left of it."""
     during = ApplyDuring.model_validate(injection.get("apply_during") or {})
     phases = {phase: during.active(phase) for phase in PHASES if phase != "evaluation"}
     idle = {*FORMAT_POINTS, "errors"}.difference(*phases.values())

@@ -70,13 +70,13 @@ class At:
     score: str = "strict"
 
     def of(self, run: Run, profile: str) -> Evaluation | None:
-        """The run's evaluation under a profile, where it has this score."""
+        """Return the run's evaluation under a profile, where it has this score."""
         evaluation = run.evaluations(self.step).get(profile)
         return evaluation if evaluation is not None and evaluation.score(self.score) is not None else None
 
 
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
-    """The side `arm@profile` of a suite's own question, out of the runs that the suite plans."""
+    """Return the side `arm@profile` of a suite's own question, out of the runs that the suite plans."""
     arm, _, profile = name.partition("@")
     planned = by_arm.get(arm, ())
     runs = [own.run for own in planned if own.run is not None]
@@ -112,7 +112,7 @@ def _side(name: str, suite: str, runs: Sequence[Run], profile: str, at: At) -> S
 
 
 def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
-    """The profile that is named, else the only one there is, else `deployment`."""
+    """Return the profile that is named, else the only one there is, else `deployment`."""
     names = sorted({name for run in runs for name in run.evaluations(at.step)})
     if not names:
         steps = sorted({evaluation.step for run in runs for evaluation in run.result.evaluations})
@@ -128,7 +128,7 @@ def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
 
 
 def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
-    """The runs a word means: a run first, then an experiment, then an arm."""
+    """Return the runs a word means: a run first, then an experiment, then an arm."""
     table = tables.runs.c
     head, _, tail = word.rpartition("/")
     name = or_(table.run_id == tail, table.arm == tail, table.experiment == tail)
@@ -153,7 +153,7 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
 
 
 def _beginning(connection: Connection, start: str, suite: str | None) -> list[Any]:
-    """The one run whose id begins so. Raises InvalidValueError where several do."""
+    """Return the one run whose id begins so. Raises InvalidValueError where several do."""
     table = tables.runs.c
     query = select(tables.runs).where(table.run_id.startswith(start, autoescape=True)).order_by(table.run_id)
     rows = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())

@@ -32,7 +32,7 @@ _HIGHEST_STEP = 2**31 - 1  # what the ledger's column holds
 
 
 def text_of(data: bytes) -> str:
-    """The text of a log: UTF-8, or UTF-16 as PowerShell redirects it. Bytes that are neither become U+FFFD.
+    """Return the text of a log: UTF-8, or UTF-16 as PowerShell redirects it. Bytes that are neither become U+FFFD.
 
     NUL bytes are what a machine that lost power leaves in a file; they are taken out.
     """
@@ -42,7 +42,7 @@ def text_of(data: bytes) -> str:
 
 
 def plain_lines(data: bytes) -> Iterator[str]:
-    """Every piece between newlines, carriage returns and Ray's `(Worker pid=1, ip=...)` prefixes.
+    """Yield every piece between newlines, carriage returns and Ray's `(Worker pid=1, ip=...)` prefixes.
 
     Bytes that are no UTF-8 become U+FFFD, so that one of them never loses the line it stands in.
     """
@@ -54,7 +54,7 @@ def plain_lines(data: bytes) -> Iterator[str]:
 
 
 def number(value: Any) -> float | None:
-    """The value as a float; an integer too large for one becomes infinite, what is no number None."""
+    """Return the value as a float; an integer too large for one becomes infinite, what is no number None."""
     if isinstance(value, int | float):
         try:
             return float(value)
@@ -65,13 +65,13 @@ def number(value: Any) -> float | None:
 
 
 def step_name(names: Mapping[str, Any]) -> str | None:
-    """Which entry of a record, or column of a table, names the step."""
+    """Return which entry of a record, or column of a table, names the step."""
     known = {name.strip().lower(): name for name in reversed(list(names))}
     return next((known[name] for name in STEP_NAMES if name in known), None)
 
 
 def step_of(value: Any) -> int | None:
-    """The step that a value names: 3, 3.0, "3" or "3/609"; None for anything else."""
+    """Return the step that a value names: 3, 3.0, "3" or "3/609"; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     match = _STEP.fullmatch(str(value).strip())
@@ -79,7 +79,7 @@ def step_of(value: Any) -> int | None:
 
 
 def readable(name: Any) -> str:
-    """A name that can be printed and stored: lone surrogates and control characters become U+FFFD."""
+    """Return a name that can be printed and stored: lone surrogates and control characters become U+FFFD."""
     text = str(name).encode("utf-8", errors="replace").decode("utf-8")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
 
@@ -145,7 +145,7 @@ class Joined:
         return dict(sorted(self.steps.items()))
 
     def remarks(self) -> list[str]:
-        """What a reader must know of how the numbers were joined, a sentence each."""
+        """Return what a reader must know of how the numbers were joined, a sentence each."""
         lines = ["the log names no steps: its lines are numbered"] if self.counted else []
         if self.went_back:
             times = "once," if len(self.went_back) == 1 else f"{len(self.went_back)} times, first"

@@ -160,7 +160,7 @@ def import_log(
 
 
 def _arm(path: Path) -> str:
-    """The file's name, or the folder's where the file has the name that all of its kind have."""
+    """Return the file's name, or the folder's where the file has the name that all of its kind have."""
     named = path.parent if path.stem in ("trainer_state", "logging", "metrics") and path.parent.name else path
     plain = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", re.sub(r"\.(log|json|jsonl|csv|txt)$", "", named.name))
     return plain.strip("-._+=")[:100] or "log"

@@ -26,7 +26,7 @@ _VERL_STEP = re.compile(r"(?:^|[^\w-])step:([0-9]+) - (.+)")
 
 
 def parse_json(text: str) -> Any:
-    """The content of a JSON text. Raises ValueError for whatever is wrong with it, its depth included."""
+    """Return the content of a JSON text. Raises ValueError for whatever is wrong with it, its depth included."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -34,7 +34,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_record(line: str) -> Record | None:
-    """The object that a line of JSON holds, flat; None where it holds something else."""
+    """Return the object that a line of JSON holds, flat; None where it holds something else."""
     try:
         content = parse_json(line)
     except ValueError:
@@ -48,7 +48,7 @@ def json_record(line: str) -> Record | None:
 
 
 def printed_record(line: str) -> Record | None:
-    """The pairs of a dict somewhere in a line of a console, JSON or Python; None where there is none.
+    """Return the pairs of a dict somewhere in a line of a console, JSON or Python; None where there is none.
 
     Read pair by pair, because `nan` and `np.float64(0.5)` are no literals.
     """
@@ -111,7 +111,7 @@ def _number(joined: Joined, records: Iterable[Record]) -> None:
 
 
 def tells_of_a_step(record: Record) -> bool:
-    """Whether a printed dict tells of training: it names a step or, as Hugging Face trainers do, the epoch."""
+    """Return whether a printed dict tells of training: it names a step or, as Hugging Face trainers do, the epoch."""
     name = step_name(record)
     named = name is not None and step_of(record[name]) is not None
     rest = [value for key, value in record.items() if key not in (name, "epoch")]
@@ -119,7 +119,7 @@ def tells_of_a_step(record: Record) -> bool:
 
 
 def whole_file(text: str) -> tuple[list[Record], int] | None:
-    """The records of a JSON-lines file or of one JSON list, and how many lines hold none; None for another text.
+    """Return the records of a JSON-lines file or of one JSON list, and how many lines hold none; None for another text.
 
     A line that was cut off by a crash, or torn by two writers, holds no record.
     """
@@ -136,7 +136,7 @@ def whole_file(text: str) -> tuple[list[Record], int] | None:
 
 
 def read_verl(data: bytes) -> Joined:
-    """All steps with all keys. A line counts when a key of it has verl's form `group/name` and a number."""
+    """Return all steps with all keys. A line counts when a key of it has verl's form `group/name` and a number."""
     joined = Joined()
     for line in plain_lines(data):
         match = _VERL_STEP.search(line)
@@ -153,7 +153,7 @@ def read_verl(data: bytes) -> Joined:
 
 
 def read_trl(data: bytes) -> Joined:
-    """All entries of `log_history` joined by step. Raises `InvalidValueError` for a file of another form."""
+    """Return all entries of `log_history` joined by step. Raises `InvalidValueError` for a file of another form."""
     try:
         content: Any = parse_json(text_of(data))
     except ValueError as error:
@@ -167,13 +167,13 @@ def read_trl(data: bytes) -> Joined:
 
 
 def read_printed(data: bytes) -> Joined:
-    """The dicts that a trainer printed to its console, one a line among everything else."""
+    """Return the dicts that a trainer printed to its console, one a line among everything else."""
     records = (printed_record(line) for line in plain_lines(data))
     return join(record for record in records if record is not None and tells_of_a_step(record))
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The trainer state in a checkpoint's folder, or that of the last checkpoint in a folder of them."""
+    """Return the trainer state in a checkpoint's folder, or that of the last checkpoint in a folder of them."""
     if (folder / STATE).is_file():
         return folder / STATE
     numbers = {
@@ -193,7 +193,7 @@ _RANGES = ("__MIN", "__MAX")
 
 
 def read_table(text: str) -> Joined | None:
-    """All rows of a table; None where the first line names no step column."""
+    """Return all rows of a table; None where the first line names no step column."""
     lines = text.lstrip().splitlines()
     header = lines[0] if lines else ""
     delimiter = max(_DELIMITERS, key=header.count)
@@ -229,7 +229,7 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _long(names: list[str]) -> tuple[int, int] | None:
-    """Where the metric's name and its value stand, if a row holds one metric."""
+    """Return where the metric's name and its value stand, if a row holds one metric."""
     lower = [name.lower() for name in names]
     name = next((lower.index(word) for word in _NAMES if word in lower), None)
     value = next((lower.index(word) for word in _VALUES if word in lower), None)
@@ -241,7 +241,7 @@ def _plain(name: str) -> str:
 
 
 def _value(cell: str, delimiter: str) -> str:
-    """The cell as Python writes numbers: where semicolons part the cells, a comma is the decimal point."""
+    """Return the cell as Python writes numbers: where semicolons part the cells, a comma is the decimal point."""
     cell = cell.strip()
     dotted = cell.replace(",", ".") if delimiter == ";" and cell.count(",") == 1 else cell
     return dotted if number(dotted) is not None else cell

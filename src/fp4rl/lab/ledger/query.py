@@ -34,7 +34,7 @@ class Filter:
     profile: str | None = None
 
     def applied(self, query: Select[Any]) -> Select[Any]:
-        """The query with these conditions added."""
+        """Return the query with these conditions added."""
         for name in ("suite", "arm", "seed"):
             wanted = getattr(self, name)
             query = query.where(runs.c[name] == wanted) if wanted is not None else query
@@ -45,7 +45,7 @@ class Filter:
 
 
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
-    """One row per run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
+    """Return one row per run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
     names = ("id", "suite", "run_id", "arm", "seed", "steps_asked", "steps_done", "code_digest", "imported", "status")
     query = wanted.applied(select(*(runs.c[name] for name in names)))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
@@ -58,18 +58,18 @@ def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) 
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:
-    """How many runs the filter takes."""
+    """Return how many runs the filter takes."""
     return int(connection.execute(wanted.applied(select(func.count()).select_from(runs))).scalar_one())
 
 
 def profiles_of(connection: Connection) -> list[str]:
-    """Every profile that a run was evaluated under at its end."""
+    """Return every profile that a run was evaluated under at its end."""
     query = select(evaluations.c.profile).where(evaluations.c.last).distinct().order_by(evaluations.c.profile)
     return list(connection.execute(query).scalars())
 
 
 def find_run(connection: Connection, word: str) -> Row:
-    """The index's row of one run, by `suite/run-id`, run id, or the beginning of either.
+    """Return the index's row of one run, by `suite/run-id`, run id, or the beginning of either.
 
     Raises `NotFoundError` with the nearest name, `InvalidValueError` where several runs begin so.
     """
@@ -93,7 +93,7 @@ def find_run(connection: Connection, word: str) -> Row:
 
 
 def runs_of(connection: Connection, ids: Sequence[int]) -> dict[int, Run]:
-    """The runs as they were recorded, by number, without their metrics."""
+    """Return the runs as they were recorded, by number, without their metrics."""
     read: dict[int, Run] = {}
     for start in range(0, len(ids), _IN_A_STATEMENT):
         some = documents.c.run.in_(ids[start : start + _IN_A_STATEMENT])
@@ -123,7 +123,7 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
 
 
 def known_spread(address: str | Path, run: Run) -> "Spread | None":
-    """The `spread_of_run` out of the ledger at `address`; None where none is there."""
+    """Return the `spread_of_run` out of the ledger at `address`; None where none is there."""
     if isinstance(address, Path) and not address.is_file():
         return None
     with open_ledger(address) as ledger, ledger.reading() as connection:
@@ -131,7 +131,7 @@ def known_spread(address: str | Path, run: Run) -> "Spread | None":
 
 
 def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
-    """How far repeats of a run's task and model lie apart, in points; None without any."""
+    """Return how far repeats of a run's task and model lie apart, in points; None without any."""
     from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
 
     groups = repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
@@ -154,7 +154,7 @@ def known_spreads(connection: Connection, like: str | None = None) -> "list[tupl
 
 
 def _name(described: Any) -> str:
-    """The name, the path's last part, or the first key of a part of a spec."""
+    """Return the name, the path's last part, or the first key of a part of a spec."""
     if not isinstance(described, dict):
         return str(described)
     if described.get("name"):
@@ -199,7 +199,7 @@ class About:
         }
 
     def run_row(self) -> Row:
-        """The run itself, as plain values."""
+        """Return the run itself, as plain values."""
         result = self.run.result
         named = ("id", "suite", "run_id", "arm", "seed", "experiment", "code_digest", "steps_asked", "steps_done")
         return {name: self.index[name] for name in (*named, "content")} | {
@@ -224,7 +224,7 @@ def about(connection: Connection, root: Path, word: str) -> About:
 
 
 def answers(folder: RunFolder, problem: str) -> list[Row]:
-    """Every answer of a run to one problem. Raises `NotFoundError` with the first ids that there are."""
+    """Return every answer of a run to one problem. Raises `NotFoundError` with the first ids that there are."""
     rows: list[Row] = []
     known: set[str] = set()
     for step, profile in folder.item_sets():

@@ -76,7 +76,7 @@ def _record_each(
     on_run: OnRun | None,
     on_damaged: OnDamaged | None,
 ) -> int:
-    """How many runs `record` entered; damaged ones are told once all others are in."""
+    """Return how many runs `record` entered; damaged ones are told once all others are in."""
     damaged, recorded = list[Damaged](), 0
     for done, folder in enumerate(folders, start=1):
         try:

@@ -177,7 +177,7 @@ def _postgres(address: str) -> Engine:
 
 
 def _schema(connection: Connection) -> str | None:
-    """The schema's number; None for an empty database."""
+    """Return the schema's number; None for an empty database."""
     for table, column in ((tables.schema.name, "version"), ("alembic_version", "version_num")):
         if connection.dialect.has_table(connection, table):
             version: str | None = connection.execute(text(f"SELECT {column} FROM {table}")).scalar()

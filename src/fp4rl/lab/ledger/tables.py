@@ -104,7 +104,7 @@ def record_of(run: Run, content: str, items: Sequence[Row], files: Sequence[Row]
 
 
 def run_of(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Run:
-    """The run of a record, with its metrics (step -> name -> value, "nan" for a number that is none)."""
+    """Return the run of a record, with its metrics (step -> name -> value, "nan" for a number that is none)."""
     lines = map(read_evidence, record["evidence"])
     return Run(
         suite=record["suite"],
@@ -186,14 +186,14 @@ def _run_row(run: Run, content: str) -> Row:
 
 
 def _evaluation_rows(run: Run) -> list[Row]:
-    """One a step and profile; a step that was evaluated twice counts as it was evaluated last."""
+    """Return one a step and profile; a step that was evaluated twice counts as it was evaluated last."""
     number = run_number(run.suite, run.run_id)
     rows = [evaluation_row(evaluation) | {"run": number} for evaluation in run.result.evaluations]
     return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 
 def evaluation_row(evaluation: Evaluation) -> Row:
-    """An evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
+    """Return an evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
     scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length")}
     scores |= {name: evaluation.score(name) for name in SCORES}
     return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}

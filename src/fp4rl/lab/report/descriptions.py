@@ -84,7 +84,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def in_words(value: Any) -> str:
-    """A described value; a format is its name, and in brackets what differs from it."""
+    """Return a described value; a format is its name, and in brackets what differs from it."""
     match value:
         case None:
             return "none"

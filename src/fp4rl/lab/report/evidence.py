@@ -54,12 +54,12 @@ class ArmEvidence:
 
 
 def sites_quantized(run: Run) -> int | None:
-    """How many sites something was done to; None where the run did not record it."""
+    """Return how many sites something was done to; None where the run did not record it."""
     return run.result.evidence.sites if run.sites.plans is None else len(run.sites.plans)
 
 
 def roundings(run: Run) -> list[Rounding]:
-    """What every point did in every phase."""
+    """Return what every point did in every phase."""
     groups: dict[tuple[str, str], list[Injected]] = defaultdict(list)
     for row in run.of(Injected):
         groups[_phase_of(row), row.point].append(row)
@@ -78,7 +78,7 @@ def roundings(run: Run) -> list[Rounding]:
 
 
 def noise_steps(run: Run) -> list[NoiseStep]:
-    """The noise of every rollout."""
+    """Return the noise of every rollout."""
     steps = []
     for line in run.of(RolloutNoise):
         scheduled, realised = _pooled(line.layers, "sigma"), _pooled(line.layers, "realised")
@@ -87,12 +87,12 @@ def noise_steps(run: Run) -> list[NoiseStep]:
 
 
 def masters_unchanged(run: Run) -> bool | None:
-    """Whether all checks of the master weights held; None where none was made."""
+    """Return whether all checks of the master weights held; None where none was made."""
     return all(line.unchanged for line in run.of(MasterCheck)) if run.of(MasterCheck) else None
 
 
 def live_difference(run: Run) -> float | None:
-    """The largest difference of the live policy from its saved copy; not-a-number is larger than any."""
+    """Return the largest difference of the live policy from its saved copy; not-a-number is larger than any."""
     differences = [line.max_difference for line in run.of(LiveCheck)]
     return max(differences, key=lambda value: (math.isnan(value), value), default=None)
 
@@ -212,7 +212,7 @@ def _live(run: Run) -> str | None:
 
 
 def _health(run: Run) -> str | None:
-    """The worst state of the run, its alarms by name, and how often it was rolled back."""
+    """Return the worst state of the run, its alarms by name, and how often it was rolled back."""
     health = run.result.evidence.health
     if health is None:
         return None

@@ -37,7 +37,7 @@ class Curve:
 
 
 def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -> Curve | None:
-    """The curve over the arm's runs that count, times `scale`; None where none of them logged the metric."""
+    """Return the curve over the arm's runs that count, times `scale`; None where none of them logged the metric."""
     values: dict[int, list[float]] = defaultdict(list)
     seeds = 0
     for run in runs:
@@ -75,7 +75,7 @@ def learning(report: SuiteReport) -> list[Figure]:
 
 
 def accuracy(report: SuiteReport) -> Figure | None:
-    """One row per arm and profile: a dot per seed, the mean with its interval, and where it stood at step 0."""
+    """Return one row per arm and profile: a dot per seed, the mean with its interval, and where it stood at step 0."""
     rows = [score for score in report.scores if score.by_seed]
     if not rows:
         return None
@@ -87,7 +87,7 @@ def accuracy(report: SuiteReport) -> Figure | None:
 
 
 def answers(questions: Sequence[Answer]) -> Figure | None:
-    """One row per question: the difference with its interval, and the margin where one was fixed."""
+    """Return one row per question: the difference with its interval, and the margin where one was fixed."""
     judged = [(f"question {i}", q.verdict) for i, q in enumerate(questions, 1) if q.verdict is not None]
     if not judged:
         return None

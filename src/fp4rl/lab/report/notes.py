@@ -57,7 +57,7 @@ def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:
 
 
 def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """What runs told while they went on: the first line of a kind, whatever its numbers, and whose it was."""
+    """Yield what runs told while they went on: the first line of a kind, whatever its numbers, and whose it was."""
     by_kind: dict[str, list[tuple[str, SuiteRun]]] = {}
     for run in runs:
         for line in run.run.warnings if run.run is not None else ():
@@ -121,7 +121,7 @@ def _scope(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> Iterator[st
 
 
 def _not_planned(others: Sequence[str]) -> Iterator[str]:
-    """A description that changed, in the file or in the code that reads it, gives its runs other ids."""
+    """Yield a description that changed, in the file or in the code that reads it, gives its runs other ids."""
     if others:
         folders = f"{counted(len(others), 'run folder')} {agreeing(len(others), 'is', 'are')}"
         named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")

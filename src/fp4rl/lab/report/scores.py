@@ -74,7 +74,7 @@ class Score:
 
 
 def scores(by_arm: Mapping[str, Sequence[SuiteRun]]) -> tuple[Score, ...]:
-    """Every arm x profile that the runs were asked to be judged under, in the order of the suite."""
+    """Return every arm x profile that the runs were asked to be judged under, in the order of the suite."""
     evaluations = {arm: runs[0].planned.experiment.evaluation for arm, runs in by_arm.items()}
     return tuple(_score(arm, p, by_arm[arm]) for arm, own in evaluations.items() for p in (*own.profiles, *own.sweep))
 

@@ -57,7 +57,7 @@ def _accuracy(report: SuiteReport, wide: bool) -> Table:
 
 
 def _accuracy_rows(report: SuiteReport) -> Iterator[dict[str, str | Text]]:
-    """One row an arm; a profile that is neither `full` nor `deployment` is what quantizing afterwards gives."""
+    """Yield one row an arm; a profile that is neither `full` nor `deployment` is what quantizing afterwards gives."""
     for arm in report.arms:
         own = {score.profile: score for score in report.scores if score.arm == arm}
         full, deployed = own.pop("full", None), own.pop("deployment", None)

@@ -48,7 +48,7 @@ def multi_bootstrap(
 
 
 def _drawn(arm: Scores, draws: int, generator: np.random.Generator) -> Scores:
-    """The mean over a resample of the arm's seeds, for every draw and problem: [draws, problems]."""
+    """Return the mean over a resample of the arm's seeds, for every draw and problem: [draws, problems]."""
     seeds = len(arm)
     weights: Scores = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     return weights @ arm
@@ -79,7 +79,7 @@ def two_way(treatment: Scores, control: Scores) -> Difference:
 
 
 def _cell(arm: Scores) -> float:
-    """The variance of the arm's mean that comes from the residual of seed and problem alone."""
+    """Return the variance of the arm's mean that comes from the residual of seed and problem alone."""
     residual = arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean()
     freedom = (arm.shape[0] - 1) * (arm.shape[1] - 1)
     return float(np.square(residual).sum() / (freedom * arm.size))

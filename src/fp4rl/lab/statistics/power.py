@@ -31,7 +31,7 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
 
 
 def _below(t: float, freedom: float, noncentral: float) -> float:
-    """The chance that noncentral t lies below `t`; 0 or 1 far from the mass, where scipy's series is NaN."""
+    """Return the chance that noncentral t lies below `t`; 0 or 1 far from the mass, where scipy's series is NaN."""
     chance = float(special.nctdtr(freedom, noncentral, t))
     return chance if math.isfinite(chance) else float(t > noncentral)
 

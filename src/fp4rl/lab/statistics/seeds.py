@@ -56,7 +56,7 @@ def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
 
 
 def student_t(value: float, error: float, freedom: float, seeds: tuple[int, int]) -> Difference:
-    """The two-sided t test of a difference with its standard error and degrees of freedom."""
+    """Return the two-sided t test of a difference with its standard error and degrees of freedom."""
     half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * error
     p = 2 * float(special.stdtr(freedom, -abs(value) / error))
     return Difference(value, value - half, value + half, LEVEL, error, freedom, p, seeds)

@@ -42,5 +42,5 @@ class Finding:
 
 
 def worst(verdicts: list[Verdict]) -> Verdict:
-    """The most serious of several, the first of equals."""
+    """Return the most serious of several, the first of equals."""
     return max(verdicts, key=lambda v: ORDER[v.state], default=OK)

@@ -19,7 +19,7 @@ _ROUNDING = 1e-4
 
 
 def grain(values: Sequence[float]) -> int | None:
-    """The fewest cases that such shares can have been taken over: every value is a whole multiple of 1 / n.
+    """Return the fewest cases that such shares can have been taken over: every value is a whole multiple of 1 / n.
 
     None where no n up to 64 fits, where values lie outside 0..1, and where too few different ones were seen to say.
     """
@@ -32,7 +32,7 @@ def grain(values: Sequence[float]) -> int | None:
 
 
 def independent(answers: float, groups: float | None) -> float:
-    """How many independent answers are worth as much as `answers` in `groups` of one prompt each."""
+    """Return how many independent answers are worth as much as `answers` in `groups` of one prompt each."""
     groups = groups or max(1.0, answers / _USUAL_GROUP)
     return answers / (1 + _ALIKE * max(answers / groups - 1, 0.0))
 
@@ -191,7 +191,7 @@ class SignalHistories:
         return self._of[signal]
 
     def value(self, signal: str) -> float | None:
-        """The signal in this very step, None when this step does not have it."""
+        """Return the signal in this very step, None when this step does not have it."""
         return self._of[signal].last if signal in self.now else None
 
     @property
@@ -213,7 +213,7 @@ class SignalHistories:
         return self[signal].mean(ceil(groups / (self.groups or unknown))) if signal in self.now else None
 
     def width(self) -> int:
-        """How many steps hold enough groups of answers that one prompt no longer makes their mean."""
+        """Return how many steps hold enough groups of answers that one prompt no longer makes their mean."""
         return ceil(POOLED_GROUPS / (self.groups or POOLED_GROUPS))
 
 
@@ -238,13 +238,13 @@ def lacking(histories: SignalHistories, needs: tuple[tuple[str, ...], ...]) -> s
 
 
 def rising(histories: SignalHistories, ago: int = 5) -> bool:
-    """Whether accuracy is above what it was `ago` observations ago by more than its noise."""
+    """Return whether accuracy is above what it was `ago` observations ago by more than its noise."""
     goal = histories.goal
     now, before = goal.level(3), goal.level(3, ago)
     return now is not None and before is not None and now - before > (goal.noise() or 0.0)
 
 
 def solved(histories: SignalHistories, t: Thresholds) -> bool:
-    """Whether so much is right that an empty learning signal is a success."""
+    """Return whether so much is right that an empty learning signal is a success."""
     level = histories["accuracy"].level(1)
     return level is not None and level >= t.solved

@@ -66,12 +66,12 @@ class _Error:
         return self._seen if self._cases is None else self._beyond * sampling_error(level, self._cases)
 
     def tells(self, width: int) -> bool:
-        """Whether so many observations hold enough answers to be the measure of all that follows."""
+        """Return whether so many observations hold enough answers to be the measure of all that follows."""
         return width > 1 if self._cases is None else width * self._cases >= _ENOUGH
 
 
 def lost(histories: SignalHistories, t: Thresholds) -> Loss:
-    """What the policy has lost by now; asked by several checks, answered once a step.
+    """Return what the policy has lost by now; asked by several checks, answered once a step.
 
     The present is held against the level of the beginning and against the best that any window has had, over several
     widths of both; a fall must exceed `t.certain` times the sampling error of the difference. The best of many windows
@@ -198,7 +198,7 @@ def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool
 
 
 def no_spread(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
+    """Return every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
     share = histories.pooled("no_spread", _GROUPS, unknown=_FEW)
     if share is None:
         return OK

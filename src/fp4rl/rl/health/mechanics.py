@@ -20,7 +20,7 @@ _MEASURES = {
 
 
 def not_a_number(histories: SignalHistories, t: Thresholds) -> Verdict:  # noqa: ARG001
-    """A NaN or an infinity in what drives the update: every number after it is worthless."""
+    """Return a NaN or an infinity in what drives the update: every number after it is worthless."""
     broken = [
         f"{name} is {histories.now[name]}" for name in _MUST_BE_FINITE if not isfinite(histories.now.get(name, 0.0))
     ]
@@ -93,7 +93,7 @@ def _apart(histories: SignalHistories, t: Thresholds, measure: str, times: float
 
 
 def _measured(histories: SignalHistories, part: str) -> float | None:
-    """A part of the mismatch by the last times that it was measured; None where nobody does."""
+    """Return a part of the mismatch by the last times that it was measured; None where nobody does."""
     values = histories[part].values[-_WINDOW:]
     return max(sum(values) / len(values), values[-1]) if values else None
 

@@ -120,7 +120,7 @@ class Monitor:
         self._states = {name: _CheckState(Finding(name, "ok", 0, 0, "")) for name in names}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """One more step; returns what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
+        """Take one more step in; return what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
         self.steps += 1
         signals = signals_of(metrics)
         self._histories.add(step, signals)
@@ -133,7 +133,7 @@ class Monitor:
         return findings
 
     def findings(self) -> list[Finding]:
-        """Every check and rule as it stands now, the most serious first, what could not be judged last."""
+        """Return every check and rule as it stands now, the most serious first, what could not be judged last."""
         findings = [self._with_evidence(s.finding) for s in self._states.values()]
         return sorted(findings, key=lambda f: -ORDER[f.state])
 
@@ -192,14 +192,14 @@ class Monitor:
 
 
 def action(findings: Iterable[Finding]) -> Policy:
-    """The strongest policy among alarms; `note` when there is none."""
+    """Return the strongest policy among alarms; `note` when there is none."""
     return max((f.policy for f in findings if f.state == "alarm"), key=_STRENGTH.__getitem__, default="note")
 
 
 def replay(
     steps: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
 ) -> tuple[Monitor, list[Finding]]:
-    """A monitor that has seen a whole log, and everything it said on the way."""
+    """Return a monitor that has seen a whole log, and everything it said on the way."""
     monitor = Monitor(spec)
     findings = [finding for step, metrics in steps for finding in monitor.observe(step, metrics)]
     return monitor, findings

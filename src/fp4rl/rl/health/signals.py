@@ -38,7 +38,7 @@ def known_names(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What the reward functions are, whatever their names: the one that says it is accuracy, and their sum.
+    """Return what the reward functions are, whatever their names: the one that says it is accuracy, and their sum.
 
     Where no total and no function is logged, the shortest name that means a reward is the total.
     """
@@ -93,7 +93,7 @@ _VALIDATION = re.compile(r"val-core/.+/(?:acc|reward|score)/mean@\d+|val/test_sc
 
 
 def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The signals that one step's metrics hold; non-finite values are kept, so that they can be noticed.
+    """Return the signals that one step's metrics hold; non-finite values are kept, so that they can be noticed.
 
     Validation on several data sets is averaged. Where nobody logs accuracy, a reward that is a share of solved answers
     (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
