@@ -27,10 +27,10 @@ demo: setup
 	.venv/bin/fp4rl quickstart
 
 test: setup-dev
-	$(PY) -m pytest -q -n 2 -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 slow: setup-dev
-	$(PY) -m pytest -q -n 2 -m slow
+	$(PY) -m pytest -q -n 2 --dist worksteal -m slow
 
 # Mutations of the code, each with the tests that must find it; they are slow tests too.
 mutants: setup-dev
