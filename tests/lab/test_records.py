@@ -8,12 +8,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from fp4rl.cli.main import main
+from fp4rl.lab.compare.fairness import differences
 from fp4rl.lab.files import json_ready
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.ledger.tables import record_of, run_of
+from fp4rl.lab.runs import read_run
+from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import KINDS, Evaluation, LiveCheck, MasterCheck, Profile
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import parse
 from fp4rl.spec.records import VERSION, RunResult, read_evidence, read_result, read_sites
 
 OLD = Path(__file__).parents[1] / "data" / "format0"
@@ -76,6 +84,27 @@ def test_what_is_no_record_is_one_line_that_names_the_key(read, content, said):
     with pytest.raises(InvalidValueError, match=said) as error:
         read(content)
     assert "\n" not in str(error.value)
+
+
+def test_a_renamed_key_is_read_by_its_old_name_and_changes_no_id_and_no_comparison(tmp_path):
+    old = next(OLD.glob("old/bf16-s0-*"))
+    content = yaml.safe_load((old / "spec.yaml").read_text())
+    assert "harm" in content["health"]["thresholds"]
+    experiment = parse(Experiment, content, "spec.yaml")
+    present = experiment.model_dump(mode="json")
+    assert present["health"]["thresholds"]["accuracy_drop_watch"] == 0.3
+    assert digest(experiment) == digest(present) == digest(content) == old.name.rpartition("-")[2]
+    run = read_run(RunFolder(old))
+    assert not differences(run.spec, present)
+    assert not differences(
+        run_of(json.loads(json.dumps(record_of(run, "", [], []) | {"spec": content})), {}).spec, present
+    )
+
+    content["health"]["thresholds"]["harm"] = 0.2
+    assert parse(Experiment, content, "spec.yaml").health.thresholds.accuracy_drop_watch == 0.2
+    content["health"]["thresholds"]["accuracy_drop_watch"] = 0.2
+    with pytest.raises(InvalidValueError, match="unknown key"):
+        parse(Experiment, content, "spec.yaml")
 
 
 def test_every_verb_reads_the_old_folder(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fp4rl.lab.files import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.gaps import gaps, lines_of
-from fp4rl.spec.digest import digest
+from fp4rl.spec.digest import digest, with_present_names
 from fp4rl.spec.evidence import Evaluation, Evidence, Warned
 from fp4rl.spec.records import RunResult, Sites
 
@@ -113,7 +113,7 @@ def read_run(folder: RunFolder, *, curves: bool = True) -> Run:
         return Run(
             suite=folder.suite,
             run_id=folder.run_id,
-            spec=spec,
+            spec=with_present_names(spec),
             result=result,
             lines=folder.evidence(),
             sites=folder.sites(),

@@ -1,11 +1,12 @@
 """When a run counts as ill, and what is done about it: thresholds of the monitor, policies, and rules of one's own."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from fp4rl.spec.digest import RENAMED, renamed
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.frozen import Spec
 
@@ -81,7 +82,9 @@ class Thresholds(Spec):
     worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it is by then")
     accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")
     accuracy_points: PositiveFloat = Field(default=0.05, description="and at least this much of it")
-    harm: PositiveFloat = Field(default=0.3, description="share lost that makes another symptom an alarm")
+    accuracy_drop_watch: PositiveFloat = Field(
+        default=0.3, description="the same share where it is watched, and where it makes another symptom an alarm"
+    )
     below_validation: PositiveFloat = Field(default=0.25, description="rollout accuracy over validation accuracy")
     length_ratio: PositiveFloat = Field(default=1.5, description="length over its early median")
     truncated: PositiveFloat = Field(default=0.33, description="share cut off that was not from the beginning")
@@ -108,6 +111,11 @@ class Thresholds(Spec):
     dead: PositiveFloat = Field(default=0.8, description="share of answers cut off")
     empty: PositiveFloat = Field(default=0.5, description="share of answers without a token")
     repetition: PositiveFloat = Field(default=0.5, description="share of repeated 4-grams")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_present_names(cls, value: Any) -> Any:
+        return renamed(value, RENAMED) if isinstance(value, Mapping) and not {*RENAMED.values()} & {*value} else value
 
 
 def _parsed(value: Any) -> Any:

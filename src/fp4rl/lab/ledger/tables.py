@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from fp4rl.lab.files import damage_named, json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.runs import Run, read_run
-from fp4rl.spec.digest import digest
+from fp4rl.spec.digest import digest, with_present_names
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.records import Sites, read_evidence, read_result
 from fp4rl.spec.task import SCORES
@@ -109,7 +109,7 @@ def run_of(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Run:
     return Run(
         suite=record["suite"],
         run_id=record["run_id"],
-        spec=record["spec"],
+        spec=with_present_names(record["spec"]),
         result=read_result(record["result"]),
         lines=tuple(line for line in lines if line is not None),
         sites=Sites(digest=record["sites_digest"]),

@@ -18,7 +18,7 @@ def length_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
     evidence = f"answers of {now:.4g} tokens, {now / start:.2g}x the early median of {start:.4g}"
     if cut is not None and cut >= max(t.truncated, cut_start + t.truncated / 2):
         return Verdict("alarm", f"{evidence}; {cut:.0%} cut off")
-    if drop >= t.harm:
+    if drop >= t.accuracy_drop_watch:
         return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
     telling = cut is not None and cut >= max(t.truncated / 2, cut_start + t.truncated / 4)
     return Verdict("watch", f"{evidence}; {cut:.0%} cut off", severity=now / start) if telling else OK
@@ -90,7 +90,7 @@ def entropy_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
     if now is None or start is None or lowest is None or min(now, start) <= _FLOOR:
         return OK
     drop = lost(histories, t).share
-    if now >= t.entropy_rise * lowest and drop >= t.harm:
+    if now >= t.entropy_rise * lowest and drop >= t.accuracy_drop_watch:
         return Verdict(
             "alarm", f"entropy {now:.3g} nats, up from {lowest:.3g}, while accuracy lost {drop:.0%} of its best"
         )

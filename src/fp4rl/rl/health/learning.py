@@ -134,7 +134,7 @@ def accuracy_collapse(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 def _against_its_best(histories: SignalHistories, t: Thresholds) -> Verdict:
     loss = lost(histories, t)
-    if loss.share < t.harm:
+    if loss.share < t.accuracy_drop_watch:
         return OK
     what = "accuracy" if len(histories["accuracy"]) else "reward"
     part = f"{loss.share:.0%} below" if histories.is_share else "down from"
@@ -165,7 +165,7 @@ def _against_accuracy(histories: SignalHistories, t: Thresholds) -> Verdict:
     if now is None or start is None or not len(accuracy):
         return OK
     drop = lost(histories, t).share
-    if drop < t.harm or not _rose(now, start, reward.noise(), t):
+    if drop < t.accuracy_drop_watch or not _rose(now, start, reward.noise(), t):
         return OK
     return Verdict("alarm", f"reward {start:.3g} -> {now:.3g} while rollout accuracy lost {drop:.0%} of its best")
 

@@ -38,7 +38,7 @@ def _burst(histories: SignalHistories, t: Thresholds) -> Verdict:
         return OK
     evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
     drop = lost(histories, t).share
-    if drop >= t.harm:
+    if drop >= t.accuracy_drop_watch:
         return Verdict("alarm", f"{evidence}; accuracy lost {drop:.0%} of its best")
     return Verdict("alarm" if now >= t.gradient_burst * usual else "watch", evidence)
 
