@@ -17,6 +17,9 @@ class OurRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(8))
 
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True))
+
 
 class Attention(nn.Module):
     def __init__(self):

@@ -44,7 +44,7 @@ def command(
         raise InvalidValueError("--sigma is for --loss; say how many draws, such as --loss 20")
     norms = _norm_values(model) if model else None
     planned = runs_of(spec, overrides or [])
-    schedules = [_facts(arms, experiment, norms) for experiment, arms in _with_noise(spec, planned)]
+    schedules = [_facts(arms, experiment, norms, model) for experiment, arms in _with_noise(spec, planned)]
     losses = None
     if loss:
         quiet()
@@ -76,13 +76,14 @@ def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experim
     return list(groups.values())
 
 
-def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None) -> dict[str, Any]:
+def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None, model: Path | None) -> dict[str, Any]:
     noise, total = experiment.noise, experiment.training.steps
     assert noise is not None
+    offset = _offset(model, noise) if model and noise.operation == "multiplicative" else 0.0
     rows = []
     for stage in stages(noise.schedule, total):
         sigma = 0.0 if noise.control == "sigma_zero" else stage.sigma
-        share = share_bf16_can_change(norms or WITHOUT_MODEL, sigma, noise.operation)
+        share = share_bf16_can_change(norms or WITHOUT_MODEL, sigma, noise.operation, offset)
         rows.append({"first_step": stage.first, "last_step": stage.last, "sigma": sigma, "bf16_share_changed": share})
     return {
         "arms": arms,
@@ -158,6 +159,15 @@ def _show_multipliers(rows: list[dict[str, Any]]) -> None:
     for key, when in (("at_start", " at the start"), ("at_end", " at the end")) if changing else (("at_start", ""),):
         cells = (f"{'others' if row['layer'] is None else row['layer']}:{row[key]:g}" for row in rows)
         console().print(f"multipliers{when}, layer:factor  {' '.join(cells)}")
+
+
+def _offset(folder: Path, noise: Noise) -> float:
+    """Return what most norms of a model add to their weight before they multiply by it."""
+    quiet()
+    from fp4rl.models.load import skeleton
+    from fp4rl.noise.targets import noisy_weights
+
+    return Counter(weight.offset for weight in noisy_weights(skeleton(folder), noise, share=0.0)).most_common(1)[0][0]
 
 
 def _norm_values(folder: Path) -> Counter[float]:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ def perturb(
     with ExitStack() as undo:
         for weight in weights:
             clean = _full(weight.parameter)
+            clean_factors = weight.gauge.factors(clean) if weight.gauge is not None else None
             noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
-            evidence.append(record)
             undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))
             now = _full(weight.parameter).detach().nan_to_num()
             if noise.precision == "weight" and not torch.equal(now, noisy.nan_to_num()):
                 raise CheckFailed(f"{weight.name} does not hold the noise that was drawn for it")
+            evidence.append(_measured(weight, clean_factors, noise, record))
         yield evidence
 
 
@@ -69,7 +71,8 @@ def noisy_copy(
     scaled_sigma = sigma * weight.multiplier
     exact = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
     drawn = scaled_sigma * standard_noise(seed, weight.name, clean.shape).to(exact.device)
-    noisy = exact + drawn if noise.operation == "additive" else exact * (1 + drawn)
+    # Multiplicative noise is relative to what the layer multiplies by: 1 + w in a zero-centred norm.
+    noisy = exact + drawn if noise.operation == "additive" else (exact + weight.offset) * (1 + drawn) - weight.offset
     if noise.precision == "weight":
         noisy = noisy.to(clean.dtype)
     record = NoiseEvidence(
@@ -79,7 +82,7 @@ def noisy_copy(
         multiplier=weight.multiplier,
         sigma=scaled_sigma,
         drawn=float(drawn.square().mean().sqrt()),
-        realised=_realised(noisy.to(exact.dtype), exact, noise.operation),
+        realised=_realised(noisy.to(exact.dtype) + weight.offset, exact + weight.offset, noise.operation),
         share_changed=float((noisy.to(exact.dtype) != exact).double().mean()),
         elements=clean.numel(),
     )
@@ -91,6 +94,20 @@ def _realised(noisy: Tensor, clean: Tensor, operation: str) -> float:
     if operation == "multiplicative":
         change = (change / clean)[clean != 0]
     return float(change.double().square().mean().sqrt()) if change.numel() else 0.0
+
+
+def _measured(weight: NoisyWeight, clean: Tensor | None, noise: Noise, record: NoiseEvidence) -> NoiseEvidence:
+    """Return the record with the change of a norm's output in it; CheckFailed where it is not what the weight holds."""
+    if weight.gauge is None or clean is None:
+        return record
+    live = noise.precision == "float32"
+    now = weight.gauge.live_factors(weight.module) if live else weight.gauge.factors(_full(weight.parameter))
+    realised = _realised(now, clean, noise.operation)
+    if abs(realised - record.realised) > 1e-6 + 1e-3 * record.realised:
+        raise CheckFailed(
+            f"{weight.name} holds noise of {record.realised:.3g}, but its norm's output changes by {realised:.3g}"
+        )
+    return replace(record, realised=realised)
 
 
 def _full(parameter: nn.Parameter) -> Tensor:
@@ -121,8 +138,8 @@ def _in_float32(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
     twin.register_parameter("weight", nn.Parameter(noisy, requires_grad=False))
     before = module.__dict__.get("forward")
 
-    def forward(hidden: Tensor) -> Tensor:
-        computed: Tensor = twin.forward(hidden.float())
+    def forward(hidden: Tensor, *gate: Any, **named: Any) -> Tensor:
+        computed: Tensor = twin.forward(hidden.float(), *gate, **named)
         return computed.to(hidden.dtype)
 
     module.forward = forward

@@ -154,22 +154,23 @@ def require_layers(multipliers: Multipliers, layers: int) -> None:
 
 
 def share_bf16_can_change(
-    values: Mapping[float, int], sigma: float, operation: Literal["additive", "multiplicative"]
+    values: Mapping[float, int], sigma: float, operation: Literal["additive", "multiplicative"], offset: float = 0.0
 ) -> float:
     """Expected share of weights whose BF16 value differs after Gaussian noise of `sigma` (0..1).
 
     `values` counts the weights: BF16 value -> how many have it. A weight changes when the noise passes half the gap to
-    a neighbour; the gap towards zero is half as wide at a power of two.
+    a neighbour; the gap towards zero is half as wide at a power of two. `offset`: the layer multiplies by it + weight.
     """
     total = sum(values.values())
     if sigma <= 0 or not total:
         return 0.0
-    changed = sum(count * _passes(value, sigma, operation) for value, count in values.items())
+    relative = operation == "multiplicative"
+    spreads = ((value, sigma * abs(value + offset) if relative else sigma) for value in values)
+    changed = sum(values[value] * _passes(value, spread) for value, spread in spreads)
     return changed / total
 
 
-def _passes(value: float, sigma: float, operation: str) -> float:
-    spread = sigma * abs(value) if operation == "multiplicative" else sigma
+def _passes(value: float, spread: float) -> float:
     if spread == 0.0:
         return 0.0
     outward, inward = _gaps(abs(value))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from fp4rl.noise.gain import NormGauge
 from fp4rl.noise.schedule import multiplier_at, require_layers
 from fp4rl.sites.walk import Site, layer_count, walk
 from fp4rl.spec.errors import NotFoundError
@@ -19,7 +20,7 @@ _BEFORE_EXPERTS = ("post_attention", "pre_feedforward", "pre_mlp", "ffn_norm")
 
 @dataclass(frozen=True)
 class NoisyWeight:
-    """One weight that takes noise. `name` is free of wrappers; `layer` is None outside the stack."""
+    """One weight that takes noise. `name` is free of wrappers, `layer` None outside the stack; norms have a gauge."""
 
     name: str
     module: nn.Module
@@ -27,6 +28,12 @@ class NoisyWeight:
     kind: Literal["norm", "linear"]
     layer: int | None
     multiplier: float
+    gauge: NormGauge | None = None
+
+    @property
+    def offset(self) -> float:
+        """What the layer adds to the weight before it multiplies by it."""
+        return 0.0 if self.gauge is None else self.gauge.offset
 
 
 def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
@@ -42,7 +49,8 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
         module = model.get_submodule(site.path)
         factor = multiplier_at(noise.multipliers, site.layer, layers, share)
         parameter = module.get_parameter("weight")
-        weights.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor))
+        gauge = NormGauge(module, site.name) if kind == "norm" else None
+        weights.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor, gauge))
     for pattern in noise.targets.leave:
         require_hit(pattern, [weight.name for weight in weights], "weight that would take noise")
     weights = [weight for weight in weights if not any(matches(weight.name, p) for p in noise.targets.leave)]

@@ -22,10 +22,10 @@ def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
     weights = noisy_weights(model, noise, share=0.0)
     if noise.precision != "weight" or any(weight.parameter.dtype != torch.bfloat16 for weight in weights):
         return
-    by_factor: dict[float, Counter[float]] = defaultdict(Counter)
+    by_factor: dict[tuple[float, float], Counter[float]] = defaultdict(Counter)
     for weight in weights:
         flat = weight.parameter.detach().reshape(-1)
-        by_factor[weight.multiplier].update(flat[:: max(1, flat.numel() // _VALUES)].float().tolist())
+        by_factor[weight.multiplier, weight.offset].update(flat[:: max(1, flat.numel() // _VALUES)].float().tolist())
     planned = {asked_sigma(noise, step, total) for step in range(0, total, max(1, total // _STEPS))}
     sigmas = sorted(sigma for sigma in planned if sigma > 0)
     shares = {sigma: _share(by_factor, sigma, noise) for sigma in sigmas}
@@ -51,10 +51,10 @@ def without_effect(model: nn.Module, noise: Noise) -> Iterator[str]:
             yield f"noise.targets.{key} cannot act: {type(model).__name__} has no {what} that it would choose"
 
 
-def _share(by_factor: dict[float, Counter[float]], sigma: float, noise: Noise) -> float:
+def _share(by_factor: dict[tuple[float, float], Counter[float]], sigma: float, noise: Noise) -> float:
     total = sum(values.total() for values in by_factor.values())
     changed = (
-        values.total() * share_bf16_can_change(values, sigma * factor, noise.operation)
-        for factor, values in by_factor.items()
+        values.total() * share_bf16_can_change(values, sigma * factor, noise.operation, offset)
+        for (factor, offset), values in by_factor.items()
     )
     return sum(changed) / total
