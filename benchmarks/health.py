@@ -4,7 +4,8 @@
 `planted/`, 40 steps each, 5 to 30 s of one core; a finished one is kept in `--keep` and not run again, and `--minutes`
 ends a long series early, to be gone on with by the same command. `--write` puts the tables into
 `docs/concepts/health.md` and every run into `results/health.md`. The thresholds were settled on other runs than these:
-healthy runs are numbered from `--first`, and lower numbers are for looking at.
+healthy runs are numbered from `--first`, planted failures have the seeds from `--first-fault` on, and lower numbers are
+for looking at.
 """
 
 import argparse
@@ -244,8 +245,9 @@ def main() -> None:
     """Run what is missing, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=4, help="healthy runs")
-    parser.add_argument("--first", type=int, default=1500, help="number of the first healthy run")
+    parser.add_argument("--first", type=int, default=1580, help="number of the first healthy run")
     parser.add_argument("--faults", type=int, default=1, help="seeds of every planted failure")
+    parser.add_argument("--first-fault", type=int, default=304, help="the first of these seeds")
     parser.add_argument("--courses", type=int, default=50, help="synthesised courses of every kind")
     parser.add_argument("--log", type=Path, help="a public healthy log")
     parser.add_argument("--keep", type=Path, default=Path("runs/health"))
@@ -256,7 +258,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(asked.keep, time.monotonic() + 60 * asked.minutes)
     runs = HealthyRuns(range(asked.first, asked.first + asked.healthy), bench)
-    faults, missing = of_faults(bench, range(302, 302 + asked.faults))
+    faults, missing = of_faults(bench, range(asked.first_fault, asked.first_fault + asked.faults))
     if runs.missing or missing:
         raise SystemExit(f"{runs.missing} healthy and {missing} planted runs are still to do: the same command goes on")
     every = [HEAD_RUNS, RULE_RUNS, *runs.lines]

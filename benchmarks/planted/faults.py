@@ -70,9 +70,22 @@ def _length_is_rewarded(attempt: TrainingSession) -> None:
 
 
 def _wrong_sign(attempt: TrainingSession) -> None:
+    """The reward is turned round: what the trainer does with it is right."""
     attempt.trainer.filler.rewarder.function = lambda completion, answer, **_: (
         -float(completion.split("####")[-1].replace(" ", "") == answer)
     )
+
+
+def _wrong_sign_in_the_trainer(attempt: TrainingSession) -> None:
+    """The reward is right, and the update goes against it: nothing that is logged says so but what comes of it."""
+    trainer = attempt.trainer
+    whole = trainer._generate_and_score_completions
+
+    def negated(inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = whole(inputs)
+        return batch | {"advantages": -batch["advantages"]}
+
+    trainer._generate_and_score_completions = negated
 
 
 def _equal_rewards(attempt: TrainingSession) -> None:
@@ -114,7 +127,8 @@ FAULTS = (
         _length_is_rewarded,
         {"filter_groups": {"enable": False}},
     ),
-    Fault("advantage of the wrong sign", _wrong_sign),
+    Fault("reward of the wrong sign", _wrong_sign),
+    Fault("advantage of the wrong sign", _wrong_sign_in_the_trainer),
     Fault("one reward for every answer, filtered by reward", _equal_rewards, {"filter_groups": {"metric": "reward"}}),
     Fault("one reward for every answer, filtered by accuracy", _equal_rewards, {"filter_groups": {"metric": "acc"}}),
     Fault(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fp4rl.rl.fill import Filler, PromptStream
+from fp4rl.rl.fill import Filler, PromptStream, reward_accuracy
 from fp4rl.rl.generate import Generation
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Rollout
@@ -100,6 +100,50 @@ def test_how_often_and_how_hard_long_answers_are_punished_is_logged():
     assert found["overlong/mean_penalty"] == pytest.approx(-(0 + 0.25 + 0.5) / 3)
     assert found["reward/mean"] == pytest.approx(found["accuracy/rollout"] + found["overlong/mean_penalty"])
     assert filler({0, 1, 2}).metrics(N)["overlong/share"] == 0.0
+
+
+def by_hand(rewards, accuracy):
+    """Pearson's correlation of two groups of four, each value less its group's mean; plain Python."""
+    def centred(values):
+        groups = [values[:4], values[4:]]
+        return [value - sum(group) / 4 for group in groups for value in group]
+
+    x, y = centred(rewards), centred(accuracy)
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
+
+
+RIGHT = [1.0, 0, 0, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "rewards, expected",
+    [
+        (RIGHT, 1.0),
+        ([-3 * r + 5 for r in RIGHT], -1.0),
+        # a group that earns more as a whole says nothing: by hand (-.5 + .5) / sqrt(1 * 1) of the first group alone
+        ([1.0, 1, 0, 0, 9, 9, 9, 9], 0.0),
+        ([0.1, 0.2, 0.3, 0.4, 0.9, 0.1, 0.5, 0.5], None),
+    ],
+)
+def test_how_reward_goes_with_accuracy_within_a_group(rewards, expected):
+    found = reward_accuracy(torch.tensor(rewards), torch.tensor(RIGHT), N)["reward/accuracy_correlation"]
+    assert found == pytest.approx(by_hand(rewards, RIGHT) if expected is None else expected, abs=1e-6)
+
+
+def test_an_answer_that_was_not_judged_takes_no_part_and_equal_ones_correlate_with_nothing():
+    """By hand: of three judged answers (1, 0, 0 and right, wrong, wrong) all agree, whatever the fourth would say."""
+    nan = float("nan")
+    judged = reward_accuracy(torch.tensor([1.0, 0, 0, nan]), torch.tensor([1.0, 0, 0, 1]), N)
+    assert judged == {"reward/accuracy_correlation": pytest.approx(1.0)}
+    for rewards, accuracy in (([0.1] * 4, RIGHT[:4]), (RIGHT[:4], [1.0] * 4), ([nan] * 4, RIGHT[:4])):
+        assert reward_accuracy(torch.tensor(rewards), torch.tensor(accuracy), N) == {}
+
+
+def test_a_reward_of_the_wrong_sign_is_logged_as_what_it_is():
+    assert filler({0, 1, 2}).metrics(N)["reward/accuracy_correlation"] == pytest.approx(1.0)
+    wrong = filler({0, 1, 2}, function=lambda completion, **_: -float(completion == "yes")).metrics(N)
+    assert wrong["reward/accuracy_correlation"] == pytest.approx(-1.0)
+    assert "reward/accuracy_correlation" not in filler(set()).metrics(N)
 
 
 TURNS = itertools.count()

@@ -182,6 +182,28 @@ def test_reward_that_rises_while_accuracy_falls_is_hacked():
     assert judged("reward_hacking", reward=reward, accuracy=[0.5] * 10 + [0.8] * 5).state == "ok"
 
 
+@pytest.mark.parametrize(("groups", "steps"), [(16.0, 1), (8.0, 2), (1.0, 16)])
+def test_a_reward_that_wrong_answers_earn_is_seen_before_anything_is_lost(groups, steps):
+    """Kind: a fall that needs a level to fall from. Sixteen groups say it; logs without the correlation are as before."""
+    known = {"reward": [0.5] * steps, "accuracy": [0.5] * steps, "groups": [groups] * steps}
+    found = judged("reward_hacking", **known, reward_accuracy=[-0.9] * steps)
+    assert (found.state, "correlation -0.90" in found.evidence) == ("alarm", True)
+    for others in ([0.9] * steps, [-0.9] * (steps - 1) + [9.0], [None] * steps):
+        assert judged("reward_hacking", **known, reward_accuracy=others).state == "ok"
+
+
+def test_reward_that_has_nothing_to_do_with_accuracy_is_no_alarm():
+    """Four answers of one prompt correlate by chance from -1 to 1: sixteen of such steps do not."""
+    random = Random(3)
+    monitor = Monitor()
+    for step in range(1, 2001):
+        rewards, right = ([random.gauss(0, 1) for _ in range(4)] for _ in range(2))
+        x, y = ([v - sum(values) / 4 for v in values] for values in (rewards, right))
+        r = sum(a * b for a, b in zip(x, y, strict=True)) / (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
+        monitor.observe(step, {"rollout/groups": 1.0, "reward/accuracy_correlation": r})
+    assert [alarm for alarm in monitor.alarms if alarm.check == "reward_hacking"] == []
+
+
 def test_reward_that_rises_while_validation_falls_or_stands_is_noticed():
     reward = [0.5 + 0.02 * i for i in range(20)]
 
@@ -289,6 +311,15 @@ def test_a_mismatch_as_large_as_what_is_described_makes_is_no_illness(kl):
     seen = {"mismatch_kl": [1e-6] * 2 + [kl] * 8, "mismatch_probability": [0.02] * 10}
     assert judged("mismatch", **seen, **described).state == "ok"
     assert judged("mismatch", **seen | {"mismatch_kl": [10 * kl + 0.01] * 10}, **described).state == "alarm"
+
+
+def test_the_largest_of_the_last_measurements_says_what_noise_makes():
+    """Kind: an estimate carried by few tokens is taken for the whole. A healthy W4A4 with AQN: .00105, then .00013."""
+    described = {"described_kl": [0.0, 0.0, 0.0, 0.00105, 0.00013, *[None] * 3]}
+    described |= {"described_probability": [0.0, 0.0, 0.0, 0.00697, 0.00276, *[None] * 3]}
+    met = [0.0, 0.0, 0.0, 0.0332, 0.0133, 0.0169, 0.0145, 0.0145]
+    assert judged("mismatch", **described, mismatch_kl=met).state == "ok"  # below .006 + 9 * .00105
+    assert judged("mismatch", **described, mismatch_kl=[*met[:5], 0.0169, 0.0169, 0.0169]).state == "alarm"
 
 
 def test_noise_that_makes_another_policy_of_the_sampler_is_an_alarm_and_hides_no_difference_in_rounding():

@@ -71,6 +71,17 @@ def groups_with_spread(metric: Tensor, rollout_n: int, tolerance: float = TOLERA
     return highest - lowest > tolerance
 
 
+def reward_accuracy(rewards: Tensor, accuracy: Tensor, rollout_n: int) -> dict[str, float]:
+    """Correlate what answers earn with being right, each less its group's mean, as it is learned from: -1..1.
+
+    Both [groups * rollout_n]; empty where either is the same within every group. NaN rewards do not count.
+    """
+    both = torch.stack([rewards, accuracy.where(rewards.isfinite(), torch.nan)]).double().view(2, -1, rollout_n)
+    earned, right = (both - both.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
+    scale = (earned.square().sum() * right.square().sum()).sqrt()
+    return {"reward/accuracy_correlation": ((earned * right).sum() / scale).item()} if scale > TOLERANCE else {}
+
+
 @dataclass(frozen=True)
 class Refill:
     """How far one training batch has been filled. Immutable: `after` returns the next state.
@@ -205,7 +216,9 @@ class Filled:
             "reward/no_spread": 1 - with_spread.float().mean().item(),
             "rollout/groups": float(len(with_spread)),
         }
-        return {**first.scored.means(), **of_groups, **first.rollout.shape(), **self.refill.metrics()}
+        strict = torch.tensor([float(score.strict) for score in first.scored.scores])
+        agreement = reward_accuracy(torch.tensor(first.scored.rewards), strict, rollout_n)
+        return {**first.scored.means(), **of_groups, **agreement, **first.rollout.shape(), **self.refill.metrics()}
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Any
 from fp4rl.rl.health.signals import NAMES
 from fp4rl.spec.health import Thresholds
 
-# Answers to one prompt are alike, for prompts differ in difficulty: a correlation of a half is assumed.
-_ALIKE = 0.5
+# Answers to one prompt are alike, for prompts differ in difficulty: their correlation if difficulties are uniform.
+# Healthy runs of the embedded model have .17 to .33.
+_ALIKE = 1 / 3
 _USUAL_GROUP = 8
 _LARGEST_GRAIN = 64
 _ENOUGH = 8

@@ -123,6 +123,9 @@ _AGO = 3
 # Groups that must all lack spread before it is said that nearly all do: 0.95 ** 48 is 0.09, three times in a row.
 _GROUPS = 48
 _FEW = 3.0  # groups a step, where nobody knows
+# Groups over which reward and accuracy are correlated, and how far below 0: four standard deviations of 16 groups of 4.
+_TELLING = 16
+_AGAINST = 0.5
 # A share of groups with spread from which a fall can be told from chance: 1 of 16 groups is 0.06.
 _SPREAD_ENOUGH = 0.3
 
@@ -155,7 +158,15 @@ def _against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 def reward_hacking(histories: SignalHistories, t: Thresholds) -> Verdict:
     """Reward climbs while what it stands for does not."""
-    return worst([_against_accuracy(histories, t), _reward_against_validation(histories, t)])
+    return worst([_wrong_earns(histories), _against_accuracy(histories, t), _reward_against_validation(histories, t)])
+
+
+def _wrong_earns(histories: SignalHistories) -> Verdict:
+    """At once, before anything is lost: of two answers to one prompt the wrong one earns more, as a rule."""
+    now = histories.pooled("reward_accuracy", _TELLING)
+    if now is None or now > -_AGAINST:
+        return OK
+    return Verdict("alarm", f"wrong answers earn more than right ones (correlation {now:.2f}): is the sign right?")
 
 
 def _against_accuracy(histories: SignalHistories, t: Thresholds) -> Verdict:

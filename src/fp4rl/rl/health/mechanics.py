@@ -93,9 +93,8 @@ def _apart(histories: SignalHistories, t: Thresholds, measure: str, times: float
 
 
 def _measured(histories: SignalHistories, part: str) -> float | None:
-    """Return a part of the mismatch by the last times that it was measured; None where nobody does."""
-    values = histories[part].values[-_WINDOW:]
-    return max(sum(values) / len(values), values[-1]) if values else None
+    """Return the most that a part of the mismatch was, the last times it was measured; None where nobody does."""
+    return max(histories[part].values[-_WINDOW:], default=None)
 
 
 def _unless_corrected(histories: SignalHistories, t: Thresholds, words: str) -> Verdict:

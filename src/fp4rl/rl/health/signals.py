@@ -63,6 +63,7 @@ def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
 NAMES: Mapping[str, tuple[str, ...]] = {
     "accuracy": ("accuracy/rollout", "critic/acc/mean", "train/acc", "rewards/accuracy_reward/mean"),
     "reward": ("reward/mean", "critic/rewards/mean", "critic/score/mean", "reward"),
+    "reward_accuracy": ("reward/accuracy_correlation",),
     "validation": ("accuracy/validation", "eval/accuracy", "eval_rewards/accuracy_reward/mean"),
     "entropy": ("entropy", "actor/entropy", "actor/entropy_loss"),
     "length": ("response_length/mean", "completions/mean_length"),
