@@ -214,6 +214,13 @@ NOISE = (
 
 TRAINING = (
     Mutant(
+        "reward and accuracy are correlated across groups",
+        "rl/fill.py",
+        "(both - both.nanmean(-1, keepdim=True))",
+        "(both - both.nanmean())",
+        ("tests/rl/test_fill.py::test_how_reward_goes_with_accuracy_within_a_group",),
+    ),
+    Mutant(
         "the seed orders the prompts",
         "rl/fill.py",
         'Random(f"prompts/{self.seed}/{epoch}")',

@@ -104,6 +104,7 @@ def test_how_often_and_how_hard_long_answers_are_punished_is_logged():
 
 def by_hand(rewards, accuracy):
     """Pearson's correlation of two groups of four, each value less its group's mean; plain Python."""
+
     def centred(values):
         groups = [values[:4], values[4:]]
         return [value - sum(group) / 4 for group in groups for value in group]

@@ -184,7 +184,7 @@ def test_reward_that_rises_while_accuracy_falls_is_hacked():
 
 @pytest.mark.parametrize(("groups", "steps"), [(16.0, 1), (8.0, 2), (1.0, 16)])
 def test_a_reward_that_wrong_answers_earn_is_seen_before_anything_is_lost(groups, steps):
-    """Kind: a fall that needs a level to fall from. Sixteen groups say it; logs without the correlation are as before."""
+    """Kind: a fall that needs a level to fall from. Sixteen groups say it; logs without it are as before."""
     known = {"reward": [0.5] * steps, "accuracy": [0.5] * steps, "groups": [groups] * steps}
     found = judged("reward_hacking", **known, reward_accuracy=[-0.9] * steps)
     assert (found.state, "correlation -0.90" in found.evidence) == ("alarm", True)

@@ -3,6 +3,9 @@
 The courses are synthesised in `benchmarks/planted/courses.py`; `benchmarks/health.py` measures real runs too.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 
 from fp4rl.rl.health.monitor import Monitor, last_healthy, replay
@@ -33,6 +36,23 @@ def test_healthy_runs_raise_at_most_one_false_alarm_in_a_thousand_steps(course, 
     alarms = [alarm for run in monitors for alarm in run.alarms]
     assert steps > 4000
     assert len(alarms) <= steps / 1000, [str(a) for a in alarms]
+
+
+WRONG_SIGN = Path(__file__).parents[1] / "data" / "health" / "reward_of_the_wrong_sign.jsonl"
+
+
+@pytest.mark.parametrize(
+    "logged, check, latest", [(True, "reward_hacking", 4), (False, "accuracy_collapse", 9)], ids=["ours", "older logs"]
+)
+def test_a_reward_of_the_wrong_sign_from_the_first_step_on_is_seen_in_time(logged, check, latest):
+    """Kind: a failure that leaves no healthy step to fall from. The real course of a run with 64 answers a step: .36
+    in the first, .11 in the third. The monitor took 12 steps; what reward and accuracy have in common says it in two.
+    """
+    rows = [json.loads(line) for line in WRONG_SIGN.read_text(encoding="utf-8").splitlines()]
+    if not logged:
+        rows = [{name: value for name, value in row.items() if name != "reward/accuracy_correlation"} for row in rows]
+    monitor, _ = replay(numbered(rows))
+    assert (monitor.alarms[0].check, monitor.alarms[0].step) == (check, latest)
 
 
 def test_long_reasoning_that_pays_off_is_no_alarm():

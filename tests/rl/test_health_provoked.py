@@ -73,10 +73,11 @@ def test_a_reward_for_length_without_a_penalty_is_stopped(go):
 
 
 @pytest.mark.slow
-def test_an_advantage_of_the_wrong_sign_is_stopped(go):
-    trained, _ = go(training={"steps": 24, "reward": "brought_along.wrong_is_right"})
-    assert trained.steps_done <= 12
-    assert stopped_by(trained) & {"accuracy_collapse", "entropy_explosion", "reward_hacking"}
+def test_a_reward_of_the_wrong_sign_is_stopped_before_anything_is_lost(go):
+    trained, heard = go(training={"steps": 24, "reward": "brought_along.wrong_is_right"})
+    assert trained.steps_done <= 4
+    assert stopped_by(trained) == {"reward_hacking"}
+    assert all(metrics["reward/accuracy_correlation"] < -0.9 for _, metrics in heard.steps)
 
 
 @pytest.mark.slow
