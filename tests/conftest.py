@@ -1,5 +1,6 @@
 """What all tests share: the public data beside the checkout, and quiet libraries."""
 
+import gc
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two workers of two threads on two cores spend most of their time waiting for each other between tiny operations. Tests
+# of what threads change ask for theirs (`torch.set_num_threads`).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # Triton's interpreter is chosen before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -68,6 +72,19 @@ def _is_of(file, rooms):
     if rooms == ["all"] or file.relative_to(TESTS).parts[0] in rooms:
         return True
     return any(f"fp4rl.{room}" in file.read_text() for room in rooms if not (TESTS / room).is_dir())
+
+
+def pytest_collection_finish(session):
+    """Leave what the imports made out of every later collection of garbage.
+
+    Accelerate collects at each end of a training, and torch, transformers and trl are millions of objects to walk.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # at the end of the process all is collected, or extension modules report leaks
 
 
 def pytest_runtest_setup(item):
