@@ -98,10 +98,12 @@ def test_inputs_of_stacked_experts_are_reached_in_what_transformers_takes_by_its
     assert len(resolve(moe, Injection.named("w4a4")).plans) == 4 * 6
 
 
-def test_gradients_of_stacked_experts_are_said_to_stay_as_they_are(moe):
+def test_gradients_of_stacked_experts_are_rounded_as_those_of_linear_layers(moe):
     plans = resolve(moe, Injection.named("w4a4", grad_input="mxfp8")).plans
-    notes = {plan.site.kind: plan.note for plan in plans}
-    assert notes == {"linear": "", "experts": "gradients of stacked experts stay as they are"}
+    assert {(plan.site.kind, plan.grad_input.name, plan.note) for plan in plans} == {
+        ("linear", "mxfp8", ""),
+        ("experts", "mxfp8", ""),
+    }
 
 
 def test_layer_2_leaves_layers_20_to_27_alone(dense):

@@ -7,6 +7,8 @@ two axes in memory: the operand's strides tell which stored axis the product sum
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.functional import grouped_mm, linear
 from torch.overrides import TorchFunctionMode
 
 from fp4rl.inject.linear import LinearState
+from fp4rl.inject.matmul import BothWays, in_backward
 from fp4rl.inject.site import KEY
 from fp4rl.spec.errors import CheckFailed
 
@@ -22,15 +25,77 @@ _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__,
 _GROUPED = (grouped_mm, torch._grouped_mm)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product as it is met: `compute` makes y [..., m, out] of x [..., m, in] and a weight [..., out, in].
+
+    Where the rows of several experts lie in one x, each expert's end at one of `ends`.
+    """
+
+    compute: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    weight: Tensor
+    ends: Tensor | None = None
+
+    @classmethod
+    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Product":
+        """x times the weight: `linear` sums over the last axis of both, all others over the weight's last but one."""
+        x, weight, *rest = args
+        if func is linear:
+            return cls(lambda x, w: linear(x, w, *rest, **kwargs), x, weight)
+        ends = next(iter(rest), kwargs.get("offs")) if func in _GROUPED or _is_fallback(func) else None
+        return cls(lambda x, w: func(x, w.mT, *rest, **kwargs), x, weight.mT, ends)
+
+
 class StackState(LinearState):
     """One stacked parameter: every expert is rounded as a tensor of its own, in blocks along `in`."""
 
     seen = False  # whether a product showed that the layout is as it was taken to be
 
-    def _made(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        made = [super(StackState, self)._made(expert.contiguous()) for expert in weight.unbind(0)]
+    def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """As for one matrix, a weight expert by expert."""
+        if point != "weight":
+            return super().rounded(x, point, generator)
+        made = [super(StackState, self).rounded(expert.contiguous(), point, generator) for expert in x.unbind(0)]
         reach = [reach for _, reach in made if reach is not None]
         return torch.stack([copy for copy, _ in made]), torch.stack(reach) if reach else None
+
+    def computed(self, product: Product) -> Tensor:
+        """Return the result of a product, with everything in it that acts here."""
+        self.product_number += 1
+        x, weight = product.x, product.weight
+        x = self.rounded_input(x.contiguous()) if self.input_on else x
+        y = self._with_wrong_products(product, x) if self.products_on else product.compute(x, weight)
+        return self.rounded_values(y.contiguous(), "output") if self.output_on else y
+
+    def _with_wrong_products(self, product: Product, x: Tensor) -> Tensor:
+        """Errors in the result and in both gradients, each of which has a product of its own to round for."""
+        compute, weight = product.compute, product.weight
+        if not torch.is_grad_enabled():
+            return self.with_errors(compute(x, weight), "matmul", x)
+        by_input = compute(in_backward(x.view_as(x), partial(self._wrong, "grad_input", None)), weight.detach())
+        wrong = partial(self._wrong, "grad_weight", product.ends)
+        by_weight = compute(x.detach(), in_backward(weight.view_as(weight), wrong))
+        in_backward(by_input, partial(self.gradient, "grad_input"))
+        in_backward(by_weight, partial(self._rounded_by_rows, product))
+        y = self.with_errors(by_input.detach(), "matmul", x)
+        return BothWays.apply(by_input, by_weight, y)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _wrong(self, product: str, ends: Tensor | None, g: Tensor) -> Tensor:
+        """The gradient with errors in it; experts that no row came to have no product to be wrong."""
+        if ends is None:
+            return self.with_errors(g, "matmul", g, backward=product)
+        computed = ends.diff(prepend=ends.new_zeros(1)) > 0
+        return g.index_put((computed,), self.with_errors(g[computed], "matmul", g, backward=product))
+
+    def _rounded_by_rows(self, product: Product, g: Tensor) -> Tensor:
+        """The gradient as an operand of grad_weight, in blocks along the rows of one expert."""
+        if product.ends is not None:
+            *parts, rest = g.tensor_split(product.ends.tolist())  # behind the last expert's: rows of other processes
+            rounded = [self.gradient("grad_weight", part.mT).mT for part in parts if len(part)]
+            return torch.cat([*rounded, rest])
+        rows = g.flatten(0, -2) if product.weight.ndim == 2 else g
+        return self.gradient("grad_weight", rows.mT).mT.reshape(g.shape)
 
     def would_change(self, point: str, x: Tensor) -> bool:
         """As for one matrix, expert by expert."""
@@ -52,10 +117,11 @@ class StackState(LinearState):
 
 
 class Products(TorchFunctionMode):
-    """Follows weights to their products, and rounds there what goes in and comes out."""
+    """Follows weights to their products, and rounds there what goes in and comes out; with `look`, looks alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: bool = False) -> None:
         super().__init__()
+        self._look = look
         self._followed: dict[
             int, tuple[Tensor, StackState]
         ] = {}  # the tensors too: an id is taken again when one is gone
@@ -70,9 +136,10 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if len(args) > 1 and (func is linear or func in _MATMULS or func in _GROUPED or _is_fallback(func)):
             if (stack := self._stack_of(args[1])) is not None:
-                return _second(stack, func, args, kwargs)
+                return self._met(stack, Product.of(func, args, kwargs))
             if (stack := self._stack_of(args[0])) is not None and args[1].ndim > 1:
-                return _first(stack, func, args, kwargs)
+                columns = Product(lambda x, w: func(w, x.mT, **kwargs).mT, args[1].mT, args[0])
+                return self._met(stack, columns).mT
         result = func(*args, **kwargs)
         if args and (stack := self._stack_of(args[0])) is not None:
             for tensor in _tensors(result):
@@ -80,36 +147,15 @@ class Products(TorchFunctionMode):
                     self.follow(tensor, stack)
         return result
 
+    def _met(self, stack: StackState, product: Product) -> Tensor:
+        x, weight = product.x, product.weight
+        if x.numel() and min(weight.shape[-2:]) > 1:  # a stride over one value says nothing
+            stack.summed_over(weight.stride(-1) != 1)
+        return stack.computed(product) if x.numel() and not self._look else product.compute(x, weight)
+
     def _stack_of(self, x: object) -> StackState | None:
         followed = self._followed.get(id(x))
         return None if followed is None else followed[1]
-
-
-def _second(stack: StackState, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """x times the weight: `linear` sums over the last axis of both, all others over the weight's last but one."""
-    x, weight, *rest = args
-    if x.numel():
-        _look(stack, weight, -1 if func is linear else -2)
-        x = stack.rounded_values(x, "input") if stack.input_on else x
-    y = func(x, weight, *rest, **kwargs)
-    return stack.rounded_values(y, "output") if stack.output_on and y.numel() else y
-
-
-def _first(stack: StackState, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the weight times columns x [..., in, n]: their values run along the axis before the last."""
-    weight, x, *rest = args
-    if x.numel():
-        _look(stack, weight, -1)
-        x = stack.rounded_values(x.mT.contiguous(), "input").mT if stack.input_on else x
-    y = func(weight, x, *rest, **kwargs)
-    return stack.rounded_values(y.mT.contiguous(), "output").mT if stack.output_on and y.numel() else y
-
-
-def _look(stack: StackState, weight: Tensor, axis: int) -> None:
-    """Tell the stack which of its stored axes a product sums over: the last one has stride 1."""
-    other = -1 if axis == -2 else -2
-    if weight.shape[axis] > 1 and weight.shape[other] > 1:  # a stride over one value says nothing
-        stack.summed_over(weight.stride(axis) != 1)
 
 
 def _is_fallback(func: Callable[..., Any]) -> bool:
@@ -146,9 +192,10 @@ class ExpertsState:
         stacks = self.stacks.values()
         for stack in stacks:
             stack.count()
+            stack.product_number = 0
         if any(stack.transposed is None for stack in stacks):
             self._rehearse(module, *args, **kwargs)
-        meet = any(stack.input_on or stack.output_on for stack in stacks)
+        meet = any(stack.input_on or stack.output_on or stack.products_on for stack in stacks)
         unseen = any(stack.weight_on and not stack.seen for stack in stacks) and not torch.compiler.is_compiling()
         run = self._followed if meet or unseen else self._plainly
         self._reading = {}
@@ -164,7 +211,7 @@ class ExpertsState:
     # Dynamo would have to trace the following of tensors by their identity: a compiled graph breaks here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _followed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Products() as self._products:
+        with Products(look=self._reading is None) as self._products:  # a rehearsal reads the masters
             try:
                 return self._plainly(module, *args, **kwargs)
             finally:

@@ -23,7 +23,6 @@ class LinearState(SiteState):
         self.cache = QuantCache(plan.name)
         self.weight_on = self.input_on = self.output_on = self.products_on = False
         self.only_weight = False
-        self.weight_points: tuple[str, ...] = ()
         self.transposed = plan.site.transposed  # the parameter is [in, out]; None: not known yet
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
@@ -61,8 +60,8 @@ class LinearState(SiteState):
             copy, reach = self._make(weight)
             if self.keep_copies and not torch.compiler.is_compiling():
                 self.cache.put(copy, reach, *made_from)
-        for point in self.weight_points:
-            self.note(point, weight, copy, elements)
+        if "weight" in self.points:
+            self.note("weight", weight, copy, elements)
         return through(weight, copy, reach)
 
     def master(self, layer: nn.Linear) -> Tensor:
@@ -111,7 +110,6 @@ class LinearState(SiteState):
         """Begin a phase: everything that a forward has to ask is answered here once."""
         super().enter(phase, points)
         self.weight_on = "weight" in self.points or self.has_errors("weight")
-        self.weight_points = tuple(point for point in self.active if point == "weight" or "@weight" in point)
         self.input_on = "input" in self.points or self.has_errors("input")
         self.output_on = "output" in self.points
         self.products_on = self.has_errors("matmul") or bool(self.points & set(GRADIENTS))

@@ -1,5 +1,6 @@
 """A matmul whose result, grad_input and grad_weight can each come out wrong, and whose gradient operand is rounded."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,28 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = g.sum(0)
         return grad_a, grad_b, grad_bias, None, None
+
+
+class BothWays(torch.autograd.Function):
+    """`result` in the forward; in the backward the gradient goes as it comes to two products, each of which passes it
+    on to one operand alone."""
+
+    @staticmethod
+    def forward(_ctx: Any, _by_input: Tensor, _by_weight: Tensor, result: Tensor) -> Tensor:
+        """All three of the same shape; what is returned is a tensor of its own, for it may be written in place."""
+        return result.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient twice."""
+        return gradients[0], gradients[0], None
+
+
+def in_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return x itself, whose gradient, where it has one, becomes `change` of it."""
+    if x.requires_grad:
+        x.register_hook(change)  # type: ignore[no-untyped-call]
+    return x
 
 
 def linear_with_errors(x: Tensor, weight: Tensor, bias: Tensor | None, site: SiteState) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fp4rl.inject import validate
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
-from fp4rl.sites.walk import Site, layer_count, walk
+from fp4rl.sites.walk import Kind, Site, layer_count, walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
@@ -16,8 +16,10 @@ from fp4rl.spec.points import GRADIENTS, LINEAR_POINTS
 from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
 
 _WEIGHTS = ("linear", "experts", "router", "adapter")
-_ERROR_KINDS = {"matmul": "linear", "input": "linear", "weight": "linear", "scores": "attention", "values": "attention"}
-_EXPERT_GRADIENTS = "gradients of stacked experts stay as they are"
+_ERROR_KINDS: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(("matmul", "input", "weight"), ("linear", "experts")),
+    **dict.fromkeys(("scores", "values"), ("attention",)),
+}
 _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 
 
@@ -61,9 +63,9 @@ def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
     for pattern in (*injection.targets.take, *(exception.pattern for exception in injection.by_pattern)):
         require_hit(pattern, names, "layer that can be rounded")
     for error in injection.errors:
-        reached = _names(site for site in sites if site.kind == _ERROR_KINDS[error.point])
+        kinds = _ERROR_KINDS[error.point]
         for pattern in error.targets.take:
-            require_hit(pattern, reached, f"{_ERROR_KINDS[error.point]} site")
+            require_hit(pattern, _names(site for site in sites if site.kind in kinds), f"{kinds[0]} site")
     for targets in (injection.targets, *(error.targets for error in injection.errors)):
         for pattern in (p for p in targets.leave if p not in LEFT_BY_DEFAULT):
             require_hit(pattern, _names(sites), "site")
@@ -108,16 +110,17 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         validate.require_no_adapter(site, model.get_submodule(site.path.rpartition(".")[0]))
         validate.require_layout(site, module)
         validate.require_reachable_experts(plan, module)
-        note = _EXPERT_GRADIENTS if plan.grad_input or plan.grad_weight else plan.note
-        return replace(plan, grad_input=None, grad_weight=None, note=note)
+        frozen = not getattr(module, str(site.parameter)).requires_grad
+        validate.require_unpacked_experts(plan, frozen and injection.frozen_base == "packed")
+        return replace(plan, grad_weight=None) if frozen else plan
     if plan.acts:
         validate.require_plain_linear(plan.site, module)
     return _with_adapters(plan, model, injection)
 
 
 def _reaches(error: HardwareError, site: Site, layers: int) -> bool:
-    kind = _ERROR_KINDS[error.point]
-    return site.kind == kind and _why_left(site, (kind,), error.targets, layers) is None
+    kinds = _ERROR_KINDS[error.point]
+    return site.kind in kinds and _why_left(site, kinds, error.targets, layers) is None
 
 
 def _formats(site: Site, injection: Injection) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class SiteState:
     """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now."""
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
+    product_number = 0  # which product of a forward is computed, where a site has one an expert: each draws for itself
 
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         self.plan, self.injection, self.shared = plan, injection, shared
@@ -160,7 +161,7 @@ class SiteState:
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
         """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""
-        generator = self.rng.for_tensor(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
+        generator = self._drawn_for(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
         # The cast is part of the rounding: left to autograd, it would cast the gradient as well.
         copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
@@ -202,7 +203,10 @@ class SiteState:
             return self.rng.unknown(drawn_for.device, salt)
         if error.kind == "stuck" or error.point == "weight":
             return self.rng.fixed(drawn_for.device, salt)
-        return self.rng.for_tensor(drawn_for, salt)
+        return self.rng.for_tensor(drawn_for, salt) if backward else self._drawn_for(drawn_for, salt)
+
+    def _drawn_for(self, x: Tensor, salt: str) -> torch.Generator:
+        return self.rng.for_tensor(x, f"{salt}/{self.product_number}" if self.product_number else salt)
 
     def gradient(self, product: str, g: Tensor) -> Tensor:
         """The gradient as an operand of `product` (grad_input, grad_weight), rounded where its format is active."""

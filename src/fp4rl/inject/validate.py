@@ -71,18 +71,35 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
 
 
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
-    """Raise InvalidValueError for inputs or outputs of stacked experts whose matmul cannot be reached."""
-    points = [point for point in ("input", "output") if getattr(plan, point) is not None]
+    """Raise InvalidValueError for what acts in the matmul of stacked experts where that cannot be reached."""
+    points = [point for point in plan.points() if point != "weight"]
+    points += [error.name for error in plan.errors if error.point != "weight"]
+    by_rows = [error.name for error in plan.errors if error.backward] + ["grad_weight"] * (plan.grad_weight is not None)
     how = getattr(getattr(module, "config", None), "_experts_implementation", "eager") or "eager"
     if points and how not in _REACHED:
         raise InvalidValueError(
             f"{plan.name}: the {points[0]} of stacked experts is out of reach in the implementation {how!r}; "
             "call model.set_experts_implementation('grouped_mm'), or round their weights alone"
         )
+    if by_rows and how == "batched_mm":
+        raise InvalidValueError(
+            f"{plan.name}: {by_rows[0]}: the implementation 'batched_mm' gives each row a matrix of its own, so no "
+            f"matmul of {type(module).__name__} sums over rows; call model.set_experts_implementation('grouped_mm')"
+        )
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
         raise InvalidValueError(
             f"{plan.name}: {type(module).__name__} adds a bias after its matmul, so what an expert returns is out of "
             f"reach; round no output there: by_pattern: {{{plan.name}: {{output: none}}}}"
+        )
+
+
+def require_unpacked_experts(plan: SitePlan, packed: bool) -> None:
+    """InvalidValueError for frozen stacked experts that are to be kept as codes alone."""
+    if packed and plan.weight is not None:
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed unpacks one matrix for one product, and the forward of stacked experts "
+            f"reads all of them at once; take frozen_base: copy, or leave them out: "
+            f"targets.leave: ['{_everywhere(plan.name)}']"
         )
 
 

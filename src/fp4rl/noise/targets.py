@@ -48,9 +48,10 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
     for site, kind in _candidates(model, sites, noise.targets):
         module = model.get_submodule(site.path)
         factor = multiplier_at(noise.multipliers, site.layer, layers, share)
-        parameter = module.get_parameter("weight")
+        parameter = module.get_parameter(str(site.parameter))
+        name = f"{site.name}.weight" if site.parameter == "weight" else site.name
         gauge = NormGauge(module, site.name) if kind == "norm" else None
-        weights.append(NoisyWeight(f"{site.name}.weight", module, parameter, kind, site.layer, factor, gauge))
+        weights.append(NoisyWeight(name, module, parameter, kind, site.layer, factor, gauge))
     for pattern in noise.targets.leave:
         require_hit(pattern, [weight.name for weight in weights], "weight that would take noise")
     weights = [weight for weight in weights if not any(matches(weight.name, p) for p in noise.targets.leave)]
@@ -75,12 +76,14 @@ def _candidates(
     with_experts = {site.layer for site in sites if "experts" in site.name.split(".")}
     for site in sites:
         # peft keeps an unused original beside a module that it saves whole
-        if site.parameter != "weight" or site.shares is not None or "original_module" in site.path.split("."):
+        if site.parameter is None or site.shares is not None or "original_module" in site.path.split("."):
             continue
         if site.kind == "norm" and "norm" in targets.kinds and is_norm(model.get_submodule(site.path)):
             if _norm_wanted(site, targets, with_experts):
                 yield site, "norm"
-        elif site.kind == "linear" and "linear" in targets.kinds and site.role not in ("lm_head", "router"):
+        elif (
+            site.kind in ("linear", "experts") and "linear" in targets.kinds and site.role not in ("lm_head", "router")
+        ):
             yield site, "linear"
 
 

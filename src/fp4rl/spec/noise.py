@@ -152,7 +152,9 @@ NoiseSchedule = Annotated[
 class NoiseTargets(Spec):
     """Which weights take noise. Routers, embeddings, the output head and adapters never do."""
 
-    kinds: tuple[Literal["norm", "linear"], ...] = Field(default=("norm",), min_length=1)
+    kinds: tuple[Literal["norm", "linear"], ...] = Field(
+        default=("norm",), min_length=1, description="linear: of linear layers and of experts"
+    )
     final_norm: bool = True
     qk_norms: bool = Field(default=False, description="the norms of queries and keys inside attention")
     moe: Literal["post_attention", "all"] = Field(
