@@ -163,9 +163,9 @@ def test_the_first_update_needs_no_forward_for_old_log_probabilities(run, experi
     scored = []
     real = trainer_room.answer_logps
 
-    def counted(model, ids, *args, **words):
-        scored.append((len(ids), torch.is_grad_enabled()))
-        return real(model, ids, *args, **words)
+    def counted(model, batch, **words):
+        scored.append((len(batch["completion_ids"]), torch.is_grad_enabled()))
+        return real(model, batch, **words)
 
     monkeypatch.setattr(trainer_room, "answer_logps", counted)
     run(experiment("bf16", training={"steps": 1}))

@@ -6,7 +6,7 @@ policy learns and nowhere else.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +26,7 @@ from transformers import (
 from fp4rl.models.fit import end_ids
 from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.prompts import padded
+from fp4rl.rl.routing import Recorder
 from fp4rl.spec.errors import NotFoundError, nearest
 
 
@@ -36,15 +37,24 @@ def whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def answer_logps(
-    model: Any, ids: Tensor, mask: Tensor, width: int, *, rows: int, entropy: bool = False
+    model: Any,
+    batch: dict[str, Tensor],
+    *,
+    rows: int,
+    entropy: bool = False,
+    before: Callable[[slice], None] = lambda _: None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Score the last `width` tokens of `ids` [n, P + T] in one pass per `rows` sequences.
+    """Score the answers of a training batch in one pass per `rows` sequences, of which `before` is told each time.
 
-    `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [n, width] and, if asked,
-    the entropies of the distributions they come from; both 0 in the padding.
+    `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [answers, T] and, if
+    asked, the entropies of the distributions they come from; both 0 in the padding.
     """
+    (ids, mask), width = whole_sequences(batch), batch["completion_ids"].shape[1]
     logps, entropies = [], []
-    for these, real in zip(torch.split(ids, rows), torch.split(mask, rows), strict=True):
+    for first in range(0, len(ids), rows):
+        span = slice(first, first + rows)
+        these, real = ids[span], mask[span]
+        before(span)
         labels = these.masked_fill(real == 0, -100)
         labels[:, :-width] = -100
         output = model(**forward_inputs(model, these, real), labels=labels, fused_lm_head=True)
@@ -101,7 +111,7 @@ class Sampling:
     """How answers are drawn: `temperature` 0 is greedy, `count` answers are given to each prompt.
 
     Each of the texts in `stop` ends an answer and is no part of it. `logps` asks for the log-probabilities of the
-    tokens.
+    tokens, `routes` for the experts they met.
     """
 
     max_new_tokens: int
@@ -110,19 +120,22 @@ class Sampling:
     count: int = 1
     stop: tuple[str, ...] = ()
     logps: bool = False
+    routes: bool = False
 
 
 class Generation(NamedTuple):
     """One answer. `tokens` hold what ended it, `text` does not; `ended`: whether it ended before the limit.
 
     `logps` [tokens]: log-probability of each token under softmax(logits / temperature) over the whole vocabulary, as
-    the loss computes it; None where `Sampling.logps` is off.
+    the loss computes it; None where `Sampling.logps` is off. `routes` [prompt and answer but its last token, layers,
+    k]: the experts that each token met; None where they were not asked for or the sampler cannot say.
     """
 
     tokens: list[int]
     text: str
     ended: bool
     logps: Tensor | None = None
+    routes: Tensor | None = None
 
 
 class Sampler(Protocol):
@@ -159,7 +172,8 @@ def transformers_sampler(
         eos_token_id=ends,
         **(drawn if sampling.temperature else {"do_sample": False}),
     )
-    with dropout_off(model):
+    recorder = Recorder()
+    with dropout_off(model), recorder.recording(model) if sampling.routes else nullcontext():
         sequences = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -169,10 +183,17 @@ def transformers_sampler(
         )
     new = sequences[:, start:]
     logps = keeper.finish(sequences) if keeper is not None else None  # [answers, T]
+    routes = recorder.routes(*sequences[:, 1:].shape)  # the last token is drawn and not fed
     answers = []
     for row, (length, ended) in enumerate(zip(*until_end(new, ends), strict=True)):
         answer = cut(tokenizer, new[row, :length].tolist(), ended, sampling.stop)
-        answers.append(answer if logps is None else answer._replace(logps=logps[row, : len(answer.tokens)]))
+        first, size = start - int(mask[row // sampling.count].sum()), len(answer.tokens)
+        answers.append(
+            answer._replace(
+                logps=None if logps is None else logps[row, :size],
+                routes=None if routes is None else routes[row, first : start + size - 1],
+            )
+        )
     return answers
 
 

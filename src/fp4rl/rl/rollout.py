@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.rl.generate import Generation, Sampler, Sampling
 from fp4rl.rl.prompts import encoded, padded
 from fp4rl.rl.rewards import Scored
+from fp4rl.rl.routing import padded_routes
 from fp4rl.spec.algorithms import ADV_ESTIMATORS
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require_names
 from fp4rl.spec.task import Problem
@@ -169,7 +170,8 @@ def training_batch(
     under an empty mask: they are in the batch for its shape and in no sum. Keys as TRL names them: prompt_ids,
     prompt_mask [rows, P]; completion_ids, completion_mask, sampling_per_token_logps [rows, T]; `advantages` [rows] and,
     where truncated answers are masked, `loss_mask` [rows, T]. A log-probability that the sampler did not give is NaN,
-    which every reader takes for unknown.
+    which every reader takes for unknown. Of a mixture of experts: `prompt_routes` [rows, P, layers, k] and
+    `completion_routes` [rows, T, layers, k].
     """
     missing = rows - len(answers)
     filled = [*answers, *[next(iter(answers), stand_in)] * missing]
@@ -192,6 +194,10 @@ def training_batch(
         "sampling_per_token_logps": logps,
         "advantages": advantages,
     }
+    routes = [a.generation.routes for a in filled if a.generation.routes is not None]
+    if len(routes) == len(filled):
+        widths, lengths = (prompts.shape[1], completions.shape[1]), [len(a.prompt_ids) for a in filled]
+        batch["prompt_routes"], batch["completion_routes"] = padded_routes(routes, lengths, widths)
     if recipe.mask_truncated:  # the attention mask stays as it is: only the loss forgets truncated answers
         ended = torch.tensor([a.generation.ended for a in filled])
         batch["loss_mask"] = batch["completion_mask"] * ended.unsqueeze(-1)

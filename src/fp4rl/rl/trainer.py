@@ -29,6 +29,7 @@ from fp4rl.rl.mismatch import compare_sampler, is_due
 from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
+from fp4rl.rl.routing import RouterWatch
 from fp4rl.rl.step_metrics import StepMeans, StepTimer, joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
@@ -45,7 +46,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.parts = parts
         self._means = StepMeans()
         self._step_metrics: dict[str, float] = {}
-        self._started = time.perf_counter()
         self.timer = StepTimer()
         self.learned = True
         self.masters: Masters | None = None
@@ -59,7 +59,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
             processing_class=tokenizer,
         )
         with parts.phases.unobserved():
+            self.routers = RouterWatch(self.model, replay=recipe.routing_replay)
             self._drops = drops(self.model)
+        if self.routers.unseen:
+            parts.emit(Message(f"no figures of routing: {self.routers.unseen}"))
         parts.stream.rank, parts.stream.world = self.accelerator.process_index, self.accelerator.num_processes
         self.filler = Filler(recipe, parts.stream, parts.rewarder, recipe.train_batch_size // parts.stream.world)
         self.teacher = None
@@ -98,6 +101,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Return a micro-batch: forward, backward, and its gradients added up in FP32."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.routers.prescribe(None)
         if self.masters is not None:
             self.masters.take_gradients(self.accelerator)
         return loss
@@ -128,12 +132,13 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         batch = training_batch(filled.answers, filled.generations[0].answers()[0], recipe, len(inputs), pad_id, device)
         self._step_metrics = {
             **filled.metrics(recipe.rollout_n),
+            **self.routers.load(batch),
             "noise/sigma": self.parts.phases.sigma,
             "time/rollout_s": time.perf_counter() - self._started,
         }
         self.timer.lap("batch")
         if (reference := self.parts.reference) is not None:
-            with torch.no_grad(), reference.scoring(), dropout_off(reference.model):
+            with torch.no_grad(), reference.scoring(), dropout_off(reference.model), self.routers.paused():
                 batch["ref_per_token_logps"], _ = self._score(reference.model, batch)
             self.timer.lap("reference")
         if is_due(self.parts.phases, self.step):
@@ -149,7 +154,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     def _sample(self, problems: list[Problem]) -> Rollout:
         self.timer.lap("rewards")
         recipe = self.parts.recipe
-        sampling = Sampling(recipe.max_response_length, recipe.temperature, recipe.top_p, logps=True)
+        sampling = Sampling(recipe.max_response_length, recipe.temperature, recipe.top_p, logps=True, routes=True)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             rollout = roll_out(self.parts.sampler, model, self._tokenizer, problems, sampling)
         self.timer.lap("generation")
@@ -157,15 +162,16 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
-        width, rows = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
+        rows, before = self.args.per_device_train_batch_size, self.routers.following(batch)
         with self.accelerator.autocast():
-            return answer_logps(model, *whole_sequences(batch), width, rows=rows, entropy=entropy)
+            return answer_logps(model, batch, rows=rows, entropy=entropy, before=before)
 
     @torch.no_grad()
     def _old(self, batch: dict[str, Tensor]) -> Tensor:
         """Log-probabilities under the policy as it is now, the whole of it: what the answers were sampled from."""
         with dropout_off(self.model):
             logps, _ = self._score(self.model, batch)
+        self.routers.prescribe(None)
         return logps
 
     # -- a micro-batch
@@ -189,7 +195,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         masks = [p.get("loss_mask", p["completion_mask"]) for p in self._buffered_inputs[begin : begin + span]]
         self.learned, whole = Whole.of_step(masks, self.accelerator)
         self.timer.lap("forward")
-        teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask) if self.teacher is not None else None
+        with self.routers.paused():
+            teacher_kl = self.teacher.kl(*whole_sequences(inputs), mask) if self.teacher is not None else None
         if self.teacher is not None:
             self.timer.lap("teacher")
         batch = MicroBatch(
@@ -233,7 +240,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self._means.add_update(grad_norm=float(logs["grad_norm"]), lr=float(logs["learning_rate"]))
         if self.state.global_step % self.parts.recipe.updates_per_step:
             return
-        metrics = self._means.take(self.parts.recipe.updates_per_step)
+        metrics = self._means.take(self.parts.recipe.updates_per_step) | self.routers.take()
         metrics["time/step_s"] = time.perf_counter() - self._started
         self.timer.lap("other")
         metrics |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}

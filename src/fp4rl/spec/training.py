@@ -103,6 +103,9 @@ class Training(Spec):
     rollout_correction: RolloutCorrection = RolloutCorrection()
     distillation: Distillation | None = None
     gradient_checkpointing: bool = False
+    routing_replay: bool = later_key(
+        False, description="mixtures: whether training takes the experts that the rollout chose for each token"
+    )
     save_freq: int = Field(
         default=0, ge=0, description="steps between checkpoints that stay; against interruptions they are kept anyway"
     )
