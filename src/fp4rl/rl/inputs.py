@@ -6,6 +6,7 @@ Digests stand in every checkpoint and beside the result. No torch: finished runs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ OnWarmUp = Callable[[int, float], None]
 """Hears (step, loss)."""
 
 _read: dict[tuple[Path, int, int], str] = {}
+_demonstrations = lru_cache(maxsize=2)(Arithmetic.demonstrations)  # the same for every run of a suite
 
 
 def start_folder(model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
@@ -37,7 +39,7 @@ def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp 
     from fp4rl.models.tiny import cached
 
     teacher = task if isinstance(task, Arithmetic) else Arithmetic()
-    return cached(cache, embedded, teacher.demonstrations(embedded.examples_needed), on_warm_up)
+    return cached(cache, embedded, _demonstrations(teacher, embedded.examples_needed), on_warm_up)
 
 
 def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
@@ -98,10 +100,8 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 def _of_files(paths: Iterable[Path]) -> str:
     """Over names and contents."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name}\n{_of_file(path)}\n".encode())
-    return digest.hexdigest()[:12]
+    files = "".join(f"{path.name}\n{_of_file(path)}\n" for path in paths)
+    return hashlib.sha256(files.encode()).hexdigest()[:12]
 
 
 def _of_file(path: Path) -> str:
