@@ -6,6 +6,7 @@ plays. `page.js` paints it in the colours of the light or dark theme.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,23 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
     Raises `NotFoundError` where Jinja or Plotly (the extra `report`) is not installed.
     """
     try:
-        import jinja2
+        environment = _environment(template.parent)
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise NotFoundError(f"an HTML page needs {error.name}; pip install 'fp4rl[report]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     files = {name: (_HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     drawn = [{"id": figure.id, "data": figure.data, "layout": figure.layout} for figure in figures]
-    page: str = environment.get_template(template.name).render(
-        **contents, **files, figures=drawn, plotly_js=get_plotlyjs()
-    )
-    return page
+    contents |= {"figures": drawn, "plotly_js": get_plotlyjs()}
+    return str(environment.get_template(template.name).render(**contents, **files))
+
+
+@lru_cache
+def _environment(folder: Path) -> Any:
+    """The templates of `folder` and this room's, each compiled once."""
+    import jinja2
+
+    loader, strict = jinja2.FileSystemLoader([folder, _HERE]), jinja2.StrictUndefined
+    return jinja2.Environment(loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:

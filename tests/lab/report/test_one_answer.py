@@ -4,6 +4,7 @@ Kind: two pipelines for one question. Every kind of objection, and every gap in 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -117,30 +118,45 @@ def rewrite(run: Path, change: Change) -> None:
     (run / "result.json").write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the suite is kept that `answered` copies."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def answered(make_trial, kept, tmp_path, capsys):
+    """Two arms with nothing wrong, of which both verbs have said so: the ledger holds them before anything changes."""
+    if not (kept / "trial").is_dir():
+        (clean,), (compared,) = answers(make_trial(**TWO_ARMS).write(), capsys)
+        assert clean == compared
+        assert clean[0] == []
+        assert (tmp_path / "ledger.db").is_file()
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+    else:
+        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "trial"
+
+
 def test_every_kind_of_objection_is_walked_through():
     kinds = {kind for literal in get_args(Kind) for kind in get_args(literal)}
     assert kinds == {kind for kind, _ in FAULTS} | {"spec", "missing"}
 
 
 @pytest.mark.parametrize(("kind", "change"), FAULTS)
-def test_a_fault_in_a_result_gets_one_answer(make_trial, capsys, kind, change):
-    folder = make_trial(**TWO_ARMS).write()
-    (clean,), _ = answers(folder, capsys)
-    assert clean[0] == []
-    rewrite(run_of(folder, "w4a16"), change)
+def test_a_fault_in_a_result_gets_one_answer(answered, capsys, kind, change):
+    rewrite(run_of(answered, "w4a16"), change)
     if kind == "identical":
-        rewrite(run_of(folder, "bf16"), change)
-    reported, compared = answers(folder, capsys)
+        rewrite(run_of(answered, "bf16"), change)
+    reported, compared = answers(answered, capsys)
     assert reported == compared
     assert reported[0][0]
     assert reported[0][1] is None
 
 
 @pytest.mark.parametrize("gap", GAPS)
-def test_a_gap_in_the_evidence_gets_one_answer_though_the_result_is_as_it_was(make_trial, capsys, gap):
-    folder = make_trial(**TWO_ARMS).write()
-    answers(folder, capsys)  # the ledger holds it before the evidence is changed
-    file = run_of(folder, "w4a16") / "evidence.jsonl"
+def test_a_gap_in_the_evidence_gets_one_answer_though_the_result_is_as_it_was(answered, capsys, gap):
+    file = run_of(answered, "w4a16") / "evidence.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if "13 of 14" in gap:
         first = next(line["site"] for line in lines if line["kind"] == "injection")
@@ -148,7 +164,7 @@ def test_a_gap_in_the_evidence_gets_one_answer_though_the_result_is_as_it_was(ma
         lines += [{"kind": "acting", "phase": phase, "points": {}} for phase in ("rollout", "training")]
     kept = [changed for line in lines if (changed := GAPS[gap](line)) is not None]
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    reported, compared = answers(folder, capsys)
+    reported, compared = answers(answered, capsys)
     assert reported == compared
     assert gap in reported[0][0][0]
 
