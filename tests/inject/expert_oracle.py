@@ -27,16 +27,31 @@ def rounded(x: Tensor, fmt: Format | Callable[[Tensor], Tensor] | None) -> Tenso
     return x + (values - x).detach()
 
 
-def product(x: Tensor, weight: Tensor, injection: Injection, bias: Tensor | None = None) -> Tensor:
-    """x [n, in] times weight [out, in]: weight and input in blocks along `in`, the output along `out`."""
-    y = linear(rounded(x, injection.input), rounded(weight, injection.weight), bias)
-    return rounded(y, injection.output)
+def product(x: Tensor, weight: Any, injection: Injection, bias: Tensor | None = None) -> Tensor:
+    """x [n, in] times weight [out, in]: weight and input in blocks along `in`, the output along `out`.
+
+    Of a pair the second is what an adapter adds: to the weight where it is merged, else in an unrounded product.
+    """
+    own, added = weight if isinstance(weight, tuple) else (weight, None)
+    if added is not None and injection.lora == "merged":
+        own, added = own + added, None
+    y = rounded(linear(rounded(x, injection.input), rounded(own, injection.weight), bias), injection.output)
+    return y if added is None else y + linear(x, added)
 
 
-def stored(module: nn.Module, name: str, expert: int) -> Tensor:
-    """One expert's matrix as [out, in]."""
-    weight = module._parameters[name][expert]
-    return weight.T if type(module).__name__.startswith(TRANSPOSED) else weight
+def stored(module: nn.Module, name: str, expert: int) -> Any:
+    """One expert's matrix as [out, in]; with an adapter (`module.adapters`: A, B, scaling) the pair of it and s B A."""
+    weight, transposed = module._parameters[name][expert], type(module).__name__.startswith(TRANSPOSED)
+    own = weight.T if transposed else weight
+    if name not in getattr(module, "adapters", {}):
+        return own
+    a, b, scaling = module.adapters[name]
+    count = len(module._parameters[name])
+    rank = len(a) // count
+    # peft keeps an expert's rows of A together and scatters its columns of B.
+    added = b[:, expert::count] @ a[expert * rank : (expert + 1) * rank] * scaling
+    # It reads a layout that no class declares as [experts, out, in].
+    return own, added.T if transposed and not hasattr(module, "is_transposed") else added
 
 
 def one_expert(module: nn.Module, expert: int, x: Tensor, injection: Injection) -> Tensor:

@@ -4,6 +4,7 @@ The kind of fault: a model class whose weights are stored or multiplied in anoth
 part of it is left as it is, rounded along the wrong axis, or not found at all. Equal to the oracle, or refused by name.
 """
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -196,12 +197,27 @@ def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
-def test_an_adapter_in_the_place_of_stacked_experts_is_refused_and_one_on_attention_alone_rounds_the_experts():
+@pytest.mark.parametrize("lora", ["adapter", "merged"])
+def test_all_linear_adapts_stacked_experts_which_are_rounded_as_written_out(lora):
     """Fault: KeyError 'down_proj' at the first forward of LoRA on a mixture of experts."""
-    everywhere = get_peft_model(tiny("Qwen3Moe").float(), LoraConfig(r=2, target_modules="all-linear"))
-    assert any("experts" in name and "lora_" in name for name, _ in everywhere.named_parameters())
-    with pytest.raises(InvalidValueError, match=r"experts.*adapter of stacked experts.*target_modules: \[q_proj"):
-        resolve(everywhere, Injection.named("w4a16"))
+    model = get_peft_model(tiny("Qwen3Moe"), LoraConfig(r=2, target_modules="all-linear")).double()
+    assert any("experts" in name and "lora_" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    whole = copy.deepcopy(model).merge_and_unload()
+    with attach(model, Injection.named("w4a16", dtype="float32", lora=lora)) as injected:
+        found = model(IDS, labels=IDS)
+        found.loss.backward()
+        injected.require_calls()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    wanted = expert_oracle.oracle_model(whole, Injection.named("w4a16", dtype="float32"))(IDS).logits
+    assert torch.allclose(found.logits, wanted, rtol=1e-6, atol=1e-6) == (lora == "merged")
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
+def test_an_adapter_on_attention_alone_leaves_the_experts_rounded():
     attention = get_peft_model(tiny("Qwen3Moe").float(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     with attach(attention, Injection.named("w4a4")) as injected:
         attention(IDS, labels=IDS).loss.backward()

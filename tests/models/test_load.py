@@ -187,3 +187,38 @@ def test_an_adapter_sits_where_it_is_told_to_and_a_layer_that_is_not_there_is_a_
         adapted("q_prj")
     with pytest.raises(ValueError, match="all-linear alone"):
         Lora(target_modules=("all-linear", "q_proj"))
+
+
+def experts_in(folder, **sizes):
+    """A tiny Qwen3-MoE or other mixture on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4, "vocab_size": 64}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(folder, **small, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
+def test_an_adapter_sits_on_stacked_experts_that_are_named_and_never_on_a_router_that_returns_a_choice(tmp_path):
+    """Fault: Llama-4's router returns two tensors; an adapter that peft's all-linear put on it took them for one."""
+
+    def adapted(family, **lora):
+        model = with_lora(experts_in(family), Lora(rank=2, **lora), tmp_path)
+        return {name.split(".mlp.")[-1].split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    both = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    assert adapted("qwen3_moe", target_modules=(), target_parameters=both) == {"experts", "experts.base_layer"}
+    assert not any("router" in name for name in adapted("llama4_text"))
+    with pytest.raises(
+        InvalidValueError, match=r"no parameter 'experts.down_prj'.*did you mean 'mlp.experts.down_proj'"
+    ):
+        adapted("qwen3_moe", target_parameters=("experts.down_prj",))
+    with pytest.raises(InvalidValueError, match="peft refuses it: No modules were targeted"):
+        adapted("llama4_text", target_modules=("router",))
+    with pytest.raises(InvalidValueError, match=r"peft refuses it: .* \(stacked experts take no dropout: set 0\)"):
+        adapted("qwen3_moe", dropout=0.1)
+    with pytest.raises(ValueError, match="takes no dropout; set 0"):
+        Lora(target_parameters=both, dropout=0.1)
+    with pytest.raises(ValueError, match="both empty"):
+        Lora(target_modules=())

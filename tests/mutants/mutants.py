@@ -45,7 +45,7 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "another scaling of the adapters",
         "inject/adapted.py",
-        "if scaling != self.scaling:",
+        "if scaling != state.scaling:",
         "if False:",
         (
             "tests/inject/test_adapters.py::test_another_scaling_of_an_adapter_is_another_weight_although_no_tensor_is_written",

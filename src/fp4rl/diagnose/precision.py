@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.passes import Progress, logits_of, tracked
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
-from fp4rl.inject.adapted import AdaptedSum
+from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import skeleton
@@ -95,9 +95,10 @@ def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
     """The matrices [out, in] that are rounded: a layer's own (plus its active adapters where they are merged), or one
     an expert."""
     if plan.merged:
-        return (AdaptedSum(model.get_submodule(plan.site.path.rpartition(".")[0])).weight.detach(),)
-    parameter = model.get_submodule(plan.site.path).get_parameter(plan.site.parameter or "weight").detach()
-    weight = as_used(plan.site, parameter)
+        stored = AdaptedSum(adapter_of(model, plan.site)).weight
+    else:
+        stored = model.get_submodule(plan.site.path).get_parameter(plan.site.parameter or "weight")
+    weight = as_used(plan.site, stored.detach())
     return weight.unbind(0) if plan.site.kind == "experts" else (weight,)
 
 

@@ -1,18 +1,20 @@
-"""A live LoRA layer that computes Q(W + sBA): what is deployed when adapters are merged before rounding."""
+"""Adapters of peft under injection: the sum Q(W + sBA) that is deployed when they are merged before rounding, and what
+the adapters of stacked experts add beside Q(W)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp4rl.inject.linear import LinearState
+from fp4rl.inject.site import KEY
+from fp4rl.sites.walk import Site
 from fp4rl.spec.errors import InvalidValueError
 
 
 class MergedState(LinearState):
     """The state of a layer with adapters. The gradient reaches A and B through the rounding of the sum."""
-
-    scaling: tuple[float, ...] = ()  # of the adapters in the kept copy
 
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Return the layer's result with the rounded sum of base and active adapters instead of both."""
@@ -29,34 +31,90 @@ class MergedState(LinearState):
         return AdaptedSum(layer).weight
 
     def rounded_weight(self, layer: Any) -> Tensor:
-        """Return the rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
-        sources, scaling = layer.sources, layer.scaling
-        if scaling != self.scaling:
-            self.cache.forget()
-            self.scaling = scaling
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            copy = self.cache.get(*sources)
-            if copy is not None:  # no need to make the sum
-                return copy
-        return self.copy_of(layer.weight, *sources)
+        """Return the rounded sum."""
+        return rounded_sum(self, layer)
+
+
+def rounded_sum(state: LinearState, adapted: "AdaptedSum") -> Tensor:
+    """Return the rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
+    sources, scaling = adapted.sources, adapted.scaling
+    if scaling != state.scaling:
+        state.cache.forget()
+        state.scaling = scaling
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        copy = state.cache.get(*sources)
+        if copy is not None:  # no need to make the sum
+            return copy
+    return state.copy_of(adapted.weight, *sources)
 
 
 class AdaptedSum:
-    """A LoRA layer as the code of a linear one sees it: a weight and a bias, made from `sources` by `scaling`."""
+    """A LoRA layer as the code of a linear one sees it: a weight and a bias, made from `sources` by `scaling`.
+
+    Also the layer that peft puts above stacked experts: A is [experts x r, in] there, B [out, r x experts].
+    """
 
     def __init__(self, layer: Any) -> None:
         active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
         names = [name for name in active if name in layer.lora_A]
-        self.base: nn.Linear = layer.base_layer
-        self.bias = self.base.bias
+        self.base: nn.Module = layer.get_base_layer()
+        self.bias = getattr(self.base, "bias", None)
         self.pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
-        self.sources: tuple[Tensor, ...] = (self.base.weight, *(weight for pair in self.pairs for weight in pair))
+        stored: Any = self.base._parameters[getattr(layer, "parameter_name", "weight")]
+        self.sources: tuple[Tensor, ...] = (stored, *(weight for pair in self.pairs for weight in pair))
         self.scaling: tuple[float, ...] = tuple(layer.scaling[name] for name in names)
+        self._turned = not getattr(layer, "_did_swap_in_out_features", True)  # experts stored [experts, in, out]
 
     @property
     def weight(self) -> Tensor:
         """W + sum of s B A, in W's dtype."""
-        total = self.base.weight
+        return sum(self._products(), start=self.sources[0])
+
+    @property
+    def delta(self) -> Tensor | None:
+        """The sum of s B A alone, as W is stored and in its dtype; None where no adapter is active."""
+        products = list(self._products())
+        return sum(products[1:], start=products[0]).contiguous() if products else None
+
+    def _products(self) -> Iterator[Tensor]:
+        stored = self.sources[0]
         for (a, b), scaling in zip(self.pairs, self.scaling, strict=True):
-            total = total + (b @ a * scaling).to(total.dtype)
-        return total
+            with torch.autocast(a.device.type, enabled=False):
+                if stored.ndim == 3:
+                    a, b = a.unflatten(0, (len(stored), -1)), b.unflatten(1, (-1, len(stored))).permute(2, 0, 1)
+                product = (b @ a * scaling).to(stored.dtype)
+            yield product.mT if self._turned else product
+
+
+class HandsOn:
+    """The state of a layer that peft puts above stacked experts: those below add its adapter themselves.
+
+    peft would replace their parameter by a sum for the time of a call, out of reach of rounding.
+    """
+
+    stacked: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.original: type[nn.Module] = nn.Module
+        self.removed = False
+
+    def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer below returns, told of this adapter."""
+        if self.removed:
+            original: Any = self.original
+            return original.forward(layer, *args, **kwargs)
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        with layer.get_base_layer().__dict__[KEY].adapted_by(layer):
+            return layer.base_layer(*args, **kwargs)
+
+
+def adapter_of(model: nn.Module, site: Site) -> Any:
+    """Return the layer in which peft keeps the adapter of a site's weight, None where it has none."""
+    path = site.path
+    while path.endswith("base_layer"):
+        path = path.rpartition(".")[0]
+        layer = model.get_submodule(path)
+        if hasattr(layer, "lora_A") and (site.kind != "experts" or layer.parameter_name == site.parameter):
+            return layer
+    return None

@@ -6,16 +6,18 @@ Indexing, transposing, gathering and casting, through which a parameter reaches 
 two axes in memory: the operand's strides tell which stored axis the product sums over, also where a matrix is square.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 from torch.overrides import TorchFunctionMode
 
+from fp4rl.inject.adapted import AdaptedSum, rounded_sum
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.matmul import BothWays, in_backward
 from fp4rl.inject.site import KEY
@@ -97,6 +99,14 @@ class StackState(LinearState):
         rows = g.flatten(0, -2) if product.weight.ndim == 2 else g
         return self.gradient("grad_weight", rows.mT).mT.reshape(g.shape)
 
+    def reads_as(self, weight: Tensor, adapter: Any) -> tuple[Tensor, Tensor | None]:
+        """(what the parameter reads as, what an adapter that is not merged adds to it in a product of its own)."""
+        adapted = None if adapter is None else AdaptedSum(adapter)
+        if adapted is not None and self.plan.merged:
+            return (rounded_sum(self, adapted) if self.weight_on else adapted.weight), None
+        value = self.copy_of(weight, weight) if self.weight_on else weight
+        return value, None if adapted is None else adapted.delta
+
     def would_change(self, point: str, x: Tensor) -> bool:
         """As for one matrix, expert by expert."""
         if point != "weight":
@@ -116,35 +126,46 @@ class StackState(LinearState):
         self.seen = True
 
 
+class Followed(NamedTuple):
+    """A parameter on its way to a product, and what its adapter adds there, on the same way."""
+
+    weight: Tensor  # kept too: an id is taken again when its tensor is gone
+    stack: StackState
+    beside: Tensor | None
+
+
 class Products(TorchFunctionMode):
     """Follows weights to their products, and rounds there what goes in and comes out; with `look`, looks alone."""
 
     def __init__(self, look: bool = False) -> None:
         super().__init__()
         self._look = look
-        self._followed: dict[
-            int, tuple[Tensor, StackState]
-        ] = {}  # the tensors too: an id is taken again when one is gone
+        self._followed: dict[int, Followed] = {}
 
-    def follow(self, weight: Tensor, stack: StackState) -> None:
+    def follow(self, weight: Tensor, stack: StackState, beside: Tensor | None = None) -> None:
         """Meet the products that `weight`, or what is made of it, enters."""
-        self._followed[id(weight)] = (weight, stack)
+        self._followed[id(weight)] = Followed(weight, stack, beside)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if len(args) > 1 and (func is linear or func in _MATMULS or func in _GROUPED or _is_fallback(func)):
-            if (stack := self._stack_of(args[1])) is not None:
-                return self._met(stack, Product.of(func, args, kwargs))
-            if (stack := self._stack_of(args[0])) is not None and args[1].ndim > 1:
+            if (second := self._followed.get(id(args[1]))) is not None:
+                y = self._met(second.stack, Product.of(func, args, kwargs))
+                rest, more = (args[2:], kwargs) if func is not linear else ((), {})  # no bias a second time
+                return y if second.beside is None else y + func(args[0], second.beside, *rest, **more)
+            if (first := self._followed.get(id(args[0]))) is not None and args[1].ndim > 1:
                 columns = Product(lambda x, w: func(w, x.mT, **kwargs).mT, args[1].mT, args[0])
-                return self._met(stack, columns).mT
+                y = self._met(first.stack, columns).mT
+                return y if first.beside is None else y + func(first.beside, *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        if args and (stack := self._stack_of(args[0])) is not None:
-            for tensor in _tensors(result):
+        if args and (known := self._followed.get(id(args[0]))) is not None and (tensors := _tensors(result)):
+            beside = None if known.beside is None else func(known.beside, *args[1:], **kwargs)
+            twins: Sequence[Tensor | None] = _tensors(beside) or [None] * len(tensors)
+            for tensor, twin in zip(tensors, twins, strict=True):
                 if args[0].is_contiguous() or not tensor.is_contiguous():  # else a copy may have another order
-                    self.follow(tensor, stack)
+                    self.follow(tensor, known.stack, twin)
         return result
 
     def _met(self, stack: StackState, product: Product) -> Tensor:
@@ -153,17 +174,13 @@ class Products(TorchFunctionMode):
             stack.summed_over(weight.stride(-1) != 1)
         return stack.computed(product) if x.numel() and not self._look else product.compute(x, weight)
 
-    def _stack_of(self, x: object) -> StackState | None:
-        followed = self._followed.get(id(x))
-        return None if followed is None else followed[1]
-
 
 def _is_fallback(func: Callable[..., Any]) -> bool:
     """Return whether this is what transformers computes a grouped product with where torch has none."""
     return "grouped_mm_fallback" in getattr(func, "__name__", "")
 
 
-def _tensors(result: Any) -> Iterable[Tensor]:
+def _tensors(result: Any) -> Sequence[Tensor]:
     if isinstance(result, Tensor):
         return (result,)
     return [part for part in result if isinstance(part, Tensor)] if isinstance(result, tuple | list) else ()
@@ -176,7 +193,8 @@ class ExpertsState:
         self.stacks = stacks
         self.original: type[nn.Module] = nn.Module
         self.removed = False
-        self._reading: dict[str, Tensor] | None = None
+        self.adapters: dict[str, Any] = {}  # while peft's layers above are called: by parameter
+        self._reading: dict[str, tuple[Tensor, Tensor | None]] | None = None
         self._products: Products | None = None
 
     def __reduce__(self) -> Any:
@@ -196,6 +214,7 @@ class ExpertsState:
         if any(stack.transposed is None for stack in stacks):
             self._rehearse(module, *args, **kwargs)
         meet = any(stack.input_on or stack.output_on or stack.products_on for stack in stacks)
+        meet = meet or any(not self.stacks[name].plan.merged for name in self.adapters)
         unseen = any(stack.weight_on and not stack.seen for stack in stacks) and not torch.compiler.is_compiling()
         run = self._followed if meet or unseen else self._plainly
         self._reading = {}
@@ -228,16 +247,24 @@ class ExpertsState:
                     f"its blocks run; leave it out: targets.leave: [{stack.plan.name}]"
                 )
 
+    @contextmanager
+    def adapted_by(self, adapter: Any) -> Iterator[None]:
+        """Compute with peft's adapter of one parameter."""
+        self.adapters[adapter.parameter_name] = adapter
+        try:
+            yield
+        finally:
+            del self.adapters[adapter.parameter_name]
+
     def read(self, name: str, weight: Tensor) -> Tensor:
         """Return what the parameter reads as: its copy inside the forward, itself everywhere else."""
-        stack = self.stacks[name]
-        value = weight
-        if self._reading is not None and stack.weight_on and not self.removed:
+        value, beside = weight, None
+        if self._reading is not None and not self.removed:
             if name not in self._reading:  # once a forward; the eager implementation reads it once an expert
-                self._reading[name] = stack.copy_of(weight, weight)
-            value = self._reading[name]
+                self._reading[name] = self.stacks[name].reads_as(weight, self.adapters.get(name))
+            value, beside = self._reading[name]
         if self._products is not None:
-            self._products.follow(value, stack)
+            self._products.follow(value, self.stacks[name], beside)
         return value
 
 
@@ -245,8 +272,12 @@ def reading_rounded(name: str) -> property:
     """Return a property in the place of a parameter, for the stand-in class."""
 
     def read(module: nn.Module) -> Any:
-        weight: Any = module._parameters[name]
         state: ExpertsState = module.__dict__[KEY]
+        weight: Any = module._parameters.get(name)
+        if weight is None:  # peft has put a sum in its place
+            raise CheckFailed(
+                f"{state.stacks[name].plan.name} got an adapter after the injection; put adapters on first"
+            )
         return state.read(name, weight)
 
     return property(read)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fp4rl.inject.adapted import MergedState
+from fp4rl.inject.adapted import HandsOn, MergedState, adapter_of
 from fp4rl.inject.attention import AttentionState
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
@@ -29,14 +29,18 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
     modules: list[nn.Module] = []
     try:
         for plan in table.plans:
-            module = model.get_submodule(plan.site.path.rpartition(".")[0] if plan.merged else plan.site.path)
+            adapter, module = adapter_of(model, plan.site), model.get_submodule(plan.site.path)
             state = states[plan.name] = _state_class(plan)(plan, table.injection, shared[plan.name])
             if isinstance(state, PackedState):
                 state.take(module)  # type: ignore[arg-type]
                 model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{plan.site.path}.weight"]  # type: ignore[assignment]
             if isinstance(state, StackState):
                 stacks[module][str(plan.site.parameter)] = state
+                if adapter is not None:
+                    swap(adapter, HandsOn())
+                    modules.append(adapter)
                 continue
+            module = adapter if plan.merged else module
             swap(module, state)
             modules.append(module)
         for module, by_name in stacks.items():
@@ -58,9 +62,9 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
 
 
 def _state_class(plan: SitePlan) -> type[SiteState]:
-    if plan.merged or plan.packed:
-        return MergedState if plan.merged else PackedState
-    return {"attention": AttentionState, "experts": StackState}.get(plan.site.kind, LinearState)
+    if plan.site.kind in ("attention", "experts"):
+        return AttentionState if plan.site.kind == "attention" else StackState
+    return MergedState if plan.merged else PackedState if plan.packed else LinearState
 
 
 def _ignored_by_ddp(model: nn.Module) -> list[str]:
@@ -86,7 +90,7 @@ class InjectedModule(nn.Module):
         return self.__dict__[KEY].forward(self, *args, **kwargs)
 
 
-State = SiteState | ExpertsState
+State = SiteState | ExpertsState | HandsOn
 
 
 @lru_cache(maxsize=256)

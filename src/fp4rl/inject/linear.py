@@ -24,6 +24,7 @@ class LinearState(SiteState):
         self.weight_on = self.input_on = self.output_on = self.products_on = False
         self.only_weight = False
         self.transposed = plan.site.transposed  # the parameter is [in, out]; None: not known yet
+        self.scaling: tuple[float, ...] = ()  # of the adapters in the kept copy, where it is of a sum
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Compute y [..., out] = Q(x) Q(W)^T + b, each Q where its point is active; gradients pass straight through."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from fp4rl.inject.adapted import MergedState
+from fp4rl.inject.adapted import AdaptedSum, HandsOn, MergedState
 from fp4rl.inject.attach import Attachment
 from fp4rl.inject.experts import ExpertsState, StackState
 from fp4rl.inject.linear import LinearState
@@ -36,7 +36,7 @@ def require_rounded(attachment: Attachment) -> int:
     held, wrong = 0, []
     for module in attachment.modules:
         state = module.__dict__[KEY]
-        for site, points in _held(module, state):
+        for site, points in _held(module, state, attachment.modules):
             held += 1
             wrong += [f"{site.plan.name} ({point})" for point, right in points.items() if not right]
     if wrong:
@@ -48,13 +48,14 @@ def require_rounded(attachment: Attachment) -> int:
     return held
 
 
-def _held(module: nn.Module, state: Any) -> Iterator[tuple[SiteState, dict[str, bool]]]:
+def _held(module: nn.Module, state: Any, injected: list[nn.Module]) -> Iterator[tuple[SiteState, dict[str, bool]]]:
     """Yield each site of a module with what could be compared there: point -> whether it is right."""
     stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
     for name, stack in stacks:
         if stack.keep_copies and stack.transposed is not None and _repeatable(stack, "weight"):
             with _uncounted(stack):
-                yield stack, {"weight": _stack_is_right(stack, module._parameters[name])}  # type: ignore[arg-type]
+                adapter = next((layer for layer in injected if _adapts(layer, module, name)), None)
+                yield stack, {"weight": _stack_is_right(stack, module._parameters[name], adapter)}  # type: ignore[arg-type]
     if isinstance(state, LinearState) and not isinstance(state, PackedState) and state.keep_copies:
         if isinstance(state, MergedState) and not state.weight_on:
             return  # the layer's own forward runs, with the adapters' products in it
@@ -75,11 +76,18 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
     return fake_quantize(x.to(state.dtype), getattr(state.plan, point)).to(x.dtype)
 
 
+def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:
+    """Return whether it is peft's layer above one parameter of these experts."""
+    return (
+        isinstance(layer.__dict__[KEY], HandsOn) and layer.get_base_layer() is experts and layer.parameter_name == name
+    )
+
+
 @torch.no_grad()
-def _stack_is_right(stack: StackState, weight: Tensor) -> bool:
-    seen = stack.copy_of(weight, weight) if stack.weight_on else weight
-    seen, master = (seen.mT, weight.mT) if stack.transposed else (seen, weight)
-    experts = zip(seen.unbind(0), master.unbind(0), strict=True)
+def _stack_is_right(stack: StackState, weight: Tensor, adapter: Any) -> bool:
+    seen, _ = stack.reads_as(weight, adapter)
+    master = AdaptedSum(adapter).weight if adapter is not None and stack.plan.merged else weight
+    experts = zip(stack.as_used(seen).unbind(0), stack.as_used(master).unbind(0), strict=True)
     return all(_same(copy, _expected(stack, "weight", own.contiguous())) for copy, own in experts)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fp4rl.inject import validate
+from fp4rl.inject.adapted import adapter_of
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
 from fp4rl.sites.walk import Kind, Site, layer_count, walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -107,13 +108,9 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
         validate.require_change(plan, module, injection)
     if site.kind == "experts":
-        validate.require_no_adapter(site, model.get_submodule(site.path.rpartition(".")[0]))
         validate.require_layout(site, module)
         validate.require_reachable_experts(plan, module)
-        frozen = not getattr(module, str(site.parameter)).requires_grad
-        validate.require_unpacked_experts(plan, frozen and injection.frozen_base == "packed")
-        return replace(plan, grad_weight=None) if frozen else plan
-    if plan.acts:
+    elif plan.acts:
         validate.require_plain_linear(plan.site, module)
     return _with_adapters(plan, model, injection)
 
@@ -134,12 +131,13 @@ def _formats(site: Site, injection: Injection) -> dict[str, Any]:
 
 def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> SitePlan:
     """Return what frozen weights and adapters change: a sum to round, codes to keep, no gradient to round."""
-    frozen = not model.get_submodule(plan.site.path).weight.requires_grad
-    above = model.get_submodule(plan.site.path.rpartition(".")[0]) if plan.site.path else model
-    adapted = plan.site.path.endswith("base_layer") and hasattr(above, "lora_A")
-    merged = injection.lora == "merged" and adapted and plan.weight is not None
+    adapter = adapter_of(model, plan.site)
+    if plan.acts and plan.site.kind != "experts":
+        validate.require_own_weight(plan.site, adapter)
+    frozen = not getattr(model.get_submodule(plan.site.path), plan.site.parameter or "weight").requires_grad
+    merged = injection.lora == "merged" and adapter is not None and plan.weight is not None
     if merged:
-        validate.require_mergeable(plan, above)
+        validate.require_mergeable(plan, adapter)
     packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
     if packed:
         validate.require_packable(plan)

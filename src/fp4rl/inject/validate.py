@@ -93,22 +93,12 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
         )
 
 
-def require_unpacked_experts(plan: SitePlan, packed: bool) -> None:
-    """InvalidValueError for frozen stacked experts that are to be kept as codes alone."""
-    if packed and plan.weight is not None:
+def require_own_weight(site: Site, adapter: nn.Module | None) -> None:
+    """InvalidValueError for a linear layer whose weight peft replaces by a sum (`target_parameters`)."""
+    if hasattr(adapter, "parameter_name"):
         raise InvalidValueError(
-            f"{plan.name}: frozen_base: packed unpacks one matrix for one product, and the forward of stacked experts "
-            f"reads all of them at once; take frozen_base: copy, or leave them out: "
-            f"targets.leave: ['{_everywhere(plan.name)}']"
-        )
-
-
-def require_no_adapter(site: Site, above: nn.Module) -> None:
-    """InvalidValueError for stacked experts whose parameter an adapter (PEFT's `target_parameters`) puts a sum into."""
-    if site.path.endswith("base_layer") and hasattr(above, "parameter_name"):
-        raise InvalidValueError(
-            f"{site.name}: an adapter of stacked experts puts a sum in the place of their parameter, out of reach of "
-            "rounding; adapt other layers alone, such as model.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+            f"{site.name}: peft's target_parameters puts a sum in the place of this linear layer's weight; name the "
+            f"layer in target_modules: [{site.name.rpartition('.')[2]}], and stacked experts alone in target_parameters"
         )
 
 
@@ -180,8 +170,14 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
 
 
 def require_packable(plan: SitePlan) -> None:
-    """Raise InvalidValueError for a format that has no packed layout."""
+    """Raise InvalidValueError for a format that has no packed layout, and for stacked experts."""
     fmt = plan.weight
+    if plan.site.kind == "experts":
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed unpacks one matrix for one product, and the forward of stacked experts "
+            f"reads all of them at once; take frozen_base: copy, or leave them out: "
+            f"targets.leave: ['{_everywhere(plan.name)}']"
+        )
     if plan.site.transposed:
         raise InvalidValueError(f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out]; take copy")
     if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):

@@ -1,11 +1,13 @@
 """Opening a model folder from this disk: weights or bare modules, tokenizer, and a LoRA adapter where one is there."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside, require_unquantized
@@ -147,20 +149,38 @@ def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
 
     if (Path(base) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{str(base)!r} holds an adapter already: drop model.lora to train that one on")
+    _require_adaptable(model, lora)
+    layers, everywhere = model.named_modules(), lora.target_modules == ("all-linear",)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # peft divides by it: a float is as good
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
-        target_modules=lora.target_modules[0] if lora.target_modules == ("all-linear",) else list(lora.target_modules),
+        target_modules="all-linear" if everywhere else list(lora.target_modules),
+        # Llama-4's router is a linear layer that returns a choice beside its product.
+        exclude_modules=[n for n, m in layers if isinstance(m, nn.Linear) and hasattr(m, "top_k")] or None,
+        target_parameters=list(lora.target_parameters) or None,
         task_type="CAUSAL_LM",
     )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as why:
+        cure = " (stacked experts take no dropout: set 0)" if lora.dropout and "ParamWrapper" in str(why) else ""
+        raise InvalidValueError(f"model.lora: peft refuses it: {why}{cure}") from why
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    return adapted
+
+
+def _require_adaptable(model: nn.Module, lora: Lora) -> None:
+    """Raise InvalidValueError for a name in an adapter's description that the model does not have."""
     layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in {*lora.target_modules} - layers - {"all-linear"}:
         raise InvalidValueError(f"model.lora.target_modules: the model has no layer {name!r}{nearest(name, layers)}")
-    adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
-    return adapted
+    parameters = {re.sub(r"^.*?\.\d+\.", "", name) for name, _ in model.named_parameters()}
+    for name in lora.target_parameters:
+        if not any(f".{parameter}".endswith(f".{name}") for parameter in parameters):
+            why = f"the model has no parameter {name!r}{nearest(name, parameters)}"
+            raise InvalidValueError(f"model.lora.target_parameters: {why}")
 
 
 def _adapted(model: Any, folder: Path) -> Any:

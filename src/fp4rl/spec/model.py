@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fp4rl.spec.frozen import LocalPath, Spec, WordOrList
+from fp4rl.spec.frozen import LocalPath, Spec, WordOrList, later_key
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,19 +42,30 @@ class Embedded(Spec):
 
 
 class Lora(Spec):
-    """A LoRA adapter on every linear layer of the decoder (peft's `all-linear`), or on those that are named."""
+    """A LoRA adapter on every linear layer of the decoder (peft's `all-linear`), or on those that are named.
+
+    Experts that are stacked in one parameter are no linear layers: `target_parameters` names them. Of Mixtral, Qwen-MoE
+    and their kin peft's `all-linear` takes them too, with their routers.
+    """
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     rslora: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    target_modules: Annotated[tuple[str, ...], WordOrList] = Field(
-        default=("all-linear",), description="last names of the layers, such as [q_proj, v_proj]; all-linear: every one"
+    target_modules: Annotated[tuple[str, ...], WordOrList] = later_key(
+        ("all-linear",), description="last names of the layers, such as [q_proj, v_proj]; all-linear: every one"
+    )
+    target_parameters: Annotated[tuple[str, ...], WordOrList] = later_key(
+        (), description="ends of the names of stacked experts, such as [experts.gate_up_proj, experts.down_proj]"
     )
 
     def _conflicts(self) -> Iterator[str]:
-        if not self.target_modules or (len(self.target_modules) > 1 and "all-linear" in self.target_modules):
+        if len(self.target_modules) > 1 and "all-linear" in self.target_modules:
             yield "target_modules names layers, or is all-linear alone"
+        if not (self.target_modules or self.target_parameters):
+            yield "target_modules and target_parameters are both empty; name a layer, or write all-linear"
+        if self.target_parameters and self.dropout:
+            yield "target_parameters: an adapter of stacked experts is a sum of weights, which takes no dropout; set 0"
 
 
 class Model(Spec):
