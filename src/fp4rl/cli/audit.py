@@ -1,4 +1,4 @@
-"""`fp4rl audit`: what reported experiments allow to be said."""
+"""`fp4rl audit`: intervals and confounds of published results."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +20,7 @@ def command(
     brief: Annotated[bool, typer.Option("--brief", help="Leave out the list of all records.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give published comparisons their intervals and confounds, and name treatments that never happened.
+    """Print intervals and confounds of published comparisons, and name treatments that never acted.
 
     Example: `fp4rl audit reported_experiments.json`
     """
@@ -58,7 +58,7 @@ def _print_pairs(result: "Audit") -> None:
 
 
 def _remarks(audited: "AuditedPair") -> list[str]:
-    """Return what the comparison really compares."""
+    """Return remarks on what the comparison really compares."""
     remarks = ["the same treatment twice: its noise was never effective"] if audited.replicates else []
     if not audited.replicates and audited.pair.factor == "noise" and audited.noise.state != "effective":
         remarks.append(f"noise: {audited.noise.state}")

@@ -1,4 +1,4 @@
-"""`fp4rl compare`: two arms held against each other, or every comparison that a suite declared."""
+"""`fp4rl compare`: compare two arms, or answer every question that a suite declared."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ _MOST = 12  # lines of one kind, and seeds of a side, that are shown
 
 def command(
     treatment: Annotated[str, typer.Argument(help="arm, suite/arm or run, each with @profile; or a suite alone.")],
-    control: Annotated[str | None, typer.Argument(help="What it is held against.")] = None,
+    control: Annotated[str | None, typer.Argument(help="What it is compared with.")] = None,
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
     factor: Annotated[
@@ -32,14 +32,14 @@ def command(
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(help="Points that the treatment may be worse; a word needs a margin that the suite fixed before."),
+        typer.Option(help="Points that the treatment may be worse; a verdict needs a margin fixed before the runs."),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the evaluation; the last one where none is named.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the evaluation; by default the last.")] = None,
     score: Annotated[str, typer.Option(help="strict, flexible, or another score of the answers.")] = "strict",
     force: Annotated[bool, typer.Option("--force", help="Show an unfair pair, labelled 'not comparable'.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two arms over their seeds; an unfair pair is refused with the difference.
+    """Compare two arms over their seeds; an unfair pair is refused, and the difference named.
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
@@ -72,8 +72,8 @@ def _answers(
     at: "At",
     force: bool,
 ) -> "tuple[Answer, ...]":
-    """A suite's questions, or one: what was declared stands, among the questions of its suite; another `--factor` or
-    `--margin` asks another one, alone."""
+    """Answer a suite's questions, or one of them, corrected as one family; a question that the suite did not declare
+    (another `--factor` or `--margin`) is answered on its own."""
     from fp4rl.lab.compare.comparison import Question, answer_all, checked
     from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
     from fp4rl.lab.compare.sides import named_side
@@ -100,7 +100,7 @@ def _print(answer: "Answer") -> None:
     console().print(styled((label, "bold")))
     sides = (answer.treatment, answer.control)
     profiles = [run.measured.profile for side in sides for run in side.runs]
-    # One label may stand for other sites, or for the same ones rounded otherwise.
+    # The same label can mean other sites, or the same sites rounded differently.
     one_label = len({p.precision for p in profiles}) == 1 < len({p.sites_digest for p in profiles})
     for side in sides:
         print_indented(f"{side.name}: {_side(side, with_table=one_label)}")
@@ -121,7 +121,7 @@ def _print(answer: "Answer") -> None:
 
 
 def _checks(checks: "CrossChecks") -> Iterator[str]:
-    """Yield what the problems say, or why they say nothing."""
+    """Yield lines on the test over problems, or why there is none."""
     if checks.two_way and checks.bootstrap:
         two, many = checks.two_way, checks.bootstrap
         yield f"over seeds and problems: t [{two.low:+.1f}, {two.high:+.1f}], p = {two.p:.2g}"
@@ -135,7 +135,7 @@ def _checks(checks: "CrossChecks") -> Iterator[str]:
 
 
 def _side(side: "Side", *, with_table: bool) -> str:
-    """`seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the digest of the site table where that tells."""
+    """Return `seeds 0 1 2: 71.2 70.5 72.0 % at step 30 (w4a4)`, with the site table's digest where it matters."""
     if not side.runs:
         return side.missing or "no run"
     measured = side.runs[0].measured

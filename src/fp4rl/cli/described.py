@@ -1,4 +1,4 @@
-"""From what stands on a command line to the runs it describes."""
+"""From the words of a command line to the runs that they describe."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +13,14 @@ from fp4rl.spec.load import load_spec
 
 
 def spec_file(spec: Path) -> Path:
-    """Return a file on this disk, or a suite of the catalogue by its name (`catalogue/quickstart`)."""
+    """Return the path of a spec file, or that of a suite of the catalogue by its name (`catalogue/quickstart`)."""
     if spec.exists() or spec.suffix:
         return spec
     return named(spec.name) if spec.parent.name == "catalogue" or spec.name in names() else spec
 
 
 def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
-    """Return what a file, or a name of the catalogue, describes."""
+    """Load the suite or experiment that a file, or a name of the catalogue, describes."""
     return load_spec(spec_file(spec), overrides)
 
 
@@ -37,7 +37,7 @@ def require_here(runs: Iterable[PlannedRun]) -> None:
 
 
 def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
-    """Return what can be known beforehand of the arms of some runs, and is hardly ever meant."""
+    """Return warnings about the arms of some runs: what is allowed but hardly ever meant."""
     return spec_warnings({run.arm: run.experiment for run in runs})
 
 
@@ -47,7 +47,7 @@ def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:
 
 
 def is_spec(source: str) -> bool:
-    """Return whether a verb's first word names a spec file, or a suite of the catalogue, and not a model."""
+    """Return whether a verb's first word names a spec file or a suite of the catalogue, not a model."""
     return Path(source).suffix in (".yaml", ".yml") or Path(source).parent.name == "catalogue"
 
 

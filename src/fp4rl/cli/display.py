@@ -1,4 +1,4 @@
-"""The live picture of runs side by side: what each is doing, its last numbers, and the time left of all."""
+"""The live display of running runs: what each is doing, its last numbers, and the time left for all."""
 
 import re
 import time
@@ -14,13 +14,13 @@ from fp4rl.cli.terminal import styled
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import STOPPING, Event, Outcome
 
-# Stages of one run before and after its steps, in units of steps: only for the bar and the time left.
+# The stages of a run before and after its steps, counted as so many steps: only for the bar and the time left.
 _AROUND = 4
-_BEAT_S = 15.0  # on a pipe, a line as often as this
+_BEAT_S = 15.0  # seconds between lines on a pipe
 
 
 class Display:
-    """Shows events of running runs; on a pipe it prints lines instead, for finished runs and now and then."""
+    """Shows the events of running runs; on a pipe it prints lines instead, regularly and for finished runs."""
 
     def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
         self._runs = {run.run_id: run for run in runs}
@@ -44,11 +44,11 @@ class Display:
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
 
     def shown(self) -> AbstractContextManager[object]:
-        """Show the picture while the runs go on; on a pipe nothing."""
+        """Show the display inside the `with`; nothing on a pipe."""
         return self._live if self._console.is_terminal else nullcontext()
 
     def on_event(self, event: Event) -> None:
-        """A run went on, or has something to say."""
+        """Update the display for an event of a run."""
         if event.stage == STOPPING:
             line = "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once"
             self._console.print(line)
@@ -66,7 +66,7 @@ class Display:
             self._console.print("; ".join(map(self._doing, self._active.values())), soft_wrap=True)
 
     def _say(self, run_id: str, line: str) -> None:
-        """Once a run and kind of line, whatever the numbers in it; a line that several runs share once for all."""
+        """Print a line once for each run and kind of line, whatever its numbers; once for all runs that share it."""
         kind = run_id, re.sub(r"\d[\d.]*", "#", line)
         if not self._said & {kind, line}:
             self._console.print(styled(("warning", "yellow"), f": {_name(self._runs[run_id])}: {line}"))
@@ -77,7 +77,7 @@ class Display:
         return f"{_name(self._runs[event.run_id])}: {event.stage}{where}"
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """A run ended."""
+        """Update the display for the end of a run."""
         run = outcome.run
         self._active.pop(run.run_id, None)
         self._done[run.run_id] = self._steps[run.run_id]
@@ -85,7 +85,7 @@ class Display:
         self._failed += outcome.error is not None
         self._progress.update(self._bar, completed=self._finished)
         if outcome.mistake:
-            return  # said once, at the end, for all runs that share it
+            return  # printed once, at the end, for all runs that share it
         if outcome.error is not None:
             how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
             self._console.print(styled(how, f" {_name(run)}: {outcome.error}"))

@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from fp4rl.rl.evaluate import Evaluation as Measured
     from fp4rl.rl.evaluate import EvaluationRunner
 
-# One answer in twenty moves the accuracy by more points than most recipes do.
+# One answer in twenty: that changes the accuracy more than most recipes do.
 _MANY_CUT_OFF = 0.05
-# The robustness of one checkpoint: relative errors in every matmul, and formats of the weights.
+# The robustness sweep of a checkpoint: relative errors in every matmul, and formats of the weights.
 _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
 
 
 def command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder on this disk.")],
     task: Annotated[
-        str, typer.Option(help="arithmetic, gsm8k with --data, or another of `fp4rl keys task.name`.")
+        str, typer.Option(help="arithmetic, gsm8k with --data, or another that `fp4rl keys task.name` lists.")
     ] = "arithmetic",
     data: Annotated[
         Path | None,
-        typer.Option(help="The task's file, such as GSM8K's: a tenth of it is answered, see --split."),
+        typer.Option(help="The task's file, such as GSM8K's; a tenth of it is held out and answered, see --split."),
     ] = None,
     test_path: Annotated[
-        Path | None, typer.Option(help="A test file in the place of --data: all of it is held out.")
+        Path | None, typer.Option(help="A test file instead of --data; all of it is answered.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="test (the default) or validation: which tenth of --data.")] = None,
     precision: Annotated[
@@ -52,27 +52,28 @@ def command(
             "--precision",
             "-p",
             help="full, a mode (w4a16), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
-            "NAME=FILE; may repeat.",
+            "NAME=FILE; may be repeated.",
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
-    count: Annotated[int | None, typer.Option(min=1, help="Problems; by default all there are, up to 500.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Number of problems; by default all, up to 500.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="By default what the task's answers take (arithmetic 48), else 1024.")
+        int | None,
+        typer.Option(min=1, help="Tokens of an answer; by default the task's own (arithmetic: 48), else 1024."),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="A text that ends an answer; may repeat, '' is none. The default is the task's own."),
+        typer.Option(help="A text that ends an answer; may be repeated, '' for none. The default is the task's own."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="1 is greedy; more are sampled: mean@k, pass@k.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a problem: 1 is greedy, more are sampled.")] = 1,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Also: matmul noise of 0 to 10 %, and BF16, MXFP8, NVFP4, MXFP4 weights.")
+        bool, typer.Option("--sweep", help="Add matmul noise of 0 to 10 %, and BF16, MXFP8, NVFP4 and MXFP4 weights.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="The dtype that the model is loaded in.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write one row per problem to this Parquet file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer the task's test problems greedily and print strict, flexible and format rate with 95 % intervals.
+    """Answer the task's test problems and print strict, flexible and format rates with 95 % intervals.
 
     Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
     """
@@ -95,9 +96,9 @@ def command(
 
 
 def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":
-    """Evaluate the model at every precision, in their order, with a bar on stderr."""
+    """Evaluate the model at every precision, in order, with a progress bar on stderr."""
     require_here([single(described, "eval")])
-    quiet()  # torch is imported below: it costs seconds, and every mistake above is answered without it
+    quiet()  # torch, which takes seconds to import, is imported below: all errors above are found without it
     from fp4rl.rl.evaluate import EvaluationRunner
 
     ready_to_round()
@@ -111,11 +112,11 @@ def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[
 def _described(
     model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
 ) -> Experiment:
-    """Return the experiment whose evaluation is asked for; mistakes are found before torch is imported."""
+    """Return the experiment to evaluate; its errors are found before torch is imported."""
     evaluation = asked_profiles(precision)
     if sweep:
         evaluation |= _SWEEP
-    if sweep and model["dtype"] == "bfloat16":  # its weights are BF16 as they are: that point of the sweep is `full`
+    if sweep and model["dtype"] == "bfloat16":  # its weights are BF16 already: that point of the sweep is `full`
         evaluation["formats"] = tuple(name for name in _SWEEP["formats"] if name != "bf16")
         evaluation["profiles"] = list(dict.fromkeys(["full", *evaluation["profiles"]]))
     described = TASKS.get(task["name"])
@@ -126,9 +127,9 @@ def _described(
 
 
 def _asked_task(task: str, data: Path | None, test_path: Path | None, split: str | None) -> dict[str, str]:
-    """Return what `--task`, `--data` and `--test-path` say as the key `task` of an experiment.
+    """Return the key `task` of an experiment for `--task`, `--data`, `--test-path` and `--split`.
 
-    Raises InvalidValueError for a task that lacks its file, for a file of a task that reads none, and for a test file
+    Raises InvalidValueError for a task without its file, for a file with a task that reads none, and for a test file
     that would be cut by mistake.
     """
     if test_path is not None and (data is not None or split is not None):
@@ -161,12 +162,12 @@ def _cut_from(data: Path | None, test_path: Path | None, split: str) -> str | No
 def _table(title: str, summaries: list[Evaluation], problems: str | None = None) -> Table:
     from fp4rl.lab.statistics.proportions import wilson
 
-    # pass@1 is the mean accuracy, which stands under `strict`
+    # pass@1 is the mean accuracy, which is the column `strict`
     names = dict.fromkeys(name for s in summaries for name in s.of_samples)
     passed = [name for name in names if name.startswith("pass@") and name != "pass@1"]
     rows = []
     for s in summaries:
-        n = _problems(s)  # several answers to one problem are no independent trials
+        n = _problems(s)  # several answers to one problem are not independent trials
         low, high = wilson(round(s.strict * n), n)
         strict = f"{100 * s.strict:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         shares = (s.flexible, s.formatted, s.truncated)
@@ -178,7 +179,7 @@ def _table(title: str, summaries: list[Evaluation], problems: str | None = None)
 
 
 def _caption(summaries: list[Evaluation]) -> Iterator[str]:
-    """What n counts, what the intervals are of, what was cut off, and what acted under names that do not say it."""
+    """Yield notes: what n counts, what the intervals are over, answers cut off, and what acted under other names."""
     answers = max((s.n or 0) // _problems(s) for s in summaries)
     if answers == 1:
         yield "n problems, one answer each; 95 % Wilson intervals over problems"
@@ -187,7 +188,7 @@ def _caption(summaries: list[Evaluation]) -> Iterator[str]:
         yield "95 % Wilson intervals with n problems as trials: answers to one problem are not independent"
     yield f"cut: the share that the token limit, {summaries[0].profile.max_new_tokens}, cut off"
     worst = max(summaries, key=lambda s: s.truncated or 0.0)
-    if (worst.truncated or 0.0) > _MANY_CUT_OFF:  # the accuracy is one of the limit too
+    if (worst.truncated or 0.0) > _MANY_CUT_OFF:  # the accuracy then depends on the limit
         yield (
             f"{100 * (worst.truncated or 0.0):.0f} % of the answers of {worst.profile.name} were cut off at the token "
             f"limit, {worst.profile.max_new_tokens}, and scored as they stood: raise --max-new-tokens, or name what "
@@ -214,8 +215,8 @@ def _write(out: Path, evaluations: "list[Measured]") -> None:
 def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
     """Return the keys `profiles` and `injections` of an evaluation.
 
-    A word is the name of a profile, a YAML file that holds an injection (an experiment, a run's `spec.yaml`, what
-    `fp4rl scan --advise` wrote, or an injection alone), or NAME=FILE or NAME={mapping}.
+    A word is the name of a profile, a YAML file with an injection (an experiment, a run's `spec.yaml`, a file of
+    `fp4rl scan --advise`, or an injection alone), or NAME=FILE or NAME={mapping}.
     """
     names, own = [], dict[str, Any]()
     for word in words:
@@ -223,7 +224,7 @@ def asked_profiles(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith(MATMUL_NOISE) or not (equals or _is_file(word)):
             names.append(word)
             continue
-        if not equals:  # every run's description is called spec.yaml, so its folder tells more
+        if not equals:  # the description of every run is called spec.yaml, so the name of its folder is taken
             file = Path(word)
             name, what = file.resolve().parent.name if file.stem == "spec" else file.stem, word
         if name in own:

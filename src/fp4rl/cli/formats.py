@@ -1,4 +1,4 @@
-"""`fp4rl formats`: every number format, what it can hold and what it costs; one in detail; all of them compared."""
+"""`fp4rl formats`: list the number formats, show one in detail, or compare their errors."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -131,7 +131,7 @@ def _formula(fmt: Format) -> str:
 
 
 def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
-    """What each preset makes of the format; nothing for a format that presets leave alone or that sets its own rule."""
+    """Yield how each preset rounds the format; nothing for a format without preset, or with a rule of its own."""
     for preset in PRESETS.values():
         try:
             weight, entry = preset.at("weight", fmt), preset.at("input", fmt)
@@ -143,7 +143,7 @@ def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _ideal(fmt: Format) -> dict[str, float]:
-    """Return the kept figures of a format; measured now for one that has none."""
+    """Return the stored figures of a format; measured now for a format without any."""
     if (kept := kept_ideal(fmt)) is not None:
         return kept
     from fp4rl.numerics.errors import gaussian_ideal
@@ -207,7 +207,7 @@ def _facts(fmt: Format) -> dict[str, object]:
 
 
 def _bits(value: float) -> str:
-    """4.25, 4.3125, 8: no digit rounded away at the fourth place."""
+    """Return bits with up to four decimals, such as 4.25, 4.3125 or 8."""
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
 

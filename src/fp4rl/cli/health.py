@@ -1,4 +1,4 @@
-"""`fp4rl health`: is this run well? Judges a run of ours or an imported log with the monitor that watches live runs."""
+"""`fp4rl health`: judge a run, or the log of another trainer, with the monitor that watches live runs."""
 
 from glob import escape
 from pathlib import Path
@@ -27,21 +27,21 @@ def command(
     log: Annotated[
         Path,
         typer.Argument(
-            help="A run or a suite (folder, or its name below --runs), or a log of another trainer: verl, TRL, "
-            "ms-swift, JSON lines, CSV, TensorBoard, or the folder of one."
+            help="A run or a suite (a folder, or its name below --runs), or a log of another trainer: verl, TRL, "
+            "ms-swift, JSON lines, CSV, TensorBoard, or the folder of such a log."
         ),
     ],
     rule: Annotated[
         list[str] | None,
-        typer.Option("--rule", "-r", help="A red flag: 'stop if METRIC < VALUE at step N'; may be repeated."),
+        typer.Option("--rule", "-r", help="A rule of your own: 'stop if METRIC < VALUE at step N'; may be repeated."),
     ] = None,
     thresholds: Annotated[
-        list[str] | None, typer.Option("--set", "-s", help="A threshold, as length_ratio=2; may be repeated.")
+        list[str] | None, typer.Option("--set", "-s", help="A threshold, such as length_ratio=2; may be repeated.")
     ] = None,
     runs: RunsRoot = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Judge every step of a log: ok, watch or alarm with the evidence, or not judged. Exit code 1 after an alarm.
+    """Judge every step of a log: ok, watch, alarm or not judged, with the evidence. Exit code 1 after an alarm.
 
     Example: `fp4rl health runs/quickstart/RUN --rule 'stop if accuracy/rollout < 0.1 at step 20'`
     """
@@ -61,7 +61,7 @@ def _spec(rules: list[str], thresholds: list[str]) -> Health:
 
 
 def _located(log: Path, runs: Path) -> Path:
-    """Return what is named: a path, or a run or a suite below the folder of runs by its name or the beginning of it."""
+    """Return the path that is named: as it is, or of a run or suite below `runs` by its name or its beginning."""
     if log.exists() or log.is_absolute():
         return log
     if (runs / log).exists():
@@ -71,16 +71,16 @@ def _located(log: Path, runs: Path) -> Path:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The runs of a suite, or of all suites where `folder` holds those; none where it is a run or a log itself."""
+    """Return the runs of a suite, or of all suites in `folder`; none where it is a run or a log itself."""
     if not folder.is_dir() or (folder / _METRICS).is_file():
         return []
     return sorted(file.parent for file in (*folder.glob(f"*/{_METRICS}"), *folder.glob(f"*/*/{_METRICS}")))
 
 
 def _judged(log: Path, spec: Health) -> tuple[str, Joined, Monitor, list[Finding]]:
-    """Return the form of a log, its numbers, and what the monitor makes of them.
+    """Return the form of a log, its numbers, and the monitor's verdict and findings.
 
-    Raises NotFoundError for a rule about a metric that the log does not have: it would never be broken.
+    Raises NotFoundError for a rule about a metric that the log does not have: it could never hold.
     """
     dialect, joined = read_steps(log)
     steps = joined.in_order()
@@ -110,7 +110,7 @@ def _show_log(log: Path, spec: Health, as_json: bool) -> None:
             for finding in monitor.findings()
         )
         screen.print(table("check=", "at the end=", "alarms>", "evidence", rows=rows, lines=True))
-        for finding in findings:  # what the monitor would have said live
+        for finding in findings:  # what the monitor would have reported live
             screen.print(str(finding), style=COLOURS[finding.state])
     if not monitor.healthy:
         count = f"{len(monitor.alarms)} alarms, the first" if len(monitor.alarms) > 1 else "an alarm"
@@ -141,7 +141,7 @@ def _show_suite(folder: Path, members: list[Path], spec: Health, as_json: bool) 
 
 
 def _summary(run: Path, spec: Health) -> dict[str, Any]:
-    """Return where one run of a suite stands at its end, and its first alarm or what keeps it from being read."""
+    """Return the final state of one run of a suite, and its first alarm, or why it cannot be read."""
     try:
         _, joined, monitor, _ = _judged(run, spec)
     except (UserError, CheckFailed) as error:

@@ -1,4 +1,4 @@
-"""`fp4rl keys`: every key that an experiment or a suite may have, with its type, its default and what it means."""
+"""`fp4rl keys`: every key of an experiment, a suite or a scan, with its type, its default and its meaning."""
 
 from collections import Counter
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ def command(
     prefix: Annotated[str, typer.Argument(help="Only the keys below this one, such as training or noise.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List the keys of an experiment, the `base` of a suite, and those of a suite and of a scan, with defaults.
+    """List the keys of an experiment (the `base` of a suite), of a suite or of a scan, with their defaults.
 
     Examples: `fp4rl keys training.rollout_correction`, `fp4rl keys suite`, `fp4rl keys scan`
     """
@@ -43,7 +43,7 @@ def _as_dict(key: Key) -> dict[str, Any]:
 
 
 def _rows(keys: list[Key]) -> list[tuple[str | Text, ...]]:
-    """One row a key, and an empty one where a new part of the experiment, one of several keys, begins or ends."""
+    """Return a row for each key, and an empty one before and after each part of several keys."""
     parts = [key.path.partition(".")[0] for key in keys]
     sizes = Counter(parts)
     rows: list[tuple[str | Text, ...]] = []

@@ -1,4 +1,4 @@
-"""`fp4rl ledger`: the database behind `runs`, `show` and `compare`, and the way to make it again."""
+"""`fp4rl ledger`: rebuild the database behind `runs`, `show` and `compare`, or describe it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from fp4rl.spec.words import counted
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.store import Ledger
 
-app = typer.Typer(no_args_is_help=True, help="Make the ledger again from the run folders, or say what it holds.")
+app = typer.Typer(no_args_is_help=True, help="Rebuild the ledger from the run folders, or show what it holds.")
 
 
 @app.command("rebuild")
@@ -24,10 +24,10 @@ def rebuild_ledger(
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
     drop_missing: Annotated[
-        bool, typer.Option("--drop-missing", help="Forget runs whose folder is not here, too.")
+        bool, typer.Option("--drop-missing", help="Also drop runs whose folder is not here.")
     ] = False,
 ) -> None:
-    """Empty the ledger and record every finished run of the run folders.
+    """Empty the ledger and record every finished run again from its folder.
 
     Example: `fp4rl ledger rebuild --runs runs`
     """
@@ -43,7 +43,7 @@ def rebuild_ledger(
 
 @app.command("info")
 def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson = False) -> None:
-    """Where the ledger is, its schema, and how many rows each table holds.
+    """Show where the ledger is, its schema, and the number of rows of each table.
 
     Example: `fp4rl ledger info --ledger postgresql://lab@server/fp4rl`
     """
@@ -66,7 +66,7 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 
 @contextmanager
 def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
-    """The ledger with every finished run below `runs` in it. One that cannot be read is named and left out."""
+    """Open the ledger with every finished run below `runs` in it. A run that cannot be read is named and left out."""
     from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import open_ledger
 
@@ -84,5 +84,5 @@ def _require_runs(runs: Path) -> None:
 
 
 def ledger_address(runs: Path, address: str | None) -> str | Path:
-    """Return where the ledger of a folder of runs is: the address that is named, else its own file."""
+    """Return the address of the ledger of a folder of runs: the named one, else the folder's own file."""
     return address or runs / "ledger.db"

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, one line an error, and three exit codes (0 fine, 1 check failed, 2 bad input)."""
+"""The command line: a file for each verb, one line for each error; exit code 1: a check failed, 2: bad input."""
 
 import ast
 import inspect
@@ -19,8 +19,8 @@ from fp4rl.engines.environment import launched, leave
 from fp4rl.lab.files import is_full
 from fp4rl.spec.errors import CheckFailed, UserError
 
-# In the order a reader meets them. A verb's module holds `command` (a function) or `app` (a Typer of sub-verbs); its
-# `CONTEXT`, where there is one, are settings of the parser.
+# In the order of their listing. A verb's module has `command` (a function) or `app` (a Typer with sub-verbs), and may
+# have `CONTEXT`, settings of the parser.
 VERBS = (
     "quickstart",
     "formats",
@@ -45,7 +45,7 @@ _INTERRUPTED = 130
 
 _HELP = (
     "A lab for RL post-training of language models that survive 4-bit hardware.\n\n"
-    "Exit codes: 0 fine, 1 a check failed, 2 bad input. fp4rl VERB --help shows an example of each verb."
+    "Exit codes: 0 done, 1 a check failed, 2 bad input. fp4rl VERB --help shows an example of each verb."
 )
 
 
@@ -58,14 +58,14 @@ def _show_version(wanted: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options that stand before the verb; `main` reads --debug itself, so that it also covers errors in parsing."""
+    """Take the options before the verb; `main` reads --debug itself, so that it also covers errors of parsing."""
 
 
 def _app(verb: str | None) -> typer.Typer:
-    """The command line with one verb loaded, or, to list them all, with the first line of each one's docstring."""
+    """Return the command line with one verb loaded, or with the first line of every verb's docstring to list them."""
     app = typer.Typer(name="fp4rl", no_args_is_help=True, rich_markup_mode="rich", add_completion=False, help=_HELP)
     app.callback()(_options)
     if verb not in VERBS:
@@ -82,7 +82,7 @@ def _app(verb: str | None) -> typer.Typer:
 
 
 def _first_line(verb: str) -> str:
-    """Return what the verb's module says of itself, read without importing it: a list of verbs should cost nothing."""
+    """Return the first line of a verb's module, read without importing it, since listing verbs should be fast."""
     source = Path(__file__).with_name(f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     commands = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
@@ -91,7 +91,7 @@ def _first_line(verb: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; the return value is its exit code."""
+    """Run one command line; return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [_at_home(a) for a in arguments if a != "--debug"]
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     forget_left_out()
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
-        if code == _INTERRUPTED:  # typer catches it, and says nothing
+        if code == _INTERRUPTED:  # typer catches Ctrl-C and prints nothing
             raise KeyboardInterrupt
         require_nothing_left_out()
         return code
@@ -108,13 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
         if answer is None:
             raise
         code, line = answer
-        if line:  # one, whatever stands in it: names and messages come from outside
+        if line:  # printed as one line, whatever is in it: names and messages come from outside
             print("fp4rl:", " ".join(line.split("\n")), file=sys.stderr)
         return code
 
 
 def _at_home(argument: str) -> str:
-    """`~` as a shell means it: shells leave it alone after `--runs=`."""
+    """Expand `~` as a shell does, which it does not after `--runs=`."""
     option, equals, value = argument.partition("=")
     if option.startswith("--") and value.startswith("~"):
         return f"{option}{equals}{Path(value).expanduser()}"
@@ -122,9 +122,9 @@ def _at_home(argument: str) -> str:
 
 
 def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
-    """Return the exit code and the line that answer an error; None for a fault of ours.
+    """Return exit code and message for an error; None for a fault of fp4rl itself.
 
-    An error of the system that names a file is about what the user gave, and so is a full disk.
+    An OSError that names a file counts as the user's, and so does a full disk.
     """
     match error:
         case TyperException():
@@ -149,12 +149,12 @@ def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
 
 
 def entry() -> None:
-    """The console script."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no text
+    """Run the console script."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may have bytes that are not valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = main()
-    if code == _INTERRUPTED:  # a second Ctrl-C on the way out would print tracebacks of half-closed things
+    if code == _INTERRUPTED:  # a second Ctrl-C during the exit would print tracebacks
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if launched():
         leave(code)

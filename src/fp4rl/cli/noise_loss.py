@@ -1,4 +1,4 @@
-"""What each arm's noise does to the loss before any training, for `fp4rl schedule SPEC --loss DRAWS`."""
+"""The effect of each arm's noise on the loss before any training, for `fp4rl schedule SPEC --loss DRAWS`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,9 +21,10 @@ TEXTS = 64
 
 
 def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root: Path) -> dict[str, Any]:
-    """Losses of every arm that starts from the first arm's model under its injection, and differences to the quiet arm.
+    """Measure the loss of every arm on the first arm's model and injection, and its difference to no noise.
 
-    The quiet arm is the first without noise, or the first of all. Sigma is the greatest of any schedule unless given.
+    Compared is with the first arm without noise, else with the first arm. By default sigma is the largest of all
+    schedules.
     """
     ready_to_round()
     first = runs[0].experiment
@@ -49,7 +50,7 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
 
 
 def show_losses(losses: dict[str, Any]) -> None:
-    """One row per arm; p after Holm over the arms."""
+    """Print a row per arm, with p corrected over the arms (Holm)."""
     draws = f"sigma {losses['sigma']:g}, {counted(losses['draws'], 'draw')}"
     title = f"loss of the answers without training, {draws}, against {losses['against']}"
     rows = []
@@ -66,7 +67,7 @@ def _rows(losses: dict[str, list[float]], against: str) -> list[dict[str, Any]]:
     tested = {}
     for arm, values in losses.items():
         paired = [value - base for value, base in zip(values, losses[against], strict=True)]
-        if len(set(paired)) > 1:  # one sample against 0: Welch with a side that does not vary is the paired t-test
+        if len(set(paired)) > 1:  # Welch's test against a constant 0 is the paired t-test
             tested[arm] = welch(paired, [0.0] * len(paired))
     adjusted = dict(zip(tested, holm([difference.p for difference in tested.values()]), strict=True))
     rows = []

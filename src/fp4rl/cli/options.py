@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, so that they read alike everywhere, and the files that they write."""
+"""Arguments and options that several verbs share, and the writing of files that options name."""
 
 import os
 import tempfile
@@ -13,10 +13,10 @@ from fp4rl.spec.errors import InvalidValueError
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a suite or of one experiment.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.path=value changes a key, +file.yaml lays a fragment over it.")
+    list[str] | None, typer.Argument(help="key.path=value changes a key, +file.yaml merges a fragment.")
 ]
-RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder that holds all runs.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side.")]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")]
 ReportTo = Annotated[
     list[str] | None, typer.Option("--report-to", help="wandb or mlflow, besides TensorBoard; may be given twice.")
 ]
@@ -28,12 +28,12 @@ Address = Annotated[
         help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def require_writable(file: Path | None, option: str, *, new: bool = False) -> None:
-    """Raise InvalidValueError where `file`, given as `option`, could not be written after the work, or where it should
-    be `new` and is there."""
+    """Raise InvalidValueError, before the work, where `file`, given as `option`, cannot be written, or where it must be
+    `new` and exists."""
     if file is None:
         return
     if new and file.is_file():
@@ -42,7 +42,7 @@ def require_writable(file: Path | None, option: str, *, new: bool = False) -> No
         raise InvalidValueError(f"{option} {file}: is a folder; name a file")
     if not file.parent.is_dir():
         raise InvalidValueError(f"{option} {file}: there is no folder {file.parent}; make it, or name another place")
-    if file.exists() and os.access(file, os.W_OK):  # such as /dev/stdout, whose folder is not the user's
+    if file.exists() and os.access(file, os.W_OK):  # also /dev/stdout, whose folder cannot be written
         return
     try:
         with tempfile.TemporaryFile(dir=file.parent):
@@ -52,6 +52,6 @@ def require_writable(file: Path | None, option: str, *, new: bool = False) -> No
 
 
 def write_fragment(file: Path, comments: Iterable[str], content: Mapping[str, Any]) -> None:
-    """Write a fragment for `fp4rl run SPEC +FILE` as YAML, with lines of comment above it."""
+    """Write a fragment for `fp4rl run SPEC +FILE` as YAML, below comment lines."""
     lines = "".join(f"# {comment}\n" for comment in comments)
     file.write_text(lines + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`fp4rl plan`: what a file describes: arms, questions, runs with their ids, and which are done; no model, no torch."""
+"""`fp4rl plan`: print what a file describes (arms, questions, runs with their ids) and which runs are done."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def command(
 
 
 def _print_what(experiment: Experiment) -> None:
-    """What the first run trains; the arms say in which keys the others differ."""
+    """Print what the first run trains; the arms show in which keys the others differ."""
     recipe, model = experiment.training, experiment.model
     source = model.path or f"the embedded model ({(model.embedded or Embedded()).hidden_size} wide)"
     console().print(
@@ -63,7 +63,7 @@ def _print_what(experiment: Experiment) -> None:
 
 
 def _print_recipes(runs: Sequence[PlannedRun]) -> None:
-    """Every number that decides what is learned, named or the algorithm's own; once for all arms that share them."""
+    """Print all numbers of the recipes, the algorithm's defaults included, once for all arms that share them."""
     recipes: dict[str, dict[str, None]] = {}
     for run in runs:
         recipe = run.experiment.training
@@ -88,7 +88,7 @@ def _print_suite(suite: Suite) -> None:
     screen.print(table("arm", "differs from the base in", rows=arms, title="arms", lines=True))
     for key, values in suite.axes.items():
         screen.print(f"each with {key} = {', '.join(map(str, values))}")
-    questions = Table.grid(padding=(0, 1))  # a long question wraps below itself
+    questions = Table.grid(padding=(0, 1))  # a long question wraps within its column
     for number, question in enumerate(suite.comparisons, 1):
         sides = f"{question.treatment} against {question.control}"
         questions.add_row(f"{number}.", styled(f"{question.question} ", (f"({sides})", "dim")))

@@ -1,4 +1,4 @@
-"""`fp4rl power`: how many seeds an arm it takes to see a difference, before any hour is spent."""
+"""`fp4rl power`: how many seeds an arm needs for a difference to be detected."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,19 +15,19 @@ _SHOWN_AROUND = 3
 
 
 def command(
-    difference: Annotated[float, typer.Argument(help="Points that should be seen; with --margin the true difference.")],
+    difference: Annotated[float, typer.Argument(help="Points to detect; with --margin the true difference.")],
     spread: Annotated[
-        float | None, typer.Option(help="Run-to-run standard deviation in points; from the ledger where not given.")
+        float | None, typer.Option(help="Run-to-run standard deviation in points; by default from the ledger.")
     ] = None,
-    like: Annotated[str | None, typer.Option(help="A run: the spread is that of its task and model.")] = None,
-    chance: Annotated[float, typer.Option(help="Chance of seeing it.")] = 0.8,
-    comparisons: Annotated[int, typer.Option(min=1, help="Comparisons that will be shown together.")] = 1,
+    like: Annotated[str | None, typer.Option(help="A run; the spread is that of runs on its task and model.")] = None,
+    chance: Annotated[float, typer.Option(help="Chance of detecting it (statistical power).")] = 0.8,
+    comparisons: Annotated[int, typer.Option(min=1, help="Comparisons to correct for.")] = 1,
     margin: Annotated[float | None, typer.Option(help="Non-inferiority margin in points.")] = None,
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many seeds does an arm need to show a difference of so many points?
+    """Compute how many seeds each arm needs to detect a difference of so many points.
 
     Example: `fp4rl power 2.5 --spread 1.57`
     """

@@ -1,4 +1,4 @@
-"""`fp4rl quickstart`: four training recipes for the embedded model, compared in full precision and in 4 bits."""
+"""`fp4rl quickstart`: train four recipes for the embedded model, and compare them in full precision and in 4 bits."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def command(
     ledger: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build and warm up the embedded model, train every arm, and print what the intervals allow one to say.
+    """Build and warm up the embedded model, train every arm, and print the comparison with intervals.
 
     Finished runs are skipped, so a second call takes seconds. Example: `fp4rl quickstart seeds=[0,1,2,3]`
     """

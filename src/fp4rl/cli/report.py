@@ -1,4 +1,4 @@
-"""`fp4rl report`: what the runs of a suite allow one to say, as a table and as one HTML file."""
+"""`fp4rl report`: print the comparison of a suite's runs, and write it as one HTML file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,15 +27,15 @@ def command(
 
 
 def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> None:
-    """Print the comparison table of a suite and write its HTML report beside its runs; `ledger` is the address of the
-    one that knows how far repeats lie apart, where it is not the folder's own."""
+    """Print the comparison table of a suite and write its HTML report beside its runs. `ledger`: the address of the
+    ledger with the spread of repeats, where it is not the folder's own."""
     report = collect(folder, ledger)
     for damage in report.damages:
         leave_out(damage)
     page: Path | None = folder / "report.html"
     try:
         write_whole(folder / "report.html", render(report))
-    except OSError as error:  # an archive can be read all the same
+    except OSError as error:  # a read-only folder is still reported on
         page = None
         console(stderr=True).print(f"no HTML report: {folder} cannot be written ({error.strerror})", soft_wrap=True)
     if as_json:

@@ -1,4 +1,4 @@
-"""`fp4rl run`: carry out every run of a file that is not finished, then show what the suite says."""
+"""`fp4rl run`: run everything in a file that is not finished, then show the comparison."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,15 +40,15 @@ def command(
     rerun_stale: Annotated[
         bool,
         typer.Option(
-            "--rerun-stale", help="Also repeat finished runs that were made by other code or from other files."
+            "--rerun-stale", help="Also repeat finished runs that were made with other code or from other files."
         ),
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show where a step's time goes; every run keeps it as profile.md.")
+        bool, typer.Option("--profile", help="Show where the time of a step goes; every run has it as profile.md.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Carry out the runs of a suite or an experiment. Finished runs are skipped; the same command resumes.
+    """Run a suite or an experiment. Finished runs are skipped; the same command resumes interrupted ones.
 
     Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
     """
@@ -58,7 +58,7 @@ def command(
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
-        return  # one of several processes: the first one speaks
+        return  # of several processes only the first prints
     times = profiled(done, runs, console().width) if profile and done else None
     if as_json:
         ids = {"skipped": [run.run_id for run in outcome.skipped], "done": [run.run_id for run in outcome.done]}
@@ -71,7 +71,7 @@ def command(
 
 
 def _show(described: Suite | Experiment, root: Path, done: Sequence[PlannedRun], ledger: str | None) -> None:
-    """A suite's table and page, or a single run's accuracies and where all of it can be looked at."""
+    """Show a suite's table and write its page, or show a single run's accuracies and where its files are."""
     from fp4rl.cli.report import show
     from fp4rl.cli.show import accuracies
 
@@ -86,7 +86,7 @@ def _show(described: Suite | Experiment, root: Path, done: Sequence[PlannedRun],
 
 
 def end(outcome: SuiteOutcome) -> None:
-    """Leave with 2 if a run could not start for a mistake in its spec, with 1 if one failed under way."""
+    """Exit with 2 if a run could not start because of its spec, with 1 if one failed later."""
     messages = sorted({str(ended.error) for ended in outcome.failed if ended.mistake})
     if messages:
         more = f" (and {counted(len(messages) - 1, 'other mistake')})" if len(messages) > 1 else ""
@@ -107,9 +107,9 @@ def carry_out_all(
     rerun_stale: bool = False,
     quiet: bool = False,
 ) -> SuiteOutcome:
-    """Run what is described below `root` with a live picture; used by `run` and `quickstart`.
+    """Run what is described below `root` with a live display; used by `run` and `quickstart`.
 
-    Under a launcher (torchrun) all its processes train each run together, and the first one alone shows anything.
+    Under a launcher (torchrun) all its processes train each run together, and only the first prints.
     """
     from fp4rl.lab.sinks import require_sinks
 
@@ -138,7 +138,7 @@ def carry_out_all(
     for line in warnings_of(missing) if not quiet else ():
         screen.print(f"warning: {line}")
     book = ledger_address(root, ledger)
-    _record(book, root, screen)  # also what a killed process finished and did not get to enter
+    _record(book, root, screen)  # also runs that a killed process finished but did not record
     display = Display(missing, screen)
 
     def ended(outcome: Outcome) -> None:
@@ -150,8 +150,8 @@ def carry_out_all(
 
 
 def _record(book: str | Path, root: Path, screen: Console) -> None:
-    """Enter what is finished. Old runs that cannot be read, and a ledger that another process keeps, stop no new run:
-    whoever opens the ledger next enters what is missing in it."""
+    """Record finished runs. Old runs that cannot be read, and a ledger that is locked, do not stop new runs: the next
+    process that opens the ledger records what is missing."""
     from fp4rl.lab.ledger.record import record_new
     from fp4rl.lab.ledger.store import Locked, open_ledger
 
@@ -163,7 +163,7 @@ def _record(book: str | Path, root: Path, screen: Console) -> None:
 
 
 def refuse_others(finished: Sequence[PlannedRun], root: Path) -> None:
-    """Raises InvalidValueError where a finished run was made from other files than those that are there now."""
+    """Raise InvalidValueError where a finished run was made from other files than the present ones."""
     changed = changed_inputs(finished, root)
     if changed:
         run, names = next(iter(changed.items()))
@@ -175,8 +175,8 @@ def refuse_others(finished: Sequence[PlannedRun], root: Path) -> None:
 
 
 def profiled(runs: Sequence[PlannedRun], root: Path, width: int) -> Group:
-    """Write `profile.md` into the folder of every run, and return seconds a step and shares by arm: tables of as many
-    arms as fit `width` columns, each with the same rows."""
+    """Write `profile.md` into the folder of every run; return tables of seconds a step and shares by arm, each of as
+    many arms as fit into `width` columns."""
     by_arm: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         by_arm.setdefault(run.arm, []).append(write_profile(run_folder(root, run.suite, run.run_id)))
@@ -198,7 +198,7 @@ def profiled(runs: Sequence[PlannedRun], root: Path, width: int) -> Group:
 
 
 def _fitting(arms: Mapping[str, object], width: int) -> Iterator[list[str]]:
-    """Yield the arms in their order, in groups whose columns together take at most `width`; one arm at least."""
+    """Yield the arms in groups, in order, whose columns take at most `width` together; at least one arm each."""
     group: list[str] = []
     used = 0
     for arm in arms:

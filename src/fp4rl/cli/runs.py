@@ -1,4 +1,4 @@
-"""`fp4rl runs`: list and filter the finished runs; `fp4rl runs import` takes over a foreign log."""
+"""`fp4rl runs`: list and filter the finished runs; `fp4rl runs import` imports a foreign log."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,8 @@ def list_all(
     suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
     arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Only runs evaluated so, and only that accuracy.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 50,
+    profile: Annotated[str | None, typer.Option(help="Only runs with this profile, and its accuracy.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Most rows to list; 0 for all.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List the finished runs with their last accuracies, in percent.
@@ -65,7 +65,7 @@ def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
         lines.append((row["suite"], row["run_id"], steps, shown or "-", state))
-    names = ("suite", "run=", "steps>", "accuracy %", "code")  # a run's id must stay whole, to be copied
+    names = ("suite", "run=", "steps>", "accuracy %", "code")  # a run's id must not wrap, so that it can be copied
     console().print(table(*names, rows=lines, title=counted(total, "finished run"), lines=True))
     if total > len(rows):
         console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose")
@@ -76,21 +76,21 @@ def import_file(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A log of verl, TRL or ms-swift (console, JSON lines), CSV, TensorBoard events, or its folder."
+            help="A log of verl, TRL or ms-swift (console, JSON lines), CSV, TensorBoard events, or a folder with one."
         ),
     ],
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
-    arm: Annotated[str | None, typer.Option(help="Name of the arm; the file's name where none is given.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; by default the file's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed of the run, if it is known.")] = None,
     config: Annotated[Path | None, typer.Option(help="The trainer's configuration, YAML or JSON.")] = None,
     status: Annotated[
-        str | None, typer.Option(help="How the run ended: finished, stopped, failed, or running still.")
+        str | None, typer.Option(help="How the run ended: finished, stopped, failed, or still running.")
     ] = None,
     note: Annotated[str | None, typer.Option(help="A remark to be shown with the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take over a log that another trainer wrote, as a run of the suite `imported`.
+    """Import a log of another trainer, as a run of the suite `imported`.
 
     Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """

@@ -1,4 +1,4 @@
-"""`fp4rl scan`: what a format does to a model, site by site, and what to do about it."""
+"""`fp4rl scan`: measure what a format does to a model, site by site, and advise."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
     from fp4rl.diagnose.report import ScanReport
 
-CONTEXT = {"ignore_unknown_options": True}  # so that an option of earlier versions is answered with its key
+CONTEXT = {"ignore_unknown_options": True}  # so that an option of earlier versions gives an error that names its key
 RENAMED = {
     "mode": "injection",
     "task": "task.name",
@@ -57,7 +57,7 @@ def command(
     `fp4rl scan suite.yaml arm=w4a4 preset=vllm measured=false`, `fp4rl scan MODEL weights_only=true format=nvfp4`
     """
     _refuse_options([model, *(words or [])])
-    # Everything that can be said without torch, which takes seconds to import, is said before it.
+    # Everything that can be checked without torch, which takes seconds to import, is checked before it is imported.
     require_writable(html, "--html")
     require_writable(advise, "--advise")
     other = _other_scan(against)
@@ -99,7 +99,7 @@ def _refuse_options(words: list[str]) -> None:
 
 
 def _other_scan(path: Path | None) -> dict[str, Any] | None:
-    """The JSON of another scan, None for a model folder; raises NotFoundError and InvalidValueError for neither."""
+    """Read the JSON of another scan, None for a model folder; raises NotFoundError and InvalidValueError for others."""
     if path is None or path.is_dir():
         return None
     if not path.exists():
@@ -114,7 +114,7 @@ def _other_scan(path: Path | None) -> dict[str, Any] | None:
 
 
 def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> None:
-    """Raise InvalidValueError for keys that contradict each other, or that nobody would see the effect of."""
+    """Raise InvalidValueError for keys that contradict each other, or that would have no effect."""
     request, given, folder = target.request, target.request.model_fields_set, target.experiment.model.path
     for key in ("take", "noise_rule", "bits"):
         if key in given and advise is None:
@@ -138,7 +138,7 @@ def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> Non
 def _scanned(
     target: ScanTarget, lines: list[str] | None, runs: Path, *, advised: bool
 ) -> "tuple[ScanReport, Advice | None]":
-    """Load the model and feed it the lines given, or texts of the experiment's task."""
+    """Load the model and scan it with the given lines, or with texts of the experiment's task."""
     from fp4rl.diagnose.advice import Options, advise
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
@@ -158,7 +158,7 @@ def _scanned(
 
 
 def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
-    """Read the weights from their files, one at a time."""
+    """Scan the weights from their files, one at a time."""
     from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
 
@@ -168,7 +168,7 @@ def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
 
 
 def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest) -> dict[str, Any]:
-    """Return the report with the verl fork's thresholds, the advice and what was asked for, as one mapping."""
+    """Return the report, the verl fork's thresholds, the advice and the request as one mapping."""
     from fp4rl.diagnose.findings import rules_as_dicts
 
     content = report.as_dict() | {"rules": rules_as_dicts(report), "scan": request.model_dump(mode="json")}
@@ -179,7 +179,7 @@ def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest
 
 
 def _of_advice(file: Path, advice: "Advice", target: ScanTarget) -> list[str]:
-    """Return what the file of advice holds, what of it was asked for in vain, and the command that takes it."""
+    """Return lines on what the file of advice holds, which requested pieces it lacks, and the command that takes it."""
     pieces = target.request.take
     held = advice.held(pieces)
     words = " and ".join(held) or "nothing but the injection as scanned (take=[formats,noise] puts more in)"

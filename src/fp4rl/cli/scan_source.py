@@ -1,4 +1,4 @@
-"""From the words of `fp4rl scan` to a model, its texts, and what is to be rounded in it."""
+"""From the words of `fp4rl scan` to a model, its texts, and the injection to scan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from fp4rl.spec.retarget import in_format, under_preset
 from fp4rl.spec.scan import ScanRequest
 
 DEFAULT_MODE = "w4a16"
-OF_A_MODEL = ("model", "task", "injection")  # keys of an experiment that act without a spec file
-_ARM = ", arm "  # between a suite's file and the arm of it that is scanned
+OF_A_MODEL = ("model", "task", "injection")  # keys of an experiment that can be given without a spec file
+_ARM = ", arm "  # between a suite's file and the arm that is scanned
 
 
 @dataclass(frozen=True)
 class ScanTarget:
-    """What is scanned: the name in the report, the experiment behind it, what was asked for, what is rounded."""
+    """What is scanned: its name in the report, its experiment, the request, and the injection."""
 
     source: str
     name: str
@@ -30,7 +30,7 @@ class ScanTarget:
     injection: Injection
 
     def run_with(self, file: Path) -> str:
-        """Return the command that lays a file of advice over what was scanned."""
+        """Return the command that runs the scanned spec with a file of advice."""
         if not is_spec(self.source):
             return f"fp4rl run SPEC +{file}; for one arm of a suite: arms.NAME=+{file}"
         _, _, arm = self.name.partition(_ARM)
@@ -40,7 +40,7 @@ class ScanTarget:
 def described(source: str, words: Sequence[str]) -> ScanTarget:
     """Read a model folder, the word `embedded` or a spec file, with `key=value` words.
 
-    Raises InvalidValueError for a wrong key or value, NotFoundError where a file that is named is not on this machine.
+    Raises InvalidValueError for a wrong key or value, NotFoundError for a file that is not on this machine.
     """
     requested, change, of_suite = _sorted(words, is_spec(source))
     request = parse(ScanRequest, requested, "")
@@ -80,7 +80,7 @@ def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[s
 
 
 def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None) -> PlannedRun:
-    """Return one arm of a suite, or an experiment, with the changes laid over what its file says."""
+    """Return one arm of a suite, or an experiment, with the changes applied."""
     run = run_described(source, of_suite, arm)
     if not change:
         return run
@@ -91,7 +91,7 @@ def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: s
 
 
 def _with_task(content: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with `change`; another task takes nothing over from the one that was there."""
+    """Return `content` with `change`; another task keeps no key of the former one."""
     task = change.get("task")
     if isinstance(task, Mapping) and "name" in task and task["name"] != (content.get("task") or {}).get("name"):
         content = {key: value for key, value in content.items() if key != "task"}
@@ -110,7 +110,7 @@ def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | N
 
 
 def _name(source: str, run: PlannedRun) -> str:
-    """Return what the report calls it; the model that a run ends with is `final` in every run."""
+    """Return the name for the report; a run's final model is called by its run, since its folder is always `final`."""
     path = Path(source).resolve()
     if is_spec(source):
         return f"{path.name}{_ARM}{run.arm}" if run.arm != "run" else path.name
@@ -118,7 +118,7 @@ def _name(source: str, run: PlannedRun) -> str:
 
 
 def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
-    """The experiment's own injection, or W4A16 where it has none, with the format, preset and patterns asked for."""
+    """Return the experiment's injection, else W4A16, with the requested format, preset and patterns."""
     injection = experiment.injection or Injection.named(DEFAULT_MODE)
     if request.format is not None:
         injection = in_format(injection, request.format)

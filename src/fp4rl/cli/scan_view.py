@@ -1,4 +1,4 @@
-"""A scan on the terminal: a row a layer, with strips of cells for its weights and inputs; two scans side by side."""
+"""Shows a scan on the terminal: a row for each layer, with cells for its weights and inputs; or compares two scans."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fp4rl.spec.words import counted
 
 _STYLES = {"fault": "bold red", "note": "dim"}
 WORST_SHOWN = 1.5  # times the ideal error: the darkest cell
-TOGETHER = {  # what all weights together are said to have: measure and form
+TOGETHER = {  # measures shown for all weights together, and their form
     "SQNR, dB": ("sqnr_db", ".2f"),
     "sum|e|/sum|w|": ("relative_l1", ".3f"),
     "zeroed": ("deadzone_share", ".1%"),
@@ -28,7 +28,7 @@ TOGETHER = {  # what all weights together are said to have: measure and form
 
 
 def show(report: ScanReport, advice: Advice | None) -> None:
-    """Print head, layers, findings, the thresholds of the verl fork, and advice with its reasons."""
+    """Print the head, layers, findings, the thresholds of the verl fork, and advice with its reasons."""
     screen, injection = console(), report.table.injection
     sites = counted(len(report.table.plans), "site")
     screen.print(styled((report.model, "bold"), f" {injection.name}: {sites}"))
@@ -54,7 +54,7 @@ def show(report: ScanReport, advice: Advice | None) -> None:
 
 
 def compare(model: str, report: ScanReport, path: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:
-    """Print a scan beside `other` (None: beside the weights in `path`) and what differs most.
+    """Print a scan beside `other` (None: beside the weights in `path`), and what differs most.
 
     Raises CheckFailed when nothing does.
     """
@@ -67,7 +67,7 @@ def compare(model: str, report: ScanReport, path: Path, other: dict[str, Any] | 
         now = report.as_dict()
         changes = compare_scans(other, now)
         other_sites = other["model"] == now["model"] and other["sites_digest"] != now["sites_digest"]
-        if not other_sites:  # the same model with some sites left out is the same in all others
+        if not other_sites:  # with other sites left out, equal measures of the rest are no sign of an error
             require_difference(all(row.a == row.b for row in changes), f"the scans {path} and of {model}")
         if not quiet:
             rows = ((total.name, f"{total.a:.4g}", f"{total.b:.4g}") for total in totals(other, now))

@@ -1,4 +1,4 @@
-"""`fp4rl schedule`: what sigma will be at every step, before a run spends hours on it."""
+"""`fp4rl schedule`: print and plot a noise schedule step by step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.words import counted
 
-WITHOUT_MODEL = Counter({1.0: 1})  # norms are born as ones
-# What the curve and the table of a schedule follow from; arms may differ in their multipliers alone.
+WITHOUT_MODEL = Counter({1.0: 1})  # norms are initialised to one
+# What determines the curve and the table of a schedule; arms may differ in their multipliers alone.
 _SHAPES = ("schedule", "steps", "control", "operation", "precision", "weights_dtype")
 
 
@@ -27,16 +27,16 @@ def command(
     spec: SpecFile,
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, typer.Option(help="Model folder: its norm weights decide what BF16 can hold of the noise.")
+        Path | None, typer.Option(help="Model folder; its norm weights decide how much of the noise BF16 can keep.")
     ] = None,
     loss: Annotated[
-        int | None, typer.Option(min=2, help="Also draw the noise so often and measure the loss, without training.")
+        int | None, typer.Option(min=2, help="Also measure the loss under so many draws of noise, without training.")
     ] = None,
-    sigma: Annotated[float | None, typer.Option(min=0.0, help="Sigma of --loss; the schedules' greatest else.")] = None,
+    sigma: Annotated[float | None, typer.Option(min=0.0, help="Sigma of --loss; else the schedules' largest.")] = None,
     runs: RunsRoot = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Print and plot sigma per step, the multipliers, and what BF16 can hold of each stage.
+    """Print and plot sigma per step, the multipliers, and how much of each stage BF16 can keep.
 
     Example: `fp4rl schedule catalogue/quickstart noise.schedule.num_stages=5 training.steps=40`
     """
@@ -62,7 +62,7 @@ def command(
 
 
 def _with_noise(spec: Path, planned: Sequence[PlannedRun]) -> list[tuple[Experiment, list[str]]]:
-    """Experiments with noise, one for each different (noise, steps, dtype), with the arms that share it."""
+    """Return the experiments with noise, one for each different (noise, steps, dtype), with the arms that share it."""
     groups: dict[tuple[Noise, int, str], tuple[Experiment, list[str]]] = {}
     for run in planned:
         if run.experiment.noise is not None:
@@ -101,7 +101,7 @@ def _facts(arms: list[str], experiment: Experiment, norms: Counter[float] | None
 
 
 def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
-    """Factor per layer at the start and at the end of the run; named layers only when the depth is unknown."""
+    """Return the factor of each layer at the start and at the end of the run; of named layers if depth is unknown."""
     embedded = experiment.model.embedded
     named = max((layer for layer, _ in noise.multipliers.by_layer), default=-1) + 1
     depth = embedded.num_layers if embedded else named
@@ -113,7 +113,7 @@ def _multipliers(noise: Noise, experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def _show(facts: dict[str, Any], weights: str, before: Sequence[dict[str, Any]]) -> None:
-    """Print a schedule, or which one of those `before` has the same curve."""
+    """Print a schedule, or which of those `before` has the same curve."""
     screen, name = console(), (", ".join(facts["arms"]), "bold")
     for other in before:
         if all(other[key] == facts[key] for key in _SHAPES):
@@ -133,7 +133,7 @@ def _show(facts: dict[str, Any], weights: str, before: Sequence[dict[str, Any]])
 
 
 def _show_stages(facts: dict[str, Any], weights: str) -> None:
-    # BF16 swallows noise where it is written into BF16 weights: not in wider ones, and not where the norm computes it.
+    # BF16 loses noise that is written into BF16 weights, but not in wider weights, nor where the norm adds it in FP32.
     in_bf16 = facts["weights_dtype"] == "bfloat16" and facts["precision"] == "weight"
     rows = []
     for row in facts["stages"] if len(facts["stages"]) <= 24 else facts["stages"][:: len(facts["stages"]) // 12]:
@@ -171,7 +171,7 @@ def _offset(folder: Path, noise: Noise) -> float:
 
 
 def _norm_values(folder: Path) -> Counter[float]:
-    """Every one-dimensional weight with `norm` in its name, as BF16, counted; needs torch, but loads no model."""
+    """Count the BF16 values of all one-dimensional weights with `norm` in their name; needs torch, loads no model."""
     from fp4rl.diagnose.shards import stored_tensors
 
     values: Counter[float] = Counter()

@@ -1,4 +1,4 @@
-"""`fp4rl show`: everything about one run."""
+"""`fp4rl show`: show everything about one run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def command(
     problem: Annotated[str | None, typer.Option(help="Show the answers to this problem instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run: how it was described, what it scored under which conditions, its evidence, curves and files.
+    """Show a run: its description, its scores with their conditions, its evidence, curves and files.
 
     Example: `fp4rl show quickstart/w4a4-s0`
     """
@@ -90,7 +90,7 @@ def _print_evidence(about: "About") -> None:
 
 
 def accuracies(evaluations: Sequence[Evaluation]) -> Table:
-    """Return one line an evaluation: what acted while it was measured, and the shares with their intervals."""
+    """Return a table with a line for each evaluation: what acted, and the shares with their intervals."""
     from fp4rl.lab.statistics.proportions import wilson
 
     rows = []
@@ -130,7 +130,7 @@ def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> Non
 
 
 def _given(spec: Any) -> Any:
-    """Return the description without what it leaves at none."""
+    """Return the description without keys that are none."""
     if not isinstance(spec, dict):
         return spec
     return {key: _given(value) for key, value in spec.items() if value is not None}

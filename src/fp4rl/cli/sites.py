@@ -1,4 +1,4 @@
-"""`fp4rl sites`: what an injection would do to a model, site by site, and why the rest is left out."""
+"""`fp4rl sites`: show what an injection would round in a model, site by site, and why the rest is left out."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 def command(
     source: Annotated[str, typer.Argument(help="A model folder, `embedded`, or a spec file of a suite or experiment.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="For a spec file: key.path=value.")] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="A mode or a mapping, instead of the spec's own.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="The deployment target's rules.")] = None,
-    arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a suite; else the first that rounds.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes of a spec file, key.path=value.")] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="A mode or an injection, instead of the spec's.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="Deployment preset of the formats.")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", help="Arm of a suite; by default the first that rounds.")] = None,
     old: Annotated[
         list[str] | None,
         typer.Option("--old", help="KEY=VALUE of the verl fork (hw_error_injection, noise_injection, VERL_NOISY_OPS)."),
     ] = None,
     write: Annotated[
-        Path | None, typer.Option("--write", help="Write what --old says as a fragment for `fp4rl run SPEC +FILE`.")
+        Path | None, typer.Option("--write", help="Write --old, translated, as a fragment for `fp4rl run SPEC +FILE`.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="One line per site instead of one per role.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Print one line per site instead of one per role.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what is rounded in a model and in which format, what is left out, and the counts to expect.
+    """Print what is rounded in a model and in which format, what is left out, and the expected counts.
 
     Examples: `fp4rl sites embedded --mode w4a4`, `fp4rl sites suite.yaml --arm w4a16`,
     `fp4rl sites MODEL --old hw_error_injection.enabled=true --old hw_error_injection.error_type=mxfp4 --write old.yaml`
@@ -75,7 +75,7 @@ def command(
 
 
 def _in_a_line(noise: Noise) -> str:
-    """`epoch_aware: sigma_start 0.05, ...; on norm weights`."""
+    """Return a line such as `epoch_aware: sigma_start 0.05, ...; on norm weights`."""
     schedule = noise.schedule.model_dump(exclude={"kind"})
     settings = ", ".join(f"{key} {value:g}" for key, value in schedule.items())
     return f"{noise.schedule.kind}: {settings}; on {' and '.join(noise.targets.kinds)} weights in rollouts"
@@ -148,7 +148,7 @@ def _show(sites: "SiteTable", every: bool) -> None:
 
 
 def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[tuple[str, ...]]:
-    """Return a line for each site, or for all layers of a role that are rounded alike: name, layers, shape, formats."""
+    """Return a row for each site, or for all layers of a role that are rounded alike: name, layers, shape, formats."""
     layers: dict[tuple[str, ...], list[int | None]] = defaultdict(list)
     for row in rows:
         shape = " x ".join(map(str, row["shape"])) or "-"
@@ -159,7 +159,7 @@ def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[t
 
 
 def _format(fmt: Any) -> str:
-    """`mxfp4`, or `mxfp4 even rotation 64 coarse 512 max`."""
+    """Return a format in words: `mxfp4`, or `mxfp4 even rotation 64 coarse 512 max`."""
     if not isinstance(fmt, dict):
         return fmt or "-"
     words = [fmt["name"]]
@@ -171,7 +171,7 @@ def _format(fmt: Any) -> str:
 
 
 def _layers(layers: list[int | None]) -> str:
-    """`0-27`, or `0, 2-5`; a dash for what stands outside the layers."""
+    """Return layers as `0-27` or `0, 2-5`; a dash for sites outside the layers."""
     numbers = sorted({layer for layer in layers if layer is not None})
     runs: list[list[int]] = []
     for number in numbers:
@@ -183,7 +183,7 @@ def _layers(layers: list[int | None]) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:
-    """`196 sites = 28 layers x 7`, so that a miscount is seen at a glance."""
+    """Return a line such as `196 sites = 28 layers x 7`, in which a missing site is easily seen."""
     if not rows:
         return "nothing is rounded"
     per_layer = Counter(row["layer"] for row in rows)

@@ -1,4 +1,4 @@
-"""What every verb shares on the screen: strings as they are, tables, pictures of characters, JSON, progress, gaps."""
+"""Output that all verbs share: strings as they are, tables, plots of characters, JSON, progress, what was left out."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from rich.text import Text
 from fp4rl.engines.environment import choose_backend
 from fp4rl.spec.errors import CheckFailed
 
-_MANY = 6  # columns from which on one space stands between them, so that 80 columns of text hold them
+_MANY = 6  # columns from which on a single space separates them, to fit into 80 characters
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 # Light to dark for a growing value; the digit inside a cell keeps it readable without colour.
 _HEAT = ("grey93", "light_goldenrod2", "orange1", "dark_orange3", "red3")
@@ -26,9 +26,9 @@ _left_out: set[str] = set()
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console that fits the terminal or COLUMNS, and 100 columns where there is neither (a pipe, a log).
+    """Return a console as wide as the terminal or COLUMNS; 100 columns without either (a pipe, a log).
 
-    A string is data, brackets and all: answers, paths and errors come from outside. What has a style is a `Text`.
+    Strings are printed literally, brackets too, since answers, paths and errors come from outside; styles need `Text`.
     """
     screen = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not screen.is_terminal and "COLUMNS" not in os.environ:
@@ -37,17 +37,17 @@ def console(stderr: bool = False) -> Console:
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """Return one line of strings and (string, style) pairs."""
+    """Return a line made of strings and (string, style) pairs."""
     return Text.assemble(*parts)
 
 
 def print_indented(*parts: str | tuple[str, str], by: int = 2) -> None:
-    """Print one line of `styled` parts behind `by` spaces; a long line wraps below itself."""
+    """Print a line of `styled` parts, indented by `by` spaces also where it wraps."""
     console().print(Padding(styled(*parts), (0, 0, 0, by), expand=False))
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, nothing else."""
+    """Print one JSON document on standard output."""
     print(json.dumps(value, indent=2, sort_keys=False, allow_nan=False))
 
 
@@ -58,10 +58,10 @@ def table(
     caption: str | None = None,
     lines: bool = False,
 ) -> Table:
-    """Return a table of `rows`, with `lines` around its cells or without; no headings where all are empty.
+    """Return a table of `rows`, with or without `lines` around its cells; no headings where all are empty.
 
-    A column is its heading and how it behaves: `steps>` is right and never broken (numbers), `run=` is left and never
-    broken (what is copied), and any other is left and goes on below itself.
+    A column is given by its heading and a mark: `steps>` is right-aligned and never wraps (numbers), `run=` is
+    left-aligned and never wraps (ids to copy), any other is left-aligned and wraps.
     """
     made = Table(
         title=title,
@@ -86,9 +86,9 @@ def table(
 
 
 def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]:
-    """Lines from top to bottom over an axis of steps. Each column shows the largest of the values that fall on it.
+    """Return a bar chart as lines from top to bottom. Each column shows the largest of the values that fall on it.
 
-    Zeros stay empty; the smallest value fills the lowest row, so that its bar cannot be taken for the axis.
+    Zeros stay empty; the smallest other value fills the lowest row, so that its bar differs from the axis.
     """
     count = min(width, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
@@ -111,7 +111,7 @@ def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]
 
 
 def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:
-    """Return one cell a value: darker and a higher digit (0-9) for a greater share of the way from `low` to `high`."""
+    """Return a cell for each value: the closer to `high` (from `low`), the darker and the higher its digit (0-9)."""
     strip = Text()
     for value in values:
         if value is None or math.isnan(value):
@@ -127,7 +127,7 @@ def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function of (stage, done, total) that shows a bar with the time left for each stage, on standard error.
 
-    Nothing of it stays, and nothing shows on a pipe.
+    The bar disappears at the end, and nothing is shown on a pipe.
     """
     screen, bars = console(stderr=True), dict[str, TaskID]()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -142,7 +142,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def ready_to_round() -> None:
-    """Choose the backend, as FP4RL_BACKEND says, and show what is being compiled.
+    """Choose the backend that FP4RL_BACKEND names, and show what is being compiled.
 
     Raises InvalidValueError where FP4RL_BACKEND names no backend that works here.
     """
@@ -151,14 +151,14 @@ def ready_to_round() -> None:
 
 
 def leave_out(error: Exception) -> None:
-    """Name, once a command line, something that cannot be read; the verb goes on, and its exit code will be 1."""
+    """Name something that cannot be read, once per command; the verb continues, and its exit code will be 1."""
     if str(error) not in _left_out:
         _left_out.add(str(error))
         console(stderr=True).print(f"left out: {error}", soft_wrap=True)
 
 
 def forget_left_out() -> None:
-    """Begin a new command line."""
+    """Clear what was left out, for a new command line."""
     _left_out.clear()
 
 

@@ -1,4 +1,4 @@
-"""From findings to spec objects: what to leave out, which formats, how much noise where, and the reasons in words."""
+"""From findings to advice as spec objects: what to leave out, which formats, how much noise where, and why."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fp4rl.spec.scan import NoiseRule, Piece
 from fp4rl.spec.words import agreeing, counted
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
-NOISE_RULES: tuple[str, ...] = get_args(NoiseRule)  # two of them are there as controls
+NOISE_RULES: tuple[str, ...] = get_args(NoiseRule)  # two of them serve as controls
 LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take all the noise
 Strategy = Literal["no action", "mixed precision", "mixed precision and noise", "reconsider the format"]
 _PIECES: dict[Strategy, tuple[Piece, ...]] = {
@@ -34,7 +34,8 @@ _PIECES: dict[Strategy, tuple[Piece, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to advise. `bits_per_weight` is the budget for mixed formats; `bands` are shares of sites that stand out."""
+    """Settings of the advice. `bits_per_weight` is the budget for mixed formats; `bands` are shares of sites that stand
+    out, from which on another strategy is advised."""
 
     noise_rule: NoiseRule = "proportional"
     bits_per_weight: float = 4.5
@@ -44,10 +45,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Advice:
-    """A strategy in one line with its reasons, and the spec objects that carry it out.
+    """A strategy in one line with its reasons, and the spec objects that put it into effect.
 
-    `leave` are the sites that hurt most, whole fused groups of them; `formats` the knapsack's choice; `variants` other
-    ways to round the same weights, the best first.
+    `leave`: the sites whose rounding costs most, in whole fused groups. `formats`: the knapsack's choice. `variants`:
+    other ways to round the same weights, the best first.
     """
 
     strategy: Strategy
@@ -60,18 +61,18 @@ class Advice:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """What the strategy itself puts into a fragment; where it is no action, nothing but what was scanned."""
+        """The pieces that the strategy puts into a fragment; for `no action` none, only the scanned injection."""
         return _PIECES[self.strategy]
 
     @property
     def variant(self) -> Variant | None:
-        """The other way to round the weights that saves most, of those that the scanned preset (or any) rounds with."""
+        """The best other way to round the weights among those of the scanned preset, or of any preset without one."""
         preset = self.scanned.preset
         fitting = (v for v in self.variants if v.change < -WORTH_SAYING and accepted(v.format, preset))
         return next(fitting, None)
 
     def held(self, pieces: Sequence[Piece] | None = None) -> tuple[Piece, ...]:
-        """Return those of `pieces`, by default the strategy's own, that there is something to say of."""
+        """Return those of `pieces`, by default the strategy's own, that have any content."""
         reasons = {
             "formats": self.formats is not None and bool(self.formats.exceptions(self.scanned)),
             "noise": self.multipliers is not None,
@@ -81,7 +82,7 @@ class Advice:
         return tuple(piece for piece in (self.pieces if pieces is None else pieces) if reasons[piece])
 
     def injection(self, pieces: Sequence[Piece] = ("formats",)) -> Injection:
-        """Return the scanned injection with the advice that `pieces` name in it."""
+        """Return the scanned injection with the advice of these `pieces` applied."""
         changes: dict[str, Any] = {}
         if "formats" in pieces and self.formats is not None:
             changes["by_pattern"] = self.formats.exceptions(self.scanned) + self.scanned.by_pattern
@@ -91,16 +92,16 @@ class Advice:
         if "weight_format" in pieces and self.variant is not None:
             changes["weight"] = self.variant.format
         changed = self.scanned.model_copy(update=changes)
-        return Injection.model_validate(changed.model_dump(mode="json"))  # as a file says it: its preset's rules on all
+        return Injection.model_validate(changed.model_dump(mode="json"))  # as if read: the preset's rules on all
 
     def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
-        """Return what `fp4rl run spec.yaml +fragment.yaml` lays over a spec; by default the strategy's own pieces."""
+        """Return the fragment for `fp4rl run spec.yaml +fragment.yaml`, by default of the strategy's own pieces."""
         pieces = self.pieces if pieces is None else pieces
-        # The mode in any case: one that the spec names must not stay where the scan was of other formats.
+        # Always with the mode: one that the spec names must not stay where other formats were scanned.
         injection = self.injection(pieces).model_dump(mode="json", exclude_defaults=True)
         content: dict[str, Any] = {"injection": {"mode": self.scanned.mode, **injection}}
         if "noise" in pieces and self.multipliers is not None:
-            # Every key, and a list where there are no layers: mappings merge, and the spec's own factors must not stay.
+            # All keys, and a list where there are no layers: mappings are merged, and factors of the spec would stay.
             factors = self.multipliers.model_dump()
             content["noise"] = {"multipliers": factors | {"by_layer": factors["by_layer"] or []}}
         return content
@@ -109,7 +110,7 @@ class Advice:
 def advise(
     report: ScanReport, model: nn.Module, calibration: Calibration | None = None, options: Options | None = None
 ) -> Advice:
-    """Advice for the model that `report` is about; formats need the sensitivity part and the calibration behind it."""
+    """Derive advice from a report on `model`; formats need its sensitivity part and the calibration used for it."""
     options = options or Options()
     if not report.parts and report.sensitivity is None:
         raise InvalidValueError("nothing was measured, so nothing can be advised; scan with precision or sensitivity")
@@ -122,7 +123,7 @@ def advise(
     variants = weight_variants(model, report.table)
     reasons = _reasons(report, out, share, formats, variants)
     plan = strategy(share, options.bands)
-    wider: frozenset[str] = frozenset()  # the worst sites, which then need no noise
+    wider: frozenset[str] = frozenset()  # the worst sites, which get a wider format and then need no noise
     if formats is not None and plan == "mixed precision and noise":
         wider = frozenset(entry.pattern for entry in formats.exceptions(report.table.injection))
     severity = report.severity(without=wider)
@@ -143,7 +144,7 @@ def advise(
 
 
 def strategy(share_of_sites: float, bands: tuple[float, float]) -> Strategy:
-    """By the share of sites that stand out relative to the format's ideal."""
+    """Return the strategy by the share of sites that stand out relative to the format's ideal."""
     if share_of_sites == 0:
         return "no action"
     if share_of_sites <= bands[0]:
@@ -152,7 +153,7 @@ def strategy(share_of_sites: float, bands: tuple[float, float]) -> Strategy:
 
 
 def _worst(report: ScanReport) -> tuple[str, ...]:
-    """Return the tenth of the sites with the greatest KL and what is fused to them; nothing without sensitivity."""
+    """Return the tenth of the sites with the largest KL, and those fused with them; none without sensitivity."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return ()
     ranked = sorted(report.sensitivity.sites, key=lambda site: -site.kl)
@@ -222,7 +223,7 @@ def noise_multipliers(rule: NoiseRule, severity: Mapping[int, float], standing_o
 
 
 def _scaled(severity: Mapping[int, float], power: float) -> dict[int, float]:
-    """Severity ** power, bounded, with root mean square 1 before the bounds."""
+    """Return severity ** power, scaled to root mean square 1 and then clamped to LEAST..MOST."""
     floor = max(max(severity.values()) * 1e-6, 1e-300)
     raw = {layer: max(value, floor) ** power for layer, value in severity.items()}
     scale = sqrt(sum(value * value for value in raw.values()) / len(raw))

@@ -1,4 +1,4 @@
-"""The texts that a scan feeds a model, as batches of tokens, with the count and digest that stand in its report."""
+"""The texts that a scan runs through a model, as batches of tokens, with counts and a digest for its report."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from fp4rl.spec.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and masks, all [batch, time]: 1 in `mask` is a real token, 1 in `answers` one that the loss counts."""
+    """Token ids and masks, all [batch, time]; `mask` is 1 for tokens that are no padding, `answers` for those that the
+    loss counts."""
 
     ids: Tensor
     mask: Tensor
@@ -22,13 +23,13 @@ class Batch:
 
     @property
     def predicted(self) -> Tensor:
-        """Which positions predict a token that the loss counts [batch, time - 1]."""
+        """A mask [batch, time - 1] of the positions that predict a token that the loss counts."""
         return (self.answers[:, 1:] * self.mask[:, 1:] * self.mask[:, :-1]).bool()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches, and what they are made of: number of texts, of real tokens, and a digest of the tokens in order."""
+    """Batches, with the number of their texts and tokens, and a digest of the tokens in order."""
 
     batches: tuple[Batch, ...]
     texts: int
@@ -36,12 +37,12 @@ class Calibration:
     digest: str
 
     def described(self) -> dict[str, Any]:
-        """Return what the report says about them."""
+        """Return counts and digest for the report."""
         return {"texts": self.texts, "tokens": self.tokens, "digest": self.digest, "few": self.texts < ENOUGH_TEXTS}
 
 
 def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, longest: int = 256) -> Calibration:
-    """Tokenize `texts`, each cut at `longest` tokens; InvalidValueError for no token and for no pad token."""
+    """Tokenize `texts`, each cut at `longest` tokens. Raises InvalidValueError without any token, or any pad token."""
     rows = [row[:longest] for text in texts if text.strip() and (row := list(tokenizer(text)["input_ids"]))]
     if not rows:
         raise InvalidValueError("the calibration text is empty; give texts of the task, or text=FILE with some lines")
@@ -51,9 +52,9 @@ def calibrate(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8, long
 
 
 def calibrate_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch_size: int = 8) -> Calibration:
-    """Prompts with their answers after a blank; the loss counts the answers' tokens alone.
+    """Tokenize pairs of prompt and answer, joined by a blank; the loss counts the tokens of answers alone.
 
-    A policy is never asked to write a prompt, and what it makes of one would drown what it makes of the answer.
+    A policy never writes prompts, and its loss on prompts would dominate its loss on answers.
     """
     rows = [list(tokenizer(f"{prompt} {answer}")["input_ids"]) for prompt, answer in pairs]
     starts = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
@@ -63,7 +64,8 @@ def calibrate_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch
 def from_tokens(
     rows: Sequence[Sequence[int]], *, batch_size: int = 8, padding: int = 0, starts: Sequence[int] | None = None
 ) -> Calibration:
-    """Batches of token rows, padded on the right, like lengths together; the loss counts each from its start on."""
+    """Make batches of rows of tokens, padded on the right, similar lengths together; the loss counts each row from its
+    start on."""
     if not rows or not all(rows):
         raise InvalidValueError("a calibration row has no token; give texts with at least one token each")
     digest = hashlib.sha256(repr([list(row) for row in rows]).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Two scans or two checkpoints side by side; equal ones are flagged, since an adapter that was not loaded looks so."""
+"""Compare two scans or two checkpoints; identical ones are flagged: that is how an adapter not loaded looks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _TOGETHER = {"sqnr_db": "SQNR, dB", "relative_l1": "sum|e|/sum|w|", "deadzone_sh
 
 @dataclass(frozen=True)
 class TensorDelta:
-    """|b - a| / |a| of one tensor (root sums of squares), and the share of its values that differ."""
+    """|b - a| / |a| of one tensor in the L2 norm, and the share of its values that differ."""
 
     name: str
     relative: float
@@ -24,7 +24,7 @@ class TensorDelta:
 
 @dataclass(frozen=True)
 class CheckpointDelta:
-    """What lies between two checkpoints: tensors that both have, and names that only one has."""
+    """The difference of two checkpoints: tensors that both have, and names that only one has."""
 
     tensors: tuple[TensorDelta, ...]
     only_a: tuple[str, ...]
@@ -57,7 +57,7 @@ class Total:
 
 
 def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
-    """Two checkpoint folders, a few rows at a time. Raises NotFoundError for a folder without weights."""
+    """Compare two checkpoint folders, a few rows at a time. Raises NotFoundError for a folder without weights."""
     left, right = stored_tensors(a), stored_tensors(b)
     both = [name for name in left if name in right]
     deltas = [_delta(left[name], right[name]) for name in both]
@@ -65,7 +65,7 @@ def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
 
 
 def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureChange, ...]:
-    """Measures that two JSON scans share, in the order of `a`. Raises InvalidValueError when they share none."""
+    """Return the measures that two JSON scans share, in the order of `a`. Raises InvalidValueError without any."""
     theirs = {(part["site"], part["part"]): part["measures"] for part in b["parts"]}
     rows = [
         MeasureChange(part["site"], part["part"], measure, value, theirs[part["site"], part["part"]][measure])
@@ -79,13 +79,13 @@ def compare_scans(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[MeasureCh
 
 
 def totals(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Total, ...]:
-    """Whole figures that two JSON scans share: all weights together, the KL of everything, and of each layer."""
+    """Return the totals that two JSON scans share: all weights together, the KL of all sites, and of each layer."""
     ours, theirs = _totals(a), _totals(b)
     return tuple(Total(name, value, theirs[name]) for name, value in ours.items() if name in theirs)
 
 
 def require_difference(identical: bool, what: str) -> None:
-    """Raise CheckFailed for two that are identical (an adapter that was not loaded)."""
+    """Raise CheckFailed for two identical ones (an adapter that was not loaded)."""
     if identical:
         raise CheckFailed(f"{what} are identical to the last bit: adapters not loaded, or the wrong folder?")
 

@@ -1,4 +1,4 @@
-"""How the error of the residual stream grows layer by layer, and how much of it weights and activations add."""
+"""How the error of the residual stream grows from layer to layer, and the parts of weights and activations in it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ PARTS = ("weights", "inputs", "both")
 
 @dataclass(frozen=True)
 class LayerDepth:
-    """The residual stream after one layer: its root mean square, and the error in it relative to that.
+    """The residual stream after one layer: its root mean square, and its errors relative to that.
 
-    `weights` and `inputs` are measured with that part alone rounded (`inputs` includes rounded outputs), `both` with
-    the whole table; `predicted` is what independent errors would come to, sqrt(weights^2 + inputs^2).
+    `weights` and `inputs` are measured with only that part rounded (`inputs` includes rounded outputs), `both` with the
+    whole table; `predicted` is the error if both were independent, sqrt(weights^2 + inputs^2).
     """
 
     layer: int
@@ -33,20 +33,20 @@ class LayerDepth:
 
     @property
     def predicted(self) -> float:
-        """Root sum of squares of the two parts."""
+        """The error if the two parts were independent."""
         return hypot(self.weights, self.inputs)
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to error of the whole table, in decibels."""
+        """Signal-to-error ratio of the whole table, in decibels."""
         return -20 * log10(self.both) if self.both > 0 else inf
 
 
 def depth(
     model: nn.Module, table: SiteTable, calibration: Calibration, *, on_progress: Progress | None = None
 ) -> tuple[LayerDepth, ...]:
-    """Follow the error of the residual stream through the layers: one unchanged pass and up to three injected ones per
-    batch. The unchanged stream of one batch is held at a time.
+    """Measure the error of the residual stream after every layer: one unchanged pass and up to three injected ones per
+    batch. Memory holds the unchanged stream of one batch at a time.
 
     Raises InvalidValueError when no site belongs to a numbered layer.
     """
@@ -68,7 +68,7 @@ def depth(
 
 
 def layer_paths(table: SiteTable) -> dict[str, int]:
-    """Path of each decoder layer that holds a site -> its number, in order."""
+    """Return path -> number of each decoder layer that holds a site, in order."""
     paths: dict[str, int] = {}
     for site in (*(plan.site for plan in table.plans), *(left.site for left in table.left_out)):
         parts = site.path.split(".")
@@ -107,7 +107,7 @@ def _run(model: nn.Module, paths: Iterable[str], batch: Batch, watch: OnTensor) 
 
 
 def _part(table: SiteTable, part: str) -> SiteTable:
-    """Return the table with weights alone or inputs alone; sites that then do nothing are left out."""
+    """Return the table with weights alone or inputs alone, without sites that then do nothing."""
     if part == "both":
         return table
     if part == "weights":

@@ -1,4 +1,4 @@
-"""How every layer responds to small changes, all layers in one forward pass: the features in which faults show."""
+"""How every layer responds to small changes of its input, all layers in one forward pass: features that show faults."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -16,19 +16,19 @@ from fp4rl.diagnose.probes import STEP, Probe, probe
 from fp4rl.inject.plan import SiteTable
 from fp4rl.sites.observe import Eye, first_tensor, hooked
 
-# Of each linear layer in a batch, and of each decoder layer: enough for what a fault leaves blunt, for less than the
-# price of the forward pass itself.
+# Tokens of each linear layer and texts of each decoder layer that are probed in a batch: enough to show a fault, and
+# cheaper than the forward pass itself.
 PROBED_TOKENS = 32
 PROBED_TEXTS = 1
 
 
 @dataclass(frozen=True)
 class LayerDynamics:
-    """One decoder layer, attention included. Noise of 2 % of the stream's root mean square goes into its input.
+    """One decoder layer, attention included. Its input is perturbed by noise of 2 % of the stream's root mean square.
 
-    `gain` is the ratio of standard deviations of what comes out and what went in, `min_gain` and `max_gain` that of
-    single tokens; `kurtosis` is the excess kurtosis of its output and `kurtosis_jump` its growth over the layer before;
-    `instability` the relative difference of two identical calls.
+    `gain`: standard deviation of the response over that of the perturbation, `min_gain` and `max_gain` that of single
+    tokens. `kurtosis`: excess kurtosis of the output, `kurtosis_jump`: its growth over the layer before.
+    `instability`: relative difference of two identical calls.
     """
 
     layer: int
@@ -42,7 +42,7 @@ class LayerDynamics:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Every decoder layer, and every linear layer that was probed, by site name."""
+    """Features of every decoder layer, and the probes of linear layers by site name."""
 
     layers: tuple[LayerDynamics, ...]
     sites: Mapping[str, Probe]
@@ -59,11 +59,11 @@ def dynamics(
     batches: int = 1,
     probed: bool = True,
 ) -> Dynamics:
-    """Features of all layers, from one forward pass per batch over the last `batches` of the calibration (the longest).
+    """Measure features of all layers in one forward pass per batch, over the calibration's last (longest) `batches`.
 
-    Within the pass each layer is called again with its own input, changed a little; nothing is kept but sums. The
-    model is not changed. A second batch enters as the mean of the features (of the extremes for gains). Linear layers
-    are probed only with `probed`.
+    During the pass each layer is called again with its own input, slightly changed; only sums are kept. The model is
+    not changed. Features are averaged over batches; of the extreme gains the extremes are taken. Linear layers are
+    probed only with `probed`.
     """
     sites = {plan.name: plan.site for plan in table.plans if probed and plan.site.kind == "linear"}
     seen = _Seen(_own_stream(generator))
@@ -80,19 +80,20 @@ def dynamics(
 
 
 def _own_stream(generator: torch.Generator) -> torch.Generator:
-    """Return a generator of a stream of its own: weights from seed 0 answer noise from seed 0 as if with spikes."""
+    """Return a generator with a stream of its own: noise and weights both from seed 0 would be correlated, and the
+    response would look like spikes."""
     drawn = int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
     seed = hashlib.blake2b(f"probe {drawn}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
 
 
 def ratios(full: Dynamics, injected: Dynamics) -> dict[int, dict[str, float]]:
-    """Layer -> `gain_ratio` and `kurtosis_ratio` of the injected model to the unchanged one."""
+    """Return layer -> `gain_ratio` and `kurtosis_ratio` of the injected model to the unchanged one."""
     before = {layer.layer: layer for layer in full.layers}
     return {
         layer.layer: {
             "gain_ratio": layer.gain / before[layer.layer].gain,
-            # Of the plain fourth moment ratio (3 for Gaussian data): a ratio of excesses would divide by about zero.
+            # The ratio of plain kurtosis (3 for Gaussian data), since excess kurtosis is about zero.
             "kurtosis_ratio": (layer.kurtosis + 3) / (before[layer.layer].kurtosis + 3),
         }
         for layer in injected.layers
@@ -101,7 +102,7 @@ def ratios(full: Dynamics, injected: Dynamics) -> dict[int, dict[str, float]]:
 
 
 class _Seen:
-    """What the hooks of one pass collect. Calls that a hook itself makes are not looked at again."""
+    """Collects what the hooks of one pass measure; calls that a hook makes itself are not measured again."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -138,7 +139,7 @@ class _Seen:
     def _response(
         self, layer: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor, mask: Tensor
     ) -> tuple[Tensor, float]:
-        """Gain of every token of the probed texts [tokens], and the relative difference of two identical calls."""
+        """Return the gain of each token of the probed texts [tokens], and the relative difference of equal calls."""
         texts = len(hidden)
         args, kwargs = some_texts(given, texts)
         hidden, real = some_texts(hidden, texts), some_texts(mask.bool().to(hidden.device), texts)
@@ -159,9 +160,9 @@ def _called(layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dic
 
 
 def some_texts(value: Any, texts: int) -> Any:
-    """The last texts of whatever a layer was called with: of every tensor [texts, ...], in tuples and mappings too.
+    """Return the last `texts` of a layer's argument: of every tensor [texts, ...], in tuples and mappings too.
 
-    One-dimensional tensors are left alone: they count tokens, even where there are as many as texts.
+    One-dimensional tensors are left as they are: their axis counts tokens, even where there are as many as texts.
     """
     if isinstance(value, Tensor):
         return value[-PROBED_TEXTS:] if value.dim() > 1 and len(value) == texts else value
@@ -173,20 +174,20 @@ def some_texts(value: Any, texts: int) -> Any:
 
 
 def _merged(probes: list[Probe]) -> Probe:
-    """Means over batches, and extremes for the extremes."""
+    """Average probes over batches; of minima and maxima take the extremes."""
     choose: dict[str, Callable[[list[float]], float]] = {"min_gain": min, "max_gain": max}
     names = [field.name for field in fields(Probe)]
     return Probe(*(choose.get(name, _mean)([getattr(each, name) for each in probes]) for name in names))
 
 
 def power_sums(values: Tensor) -> Tensor:
-    """Return sum(x^k) for k = 0 to 4 in float64 [5]; those of pieces add up to those of the whole."""
+    """Return sum(x^k) for k = 0 to 4, float64 [5]; sums of pieces add up to those of the whole."""
     exact = values.detach().double()
     return torch.stack([(exact**k).sum() for k in range(5)]).cpu()
 
 
 def excess_kurtosis(sums: Tensor) -> float:
-    """Return the excess kurtosis of the values that gave the power sums: 0 for Gaussian values, NaN without spread."""
+    """Return the excess kurtosis by power sums: 0 for Gaussian values, NaN for constant ones."""
     _, mean, second, third, fourth = (sums / sums[0]).tolist()
     variance = second - mean**2
     central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4

@@ -1,8 +1,8 @@
-"""The KL that rounding a site will cost, from one backward pass: gradient times error, Fisher weighted.
+"""Estimates the KL that rounding each site costs, from one backward pass: gradient times error, Fisher weighted.
 
 To second order KL = 1/2 E[(sum_t g_t . d_t)^2] over answers drawn from the model itself, where g_t is the gradient of
-their log-probability at a site's output for token t and d_t the error that rounding puts there. Drawing the answers is
-what makes g g' the Fisher information (Martens 2020, arXiv 1412.1193, section 5).
+their log-probability at a site's output for token t, and d_t the error of that output by rounding. Only because the
+answers are drawn from the model is E[g g'] the Fisher information (Martens 2020, arXiv 1412.1193, section 5).
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from fp4rl.sites.observe import hooked
 from fp4rl.sites.walk import as_used
 from fp4rl.spec.formats import Format
 
-DRAWS = 4  # answers drawn per token; each costs a backward pass and none a forward
+DRAWS = 4  # answers drawn per token; each costs a backward pass but no forward
 
 
 def estimated_kl(
     model: nn.Module, table: SiteTable, calibration: Calibration, *, generator: torch.Generator, draws: int = DRAWS
 ) -> dict[str, float]:
-    """Linear site -> predicted KL in nats per token when that site alone is rounded. No parameter gets a gradient."""
+    """Predict for each linear site the KL, in nats per token, of rounding it alone. No parameter gets a gradient."""
     dtype = getattr(torch, table.injection.dtype)
     linears = tuple(plan for plan in table.plans if plan.site.kind == "linear")
     sums = {plan.name: 0.0 for plan in linears}
@@ -47,7 +47,7 @@ def estimated_kl(
 
 
 def _along(gradient: Tensor, error: Tensor, batch: Batch) -> Tensor:
-    """sum_t g_t . d_t for every sequence [batch]; tokens that an expert was given are one sequence."""
+    """Return sum_t g_t . d_t for every sequence [batch]; the tokens of an expert count as one sequence."""
     product = (gradient.float() * error.float()).sum(-1)
     return product.sum(-1) if product.shape == batch.mask.shape else product.sum()
 
@@ -60,7 +60,7 @@ def _log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Gene
 
 
 def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
-    """The hook that notes under the site's name its output in the graph, and the function giving that one's error."""
+    """Return a hook that stores, by site name, the output in the graph and a function that returns its error."""
 
     def hook(layer: nn.Linear, args: tuple[Tensor, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:  # frozen weights: the graph starts here
@@ -80,7 +80,7 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype) -> Tensor:
-    """Return what rounding adds to the layer's output: [..., out], from the input [..., in] it really had."""
+    """Return the error [..., out] that rounding adds to the layer's output for the input [..., in] that it had."""
     weight = as_used(plan.site, layer.weight.detach())
     rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
     clean = linear(x, weight, layer.bias)

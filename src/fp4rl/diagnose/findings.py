@@ -1,7 +1,7 @@
-"""What a reader should take from a scan: which sites stand out, relative to the format's ideal and to each other.
+"""The findings of a scan: which sites stand out, relative to the format's ideal and to each other.
 
-The fixed thresholds of the verl fork that this work grew from are kept to be compared with, not to be trusted: one that
-ideal data cannot meet flags every layer, so the result says where the format's own ideal already fails it.
+The fixed thresholds of the verl fork that this work grew from are kept for comparison only: a threshold that ideal data
+cannot meet flags every layer, so each result tells where the format's ideal already fails it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ Kind = Literal["fault", "precision", "sensitivity", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence, and the sites it is about."""
+    """One sentence, and the sites that it is about."""
 
     kind: Kind
     text: str
     sites: tuple[str, ...] = ()
 
     def named_sites(self, most: int = 3) -> str:
-        """Return the first of its sites in words; empty for a note, and where the sentence names them all."""
+        """Return the first few of its sites in words; empty for a note, and where the sentence names all of them."""
         if self.kind == "note" or all(site in self.text for site in self.sites):
             return ""
         more = f" and {len(self.sites) - most} more" if len(self.sites) > most else ""
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A site is flagged when `measure` is `below` or `above` the limit; `meaning` is what an unclear name means."""
+    """A threshold: a site is flagged when `measure` is `below` or `above` the limit; `meaning` explains the measure."""
 
     name: str
     measure: str
@@ -49,7 +49,7 @@ class Rule:
     meaning: str = ""
 
     def flags(self, value: float) -> bool:
-        """Return whether this value is on the wrong side."""
+        """Return whether this value is on the wrong side of the limit."""
         return value < self.limit if self.side == "below" else value > self.limit
 
 
@@ -79,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What one rule flagged, and in which layers; `ideal_fails` counts those whose format's ideal already fails it."""
+    """What one rule flagged, and in which layers; `ideal_fails` counts those where ideal data would be flagged too."""
 
     rule: Rule
     judged: int
@@ -95,11 +95,11 @@ class RuleResult:
 
     @property
     def advice(self) -> str:
-        """What the fork's bands make of it."""
+        """The advice of the fork's bands for this share of layers."""
         return band(len(self.layers) / self.layers_judged) if self.layers_judged else "no action"
 
     def cells(self) -> tuple[str, str, str, str]:
-        """For a reader, under COLUMNS."""
+        """Return the cells of a table with the headings COLUMNS."""
         rule, sign = self.rule, "<" if self.rule.side == "below" else ">"
         ideal = "" if not self.ideal_fails else "flagged too" if self.discriminates else "all: tells nothing"
         flagged = f"{len(self.flagged)} of {self.judged}"
@@ -107,7 +107,7 @@ class RuleResult:
 
 
 def meanings(results: Sequence[RuleResult]) -> str:
-    """Return what is measured by the rules whose name does not say it; empty where there is none."""
+    """Explain the measures of rules whose names do not; empty where there are none."""
     return "; ".join(f"{r.rule.name}: {r.rule.meaning}" for r in results if r.rule.meaning)
 
 
@@ -131,7 +131,7 @@ def apply_rule(rule: Rule, measured: Sequence[Measured]) -> RuleResult:
 
 
 def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
-    """Return the fork's bands: what to do when this share of the layers is flagged."""
+    """Return the fork's advice when this share of the layers is flagged."""
     if share_of_layers == 0:
         return "no action"
     if share_of_layers < low:
@@ -140,7 +140,7 @@ def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
 
 
 def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ...]:
-    """Sites with a weight or an input whose error is more than `limit` times that of ideal data in the same format."""
+    """Return sites with a weight or an input whose error exceeds `limit` times that of ideal data in the format."""
     return tuple(dict.fromkeys(part.site for part in report.parts if part.excess > limit))
 
 
@@ -151,18 +151,18 @@ def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
 
 
 def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ...]:
-    """Faults first, then what is imprecise, then what hurts, then what to know about the scan itself."""
+    """Return all findings: faults, then imprecise sites, then sensitive ones, then notes about the scan itself."""
     return (*_faults(report), *_imprecise(report, limit), *_sensitive(report), *_notes(report))
 
 
 def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
-    """Apply the verl fork's thresholds, with the report's limits, leaving out those that nothing was measured for."""
+    """Apply the verl fork's thresholds, with the report's limits, to what was measured; others are left out."""
     results = (apply_rule(rule_named(name, report.limits.get(name)), measured(report)) for name in RULES)
     return tuple(result for result in results if result.judged)
 
 
 def rules_as_dicts(report: ScanReport) -> list[dict[str, Any]]:
-    """Return the same for JSON."""
+    """Return the results of the fork's thresholds for JSON."""
     return [
         {
             **asdict(result.rule),
@@ -178,7 +178,7 @@ def rules_as_dicts(report: ScanReport) -> list[dict[str, Any]]:
 
 
 def measured(report: ScanReport) -> list[Measured]:
-    """Every measured weight and input, and every layer's ratios to full precision, as something that rules apply to."""
+    """Return all that rules apply to: measured weights and inputs, and every layer's ratios to full precision."""
     parts = [Measured(f"{part.site} {part.part}", part.layer, part.measures, part.ideal) for part in report.parts]
     return parts + [Measured(f"layer {layer}", layer, ratios, {}) for layer, ratios in report.ratios.items()]
 

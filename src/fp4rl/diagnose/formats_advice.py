@@ -1,4 +1,4 @@
-"""Which format each site should have, by a knapsack on measured KL, and what another scale rule would save."""
+"""Advice on formats: the best format for each site by a knapsack on KL, and what another scale rule would save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from fp4rl.spec.presets import preset_named
 
 WIDER: tuple[Format, ...] = (MXFP8, BF16)
 _RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
-BUCKETS = 1 << 16  # steps of the budget; costs are rounded up to whole steps, so that the budget is never passed
+BUCKETS = 1 << 16  # steps of the budget; costs are rounded up to whole steps, so that the budget is never exceeded
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A format for one group: what it costs in bits, and the KL that remains, in nats per token."""
+    """A format for one group: its cost in bits, and the KL that remains, in nats per token."""
 
     format: str
     bits: float
@@ -45,10 +45,10 @@ class Chosen:
 
 
 def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chosen:
-    """Take one choice from every group so that the bits fit `budget_bits` and the sum of the KLs is least.
+    """Take one choice from every group so that the bits fit `budget_bits` and the sum of the KLs is minimal.
 
-    By dynamic programming: the solver of `scipy.optimize.milp` prints on standard output now and then, amid JSON.
-    Raises InvalidValueError when even the cheapest choices do not fit, naming what would.
+    Dynamic programming, since the solver of `scipy.optimize.milp` at times prints to standard output, into the JSON.
+    Raises InvalidValueError, naming the least budget, when even the cheapest choices do not fit.
     """
     floors = [min(choice.bits for choice in choices) for choices in groups.values()]
     spare = budget_bits - sum(floors)
@@ -56,7 +56,7 @@ def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chos
         least = f"{sum(floors):.6g} bits"
         raise InvalidValueError(f"the cheapest formats need {least}, but the budget is {budget_bits:.6g}; raise it")
     step = max(spare, 1e-9 * budget_bits) / BUCKETS
-    best = np.zeros(BUCKETS + 1)  # least KL of the groups so far, by the steps that they may take
+    best = np.zeros(BUCKETS + 1)  # least KL of the groups so far, by the steps of the budget that they may use
     picks = []
     for choices, floor in zip(groups.values(), floors, strict=True):
         options = np.full((len(choices), BUCKETS + 1), np.inf)
@@ -75,14 +75,14 @@ def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chos
 
 @dataclass(frozen=True)
 class FormatAdvice:
-    """The chosen format per group of sites (fused groups stay together), and the average bits per weight."""
+    """The chosen format of each group of sites (fused groups stay together), and the average bits per weight."""
 
     chosen: Chosen
     groups: Mapping[str, tuple[str, ...]]
     bits_per_weight: float
 
     def exceptions(self, injection: Injection) -> tuple[PatternFormats, ...]:
-        """One exception per site whose format is not the injection's own; BF16 means that nothing is rounded there."""
+        """Return an exception for each site with another format than the injection's own; BF16 means no rounding."""
         exceptions = []
         for group, choice in self.chosen.choices.items():
             if injection.weight is not None and choice.format != injection.weight.name:
@@ -96,10 +96,10 @@ class FormatAdvice:
 def advised_formats(
     model: nn.Module, report: ScanReport, calibration: Calibration, bits_per_weight: float, generator: torch.Generator
 ) -> FormatAdvice:
-    """Least predicted KL under an average of `bits_per_weight`, over the scanned format, MXFP8 and BF16.
+    """Choose among the scanned format, MXFP8 and BF16 for least predicted KL at an average of `bits_per_weight`.
 
-    A wider format's KL is the scanned one's, measured where it was, times the ratio of their one-pass estimates.
-    Raises InvalidValueError without a sensitivity scan, and for a budget below the scanned format's own bits.
+    The KL of a wider format is that of the scanned one, times the ratio of their estimates by backward passes. Raises
+    InvalidValueError without a sensitivity scan, and for a budget below the scanned format's own bits.
     """
     if report.sensitivity is None:
         raise InvalidValueError("formats are advised from sensitivity; scan with it")
@@ -110,7 +110,7 @@ def advised_formats(
     widened = _widened(report.table)
     narrow = estimated_kl(model, report.table, calibration, generator=generator)
     wide = estimated_kl(model, widened, calibration, generator=generator)
-    stacks = [plan for plan in widened.plans if plan.name not in narrow]  # experts have no estimate: a pass each
+    stacks = [plan for plan in widened.plans if plan.name not in narrow]  # experts are measured, by a pass each
     tables = [replace(widened, plans=(plan,)) for plan in stacks]
     measured = divergences(model, tables, calibration)
     narrow |= {plan.name: kl[plan.name] for plan in stacks}
@@ -127,7 +127,7 @@ def advised_formats(
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to round the same weights: relative error of all of them together, and the change against now."""
+    """Another way to round the same weights: the relative error of all together, and its change against the present."""
 
     name: str
     format: Format
@@ -136,7 +136,7 @@ class Variant:
 
 
 def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
-    """Scale rules and a rotation beside the scanned format, on the first million values of every weight; best first."""
+    """Measure other scale rules and a rotation on the first million values of every weight; the best comes first."""
     fmt = table.injection.weight
     if fmt is None:
         return ()
@@ -179,7 +179,7 @@ def _ratio(wide: float, narrow: float) -> float:
 
 
 def _widened(table: SiteTable) -> SiteTable:
-    """Return every site in MXFP8, as the scanned preset rounds it."""
+    """Return the table with every site in MXFP8, as the scanned preset rounds it."""
     preset = preset_named(table.injection.preset) if table.injection.preset else None
     weight, inputs = (preset.at("weight", MXFP8), preset.at("input", MXFP8)) if preset else (MXFP8, MXFP8)
     plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)
@@ -187,7 +187,7 @@ def _widened(table: SiteTable) -> SiteTable:
 
 
 def fused_groups(plans: Sequence[SitePlan]) -> dict[str, tuple[str, ...]]:
-    """Sites that a serving kernel fuses form one group; every other site is its own."""
+    """Return groups of sites: those that a serving kernel fuses together, every other site alone."""
     groups: dict[str, list[str]] = {}
     for plan in plans:
         groups.setdefault(plan.site.fused_group or plan.name, []).append(plan.name)

@@ -1,4 +1,4 @@
-"""What noise alone does to the loss of a quantized model: the cheapest probe of a noise strategy, without training."""
+"""The effect of noise alone on the loss of a quantized model: the cheapest test of a noise strategy, no training."""
 
 from collections.abc import Mapping
 
@@ -24,9 +24,9 @@ def noise_losses(
     draws: int,
     on_progress: Progress | None = None,
 ) -> dict[str, list[float]]:
-    """Name -> loss of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
+    """Return name -> the loss of each draw, under `injection` as in a rollout and noise of `sigma` x multiplier.
 
-    A loss is in nats per token that the calibration counts. Draw d uses the same noise numbers for every name, so that
+    Losses are in nats per token that the calibration counts. Draw d uses the same numbers for every name, so that
     differences between names are paired; an arm without noise has one loss, repeated. The model is not changed.
     """
     if draws < 2:

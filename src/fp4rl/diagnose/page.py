@@ -54,7 +54,7 @@ def _facts(report: ScanReport) -> list[str]:
 
 
 def _weights(report: ScanReport) -> list[list[str]]:
-    """Return all weights pooled, beside the ideal of the format."""
+    """Return rows of the measures of all weights together, beside the format's ideal."""
     weights = [part for part in report.parts if part.part == "weight"]
     if not report.tallies or not weights:
         return []
@@ -97,12 +97,12 @@ _MEASURES: tuple[tuple[str, str, str, bool], ...] = (
 
 
 def figures_of(report: ScanReport) -> list[Figure]:
-    """Return every figure that the scan measured something for."""
+    """Return every figure for which the scan has measurements."""
     return [*heat_map(report), *sensitivity_bars(report), *depth_lines(report), *before_and_after(report)]
 
 
 def heat_map(report: ScanReport) -> Iterator[Figure]:
-    """Layers x projections, with a menu of measures; KL first where it was measured."""
+    """Yield a heat map of layers x projections with a menu of measures, KL first where it was measured."""
     layers = sorted({plan.site.layer for plan in report.table.plans if plan.site.layer is not None})
     roles = list(dict.fromkeys(plan.site.role for plan in report.table.plans if plan.site.layer is not None))
     named = [(label, _grid(values, layers, roles), worse) for label, values, worse in _by_layer(report)]
@@ -140,7 +140,7 @@ def heat_map(report: ScanReport) -> Iterator[Figure]:
 
 
 def sensitivity_bars(report: ScanReport) -> Iterator[Figure]:
-    """Yield the sites with the greatest KL: measured alone, and what one backward pass predicted."""
+    """Yield bars of the sites with the largest KL: as measured, and as estimated by a backward pass."""
     if report.sensitivity is None or not report.sensitivity.sites:
         return
     ranked = sorted(report.sensitivity.sites, key=lambda site: site.kl, reverse=True)[:MOST_BARS]
@@ -172,7 +172,7 @@ def sensitivity_bars(report: ScanReport) -> Iterator[Figure]:
 
 
 def depth_lines(report: ScanReport) -> Iterator[Figure]:
-    """Error of the residual stream after each layer: weights alone, inputs alone, both, and what independence gives."""
+    """Yield lines of the residual stream's error after each layer: weights, inputs, both, and both if independent."""
     if not report.depth:
         return
     layers = [depth.layer for depth in report.depth]
@@ -195,7 +195,7 @@ def depth_lines(report: ScanReport) -> Iterator[Figure]:
 
 
 def before_and_after(report: ScanReport) -> Iterator[Figure]:
-    """Histogram of one weight before and after rounding, logarithmic; beyond four rms all is in the last bins."""
+    """Yield a logarithmic histogram of one weight before and after rounding; the last bins hold all beyond four rms."""
     distribution = report.distribution
     if distribution is None:
         return
@@ -215,7 +215,8 @@ _WIDE = {"l": 70, "r": 20, "t": 34, "b": 50}  # pixels, with room for the axis's
 
 
 def _by_layer(report: ScanReport) -> list[tuple[str, dict[tuple[int | None, str], float], bool]]:
-    """(label, (layer, role) -> value, whether more is worse); sites that share layer and role are averaged."""
+    """Return (label, (layer, role) -> value, whether more is worse) for every measure; sites of one layer and role are
+    averaged."""
     grids = []
     if report.sensitivity is not None:
         effects = [(site.layer, site.role, site.kl) for site in report.sensitivity.sites]

@@ -1,4 +1,4 @@
-"""One forward pass over a batch, and how far two of them lie apart."""
+"""One forward pass over a batch, and the divergence of two of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 def tracked(items: Sequence[T], on_progress: Progress | None) -> Iterator[T]:
-    """Yield each item, and say after each how many are done."""
+    """Yield each item, and report after each how many are done."""
     for done, item in enumerate(items, start=1):
         yield item
         if on_progress is not None:
@@ -25,7 +25,7 @@ def tracked(items: Sequence[T], on_progress: Progress | None) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far an output is from that of the unchanged model: KL and change of the loss, in nats per token."""
+    """Difference of an output to that of the unchanged model: KL and change of the loss, in nats per token."""
 
     kl: float
     loss_change: float
@@ -36,16 +36,16 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unchanged model on one batch: log-probabilities [tokens, vocabulary] of its real tokens, and its loss."""
+    """The unchanged model on one batch: log-probabilities [tokens, vocabulary] without padding, and its loss."""
 
     log_probs: Tensor
     loss: float
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [batch, time, vocabulary] in the model's dtype."""
+    """Return logits [batch, time, vocabulary] in the model's dtype."""
     device = next(model.parameters()).device
-    # A cache would grow by every probe that calls a layer again.
+    # A key-value cache would grow with every probe that calls a layer again.
     options = {"use_cache": False} if hasattr(model, "config") else {}
     output: Any = model(**forward_inputs(model, batch.ids.to(device), batch.mask.to(device)), **options)
     logits: Tensor = output.logits if hasattr(output, "logits") else output
@@ -54,14 +54,14 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def reference_of(model: nn.Module, batch: Batch) -> Reference:
-    """Return the model as it is now, as what others are compared with."""
+    """Run the model as it is now, as the reference of comparisons."""
     logits = logits_of(model, batch)
     return Reference(_log_probs(logits, batch), _loss(logits, batch))
 
 
 @torch.no_grad()
 def divergence_of(model: nn.Module, batch: Batch, reference: Reference) -> Divergence:
-    """Return how far the model as it is now lies from `reference`: KL(reference || now), averaged over real tokens."""
+    """Return the divergence of the present model from `reference`: KL(reference || now), averaged over tokens."""
     logits = logits_of(model, batch)
     now = _log_probs(logits, batch)
     kl = kl_div(now, reference.log_probs, reduction="sum", log_target=True) / len(now)
@@ -69,7 +69,7 @@ def divergence_of(model: nn.Module, batch: Batch, reference: Reference) -> Diver
 
 
 def weighted(divergences: list[Divergence], weights: list[int]) -> Divergence:
-    """Return the average over batches, each counted by its tokens."""
+    """Return the average over batches, weighted by their tokens."""
     total = sum(weights)
     pairs = list(zip(divergences, weights, strict=True))
     return Divergence(sum(h.kl * w for h, w in pairs) / total, sum(h.loss_change * w for h, w in pairs) / total)
@@ -80,7 +80,7 @@ def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _loss(logits: Tensor, batch: Batch) -> float:
-    """Cross-entropy of the next token, over those that the loss counts."""
+    """Return the cross-entropy of the next token, over those that the loss counts."""
     mask = batch.predicted.to(logits.device)
     if not bool(mask.any()):
         return 0.0

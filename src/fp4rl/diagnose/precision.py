@@ -1,4 +1,4 @@
-"""How exact every site is in its format, weights and inputs apart, each beside what ideal data would give."""
+"""The precision of every site in its format, weights and inputs separately, each beside that of ideal data."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class PartError:
 
     @property
     def excess(self) -> float:
-        """The error over that of ideal Gaussian data in the same format (relative_l2): 1 is the format's own floor."""
+        """relative_l2 over that of ideal Gaussian data in the same format: at 1 the format itself is the limit."""
         error, floor = self.measures["relative_l2"], self.ideal["relative_l2"]
         return error / floor if floor > 0 else (1.0 if error == 0 else inf)
 
@@ -71,7 +71,7 @@ def stored_weight_errors(
     """Measure the weights of a checkpoint folder from its files; the model is never loaded and need not fit in memory.
 
     Stacked experts are left out, since files name and stack them in many ways. Raises InvalidValueError for an
-    adapter's folder, NotFoundError for a tensor that the files do not hold.
+    adapter's folder, NotFoundError for a tensor that is not in the files.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
@@ -83,7 +83,7 @@ def stored_weight_errors(
 def _weight_errors(
     matrices_of: Callable[[SitePlan], list[Rows]], plans: list[SitePlan], table: SiteTable, on_progress: Progress | None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    """Return one row a site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
+    """Return a row for each site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
     sums = {
         plan.name: pooled([rounding_error(rows, plan, table) for rows in matrices_of(plan)])
         for plan in tracked(plans, on_progress)
@@ -92,8 +92,8 @@ def _weight_errors(
 
 
 def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
-    """The matrices [out, in] that are rounded: a layer's own (plus its active adapters where they are merged), or one
-    an expert."""
+    """Return the matrices [out, in] that are rounded: a layer's own (with merged active adapters), or one for each
+    expert."""
     if plan.merged:
         stored = AdaptedSum(adapter_of(model, plan.site)).weight
     else:
@@ -109,7 +109,7 @@ def _pieces(weight: Tensor) -> Rows:
 def input_errors(
     model: nn.Module, table: SiteTable, calibration: Calibration, on_progress: Progress | None = None
 ) -> tuple[PartError, ...]:
-    """Return every matmul input that the table rounds; one forward pass per batch serves all sites."""
+    """Measure every matmul input that the table rounds; one forward pass per batch serves all sites."""
     plans = {plan.site.path: plan for plan in table.plans if plan.input is not None and plan.site.kind == "linear"}
     if not plans:
         return ()
@@ -135,7 +135,7 @@ def input_errors(
 
 
 def part_error(plan: SitePlan, part: Part, tally: ErrorSums) -> PartError:
-    """Sums -> measures, with the ideal beside them."""
+    """Return the measures of sums, with the ideal beside them."""
     fmt = plan.weight if part == "weight" else plan.input
     assert fmt is not None
     site, columns = plan.site, plan.site.shape[-1]
@@ -145,7 +145,7 @@ def part_error(plan: SitePlan, part: Part, tally: ErrorSums) -> PartError:
 
 
 def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
-    """Sums over one weight that is given in pieces, cast to the dtype that the quantizer sees."""
+    """Sum up the errors of one weight that is given in pieces, cast to the dtype that the quantizer sees."""
     fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
     assert fmt is not None
     height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
@@ -158,7 +158,7 @@ def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
 
 
 def ideal_measures(fmt: Format) -> dict[str, float]:
-    """Return what ideal Gaussian data gives in the format; of a long row it is the median row's error too."""
+    """Return the measures of ideal Gaussian data; in long rows the median row's error is that of all."""
     ideal = gaussian_ideal(fmt)
     return {**ideal, "row_median": ideal["relative_l2"]}
 

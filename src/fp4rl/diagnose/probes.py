@@ -1,7 +1,7 @@
-"""Questions to one linear layer that a healthy matmul answers exactly: again, a little more, turned round, and louder.
+"""Probes of one linear layer: the same input again, slightly changed, negated, and eight times as large.
 
-y = W x + b repeats itself, answers a small change of x with W dx, turns its sign with x except for b, and grows with x.
-Every fault of the hardware breaks one of these, and which one it breaks names the fault; no healthy twin is needed.
+A correct y = W x + b repeats itself, responds to a change dx with W dx, changes sign with x except for b, and scales
+with x. Every fault of the hardware breaks one of these, and which one tells the fault; no correct copy is needed.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 STEP = 0.02  # size of the change of the input, relative to its root mean square
-LOUDER = 8.0  # a power of two, so that a healthy answer grows by it exactly
+LOUDER = 8.0  # a power of two, so that a correct response scales exactly
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Answers of one linear layer on some tokens. Channels that the weights leave silent are not counted.
+    """The responses of one linear layer on some tokens. Channels whose weights are all zero are not counted.
 
     instability   rms difference of two identical calls, relative to the output (healthy: 0)
-    gain          response to a change of the input over what the weights make of it (healthy: 1)
-    min_gain, max_gain   the same for the channel with the least and the greatest
+    gain          response to a change of the input over the expected one, W dx (healthy: 1)
+    min_gain, max_gain   the gain of the channels with the least and the greatest
     kurtosis      excess kurtosis of the response, every channel in units of its own spread (healthy: near 0)
-    jumps         share of responses beyond six of the spreads that the weights imply (healthy: 0)
+    jumps         share of responses beyond six times the spread that the weights imply (healthy: 0)
     dead          share of outputs that are exactly zero (healthy: 0)
-    edge          share of outputs that pile up at one magnitude when the input is eight times louder (healthy: 0)
-    stuck         share of channels that do not answer (healthy: 0)
-    offset        median over channels of what is left of y(x) + y(-x) - 2b, relative to the output (healthy: 0)
+    edge          share of outputs at one largest magnitude when the input is eight times as large (healthy: 0)
+    stuck         share of channels that do not respond (healthy: 0)
+    offset        median over channels of y(x) + y(-x) - 2b, relative to the output (healthy: 0)
     """
 
     instability: float
@@ -45,10 +45,10 @@ class Probe:
 
 @torch.no_grad()
 def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
-    """Ask `layer` with inputs [tokens, in], in three calls; `generator` draws the change of the input."""
+    """Probe `layer` with inputs [tokens, in]; `generator` draws the change of the input."""
     change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     shifted = (x.float() + STEP * _rms(x) * change).to(x.dtype)
-    step = shifted.float() - x.float()  # what is left of the change after rounding to x's dtype
+    step = shifted.float() - x.float()  # the change after rounding to x's dtype
     expected = (step.square().mean(0) @ layer.weight.float().square().T).double().sqrt()  # [out], spread per channel
     known = expected > 0
     y, again, rest = (layer(value).double()[:, known] for value in (x, x, torch.cat([shifted, -x, x * LOUDER])))
@@ -95,7 +95,7 @@ def _kurtosis(response: Tensor) -> float:
 
 
 def _pile_up(loud: Tensor, expected: Tensor) -> float:
-    """Share of values at exactly the largest magnitude that should have been larger still; one alone is no pile."""
+    """Return the share of values at exactly the largest magnitude that should be larger; one alone is none."""
     if not loud.numel():
         return 0.0
     short = (loud.abs() == loud.abs().max()) & (loud.abs() < 0.97 * expected.abs())

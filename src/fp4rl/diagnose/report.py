@@ -1,4 +1,4 @@
-"""What a scan found, as one value with a stable JSON form (see docs/concepts/diagnosis.md)."""
+"""The results of a scan, as one value with a stable JSON form (see docs/concepts/diagnosis.md)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ SCHEMA = 2  # 1 called leave_one_in `alone` and leave_one_out `spared`; `compare
 
 @dataclass(frozen=True)
 class Distribution:
-    """One site's weight before and after rounding: counts per bin, bins in units of the root mean square."""
+    """A histogram of one site's weight before and after rounding, bins in units of its root mean square."""
 
     site: str
     edges: tuple[float, ...]
@@ -27,7 +27,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Everything a scan found, what was not measured None or empty; `limits` are of fixed thresholds, by name."""
+    """All results of a scan; what was not measured is None or empty. `limits`: other limits of fixed thresholds."""
 
     model: str
     table: SiteTable
@@ -43,7 +43,7 @@ class ScanReport:
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
-        """Return layer -> the KL of its sites, those in `without` as 0; without sensitivity the mean squared excess."""
+        """Return layer -> the KL of its sites but those in `without`; without sensitivity, the mean squared excess."""
         by_layer: dict[int, list[float]] = {}
         if self.sensitivity is not None:
             for site in self.sensitivity.sites:
@@ -88,5 +88,5 @@ class ScanReport:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return None for NaN and infinity, which JSON does not have."""
     return value if value == value and abs(value) != float("inf") else None

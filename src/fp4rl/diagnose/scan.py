@@ -1,4 +1,4 @@
-"""A whole scan: exactly the tensors that the injector would touch, looked at from every side that was asked for."""
+"""A whole scan: every requested measurement of exactly the tensors that the injection would change."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,10 +38,10 @@ def scan(
     spec: Scan = EVERYTHING,
     on_stage: Stages | None = None,
 ) -> ScanReport:
-    """Scan a live model for what `injection` would do to it. The model is not changed.
+    """Measure what `injection` would do to a live model, which is not changed.
 
-    Without texts only the weights' precision can be scanned. Raises what `resolve` raises (no linear layers, patterns
-    without a hit), and InvalidValueError for texts that cannot be used or that a part needs and has not got.
+    Without texts only the precision of weights can be measured. Raises what `resolve` raises (no linear layers, no
+    match of a pattern), and InvalidValueError for texts that cannot be used, or that are missing for a part.
     """
     table = resolve(model, injection)
     if not table.plans:
@@ -97,7 +97,7 @@ def _fed(
 
 
 def distribution(model: nn.Module, report: ScanReport, site: str) -> Distribution:
-    """Histogram of one scanned weight before and after rounding; InvalidValueError for one that is not rounded."""
+    """Count a histogram of one scanned weight before and after rounding; InvalidValueError if it is not rounded."""
     plan = next((p for p in report.table.plans if p.name == site and p.weight is not None), None)
     if plan is None or plan.weight is None:
         raise InvalidValueError(f"no weight of {site!r} is rounded in this scan; name one of the table's sites")
@@ -113,7 +113,7 @@ def distribution(model: nn.Module, report: ScanReport, site: str) -> Distributio
 
 
 def worst_site(report: ScanReport) -> str | None:
-    """Return the rounded weight of greatest KL, or of greatest excess where the KL was not looked at."""
+    """Return the rounded weight with the largest KL, or with the largest excess where KL was not measured."""
     weights = {part.site: part for part in report.parts if part.part == "weight"}
     if report.sensitivity is not None and weights:
         known = [site for site in report.sensitivity.sites if site.name in weights]

@@ -1,4 +1,4 @@
-"""What each site's error does to the output, measured by rounding one site at a time; size alone does not tell."""
+"""The effect of each site's error on the output, by rounding one site at a time; its size alone does not tell."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ from fp4rl.spec.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """What rounding one site does to the output.
+    """The effect of rounding one site on the output.
 
-    `leave_one_in` is measured with this site rounded and nothing else; `leave_one_out` is what is saved when all sites
-    but this one are rounded; `estimate` is the KL that one backward pass predicts for `leave_one_in` (nats per token;
-    None for what is no linear layer).
+    `leave_one_in`: with only this site rounded. `leave_one_out`: what is saved when all sites but this one are rounded.
+    `estimate`: the KL of `leave_one_in`, in nats per token, as a backward pass predicts it (None for other sites than
+    linear layers).
     """
 
     name: str
@@ -32,13 +32,13 @@ class SiteSensitivity:
 
     @property
     def kl(self) -> float:
-        """KL with this site alone rounded: measured where it was, estimated otherwise; never below 0."""
+        """The KL with only this site rounded, measured or else estimated; never below 0."""
         return max(0.0, self.leave_one_in.kl if self.leave_one_in is not None else self.estimate or 0.0)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`everything` is of the whole table; `rank_correlation` (Spearman) is of estimates with their `leave_one_in`."""
+    """`everything`: with the whole table. `rank_correlation` (Spearman): of estimates and measured `leave_one_in`."""
 
     everything: Divergence
     sites: tuple[SiteSensitivity, ...]
@@ -55,10 +55,10 @@ def sensitivity(
     generator: torch.Generator,
     on_progress: Progress | None = None,
 ) -> Sensitivity:
-    """Measure and estimate what every site of `table` does to the output. The model is unchanged afterwards.
+    """Measure and estimate the effect of every site of `table` on the output. The model is unchanged afterwards.
 
     Measuring takes a pass per site and batch, and one more for `leave_one_out`; estimating a forward and a backward.
-    What no backward estimates (stacked experts, caches) is measured also without `measured`.
+    Sites that a backward cannot estimate (stacked experts, caches) are measured even without `measured`.
     """
     estimates = estimated_kl(model, table, calibration, generator=generator)
     alone = [plan for plan in table.plans if measured or plan.name not in estimates]
@@ -85,7 +85,7 @@ def sensitivity(
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rho; None for fewer than three pairs or when one side does not vary."""
+    """Return Spearman's rho; None for fewer than three pairs or when one side is constant."""
     if len(a) != len(b):
         raise InvalidValueError(f"a rank correlation pairs values, but there are {len(a)} and {len(b)}")
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
@@ -95,7 +95,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> torch.Tensor:
-    """Ranks from 0, equal values sharing their mean rank."""
+    """Return ranks from 0; equal values get their mean rank."""
     exact = torch.tensor(values, dtype=torch.float64)
     below = (exact[:, None] > exact[None, :]).sum(1)
     equal = (exact[:, None] == exact[None, :]).sum(1)
@@ -105,7 +105,7 @@ def _ranks(values: Sequence[float]) -> torch.Tensor:
 def divergences(
     model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None = None
 ) -> list[Divergence]:
-    """Divergence of each table over all batches; batches outside, so that one reference is held at a time."""
+    """Return the divergence of each table over all batches; the outer loop is over batches, to hold one reference."""
     by_table: list[list[Divergence]] = [[] for _ in tables]
     done, total = 0, len(tables) * len(calibration.batches)
     for batch in calibration.batches:

@@ -1,4 +1,4 @@
-"""Weights straight from safetensors files, a few rows at a time, so that a checkpoint may be larger than memory.
+"""Reads weights from safetensors files a few rows at a time, so that a checkpoint may be larger than memory.
 
 The files are read, not mapped: mapped pages would count as this process's memory.
 """
@@ -21,7 +21,7 @@ _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, first byte, dtype, shape."""
+    """The place of a tensor on disk: file, first byte, dtype, shape."""
 
     name: str
     file: Path
@@ -39,7 +39,7 @@ class StoredTensor:
         return self._values(0, self.elements).view(self.shape)
 
     def rows(self, at_once: int) -> Iterator[Tensor]:
-        """The tensor as [rows, columns] in pieces of at most `at_once` rows; leading axes are folded into rows."""
+        """Yield the tensor as [rows, columns] in pieces of at most `at_once` rows; leading axes become rows."""
         columns = self.shape[-1] if self.shape else 1
         count = self.elements // max(columns, 1)
         for first in range(0, count, at_once):
@@ -84,7 +84,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _contents(file: Path) -> Iterator[StoredTensor]:
-    """Yield a safetensors file is the header's length (8 bytes, little endian), the header in JSON, and the data."""
+    """Yield the tensors of a file: the header's length (8 bytes, little endian), the header in JSON, the data."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:

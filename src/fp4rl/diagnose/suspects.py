@@ -1,4 +1,4 @@
-"""From features to a verdict: which layer's hardware computes wrongly, and how."""
+"""From features to a verdict: which layer is computed wrongly, and by which kind of fault."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from fp4rl.diagnose.probes import Probe
 T = TypeVar("T")
 FaultKind = Literal["non-determinism", "dead zone", "stuck channel", "saturation", "spikes", "bias", "gain"]
 
-# In the order of asking: a fault also shifts the features below its own (a dead zone makes responses jump).
-# Feature, the kind it names, and the smallest spread that counts: below it lie rounding and sampling error.
+# Feature, the kind of fault that it shows, and the smallest spread that counts (rounding and sampling error are below).
+# Checked in this order, since a fault also shifts features further down (a dead zone makes responses jump).
 _SIGNS: tuple[tuple[str, FaultKind, float], ...] = (
     ("instability", "non-determinism", 1e-4),
     ("dead", "dead zone", 1e-3),
@@ -28,7 +28,7 @@ LIMIT = 6.0  # robust z-score above which a feature stands out
 
 @dataclass(frozen=True)
 class Suspect:
-    """One linear layer that computes wrongly: the feature that says so, its value and its robust z-score."""
+    """One linear layer that is computed wrongly: the feature that shows it, its value and its robust z-score."""
 
     site: str
     layer: int | None
@@ -40,19 +40,19 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Suspects, the worst first, and the features out of bounds `everywhere`: a precision left on, or the device."""
+    """Suspects, the worst first. Features wrong `everywhere` point to the device, or to quantization left on."""
 
     suspects: tuple[Suspect, ...]
     everywhere: tuple[str, ...]
 
     @property
     def layer(self) -> int | None:
-        """The layer with most of the evidence, None when nothing is suspect."""
+        """The layer with the most evidence, None when nothing is suspect."""
         return self._winner(lambda suspect: suspect.layer)
 
     @property
     def kind(self) -> str | None:
-        """The kind of fault with most of the evidence, in that layer."""
+        """The kind of fault with the most evidence, in that layer."""
         in_layer = [suspect for suspect in self.suspects if suspect.layer == self.layer]
         return Verdict(tuple(in_layer), ())._winner(lambda suspect: suspect.kind)
 
@@ -64,7 +64,7 @@ class Verdict:
 
 
 def suspects(dynamics: Dynamics, limit: float = LIMIT) -> Verdict:
-    """Robust z-scores of every feature over all probed sites, and what the ones beyond `limit` mean."""
+    """Find layers with features beyond `limit` in robust z-scores over all probed sites, and name the faults."""
     values = {feature: {name: _feature(p, feature) for name, p in dynamics.sites.items()} for feature, _, _ in _SIGNS}
     scores = {feature: robust_z(values[feature], spread) for feature, _, spread in _SIGNS}
     named = []
@@ -78,7 +78,7 @@ def suspects(dynamics: Dynamics, limit: float = LIMIT) -> Verdict:
 
 
 def robust_z(values: dict[str, float], least_spread: float) -> dict[str, float]:
-    """(value - median) / (1.4826 * median absolute deviation), the denominator at least `least_spread`."""
+    """Return (value - median) / (1.4826 * median absolute deviation), the denominator at least `least_spread`."""
     if not values:
         return {}
     middle = median(values.values())

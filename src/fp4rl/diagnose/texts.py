@@ -1,4 +1,4 @@
-"""The texts of a file that a scan is calibrated on, read before anything heavy is loaded."""
+"""Reads the texts of a file that a scan is calibrated on, before anything heavy is loaded."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,8 @@ ENOUGH_TEXTS = 32
 
 
 def texts_of(file: Path) -> list[str]:
-    """Lines of a text file, or 32 pieces of one with fewer; NotFoundError if missing, InvalidValueError if empty."""
+    """Return the lines of a text file, or 32 pieces if it has fewer; NotFoundError if missing, InvalidValueError if
+    empty."""
     if not file.is_file():
         raise NotFoundError(f"{file}: no such file; give a text file to calibrate on")
     text = file.read_text(encoding="utf-8", errors="replace")

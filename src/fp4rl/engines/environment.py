@@ -1,4 +1,4 @@
-"""What the environment asks of a process, read here, at the doors: the rounding backend, and to be one of several."""
+"""Environment variables, read only here: the rounding backend, and a launcher of several processes."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ VARIABLE = "FP4RL_BACKEND"
 
 
 def choose_backend(announce: Callable[[str], None]) -> None:
-    """Force the backend that FP4RL_BACKEND names, `auto` without it; `announce` hears of compilations and their time.
+    """Force the backend that FP4RL_BACKEND names, `auto` without it; `announce` gets lines about compilation.
 
-    Raises InvalidValueError for a word that is no backend and for one that cannot work here.
+    Raises InvalidValueError for an unknown backend and for one that cannot work here.
     """
     from fp4rl.numerics.dispatch import use
 
@@ -25,17 +25,17 @@ def choose_backend(announce: Callable[[str], None]) -> None:
 
 
 def launched() -> bool:
-    """Return whether a launcher has started this process beside others."""
+    """Return whether a launcher has started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: tearing down a process group now and then aborts, after everything is done."""
+    """End this process at once, since tearing down a process group at times aborts although everything is done."""
     if code == 0:
         from torch import distributed
 
-        if distributed.is_initialized():  # the first to leave takes its connections along, so they leave together
-            with suppress(RuntimeError):  # whoever got through first may be gone already
+        if distributed.is_initialized():  # the first to end closes its connections, so all wait to end together
+            with suppress(RuntimeError):  # one that got through first may have ended already
                 distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,7 +17,7 @@ class MergedState(LinearState):
     """The state of a layer with adapters. The gradient reaches A and B through the rounding of the sum."""
 
     def forward(self, layer: Any, x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's result with the rounded sum of base and active adapters instead of both."""
+        """Return the layer's result with one rounded weight, the sum of the base and its active adapters."""
         if kwargs.get("adapter_names") is not None:
             raise InvalidValueError(f"{self.plan.name}: one batch with several adapters has no single merged weight")
         if not self.weight_on:
@@ -27,7 +27,7 @@ class MergedState(LinearState):
         return super().forward(AdaptedSum(layer), x)  # type: ignore[arg-type]
 
     def master(self, layer: Any) -> Tensor:
-        """Return the sum of base and active adapters, which exists for the moment alone."""
+        """Return the sum of base and active adapters, computed now; it is kept nowhere."""
         return AdaptedSum(layer).weight
 
     def rounded_weight(self, layer: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Put a site table into a live model, switch it by phase, take it out again. The only step that changes the model."""
+"""Put a site table into a live model, switch it by phase, take it out again. Nothing else changes the model."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ from fp4rl.spec.words import agreeing, counted
 
 
 class Attachment:
-    """The handle on an injection: a switch per phase, evidence (also after removal), and the way back; for `with`.
+    """The handle on an injection: switches phases, gives evidence (also after removal), removes; for use with `with`.
 
-    `modules` are those whose class was swapped (none after `remove`), `states` hold each site's by its name, `phase` is
-    the one that is on, `training` at first. Every optimizer step of the process invalidates the rounded copies of
-    trained weights by itself; whoever writes weights in another way calls `invalidate`.
+    `modules` are those whose class was swapped (none after `remove`), `states` holds the state of each site by name,
+    `phase` is the present one, `training` at first. Every optimizer step in the process invalidates the rounded copies
+    of trained weights by itself; code that writes weights in another way must call `invalidate`.
     """
 
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
@@ -44,18 +44,18 @@ class Attachment:
             state.enter(phase, points)
 
     def invalidate(self) -> None:
-        """Throw away every rounded copy; to be called after weights were written (optimizer step, load)."""
+        """Drop every rounded copy; to be called after weights were written other than by an optimizer step."""
         for state in self.states.values():
             state.forget()
 
     def remove(self) -> None:
-        """Give every module its own class back. The weights were never written; calling it twice is harmless."""
+        """Give every module its own class back. The weights were never written; a second call does nothing."""
         uninstall(self.model, self.table, self.modules)
         for state in self.states.values():
             state.forget()
             state.enter(
                 self.phase, frozenset()
-            )  # a module that was wrapped since keeps its class, and so goes on asking
+            )  # a module that was wrapped since keeps its injected class, and so must find nothing active
         self.modules = []
 
     def evidence(self) -> list[Injected]:
@@ -64,14 +64,14 @@ class Attachment:
         return sorted(rows, key=lambda row: PHASES.index(row.phase))
 
     def reset_evidence(self) -> None:
-        """Start counting afresh."""
+        """Set all counters to zero."""
         for state in self.states.values():
             state.recount()
 
     def require_calls(self) -> None:
-        """Raise CheckFailed, naming the sites, where one should act in the present phase and did not.
+        """Raise CheckFailed, naming the sites, where one should have acted in the present phase and did not.
 
-        It was never called, met no tensor at a point that should act, or left as it was what rounding changes.
+        Such a site was never called, saw no tensor at an active point, or left unchanged what rounding would change.
         """
         states, during = self.states.values(), f"called during {self.phase}"
         for state in states:
@@ -99,11 +99,11 @@ class Attachment:
         return "\n".join([head, *table_of(self.evidence())])
 
     def state_dict(self) -> dict[str, Any]:
-        """What each site has counted and where its randomness stands, for JSON: an interrupted run goes on from it."""
+        """Return each site's counters and the state of its randomness, for JSON, to resume an interrupted run."""
         return {name: state.state_dict() for name, state in self.states.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave, for the sites that it names."""
+        """Restore what `state_dict` gave, for the sites that it names."""
         for name in self.states.keys() & saved.keys():
             self.states[name].load_state_dict(saved[name])
 
@@ -115,7 +115,7 @@ class Attachment:
 
 
 def attach(model: nn.Module, injection: Injection | SiteTable) -> Attachment:
-    """Put an injection, or a table resolved before, into a live model; `with` takes it out again.
+    """Put an injection, or an already resolved table, into a live model; `with` takes it out again.
 
     Attach before `fully_shard`, after adapters. Raises what `resolve` raises, and InvalidValueError for a model that
     already carries an injection.
@@ -134,7 +134,7 @@ def _refuse_packed_shards(table: SiteTable, sharded: bool) -> None:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP owns the weights: it frees their storage between layers, so a copy of them must not be kept."""
+    """Return whether FSDP owns the weights: it frees their storage between layers, so that no copy may be kept."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # never imported here: without it nothing can be sharded
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
     return any(isinstance(module, kinds) for module in model.modules())
@@ -142,9 +142,9 @@ def _is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def drawing_alike(first: Attachment, other: Attachment) -> Iterator[None]:
-    """Both draw the same for the same tensors: `other` stands at the step of `first`, and jitter comes from the seed.
+    """Make both draw the same for the same tensors: `other` is set to the step of `first`, and jitter is seeded.
 
-    Sites are matched by their names; a switch of phase inside would move the step of one of them alone.
+    Sites are matched by name. Do not switch phases inside: that would advance the step of one of them only.
     """
     for name, state in other.states.items():
         state.rng.step = first.states[name].rng.step

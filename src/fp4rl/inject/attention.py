@@ -1,7 +1,7 @@
-"""A live attention module with rounded keys and values and wrong products, wherever its own forward computes them.
+"""A live attention module with rounded keys and values and errors in its products, wherever its forward computes them.
 
-The module's forward runs unchanged under a `TorchFunctionMode`, entered inside it, so that recomputing a checkpointed
-block enters it again. It sees `scaled_dot_product_attention`, or the two matmuls of the eager formula.
+The module's forward runs unchanged under a `TorchFunctionMode`, which is entered inside that forward, so that gradient
+checkpointing enters it again. It intercepts `scaled_dot_product_attention`, or the two matmuls of the eager formula.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bm
 
 
 class AttentionState(SiteState):
-    """What an injected attention module knows: whether its cache is rounded, and which of its products go wrong."""
+    """The state of an injected attention module: whether its cache is rounded, and which products have errors."""
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's own forward, its products intercepted while anything is active."""
+        """Run the module's own forward, with its products intercepted while anything is active."""
         original: Any = self.original
         if not (self.points or self.errors):
             return original.forward(module, *args, **kwargs)
@@ -34,11 +34,11 @@ class AttentionState(SiteState):
         return out
 
     def cached(self, x: Tensor) -> Tensor:
-        """Keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
+        """Return keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
         return self.rounded_values(x, "kv_cache") if "kv_cache" in self.points else x
 
     def product(self, a: Tensor, b: Tensor, point: str) -> Tensor:
-        """a b^T over the last axis, with the errors of `scores` or `values`."""
+        """Return a b^T over the last axis, with the errors of `scores` or `values`."""
         if not self.has_errors(point):
             return a @ b.mT
         return Product.apply(a, b, None, self, point)  # type: ignore[no-any-return, no-untyped-call]
@@ -76,8 +76,7 @@ class _Intercept(TorchFunctionMode):
         return beta * bias + alpha * self._eager(batch1, batch2)
 
     def require_attention(self, module: nn.Module) -> None:
-        """Raise InvalidValueError where the products were not those of attention: keys and values would not be what was
-        rounded."""
+        """Raise InvalidValueError where the products met cannot be told apart: the wrong tensors may be rounded."""
         if bool(self.whole) == bool(self.eager) or self.eager % 2:
             kind, name = type(module).__name__.removeprefix("Injected"), self.state.plan.name
             raise InvalidValueError(
@@ -97,7 +96,7 @@ def _attention(  # noqa: PLR0913 - the signature of torch's own function
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` over a rounded cache; written out where its inner products are to go wrong."""
+    """Compute `scaled_dot_product_attention` over a rounded cache; step by step where its products have errors."""
     state.count()
     key, value = state.cached(key), state.cached(value)
     if not state.has_errors("scores", "values"):
@@ -113,6 +112,6 @@ def _attention(  # noqa: PLR0913 - the signature of torch's own function
         scores = scores.masked_fill(above, -torch.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    masked = scores.isneginf().all(-1, keepdim=True)  # as sdpa: a row that sees nothing is 0, not NaN
+    masked = scores.isneginf().all(-1, keepdim=True)  # as in sdpa: a row that is masked entirely is 0, not NaN
     weights = scores.masked_fill(masked, 0.0).softmax(-1, dtype=torch.float32).masked_fill(masked, 0.0).to(query.dtype)
     return state.product(dropout(weights, dropout_p), value.mT, "values")

@@ -1,9 +1,9 @@
-"""Rounded tensors that are kept, and how it is known that they still are what their sources would give.
+"""Rounded copies that are kept, and how stale ones are recognised.
 
-`Tensor._version` alone is not enough for a weight: fused optimizers and writes through `.data` leave it as it was. So a
-copy is used only while each of its weights has the storage and the version that it had, and a sample of its values
-reads as it did. What a sample can miss is announced: by the hook on optimizer steps (`inject.site`), by a change of
-phase and by `Attachment.invalidate`.
+`Tensor._version` alone is not enough for a weight: fused optimizers and writes through `.data` leave it unchanged. So a
+copy is used only while each of its weights has the same storage, the same version and the same values in a sample. A
+write that the sample misses is announced: by the hook on optimizer steps (`inject.site`), by a change of phase, or by
+`Attachment.invalidate`.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 SAMPLE = 64  # values compared on every use: 0.2 microseconds on a CPU
-ACCELERATOR_INTERVAL = 256  # comparing values waits for the device, so there it happens on one use in this many
+ACCELERATOR_INTERVAL = 256  # comparing values waits for the device: on an accelerator, one use in this many compares
 
 
 class WeightFingerprint:
-    """How one weight looked when a copy was made from it."""
+    """Storage, version and a sample of the values of one weight at the moment when a copy was made from it."""
 
     __slots__ = ("_name", "_pointer", "_read", "_sample", "_uses", "_version", "weight")
 
@@ -34,10 +34,10 @@ class WeightFingerprint:
         self._uses = 0
 
     def fits(self, weight: Tensor) -> bool:
-        """Return whether `weight` has the storage, the version and the sample that were seen.
+        """Return whether `weight` still has the same storage, version and sample.
 
         On an accelerator the sample is read on one use in ACCELERATOR_INTERVAL. Raises CheckFailed where it differs
-        there, since calls in between used the old copy, and InvalidValueError while a CUDA graph is recorded.
+        then, since calls in between used the old copy, and InvalidValueError while a CUDA graph is recorded.
         """
         if self._version != weight._version or self._pointer != weight.data_ptr():
             return False
@@ -57,17 +57,17 @@ class WeightFingerprint:
 
 
 def _reader(window: Tensor) -> Callable[[], bytes]:
-    """Make the function that reads the bits of a strided vector as they are now."""
+    """Return a function that reads the present bits of a strided vector."""
     if not window.is_cpu:
         return lambda: window.cpu().view(torch.uint8).numpy().tobytes()
     return np.asarray(_Memory(window)).tobytes
 
 
 class _Memory:
-    """A CPU tensor's own memory for numpy, which reads it in a third of the time that `torch.equal` takes.
+    """A CPU tensor's memory as numpy sees it, which reads it in a third of the time that `torch.equal` takes.
 
-    `Tensor.numpy` would forbid the storage to be resized, for ever. This leaves it as it is, so the pointer is compared
-    before the memory is read.
+    `Tensor.numpy` would make the storage impossible to resize. This does not, so the memory may move: the pointer must
+    be compared before the memory is read.
     """
 
     def __init__(self, window: Tensor) -> None:
@@ -82,7 +82,7 @@ class _Memory:
 
 
 class QuantCache:
-    """The rounded copy of one or more weights, and `reach`: where a gradient may pass to them (None: everywhere)."""
+    """The rounded copy of one or more weights, and `reach`: a mask of where gradients pass (None: everywhere)."""
 
     def __init__(self, name: str = "weight") -> None:
         self.name = name
@@ -91,7 +91,7 @@ class QuantCache:
         self._fingerprints: list[WeightFingerprint] = []
 
     def get(self, *weights: Tensor) -> Tensor | None:
-        """Return the copy while it is what these weights give, else None. Raises as `WeightFingerprint.fits` does."""
+        """Return the copy while it is current for these weights, else None. Raises as `WeightFingerprint.fits` does."""
         if self.copy is None:
             return None
         for fingerprint, weight in zip(self._fingerprints, weights, strict=True):
@@ -101,14 +101,14 @@ class QuantCache:
         return self.copy
 
     def put(self, copy: Tensor, reach: Tensor | None, *weights: Tensor) -> None:
-        """Keep what was made from `weights`, if all of them tell when they are written."""
+        """Keep a copy made from `weights`, if writes to all of them can be noticed (`tells_writes`)."""
         self.forget()
         if all(map(tells_writes, weights)):
             self.copy, self.reach = copy, reach
             self._fingerprints = [WeightFingerprint(weight, self.name) for weight in weights]
 
     def forget(self) -> None:
-        """Let the copy go; the next use makes it afresh."""
+        """Drop the copy; the next use computes it again."""
         self.copy = self.reach = None
         self._fingerprints = []
 
@@ -119,12 +119,12 @@ class QuantCache:
 
 
 def tells_writes(weight: Tensor) -> bool:
-    """Return whether a copy of `weight` may be kept: views (FSDP1), strides, inference mode hide how it is written."""
+    """Return whether writes to `weight` can be noticed: not to views (FSDP1), strided or inference tensors."""
     return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference()
 
 
 class SharedInput:
-    """q/k/v and gate/up read one tensor, so it is rounded once for all `readers` and let go after the last."""
+    """The rounded input of q/k/v or gate/up, which read one tensor: rounded once, dropped after the last reader."""
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
@@ -137,7 +137,7 @@ class SharedInput:
         return type(self), (self.readers,)
 
     def get(self, x: Tensor) -> Tensor | None:
-        """Return what `x` was rounded to, if it was the last one, has not changed since and has a reader left."""
+        """Return the rounded `x`, if it is the tensor put last, was not written since and has a reader left."""
         if self._tensor is not x or self._key != (x._version, torch.is_grad_enabled()):
             return None
         rounded = self._rounded
@@ -147,11 +147,11 @@ class SharedInput:
         return rounded
 
     def put(self, x: Tensor, rounded: Tensor) -> None:
-        """Keep it until the other readers have read it."""
+        """Keep `rounded` until the other readers have read it."""
         if self.readers > 1 and not x.is_inference():
             self._tensor, self._rounded, self._left = x, rounded, self.readers - 1
             self._key = (x._version, torch.is_grad_enabled())
 
     def forget(self) -> None:
-        """Let go of both tensors."""
+        """Drop both tensors."""
         self._tensor = self._rounded = None

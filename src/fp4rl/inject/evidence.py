@@ -1,4 +1,4 @@
-"""Proof of what injection did: calls, elements and sampled errors by phase and site, and a digest of the masters."""
+"""Evidence of what injection did: calls, elements and sampled errors by phase and site, and a digest of the masters."""
 
 import hashlib
 from collections import defaultdict
@@ -13,15 +13,15 @@ from fp4rl.spec.points import Phase
 from fp4rl.spec.words import counted
 
 SAMPLE = 4096  # values compared per look
-LOOK_INTERVAL = 256  # after the first looks (calls 1, 2, 4, 8, ...), one call in this many
+LOOK_INTERVAL = 256  # looks are at calls 1, 2, 4, 8, ..., from there on at one call in this many
 
 
 @dataclass
 class Meter:
-    """What one point of one site did in one phase. Statistics come from looks at a sample, never from every call.
+    """What one point of one site did in one phase. Statistics are of a sample of values at a few calls ("looks").
 
-    `missed` counts the looks at which a tensor came out as it went in although rounding changes it: a call is no
-    rounding. What lies on the grid already, zeros above all, is left as it is by right.
+    `missed` counts the looks at which a tensor came out unchanged although rounding would change it: a call alone is no
+    proof of rounding. Values on the grid, above all zeros, rightly stay unchanged.
     """
 
     calls: int = 0
@@ -35,13 +35,13 @@ class Meter:
     _power: float = 0.0
 
     def due(self, calls: int) -> bool:
-        """Return whether call number `calls` (from 1) is to be looked at."""
+        """Return whether there is a look at call number `calls`, counted from 1."""
         return calls >= self._next_look
 
     def look(self, calls: int, before: Tensor, after: Tensor, would_change: Callable[[], bool]) -> None:
-        """Compare a tensor before and after rounding, both of the same shape: a sample, or all where it shows nothing.
+        """Compare a tensor before and after rounding, of the same shape: a sample, or all if the sample is unchanged.
 
-        `would_change` says whether rounding `before` afresh changes anything; it is asked where nothing changed.
+        `would_change` tells whether rounding `before` again changes anything; it is called where nothing changed.
         """
         self._next_look = calls + min(calls, LOOK_INTERVAL)
         old, new = _sample(before), _sample(after)
@@ -63,11 +63,11 @@ class Meter:
 
     @property
     def relative_error(self) -> float | None:
-        """|Q(x) - x| / |x| over the sampled values, as root sums of squares; None where there is nothing to relate."""
+        """|Q(x) - x| / |x| over the sampled values, in the L2 norm; None where all of them are zero."""
         return (self._error / self._power) ** 0.5 if self._power else None
 
     def row(self, phase: Phase, site: str, point: str, fmt: str) -> Injected:
-        """As a line of evidence."""
+        """Return the counters as a line of evidence."""
         return Injected(
             phase=phase,
             site=site,
@@ -88,7 +88,7 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def _stored(model: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that hold a parameter's values: itself, or codes and scales where a packed weight left its place."""
+    """Return the tensors that hold a parameter's values: itself, or codes and scales of a packed weight."""
     if not parameter.is_meta:
         return (parameter,)
     state = model.get_submodule(name.rpartition(".")[0]).__dict__.get("injected")
@@ -96,7 +96,7 @@ def _stored(model: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...
 
 
 def master_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits over every parameter's name, dtype, shape and bits (of this process's shard)."""
+    """Return twelve hexadecimal digits over every parameter's name, dtype, shape and bits (of this process's shard)."""
     total = hashlib.blake2b(digest_size=6)
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         local = getattr(parameter, "to_local", parameter.detach)().detach()
@@ -107,7 +107,7 @@ def master_digest(model: nn.Module) -> str:
 
 
 def table_of(rows: Iterable[Injected]) -> list[str]:
-    """Return a line per phase and point: sites, calls, elements, and the mean over sites of what was measured."""
+    """Return a table, a line per phase and point: sites, calls, elements, and means over sites of what was measured."""
     groups: dict[tuple[str, str, str], list[Injected]] = defaultdict(list)
     for row in rows:
         groups[row.phase, row.point, str(row.format)].append(row)

@@ -1,9 +1,10 @@
 """Live stacked experts ([experts, out, in] in one parameter, or transposed) that compute with rounded numbers.
 
-While the module's own forward runs, its parameters read as their rounded copies, and every matmul that one of them
-enters is met on its way: there inputs and outputs are rounded, and there it is seen which axis is summed over.
-Indexing, transposing, gathering and casting, through which a parameter reaches its product, keep the order of the last
-two axes in memory: the operand's strides tell which stored axis the product sums over, also where a matrix is square.
+
+While the module's own forward runs, reading a parameter gives its rounded copy, and every matmul with one of them is
+intercepted: inputs and outputs are rounded there, and the axis that it sums over is checked. On its way to the matmul a
+parameter is indexed, transposed, gathered and cast, all of which keep the order of the last two axes in memory: so the
+operand's strides tell which stored axis the product sums over, even where the matrix is square.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +30,9 @@ _GROUPED = (grouped_mm, torch._grouped_mm)
 
 @dataclass(frozen=True)
 class Product:
-    """A product as it is met: `compute` makes y [..., m, out] of x [..., m, in] and a weight [..., out, in].
+    """A product that was intercepted: `compute` makes y [..., m, out] from x [..., m, in] and a weight [..., out, in].
 
-    Where the rows of several experts lie in one x, each expert's end at one of `ends`.
+    Where one x holds the rows of several experts, `ends` holds the end of each expert's rows.
     """
 
     compute: Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +42,7 @@ class Product:
 
     @classmethod
     def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Product":
-        """x times the weight: `linear` sums over the last axis of both, all others over the weight's last but one."""
+        """Describe a call: `linear` sums over the weight's last axis, all others over the last but one."""
         x, weight, *rest = args
         if func is linear:
             return cls(lambda x, w: linear(x, w, *rest, **kwargs), x, weight)
@@ -50,12 +51,12 @@ class Product:
 
 
 class StackState(LinearState):
-    """One stacked parameter: every expert is rounded as a tensor of its own, in blocks along `in`."""
+    """The state of one stacked parameter: each expert is rounded as a tensor of its own, in blocks along `in`."""
 
-    seen = False  # whether a product showed that the layout is as it was taken to be
+    seen = False  # whether a product has confirmed the assumed layout
 
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """As for one matrix, a weight expert by expert."""
+        """Round as for one matrix; a weight expert by expert."""
         if point != "weight":
             return super().rounded(x, point, generator)
         made = [super(StackState, self).rounded(expert.contiguous(), point, generator) for expert in x.unbind(0)]
@@ -63,7 +64,7 @@ class StackState(LinearState):
         return torch.stack([copy for copy, _ in made]), torch.stack(reach) if reach else None
 
     def computed(self, product: Product) -> Tensor:
-        """Return the result of a product, with everything in it that acts here."""
+        """Compute a product with everything that acts at this site."""
         self.product_number += 1
         x, weight = product.x, product.weight
         x = self.rounded_input(x.contiguous()) if self.input_on else x
@@ -71,7 +72,7 @@ class StackState(LinearState):
         return self.rounded_values(y.contiguous(), "output") if self.output_on else y
 
     def _with_wrong_products(self, product: Product, x: Tensor) -> Tensor:
-        """Errors in the result and in both gradients, each of which has a product of its own to round for."""
+        """Compute a product with errors in its result and both gradients, each rounded for a product of its own."""
         compute, weight = product.compute, product.weight
         if not torch.is_grad_enabled():
             return self.with_errors(compute(x, weight), "matmul", x)
@@ -84,14 +85,14 @@ class StackState(LinearState):
         return BothWays.apply(by_input, by_weight, y)  # type: ignore[no-any-return, no-untyped-call]
 
     def _wrong(self, product: str, ends: Tensor | None, g: Tensor) -> Tensor:
-        """The gradient with errors in it; experts that no row came to have no product to be wrong."""
+        """Return the gradient with errors; experts without rows have no product, and so no error."""
         if ends is None:
             return self.with_errors(g, "matmul", g, backward=product)
         computed = ends.diff(prepend=ends.new_zeros(1)) > 0
         return g.index_put((computed,), self.with_errors(g[computed], "matmul", g, backward=product))
 
     def _rounded_by_rows(self, product: Product, g: Tensor) -> Tensor:
-        """The gradient as an operand of grad_weight, in blocks along the rows of one expert."""
+        """Return the gradient as operand of grad_weight, rounded in blocks along the rows of one expert."""
         if product.ends is not None:
             *parts, rest = g.tensor_split(product.ends.tolist())  # behind the last expert's: rows of other processes
             rounded = [self.gradient("grad_weight", part.mT).mT for part in parts if len(part)]
@@ -108,13 +109,13 @@ class StackState(LinearState):
         return value, None if adapted is None else adapted.delta
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """As for one matrix, expert by expert."""
+        """Return whether rounding changes the values of any expert."""
         if point != "weight":
             return super().would_change(point, x)
         return any(super(StackState, self).would_change(point, expert) for expert in x.unbind(0))
 
     def summed_over(self, transposed: bool) -> None:
-        """A product was met that sums over `in` as it lies in [experts, in, out], or in [experts, out, in]."""
+        """Record the layout that a product shows (`transposed`: [experts, in, out]); CheckFailed if not the assumed."""
         if self.transposed is None:
             self.transposed = transposed
         if self.transposed != transposed:
@@ -135,7 +136,7 @@ class Followed(NamedTuple):
 
 
 class Products(TorchFunctionMode):
-    """Follows weights to their products, and rounds there what goes in and comes out; with `look`, looks alone."""
+    """Follows weights to their products, and rounds the inputs and outputs of these; with `look` only checks axes."""
 
     def __init__(self, look: bool = False) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class Products(TorchFunctionMode):
 
 
 def _is_fallback(func: Callable[..., Any]) -> bool:
-    """Return whether this is what transformers computes a grouped product with where torch has none."""
+    """Return whether this is transformers' own grouped product, used where torch has none."""
     return "grouped_mm_fallback" in getattr(func, "__name__", "")
 
 
@@ -187,7 +188,7 @@ def _tensors(result: Any) -> Sequence[Tensor]:
 
 
 class ExpertsState:
-    """All stacked parameters of one module, by name, and what each reads as while the forward runs."""
+    """The stacked parameters of one module by name, and the copy that each reads as while the forward runs."""
 
     def __init__(self, stacks: dict[str, StackState]) -> None:
         self.stacks = stacks
@@ -206,7 +207,7 @@ class ExpertsState:
         return tuple(sorted(self.stacks))
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's own forward over rounded parameters."""
+        """Run the module's own forward over rounded parameters."""
         stacks = self.stacks.values()
         for stack in stacks:
             stack.count()
@@ -237,7 +238,7 @@ class ExpertsState:
                 self._products = None
 
     def _rehearse(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Run once with the masters, to see which axis of a square matrix is summed over."""
+        """Run once with unrounded weights, to see which axis of a square matrix is summed over."""
         with torch.no_grad():
             self._followed(module, *args, **kwargs)
         for stack in self.stacks.values():
@@ -269,7 +270,7 @@ class ExpertsState:
 
 
 def reading_rounded(name: str) -> property:
-    """Return a property in the place of a parameter, for the stand-in class."""
+    """Return a property that stands in for a parameter in the injected class."""
 
     def read(module: nn.Module) -> Any:
         state: ExpertsState = module.__dict__[KEY]

@@ -1,4 +1,4 @@
-"""Hardware errors as maths on a tensor: what a wrong multiplier, memory or accumulator makes of right numbers."""
+"""Hardware errors as maths on a tensor: what a faulty multiplier, memory or accumulator does to correct numbers."""
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fp4rl.spec.hardware import HardwareError
 
-SAMPLE = 64  # values that stand for a tensor where a seed is made of it
+SAMPLE = 64  # values of a tensor that its seed is derived from
 
 
 def apply_error(x: Tensor, error: HardwareError, generator: torch.Generator) -> Tensor:
-    """`x` with the error in it, same shape and dtype, no gradient; all that is random comes from `generator`."""
+    """Return `x` with the error, same shape and dtype, no gradient; all randomness comes from `generator`."""
     with torch.no_grad():
         size: float | Tensor = error.scale * x.abs().amax() if error.unit == "largest" else error.scale
         match error.kind:
@@ -47,7 +47,7 @@ def _uniform(shape: torch.Size, x: Tensor, generator: torch.Generator) -> Tensor
 @dataclass
 class SiteRng:
     """A site's own generator. What it draws is a function of the seed, the step and the tensor that it is drawn for, so
-    that recomputing a checkpointed layer meets the same error. Reading the tensor waits for an accelerator.
+    that gradient checkpointing recomputes a layer with the same error. Reading the tensor waits for an accelerator.
 
     `repeatable`: draw even jitter from the seed, so that two models can be compared.
     """
@@ -64,11 +64,11 @@ class SiteRng:
         return self._seeded(x.device, f"{self.seed}/{self.step}/{salt}".encode() + read)
 
     def fixed(self, device: torch.device, salt: str) -> torch.Generator:
-        """Return the generator, seeded the same at every step: for defects that stay where they are."""
+        """Return the generator, seeded the same at every step: for defects that do not move."""
         return self._seeded(device, f"{self.seed}/{salt}".encode())
 
     def unknown(self, device: torch.device, salt: str) -> torch.Generator:
-        """Return the generator with a seed from the operating system: nobody can repeat it."""
+        """Return the generator with a seed from the operating system, which cannot be repeated."""
         if self.repeatable:
             return self.fixed(device, salt)
         generator = self._generator(device)

@@ -1,7 +1,7 @@
 """Install plans as states of live modules, and take them out again.
 
-The object, its parameters, hooks and state-dict keys stay. A module's class is swapped for one whose forward asks
-its state.
+The module object, its parameters, hooks and state-dict keys stay. Only its class is swapped, for one whose forward
+calls the state.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from fp4rl.inject.site import KEY, SiteState
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
-    """Swap the class of every module named, or of none where it raises; -> the modules, and the states by site name."""
+    """Swap the class of every module in the table, of none where it raises; return modules, and states by site name."""
     shared = _shared_inputs(table.plans)
     states: dict[str, SiteState] = {}
     stacks: dict[nn.Module, dict[str, StackState]] = defaultdict(dict)
@@ -53,7 +53,7 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
 
 
 def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) -> None:
-    """Give the modules that `install` swapped their own class back."""
+    """Give the modules that `install` changed their own class back."""
     for module in modules:
         restore(module)
     hidden = {f"{plan.site.path}.weight" for plan in table.plans if plan.packed}
@@ -68,12 +68,12 @@ def _state_class(plan: SitePlan) -> type[SiteState]:
 
 
 def _ignored_by_ddp(model: nn.Module) -> list[str]:
-    """Return names that DDP passes over when it wraps: a weight without memory has nothing to compare or send."""
+    """Return the names that DDP must ignore: a packed weight has no memory to compare or send."""
     return getattr(model, "_ddp_params_and_buffers_to_ignore", [])
 
 
 def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
-    """Layers of a fused group read the same tensor: in the same format they share its rounding."""
+    """Return a shared input for each fused group: its layers read one tensor, and in one format share its rounding."""
     groups: dict[tuple[object, ...], list[SitePlan]] = defaultdict(list)
     for plan in plans:
         group = plan.site.fused_group
@@ -83,10 +83,10 @@ def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
 
 
 class InjectedModule(nn.Module):
-    """Any other module under injection: its state decides what its forward does."""
+    """A module under injection that is no linear layer: its state decides what its forward does."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Whatever the module's own forward takes and returns."""
+        """Call the state's forward with the arguments of the module's own."""
         return self.__dict__[KEY].forward(self, *args, **kwargs)
 
 
@@ -95,7 +95,7 @@ State = SiteState | ExpertsState | HandsOn
 
 @lru_cache(maxsize=256)
 def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The one subclass that stands in for `original`; parameters in `stacked` read as rounded copies in its forward."""
+    """Return the one subclass that replaces `original`; in its forward, `stacked` parameters read as rounded copies."""
     if original is nn.Linear:
         return InjectedLinear
     mixin = InjectedLinear if issubclass(original, nn.Linear) else InjectedModule
@@ -110,7 +110,7 @@ def _class_for(original: type[nn.Module], state: State) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, state: State) -> None:
-    """Make `module` compute as `state` says."""
+    """Swap the class of `module`, so that it computes as `state` says."""
     before: State | None = module.__dict__.get(KEY)
     state.original = type(module) if before is None else before.original
     module.__dict__[KEY] = state
@@ -119,7 +119,7 @@ def swap(module: nn.Module, state: State) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Give `module` its own class back. One that was wrapped since (sharded) keeps its class, with nothing active."""
+    """Give `module` its own class back. One that was wrapped since (FSDP) keeps its class, with nothing active."""
     state: State = module.__dict__[KEY]
     if isinstance(state, PackedState):
         state.give_back(module)  # type: ignore[arg-type]

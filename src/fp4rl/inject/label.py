@@ -1,4 +1,4 @@
-"""The words beside a number: what acted while it was measured, read off the site table, and what did not."""
+"""The label of a score: what acted while it was measured, according to the site table, and what did not."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -10,14 +10,14 @@ from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 FULL, CLEAN = "full", "clean"
 
-_LEFT_BY_DEFAULT = {f"left by {pattern!r}" for pattern in LEFT_BY_DEFAULT}  # goes without saying: no engine rounds it
+_LEFT_BY_DEFAULT = {f"left by {pattern!r}" for pattern in LEFT_BY_DEFAULT}  # not mentioned: no engine rounds these
 _Formats = tuple[str | None, ...]  # of weight, input and output
 
 
 def label(table: SiteTable | None, phase: Phase = "evaluation") -> str:
-    """`w4a4, 3 sites mxfp8`: the formats of most sites, then the exceptions, the cache and the errors.
+    """Return a label such as `w4a4, 3 sites mxfp8`: formats of most sites, then exceptions, the cache and errors.
 
-    After a colon stands what did not act: `clean: no errors in evaluation`. `full`: nothing is described that could.
+    What is described but did not act follows a colon (`clean: no errors in evaluation`); `full`: nothing is described.
     """
     if table is None:
         return FULL
@@ -35,7 +35,7 @@ def label(table: SiteTable | None, phase: Phase = "evaluation") -> str:
 
 
 def _linear(table: SiteTable, active: frozenset[str]) -> list[str]:
-    """Return the formats of most rounded sites as one word, and how many sites differ from it, or stay as they are."""
+    """Return the formats of most rounded sites as one word, then counts of sites that differ or are not rounded."""
     counts = Counter(_formats(plan, active) for plan in table.plans if plan.site.kind != "attention")
     untouched = counts.pop((None,) * len(LINEAR_POINTS), 0)
     if not counts:
@@ -55,14 +55,14 @@ def _formats(described: SitePlan | Injection | Mode, active: Collection[str] = L
 
 
 def _exception(formats: _Formats, usual: _Formats) -> str:
-    """Return one format alone, where it stands at every point that is usually rounded."""
+    """Return one format alone, where all points that are usually rounded have it."""
     names = {name for name in formats if name is not None}
     same_points = [name is None for name in formats] == [name is None for name in usual]
     return names.pop() if same_points and len(names) == 1 else _word(formats)
 
 
 def _word(formats: _Formats) -> str:
-    """Return the mode of these formats by its name; else the points one by one."""
+    """Return the name of the mode with these formats; else the points one by one."""
     for mode in MODES.values():
         if formats == _formats(mode):
             return mode.name

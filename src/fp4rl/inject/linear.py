@@ -1,4 +1,4 @@
-"""A live `nn.Linear` that computes with rounded numbers: its class is swapped, everything it holds stays."""
+"""A live `nn.Linear` that computes with rounded numbers: its class is swapped, all that it holds stays."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fp4rl.spec.points import GRADIENTS
 
 
 class LinearState(SiteState):
-    """What an injected linear layer knows beyond the frame: its rounded weight, and what acts in this phase."""
+    """The state of an injected linear layer: its rounded weight, and what acts in the present phase."""
 
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         super().__init__(plan, injection, shared)
@@ -35,7 +35,7 @@ class LinearState(SiteState):
         return self.rounded_values(y, "output") if self.output_on else y
 
     def rounded_weight(self, layer: nn.Linear) -> Tensor:
-        """Return the rounded weight as it is stored, with a gradient to the master where one is computed."""
+        """Return the rounded weight as stored, with a straight-through gradient to the master weight."""
         return self.copy_of(layer.weight, layer.weight)
 
     def rounded_input(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class LinearState(SiteState):
         return rounded
 
     def copy_of(self, weight: Tensor, *made_from: Tensor) -> Tensor:
-        """Return the rounded copy of `weight`, kept while the parameters that it was `made_from` stay as they are."""
+        """Return the rounded copy of `weight`; it is kept until one of the parameters `made_from` changes."""
         copy = reach = None
         if not torch.compiler.is_compiling():
             copy, reach = self.cache.get(*made_from), self.cache.reach
@@ -66,7 +66,7 @@ class LinearState(SiteState):
         return through(weight, copy, reach)
 
     def master(self, layer: nn.Linear) -> Tensor:
-        """Return what is rounded here [out, in], as it is now."""
+        """Return the present master weight as [out, in]."""
         return self.as_used(layer.weight)
 
     def as_used(self, weight: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ class LinearState(SiteState):
         return weight.mT if self.transposed else weight
 
     def _make(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the rounded copy, where a gradient may pass), both as the weight is stored."""
+        """Return the rounded copy and the mask of where gradients pass, both laid out as the weight is stored."""
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return self._as_stored(weight)
-        # Outside inference mode: a tensor made inside it could never be saved for a backward.
+        # Outside inference mode: a tensor made inside it cannot be saved for a backward later.
         with torch.inference_mode(False), torch.no_grad():
             return self._as_stored(weight)
 
@@ -99,16 +99,16 @@ class LinearState(SiteState):
         return copy, reach
 
     def _weight_rng(self, weight: Tensor) -> torch.Generator:
-        # Training draws anew at every step; elsewhere the same weights round the same way twice.
+        # Training draws new numbers at every step; in other phases the same weights round the same way twice.
         salt = f"weight/{self.rng.step}" if self.phase == "training" else "weight"
         return self.rng.fixed(weight.device, salt)
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """Return whether rounding `x` changes any value; a weight is rounded along `in`, whichever way it is stored."""
+        """Return whether rounding `x` changes any value; a weight is rounded along `in`, however it is stored."""
         return super().would_change(point, self.as_used(x).contiguous() if point == "weight" else x)
 
     def enter(self, phase: Any, points: frozenset[str]) -> None:
-        """Begin a phase: everything that a forward has to ask is answered here once."""
+        """Begin a phase: compute once here everything that a forward has to check."""
         super().enter(phase, points)
         self.weight_on = "weight" in self.points or self.has_errors("weight")
         self.input_on = "input" in self.points or self.has_errors("input")
@@ -117,18 +117,18 @@ class LinearState(SiteState):
         self.only_weight = self.weight_on and not (self.input_on or self.output_on or self.products_on)
 
     def recount(self) -> None:
-        """Start counting afresh; the copy is made anew and held against its master, which is a look."""
+        """Set the counters to zero; the copy is dropped, so that the next one is compared with its master (a look)."""
         super().recount()
         self.cache.forget()
 
     def stepped(self) -> None:
-        """An optimizer made a step; frozen weights it leaves alone."""
+        """Drop the copy after an optimizer step, which leaves frozen weights unchanged."""
         super().stepped()
         if not self.cache.frozen:
             self.cache.forget()
 
     def forget(self) -> None:
-        """Let go of what was made from the weight and the last input."""
+        """Drop what was made from the weight and from the last input."""
         super().forget()
         self.cache.forget()
 
@@ -139,10 +139,10 @@ class InjectedLinear(nn.Linear):
     injected: LinearState
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; see `LinearState.forward`."""
+        """Compute [..., in_features] -> [..., out_features]; see `LinearState.forward`."""
         site = self.injected
         if site.only_weight and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The way of every generated token: a current copy of the weight, nothing else to do.
+            # Every generated token comes through here: with a current copy of the weight, nothing else is to be done.
             copy = site.cache.get(self._parameters["weight"])  # type: ignore[arg-type]
             if copy is not None:
                 site.calls += 1

@@ -1,4 +1,4 @@
-"""A matmul whose result, grad_input and grad_weight can each come out wrong, and whose gradient operand is rounded."""
+"""A matmul with errors in its result, grad_input and grad_weight, and with a rounded gradient operand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from fp4rl.inject.site import SiteState
 
 
 class Product(torch.autograd.Function):
-    """y = a b^T + bias with the errors of a site's `point` in it. `a` [..., m, k], `b` [..., n, k], `bias` [n].
+    """y = a b^T + bias with the errors of a site's `point`. `a` [..., m, k], `b` [..., n, k], `bias` [n].
 
-    The error meets the product [..., m, n] before the bias is added; without one in the forward, y is that of `linear`.
+    The error is put on the product [..., m, n] before the bias is added; without one, y is bit for bit `F.linear`.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, site: SiteState, point: str) -> Tensor:
-        """Return the result, errors of the forward in it."""
+        """Return the result, with the errors of the forward."""
         ctx.save_for_backward(a, b)
         ctx.site, ctx.point = site, point
         if not any(error.forward and error.point == point for error in site.errors):
@@ -28,7 +28,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """grad_input = g b reduces over n, grad_weight = g^T a over the rows m: each rounds g along its own axis."""
+        """Compute grad_input = g b, which sums over n, and grad_weight = g^T a over m: each rounds g along its axis."""
         a, b = ctx.saved_tensors
         site: SiteState = ctx.site
         g = gradients[0]
@@ -65,7 +65,7 @@ def in_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def linear_with_errors(x: Tensor, weight: Tensor, bias: Tensor | None, site: SiteState) -> Tensor:
-    """`F.linear` through a product with errors, under autocast too."""
+    """Compute `F.linear` through a product with errors, under autocast too."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

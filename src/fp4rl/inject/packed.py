@@ -1,4 +1,4 @@
-"""A live linear layer whose frozen weight exists as 4-bit codes and scales alone, 4.25 bits a weight in MXFP4."""
+"""A live linear layer whose frozen weight exists only as 4-bit codes and scales, 4.25 bits a weight in MXFP4."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fp4rl.spec.injection import Injection
 
 
 class PackedState(LinearState):
-    """The state of a layer with a packed weight: `take` gives the weight up, `give_back` puts the rounded one back."""
+    """The state of a layer with a packed weight: `take` packs the weight, `give_back` puts the rounded one back."""
 
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         super().__init__(plan, injection, shared)
@@ -28,7 +28,7 @@ class PackedState(LinearState):
         raise TypeError(f"{self.plan.name}: a packed layer cannot be copied; remove the injection, or take copy")
 
     def take(self, layer: nn.Linear) -> None:
-        """Pack the layer's weight and put a meta tensor, which has a shape and no memory, in its place."""
+        """Pack the layer's weight, and put a meta tensor (a shape without memory) in its place."""
         weight = layer.weight.detach()
         assert self.plan.weight is not None
         self.master_dtype = weight.dtype
@@ -43,12 +43,12 @@ class PackedState(LinearState):
         self._put(layer, self.values())
 
     def values(self) -> Tensor:
-        """Return the rounded weight [out, in] in the dtype that the master had, made for the moment."""
+        """Return the rounded weight [out, in] in the dtype that the master had; unpacked now and not kept."""
         assert self.packed is not None
         return dequantize(self.packed).to(self.master_dtype)
 
     def move(self, device: torch.device) -> None:
-        """Codes and scales on another device."""
+        """Move codes and scales to another device."""
         packed = self.packed
         assert packed is not None
         factor = None if packed.factor is None else packed.factor.to(device)
@@ -56,12 +56,12 @@ class PackedState(LinearState):
         self.packed = Packed(*shifted, packed.levels, packed.columns)
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """Codes can hold nothing but rounded values: a packed weight that did not change lay on the grid."""
+        """Return False for the weight: codes hold rounded values only, so one that did not change was on the grid."""
         return point != "weight" and super().would_change(point, x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """As in `LinearState`; the weight is unpacked in forward and backward and kept for wrong products alone."""
+        """Compute like `LinearState`; the weight is unpacked in forward and backward, and kept only for errors."""
         self.calls += 1
         self.note("weight", self._before, self._after, 0)
         if self.input_on:
@@ -77,7 +77,7 @@ class PackedState(LinearState):
 
 
 class _UnpackedTwice(torch.autograd.Function):
-    """x Q(W)^T + b, saving neither x (a frozen weight has no gradient) nor the unpacked weight."""
+    """Computes x Q(W)^T + b and saves neither x (a frozen weight has no gradient) nor the unpacked weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, state: PackedState) -> Tensor:
@@ -102,7 +102,7 @@ class PackedLinear(InjectedLinear):
         if f"{prefix}weight" not in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
-        self._state.give_back(self)  # something to load into
+        self._state.give_back(self)  # loading needs a tensor to load into
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._state.take(self)
 

@@ -1,4 +1,4 @@
-"""What resolving comes to: one plan a site, why every other site is left out, and a digest of it all."""
+"""The result of resolving: a plan for each site, why every other site is left out, and a digest of it all."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, Phase
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The formats of one site's points, None where a point stays as it is, and the hardware errors that reach it.
+    """The formats of one site's points, None for a point that is not rounded, and its hardware errors.
 
     `merged` rounds the sum of base and adapters, `packed` keeps a frozen weight as codes, `note` is for a reader.
     """
@@ -38,7 +38,7 @@ class SitePlan:
         return self.site.name
 
     def label(self, point: str) -> str:
-        """Return what stands in the evidence as the format of a point: the format's name, or the error's size."""
+        """Return how the evidence names the format of a point: the format's name, or the error's size."""
         if (fmt := getattr(self, point, None)) is not None:
             return str(fmt.name)
         error = next(error for error in self.errors if point.startswith(error.name))
@@ -72,7 +72,7 @@ class LeftOut:
     reason: str
 
     def row(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return the site and the reason as plain values for JSON."""
         site = self.site
         return {"site": site.name, "kind": site.kind, "shape": list(site.shape), "reason": self.reason}
 
@@ -93,11 +93,11 @@ class SiteTable:
         return _digest({phase: self._active_rows(phase) for phase in PHASES} | facts)
 
     def digest_in(self, phase: Phase) -> str:
-        """Twelve hexadecimal digits of what acts in the forward of one phase: equal where the same numbers result."""
+        """Return twelve hexadecimal digits of what acts in the forward of one phase: equal where results are equal."""
         return _digest({"plans": self._active_rows(phase, forward_only=True), "dtype": self.injection.dtype})
 
     def active_sites(self, phase: Phase) -> dict[str, int]:
-        """What acts in a phase, and at how many sites: points with a format, and hardware errors by their names."""
+        """Return what acts in a phase and at how many sites: points with a format, and hardware errors by name."""
         points = self.injection.apply_during.active(phase)
         counts: Counter[str] = Counter()
         for plan in self.plans:
@@ -118,7 +118,7 @@ class SiteTable:
         }
 
     def _active_rows(self, phase: Phase, forward_only: bool = False) -> list[dict[str, Any]]:
-        """Return the rows cut down to what acts in a phase; sites where nothing does are gone."""
+        """Return the rows reduced to what acts in a phase, without the sites where nothing does."""
         points = self.injection.apply_during.active(phase) - (set(GRADIENTS) if forward_only else set())
         rows = []
         for plan in self.plans:

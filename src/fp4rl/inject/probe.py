@@ -1,8 +1,8 @@
-"""What the matmuls of injected layers really receive, held against what their masters round to at this moment.
+"""A check of what the matmuls of injected layers really receive against what their master weights round to now.
 
-Counters say that a layer was called, looks say what its rounding gave. Neither sees a copy that went stale afterwards,
-nor a forward that takes another way. So now and then every layer is run on a few rows of its own, outside the model,
-and the operands that reach its product are compared by value with a rounding made here and now, by numerics alone.
+Counters tell that a layer was called, looks what its rounding gave. Neither notices a copy that became stale later, or
+a forward that bypasses the rounding. So now and then every layer is run on a few rows of input, outside the model, and
+the operands that reach its product are compared by value with a rounding that is computed here, by numerics alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ ROWS = 4
 
 
 def require_rounded(attachment: Attachment) -> int:
-    """CheckFailed when a site's operands are not what its master and its formats give now; -> how many sites were held.
+    """Raise CheckFailed when a site's operands are not what its master and its formats give now; count the sites.
 
-    Left out is what cannot be known here: what is drawn (stochastic rounding, hardware errors), attention, packed
-    weights (they have no master) and sharded ones (no copy of them is kept).
+    Not checked is what cannot be computed here: random operands (stochastic rounding, hardware errors), attention,
+    packed weights (they have no master) and sharded ones (no copy of them is kept).
     """
     held, wrong = 0, []
     for module in attachment.modules:
@@ -58,19 +58,19 @@ def _held(module: nn.Module, state: Any, injected: list[nn.Module]) -> Iterator[
                 yield stack, {"weight": _stack_is_right(stack, module._parameters[name], adapter)}  # type: ignore[arg-type]
     if isinstance(state, LinearState) and not isinstance(state, PackedState) and state.keep_copies:
         if isinstance(state, MergedState) and not state.weight_on:
-            return  # the layer's own forward runs, with the adapters' products in it
+            return  # the layer's own forward runs, and its products with the adapters would be met too
         with _uncounted(state):
             yield state, _operands_are_right(module, state)
 
 
 def _repeatable(state: SiteState, point: str) -> bool:
-    """Return whether what becomes of an operand is a function of it alone."""
+    """Return whether an operand's rounding is deterministic."""
     fmt = getattr(state.plan, point)
     return not state.has_errors(point) and (fmt is None or fmt.rounding != "stochastic")
 
 
 def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
-    """`x` as it should arrive: rounded where the point is active, itself where it is not."""
+    """Return `x` as it should arrive at the product: rounded where the point is active, else unchanged."""
     if point not in state.points:
         return x
     return fake_quantize(x.to(state.dtype), getattr(state.plan, point)).to(x.dtype)
@@ -97,7 +97,7 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
         master = state.master(layer).detach()
     rows = torch.randn(ROWS, master.shape[1], generator=torch.Generator().manual_seed(0))
     rows = rows.to(master.device, master.dtype)
-    # Training keeps a graph, and takes another way through the layer than generating does.
+    # With gradients a layer takes another path than without: probe the one that this phase takes.
     with torch.set_grad_enabled(state.phase == "training"), _Listener(master.shape) as listener:
         y = layer.forward(rows)
     if listener.operands is None:
@@ -114,7 +114,7 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
 
 
 def _same(first: Tensor, other: Tensor) -> bool:
-    """Value by value; what is no number equals itself, since a run that diverged has nothing to do with staleness."""
+    """Return whether all values are equal; NaN equals NaN here, since a diverged run is no sign of a stale copy."""
     return torch.equal(first, other) or torch.equal(first.nan_to_num(), other.nan_to_num())
 
 
@@ -139,7 +139,7 @@ class _Listener(TorchFunctionMode):
 
 @contextmanager
 def _uncounted(state: LinearState) -> Iterator[None]:
-    """What the probe does is no evidence of what the model did."""
+    """Keep what the probe does out of the evidence of what the model did."""
     state.book()
     meters = {key: replace(meter) for key, meter in state.meters.items()}
     yield

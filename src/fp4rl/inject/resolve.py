@@ -1,4 +1,4 @@
-"""Resolve model and spec to the site table: what acts where, and why not elsewhere. Nothing is changed or read."""
+"""Resolve model and spec to the site table: what acts where, and why not elsewhere. No weight is changed or read."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +25,7 @@ _LM_HEAD = "TRL's training forward reads this weight without calling the layer"
 
 
 def resolve(model: nn.Module, injection: Injection) -> SiteTable:
-    """Make the table of one injection on one model; meta tensors will do.
+    """Make the table of one injection on one model, which may be on the meta device.
 
     Raises NotFoundError for a pattern that matches nothing (naming the nearest sites), InvalidValueError for a wanted
     site that cannot or must not be rounded, for fused groups that disagree, and for a setting without effect.
@@ -59,7 +59,7 @@ def _kinds(injection: Injection) -> tuple[str, ...]:
 
 
 def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
-    """Every pattern that somebody wrote must match something. The default `leave` names what a model may not have."""
+    """Raise NotFoundError for a pattern of the user that matches nothing; those of the default `leave` may."""
     names = _names(site for site in sites if site.kind in _kinds(injection))
     for pattern in (*injection.targets.take, *(exception.pattern for exception in injection.by_pattern)):
         require_hit(pattern, names, "layer that can be rounded")
@@ -73,12 +73,12 @@ def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
 
 
 def _names(sites: Iterable[Site]) -> list[str]:
-    """Plain names, and the wrapped ones: a reader of `named_modules()` may write either."""
+    """Return the plain names and the wrapped ones: users of `named_modules()` may write either."""
     return [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name]
 
 
 def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int) -> str | None:
-    """Return why targets leave a site out, None where they take it; refuses what was taken and must not be."""
+    """Return why targets leave a site out, None where they take it. Raises where a taken site must not be rounded."""
     if site.kind not in kinds:
         return f"{site.kind}: no point of an injection"
     if site.role == "dt_proj":
@@ -146,7 +146,7 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
 
 
 def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
-    """A setting that reached no site would be silently without effect."""
+    """Raise InvalidValueError for a setting that reached no site: it would silently have no effect."""
     for setting, described, at_a_site, why in (
         ("lora: merged", injection.lora == "merged", "merged", "no adapted layer is taken"),
         ("frozen_base: packed", injection.frozen_base == "packed", "packed", "no taken weight is frozen"),

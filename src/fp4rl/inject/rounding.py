@@ -1,8 +1,8 @@
-"""Rounding as autograd and torch.compile see it: the straight-through estimator, and one opaque node of a graph.
+"""Rounding as autograd and torch.compile see it: the straight-through estimator, and an opaque node of the graph.
 
-Inductor leaves out casts that go down and up again (float32 -> bfloat16 -> float32), and so would round other numbers
-than eager mode does: those of the model's dtype instead of the injection's. What happens inside a custom operator is
-the operator's own, and the node stays in the graph.
+Inductor removes casts down and up again (float32 -> bfloat16 -> float32), and would so round other numbers than eager
+mode does: those in the model's dtype instead of the injection's. It does not look inside a custom operator, so that the
+casts there stay.
 """
 
 import json
@@ -18,7 +18,7 @@ from fp4rl.spec.formats import Format, describe, format_of
 
 
 def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
-    """Return `copy` with the master's gradient. Inside `torch.compile` as a sum: it adds an exact zero to the copy."""
+    """Return `copy`, with its gradient passed to `master`. Under `torch.compile` as a sum that adds an exact zero."""
     if not (master.requires_grad and torch.is_grad_enabled()):
         return copy
     if torch.compiler.is_compiling():
@@ -33,30 +33,30 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
-        """`master`, its rounded `copy` of the same shape and dtype, and `reach` (bool, or None)."""
+        """Return `copy`, the rounded master of the same shape and dtype; `reach` is a bool mask, or None."""
         ctx.reach = reach
         return copy.view_as(copy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Return the gradient of the master, alone."""
+        """Return the gradient for the master; the other arguments have none."""
         return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
 
 
 def format_text(fmt: Format) -> str:
-    """A format as an argument of these operators: text, which means the same in every process that shares a graph."""
+    """Return a format as text, the form in which these operators take it: every process reads it the same."""
     return json.dumps(describe(fmt))
 
 
 @torch.library.custom_op("fp4rl::round_as", mutates_args=())
 def round_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    """Q(x cast to `dtype`) in x's own dtype, contiguous."""
+    """Return Q(x cast to `dtype`) in x's own dtype, contiguous."""
     return fake_quantize(x.to(dtype), _read(fmt)).to(x.dtype, copy=True)
 
 
 @torch.library.custom_op("fp4rl::reach_as", mutates_args=())
 def reach_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    """Bool like x: which values of x, cast to `dtype`, are not clipped."""
+    """Return a bool like x: which values of x, cast to `dtype`, are not clipped."""
     return within_reach(x.to(dtype), _read(fmt)).contiguous()
 
 

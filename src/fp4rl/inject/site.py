@@ -1,4 +1,4 @@
-"""What every injected module knows: its plan, what is active in the present phase, its counters and its randomness."""
+"""The state of every injected module: its plan, what is active in the present phase, its counters and randomness."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple
@@ -25,8 +25,8 @@ from fp4rl.spec.points import GRADIENTS, Phase, can_clip
 KEY = "injected"  # where a module holds its state
 
 
-# Every site of the process hears of every optimizer step, also one that was copied or unpickled: a fused optimizer
-# writes weights without a trace. Weak, so that a model that is dropped without `remove` does not live on here.
+# Every site of the process, copied and unpickled ones too, is told of every optimizer step, since a fused optimizer
+# writes weights without a trace. Weak references, so that a model can be freed without `remove`.
 _SITES: WeakSet["SiteState"] = WeakSet()
 
 
@@ -39,7 +39,7 @@ register_optimizer_step_post_hook(_announce_step)
 
 
 class SiteState:
-    """The frame of a site's state. A copy (deepcopy, pickle) counts for itself and acts as its original does now."""
+    """The base of all states. A copy (deepcopy, pickle) has its own counters and acts as the original does now."""
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
     product_number = 0  # which product of a forward is computed, where a site has one an expert: each draws for itself
@@ -47,7 +47,7 @@ class SiteState:
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         self.plan, self.injection, self.shared = plan, injection, shared
         self.dtype: torch.dtype = getattr(torch, injection.dtype)
-        clipped = injection.straight_through == "clipped"  # no gradient for values that were
+        clipped = injection.straight_through == "clipped"  # then clipped values get no gradient
         formats = {point: getattr(plan, point) for point in plan.points()}
         self._formats = {point: format_text(fmt) for point, fmt in formats.items()}
         self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
@@ -57,7 +57,7 @@ class SiteState:
         self.calls = 0
         self.keep_copies = True
         self.removed = False
-        # What counts inside torch.compile, where a number would be frozen: calls, and elements of each point.
+        # Counters for torch.compile, where a Python number would become a constant: calls, and elements of each point.
         self.compiled_calls = torch.zeros((), dtype=torch.int64)
         errors = [error.name for error in plan.errors if error.forward]
         self.compiled_elements = {point: torch.zeros((), dtype=torch.int64) for point in (*formats, *errors)}
@@ -76,7 +76,7 @@ class SiteState:
         self.enter(phase, points)
 
     def enter(self, phase: Phase, points: frozenset[str]) -> None:
-        """Begin a phase in which `points` are active; what was counted so far is booked under the phase before."""
+        """Begin a phase in which `points` are active; what was counted so far is booked under the previous phase."""
         self.book()
         self.phase = phase
         self.points = points.intersection(self._formats)
@@ -100,7 +100,7 @@ class SiteState:
         return self.meters.setdefault((self.phase, point), Meter())
 
     def missed(self) -> bool:
-        """Return whether some look of this phase found a tensor as it was that rounding changes."""
+        """Return whether some look of this phase found a tensor unchanged that rounding would change."""
         return any(meter.missed for (phase, _), meter in self.meters.items() if phase == self.phase)
 
     def book(self) -> None:
@@ -115,29 +115,29 @@ class SiteState:
         self.uncount()
 
     def uncount(self) -> None:
-        """Forget what was counted and not booked."""
+        """Drop what was counted and not yet booked."""
         self.calls = 0
         for counter in (self.compiled_calls, *self.compiled_elements.values()):
             counter.zero_()
 
     def recount(self) -> None:
-        """Start counting afresh."""
+        """Set the counters to zero."""
         self.book()
         self.meters.clear()
 
     def silent(self) -> bool:
-        """Return whether it should act in this phase and no booked call has met any of its points."""
+        """Return whether the site should act in this phase but none of its points has seen a tensor."""
         return bool(self.active) and not any((self.phase, point) in self.meters for point in self.active)
 
     def untouched(self) -> tuple[str, ...]:
-        """Return the points that should act in this phase, at which calls were counted and not one tensor was met."""
+        """Return the active points that have seen no tensor although calls of the forward were counted."""
         met = {point: self.meters.get((self.phase, point)) for point in self.active}
         return tuple(p for p, meter in met.items() if meter and meter.calls and not (meter.elements or meter.looks))
 
     def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
-        """Book `elements` that were rounded or given an error, and look at a sample of them now and then.
+        """Count `elements` that were rounded or given an error, and compare a sample of them now and then.
 
-        Calls of the forward are counted once for all points; `own_call` counts one here, for what the backward does.
+        Calls of the forward are counted once for all points; `own_call` counts one here, for points of the backward.
         """
         if torch.compiler.is_compiling():
             if point in self.compiled_elements:
@@ -151,7 +151,7 @@ class SiteState:
             meter.look(calls, before, after, lambda: self.would_change(point, before))
 
     def would_change(self, point: str, x: Tensor) -> bool:
-        """Return whether rounding `x` afresh to the format of a point changes any value. An error owes no change."""
+        """Return whether rounding `x` to the format of a point changes any value; False for an error: it need not."""
         fmt = getattr(self.plan, point, None)
         if fmt is None:
             return False
@@ -160,15 +160,15 @@ class SiteState:
         return not torch.equal(rounded.to(x.dtype), x)
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
-        """`x` rounded to the format of a point along its last axis, in its own dtype; the gradient passes through."""
+        """Round `x` to the format of a point along its last axis, in its own dtype; the gradient passes through."""
         generator = self._drawn_for(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
-        # The cast is part of the rounding: left to autograd, it would cast the gradient as well.
+        # The cast is part of the rounding: if autograd saw it, it would cast the gradient as well.
         copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
         return through(x, copy, reach)
 
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """(Q(x cast to the injection's dtype) in x's own dtype, where a gradient may pass); no gradient."""
+        """Return Q(x in the injection's dtype) in x's own dtype, without gradient, and the mask of where one passes."""
         if not torch.compiler.is_compiling():
             return self._rounded_now(x, point, generator)
         if generator is not None:
@@ -184,11 +184,11 @@ class SiteState:
             reach = within_reach(seen, fmt) if point in self._clipping else None
             return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
 
-    # Where something is drawn, a compiled graph breaks, or refuses if it may not.
+    # Random rounding breaks a compiled graph, or raises where breaks are not allowed (fullgraph).
     _rounded_outside = torch.compiler.disable(_rounded_now)  # type: ignore[no-untyped-call]
 
     def with_errors(self, x: Tensor, where: str, drawn_for: Tensor, *, backward: str = "") -> Tensor:
-        """`x` with the errors of a point in it: those of the forward, or of the product `backward`."""
+        """Return `x` with the errors of a point: those of the forward, or of the product named in `backward`."""
         for error in self.errors:
             if error.point == where and (error.backward if backward else error.forward):
                 wrong = apply_error(x, error, self._generator(error, drawn_for, backward))
@@ -209,7 +209,7 @@ class SiteState:
         return self.rng.for_tensor(x, f"{salt}/{self.product_number}" if self.product_number else salt)
 
     def gradient(self, product: str, g: Tensor) -> Tensor:
-        """The gradient as an operand of `product` (grad_input, grad_weight), rounded where its format is active."""
+        """Return the gradient as operand of `product` (grad_input, grad_weight), rounded where its format is active."""
         if product not in self.points:
             return g
         stochastic = getattr(self.plan, product).rounding == "stochastic"
@@ -223,12 +223,12 @@ class SiteState:
         return any(error.point in points for error in self.errors)
 
     def stepped(self) -> None:
-        """An optimizer made a step: what is drawn from here on belongs to the next one."""
+        """Count an optimizer step: random numbers from here on belong to the next one."""
         self.rng.step += 1
         self.shared.forget()
 
     def forget(self) -> None:
-        """Let go of everything that was made from weights: they may have been written."""
+        """Drop everything that was made from weights, since these may have been written."""
         self.rng.step += 1
         self.shared.forget()
 
@@ -239,12 +239,12 @@ class SiteState:
             yield meter.row(phase, self.plan.name, point, self.plan.label(point))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step that random kinds draw by, and the meters; for JSON."""
+        """Return the step that random errors depend on, and the meters; for JSON."""
         self.book()
         return {"step": self.rng.step, "meters": [[*key, *astuple(meter)] for key, meter in self.meters.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.uncount()
         self.rng.step = state["step"]
         self.meters = {(phase, point): Meter(*values) for phase, point, *values in state["meters"]}

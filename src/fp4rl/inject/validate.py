@@ -1,4 +1,4 @@
-"""Refuse what must not or cannot be rounded, with the cure for each; called by `resolve` alone."""
+"""Refuse what must not or cannot be rounded, with the cure for each; used by `resolve` only."""
 
 import re
 from collections import defaultdict
@@ -14,11 +14,11 @@ from fp4rl.spec.targets import Targets
 
 _CALLED = {"lm_head": "the output head", "router": "a router", "adapter": "an adapter"}
 _LEAVE = {"lm_head": "*lm_head*", "adapter": "*lora_*"}
-_REACHED = ("eager", "grouped_mm", "batched_mm")  # what else there is are kernels that read the weight themselves
+_REACHED = ("eager", "grouped_mm", "batched_mm")  # all others are kernels that read the weight themselves
 
 
 def require_opt_in(site: Site, targets: Targets) -> None:
-    """InvalidValueError for a router, an adapter or the output head that was not asked for, and for a shared weight."""
+    """Raise InvalidValueError for a router, adapter or output head without opt-in, and for a shared weight."""
     wanted = "lm_head" if site.role == "lm_head" else site.kind
     if wanted in _CALLED and wanted not in targets.opt_in:
         pattern = _LEAVE.get(wanted) or _everywhere(site.name)
@@ -39,7 +39,7 @@ def _everywhere(name: str) -> str:
 
 
 def require_plain_linear(site: Site, module: nn.Module) -> None:
-    """InvalidValueError for a linear layer that computes in its own way, or with a weight that is computed itself."""
+    """Raise InvalidValueError for a linear layer with a forward of its own, or with a computed weight."""
     if site.kind == "router" and not isinstance(module, nn.Linear):
         raise InvalidValueError(f"{site.name} is a {type(module).__name__}, no linear layer to be rounded; leave it")
     if site.parameter is None:
@@ -60,7 +60,7 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
 
 
 def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> None:
-    """Raise InvalidValueError for a format that holds every value of the dtype that it is given."""
+    """Raise InvalidValueError for a format that can hold every value of its input's dtype: it would change nothing."""
     if plan.site.parameter is None:
         return
     own = str(getattr(module, plan.site.parameter).dtype).removeprefix("torch.")
@@ -103,7 +103,7 @@ def require_own_weight(site: Site, adapter: nn.Module | None) -> None:
 
 
 def require_layout(site: Site, module: nn.Module) -> None:
-    """InvalidValueError for experts whose sizes do not tell their parts, or the axis that their matmul sums over."""
+    """Raise InvalidValueError for experts whose shape tells neither their parts nor the axis that is summed over."""
     kind, shape = type(module).__name__, list(site.shape)
     if len(shape) == 2:
         raise InvalidValueError(
@@ -120,7 +120,7 @@ def require_layout(site: Site, module: nn.Module) -> None:
 def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> None:
     """Raise InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached.
 
-    With `cached` also where what an engine caches is not what this forward multiplies.
+    With `cached`, also where an engine caches something else than this forward multiplies.
     """
     how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
     if how not in ("sdpa", "eager"):
@@ -143,7 +143,7 @@ def require_one_rounding(plans: list[SitePlan]) -> None:
 
 
 def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
-    """InvalidValueError when q/k/v or gate/up differ: a serving engine makes one matmul of them, with one format."""
+    """Raise InvalidValueError when q/k/v or gate/up differ: a serving engine runs them as one matmul in one format."""
     groups: dict[str, dict[str, tuple[Format | None, ...]]] = defaultdict(dict)
     formats = [(plan.site, (plan.weight, plan.input)) for plan in plans]
     for site, pair in formats + [(left.site, (None, None)) for left in left_out]:
@@ -157,7 +157,7 @@ def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
 
 
 def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
-    """InvalidValueError for an adapter that is no plain sum of matrices, so that W + sBA is not what it computes."""
+    """Raise InvalidValueError for an adapter that computes anything else than (W + sBA) x, such as DoRA."""
     dropout = [m.p for m in adapted.lora_dropout.modules() if isinstance(m, nn.Dropout) and m.p > 0]  # type: ignore[union-attr]
     for holds, reason in (
         (dropout, "its dropout acts on the adapter's input alone; set lora_dropout=0"),

@@ -1,8 +1,8 @@
-"""Effect words by rule: a difference earns a word only from several seeds, corrected for all comparisons shown.
+"""Verdicts by rule: a difference gets an effect word only over several seeds, corrected for all comparisons shown.
 
 `better`, `worse`: the two-sided Welch test over seeds. `reaches`: non-inferiority within a margin that was fixed
-beforehand. `no difference shown`: neither. No word at all where an arm has one seed: only the difference, with the band
-in which repeats of the same run fall. Accuracies, margins and differences are in points (percent).
+before. `no difference shown`: neither. No word at all where an arm has one seed: only the difference, with the band of
+differences between repeats of one run. Accuracies, margins and differences are in points (percent).
 """
 
 from collections.abc import Hashable, Sequence
@@ -20,7 +20,7 @@ _Tests = tuple[Difference, NotWorse | None]  # the second where a margin was fix
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question put to the data: `treatment` and `control` hold one accuracy (in points) per seed.
+    """One question: `treatment` and `control` hold one accuracy (in points) per seed.
 
     With a `margin` (in points, fixed beforehand) the question is whether the treatment reaches the control.
     """
@@ -33,10 +33,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of one comparison. `word` is None where no word is earned; `why` says which rule spoke.
+    """The result of one comparison. `word` is None without an effect word; `why` names the rule that decided.
 
     `low`, `high`: the two-sided interval at `level`, by `interval` ("Welch over seeds", or "run-to-run band" around a
-    difference of single runs), None where neither is known. `p_family` is `p` after Holm over `comparisons`.
+    difference of single runs), None where neither is known. `p_family` is `p` corrected over `comparisons` (Holm).
     `lower_bound` and `p_margin` belong to the margin; `p_margin_family` is corrected too.
     """
 
@@ -67,7 +67,7 @@ class Verdict:
         return f"{self.difference:+.1f} points{interval}, {self.seeds[0]} vs {self.seeds[1]} seeds{chance}: {word}"
 
     def in_words(self, treatment: str, control: str) -> str:
-        """Return what may be said of the two sides in plain words, and no more."""
+        """Return the result about the two sides in words."""
         sides = f"{treatment} ({self.means[0]:.1f} %)", f"{control} ({self.means[1]:.1f} %)"
         size = f"{abs(self.difference):.1f} points"
         match self.word:
@@ -85,15 +85,15 @@ class Verdict:
 def evaluate_family(
     family: Sequence[Comparison], *, spread: Spread | None = None, others: int = 0
 ) -> tuple[Verdict, ...]:
-    """Test all comparisons that are shown together; their verdicts in order, corrected for their number (Holm).
+    """Test all comparisons that are shown together; return their verdicts in order, corrected for their number (Holm).
 
     `spread`: run-to-run spread of repeats of the same task and model, for comparisons with one seed an arm.
-    `others`: comparisons shown elsewhere whose p-values are not at hand; each counts in full.
+    `others`: the number of comparisons shown elsewhere, whose p-values are unknown; each counts in full.
     """
     tested = [_test(comparison) for comparison in family]
     p_values: dict[tuple[Hashable, ...], float] = {(f"elsewhere {i}", "difference"): 1.0 for i in range(others)}
     for index, tests in enumerate(tested):
-        # One that cannot be tested is shown, so it counts.
+        # A comparison that cannot be tested is shown too, so it counts.
         p_values[index, "difference"] = 1.0 if isinstance(tests, str) else tests[0].p
         if not isinstance(tests, str) and tests[1] is not None:
             p_values[index, "margin"] = tests[1].p
@@ -160,8 +160,8 @@ def _word(difference: Difference, below: NotWorse | None, p: float, p_margin: fl
 
 
 def _without_word(plain: Verdict, why: str, spread: Spread | None) -> Verdict:
-    """Return the difference alone, with the band of equal runs where repeats tell it."""
-    if spread is None or spread.sd == 0:  # repeats that do not vary at all measure no chance
+    """Return the difference without a word, with the band of repeats where it is known."""
+    if spread is None or spread.sd == 0:  # from repeats that do not vary no chance can be estimated
         return replace(plain, why=f"{why}; no repeats of this task and model tell how far equal runs lie apart")
     half = spread.band(plain.seeds)
     band = f"{LEVEL:.0%} of equal runs lie within {half:.1f} points of each other"

@@ -1,4 +1,4 @@
-"""Write files that a crash cannot spoil, whole or line by line in strict JSON; name those that cannot be read."""
+"""Write files so that a crash cannot damage them, whole or by lines of strict JSON; name those that cannot be read."""
 
 import errno
 import json
@@ -13,20 +13,20 @@ from typing import Any
 from fp4rl.spec.errors import InvalidValueError
 
 _PARTIAL = ".partial"
-# No file takes so long to write: a partial one that old was left by a process that died.
+# No file takes so long to write: an older partial file was left by a process that died.
 _DEAD_S = 600
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# How SQLite, safetensors, Arrow and torch say that the disk is full; they have no errno.
+# Messages of SQLite, safetensors, Arrow and torch for a full disk; their errors have no errno.
 _SAY_FULL = ("disk is full", "No space left", "os error 28", "errno 28", "PytorchStreamWriter failed", "unexpected pos")
-# What reading a truncated, mixed-up or unreadable file ends in, in any of the libraries that read them.
+# What the libraries raise for a truncated, mixed-up or unreadable file.
 _SYMPTOMS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield the path to write to; afterwards the file stands at `path`, or on an exception nothing of it stands.
+    """Yield the path to write to; the file is then moved to `path`, or removed on an exception.
 
-    A reader sees the old content or the new, never a part, also after a crash.
+    A reader sees the old content or the new, never a part of it, even after a crash.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
@@ -40,7 +40,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path, pattern: str = f"**/*{_PARTIAL}", older_than_s: float = 0.0) -> None:
-    """Remove what killed processes left half written in `folder`."""
+    """Remove partial files that killed processes left in `folder`."""
     for left in folder.glob(pattern):
         with suppress(FileNotFoundError):
             if left.is_file() and time.time() - left.stat().st_mtime >= older_than_s:
@@ -57,7 +57,7 @@ def unwritable_named(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file as `whole` does, and have it on the disk before it takes its place."""
+    """Write a text file as `whole` does, synced to disk before it is moved into place."""
     with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -70,7 +70,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Tell whether an error means that a disk or a quota is full, however deep below it the system said so."""
+    """Return whether an error, or any of its causes, means that a disk or a quota is full."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -82,7 +82,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as one line. A half-written last line, left by a crash, is cut off first."""
+    """Append one JSON object as one line. An unfinished last line, left by a crash, is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
@@ -97,17 +97,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read the objects of a JSON-lines file, none where there is no file; an unfinished last line is left out."""
     if not path.is_file():
         return
-    *lines, _unfinished = path.read_bytes().split(b"\n")  # no file stays open where the reader stops half way
+    *lines, _unfinished = path.read_bytes().split(b"\n")  # so that no file stays open if the reader stops early
     yield from (json.loads(line.decode()) for line in lines if line.strip())
 
 
 def dumps(value: Any) -> str:
-    """Return one line of strict JSON; floats that JSON has no word for become "nan", "inf" and "-inf"."""
+    """Return one line of strict JSON; floats that JSON does not have become "nan", "inf" and "-inf"."""
     return json.dumps(json_ready(value), allow_nan=False, separators=(", ", ": "), ensure_ascii=False)
 
 
 def json_ready(value: Any) -> Any:
-    """Return the same content in the values that strict JSON has."""
+    """Return the same content in values of strict JSON."""
     match value:
         case Mapping():
             return {str(key): json_ready(inner) for key, inner in value.items()}
@@ -121,7 +121,7 @@ def json_ready(value: Any) -> Any:
 
 
 class Damaged(InvalidValueError):
-    """A file of a run, or the whole of its folder, is not what it should be. The message names it and the cure."""
+    """A file of a run, or its whole folder, is damaged. The message names it and the cure."""
 
 
 OnDamaged = Callable[[Damaged], None]
@@ -129,7 +129,7 @@ OnDamaged = Callable[[Damaged], None]
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[Path]:
-    """Yield `path`; raise Damaged, in one line that names it, for whatever goes wrong while it is read."""
+    """Yield `path`; raise Damaged, in one line that names it, for any error while it is read."""
     try:
         yield path
     except Damaged:

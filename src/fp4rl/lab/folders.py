@@ -1,9 +1,9 @@
 """A run on disk: one folder of whole or appended files, finished once `result.json` is there.
 
 runs/<suite>/<run-id>/
-  spec.yaml        the whole experiment, as the door reads it
-  sites.json       {"digest", "plans", "left_out"}: what was resolved
-  evidence.jsonl   one object a line: what really happened
+  spec.yaml        the whole experiment
+  sites.json       {"digest", "plans", "left_out"}: the resolved site table
+  evidence.jsonl   one object a line: what acted
   metrics.jsonl    one object a line, each with its "step"
   items/<step>-<profile>.parquet   one row per problem and sample
   result.json      written last, whole: its presence means finished
@@ -35,7 +35,7 @@ _ITEMS_FILE = re.compile(r"(\d+)-(.+)\.parquet")
 
 @dataclass(frozen=True, order=True)
 class RunFolder:
-    """The paths of one run, and the only code that reads or writes them. Making the value touches no disk."""
+    """The files of one run, and the only code that reads or writes them. Making the value does not access the disk."""
 
     path: Path
 
@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def key(self) -> str:
-        """`suite/run-id`: what names a run among all runs."""
+        """`suite/run-id`, the name of a run among all runs."""
         return f"{self.suite}/{self.run_id}"
 
     @property
@@ -62,31 +62,31 @@ class RunFolder:
     # -- written by the runner
 
     def write_spec(self, text: str) -> None:
-        """The experiment as YAML text."""
+        """Write the experiment, given as YAML text."""
         write_whole(self.path / "spec.yaml", text)
 
     def write_sites(self, sites: Sites) -> None:
-        """The resolved site table."""
+        """Write the resolved site table."""
         write_whole(self.path / "sites.json", dumps(sites.as_json()) + "\n")
 
     def add_evidence(self, line: Evidence) -> None:
-        """Append one line."""
+        """Append one line of evidence."""
         append_line(self.path / "evidence.jsonl", {"kind": line.kind} | line.as_json())
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of numbers measured at `step`; not-a-number and infinities survive the trip."""
+        """Append one line of numbers measured at `step`; NaN and infinities are read back as such."""
         if "step" in values:
             raise InvalidValueError("a metric cannot be called 'step': that key names the step it belongs to")
         append_line(self.path / "metrics.jsonl", {"step": step, **values})
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget what was logged after `step`: a run resumed from that checkpoint takes those steps again."""
+        """Drop the metrics after `step`: a run that resumes from that checkpoint repeats those steps."""
         with damage_named(self.path / "metrics.jsonl") as file:
             kept = [record for record in read_lines(file) if record["step"] <= step]
         write_lines(file, kept)
 
     def drop_evidence_after(self, step: int) -> bool:
-        """Forget every line after the checkpoint of `step`; False, and nothing done, if none is recorded."""
+        """Drop every line after the checkpoint of `step`; return False, and drop nothing, if it is not recorded."""
         with damage_named(self.path / "evidence.jsonl") as file:
             lines = [_mapping(line) for line in read_lines(file)]
         wanted = ("checkpoint", step)
@@ -96,7 +96,7 @@ class RunFolder:
         return bool(checkpoints)
 
     def write_items(self, step: int, profile: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """One row per problem and sample, with exactly the columns of `items_schema`."""
+        """Write one row per problem and sample, with exactly the columns of `items_schema`."""
         import pyarrow
         from pyarrow import parquet
 
@@ -105,7 +105,7 @@ class RunFolder:
             parquet.write_table(table, partial, compression="zstd")
 
     def write_result(self, result: RunResult) -> None:
-        """The end of the run. Raises `InvalidValueError` when it is finished already: a result is never overwritten."""
+        """Write the result. Raises `InvalidValueError` for a finished run: a result is never overwritten."""
         if self.finished:
             raise InvalidValueError(f"{self.key} is finished already; give the new run another seed or another suite")
         text = json.dumps(json_ready(result.as_json()), indent=1, allow_nan=False)
@@ -132,7 +132,7 @@ class RunFolder:
             return tuple(line for line in map(read_evidence, read_lines(file)) if line is not None)
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Step -> name -> value. Lines of one step are joined; the first value of a key stays."""
+        """Return step -> name -> value. Lines of one step are joined; the first value of a key counts."""
         steps: dict[int, dict[str, float]] = {}
         with damage_named(self.path / "metrics.jsonl") as file:
             for record in read_lines(file):
@@ -152,19 +152,19 @@ class RunFolder:
             return read_result(json.loads(file.read_text(encoding="utf-8")))
 
     def item_sets(self) -> list[tuple[int, str]]:
-        """(step, profile) of every stored evaluation, in order of step."""
+        """Return (step, profile) of every stored evaluation, in order of step."""
         matches = (_ITEMS_FILE.fullmatch(file.name) for file in (self.path / "items").glob("*.parquet"))
         return sorted((int(match[1]), match[2]) for match in matches if match)
 
     def items(self, step: int, profile: str, columns: list[str] | None = None) -> "pyarrow.Table":
-        """One evaluation's rows (all columns, or those named). Raises `NotFoundError` naming the sets that exist."""
+        """Return the rows of one evaluation, all columns or those named. Raises `NotFoundError` naming those stored."""
         from pyarrow import parquet
 
         file = self._items_file(step, profile)
         if not file.is_file():
             stems = [f"{step}-{profile}" for step, profile in self.item_sets()]
             raise NotFoundError(f"{self.key} holds no items {file.stem}" + nearest(file.stem, stems))
-        # read_table would import pandas where it is installed
+        # read_table would import pandas where it is installed.
         with damage_named(file), parquet.ParquetFile(file) as opened:
             return opened.read(columns=columns)
 
@@ -181,7 +181,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def items_schema() -> "pyarrow.Schema":
-    """The columns of an items file: `length` counts generated tokens, `truncated` tells that the limit cut it."""
+    """Return the columns of an items file; `length` counts generated tokens, `truncated`: cut off at the limit."""
     import pyarrow as pa
 
     flags = [(name, pa.bool_()) for name in SCORES]

@@ -1,4 +1,4 @@
-"""What surrounds a run while it is executed: its lock, one line for a full disk, and a log of crashes below Python."""
+"""Guards around a run: its lock, a one-line error for a full disk, and a log of crashes below Python."""
 
 import faulthandler
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
 
 @contextmanager
 def locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's lock, which the system releases when the process dies. Raises InvalidValueError if it cannot."""
+    """Hold the run's lock, which the system releases when the process dies. Raises InvalidValueError if it is held."""
     lock = FileLock(folder.path / ".lock", timeout=_PATIENCE_S, poll_interval=0.2)
     with unwritable_named(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def locked(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def full_disk_named(folder: RunFolder) -> Iterator[None]:
-    """Raise CheckFailed in one line for a full disk; the libraries below each have their own way of saying it."""
+    """Raise CheckFailed with one line for a full disk, whatever a library raised for it."""
     try:
         yield
     except Exception as error:
@@ -47,7 +47,7 @@ def full_disk_named(folder: RunFolder) -> Iterator[None]:
 @contextmanager
 def crashes_logged(log: Path) -> Iterator[None]:
     """Append the stacks of all threads to `log` at a segmentation fault, an abort or a bus error."""
-    if faulthandler.is_enabled():  # somebody asked to have them elsewhere
+    if faulthandler.is_enabled():  # the user writes them elsewhere
         yield
         return
     with log.open("a", encoding="utf-8") as file:

@@ -28,7 +28,7 @@ class PlannedRun:
 
 
 def planned(suite: Suite) -> tuple[PlannedRun, ...]:
-    """Return every run of a suite, seed by seed, so that an interrupted suite holds complete comparisons first."""
+    """Return every run of a suite, seed by seed, so that an interrupted suite has complete comparisons."""
     arms = list(arm_contents(suite))
     return tuple(
         PlannedRun(suite.suite, arm, seed, experiment.model_copy(update={"seed": seed}))
@@ -38,5 +38,5 @@ def planned(suite: Suite) -> tuple[PlannedRun, ...]:
 
 
 def single(experiment: Experiment, name: str) -> PlannedRun:
-    """Return an experiment of its own as the only run of a suite called `name`."""
+    """Return an experiment as the only run of a suite called `name`."""
     return PlannedRun(name, "run", experiment.seed, experiment)

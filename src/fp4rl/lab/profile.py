@@ -26,7 +26,7 @@ WHAT: Mapping[str, str] = {
 
 
 def seconds_a_step(folder: RunFolder) -> dict[str, float]:
-    """Kind of work -> its seconds a step, the longest first; the first step, which warms everything up, is left out.
+    """Return kind of work -> seconds a step, the longest first; the first step, which warms up, is left out.
 
     Raises NotFoundError when the run logged no step.
     """

@@ -1,4 +1,4 @@
-"""What results are made from: code, versions of libraries, and files that a description only names."""
+"""The origins of results: code, versions of libraries, and files that a description only names."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from fp4rl.rl.inputs import of_model, pointed_at
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.records import RunResult
 
-# A change in any of these rooms can change a number; the lab, the engines and the command line only move numbers.
+# A change in any of these rooms can change a number; all others only move numbers.
 _ROOMS = ("spec", "numerics", "sites", "tasks", "models", "inject", "noise", "rl")
 _SOURCE = (".py", ".c", ".h")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, fp4rl and the libraries that a number passes through, by name."""
+    """Return the versions of Python, fp4rl and the libraries that compute numbers, by name."""
     installed = {"python": platform.python_version(), "fp4rl": fp4rl.__version__}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -58,7 +58,7 @@ def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
 
 
 def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence[str]]:
-    """By run id, which inputs of finished runs have changed since. An embedded model's folder names its recipe."""
+    """Return run id -> inputs of finished runs that have changed since. The embedded model's recipe is in its spec."""
     changed: dict[str, Sequence[str]] = {}
     for run in runs:
         recorded = recorded_result(run, root)
@@ -73,7 +73,7 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
 
 
 def recorded_result(run: PlannedRun, root: Path) -> RunResult | None:
-    """Return the result of a finished run; None where it cannot be read (whoever reports the run names it)."""
+    """Return the result of a finished run; None where it cannot be read (reporting the run names the damage)."""
     try:
         return run_folder(root, run.suite, run.run_id).result()
     except (Damaged, NotFoundError):

@@ -1,4 +1,4 @@
-"""Carry out planned runs that are not finished, through an executor that is handed down."""
+"""Run what is planned and not finished, with an executor that the caller chooses."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -14,12 +14,12 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import changed_inputs, code_digest, recorded_result
 from fp4rl.rl import events
 
-STOPPING = "stopping"  # the stage of an event that says: all runs will end after the step they are in
+STOPPING = "stopping"  # the stage of the event that all runs will end after their present step
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a run is doing: the stage and how far it is, the metrics of a step that is done, or a `line` to be heard."""
+    """The progress of a run: its stage and how far it is, the metrics of a step, or a `line` for the user."""
 
     run_id: str
     stage: str
@@ -30,7 +30,7 @@ class Event:
 
     @classmethod
     def of(cls, run: PlannedRun, event: events.Event) -> "Event | None":
-        """Return the event of one run as a screen shows it; None for what only its folder keeps."""
+        """Return an event of one run for display; None for one that only its folder keeps."""
         match event:
             case events.Progress(stage, done, total):
                 return cls(run.run_id, stage, done, total)
@@ -43,8 +43,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended: `error` is None, or one line that says what went wrong; `mistake` if it is the user's,
-    `interrupted` if somebody asked it to end."""
+    """How one run ended: `error` is None or one line; `mistake`: the error is the user's; `interrupted`: it was asked
+    to end."""
 
     run: PlannedRun
     error: str | None = None
@@ -55,13 +55,13 @@ class Outcome:
 OnEvent = Callable[[Event], None]
 
 
-# Carries out runs below a folder, tells how they go, and yields outcomes as they come, in any order.
+# Runs what is given below a folder, calls back with progress, and yields outcomes as they come, in any order.
 Executor = Callable[[Sequence[PlannedRun], Path, OnEvent], Generator[Outcome, None, None]]
 
 
 @dataclass
 class SuiteOutcome:
-    """What happened to the runs of a suite."""
+    """The outcomes of the runs of a suite."""
 
     skipped: list[PlannedRun] = field(default_factory=list)
     done: list[PlannedRun] = field(default_factory=list)
@@ -69,13 +69,13 @@ class SuiteOutcome:
 
 
 def split_finished(runs: Sequence[PlannedRun], root: Path) -> tuple[list[PlannedRun], list[PlannedRun]]:
-    """(finished, still to do), each in the order given."""
+    """Split runs into (finished, still to do), each in the given order."""
     finished = [run for run in runs if run_folder(root, run.suite, run.run_id).finished]
     return finished, [run for run in runs if run not in finished]
 
 
 def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
-    """Return the finished runs that other code or other files than those of now computed, or that cannot be read."""
+    """Return the finished runs that were made with other code or files than the present, or that cannot be read."""
     finished, _ = split_finished(runs, root)
     changed = changed_inputs(finished, root)
     return [run for run in finished if run.run_id in changed or _code_of(run, root) != code_digest()]
@@ -89,12 +89,12 @@ def _code_of(run: PlannedRun, root: Path) -> str:
 def run_all(
     runs: Sequence[PlannedRun], root: Path, executor: Executor, on_event: OnEvent, on_outcome: Callable[[Outcome], None]
 ) -> SuiteOutcome:
-    """Carry out the runs that are not finished. A failed run does not stop the others."""
+    """Run all that are not finished. A failed run does not stop the others."""
     finished, missing = split_finished(runs, root)
     outcome = SuiteOutcome(skipped=finished)
     if not missing:
         return outcome
-    # Closed at once on an exception here: the executor's own clean-up ends its workers.
+    # Closed at once on an exception here, so that the executor ends its workers.
     with closing(executor(missing, root, on_event)) as outcomes:
         for ended in outcomes:
             if ended.error is None:
@@ -106,13 +106,13 @@ def run_all(
 
 
 def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:
-    """Write the suite's own description beside its runs, for the report and for whoever reads the folder."""
+    """Write the suite's description beside its runs, for the report and for other readers of the folder."""
     with unwritable_named(root / suite):
         write_whole(root / suite / "suite.yaml", yaml.safe_dump(dict(content), sort_keys=False))
 
 
 def archive_stale(runs: Sequence[PlannedRun], root: Path) -> None:
-    """Move finished runs to `<suite>/stale/`, so that they can be repeated; nothing finished is ever overwritten."""
+    """Move finished runs to `<suite>/stale/`, so that they can be repeated without overwriting a result."""
     for run in runs:
         archive = root / run.suite / "stale" / f"{run.run_id}-{_code_of(run, root)}"
         archive.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""A finished run as one typed value: what was described, its result, its evidence, its curves.
+"""A finished run as one typed value: its description, its result, its evidence, its curves.
 
-Whoever reports, shows or compares runs reads them here. The folder is the truth; where it is not here, what the ledger
-recorded of it stands in.
+Reports, displays and comparisons of runs all read them here, from their folders; where a folder is not here, from the
+ledger's record of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,22 +45,22 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """The seed; None where a foreign log does not say it."""
+        """The seed; None where a foreign log does not give it."""
         return self.result.seed
 
     @property
     def described(self) -> Mapping[str, Any]:
-        """The experiment without its seed: runs of which it is the same repeat each other."""
+        """The experiment without its seed: runs with the same one are repeats of each other."""
         return {key: value for key, value in self.spec.items() if key != "seed"}
 
     @cached_property
     def experiment(self) -> str | None:
-        """The digest of what was described; None for a foreign log."""
+        """The digest of the experiment without its seed; None for a foreign log."""
         return digest(self.described) if self.spec else None
 
     @cached_property
     def gaps(self) -> tuple[str, ...]:
-        """The evidence that its spec asks for and that is not there; a run without any counts."""
+        """The evidence that its spec requires and that is missing; a run is comparable without gaps."""
         if self.result.imported is not None:
             return ("it is a foreign log without evidence",)
         return gaps(self.spec, self.result.evidence, self.lines, self.result.evaluations)
@@ -73,17 +73,17 @@ class Run:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the run told the people who started it, in order."""
+        """The warnings that the run showed, in order."""
         return tuple(line.line for line in self.of(Warned))
 
     def of(self, kind: type[_E]) -> list[_E]:
-        """Its lines of evidence of one kind."""
+        """Return its lines of evidence of one kind."""
         return lines_of(self.lines, kind)
 
     def evaluations(self, step: int | None = None) -> dict[str, Evaluation]:
-        """Profile -> evaluation at `step`, the last step where none is named.
+        """Return profile -> evaluation at `step`, by default at the last step.
 
-        An earlier evaluation never stands in for the last one; of two at one step the last one counts.
+        An earlier evaluation never replaces a missing last one; of two at one step the last counts.
         """
         chosen = [e for e in self.result.evaluations if (e.last if step is None else e.step == step)]
         return {e.profile.name: e for e in sorted(chosen, key=lambda e: e.last)}
@@ -94,7 +94,7 @@ class Run:
         return next((e for e in at_start if e.profile.name == profile), None)
 
     def answers(self, evaluation: Evaluation) -> str | None:
-        """Return the digest of the answers that an evaluation rests on; equal where every answer is the same."""
+        """Return the digest of the answers of an evaluation; equal where every answer is the same."""
         own = [e for e in self.of(Evaluation) if (e.step, e.profile.name) == (evaluation.step, evaluation.profile.name)]
         return own[-1].answers_digest if own else evaluation.answers_digest
 
@@ -108,7 +108,7 @@ def read_run(folder: RunFolder, *, curves: bool = True) -> Run:
         folder.result()
     with damage_named(folder.path):
         result, spec = folder.result(), folder.spec()
-        if spec and result.spec_digest not in (None, digest(spec)):  # YAML that lost its end can still be YAML
+        if spec and result.spec_digest not in (None, digest(spec)):  # YAML that was cut off can still be valid
             raise ValueError("spec.yaml is not what its result was computed from")
         return Run(
             suite=folder.suite,

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its folder: TensorBoard always, Weights & Biases and MLflow when asked."""
+"""Export of a run's numbers: TensorBoard always, Weights & Biases and MLflow on request."""
 
 import re
 import time
@@ -16,7 +16,7 @@ _MOST_PER_CALL = 1000  # the limit of MLflow's log_batch
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step. What it exports equals what was logged, to the last bit of a float64."""
+    """Exports the numbers of each step, exactly as logged, to the last bit of a float64."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Export the numbers of one step."""
@@ -31,11 +31,11 @@ class TensorBoardSink:
     Scalars are written as tensors of float64 with the scalar plugin's metadata: the usual `simple_value` is a float32,
     and would export another number than was logged.
 
-    The writer and its thread start with the first step. accelerate empties and refills the whole environment while the
-    trainer is made, and a thread that reads the environment meanwhile takes the process with it.
+    The writer and its thread start with the first step: while the trainer is made, accelerate empties and refills the
+    whole environment, and a thread that reads the environment meanwhile crashes the process.
 
-    A run that goes back to an earlier step (a rollback, a resume) says so by a start of session, by which TensorBoard
-    drops what was logged from that step on.
+    When a run goes back to an earlier step (a rollback, a resume), a start of session is written, at which TensorBoard
+    drops everything from that step on.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -72,7 +72,7 @@ class TensorBoardSink:
 
 
 class _WandbSink:
-    """One W&B run per run folder, in the project named after the suite; its files lie in the run folder."""
+    """One W&B run per run folder, in the project named after the suite; its files are in the run folder."""
 
     def __init__(self, run: RunFolder, spec: Mapping[str, Any]) -> None:
         import wandb
@@ -85,10 +85,10 @@ class _WandbSink:
             dir=str(run.path),
             config=dict(spec),
             resume="allow",
-            # The terminal is the suite's: no banner, no summary of every run, and nothing of it taken over.
+            # Nothing on the terminal: no banner, no summary of every run, no capturing of its output.
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # A step of W&B's own must never go back, and what is logged to an earlier one is dropped; ours is a metric.
+        # W&B drops what is logged for an earlier step than the last one, so the step is a metric of its own here.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -108,7 +108,7 @@ class _MlflowSink:
         known = self._client.get_experiment_by_name(run.suite)
         experiment = known.experiment_id if known else self._client.create_experiment(run.suite)
         before = self._client.search_runs([experiment], f"attributes.run_name = '{run.run_id}'", max_results=1)
-        if before:  # a run that goes on after it was interrupted
+        if before:  # a run that resumes after an interruption
             self.mlflow_run_id: str = before[0].info.run_id
             self._client.update_run(self.mlflow_run_id, status="RUNNING")
             return
@@ -129,7 +129,7 @@ class _MlflowSink:
 
 
 def allowed_name(name: str) -> str:
-    """MLflow allows letters, digits and `_-. /:` in a key; other characters become `_x40_`, so no two names collide."""
+    """Return a name as MLflow allows it: other characters than letters, digits and `_-. /:` become `_x40_`."""
     return _NOT_ALLOWED.sub(lambda match: f"_x{ord(match[0]):x}_", name)
 
 
@@ -138,9 +138,9 @@ _EXTRAS = {"tensorboard": "train"}
 
 
 def require_sinks(names: Sequence[str]) -> None:
-    """Check the names of sinks without loading one.
+    """Check the names of sinks without loading any.
 
-    Raises `InvalidValueError` for a word that names no sink, `NotFoundError` where its package is missing.
+    Raises `InvalidValueError` for an unknown sink, `NotFoundError` where its package is missing.
     """
     for name in names:
         if name not in _BY_NAME and name != "tensorboard":
@@ -152,12 +152,12 @@ def require_sinks(names: Sequence[str]) -> None:
 class Sinks:
     """A context manager over all sinks of a run.
 
-    `metrics.jsonl` is the record; a sink that was asked for and fails on the way (a server that went away) is left out
-    from then on and named in `failures`, because curves are no reason to lose hours of training.
+    `metrics.jsonl` is the record. A sink that fails during the run (a server that is gone) is left out from then on and
+    named in `failures`, since missing curves are no reason to lose hours of training.
     """
 
     def __init__(self, run: RunFolder, names: Sequence[str] = (), spec: Mapping[str, Any] | None = None) -> None:
-        """Open TensorBoard and the sinks `names` ("wandb", "mlflow"). Raises as `require_sinks` does."""
+        """Open TensorBoard and the sinks `names` ("wandb", "mlflow"). Raises what `require_sinks` raises."""
         require_sinks(("tensorboard", *names))
         self.failures: dict[str, str] = {}
         self._open: dict[str, Sink] = {"tensorboard": TensorBoardSink(run)}

@@ -12,7 +12,7 @@ _PLAIN = Algorithm("")  # the clipping of PPO
 
 
 def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
-    """Return one line a warning, once for all arms that share it; a setting that acts in some arm is none."""
+    """Return a line for each warning, once for all arms that share it; a setting that acts in some arm gives none."""
     arms_by_line: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
         for line in (*experiment.warnings(), *_deployment(experiment), *_loss(experiment), *_noise(experiment)):
@@ -24,7 +24,7 @@ def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
 
 
 def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
-    """Yield a key that is set and cannot act in any arm that sets it."""
+    """Yield the keys that cannot act in any arm that sets them, with the reason."""
     by_arm = {arm: idle(experiment) for arm, experiment in arms.items()}
     for key in dict.fromkeys(key for keys in by_arm.values() for key in keys):
         setting = [arm for arm, experiment in arms.items() if is_set(experiment, key)]
@@ -43,7 +43,7 @@ def _noise(experiment: Experiment) -> Iterator[str]:
 
 
 def _deployment(experiment: Experiment) -> Iterator[str]:
-    """Yield which part of the injection the profile of that name leaves out, though training meets it."""
+    """Yield the parts of the injection that act in training but not under the profile `deployment`."""
     injection = experiment.injection
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return
@@ -59,7 +59,7 @@ def _deployment(experiment: Experiment) -> Iterator[str]:
 
 
 def _loss(experiment: Experiment) -> Iterator[str]:
-    """Settings of the loss that hardly act."""
+    """Yield settings of the loss that have hardly any effect."""
     recipe, noise = experiment.training, experiment.noise
     noisy = noise is not None and noise.logprobs == "noisy"
     own, usual = ((a.clipping, a.clip_ratio_low, a.clip_ratio_high) for a in (ALGORITHMS[recipe.algorithm], _PLAIN))

@@ -1,4 +1,4 @@
-"""A suite's folder: what its suite.yaml plans, and for each planned run how far it is and what it left."""
+"""A suite's folder: the runs that its suite.yaml plans, and the state and results of each."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from fp4rl.spec.load import load_spec
 class SuiteRun:
     """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet), `damaged` or `finished`.
 
-    `stale`: other code than the present one computed it.
+    `stale`: it was computed by other code than the present.
     """
 
     planned: PlannedRun
@@ -29,7 +29,7 @@ class SuiteRun:
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """Why a finished run is not comparable: evidence that its spec asks for and that is not there."""
+        """Why a finished run is not comparable: evidence that its spec requires and that is missing."""
         return self.run.gaps if self.run is not None else ()
 
     @property
@@ -45,7 +45,7 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class SuiteRuns:
-    """A suite as its folder shows it. `not_planned`: run folders that the present suite.yaml does not ask for."""
+    """A suite's folder. `not_planned`: run folders that the present suite.yaml does not plan."""
 
     folder: Path
     runs: tuple[SuiteRun, ...]
@@ -60,9 +60,9 @@ class SuiteRuns:
 
 
 def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
-    """Read every planned run of a suite's folder, without their `curves` where those are not needed.
+    """Read every planned run of a suite's folder, without `curves` where these are not needed.
 
-    Raises `NotFoundError` where it is no suite's folder, and what the door raises for its suite.yaml.
+    Raises `NotFoundError` where it is no suite's folder, and what `load_spec` raises for its suite.yaml.
     """
     described = _described(folder)
     if isinstance(described, Suite):

@@ -1,8 +1,8 @@
-"""One planned run, carried out into its folder; what a worker process executes.
+"""Execute one planned run into its folder; this is what a worker process does.
 
-A folder without `result.json` is a run that did not finish. It goes on from its newest good checkpoint, and what was
-logged after that is dropped; without one it starts over from its seed. Either way it ends in the same numbers as a run
-that was never interrupted. A folder with a result is never touched.
+A folder without `result.json` is an unfinished run. It resumes from its newest good checkpoint, and everything logged
+after that is dropped; without a checkpoint it starts over from its seed. Either way it ends in the same numbers as a
+run that was never interrupted. A folder with a result is never changed.
 """
 
 import shutil
@@ -43,8 +43,8 @@ def execute_run(
 ) -> RunFolder:
     """Train and evaluate `run` below `root`; return its folder. A finished run is returned as it is.
 
-    `report_to` names the sinks besides TensorBoard: they follow the run and are no part of the experiment. Once
-    `interrupted()` is true the run keeps a checkpoint after the step it is in and raises Interrupted.
+    `report_to` names sinks besides TensorBoard, which are not part of the experiment. Once `interrupted()` is true the
+    run keeps a checkpoint after its present step and raises Interrupted.
 
     Raises what `check` raises, before anything is written, and what `train` raises; the folder then holds everything
     up to that point and no `result.json`.
@@ -54,7 +54,7 @@ def execute_run(
         return folder
     check(run.experiment)
     train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest())
-    if not processes.is_first():  # one of several that train this run together: the first keeps the folder
+    if not processes.is_first():  # of several processes that train this run together the first writes the folder
         train_here(events.ignore, processes.from_first(ResumeState()))
         return folder
     with full_disk_named(folder), locked(folder):
@@ -75,7 +75,7 @@ def execute_run(
 
 
 def _resume_state(folder: RunFolder) -> ResumeState:
-    """Where the run goes on: after its newest good checkpoint, with everything logged later gone; or at its start."""
+    """Return where to resume: after the newest good checkpoint, later logs dropped, or at the start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     checkpoint = newest(checkpoints, code_digest(), lines.append)
     if checkpoint is None or not folder.drop_evidence_after(checkpoint.step):
@@ -93,7 +93,7 @@ def _resume_state(folder: RunFolder) -> ResumeState:
 
 
 def _forget_interruptions(folder: RunFolder, every: int) -> None:
-    """Of a finished run those checkpoints stay that its spec asks for."""
+    """Delete the checkpoints of a finished run that its spec does not keep."""
     checkpoints = folder.path / "checkpoints"
     remove([path for step, path in all_of(checkpoints).items() if not every or step % every])
     if not every:
@@ -101,7 +101,7 @@ def _forget_interruptions(folder: RunFolder, every: int) -> None:
 
 
 def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
-    """Write every event of a run into its folder; those that a screen shows go on to `emit`."""
+    """Return a function that writes events of a run into its folder, and passes those for display on to `emit`."""
 
     def keep(event: events.Event) -> None:
         match event:
@@ -135,7 +135,7 @@ def _log(folder: RunFolder, lines: Sequence[str]) -> None:
 
 
 def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
-    """What was judged, in order; the newest of a step counts: after a rollback, or where a run ended on the way."""
+    """Return the evaluations in order; of several at one step (after a rollback, or an early end) the newest."""
     by_key: dict[tuple[int, str], evidence.Evaluation] = {}
     for line in folder.evidence():
         if isinstance(line, evidence.Evaluation):

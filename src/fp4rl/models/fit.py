@@ -1,4 +1,4 @@
-"""What a model folder must be before anything is measured on it: readable, unquantized, with a tokenizer that fits."""
+"""Checks of a model folder before anything is measured on it: readable, unquantized, with a tokenizer that fits."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fp4rl.spec.errors import InvalidValueError, UserError
 
-# Where tools say that they have quantized a checkpoint: transformers and most others, llm-compressor of old.
+# Where tools record that they quantized a checkpoint: transformers and most others; older llm-compressor.
 _IN_CONFIG = ("quantization_config", "compression_config")
 # Files of their own: NVIDIA ModelOpt, AutoGPTQ, AutoAWQ and MindStudio (Ascend).
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description.json")
@@ -20,7 +20,7 @@ _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "
 
 @contextmanager
 def readable(what: str, folder: Path) -> Iterator[None]:
-    """Raise InvalidValueError, with the folder and the cure, for whatever other libraries raise over a file."""
+    """Turn whatever other libraries raise over a file into InvalidValueError, with the folder and the cure."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -31,14 +31,14 @@ def readable(what: str, folder: Path) -> Iterator[None]:
 
 
 def _cure(folder: Path) -> str:
-    """Weights that only pickle holds are read without running it, so not all of them can be."""
+    """Return the cure; files of pickled weights are read without running code, which not all of them allow."""
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         return "; its weights are in .bin files: save them as safetensors (save_pretrained does), or copy them anew"
     return ""
 
 
 def require_unquantized(folder: Path) -> None:
-    """Raise InvalidValueError, naming the method, for weights quantized already: their rounding cannot be undone."""
+    """Raise InvalidValueError, naming the method, for quantized weights: their rounding cannot be undone."""
     method = _quantized_by(folder)
     if method is not None:
         raise InvalidValueError(
@@ -51,7 +51,7 @@ def _quantized_by(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # whoever reads the configuration says what is wrong with it
+        return None  # loading the configuration reports what is wrong with it
     parts = [config, *map(_table(config).get, ("text_config", "llm_config"))]
     for part, key in product(parts, _IN_CONFIG):
         if said := _table(part).get(key):
@@ -65,7 +65,7 @@ def _table(part: Any) -> dict[str, Any]:
 
 
 def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise InvalidValueError for a tokenizer that ends every text, so that no prompt is open, or begins it twice."""
+    """Raise InvalidValueError for a tokenizer that closes every prompt with an end token, or begins it twice."""
     ids = list(tokenizer("a")["input_ids"])
     ending = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
     if len(ids) > 1 and ids[-1] in ending:
@@ -96,10 +96,11 @@ def require_ids_inside(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def keep_endings_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of the model's own generation settings only the tokens that end an answer stay, and the tokenizer's own.
+    """Drop the model's own generation settings, except the tokens that end an answer; add the tokenizer's.
 
-    They are what an engine stops at. transformers fills whatever a caller leaves open from `generation_config.json`: a
-    repetition penalty there would change "greedy" answers, and the sampler would no longer be the policy in training.
+    Engines stop at these tokens. transformers takes every setting that a caller leaves open from
+    `generation_config.json`: a repetition penalty there would change "greedy" answers, and the sampler would no longer
+    be the policy that is trained.
     """
     own = model.generation_config.eos_token_id
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)
@@ -113,7 +114,7 @@ def keep_endings_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens that end an answer, in training and in every evaluation; InvalidValueError where there are none."""
+    """Return the tokens that end an answer, in training and in evaluations; InvalidValueError where there are none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         raise InvalidValueError("no token ends an answer: set eos_token in the model's tokenizer and save it again")

@@ -1,4 +1,4 @@
-"""Opening a model folder from this disk: weights or bare modules, tokenizer, and a LoRA adapter where one is there."""
+"""Load a model folder from this disk: weights or modules without weights, tokenizer, and a LoRA adapter if any."""
 
 import json
 import re
@@ -22,7 +22,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 
 def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode and its tokenizer, padding on the left; nothing is downloaded, no remote code runs.
+    """Load a model in evaluation mode and its left-padding tokenizer; nothing is downloaded, no remote code is run.
 
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names. A
     tokenizer without a padding token pads with its end-of-text token. Raises NotFoundError for a folder, configuration,
@@ -31,7 +31,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
     """
     folder, kind = _folder(path), dtype_named(dtype)
     base = base_of(folder)
-    # the tokenizer first: when it is missing, the reader should not have to wait for the weights
+    # The tokenizer first: where it is missing, nobody should have to wait for the weights.
     tokenizer = tokenizer_of(folder)
     model = _weights(base or folder, kind)
     require_ids_inside(model, tokenizer, base or folder)
@@ -40,13 +40,13 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Pr
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a model folder is used with: its own, or that of an adapter's base."""
+    """Load the tokenizer for a model folder: its own, or that of an adapter's base."""
     base = base_of(folder)
     return load_tokenizer(folder if base is None or _has_tokenizer(folder) else base)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the folder's tokenizer, padding on the left, with a padding token in any case."""
+    """Load the folder's tokenizer, padding on the left, with a padding token in any case."""
     if not _has_tokenizer(folder):
         raise NotFoundError(f"model folder {str(folder)!r} has no tokenizer; save one there (save_pretrained)")
     with readable("the tokenizer", folder):
@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
-    """`"bfloat16"` -> torch.bfloat16; a torch dtype is returned as it is."""
+    """Return torch.bfloat16 for `"bfloat16"`; a torch dtype as it is."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -94,10 +94,10 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _attention(dtype: torch.dtype) -> dict[str, str]:
-    """Choose attention that gives one query the bits that it gives many, where the model's own would not.
+    """Return the attention to load with: one that gives a query the same bits alone and among many.
 
-    The CPU's fused kernel rounds 16-bit products otherwise while decoding than in one pass; 4-bit inputs make up to
-    0.01 nats a token of it. The eager formula makes 0.
+    The CPU's fused kernel rounds 16-bit products differently while decoding and in one pass, which with 4-bit inputs
+    becomes up to 0.01 nats a token. With the eager formula it is 0.
     """
     apart = dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available()
     return {"attn_implementation": "eager"} if apart else {}
@@ -119,13 +119,13 @@ def base_of(folder: Path) -> Path | None:
 
 
 def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
-    """Return the embedded model before its warm-up."""
+    """Build the embedded model before its warm-up."""
     return build(recipe, build_tokenizer())
 
 
 def skeleton(path: str | Path) -> PreTrainedModel:
-    """The modules of a Hugging Face folder on the meta device (for an adapter's those of its base): enough to resolve
-    what would be rounded, in milliseconds and no memory. The tokenizer must be there too; raises what `load` does."""
+    """Build the modules of a Hugging Face folder (of an adapter: its base's) on the meta device, enough to resolve what
+    would be rounded, without memory. The tokenizer must be there too; raises what `load` does."""
     folder = _folder(path)
     folder = base_of(folder) or folder
     _require_weights(folder)
@@ -139,11 +139,11 @@ def skeleton(path: str | Path) -> PreTrainedModel:
 
 
 def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
-    """`model`, loaded from the folder `base`, under a fresh LoRA adapter on the linear layers of its decoder.
+    """Put a fresh LoRA adapter on the linear layers of the decoder of `model`, loaded from the folder `base`.
 
-    The base is frozen and stays where it is: only the adapter is saved, with the path of its base. The initial values
-    come from torch's global generator. Raises InvalidValueError for a folder that holds an adapter already, and for
-    modules that the model has not.
+    The base is frozen, and only the adapter is saved, with the path of its base. Initial values come from torch's
+    global generator. Raises InvalidValueError for a folder that holds an adapter already, and for modules that the
+    model does not have.
     """
     from peft import LoraConfig, get_peft_model  # only in this file: a plain model needs no peft
 
@@ -153,7 +153,7 @@ def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
     layers, everywhere = model.named_modules(), lora.target_modules == ("all-linear",)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # peft divides by it: a float is as good
+        lora_alpha=lora.alpha,  # typed int in peft, but a float works as well
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules="all-linear" if everywhere else list(lora.target_modules),
@@ -189,10 +189,10 @@ def _adapted(model: Any, folder: Path) -> Any:
     with readable("the adapter", folder):
         given = load_peft_weights(str(folder), device="cpu")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below, as a mistake
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, raised below
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     missing = sorted(set(get_peft_model_state_dict(adapted)) - set(given))
-    if missing:  # a fresh adapter does nothing: the base model would be measured under the adapter's name
+    if missing:  # such weights start at zero effect: the base model would be measured under the adapter's name
         raise NotFoundError(f"the adapter in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); save anew")
     return adapted
 

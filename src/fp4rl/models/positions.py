@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the arguments of a forward of `ids` under the attention `mask`, both [rows, T].
+    """Return the arguments of a forward of `ids` under the attention `mask`, both [rows, T].
 
-    `generate` counts positions from a row's first real token; a forward without `position_ids` counts the padding too.
-    Learned positions then differ outright, and rotary ones wherever something is rounded: a rotation that cancels in
-    exact arithmetic does not cancel in a rounded key. Models that take no `position_ids` count by the mask themselves.
+    `generate` counts positions from a row's first token; a forward without `position_ids` counts the padding too.
+    Learned positions then give other results, and so do rotary ones where something is rounded: shifting all positions
+    cancels in exact arithmetic, but not in rounded keys. Models without `position_ids` count by the mask themselves.
     """
     inputs = {"input_ids": ids, "attention_mask": mask}
     if takes_positions(model):
@@ -20,10 +20,10 @@ def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Ten
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Tell whether the model below adapters and wrappers of several processes takes `position_ids`."""
+    """Return whether the model, below adapters and DDP or FSDP wrappers, takes `position_ids`."""
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):  # DistributedDataParallel, FullyShardedDataParallel
         inner = inner.module
-    if hasattr(inner, "get_base_model"):  # peft passes on what its own forward does not name
+    if hasattr(inner, "get_base_model"):  # peft's forward passes on arguments that it does not name
         inner = inner.get_base_model()
     return "position_ids" in inspect.signature(inner.forward).parameters

@@ -1,4 +1,4 @@
-"""For the doors alone (command line, worker processes): the libraries below say only what is wrong."""
+"""For the command line and worker processes only: make other libraries report nothing but errors."""
 
 import logging
 import os
@@ -6,9 +6,9 @@ import warnings
 
 
 def quiet() -> None:
-    """No progress bars and no notes of transformers, and no warnings that speak of its own deprecated names.
+    """Switch off transformers' progress bars and notes, and warnings about deprecated names of its own.
 
-    Nor torchao's, where it is installed: transformers imports it, and it tells of kernels that nobody here calls.
+    And torchao's, where it is installed: transformers imports it, and it reports on kernels that are not used here.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torchao", "torch.utils._pytree"):

@@ -1,7 +1,7 @@
-"""The embedded model: small enough to be born and warmed up here, Qwen2-shaped so that everything else treats it alike.
+"""The embedded model: small enough to be made and warmed up here, Qwen2-shaped so that it is treated like any other.
 
-Its recipe decides every bit of it. Weights and order come from generators of their own, and the warm-up computes on one
-thread, because sums split over a different number of threads round differently.
+Its recipe decides every bit of it. Weights and order come from generators of their own, and the warm-up runs on one
+thread, because sums that are split over another number of threads round differently.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 def build(recipe: Embedded, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """The model before its warm-up, in float32: normal weights, zero biases, unit norms."""
+    """Build the model before its warm-up, in float32: normal weights, zero biases, unit norms."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -60,8 +60,8 @@ def warm_up(
     recipe: Embedded,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Supervised training on the solutions' tokens alone; in place. Returns the mean loss of the last tenth of steps
-    (nan without steps).
+    """Train in place on the tokens of the solutions alone; return the mean loss of the last tenth of the steps (nan
+    without steps).
 
     `on_step(step, loss)` is called after each step, with steps counted from 1 and the loss in nats per token. Examples
     are shuffled once, and repeated in that order where there are fewer than the steps take.
@@ -96,21 +96,21 @@ def cached(
     examples: Sequence[Example],
     on_step: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """The folder of the warmed-up model and its tokenizer, in Hugging Face's layout; made on the first call.
+    """Return the folder of the warmed-up model and its tokenizer, in Hugging Face's layout; made on the first call.
 
-    Its name is a digest of the recipe, of the examples themselves, of the code that makes it and of the versions below
-    it, so that a changed generator can never be answered with an old model. It appears whole or not at all: it is
-    written beside its place and renamed. Of two processes that ask at once, one makes it and the other waits.
+    Its name holds a digest of the recipe, of the examples, of the code that makes it and of the versions of torch and
+    transformers, so that a change never finds an old model. It is written under another name and renamed, so that it
+    appears whole or not at all. Of two processes that need it at once, one makes it and the other waits.
     """
     content = _content(recipe, examples)
-    place = folder / f"tiny-{digest(content)}"
-    if place.is_dir():
-        return place
+    made = folder / f"tiny-{digest(content)}"
+    if made.is_dir():
+        return made
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_suffix(".lock")):  # released when the process dies
-        if not place.is_dir():
-            half_made = place.with_suffix(".partial")
-            shutil.rmtree(half_made, ignore_errors=True)  # of a process that was killed: we hold its lock now
+    with FileLock(made.with_suffix(".lock")):  # released when the process dies
+        if not made.is_dir():
+            half_made = made.with_suffix(".partial")
+            shutil.rmtree(half_made, ignore_errors=True)  # left by a process that was killed, since we hold the lock
             tokenizer = tokenizer_code.build_tokenizer()
             model = build(recipe, tokenizer)
             loss = warm_up(model, tokenizer, examples, recipe, on_step)
@@ -118,11 +118,11 @@ def cached(
                 model.save_pretrained(half_made)
                 tokenizer.save_pretrained(half_made)
                 (half_made / "recipe.json").write_text(json.dumps({**content, "final_loss": loss}, indent=1) + "\n")
-                half_made.rename(place)
+                half_made.rename(made)
             except BaseException:
                 shutil.rmtree(half_made, ignore_errors=True)
                 raise
-    return place
+    return made
 
 
 def _content(recipe: Embedded, examples: Sequence[Example]) -> dict[str, object]:
@@ -138,7 +138,7 @@ def _content(recipe: Embedded, examples: Sequence[Example]) -> dict[str, object]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread inside the block, and on as many as before after it."""
+    """Run torch on one thread inside the `with`, afterwards on as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -148,14 +148,14 @@ def one_thread() -> Iterator[None]:
 
 
 def _rise_and_fall(step: int, recipe: Embedded) -> float:
-    """Share of the learning rate at a step counted from 1: a linear rise, then constant."""
+    """Return the share of the learning rate at a step counted from 1: a linear rise, then constant."""
     rise = max(1, round(recipe.warm_up_rise * recipe.warm_up_steps))
     return min(1.0, step / rise)
 
 
 def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the labelled tokens; `ids`, `labels` [batch, time], labels already shifted."""
-    # No attention mask: padding is on the right, where a causal model cannot look, and the maskless path is faster.
+    """Return the mean cross-entropy in nats of labelled tokens; `ids` and (shifted) `labels` are [batch, time]."""
+    # No attention mask: padding is on the right, where a causal model cannot look, and attention is faster without.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     counted = labels != IGNORED
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
@@ -164,7 +164,7 @@ def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: Embedded
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per step: token ids [batch, time] and the next tokens to predict, IGNORED outside the solution."""
+    """Yield for each step token ids [batch, time] and the next tokens to predict, IGNORED outside the solution."""
     ids, starts, ends = _encoded(tokenizer, examples)
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.randperm(len(examples), generator=generator)
@@ -173,13 +173,13 @@ def _batches(
         rows = order[torch.arange(step * size, (step + 1) * size) % len(order)]
         width = int(ends[rows].max())
         batch = ids[rows, :width]
-        place = torch.arange(1, width)
-        solved = (place >= starts[rows, None]) & (place < ends[rows, None])
+        made = torch.arange(1, width)
+        solved = (made >= starts[rows, None]) & (made < ends[rows, None])
         yield batch[:, :-1], batch[:, 1:].masked_fill(~solved, IGNORED)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [examples, longest] padded on the right, and where each solution starts and ends (after its eos)."""
+    """Return ids [examples, longest] padded on the right, and where each solution starts and ends (after its eos)."""
     prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
     solutions = tokenizer([f" {solution}" for _, solution in examples])["input_ids"]
     whole = [torch.tensor([*p, *s, tokenizer.eos_token_id]) for p, s in zip(prompts, solutions, strict=True)]

@@ -1,8 +1,8 @@
-"""The embedded model's tokenizer: a word of the arithmetic task is one token, any other text is spelled out.
+"""The embedded model's tokenizer: a word of the arithmetic task is one token, any other text is one a character.
 
-A blank belongs to the token behind it (` has`, ` 2`), so that decoding is concatenation and gives every text back:
-`2 5` and `25` stay two different things. About 140 tokens; characters outside printable ASCII become their nearest
-ASCII look, or `<unk>`.
+A blank belongs to the token after it (` has`, ` 2`), so that decoding concatenates and restores every text: `2 5` and
+`25` stay different. About 140 tokens; a character outside printable ASCII becomes the one in ASCII that looks most like
+it, or `<unk>`.
 """
 
 import re
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = ("\n", *map(chr, range(ord(" "), ord("~") + 1)))
 SPACED = tuple("0123456789+-=.?")
-# Beside a Qwen2 model AutoTokenizer takes its own Qwen2Tokenizer, whatever class the folder names, and splits the text
-# otherwise without a word. An `auto_map` makes it keep to the named class; no remote code is ever looked for.
+# In a folder with a Qwen2 model AutoTokenizer uses Qwen2Tokenizer, whatever class the folder names, and silently splits
+# texts differently. An `auto_map` makes it keep to the named class; no remote code is looked for.
 NO_OTHER_CLASS = {"AutoTokenizer": [None, "fp4rl--PreTrainedTokenizerFast"]}
 # The arithmetic task's words. They stand here because models and tasks are siblings; a test keeps the two in step.
 WORDS = (
@@ -24,15 +24,15 @@ WORDS = (
     *("coins", "apples", "books", "cards", "pens", "shells"),
     *("buys", "finds", "gets", "wins", "loses", "sells", "eats", "drops"),
 )
-# Marks that grade-school texts really use; without these each would be an unknown.
+# Characters that occur in grade-school texts; without these each would be `<unk>`.
 LOOKS = {"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-", "×": "*", "÷": "/", "\u2028": "\n"}
 LOOKS |= {"⁄": "/", "€": "$", "£": "$", "¢": "c", "√": "sqrt", "\u200b": "", "\t": " ", "\r": ""}
 
 
 def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
-    """The tokenizer with one token for each of `words` after a blank; the first of them also at the start of a line.
+    """Build the tokenizer with one token for each of `words` after a blank, the first of them also at a line's start.
 
-    Nothing is read from disk. Padding is on the left, as generation wants it; no token is added to a text by itself.
+    Nothing is read from disk. Padding is on the left, as generation needs it; no token is added to a text.
     """
     pieces = [*CHARACTERS, *(f" {mark}" for mark in SPACED), words[0], *(f" {word}" for word in words)]
     vocabulary = {piece: index for index, piece in enumerate([PAD, BOS, EOS, UNK, *dict.fromkeys(pieces)])}

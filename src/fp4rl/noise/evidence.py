@@ -1,4 +1,4 @@
-"""What the noise of one rollout really was: asked, realised, and how many weights it changed."""
+"""What the noise of one rollout really was: as scheduled, as realised, and how many weights it changed."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ _DEVIATIONS = 7
 
 @dataclass(frozen=True)
 class NoiseEvidence:
-    """One weight under noise. `sigma` is asked (schedule x multiplier), `realised` measured on what was really there.
+    """One weight under noise. `sigma` is scheduled (times the multiplier), `realised` measured on the noisy weight.
 
     `realised` is the root mean square of the change (relative to the weight for multiplicative noise), `drawn` that of
     the noise before it was written in the weight's dtype, `share_changed` the part of the values that differ at all.
@@ -33,12 +33,12 @@ class NoiseEvidence:
 
     @property
     def swallowed(self) -> int:
-        """How many values the weight's dtype was too coarse to change, of those that noise was asked for."""
+        """The number of values that stayed as they were, since the noise was below the resolution of the dtype."""
         return round((1 - self.share_changed) * self.elements) if self.sigma > 0 else 0
 
 
 def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
-    """Pooled over the weights of each layer (or over several rollouts); what lies outside the stack comes last."""
+    """Return the evidence pooled by layer (also over several rollouts); weights outside the layers come last."""
 
     def layer(item: NoiseEvidence) -> float:
         return math.inf if item.layer is None else item.layer
@@ -47,7 +47,7 @@ def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
 
 
 def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> RolloutNoise:
-    """The line of evidence of the rollout of `step`: what the schedule asked, what came of it, layer by layer."""
+    """Return the line of evidence of the rollout of `step`: scheduled sigma, and what came of it, layer by layer."""
     changed = sum(item.share_changed * item.elements for item in evidence)
     elements = sum(item.elements for item in evidence)
     return RolloutNoise(
@@ -62,9 +62,9 @@ def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> Rollo
 
 
 def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
-    """Raise CheckFailed when one rollout asked for `sigma` and nothing was drawn, or noise of another size.
+    """Raise CheckFailed when a rollout at `sigma` drew no noise, or noise of another size.
 
-    What the weights' dtype swallowed was drawn: `require_noise` asks of the whole run whether any weight changed.
+    Noise that the weights' dtype swallowed was drawn all the same: `require_noise` checks that weights changed.
     """
     if sigma > 0 and not any(item.drawn > 0 for item in evidence):
         raise CheckFailed(f"the schedule asked for noise of {sigma:g}, but no weight was given any")
@@ -78,13 +78,13 @@ def require_drawn(evidence: Sequence[NoiseEvidence], sigma: float) -> None:
 
 
 def _require_size(name: str, ratio: float, elements: int) -> None:
-    """A sample's standard deviation lies within 1 / sqrt(2n) of the true one, seven times that never happens."""
+    """Raise CheckFailed for a standard deviation that is off by seven of its standard errors, 1 / sqrt(2n) each."""
     if not abs(ratio - 1) <= _DEVIATIONS / math.sqrt(2 * elements) or ratio <= 0:
         raise CheckFailed(f"{name}: noise of {ratio:.3g} times the size that was asked for was drawn")
 
 
 def require_noise(noise: Noise, rollouts: Sequence[Sequence[NoiseEvidence]]) -> None:
-    """Raise CheckFailed when a run asked for noise and all its `rollouts` show none, or a control's show some."""
+    """Raise CheckFailed when a run under noise changed no weight in any rollout, or a control arm changed one."""
     changed = any(item.share_changed > 0 for rollout in rollouts for item in rollout)
     if noise.control == "sigma_zero" and changed:
         raise CheckFailed("the sigma_zero control changed weights: it is not a control")

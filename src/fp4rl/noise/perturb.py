@@ -1,6 +1,6 @@
-"""Noise for as long as a `with` lasts, and the exact bits back afterwards.
+"""Noise on weights inside a `with`, and the exact bits back afterwards.
 
-When noise goes on linear weights that are injected (`targets.kinds` holds `linear`), whoever calls this also calls
+Where noise goes on linear weights under injection (`targets.kinds` holds `linear`), the caller must also call
 `Attachment.invalidate()` on the way in and on the way out: the rounded copies were made from other weights.
 """
 
@@ -29,7 +29,7 @@ def perturb(
 
     One number is drawn from `generator`; each weight's noise follows from it and the weight's name, whatever the order,
     the sharding or the process. `share` is the part of the run that is done (zones that change need it). Raises
-    InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a weight kept none.
+    InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a weight lost it.
     """
     if not 0 <= sigma < float("inf"):
         raise InvalidValueError(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
@@ -50,12 +50,12 @@ def perturb(
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """Return one number from the generator, from which the noise of all weights follows."""
+    """Draw one number from the generator, from which the noise of all weights follows."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device).item())
 
 
 def standard_noise(seed: int, name: str, shape: torch.Size) -> Tensor:
-    """Standard normal noise [shape], FP32, on the CPU (the same numbers whatever device the weight is on)."""
+    """Draw standard normal noise [shape], FP32, on the CPU: the same numbers whatever device the weight is on."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     own = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=own, dtype=torch.float32)
@@ -66,7 +66,7 @@ def noisy_copy(
 ) -> tuple[Tensor, NoiseEvidence]:
     """Return the noisy weight as a new tensor, in FP32 under `precision: float32` and in the weight's dtype otherwise.
 
-    For a stream of named weights to another engine; `perturb` uses it too, so that both see the same numbers.
+    For sending named weights to another engine; `perturb` uses it too, so that both have the same numbers.
     """
     scaled_sigma = sigma * weight.multiplier
     exact = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
@@ -117,7 +117,7 @@ def _full(parameter: nn.Parameter) -> Tensor:
 
 @contextmanager
 def _written(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
-    """In place: autograd then notices a graph that was built on the clean weights and is used under noise."""
+    """Write in place, so that autograd notices a graph that was built on clean weights and is used under noise."""
     parameter: Any = weight.parameter
     kept, written = parameter.detach().clone(), noisy
     if isinstance(parameter, DTensor):
@@ -133,7 +133,7 @@ def _written(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _in_float32(weight: NoisyWeight, noisy: Tensor) -> Iterator[None]:
-    """The norm is computed by an FP32 twin that holds the noisy weight; no weight is written."""
+    """Let an FP32 copy of the norm compute with the noisy weight; no weight is written."""
     module, twin = weight.module, copy.deepcopy(weight.module).float()
     twin.register_parameter("weight", nn.Parameter(noisy, requires_grad=False))
     before = module.__dict__.get("forward")

@@ -1,4 +1,4 @@
-"""Sigma as a function of (step, total), its factor in each layer, where a run really is, and what BF16 holds of it."""
+"""Sigma as a function of (step, total), factors of layers, the progress of a run, and what BF16 keeps of the noise."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def sigma_at(schedule: NoiseSchedule, step: int, total: int) -> float:
 
 
 def asked_sigma(noise: Noise, step: int, total: int) -> float:
-    """Return `sigma_at` of the spec's schedule, and 0 in the control arm that walks the machinery without noise."""
+    """Return `sigma_at` of the spec's schedule; 0 in the control arm that runs the code without noise."""
     return 0.0 if noise.control == "sigma_zero" else sigma_at(noise.schedule, step, total)
 
 
@@ -39,7 +39,7 @@ class Stage:
 
 
 def stages(schedule: NoiseSchedule, total: int) -> tuple[Stage, ...]:
-    """Return the whole run as stages; a smooth schedule has one per step."""
+    """Return the stages of a whole run; a smooth schedule has one per step."""
     runs = groupby(range(total), key=lambda step: sigma_at(schedule, step, total))
     return tuple(Stage(first, [first, *rest][-1], sigma) for sigma, (first, *rest) in runs)
 
@@ -52,9 +52,9 @@ def values_missed(schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class ScheduleProgress:
-    """A run of `total` optimisation steps in `epochs` equal parts, until the data begin anew sooner than that.
+    """The progress of a run of `total` steps through `epochs` equal parts, or shorter ones if the data repeat sooner.
 
-    Epoch `epoch` of the schedule began at step `begun`. From then on an epoch is expected to last `length` steps, the
+    Epoch `epoch` of the schedule began at step `begun`. From there an epoch is expected to last `length` steps, the
     last one to the end of the run. Data that last longer than planned delay nothing: the number of steps is fixed.
     """
 
@@ -76,13 +76,13 @@ class ScheduleProgress:
         return cls(total, noise.schedule.epochs if isinstance(noise.schedule, EpochAware) else 1)
 
     def sigma(self, noise: Noise, step: int) -> float:
-        """Return what the rollout of `step` asks for; steps are counted from 0."""
+        """Return sigma of the rollout of `step`, counted from 0."""
         if noise.control == "sigma_zero" or not isinstance(noise.schedule, EpochAware):
             return asked_sigma(noise, step, self.total)
         return noise.schedule.at_share(self.share(min(step, self.total - 1)))
 
     def share(self, step: int) -> Fraction:
-        """How much of the schedule is done at `step` (0..1): whole epochs, and what is done of the one it is in."""
+        """Return how much of the schedule is done at `step` (0..1): whole epochs, and the part of the present one."""
         done = self.epoch + (step - self.begun) // self.length
         last = self.epochs - 1
         if done < last:
@@ -91,7 +91,7 @@ class ScheduleProgress:
         return (last + (step - began) / (self.total - began)) / self.epochs
 
     def at(self, step: int, data_epochs: float) -> "ScheduleProgress":
-        """Before `step`, when the data have been gone through `data_epochs` times: the next epoch if that is early."""
+        """Return the progress before `step` and after `data_epochs` passes over the data, which may begin an epoch."""
         fresh = int(data_epochs)
         if fresh >= self.epochs or fresh <= int(self.share(step) * self.epochs):
             return self
@@ -101,12 +101,12 @@ class ScheduleProgress:
 
 @dataclass
 class StageLog:
-    """Which values of sigma really ran, in order, and for how many rollouts each."""
+    """The values of sigma that really ran, in order, and the number of rollouts of each."""
 
     ran: list[tuple[float, int]] = field(default_factory=list)
 
     def note(self, sigma: float) -> None:
-        """One more rollout at this sigma."""
+        """Count one more rollout at this sigma."""
         if self.ran and self.ran[-1][0] == sigma:
             self.ran[-1] = (sigma, self.ran[-1][1] + 1)
         else:
@@ -119,13 +119,13 @@ class StageLog:
         return bool(self.ran) and self.ran[-1][1] == 1 and self.ran[-1][0] > before
 
     def missed(self, schedule: NoiseSchedule, total: int) -> tuple[float, ...]:
-        """Return values that the plan for `total` steps holds and that never ran."""
+        """Return the values that the schedule has in a run of `total` steps and that never ran."""
         planned = {sigma_at(schedule, step, total) for step in range(total)}
         return tuple(sorted(planned - {sigma for sigma, _ in self.ran}, reverse=True))
 
 
 def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, share: float | None = None) -> float:
-    """Factor of `layer` (None outside the stack, such as the final norm) in a model of `layers` layers.
+    """Return the factor of `layer` (None outside the layers, as the final norm is) in a model of `layers` layers.
 
     `share` is the part of the run that is done, 0..1; InvalidValueError where a zone changes during the run without it.
     """
@@ -144,7 +144,7 @@ def multiplier_at(multipliers: Multipliers, layer: int | None, layers: int, shar
 
 
 def require_layers(multipliers: Multipliers, layers: int) -> None:
-    """Raise InvalidValueError when a multiplier names a layer that the model does not have: it would never act."""
+    """Raise InvalidValueError for a multiplier of a layer that the model does not have: it would never act."""
     beyond = [layer for layer, _ in multipliers.by_layer if layer >= layers]
     if beyond:
         raise InvalidValueError(
@@ -156,10 +156,10 @@ def require_layers(multipliers: Multipliers, layers: int) -> None:
 def share_bf16_can_change(
     values: Mapping[float, int], sigma: float, operation: Literal["additive", "multiplicative"], offset: float = 0.0
 ) -> float:
-    """Expected share of weights whose BF16 value differs after Gaussian noise of `sigma` (0..1).
+    """Return the expected share of weights (0..1) whose BF16 value changes under Gaussian noise of `sigma`.
 
-    `values` counts the weights: BF16 value -> how many have it. A weight changes when the noise passes half the gap to
-    a neighbour; the gap towards zero is half as wide at a power of two. `offset`: the layer multiplies by it + weight.
+    `values` counts the weights: BF16 value -> how many have it. A weight changes when the noise exceeds half the gap to
+    a neighbour; below a power of two the gap is half as wide. `offset`: the layer multiplies by it + weight.
     """
     total = sum(values.values())
     if sigma <= 0 or not total:
@@ -178,7 +178,7 @@ def _passes(value: float, spread: float) -> float:
 
 
 def _gaps(magnitude: float) -> tuple[float, float]:
-    """Distances to the next BF16 value away from zero and towards it."""
+    """Return the distances to the next BF16 value away from zero and towards it."""
     mantissa, exponent = math.frexp(magnitude)
     exponent = max(exponent - 1, _SMALLEST_EXPONENT) if magnitude else _SMALLEST_EXPONENT
     gap = math.ldexp(1.0, exponent - _MANTISSA_BITS)

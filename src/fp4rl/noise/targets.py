@@ -1,4 +1,4 @@
-"""Find the weights that take noise, each with its layer and its multiplier. Changes nothing."""
+"""Find the weights that take noise, each with its layer and its multiplier; nothing is changed."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _BEFORE_EXPERTS = ("post_attention", "pre_feedforward", "pre_mlp", "ffn_norm")
 
 @dataclass(frozen=True)
 class NoisyWeight:
-    """One weight that takes noise. `name` is free of wrappers, `layer` None outside the stack; norms have a gauge."""
+    """One weight that takes noise. `name` is free of wrappers, `layer` None outside the layers; norms have a gauge."""
 
     name: str
     module: nn.Module
@@ -39,7 +39,8 @@ class NoisyWeight:
 def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None) -> tuple[NoisyWeight, ...]:
     """Return every weight that `noise` names, in the model's order; a weight that two modules share is listed once.
 
-    Raises NotFoundError for no weight or a `leave` pattern without a hit, InvalidValueError for layers not there.
+    Raises NotFoundError without any weight or for a `leave` pattern without a match, InvalidValueError for layers that
+    the model does not have.
     """
     sites = walk(model)
     layers = layer_count(sites)
@@ -64,7 +65,7 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """By its looks, since every model family brings its own class."""
+    """Return whether a module is a norm, by its name and shape, since every model family has a class of its own."""
     named = any(word in type(module).__name__ for word in ("RMSNorm", "LayerNorm"))
     weight = getattr(module, "weight", None)
     return named and isinstance(weight, nn.Parameter) and weight.dim() == 1

@@ -1,4 +1,4 @@
-"""What noise will not do, told before a run: weights that are missing, and what BF16 swallows."""
+"""Warnings before a run under noise: weights that the model does not have, and noise that BF16 swallows."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _STEPS = 24  # of a smooth schedule; a staged one has hardly more
 
 
 def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
-    """Yield one line for each thing that a reader should know before `total` steps are spent."""
+    """Yield one line for everything that should be known before a run of `total` steps."""
     if noise.control == "sigma_zero":
         return
     weights = noisy_weights(model, noise, share=0.0)
@@ -39,7 +39,7 @@ def noise_warnings(model: nn.Module, noise: Noise, total: int) -> Iterator[str]:
 
 
 def without_effect(model: nn.Module, noise: Noise) -> Iterator[str]:
-    """Choices of norms that this model does not offer."""
+    """Yield a line for every setting about norms that this model does not have."""
     for key in ("qk_norms", "moe"):
         usual = type(noise.targets).model_fields[key].default
         if getattr(noise.targets, key) == usual:

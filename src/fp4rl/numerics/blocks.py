@@ -1,4 +1,4 @@
-"""A tensor seen as the blocks that share a scale: views for the values, one kept axis of length one for the scales.
+"""A tensor as the blocks that share a scale: views for the values, and axes of length one where a scale broadcasts.
 
 A matrix [rows, columns] with blocks (r, c) becomes [rows/r, r, columns/c, c]; reducing over `axes` leaves [rows/r, 1,
 columns/c, 1], which broadcasts back. One-row blocks drop the axis of length one: [rows, columns/c, c]. A last axis that
@@ -15,13 +15,13 @@ Block = tuple[int, int] | None
 
 
 def columns_of(x: Tensor) -> int:
-    """Length of the last axis, 1 for a scalar."""
+    """Return the length of the last axis, 1 for a scalar."""
     return x.shape[-1] if x.ndim else 1
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """How one tensor falls into blocks: its matrix shape, and the block's shape. `split` and `join` are inverse."""
+    """How one tensor divides into blocks; `split` and `join` are each other's inverse."""
 
     shape: torch.Size
     block: Block
@@ -39,14 +39,14 @@ class Grouping:
 
     @property
     def shape_of_scales(self) -> tuple[int, ...]:
-        """One number a block, in the tensor's own leading axes."""
+        """[..., row blocks, column blocks]: one number a block, below the tensor's own leading axes."""
         if self.block is None:
             return ()
         down, across = self._blocks(self.block)
         return (*self.shape[:-1], across) if self.block[0] == 1 else (*self.shape[:-2], down, across)
 
     def split(self, x: Tensor) -> Tensor:
-        """[..., rows, columns] -> blocks, zeros where an axis does not divide; a view where nothing is padded."""
+        """Return the blocks of [..., rows, columns], padded with zeros; a view where nothing is padded."""
         if self.block is None:
             return x.reshape(-1)
         (r, c), (rows, columns) = self.block, self.matrix
@@ -59,7 +59,7 @@ class Grouping:
         return (pad(x, (0, right, 0, below)) if below or right else x).view(-1, down, r, across, c)
 
     def join(self, blocks: Tensor) -> Tensor:
-        """Blocks -> the tensor's own shape, the padding cut off."""
+        """Return blocks in the tensor's own shape, the padding cut off."""
         if self.block is None:
             return blocks.view(self.shape)
         (r, c), (rows, columns) = self.block, self.matrix
@@ -69,7 +69,7 @@ class Grouping:
         return blocks.view(-1, down * r, across * c)[:, :rows, :columns].contiguous().view(self.shape)
 
     def scales_outside(self, scales: Tensor) -> Tensor:
-        """Scales that broadcast over blocks -> one number a block, in the tensor's own leading axes."""
+        """Return scales that broadcast over blocks as `shape_of_scales`: the form in which they are stored."""
         return scales.reshape(self.shape_of_scales)
 
     def scales_inside(self, scales: Tensor) -> Tensor:

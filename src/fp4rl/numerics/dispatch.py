@@ -2,7 +2,7 @@
 
     reference  plain PyTorch, the definition: tensors that fit a cache, and every format
     chunked    the reference in cache-sized pieces: large tensors where nothing is compiled
-    native     the C kernels: every CPU tensor once they are built, once a machine, after enough work to pay for it
+    native     the C kernels: every CPU tensor once they are built, which happens once a machine and when it pays
     triton     CUDA
 
 A backend that does not know a format leaves it to the reference.
@@ -26,11 +26,11 @@ from fp4rl.spec.formats import Format
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-BUILD_AFTER = 1 << 22  # elements rounded before building pays: eager takes about a tenth of a second for them
+BUILD_AFTER = 1 << 22  # elements rounded before building pays: the reference takes a tenth of a second for them
 
 
 def silent(_message: str) -> None:
-    """The announcement nobody asked for."""
+    """Announce nothing: the default of `use`."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ def backend_for(x: Tensor, fmt: Format) -> Backend:
 
 
 def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None = None) -> Tensor:
-    """`reference(x, fmt, seed)` by the backend that fits; into `out`, which may be x, where one is given."""
+    """Compute `reference(x, fmt, seed)` on the backend that fits, into `out` where one is given (it may be x)."""
     backend = backend_for(x, fmt)
     if backend == "reference":
         result = reference(x, fmt, seed)
@@ -117,7 +117,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def native_library(elements: int) -> ctypes.CDLL | None:
-    """The C kernels for `elements` more values, built once enough were rounded for that to pay; None without them."""
+    """Return the C kernels, None without them; counts `elements`, and builds them once enough were rounded to pay."""
     if _PROCESS.chosen not in ("auto", "native"):
         return None
     if _PROCESS.library or _PROCESS.failure:

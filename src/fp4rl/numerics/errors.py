@@ -1,11 +1,12 @@
-"""How large a format's error is on a tensor, and of what it is made: each measure beside its ideal on Gaussian data.
+"""How large a format's error is on a tensor and which parts it has, each measure beside its ideal on Gaussian data.
 
 The split is exact: scale bias + deadzone + grid noise is the error of every element. The ideal, real-valued scale of a
-block maps its largest magnitude to the element's largest; rounding under it tells what any scale format would leave.
+block maps its largest magnitude to the element's largest; the error under it is what remains with any format of scales.
+
 
     scale bias   rounded under the stored scale - rounded under the ideal scale
-    deadzone     what is left of the values that the ideal scale rounds to zero
-    grid noise   what is left of the others
+    deadzone     the rest of the error, of values that the ideal scale rounds to zero
+    grid noise   the rest of the error, of all other values
 
 After arXiv 2605.20402, which names the three parts; the element-wise definition here is this project's.
 """
@@ -51,7 +52,7 @@ class ErrorSplit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Values [rows, columns], what they became, whether their scale can hold them, and the three parts of the error."""
+    """Values [rows, columns], what they became, and the three parts of the error; `reach`: which were not clipped."""
 
     values: Tensor
     largest: float  # magnitude of the values, or of the tensor that they are a piece of
@@ -62,7 +63,7 @@ class Rounded:
 
 @dataclass
 class ErrorSums:
-    """Sums over values x and what they were rounded to, which pieces add up to: no tensor need be held whole."""
+    """Sums over values and their errors. Sums of pieces add up, so that no tensor need be held whole."""
 
     values: int = 0
     signal: float = 0.0
@@ -146,7 +147,7 @@ def pooled(parts: Iterable[ErrorSums]) -> ErrorSums:
 
 
 def measure(x: Tensor, rounded: Tensor, fmt: Format) -> dict[str, float]:
-    """Return every measure of `rounded`, which `fmt` made of `x`, both finite and of one shape (InvalidValueError)."""
+    """Return every measure of `rounded`, which `fmt` made of `x`. Raises InvalidValueError unless finite and alike."""
     if x.shape != rounded.shape or not bool(x.isfinite().all() and rounded.isfinite().all()):
         raise InvalidValueError("an error is measured between two finite tensors of one shape")
     sums = ErrorSums()
@@ -174,7 +175,7 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
 
 @torch.no_grad()
 def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
-    """The exact three-way split of `rounded - x`. Sums are exact in float64 for inputs of up to float32's precision.
+    """Split `rounded - x` exactly into three. Sums are exact in float64 for inputs of up to float32's precision.
 
     Stochastic noise counts as grid noise or deadzone: the scale bias compares roundings to nearest. A rotated
     format is split in the rotated basis.
@@ -186,6 +187,7 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
     ideal = ideally_rounded(wide, fmt)
     stochastic = fmt.rounding == "stochastic"
     settled = fake_quantize(wide, replace(fmt, rounding="nearest_even")) if stochastic else rounded
+    # Both are rounded to nearest, so that they differ by their scales alone.
     bias = settled.double() - ideal.double()
     rest = (rounded.double() - wide.double()) - bias
     dead = torch.where(ideal == 0, rest, 0.0)
@@ -193,7 +195,7 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
 
 
 def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
-    """`x` (float32 or float64) rounded under each block's real-valued scale, whose own format costs nothing."""
+    """Round `x` (float32 or float64) under each block's ideal, real-valued scale."""
     if fmt.scale == "none":
         return fake_quantize(x, fmt)
     grouping = Grouping(x.shape, fmt.block)
@@ -208,7 +210,7 @@ def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
 
 @lru_cache(maxsize=64)
 def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
-    """Measure ideal Gaussian data, so that a reader can tell the format's floor from a tensor's own problem.
+    """Measure the format on ideal Gaussian data: the error of the format itself, to compare a tensor's with.
 
     The mean of each measure over eight standard deviations that span an octave, 2^18 values each, from seed 0.
     """
@@ -221,18 +223,18 @@ def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
 
 
 def gaussian(generator: torch.Generator) -> Tensor:
-    """[512, 2048] normal values."""
+    """Draw [512, 2048] normal values."""
     return SIZE * torch.randn(SHAPE, generator=generator)
 
 
 def heavy_tailed(generator: torch.Generator) -> Tensor:
-    """[512, 2048] of Student's t with 4 degrees of freedom: a normal value over the root of a mean of four squares."""
+    """Draw [512, 2048] values of Student's t with 4 degrees of freedom: normal over the RMS of four normal values."""
     squares = torch.randn((int(DEGREES), *SHAPE), generator=generator).square().mean(0)
     return gaussian(generator) / squares.sqrt()
 
 
 def outlier_channels(generator: torch.Generator) -> Tensor:
-    """[512, 2048] normal values of which every 128th column is 30 times as large, as in the inputs of many layers."""
+    """Draw [512, 2048] normal values, every 128th column 30 times as large, as in the inputs of many layers."""
     x = gaussian(generator)
     x[:, ::OUTLIER_EVERY] *= OUTLIER_TIMES
     return x
@@ -262,6 +264,6 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def _safe(values: Tensor, largest: float) -> Tensor:
-    """In float32 where squares neither vanish nor overflow there, else in float64."""
+    """Return the values in float32 where their squares neither vanish nor overflow, else in float64."""
     wide = widened(values)
     return wide if largest == 0.0 or 1e-12 < largest < 1e15 else wide.double()

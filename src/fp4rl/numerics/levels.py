@@ -1,7 +1,7 @@
-"""What stands around the blocks: a rotation, and inside it a coarse scale. Both are undone after the rounding.
+"""What is done around the rounding of blocks: a rotation, and inside it a coarse scale. Both are undone afterwards.
 
 Rotation: an orthonormal Hadamard transform in blocks along the last axis, which spreads an outlier over its block.
-A linear layer's product stays what it was when weight and input turn alike, (W H)(H x) = W x, since H is symmetric and
+A linear layer's product stays the same when weight and input are both rotated, (W H)(H x) = W x: H is symmetric and
 its own inverse. A tail of the last axis too short for a block stays as it is, which keeps the whole orthonormal.
 
 Coarse scale: one FP32 scale for a long run of columns, above the blocks' powers of two, which miss a block's ideal
@@ -20,19 +20,19 @@ from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
 
-FRACTIONS = 16  # of a power of two: all that the E8M0 scales below a coarse scale leave open
+FRACTIONS = 16  # steps within one power of two; the E8M0 scales below a coarse scale cover all other factors
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """How to come back from the values that the blocks round: the coarse scales [rows, runs, 1] where there are any."""
+    """How to undo rotation and coarse scale; `coarse` [rows, runs, 1] where the format has one."""
 
     fmt: Format
     dtype: torch.dtype
     coarse: Tensor | None = None
 
     def outside(self, inner: Tensor) -> Tensor:
-        """Rounded inner values -> values of the tensor's own dtype and basis."""
+        """Return rounded inner values in the tensor's own dtype and basis."""
         if self.coarse is not None and self.fmt.coarse is not None:
             runs = Grouping(inner.shape, (1, self.fmt.coarse.columns))
             inner = runs.join(runs.split(widened(inner)) * self.coarse)
@@ -41,7 +41,7 @@ class Levels:
 
 
 def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
-    """Return the values that the blocks round, and the way back. A format without levels hands x itself through.
+    """Return the values that the blocks round, and how to undo it. A format without levels returns x itself.
 
     A coarse quotient is cast to x's dtype, as Ascend's dual-level operation does.
     """
@@ -58,7 +58,7 @@ def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
 
 
 def within_reach(x: Tensor, fmt: Format) -> Tensor:
-    """Bool like x, rotated where the format is: whether the magnitude is within the largest that its scale holds."""
+    """Return a bool like x, rotated where the format is: whether each magnitude is within what its scale can hold."""
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
     inner, _ = inside(x, fmt)
@@ -68,7 +68,7 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
-    """`x` [..., n] with every `size` neighbours of the last axis transformed; float32 or float64, same shape.
+    """Rotate every `size` neighbours along the last axis of `x` [..., n]; float32 or float64, same shape.
 
     A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
     Raises InvalidValueError for a size that is not 16, 32, 64 or 128.
@@ -89,7 +89,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
 
 
 def coarse_scale(x: Tensor, fmt: Format, coarse: Coarse) -> Tensor:
-    """The scale of every run of columns, [rows, runs, 1], positive and finite; `x` [..., columns] float32 or float64.
+    """Return the scale of every run of columns, [rows, runs, 1], positive and finite; `x` [..., columns].
 
     `max` maps the run's largest finite magnitude to the element's largest, exactly as Ascend does. `search` divides
     that scale by 2^(i/16), i = 0..15, and keeps the first of least squared error.

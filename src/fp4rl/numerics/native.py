@@ -13,7 +13,7 @@ from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite
 from fp4rl.spec.formats import E2M1, Format
 
-# As numbered in grid.h, with the fraction above which the middle one rounds up: from one half on, or never.
+# The number of each rounding in grid.h, and the fraction above which number 1 rounds up: from one half on, or never.
 ROUNDINGS = {
     "nearest_even": (0, 0.0),
     "half_away": (1, 0.5 - 2.0**-25),
@@ -22,11 +22,11 @@ ROUNDINGS = {
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ELEMENTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
-WIDEST = 256  # block that packs, as in pack.c
+WIDEST = 256  # columns of the widest block that pack.c packs
 
 
 class Rule(ctypes.Structure):
-    """The struct of grid.h."""
+    """A format in the C struct of grid.h."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("mantissa_bits", "min_exponent", "max_exponent")),
@@ -37,7 +37,7 @@ class Rule(ctypes.Structure):
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
-    """Return whether the kernels know this format: any scale but none, any rule but the search for the least error."""
+    """Return whether the kernels know this format: all but those without a scale and the search for the least error."""
     known = fmt.scale != "none" and fmt.scale_rule != "mse" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
     return known and x.device.type == "cpu" and x.dtype != torch.float64
 
@@ -54,7 +54,7 @@ def _fixed_rule(fmt: Format, dtype: torch.dtype) -> Rule:
 
 
 def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:
-    """Return the struct that tells the kernels about a format; `seed` where it rounds stochastically."""
+    """Return a format as the kernels' struct, with the `seed` of stochastic rounding."""
     rule = _fixed_rule(fmt, dtype)
     if seed is not None:
         rule = Rule.from_buffer_copy(rule)
@@ -63,7 +63,7 @@ def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:
 
 
 def round_native(library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
-    """`reference(x, fmt, seed)` written into `out`, which may be x itself; both contiguous, float32 or bfloat16."""
+    """Write `reference(x, fmt, seed)` into `out`, which may be x itself; both contiguous, float32 or bfloat16."""
     rule = rule_of(fmt, x.dtype, seed)
     if fmt.block is None:
         return _round_whole(library, x, rule, fmt, out)
@@ -118,12 +118,12 @@ def _round_whole(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: 
 
 
 def nvfp4_factor(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int) -> float:
-    """scales.nvfp4_global of the whole tensor."""
+    """Return `scales.nvfp4_global` of the whole tensor."""
     return float(library.nvfp4_factor(_largest_bits(library, x, rule, width, finite=True), rule.largest))
 
 
 def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finite: bool) -> int:
-    """Bits of the largest magnitude; with `finite` only of the blocks without NaN and infinity."""
+    """Return the bits of the largest magnitude; with `finite` only of blocks without NaN and infinity."""
     columns = columns_of(x)
     source, size, maxima = x.data_ptr(), x.element_size(), [0]
 
@@ -136,7 +136,7 @@ def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finit
 
 
 def packs(x: Tensor, fmt: Format) -> bool:
-    """Whether the kernels pack this format: no level around the blocks, an even width, float32 or bfloat16 on a CPU."""
+    """Return whether the kernels pack x: no rotation or coarse scale, an even width, float32 or bfloat16 on a CPU."""
     if fmt.block is None or fmt.rotation or fmt.coarse or fmt.element != E2M1 or fmt.scale_rule == "mse":
         return False
     height, width = fmt.block
@@ -146,7 +146,7 @@ def packs(x: Tensor, fmt: Format) -> bool:
 def pack_native(
     library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Nibbles, scales and NVFP4's factor of a contiguous tensor; None where a block is not finite."""
+    """Return packed codes, scales and NVFP4's factor of a contiguous tensor; None where a block is not finite."""
     assert fmt.block is not None
     width, columns, rule = fmt.block[1], columns_of(x), rule_of(fmt, x.dtype, seed)
     rows, across, bytes_of_row = x.numel() // columns, -(-columns // width), (columns + 1) // 2
@@ -173,7 +173,7 @@ def pack_native(
 def unpack_native(
     library: ctypes.CDLL, data: Tensor, scales: Tensor, factor: Tensor | None, fmt: Format, out: Tensor
 ) -> Tensor:
-    """Return the values of packed codes, written into `out` [..., columns], contiguous, float32 or bfloat16."""
+    """Write the values of packed codes into `out` [..., columns], contiguous, float32 or bfloat16; returns it."""
     assert fmt.block is not None
     width, columns = fmt.block[1], columns_of(out)
     across, bytes_of_row = -(-columns // width), (columns + 1) // 2
@@ -192,9 +192,9 @@ def unpack_native(
 
 
 def share(part: Callable[[int, int], None], units: int, elements: int) -> None:
-    """Call `part(start, count)` over all units, in as many threads as pay; the kernels let go of the GIL.
+    """Call `part(start, count)` over all units, in as many threads as pay; the kernels release the GIL.
 
-    Plain threads, made for the call: they survive a fork, which a pool of either language does not.
+    The threads are made for each call: after a fork, a pool of threads would be gone.
     """
     threads = min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD, units)
     if threads < 2:

@@ -1,7 +1,7 @@
-"""Compiling the C kernels: once a machine and version, with the system's own compiler, into a folder of the user's.
+"""Compiling the C kernels with the system's compiler, once a machine and version, into the user's cache folder.
 
-The file's name holds a digest of the sources, the flags and the processor's features, so that a library never meets a
-machine or a source that it was not made for. Building takes a few seconds; loading a built one about a millisecond.
+The file's name holds a digest of the sources, the flags and the processor's features, so that a library is never loaded
+for other sources or on another machine. Building takes a few seconds; loading a built one about a millisecond.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ COMPILERS = ("cc", "gcc", "clang")
 
 
 class BuildFailed(Exception):
-    """The kernels could not be compiled here; the message is the compiler's."""
+    """Compiling the kernels failed; the message is the compiler's."""
 
 
 def library_path() -> Path:
-    """Return where this machine's library stands or will stand."""
+    """Return the path of this machine's library, built or not."""
     return _folder() / f"kernels-{_digest()}.so"
 
 
@@ -45,7 +45,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def build() -> ctypes.CDLL:
-    """Compile the kernels and load them; raises BuildFailed without a compiler or where it refuses.
+    """Compile the kernels and load them; raises BuildFailed without a compiler, or when it fails.
 
     The finished file moves into place in one step, so that processes that build at once do not disturb each other.
     """
@@ -67,7 +67,7 @@ def build() -> ctypes.CDLL:
 
 @cache
 def _folder() -> Path:
-    """Return a folder that only this user writes: beside other caches, or in the temporary folder."""
+    """Return a folder that only this user can write: beside other caches, or in the temporary folder."""
     for root in (Path.home() / ".cache" / "fp4rl", Path(tempfile.gettempdir()) / f"fp4rl-{os.getuid()}"):
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _digest() -> str:
 
 
 def _processor() -> bytes:
-    """Return what `native` means here: the processor's feature flags where Linux tells them, its name elsewhere."""
+    """Return what `-march=native` means here: the processor's feature flags on Linux, its name elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Codes and scales: what a checkpoint holds, two 4-bit codes a byte, and the way back to the fake-quantized values.
+"""Codes and scales as a checkpoint holds them, two 4-bit codes a byte, and the way back to fake-quantized values.
 
     quantize(x) -> codes, scales    one code a byte
     pack / unpack                   low nibble = even column, high nibble = odd; a row starts on a byte of its own
@@ -42,7 +42,7 @@ class Quantized:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """4-bit codes two a byte, [..., ceil(columns / 2)] uint8; `columns` says whether the last nibble is filling."""
+    """4-bit codes, two a byte, [..., ceil(columns / 2)] uint8; for odd `columns` the last nibble is unused."""
 
     data: Tensor
     scales: Tensor
@@ -53,9 +53,9 @@ class Packed:
 
 @torch.no_grad()
 def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Quantized:
-    """Codes and scales of `x` [any shape, at least one axis].
+    """Return codes and scales of `x` [any shape, at least one axis].
 
-    Raises InvalidValueError, naming it, for a format without codes, and for NaN or infinity, which no scale stands for.
+    Raises InvalidValueError, with `name`, for a format without codes, and for NaN or infinity, which have no code.
     """
     _check(x, fmt, name)
     seed = seed_for(fmt, generator, name)
@@ -77,7 +77,7 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
 
 
 def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
-    """Codes and scales of a tensor without elements: the scales are as many as its axes ask for, each that of zeros."""
+    """Return codes and scales of a tensor without elements: as many scales as its axes give, each that of zeros."""
     zero = widened(x.new_zeros(1))
     stored, factor = stored_scales(zero, zero, (-1,), fmt)
     scales = (stored.to(torch.uint8) if fmt.scale == "e8m0" else stored).reshape(()).expand(grouping.shape_of_scales)
@@ -87,7 +87,7 @@ def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
 
 @torch.no_grad()
 def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tensor:
-    """The values in the tensor's own dtype, bit for bit those of `fake_quantize`; `out`, which must fit, takes them."""
+    """Return the values in the tensor's own dtype, bit for bit those of `fake_quantize`; `out` takes them."""
     levels, fmt = stored.levels, stored.levels.fmt
     shape = stored.codes.shape if isinstance(stored, Quantized) else (*stored.data.shape[:-1], stored.columns)
     if out is not None and (out.shape != shape or out.dtype != levels.dtype):
@@ -109,7 +109,7 @@ def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tens
 
 
 def pack(stored: Quantized) -> Packed:
-    """Two codes a byte; raises InvalidValueError for elements that are not 4 bits wide."""
+    """Pack two codes into a byte; raises InvalidValueError for elements that are not 4 bits wide."""
     fmt = stored.levels.fmt
     if fmt.element.bits != 4:
         raise InvalidValueError(f"{fmt.name}: only 4-bit codes pack two a byte, not {fmt.element.bits}-bit ones")
@@ -124,7 +124,7 @@ def pack(stored: Quantized) -> Packed:
 
 @torch.no_grad()
 def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None, name: str = "tensor") -> Packed:
-    """`pack(quantize(x, fmt))`, in one pass by the C kernels where they are built; raises what those two raise."""
+    """Compute `pack(quantize(x, fmt))`, in one pass where the C kernels are built; raises what those two raise."""
     _check(x, fmt, name)
     library = native_library(x.numel())
     if library is None or not x.numel() or not native.packs(x, fmt):
@@ -136,7 +136,7 @@ def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = N
 
 
 def _fast_values(packed: Packed, out: Tensor | None) -> Tensor | None:
-    """`dequantize` by the C kernels, None where they are not built or do not know the format."""
+    """Compute `dequantize` by the C kernels; None where they are not built or do not know the format."""
     library = native_library(2 * packed.data.numel())
     dtype, fmt = packed.levels.dtype, packed.levels.fmt
     if library is None or not native.packs(packed.data.new_empty(0, dtype=dtype), fmt):
@@ -149,7 +149,7 @@ def _fast_values(packed: Packed, out: Tensor | None) -> Tensor | None:
 
 
 def unpack(packed: Packed) -> Quantized:
-    """Return one code a byte again."""
+    """Return the tensor with one code a byte again."""
     wide = packed.data.to(torch.int16)
     codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8)[..., : packed.columns]
     return Quantized(codes.contiguous(), packed.scales, packed.factor, packed.levels)
@@ -167,7 +167,7 @@ def _check(x: Tensor, fmt: Format, name: str) -> None:
 
 
 def encode(values: Tensor, element: Element) -> Tensor:
-    """uint8 codes of values on the grid, float32 or float64 in units of the scale; -0 has a code of its own.
+    """Return uint8 codes of values on the grid, float32 or float64 in units of the scale; -0 has a code of its own.
 
     Positions of normal values are read off their float32 bits; below the smallest normal the grid is even.
     """

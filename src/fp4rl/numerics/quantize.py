@@ -1,4 +1,4 @@
-"""Fake quantization: a tensor rounded to a format and handed back in its own dtype."""
+"""Fake quantization: a tensor rounded to the values of a format, in its own dtype."""
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ def fake_quantize(
     check_finite: bool = False,
     name: str = "tensor",
 ) -> Tensor:
-    """`x` [any shape] rounded to `fmt`, same shape and dtype, contiguous; no gradient flows.
+    """Round `x` [any shape] to `fmt`; the result has its shape and dtype and is contiguous; no gradient flows.
 
-    A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding and
-    moves on by one draw a call. `out` takes the result and may be `x` itself. Raises InvalidValueError, naming it, for
-    no float, a missing generator, an `out` that does not fit, and with `check_finite` for a tensor that is not finite.
+    A block that holds a NaN or an infinity becomes NaN as a whole. `generator` is needed for stochastic rounding, which
+    draws from it once a call. `out` takes the result and may be `x` itself. Raises InvalidValueError, with `name`, for
+    integers, a missing generator, an `out` that does not fit, and with `check_finite` for NaN or infinity.
     """
     if x.dtype not in DTYPES:
         raise InvalidValueError(f"{name}: {fmt.name} rounds float32, bfloat16, float16 and float64, not {x.dtype}")
@@ -46,7 +46,7 @@ def fake_quantize(
 
 
 def seed_for(fmt: Format, generator: torch.Generator | None, name: str = "tensor") -> Seed | None:
-    """The seed of one stochastic rounding, for which a generator must be there; None where it rounds otherwise."""
+    """Return the seed of one stochastic rounding, for which a generator must be given; None for other roundings."""
     if fmt.rounding != "stochastic":
         return None
     if generator is None:

@@ -23,16 +23,16 @@ from fp4rl.numerics.scales import (
 )
 from fp4rl.spec.formats import E8M7, Format
 
-CHUNK = 1 << 16  # elements: 256 KiB in float32, so that a dozen passes over a chunk meet the second-level cache
+CHUNK = 1 << 16  # elements: 256 KiB in float32, so that the dozen passes over a chunk find it in the L2 cache
 
 
 def reference(
     x: Tensor, fmt: Format, seed: Seed | None = None, factor: Tensor | None = None, first_row: int = 0
 ) -> Tensor:
-    """`x` of any shape rounded to the format, same shape and dtype; its coarse scale and rotation stand above this.
+    """Round `x` of any shape to the format, same shape and dtype, without coarse scale and rotation (`levels`).
 
-    float64 is computed in float64, everything else in float32. `seed` is needed for stochastic rounding alone. A
-    part of a larger tensor takes that tensor's NVFP4 `factor`, and `first_row`, the rows that stand before it.
+    float64 is computed in float64, everything else in float32. `seed` is needed for stochastic rounding only. For a
+    part of a larger tensor pass that tensor's NVFP4 `factor`, and `first_row`, the number of rows before it.
     """
     if fmt.scale == "none":
         return rounded_plainly(x, fmt)
@@ -43,12 +43,12 @@ def reference(
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in the dtype that the maths runs in: float32, or float64 where x already is."""
+    """Return `x` in the dtype that the maths runs in: float32, or float64 where x already is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def uniform_like(x: Tensor, seed: Seed, first_row: int = 0) -> Tensor:
-    """Uniform numbers for the elements of x, counted in row-major order, in the dtype that the maths runs in."""
+    """Return uniform numbers like x, drawn by row-major index, in the dtype that the maths runs in."""
     columns = columns_of(x)
     drawn = uniform_matrix(x.numel() // columns, columns, seed, x.device, first_row).view(x.shape)
     return drawn.double() if x.dtype == torch.float64 else drawn
@@ -57,7 +57,7 @@ def uniform_like(x: Tensor, seed: Seed, first_row: int = 0) -> Tensor:
 def round_blocks(
     blocks: Tensor, axes: tuple[int, ...], fmt: Format, uniform: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
-    """Blocks rounded under one scale each; `axes` are the axes that a scale spans."""
+    """Round blocks under one scale each; `axes` are the axes that a scale spans."""
     magnitude = blocks.abs()
     scale = block_scale(magnitude, axes, fmt, factor)
     rounded = round_magnitude(magnitude.div_(scale), fmt.element, fmt.rounding, uniform)
@@ -74,7 +74,7 @@ def block_scale(magnitude: Tensor, axes: tuple[int, ...], fmt: Format, factor: T
 def stored_scales(
     magnitude: Tensor, amax: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales as a checkpoint holds them: E8M0 codes as integers, float8_e4m3fn under NVFP4's factor, or float32."""
+    """Return scales as a checkpoint holds them (E8M0 codes as integers, float8_e4m3fn, float32), and NVFP4's factor."""
     if fmt.scale == "fp32":
         return fp32_scale(amax, fmt.element), None
     if fmt.scale == "e4m3":
@@ -92,7 +92,7 @@ def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: t
 
 
 def least_error_codes(magnitude: Tensor, codes: Tensor, axes: tuple[int, ...], fmt: Format) -> Tensor:
-    """Of each block's `floor` code and its two neighbours the one of least squared error; `floor` where they tie.
+    """Return of each block's `floor` code and its two neighbours the one of least squared error; `floor` on a tie.
 
     Errors are taken in units of the floor scale, so that no square underflows, and added in float64.
     """
@@ -109,7 +109,7 @@ def least_error_codes(magnitude: Tensor, codes: Tensor, axes: tuple[int, ...], f
 
 
 def rounded_plainly(x: Tensor, fmt: Format) -> Tensor:
-    """`x` rounded to the element itself, without a scale, as an IEEE cast does: beyond the largest comes infinity."""
+    """Round `x` to the element itself, without a scale, as an IEEE cast does: overflow becomes infinity."""
     wide = widened(x)
     if wide.dtype == torch.float32 and fmt.element == E8M7:
         return wide.bfloat16().to(x.dtype)
@@ -121,7 +121,7 @@ def rounded_plainly(x: Tensor, fmt: Format) -> Tensor:
 
 
 def round_chunked(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
-    """`reference(x, fmt, seed)` written into `out`, which may be x itself; both contiguous."""
+    """Write `reference(x, fmt, seed)` into `out`, which may be x itself; both contiguous."""
     if fmt.block is None:
         return out.copy_(reference(x, fmt, seed))
     height, columns = fmt.block[0], columns_of(x)
@@ -141,7 +141,7 @@ def _block_maxima(piece: Tensor, fmt: Format) -> Tensor:
 
 
 def _pieces(rows: Tensor, x: Tensor, height: int) -> Iterator[tuple[Tensor, int]]:
-    """Runs of whole bands of `height` rows, none across two matrices of x, each with its first row's number."""
+    """Yield pieces of whole bands of `height` rows, none across two matrices of x, with their first row's number."""
     per_matrix = x.shape[-2] if x.ndim > 1 and height > 1 else len(rows)
     size = max(1, CHUNK // (rows.shape[1] * height)) * height
     for matrix in range(0, len(rows), per_matrix):

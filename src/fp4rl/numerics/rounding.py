@@ -23,12 +23,13 @@ _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int
 def spacing(magnitude: Tensor, element: Element) -> Tensor:
     """Return the distance between neighbouring grid values around each magnitude: a power of two, like `magnitude`."""
     whole, mask = _EXPONENT[magnitude.dtype]
+    # 2^floor(log2 magnitude): the float's exponent bits alone. Subnormals have the spacing of the lowest binade.
     binade = (magnitude.clamp(min=2.0**element.min_exponent).view(whole) & mask).view(magnitude.dtype)
     return binade.mul_(2.0**-element.mantissa_bits)
 
 
 def round_steps(steps: Tensor, rounding: Rounding, uniform: Tensor | None = None) -> Tensor:
-    """Whole numbers for non-negative `steps`; `uniform` in [0, 1), like `steps`, decides stochastic rounding.
+    """Round non-negative `steps` to whole numbers; `uniform` in [0, 1), like `steps`, decides stochastic rounding.
 
     The fraction is taken by subtraction, which is exact; adding one half instead would carry 0.49999997 up to 1.
     """
@@ -42,13 +43,13 @@ def round_steps(steps: Tensor, rounding: Rounding, uniform: Tensor | None = None
         return whole + (fraction >= 0.5)
     if uniform is None:
         raise ValueError("stochastic rounding needs uniform numbers")
-    return whole + (fraction > uniform)
+    return whole + (fraction > uniform)  # up with probability `fraction`, so that the mean is the value itself
 
 
 def saturated(values: Tensor, rounding: Rounding) -> Tensor:
-    """Put back, in place, what stochastic rounding carried beyond the dtype's largest finite number; NaN stays NaN.
+    """Clamp, in place, what stochastic rounding carried beyond the dtype's largest finite number; NaN stays NaN.
 
-    An infinity would be no average of anything. What is rounded otherwise stays as deployment tools give it.
+    With an infinity the mean of the draws would not be the value. Other roundings stay as deployment tools give them.
     """
     if rounding != "stochastic":
         return values
@@ -67,14 +68,14 @@ def round_magnitude(magnitude: Tensor, element: Element, rounding: Rounding, uni
 
 
 def draw_seed(generator: torch.Generator) -> Seed:
-    """Return a seed from the generator, which moves on; the tensor's values never touch the generator again."""
+    """Draw one seed from the generator; the numbers for all elements follow from it without further draws."""
     pair = torch.randint(-(2**31), 2**31, (2,), generator=generator, device=generator.device, dtype=torch.int64)
     first, second = pair.tolist()
     return first, second
 
 
 def uniform_at(index: Tensor, seed: Seed) -> Tensor:
-    """Uniform float32 in [0, 1), a multiple of 2^-24, for each int32 index (taken modulo 2^32)."""
+    """Return a uniform float32 in [0, 1), a multiple of 2^-24, for each int32 index (taken modulo 2^32)."""
     x = index ^ seed[0]
     x = (x ^ _shifted(x, 16)) * FIRST + seed[1]
     x = (x ^ _shifted(x, 15)) * SECOND
@@ -82,12 +83,12 @@ def uniform_at(index: Tensor, seed: Seed) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    # Torch shifts int32 arithmetically; the mask takes the copies of the sign off.
+    # Torch's shift of int32 copies the sign bit into the top; the mask clears those copies.
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def uniform_matrix(rows: int, columns: int, seed: Seed, device: torch.device, first_row: int = 0) -> Tensor:
-    """[rows, columns] float32 for the elements of a matrix counted row by row, from row `first_row` on."""
+    """Return uniform float32 [rows, columns] by the row-major index of each element, from row `first_row` on."""
     start = torch.arange(first_row, first_row + rows, device=device, dtype=torch.int64).mul_(columns)
     start = start.bitwise_and_(0xFFFFFFFF).to(torch.int32)  # wraps, as the index does on every backend
     return uniform_at(start[:, None] + torch.arange(columns, device=device, dtype=torch.int32), seed)

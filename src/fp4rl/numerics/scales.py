@@ -1,8 +1,8 @@
-"""The block scale: from a block's largest magnitude to the number its values are divided by.
+"""The block scale: from a block's largest magnitude to the number that its values are divided by.
 
-Every rule for a power-of-two scale asks one question of amax = m * 2^k, 1 <= m < 2: does the exponent k go up by
-one? The answer depends on m alone, so each rule is a threshold on m, and adding (2 - threshold) to the bits of amax
-carries into the exponent exactly when it is met. No logarithm: float32 log2 of the number just below 8 gives 3.0.
+Every rule for a power-of-two scale answers one question about amax = m * 2^k, 1 <= m < 2: does the exponent k go up by
+one? The answer depends on m alone, so each rule is a threshold on m, and adding (2 - threshold) to the mantissa bits of
+amax carries into the exponent exactly when m reaches it. No logarithm: log2 of the float32 just below 8 gives 3.0.
 """
 
 import torch
@@ -20,7 +20,7 @@ _LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 5
 
 
 def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
-    """Return what to add to the bits of amax so that its exponent field rises exactly where the rule raises the scale.
+    """Return what to add to the bits of amax so that its exponent goes up exactly where the rule raises the scale.
 
     floor: never. ceil: above 1 * 2^k. rceil: ceil(log2(amax / largest)). even: from the middle of the element's top
     step on, 7 * 2^k for E2M1. even_e2m1: that same 1.75 whatever the element. uos: ceil(log2(amax / 7.25)). `floor`
@@ -32,10 +32,10 @@ def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
         case "floor" | "mse":
             return 0
         case "ceil":
-            return unit - 1
-        case "rceil":
+            return unit - 1  # any bit of the mantissa carries
+        case "rceil":  # threshold largest / 2^max_exponent, 1.5 for E2M1; less one, since equality must not carry
             return round((2 - element.largest / top) * unit) - 1
-        case "even":
+        case "even":  # threshold 2 less half a step of the top binade, 1.75 for E2M1
             return unit >> (element.mantissa_bits + 1)
         case "even_e2m1":
             return unit >> 2
@@ -46,17 +46,18 @@ def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
 
 
 def e8m0_codes(amax: Tensor, rule: ScaleRule, element: Element) -> Tensor:
-    """Bytes of the power-of-two scales as integers: 0 (2^-127, also for a block of zeros) to 254 (2^127).
+    """Return power-of-two scales as E8M0 bytes: 0 (2^-127, also for a block of zeros) to 254 (2^127), as integers.
 
-    `amax` is float32 or float64; what stands for a NaN or an infinity is unspecified.
+    `amax` is float32 or float64; the code of a NaN or an infinity is unspecified.
     """
     whole, mantissa_bits, bias = _LAYOUT[amax.dtype]
     field = (amax.view(whole) + carry(rule, element, mantissa_bits)) >> mantissa_bits
+    # The exponent of amax less that of the element's largest value, in E8M0's bias.
     return (field - (bias - E8M0_BIAS + element.max_exponent)).clamp_(0, E8M0_LARGEST)
 
 
 def power_of_two(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^(code - 127), exactly; code 0 is a float32 subnormal, whose one bit stands where the mantissa does."""
+    """Return 2^(code - 127) exactly, from bits; code 0 is a float32 subnormal, one bit of the mantissa."""
     whole, mantissa_bits, bias = _LAYOUT[dtype]
     if bias == E8M0_BIAS:
         return (codes << mantissa_bits).clamp_(min=1 << (mantissa_bits - 1)).view(dtype)
@@ -69,25 +70,25 @@ def nan_where_not_finite(scale: Tensor, amax: Tensor) -> Tensor:
 
 
 def divided(amax: Tensor, by: float) -> Tensor:
-    """amax / by, rounded once. By a plain number torch multiplies with the reciprocal on a GPU, which rounds twice."""
+    """Return amax / by, rounded once: torch on a GPU would multiply by the reciprocal of a number, rounding twice."""
     return amax / torch.full((), by, dtype=amax.dtype, device=amax.device)
 
 
 def nvfp4_global(amax: Tensor, element: Element) -> Tensor:
-    """NVFP4's FP32 factor for the tensor, [] float32: it maps the largest magnitude to 448 block scales of 6.
+    """Return NVFP4's FP32 factor for the tensor, [] float32: it maps the largest magnitude to 448 * 6.
 
     A multiplier, as compressed-tensors stores it: a block's effective scale is its E4M3 scale divided by this.
     """
-    largest = amax.masked_fill(~amax.isfinite(), 0).amax()  # one broken block does not take the tensor with it
-    factor = largest.reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as there
+    largest = amax.masked_fill(~amax.isfinite(), 0).amax()  # one block with a NaN must not spoil all others
+    factor = largest.reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as in compressed-tensors
     return factor.clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)
 
 
 def nvfp4_blocks(amax: Tensor, factor: Tensor, element: Element) -> Tensor:
     """Return the E4M3 block scales of NVFP4, float8_e4m3fn [like amax]; 0.125 where the scale would round to zero.
 
-    Such a block's largest magnitude is below the tensor's by more than 448 * 2^10; all its values round to zero under
-    0.125, as in compressed-tensors and in the CUDA kernels, and no value is divided by zero.
+    The tensor's largest magnitude is then more than 448 * 2^10 times that block's; all values of the block round to
+    zero under 0.125, as in compressed-tensors and in the CUDA kernels, and none is divided by zero.
     """
     wanted = (factor * divided(amax, element.largest)).clamp(max=E4M3_LARGEST)
     codes = wanted.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -1,7 +1,7 @@
-"""Seconds that find a broken quantizer: known vectors, ties, scale invariance, idempotence, unbiased noise, true tiles.
+"""A quick test of a quantizer: known vectors, ties, scale invariance, idempotence, unbiased noise, true tiles.
 
-Each check catches a fault that was really made: NVFP4 without its FP32 scale, FP8 without any, stochastic rounding that
-returned half the value, "2-D" blocks of 1,024 consecutive elements, ties to the wrong neighbour.
+Each check catches a fault that was made in practice: NVFP4 without its FP32 scale, FP8 without any scale, stochastic
+rounding that returned half the value, "2-D" blocks of 1,024 consecutive elements, ties to the wrong neighbour.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ DRAWS = 4096
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what it is called, whether it held, and what was seen."""
+    """The result of one check: its name, whether it passed, and what was seen."""
 
     name: str
     passed: bool
@@ -38,14 +38,14 @@ class Check:
 
 
 def self_test(quantizer: Quantizer | None = None) -> tuple[Check, ...]:
-    """Runs every check on `quantizer(x, fmt, generator)`, by default fake quantization itself; takes under a second."""
+    """Run every check on `quantizer(x, fmt, generator)`, by default fake quantization itself; takes under a second."""
     chosen = quantizer or (lambda x, fmt, generator: fake_quantize(x, fmt, generator=generator))
     checks = (_known_vectors, _scale_invariance, _powers_of_two, _idempotence, _unbiased_noise, _true_tiles)
     return tuple(result for check in checks for result in check(chosen))
 
 
 def require_sound(quantizer: Quantizer | None = None) -> None:
-    """Raises CheckFailed naming every check that did not hold."""
+    """Raise CheckFailed naming every check that did not pass."""
     broken = [check for check in self_test(quantizer) if not check.passed]
     if broken:
         raise CheckFailed("the quantizer is broken: " + "; ".join(f"{check.name}: {check.seen}" for check in broken))
@@ -56,7 +56,7 @@ def _generator() -> torch.Generator:
 
 
 def _known_vectors(quantizer: Quantizer) -> Iterator[Check]:
-    """Blocks of one row each: NVFP4's and FP8's tensors hold a value that makes their FP32 scale one."""
+    """Check known vectors; the tensors for NVFP4 and FP8 hold a value that makes their FP32 scale one."""
     e2m1, e4m3 = torch.tensor(E2M1_IN), torch.tensor(E4M3_IN)
     nvfp4_wanted = torch.cat((torch.tensor(E2M1_OUT[:-1]), torch.tensor([6.0]), torch.full((16,), 2688.0)))
     for fmt, given, wanted in (
@@ -106,7 +106,7 @@ def _idempotence(quantizer: Quantizer) -> Iterator[Check]:
 
 
 def _unbiased_noise(quantizer: Quantizer) -> Iterator[Check]:
-    """The mean over many draws of one block lies within four standard errors of every value, and so does their sum."""
+    """Check that the mean over many draws is within four standard errors of every value, and of their sum."""
     x = torch.linspace(0.05, 7.9, 32)  # 7.9 does not fit under the floor scale, which would clip it to 6
     for fmt in (MXFP4_SR, replace(NVFP4, rounding="stochastic")):
         made = quantizer(x.repeat(DRAWS, 1), fmt, _generator()).double()
@@ -119,7 +119,7 @@ def _unbiased_noise(quantizer: Quantizer) -> Iterator[Check]:
 
 
 def _true_tiles(quantizer: Quantizer) -> Iterator[Check]:
-    """An outlier coarsens its own block and nothing else: 32 x 32 for a tile, 32 along the last axis for a row."""
+    """Check that an outlier coarsens its own block alone: 32 x 32 for a tile, 32 along the last axis for a row."""
     for fmt in (MXFP4, MXFP4_2D):
         assert fmt.block is not None
         x = 1 + 0.3 * torch.rand(96, 96, generator=_generator())

@@ -1,7 +1,7 @@
-"""The Triton backend for CUDA: a program loads whole blocks, scales and rounds them in registers, and stores them.
+"""The Triton backend for CUDA: each program loads whole blocks, scales and rounds them in registers and stores them.
 
-The same steps as the reference on the same bits: largest magnitudes are found on the bits (NaN above infinity above
-every number), divisions are rounded to nearest, and stochastic rounding hashes the element's index. Triton's
+It takes the same steps as the reference: largest magnitudes are found on the bits (as integers, NaN is above infinity
+above every number), divisions are rounded to nearest, and stochastic rounding hashes the element's index. Triton's
 interpreter (TRITON_INTERPRET=1) runs these kernels on a CPU.
 """
 
@@ -28,7 +28,7 @@ DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
-    """Whether the kernels know this format: blocks of powers of two, every rule but the search for least error."""
+    """Return whether the kernels know this format: blocks of powers of two, every rule but the least-error search."""
     if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse":
         return False
     height, width = fmt.block
@@ -37,7 +37,7 @@ def supports(x: Tensor, fmt: Format) -> bool:
 
 
 def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
-    """`reference(x, fmt, seed)` written into `out`, which may be x itself; both contiguous and on one device."""
+    """Write `reference(x, fmt, seed)` into `out`, which may be x itself; both contiguous and on one device."""
     assert fmt.block is not None
     (height, width), columns = fmt.block, columns_of(x)
     rows = x.shape[-2] if height > 1 and x.ndim > 1 else x.numel() // columns  # of one matrix
@@ -58,7 +58,7 @@ def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tens
 
 
 def _as_bits(x: Tensor) -> Tensor:
-    """float32 and bfloat16 travel as integers, so that no cast on the way flushes a subnormal or truncates."""
+    """View float32 and bfloat16 as integers, so that no cast on the way flushes a subnormal or truncates."""
     return x.view({torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(x.dtype, x.dtype))
 
 
@@ -80,7 +80,7 @@ def _places(
     blocks, bands, across, rows, columns,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of the program's blocks, [TOGETHER, HEIGHT * WIDTH], and which of them exist."""
+    """Compute the offsets of the program's blocks, [TOGETHER, HEIGHT * WIDTH], and a mask of those in bounds."""
     block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     inside = tl.arange(0, HEIGHT * WIDTH)
     in_bounds = (block < blocks)[:, None] & (inside >= 0)[None, :]
@@ -97,7 +97,7 @@ def _places(
 
 @triton.jit
 def _load_bits(x, at, in_bounds, DTYPE: tl.constexpr):
-    """The float32 bits of the values, as int32."""
+    """Load the float32 bits of the values, as int32."""
     value = tl.load(x + at, mask=in_bounds, other=0)
     if DTYPE == 0:
         bits = value
@@ -110,7 +110,7 @@ def _load_bits(x, at, in_bounds, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store_bits(out, at, bits, in_bounds, DTYPE: tl.constexpr):
-    """Stores float32 bits, rounded to the nearest even value of the output's dtype."""
+    """Store float32 bits, rounded to the nearest even value of the output's dtype."""
     if DTYPE == 0:
         value = bits
     elif DTYPE == 1:
@@ -125,7 +125,7 @@ def _largest(
     x, amax, blocks, bands, across, rows, columns,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the largest magnitude in blocks without NaN and infinity."""
+    """Find the bits of the largest magnitude in blocks without NaN and infinity (atomic maximum into `amax`)."""
     at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
     most = tl.max(_load_bits(x, at, in_bounds, DTYPE) & 0x7FFFFFFF, axis=1)
     tl.atomic_max(amax, tl.max(tl.where(most < 0x7F800000, most, 0), axis=0))
@@ -133,7 +133,7 @@ def _largest(
 
 @triton.jit
 def _uniform(at, first, second):
-    """rounding.uniform_at: the same shifts, the same constants."""
+    """Compute `rounding.uniform_at`: the same shifts, the same constants."""
     value = at.to(tl.uint32) ^ first.to(tl.uint32)
     value = (value ^ (value >> 16)) * 0x7FEB352D + second.to(tl.uint32)
     value = (value ^ (value >> 15)) * 0x846CA68B
@@ -145,10 +145,11 @@ def _on_grid(
     value, at, first, second,
     MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """rounding.round_magnitude; NaN is put back by the scale."""
+    """Compute `rounding.round_magnitude`; a NaN is lost here and comes back with the scale."""
     value = tl.where(value > LARGEST, LARGEST, value)
     binade = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, LEAST)
     if ROUNDING == 0:
+        # Adding 2^23 grid steps leaves no bits below one step: the addition itself rounds to nearest even.
         magic = (binade + ((23 - MANTISSA_BITS) << 23)).to(tl.float32, bitcast=True)
         rounded = (value + magic) - magic
     else:
@@ -170,7 +171,7 @@ def _round(
     MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, MAX_EXPONENT: tl.constexpr, LARGEST: tl.constexpr,
     CARRY: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """reference.round_blocks for the program's blocks."""
+    """Compute `reference.round_blocks` for the program's blocks."""
     at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
     bits = _load_bits(x, at, in_bounds, DTYPE)
     magnitude = bits & 0x7FFFFFFF
@@ -185,8 +186,8 @@ def _round(
         value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
     else:
         code = tl.minimum(tl.maximum(((most + CARRY) >> 23) - MAX_EXPONENT, 0), 254)
-        scale = tl.where(code > 0, code << 23, 0x400000).to(tl.float32, bitcast=True)
-        value = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]
-    scale = tl.where(most < 0x7F800000, scale, float("nan"))
+        scale = tl.where(code > 0, code << 23, 0x400000).to(tl.float32, bitcast=True)  # code 0: subnormal 2^-127
+        value = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]  # times 2^(127 - code), exactly
+    scale = tl.where(most < 0x7F800000, scale, float("nan"))  # a NaN or infinity makes its whole block NaN
     rounded = _on_grid(value, at, first, second, MANTISSA_BITS, LEAST, LARGEST, ROUNDING) * scale[:, None]
     _store_bits(out, at, rounded.to(tl.int32, bitcast=True) | (bits & -2147483648), in_bounds, DTYPE)

@@ -1,7 +1,7 @@
-"""A page from its template, and the figures on it as Plotly describes them: data and layout without colours.
+"""Fills a page's template, and builds figures as Plotly describes them: data and layout without colours.
 
-Every trace says in `meta` what colours it: `arm`, a number from 0, or None for a trace of no arm, and the `part` it
-plays. `page.js` paints it in the colours of the light or dark theme.
+Every trace says in `meta` how to colour it: `arm`, a number from 0 (None for a trace of no arm), and its `part` in the
+figure. `page.js` gives it the colours of the light or dark theme.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; `words` says for a screen reader what is drawn."""
+    """One figure; `words` describes it for a screen reader."""
 
     id: str
     title: str
@@ -58,13 +58,13 @@ def _environment(folder: Path) -> Any:
 
 
 def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:
-    """Return a line, or what stands in `mode`, as Plotly's scatter trace; `part` is what it plays."""
+    """Return a line, or what `mode` says, as Plotly's scatter trace."""
     part = more.pop("part", "line")
     return _scatter(x, y, part, arm, {"mode": "lines", "name": name, "line": {"width": 2}} | more)
 
 
 def marks(x: Sequence[Any], y: Sequence[Any], part: str, arm: int | None, **more: Any) -> Trace:
-    """Single marks, as Plotly's scatter trace."""
+    """Return single marks as Plotly's scatter trace."""
     return _scatter(x, y, part, arm, {"mode": "markers"} | more)
 
 
@@ -73,14 +73,14 @@ def _scatter(x: Sequence[Any], y: Sequence[Any], part: str, arm: int | None, mor
 
 
 def over_steps(title: str = "step", height: int = 260) -> Layout:
-    """Layout of lines over the steps or layers of something; `height` in pixels."""
+    """Return the layout of lines over steps or layers; `height` in pixels."""
     margin = {"l": 48, "r": 12, "t": 8, "b": 40}
     axes = {"xaxis": {"title": {"text": title}, "rangemode": "tozero"}, "yaxis": {"title": {"text": ""}}}
     return {"height": height, "margin": margin, "hovermode": "x unified", "showlegend": False} | axes
 
 
 def in_rows(names: Sequence[str], title: str, row: int = 34) -> Layout:
-    """Layout of one row a name, the first on top; `row` is its height in pixels."""
+    """Return the layout of one row for each name, the first on top; `row` is its height in pixels."""
     margin = {"l": 8, "r": 16, "t": 8, "b": 44}
     order = {"categoryorder": "array", "categoryarray": list(reversed(names))}
     axes = {"xaxis": {"title": {"text": title}}, "yaxis": {"type": "category", "automargin": True} | order}

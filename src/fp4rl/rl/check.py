@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a run starts: data, model, patterns and profiles, without loading a weight."""
+"""Checks before a run starts: data, model, patterns and profiles, without loading a weight."""
 
 from functools import cache
 from pathlib import Path
@@ -19,9 +19,9 @@ from fp4rl.tasks.overlap import check_disjoint
 
 
 def check(experiment: Experiment) -> None:
-    """Go through everything that a run will need.
+    """Check everything that a run will need.
 
-    Raises NotFoundError or InvalidValueError for what the experiment names and cannot be used, CheckFailed when
+    Raises NotFoundError or InvalidValueError for anything in the experiment that cannot be used, CheckFailed when
     held-out problems are also trained on.
     """
     reward_named(experiment.training.reward)
@@ -33,7 +33,7 @@ def check(experiment: Experiment) -> None:
     learned = task.problems("train")
     check_disjoint(task, learned, runner.problems)
     for problem in (*learned[:1], *runner.problems[:1]):
-        task.score(problem, problem.solution)  # a scorer that cannot score says so before anything is sampled
+        task.score(problem, problem.solution)  # a scorer that fails must fail before anything is sampled
     path = experiment.model.path
     tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
     require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
@@ -54,7 +54,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _reference_can_be_what_it_says(experiment: Experiment) -> None:
-    """A policy in full precision cannot be scored in a phase that the injection acts in."""
+    """Raise InvalidValueError for a reference in full precision in a phase that the injection acts in."""
     recipe, injection = experiment.training, experiment.injection
     distills = recipe.distillation is not None
     if injection is None or not (recipe.kl or distills):
@@ -68,7 +68,7 @@ def _reference_can_be_what_it_says(experiment: Experiment) -> None:
 
 
 def _answers_fit_the_positions(experiment: Experiment, config: Any) -> None:
-    """Beyond its positions a model says anything, or the run ends in an index error."""
+    """Raise InvalidValueError for answers beyond the model's positions: there it fails, or its answers mean nothing."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     recipe, longest = experiment.training, "training.max_response_length"
     answer = recipe.max_response_length

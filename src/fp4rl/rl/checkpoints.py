@@ -1,7 +1,7 @@
-"""Checkpoints at rollout boundaries: the trainer's own files, and beside them one of ours, written last.
+"""Checkpoints at rollout boundaries: the trainer's own files, and beside them one of fp4rl, written last.
 
-A checkpoint without that file is not complete; one whose files are not those that it lists is damaged. Either way the
-one before it is taken.
+A checkpoint without that file is incomplete; one whose files are not as it lists them is damaged. Either way the one
+before it is used.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from typing import Any
 
 STATE = "fp4rl.json"
 EVERY_S = 300.0
-_SHARE = 20  # writing checkpoints may take a twentieth of the time, however large they are
+_SHARE = 20  # writing checkpoints may take 1/20 of the time, however large they are
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, the steps done, and what was remembered beside model and optimizer."""
+    """A complete checkpoint: its folder, the steps done, and the state besides model and optimizer."""
 
     path: Path
     step: int
@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> None:
-    """Make the trainer's checkpoint in `folder` a complete one. `stamp` names the code that may go on from it."""
+    """Complete the trainer's checkpoint in `folder`. `stamp` names the code that may resume from it."""
     written = json.dumps({"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)})
     content = json.loads(written)  # as it will be read
     content["sum"] = _sum(content)
@@ -46,7 +46,7 @@ def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> N
 
 
 def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is complete, whole and of this code; `say` hears why others are not."""
+    """Return the newest checkpoint in `folder` that is complete, undamaged and of this code; `say` gets why not."""
     for path in _by_age(folder):
         checkpoint, why = read(path, stamp)
         if checkpoint is not None:
@@ -56,17 +56,17 @@ def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint |
 
 
 def all_of(folder: Path) -> dict[int, Path]:
-    """Steps done -> folder, of every complete checkpoint."""
+    """Return steps done -> folder, for every complete checkpoint."""
     by_step = {}
     for path in _by_age(folder):
-        with suppress(*_UNREADABLE):  # the same that `newest` leaves out, and says so
+        with suppress(*_UNREADABLE):  # `newest` leaves out the same ones and says why
             by_step[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
     return by_step
 
 
 def rotate(folder: Path, every: int, keep: int) -> None:
-    """Delete what nobody goes back to. The newest two stay, in case one is damaged, and of those at multiples of
-    `every` steps (0: none) the newest `keep`, for a rollback. One that was not completed goes once a newer one was."""
+    """Delete checkpoints that are no longer needed. The newest two stay, in case one is damaged, and the newest `keep`
+    at multiples of `every` steps (0: none), for rollbacks. An incomplete one stays until a newer one is complete."""
     complete = all_of(folder)
     regular = [step for step in sorted(complete) if every and step % every == 0]
     staying = {complete[step] for step in (*sorted(complete)[-2:], *regular[-keep:])}
@@ -75,20 +75,20 @@ def rotate(folder: Path, every: int, keep: int) -> None:
 
 
 def remove(paths: list[Path]) -> None:
-    """Delete checkpoints; our file first, so that none is ever half there."""
+    """Delete checkpoints; fp4rl's file first, so that a half-deleted one counts as incomplete."""
     for path in paths:
         (path / STATE).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """Return the newest first."""
+    """Return the checkpoint folders, the newest first."""
     folders = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(folders, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
-    """Return the checkpoint in `path`, or None and why it cannot be gone on from."""
+    """Return the checkpoint in `path`, or None and why a run cannot resume from it."""
     if not (path / STATE).is_file():
         return None, "it was not written to its end"
     try:
@@ -107,7 +107,7 @@ def read(path: Path, stamp: str) -> tuple[Checkpoint | None, str]:
 
 
 def _sum(content: Mapping[str, Any]) -> str:
-    """Of everything else in our file: one that is changed and can still be read would go on from elsewhere."""
+    """Return a checksum of the rest of fp4rl's file, which may be damaged and still be readable."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -122,7 +122,7 @@ def _fingerprints(folder: Path) -> dict[str, str]:
 
 
 class SaveClock:
-    """Says when the next checkpoint against interruptions is due, by the time since the last and what that took."""
+    """Decides when the next checkpoint against interruptions is due, by the time since the last and its cost."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -130,15 +130,15 @@ class SaveClock:
         self._took = 0.0
 
     def due(self, *, last: bool) -> bool:
-        """Return whether it is time. At the `last` step sooner: the evaluation that follows has no step to save at."""
+        """Return whether it is due. Sooner at the `last` step: the final evaluation has no step to save at."""
         wait = max(EVERY_S, _SHARE * self._took)
         return self._now() - self._last >= (wait / 10 if last else wait)
 
     def begin(self) -> None:
-        """A checkpoint is about to be written."""
+        """Note that writing a checkpoint begins."""
         self._begun = self._now()
 
     def end(self) -> None:
-        """It is written."""
+        """Note that the checkpoint is written."""
         self._last = self._now()
         self._took = self._last - self._begun

@@ -1,6 +1,6 @@
-"""What a trainer is made of besides the model, so that the file that touches TRL holds nothing else.
+"""What a trainer is made of besides the model, so that the file that imports TRL holds nothing else.
 
-A recipe is told in the words of TRL's `GRPOConfig`; everything that is not named in `arguments` stays TRL's own.
+A recipe is translated to TRL's `GRPOConfig`; everything that is not named in `arguments` stays at TRL's default.
 """
 
 from dataclasses import dataclass
@@ -23,23 +23,23 @@ class Supervisor(Protocol):
     """Decides between the steps of a trainer, and keeps what a checkpoint needs besides the trainer's own files."""
 
     def on_begin(self, trainer: Any) -> None:
-        """Model, optimizer and scheduler are there, and those of a checkpoint have been loaded."""
+        """Begin, once model, optimizer and scheduler exist and those of a checkpoint are loaded."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Take the metrics of a step; return whether to stop."""
         ...
 
     def on_boundary(self, step: int) -> tuple[bool, bool]:
-        """After the last update from a rollout: return whether to write a checkpoint, and whether to stop."""
+        """Return, after the last update of a step, whether to write a checkpoint, and whether to stop."""
         ...
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """The trainer has written its files of a checkpoint into `folder`."""
+        """Complete a checkpoint, whose trainer's files are in `folder` already."""
 
 
 @dataclass(frozen=True)
 class TrainerComponents:
-    """What a trainer is made of besides the model. `float_masters`: updates are made to weights in FP32."""
+    """What a trainer is made of besides the model. `float_masters`: the optimizer updates FP32 copies of weights."""
 
     recipe: Training
     stream: PromptStream
@@ -55,11 +55,11 @@ class TrainerComponents:
 
 
 def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
-    """Keyword arguments of `GRPOConfig`. `folder` gets the checkpoints; which of them stay is not TRL's to say.
+    """Return the keyword arguments of `GRPOConfig`. `folder` gets the checkpoints; TRL itself deletes none of them.
 
-    Batches are those of all `processes` together, which must be able to share them (`require_shares`).
+    Batches are those of all `processes` together, which must divide them evenly (`require_shares`).
 
-    `beta` stays 0: the reference belongs to our own loss. A TRL step is one update, ours is a batch of rollouts.
+    `beta` stays 0: the KL is in fp4rl's own loss. A step of TRL is one update, a step of fp4rl a batch of rollouts.
     """
     updates, share = recipe.updates_per_step, recipe.mini_batch_size * recipe.rollout_n // processes
     micro = recipe.micro_batch_size or share
@@ -88,15 +88,15 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
         "warmup_steps": recipe.lr_warmup_steps * updates,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.grad_clip,
-        # At rollout boundaries alone: in between, a batch of answers would have to be saved too.
+        # At rollout boundaries only: in between, a batch of answers would have to be saved too.
         "save_strategy": "steps" if recipe.save_freq else "no",
         **({"save_steps": recipe.save_freq * updates} if recipe.save_freq else {}),
-        "ignore_data_skip": True,  # problems come from our own stream; TRL's loader only counts
+        "ignore_data_skip": True,  # problems come from fp4rl's own stream; TRL's loader only counts
     }
 
 
 def require_shares(recipe: Training, processes: int) -> None:
-    """Raises InvalidValueError for what several processes cannot do as one would."""
+    """Raise InvalidValueError for a recipe that several processes cannot run like a single one."""
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
     micro = recipe.micro_batch_size or share
     if recipe.train_batch_size % processes or rest or share % micro:

@@ -1,6 +1,6 @@
 """Evaluate a policy: answers to held-out problems under named precisions, one row kept per problem and sample.
 
-What is evaluated is what was written to disk.
+Evaluated is always a model folder on disk, never the live model.
 """
 
 import hashlib
@@ -55,16 +55,16 @@ class Evaluation:
         return sum(bool(getattr(item, what)) for item in self.items) / len(self.items)
 
     def pass_at(self, k: int) -> float:
-        """Chance that at least one of `k` answers to a problem is right, unbiased (arXiv 2107.03374, eq. 1)."""
+        """Estimate, unbiased, the chance that one of `k` answers to a problem is right (arXiv 2107.03374, eq. 1)."""
         right: dict[str, list[bool]] = {}
         for item in self.items:
             right.setdefault(item.problem_id, []).append(item.strict)
         return sum(1 - comb(len(r) - sum(r), k) / comb(len(r), k) for r in right.values()) / len(right)
 
     def summary(self) -> evidence.Evaluation:
-        """Shares over all items, beside the profile.
+        """Return shares over all items, with the profile.
 
-        With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`, that one of k is right.
+        With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`: at least one of k is right.
         """
         shares = {name: self.share(name) for name in SCORES}
         evaluation = evidence.Evaluation(
@@ -90,7 +90,7 @@ class Evaluation:
 
 
 def answers_digest(items: Sequence[Item]) -> str:
-    """Twelve hex digits over all answers, as they were generated: equal digests are the same answers."""
+    """Return twelve hex digits over all answers as generated; equal digests mean the same answers."""
     rows = (f"{item.problem_id}\x1f{item.sample}\x1f{item.length}\x1f{item.completion}" for item in items)
     return hashlib.sha256("\x1e".join(rows).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
@@ -107,7 +107,7 @@ def answer(
 ) -> tuple[Item, ...]:
     """Generate and score answers to `problems`; rows come back in the order of `problems`, samples of one together.
 
-    Batches hold prompts of similar length, since left padding is wasted work. `on_batch` hears (done, all).
+    Batches hold prompts of similar length, since left padding is wasted work. `on_batch` is called with (done, all).
     """
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt))
     require_positions(model, tokenizer, problems[order[-1]], spec.max_new_tokens)
@@ -155,9 +155,9 @@ class EvaluationRunner:
     sampler: str = "transformers"
 
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
-        """Profile name -> what is injected while it is measured; the robustness sweep belongs to the `last` step.
+        """Return profile name -> what is injected while it is measured; the robustness sweep is for the `last` step.
 
-        Raises NotFoundError for a profile that no precision is called by.
+        Raises NotFoundError for an unknown profile.
         """
         names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
         return {name: precision_named(name, self.spec, self.injection) for name in names}
@@ -171,10 +171,10 @@ class EvaluationRunner:
         on_items: Callable[[str, int, int], None] = lambda *_: None,
         record: Record = lambda _: None,
     ) -> Iterator[Evaluation]:
-        """Load `folder` afresh and answer all problems once per profile; `record` hears what was rounded meanwhile.
+        """Load `folder` and answer all problems once per profile; `record` gets the evidence of what was rounded.
 
-        `on_items` hears (profile, done, all). Raises CheckFailed for sites that were never called while the answers
-        were made, and for changed master weights.
+        `on_items` is called with (profile, done, all). Raises CheckFailed for sites that were never called while
+        answering, and for changed master weights.
         """
         model, tokenizer = load_saved(folder, dtype, self.lora)
         sampler = sampler_named(self.sampler)
@@ -185,7 +185,7 @@ class EvaluationRunner:
                 _injected(model, precision.injection) as attachment,
             ):
                 items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
-                if attachment is not None:  # what should have acted while the answers were made, and what did
+                if attachment is not None:  # evidence: what should have acted meanwhile, and what did
                     attachment.require_calls()
                     points = attachment.table.active_sites("evaluation")
                     plan: evidence.Evidence = evidence.ActivePoints(phase="evaluation", points=points)
@@ -197,7 +197,7 @@ class EvaluationRunner:
         spec, table = self.spec, attachment.table if attachment is not None else None
         drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
         ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
-        # Under errors that stay out of evaluations no site acts: that is `full`, which has no digest.
+        # Where only hardware errors are described, which do not act in evaluations, it is `full` and has no digest.
         digest = table.digest_in("evaluation") if table is not None and table.active_sites("evaluation") else None
         return evidence.Profile(
             name=name,
@@ -224,7 +224,7 @@ def _injected(model: PreTrainedModel, injection: Injection | None) -> Iterator[A
     if injection is None:
         yield None
         return
-    # Packed weights come back rounded, and the next profile would be measured on them; the numbers are the same.
+    # Packing would leave rounded weights behind for the next profile; `copy` gives the same numbers.
     with attach(model, injection.model_copy(update={"frozen_base": "copy"})) as attachment:
         attachment.set_phase("evaluation")
         yield attachment

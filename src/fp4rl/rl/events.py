@@ -1,6 +1,6 @@
-"""What a run reports while it goes on: one stream of typed events, handed to one function. None can change a number.
+"""What a run reports while it runs: one stream of typed events, passed to one function. No event changes a number.
 
-A line of evidence is an event too (`spec.evidence`). No torch: whoever shows a run reads these.
+A line of evidence is an event too (`spec.evidence`). No torch is imported: displays of runs use these types.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """Somebody asked the run to end; what it has done is kept, and the same command goes on from there."""
+    """Raised when the run was asked to end; what it has done is kept, and the same command resumes it."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class SitesResolved:
-    """The table of sites that the injection came to."""
+    """The injection was resolved to this table of sites."""
 
     sites: Sites
 
 
 @dataclass(frozen=True)
 class StepsDropped:
-    """The run went back: what was done after `step` counts no more."""
+    """The run went back: the steps after `step` no longer count."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Message:
-    """A line that people must read; `log_only`: one for the log alone."""
+    """A line for whoever started the run; with `log_only` for the log alone."""
 
     line: str
     log_only: bool = False
@@ -69,9 +69,9 @@ Emit = Callable[[Event], None]
 
 
 def ignore(_event: Event) -> None:
-    """Hand to a run that nobody follows."""
+    """Drop an event: for a run whose events nobody needs."""
 
 
 def never() -> bool:
-    """Hand to a run that nobody interrupts."""
+    """Return False: for a run that is not interrupted."""
     return False

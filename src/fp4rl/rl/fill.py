@@ -1,6 +1,6 @@
-"""Fill one training batch: take problems, generate, score, drop groups without spread, and again, up to a limit.
+"""Fill one training batch: take problems, generate, score, drop groups without spread; repeat up to a limit.
 
-Groups without spread are replaced by fresh ones as DAPO's dynamic sampling does (arXiv 2503.14476, 3.2).
+Groups without spread are replaced by new ones, as in DAPO's dynamic sampling (arXiv 2503.14476, section 3.2).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from fp4rl.spec.training import Training
 
 @dataclass
 class PromptStream:
-    """Endless. `position` counts problems handed out; with `seed` it is the whole state of the stream.
+    """An endless stream of shuffled problems. `seed` and `position`, the number taken so far, are its whole state.
 
     Dynamic sampling takes a varying number of problems a step, so the trainer's own data loader cannot serve it. Each
     of several processes has a stream of its own: process `rank` of `world` gets every `world`-th problem of the order.
@@ -58,10 +58,10 @@ TOLERANCE = 1e-6
 
 
 def groups_with_spread(metric: Tensor, rollout_n: int, tolerance: float = TOLERANCE) -> Tensor:
-    """True for groups whose answers differ. metric [groups * rollout_n] -> bool [groups]. NaN answers do not count.
+    """Return for each group whether its answers differ: metric [groups * rollout_n] -> bool [groups]; NaN is left out.
 
-    DAPO filters on accuracy: with a length penalty in it, the *reward* of an all-wrong group spreads, and dividing by
-    that small standard deviation blows the penalty up to a full-sized advantage.
+    DAPO filters by accuracy: with a length penalty in it, the *reward* of an all-wrong group has spread, and dividing
+    by that small standard deviation turns the penalty into a full-sized advantage.
     """
     if rollout_n < 2 or metric.dim() != 1 or metric.numel() % rollout_n:
         raise InvalidValueError(f"{tuple(metric.shape)} answers do not make groups of {rollout_n} (at least 2)")
@@ -84,7 +84,7 @@ def reward_accuracy(rewards: Tensor, accuracy: Tensor, rollout_n: int) -> dict[s
 
 @dataclass(frozen=True)
 class Refill:
-    """How far one training batch has been filled. Immutable: `after` returns the next state.
+    """The state of filling one training batch. Immutable: `after` returns the next state.
 
     `wanted`: groups a training batch needs. `max_num_gen_batches`: generations allowed. `kept`, `generated`: groups so
     far. `batches`: generations so far.
@@ -109,24 +109,24 @@ class Refill:
 
     @property
     def full(self) -> bool:
-        """Enough groups for the training batch."""
+        """Whether there are enough groups for the training batch."""
         return self.kept >= self.wanted
 
     @property
     def gave_up(self) -> bool:
-        """Not full, and no generation left."""
+        """Whether it is not full and no generation is left."""
         return not self.full and self.max_num_gen_batches <= self.batches
 
     @property
     def done(self) -> bool:
-        """Stop generating: the batch is full, or the limit is reached."""
+        """Whether to stop generating: the batch is full, or the limit is reached."""
         return self.full or self.gave_up
 
     def ask(self, batch: int) -> int:
-        """Groups to generate next: what is missing over the share kept so far, at most `batch`; 0 when done.
+        """Return how many groups to generate next: those missing / the share kept so far, at most `batch`; 0 when done.
 
-        The first generation asks for `batch`. A run that keeps 9 of 10 groups refills with 2 prompts, not with a
-        whole batch. With nothing kept yet there is no share to go by, so it asks for a whole batch again.
+        The first generation takes `batch`. A run that keeps 9 of 10 groups refills with 2 prompts, not with a whole
+        batch. Where none was kept yet, the share is unknown, and a whole batch is taken again.
         """
         if self.done:
             return 0
@@ -136,11 +136,11 @@ class Refill:
 
     @property
     def trained(self) -> int:
-        """Groups that reach the loss: surplus ones are left out, so that every update weighs the same."""
+        """The number of groups that reach the loss: surplus ones are left out, so that every update weighs the same."""
         return min(self.kept, self.wanted)
 
     def report(self, metric: str) -> str | None:
-        """Return one line when the batch is not full, None when it is; `metric` names what was to spread."""
+        """Return one line when the batch is not full, else None; `metric` names what groups must have spread in."""
         if not self.gave_up:
             return None
         action = f"training on {self.kept}" if self.kept else "no update in this step"
@@ -150,7 +150,7 @@ class Refill:
         )
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl. `sampling/dropped_share`: generated groups without spread, over all generated."""
+        """Return metrics; `sampling/dropped_share` is the share of generated groups that had no spread."""
         return {
             "sampling/dropped_share": 1 - self.kept / self.generated if self.generated else 0.0,
             "sampling/gen_batches": float(self.batches),
@@ -160,25 +160,25 @@ class Refill:
 
 
 def choose(spread: Tensor, missing: int) -> Tensor:
-    """Indices of the first `missing` groups with spread, in order of generation. spread bool [groups] -> int64."""
+    """Return indices of the first `missing` groups with spread, in order of generation: bool [groups] -> int64."""
     return spread.nonzero().flatten()[:missing]
 
 
 def answers_of(groups: Tensor, rollout_n: int) -> Tensor:
-    """Row numbers of all answers of `groups` (indices): [groups] -> [groups * rollout_n]."""
+    """Return the row numbers of all answers of groups given by index: [groups] -> [groups * rollout_n]."""
     first = groups.unsqueeze(-1) * rollout_n
     return (first + first.new_tensor(range(rollout_n))).flatten()
 
 
 Sampler = Callable[[list[Problem]], Rollout]
-"""Problems, each repeated `rollout_n` times in a row -> their answers."""
+"""From problems, each repeated `rollout_n` times in a row, to their answers."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """One training batch before it is padded. `answers` are those that reach the loss, whole groups in a row.
+    """One training batch before padding. `answers` are those that reach the loss, group after group.
 
-    `metric` names what groups were to spread in, None where none was dropped.
+    `metric` names what groups must have spread in; None without dynamic sampling.
     """
 
     generations: tuple[ScoredRollout, ...]
@@ -187,11 +187,11 @@ class Filled:
     metric: str | None
 
     def report(self) -> str | None:
-        """Return one line when the filter left the batch short, None else. Nothing is trained on in silence."""
+        """Return one line when dynamic sampling left the batch short, else None."""
         return self.refill.report(self.metric) if self.metric is not None else None
 
     def without_spread(self, rollout_n: int) -> str | None:
-        """Return one line where no group that is learned from differs in what it earned."""
+        """Return one line when in no group that is trained on the rewards differ, else None."""
         kept = torch.tensor([answer.reward for answer in self.answers])
         if len(kept) and groups_with_spread(kept, rollout_n).any():
             return None
@@ -209,7 +209,7 @@ class Filled:
         )
 
     def metrics(self, rollout_n: int) -> dict[str, float]:
-        """Of the first generation, which no filter has looked at and no penalty touched; and of the filter."""
+        """Return metrics of the first generation, before any filter or penalty, and of the filter."""
         first = self.generations[0]
         with_spread = groups_with_spread(torch.tensor(first.scored.earned), rollout_n)
         of_groups = {
@@ -223,7 +223,7 @@ class Filled:
 
 @dataclass
 class Filler:
-    """Takes problems from the stream until enough groups teach something."""
+    """Takes problems from the stream until enough groups have spread."""
 
     recipe: Training
     stream: PromptStream
@@ -232,7 +232,7 @@ class Filler:
 
     def fill(self, sample: Sampler) -> Filled:
         """Generate until enough groups have spread, or the limit of generations is reached."""
-        # A group without spread teaches as much as any other where there are no advantages.
+        # Distillation alone has no advantages: a group without spread teaches as much as any other.
         filtered = self.recipe.filters and not self.distils_alone
         refill = Refill(self.groups, self.recipe.filter_groups.max_num_gen_batches if filtered else 1)
         parts: list[ScoredRollout] = []
@@ -249,7 +249,7 @@ class Filler:
 
     @property
     def distils_alone(self) -> bool:
-        """Whether rewards have no part in what is learned."""
+        """Whether the loss has no reward in it."""
         return self.recipe.distillation is not None and self.recipe.distillation.alone
 
     def _spread(self, part: ScoredRollout) -> Tensor:
@@ -260,7 +260,7 @@ class Filler:
 
     @property
     def metric(self) -> str:
-        """What groups are to spread in, for a reader."""
+        """What groups must have spread in, in words."""
         metric = self.recipe.filter_groups.metric
         return f"{metric} ({'the task' if metric == 'acc' else self.rewarder.name})"
 

@@ -1,7 +1,7 @@
-"""Generate answers, and score those that are there as they were generated: the whole model, dropout off.
+"""Generate answers, and compute the log-probabilities of given ones as in generation: the whole model, dropout off.
 
-The one place where rollouts and evaluations meet an engine, so that another one plugs in here. Dropout acts where a
-policy learns and nowhere else.
+The only place where rollouts and evaluations call an engine, so that another engine plugs in here. Dropout acts where
+a policy is trained and nowhere else.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ from fp4rl.spec.errors import NotFoundError, nearest
 
 
 def whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Put prompts and answers side by side: ids and attention mask, [rows, P + T] both."""
+    """Concatenate prompts and answers: token ids and attention mask, both [rows, P + T]."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
@@ -44,10 +44,10 @@ def answer_logps(
     entropy: bool = False,
     before: Callable[[slice], None] = lambda _: None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Score the answers of a training batch in one pass per `rows` sequences, of which `before` is told each time.
+    """Compute log-probabilities of a batch's answers, `rows` sequences at a time; `before(rows)` is called for each.
 
-    `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [answers, T] and, if
-    asked, the entropies of the distributions they come from; both 0 in the padding.
+    `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [answers, T] and, with
+    `entropy`, the entropies of their distributions; both 0 in the padding.
     """
     (ids, mask), width = whole_sequences(batch), batch["completion_ids"].shape[1]
     logps, entropies = [], []
@@ -66,7 +66,7 @@ def answer_logps(
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, and afterwards in the mode it was in."""
+    """Put `model` into evaluation mode inside the `with`, and back into its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -77,10 +77,10 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def drops(model: nn.Module) -> bool:
-    """Tell whether `model` leaves anything to chance while it learns, by running it once in training mode.
+    """Return whether `model` is random in training mode, by running it once.
 
-    What draws random numbers need not be a dropout layer: OPT calls the function, some models skip whole layers or
-    jitter a router. The generators are left as they were.
+    It need not have a dropout layer for that: OPT calls the function, some models skip whole layers or add noise to a
+    router. The random generators are left as they were.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -95,14 +95,14 @@ def drops(model: nn.Module) -> bool:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    """States of the CPU's generator and the device's own, which is where dropout draws from."""
+    """Return the states of the CPU's and the device's random generators, which dropout draws from."""
     states = [torch.random.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
 
 
-# A token is a byte or more: the last n bytes of an answer stand in its last n tokens. Some more for words' beginnings.
+# A token holds at least one byte, so the last n bytes of an answer are in its last n tokens; a few more to be safe.
 _SPARE = 8
 
 
@@ -110,8 +110,8 @@ _SPARE = 8
 class Sampling:
     """How answers are drawn: `temperature` 0 is greedy, `count` answers are given to each prompt.
 
-    Each of the texts in `stop` ends an answer and is no part of it. `logps` asks for the log-probabilities of the
-    tokens, `routes` for the experts they met.
+    Each of the texts in `stop` ends an answer and is not part of it. With `logps` the log-probabilities of the tokens
+    are returned too, with `routes` their experts.
     """
 
     max_new_tokens: int
@@ -124,7 +124,7 @@ class Sampling:
 
 
 class Generation(NamedTuple):
-    """One answer. `tokens` hold what ended it, `text` does not; `ended`: whether it ended before the limit.
+    """One answer. `tokens` include what ended it, `text` does not; `ended`: whether it ended before the limit.
 
     `logps` [tokens]: log-probability of each token under softmax(logits / temperature) over the whole vocabulary, as
     the loss computes it; None where `Sampling.logps` is off. `routes` [prompt and answer but its last token, layers,
@@ -139,8 +139,7 @@ class Generation(NamedTuple):
 
 
 class Sampler(Protocol):
-    """An engine that answers prompts with the weights of `model` as they are in this moment, rounding and noise
-    included."""
+    """An engine that answers prompts with the present weights of `model`, rounding and noise included."""
 
     def __call__(
         self,
@@ -149,9 +148,9 @@ class Sampler(Protocol):
         prompts: Sequence[list[int]],
         sampling: Sampling,
     ) -> list[Generation]:
-        """Return `sampling.count` answers in a row to each of `prompts` (token ids).
+        """Return `sampling.count` consecutive answers to each of `prompts` (token ids).
 
-        Whatever is random is drawn from torch's global generator, which the caller has seeded.
+        All randomness comes from torch's global generator, which the caller has seeded.
         """
         ...
 
@@ -160,7 +159,7 @@ class Sampler(Protocol):
 def transformers_sampler(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
 ) -> list[Generation]:
-    """Generate with the live model itself through transformers' `generate`, dropout off."""
+    """Generate with the live model by transformers' `generate`, dropout off."""
     ids, mask = (part.to(next(model.parameters()).device) for part in padded(prompts, tokenizer.pad_token_id))
     keeper = SampledLogprobs(sampling.temperature or 1.0) if sampling.logps else None
     ends, start = end_ids(model), ids.shape[1]
@@ -221,13 +220,13 @@ class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Keep the logits [answers, vocabulary] that the next token is drawn from; return them unchanged."""
+        """Keep the logits [answers, vocabulary] of the next token, and return them unchanged."""
         self._drawn(input_ids)
         self._logits = scores
         return scores
 
     def finish(self, sequences: Tensor) -> Tensor:
-        """Log-probabilities [answers, new tokens] of the finished `sequences`; padding holds whatever was drawn."""
+        """Return log-probabilities [answers, new tokens] of the finished `sequences`; those of padding mean nothing."""
         self._drawn(sequences)
         return torch.stack(self._columns, dim=1)
 
@@ -241,7 +240,7 @@ class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]
 
 
 def until_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[int], list[bool]]:
-    """Length of each answer up to and including its first end token, and whether it has one. tokens [answers, T]."""
+    """Return each answer's length, its first end token included, and whether it has one; tokens [answers, T]."""
     is_end = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
     ended = is_end.any(dim=1)
     lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, tokens.shape[1])
@@ -251,7 +250,7 @@ def until_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[int], list[b
 class Stops(StoppingCriteria):  # type: ignore[misc]
     """Ends a row of a generation once its new text, from token `start` on, holds one of the texts in `stop`.
 
-    It reads the text that will be scored, whatever the tokens are that spell it.
+    It looks at the decoded text that will be scored, however it is split into tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
@@ -266,7 +265,7 @@ class Stops(StoppingCriteria):  # type: ignore[misc]
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ended: bool, stop: Sequence[str]) -> Generation:
-    """End an answer at the first of `stop`; `ended` tells whether an end token stands behind `tokens` otherwise."""
+    """End an answer at the first of `stop`; `ended` tells whether an end token follows `tokens`."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if not _holds(text, stop):
         return Generation(tokens, text, ended)

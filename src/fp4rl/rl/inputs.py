@@ -1,6 +1,6 @@
-"""What a run is made from besides its description: the model it starts from, and digests of all it only points to.
+"""What a run is made from besides its description: the start model, and digests of all that the description points to.
 
-Digests stand in every checkpoint and beside the result. No torch: finished runs are compared with them too.
+Digests are stored in every checkpoint and with the result. No torch is imported: comparisons of runs use them too.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from fp4rl.spec.model import Embedded, Model
 from fp4rl.spec.task import Task
 from fp4rl.tasks.arithmetic import Arithmetic
 
-# Each with the part of a description that points to it: where that is a declared factor, the contents may differ too.
+# Input -> the key that points to it: where that key is a declared factor, the contents may differ too.
 POINTERS = {"start model": "model", "problems": "task", "reward's source": "training.reward"}
 
 OnWarmUp = Callable[[int, float], None]
-"""Hears (step, loss)."""
+"""Called with (step, loss)."""
 
 _read: dict[tuple[Path, int, int], str] = {}
 _demonstrations = lru_cache(maxsize=2)(Arithmetic.demonstrations)  # the same for every run of a suite
@@ -34,8 +34,8 @@ def start_folder(model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | N
 
 
 def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
-    """Return the folder of the embedded model after its warm-up on sloppy demonstrations of arithmetic,
-    whatever the run's task."""
+    """Return the folder of the embedded model after its warm-up on sloppy demonstrations of arithmetic, whatever the
+    task of the run."""
     from fp4rl.models.tiny import cached
 
     teacher = task if isinstance(task, Arithmetic) else Arithmetic()
@@ -43,14 +43,14 @@ def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp 
 
 
 def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
-    """Name -> twelve hex digits, for the model that training starts from (`start`), the file of problems and the
-    source of a reward of one's own."""
+    """Return name -> twelve hex digits: of the model that training starts from (`start`), of the file of problems and
+    of the source of a reward function of the user's own."""
     return {"start model": of_model(start), **pointed_at(experiment)}
 
 
 def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:
-    """Raises InvalidValueError where a checkpoint after `step` was trained on other contents than are there `now`:
-    going on would train on both and record the new ones alone."""
+    """Raise InvalidValueError where the checkpoint of `step` was trained on other contents than those `now`: the run
+    would train on both and record only the new ones."""
     others = [f"{name} ({key})" for name, key in POINTERS.items() if then.get(name) != now.get(name)]
     if others:
         raise InvalidValueError(
@@ -60,7 +60,7 @@ def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int
 
 
 def of_model(folder: Path) -> str:
-    """Return the files of a model: weights, settings and tokenizer, but no notes; an adapter's base belongs to it."""
+    """Return the digest of a model's files (weights, settings, tokenizer, no notes), those of an adapter's base too."""
     parts = list(_parts(folder))
     settings = folder / "adapter_config.json"
     if settings.is_file():
@@ -70,7 +70,7 @@ def of_model(folder: Path) -> str:
 
 
 def pointed_at(experiment: Experiment) -> dict[str, str]:
-    """Return the inputs that are known without a start model."""
+    """Return the digests that are known without a start model."""
     digests = {}
     if files := experiment.task.files:
         digests["problems"] = _of_files(Path(path) for path in files.values())
@@ -81,10 +81,10 @@ def pointed_at(experiment: Experiment) -> dict[str, str]:
 
 
 def _sources(module: str) -> list[Path]:
-    """The file of a module; where it stands in a package, every source file of that package: it may import them."""
+    """Return a module's file; in a package, every source file of that package, since the module may import them."""
     try:
         spec = find_spec(module) if module else None
-    except (ImportError, ValueError):  # the run itself says so; a module made in memory has no source
+    except (ImportError, ValueError):  # the run reports the former; a module made in memory has no source
         return []
     if spec is None or not spec.origin:
         return []
@@ -105,7 +105,7 @@ def _of_files(paths: Iterable[Path]) -> str:
 
 
 def _of_file(path: Path) -> str:
-    """Return a large model is read once a process, not once a run."""
+    """Return the SHA-256 of a file; kept, so that a large model is read once a process, not once a run."""
     stat = path.stat()
     key = path, stat.st_size, stat.st_mtime_ns
     if key not in _read:

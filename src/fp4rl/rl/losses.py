@@ -1,4 +1,4 @@
-"""Policy losses as one composition, ratio level x clipping x aggregation x KL, of which DAPO and GRPO are values.
+"""Policy losses as one composition, ratio level x clipping x aggregation x KL; DAPO, GRPO and others are values of it.
 
 r      = pi(token) / pi_old(token), or the geometric mean of that over the answer   `ratio_level`
 ppo    = -min(r A, clip(r, 1 - low, 1 + high) A)                                    `clipping`
@@ -6,8 +6,7 @@ cispo  = -sg[clip(r, 1 - low, 1 + high)] A log pi
 loss   = aggregate(ppo or cispo) + kl_loss_coef * aggregate(KL(pi || reference))
 
 Micro-batches and processes must not change the result, so each `loss_agg_mode` divides by counts of the *whole*
-optimizer step (`Whole`), never by what happens to be in this micro-batch: the sum over micro-batches is the loss of the
-whole batch.
+optimizer step (`Whole`), never of this micro-batch: the sum over micro-batches is the loss of the whole batch.
 
 The KL is estimated per token, from x = log p_ref - log p_policy at a token drawn from the policy (J. Schulman,
 "Approximating KL divergence", 2020); verl's `kl_loss_type`:
@@ -34,7 +33,7 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, require
 
 @dataclass(frozen=True)
 class Whole:
-    """What one optimizer step counts, over all micro-batches, per process (the global count / number of processes).
+    """Counts of one optimizer step over all its micro-batches, per process (the global count / number of processes).
 
     `tokens`: unmasked tokens. `sequences`: sequences that share the mean. verl counts those with at least one unmasked
     token (`Whole.of`), TRL all of them; the difference matters when truncated answers are masked out entirely.
@@ -60,7 +59,7 @@ class Whole:
 
 
 def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_factor: int | None = None) -> Tensor:
-    """Sum up `losses` [sequences, tokens or 1] under `mask` [sequences, tokens] (1 = counts) as `mode` says.
+    """Aggregate `losses` [sequences, tokens or 1] under `mask` [sequences, tokens] (1 = counts) as `mode` says.
 
     `loss_scale_factor`: the longest answer allowed, in tokens; needed by modes that divide by it. Raises NotFoundError
     for an unknown mode, InvalidValueError when the constant is missing.
@@ -80,7 +79,7 @@ def aggregate(losses: Tensor, mask: Tensor, mode: str, whole: Whole, loss_scale_
     return total / loss_scale_factor
 
 
-# exp(20) = 4.9e8: beyond it a ratio carries no information, and exp(89) is infinite in float32.
+# exp(20) = 4.9e8: beyond it a ratio means nothing more, and exp(89) is infinite in float32.
 SAFE_LOG_RATIO = 20.0
 # verl's cap on one token's k3.
 K3_CAP = 10.0
@@ -120,8 +119,8 @@ class LossRule:
     """One policy loss under verl's names.
 
     `clip_ratio_low`, `clip_ratio_high` are distances from 1. `clip_ratio_c` bounds the ratio of tokens with a negative
-    advantage (dual-clip PPO, arXiv 1912.09729; TRL's `delta`); None leaves it open. `loss_scale_factor` is needed by
-    aggregations over the longest answer alone: the tokens it may have.
+    advantage (dual-clip PPO, arXiv 1912.09729; TRL's `delta`); None: unbounded. `loss_scale_factor`: the tokens of the
+    longest answer allowed, needed only by aggregations that divide by it.
     """
 
     name: str
@@ -137,7 +136,7 @@ class LossRule:
 
 
 def loss_named(name: str) -> LossRule:
-    """Return the loss of an algorithm with its published numbers, and without a KL. Raises NotFoundError."""
+    """Return the loss of an algorithm with its published numbers and without KL. Raises NotFoundError."""
     if name not in ALGORITHMS:
         raise NotFoundError(f"no policy loss {name!r}{nearest(name, ALGORITHMS)}")
     own = ALGORITHMS[name]
@@ -151,8 +150,8 @@ class LossInputs:
     `logps` [B, T] carries the gradient. `advantages` [B] or [B, T]. `mask` [B, T], 1 where a token counts.
     `old_logps` [B, T]: the policy at the start of the updates; None means this very policy (first update, on-policy),
     so that no second forward is needed. `ref_logps` [B, T]: the reference, needed when kl_loss_coef > 0.
-    `weights` [B, T] or [B, 1]: importance weights of the rollout correction. `whole`: what the optimizer step counts;
-    None says that this batch is the whole step.
+    `weights` [B, T] or [B, 1]: importance weights of the rollout correction. `whole`: counts of the optimizer step;
+    None: this batch is the whole step.
     """
 
     logps: Tensor
@@ -174,7 +173,7 @@ class LossOutputs(NamedTuple):
 def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
     """Return the loss of one micro-batch; the sum over the micro-batches of a step is the loss of the step.
 
-    Raises InvalidValueError when the rule asks for a reference that is not given, or the shapes do not fit.
+    Raises InvalidValueError when the rule needs a reference that is not given, or the shapes do not fit.
     """
     _check(inputs, rule)
     advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages.unsqueeze(-1)
@@ -232,7 +231,7 @@ require_names("clipping", CLIPPINGS, {own.clipping for own in ALGORITHMS.values(
 def _ratio_metrics(
     ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, rule: LossRule
 ) -> dict[str, Tensor]:
-    """How often the clip held a token back, and how far the policy has moved. `ppo_kl` is k1 of KL(old || policy)."""
+    """Return how many tokens were clipped, and how far the policy has moved: `ppo_kl` is k1 of KL(old || policy)."""
     low = (ratio < 1 - rule.clip_ratio_low) & (advantages < 0)
     high = (ratio > 1 + rule.clip_ratio_high) & (advantages > 0)
     return {
@@ -245,7 +244,7 @@ def _ratio_metrics(
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that count; 0 where none does."""
+    """Return the mean over the tokens that count; 0 without any."""
     return values.expand_as(mask).masked_fill(mask == 0, 0).float().sum() / mask.sum().clamp(min=1)
 
 

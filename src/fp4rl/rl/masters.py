@@ -1,8 +1,8 @@
-"""FP32 copies of low-precision weights, which the optimizer updates; the model computes with their rounding.
+"""FP32 masters of low-precision weights: the optimizer updates them, and the model computes with their rounding.
 
 An AdamW update is about as large as the learning rate, and half a step of bfloat16 is 1/512 of a weight: at 1e-6 most
-weights would never move. The model itself stays in its own dtype, so that the quantizer, the sampler, the trainer and
-what is saved all see the same rounded weights; each update is made to the FP32 copy and rounded into the model once.
+weights would never change. The model itself stays in its own dtype, so that quantizer, sampler, trainer and the saved
+files have the same rounded weights; each update is made to the FP32 copy, which is then rounded into the model.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ FILE = "masters.safetensors"
 
 
 class Masters:
-    """Pairs of a trainable weight and its FP32 copy, for the weights of `model` that are not in float32 already.
+    """Pairs of a trainable weight and its FP32 copy, for the weights of `model` that are not in float32.
 
-    Gradients are added up in FP32 over micro-batches (and processes); those of the model are thrown away.
+    Gradients are summed in FP32 over micro-batches (and processes); those of the model are dropped.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,24 +35,24 @@ class Masters:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Masters | None":
-        """None where every trainable weight of `model` is in float32."""
+        """Make the masters of `model`; None where every trainable weight is in float32."""
         masters = cls(model)
         return masters if masters._pairs else None
 
     def parameters(self) -> Iterator[Tensor]:
-        """Yield what the optimizer updates: the copies, and the weights that need none."""
+        """Yield what the optimizer updates: the copies, and the weights without one."""
         yield from (master for _, master in self._pairs.values())
         yield from self._others
 
     def put_into(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let a fresh optimizer of the model's weights update the copies in their place."""
+        """Replace the weights in a new optimizer by their copies."""
         copies = {id(weight): master for weight, master in self._pairs.values()}
         for group in optimizer.param_groups:
             group["params"] = [copies.get(id(weight), weight) for weight in group["params"]]
 
     def take_gradients(self, accelerator: Any) -> None:
-        """After the backward of a micro-batch. Of several processes the gradients of all but the last micro-batch of
-        an update are their own: `accelerator` averages what was added up of them, as it did the last one itself."""
+        """Add the gradients of a micro-batch to those of the masters. With several processes, `accelerator` averages
+        the sum over all but the last micro-batch of an update, which DDP has averaged itself."""
         shared = accelerator.num_processes > 1 and accelerator.sync_gradients
         for weight, master in self._pairs.values():
             if shared and master.grad is not None:
@@ -63,24 +63,24 @@ class Masters:
                 weight.grad = None
 
     def drop_gradients(self) -> None:
-        """So that the update that follows moves nothing, not even by momentum."""
+        """Set all gradients to None, so that the next update changes nothing, not even by momentum."""
         for _, master in self._pairs.values():
             master.grad = None
 
     @torch.no_grad()
     def write(self) -> None:
-        """After an update: the model's weights are the rounded copies."""
+        """Round the copies into the model's weights, after an update."""
         for weight, master in self._pairs.values():
             weight.copy_(master)
             master.grad = None
 
     def save(self, folder: Path) -> None:
-        """Beside the model of a checkpoint."""
+        """Save the copies beside the model of a checkpoint."""
         save_file({name: master.detach() for name, (_, master) in self._pairs.items()}, folder / FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """From a checkpoint whose model was loaded. Raises CheckFailed where that model is not the rounding of them."""
+        """Load the copies of a checkpoint after its model. Raises CheckFailed where the model is not their rounding."""
         kept = load_file(folder / FILE)
         for name, (weight, master) in self._pairs.items():
             master.copy_(kept[name])

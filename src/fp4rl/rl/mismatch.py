@@ -1,8 +1,8 @@
-"""The policy that sampled an answer is not quite the one that is trained on it: how far apart, by what, how to correct.
+"""The difference between the policy that sampled an answer and the one that is trained: size, cause, correction.
 
-With rho = pi_train(token) / pi_rollout(token), both at the weights the answer was sampled from. Quantizing one side and
-not the other, noise in the rollout alone, or two engines with different kernels all show up here. Metrics carry verl's
-names (`rollout_corr/*`, `training/rollout_probs_diff_*`), so that its dashboards and our monitor read them alike.
+Here rho = pi_train(token) / pi_rollout(token), both with the weights that the answer was sampled from. Quantizing only
+one side, noise in the rollout, or two engines with different kernels all show in it. Metrics have verl's names
+(`rollout_corr/*`, `training/rollout_probs_diff_*`), so that its dashboards and the monitor read them alike.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from fp4rl.spec.points import LINEAR_POINTS
 
 
 class Correction(NamedTuple):
-    """`weights`, to multiply per-token losses by: [answers, tokens] (token level) or [answers, 1] (sequence level)."""
+    """Factors for per-token losses, `weights`: [answers, tokens] (token level) or [answers, 1] (sequence level)."""
 
     weights: Tensor
     metrics: dict[str, float]
@@ -35,12 +35,12 @@ def correct_rollout(
     mode: Literal["truncate", "mask"] = "truncate",
     threshold: float = 2.0,
 ) -> Correction:
-    """Importance weights rho that turn samples of the rollout policy into samples of the trained one.
+    """Compute importance weights rho, by which samples of the rollout policy count as samples of the trained one.
 
     `token`: each token's own ratio (small variance, biased). `sequence`: the product over the answer (unbiased, large
     variance). `truncate` (TIS): min(rho, threshold). `mask` (IcePop, MIS): 0 outside [1/threshold, threshold], so that
-    a token or an answer the two policies disagree about does not train at all. Weights carry no gradient.
-    All inputs [answers, tokens]; a NaN log-prob (a sampler that could not say) counts as rho = 1.
+    tokens or answers on which the policies disagree are not trained on. Weights carry no gradient.
+    All inputs [answers, tokens]; a NaN log-probability (unknown to the sampler) counts as rho = 1.
 
     Source: arXiv 2508.03501 and "When Speed Kills Stability" (richardli.xyz/rl-collapse); verl rollout_corr.
     Raises InvalidValueError for a threshold of 1 or less.
@@ -58,7 +58,7 @@ def correct_rollout(
 
 
 def _weight_metrics(weights: Tensor, low: Tensor, high: Tensor, counted: Tensor) -> dict[str, float]:
-    """verl's `rollout_is_*`. The effective sample size is a share: 1 when all weights are equal."""
+    """Return verl's `rollout_is_*`. The effective sample size is a share: 1 when all weights are equal."""
     if not counted.any():
         return {}
     kept = weights[counted]
@@ -118,7 +118,7 @@ def _divergences(log_rho: Tensor, mask: Tensor) -> dict[str, float]:
 
 
 def _probability_differences(train_logps: Tensor, rollout_logps: Tensor) -> dict[str, float]:
-    """Over tokens [n]; those the sampler could not score (NaN) are left out."""
+    """Return statistics over tokens [n], without those that the sampler could not score (NaN)."""
     differences = (train_logps.exp() - rollout_logps.exp()).abs()
     differences = differences[differences.isfinite()]
     if differences.numel() == 0:
@@ -131,7 +131,7 @@ def _probability_differences(train_logps: Tensor, rollout_logps: Tensor) -> dict
 
 
 def _log_ratio(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tensor:
-    """log rho in float32 [answers, tokens]; 0 in the padding and where the sampler could not say."""
+    """Return log rho in float32 [answers, tokens]; 0 in the padding and where the sampler's value is unknown."""
     if not train_logps.shape == rollout_logps.shape == mask.shape:
         raise InvalidValueError(
             f"log-probs of the trained policy {tuple(train_logps.shape)}, of the sampler {tuple(rollout_logps.shape)} "
@@ -142,34 +142,34 @@ def _log_ratio(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tens
 
 
 Score = Callable[[dict[str, Tensor]], Tensor]
-"""Rows of a batch -> log-probabilities [rows, T] of their answers under the live model, in its present phase."""
+"""From rows of a batch to log-probabilities [rows, T] of their answers under the live model in its present phase."""
 
-# In the first steps, every so often and whenever the noise grows, on a few answers.
+# The comparison is made in the first 3 steps, then in every 10th and whenever the noise grows, on 32 answers.
 _STEPS, _EVERY, _ROWS = 3, 10, 32
-_FLOAT = 1e-6  # nats that arithmetic alone may put between two scorings of the same tokens
-# Nats a token (k3) that arithmetic may put between decoding and one pass. With attention written out, or in float32 on
-# a CPU, it is 0 but for a value on a tie now and then (at most 2e-4 seen); fused 16-bit attention under 4-bit inputs
-# made up to 0.011. Positions that are counted differently make 0.005 to 1.5.
+_FLOAT = 1e-6  # nats by which two scorings of the same tokens may differ through arithmetic alone
+# Nats a token (k3) by which decoding and one pass may differ through arithmetic. With eager attention, or in float32 on
+# a CPU, it is 0 but for a few values on ties (at most 2e-4 seen); fused 16-bit attention under 4-bit inputs gave up to
+# 0.011. Positions that are counted wrongly give 0.005 to 1.5.
 _DECODED, _DECODED_FUSED = 2e-3, 0.02
-# What of the mismatch is reported again in parts.
+# Metrics of the mismatch that are also reported by cause.
 _IN_PARTS = {"rollout_corr/k3_kl": "k3_kl", "training/rollout_probs_diff_mean": "probs_diff"}
 
 
 def is_due(phases: Phases, step: int) -> bool:
-    """Tell whether sampler and trainer are compared at `step`, whose rollout is over."""
+    """Return whether sampler and trainer are compared at `step`, after its rollout."""
     return step < _STEPS or step % _EVERY == 0 or phases.stages.rose
 
 
 @torch.no_grad()
 def compare_sampler(phases: Phases, step: int, batch: dict[str, Tensor], score: Score) -> dict[str, float]:
-    """Measure how far the policy that sampled `batch` is from the one that is trained, and by what.
+    """Measure how far the policy that sampled `batch` is from the one that is trained, by cause.
 
-    `decode_k3_kl` is what decoding token by token makes beside one pass with the same weights, noise and rounding:
-    arithmetic alone, unless something draws at random. `phase_k3_kl` is what the formats of the two phases make, 0
-    exactly where both round alike, in any dtype. `described_*` have the step's noise and errors in them too: what
-    the sampler may differ by, and no more.
+    `decode_k3_kl`: decoding token by token against one pass with the same weights, noise and rounding, a difference of
+    arithmetic alone unless something is random. `phase_k3_kl`: the formats of the two phases against each other,
+    exactly 0 where both round alike. `described_*`: with the step's noise and errors too, all that the sampler may
+    differ by.
 
-    Raises CheckFailed where a difference has no cause that is described: the sampler holds other weights, or reads the
+    Raises CheckFailed for a difference that nothing described explains: the sampler has other weights, or reads the
     tokens differently.
     """
     rows = {name: value[:_ROWS] for name, value in batch.items()}
@@ -210,8 +210,8 @@ def _scored_in_turn(phases: Phases, step: int, rows: dict[str, Tensor], score: S
 
 
 def require_decoded(model: nn.Module, step: int, k3: float) -> None:
-    """Raise CheckFailed when a repeatable sampler and one pass under the same weights, noise and rounding are `k3` nats
-    a token apart: they read the tokens differently, in positions, mask, cache or kernel."""
+    """Raise CheckFailed when `k3`, in nats a token, between a repeatable sampler and one pass with the same weights,
+    noise and rounding is too large: they differ in positions, mask, cache or kernel."""
     if k3 > (_DECODED_FUSED if _is_fused(model) else _DECODED):
         raise CheckFailed(
             f"step {step}: decoding and one pass over the same tokens with the same weights are {k3:.3g} nats a "
@@ -221,19 +221,19 @@ def require_decoded(model: nn.Module, step: int, k3: float) -> None:
 
 
 def _is_repeatable(attachment: Attachment) -> bool:
-    """Whether two forwards of the same tokens in the same phase give the same bits: nothing is left to chance."""
+    """Return whether two forwards of the same tokens in the same phase give the same bits: nothing is random."""
     injection = attachment.table.injection
     return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)
 
 
 def _formats(attachment: Attachment, phase: Phase) -> dict[str, int]:
-    """Sites at which each point is rounded in `phase`; hardware errors are left out."""
+    """Return the number of sites at which each point is rounded in `phase`, without hardware errors."""
     sites_of = attachment.table.active_sites(phase)
     return {point: sites for point, sites in sites_of.items() if point in (*LINEAR_POINTS, "kv_cache")}
 
 
 def _is_fused(model: nn.Module) -> bool:
-    """Return whether attention runs in a fused kernel whose rounding depends on how many queries there are."""
+    """Return whether attention runs in a fused kernel, whose rounding depends on the number of queries."""
     weight = next(model.parameters())
     written_out = getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager"
     return not written_out and (weight.is_cuda or weight.dtype != torch.float32)

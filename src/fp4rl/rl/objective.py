@@ -12,11 +12,11 @@ from fp4rl.spec.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch(LossInputs):
-    """What the forwards of a micro-batch came to, besides what the policy loss takes; all [answers, tokens].
+    """The results of a micro-batch's forwards beyond the inputs of the policy loss; all [answers, tokens].
 
-    `entropies` carry the gradient. `sampler_logps` are those of the sampler, `teacher_kl` the divergence from the
-    teacher, where there is one. `first`: no update has been made since the answers were sampled. `old_is_sampler`: the
-    ratio is taken against the (noisy) sampler itself.
+    `entropies` carry the gradient. `sampler_logps` are those of the sampler, `teacher_kl` the divergence from a
+    teacher. `first`: no update was made since the answers were sampled. `old_is_sampler`: ratios are to the (noisy)
+    sampler itself.
     """
 
     entropies: Tensor
@@ -27,7 +27,7 @@ class MicroBatch(LossInputs):
 
 
 def loss_rule(recipe: Training) -> LossRule:
-    """Return the policy loss that a recipe describes: the algorithm's own shape, under the recipe's numbers."""
+    """Return the policy loss that a recipe describes: the algorithm's shape with the recipe's numbers."""
     rule = loss_named(recipe.algorithm)
     return replace(
         rule,
@@ -42,7 +42,7 @@ def loss_rule(recipe: Training) -> LossRule:
 
 
 def objective(batch: MicroBatch, recipe: Training, whole: Whole) -> tuple[Tensor, dict[str, float]]:
-    """(loss, metrics). `whole` counts the optimizer step that the micro-batch is a part of."""
+    """Compute (loss, metrics); `whole` are the counts of the optimizer step that the micro-batch belongs to."""
     rule = loss_rule(recipe)
     metrics = {"entropy": _mean(batch.entropies, batch.mask)}
     weights, correction_metrics = _correction(batch, recipe)
@@ -63,12 +63,12 @@ def objective(batch: MicroBatch, recipe: Training, whole: Whole) -> tuple[Tensor
 
 
 def _correction(batch: MicroBatch, recipe: Training) -> tuple[Tensor | None, dict[str, float]]:
-    """Importance weights of the rollout correction, None without one; and how far the sampler was from the policy.
+    """Return the importance weights of the rollout correction, None without one, and the mismatch metrics.
 
-    Both are taken at the weights the answers were sampled from: the old log-probabilities, or the policy's own while
-    nothing has been updated yet, so that no forward is made for them.
+    Both use the weights that the answers were sampled from: the old log-probabilities, or the policy's own before the
+    first update, so that no forward is needed for them.
     """
-    if batch.old_is_sampler:  # the ratio corrects for the sampler already
+    if batch.old_is_sampler:  # the ratio already corrects for the sampler
         clean = mismatch_metrics(batch.logps.detach(), batch.sampler_logps, batch.mask) if batch.first else {}
         return None, clean
     trained = batch.logps.detach() if batch.old_logps is None else batch.old_logps

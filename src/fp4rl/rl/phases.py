@@ -1,4 +1,4 @@
-"""The one switch that moves injection and noise together, and checks that neither changes the master weights."""
+"""Switches injection and noise together by phase, and checks that neither changes the master weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,16 +19,16 @@ from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.records import NoiseSummary
 
-# Rounded operands are held against their masters in the first steps and then every so often: a rounding of all weights.
+# Operands are compared with their rounded masters in the first 3 steps, then in every 10th: it rounds all weights once.
 _HELD_STEPS, _HELD_EVERY = 3, 10
 
 
 @dataclass
 class Phases:
-    """Rollout and training of one model under one injection and one noise; begins in training.
+    """The phases of one model under one injection and one noise; it begins in training.
 
-    `record` receives evidence. A rollout that leaves the master weights different from what it found raises
-    CheckFailed, and so does noise that was asked for and is not there.
+    `record` receives evidence. A rollout that changes the master weights raises CheckFailed, and so does described
+    noise that did not act.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Phases:
     stages: StageLog = field(default_factory=StageLog)
     _noise_seen: list[NoiseEvidence] = field(default_factory=list)  # one for each rollout, its weights pooled
     _called: set[Phase] = field(default_factory=set)
-    _to_hold: int | None = None  # the step whose training is still to be held against its masters
+    _to_hold: int | None = None  # the step whose training is still to be compared with its masters
 
     def __post_init__(self) -> None:
         self.progress = ScheduleProgress.of(self.noise, self.total_steps) if self.noise is not None else None
@@ -50,25 +50,25 @@ class Phases:
 
     @contextmanager
     def rollout(self, step: int, data_epochs: float = 0.0) -> Iterator[None]:
-        """Sample at `step` (counted from 0): injection as in rollouts, noise drawn afresh from the clean weights.
+        """Switch to the rollout of `step` (counted from 0): its injection, and new noise on the clean weights.
 
-        `data_epochs` says how often the training problems have been gone through: an epoch-aware schedule follows.
+        `data_epochs`: passes over the training problems so far, which an epoch-aware schedule follows.
         """
         with weights_unchanged(self.model, "rollout", step, self.record), self.reference("rollout"):
             with self._noisy(step, data_epochs):
                 yield
-                # While the noise is still on: it is part of what was sampled from.
+                # While the noise is still on, since it is part of the policy that sampled.
                 self._to_hold = self._require_rounded(step)
             self.require_calls("rollout")
 
     @property
     def scores_with_noise(self) -> bool:
-        """Whether the loss starts from the log-probabilities that the noisy sampler gave."""
+        """Whether the loss uses the log-probabilities that the noisy sampler gave."""
         return self.noise is not None and self.noise.logprobs == "noisy"
 
     @contextmanager
     def reference(self, phase: Phase = "reference") -> Iterator[None]:
-        """Score as a policy that stands still does: unquantized, or in the precision of another `phase`."""
+        """Switch to the precision of a frozen policy: unquantized, or that of another `phase`."""
         self._switch(phase)
         try:
             yield
@@ -77,14 +77,14 @@ class Phases:
 
     @contextmanager
     def as_sampled(self, step: int) -> Iterator[None]:
-        """Score as the sampler of `step` did: injection as in rollouts, and the very noise that was on."""
+        """Switch to the sampler of `step` again: injection as in rollouts, and the same noise."""
         assert self.noise is not None
         with self.reference("rollout"), self._perturbed(self.noise, step):
             yield
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Try the unquantized model out, leaving no trace in the counters or in what is drawn later."""
+        """Switch to the unquantized model, leaving no trace in counters or random states."""
         before = self.attachment.state_dict() if self.attachment is not None else {}
         with self.reference():
             yield
@@ -92,13 +92,13 @@ class Phases:
             self.attachment.load_state_dict(before)
 
     def weights_changed(self) -> None:
-        """To be called after every optimizer step and every load: cached rounded weights are thrown away."""
+        """Drop cached rounded weights; to be called after every optimizer step and every load."""
         if self.attachment is not None:
             self.attachment.invalidate()
 
     def require_calls(self, phase: Phase) -> None:
-        """Once a phase: a site that should act and did not stops the run. Training's matmuls are held against their
-        masters once in each step whose rollout was."""
+        """Raise CheckFailed, once a phase, for a site that should act and did not. Training's operands are compared
+        with their masters once in each step whose rollout was."""
         if self.attachment is None:
             return
         if phase not in self._called:
@@ -109,9 +109,9 @@ class Phases:
             self._to_hold = None
 
     def _require_rounded(self, step: int) -> int | None:
-        """In the first steps and every so often: what the matmuls receive is what their masters round to now.
+        """Check in the first steps, and in every tenth, that operands of matmuls are what their masters round to now.
 
-        Returns the step if it was one of these.
+        Returns the step if it was checked.
         """
         if self.attachment is None or not (step < _HELD_STEPS or step % _HELD_EVERY == 0):
             return None
@@ -119,7 +119,7 @@ class Phases:
         return step
 
     def noise_summary(self) -> NoiseSummary | None:
-        """What the noise of the whole run came to, None without noise: largest sigma, shares of weights changed."""
+        """Return a summary of the whole run's noise, None without noise: largest sigma, shares of weights changed."""
         if self.noise is None:
             return None
         seen = self._noise_seen
@@ -132,7 +132,7 @@ class Phases:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what a run that is resumed needs to end like one that was not; JSON-able."""
+        """Return, for JSON, the state that a resumed run needs to end like an uninterrupted one."""
         return {
             "noise": [asdict(rollout) for rollout in self._noise_seen],
             "stages": self.stages.ran,
@@ -141,7 +141,7 @@ class Phases:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, after the weights of that moment were loaded."""
+        """Restore a `state`, after its weights were loaded."""
         self._noise_seen = [NoiseEvidence(**rollout) for rollout in state["noise"]]
         self.stages = StageLog([(sigma, count) for sigma, count in state["stages"]])
         if self.progress is not None:
@@ -182,7 +182,7 @@ class Phases:
             self.weights_changed()
 
     def finish(self) -> None:
-        """At the end of a run: noise that was asked for must have acted, a control must not have."""
+        """Check at the end of a run that the described noise acted, and that a control's did not."""
         if self.noise is None:
             return
         missed = self.stages.missed(self.noise.schedule, self.total_steps)
@@ -191,7 +191,7 @@ class Phases:
 
 
 def _pooled(evidence: Sequence[NoiseEvidence]) -> NoiseEvidence:
-    """Return all noisy weights of one rollout as one: the largest of their noise, the share of all their values."""
+    """Return the noisy weights of one rollout pooled into one: their largest noise, and the share changed of all."""
     elements = sum(weight.elements for weight in evidence)
     return replace(
         max(evidence, key=lambda weight: weight.sigma),

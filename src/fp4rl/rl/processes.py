@@ -1,7 +1,7 @@
-"""Several processes train one policy (torchrun): each samples and learns its share, the first alone writes and judges.
+"""Several processes train one policy (torchrun): each samples and trains its share, the first writes and evaluates.
 
-Without a launcher there is one process, it is the first, and nothing here costs anything. `accelerate` is imported
-where it is used: judging a model needs none of it.
+Without a launcher there is one process, the first, and nothing here costs anything. `accelerate` is imported where it
+is used: evaluating a model does not need it.
 """
 
 from datetime import timedelta
@@ -11,7 +11,7 @@ import torch
 
 T = TypeVar("T")
 
-# The others wait while the first judges; one that died is noticed by the launcher, not by a clock.
+# The others wait while the first evaluates; a process that died is noticed by the launcher, not by a timeout.
 _PATIENCE = timedelta(days=1)
 
 
@@ -22,32 +22,32 @@ def _state() -> Any:
 
 
 def count() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     return int(_state().num_processes)
 
 
 def rank() -> int:
-    """Return which of them this one is, from 0."""
+    """Return the number of this process, from 0."""
     return int(_state().process_index)
 
 
 def is_first() -> bool:
-    """Return whether this is the process that writes and judges."""
+    """Return whether this is the process that writes and evaluates."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """What this process computes on: its own accelerator (the launcher's processes have one each), or the CPU."""
+    """Return the device of this process: its own accelerator (under a launcher, one for each process), or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Wait until all processes have called this."""
     _state().wait_for_everyone()
 
 
 def from_first(value: T) -> T:
-    """Return the first process's `value`, everywhere."""
+    """Return the first process's `value` in all processes."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -58,7 +58,7 @@ def from_first(value: T) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """Return every process's `value`, by rank, everywhere."""
+    """Return the values of all processes, by rank, in all processes."""
     if count() == 1:
         return [value]
     from accelerate.utils import gather_object

@@ -13,7 +13,7 @@ from fp4rl.spec.points import ApplyDuring
 
 @dataclass(frozen=True)
 class Precision:
-    """`injection` is None for the model as it is. `noise` is what the profile says about noise: `off`, or its size."""
+    """What a profile measures under: an injection (None: the model as it is), and the label of its noise."""
 
     injection: Injection | None
     noise: str = "off"
@@ -23,9 +23,8 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
     """Return what a profile means. `deployed` is the run's own injection.
 
     `full` is the model as it is, `deployment` the run's injection; a mode (`w4a16`) or a format of the weights
-    (`mxfp8`) is what quantizing afterwards gives; `matmul_noise=0.05` is the deployment with relative errors of that
-    size in the result of every matmul. Whatever stands under a name in `spec.injections` acts whole.
-    Raises NotFoundError for any other name.
+    (`mxfp8`) quantizes afterwards; `matmul_noise=0.05` is the deployment with relative errors of that size in the
+    result of every matmul. An injection from `spec.injections` acts whole. Raises NotFoundError for any other name.
     """
     if name == "full":
         return Precision(None)
@@ -44,7 +43,7 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
 
 
 def _whole(injection: Injection) -> Injection:
-    """Return a profile is one phase, in which everything that it names is to act."""
+    """Return the injection acting in evaluations at every point that it names, whatever its phases."""
     phases = ApplyDuring.model_validate(["evaluation"])
     return injection.model_copy(update={"apply_during": phases, "frozen_base": "copy"})
 
@@ -57,6 +56,6 @@ def _with_matmul_noise(size: str, deployed: Injection | None) -> Precision:
     if error is None:
         return Precision(deployed)
     content: dict[str, Any] = deployed.model_dump() if deployed is not None else {}
-    content["errors"] = (error,)  # in the place of errors that the run trained with
+    content["errors"] = (error,)  # instead of errors that the run trained with
     content["apply_during"] = {**content.get("apply_during", {}), "errors": ("evaluation",)}
     return Precision(Injection.model_validate(content), f"matmul relative {error.scale:g}")

@@ -1,7 +1,7 @@
-"""Prompts are never cut: one that is longer than the spec allows is named before anything is trained.
+"""Prompts are never cut: one that is longer than the spec allows is an error before anything is trained.
 
-A cut at the end takes the question away, a cut at the beginning the instructions; and an answer to what is left would
-be trained on under the whole question's number. verl refuses by default too (`data.truncation: error`).
+A cut at the end loses the question, a cut at the beginning the instructions, and the answer would still be scored
+against the whole question. verl refuses by default too (`data.truncation: error`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ def require_prompts_fit(
 ) -> None:
     """Raise InvalidValueError, naming the longest, for prompts of more than `limit` tokens.
 
-    The tokenizer is asked for when a prompt is in question at all: tokens stand for a byte or more each, bar special
-    ones, so that few bytes are few tokens.
+    The tokenizer is loaded only if a prompt may be too long: except for special ones a token holds at least one byte,
+    so that few bytes are few tokens.
     """
     in_question = [problem for problem in problems if len(problem.prompt.encode()) > limit // 2]
     if not in_question:
@@ -42,10 +42,9 @@ def require_prompts_fit(
 def require_positions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: Problem, max_new_tokens: int
 ) -> None:
-    """Raise InvalidValueError where the longest prompt and its answer go beyond the positions that the model was made
-    for.
+    """Raise InvalidValueError where the longest prompt and its answer exceed the model's positions.
 
-    Learned positions end there, and rotary ones were never trained further: the answers would be noise.
+    Learned positions end there, and rotary ones were not trained beyond: the answers would be noise.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = len(tokenizer(longest.prompt, verbose=False)["input_ids"])
@@ -59,9 +58,9 @@ def require_positions(
 
 
 def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
-    """Return the token ids of each prompt, as they stand.
+    """Return the token ids of each prompt, uncut.
 
-    Raises InvalidValueError for a prompt that is no open text, and for a token that the model has no embedding of.
+    Raises InvalidValueError for a prompt that begins twice or has an end, and for a token without an embedding.
     """
     texts = [problem.prompt for problem in problems]
     prompts: list[list[int]] = tokenizer(texts)["input_ids"]
@@ -77,7 +76,7 @@ def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems
 
 
 def padded(sequences: Sequence[list[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of `sequences`, both [sequences, longest]."""
+    """Return token ids and attention mask of `sequences`, both [sequences, longest]."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     side = "left" if left else "right"
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
@@ -87,10 +86,10 @@ def padded(sequences: Sequence[list[int]], pad_id: int, *, left: bool = True) ->
 def require_prompts_open(
     problems: Sequence[Problem], rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise InvalidValueError for a prompt that begins twice or is ended already; `rows` are the problems' token ids.
+    """Raise InvalidValueError for a prompt that begins twice or has an end; `rows` are the problems' token ids.
 
-    A template that was copied with a model's own marks gets them from the tokenizer again. The answers change without
-    a word: no model has seen such a text.
+    The tokenizer adds its special tokens to a template that was copied with them in it. No model has seen such a text,
+    and its answers silently change.
     """
     for problem, ids in zip(problems, rows, strict=True):
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:

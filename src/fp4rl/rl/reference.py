@@ -1,12 +1,12 @@
-"""Policies that are not trained: the reference that KL is measured against, and the teacher to distil from (QAD).
+"""Policies that are not trained: the reference of the KL, and the teacher of a distillation (QAD).
 
 Distillation takes the KL over the whole vocabulary, on the student's own samples:
 
-    forward  KL(teacher || student) = sum_v p_t (log p_t - log p_s)     covers what the teacher would say
-    reverse  KL(student || teacher) = sum_v p_s (log p_s - log p_t)     stays where the teacher is sure
+    forward  KL(teacher || student) = sum_v p_t (log p_t - log p_s)     the student covers all that the teacher may say
+    reverse  KL(student || teacher) = sum_v p_s (log p_s - log p_t)     the student stays where the teacher is likely
 
 Teacher and student share one tokenizer, and here one architecture: the teacher is the same model without injection.
-A table of logits of [tokens, vocabulary] is the largest tensor of a step, so it is made and thrown away chunk by chunk.
+Logits [tokens, vocabulary] are the largest tensor of a step, so they are computed and dropped chunk by chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,12 +35,12 @@ from fp4rl.spec.training import Distillation
 Direction = Literal["forward", "reverse"]
 Head = Callable[[Tensor], Tensor]
 
-# 1,024 tokens of a 152 k vocabulary are 0.6 GB of float32 logits a side.
+# 1,024 tokens of a vocabulary of 152 k are 0.6 GB of float32 logits for each side.
 CHUNK_TOKENS = 1024
 
 
 def identity(logits: Tensor) -> Tensor:
-    """Return the head for callers who hold logits already."""
+    """Return logits as they are: the head for callers that have logits already."""
     return logits
 
 
@@ -54,14 +54,14 @@ def teacher_kl(
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """KL between teacher and student at each position [answers, tokens], in nats; 0 where `mask` is 0.
+    """Compute the KL between teacher and student at each position [answers, tokens], in nats; 0 where `mask` is 0.
 
-    student, teacher [answers, tokens, hidden]: what `heads` (student's, teacher's) turns into logits; with the default
-    heads they are the logits themselves. The gradient reaches the student alone. Only unmasked tokens are computed,
-    `chunk_tokens` at a time, and a chunk's logits are made again in the backward instead of being kept.
-    `temperature` divides both sides' logits. Sources: arXiv 2306.13649 (on-policy distillation).
+    student, teacher [answers, tokens, hidden]: what `heads` (student's, teacher's) turn into logits; with the default
+    heads they are the logits. Only the student gets a gradient. Only unmasked tokens are computed, `chunk_tokens` at a
+    time, and a chunk's logits are computed again in the backward instead of being kept. `temperature` divides the
+    logits of both. Source: arXiv 2306.13649 (on-policy distillation).
 
-    Raises InvalidValueError when the two sides do not line up.
+    Raises InvalidValueError when the shapes do not fit.
     """
     if student.shape[:2] != teacher.shape[:2] or student.shape[:2] != mask.shape:
         raise InvalidValueError(
@@ -81,7 +81,7 @@ def teacher_kl(
 
 
 def _chunk_kl(student: Tensor, teacher: Tensor, heads: tuple[Head, Head], direction: Direction, t: float) -> Tensor:
-    """KL of each token of a chunk: [n, hidden] -> [n], in float32."""
+    """Compute the KL of each token of a chunk: [n, hidden] -> [n], in float32."""
     student_head, teacher_head = heads
     log_s = log_softmax(student_head(student).float() / t, dim=-1)  # [n, vocabulary]
     with torch.no_grad():
@@ -91,13 +91,13 @@ def _chunk_kl(student: Tensor, teacher: Tensor, heads: tuple[Head, Head], direct
             f"student and teacher have vocabularies of {log_s.shape[-1]} and {log_t.shape[-1]} tokens"
         )
     ahead, behind = (log_t, log_s) if direction == "forward" else (log_s, log_t)
-    gap = (ahead - behind).masked_fill(ahead == -torch.inf, 0.0)  # a token that both rule out adds nothing
+    gap = (ahead - behind).masked_fill(ahead == -torch.inf, 0.0)  # a token of probability 0 adds nothing
     return (ahead.exp() * gap).sum(-1)
 
 
 @dataclass(frozen=True)
 class FrozenPolicy:
-    """`model` inside `scoring()` is the policy that is meant; outside it may be the one that learns."""
+    """A policy that is not trained: `model` inside `scoring()`; outside, `model` may be the one that is trained."""
 
     model: PreTrainedModel
     scoring: Callable[[], AbstractContextManager[Any]]
@@ -111,10 +111,10 @@ class FrozenPolicy:
 def reference_and_teacher(
     experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases
 ) -> tuple[FrozenPolicy | None, FrozenPolicy | None]:
-    """Make what the recipe of `experiment` needs beside the live model, which starts from the folder `start`.
+    """Return the reference and the teacher that the recipe of `experiment` needs; `live` starts from folder `start`.
 
-    With a fresh LoRA adapter the start is the live model with its adapter off: no second copy of the base is made.
-    Without one it is a frozen copy, shared by reference and teacher where both are in full precision.
+    With a fresh LoRA adapter the start is the live model without its adapter, so that no second copy is needed. Without
+    an adapter it is a frozen copy, shared by reference and teacher where both are in full precision.
     """
     recipe, lora = experiment.training, experiment.model.lora is not None
 
@@ -151,7 +151,7 @@ def backbone(model: Any) -> nn.Module:
 
 @dataclass
 class Teacher:
-    """Distils `frozen` into `student`: their KL over the whole vocabulary, without a second forward of the student."""
+    """Distils `frozen` into `student` by the KL over the whole vocabulary, without a second forward of the student."""
 
     frozen: FrozenPolicy
     student: Any
@@ -160,21 +160,21 @@ class Teacher:
     _hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # The trainer's forward gives log-probabilities of the sampled tokens alone; what they were made of passes here.
+        # The trainer's forward returns log-probabilities of sampled tokens alone; the hidden states pass through here.
         backbone(self.student).register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state
 
     def kl(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        """KL at each token of the answers [rows, T], for the student's last forward of `ids` [rows, P + T]."""
+        """Compute the KL at each answer token [rows, T], for the student's last forward of `ids` [rows, P + T]."""
         student = self._hidden
         assert student is not None, "the student has not been run on these tokens"
         with torch.no_grad(), self.frozen.scoring(), dropout_off(self.frozen.model):
             below_head = backbone(self.frozen.model)
             teacher = below_head(**forward_inputs(below_head, ids, attention_mask), use_cache=False)
         self._hidden = None
-        tokens = slice(-mask.shape[1] - 1, -1)  # the state before a token is what predicts it
+        tokens = slice(-mask.shape[1] - 1, -1)  # the hidden state before a token predicts it
         return teacher_kl(
             student[:, tokens],
             teacher.last_hidden_state[:, tokens],

@@ -1,4 +1,4 @@
-"""From a scored answer to the number that reinforcement learning climbs."""
+"""From a scored answer to its reward."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ Reward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """The answers of one batch: what each is worth, and what it got right. All sequences are as long as the batch.
+    """The rewards and scores of one batch of answers. All sequences are as long as the batch.
 
-    A reward is what an answer `earned` plus its overlong penalty. It is NaN where the reward function could not judge:
-    such an answer takes no part in its group.
+    A reward is what an answer `earned` plus its overlong penalty. It is NaN where the reward function could not judge
+    the answer, which then takes no part in its group.
     """
 
     earned: tuple[float, ...]
@@ -32,11 +32,11 @@ class Scored:
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """What training climbs."""
+        """What training increases: `earned` plus penalties."""
         return tuple(earned + penalty for earned, penalty in zip(self.earned, self.penalties, strict=True))
 
     def means(self) -> Mapping[str, float]:
-        """Shares of the batch under the names they are logged by."""
+        """Return means and shares over the batch under the names of their metrics."""
         rewards = self.rewards
         n = max(len(rewards), 1)
         judged = [reward for reward in rewards if math.isfinite(reward)]
@@ -55,7 +55,7 @@ class Scored:
 class Rewarder:
     """Rewards answers: one point for a strictly correct one, or what `function` says, plus the overlong penalty.
 
-    `say` hears, once, of the first answer that the function could not judge.
+    `say` is called once, for the first answer that the function could not judge.
     """
 
     scorer: Scorer
@@ -65,8 +65,8 @@ class Rewarder:
     _told: bool = False
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str], penalties: Sequence[float]) -> Scored:
-        """Raises CheckFailed, naming the problem, when the function raises, returns what is no number, or can judge
-        nothing of the batch."""
+        """Score and reward a batch. Raises CheckFailed, naming the problem, when the function raises, returns something
+        else than a number, or can judge no answer of the batch."""
         scores = tuple(self.scorer(problem, text) for problem, text in zip(problems, completions, strict=True))
         earned = tuple(map(self._reward, problems, completions, scores))
         if earned and all(math.isnan(reward) for reward in earned):
@@ -94,9 +94,9 @@ class Rewarder:
 
 
 def reward_named(name: str) -> Reward | None:
-    """Make the reward of that name, or import the function at `package.module.function`.
+    """Return the reward of that name, or the function at `package.module.function`; None for the task's own score.
 
-    Raises NotFoundError for what cannot be imported, InvalidValueError for what is no function.
+    Raises NotFoundError for what cannot be imported, InvalidValueError for what is not a function.
     """
     if name in REWARDS:
         return REWARDS[name]()
@@ -117,7 +117,7 @@ def reward_named(name: str) -> Reward | None:
 
 
 def _math_verify() -> Reward:
-    """Return whether the completion and the answer mean the same mathematically (LaTeX, fractions, sets, intervals)."""
+    """Return the reward 1 for a completion that equals the answer mathematically (LaTeX, fractions, sets), else 0."""
     try:
         math_verify = import_module("math_verify")
     except ImportError:
@@ -138,7 +138,7 @@ REWARDS: Mapping[str, Callable[[], Reward | None]] = MappingProxyType(
 def soft_overlong_penalty(
     lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float = 1.0
 ) -> Tensor:
-    """DAPO's soft punishment (arXiv 2503.14476, eq. 13), to be *added* to the reward; always in [-penalty_factor, 0].
+    """Compute DAPO's soft punishment (arXiv 2503.14476, eq. 13), in [-penalty_factor, 0], to be *added* to the reward.
 
         0                                        up to max_response_length - buffer_len tokens
         -penalty_factor * (tokens over) / buffer_len          inside the buffer
@@ -146,7 +146,7 @@ def soft_overlong_penalty(
 
     lengths [answers], in tokens. verl's `overlong_buffer_cfg` and TRL's `get_soft_overlong_punishment` give the same
     numbers. Raises InvalidValueError when the buffer does not fit: with buffer_len = max_response_length every answer
-    is punished, and a buffer that starts below the usual length teaches the policy to skip steps.
+    is punished, and a buffer that begins below the usual length teaches the policy to skip steps.
     """
     if not 0 < buffer_len < max_response_length:
         raise InvalidValueError(

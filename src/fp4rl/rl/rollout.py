@@ -1,4 +1,4 @@
-"""From problems to sampled answers, to the advantages of those that are kept and the padded micro-batches of a step."""
+"""From problems to sampled answers, their advantages, and the padded micro-batches of a step."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +31,10 @@ class Rollout:
     answers: tuple[Generation, ...]
 
     def shape(self) -> dict[str, float]:
-        """Lengths in tokens, the shares of answers cut off and empty, and how much they repeat themselves.
+        """Return metrics: lengths in tokens, the shares of answers cut off and empty, and their repetition.
 
-        `response_length/empty_ratio`: share of answers that are nothing but their end token. `response/repetition`:
-        mean share of repeated 4-grams. Both are signs that a rollout is dead although its length looks well.
+        `response_length/empty_ratio`: share of answers that are only their end token. `response/repetition`: mean share
+        of repeated 4-grams. Both are signs of a dead rollout although its length looks normal.
         """
         lengths = [len(answer.tokens) for answer in self.answers]
         n = len(lengths)
@@ -49,7 +49,7 @@ class Rollout:
 
 
 class Answer(NamedTuple):
-    """One answer that was scored, beside the token ids of its prompt."""
+    """One answer with its reward and the token ids of its prompt."""
 
     prompt_ids: list[int]
     generation: Generation
@@ -58,13 +58,13 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout beside what its answers earned."""
+    """A rollout with the scores of its answers."""
 
     rollout: Rollout
     scored: Scored
 
     def answers(self) -> list[Answer]:
-        """Its answers, in order."""
+        """Return its answers with their rewards, in order."""
         rollout = self.rollout
         return [Answer(*each) for each in zip(rollout.prompt_ids, rollout.answers, self.scored.rewards, strict=True)]
 
@@ -82,17 +82,17 @@ def roll_out(
 
 
 def seed_rollout(seed: int, step: int, process: int = 0) -> None:
-    """Make the rollout of a step a pure function of weights, seed and step, whatever was drawn before it.
+    """Seed torch's generator, so that the rollout of a step is a pure function of weights, seed and step.
 
-    transformers' `generate` takes no generator, it draws from torch's global one; so does TRL when it shuffles the
-    batch, and dropout after it. Seeding that one here is what makes a resumed run the same as an uninterrupted one.
+    transformers' `generate` takes no generator but draws from torch's global one; so do TRL's shuffling of the batch
+    and dropout after it. Seeding it here makes a resumed run the same as an uninterrupted one.
     """
     key = hashlib.blake2b(f"rollout/{seed}/{step}/{process}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def repeated_share(token_ids: Sequence[int], ngram: int = NGRAM) -> float:
-    """Share of an answer's n-grams that occurred before in it: 0 when all differ, near 1 for a loop.
+    """Return the share of an answer's n-grams that occurred in it before: 0 when all differ, near 1 for a loop.
 
     0 for an answer shorter than `ngram` tokens. Source: arXiv 2502.03373, appendix C.2 (there a penalty).
     """
@@ -102,14 +102,15 @@ def repeated_share(token_ids: Sequence[int], ngram: int = NGRAM) -> float:
     return 1 - len({tuple(token_ids[i : i + ngram]) for i in range(count)}) / count
 
 
-# Added to a standard deviation before dividing. TRL adds 1e-4, verl 1e-6; 0/1 rewards notice neither.
+# Added to a standard deviation before dividing. TRL adds 1e-4, verl 1e-6; with 0/1 rewards it makes no difference.
 EPSILON = 1e-4
 
 
 def group_advantages(
     rewards: Tensor, rollout_n: int, adv_estimator: str = "grpo", norm_adv_by_std: bool = True
 ) -> Tensor:
-    """Advantages of answers in consecutive groups of `rollout_n`, both [groups * rollout_n]; rewards of any dtype.
+    """Compute advantages of answers in consecutive groups of `rollout_n`; rewards, of any dtype, and advantages are
+    [groups * rollout_n].
 
     A NaN reward (an answer that could not be scored) takes no part in its group and gets advantage 0.
     Raises InvalidValueError when the answers do not divide into groups of at least two, NotFoundError for an unknown
@@ -126,20 +127,20 @@ def group_advantages(
 
 
 def _grpo(grouped: Tensor, by_std: bool) -> Tensor:
-    """Reward minus the group's mean, over the group's standard deviation (arXiv 2402.03300); not `by_std`, Dr. GRPO
-    (arXiv 2503.20783)."""
+    """Compute (reward - group mean) / group standard deviation (arXiv 2402.03300); without `by_std` only the
+    difference, which is Dr. GRPO (arXiv 2503.20783)."""
     centred = grouped - grouped.nanmean(-1, keepdim=True)
     return centred / (_nan_std(grouped, -1) + EPSILON) if by_std else centred
 
 
 def _rloo(grouped: Tensor, _by_std: bool) -> Tensor:
-    """Reward minus the mean of the *other* answers (arXiv 2402.14740)."""
+    """Compute reward - mean of the *other* answers (arXiv 2402.14740)."""
     count = grouped.isfinite().sum(-1, keepdim=True)
     return (grouped - grouped.nanmean(-1, keepdim=True)) * count / (count - 1).clamp(min=1)
 
 
 def _reinforce_plus_plus_baseline(grouped: Tensor, _by_std: bool) -> Tensor:
-    """Reward minus the group's mean, over the standard deviation of the whole batch (arXiv 2501.03262)."""
+    """Compute (reward - group mean) / standard deviation of the whole batch (arXiv 2501.03262)."""
     centred = grouped - grouped.nanmean(-1, keepdim=True)
     return centred / (_nan_std(centred.flatten(), 0) + EPSILON)
 
@@ -152,7 +153,7 @@ require_names("adv_estimator", ESTIMATORS, ADV_ESTIMATORS)
 
 
 def _nan_std(values: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation of the finite values along `dim` (kept); 0 where fewer than two are left."""
+    """Return the unbiased standard deviation without NaN along `dim` (kept); 0 of fewer than two values."""
     count = values.isfinite().sum(dim, keepdim=True)
     centred = (values - values.nanmean(dim, keepdim=True)).nan_to_num(nan=0.0)
     return torch.sqrt(centred.square().sum(dim, keepdim=True) / (count - 1).clamp(min=1))
@@ -166,11 +167,11 @@ def training_batch(
 ) -> Batch:
     """Return the padded tensors of one step, in `rows` rows: prompts on the left, answers on the right.
 
-    Where fewer answers were kept than `rows`, the rest are copies of the first one (`stand_in` where none was kept)
-    under an empty mask: they are in the batch for its shape and in no sum. Keys as TRL names them: prompt_ids,
+    Where there are fewer answers than `rows`, the rest are copies of the first one (of `stand_in` without any) under an
+    empty mask: they give the batch its shape and are in no sum. Keys as in TRL: prompt_ids,
     prompt_mask [rows, P]; completion_ids, completion_mask, sampling_per_token_logps [rows, T]; `advantages` [rows] and,
     where truncated answers are masked, `loss_mask` [rows, T]. A log-probability that the sampler did not give is NaN,
-    which every reader takes for unknown. Of a mixture of experts: `prompt_routes` [rows, P, layers, k] and
+    which means unknown everywhere. For a mixture of experts: `prompt_routes` [rows, P, layers, k] and
     `completion_routes` [rows, T, layers, k].
     """
     missing = rows - len(answers)
@@ -205,9 +206,9 @@ def training_batch(
 
 
 def by_length(batches: Sequence[Batch], span: int) -> list[Batch]:
-    """Sort the micro-batches of whole updates, `span` each, by tokens within an update, and cut them to their width.
+    """Sort answers by length within each update of `span` micro-batches, and cut every micro-batch to its width.
 
-    Padding that no row of a micro-batch needs is not computed. An update keeps its answers, and so its loss.
+    So no padding is computed that no row of a micro-batch needs. An update keeps its answers, and so its loss.
     Tensors are [rows], [rows, prompt] (`prompt_*`, padded on the left) or [rows, answer] (padded on the right).
     """
     sorted_batches: list[Batch] = []

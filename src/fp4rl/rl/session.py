@@ -1,4 +1,4 @@
-"""One attempt at training: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
+"""One training session: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +31,8 @@ from fp4rl.spec.experiment import Experiment
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same in every attempt. `stamp` names the code that writes checkpoints, `inputs` what the paths
-    and names of the description pointed to."""
+    """What is the same in all sessions of a run. `stamp` names the code that writes checkpoints; `inputs` are digests
+    of what the description points to."""
 
     experiment: Experiment
     folder: Path
@@ -44,7 +44,7 @@ class Run:
 
     @cached_property
     def runner(self) -> EvaluationRunner:
-        """What evaluates the start, the model on the way and the final one alike."""
+        """The evaluation of the start, of the model during training, and of the final model."""
         return evaluation_runner(self.experiment)
 
     def evaluated(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
@@ -52,7 +52,7 @@ class Run:
 
         def on_items(name: str, done: int, total: int) -> None:
             self.emit(Progress(f"eval {name}", done, total))
-            if (last or step == 0) and self.interrupted():  # on the way the step is finished, and kept, first
+            if (last or step == 0) and self.interrupted():  # during training the step is finished and kept first
                 raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
 
         if processes.is_first():
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass
 class ResumeState:
-    """What happened before an attempt: the checkpoint it starts from, metrics by step, and how often it rolled back."""
+    """What happened before a session: the checkpoint that it starts from, metrics by step, number of rollbacks."""
 
     checkpoint: Checkpoint | None = None
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class ResumeState:
 
 
 class TrainingSession:
-    """Builds everything in the order that randomness needs: seed, model, adapters, injection, trainer."""
+    """Builds all in an order that fixes the randomness (seed, model, adapters, injection, trainer), and trains."""
 
     def __init__(self, run: Run, resume: ResumeState) -> None:
         self.run = run
@@ -93,14 +93,14 @@ class TrainingSession:
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 
     def train(self) -> None:
-        """Until the last step, or the step after which the monitor ends it. Raises Interrupted between two steps."""
+        """Train to the last step, or to the one after which the monitor ends it. Raises Interrupted between steps."""
         checkpoint = self.resume.checkpoint
         self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
         if self.interrupted:
             raise Interrupted(f"after step {self.trainer.step}, with a checkpoint; the same command goes on from there")
 
     def save(self, folder: Path) -> Path:
-        """Return the policy as it is now, with its tokenizer."""
+        """Save the present policy with its tokenizer; return the folder."""
         if processes.is_first():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -127,7 +127,7 @@ class TrainingSession:
         )
 
     def _checkpoints_to_keep(self) -> int:
-        """Of those at multiples of `save_freq`: with rollbacks, so many that one is older than an alarm's onset."""
+        """Return how many at multiples of `save_freq` stay: with rollbacks, one must be older than an alarm's onset."""
         health, every = self.run.experiment.health, self.run.experiment.training.save_freq
         policies = {health.policy, *health.policies.values(), *(rule.action for rule in health.rules)}
         return 2 + (ceil(health.thresholds.persist / every) if every and "rollback" in policies else 0)
@@ -135,7 +135,7 @@ class TrainingSession:
     # -- what the trainer calls
 
     def on_begin(self, trainer: Any) -> None:
-        """Restore what a checkpoint holds besides the trainer's files, and lower the learning rate of a rollback."""
+        """Restore a checkpoint's state besides the trainer's files, and lower the learning rate after rollbacks."""
         checkpoint, rolled_back = self.resume.checkpoint, self.resume.rollbacks
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
@@ -157,13 +157,13 @@ class TrainingSession:
         return self.monitor.observe(step, metrics)
 
     def on_boundary(self, step: int) -> tuple[bool, bool]:
-        """Return whether to write a checkpoint and whether to stop: by the clock, or because somebody asked."""
+        """Return whether to write a checkpoint, by the clock, and whether to stop, since the run was interrupted."""
         due = self.saving.due(last=step == self.run.experiment.training.steps)
         due, self.interrupted = processes.from_first((due, self.run.interrupted()))
         return due or self.interrupted, self.interrupted
 
     def _validated(self, step: int) -> dict[str, float]:
-        """Accuracy on held-out problems on the way: of a saved copy, like every evaluation."""
+        """Return accuracy on held-out problems during training, of a saved copy as in every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
         shares = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.evaluated(folder, step)}
         accuracies = processes.from_first(shares)
@@ -174,9 +174,9 @@ class TrainingSession:
         return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """Complete a checkpoint with what the trainer does not know, and delete those nobody goes back to."""
+        """Complete a checkpoint with the state that the trainer does not have, and delete those not needed any more."""
         if self.monitor.verdict != "note":
-            return  # left incomplete: nobody should go on from where the monitor ended it
+            return  # left incomplete: no run shall resume where the monitor ended it
         self.run.emit(CheckpointKept(step=step))
         state = {
             "positions": self.trainer.positions(),
@@ -184,7 +184,7 @@ class TrainingSession:
             "rollbacks": self.resume.rollbacks,
             "inputs": self.run.inputs,
         }
-        processes.wait()  # each writes a file of its own into it
+        processes.wait()  # each process writes a file of its own into it
         if processes.is_first():
             if self.trainer.masters is not None:
                 self.trainer.masters.save(folder)
@@ -195,7 +195,7 @@ class TrainingSession:
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the start's model and tokenizer, with a fresh adapter where the spec asks for one."""
+    """Load the start's model and tokenizer, with a fresh adapter where the spec has one."""
     model, tokenizer = load(run.start, run.experiment.model.dtype)
     if run.experiment.model.lora is not None:
         model = with_lora(model, run.experiment.model.lora, run.start)
@@ -203,17 +203,17 @@ def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def beginning(run: Run) -> PreTrainedModel:
-    """Return the model once more as the first attempt found it: the same folder, the same values in a fresh adapter."""
+    """Load the model as the first session began with it: the same folder, the same values in a fresh adapter."""
     with torch.random.fork_rng():
         torch.manual_seed(run.experiment.seed)
         return opened(run)[0]
 
 
 def _scale_lr(trainer: Any, factor: float) -> None:
-    """Lower the learning rate for good: the optimizer's, and what the schedule multiplies."""
+    """Scale the learning rate permanently: the optimizer's, and the base value of its schedule."""
     for group in trainer.optimizer.param_groups:
         group["lr"] *= factor
         group["initial_lr"] = group.get("initial_lr", group["lr"] / factor) * factor
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
-    scheduler._last_lr = [lr * factor for lr in scheduler._last_lr]  # what is logged for the next update
+    scheduler._last_lr = [lr * factor for lr in scheduler._last_lr]  # the value that is logged for the next update

@@ -1,4 +1,4 @@
-"""One run from its description to its numbers: start, evaluate, train, save, evaluate what was saved."""
+"""One run from its description to its numbers: start, evaluate, train, save, evaluate the saved model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ from fp4rl.spec.records import Summary
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to. `start` and `final` are the folders of the model before and after, `evidence` the summary
-    that stands by the result.
+    """The outcome of a run. `start` and `final` are the folders of the model before and after, `evidence` the summary
+    in the result.
 
-    `stopped` says why the monitor ended it before the steps that were asked for; None when it did not.
+    `stopped`: why the monitor ended it early; None when it did not.
     """
 
     start: Path
@@ -55,12 +55,12 @@ def train(
     interrupted: Callable[[], bool] = never,
     stamp: str = "",
 ) -> Trained:
-    """Run one experiment; the trained model lands in `folder`/final, warmed-up models in `cache`.
+    """Run one experiment; the trained model is written to `folder`/final, warmed-up models to `cache`.
 
-    `resume` goes on from a checkpoint in `folder`/checkpoints, with its metrics; step 0 is not evaluated again.
+    `resume` continues from a checkpoint in `folder`/checkpoints, with its metrics; step 0 is not evaluated again.
     `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted.
-    Raises NotFoundError and InvalidValueError for what the experiment names and cannot be used, before anything is
-    trained, and CheckFailed when the run's own evidence contradicts its spec.
+    Raises NotFoundError and InvalidValueError, before anything is trained, for anything in the experiment that cannot
+    be used, and CheckFailed when the run's evidence contradicts its spec.
     """
     check(experiment)
     require_sound_quantizer()
@@ -76,7 +76,7 @@ def train(
         require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
         warnings = [*noise_warnings(session.model, experiment.noise, experiment.training.steps)]
-        if experiment.model.path is not None:  # of the embedded model it is known without loading it
+        if experiment.model.path is not None:  # for the embedded model it is known without loading
             warnings += without_effect(session.model, experiment.noise)
         for line in warnings:
             run.emit(Message(line))
@@ -92,7 +92,7 @@ def train(
 def _run(
     experiment: Experiment, folder: Path, cache: Path, emit: Emit, interrupted: Callable[[], bool], stamp: str
 ) -> Run:
-    if not processes.is_first():  # one of several reports
+    if not processes.is_first():  # only one process reports
         emit, interrupted = ignore, never
     embedded = experiment.model.embedded
 
@@ -107,7 +107,7 @@ def _run(
 
 
 def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:
-    """Each process goes on from its own place in the problems and its own counters, on the same contents."""
+    """Raise InvalidValueError for a checkpoint of other inputs, or of another number of processes."""
     before = len(checkpoint.state["positions"])
     if before != processes.count():
         raise InvalidValueError(
@@ -118,16 +118,16 @@ def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:
 
 
 def _roll_back(run: Run, session: TrainingSession) -> None:
-    """Back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
+    """Go back to the newest checkpoint before the onset of the alarm, or to the start, with a lower learning rate."""
     resume, finding = session.resume, session.monitor.decisive
     if session.attachment is not None:
         session.attachment.remove()
     checkpoints, every = all_of(run.folder / "checkpoints"), run.experiment.training.save_freq
-    # What was kept by the clock is left out: where a run goes back to must not hang on how fast it was.
+    # Checkpoints by the clock are not used: where a run goes back to must not depend on its speed.
     step = last_healthy([done for done in checkpoints if every and done % every == 0], session.monitor.alarms)
     resume.checkpoint = read(checkpoints[step], run.stamp)[0] if step is not None else None
     back = resume.checkpoint.step if resume.checkpoint is not None else 0
-    processes.wait()  # all have read what is there
+    processes.wait()  # until all have read the checkpoints
     if processes.is_first():
         remove([path for done, path in checkpoints.items() if done > back])
     processes.wait()
@@ -143,7 +143,7 @@ def _roll_back(run: Run, session: TrainingSession) -> None:
 
 def _ended(run: Run, session: TrainingSession) -> Trained:
     stopped = str(session.monitor.decisive) if session.monitor.decisive is not None else None
-    if stopped is None:  # a run that was ended early may not have come to its noisy stages
+    if stopped is None:  # a run that ended early may not have reached its noisy stages
         session.phases.finish()
     final = session.save(run.folder / "final")
     share, steps = share_changed(beginning(run), session.model, run.emit), session.resume.metrics.values()

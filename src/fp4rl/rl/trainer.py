@@ -1,7 +1,7 @@
-"""TRL's GRPOTrainer with our own rollout, dynamic sampling and loss: the only file that imports trl.
+"""TRL's GRPOTrainer with fp4rl's own rollout, dynamic sampling and loss: the only file that imports trl.
 
-TRL keeps the loop, the optimizer, mixed precision, gradient accumulation, several processes and checkpoints. Touched
-are five seams, which `tests/rl/test_trainer_seams.py` pins: a generation batch (`_generate_and_score_completions`,
+TRL keeps the loop, optimizer, mixed precision, gradient accumulation, several processes and checkpoints. Overridden are
+five seams, checked by `tests/rl/test_trainer_seams.py`: a generation batch (`_generate_and_score_completions`,
 `_prepare_inputs`), a micro-batch (`_compute_loss`), the weights that are updated (`create_optimizer`, `training_step`,
 `_clip_grad_norm`), the ends of optimizer steps and checkpoints (a callback) and the log line (`log`).
 """
@@ -36,7 +36,7 @@ from fp4rl.spec.task import Problem
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]
-    """One step: fill a batch with groups that have spread, then `updates_per_step` updates from it."""
+    """Runs steps: fill a batch with groups that have spread, then make `updates_per_step` updates from it."""
 
     _buffered_inputs: Any  # TRL's: the micro-batches of the step, None before the first
 
@@ -74,20 +74,20 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @property
     def step(self) -> int:
-        """Steps done: full batches of rollouts whose updates are over."""
+        """The number of steps done: batches of rollouts whose updates are all made."""
         return int(self.state.global_step) // self.parts.recipe.updates_per_step
 
     def positions(self) -> list[int]:
-        """Return how many problems each process has taken from its stream."""
+        """Return the number of problems that each process has taken from its stream."""
         return processes.from_all(self.parts.stream.position)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """No model card beside a checkpoint: it would name what TRL's own defaults are."""
+        """Write no model card beside a checkpoint: it would describe TRL's defaults instead of this run."""
 
     # -- the weights that are updated
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's own, over FP32 copies of the weights where they are in another dtype."""
+        """Create TRL's own optimizer, over FP32 copies of weights that are in another dtype."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         self.masters = Masters.of(self.model) if self.parts.float_masters else None
         if self.masters is not None:
@@ -99,7 +99,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        """Return a micro-batch: forward, backward, and its gradients added up in FP32."""
+        """Run forward and backward of a micro-batch, and add its gradients to the FP32 copies; return the loss."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.routers.prescribe(None)
         if self.masters is not None:
@@ -125,7 +125,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.timer.lap("noise")
         if line := filled.report():
             self.parts.emit(Message(f"step {self.step}: {line}"))
-        # Nothing has been learned yet: this is the start, under the noise that was planned.
+        # Nothing is trained yet: these are answers of the start, under the planned noise.
         if self.step == 0 and not self.filler.distils_alone and (line := filled.without_spread(recipe.rollout_n)):
             self.parts.emit(Message(f"before any training: {line}"))
         pad_id, device = self._tokenizer.pad_token_id, torch.device(self.accelerator.device)
@@ -168,7 +168,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _old(self, batch: dict[str, Tensor]) -> Tensor:
-        """Log-probabilities under the policy as it is now, the whole of it: what the answers were sampled from."""
+        """Compute log-probabilities under the policy that the answers were sampled from: the present, no dropout."""
         with dropout_off(self.model):
             logps, _ = self._score(self.model, batch)
         self.routers.prescribe(None)
@@ -177,7 +177,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- a micro-batch
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """Return a new batch of answers, once it is split into micro-batches, is put in the order of their lengths."""
+        """Return the next micro-batch; those of a new batch of answers are first put in order of length."""
         before = self._buffered_inputs
         inputs: dict[str, Tensor] = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:
@@ -218,9 +218,9 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def score_later_updates(self) -> None:
-        """Before the first update of a step: log-probabilities, as the policy still is, of what later updates learn.
+        """Compute, before the first update of a step, the old log-probabilities of all answers of later updates.
 
-        The first update needs none: it starts from this very policy. With dropout it does not, and has them already.
+        The first update needs none: its policy is the old one. With dropout it is not, and all are computed already.
         """
         done, span = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
         if self.parts.recipe.updates_per_step == 1 or done != span:
@@ -233,7 +233,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
     # -- the log line
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
-        """Collect what TRL logs after each update; one line of metrics goes out when a step's updates are over."""
+        """Collect what TRL logs after each update, and report one line of metrics after the last update of a step."""
         if "grad_norm" not in logs:
             return
         self._metrics["train"].clear()
@@ -249,24 +249,24 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
-    """What must happen right before and right after the optimizer touches the weights, and around checkpoints."""
+    """Does what must happen right before and after the optimizer writes the weights, and around checkpoints."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Model, optimizer and scheduler have been loaded: the rest of a checkpoint's state follows."""
+        """Restore the rest of a checkpoint's state, after model, optimizer and scheduler were loaded."""
         self._trainer.parts.supervisor.on_begin(self._trainer)
         self._trainer.timer.restart()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """The backward of a micro-batch is done, and more of the update are to come."""
+        """Book the time of the backward of a micro-batch that is not the last of its update."""
         self._trainer.timer.lap("backward")
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Ask, once, whether training met every site; and drop the gradient of a batch without any answer.
+        """Check, once, that training called every site; and drop the gradients of a batch without any answer.
 
-        A zero gradient would still move the weights by momentum.
+        A zero gradient would still change the weights by momentum.
         """
         self._trainer.timer.lap("backward")
         self._trainer.parts.phases.require_calls("training")
@@ -277,21 +277,21 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
                 self._trainer.masters.drop_gradients()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Cached rounded weights are thrown away: nothing else tells that a fused AdamW has run."""
+        """Drop cached rounded weights: a fused AdamW leaves no other trace of its step."""
         if self._trainer.masters is not None:
             self._trainer.masters.write()
         self._trainer.parts.phases.weights_changed()
         self._trainer.timer.lap("optimizer")
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Between two rollouts: the only place where a checkpoint can be written, and where a run can be ended."""
+        """Decide, after the last update of a step, about a checkpoint and about the end; only here can they be made."""
         if state.global_step % self._trainer.parts.recipe.updates_per_step == 0:
             save, stop = self._trainer.parts.supervisor.on_boundary(self._trainer.step)
             control.should_save = control.should_save or save
             control.should_training_stop = control.should_training_stop or stop
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """The trainer's checkpoint is whole: ours, written last, completes it."""
+        """Complete the trainer's checkpoint with fp4rl's file, written last."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._trainer.parts.supervisor.on_checkpoint(self._trainer.step, folder)
 

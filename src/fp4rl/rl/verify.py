@@ -1,5 +1,5 @@
-"""What a run proves of itself: its quantizer works, its injection acted, its masters were left alone by everything but
-training, training changed them, and the live policy is the one that was saved.
+"""Checks that a run makes of itself: its quantizer works, its injection acted, nothing but training changed its master
+weights, training did change them, and the live policy is the one that was saved.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from fp4rl.spec.records import Sites, Summary, read_sites
 
 Record = Callable[[Evidence], None]
 
-# Of weights that are updated in low precision most should move; in FP32 they need time to reach the next step.
+# Shares of changed weights below which a warning is due. FP32 masters need time to reach the next low-precision value.
 _FEW, _HARDLY_ANY = 0.5, 0.05
 
 
@@ -38,7 +38,7 @@ def require_sound_quantizer() -> None:
     device = processes.device()
 
     def quantize(x: Tensor, fmt: Format, generator: torch.Generator) -> Tensor:
-        # What is drawn comes from the test's own generator, which belongs to the CPU.
+        # Random numbers come from the test's own generator, which is on the CPU.
         where = torch.device("cpu") if fmt.rounding == "stochastic" else device
         return fake_quantize(x.to(where), fmt, generator=generator if where.type == "cpu" else None).cpu()
 
@@ -46,7 +46,7 @@ def require_sound_quantizer() -> None:
 
 
 def rounded(attachment: Attachment, step: int) -> Rounded:
-    """Compare the operands of this phase's matmuls with their masters, rounded now. CheckFailed where they differ."""
+    """Compare the operands of this phase's matmuls with their rounded masters. Raises CheckFailed where they differ."""
     return Rounded(phase=attachment.phase, sites=require_rounded(attachment), step=step)
 
 
@@ -54,7 +54,7 @@ def rounded(attachment: Attachment, step: int) -> Rounded:
 def weights_unchanged(
     model: nn.Module, phase: Phase, step: int, record: Record, profile: str | None = None
 ) -> Iterator[None]:
-    """Hash the master weights before and after and record whether no bit changed; CheckFailed where one did."""
+    """Hash the master weights before and after, and record whether they changed; CheckFailed where one bit did."""
     before = master_digest(model)
     yield
     unchanged = master_digest(model) == before
@@ -102,7 +102,7 @@ def without_update(steps: Collection[Mapping[str, float]]) -> int:
 
 
 def require_changed(share: float, steps: Collection[Mapping[str, float]], metric: str, dtype: str) -> None:
-    """Raise CheckFailed for a training that changed nothing, with the likeliest reason: it is not a trained policy."""
+    """Raise CheckFailed, with the likeliest reason, for a training that changed no weight."""
     if share > 0:
         return
     if steps and without_update(steps) == len(steps):
@@ -115,7 +115,7 @@ def require_changed(share: float, steps: Collection[Mapping[str, float]], metric
 
 
 def few_changed(share: float, model: Model) -> str | None:
-    """Say in one line that masters of low precision swallowed most updates; None where they did not."""
+    """Return a line where most updates were lost in the low precision of the masters; None where they were not."""
     enough = _FEW if model.coarse_masters else _HARDLY_ANY
     if model.dtype == "float32" or model.lora is not None or share >= enough:
         return None
@@ -134,7 +134,7 @@ def sites(attachment: Attachment | None) -> Sites:
 def verify_final(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
 ) -> Summary:
-    """Return the summary that stands by the result; its details go to `record`.
+    """Return the summary for the result; its details go to `record`.
 
     Raises CheckFailed when the live policy is not the one in `final`.
     """
@@ -161,9 +161,9 @@ def verify_final(
 def require_verifiable(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, start: Path
 ) -> None:
-    """Check before training that the comparison at the end can be made, for the live policy is its start.
+    """Check before training that the live policy equals its start, so that the comparison at the end can be made.
 
-    Leaves random state and evidence of the attachment as they were. Raises CheckFailed.
+    The attachment's random state and evidence are left as they were. Raises CheckFailed.
     """
     before = attachment.state_dict() if attachment is not None else {}
     difference = _live_against_fresh(experiment, model, attachment, start)
@@ -182,8 +182,8 @@ def require_verifiable(
 def _live_against_fresh(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, folder: Path
 ) -> float:
-    """Return the largest difference between the live policy's logits and those of a copy of `folder`, injected and
-    drawing alike."""
+    """Return the largest difference between the live policy's logits and those of the model in `folder`, under the same
+    injection and random numbers."""
     fresh, _ = load_saved(folder, experiment.model.dtype, experiment.model.lora)
     device = next(model.parameters()).device
     ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
@@ -198,7 +198,7 @@ def _live_against_fresh(
 
 
 def load_saved(folder: Path, dtype: str, lora: Lora | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer; a start without an adapter gets a fresh one under `lora`, which changes no number."""
+    """Load model and tokenizer; with `lora` a folder without an adapter gets a fresh one, which changes no number."""
     model, tokenizer = load(folder, dtype)
     if lora is not None and not (folder / "adapter_config.json").is_file():
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Looking at what flows into and out of named modules, all of them in one forward pass, changing nothing."""
+"""Observe the inputs and outputs of named modules, all of them in one forward pass, without changing anything."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ OnTensor = Callable[[str, Tensor], None]
 
 
 class Eye:
-    """What an observer sees with. Set `mask` [batch, time] (1 = a real token) before a forward with padding."""
+    """What is shared by all hooks of one observation. Set `mask` [batch, time] (1 = token) before a padded forward."""
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
@@ -21,9 +21,9 @@ class Eye:
         self._flat: Tensor | None = None
 
     def tokens(self, value: Tensor) -> Tensor:
-        """[batch, time, features] -> [tokens, features] without padding; the same object for the same tensor.
+        """Return [batch, time, features] as [tokens, features] without padding; the same object for the same tensor.
 
-        Layers that share an input (query, key and value) thus share what a watcher computes from it. A tensor whose
+        Layers that share an input (query, key and value) thus share what is computed from it. A tensor whose
         leading axes are not those of the mask (tokens routed to an expert) is only flattened.
         """
         if self._raw is value and self._flat is not None:
@@ -35,13 +35,13 @@ class Eye:
         return flat
 
     def forget(self) -> None:
-        """Let go of the last tensor seen."""
+        """Drop the last tensor seen."""
         self._raw = self._flat = None
 
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Call `hook(module, args, kwargs, output)` after every forward of each module named, for as long as it lasts."""
+    """Call `hook(module, args, kwargs, output)` after every forward of each named module, inside the `with`."""
     with ExitStack() as stack:
         for path, hook in hooks.items():
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
@@ -52,10 +52,10 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterato
 def observe(
     model: nn.Module, names: Iterable[str], *, on_input: OnTensor | None = None, on_output: OnTensor | None = None
 ) -> Iterator[Eye]:
-    """Call the watchers with (module name, tokens [tokens, features]) at every forward of every named module.
+    """Call the callbacks with (module name, [tokens, features]) at every forward of every named module.
 
-    The watchers must not change what they are given, nor keep it: memory stays that of one tensor. Raises NotFoundError
-    for a name that the model does not have.
+    The callbacks must neither change nor keep what they are given, so that memory is that of one tensor. Raises
+    NotFoundError for a name that the model does not have.
     """
     modules = dict(model.named_modules())
     eye = Eye()

@@ -1,7 +1,7 @@
-"""Find every site of a model: what holds a weight or computes attention, named as the checkpoint names it.
+"""Find every site of a model: whatever holds a weight or computes attention, named as in the checkpoint.
 
-Which axis of a stored weight its matmul sums over, the last or the one before it (stored transposed), a square matrix
-does not tell by its sizes, and a class may lie; where stacked experts are injected, it is held against their products.
+A weight's matmul sums over its last axis, or over the one before it (stored transposed). Sizes tell which, but not for
+square matrices, and the class can be wrong about it; for injected experts the real products confirm it (`experts`).
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
 
-# What PEFT, DDP, torch.compile and FSDP put into names; without them a site has one name in every process.
+# What PEFT, DDP, torch.compile and FSDP put into names; without these parts a site has one name in every process.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.default)(\.|$)"
 )
@@ -32,8 +32,8 @@ _ROLES = {
     "lm_head": ("lm_head", "embed_out"),
     "router": ("router", "gate", "shared_expert_gate"),
 }
-# Projections that make what a cache holds (but for the first, of modules whose class is called attention), and the
-# parameters that tell a recurrent layer.
+# The projections of keys and values (all but the first pair count only in a class called attention), and the parameters
+# by which a recurrent layer is recognised.
 _CACHED = [{"k_proj", "v_proj"}, {"query", "key", "value"}, {"k_lin", "v_lin"}, {"Wk", "Wv"}]
 _CACHED += [{name} for name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj", "kv_b_proj")]
 _RECURRENT = ("A_log", "dt_bias", "time_decay")
@@ -45,11 +45,11 @@ _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
 @dataclass(frozen=True)
 class Site:
-    """One site. `name` is free of wrappers, `path` is where the module really hangs, `parameter` its weight's name.
+    """One site. `name` is free of wrappers, `path` is the module's real place, `parameter` its weight's name.
 
     `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, whichever way they are stored:
-    `transposed` says that the parameter has its last two axes the other way round, None that nothing tells. `layer`
-    counts from 0 and is None outside the stack, `shares` names the first site that holds the very same parameter.
+    `transposed` says that the parameter's last two axes are exchanged; None: unknown. `layer` counts from 0 and is None
+    outside the layers. `shares` names the first site that holds the same parameter.
     """
 
     name: str
@@ -79,7 +79,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     sites = []
     hidden, routers, used_as = _width(model), _routers(model), _used_as(model)
     for path, module in model.named_modules(remove_duplicate=False):
-        if "original_module" in path.split("."):  # what PEFT keeps beside a module that it trains whole
+        if "original_module" in path.split("."):  # PEFT's unused original of a module that it trains fully
             continue
         for site, weight in _at(path, module, hidden):
             if weight is not None and weight.ndim > 1 and path.startswith(routers):
@@ -92,7 +92,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
 
 
 def plain_name(path: str) -> str:
-    """A module's or parameter's name as the checkpoint has it, without what adapters, compilers and sharding add."""
+    """Return a module's or parameter's name as in the checkpoint, without what adapters, compilers, sharding add."""
     return _WRAPPERS.sub("", _ROOTS.sub("", path)).rstrip(".")
 
 
@@ -102,12 +102,12 @@ def layer_of(name: str) -> int | None:
 
 
 def layer_count(sites: tuple[Site, ...]) -> int:
-    """Return how many layers the stack has (0 for a model without numbered layers)."""
+    """Return the number of layers (0 for a model without numbered layers)."""
     return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
 
 
 def as_used(site: Site, weight: Tensor) -> Tensor:
-    """Return a parameter, or what was made from it, as [..., out, in]: a view."""
+    """Return a parameter, or a tensor like it, as a view [..., out, in]."""
     return weight.mT if site.transposed else weight
 
 
@@ -120,8 +120,8 @@ def _width(model: nn.Module) -> int | None:
 
 
 def _used_as(model: nn.Module) -> dict[int, str]:
-    """Linear layers, by `id`, whose role is told by their use, not their name: what makes logits of the last hidden
-    state, and the step size of a state space, whose weight is read without calling the layer."""
+    """Return id -> role of linear layers whose use, not their name, tells the role: the one that makes the logits, and
+    the step size of a state space model, whose weight is read without calling the layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     roles = {id(head): "lm_head"} if head is not None else {}
     mixers = (m for m in model.modules() if hasattr(m, "A_log") and isinstance(getattr(m, "dt_proj", None), nn.Linear))
@@ -129,14 +129,14 @@ def _used_as(model: nn.Module) -> dict[int, str]:
 
 
 def _routers(model: nn.Module) -> tuple[str, ...]:
-    """Return the beginnings of every path below a router: what it projects with decides on routes as well."""
+    """Return the prefixes of all paths below a router: its projections decide on routes too."""
     kinds = ((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False) if path)
     routing = (path for path, kind in kinds if path.endswith("router") or re.search("Router|Gat(e|ing)$", kind))
     return tuple(f"{path}." for path in routing)
 
 
 def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
-    """Yield the sites at one module: its attention, and each of its own weights. A bare layer is named by its class."""
+    """Yield the sites at one module: its attention, and each of its own weights. A lone layer is named by its class."""
     name = plain_name(path) or type(module).__name__
     if is_attention(module):
         yield Site(name, path, "attention", "attention", layer_of(name), (), None), None
@@ -165,9 +165,9 @@ def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, h
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Return whether this module makes keys and values of tokens and multiplies them, so that a cache would hold them.
+    """Return whether this module computes keys and values from tokens and attends to them: a cache would hold them.
 
-    Recurrent layers (state spaces, delta rules, lightning attention) may project the like, and keep a state instead.
+    Recurrent layers (state spaces, delta rules, lightning attention) may have such projections, but keep a state.
     """
     children, kind = {name for name, _ in module.named_children()}, type(module).__name__
     if any(name in _RECURRENT for name, _ in module.named_parameters(recurse=False)) or "Lightning" in kind:
@@ -193,16 +193,16 @@ def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) ->
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Return whether it is the linear layer of GPT-2, whose weight is [in, out]."""
+    """Return whether it is transformers' `Conv1D`, the linear layer of GPT-2, whose weight is [in, out]."""
     own = sys.modules.get("transformers.pytorch_utils")  # never imported here: without it there is none
     return own is not None and isinstance(module, own.Conv1D)
 
 
 def experts_transposed(module: nn.Module, parameter: str, hidden: int | None) -> bool | None:
-    """Whether stacked experts are stored [experts, in, out] and not [experts, out, in]; None where nothing tells.
+    """Return whether stacked experts are stored [experts, in, out], not [experts, out, in]; None where unknown.
 
-    The class says so, or its sizes do: the width of the model, `hidden`, goes into the first matmul and comes out of
-    the second. Where a matrix is square, its neighbour in the module tells.
+    The class says so, or the sizes tell: the width of the model, `hidden`, goes into the first matmul and comes out of
+    the second. Where one matrix is square, the other one in the module tells.
     """
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):

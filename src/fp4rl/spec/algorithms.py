@@ -1,4 +1,4 @@
-"""The policy losses that a recipe can name: what each algorithm's paper does where the recipe does not say.
+"""The policy losses that a recipe can name, each with the defaults of its paper.
 
 An algorithm is one entry of `ALGORITHMS`; `rl/losses.py` holds the formulas that `ratio_level` and `clipping` name, and
 refuses to be imported where one is missing. An aggregation is one entry of `LOSS_AGGREGATIONS`.
@@ -36,9 +36,10 @@ LOSS_AGGREGATIONS: Mapping[str, Aggregation] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One policy loss, and what else its paper does where a recipe does not say.
+    """One policy loss, and the defaults of its paper for what a recipe does not say.
 
-    `ratio_level`: of which the probability ratio is taken. `clipping`: the surrogate. Clip ratios are distances from 1.
+    `ratio_level`: whether probability ratios are of tokens or of whole answers. `clipping`: the surrogate. Clip ratios
+    are distances from 1.
     `filters`: dynamic sampling. `punishes_overlong`: the soft punishment of answers near the limit. `kl_loss_coef`: the
     weight of the KL to the reference.
     """

@@ -30,7 +30,7 @@ def _wrong_profiles(key: str, names: Collection[str], own: Collection[str]) -> I
 
 
 def _out_of_fragments(value: Any) -> Any:
-    """Return a fragment, as `fp4rl scan` writes it, holds its injection under that key."""
+    """Unwrap injections that stand below the key `injection`, as in a fragment that `fp4rl scan` wrote."""
     if not isinstance(value, dict):
         return value
     return {
@@ -58,10 +58,10 @@ class Evaluation(Spec):
     )
     injections: Annotated[dict[str, Injection], BeforeValidator(_out_of_fragments)] = Field(
         default_factory=dict,
-        description="injections of your own by name, for profiles; they act whole, whatever phases they name",
+        description="your own injections by name, to be used as profiles; they act whole, whatever phases they name",
     )
     preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
-    test_freq: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0 for none")
+    test_freq: int = Field(default=0, ge=0, description="steps between evaluations during training; 0 for none")
     max_new_tokens: PositiveInt = Field(default=1024, description="tokens; training.max_response_length by default")
     stop: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
         default=None, description="texts that end an answer; by default GSM8K's is what its prompts begin with"
@@ -73,7 +73,7 @@ class Evaluation(Spec):
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
 
     def for_task(self, task: Task) -> "Evaluation":
-        """Return the same with the task's own ends of an answer where none are named."""
+        """Return a copy with the task's own `stop` texts where none are named."""
         return self if self.stop is not None else self.model_copy(update={"stop": task.stop})
 
     @property

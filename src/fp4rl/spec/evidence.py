@@ -1,4 +1,4 @@
-"""One line of evidence for each thing that acted in a run, as types; an evaluation is one of them.
+"""The kinds of lines in evidence.jsonl, as types: one for each thing that acted in a run, evaluations among them.
 
 Whoever writes evidence constructs these: a key that nobody knows, or a value of another type, is an error there. Files
 are read by `fp4rl.spec.records`.
@@ -30,7 +30,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True)
 
     def as_json(self) -> dict[str, JsonValue]:
-        """The keys that were set, under their names on disk; `kind` is added where a line of evidence is written."""
+        """Return the keys that were set, under their names on disk; the writer of a line of evidence adds `kind`."""
         content: dict[str, JsonValue] = self.model_dump(exclude_unset=True, by_alias=True)
         return content
 
@@ -40,7 +40,7 @@ class Record(BaseModel):
 
 
 class Profile(Record):
-    """Everything besides the weights that a score depends on; it stands beside every number. None: not recorded."""
+    """Everything that a score depends on besides the weights; stored with every score. None: not recorded."""
 
     name: str
     precision: str | None = None
@@ -55,9 +55,9 @@ class Profile(Record):
 class Evaluation(Record):
     """Shares over all answers of one evaluation, and the profile they were measured under.
 
-    `n` counts answers. With several to a problem `strict` is their mean, `problems` how many problems there are, and
-    `of_samples` holds `mean@k` and `pass@k`, and any further score of `spec.task.Score`; on disk these stand beside the
-    other keys. `answers_digest`: equal where every answer is the same.
+    `n` counts answers, `problems` the problems. With several answers to a problem `strict` is their mean. `of_samples`
+    holds `mean@k`, `pass@k` and any further score of `spec.task.Score`; on disk these stand beside the other keys. Two
+    evaluations have the same `answers_digest` where every answer is the same.
     """
 
     kind: Literal["evaluation"] = Field("evaluation", exclude=True)
@@ -75,7 +75,7 @@ class Evaluation(Record):
     of_samples: Mapping[str, Share] = Field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
-        """Return a score by its name; a further one than the three above stands with what several answers say."""
+        """Return a score by its name: one of the fields above, or an entry of `of_samples`."""
         value: float | None = getattr(self, name) if name in type(self).model_fields else self.of_samples.get(name)
         return value
 
@@ -97,7 +97,7 @@ class Evaluation(Record):
 
 
 class ActivePoints(Record):
-    """What is to act in a phase: points and hardware errors, each with the number of its sites."""
+    """What the description makes act in a phase: points and hardware errors, each with the number of its sites."""
 
     kind: Literal["acting"] = Field("acting", exclude=True)
     phase: Phase
@@ -107,7 +107,7 @@ class ActivePoints(Record):
 
 
 class Rounded(Record):
-    """The operands of a phase's matmuls were compared with the rounding of their masters, at so many sites."""
+    """At `sites` sites the operands of a phase's matmuls were found equal to their rounded originals."""
 
     kind: Literal["rounded"] = Field("rounded", exclude=True)
     phase: Phase
@@ -119,8 +119,8 @@ class Rounded(Record):
 class Injected(Record):
     """What one point of one site did in one phase; under a `profile` where that was an evaluation.
 
-    `looks` counts the calls that were compared before and after, `missed` those of them that rounded nothing although
-    rounding changes the tensor. Versions that wrote neither say so by None.
+    `looks` counts the calls whose tensors were compared before and after, `missed` those of them that rounded nothing
+    although rounding would change the tensor; both are None in files of versions that did not count.
     """
 
     kind: Literal["injection"] = Field("injection", exclude=True)
@@ -150,7 +150,11 @@ class MasterCheck(Record):
 
 
 class LayerNoise(Record):
-    """The noise on one layer's weights (None: outside the stack); sizes are root mean squares over its weights."""
+    """The noise on one layer's weights (None: outside the layers); sizes are root mean squares over its weights.
+
+    `drawn` is the noise as sampled, `realised` what the weights' dtype kept of it, `swallowed` counts the elements
+    that it left unchanged.
+    """
 
     layer: int | None
     sigma: float
@@ -175,7 +179,7 @@ class RolloutNoise(Record):
 
 
 class NoiseStages(Record):
-    """Which values of sigma ran, each for how many rollouts, and which of the schedule's never did."""
+    """The values of sigma that ran, each with its number of rollouts, and those of the schedule that never ran."""
 
     kind: Literal["noise_stages"] = Field("noise_stages", exclude=True)
     ran: tuple[tuple[float, int], ...]
@@ -228,7 +232,7 @@ class CheckpointKept(Record):
 
 
 class Warned(Record):
-    """What the run told the people who started it."""
+    """A warning that was shown to whoever started the run."""
 
     kind: Literal["warning"] = Field("warning", exclude=True)
     line: str

@@ -18,22 +18,22 @@ from fp4rl.spec.words import counted
 
 _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
 
-# Numbers that hang on the model where nobody names them: what fits the small embedded model ruins a real one. Its
-# learning rate was found by trying; 1e-6 is what GRPO's and DAPO's papers train with, and adapters take about ten times
-# the rate of whole weights.
+# Defaults that depend on the model: what fits the small embedded model ruins a real one. Its learning rate was found by
+# trying; the default of 1e-6 is that of the GRPO and DAPO papers, and adapters take about ten times the rate of whole
+# weights.
 _EMBEDDED = {"lr": 4e-4, "max_response_length": 48}
 _ADAPTER = {"lr": 1e-5}
 
 
 def _with_fitting_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The unchecked `content` of an experiment with the keys that fit its model where none is named: `training.lr`,
-    `training.max_response_length`, and as long an answer in evaluations as in training."""
+    """Return the unchecked `content` of an experiment with defaults that fit its model: `training.lr`,
+    `training.max_response_length`, and the same length of answers in evaluations as in training."""
     model = _named(content.get("model") or {})
     if isinstance(model, str):
         model = {} if model == "embedded" else {"path": model}
     training, evaluation = _named(content.get("training", {})), _named(content.get("evaluation", {}))
     if not (isinstance(model, Mapping) and isinstance(training, Mapping) and isinstance(evaluation, Mapping)):
-        return dict(content)  # what is wrong with it is said where it is checked
+        return dict(content)  # validation reports what is wrong with it
     fitting = _EMBEDDED if not model.get("path") else _ADAPTER if model.get("lora") is not None else {}
     training = {**fitting, **training}
     longest = training.get("max_response_length", Training.model_fields["max_response_length"].default)
@@ -60,7 +60,7 @@ class Experiment(Spec):
     @model_validator(mode="before")
     @classmethod
     def _that_fits_itself(cls, value: Any) -> Any:
-        """Numbers that fit the model; `noise.control: bf16` is the same noise on the unquantized model."""
+        """Fill in defaults that fit the model; `noise.control: bf16` takes the injection out."""
         if not isinstance(value, dict):
             return value
         noise = _named(value.get("noise"))
@@ -88,7 +88,7 @@ class Experiment(Spec):
             )
 
     def warnings(self) -> Iterator[str]:
-        """Yield what is allowed and hardly ever meant, one line each."""
+        """Yield a line for everything that is allowed but hardly ever meant."""
         yield from self.training.warnings()
         yield from self._out_of_reach()
         steps, every = self.training.steps, self.evaluation.test_freq
@@ -124,17 +124,17 @@ class Experiment(Spec):
 class Comparison(Spec):
     """A question fixed before the runs: does `treatment` differ from `control`, or reach it?
 
-    Both sides are `arm@profile`. `factors` are the keys in which the two arms may differ; any other difference refuses
-    the comparison. `reaches` is a non-inferiority test with `margin` in accuracy points (0.01 is one point).
+    Both sides are `arm@profile`. `factors` are the keys in which the two arms may differ; a comparison with any other
+    difference is refused. `reaches` is a non-inferiority test with `margin` as a share (0.01 is one accuracy point).
     """
 
     question: str = Field(description="in words, for the report")
     treatment: str = Field(description="arm@profile, such as w4a16@deployment")
-    control: str = Field(description="arm@profile that it is held against")
+    control: str = Field(description="arm@profile that it is compared with")
     factors: tuple[str, ...] = Field(
-        default=(), description="keys in which the two arms may differ; any other difference refuses the comparison"
+        default=(), description="keys in which the two arms may differ; with any other difference it is refused"
     )
-    test: Literal["differs", "reaches"] = Field(default="differs", description="reaches: is it worse by < margin?")
+    test: Literal["differs", "reaches"] = Field(default="differs", description="reaches: worse by less than `margin`?")
     margin: PositiveFloat | None = Field(
         default=None, description="of `reaches`, a share: 0.01 is one point of accuracy (--margin 1 on a command line)"
     )

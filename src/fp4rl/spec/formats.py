@@ -30,7 +30,7 @@ UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 s
 
 @dataclass(frozen=True)
 class Element:
-    """One small float: sign, exponent, mantissa and subnormals; `largest` is the greatest finite magnitude.
+    """A small floating-point type: sign, exponent, mantissa, subnormals; `largest` is its greatest finite magnitude.
 
     With one exponent bit the grid is even: Element("INT4", 1, 2, 3.5) holds the integers -7 to 7 in units of one half.
     Raises InvalidValueError where `largest` is not on the grid.
@@ -96,8 +96,8 @@ class Coarse:
 
 @dataclass(frozen=True)
 class Format:
-    """How a tensor is rounded: `block` is (rows, columns) of the last two axes sharing one scale, None the whole
-    tensor.
+    """How a tensor is rounded. `block`: the (rows, columns) of the last two axes that share a scale; None: the whole
+    tensor shares one.
 
     Blocks of one row run along the last axis, the reduction axis of a linear layer. `scale` is the block scale's
     own format: `e8m0` a power of two, `e4m3` under one FP32 scale for the tensor, `fp32`, or `none`. `scale_rule`
@@ -211,7 +211,7 @@ def format_named(name: str) -> Format:
 
 
 def format_of(value: object) -> Format:
-    """A format from what a spec file says: a name, or `{name: mxfp4, scale_rule: even, block: 16, rotation: 32, ...}`.
+    """Return the format that a spec file names, or describes as `{name: mxfp4, scale_rule: even, block: 16, ...}`.
 
     A mapping starts from the format of that name. `block` is columns or [rows, columns]; `coarse` is columns or
     `{columns: 512, choice: search}`. Raises NotFoundError for an unknown name or key, InvalidValueError for a value
@@ -256,7 +256,7 @@ _SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:
-    """Return the inverse of `format_of`, ready for JSON: the name alone, or the name and what differs from it."""
+    """Return what `format_of` reads back, ready for JSON: the name alone, or the name and what differs from it."""
     known = format_named(fmt.name)
     if fmt == known:
         return fmt.name

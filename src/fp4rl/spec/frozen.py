@@ -1,4 +1,4 @@
-"""The base class of every description: frozen, and closed to unknown keys."""
+"""The base class of every description: immutable, and closed to unknown keys."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _expanded(path: Any) -> Any:
-    """Return a path as text, which is what the description keeps; anything else is left for pydantic to refuse."""
+    """Return a path as text, `~` expanded; a value of another type is returned as it is, for pydantic to refuse."""
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path  # noqa: PTH111
 
 
@@ -16,10 +16,10 @@ LocalPath = Annotated[str, BeforeValidator(_expanded)]
 """A path on this machine, with `~` as in a shell."""
 
 WordOrList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-"""One word stands for a list of one."""
+"""Takes a single word for a list of one."""
 
 NoneIsAWord = BeforeValidator(lambda value: None if value == "none" else value)
-"""`none` stands for nothing, as in YAML `null` does."""
+"""Takes the word `none` like YAML's `null`."""
 
 
 class Spec(BaseModel):
@@ -28,7 +28,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def _conflicts(self) -> Iterator[str]:
-        """Yield what is wrong with values that are each allowed; the first refuses the description."""
+        """Yield an error for each combination of values that is not allowed; the first one is raised."""
         yield from ()
 
     @model_validator(mode="after")
@@ -39,5 +39,5 @@ class Spec(BaseModel):
 
 
 def later_key(default: Any, **field: Any) -> Any:
-    """A key that descriptions of finished runs do not have: at its default it is not written and changes no digest."""
+    """Declare a key that older runs do not have: at its default it is not written, so that their digests stay."""
     return Field(default=default, exclude_if=lambda value: value == default, **field)

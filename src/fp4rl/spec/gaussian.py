@@ -1,4 +1,4 @@
-"""What every format makes of ideal Gaussian data: the format's own floor, apart from any problem of a tensor.
+"""The errors of every format on ideal Gaussian data: what the format itself costs, whatever the tensor.
 
 Figures of `fp4rl.numerics.errors.gaussian_ideal`, kept here to be shown without torch; a test measures them again. A
 format without figures here is measured when they are asked for.
@@ -36,7 +36,7 @@ MXFP4_RULES_DB: Mapping[ScaleRule, float] = MappingProxyType(
 
 
 def kept_ideal(fmt: Format) -> dict[str, float] | None:
-    """Return every measure of a listed format on Gaussian data; None for a format whose figures are not kept here."""
+    """Return the stored measures of a format on Gaussian data; None for a format that has none."""
     if fmt.name not in _FIGURES or fmt != FORMATS.get(fmt.name):
         return None
     return dict(zip(MEASURES, _FIGURES[fmt.name], strict=True))

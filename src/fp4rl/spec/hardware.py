@@ -19,7 +19,7 @@ SPARSE = ("spikes", "stuck")
 PROPORTIONAL = ("relative", "jitter")
 _PRODUCTS = ("matmul", "scores", "values")
 
-# Why a pair of kind and point never acts; pairs that are not here do.
+# Why these pairs of kind and point never act; all other pairs do.
 _NEVER = {
     **{
         (kind, "weight"): "a weight is stored, not computed, so nothing is drawn anew; use `noise` for noisy weights"
@@ -53,16 +53,16 @@ class HardwareError(Spec):
     """One error at the sites of `targets`: on results of matmuls (`matmul` of linear layers, `scores` and `values` of
     attention), on a matmul's `input`, or on the stored `weight`.
 
-    `relative` y + N(0,1) |y| scale and `absolute` y + N(0,1) scale are drawn from a generator of the site's own, as a
-    function of the seed, the step and the input, so that recomputing a checkpoint repeats them; `jitter` is `relative`
-    from a seed that nobody knows. `bias` y + scale; `dead_zone` 0 where |y| < scale; `saturation` clamps to +-scale;
+    `relative` y + N(0,1) |y| scale and `absolute` y + N(0,1) scale are drawn by a generator of each site as a function
+    of the seed, the step and the input, so that gradient checkpointing draws the same when it recomputes; `jitter` is
+    `relative` from an unknown seed. `bias` y + scale; `dead_zone` 0 where |y| < scale; `saturation` clamps to +-scale;
     `spikes` adds +-scale to a `share` of the values; `stuck` sets a fixed `share` of the channels (the last axis) to
-    `scale`. `unit: largest` counts the scale as a share of the tensor's largest magnitude. In the backward the error
-    meets both products, grad_input and grad_weight.
+    `scale`. With `unit: largest` the scale is a share of the tensor's largest magnitude. In the backward the error acts
+    on both products, grad_input and grad_weight.
     """
 
     kind: ErrorKind = "relative"
-    point: ErrorPoint = Field(default="matmul", description="what the error meets")
+    point: ErrorPoint = Field(default="matmul", description="what the error acts on")
     when: Direction = Field(default="forward", description="in the forward, the backward, or both")
     scale: PositiveFloat = Field(default=0.05, description="its size")
     unit: Unit = Field(default="value", description="largest: the scale is a share of the largest magnitude")

@@ -1,4 +1,4 @@
-"""When a run counts as ill, and what is done about it: thresholds of the monitor, policies, and rules of one's own."""
+"""Settings of the health monitor: thresholds of its checks, what an alarm does, and rules of the user's own."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ Policy = Literal["note", "stop", "rollback"]
 State = Literal["not judged", "ok", "watch", "alarm"]
 Operator = Literal["<", "<=", ">", ">=", "==", "!="]
 
-# What the monitor looks for; each name is a key of `Health.policies` and has its record in `rl/health/checks.py`.
+# What the monitor looks for; each name is a key of `Health.policies` and has its entry in `rl/health/checks.py`.
 CHECKS = (
     "not_a_number",
     "accuracy_collapse",
@@ -36,10 +36,11 @@ _RULE = re.compile(
 
 
 class Rule(Spec):
-    """`stop if accuracy/rollout < 0.1 at step 20`: a red flag of one's own.
+    """A rule of the user's own, such as `stop if accuracy/rollout < 0.1 at step 20`.
 
-    `at` asks once, at the first observation from that step on; `from` asks at every one from there; without either,
-    always. A metric is the name in `metrics.jsonl` or in an imported log, or a signal of the monitor (`accuracy`).
+    `at` checks once, at the first observation from that step on; `from` checks at every observation from that step on;
+    without either all are checked. A metric is a name in `metrics.jsonl` or in an imported log, or a signal of the
+    monitor (`accuracy`).
     """
 
     action: Policy = "stop"
@@ -51,7 +52,7 @@ class Rule(Spec):
 
     @classmethod
     def parse(cls, text: str) -> "Rule":
-        """Return the rule of one sentence. Raises InvalidValueError with an example."""
+        """Parse a rule from one sentence. Raises InvalidValueError with an example."""
         match = _RULE.fullmatch(text.strip())
         if match is None:
             raise InvalidValueError(
@@ -67,27 +68,28 @@ class Rule(Spec):
 
 
 class Thresholds(Spec):
-    """Where a course turns from watch to alarm. Ratios are against the run's own past, never bare levels.
+    """Limits at which checks report `watch` or `alarm`. Ratios are to the run's own past, never absolute levels.
 
-    `early`: steps whose median is the run's own start. `persist`: steps in a row before an alarm (a single one is a
-    spike). `noise`: how many standard deviations a change must exceed, of the run's own steps and at least of what the
-    logged number of answers makes; `certain`: how many are taken off a best level.
+    `early`: the first steps, whose median is the level that the run began with. `persist`: steps in a row before an
+    alarm (a single one is a spike). `noise`: standard deviations that a change must exceed, those of the run's own
+    steps and at least the sampling error of the logged number of answers. `certain`: the same for a fall from the best
+    level.
     """
 
     early: PositiveInt = 20
     persist: PositiveInt = 3
     noise: PositiveFloat = 2.5
     certain: PositiveFloat = Field(default=3.5, description="standard deviations that a fall must exceed")
-    watched: PositiveInt = Field(default=20, description="steps that a watch stays before it may become an alarm")
-    worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it is by then")
-    accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy that is lost")
-    accuracy_points: PositiveFloat = Field(default=0.05, description="and at least this much of it")
+    watched: PositiveInt = Field(default=20, description="steps that a watch lasts before it may become an alarm")
+    worsened: PositiveFloat = Field(default=1.2, description="and how many times worse it must be by then")
+    accuracy_drop: PositiveFloat = Field(default=0.5, description="share of the best accuracy whose loss is an alarm")
+    accuracy_points: PositiveFloat = Field(default=0.05, description="accuracy that must be lost at least")
     accuracy_drop_watch: PositiveFloat = Field(
-        default=0.3, description="the same share where it is watched, and where it makes another symptom an alarm"
+        default=0.3, description="share whose loss is watched, and makes another symptom an alarm"
     )
     below_validation: PositiveFloat = Field(default=0.25, description="rollout accuracy over validation accuracy")
     length_ratio: PositiveFloat = Field(default=1.5, description="length over its early median")
-    truncated: PositiveFloat = Field(default=0.33, description="share cut off that was not from the beginning")
+    truncated: PositiveFloat = Field(default=0.33, description="share cut off, where fewer were at the start")
     entropy_drop: PositiveFloat = Field(default=3.0, description="times below its own trend")
     entropy_left: PositiveFloat = Field(default=0.2, description="share of its early median that is left")
     entropy_rise: PositiveFloat = Field(default=1.5, description="times its lowest level, with accuracy falling")
@@ -97,7 +99,7 @@ class Thresholds(Spec):
     validation_drop: PositiveFloat = Field(default=0.05, description="validation accuracy lost while reward rose")
     reward_rise: PositiveFloat = Field(default=0.1, description="share by which reward rose meanwhile")
     gradient_ratio: PositiveFloat = Field(default=5.0, description="gradient norm over its recent median")
-    gradient_burst: PositiveFloat = Field(default=50.0, description="the same, an alarm whatever accuracy does")
+    gradient_burst: PositiveFloat = Field(default=50.0, description="the ratio that is an alarm whatever accuracy does")
     gradient_gone: PositiveFloat = Field(default=1e-3, description="gradient norm over its early median")
     no_spread: PositiveFloat = Field(default=0.95, description="share of groups whose answers all earn the same")
     spread_left: PositiveFloat = Field(default=0.25, description="groups with spread over their recent median")
@@ -119,7 +121,7 @@ class Thresholds(Spec):
 
 
 def _parsed(value: Any) -> Any:
-    """Rules that are written as sentences; a single one stands for a list of one."""
+    """Parse rules that are written as sentences; a single one stands for a list of one."""
     sentences = [value] if isinstance(value, str) else value
     if not isinstance(sentences, list | tuple):
         return value

@@ -1,4 +1,4 @@
-"""Find settings of a description that cannot act there, for `plan`, logs and reports: one rule is one `if`."""
+"""Settings of a description that cannot act in it, for `plan`, logs and reports; one rule is one `if`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ _REWARDED = (
 
 
 def idle(experiment: Experiment) -> dict[str, str]:
-    """Return, by key, why its value, which is not the default, cannot act here."""
+    """Return key -> why its value cannot act here, for keys that are not at their default."""
     reasons: dict[str, str] = {}
     for why, keys in rules(experiment):
         reasons |= {key: why for key in keys if is_set(experiment, key) and key not in reasons}
@@ -46,7 +46,7 @@ def value_at(experiment: Experiment, key: str) -> Any:
 
 
 def rules(experiment: Experiment) -> Rules:
-    """Yield the rules that hold for an experiment: why, and the keys that therefore cannot act, set or not."""
+    """Yield (reason, keys) for everything that cannot act in an experiment, whether its keys are set or not."""
     yield from _of_training(experiment)
     yield from _of_models(experiment)
     if experiment.injection is not None:
@@ -128,7 +128,7 @@ def _of_evaluation(experiment: Experiment) -> Rules:
 
 
 def _idle_phases(injection: Injection) -> Iterator[tuple[str, str]]:
-    """Phases of a point that the injection does not have. A bare list, which stands for all points, names none."""
+    """Yield phases that are named for a point without a format. A bare list stands for all points and names none."""
     during = injection.apply_during
     if len({getattr(during, point) for point in ApplyDuring.model_fields}) == 1:
         return

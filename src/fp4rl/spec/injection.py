@@ -1,4 +1,4 @@
-"""Which formats and errors act where in a model, in which phases, and what a gradient makes of them."""
+"""Which formats and errors act where in a model, in which phases, and how gradients pass through them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -30,7 +30,7 @@ __all__ = ["MODES", "PHASES", "ApplyDuring", "Injection", "Phase"]
 
 
 class Injection(Spec):
-    """Quantization error, and hardware error, in a model. `Injection.named("w4a16")` is the usual way in.
+    """Quantization error and hardware errors in a model. `Injection.named("w4a16")` is the usual way to make one.
 
     In YAML a mode alone (`injection: w4a4`) or a mapping with an optional `mode`. `weight`, `input` and `output` are
     points of linear layers; `kv_cache` rounds keys and values per head; `grad_input` and `grad_weight` round the
@@ -74,7 +74,7 @@ class Injection(Spec):
 
     @classmethod
     def named(cls, mode: str, preset: str | None = None, **changes: Any) -> "Injection":
-        """The injection of a mode in `MODES` under a deployment preset; raises NotFoundError with the nearest name."""
+        """Return the injection of a mode under a deployment preset; raises NotFoundError with the nearest name."""
         if mode not in MODES:
             raise NotFoundError(f"no mode is called {mode!r}{nearest(mode, MODES)}")
         if preset is not None:
@@ -118,7 +118,7 @@ class Injection(Spec):
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, value: Any) -> Any:
-        """A mode's formats under the keys that are not given, and the preset's rules on every format."""
+        """Fill in the mode's formats for keys that are not given, and put the preset's rules on every format."""
         value = {"mode": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             return value
@@ -180,7 +180,7 @@ def _under(preset: Preset | None, point: str, given: Any) -> Any:
 
 
 def _entries(value: Any) -> list[Any]:
-    """`{pattern: format}` as a list, so that its order survives sorted JSON."""
+    """Return `{pattern: format}` as a list, so that its order survives sorted JSON."""
     if isinstance(value, Mapping):
         return [{"pattern": pattern, "format": fmt} for pattern, fmt in value.items()]
     return list(value) if isinstance(value, list | tuple) else [value]

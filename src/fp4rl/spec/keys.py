@@ -41,7 +41,7 @@ def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
 
 
 def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
-    """The index of the first part of `path` that is no key where it stands; None for a path that leads somewhere."""
+    """Return the index of the first part of `path` that is no key where it stands; None for a path that exists."""
     for index, part in enumerate(path):
         models, own_name = reached(kind, path[:index])
         if not models:
@@ -52,9 +52,9 @@ def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
 
 
 def reached(kind: type[BaseModel], path: Sequence[int | str]) -> tuple[list[type[BaseModel]], bool]:
-    """Return the descriptions that may stand at `path`, and whether the next part is a name that a user chose.
+    """Return the models that may stand at `path`, and whether the next part is a name that a user chose.
 
-    Positions in lists and the tags of unions lead nowhere else.
+    Positions in lists and the tags of unions do not change the models.
     """
     models, own_name = [kind], False
     for part in path:
@@ -86,7 +86,7 @@ class Key:
 
 
 def described_keys(kind: type[BaseModel]) -> list[Key]:
-    """All keys below `kind`, depth first in the order of their definition; below a union, those of every member."""
+    """Return all keys below `kind`, depth first in order of definition; below a union, those of every member."""
     by_path: dict[str, Key] = {}
     for key in _described(kind, ""):
         before = by_path.get(key.path, key)

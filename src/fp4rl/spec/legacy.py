@@ -1,4 +1,4 @@
-"""Settings of the verl fork that this work grew from, as an injection and noise, with a line for every trap in them.
+"""Settings of the verl fork that this work grew from, read as an injection and noise, with a warning for each trap.
 
 Three families: `...hw_error_injection.KEY` (and `...hw_error_injection_config.KEY` of the rollout), the environment
 variables `VERL_NOISY_OPS_KEY`, and the noise of `legacy_noise`. Whoever calls reads files and environments; this only
@@ -144,7 +144,7 @@ def _error(old: Mapping[str, Any], targets: Any) -> dict[str, Any]:
 
 
 def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
-    """Old words matched anywhere in a name; base_layer is left out of the leaves, because it is the weight itself."""
+    """Return the targets: the fork matched words anywhere in a name. `base_layer`, the adapted weight, is kept in."""
     words = [word for word in old["target_modules"] or [] if word.lower() not in ("linear", "rmsnorm")]
     left = [word for word in old["exclude_modules"] or [] if word not in ("base_layer", "lm_head", "embed_tokens")]
     leave = [f"*{word}.*" if word.rpartition(".")[2].isdigit() else f"*{word}*" for word in left]

@@ -1,4 +1,4 @@
-"""Noise settings of the verl fork (`...noise_injection.KEY`), read into a `Noise`, with a line for every trap."""
+"""Noise settings of the verl fork (`...noise_injection.KEY`), read as a `Noise`, with a warning for each trap."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _SIGMA_KEYS = ("enabled", "default_multiplier", "layer_multipliers", "zone_sched
 _ZONE_KEYS = ("enabled", "edge_layers", "middle_layers", "phase_boundary_ratio")
 _ZONE_FACTORS = ("early_edge_mult", "late_edge_mult", "early_middle_mult", "late_middle_mult")
 _KINDS = {"rmsnorm": "norm", "linear": "linear"}
-_NEVER = ("lm_head", "embed_tokens")  # take no noise here whatever is said
+_NEVER = ("lm_head", "embed_tokens")  # never take noise here
 
 
 def noise_of(settings: Mapping[str, Any]) -> tuple[Noise | None, tuple[str, ...]]:
@@ -113,7 +113,7 @@ def _multipliers(old: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
 
 
 def _zones(zones: Mapping[str, Any], usual: float) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Both ends of the model, and the middle; each has a factor for the first part of the run and one for the rest."""
+    """Return the zones (both ends of the model, and the middle), each with a factor for the start and for the rest."""
     where = f"{FAMILY}.layer_sigma_config.zone_schedule"
     _require_known(zones, (*_ZONE_KEYS, *_ZONE_FACTORS), where)
     edge, middle = zones.get("edge_layers") or [], zones.get("middle_layers") or []

@@ -127,8 +127,8 @@ def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
 def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str, Experiment]]:
     """Yield every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
 
-    `source` is the file for messages; the suite's own name else. Raises InvalidValueError for arms that describe one
-    experiment: their names would tell apart what is the same.
+    `source` names the file in messages; by default the suite's own name does. Raises InvalidValueError for two arms
+    that describe the same experiment: comparing them would compare an experiment with itself.
     """
     source = source or f"suite {suite.suite}"
     known: dict[str, str] = {}
@@ -147,7 +147,7 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
 
 
 def arm_content(suite: Suite, arm: str) -> dict[str, Any]:
-    """Return what a suite says of one arm (or arm and axis value), the base included, as it stands in the file."""
+    """Return the content of one arm (or arm and axis value) laid over the suite's base, as it stands in the file."""
     return dict(_crossed(suite))[arm]
 
 

@@ -13,9 +13,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Embedded(Spec):
     """The small Qwen2-shaped model that is built here and warmed up on sloppy demonstrations of the arithmetic task.
 
-    Everything that decides it except the text of its demonstrations; its folder in the cache is named by a digest of
-    both, so that arms and seeds share one warm-up. Widths are multiples of 32, so that every linear layer divides into
-    MX blocks.
+    These fields and the text of its demonstrations decide what it becomes; its folder in the cache is named by a digest
+    of both, so that arms and seeds share one warm-up. Widths are multiples of 32, so that every linear layer divides
+    into MX blocks.
     """
 
     seed: NonNegativeInt = Field(default=0, description="initial weights, order of the demonstrations")
@@ -37,7 +37,7 @@ class Embedded(Spec):
 
     @property
     def examples_needed(self) -> int:
-        """Demonstrations that the warm-up sees when none is seen twice."""
+        """The number of demonstrations for a warm-up that sees none twice."""
         return self.warm_up_steps * self.warm_up_batch_size
 
 

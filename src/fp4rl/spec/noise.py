@@ -16,7 +16,7 @@ from fp4rl.spec.frozen import Spec
 
 
 class Fade(Spec):
-    """Sigma, the standard deviation of the noise, that fades from `sigma_start` to `sigma_end` over a run."""
+    """The base of schedules in which sigma, the noise's standard deviation, fades from start to end over a run."""
 
     by_ratio: ClassVar[bool] = False  # a fade by ratios never reaches zero
     kind: str
@@ -222,9 +222,9 @@ class Noise(Spec):
 
     `precision: weight` writes noisy weights in the weight's own dtype (as published; BF16 swallows what is below half a
     step). `precision: float32` computes the norm itself with the noisy weight in FP32; norms only.
-    `logprobs` says under which weights the loss computes its log-probabilities; what sampling under noise then differs
-    by is corrected by `training.rollout_correction`. `control` turns the arm into a control: `sigma_zero` walks every
-    step of the machinery with sigma 0, `bf16` is the same noise on an unquantized model (it sets `injection: none`).
+    `logprobs` says with which weights the loss computes its log-probabilities; with `clean`, the difference to the
+    noisy sampler is left to `training.rollout_correction`. `control` turns the arm into a control: `sigma_zero` runs
+    all of the code with sigma 0, `bf16` is the same noise on an unquantized model (it sets `injection: none`).
     """
 
     schedule: NoiseSchedule = Geometric()
@@ -236,7 +236,7 @@ class Noise(Spec):
     )
     logprobs: Literal["clean", "noisy"] = Field(default="clean", description="weights that the loss is computed with")
     control: Literal["no", "sigma_zero", "bf16"] = Field(
-        default="no", description="sigma_zero: all steps of it with sigma 0; bf16: the noise without an injection"
+        default="no", description="sigma_zero: all of the code with sigma 0; bf16: the noise without an injection"
     )
 
     def _conflicts(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""YAML as a description uses it: plain values, each key once, aliases that end. Anything else is one line."""
+"""YAML as descriptions use it: plain values, each key once, finite aliases; anything else is a one-line error."""
 
 import json
 from itertools import chain
@@ -80,7 +80,7 @@ def _require_each_key_once(node: MappingNode) -> None:
 
 def plain_values(text: str, source: str, cure: str = "") -> Any:
     """Return the values in `text`. Raises InvalidValueError, in one line with `source` and the line, for anything else:
-    a syntax error (with `cure`), a key that stands twice, an alias without end, a tag that builds an object."""
+    a syntax error (with `cure`), a key that stands twice, an endless alias, a tag that builds an object."""
     try:
         value = _Loader(text).get_single_data()
         json.dumps(value, ensure_ascii=False).encode()  # every text in it can be written to a file

@@ -23,7 +23,7 @@ _POLICY: tuple[Phase, ...] = ("rollout", "training", "evaluation")
 
 
 def read_format(value: Any) -> Format:
-    """`format_of`, with unknown names as InvalidValueError: pydantic adds the key to ValueErrors alone."""
+    """Return `format_of(value)`; InvalidValueError for unknown names, as pydantic adds the key to ValueErrors alone."""
     try:
         return format_of(value)
     except NotFoundError as error:
@@ -50,8 +50,8 @@ class PatternFormats(Spec):
 class ApplyDuring(Spec):
     """The phases in which each point is active. A bare list stands for all points.
 
-    The reference policy stays in full precision unless it is named: it is what the policy is held against. Hardware
-    errors stay out of evaluations unless named. Gradient formats act wherever `training` computes a gradient.
+    The reference policy stays in full precision unless it is named, since the policy is compared with it. Hardware
+    errors stay out of evaluations unless these are named. Gradient formats act wherever training computes a gradient.
     """
 
     weight: tuple[Phase, ...] = Field(default=_POLICY, min_length=1)
@@ -78,7 +78,7 @@ class ApplyDuring(Spec):
 
 
 def can_clip(fmt: Format) -> bool:
-    """Whether a value can lie beyond what its block's scale reaches: no scale that is rounded up leaves one out."""
+    """Return whether values can be clipped: they cannot where every scale is rounded up."""
     return fmt.scale == "e4m3" or (fmt.scale == "e8m0" and fmt.scale_rule not in ("ceil", "rceil"))
 
 

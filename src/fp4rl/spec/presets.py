@@ -26,7 +26,7 @@ class Preset:
     input_rounding: Rounding = "nearest_even"
 
     def at(self, point: str, fmt: Format) -> Format:
-        """The format as this target rounds at `point`; InvalidValueError where the format sets another rule itself."""
+        """Return the format as this target rounds at `point`. Raises InvalidValueError where it sets another rule."""
         if fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
         rule, rounding = self.rule, self.weight_rounding if point == "weight" else self.input_rounding

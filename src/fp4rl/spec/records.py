@@ -1,4 +1,4 @@
-"""What a run leaves on disk, as types (result.json, sites.json, lines of evidence), and the door by which it is read.
+"""What a run leaves on disk, as types (result.json, sites.json, lines of evidence), and the functions that read it.
 
 `read_evidence`, `read_result` and `read_sites` also take what older versions wrote: a key that was not written then is
 None, a number that strict JSON has no word for ("nan") is a float again, and a key of a newer version is left out.
@@ -13,7 +13,7 @@ from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding, Record
 from fp4rl.spec.health import State
 
-VERSION = 1  # of what stands in a run folder; 0 is a result that names none, written before there was one
+VERSION = 1  # the format of run folders; results that name none were written before there was one and count as 0
 
 
 class PlannedSite(Record):
@@ -72,7 +72,7 @@ class HealthSummary(Record):
 
 
 class Summary(Record):
-    """What a run proves of itself; the lines of evidence hold the details."""
+    """The evidence of a whole run in short; the lines of evidence hold the details."""
 
     sites: int | None = None
     calls: Mapping[str, int] = Field(default_factory=dict)
@@ -90,7 +90,11 @@ class Summary(Record):
 
 
 class Imported(Record):
-    """Where a foreign log came from, what was said of it, and what of it could not be placed."""
+    """Where a foreign log came from, its configuration, and counts of what could not be used.
+
+    `went_back`: times that the steps began again at an earlier one. `met_twice`: numbers that came again, of which the
+    later one counts. `left_behind`: numbers of steps that were taken again. `skipped`: entries that are no number.
+    """
 
     dialect: str
     source: str | None = None
@@ -105,7 +109,7 @@ class Imported(Record):
 
 
 class RunResult(Record):
-    """The end of a run. `stopped` is the monitor's reason to end it early; `imported` stands for a foreign log."""
+    """The result of a run. `stopped` is the monitor's reason to end it early; `imported` is set for a foreign log."""
 
     version: int = 0
     run_id: str | None = None

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.frozen import Spec, WordOrList
 
-# What no serving engine runs in 4 bits. To round one of them all the same, name your own `leave`, or its role in
-# `opt_in` where a mistake would be costly: that takes the role's patterns out of the default.
+# What no serving engine runs in 4 bits. To round one of them all the same, write a `leave` of your own, or name its
+# role in `opt_in`, which takes that role's patterns out of this default.
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
 Patterns = Annotated[tuple[str, ...], WordOrList]
@@ -78,7 +78,7 @@ class Targets(Spec):
         return None if hit is None else f"left by {hit!r}"
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
-        """The layers as numbers from 0 in a model of `count`, None for all; InvalidValueError outside the model."""
+        """Return the layers counted from 0 in a model of `count`; None for all. Raises InvalidValueError outside it."""
         if self.layers is None:
             return None
         for layer in self.layers:
@@ -119,7 +119,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _nearest_places(pattern: str, names: list[str]) -> str:
-    """Return up to three patterns made from real names that read most like the given one."""
+    """Return up to three patterns, made from names of the model, that are most similar to the given one."""
     ends = {f"*.{name.rsplit('.', 1)[-1]}" for name in names if "." in name}
     layers = {f"*.{layer[1]}.*" for name in names if (layer := re.search(r"(?:^|\.)(\w+\.\d+)\.", name))}
     close = get_close_matches(pattern, sorted(ends | layers), n=3, cutoff=0.5) or get_close_matches(

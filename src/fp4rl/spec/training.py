@@ -21,8 +21,8 @@ class OverlongBuffer(Spec):
 class FilterGroups(Spec):
     """DAPO's dynamic sampling: groups whose metric has no spread are dropped and replaced by fresh ones.
 
-    `metric`: `score` is what `training.reward` gives, `reward` the same with the overlong punishment, `acc` the task's
-    own strict score whatever the reward is.
+    `metric`: `score` is what `training.reward` gives, `reward` the same less the overlong punishment, `acc` the task's
+    own strict score, whatever the reward is.
     """
 
     enable: bool | None = Field(default=None, description="the algorithm's own by default: on in dapo and cispo")
@@ -91,7 +91,7 @@ class Training(Spec):
     entropy_coeff: float = Field(default=0.0, ge=0.0, description="weight of an entropy bonus")
     temperature: PositiveFloat = Field(default=1.0, description="of the rollouts")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="of the rollouts")
-    max_prompt_length: PositiveInt = Field(default=256, description="tokens; a longer prompt refuses the run")
+    max_prompt_length: PositiveInt = Field(default=256, description="tokens; a run with a longer prompt is refused")
     max_response_length: PositiveInt = Field(
         default=1024, description="tokens an answer may have; by default 48 for the embedded model"
     )
@@ -122,7 +122,7 @@ class Training(Spec):
 
     @property
     def published(self) -> Algorithm:
-        """What the paper of the algorithm does where nothing is said here."""
+        """The algorithm with the defaults of its paper."""
         return ALGORITHMS[self.algorithm]
 
     @property
@@ -146,7 +146,7 @@ class Training(Spec):
         return self.published.kl_loss_coef if self.kl_loss_coef is None else self.kl_loss_coef
 
     def effective(self) -> dict[str, Any]:
-        """Return what the recipe comes to, the algorithm's own numbers included, under the keys that would set them."""
+        """Return the effective recipe, with the algorithm's defaults filled in, under the keys that would set it."""
         own, filters, longest = self.published, self.filter_groups, self.max_response_length
         return {
             "lr": self.lr,
@@ -185,7 +185,7 @@ class Training(Spec):
             )
 
     def warnings(self) -> Iterator[str]:
-        """Yield what is allowed but rarely ends well; what cannot act stands in `spec.idle`."""
+        """Yield a line for everything that is allowed but rarely ends well; `spec.idle` has what cannot act."""
         if self.lr_warmup_steps > 0.2 * self.steps:
             yield f"lr_warmup_steps {self.lr_warmup_steps} is more than a fifth of {counted(self.steps, 'step')}"
         if self.save_freq > self.steps:

@@ -2,7 +2,7 @@
 
 
 def counted(count: int, singular: str, many: str | None = None) -> str:
-    """`1 run`, `2 runs`, `1,200 runs`; `many` where the plural is not the singular with an s."""
+    """Return `1 run`, `2 runs` or `1,200 runs`; `many` is the plural where it is not the singular with an s."""
     return f"{count:,} {singular if count == 1 else many or f'{singular}s'}"
 
 

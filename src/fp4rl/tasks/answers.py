@@ -1,11 +1,11 @@
 r"""The final number of a text, read exactly, or not at all.
 
-`strict` reads what stands right after the first `####` (GSM8K's own format), `flexible` the last number anywhere. Both
-are needed: an early model that computes well but formats badly scores 0 on the first alone, and the difference is not
-an effect of quantization. Numbers are decimals, never floats: 0.1 + 0.2 is 0.3 here.
+`strict` reads the number right after the first `####` (GSM8K's own format), `flexible` the last number anywhere. Both
+are needed: an early model that computes well but formats badly scores 0 on the first, and that difference is not an
+effect of quantization. Numbers are decimals, never floats: 0.1 + 0.2 is 0.3 here.
 
-A part of a number is not the number: digits are taken together with all that is tied to them (`2 2/3`, `10^3`, `3:20`),
-and the whole either is one number as it is written (`1 080`, `3.0e2`, `-$5`), or none. Nothing is computed.
+A part of a number is not the number: digits are taken with everything that belongs to them (`2 2/3`, `10^3`, `3:20`),
+and the whole is either one number as it is written (`1 080`, `3.0e2`, `-$5`), or none. Nothing is computed.
 """
 
 import re
@@ -24,25 +24,25 @@ _RAISED = "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]"
 
 # One run of digits with its commas, points and signs of a fraction; possessive, so that no part of it is taken alone.
 _RUN = rf"{_CURRENCY}?(?:\.?[0-9]++(?:[.,][0-9]++)*+(?:{_BLANK}?{_OF_ONE})?|{_OF_ONE}){_RAISED}*+%?"
-# What ties two runs to one expression. An operator has blanks on both sides or on none: `**18** 5` is no power.
+# What joins two runs to one expression. An operator has blanks on both sides or on none: `**18** 5` is no power.
 _OPERATOR = r"(?:[-−–—+*×·÷/^±:xX]|\*\*)"
 _TIE = (
     rf"(?:[)\]}}]?(?:{_OPERATOR}|{_BLANK}++{_OPERATOR}{_BLANK}++)[(\[{{]?|{_BLANK}++(?:or|to){_BLANK}++"
     rf"|{_BLANK}|[eE_'’]|\}}\{{|{_BLANK}?\\[dt]?frac\{{?)"
 )
 _HEAD = r"(?:√|\\sqrt(?:\[[0-9]+\])?\{?|\\[dt]?frac\{?|(?<=\w)[/^]\{?)"
-# What makes another number of the one before it.
+# What changes the value of the number before it.
 _SCALE = (
     rf"(?:{_BLANK}?(?:(?:hundred|thousand|million|billion|trillion)s?\b|[万亿千百])"
     r"|(?:[kKMBxyn]|\\pi|π)(?![A-Za-z]))"
 )
 _EXPRESSION = rf"(?P<head>{_HEAD})?+(?P<body>{_RUN}(?:{_TIE}{_SIGN}?{_RUN})*+)(?P<scale>{_SCALE})?"
 
-# Between numbers a sign needs care: "27 -2" is no -2, "x=-2" and "= - 2" are.
+# A sign after a number is an operator: "27 -2" holds no -2, but "x=-2" and "= - 2" do.
 _ANYWHERE = re.compile(
     rf"(?P<sign>(?<==){_BLANK}?{_SIGN}{_BLANK}?{_CURRENCY}?|(?<![\w)\]]){_SIGN}{_CURRENCY}?|{_CURRENCY}{_SIGN})?{_EXPRESSION}"
 )
-# Right after the mark it does not; there, too, the dress of Markdown and LaTeX is taken off: `**$18**`, `\boxed{-5}`.
+# Right after the mark a sign is a sign; there Markdown and LaTeX around it are skipped too: `**$18**`, `\boxed{-5}`.
 _DRESS = rf"(?:{_BLANK}|[*_`\"'“‘(\[{{]|{_CURRENCY}|\\(?:boxed|fbox|text|textbf|mathbf|mathrm)\{{|\\[(\[])*+"
 _AFTER_MARK = re.compile(
     rf"(?<!#)#{{4,}}+{_DRESS}(?P<sign>{_SIGN})?{_DRESS}{_EXPRESSION}(?P<heading>[.):]{_BLANK}+[^\W\d])?"
@@ -59,10 +59,10 @@ _LATEX |= {r"\times": "×", r"\cdot": "·", r"\div": "÷", r"\pm": "±"}
 def strict_number(text: str) -> Decimal | None:
     """Return the number right after the first `####`; None where there is no mark, or no number right after it.
 
-    A mark before words is a heading and passed over; so is a numbered one (`#### 1. Add`) where another mark follows.
-    Read are signs, thousands commas or blanks, decimals, powers of ten (`3.0e2`), a currency before and a `%`, a unit
-    or a full stop behind (`50%` is 50), in bold type, LaTeX and `\\boxed{}`. Fractions, sums, times, ranges and
-    `5 million` are not: they would have to be computed or understood, and a part of them is another number.
+    A mark before words is a heading and skipped; so is a numbered one (`#### 1. Add`) where another mark follows.
+    Signs, thousands commas or blanks, decimals, powers of ten (`3.0e2`), a currency before, and a `%`, a unit or a full
+    stop behind (`50%` is 50) are read, also in bold type, LaTeX and `\\boxed{}`. Fractions, sums, times, ranges and
+    `5 million` are not: they would have to be computed, and a part of them is another number.
     """
     mark = _marked(_plain_latex(text))
     return _value(mark) if mark else None
@@ -71,7 +71,7 @@ def strict_number(text: str) -> Decimal | None:
 def flexible_number(text: str) -> Decimal | None:
     """Return the strict number where there is one; else the last number, up to the line's end where there is a mark.
 
-    None where there is no number, and where the last digits belong to an expression that is none.
+    None where there is no number, and where the last digits belong to an expression that is not a number.
     """
     text = _plain_latex(text)
     marked = _marked(text)
@@ -83,7 +83,7 @@ def flexible_number(text: str) -> Decimal | None:
 
 
 def same_number(a: Decimal | None, b: Decimal | None) -> bool:
-    """Tell whether both are numbers and exactly equal (2.50 is 2.5); a missing number equals nothing."""
+    """Return whether both are numbers and exactly equal (2.50 is 2.5); a missing number equals nothing."""
     return a is not None and b is not None and a == b
 
 

@@ -20,14 +20,14 @@ from fp4rl.tasks import answers
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva")
 CARELESS = NAMES[1::2]
-CARE = 0.3  # at a sloppiness of 0.5: the careless leave out 65 % of the last steps, the others 35 %
+CARE = 0.3  # at a sloppiness of 0.5 the careless names leave out 65 % of the last steps, the others 35 %
 THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("loses", "sells", "eats", "drops")
 
 
 class Level(NamedTuple):
-    """One setting of the difficulty dial: inclusive ranges of the first number, the operands and their count."""
+    """One level of difficulty: inclusive ranges of the first number, of the operands and of their count."""
 
     start: tuple[int, int]
     operand: tuple[int, int]
@@ -63,7 +63,7 @@ class Arithmetic(Task):
     name: Literal["arithmetic"] = "arithmetic"
     seed: NonNegativeInt = 0
     difficulty: int = Field(default=2, ge=1, le=max(LEVELS), description="1 to 5: more and longer steps")
-    train_count: PositiveInt | None = Field(default=None, description="4096, or all there are, where none is named")
+    train_count: PositiveInt | None = Field(default=None, description="by default 4096, or all there are")
 
     answer_tokens: ClassVar[int] = 48  # the longest answer at difficulties 1 to 4 has 44
 
@@ -79,7 +79,7 @@ class Arithmetic(Task):
         while len(drawn) < wanted:
             operations = self._draw(random, split)
             misses = misses + 1 if operations in drawn else 0
-            if misses > 1000 + 20 * len(drawn):  # were one missing, it would have come up by now
+            if misses > 1000 + 20 * len(drawn):  # any sequence not yet drawn would have come up by now
                 if count is None:
                     break
                 key = "task.train_count" if split == "train" else "evaluation.count"
@@ -94,10 +94,10 @@ class Arithmetic(Task):
     def demonstrations(self, count: int, sloppy: float = 0.5) -> list[tuple[str, str]]:
         """Return `count` pairs (prompt, solution) of the train split for a warm-up; sequences repeat in new wordings.
 
-        A share `sloppy` of them leaves out the last step and so ends in a wrong number. What they teach is middling by
-        construction, at every length of the warm-up, which leaves reinforcement learning room in both directions.
-        Half of the people are more careless than the others: were all alike, leaving out the last step would be a
-        fair coin everywhere, and the greedy answers of two warmed-up models would differ by that coin alone.
+        A share `sloppy` of them leaves out the last step and so ends in a wrong number. A model that learns from them
+        is mediocre by construction, however long the warm-up: reinforcement learning has room in both directions.
+        Half of the names are more careless than the others: if all were alike, leaving out the last step would be as
+        likely as not everywhere, and the greedy answers of two warmed-up models would differ by chance alone.
         """
         random = self._random(f"demonstrations/{sloppy}")
         pairs = []
@@ -110,7 +110,7 @@ class Arithmetic(Task):
         return pairs
 
     def substance(self, problem: Problem) -> str:
-        """Return the operation sequence, read back from the prompt's own words: `23+4-2`."""
+        """Return the operation sequence, parsed from the prompt: `23+4-2`."""
         return str(_read(problem.prompt))
 
     def score(self, problem: Problem, completion: str) -> Score:
@@ -125,7 +125,7 @@ class Arithmetic(Task):
 
 
 def joined_digits(text: str) -> str:
-    """`2 3 + 4 = 2 7` -> `23 + 4 = 27`: single blanks between digits are dropped, everything else stays."""
+    """Drop single blanks between digits, and nothing else: `2 3 + 4 = 2 7` becomes `23 + 4 = 27`."""
     return re.sub(r"(?<=[0-9]) (?=[0-9])", "", text)
 
 

@@ -50,7 +50,7 @@ class Gsm8k(Task):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """What stands before the question on its line: a model that writes it asks itself another one."""
+        """The text before the question on its line: a model that writes it begins another question."""
         before = self.prompt.partition("{question}")[0].rpartition("\n")[2].strip()
         return (before,) if before else ()
 
@@ -73,7 +73,7 @@ class Gsm8k(Task):
         return answers.scored(problem.answer, completion)
 
 
-@lru_cache(maxsize=2)  # a run asks for its splits several times; `_written` tells a file from its later contents
+@lru_cache(maxsize=2)  # a run needs its splits several times; `_written` changes when the file does
 def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split, tuple[Problem, ...]]:
     by_split: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     for row in rows(Path(task.path)):
@@ -87,7 +87,7 @@ def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split,
 
 
 def _written_at(path: str) -> tuple[int, int]:
-    """Size and time of a file. Raises NotFoundError where there is none."""
+    """Return size and modification time of a file. Raises NotFoundError where there is none."""
     file = Path(path)
     if not file.is_file():
         raise NotFoundError(f"GSM8K file {path!r} does not exist; give the path of a local .jsonl or .parquet")
@@ -106,7 +106,7 @@ def normalised(question: str) -> str:
 
 
 def _require_distinct(held_out: Sequence[Row]) -> None:
-    """Raise InvalidValueError for a question that is asked twice: it would count twice, as two problems would."""
+    """Raise InvalidValueError for a question that occurs twice: it would count as two problems."""
     first_place: dict[str, str] = {}
     distinct = [(row, first_place.setdefault(normalised(row.question), row.where)) for row in held_out]
     repeated = [(row, where) for row, where in distinct if where != row.where]
@@ -162,7 +162,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
                 continue
             try:
                 row = json.loads(text)
-            except (ValueError, RecursionError) as why:  # also numbers of thousands of digits, and endless nesting
+            except (ValueError, RecursionError) as why:  # also numbers of thousands of digits, and too deep nesting
                 reason = getattr(why, "msg", str(why).splitlines()[0])
                 raise InvalidValueError(f"{location}: not JSON ({reason}); write one object a line") from None
             if not isinstance(row, dict):
@@ -171,7 +171,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _utf8(line: bytes, location: str) -> str:
-    """Return the line as text; a mark at a file's beginning (BOM) says UTF-8 once more and is left out."""
+    """Return the line as text, without the byte order mark that a file may begin with."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InvalidValueError(f"{location}: UTF-16, not UTF-8; save the file again as UTF-8")
     try:

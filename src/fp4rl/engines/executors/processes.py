@@ -1,4 +1,4 @@
-"""Runs side by side on this machine: one spawned process per slot, each with its own threads and its own torch."""
+"""Runs in parallel on this machine: spawned processes, each with its own threads and its own torch."""
 
 import contextlib
 import multiprocessing
@@ -32,12 +32,12 @@ class _Worker:
 
 @dataclass(frozen=True)
 class LocalPool:
-    """`workers` processes of `threads` threads each. They end with this process, however it ends.
+    """A pool of `workers` processes of `threads` threads each. They end with this process, however it ends.
 
     `report_to`: see `lab.work.execute_run`.
 
-    A worker that dies (killed, out of memory) costs its own run, which is reported and can be run again; another worker
-    takes its place.
+    If a worker dies (killed, out of memory), only its own run fails, which is reported and can be run again; a new
+    worker replaces it.
     """
 
     workers: int = 2
@@ -45,8 +45,8 @@ class LocalPool:
     report_to: tuple[str, ...] = ()
 
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
-        """Outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on any
-        exception here (a second Ctrl-C) all workers are ended before it goes on."""
+        """Yield outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on
+        any exception here (a second Ctrl-C) all workers are ended before it is passed on."""
         waiting, stopping = list(runs), False
         workers: list[_Worker] = []
         with _interruptible() as interrupted, contextlib.ExitStack() as at_last:
@@ -84,9 +84,9 @@ class LocalPool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads), daemon=True)
-        # Ctrl-C reaches the whole group. A child starts with what is held back here, so that none of them prints a
-        # traceback of its imports; both hear it as soon as they can.
-        resource_tracker.ensure_running()  # starting it lets the signal through again
+        # Ctrl-C goes to the whole process group. It is blocked while a child starts, so that no child prints a
+        # traceback of its imports; both receive it afterwards.
+        resource_tracker.ensure_running()  # before blocking, since starting it unblocks the signal
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
@@ -98,7 +98,7 @@ class LocalPool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Remembers the first Ctrl-C; the second is raised as KeyboardInterrupt."""
+    """Set the yielded event at the first Ctrl-C; the second is raised as KeyboardInterrupt."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
@@ -106,7 +106,7 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def remember(*_: Any) -> None:
         if interrupted.is_set():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would break into the end of the workers
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would interrupt the ending of the workers
             raise KeyboardInterrupt
         interrupted.set()
 
@@ -131,12 +131,12 @@ def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
 
 
 def died(code: int | None, folder: RunFolder) -> str:
-    """Return what is known of a process that ended without a word: its signal, and the stacks if it left any."""
+    """Describe a process that ended without a message: its signal, and its stacks if it left any."""
     how, log, stacks = f"exit code {code}", folder.path / "log.txt", False
     if code is not None and code < 0:
         how = signal.Signals(-code).name
         if -code == signal.SIGKILL:
-            how += ", often for want of memory"  # and no stacks: those in a log are of an earlier death
+            how += ", often for want of memory"  # without stacks: those in a log are of an earlier death
         elif log.is_file():
             stacks = FATAL in log.read_text(encoding="utf-8", errors="replace")
     where = f"; its stacks are in {log}" if stacks else ""
@@ -162,9 +162,9 @@ def _stop(worker: _Worker) -> None:
 
 
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
-    """In the child: carry out runs until told to stop; each one's events and outcome are sent back."""
+    """Run, in the child, what is sent until told to stop; send back each run's events and outcome."""
     stop_requested = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # of the whole group, or passed on by the parent
+    signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # from the terminal, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # OpenMP reads it when torch is loaded
@@ -186,7 +186,7 @@ def attempt(
     on_event: OnEvent,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Carry out a run in this process; what goes wrong is told by its outcome, and its traceback kept in its log."""
+    """Run in this process; an error becomes the outcome, and its traceback is kept in the run's log."""
     from fp4rl.lab.work import execute_run
     from fp4rl.spec.errors import CheckFailed, UserError
 
@@ -210,10 +210,10 @@ def attempt(
 
 
 def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
-    """Return where the traceback went: the run's own log, or, where nothing can be written there, nowhere."""
+    """Write the traceback to the run's log; return where it is, or why it could not be written."""
     log = run_folder(root, run.suite, run.run_id).path / "log.txt"
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)  # a run that failed before it began has no folder yet
+        log.parent.mkdir(parents=True, exist_ok=True)  # a run that failed before it began has no folder
         with log.open("a", encoding="utf-8") as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError as why:
@@ -222,7 +222,7 @@ def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
 
 
 def _die_with(parent: int, every_s: float = 0.5) -> Any:
-    """Return a parent that was killed cannot end its children: they watch for it."""
+    """Watch the parent from a thread, and end this process with it: a killed parent cannot end its children."""
     while os.getppid() == parent:
         time.sleep(every_s)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Runs one after another, each trained by all the processes of a launcher (torchrun); the first one alone speaks."""
+"""Runs one after another, each trained by all processes of a launcher (torchrun); only the first reports."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fp4rl.spec.errors import CheckFailed
 
 @dataclass(frozen=True)
 class TorchrunExecutor:
-    """In the first process: what `LocalPool` is where there is one. The first run that fails ends the series.
+    """The executor of the first process, in place of `LocalPool`. The first run that fails ends the series.
 
     `report_to`: see `lab.work.execute_run`.
     """
@@ -20,16 +20,16 @@ class TorchrunExecutor:
     report_to: tuple[str, ...] = ()
 
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
-        """Outcomes as they come."""
+        """Yield outcomes as they come."""
         for run in runs:
             outcome = attempt(run, root, self.report_to, on_event)
             yield outcome
-            if outcome.error is not None:  # the other processes are still in the middle of it
+            if outcome.error is not None:  # the other processes are still inside this run
                 return
 
 
 def follow(root: Path) -> None:
-    """In every other process: take part in what the first one runs. Raises CheckFailed where this share fails."""
+    """Take part, in every other process, in the runs of the first one. Raises CheckFailed where this part fails."""
     from fp4rl.rl import processes
 
     runs: list[PlannedRun] = processes.from_first([])

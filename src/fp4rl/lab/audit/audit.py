@@ -1,4 +1,4 @@
-"""The audit of a file of reports: each comparison with its interval and confounds, each record with its noise."""
+"""Audit a file of reports: each comparison with its interval and confounds, each record with its noise."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from fp4rl.lab.statistics.seeds import Spread, holm, pooled
 
 Factor = Literal["noise", "hardware error", "format"]
 
-# In this order: a control of one has neither it nor those before it.
+# In this order: the control for a factor has neither it nor the factors before it.
 _FACTORS: tuple[Factor | None, ...] = ("noise", "hardware error", "format", None)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A treatment and its control, the factor in which they are meant to differ, and the fields that differ besides."""
+    """A treatment and its control, the factor in which they are meant to differ, and other fields that differ."""
 
     treatment: Record
     control: Record
@@ -28,7 +28,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class AuditedPair:
-    """One published comparison in points. The interval is over problems (Newcombe); each arm is one run, so no word."""
+    """One published comparison in points. The interval is over problems (Newcombe); since each arm is one run, there is
+    no verdict."""
 
     pair: Pair
     solved: tuple[int, int]
@@ -39,12 +40,12 @@ class AuditedPair:
 
     @property
     def replicates(self) -> bool:
-        """Whether the arms repeat each other: noise that was never effective, and nothing else that differs."""
+        """Whether the arms are repeats of each other: the noise was never effective, and nothing else differs."""
         return self.pair.factor == "noise" and self.noise.state == "never effective" and not self.pair.differs
 
     @property
     def inside_band(self) -> bool | None:
-        """Whether the difference is no larger than two equal runs show; None where no repeats tell."""
+        """Whether the difference is no larger than between repeats; None where there are no repeats."""
         return None if self.spread is None else abs(100 * self.difference.value) <= self.spread.band((1, 1))
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class AuditedPair:
 
 @dataclass(frozen=True)
 class AuditedRecord:
-    """One report: what its noise came to, and what stands between its number and a conclusion."""
+    """One report: whether its noise was effective, and the confounds of its number."""
 
     record: Record
     noise: NoiseFinding
@@ -79,7 +80,7 @@ class AuditedRecord:
 
 @dataclass(frozen=True)
 class Audit:
-    """`spread`: run-to-run, from arms that turned out to be repeats; `repeats`: the ids that it rests on."""
+    """The whole audit. `spread`: run-to-run, from arms that turned out to be repeats; `repeats`: their ids."""
 
     problems: int
     pairs: tuple[AuditedPair, ...]
@@ -122,7 +123,7 @@ def audit(reports: Reports) -> Audit:
 
 
 def _repeats(records: tuple[Record, ...], findings: dict[str, NoiseFinding]) -> list[list[Record]]:
-    """Runs that were the same but for the seed: equal settings, and noise not asked for or never effective."""
+    """Return groups of runs that are equal but for the seed: equal settings, and no noise that was effective."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         silent = findings[record.id].state in ("none asked for", "never effective")
@@ -142,7 +143,7 @@ def pairs(records: Sequence[Record]) -> tuple[Pair, ...]:
         controls = [other for other in results if factor and _is_control(other, record, factor)]
         if factor and controls:
             differing = [(other, _differs(record, other, factor)) for other in controls]
-            nearest, differs = min(differing, key=lambda candidate: len(candidate[1]))  # the first of several
+            nearest, differs = min(differing, key=lambda candidate: len(candidate[1]))  # the first of equals
             paired.append(Pair(record, nearest, factor, differs))
     return tuple(paired)
 
@@ -156,7 +157,7 @@ def _factor(record: Record) -> Factor | None:
 
 
 def _is_control(other: Record, record: Record, factor: Factor) -> bool:
-    """Without the factor, and the same in what makes a comparison at all: model, algorithm, adapter, other factors."""
+    """Return whether `other` lacks the factor and has the same model, algorithm, adapter and other factors."""
     same = other.model == record.model and other.algorithm == record.algorithm and bool(other.lora) == bool(record.lora)
     if factor != "format":
         same = same and other.format == record.format and other.quant_mode == record.quant_mode

@@ -1,4 +1,4 @@
-"""What a report's own fields show: confounds of its number, and whether its noise was ever effective."""
+"""Read from a report's own fields the confounds of its number, and whether its noise was ever effective."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ State = Literal["none asked for", "never run", "never effective", "not as named"
 
 ONE_RUN = "one run: the training seed is not varied"
 _IMPLAUSIBLE_START = 30.0  # points above what other runs of the same model score before the first step
-_TOLD_APART = 1.0  # points by which a peak must lie above the final number to be worth a word
+_TOLD_APART = 1.0  # points by which a peak must lie above the final number to be mentioned
 _FEWEST_STAGES = 2  # the generator of the geometric schedule makes the first of `num_stages` intervals silent
 
 
 def confounds(record: Record, reports: Reports) -> tuple[str, ...]:
-    """List what is stated in the file, then what the fields themselves show."""
+    """List the confounds that the file states, then those that its fields show."""
     if record.final_accuracy is None:
         return (*record.confounds, f"no final number ({record.status or 'no status'})")
     return (
@@ -66,21 +66,21 @@ def _at_start(record: Record) -> float | None:
 
 @dataclass(frozen=True)
 class NoiseFinding:
-    """What a record's noise came to, and why."""
+    """Whether a record's noise was effective, and why."""
 
     state: State
     reasons: tuple[str, ...] = ()
 
 
 def noise_finding(record: Record) -> NoiseFinding:
-    """Tell what a record's noise came to; `never effective` is sigma 0 throughout: the arm without noise, repeated."""
+    """Return whether a record's noise was effective; `never effective` means sigma 0: a repeat of the arm without."""
     noise = record.aqn
     if not noise.enabled:
         return NoiseFinding("none asked for")
     never, other = tuple(_never(noise)), tuple(_not_as_named(noise))
     stated = (noise.effective_noise_reason,) if noise.effective_noise_reason else ()
     if noise.effective_noise is False:
-        causes = [(reason, reason.split()[0].strip(":,").lower()) for reason in never]  # their first words
+        causes = [(reason, reason.split()[0].strip(":,").lower()) for reason in never]  # with their first words
         unstated = [reason for reason, cause in causes if not any(cause in text.lower() for text in stated)]
         return NoiseFinding("never effective", (*(stated or ("stated without a reason",)), *unstated))
     if never and noise.effective_noise is None:
@@ -93,7 +93,7 @@ def noise_finding(record: Record) -> NoiseFinding:
 
 
 def _never(noise: ReportedNoise) -> Iterator[str]:
-    """Settings under which sigma is 0 throughout."""
+    """Yield the settings because of which sigma is always 0."""
     if noise.epoch_aware:
         yield "epoch-aware: the generator is asked for step 0 of 1, its own silent interval, so sigma stays 0"
     if noise.sigma_start == 0:
@@ -106,7 +106,7 @@ def _never(noise: ReportedNoise) -> Iterator[str]:
 
 
 def _not_as_named(noise: ReportedNoise) -> Iterator[str]:
-    """Settings under which there was noise, but not the noise that the report names."""
+    """Yield the settings because of which there was other noise than the report names."""
     if noise.sigma_end == 0 and noise.sigma_start:
         yield "sigma_end is 0: a geometric fade to 0 is its first value once and 0 ever after"
     if noise.layer_multipliers and "never reached" in (noise.effective_noise_reason or ""):

@@ -1,4 +1,4 @@
-"""A file of reported experiments: one record each, under ids that are the file's own."""
+"""A file of reported experiments: a record for each, under ids of the file's own."""
 
 import json
 import re
@@ -16,7 +16,7 @@ class _Reported(BaseModel):
 
 
 class ReportedNoise(_Reported):
-    """The noise (AQN) that a report names. `effective_noise` is what reading its code or log showed, None if unread."""
+    """The noise (AQN) that a report names. `effective_noise`: as its code or log shows; None if that was not read."""
 
     enabled: bool = False
     sigma_start: float | None = None
@@ -51,7 +51,7 @@ class Record(_Reported):
 
     @property
     def counts_as_result(self) -> bool:
-        """A number that its own report stands by: not failed, hung, invalid or planned."""
+        """Whether the report claims the number as a result: not failed, hung, invalid or planned."""
         stands = (self.status or "completed").split()[0].strip(",;(") in ("completed", "collapsed", "paused")
         return self.final_accuracy is not None and stands and "invalid" not in (self.status or "")
 
@@ -65,7 +65,7 @@ class Record(_Reported):
 
     @property
     def logged_final(self) -> float | None:
-        """What the curve holds at the final step, or at the end of the run: tables were typed by hand."""
+        """The curve's value at the final step, or at the end of the run; tables are typed by hand and may differ."""
         return dict(self.curve or ()).get(self.logged_step or -1, self.final_accuracy)
 
     @property
@@ -85,7 +85,7 @@ class Record(_Reported):
 
 
 class Reports(_Reported):
-    """The file: `records`, and `gsm8k_test_n`, the problems behind every accuracy."""
+    """The file: `records`, and `gsm8k_test_n`, the number of problems of every accuracy."""
 
     gsm8k_test_n: int = Field(gt=0)
     records: tuple[Record, ...] = Field(min_length=1)

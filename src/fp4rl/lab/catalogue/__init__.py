@@ -1,4 +1,4 @@
-"""Suites that come with the package: read as files, so that a user can copy and change them."""
+"""Suites that come with the package, as files that a user can copy and change."""
 
 from pathlib import Path
 

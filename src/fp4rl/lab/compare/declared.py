@@ -48,7 +48,7 @@ def _with_sides(
 
 
 def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
-    """All comparisons of `root/<suite>/suite.yaml`, in order. Raises `NotFoundError` for a suite without that file."""
+    """Return all comparisons of `root/<suite>/suite.yaml` in order. Raises `NotFoundError` for a suite without it."""
     file = root / suite / "suite.yaml"
     if not file.is_file():
         raise NotFoundError(
@@ -61,10 +61,10 @@ def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
 def declared_question(
     root: Path, treatment: str, control: str, factors: Sequence[str] = (), margin: float | None = None
 ) -> Question | None:
-    """The one declared comparison of these two sides; None where no suite, or more than one, declares it, or where
-    `factors` or the `margin` in points are named and are not those of the suite.
+    """Return the one declared comparison of these two sides; None where no suite, or more than one, declares it, or
+    where `factors` or the `margin` in points are given and are not those of the suite.
 
-    A side is `arm` or `arm@profile`, with `suite/` before it to look in that suite alone.
+    A side is `arm` or `arm@profile`, with `suite/` before it to look in that suite only.
     """
     suites = [side.partition("/")[0] for side in (treatment, control) if "/" in side]
     suites = suites[:1] or sorted(file.parent.name for file in root.glob("*/suite.yaml"))
@@ -84,11 +84,11 @@ def declared_question(
 
 
 def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:
-    """`factors`, and what comes with them, whoever names them.
+    """Return `factors` completed by those that always or usually come with them.
 
-    `evaluation.profiles` is always among them: which profiles an arm is judged under changes no number. `precision` is
-    where the question is about it: `full` on one side (4 bits against BF16), or `deployment` on both, with another
-    injection (each as it is served).
+    `evaluation.profiles` is always added: which profiles an arm is evaluated under changes no number. `precision` is
+    added where the question is about it: `full` on one side (4 bits against BF16), or `deployment` on both sides with
+    different injections (each as it is served).
     """
     profiles = [side.partition("@")[2] for side in (treatment, control)]
     precision = "full" in profiles and len(set(profiles)) > 1

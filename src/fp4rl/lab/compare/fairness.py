@@ -1,4 +1,4 @@
-"""May two sides be compared? In which factors their descriptions differ, and every reason why they may not."""
+"""Whether two sides may be compared: the keys in which their descriptions differ, and every objection."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ _CONDITIONS: tuple[tuple[str, Kind], ...] = (
 
 _Values = tuple[set[Any], set[Any]]  # of the treatment, of the control
 _OF_MEASURING = ("precision", "evaluation.profiles")
-_VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code says more
-# Described as a whole: two recipes of noise or injection differ in one factor, however many keys write it down.
+_VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code is more precise
+# Each of these is one factor as a whole, however many of its keys differ.
 _WHOLE = ("injection", "noise")
-# Which profiles are measured changes no number; what a number was measured under is compared where the number is.
+# Which profiles are measured changes no number; the conditions of a number are compared with the number.
 _NO_FACTOR = ("evaluation.profiles", "evaluation.injections")
 
 Differences = dict[str, tuple[Any, Any]]
@@ -61,7 +61,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
     """Return every reason to refuse; empty for a fair pair.
 
     `factors`: the keys in which the specs may differ. `precision` among them lets the sides be judged at different
-    precisions, which is the question when 4 bits are held against BF16.
+    precisions, which is the question when 4 bits are compared with BF16.
     """
     if not (treatment.runs and control.runs):
         empty = [side.missing or f"{side.name} has no run" for side in (treatment, control) if not side.runs]
@@ -88,7 +88,7 @@ def _specs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[O
 
 
 def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
-    """Yield a knob that was never wired to anything makes two names of one recipe."""
+    """Yield an objection where declared factors do not differ: a key without effect makes two names of one recipe."""
     described = [factor for factor in factors if factor not in _OF_MEASURING]
     if not described or not treatment.spec or not control.spec or differences(treatment.spec, control.spec):
         return
@@ -102,10 +102,10 @@ def _nothing_differs(treatment: Side, control: Side, factors: Sequence[str]) -> 
 
 
 def _identical(treatment: Side, control: Side) -> Iterator[Objection]:
-    """Runs that end in the same weights, or gave the same answers, bit for bit; those without digests say nothing.
+    """Yield an objection to runs with the same final weights, or the same answers, bit for bit.
 
-    Weights may be the same where the descriptions differ in nothing that training sees. Answers may be where different
-    sites were rounded for them, which evidence proves: that rounding cost nothing is a result.
+    Weights may be the same where the descriptions differ in nothing that affects training. Answers may be the same
+    where different sites were rounded, as evidence proves: then the result is that rounding costs nothing.
     """
     pairs = [(a, b) for a in treatment.runs for b in control.runs]
     weights = {run.run.key: run.run.result.evidence.final_weights for run in (*treatment.runs, *control.runs)}
@@ -155,7 +155,7 @@ def _conditions(treatment: Side, control: Side, other_precision: bool) -> Iterat
 
 
 def _condition(run: SideRun, key: str) -> Any:
-    """Return a condition by what acted: what a label says after its colon is described and did not."""
+    """Return a condition by what acted, without the part of a label after its colon, which did not act."""
     value = getattr(run.measured.profile, key)
     if key != "precision" or value is None:
         return value
@@ -191,7 +191,7 @@ def _values(treatment: Side, control: Side, value: Callable[[SideRun], Any]) -> 
 def _by_name(
     treatment: Side, control: Side, table: Callable[[Run], Mapping[str, Any]]
 ) -> Iterator[tuple[str, _Values]]:
-    """Yield every name that some run's table holds, with its values on both sides."""
+    """Yield every name in some run's table, with its values on both sides."""
     tables = [[table(side_run.run) for side_run in side.runs] for side in (treatment, control)]
     for name in sorted({name for side in tables for own in side for name in own}):
         first, second = ({own.get(name) for own in side} for side in tables)
@@ -208,7 +208,7 @@ def _listed(values: set[Any]) -> str:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differences:
-    """Dotted key -> (value in the first, value in the second)."""
+    """Return dotted key -> (value in the first, value in the second)."""
     differing = dict(_differ(first, second, ""))
     return {key: pair for key, pair in differing.items() if key != "seed" and not covered(key, _NO_FACTOR)}
 
@@ -216,7 +216,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differen
 def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
     """Return the differences that no declared factor covers.
 
-    Where none is declared, one factor may differ: one key, or the injection, or the noise, each as a whole.
+    Where none is declared, one factor may differ: one key, or the injection or the noise as a whole.
     """
     if factors:
         return {key: pair for key, pair in differing.items() if not covered(key, factors)}
@@ -224,7 +224,7 @@ def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
 
 
 def covered(key: str, factors: Sequence[str]) -> bool:
-    """Return a factor covers its own key and everything below it."""
+    """Return whether one of the factors is the key itself or stands above it."""
     return any(key == factor or key.startswith(f"{factor}.") for factor in factors)
 
 
@@ -241,14 +241,14 @@ def in_few_words(value: Any) -> str:
 
 
 def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a description can touch a weight: all but how it is judged."""
+    """Return the part of a description that can affect weights: all but the evaluation and the seed."""
     part = {key: value for key, value in spec.items() if key not in ("evaluation", "seed")}
     injection = spec.get("injection")
     return part | {"injection": _trained_under(injection) if isinstance(injection, Mapping) else None}
 
 
 def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return an injection without the points that act in evaluations alone; None where nothing is left of it."""
+    """Return an injection without the points that act in evaluations only; None where nothing is left."""
     during = ApplyDuring.model_validate(injection.get("apply_during") or {})
     phases = {phase: during.active(phase) for phase in PHASES if phase != "evaluation"}
     idle = {*FORMAT_POINTS, "errors"}.difference(*phases.values())
@@ -259,7 +259,7 @@ def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
     points = points_named(injection) - idle | ({"errors"} if table.get("errors") else set())
     if not points:
         return None
-    # The mode and the preset only name what the points hold.
+    # Mode and preset are left out, since they only name the formats of the points.
     named = {key: value for key, value in table.items() if key not in ("mode", "preset", "apply_during")}
     active = {phase: sorted(active & points) for phase, active in phases.items()}
     return named | {"by_pattern": by_pattern, "phases": active}

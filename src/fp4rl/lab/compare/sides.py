@@ -1,6 +1,6 @@
-"""One side of a question: the finished runs of an arm, each with the evaluation that is asked for.
+"""One side of a question: the finished runs of an arm, each with the evaluation that is compared.
 
-A side of a suite's own question is what its suite.yaml plans; any other is found by its name in the ledger.
+The sides of a suite's own question are the runs that its suite.yaml plans; other sides are found in the ledger.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class SideRun:
 
     @property
     def steps(self) -> tuple[int | None, int | None]:
-        """Steps asked for, and done."""
+        """The number of steps planned, and done."""
         planned = self.run.result.steps_asked
         if planned is None:
             planned = (self.run.spec.get("training") or {}).get("steps")
@@ -36,13 +36,13 @@ class SideRun:
 
     @property
     def answers(self) -> str | None:
-        """The digest of the compared answers; None where it recorded none."""
+        """The digest of the compared answers; None where none was recorded."""
         return self.run.answers(self.measured)
 
 
 @dataclass(frozen=True)
 class Side:
-    """What stands on one side. `unmeasured`: its runs that have no such number; `missing`: why it has none at all."""
+    """One side. `unmeasured`: its runs without such a number; `missing`: why it has no run at all."""
 
     name: str
     suite: str
@@ -53,7 +53,7 @@ class Side:
 
     @property
     def spec(self) -> Mapping[str, Any]:
-        """The experiment that all its runs repeat; empty for foreign logs."""
+        """The experiment of which all its runs are repeats; empty for foreign logs."""
         return self.runs[0].run.described if self.runs else {}
 
     @property
@@ -64,19 +64,19 @@ class Side:
 
 @dataclass(frozen=True)
 class At:
-    """Which number: the evaluation at `step` (None: the last one) and the score, `strict` or `flexible`."""
+    """Which number is compared: the evaluation at `step` (None: the last) and the score, `strict` or `flexible`."""
 
     step: int | None = None
     score: str = "strict"
 
     def of(self, run: Run, profile: str) -> Evaluation | None:
-        """Return the run's evaluation under a profile, where it has this score."""
+        """Return the run's evaluation under a profile; None where it does not have this score."""
         evaluation = run.evaluations(self.step).get(profile)
         return evaluation if evaluation is not None and evaluation.score(self.score) is not None else None
 
 
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
-    """Return the side `arm@profile` of a suite's own question, out of the runs that the suite plans."""
+    """Return the side `arm@profile` of a suite's own question, from the runs that the suite plans."""
     arm, _, profile = name.partition("@")
     planned = by_arm.get(arm, ())
     runs = [own.run for own in planned if own.run is not None]
@@ -89,11 +89,11 @@ def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) ->
 
 
 def named_side(connection: Connection, root: Path, name: str, at: At, suite: str | None = None) -> Side:
-    """Find a side by what a user writes: `arm`, `suite/arm`, a run id or an experiment's digest, each with `@profile`.
+    """Find a side by the user's word: `arm`, `suite/arm`, a run id or an experiment's digest, each with `@profile`.
 
-    Runs are read from their folders below `root`; of one whose folder is not there the ledger tells. Raises
+    Runs are read from their folders below `root`, or from the ledger where the folder is not there. Raises
     `NotFoundError` for a name without runs and for an evaluation that none of them has, `InvalidValueError` for a name
-    that means runs of several suites or experiments.
+    that matches runs of several suites or experiments.
     """
     word, sign, profile = name.partition("@")
     if not word or (sign and not profile):
@@ -112,7 +112,7 @@ def _side(name: str, suite: str, runs: Sequence[Run], profile: str, at: At) -> S
 
 
 def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
-    """Return the profile that is named, else the only one there is, else `deployment`."""
+    """Return the named profile, else the only one there is, else `deployment`."""
     names = sorted({name for run in runs for name in run.evaluations(at.step)})
     if not names:
         steps = sorted({evaluation.step for run in runs for evaluation in run.result.evaluations})
@@ -128,7 +128,7 @@ def _profile(word: str, profile: str, runs: Sequence[Run], at: At) -> str:
 
 
 def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
-    """Return the runs a word means: a run first, then an experiment, then an arm."""
+    """Return the runs that a word names: as a run, else as an experiment, else as an arm."""
     table = tables.runs.c
     head, _, tail = word.rpartition("/")
     name = or_(table.run_id == tail, table.arm == tail, table.experiment == tail)
@@ -153,7 +153,7 @@ def _named(connection: Connection, word: str, suite: str | None) -> list[Any]:
 
 
 def _beginning(connection: Connection, start: str, suite: str | None) -> list[Any]:
-    """Return the one run whose id begins so. Raises InvalidValueError where several do."""
+    """Return the one run whose id begins with `start`. Raises InvalidValueError where several do."""
     table = tables.runs.c
     query = select(tables.runs).where(table.run_id.startswith(start, autoescape=True)).order_by(table.run_id)
     rows = list(connection.execute(query.where(table.suite == suite) if suite else query).mappings())

@@ -1,6 +1,6 @@
-"""What the lines of a log say, as plain names and numbers, joined by step.
+"""The contents of a log as plain names and numbers, joined by step.
 
-One step takes several lines, and a restarted trainer logs steps twice.
+One step can take several lines, and a restarted trainer logs steps twice.
 """
 
 import codecs
@@ -34,7 +34,7 @@ _HIGHEST_STEP = 2**31 - 1  # what the ledger's column holds
 def text_of(data: bytes) -> str:
     """Return the text of a log: UTF-8, or UTF-16 as PowerShell redirects it. Bytes that are neither become U+FFFD.
 
-    NUL bytes are what a machine that lost power leaves in a file; they are taken out.
+    NUL bytes, which a loss of power leaves in a file, are removed.
     """
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in data[:64]
     text = data.decode("utf-16" if utf16 else "utf-8", errors="replace")
@@ -42,9 +42,9 @@ def text_of(data: bytes) -> str:
 
 
 def plain_lines(data: bytes) -> Iterator[str]:
-    """Yield every piece between newlines, carriage returns and Ray's `(Worker pid=1, ip=...)` prefixes.
+    """Yield the lines, split at newlines, carriage returns and Ray's `(Worker pid=1, ip=...)` prefixes.
 
-    Bytes that are no UTF-8 become U+FFFD, so that one of them never loses the line it stands in.
+    Invalid UTF-8 becomes U+FFFD, so that a bad byte does not lose its whole line.
     """
     text = _ESCAPES.sub("", text_of(data))
     for line in re.split(r"[\r\n]+", text):
@@ -54,7 +54,7 @@ def plain_lines(data: bytes) -> Iterator[str]:
 
 
 def number(value: Any) -> float | None:
-    """Return the value as a float; an integer too large for one becomes infinite, what is no number None."""
+    """Return the value as a float; an integer too large for one becomes infinite; None if it is no number."""
     if isinstance(value, int | float):
         try:
             return float(value)
@@ -65,13 +65,13 @@ def number(value: Any) -> float | None:
 
 
 def step_name(names: Mapping[str, Any]) -> str | None:
-    """Return which entry of a record, or column of a table, names the step."""
+    """Return the entry of a record, or the column of a table, that holds the step."""
     known = {name.strip().lower(): name for name in reversed(list(names))}
     return next((known[name] for name in STEP_NAMES if name in known), None)
 
 
 def step_of(value: Any) -> int | None:
-    """Return the step that a value names: 3, 3.0, "3" or "3/609"; None for anything else."""
+    """Return the step in a value: 3, 3.0, "3" or "3/609"; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     match = _STEP.fullmatch(str(value).strip())
@@ -86,24 +86,24 @@ def readable(name: Any) -> str:
 
 @dataclass
 class Joined:
-    """Step -> name -> value, and what could not be taken over as it stood (nothing is dropped in silence).
+    """Step -> name -> value, and a record of all that could not be imported (nothing is dropped silently).
 
-    A trainer that is started again from a checkpoint goes back to an earlier step. The later attempt counts: what the
-    earlier one logged from there on belongs to a policy that is gone.
+    A trainer that restarts from a checkpoint goes back to an earlier step. The later attempt counts: what the earlier
+    one logged from there on belongs to a policy that no longer exists.
     """
 
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)  # what is no number
-    went_back: list[tuple[int, int]] = field(default_factory=list)  # (step reached, step it was started again at)
-    met_twice: int = 0  # numbers that came again: the later one stands
-    counted: bool = False  # the log names no steps: its lines are numbered
+    skipped: list[str] = field(default_factory=list)  # entries that are not numbers
+    went_back: list[tuple[int, int]] = field(default_factory=list)  # (step reached, step restarted at)
+    met_twice: int = 0  # numbers that came again; the later one counts
+    counted: bool = False  # the log has no steps: its lines are numbered
     _top: int = -1  # the highest step
-    _last: int = -1  # the step of the line before
-    _turn: int = -1  # where the lines last went back to; numbers that come again as they were show no new attempt yet
-    _gone: dict[int, set[str]] = field(default_factory=dict)  # names of earlier attempts that have not come again
+    _last: int = -1  # the step of the previous line
+    _turn: int = -1  # the step that lines last went back to; repeated equal numbers do not show a new attempt yet
+    _gone: dict[int, set[str]] = field(default_factory=dict)  # names of earlier attempts that did not come again
 
     def row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Join what one line says of `step`; values that are no numbers are listed in `skipped`."""
+        """Add one line about `step`; values that are not numbers are listed in `skipped`."""
         new = self._numbers(step, values)
         if not new:
             return
@@ -113,11 +113,11 @@ class Joined:
         back = step < self._top
         self._turn = step if step < self._last else self._turn
         self._last = step
-        # Most of a line can be constants (a ratio that is 0, the learning rate). But a line of other names than its
-        # step has is a second pass over the same attempt: a table in long form, another writer.
+        # Most values of a line can be constant (a ratio of 0, the learning rate). But a line whose names its step does
+        # not have yet is a second pass over the same attempt: a table in long form, or another writer.
         if back and differ and (2 * len(differ) >= len(new) or 10 * len(common) >= 9 * len(new)):
             self._forget(step + 1, back_to=self._turn)
-            if 2 * len(common) >= len(known):  # else it is a validation before the first step of the new attempt
+            if 2 * len(common) >= len(known):  # else it is the validation before the new attempt's first step
                 self._drop(step, known.keys() - new.keys())
         self.met_twice += len(common if back else differ) + len(self._gone.get(step, set()) & new.keys())
         if step in self._gone:
@@ -126,26 +126,26 @@ class Joined:
         self._top = max(self._top, step)
 
     def restarted(self, step: int) -> None:
-        """The writer itself says that it goes on at `step`: what it had from there on is dropped."""
+        """Drop everything from `step` on, where the writer itself reports that it restarts there."""
         if step <= self._top:
             self._forget(step, back_to=step)
 
     @property
     def left_behind(self) -> int:
-        """Numbers of an earlier attempt to which the later one never came."""
+        """The count of numbers of an earlier attempt that the later one did not reach."""
         return sum(len(names) for names in self._gone.values())
 
     @property
     def names(self) -> list[str]:
-        """Every name that some step has."""
+        """All names that occur in any step."""
         return sorted({name for values in self.steps.values() for name in values})
 
     def in_order(self) -> dict[int, dict[str, float]]:
-        """Step -> name -> value, by step."""
+        """Return step -> name -> value, sorted by step."""
         return dict(sorted(self.steps.items()))
 
     def remarks(self) -> list[str]:
-        """Return what a reader must know of how the numbers were joined, a sentence each."""
+        """Return sentences on how the numbers were joined."""
         lines = ["the log names no steps: its lines are numbered"] if self.counted else []
         if self.went_back:
             times = "once," if len(self.went_back) == 1 else f"{len(self.went_back)} times, first"
@@ -163,7 +163,7 @@ class Joined:
         numbers: dict[str, float] = {}
         for name, value in values.items():
             as_number = number(value)
-            if as_number is None or name == "step":  # a line of metrics.jsonl gives that name to its own step
+            if as_number is None or name == "step":  # `step` is the name of the step itself in metrics.jsonl
                 self.skipped.append(readable(f"step {step}: {name}: {value}"[:80]))
             else:
                 numbers[readable(name)] = as_number

@@ -1,6 +1,6 @@
-"""Reading a log of any known form, told by its content, and importing it.
+"""Read a log of any known form, recognised by its content, and import it.
 
-An imported log is a run folder, so that it is listed, shown and judged beside our own, and survives a rebuild.
+An imported log becomes a run folder, so that it is listed, shown and judged like any run, and a rebuild keeps it.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ KNOWN = (
     "(ms-swift's logging.jsonl), CSV with a step column, and TensorBoard events"
 )
 _SWIFT = "logging.jsonl"
-_METRICS = "metrics.jsonl"  # of a run of ours
+_METRICS = "metrics.jsonl"  # of a run of fp4rl
 STATUSES = ("finished", "stopped", "failed", "running")
 
 # What verl calls the share of validation problems solved (reward 1 or 0 for a rule-based scorer).
@@ -44,7 +44,7 @@ _ACCURACY = re.compile(r"val(?:-core)?/.+/(?:mean@\d+|acc(?:uracy)?(?:/mean@\d+)
 
 
 def read_log(path: Path) -> tuple[str, Joined]:
-    """Read a log, or the log in a folder (a checkpoint of TRL, an output of ms-swift, event files): (form, numbers).
+    """Return (form, numbers) of a log, or of the log in a folder (a TRL checkpoint, ms-swift's output, event files).
 
     Raises `NotFoundError` for a missing file, `InvalidValueError` for one in which no step of a known form is found.
     """
@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[str, Joined]:
 
 
 def read_steps(log: Path) -> tuple[str, Joined]:
-    """Read a log, or a run of ours with its evaluations as `accuracy/validation`: (form, numbers).
+    """Return (form, numbers) of a log, or of a run of fp4rl with its evaluations as `accuracy/validation`.
 
     Raises NotFoundError and InvalidValueError for what cannot be read.
     """
@@ -101,7 +101,7 @@ def read_steps(log: Path) -> tuple[str, Joined]:
         return read_log(log)
     _, joined = read_log(folder / _METRICS)
     run = RunFolder(folder)
-    for name in ("full", "deployment") if run.finished else ():  # the second, at which the policy samples, wins
+    for name in ("full", "deployment") if run.finished else ():  # the second counts: it samples in that precision
         for evaluation in run.result().evaluations:
             if evaluation.profile.name == name:
                 joined.steps.setdefault(evaluation.step, {})["accuracy/validation"] = evaluation.strict
@@ -110,7 +110,7 @@ def read_steps(log: Path) -> tuple[str, Joined]:
 
 @dataclass(frozen=True)
 class Imported:
-    """Where the log went, and what was found in it."""
+    """The run folder of an imported log, and the log's contents."""
 
     run: RunFolder
     dialect: str
@@ -128,18 +128,18 @@ def import_log(
     status: str | None = None,
     note: str | None = None,
 ) -> Imported:
-    """Make `root/imported/<arm>-s<seed>-<digest of the content>` from a log. The same log twice is one run.
+    """Import a log as `root/imported/<arm>-s<seed>-<digest of the content>`; the same log again is the same run.
 
-    `config`, `status` and `note` are what the log itself does not say: the trainer's settings, how the run ended (one
-    of `STATUSES`), and a remark. Raises as `read_log` does, and `InvalidValueError` where the log is here already and
-    described otherwise.
+    `config`, `status` and `note` are not in the log itself: the trainer's settings, how the run ended (one of
+    `STATUSES`), and a remark. Raises what `read_log` raises, and `InvalidValueError` for a log that was imported before
+    with another description.
     """
     if status is not None and status not in STATUSES:
         raise InvalidValueError(f"no status {status!r}{nearest(status, STATUSES)}; one of {', '.join(STATUSES)}")
     dialect, log = read_log(path)
     told = {"config": config, "status": status, "note": note}
     known = {name: value for name, value in told.items() if value is not None}
-    described = json.loads(json.dumps(json_ready(known), default=str))  # YAML knows dates besides what JSON has
+    described = json.loads(json.dumps(json_ready(known), default=str))  # YAML has dates, JSON does not
     arm = arm or _arm(path)
     content = dumps({"steps": log.in_order()})
     checksum = hashlib.sha256(content.encode()).hexdigest()
@@ -160,7 +160,7 @@ def import_log(
 
 
 def _arm(path: Path) -> str:
-    """Return the file's name, or the folder's where the file has the name that all of its kind have."""
+    """Return the file's name, or the folder's where the file's name is the same for every run."""
     named = path.parent if path.stem in ("trainer_state", "logging", "metrics") and path.parent.name else path
     plain = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", re.sub(r"\.(log|json|jsonl|csv|txt)$", "", named.name))
     return plain.strip("-._+=")[:100] or "log"
@@ -184,7 +184,7 @@ def _result(run: RunFolder, log: Joined, arm: str, seed: int | None, source: dic
 
 
 def _evaluations(log: Joined, last: int) -> Iterator[Evaluation]:
-    """The validation scores among the metrics, as evaluations of which neither precision nor problems are known."""
+    """Yield the validation scores among the metrics as evaluations, of unknown precision and problems."""
     for step, values in log.in_order().items():
         for key, value in values.items():
             if _ACCURACY.fullmatch(key) and 0 <= value <= 1:

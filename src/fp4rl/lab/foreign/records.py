@@ -1,4 +1,4 @@
-"""What trainers write step by step: JSON, printed dicts, verl's console, TRL's `trainer_state.json`, tables."""
+"""Read what trainers log: JSON, printed dicts, verl's console, TRL's `trainer_state.json`, tables."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ _PAIR = re.compile(
         (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s,'"{}\[\]][^,'"{}\[\]]*))""",
     re.VERBOSE,
 )
-# Boxes around the numbers that are no part of their names: verl's file logger, NeMo's metric logger.
+# Keys around the metrics that are not part of their names: verl's file logger, NeMo's metric logger.
 _BOXES = ("data", "metrics", "logs")
 _DEEPEST = 4
 STATE = "trainer_state.json"
@@ -26,7 +26,7 @@ _VERL_STEP = re.compile(r"(?:^|[^\w-])step:([0-9]+) - (.+)")
 
 
 def parse_json(text: str) -> Any:
-    """Return the content of a JSON text. Raises ValueError for whatever is wrong with it, its depth included."""
+    """Return the content of a JSON text. Raises ValueError for any error, too deep nesting included."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -34,7 +34,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_record(line: str) -> Record | None:
-    """Return the object that a line of JSON holds, flat; None where it holds something else."""
+    """Return the object in a line of JSON, flattened; None where it is something else."""
     try:
         content = parse_json(line)
     except ValueError:
@@ -42,15 +42,15 @@ def json_record(line: str) -> Record | None:
     if not isinstance(content, dict):
         return None
     if content.keys() == {"step", "data"} and isinstance(content["data"], dict):
-        # verl's file logger writes with orjson, for which what is no finite number is null.
+        # verl's file logger writes with orjson, which writes NaN and infinity as null.
         content["data"] = {name: math.nan if value is None else value for name, value in content["data"].items()}
     return flat(content)
 
 
 def printed_record(line: str) -> Record | None:
-    """Return the pairs of a dict somewhere in a line of a console, JSON or Python; None where there is none.
+    """Return the pairs of a dict, in JSON or Python, somewhere in a line of a console; None without one.
 
-    Read pair by pair, because `nan` and `np.float64(0.5)` are no literals.
+    It is read pair by pair, because `nan` and `np.float64(0.5)` are not literals.
     """
     start, end = line.find("{"), line.rfind("}")
     if start < 0 or end < start:
@@ -63,7 +63,7 @@ def printed_record(line: str) -> Record | None:
 
 
 def flat(record: Mapping[str, Any], above: str = "", depth: int = 0) -> Record:
-    """Mappings inside a mapping by their path, `group/name`; lists stay as they are and are no numbers."""
+    """Flatten nested mappings to paths, `group/name`; lists stay as they are and do not count as numbers."""
     by_path: Record = {}
     for name, value in record.items():
         path = above if not above.strip("/") and name in _BOXES and isinstance(value, Mapping) else f"{above}{name}"
@@ -75,7 +75,7 @@ def flat(record: Mapping[str, Any], above: str = "", depth: int = 0) -> Record:
 
 
 def join(records: Iterable[Record]) -> Joined:
-    """All records by the step they name. Where none names one they are numbered; else those without are listed."""
+    """Join all records by their step. If no record has one they are numbered, else those without one are listed."""
     joined, nameless = Joined(), list[Record]()
     for record in records:
         name = step_name(record)
@@ -92,9 +92,9 @@ def join(records: Iterable[Record]) -> Joined:
 
 
 def _number(joined: Joined, records: Iterable[Record]) -> None:
-    """Records that name no step, by their order; where `epoch` goes back, to the first step that had come as far.
+    """Number records without steps in their order; where `epoch` goes back, so do the numbers.
 
-    An evaluation (`eval_...`) and the summary at the end (`train_runtime`) belong to the step before them.
+    An evaluation (`eval_...`) and the final summary (`train_runtime`) belong to the step before them.
     """
     joined.counted = True
     step, epochs = 0, dict[int, float]()
@@ -111,7 +111,7 @@ def _number(joined: Joined, records: Iterable[Record]) -> None:
 
 
 def tells_of_a_step(record: Record) -> bool:
-    """Return whether a printed dict tells of training: it names a step or, as Hugging Face trainers do, the epoch."""
+    """Return whether a printed dict is about training: it has a step or, in Hugging Face trainers, an epoch."""
     name = step_name(record)
     named = name is not None and step_of(record[name]) is not None
     rest = [value for key, value in record.items() if key not in (name, "epoch")]
@@ -119,9 +119,9 @@ def tells_of_a_step(record: Record) -> bool:
 
 
 def whole_file(text: str) -> tuple[list[Record], int] | None:
-    """Return the records of a JSON-lines file or of one JSON list, and how many lines hold none; None for another text.
+    """Return the records of JSON lines or of one JSON list, and the number of lines without one; None for other text.
 
-    A line that was cut off by a crash, or torn by two writers, holds no record.
+    A line that was cut off by a crash, or mixed up by two writers, has no record.
     """
     if text.startswith("["):
         try:
@@ -136,7 +136,7 @@ def whole_file(text: str) -> tuple[list[Record], int] | None:
 
 
 def read_verl(data: bytes) -> Joined:
-    """Return all steps with all keys. A line counts when a key of it has verl's form `group/name` and a number."""
+    """Return all steps with all keys. A line counts when one of its keys has verl's form `group/name` and a number."""
     joined = Joined()
     for line in plain_lines(data):
         match = _VERL_STEP.search(line)
@@ -145,7 +145,7 @@ def read_verl(data: bytes) -> Joined:
             continue
         parts = [part.strip().rpartition(":") for part in match[2].split(" - ")]
         values = {name: value for name, _, value in parts if name}
-        # An answer of the model, printed at validation, may hold the words "step:1 - ".
+        # An answer of the model, printed during validation, may contain "step:1 - ".
         if any("/" in name and number(value) is not None for name, value in values.items()):
             joined.row(step, values)
             joined.skipped += [f"step {step}: {rest}"[:80] for name, _, rest in parts if not name]
@@ -167,13 +167,13 @@ def read_trl(data: bytes) -> Joined:
 
 
 def read_printed(data: bytes) -> Joined:
-    """Return the dicts that a trainer printed to its console, one a line among everything else."""
+    """Return the dicts that a trainer printed to its console, one a line, among other output."""
     records = (printed_record(line) for line in plain_lines(data))
     return join(record for record in records if record is not None and tells_of_a_step(record))
 
 
 def newest_state(folder: Path) -> Path | None:
-    """Return the trainer state in a checkpoint's folder, or that of the last checkpoint in a folder of them."""
+    """Return the trainer state in a checkpoint's folder, or of the last checkpoint in a folder of checkpoints."""
     if (folder / STATE).is_file():
         return folder / STATE
     numbers = {
@@ -188,12 +188,12 @@ def newest_state(folder: Path) -> Path | None:
 
 _DELIMITERS = ",;\t"
 _NAMES, _VALUES = ("metric", "name", "tag", "key"), ("value",)
-# A chart of W&B exports `run - metric`, and beside it the range that it drew.
+# A chart exported from W&B has columns `run - metric`, and the range of each.
 _RANGES = ("__MIN", "__MAX")
 
 
 def read_table(text: str) -> Joined | None:
-    """Return all rows of a table; None where the first line names no step column."""
+    """Return all rows of a table; None where the first line has no step column."""
     lines = text.lstrip().splitlines()
     header = lines[0] if lines else ""
     delimiter = max(_DELIMITERS, key=header.count)
@@ -220,7 +220,7 @@ def read_table(text: str) -> Joined | None:
 
 
 def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
-    """Rows of cells; a quote that never ends, or a cell beyond the reader's limit, costs its own line alone."""
+    """Yield rows of cells; an open quote, or a cell beyond the reader's limit, loses only its own line."""
     for line in lines:
         try:
             yield next(csv.reader([line], delimiter=delimiter), [])
@@ -229,7 +229,7 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _long(names: list[str]) -> tuple[int, int] | None:
-    """Return where the metric's name and its value stand, if a row holds one metric."""
+    """Return the columns of the metric's name and value, if each row holds one metric."""
     lower = [name.lower() for name in names]
     name = next((lower.index(word) for word in _NAMES if word in lower), None)
     value = next((lower.index(word) for word in _VALUES if word in lower), None)
@@ -241,7 +241,7 @@ def _plain(name: str) -> str:
 
 
 def _value(cell: str, delimiter: str) -> str:
-    """Return the cell as Python writes numbers: where semicolons part the cells, a comma is the decimal point."""
+    """Return the cell as Python writes numbers: with semicolons between cells, a comma is the decimal point."""
     cell = cell.strip()
     dotted = cell.replace(",", ".") if delimiter == ";" and cell.count(",") == 1 else cell
     return dotted if number(dotted) is not None else cell

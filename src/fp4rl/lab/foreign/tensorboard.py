@@ -1,4 +1,4 @@
-"""TensorBoard event files: every scalar of one run, however it was written."""
+"""Read TensorBoard event files: every scalar of one run, whichever way it was written."""
 
 import struct
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ EVENTS = "*tfevents*"
 
 
 def read_tensorboard(path: Path) -> Joined:
-    """The scalars of an event file, or of all event files of one folder, in the order in which they were written.
+    """Return the scalars of an event file, or of all event files of one folder, in the order of writing.
 
     A damaged record ends its file, as it does for TensorBoard itself. Raises `InvalidValueError` for a folder that
     holds several runs, `NotFoundError` where tensorboard is not installed.
@@ -27,14 +27,14 @@ def read_tensorboard(path: Path) -> Joined:
 
 
 def _take(joined: Joined, file: Path) -> int:
-    """Join what a file holds; how many of its records could be read."""
+    """Join the contents of a file; return how many of its records could be read."""
     step, values, read = 0, dict[str, Any](), 0
     for event in _events(file):
         read += 1
         started = event.session_log.status == event.session_log.START
         new = dict(_scalars(event)) if event.HasField("summary") else {}
         if started or (new and (event.step != step or values.keys() & new.keys())):
-            _join(joined, step, values)  # torch writes an event a scalar: those of a step in a row are one line
+            _join(joined, step, values)  # torch writes an event for each scalar: those of one step become one line
             step, values = event.step, {}
         if started:
             joined.restarted(event.step)
@@ -51,7 +51,7 @@ def _join(joined: Joined, step: int, values: dict[str, Any]) -> None:
 
 
 def _scalars(event: Any) -> Iterator[tuple[str, float | str]]:
-    """Name and number of each scalar, which is a tensor without axes; what else there is by its shape."""
+    """Yield name and number of each scalar (a tensor without axes), or the shape of other tensors."""
     from tensorboard.util import tensor_util
 
     for value in event.summary.value:
@@ -78,7 +78,7 @@ def _events(file: Path) -> Iterator[Any]:
 
 
 def _records_in(file: Path) -> int:
-    """How many records a file should hold, by their lengths (a record: 8 bytes of length, 4 of checksum, data, 4)."""
+    """Count the records of a file by their lengths (a record: 8 bytes of length, 4 of checksum, data, 4)."""
     data, offset, count = file.read_bytes(), 0, 0
     while offset < len(data):
         length = struct.unpack("<Q", data[offset : offset + 8])[0] if offset + 8 <= len(data) else 0

@@ -1,4 +1,4 @@
-"""Recording run folders: a run is entered wholly or not at all, and the same rows come of it however often."""
+"""Record run folders in the ledger: each run wholly or not at all, and with the same rows every time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ Known = Mapping[tuple[str, str], str]
 
 
 def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damaged: OnDamaged | None = None) -> int:
-    """Record every finished run below `root` that the ledger does not hold as it is; how many those were.
+    """Record every finished run below `root` that is not in the ledger as it is; return their number.
 
-    `on_run(done, total)` is called after each, `on_damaged` for a run that cannot be read and is left out; without it
-    the first of these is raised once all others are recorded. Safe to call from several processes at once.
+    `on_run(done, total)` is called after each, `on_damaged` for a run that cannot be read and is left out; without the
+    latter the first such error is raised after all others are recorded. Several processes may call it at once.
     """
     with ledger.reading() as connection:
         known = known_content(connection)
@@ -31,7 +31,7 @@ def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damag
 
 
 def record(ledger: Ledger, folder: RunFolder, known: Known) -> bool:
-    """Put a finished run into the ledger; False where `known` says that exactly this result is there already.
+    """Record a finished run in the ledger; return False where `known` holds exactly this result already.
 
     Raises `NotFoundError` for a run that is not finished.
     """
@@ -50,15 +50,15 @@ def rebuild(
     on_run: OnRun | None = None,
     on_damaged: OnDamaged | None = None,
 ) -> int:
-    """Empty the ledger and record every finished run below `root`, in one transaction; how many those were.
+    """Empty the ledger and record every finished run below `root`, in one transaction; return their number.
 
-    Raises `InvalidValueError` where the ledger holds runs without a folder here (a shared ledger, a folder moved away),
-    unless `drop_missing` says that they may go. The callbacks are those of `record_new`; where a run is damaged and
-    nobody listens, nothing is changed.
+    Raises `InvalidValueError` where the ledger holds runs without a folder here (a shared ledger, a moved folder),
+    unless `drop_missing`. The callbacks are those of `record_new`; a damaged run without `on_damaged` leaves the ledger
+    unchanged.
     """
     folders = finished_runs(root)
     with ledger.writing() as connection:
-        if connection.dialect.name == "postgresql":  # SQLite's write lock keeps other writers waiting by itself
+        if connection.dialect.name == "postgresql":  # in SQLite other writers wait for the write lock anyway
             connection.execute(text("LOCK TABLE runs IN SHARE ROW EXCLUSIVE MODE"))
         missing = sorted(set(known_content(connection)) - {(run.suite, run.run_id) for run in folders})
         if missing and not drop_missing:
@@ -76,7 +76,7 @@ def _record_each(
     on_run: OnRun | None,
     on_damaged: OnDamaged | None,
 ) -> int:
-    """Return how many runs `record` entered; damaged ones are told once all others are in."""
+    """Return how many runs `record` entered; damaged ones are reported after all others."""
     damaged, recorded = list[Damaged](), 0
     for done, folder in enumerate(folders, start=1):
         try:
@@ -90,14 +90,14 @@ def _record_each(
 
 
 def known_content(connection: Connection) -> Known:
-    """(suite, run id) -> digest of the result that the ledger holds."""
+    """Return (suite, run id) -> digest of the result in the ledger."""
     table = tables.runs.c
     rows = connection.execute(select(table.suite, table.run_id, table.content))
     return {(suite, run_id): content for suite, run_id, content in rows}
 
 
 def _write_whole(connection: Connection, folder: RunFolder, run: Run, entry: Row) -> bool:
-    """Replace the run, or raise `Damaged` and leave the ledger as it was where a value does not fit its column."""
+    """Replace the run; raise `Damaged`, and leave the ledger unchanged, where a value does not fit its column."""
     try:
         with connection.begin_nested():
             write(connection, run, entry)

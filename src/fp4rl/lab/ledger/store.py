@@ -1,6 +1,6 @@
-"""Opening a ledger: SQLite that several processes may write to at once, or PostgreSQL by address.
+"""Open a ledger: SQLite, to which several processes may write at once, or PostgreSQL by address.
 
-One of an older schema is made again from what it holds; the folders then complete it.
+A ledger with an older schema is rebuilt from its own contents, then completed from the folders.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from fp4rl.lab.runs import Run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _WAIT_S = 20.0  # for another process's write to end
-_UPGRADING = 7_406_015  # the advisory lock under which the tables of a PostgreSQL ledger are made
+_UPGRADING = 7_406_015  # the advisory lock for making the tables of a PostgreSQL ledger
 _OLD = ("experiments", "runs", "metrics", "evaluations", "evidence", "artefacts")
 _DROPPED = ("items", "problem_lists", "alembic_version")
 
 
 class Locked(NotFoundError):
-    """Another process keeps the ledger for itself."""
+    """Another process has locked the ledger."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """An open ledger. `reading()` and `writing()` are the only ways in, each one transaction.
+    """An open ledger. `reading()` and `writing()` are the only accesses, each one transaction.
 
-    `root`: where the folders of its runs are; their items are read there.
+    `root`: the folder of its runs, from which their items are read.
     """
 
     engine: Engine
@@ -45,13 +45,13 @@ class Ledger:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that sees one state of the ledger."""
+        """Yield a connection that sees one state of the ledger."""
         with self._usable(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A connection whose changes are committed when the block ends, and undone when it raises."""
+        """Yield a connection whose changes are committed at the end of the block, or undone on an exception."""
         with (
             self._usable(),
             self.engine.connect().execution_options(fp4rl_writes=True) as connection,
@@ -61,10 +61,10 @@ class Ledger:
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """Turn what the database refuses (locked, damaged, gone, out of room) into an error of one line."""
+        """Turn errors of the database (locked, damaged, gone, disk full) into one-line errors."""
         try:
             yield
-        except (DatabaseError, sqlite3.DatabaseError) as error:  # the latter from a connection that is prepared
+        except (DatabaseError, sqlite3.DatabaseError) as error:  # the latter while a connection is being set up
             why = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
             if not isinstance(error, OperationalError | sqlite3.OperationalError):
                 cure = "move it away, and `fp4rl ledger rebuild` makes a new one"
@@ -90,12 +90,12 @@ class Ledger:
 
 
 def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledger:
-    """Open a ledger, or make it: a path means SQLite, `postgresql://user@host/name` a server.
+    """Open or create a ledger: a path means SQLite, `postgresql://user@host/name` a server.
 
     `root` is the folder of runs, by default the one that the SQLite file is in.
 
-    Raises `NotFoundError` for a server that does not answer, a missing driver or folder, `InvalidValueError` for an
-    address that is none and for a ledger that a newer version of fp4rl made.
+    Raises `NotFoundError` for a server that does not answer and for a missing driver or folder, `InvalidValueError` for
+    an invalid address and for a ledger of a newer version of fp4rl.
     """
     server = "://" in str(where)
     engine = _postgres(str(where)) if server else _sqlite(Path(where))
@@ -114,13 +114,13 @@ def _sqlite(path: Path) -> Engine:
     writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
     if writable:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S}, json_serializer=dumps)
-    else:  # an archive: what it holds, and what is recorded of its folders, lives in memory alone
+    else:  # read-only: its contents, and what is recorded from its folders, are kept in memory
         settings = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
         engine = create_engine("sqlite://", json_serializer=dumps, **settings)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _: Any) -> None:
-        connection.isolation_level = None  # the driver's own way to begin would take the write lock too late
+        connection.isolation_level = None  # the driver's implicit BEGIN would take the write lock too late
         if writable:
             _use_wal(connection)
         else:
@@ -130,7 +130,7 @@ def _sqlite(path: Path) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        # A reader that turns into a writer cannot wait for another writer; who will write says so at the start.
+        # A reader that becomes a writer cannot wait for another writer, so writers take the lock at the start.
         writes = connection.get_execution_options().get("fp4rl_writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -138,7 +138,7 @@ def _sqlite(path: Path) -> Engine:
 
 
 def _copy(path: Path, into: sqlite3.Connection) -> None:
-    """Copy a ledger that cannot be written. Where it cannot be read either, the folders are read instead."""
+    """Copy a read-only ledger into memory. Where it cannot be read either, the folders are read instead."""
     if not path.is_file():
         return
     with (
@@ -149,9 +149,9 @@ def _copy(path: Path, into: sqlite3.Connection) -> None:
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Let readers and a writer work side by side.
+    """Switch to write-ahead logging, with which readers and a writer work at the same time.
 
-    The first opener changes the file, and SQLite does not wait for that lock by itself.
+    The first process to open the file changes its mode, and SQLite does not wait for that lock by itself.
     """
     deadline = time.monotonic() + _WAIT_S
     while True:
@@ -177,7 +177,7 @@ def _postgres(address: str) -> Engine:
 
 
 def _schema(connection: Connection) -> str | None:
-    """Return the schema's number; None for an empty database."""
+    """Return the version of the schema; None for an empty database."""
     for table, column in ((tables.schema.name, "version"), ("alembic_version", "version_num")):
         if connection.dialect.has_table(connection, table):
             version: str | None = connection.execute(text(f"SELECT {column} FROM {table}")).scalar()
@@ -186,10 +186,10 @@ def _schema(connection: Connection) -> str | None:
 
 
 def _bring_up_to_date(connection: Connection) -> None:
-    """Make the tables of this version, with every run of the old ones in them.
+    """Make the tables of this version, and copy every run of the old ones into them.
 
-    Schemas 0001 and 0002 spread a run over tables; their packed items are dropped, as the run folders hold them.
-    Raises `InvalidValueError` for a ledger that a newer version made.
+    Schemas 0001 and 0002 spread a run over several tables; their packed items are dropped, since the run folders have
+    them. Raises `InvalidValueError` for a ledger of a newer version.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADING})"))
@@ -203,7 +203,7 @@ def _bring_up_to_date(connection: Connection) -> None:
     runs: list[tuple[Run, Row]] = []
     if version is not None:
         old = MetaData()
-        old.reflect(connection, only=lambda name, _: name in (*_OLD, *_DROPPED))  # nothing else that stands there
+        old.reflect(connection, only=lambda name, _: name in (*_OLD, *_DROPPED))  # no other tables of the database
         runs = _old_runs(connection, old)
         old.drop_all(connection)
     tables.metadata.create_all(connection)
@@ -213,7 +213,7 @@ def _bring_up_to_date(connection: Connection) -> None:
 
 
 def _old_runs(connection: Connection, old: MetaData) -> list[tuple[Run, Row]]:
-    """Every run of the old tables. Its content is unknown, so that it is read again where its folder is there."""
+    """Return every run of the old tables, without a checksum, so that it is read again if its folder exists."""
     rows = {name: [dict(row) for row in connection.execute(select(old.tables[name])).mappings()] for name in _OLD}
     specs = {row["digest"]: row["spec"] for row in rows["experiments"]}
     of_run: dict[str, dict[int, list[Row]]] = {name: defaultdict(list) for name in _OLD}
@@ -226,7 +226,7 @@ def _old_runs(connection: Connection, old: MetaData) -> list[tuple[Run, Row]]:
 def _old_run(run: Row, specs: dict[str, Row], of_run: dict[str, list[Row]]) -> tuple[Run, Row]:
     evaluations = [row | {"profile": row["conditions"] | {"name": row["profile"]}} for row in of_run["evaluations"]]
     metrics: dict[int, Row] = defaultdict(dict)
-    for row in of_run["metrics"]:  # SQLite kept NULL for not-a-number
+    for row in of_run["metrics"]:  # SQLite stores NaN as NULL
         metrics[row["step"]][row["name"]] = float("nan") if row["value"] is None else row["value"]
     spec = specs.get(run["experiment"], {})
     lines = [row["content"] for row in sorted(of_run["evidence"], key=lambda row: row["line"])]

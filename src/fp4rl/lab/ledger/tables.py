@@ -1,6 +1,6 @@
-"""The tables of the ledger, an index of runs and each one's whole record, and what is written into them of a run.
+"""The tables of the ledger, an index of runs and the whole record of each, and their rows for a run.
 
-Every key comes from the content, so that a rebuilt ledger holds the same rows.
+Every key is derived from the content, so that a rebuilt ledger has the same rows.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from fp4rl.spec.task import SCORES
 
 Row = dict[str, Any]
 
-# Written while or after the result is, so their content is not settled by it.
+# These change while or after the result is written, so their checksums are not recorded.
 _UNSETTLED = ("log.txt", "tensorboard", "wandb")
 _HASHED_UP_TO = 64 * 2**20  # bytes
 
-SCHEMA = "-".join(("0003", *SCORES[3:]))  # a further score is a further column
+SCHEMA = "-".join(("0003", *SCORES[3:]))  # each further score adds a column
 
 metadata = sa.MetaData()
 
 schema = sa.Table("ledger_schema", metadata, sa.Column("version", sa.Text, primary_key=True))
 
-# `experiment` is the digest of the spec without its seed: runs of one experiment repeat each other.
+# `experiment` is the digest of the spec without its seed: runs of one experiment are repeats of each other.
 runs = sa.Table(
     "runs",
     metadata,
@@ -70,7 +70,7 @@ evaluations = sa.Table(
     sa.Column("conditions", sa.JSON, nullable=False),
 )
 
-# `metrics` stands alone: it is the longest part, and only `show` reads it.
+# `metrics` is a column of its own: it is the longest part, and only `show` reads it.
 documents = sa.Table(
     "documents",
     metadata,
@@ -81,12 +81,12 @@ documents = sa.Table(
 
 
 def run_number(suite: str, run_id: str) -> int:
-    """63 bits of SHA-256 over the run's name: the same in every ledger, whatever the order of recording."""
+    """Return 63 bits of SHA-256 over the run's name: the same in every ledger, in any order of recording."""
     return int.from_bytes(hashlib.sha256(f"{suite}/{run_id}".encode()).digest()[:8]) >> 1
 
 
 def record_of(run: Run, content: str, items: Sequence[Row], files: Sequence[Row]) -> Row:
-    """Everything that the ledger keeps of a run, without its metrics. `content` is the SHA-256 of its `result.json`.
+    """Return the record of a run for the ledger, without its metrics. `content`: the SHA-256 of its `result.json`.
 
     `items`: numbers of answers and of solved problems of each evaluation. `files`: path, bytes and SHA-256 of each.
     """
@@ -104,7 +104,7 @@ def record_of(run: Run, content: str, items: Sequence[Row], files: Sequence[Row]
 
 
 def run_of(record: Row, metrics: Mapping[Any, Mapping[str, Any]]) -> Run:
-    """Return the run of a record, with its metrics (step -> name -> value, "nan" for a number that is none)."""
+    """Return the run of a record, with its metrics (step -> name -> value, "nan" for NaN)."""
     lines = map(read_evidence, record["evidence"])
     return Run(
         suite=record["suite"],
@@ -126,14 +126,14 @@ def read_folder(folder: RunFolder) -> tuple[Run, Row]:
 
 
 def content_of(folder: RunFolder) -> str:
-    """SHA-256 of `result.json`, which is written last and never again; empty where there is none."""
+    """Return the SHA-256 of `result.json`, which is written last and only once; empty without it."""
     file = folder.path / "result.json"
     with damage_named(file):
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _counted(folder: RunFolder, step: int, profile: str) -> Row:
-    strict = folder.items(step, profile).column("strict").to_pylist()  # the whole file is read: damage shows now
+    strict = folder.items(step, profile).column("strict").to_pylist()  # reads the whole file, so that damage shows now
     return {"step": step, "profile": profile, "answers": len(strict), "solved": sum(flag is True for flag in strict)}
 
 
@@ -150,9 +150,9 @@ def _files(folder: RunFolder) -> list[Row]:
 
 
 def write(connection: Connection, run: Run, record: Row) -> None:
-    """Put the run in place of what is there of it.
+    """Write the run, replacing all that is recorded of it.
 
-    Its own row comes first: whoever holds it keeps others that record the same run waiting.
+    Its row in the index comes first, since that row's lock makes others wait that record the same run.
     """
     row = _run_row(run, record["content"])
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
@@ -186,14 +186,14 @@ def _run_row(run: Run, content: str) -> Row:
 
 
 def _evaluation_rows(run: Run) -> list[Row]:
-    """Return one a step and profile; a step that was evaluated twice counts as it was evaluated last."""
+    """Return one row for each step and profile; of a step that was evaluated twice the last one counts."""
     number = run_number(run.suite, run.run_id)
     rows = [evaluation_row(evaluation) | {"run": number} for evaluation in run.result.evaluations]
     return list({(row["step"], row["profile"]): row for row in sorted(rows, key=lambda row: row["last"])}.values())
 
 
 def evaluation_row(evaluation: Evaluation) -> Row:
-    """Return an evaluation as the index holds it and `--json` shows it; `conditions` are its profile."""
+    """Return an evaluation as a row of the index and of `--json`; `conditions` are its profile."""
     scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length")}
     scores |= {name: evaluation.score(name) for name in SCORES}
     return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}

@@ -1,4 +1,4 @@
-"""Suite folder -> everything the report shows, as one frozen value."""
+"""Collect everything that the report of a suite shows into one frozen value."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ _MEANS = ("before", "after", "flexible", "formatted", "formatted_before", "trunc
 
 @dataclass(frozen=True)
 class SuiteReport:
-    """A suite as its runs show it. `arms`: what each describes (its first seed), in the order of the suite.
+    """A suite and its runs. `arms`: the experiment of each arm (with its first seed), in the order of the suite.
 
-    `not_planned`: run folders that the present suite.yaml does not ask for.
+    `not_planned`: run folders that the present suite.yaml does not plan.
     """
 
     name: str
@@ -40,12 +40,12 @@ class SuiteReport:
 
     @property
     def missing(self) -> tuple[SuiteRun, ...]:
-        """Planned runs without a result that can be read."""
+        """Planned runs without a readable result."""
         return tuple(run for run in self.runs if run.run is None)
 
     @property
     def damages(self) -> tuple[Damaged, ...]:
-        """What is wrong with finished runs that cannot be read."""
+        """The errors of finished runs that cannot be read."""
         return tuple(run.damage for run in self.runs if run.damage is not None)
 
     @property
@@ -60,7 +60,7 @@ class SuiteReport:
         return count if not self.missing else f"partial: {count}"
 
     def as_dict(self) -> dict[str, object]:
-        """Every number as plain values; accuracies, differences and margins in points, shares between 0 and 1."""
+        """Return all numbers as plain values; accuracies, differences and margins in points, shares in 0..1."""
         arms = [(name, experiment.model_dump(mode="json")) for name, experiment in self.arms.items()]
         return {
             "suite": self.name,
@@ -79,9 +79,9 @@ class SuiteReport:
 
 
 def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
-    """Read a suite's folder, and the spread of repeats from the ledger at that address, else from the folder's own.
+    """Read a suite's folder, and the spread of repeats from `ledger` (an address), by default from the folder's own.
 
-    Raises `NotFoundError` where it is no suite, and what the door raises for its suite.yaml.
+    Raises `NotFoundError` where it is no suite, and what `load_spec` raises for its suite.yaml.
     """
     suite = read_suite(suite_folder)
     address = ledger or suite_folder.parent / "ledger.db"

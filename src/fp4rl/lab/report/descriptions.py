@@ -1,4 +1,4 @@
-"""What was asked, in words: where arms differ, what a number was measured under, which versions computed it."""
+"""Descriptions in words: where arms differ, the conditions of a number, the versions that computed it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,9 +18,9 @@ NOT_RECORDED = "not recorded"
 
 
 def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
-    """Key -> its value in every arm, for the keys in which arms differ.
+    """Return key -> its value in every arm, for the keys in which arms differ.
 
-    An arm without injection (or noise) has none of its keys; of the others' only what is no default is shown.
+    An arm without injection (or noise) has none of its keys; of other arms only values are shown that are no default.
     """
     described = [dict(_leaves(arm.model_dump(mode="json", exclude={"seed"}), "")) for arm in arms.values()]
     keys = dict.fromkeys(key for leaves in described for key in leaves)
@@ -36,9 +36,9 @@ def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
 
 
 def measured_under(profile: Profile, score: Score, experiment: Experiment) -> list[tuple[str, str]]:
-    """Everything that a number depends on besides the weights; what a run did not say is named as not recorded.
+    """Return everything that a number depends on besides the weights; missing entries are called not recorded.
 
-    The formats are those of the description; the digest of the site table is what was really there.
+    The formats are those of the description; the digest of the site table is of what really acted.
     """
     nothing_acted = profile.precision is not None and profile.precision.partition(":")[0] in ("full", "clean")
     facts = {
@@ -56,7 +56,7 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
 
 
 def versions(runs: Iterable[SuiteRun]) -> list[Row]:
-    """Library -> the versions that the finished runs name."""
+    """Return library -> the versions that the finished runs recorded."""
     tables = [run.run.result.versions for run in runs if run.run is not None]
     names = dict.fromkeys(name for table in tables for name in table)
     return [(name, sorted({table[name] for table in tables if name in table})) for name in names]
@@ -75,7 +75,7 @@ def _formats(profile: str, experiment: Experiment) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of everything below; a format is one value."""
+    """Yield (dotted key, value) for everything below; a format is one value."""
     if isinstance(value, dict) and "name" not in value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else key)
@@ -84,7 +84,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def in_words(value: Any) -> str:
-    """Return a described value; a format is its name, and in brackets what differs from it."""
+    """Return a value in words; a format as its name, with its differences in brackets."""
     match value:
         case None:
             return "none"

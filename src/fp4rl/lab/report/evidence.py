@@ -1,4 +1,4 @@
-"""What runs recorded of their treatment: rounding by phase, noise, checks of their weights; then as rows of words."""
+"""The evidence that runs recorded (rounding by phase, noise, checks of weights), as values and as rows of a table."""
 
 import math
 from collections import defaultdict
@@ -54,12 +54,12 @@ class ArmEvidence:
 
 
 def sites_quantized(run: Run) -> int | None:
-    """Return how many sites something was done to; None where the run did not record it."""
+    """Return the number of injected sites; None where the run did not record it."""
     return run.result.evidence.sites if run.sites.plans is None else len(run.sites.plans)
 
 
 def roundings(run: Run) -> list[Rounding]:
-    """Return what every point did in every phase."""
+    """Return the rounding of every point in every phase."""
     groups: dict[tuple[str, str], list[Injected]] = defaultdict(list)
     for row in run.of(Injected):
         groups[_phase_of(row), row.point].append(row)
@@ -87,18 +87,18 @@ def noise_steps(run: Run) -> list[NoiseStep]:
 
 
 def masters_unchanged(run: Run) -> bool | None:
-    """Return whether all checks of the master weights held; None where none was made."""
+    """Return whether all checks of the master weights passed; None without checks."""
     return all(line.unchanged for line in run.of(MasterCheck)) if run.of(MasterCheck) else None
 
 
 def live_difference(run: Run) -> float | None:
-    """Return the largest difference of the live policy from its saved copy; not-a-number is larger than any."""
+    """Return the largest difference of the live policy from its saved copy; NaN counts as the largest."""
     differences = [line.max_difference for line in run.of(LiveCheck)]
     return max(differences, key=lambda value: (math.isnan(value), value), default=None)
 
 
 def evidence_of(runs: Iterable[SuiteRun], arm: str) -> ArmEvidence:
-    """Everything that an arm's finished runs recorded, missing facts named as such."""
+    """Return everything that an arm's finished runs recorded; missing facts are named as such."""
     finished = [(planned, planned.run) for planned in runs if planned.planned.arm == arm and planned.run is not None]
     shown = next((run for _, run in finished if run.sites.plans), None)
     return ArmEvidence(
@@ -137,10 +137,10 @@ def _if_any(name: str, cells: Sequence[str | None]) -> _Cells:
 
 
 def _rounding_rows(runs: Sequence[Run], injection: Injection | None) -> _Cells:
-    """Calls, share changed and error of every phase and point that the spec asks for or some run recorded."""
+    """Yield calls, share changed and error of every phase and point that the spec describes or some run recorded."""
     by_key = [{(rounding.phase, rounding.point): rounding for rounding in roundings(run)} for run in runs]
     recorded = dict.fromkeys(key for rows in by_key for key in rows)
-    # Evaluations record themselves per profile: "evaluation as deployment".
+    # Evaluations are recorded per profile: "evaluation as deployment".
     begun = {(phase.partition(" ")[0], point) for phase, point in recorded}
     keys = [*recorded, *(key for key in _operands(injection) if key not in begun)]
     for phase, point in sorted(keys, key=lambda key: _ORDER.get(key[0].partition(" ")[0], len(_ORDER))):
@@ -152,7 +152,7 @@ def _rounding_rows(runs: Sequence[Run], injection: Injection | None) -> _Cells:
 
 
 def _operands(injection: Injection | None) -> Iterator[tuple[str, str]]:
-    """(phase, point) of every matmul operand that the injection rounds."""
+    """Yield (phase, point) of every matmul operand that the injection rounds."""
     for point in LINEAR_POINTS:
         if injection is not None and getattr(injection, point) is not None:
             yield from ((phase, point) for phase in getattr(injection.apply_during, point))
@@ -176,7 +176,7 @@ def _noise_rows(runs: Sequence[Run]) -> _Cells:
 
 
 def _site(run: Run, plan: PlannedSite) -> list[str]:
-    """Site, shape, formats, and by phase how often it was called and what rounding did to its operands."""
+    """Return a row: site, shape, formats, and for each phase its calls and the rounding of its operands."""
     size = " x ".join(map(str, plan.shape))
     formats = [(point, getattr(plan, point)) for point in FORMAT_POINTS]
     points = [f"{point} {in_words(fmt)}" for point, fmt in formats if fmt is not None]
@@ -194,7 +194,7 @@ def _in_phase(phase: str, rows: list[Injected]) -> str:
 
 
 def _phase_of(row: Injected) -> str:
-    """`rollout`, or `evaluation as w4a16`: evaluations record themselves under each profile."""
+    """Return `rollout`, or `evaluation as w4a16`: evaluations are recorded per profile."""
     return f"{row.phase} as {row.profile}" if row.profile else row.phase
 
 
@@ -226,7 +226,7 @@ def _share(value: float | None) -> str | None:
 
 
 def _pooled(layers: Sequence[LayerNoise], name: str) -> float | None:
-    """Root mean square of a number of the layers over all weights; None where there is no layer."""
+    """Return the root mean square, over all weights, of a number of the layers; None without layers."""
     elements = sum(layer.elements for layer in layers)
     squares = sum(getattr(layer, name) ** 2 * layer.elements for layer in layers)
     return math.sqrt(squares / elements) if elements else None

@@ -26,7 +26,7 @@ MOST_POINTS = 300
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one arm: per step the mean over its runs, and the lowest and highest of them."""
+    """One metric of one arm: for each step the mean, the lowest and the highest value of its runs."""
 
     arm: str
     steps: tuple[float, ...]
@@ -37,7 +37,7 @@ class Curve:
 
 
 def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -> Curve | None:
-    """Return the curve over the arm's runs that count, times `scale`; None where none of them logged the metric."""
+    """Return the curve over the arm's comparable runs, times `scale`; None where none logged the metric."""
     values: dict[int, list[float]] = defaultdict(list)
     seeds = 0
     for run in runs:
@@ -55,14 +55,14 @@ def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -
 
 
 def _thinned(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
-    """At most MOST_POINTS rows, each the mean of its neighbours; a page of long runs stays small."""
+    """Return at most MOST_POINTS rows, each the mean of its neighbours, so that pages of long runs stay small."""
     size = math.ceil(len(rows) / MOST_POINTS)
     groups = (rows[start : start + size] for start in range(0, len(rows), size))
     return [tuple(fmean(column) for column in zip(*group, strict=True)) for group in groups]
 
 
 def learning(report: SuiteReport) -> list[Figure]:
-    """Accuracy, entropy and length in the rollouts, and sigma where some arm has noise."""
+    """Return figures of accuracy, entropy and length in the rollouts, and of sigma where some arm has noise."""
     figures = []
     for number, (title, metric, scale, unit) in enumerate(_CURVES):
         curves = [(i, c) for i, arm in enumerate(report.arms) if (c := curve(arm, metric, report.runs, scale))]
@@ -75,7 +75,7 @@ def learning(report: SuiteReport) -> list[Figure]:
 
 
 def accuracy(report: SuiteReport) -> Figure | None:
-    """Return one row per arm and profile: a dot per seed, the mean with its interval, and where it stood at step 0."""
+    """Return a figure with a row per arm and profile: a dot per seed, the mean with its interval, and step 0."""
     rows = [score for score in report.scores if score.by_seed]
     if not rows:
         return None
@@ -87,7 +87,7 @@ def accuracy(report: SuiteReport) -> Figure | None:
 
 
 def answers(questions: Sequence[Answer]) -> Figure | None:
-    """Return one row per question: the difference with its interval, and the margin where one was fixed."""
+    """Return a figure with a row per question: the difference with its interval, and the margin where one was fixed."""
     judged = [(f"question {i}", q.verdict) for i, q in enumerate(questions, 1) if q.verdict is not None]
     if not judged:
         return None
@@ -109,7 +109,7 @@ def _band_and_line(number: int, c: Curve) -> Iterable[Trace]:
 
 
 def _sigma(report: SuiteReport) -> Figure | None:
-    """Noise as the schedule asked for it (line) and as measured on the weights (marks); silent steps are not drawn."""
+    """Return a figure of noise as scheduled (line) and as measured on the weights (marks), without steps at 0."""
     runs = [(run.planned.arm, run.run) for run in report.runs if run.run is not None and run.counts]
     steps = {arm: [step for own, run in runs if own == arm for step in noise_steps(run)] for arm in report.arms}
     noisy = {arm: [step for step in own if step.scheduled > 0] for arm, own in steps.items()}

@@ -10,12 +10,12 @@ from fp4rl.lab.report.evidence import evidence_of
 from fp4rl.lab.report.figures import accuracy, answers, learning
 from fp4rl.pages import page as pages
 
-# Lengths of strokes and gaps of Plotly's dashes at this line width, so that the legend shows what the curves show.
+# Strokes and gaps of Plotly's dashes at this line width, so that the legend looks like the curves.
 _STROKES = {"solid": "", "dash": "9 5", "dot": "3 4", "dashdot": "9 4 3 4", "longdash": "14 5"}
 
 
 def render(report: SuiteReport) -> str:
-    """The page as text, the same bytes for the same report. Raises `NotFoundError` without the extra `report`."""
+    """Return the page, the same bytes for the same report. Raises `NotFoundError` without the extra `report`."""
     curves, scores, questions = learning(report), accuracy(report), answers(report.questions)
     return pages.render(
         Path(__file__).with_name("report.html.j2"),

@@ -1,4 +1,4 @@
-"""What a reader must know beside the numbers: each note is one sentence, computed from the runs."""
+"""Notes beside the numbers: what a reader must know, each in one sentence that is computed from the runs."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from fp4rl.spec.words import agreeing, counted
 
 
 def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]) -> tuple[str, ...]:
-    """In order: what is missing or does not count, then what the numbers rest on."""
+    """Return the notes: first what is missing or does not count, then what the numbers are based on."""
     runs = suite.runs
     return (
         *_missing(runs),
@@ -42,7 +42,7 @@ def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
 
 
 def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """Runs of other code, and those that the monitor ended or rolled back: not trained as their specs say now."""
+    """Yield notes on runs of other code, and on those that the monitor ended or rolled back."""
     stale = [run for run in runs if run.stale]
     if stale:
         finished = sum(run.state == "finished" for run in runs)
@@ -57,11 +57,11 @@ def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:
 
 
 def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    """Yield what runs told while they went on: the first line of a kind, whatever its numbers, and whose it was."""
+    """Yield the warnings of runs: of lines that differ in numbers alone the first, with the runs that had it."""
     by_kind: dict[str, list[tuple[str, SuiteRun]]] = {}
     for run in runs:
         for line in run.run.warnings if run.run is not None else ():
-            if not line.startswith("rolled back"):  # that has a note of its own
+            if not line.startswith("rolled back"):  # which has a note of its own
                 by_kind.setdefault(re.sub(r"\d[\d.]*", "#", line), []).append((line, run))
     for lines in by_kind.values():
         (first, teller), *_ = lines
@@ -71,7 +71,7 @@ def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:
-    """Arms that share a warm-up share their start; a start of bad format is not a start of bad arithmetic."""
+    """Yield a note on accuracy and format before training, by profile."""
     starts: dict[tuple[str, float], None] = {}
     for score in scores:
         if score.before is not None:
@@ -121,7 +121,7 @@ def _scope(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> Iterator[st
 
 
 def _not_planned(others: Sequence[str]) -> Iterator[str]:
-    """Yield a description that changed, in the file or in the code that reads it, gives its runs other ids."""
+    """Yield a note on run folders that are not planned: runs get other ids when their description changes."""
     if others:
         folders = f"{counted(len(others), 'run folder')} {agreeing(len(others), 'is', 'are')}"
         named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
@@ -129,7 +129,7 @@ def _not_planned(others: Sequence[str]) -> Iterator[str]:
 
 
 def _mean_of(runs: Iterable[SuiteRun], metric: str) -> float | None:
-    """Mean of a metric over steps and runs, not-a-number left out."""
+    """Return the mean of a metric over steps and runs, without NaN."""
     values = [step[metric] for run in runs for step in run.curves.values() if metric in step]
     finite = [value for value in values if math.isfinite(value)]
     return fmean(finite) if finite else None

@@ -14,7 +14,7 @@ from fp4rl.spec.evidence import Evaluation, Profile
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over `seeds` values in points. `low`, `high`: the 95 % interval (t), None where chance is not measured."""
+    """A mean over `seeds` values in points. `low`, `high`: the 95 % interval (t), None where it cannot be estimated."""
 
     value: float
     low: float | None
@@ -24,7 +24,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class SeedScore:
-    """What one run scored. One that does not count is shown, never averaged."""
+    """The scores of one run. A run that is not comparable is shown, but never averaged."""
 
     run: SuiteRun
     start: Evaluation | None
@@ -38,7 +38,7 @@ class SeedScore:
 
 @dataclass(frozen=True)
 class Score:
-    """One arm under one profile. Means hold only runs that count; None where there is none."""
+    """One arm under one profile. Means are over comparable runs; None without any."""
 
     arm: str
     profile: str
@@ -58,31 +58,31 @@ class Score:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Strict accuracy at the last step in points, one value per run that counts."""
+        """Strict accuracy at the last step in points, one value per comparable run."""
         return tuple(s.after for s in self.by_seed if s.run.counts and s.after is not None)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
-        """The distinct profiles under which the last step was measured; more than one is a fault."""
+        """The distinct profiles under which the last step was measured; there should be one."""
         return tuple(dict.fromkeys(s.end.profile for s in self.by_seed if s.end is not None))
 
     @property
     def problems(self) -> int | None:
-        """Problems per run; None where the runs differ or there is none."""
+        """The number of problems per run; None where the runs differ or there are none."""
         counts = {s.end.problems or s.end.n or 0 for s in self.by_seed if s.end is not None}
         return counts.pop() if len(counts) == 1 else None
 
 
 def scores(by_arm: Mapping[str, Sequence[SuiteRun]]) -> tuple[Score, ...]:
-    """Return every arm x profile that the runs were asked to be judged under, in the order of the suite."""
+    """Return the scores of every arm under every profile of its spec, in the order of the suite."""
     evaluations = {arm: runs[0].planned.experiment.evaluation for arm, runs in by_arm.items()}
     return tuple(_score(arm, p, by_arm[arm]) for arm, own in evaluations.items() for p in (*own.profiles, *own.sweep))
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean | None:
-    """Student's t interval of the mean of one value per seed, cut at 0 and 100 points; None for no value.
+    """Return the mean of one value per seed with Student's t interval, cut at 0 and 100 points; None for no value.
 
-    One seed, or seeds that do not differ at all, measure no chance: the mean then has no interval.
+    With one seed, or with seeds that do not differ at all, the mean has no interval.
     """
     if not values:
         return None

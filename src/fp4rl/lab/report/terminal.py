@@ -1,4 +1,4 @@
-"""The report in the terminal: accuracy of every arm, then what each question came to."""
+"""The report in the terminal: accuracy of every arm, then the answer to each question."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ _FOLD: dict[str, Any] = {"overflow": "fold"}
 
 
 def terminal(report: SuiteReport, width: int) -> RenderableType:
-    """Tables that read at 80 columns, and show more from 104 on."""
+    """Return tables that fit into 80 columns, and show more from 104 on."""
     wide = width >= _WIDE
     head = Text.assemble((report.name, "bold"), f"  {report.state}, code {report.code_digest}")
     parts: list[RenderableType] = [head, Text(), _accuracy(report, wide), Text()]
@@ -57,7 +57,7 @@ def _accuracy(report: SuiteReport, wide: bool) -> Table:
 
 
 def _accuracy_rows(report: SuiteReport) -> Iterator[dict[str, str | Text]]:
-    """Yield one row an arm; a profile that is neither `full` nor `deployment` is what quantizing afterwards gives."""
+    """Yield a row for each arm, and one for each profile besides `full` and `deployment` (quantized afterwards)."""
     for arm in report.arms:
         own = {score.profile: score for score in report.scores if score.arm == arm}
         full, deployed = own.pop("full", None), own.pop("deployment", None)

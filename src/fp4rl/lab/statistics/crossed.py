@@ -1,6 +1,6 @@
-"""Cross-checks that take seeds and problems both as random. They confirm or warn; the verdict is over seeds alone.
+"""Cross-checks that take both seeds and problems as random. They confirm or warn; the verdict is over seeds alone.
 
-Both read two tables of scores, [seeds, problems], that share the problems (columns) and not the seeds.
+Both take two tables of scores, [seeds, problems], with the same problems (columns) and different seeds.
 """
 
 import math
@@ -17,7 +17,7 @@ Scores = NDArray[np.float64]  # [seeds, problems]
 
 @dataclass(frozen=True)
 class Bootstrapped:
-    """`value` = difference of means; percentile interval; p = twice the smaller tail of the draws at zero."""
+    """A difference of means, its percentile interval, and p, twice the smaller tail of the draws at zero."""
 
     value: float
     low: float
@@ -32,9 +32,9 @@ def multi_bootstrap(
 ) -> Bootstrapped:
     """Resample seeds (unpaired) and problems (paired): the Multi-Bootstrap of Sellam et al., arXiv 2106.16163.
 
-    Each draw takes seeds of each arm, and one set of problems for both, with replacement. Both resamplings carry the
-    chance of single answers, so it is cautious where that dominates; where seeds dominate and are few, its percentile
-    interval is too narrow. Raises `InvalidValueError` unless the problems agree.
+    Each draw takes seeds of each arm, and one set of problems for both, with replacement. Both resamplings include the
+    variance of single answers, so it is conservative where that dominates; where few seeds dominate, its percentile
+    interval is too narrow. Raises `InvalidValueError` unless the problems are the same.
     """
     _check_problems(treatment, control)
     per_problem = _drawn(treatment, draws, generator) - _drawn(control, draws, generator)  # [draws, problems]
@@ -55,12 +55,12 @@ def _drawn(arm: Scores, draws: int, generator: np.random.Generator) -> Scores:
 
 
 def two_way(treatment: Scores, control: Scores) -> Difference:
-    """Test the difference of means with the variance of seeds and problems both (two-way clustering).
+    """Test the difference of means with the variance of both seeds and problems (two-way clustering).
 
     The variance is V(seeds) + V(problems) - V(cell): that of the seed means, plus that of the per-problem differences,
-    less the residual that both contain, and never less than either (Cameron, Gelbach and Miller, J. of Business and
+    less the residual that both contain, and at least each of them (Cameron, Gelbach and Miller, J. of Business and
     Economic Statistics 29 (2011)). Degrees of freedom after Satterthwaite.
-    Raises `InvalidValueError` unless the problems agree and each arm has two seeds.
+    Raises `InvalidValueError` unless the problems are the same and each arm has two seeds.
     """
     _check_problems(treatment, control)
     if min(len(treatment), len(control), treatment.shape[1]) < 2:

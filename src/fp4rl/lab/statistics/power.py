@@ -1,4 +1,4 @@
-"""How many seeds: the chance that a difference of a given size is seen, before any hour is spent."""
+"""Statistical power: the chance to detect a difference of a given size, and the seeds that it takes."""
 
 import math
 
@@ -10,7 +10,7 @@ _MOST_SEEDS = 10_000
 
 
 def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, margin: float | None = None) -> float:
-    """Compute the chance that a test over `seeds` an arm calls a true `difference`.
+    """Compute the chance that a test with so many `seeds` in each arm detects a true `difference`.
 
     `difference`, `spread` (run-to-run standard deviation) and `margin` are in the same unit, points for accuracies.
     Without a margin: the two-sided t test. With one: the one-sided non-inferiority test of a treatment whose true
@@ -31,7 +31,7 @@ def power(seeds: int, difference: float, spread: float, *, alpha: float = 0.05, 
 
 
 def _below(t: float, freedom: float, noncentral: float) -> float:
-    """Return the chance that noncentral t lies below `t`; 0 or 1 far from the mass, where scipy's series is NaN."""
+    """Return the probability that noncentral t is below `t`; 0 or 1 in the far tails, where scipy returns NaN."""
     chance = float(special.nctdtr(freedom, noncentral, t))
     return chance if math.isfinite(chance) else float(t > noncentral)
 
@@ -39,7 +39,7 @@ def _below(t: float, freedom: float, noncentral: float) -> float:
 def seeds_needed(
     difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
 ) -> int:
-    """The fewest seeds an arm that see `difference` with probability `chance`. Raises InvalidValueError if none do."""
+    """Return the fewest seeds an arm that detect `difference` with probability `chance`; InvalidValueError if none."""
     if (abs(difference) if margin is None else difference + margin) <= 0:
         why = "a difference of 0 is never seen, and one at the margin never clears it"
         raise InvalidValueError(f"{why}; ask for a larger one")

@@ -1,6 +1,6 @@
 """Shares of problems solved, with intervals over problems alone: for published totals, and for two checkpoints.
 
-These say how well a *checkpoint* is measured, or whether two checkpoints differ. They do not say that the recipes
+They tell how precisely a *checkpoint* is measured, or whether two checkpoints differ, but not whether the recipes
 behind them differ: that needs seeds (`statistics.seeds`).
 """
 
@@ -15,7 +15,7 @@ from fp4rl.spec.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class ShareDifference:
-    """`value` = first share - second share, with an interval over problems and the p of 'the shares are equal'."""
+    """First share - second share, with its interval over problems and the p of 'the shares are equal'."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class ShareDifference:
 
 @dataclass(frozen=True)
 class PairedFlips:
-    """McNemar on the same problems: `gained` only the first solves, `lost` only the second; exact two-sided p."""
+    """McNemar's test on the same problems: `gained` are solved only by the first, `lost` only by the second."""
 
     gained: int
     lost: int
@@ -33,7 +33,7 @@ class PairedFlips:
 
 
 def wilson(solved: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total and total > 0."""
+    """Return Wilson's 95 % score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total > 0."""
     if not (0 <= solved <= total and total > 0):
         raise InvalidValueError(f"{solved} solved of {total} is no share")
     z = float(special.ndtri((1 + LEVEL) / 2))
@@ -45,7 +45,7 @@ def wilson(solved: int, total: int) -> tuple[float, float]:
 
 
 def newcombe(first: tuple[int, int], second: tuple[int, int]) -> ShareDifference:
-    """Difference of two independent shares (solved, total), each without its items.
+    """Return the difference of two independent shares (solved, total).
 
     Interval: Newcombe, Statistics in Medicine 17 (1998), method 10 (hybrid of two Wilson intervals). p: the pooled
     two-sample z test. For shares of the same problems it is wide: pairing needs the items.
@@ -61,7 +61,7 @@ def newcombe(first: tuple[int, int], second: tuple[int, int]) -> ShareDifference
 
 
 def mcnemar(gained: int, lost: int) -> PairedFlips:
-    """Exact McNemar test of two *checkpoints* on the same problems: are gains and losses equally likely?"""
+    """Test exactly (McNemar) whether gains and losses of two *checkpoints* on the same problems are equally likely."""
     flips = gained + lost
     tail = float(special.bdtr(min(gained, lost), flips, 0.5)) if flips else 1.0
     return PairedFlips(gained, lost, min(1.0, 2 * tail))

@@ -1,8 +1,8 @@
 """Two arms compared over training seeds: the difference of seed means with a Welch interval, and Holm's correction.
 
-Every function is free of units: give accuracies in points and the answer is in points. The seed is the replicate
-because two runs that differ in nothing but the seed differ by more than the problems' sampling explains; a test that
-takes only the problems as random calls that an effect in 20 to 25 % of comparisons (docs/concepts/statistics.md).
+Results are in the unit of the inputs, such as points. The seed is the unit of replication, because two runs that differ
+only in the seed differ by more than the sampling of problems explains: a test that takes only the problems as random
+calls that an effect in 20 to 25 % of comparisons (docs/concepts/statistics.md).
 """
 
 import math
@@ -19,7 +19,7 @@ LEVEL = 0.95  # of every interval; a test's alpha is what is left
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` = mean(treatment) - mean(control), with its two-sided interval and the p of 'there is no difference'."""
+    """mean(treatment) - mean(control), with its two-sided interval and the p of 'there is no difference'."""
 
     value: float
     low: float
@@ -41,15 +41,15 @@ class NotWorse:
 
     @property
     def clears(self) -> bool:
-        """Whether the bound lies above -margin, before any correction."""
+        """Whether the bound is above -margin, before any correction."""
         return self.lower_bound > -self.margin
 
 
 def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
     """Test the difference of seed means by Welch's t: one value per seed, spreads need not be equal.
 
-    Raises `InvalidValueError` with fewer than two seeds an arm, and where no seed differs from another (there is
-    nothing to measure chance with). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
+    Raises `InvalidValueError` with fewer than two seeds an arm, and where all seeds of an arm are equal (no variance
+    can be estimated). Source: B. L. Welch, Biometrika 34 (1947); degrees of freedom after Satterthwaite.
     """
     error, freedom = standard_error(treatment, control)
     return student_t(fmean(treatment) - fmean(control), error, freedom, (len(treatment), len(control)))
@@ -76,7 +76,7 @@ def not_worse(treatment: Sequence[float], control: Sequence[float], margin: floa
 
 
 def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
-    """SE^2 = s1^2/n1 + s2^2/n2 of the difference of means; Satterthwaite's freedom, SE^4 / sum((s^2/n)^2 / (n - 1))."""
+    """Return SE, SE^2 = s1^2/n1 + s2^2/n2, and Satterthwaite's degrees of freedom, SE^4 / sum((s^2/n)^2 / (n - 1))."""
     if min(len(treatment), len(control)) < 2:
         raise InvalidValueError(f"a test over seeds needs two seeds an arm; got {len(treatment)} and {len(control)}")
     parts = [variance(arm) / len(arm) for arm in (treatment, control)]
@@ -89,14 +89,14 @@ def standard_error(treatment: Sequence[float], control: Sequence[float]) -> tupl
 
 @dataclass(frozen=True)
 class Spread:
-    """A standard deviation pooled over groups of repeats, with the degrees of freedom it rests on."""
+    """A standard deviation pooled over groups of repeats, with its degrees of freedom."""
 
     sd: float
     freedom: int
     groups: int
 
     def band(self, seeds: tuple[int, int]) -> float:
-        """Half the width of the band that holds 95 % of the differences of two arms that are the same."""
+        """Return half the width of the band that holds 95 % of the differences of two equal arms."""
         quantile = float(special.stdtrit(self.freedom, (1 + LEVEL) / 2))
         return quantile * self.sd * math.sqrt(1 / seeds[0] + 1 / seeds[1])
 
@@ -112,12 +112,12 @@ def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given (S. Holm, Scandinavian Journal of Statistics 6 (1979))."""
+    """Correct p-values by Holm's step-down method, in order (S. Holm, Scandinavian Journal of Statistics 6 (1979))."""
     return list(holm_grouped({(index,): p for index, p in enumerate(p_values)}).values())
 
 
 def holm_grouped(p_values: Mapping[tuple[Hashable, ...], float]) -> dict[tuple[Hashable, ...], float]:
-    """Holm over hypotheses keyed (comparison, question), where at most one question of a comparison can be null.
+    """Correct (Holm) hypotheses keyed (comparison, question), of which at most one in a comparison can be true.
 
     'No difference' and 'worse by the margin' cannot both be true, so each step divides by the number of *comparisons*
     that still have an open hypothesis, not by the number of hypotheses (Shaffer, JASA 81 (1986), logically related

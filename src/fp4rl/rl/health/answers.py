@@ -1,4 +1,4 @@
-"""Checks on what the policy writes: how long, how often cut off, empty or the same again, and with how much entropy."""
+"""Checks of the answers: their length, how many are cut off, empty or repetitive, and their entropy."""
 
 from math import exp, log
 
@@ -9,7 +9,7 @@ from fp4rl.spec.health import Thresholds
 
 
 def length_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Longer than the run's own early median *and* worse for it: long reasoning that pays off is no illness."""
+    """Find answers that grew far beyond the run's early median *and* became worse; long answers that help are fine."""
     now, start = histories.pooled("length"), histories["length"].early(t.early)
     if now is None or start is None or start <= 0 or now < t.length_ratio * start:
         return OK
@@ -25,7 +25,7 @@ def length_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def dead_rollouts(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Answers nobody can learn from: nearly all cut off, many empty, or the same few tokens again and again."""
+    """Find answers that cannot be learned from: nearly all cut off, many empty, or the same tokens over and over."""
     return worst([_all_cut(histories, t), _empty(histories, t), _repeated(histories, t)])
 
 
@@ -37,7 +37,7 @@ def _all_cut(histories: SignalHistories, t: Thresholds) -> Verdict:
     if cut >= t.dead:
         return Verdict("alarm", evidence)
     if start is None or cut < start + t.truncated / 2:
-        return OK  # as many as ever: the limit is short, and no state of the policy
+        return OK  # as many as at the start: the limit is short, the policy has not changed
     return Verdict("alarm", f"{evidence}, {start:.0%} in the beginning")
 
 
@@ -46,7 +46,7 @@ def _empty(histories: SignalHistories, t: Thresholds) -> Verdict:
     if empty is not None and empty >= t.empty:
         return Verdict("alarm", f"{empty:.0%} of the answers are empty")
     start = histories["length"].early(t.early)
-    # One token is the end token alone. A task whose answers are that short from the start is no illness.
+    # One token is the end token alone; but a task may have answers as short as that from the start.
     if length is not None and length <= 1.5 and (start is None or start > 3.0):
         return Verdict("alarm", f"answers have {length:.2g} tokens on average: most are empty")
     return OK
@@ -60,16 +60,17 @@ def _repeated(histories: SignalHistories, t: Thresholds) -> Verdict:
     return Verdict("alarm", f"{now:.0%} of the 4-grams in an answer are repeated{beside}")
 
 
-# The trend is drawn through observations that ended this long ago, so that a collapse cannot bend its own yardstick.
+# The trend is fitted to observations up to this many ago, so that a collapse does not bend the trend that it is
+# compared with.
 _AGO = 5
 _TREND_WINDOW = 30
-# Below this entropy is a rounding error, in nats a token.
+# In nats a token; a lower entropy is a rounding error.
 _FLOOR = 1e-6
 _LARGEST_LOG = 709.0  # exp of more than that is no float
 
 
 def entropy_collapse(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Far below where its own trend was heading, little of it left, and accuracy not rising meanwhile."""
+    """Find entropy far below its own trend and with little of it left; a watch while accuracy rises, else an alarm."""
     history = histories["entropy"]
     now, start = histories.pooled("entropy"), history.early(t.early)
     expected = _expected(history)
@@ -84,7 +85,7 @@ def entropy_collapse(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def entropy_explosion(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Rising while accuracy falls, or rising so far that accuracy will follow."""
+    """Find entropy that rises while accuracy falls, or that rises so far that accuracy will fall."""
     history = histories["entropy"]
     now, start, lowest = histories.pooled("entropy"), history.early(t.early), history.lowest
     if now is None or start is None or lowest is None or min(now, start) <= _FLOOR:
@@ -107,7 +108,7 @@ def _logs(history: SignalHistory, ago: int = 0) -> list[float]:
 
 
 def _expected(history: SignalHistory) -> float | None:
-    """Log-entropy that the trend up to `_AGO` observations ago leads to expect now. A rising trend counts as flat."""
+    """Return the log-entropy now by the trend until `_AGO` observations ago; a rising trend counts as flat."""
     line = trend(_logs(history, _AGO))
     return None if line is None else line[0] + min(line[1], 0.0) * _AGO
 

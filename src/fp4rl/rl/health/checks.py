@@ -1,4 +1,4 @@
-"""Every check of the monitor, one record each; `spec.health.CHECKS` holds their names for the keys of a description."""
+"""Every check of the monitor, one entry each; `spec.health.CHECKS` lists their names, the keys of `health.policies`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from fp4rl.spec.health import Thresholds
 
 @dataclass(frozen=True)
 class Check:
-    """One check, called by the name of its function.
+    """One check; its name is that of its function.
 
-    `signals`: what it looks at, for its evidence while all is well. `needs`: what it cannot do without, at least one
-    signal of each group. `at_once`: one step is beyond doubt; otherwise an alarm must persist.
+    `signals`: what it looks at, shown while all is well. `needs`: groups of signals, of each of which it needs at least
+    one. `at_once`: a single step is enough for an alarm; otherwise an alarm must persist.
     """
 
     function: Callable[[SignalHistories, Thresholds], Verdict]

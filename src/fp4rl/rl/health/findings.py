@@ -1,4 +1,4 @@
-"""What the monitor says: a state with its evidence."""
+"""What the monitor reports: a state with its evidence."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ ORDER: dict[State, int] = {"not judged": -1, "ok": 0, "watch": 1, "alarm": 2}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check thinks of the run as it stands: a state, and the numbers that say so.
+    """The result of one check at one step: a state, and the numbers that show it.
 
-    `severity` of a watch that becomes an alarm when it stays and gets worse; None for one that does not.
+    `severity`: for a watch that becomes an alarm when it lasts and grows; None for one that does not.
     """
 
     state: State
@@ -26,7 +26,7 @@ OK = Verdict("ok")
 class Finding:
     """A check's state from `step` on. `since`: the first step of what led to it. `policy`: what an alarm does.
 
-    `not judged` is no state that a check comes to: it stands where nobody logs what the check looks at.
+    `not judged` is not the result of a check: it means that the signals of the check are not logged.
     """
 
     check: str

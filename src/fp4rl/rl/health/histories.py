@@ -1,4 +1,4 @@
-"""The histories of a run's signals, and the few robust numbers that checks compare them with."""
+"""The histories of a run's signals, and the robust statistics that checks compare."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,8 +9,8 @@ from typing import Any
 from fp4rl.rl.health.signals import NAMES
 from fp4rl.spec.health import Thresholds
 
-# Answers to one prompt are alike, for prompts differ in difficulty: their correlation if difficulties are uniform.
-# Healthy runs of the embedded model have .17 to .33.
+# Answers to one prompt are correlated, since prompts differ in difficulty: this is the correlation if difficulties are
+# uniform. Healthy runs of the embedded model have .17 to .33.
 _ALIKE = 1 / 3
 _USUAL_GROUP = 8
 _LARGEST_GRAIN = 64
@@ -20,9 +20,9 @@ _ROUNDING = 1e-4
 
 
 def grain(values: Sequence[float]) -> int | None:
-    """Return the fewest cases that such shares can have been taken over: every value is a whole multiple of 1 / n.
+    """Return the smallest number of cases n that such shares can be of: every value is a whole multiple of 1 / n.
 
-    None where no n up to 64 fits, where values lie outside 0..1, and where too few different ones were seen to say.
+    None where no n up to 64 fits, where values lie outside 0..1, and where too few different ones were seen.
     """
     if len(values) < _ENOUGH or not all(0 <= value <= 1 for value in values):
         return None
@@ -33,42 +33,42 @@ def grain(values: Sequence[float]) -> int | None:
 
 
 def independent(answers: float, groups: float | None) -> float:
-    """Return how many independent answers are worth as much as `answers` in `groups` of one prompt each."""
+    """Return the effective sample size of `answers` in `groups` of one prompt each: n / (1 + rho (m - 1))."""
     groups = groups or max(1.0, answers / _USUAL_GROUP)
     return answers / (1 + _ALIKE * max(answers / groups - 1, 0.0))
 
 
 def sampling_error(share: float, cases: float) -> float:
-    """Standard deviation of a share over independent cases; never quite 0, for nothing is certain after few cases."""
+    """Return the standard error of a share over independent cases; never 0, since few cases make nothing certain."""
     share = min(max(share, 1 / (cases + 2)), 1 - 1 / (cases + 2))
     return float((share * (1 - share) / cases) ** 0.5)
 
 
-# A normal standard deviation from a median absolute deviation; differences of two have sqrt(2) of it.
+# Standard deviation / median absolute deviation of normal values; differences of two values have sqrt(2) of it.
 _MAD_TO_SD = 1.4826
 _SQRT2 = 2**0.5
 NOISE_WINDOW = 30
 _SMOOTH = 5
 _FALL = 3
 LEVELS = (2, 3, 5, 10, 20)
-"""Widths of the windows over which levels are compared."""
+"""The widths, in observations, of the windows whose means are compared."""
 
 
 class SignalHistory:
-    """Values of one signal in order of observation. Every question is about the run's own past.
+    """The values of one signal in order of observation, and statistics of them.
 
-    All answers are None while there are too few observations to give one.
+    Every statistic is None while there are too few observations for it.
     """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
-        self.bests: dict[int, float] = {}  # width -> the highest mean of so many; how far to trust it, see `loss`
+        self.bests: dict[int, float] = {}  # width -> the highest mean of so many; `learning.lost` corrects for luck
         self.lowest: float | None = None  # running median of five
         self._total = [0.0]  # of the first n values
 
     def add(self, step: int, value: float) -> None:
-        """One more observation; a value that is not finite is left out."""
+        """Add one observation; a value that is not finite is left out."""
         if not isfinite(value):
             return
         self.steps.append(step)
@@ -92,40 +92,40 @@ class SignalHistory:
 
     @property
     def spacing(self) -> float:
-        """Steps from one observation to the next, as a rule; 1 before there are two."""
+        """The median number of steps between observations; 1 before there are two."""
         recent = self.steps[-NOISE_WINDOW:]
         return max(1.0, median(b - a for a, b in pairwise(recent))) if len(recent) > 1 else 1.0
 
     def mean(self, width: int) -> float | None:
-        """Mean of the last `width` observations; None before there are as many."""
+        """Return the mean of the last `width` observations; None before there are as many."""
         n = len(self.values)
         return (self._total[n] - self._total[n - width]) / width if 0 < width <= n else None
 
     def start(self, width: int) -> float:
-        """Mean of the first `width` observations, of which there must be as many."""
+        """Return the mean of the first `width` observations; there must be as many."""
         return self._total[width] / width
 
     def early(self, most: int) -> float | None:
-        """Median of the first observations: a quarter of them, so that an early failure does not become the measure.
+        """Return the median of the first quarter of the observations, so that an early failure is not the reference.
 
-        At least 3 observations and at most `most` steps of them; None before there are 4.
+        At least 3 observations, and at most those of `most` steps; None before there are 4.
         """
         n, limit = len(self.values), round(most / self.spacing)
         return median(self.values[: max(3, min(limit, n // 4))]) if n >= 4 else None
 
     def level(self, width: int = 3, ago: int = 0, least: int | None = None) -> float | None:
-        """Median of `width` observations that ended `ago` before the last; of fewer, where `least` are enough."""
+        """Return the median of `width` observations up to `ago` before the last; of fewer where `least` are enough."""
         end = max(len(self.values) - ago, 0)
         window = self.values[max(end - width, 0) : end]
         return median(window) if len(window) >= (least or width) else None
 
     def level_at(self, step: int) -> float | None:
-        """Median of the last 3 observations up to `step`."""
+        """Return the median of the last 3 observations up to `step`."""
         window = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step][-3:]
         return median(window) if window else None
 
     def noise(self) -> float | None:
-        """Standard deviation from one observation to the next, robust to jumps and blind to a trend."""
+        """Return the standard deviation by differences of neighbours: jumps hardly change it, a trend does not."""
         window = self.values[-NOISE_WINDOW:]
         if len(window) < 4:
             return None
@@ -134,10 +134,10 @@ class SignalHistory:
         return _MAD_TO_SD * median(abs(s - middle) for s in steps) / _SQRT2
 
     def spread(self) -> float:
-        """Return the larger of `noise` and the plain spread, which equal neighbours do not hide; 0 before it is known.
+        """Return the larger of `noise` and the plain standard deviation; 0 before it is known.
 
-        Shares of few answers are often 0 or 1 twice in a row, and a median of such differences is 0. The last few
-        observations are left out: a fall is no measure of itself.
+        Shares of few answers are often 0 or 1 twice in a row, and the median of such differences is 0. The last few
+        observations are left out, so that a fall is not part of the noise that it is compared with.
         """
         window = self.values[: max(len(self.values) - _FALL, 4)][-NOISE_WINDOW:]
         steps = [b - a for a, b in pairwise(window)]
@@ -146,7 +146,7 @@ class SignalHistory:
 
 
 def trend(values: list[float]) -> tuple[float, float] | None:
-    """(level at the last value, slope per observation) of a robust straight line (Theil-Sen); None below 4 values."""
+    """Fit a robust line (Theil-Sen): level at the last value, and slope per observation; None below 4 values."""
     n = len(values)
     if n < 4:
         return None
@@ -154,27 +154,27 @@ def trend(values: list[float]) -> tuple[float, float] | None:
     return median(v + slope * (n - 1 - i) for i, v in enumerate(values)), slope
 
 
-# Groups of answers that a mean needs before one prompt no longer makes it.
+# Groups of answers in a mean that no single prompt dominates.
 POOLED_GROUPS = 8
 
 
 class SignalHistories:
-    """One `SignalHistory` per signal; a signal nobody logs has an empty one.
+    """One `SignalHistory` per signal, empty for a signal that is not logged.
 
-    `groups`: of answers a step. `independent`: its answers, counted as independent ones.
+    `groups`: groups of answers a step. `independent`: the effective sample size of its answers.
     """
 
     def __init__(self) -> None:
         self._of = {signal: SignalHistory() for signal in NAMES}
         self._lines = SignalHistory()
         self.now: Mapping[str, float] = {}
-        # Per step, as logged or as the shares let on; None where nobody knows.
+        # Per step, as logged or as derived from the shares; None where unknown.
         self.groups: float | None = None
         self.independent: float | None = None
-        self.loss: Any = None  # what `loss.lost` found in this step, once it was asked
+        self.loss: Any = None  # the result of `learning.lost` for this step, once computed
 
     def add(self, step: int, signals: Mapping[str, float]) -> None:
-        """The signals of one more step; `now` keeps them as they came, non-finite ones too."""
+        """Add the signals of one step; `now` keeps them as they are, non-finite ones too."""
         self.now, self.loss = signals, None
         self._lines.add(step, 0.0)
         for signal, value in signals.items():
@@ -185,19 +185,19 @@ class SignalHistories:
 
     @property
     def spacing(self) -> float:
-        """Steps between two lines of the log, as a rule."""
+        """The usual number of steps between two lines of the log."""
         return self._lines.spacing
 
     def __getitem__(self, signal: str) -> SignalHistory:
         return self._of[signal]
 
     def value(self, signal: str) -> float | None:
-        """Return the signal in this very step, None when this step does not have it."""
+        """Return the signal in the present step; None when this step does not have it."""
         return self._of[signal].last if signal in self.now else None
 
     @property
     def goal(self) -> SignalHistory:
-        """What the run is for: rollout accuracy, or the reward where nobody logs accuracy."""
+        """What the run shall improve: rollout accuracy, or the reward where accuracy is not logged."""
         return self["accuracy"] if len(self["accuracy"]) else self["reward"]
 
     @property
@@ -206,20 +206,20 @@ class SignalHistories:
         return len(self["accuracy"]) > 0 or min(self["reward"].values, default=0.0) >= 0
 
     def pooled(self, signal: str, groups: int = POOLED_GROUPS, unknown: float = POOLED_GROUPS) -> float | None:
-        """The signal over as many of the last steps as hold `groups` groups of answers; this very step where it does.
+        """Return the mean of a signal over so many of the last steps that they hold `groups` groups of answers.
 
-        `unknown`: how many a step has where nobody knows. None when this step does not have the signal, or there are
-        too few steps yet.
+        `unknown`: groups a step where that is not known. None when the present step does not have the signal, or there
+        are too few steps yet.
         """
         return self[signal].mean(ceil(groups / (self.groups or unknown))) if signal in self.now else None
 
     def width(self) -> int:
-        """Return how many steps hold enough groups of answers that one prompt no longer makes their mean."""
+        """Return how many steps hold enough groups of answers that no single prompt dominates their mean."""
         return ceil(POOLED_GROUPS / (self.groups or POOLED_GROUPS))
 
 
 def summary(histories: SignalHistories, signals: tuple[str, ...]) -> str:
-    """Say in a few words how `signals` went, and which of them nobody logs."""
+    """Describe in a few words how `signals` developed, and which of them are not logged."""
     logged = [name for name in signals if len(histories[name])]
     seen = [f"{name} {histories[name].values[0]:.3g} -> {histories[name].last:.3g}" for name in logged]
     unseen = [name for name in signals if name not in logged]
@@ -230,22 +230,22 @@ def summary(histories: SignalHistories, signals: tuple[str, ...]) -> str:
 
 
 def lacking(histories: SignalHistories, needs: tuple[tuple[str, ...], ...]) -> str:
-    """Name the metrics of which a check needs at least one and none is logged; empty where every group has one.
+    """Name the metrics that a check lacks, one of which must be logged; empty where nothing is lacking.
 
-    A check without data is no good news.
+    A check without data must not look like a good result.
     """
     missing = [signals for signals in needs if not any(len(histories[signal]) for signal in signals)]
     return "; ".join(f"needs {' or '.join(n for signal in signals for n in NAMES[signal])}" for signals in missing)
 
 
 def rising(histories: SignalHistories, ago: int = 5) -> bool:
-    """Return whether accuracy is above what it was `ago` observations ago by more than its noise."""
+    """Return whether accuracy rose in the last `ago` observations by more than its noise."""
     goal = histories.goal
     now, before = goal.level(3), goal.level(3, ago)
     return now is not None and before is not None and now - before > (goal.noise() or 0.0)
 
 
 def solved(histories: SignalHistories, t: Thresholds) -> bool:
-    """Return whether so much is right that an empty learning signal is a success."""
+    """Return whether accuracy is so high that a missing learning signal means success."""
     level = histories["accuracy"].level(1)
     return level is not None and level >= t.solved

@@ -1,6 +1,6 @@
-"""Checks on whether the policy learns what it should: accuracy, reward against validation, and rewards that differ.
+"""Checks of learning: accuracy, reward against validation, and groups whose rewards differ.
 
-`lost` says how much of its best the policy has surely lost: the question that half of the checks ask.
+`lost` tells how much of its best level the policy has lost for certain; half of all checks use it.
 """
 
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from fp4rl.rl.health.histories import (
 )
 from fp4rl.spec.health import Thresholds
 
-# A level that never stood out from its noise has no gain to lose: a fall is then counted in units of the noise.
+# In standard deviations: the least gain that a loss is a share of, also where the level never rose above its noise.
 _IN_NOISE = 8.0
 _ENOUGH = 10.0
-_SEEN = 8  # observations whose scatter says more than the number of their answers
+_SEEN = 8  # observations from which on their scatter is used beside the number of their answers
 _LEAST = 1e-6  # a scale below this is a rounding error
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`share`: of the best level that is gone (0 within sampling error). `best`, `now`: the levels; `width`: steps."""
+    """The `share` of the best level that is lost (0 within its error), both levels, and their `width` in steps."""
 
     share: float = 0.0
     best: float = 0.0
@@ -37,9 +37,9 @@ class Loss:
 
 
 class _Error:
-    """Standard deviation of one observation of the goal at a level: as it was seen, and at least what its answers make.
+    """The standard error of the goal at a given level: as observed, and at least the sampling error of its answers.
 
-    A share over few answers varies most in the middle; what is seen beyond that is taken to be in proportion.
+    A share of few answers varies most near 0.5; scatter beyond that is assumed to be in proportion to it.
     """
 
     def __init__(self, histories: SignalHistories, goal: SignalHistory) -> None:
@@ -51,13 +51,13 @@ class _Error:
             self._beyond = max(1.0, self._seen / sampling_error(level, self._cases))
 
     def at(self, level: float, width: int) -> float:
-        """Of a mean over `width` observations."""
+        """Return the standard error of a mean over `width` observations."""
         return self._of_one(level) / sqrt(width)
 
     def of_difference(self, best: float, best_width: int, now: float, width: int) -> float:
-        """Of the difference of two means, were both of one level: that of all their observations (two-proportion test).
+        """Return the standard error of the difference of two means if both had one level (two-proportion test).
 
-        The error at `best` itself would hide a fall from the middle, where shares scatter most, down to nothing.
+        With the error at `best` itself a fall from 0.5, where shares scatter most, to 0 would be hidden.
         """
         pooled = (best * best_width + now * width) / (best_width + width)
         return self._of_one(pooled) * sqrt(1 / best_width + 1 / width)
@@ -66,18 +66,18 @@ class _Error:
         return self._seen if self._cases is None else self._beyond * sampling_error(level, self._cases)
 
     def tells(self, width: int) -> bool:
-        """Return whether so many observations hold enough answers to be the measure of all that follows."""
+        """Return whether `width` observations hold enough answers to be a reference for all later ones."""
         return width > 1 if self._cases is None else width * self._cases >= _ENOUGH
 
 
 def lost(histories: SignalHistories, t: Thresholds) -> Loss:
-    """Return what the policy has lost by now; asked by several checks, answered once a step.
+    """Return what the policy has lost by now; several checks need it, and it is computed once a step.
 
-    The present is held against the level of the beginning and against the best that any window has had, over several
-    widths of both; a fall must exceed `t.certain` times the sampling error of the difference. The best of many windows
-    is lucky, and what luck makes of that many is taken off it, so that it does not climb on noise. A reward that is no
-    share (it is negative at times) has no zero to lose its part of: its loss is counted against what had been gained,
-    and losing all of that is like losing half of an accuracy.
+    The present level is compared with that of the beginning and with the best of all windows, in several widths; a fall
+    must exceed `t.certain` times the standard error of the difference. The best of many windows is best by luck too:
+    the expected luck is subtracted, so that it does not rise with noise. A reward that is no share (it can be negative)
+    has no natural zero: its loss is measured against what had been gained, and losing all of that counts like losing
+    half of an accuracy.
     """
     if histories.loss is None:
         histories.loss = _lost(histories, t)
@@ -103,11 +103,12 @@ def _lost(histories: SignalHistories, t: Thresholds) -> Loss:
 
 
 def _levels(goal: SignalHistory, before: int, error: _Error) -> Iterator[tuple[float, int]]:
-    """(level, steps it is a mean over) of the beginning, as far as it lies `before` now, and of the best windows."""
+    """Yield (level, width) of the beginning, up to `before` observations, and of the best window of each width."""
     for width in (1, *LEVELS):
         if width <= before and error.tells(width):
             yield goal.start(width), width
     for width, mean in goal.bests.items():
+        # The maximum of n normal means lies about sqrt(2 log n) standard errors above their mean.
         yield mean - sqrt(2 * log(len(goal) / width)) * error.at(mean, width), width
 
 
@@ -116,22 +117,22 @@ def _gained(goal: SignalHistory, best: float, error: _Error, t: Thresholds) -> f
     return max(best - start if start is not None else 0.0, _IN_NOISE * error.at(best, 1))
 
 
-# Validations in a row without a new best before a rising reward looks suspicious.
+# Validations in a row without a new best from which on a rising reward is suspicious.
 _FLAT = 4
 _RECENT = 20
 _AGO = 3
-# Groups that must all lack spread before it is said that nearly all do: 0.95 ** 48 is 0.09, three times in a row.
+# Groups that a statement about nearly all groups needs: with 5 % that do have spread, 48 show none with p = 0.09.
 _GROUPS = 48
-_FEW = 3.0  # groups a step, where nobody knows
+_FEW = 3.0  # groups a step, where that is not known
 # Groups over which reward and accuracy are correlated, and how far below 0: four standard deviations of 16 groups of 4.
 _TELLING = 16
 _AGAINST = 0.5
-# A share of groups with spread from which a fall can be told from chance: 1 of 16 groups is 0.06.
+# The share of groups with spread from which on a fall is more than chance: 1 of 16 groups is 0.06.
 _SPREAD_ENOUGH = 0.3
 
 
 def accuracy_collapse(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Most of the best accuracy is gone, or the rollouts are far worse than the same policy when it is evaluated."""
+    """Find the loss of most of the best accuracy, or rollouts far worse than the same policy in evaluations."""
     return worst([_against_its_best(histories, t), _against_validation(histories, t)])
 
 
@@ -147,7 +148,7 @@ def _against_its_best(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def _against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Noise or quantization in the rollout alone leaves a policy that only validates well."""
+    """Find rollouts far below validation: noise or quantization acts in the rollouts alone."""
     rollout, validation = histories.pooled("accuracy"), histories["validation"].last
     if rollout is None or validation is None or validation - rollout < 2 * t.accuracy_points:
         return OK
@@ -157,12 +158,12 @@ def _against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def reward_hacking(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Reward climbs while what it stands for does not."""
+    """Find a reward that rises while the accuracy that it stands for does not, or that prefers wrong answers."""
     return worst([_wrong_earns(histories), _against_accuracy(histories, t), _reward_against_validation(histories, t)])
 
 
 def _wrong_earns(histories: SignalHistories) -> Verdict:
-    """At once, before anything is lost: of two answers to one prompt the wrong one earns more, as a rule."""
+    """Find rewards by which wrong answers earn more than right ones to the same prompt, before accuracy falls."""
     now = histories.pooled("reward_accuracy", _TELLING)
     if now is None or now > -_AGAINST:
         return OK
@@ -170,7 +171,7 @@ def _wrong_earns(histories: SignalHistories) -> Verdict:
 
 
 def _against_accuracy(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Fast: accuracy of the very answers that earned the reward."""
+    """Compare with the accuracy of the very answers that earned the reward: the fast check."""
     reward, accuracy = histories["reward"], histories["accuracy"]
     now, start = reward.level(3), reward.early(t.early)
     if now is None or start is None or not len(accuracy):
@@ -182,7 +183,7 @@ def _against_accuracy(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def _reward_against_validation(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Slow, and the one that counts: reward since the best validation against what validation has become."""
+    """Compare the reward since the best validation with validation since then: the slow check, and the decisive one."""
     validation, reward = histories["validation"], histories["reward"]
     if not len(validation):
         return OK
@@ -198,7 +199,7 @@ def _reward_against_validation(histories: SignalHistories, t: Thresholds) -> Ver
 
 
 def _of_validation(histories: SignalHistories) -> float:
-    """Sampling error of the difference of two validations; 0 where nobody knows how many answers they had."""
+    """Return the standard error of the difference of two validations; 0 where their number of answers is unknown."""
     validation = histories["validation"]
     cases = histories["validated"].last or grain(validation.values)
     return 2**0.5 * sampling_error(sum(validation.values) / len(validation), cases) if cases else 0.0
@@ -209,7 +210,7 @@ def _rose(now: float, before: float, noise: float | None, t: Thresholds) -> bool
 
 
 def no_spread(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Return every answer of a prompt earns the same: nothing to learn from, whether all is lost or all is solved."""
+    """Find groups whose answers all earn the same: there is nothing to learn from, whether all fail or all succeed."""
     share = histories.pooled("no_spread", _GROUPS, unknown=_FEW)
     if share is None:
         return OK
@@ -221,7 +222,7 @@ def no_spread(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def _spread_gone(histories: SignalHistories, share: float, t: Thresholds) -> Verdict:
-    """Few groups still differ, all of a sudden, in a task that is not solved: the reward has stopped telling."""
+    """Find a sudden lack of groups with spread in a task that is not solved: the reward tells answers apart no more."""
     usual = histories["no_spread"].level(_RECENT, _AGO, least=3)
     if usual is None or 1 - usual < _SPREAD_ENOUGH or 1 - share > t.spread_left * (1 - usual) or solved(histories, t):
         return OK

@@ -1,4 +1,4 @@
-"""Checks on the machine: numbers that are none, gradients that burst or vanish, a sampler that is another policy."""
+"""Checks of the mechanics: NaN and infinity, gradients that explode or vanish, a sampler that is another policy."""
 
 from math import isfinite
 
@@ -11,7 +11,7 @@ _MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "reward", "length", "mismatch
 _RECENT = 20
 _AGO = 3
 _WINDOW = 3
-# A part of the mismatch below this share of what would be an illness is none.
+# A described part below this share of the limit counts as none.
 _NOTHING = 0.1
 _MEASURES = {
     "kl": "KL(rollout || train) {:.3g} nats a token",
@@ -20,7 +20,7 @@ _MEASURES = {
 
 
 def not_a_number(histories: SignalHistories, t: Thresholds) -> Verdict:  # noqa: ARG001
-    """Return a NaN or an infinity in what drives the update: every number after it is worthless."""
+    """Find NaN or infinity in what drives the update: every number after it is worthless."""
     broken = [
         f"{name} is {histories.now[name]}" for name in _MUST_BE_FINITE if not isfinite(histories.now.get(name, 0.0))
     ]
@@ -28,7 +28,7 @@ def not_a_number(histories: SignalHistories, t: Thresholds) -> Verdict:  # noqa:
 
 
 def gradient(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """A spike passes (watch); divergence stays and takes accuracy along; no gradient at all means no learning."""
+    """Find gradients that explode or vanish. A spike is a watch; with a loss of accuracy, or when huge, an alarm."""
     return worst([_burst(histories, t), _vanished(histories, t)])
 
 
@@ -52,25 +52,25 @@ def _vanished(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def mismatch(histories: SignalHistories, t: Thresholds) -> Verdict:
-    """Answers were sampled from another policy than the one that is trained on them, and nothing makes up for it.
+    """Find a sampler that is another policy than the one that is trained, without a correction for it.
 
-    Only what was measured is named: the formats of two phases are held against each other on the same tokens, and the
-    noise, hardware errors and stochastic rounding that are described are measured as they act.
+    It goes by measurements only: the formats of both phases are compared on the same tokens, and described noise,
+    hardware errors and stochastic rounding are measured as they act.
     """
     phases = histories["mismatch_phases"].level(_WINDOW, least=1)
     if phases is not None and phases >= t.mismatch_phases:
         return _unless_corrected(
             histories, t, f"rollout and training round differently: KL {phases:.3g} nats a token between them"
         )
-    # A divergence grows with the square of a difference, and is carried by few tokens.
+    # A divergence grows with the square of a difference, so that its tolerance is squared.
     apart = [_apart(histories, t, "kl", t.described**2), _apart(histories, t, "probability", t.described)]
     return worst(apart)
 
 
 def _apart(histories: SignalHistories, t: Thresholds, measure: str, times: float) -> Verdict:
-    """Hold one measure of the mismatch against its limit and `times` what of it is described or made by decoding.
+    """Compare one measure of the mismatch with its limit plus `times` the part that is described or due to decoding.
 
-    Of the last few steps the median, since the estimate of one step is carried by few tokens.
+    The median of the last few steps counts, since few tokens dominate the estimate of one step.
     """
     signal = f"mismatch_{measure}"
     now = histories[signal].level(max(_WINDOW, histories.width()), least=1) if signal in histories.now else None
@@ -89,16 +89,16 @@ def _apart(histories: SignalHistories, t: Thresholds, measure: str, times: float
     if foreseen < _NOTHING * most:
         beside = "made by decoding token by token (same weights and rounding); see rollout_correction"
         return Verdict("watch", f"{words}, {beside}")
-    return OK  # as large as the noise, the errors and the chance that are described make it
+    return OK  # the described noise, errors and stochastic rounding explain it
 
 
 def _measured(histories: SignalHistories, part: str) -> float | None:
-    """Return the most that a part of the mismatch was, the last times it was measured; None where nobody does."""
+    """Return the largest of the last measurements of a part of the mismatch; None where it is not measured."""
     return max(histories[part].values[-_WINDOW:], default=None)
 
 
 def _unless_corrected(histories: SignalHistories, t: Thresholds, words: str) -> Verdict:
-    """Importance weights make up for another sampler for as long as they leave most of the answers their say."""
+    """Return a watch instead of an alarm where importance weights correct for it with enough effective samples."""
     effective = histories["effective"].level(_WINDOW, least=1) if "effective" in histories.now else None
     if effective is not None and effective >= t.effective:
         return Verdict("watch", f"{words}; rollout_correction makes up for it (effective sample size {effective:.0%})")

@@ -1,4 +1,4 @@
-"""The monitor of one run: metrics in, step by step; findings out when a state changes. Live, it ends or rolls back."""
+"""The monitor of a run: takes metrics step by step, returns findings when a state changes; live, it stops the run."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -24,12 +24,12 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "!=": operator.ne,
 }
 
-# Observations without the metric of a rule before that is said.
+# Observations without the metric of a rule before a watch reports it.
 _PATIENCE = 20
 
 
 class RuleWatch:
-    """One rule over a run. A rule that could not be asked because nobody logs its metric says so instead of nothing."""
+    """Evaluates one rule over a run. A rule whose metric is not logged is reported, never silently passed."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -38,11 +38,11 @@ class RuleWatch:
 
     @property
     def unasked(self) -> str:
-        """Why the rule has had no value to look at so far; empty once it had one."""
+        """Why the rule has had no value so far; empty once it had one."""
         return "" if self._answer is not None else f"{self.rule.metric} was not logged from step {self.rule.step} on"
 
     def evaluate(self, step: int, values: Mapping[str, float]) -> Verdict:
-        """`values`: this step's metrics and signals by name. An `at` rule asks once and keeps its answer."""
+        """Evaluate the rule on the step's metrics and signals by name. An `at` rule is evaluated once and stays so."""
         rule = self.rule
         if step < rule.step:
             return OK
@@ -56,7 +56,7 @@ class RuleWatch:
         return self._answer
 
     def _missing(self, values: Mapping[str, float]) -> Verdict:
-        """Sparse metrics (validation) are absent from most steps; one that never came is a name nobody logs."""
+        """Return a watch for a metric that never came; sparse ones (validation) are absent from most steps."""
         self._missed += 1
         if self._answer is not None or self._missed < _PATIENCE:
             return self._answer or OK
@@ -67,7 +67,7 @@ _STRENGTH: Mapping[Policy, int] = {"note": 0, "stop": 1, "rollback": 2}
 
 
 class LongWatch:
-    """Turns a watch that stays and gets worse into an alarm; a few steps in between that are well do not end it."""
+    """Turns a watch that lasts and gets worse into an alarm; a few good steps in between do not end it."""
 
     def __init__(self) -> None:
         self._since: int | None = None
@@ -75,7 +75,7 @@ class LongWatch:
         self._first: list[float] = []
 
     def evaluate(self, step: int, verdict: Verdict, t: Thresholds) -> Verdict:
-        """`verdict`, or an alarm in its place. Only what comes with a `severity` can become one."""
+        """Return `verdict`, or an alarm in its place; only a verdict with a `severity` can become one."""
         if verdict.state == "ok" or verdict.severity is None:
             if self._since is not None and step - self._last > t.persist:
                 self._since = None
@@ -93,7 +93,7 @@ class LongWatch:
 
 @dataclass
 class _CheckState:
-    """Where one check stands: its confirmed finding, and how long it has thought otherwise."""
+    """The state of one check: its confirmed finding, and for how many steps its verdict has been another."""
 
     finding: Finding
     bad: int = 0
@@ -103,11 +103,11 @@ class _CheckState:
 
 
 class Monitor:
-    """Judges a run as it goes. The same metrics give the same findings, so a resumed run replays its metrics.
+    """Judges a run step by step. The same metrics give the same findings, so a resumed run replays its metrics.
 
-    A check must see an alarm for `persist` steps in a row before it is one; until then it is a watch. A standing alarm
-    ends after as many good steps. Where a line is logged every few steps, two lines in a row do. A watch that stays and
-    gets worse becomes an alarm too.
+    A check must report an alarm for `persist` steps in a row; until then it is a watch. An alarm ends after as many
+    good steps. Where a line is logged only every few steps, two lines in a row are enough. A watch that lasts and gets
+    worse becomes an alarm too.
     """
 
     def __init__(self, spec: Health | None = None) -> None:
@@ -120,7 +120,7 @@ class Monitor:
         self._states = {name: _CheckState(Finding(name, "ok", 0, 0, "")) for name in names}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """Take one more step in; return what changed: a watch or an alarm that begins, or one that is over (`ok`)."""
+        """Take the metrics of a step; return the changes: a watch or alarm that begins, or one that is over (`ok`)."""
         self.steps += 1
         signals = signals_of(metrics)
         self._histories.add(step, signals)
@@ -133,7 +133,7 @@ class Monitor:
         return findings
 
     def findings(self) -> list[Finding]:
-        """Return every check and rule as it stands now, the most serious first, what could not be judged last."""
+        """Return the present finding of every check and rule, the most serious first, those not judged last."""
         findings = [self._with_evidence(s.finding) for s in self._states.values()]
         return sorted(findings, key=lambda f: -ORDER[f.state])
 
@@ -144,7 +144,7 @@ class Monitor:
 
     @property
     def healthy(self) -> bool:
-        """No alarm so far."""
+        """Whether there was no alarm so far."""
         return not self.alarms
 
     def _with_evidence(self, finding: Finding) -> Finding:
@@ -165,12 +165,12 @@ class Monitor:
 
     @property
     def _persist(self) -> int:
-        """Observations that span `persist` steps; at least two, unless one step in a row is all that is asked for."""
+        """The number of observations that span `persist` steps; at least two, unless `persist` is 1."""
         persist = self.spec.thresholds.persist
         return max(min(persist, 2), ceil(persist / self._histories.spacing))
 
     def _settle(self, step: int, name: str, verdict: Verdict, needed: int, policy: Policy) -> Finding | None:
-        """The new finding if the state of `name` changes by this verdict, else None (evidence is kept up to date)."""
+        """Return the new finding if this verdict changes the state of `name`, else None; evidence is updated anyway."""
         check = self._states[name]
         if verdict.state == "alarm":
             check.onset = step if check.bad == 0 else check.onset
@@ -199,22 +199,22 @@ def action(findings: Iterable[Finding]) -> Policy:
 def replay(
     steps: Iterable[tuple[int, Mapping[str, float]]], spec: Health | None = None
 ) -> tuple[Monitor, list[Finding]]:
-    """Return a monitor that has seen a whole log, and everything it said on the way."""
+    """Return a monitor that has seen a whole log, and all findings on the way."""
     monitor = Monitor(spec)
     findings = [finding for step, metrics in steps for finding in monitor.observe(step, metrics)]
     return monitor, findings
 
 
 def last_healthy(checkpoints: Iterable[int], findings: Iterable[Finding]) -> int | None:
-    """The latest of `checkpoints` (steps) before the onset of every alarm among `findings`; None when there is none."""
+    """Return the latest of `checkpoints` (steps) before the onset of every alarm among `findings`; None without one."""
     onset = min((f.since for f in findings if f.state == "alarm"), default=None)
     return max((step for step in checkpoints if onset is None or step < onset), default=None)
 
 
 class LiveMonitor:
-    """Monitors one training session. `history` is what was logged before it began: a resumed run is one history.
+    """Monitors one training session. `history` holds the metrics logged before it, if the run was resumed.
 
-    Findings are emitted as evidence and as messages; those that are no alarms are for the log alone.
+    Findings are emitted as evidence and as messages; all but alarms go to the log alone.
     """
 
     def __init__(self, spec: Health, history: Iterable[tuple[int, Mapping[str, float]]], emit: Emit) -> None:
@@ -226,7 +226,7 @@ class LiveMonitor:
 
     @property
     def verdict(self) -> Policy:
-        """What the alarms so far ask for: `note` to go on, `stop` or `rollback`."""
+        """What the alarms so far require: `note` (go on), `stop` or `rollback`."""
         return self.decisive.policy if self.decisive is not None else "note"
 
     @property
@@ -235,7 +235,7 @@ class LiveMonitor:
         return self._monitor.alarms
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take the metrics of one more step; return whether it is the last one."""
+        """Take the metrics of a step; return whether the run must end after it."""
         findings = self._monitor.observe(step, metrics)
         for finding in findings:
             self._emit(HealthFinding(**vars(finding)))

@@ -1,4 +1,4 @@
-"""What the monitor watches, and under which names the trainers of this world, and older versions, log it."""
+"""The signals that the monitor watches, and the names under which trainers and their older versions log them."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _TODAY: Mapping[str, str] = {
     "pg_loss": "policy_loss",
     "loss/policy_avg": "policy_loss",
 }
-# A trainer's name of the phase: TensorBoard and W&B show `train/loss` for what the trainer itself calls `loss`.
+# Prefixes of phases: TensorBoard and W&B show `train/loss` for what the trainer itself calls `loss`.
 _PHASES = (("train/", ""), ("eval/", "eval_"))
 # TRL: rewards/<function>/mean; older versions and ms-swift: rewards/<function>.
 _FUNCTION = re.compile(r"(eval_)?rewards/([^/]+)(?:/mean)?")
@@ -29,7 +29,7 @@ _OTHER_PHASE = re.compile(r"(?:eval|val|valid|validation|test)(?:[-_/]|$)", re.I
 
 
 def known_names(metrics: Mapping[str, float]) -> dict[str, float]:
-    """`metrics`, and beside them what stands there under another name; no number of theirs is replaced."""
+    """Return `metrics` with today's names added for older ones; no number is replaced."""
     known = dict(metrics)
     for phase, name in _PHASES:
         known |= {name + key.removeprefix(phase): metrics[key] for key in metrics if key.startswith(phase)} | known
@@ -38,9 +38,10 @@ def known_names(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return what the reward functions are, whatever their names: the one that says it is accuracy, and their sum.
+    """Return accuracy and total reward from the reward functions, whatever their names.
 
-    Where no total and no function is logged, the shortest name that means a reward is the total.
+    Accuracy is the function whose name says so, the total their sum. Without functions, the shortest name that means a
+    reward is the total.
     """
     functions: dict[str, dict[str, float]] = {"": {}, "eval_": {}}
     for name, value in metrics.items():
@@ -86,7 +87,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "effective": ("rollout_corr/rollout_is_eff_sample_size",),
 }
 
-# A step in which no group had spread made no update; what it logs for these is the mean of nothing.
+# A step in which no group had spread makes no update; the values that it logs for these mean nothing.
 _OF_AN_UPDATE = ("entropy", "loss", "grad_norm")
 
 # verl names validation after the data set: val-core/openai/gsm8k/acc/mean@1, val/test_score/openai/gsm8k.
@@ -96,8 +97,8 @@ _VALIDATION = re.compile(r"val-core/.+/(?:acc|reward|score)/mean@\d+|val/test_sc
 def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the signals that one step's metrics hold; non-finite values are kept, so that they can be noticed.
 
-    Validation on several data sets is averaged. Where nobody logs accuracy, a reward that is a share of solved answers
-    (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
+    Validation on several data sets is averaged. Where accuracy is not logged, a reward that is a share of solved
+    answers (verl's `critic/score`, with its smallest and largest value in 0..1) stands in for it.
     """
     metrics = known_names(metrics)
     logged = {signal: next((n for n in names if n in metrics), None) for signal, names in NAMES.items()}
@@ -106,7 +107,7 @@ def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
         for signal in _OF_AN_UPDATE:
             signals.pop(signal, None)
     if signals.get("no_spread") == 1.0 and signals.get("grad_norm") == 0.0:
-        del signals["grad_norm"]  # nothing to learn in this step is what `no_spread` says
+        del signals["grad_norm"]  # a step with nothing to learn is the matter of `no_spread`
     if "validation" not in signals:
         values = [value for name, value in metrics.items() if _VALIDATION.fullmatch(name)]
         if values:
