@@ -110,3 +110,59 @@ def test_no_source_writes_markup_or_makes_a_console_of_its_own():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console" and file.name != "terminal.py":
                 found.append(f"{file.name}:{node.lineno}: a console; take console() of cli/terminal.py")
     assert not found, found
+
+
+# A function's docstring begins with what it does. Add a verb here rather than writing around it.
+VERBS = """
+Add Adjust Aggregate Announce Answer Append Apply Audit Average Begin Book Build Call Check Choose Clamp Clear Clip
+Close Collect Combine Compare Compile Complete Compute Concatenate Convert Copy Correct Correlate Count Create Cut
+Decide Declare Delete Derive Describe Draw Drop Emit Empty End Enter Estimate Evaluate Execute Exit Expand Explain
+Export Extend Extract Fill Filter Find Fit Flatten Force Forward Gather Generate Give Go Group Hash Hold Import Infer
+Insert Install Intercept Invalidate Iterate Join Judge Keep Leave Let List Load Log Look Make Map Mark Mask Measure
+Merge Move Name Note Number Open Pack Pad Parse Pass Plan Plot Pool Predict Prepare Prescribe Print Probe Process Put
+Quantize Raise Read Rebuild Receive Record Reduce Register Remove Rename Render Replace Replay Report Request Require
+Resample Reset Resolve Restore Resume Return Reverse Rotate Round Run Sample Save Scale Scan Score Search Seed Select
+Send Set Show Shuffle Sort Split Start Stop Store Sum Summarise Swap Switch Synchronise Take Test Tokenize Train
+Transform Translate Turn Undo Unpack Unwrap Update Use Validate View Wait Walk Warn Watch Wrap Write Yield
+"""
+
+
+def without_a_verb(tree: ast.AST) -> list[str]:
+    """Return the public functions whose docstring begins with no verb; properties are things and may have a noun."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        private = getattr(node, "name", "").startswith("_")
+        if isinstance(node, ast.ClassDef) and not private:
+            found += without_a_verb(node)
+        elif isinstance(node, ast.FunctionDef) and not private:
+            decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+            first = (ast.get_docstring(node) or "Return").split()[0].rstrip(".,:;")
+            if first not in VERBS.split() and not decorators & {
+                "property",
+                "cached_property",
+                "functools.cached_property",
+            }:
+                found.append(f"{node.name}: {first}")
+    return found
+
+
+def test_the_docstring_of_a_public_function_begins_with_a_verb():
+    wrong = {
+        file.relative_to(ROOT).as_posix(): names
+        for file in sorted((ROOT / "src" / "fp4rl").rglob("*.py"))
+        if (names := without_a_verb(ast.parse(file.read_text(encoding="utf-8"))))
+    }
+    assert not wrong
+
+
+def test_a_docstring_without_a_verb_is_noticed():
+    planted = """
+class Shape:
+    def area(self): "The area."
+    def draw(self): "Draw it: every line once."
+    @property
+    def width(self): "The width."
+    def _hidden(self): "A helper."
+def sides(): "What it is made of."
+"""
+    assert without_a_verb(ast.parse(planted)) == ["area: The", "sides: What"]

@@ -1,5 +1,5 @@
-"""Adapters of peft under injection: the sum Q(W + sBA) that is deployed when they are merged before rounding, and what
-the adapters of stacked experts add beside Q(W)."""
+"""peft's adapters under injection: the sum Q(W + sBA), which is deployed when adapters are merged before rounding, and
+what adapters of stacked experts add to Q(W)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +36,7 @@ class MergedState(LinearState):
 
 
 def rounded_sum(state: LinearState, adapted: "AdaptedSum") -> Tensor:
-    """Return the rounded sum; made afresh whenever the base, an adapter or its scaling may have changed."""
+    """Return the rounded sum; computed again whenever the base, an adapter or its scaling may have changed."""
     sources, scaling = adapted.sources, adapted.scaling
     if scaling != state.scaling:
         state.cache.forget()
@@ -49,9 +49,9 @@ def rounded_sum(state: LinearState, adapted: "AdaptedSum") -> Tensor:
 
 
 class AdaptedSum:
-    """A LoRA layer as the code of a linear one sees it: a weight and a bias, made from `sources` by `scaling`.
+    """Presents a LoRA layer as a linear one: a weight and a bias, computed from `sources` and `scaling`.
 
-    Also the layer that peft puts above stacked experts: A is [experts x r, in] there, B [out, r x experts].
+    Also for the layer that peft puts above stacked experts, where A is [experts x r, in] and B [out, r x experts].
     """
 
     def __init__(self, layer: Any) -> None:
@@ -99,7 +99,7 @@ class HandsOn:
         self.removed = False
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer below returns, told of this adapter."""
+        """Run the layer below, which adds this adapter."""
         if self.removed:
             original: Any = self.original
             return original.forward(layer, *args, **kwargs)

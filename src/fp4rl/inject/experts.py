@@ -101,7 +101,7 @@ class StackState(LinearState):
         return self.gradient("grad_weight", rows.mT).mT.reshape(g.shape)
 
     def reads_as(self, weight: Tensor, adapter: Any) -> tuple[Tensor, Tensor | None]:
-        """(what the parameter reads as, what an adapter that is not merged adds to it in a product of its own)."""
+        """Return what the parameter reads as, and what an adapter that is not merged adds in a product of its own."""
         adapted = None if adapter is None else AdaptedSum(adapter)
         if adapted is not None and self.plan.merged:
             return (rounded_sum(self, adapted) if self.weight_on else adapted.weight), None
@@ -128,9 +128,9 @@ class StackState(LinearState):
 
 
 class Followed(NamedTuple):
-    """A parameter on its way to a product, and what its adapter adds there, on the same way."""
+    """A parameter, or a tensor made from it, on its way to a product, with what its adapter adds there."""
 
-    weight: Tensor  # kept too: an id is taken again when its tensor is gone
+    weight: Tensor  # held, since the id of a freed tensor is used again
     stack: StackState
     beside: Tensor | None
 
@@ -144,7 +144,7 @@ class Products(TorchFunctionMode):
         self._followed: dict[int, Followed] = {}
 
     def follow(self, weight: Tensor, stack: StackState, beside: Tensor | None = None) -> None:
-        """Meet the products that `weight`, or what is made of it, enters."""
+        """Intercept the products of `weight` and of all tensors that are made from it."""
         self._followed[id(weight)] = Followed(weight, stack, beside)
 
     def __torch_function__(
@@ -258,10 +258,10 @@ class ExpertsState:
             del self.adapters[adapter.parameter_name]
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """Return what the parameter reads as: its copy inside the forward, itself everywhere else."""
+        """Return the parameter's copy inside the forward, the parameter itself everywhere else."""
         value, beside = weight, None
         if self._reading is not None and not self.removed:
-            if name not in self._reading:  # once a forward; the eager implementation reads it once an expert
+            if name not in self._reading:  # once a forward, though the eager code reads it once for each expert
                 self._reading[name] = self.stacks[name].reads_as(weight, self.adapters.get(name))
             value, beside = self._reading[name]
         if self._products is not None:

@@ -43,12 +43,11 @@ class Product(torch.autograd.Function):
 
 
 class BothWays(torch.autograd.Function):
-    """`result` in the forward; in the backward the gradient goes as it comes to two products, each of which passes it
-    on to one operand alone."""
+    """Returns `result`; in the backward the gradient goes to two products, each of which passes it to one operand."""
 
     @staticmethod
     def forward(_ctx: Any, _by_input: Tensor, _by_weight: Tensor, result: Tensor) -> Tensor:
-        """All three of the same shape; what is returned is a tensor of its own, for it may be written in place."""
+        """Return a copy of `result`, since it may be written in place; all three have the same shape."""
         return result.clone()
 
     @staticmethod

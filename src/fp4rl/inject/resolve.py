@@ -130,7 +130,7 @@ def _formats(site: Site, injection: Injection) -> dict[str, Any]:
 
 
 def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> SitePlan:
-    """Return what frozen weights and adapters change: a sum to round, codes to keep, no gradient to round."""
+    """Return the plan adjusted for adapters and frozen weights: merged, packed, or without gradient formats."""
     adapter = adapter_of(model, plan.site)
     if plan.acts and plan.site.kind != "experts":
         validate.require_own_weight(plan.site, adapter)

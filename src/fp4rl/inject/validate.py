@@ -94,7 +94,7 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
 
 
 def require_own_weight(site: Site, adapter: nn.Module | None) -> None:
-    """InvalidValueError for a linear layer whose weight peft replaces by a sum (`target_parameters`)."""
+    """Raise InvalidValueError for a linear layer whose weight peft replaces by a sum (`target_parameters`)."""
     if hasattr(adapter, "parameter_name"):
         raise InvalidValueError(
             f"{site.name}: peft's target_parameters puts a sum in the place of this linear layer's weight; name the "

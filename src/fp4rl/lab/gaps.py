@@ -1,4 +1,4 @@
-"""Does a run prove that its treatment happened? Every gap between what its spec asks for and what it recorded."""
+"""Find the gaps between what a run's spec requires and what it recorded: without any, its treatment is proven."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,9 +17,9 @@ _TRAINED_IN: tuple[Phase, ...] = ("rollout", "training")  # evaluations record t
 def gaps(
     spec: Spec, summary: Summary, lines: Sequence[Evidence], evaluations: Sequence[Evaluation] | None = None
 ) -> tuple[str, ...]:
-    """Empty for a run whose treatment is proven. `summary` stands in `result.json`, `lines` in `evidence.jsonl`.
+    """Return all gaps of a run. `summary` comes from `result.json`, `lines` from `evidence.jsonl`.
 
-    `evaluations`: those of the result; None where they are not looked at.
+    `evaluations`: those of the result; None: they are not checked.
     """
     if not summary.model_fields_set and not lines:
         return ("it left no evidence",)
@@ -48,7 +48,7 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
         yield "no site is recorded as quantized"
         return
     for phase in _TRAINED_IN:
-        # Without what evaluations recorded: what was rounded there says nothing about the training.
+        # Without the rows of evaluations: what was rounded there proves nothing about training.
         rows = [row for row in lines_of(lines, Injected) if row.phase == phase and row.profile is None]
         active = [line for line in lines_of(lines, ActivePoints) if line.phase == phase and line.profile is None]
         if wanted[phase]:
@@ -61,7 +61,7 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
 
 
 def _wanted(injection: Spec, phase: Phase) -> set[str]:
-    """Return the points and hardware errors that a spec's injection asks for in a phase."""
+    """Return the points and hardware errors of a spec's injection that must act in a phase."""
     during = ApplyDuring.model_validate(injection.get("apply_during") or {}).active(phase)
     errors = injection.get("errors") or () if "errors" in during else ()
     named = {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
@@ -69,7 +69,7 @@ def _wanted(injection: Spec, phase: Phase) -> set[str]:
 
 
 def points_named(injection: Spec) -> set[str]:
-    """Return the points that a described injection gives a format, somewhere."""
+    """Return the points for which a described injection has a format, exceptions included."""
     tables = [injection, *(injection.get("by_pattern") or ())]
     return {point for point in FORMAT_POINTS for table in tables if table.get(point) not in (None, "none", "keep")}
 
@@ -81,12 +81,12 @@ def _name(error: Spec) -> str:
 def _rounding_gaps(
     points: Collection[str], active: Sequence[ActivePoints], rows: Sequence[Injected], where: str
 ) -> Iterator[str]:
-    """What is missing. `acting` holds the run's own record of how many sites each point has, if it made one; without
-    it the sites are those of the rows, whatever they are.
+    """Yield what is missing. `active` is the run's own record of how many sites each point has; without one the sites
+    are those of the rows.
 
-    A call is no rounding: each site must have been looked at, and no look may have found what rounding changes as it
-    was. The backward asks only some sites (a frozen weight has no gradient), and an error that meets no value that it
-    changes is one all the same, so these are asked for as a whole.
+    A call alone proves no rounding: each site must have had a look, and none may have found a tensor unchanged that
+    rounding would change. In the backward not all sites act (a frozen weight has no gradient), and an error need not
+    change every value, so for these one site is enough.
     """
     if points and not any(row.calls > 0 for row in rows):
         yield f"no quantized call was counted {where}"
@@ -108,7 +108,7 @@ def _rounding_gaps(
 
 
 def _idle(row: Injected) -> bool:
-    """Return whether rounding left what it changes; runs of older code say no more than that nothing changed."""
+    """Return whether rounding left a tensor unchanged that it should change; older runs only record no change."""
     return not _positive(row.share_changed) if row.missed is None else row.missed > 0
 
 
@@ -140,20 +140,20 @@ def _policy_gaps(summary: Summary, masters: Sequence[MasterCheck], lives: Sequen
 
 
 def _evaluation_gaps(lines: Sequence[Evidence]) -> Iterator[str]:
-    """Evaluations under a site table of which not everything acted while the answers were made."""
+    """Yield the evaluations in which not everything in their site table acted."""
     for evaluation in lines_of(lines, Evaluation):
         profile, step = evaluation.profile, evaluation.step
         if profile.sites_digest is None:
             continue
         rows = [row for row in lines_of(lines, Injected) if (row.profile, row.step) == (profile.name, step)]
         active = [line for line in lines_of(lines, ActivePoints) if (line.profile, line.step) == (profile.name, step)]
-        # What a profile rounds stands in no spec of the run: without a record of it, whatever it did round.
+        # No spec of the run tells what a profile rounds: without a record, the points that did act are required.
         points = {row.point for row in rows} or {"weight"}
         yield from _rounding_gaps(points, active, rows, f"while it was judged as {profile.name} at step {step}")
 
 
 def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """Profiles that the spec names and that were not measured at the last step: who knows what else is missing."""
+    """Yield the profiles of the spec that were not measured at the last step."""
     steps = (spec.get("training") or {}).get("steps")
     at_end = {evaluation.profile.name: evaluation for evaluation in evaluations if evaluation.last}
     for profile in (spec.get("evaluation") or {}).get("profiles") or ():
@@ -165,5 +165,5 @@ def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Itera
 
 
 def _positive(value: float | None) -> bool:
-    """Also for not-a-number, which proves nothing good."""
+    """Return whether a value is positive or NaN, which must not pass as 0."""
     return value is not None and not value <= 0

@@ -1,4 +1,4 @@
-"""What a norm multiplies by, read off its own output: its weight w, or 1 + w where the class centres it at zero."""
+"""The factors of a norm, measured by its own output: its weight w, or 1 + w where the class centres it at zero."""
 
 import copy
 import inspect
@@ -44,12 +44,12 @@ class NormGauge:
             )
 
     def factors(self, weight: Tensor) -> Tensor:
-        """Return what each feature is multiplied by where the norm holds `weight`."""
+        """Return the factor of each feature if the norm had this `weight`."""
         self._twin.weight = nn.Parameter(weight.to(self._unit), requires_grad=False)
         return self._read(self._twin)
 
     def live_factors(self, module: Any) -> Tensor:
-        """Return what each feature is multiplied by in `module` as it computes now."""
+        """Return the present factor of each feature in `module`."""
         bias = getattr(module, "bias", None)
         return self._read(module, 0.0 if bias is None else bias.detach())
 

@@ -50,7 +50,7 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
 
 @lru_cache
 def _environment(folder: Path) -> Any:
-    """The templates of `folder` and this room's, each compiled once."""
+    """Return the templates of `folder` and of this room, each compiled once."""
     import jinja2
 
     loader, strict = jinja2.FileSystemLoader([folder, _HERE]), jinja2.StrictUndefined

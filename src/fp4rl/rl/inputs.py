@@ -99,7 +99,7 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 
 def _of_files(paths: Iterable[Path]) -> str:
-    """Over names and contents."""
+    """Return the digest of the names and contents of files."""
     files = "".join(f"{path.name}\n{_of_file(path)}\n" for path in paths)
     return hashlib.sha256(files.encode()).hexdigest()[:12]
 

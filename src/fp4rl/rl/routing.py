@@ -1,8 +1,8 @@
-"""Which experts a mixture gives each token: recorded while answers are sampled, counted and replayed in training.
+"""The experts that a mixture chooses for each token: recorded in sampling, compared and replayed in training.
 
-Rounding flips routes: where rollout and training round otherwise, a token can meet other experts in training than those
-that sampled it. `Recorder` keeps what the experts were really handed; `RouterWatch` compares training's own choice with
-it and, with `training.routing_replay`, takes the rollout's (rollout routing replay, arXiv 2510.11370).
+Where rollout and training round differently, a token can get other experts in training than those that sampled it.
+`Recorder` keeps the numbers that the experts were called with; `RouterWatch` compares training's own choice with them
+and, with `training.routing_replay`, uses the rollout's instead (rollout routing replay, arXiv 2510.11370).
 """
 
 import math
@@ -20,30 +20,30 @@ from torch.utils.hooks import RemovableHandle
 from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
-NOT_KNOWN = -1  # in place of an expert's number: the router chooses for itself
-_LORA = re.compile(r"(\.base_layer)+$")  # what an adapter of the experts puts around them
+NOT_KNOWN = -1  # instead of an expert's number: the router chooses itself
+_LORA = re.compile(r"(\.base_layer)+$")  # what an adapter of the experts adds to their path
 
 
 def mixtures(model: nn.Module) -> dict[str, int]:
-    """Return the modules of `model` that hold stacked experts, by path, in its own order: how many experts each has."""
+    """Return path -> number of experts of the modules of `model` that hold stacked experts, in the model's order."""
     return {site.path: site.shape[0] for site in walk(model) if site.kind == "experts" and len(site.shape) == 3}
 
 
 def chosen(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the experts' numbers [tokens, k] among what a module of experts is called with; None if there are none."""
+    """Return the numbers of experts [tokens, k] among the arguments of a module of experts; None without them."""
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return next((t for t in tensors if t.dim() > 1 and not t.is_floating_point() and t.dtype != torch.bool), None)
 
 
 class Recorder:
-    """The experts that each token met, layer by layer, in the forwards since it was made."""
+    """Records the experts of each token in each layer, over several forwards."""
 
     def __init__(self) -> None:
         self._layers: list[list[Tensor]] = []
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Record in every mixture of the model."""
+        """Record every mixture of the model inside the `with`."""
         with ExitStack() as stack:
             for path in mixtures(model):
                 seen: list[Tensor] = []
@@ -52,10 +52,10 @@ class Recorder:
             yield
 
     def routes(self, rows: int, tokens: int) -> Tensor | None:
-        """Return what was recorded of a generation of `rows` answers that fed `tokens` tokens each, padding included.
+        """Return the experts recorded in a generation of `rows` answers of `tokens` tokens each, padding included.
 
-        [rows, tokens, layers, k] in int16; None where no mixture is handed the numbers of its experts.
-        Raises CheckFailed where others than these tokens were fed.
+        [rows, tokens, layers, k] in int16; None where a mixture is not called with the numbers of its experts. Raises
+        CheckFailed for another number of tokens.
         """
         if not self._layers or not all(self._layers):
             return None
@@ -76,19 +76,19 @@ def _before_experts(experts: nn.Module, take: Callable[[Tensor], None]) -> Remov
 
 @dataclass
 class _Block:
-    """A mixture in training: what its router chose in this forward, and what the rollout's had chosen."""
+    """A mixture in training: its router's choice in this forward, and that of the rollout."""
 
     path: str
     experts: int
     natural: list[Tensor] = field(default_factory=list)  # the numbers of every top-k over the experts, in order
-    which: int = -1  # the one among them that the experts are handed
+    which: int = -1  # the one among them that the experts are called with
     prescribed: Tensor | None = None  # [tokens, k]
     watched: bool = False
     mode: ExitStack = field(default_factory=ExitStack)
 
 
 class _Choice(TorchFunctionMode):
-    """Sees every top-k over the experts inside a block; puts what is prescribed in the place of the one that counts."""
+    """Intercepts every top-k over the experts inside a block, and replaces the decisive one by a prescribed choice."""
 
     def __init__(self, block: _Block, replace: bool) -> None:
         super().__init__()
@@ -110,12 +110,12 @@ class _Choice(TorchFunctionMode):
 
 
 class RouterWatch:
-    """Holds training's choice of experts against the rollout's; `replay`: and takes the rollout's.
+    """Compares training's choice of experts with the rollout's; with `replay` the rollout's is used instead.
 
-    Which top-k of a block its experts are handed is found by value, in one short forward. A model without experts has
-    nothing to watch. `unseen` says why the choice of a mixture cannot be followed, None where it can.
+    Which top-k of a block its experts are called with is found by value, in one short forward. A model without experts
+    has nothing to compare. `unseen`: why the choice of a mixture cannot be followed; None where it can.
 
-    Raises InvalidValueError where it cannot and is to be replayed.
+    Raises InvalidValueError for `replay` where it cannot.
     """
 
     def __init__(self, model: nn.Module, *, replay: bool = False) -> None:
@@ -134,24 +134,24 @@ class RouterWatch:
                 raise InvalidValueError(f"{self.unseen}: leave training.routing_replay off")
 
     def remove(self) -> None:
-        """Watch no longer; nothing is left on the model."""
+        """Remove all hooks from the model."""
         for hook in self._hooks:
             hook.remove()
         self._blocks.clear()
 
     def following(self, batch: Mapping[str, Tensor]) -> Callable[[slice], None]:
-        """Return what is to be called before the forward of some rows of a training batch."""
+        """Return a function to be called before the forward of some rows of a training batch."""
         whole = whole_routes(batch) if self._blocks else None
         return lambda rows: self.prescribe(None if whole is None else whole[rows])
 
     def prescribe(self, routes: Tensor | None) -> None:
-        """Say what the rollout chose for the rows of the next forward, [rows, tokens, layers, k]; None: nothing."""
+        """Set the rollout's choice for the rows of the next forward, [rows, tokens, layers, k]; None: unknown."""
         for layer, block in enumerate(() if self._paused else self._blocks):
             block.prescribed = None if routes is None else routes[:, :, layer].flatten(0, 1).long()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let other forwards, be it of the same model, choose for themselves; what was prescribed stays for later."""
+        """Leave forwards inside the `with` alone, also of the same model; what was prescribed is kept for later."""
         self._paused = True
         try:
             yield
@@ -159,11 +159,11 @@ class RouterWatch:
             self._paused = False
 
     def load(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return how evenly the tokens of a training batch, prompts included, met the experts.
+        """Return how evenly the tokens of a training batch, prompts included, are spread over the experts.
 
         - `router/load_max`: tokens of the busiest expert over an even share, mean over layers; 1 is balanced.
         - `router/load_entropy`: entropy of the load over that of an even one, mean over layers; 1 is balanced.
-        - `router/unused_share`: share of the experts that no token met.
+        - `router/unused_share`: share of the experts without any token.
         """
         whole = whole_routes(batch)
         if whole is None or not self._blocks:
@@ -179,7 +179,7 @@ class RouterWatch:
         }
 
     def take(self) -> dict[str, float]:
-        """Return `router/flip_share` of the forwards since the last call: the share of tokens and layers for which
+        """Return `router/flip_share` of the forwards since the last call: the share of tokens and layers in which
         training's own choice is another set of experts than the rollout's.
 
         Raises CheckFailed where a replay did not reach the experts.
@@ -222,16 +222,16 @@ def _unseen(model: nn.Module, block: _Block) -> str:
 
 
 def whole_routes(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the experts of prompts and answers side by side, [rows, P + T, layers, k]; None where none are known."""
+    """Return the experts of prompts and answers, concatenated, [rows, P + T, layers, k]; None where unknown."""
     if "prompt_routes" not in batch:
         return None
     return torch.cat([batch["prompt_routes"], batch["completion_routes"]], dim=1)
 
 
 def padded_routes(routes: Sequence[Tensor], prompts: Sequence[int], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Put the experts of answers into the shape of a batch: [rows, P, layers, k] and [rows, T, layers, k].
+    """Pad the experts of answers to the shape of a batch: [rows, P, layers, k] and [rows, T, layers, k].
 
-    `routes`: [tokens, layers, k] of each answer, its prompt (`prompts` tokens) included. NOT_KNOWN in the padding.
+    `routes`: [tokens, layers, k] of each answer, with its prompt (of `prompts` tokens). NOT_KNOWN in the padding.
     """
     shape = routes[0].shape[1:]
     before, after = (routes[0].new_full((len(routes), width, *shape), NOT_KNOWN) for width in widths)

@@ -161,7 +161,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         return rollout
 
     def _score(self, model: Any, batch: dict[str, Tensor], *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [rows, T] of the answers under `model`, and the entropies of what else it might say."""
+        """Compute log-probabilities [rows, T] of the answers under `model`, and the entropies of its distributions."""
         rows, before = self.args.per_device_train_batch_size, self.routers.following(batch)
         with self.accelerator.autocast():
             return answer_logps(model, batch, rows=rows, entropy=entropy, before=before)

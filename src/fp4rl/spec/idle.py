@@ -28,7 +28,7 @@ def idle(experiment: Experiment) -> dict[str, str]:
 
 
 def is_set(experiment: Experiment, key: str) -> bool:
-    """Tell whether a key has another value than its default."""
+    """Return whether a key has another value than its default."""
     above, _, last = key.rpartition(".")
     parent = value_at(experiment, above) if above else experiment
     if not isinstance(parent, BaseModel):

@@ -219,7 +219,7 @@ def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...
 
 
 def batch_note(injection: Injection | None, *phases: Phase) -> str | None:
-    """Say in one sentence that numbers under `injection` depend on the batch; None where they do not."""
+    """Return a sentence that numbers under `injection` depend on the batch; None where they do not."""
     shared = shared_scales(injection, *phases)
     if not shared:
         return None

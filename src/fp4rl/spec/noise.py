@@ -135,7 +135,7 @@ class Constant(Spec):
 
 
 def _word_to_schedule(value: Any) -> Any:
-    """`schedule: cosine` is short for `schedule: {kind: cosine}`; a mapping without a kind is geometric."""
+    """Expand `schedule: cosine` to `schedule: {kind: cosine}`; a mapping without a kind is geometric."""
     if isinstance(value, str):
         return {"kind": value}
     if isinstance(value, dict) and "kind" not in value:

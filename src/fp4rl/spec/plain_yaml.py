@@ -68,7 +68,7 @@ class _Loader(*_PARSER):  # type: ignore[misc]
 
 
 def _require_each_key_once(node: MappingNode) -> None:
-    """`0` and `"0"` are one key here: a layer's number."""
+    """Raise for a key that stands twice; `0` and `"0"` are the same key, a layer's number."""
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, ScalarNode):

@@ -49,7 +49,7 @@ class AuditedPair:
         return None if self.spread is None else abs(100 * self.difference.value) <= self.spread.band((1, 1))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a program; differences in points."""
+        """Return plain values for JSON; differences in points."""
         treatment, control, difference = self.pair.treatment, self.pair.control, self.difference
         return {
             "treatment": treatment.id,
@@ -89,7 +89,7 @@ class Audit:
     repeats: tuple[tuple[str, ...], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a program; differences in points."""
+        """Return plain values for JSON; differences in points."""
         return {
             "problems": self.problems,
             "run_to_run": asdict(self.spread) if self.spread else None,

@@ -1,6 +1,6 @@
-"""Answer questions that are shown together: objections, then the verdict over seeds, corrected as one family.
+"""Answer questions that are shown together: objections, else the verdict over seeds, corrected as one family.
 
-Cross-checks that take the problems as random too confirm it or warn.
+Cross-checks that take the problems as random too confirm the verdict or warn.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ _DRAWS_SEED = 20210630  # the bootstrap's draws are the same in every call
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `margin` in points; `step` None is the last one; `factors` may differ between the specs.
+    """One question. `margin` is in points; `step` None: the last one; the specs may differ in `factors`.
 
-    `declared`: a suite asked it before its runs, as `asked`. Another question is exploratory, and a margin that is
-    named after the runs reaches nothing.
+    `declared`: a suite declared it before its runs, as `declaration`. Any other question is exploratory, and a margin
+    that was chosen after the runs gives no verdict.
     """
 
     treatment: str
@@ -44,17 +44,17 @@ class Question:
 
 @dataclass(frozen=True)
 class CrossChecks:
-    """Differences in points; each is None where it cannot be made."""
+    """The cross-checks of an answer, differences in points; None for those that cannot be made."""
 
     two_way: Difference | None = None
     bootstrap: Bootstrapped | None = None
     checkpoints: PairedFlips | None = None  # McNemar: two single checkpoints, never two recipes
-    unread: tuple[str, ...] = ()  # runs whose folder, and with it their items, is not here
+    unread: tuple[str, ...] = ()  # runs whose folder, and so their items, is not here
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question came to. With `objections` it is refused: no verdict, or with `force` one without a word."""
+    """The answer to a question. With `objections` it is refused: no verdict, or with `force` one without a word."""
 
     question: Question
     treatment: Side
@@ -66,36 +66,36 @@ class Answer:
 
     @property
     def comparable(self) -> bool:
-        """Whether nothing speaks against the comparison."""
+        """Whether there is no objection to the comparison."""
         return not self.objections
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Every reason why it is refused, each in one line."""
+        """The reasons why it is refused, a line each."""
         return tuple(dict.fromkeys(objection.sentence() for objection in self.objections))
 
     @property
     def word(self) -> str:
-        """What a table shows: the verdict's word, `not comparable`, or that no word is earned."""
+        """The word for a table: the verdict's word, `not comparable`, or that there is none."""
         if self.objections or self.verdict is None:
             return "not comparable"
         return self.verdict.word or "no verdict"
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know beside the numbers: a run whose training changed few weights is almost its start."""
+        """Remarks beside the numbers: runs whose training changed few weights and that are almost their start."""
         runs = [side_run.run for side in (self.treatment, self.control) for side_run in side.runs]
         few = ((run.key, run.result.evidence.hardly_moved) for run in runs)
         return tuple(f"{key} is hardly trained: {why}" for key, why in few if why)
 
     def sentence(self) -> str:
-        """Return what may be said in plain words, and no more."""
+        """Return the answer in words."""
         if self.objections or self.verdict is None:
             return f"Not comparable: {'; '.join(self.refused)}."
         return self.verdict.in_words(self.treatment.name, self.control.name)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for a program."""
+        """Return the answer as plain values for JSON."""
         return {
             "question": {name: value for name, value in asdict(self.question).items() if name != "declaration"},
             "treatment": _side_dict(self.treatment),
@@ -111,11 +111,11 @@ class Answer:
 def answer_all(
     questions: Sequence[tuple[Question, Side, Side]], spread_of: Callable[[Run], Spread | None], *, force: bool = False
 ) -> tuple[Answer, ...]:
-    """Answer questions that are shown together, as one family. One that is refused still counts among them.
+    """Answer questions that are shown together, as one family; a refused one still counts in the correction.
 
-    `spread_of`: how far repeats of a run's task and model lie apart, for sides of one seed; where it knows none, the
-    repeats among the sides tell. With `force` the difference of an unfair pair is shown with its interval, without an
-    effect word.
+    `spread_of`: the spread of repeats of a run's task and model, for sides of one seed; if it returns None, that of
+    repeats among the sides is used. With `force` the difference of an unfair pair is shown with its interval, without
+    an effect word.
     """
     answers = [_objected(*sides, force) for sides in questions]
     fair = [answer for answer in answers if answer.comparable]
@@ -133,7 +133,7 @@ def checked(answer: Answer) -> Answer:
 
 
 def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
-    """Return what the items of the same problems on both sides say. Raises `Damaged` for a file that cannot be read."""
+    """Return the cross-checks over the problems of both sides. Raises `Damaged` for a file that cannot be read."""
     runs = [side_run.run for side in (treatment, control) for side_run in side.runs]
     if unread := tuple(run.key for run in runs if run.folder is None):
         return CrossChecks(unread=unread)
@@ -152,9 +152,9 @@ def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
 
 
 def _score_table(side: Side) -> tuple[list[str], Scores]:
-    """Return the ids of the problems, and [runs, problems], the share of samples solved.
+    """Return the ids of the problems, and the share of samples solved, [runs, problems].
 
-    No problems where a run has no items here, and where runs answer other problems or other numbers of samples.
+    There are none where a run has no items here, or where runs differ in problems or numbers of samples.
     """
     measured = side.runs[0].measured
     answered: list[tuple[list[str], list[int]]] = []  # problems and samples of each, run by run
@@ -202,7 +202,7 @@ def _forced(answer: Answer, spread: Spread | None) -> Verdict | None:
 
 
 def _spread(answers: Sequence[Answer], spread_of: Callable[[Run], Spread | None]) -> Spread | None:
-    """Run-to-run spread of the first single run's task and model of which repeats are known."""
+    """Return the run-to-run spread for the first side of one run whose task and model have known repeats."""
     pairs = [(answer.treatment, answer.control) for answer in answers if answer.treatment.runs and answer.control.runs]
     single = [treatment.runs[0].run for treatment, control in pairs if min(len(treatment.runs), len(control.runs)) == 1]
     for run in {run.experiment: run for run in single if run.spec}.values():

@@ -21,8 +21,8 @@ def suite_questions(suite: SuiteRuns, at: At) -> list[tuple[Question, Side, Side
 
 
 def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list[tuple[Question, Side, Side]]:
-    """The same of the suite in `root`. Where none of its run folders is there, or its file plans none, the ledger tells
-    which runs there are.
+    """Return every question of the suite in `root` with both sides, from the runs in its folder, or from the ledger
+    where no run folder is there or its file plans none.
 
     Raises `NotFoundError` for a suite without its file.
     """

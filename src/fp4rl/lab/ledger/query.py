@@ -1,4 +1,4 @@
-"""Questions to the ledger: which runs there are, what is known of each, and which of them repeat each other."""
+"""Queries of the ledger: which runs there are, everything about one, and which are repeats of each other."""
 
 import math
 from collections import Counter, defaultdict
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fp4rl.lab.statistics.seeds import Spread
 
 runs, evaluations, documents = tables.runs, tables.evaluations, tables.documents
-_IN_A_STATEMENT = 500  # how many ids fit the parameters of one statement
+_IN_A_STATEMENT = 500  # ids in the parameters of one statement
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which runs; None takes all."""
+    """A filter of runs; None takes all."""
 
     suite: str | None = None
     arm: str | None = None
@@ -45,7 +45,7 @@ class Filter:
 
 
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
-    """Return one row per run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
+    """Return a row for each run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
     names = ("id", "suite", "run_id", "arm", "seed", "steps_asked", "steps_done", "code_digest", "imported", "status")
     query = wanted.applied(select(*(runs.c[name] for name in names)))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
@@ -58,7 +58,7 @@ def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) 
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:
-    """Return how many runs the filter takes."""
+    """Return the number of runs that the filter takes."""
     return int(connection.execute(wanted.applied(select(func.count()).select_from(runs))).scalar_one())
 
 
@@ -69,7 +69,7 @@ def profiles_of(connection: Connection) -> list[str]:
 
 
 def find_run(connection: Connection, word: str) -> Row:
-    """Return the index's row of one run, by `suite/run-id`, run id, or the beginning of either.
+    """Return the index row of one run, by `suite/run-id`, run id, or the beginning of either.
 
     Raises `NotFoundError` with the nearest name, `InvalidValueError` where several runs begin so.
     """
@@ -103,10 +103,10 @@ def runs_of(connection: Connection, ids: Sequence[int]) -> dict[int, Run]:
 
 
 def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
-    """Last strict accuracies (shares) of runs of the same task and model, one list per experiment.
+    """Return the last strict accuracies (shares) of runs of the same task and model, a list for each experiment.
 
-    Within a list the runs differ in nothing but the seed, and a seed counts once, in whichever suites it was run. Of
-    several profiles `deployment` is taken, or else the first: other views of the same runs are no further repeats.
+    Within a list the runs differ only in the seed, and a seed counts once, in whichever suites it was run. Of several
+    profiles `deployment` is taken, else the first, since other profiles of the same runs are not further repeats.
     """
     query = (
         select(runs.c.experiment, evaluations.c.profile, runs.c.seed, evaluations.c.strict)
@@ -123,7 +123,7 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
 
 
 def known_spread(address: str | Path, run: Run) -> "Spread | None":
-    """Return the `spread_of_run` out of the ledger at `address`; None where none is there."""
+    """Return `spread_of_run` from the ledger at `address`; None where there is no ledger."""
     if isinstance(address, Path) and not address.is_file():
         return None
     with open_ledger(address) as ledger, ledger.reading() as connection:
@@ -131,7 +131,7 @@ def known_spread(address: str | Path, run: Run) -> "Spread | None":
 
 
 def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
-    """Return how far repeats of a run's task and model lie apart, in points; None without any."""
+    """Return the spread of repeats of a run's task and model, in points; None without repeats."""
     from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
 
     groups = repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
@@ -139,7 +139,7 @@ def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
 
 
 def known_spreads(connection: Connection, like: str | None = None) -> "list[tuple[str, Spread]]":
-    """(task on model, spread in points) of all that has repeats; with `like` only those of that run's kind."""
+    """Return (task on model, spread in points) for all with repeats; with `like` for that run's task and model only."""
     kinds = select(func.min(runs.c.id)).where(runs.c.experiment.is_not(None))
     if like is not None:
         kinds = kinds.where(runs.c.experiment == find_run(connection, like)["experiment"])
@@ -154,7 +154,7 @@ def known_spreads(connection: Connection, like: str | None = None) -> "list[tupl
 
 
 def _name(described: Any) -> str:
-    """Return the name, the path's last part, or the first key of a part of a spec."""
+    """Return the name of a part of a spec: its name, the last part of its path, or its first key."""
     if not isinstance(described, dict):
         return str(described)
     if described.get("name"):
@@ -166,7 +166,7 @@ def _name(described: Any) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """A run, its row in the ledger's index, how many answers each evaluation has, and its files."""
+    """A run, its row in the ledger's index, the number of answers of each evaluation, and its files."""
 
     run: Run
     index: Row
@@ -184,7 +184,7 @@ class About:
         return dict(Counter(line.kind for line in self.run.lines))
 
     def as_dict(self) -> Row:
-        """Plain values for a program."""
+        """Return everything as plain values for JSON."""
         run, result = self.run, self.run.result
         return {
             "run": self.run_row(),
@@ -199,7 +199,7 @@ class About:
         }
 
     def run_row(self) -> Row:
-        """Return the run itself, as plain values."""
+        """Return the run itself as plain values."""
         result = self.run.result
         named = ("id", "suite", "run_id", "arm", "seed", "experiment", "code_digest", "steps_asked", "steps_done")
         return {name: self.index[name] for name in (*named, "content")} | {
@@ -213,7 +213,7 @@ class About:
 
 
 def about(connection: Connection, root: Path, word: str) -> About:
-    """The run that `word` names, out of its folder below `root` or else the ledger. Raises as `find_run` does."""
+    """Return the run that `word` names, from its folder below `root` or else the ledger. Raises as `find_run` does."""
     index = find_run(connection, word)
     folder = RunFolder(root / index["suite"] / index["run_id"])
     record, metrics = connection.execute(
@@ -224,7 +224,7 @@ def about(connection: Connection, root: Path, word: str) -> About:
 
 
 def answers(folder: RunFolder, problem: str) -> list[Row]:
-    """Return every answer of a run to one problem. Raises `NotFoundError` with the first ids that there are."""
+    """Return every answer of a run to one problem. Raises `NotFoundError` with the first ids of its problems."""
     rows: list[Row] = []
     known: set[str] = set()
     for step, profile in folder.item_sets():
@@ -241,7 +241,7 @@ def answers(folder: RunFolder, problem: str) -> list[Row]:
 
 
 def _curves(steps: Iterable[Mapping[str, float]]) -> dict[str, Row]:
-    """Name -> first, last, lowest, highest; None where a value was not a number."""
+    """Return name -> first, last, lowest, highest; None for a value that was not a number."""
     values: dict[str, list[float | None]] = defaultdict(list)
     for step in steps:
         for name, value in step.items():
