@@ -24,7 +24,7 @@ class Display:
 
     def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
         self._runs = {run.run_id: run for run in runs}
-        self._said: set[object] = set()
+        self._printed: set[object] = set()
         self._steps = {run.run_id: run.experiment.training.steps + _AROUND for run in runs}
         self._done = dict.fromkeys(self._runs, 0.0)
         self._active: dict[str, Event] = {}
@@ -68,9 +68,9 @@ class Display:
     def _say(self, run_id: str, line: str) -> None:
         """Print a line once for each run and kind of line, whatever its numbers; once for all runs that share it."""
         kind = run_id, re.sub(r"\d[\d.]*", "#", line)
-        if not self._said & {kind, line}:
+        if not self._printed & {kind, line}:
             self._console.print(styled(("warning", "yellow"), f": {_name(self._runs[run_id])}: {line}"))
-        self._said |= {kind, line}
+        self._printed |= {kind, line}
 
     def _doing(self, event: Event) -> str:
         where = f" {event.done}/{event.total}" if event.total else ""

@@ -78,10 +78,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _judged(log: Path, spec: Health) -> tuple[str, Joined, Monitor, list[Finding]]:
-    """Return the form of a log, its numbers, and the monitor's verdict and findings.
-
-    Raises NotFoundError for a rule about a metric that the log does not have: it could never hold.
-    """
+    """Return a log's form, numbers, verdict and findings. Raises NotFoundError for a rule about a metric it lacks."""
     dialect, joined = read_steps(log)
     steps = joined.in_order()
     known = {name for metrics in steps.values() for name in (*metrics, *signals_of(metrics))}
@@ -96,9 +93,9 @@ def _show_log(log: Path, spec: Health, as_json: bool) -> None:
     dialect, joined, monitor, findings = _judged(log, spec)
     title = readable(f"{log}: {counted(len(joined.steps), 'step')} ({dialect})")
     if as_json:
-        checks, course = ([vars(finding) for finding in some] for some in (monitor.findings(), findings))
+        checks, changes = ([vars(finding) for finding in some] for some in (monitor.findings(), findings))
         states = {"log": title, "healthy": monitor.healthy, "state": monitor.state}
-        print_json(states | {"checks": checks, "course": course, "read": joined.remarks()})
+        print_json(states | {"checks": checks, "course": changes, "read": joined.remarks()})
     else:
         screen = console()
         screen.print(title)

@@ -122,10 +122,7 @@ def _at_home(argument: str) -> str:
 
 
 def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
-    """Return exit code and message for an error; None for a fault of fp4rl itself.
-
-    An OSError that names a file counts as the user's, and so does a full disk.
-    """
+    """Return exit code and message for an error; None for a fault of fp4rl. OSErrors with a file are the user's."""
     match error:
         case TyperException():
             shown = str(error.format_message()).strip()

@@ -32,8 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def require_writable(file: Path | None, option: str, *, new: bool = False) -> None:
-    """Raise InvalidValueError, before the work, where `file`, given as `option`, cannot be written, or where it must be
-    `new` and exists."""
+    """Raise InvalidValueError, before the work, where `file` cannot be written, or must be `new` and exists."""
     if file is None:
         return
     if new and file.is_file():

@@ -173,8 +173,8 @@ def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest
 
     content = report.as_dict() | {"rules": rules_as_dicts(report), "scan": request.model_dump(mode="json")}
     if advice is not None:
-        told = {"strategy": advice.strategy, "reasons": list(advice.reasons), "leave": list(advice.leave)}
-        content["advice"] = told | {"fragment": advice.fragment(request.take)}
+        summary = {"strategy": advice.strategy, "reasons": list(advice.reasons), "leave": list(advice.leave)}
+        content["advice"] = summary | {"fragment": advice.fragment(request.take)}
     return content
 
 

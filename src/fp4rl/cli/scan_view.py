@@ -54,10 +54,7 @@ def show(report: ScanReport, advice: Advice | None) -> None:
 
 
 def compare(model: str, report: ScanReport, path: Path, other: dict[str, Any] | None, *, quiet: bool) -> None:
-    """Print a scan beside `other` (None: beside the weights in `path`), and what differs most.
-
-    Raises CheckFailed when nothing does.
-    """
+    """Print a scan beside `other` (None: the weights in `path`) and what differs most; CheckFailed if nothing does."""
     if other is None:
         delta = compare_checkpoints(path, model)
         require_difference(delta.identical, f"the weights of {path} and {model}")

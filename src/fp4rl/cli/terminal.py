@@ -125,10 +125,7 @@ def heat_strip(values: Sequence[float | None], low: float, high: float) -> Text:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function of (stage, done, total) that shows a bar with the time left for each stage, on standard error.
-
-    The bar disappears at the end, and nothing is shown on a pipe.
-    """
+    """Yield a function of (stage, done, total) that shows a bar with the time left on stderr, and nothing on a pipe."""
     screen, bars = console(stderr=True), dict[str, TaskID]()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
@@ -142,10 +139,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def ready_to_round() -> None:
-    """Choose the backend that FP4RL_BACKEND names, and show what is being compiled.
-
-    Raises InvalidValueError where FP4RL_BACKEND names no backend that works here.
-    """
+    """Choose the backend that FP4RL_BACKEND names, and show compilations; InvalidValueError if it cannot work."""
     screen = console(stderr=True)
     choose_backend(lambda message: screen.print(message, style="dim"))
 

@@ -14,8 +14,7 @@ from fp4rl.spec.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and masks, all [batch, time]; `mask` is 1 for tokens that are no padding, `answers` for those that the
-    loss counts."""
+    """Token ids and masks [batch, time]: `mask` is 0 for padding, `answers` is 1 for tokens that the loss counts."""
 
     ids: Tensor
     mask: Tensor
@@ -64,8 +63,7 @@ def calibrate_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch
 def from_tokens(
     rows: Sequence[Sequence[int]], *, batch_size: int = 8, padding: int = 0, starts: Sequence[int] | None = None
 ) -> Calibration:
-    """Make batches of rows of tokens, padded on the right, similar lengths together; the loss counts each row from its
-    start on."""
+    """Make batches of rows of tokens, padded on the right, similar lengths together; loss counts from `starts` on."""
     if not rows or not all(rows):
         raise InvalidValueError("a calibration row has no token; give texts with at least one token each")
     digest = hashlib.sha256(repr([list(row) for row in rows]).encode()).hexdigest()[:12]

@@ -215,8 +215,7 @@ _WIDE = {"l": 70, "r": 20, "t": 34, "b": 50}  # pixels, with room for the axis's
 
 
 def _by_layer(report: ScanReport) -> list[tuple[str, dict[tuple[int | None, str], float], bool]]:
-    """Return (label, (layer, role) -> value, whether more is worse) for every measure; sites of one layer and role are
-    averaged."""
+    """Return (label, (layer, role) -> value, whether more is worse) for every measure; averages over equal keys."""
     grids = []
     if report.sensitivity is not None:
         effects = [(site.layer, site.role, site.kl) for site in report.sensitivity.sites]

@@ -92,8 +92,7 @@ def _weight_errors(
 
 
 def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
-    """Return the matrices [out, in] that are rounded: a layer's own (with merged active adapters), or one for each
-    expert."""
+    """Return the matrices [out, in] that are rounded: a layer's own (with merged adapters), or one for each expert."""
     if plan.merged:
         stored = AdaptedSum(adapter_of(model, plan.site)).weight
     else:

@@ -9,8 +9,7 @@ ENOUGH_TEXTS = 32
 
 
 def texts_of(file: Path) -> list[str]:
-    """Return the lines of a text file, or 32 pieces if it has fewer; NotFoundError if missing, InvalidValueError if
-    empty."""
+    """Return the lines of a text file, or 32 pieces if it has fewer; NotFoundError, or InvalidValueError if empty."""
     if not file.is_file():
         raise NotFoundError(f"{file}: no such file; give a text file to calibrate on")
     text = file.read_text(encoding="utf-8", errors="replace")

@@ -86,7 +86,7 @@ class AdaptedSum:
             yield product.mT if self._turned else product
 
 
-class HandsOn:
+class ForwardingState:
     """The state of a layer that peft puts above stacked experts: those below add its adapter themselves.
 
     peft would replace their parameter by a sum for the time of a call, out of reach of rounding.

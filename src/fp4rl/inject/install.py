@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fp4rl.inject.adapted import HandsOn, MergedState, adapter_of
+from fp4rl.inject.adapted import ForwardingState, MergedState, adapter_of
 from fp4rl.inject.attention import AttentionState
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
@@ -37,7 +37,7 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
             if isinstance(state, StackState):
                 stacks[module][str(plan.site.parameter)] = state
                 if adapter is not None:
-                    swap(adapter, HandsOn())
+                    swap(adapter, ForwardingState())
                     modules.append(adapter)
                 continue
             module = adapter if plan.merged else module
@@ -90,7 +90,7 @@ class InjectedModule(nn.Module):
         return self.__dict__[KEY].forward(self, *args, **kwargs)
 
 
-State = SiteState | ExpertsState | HandsOn
+State = SiteState | ExpertsState | ForwardingState
 
 
 @lru_cache(maxsize=256)

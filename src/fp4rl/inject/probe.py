@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from fp4rl.inject.adapted import AdaptedSum, HandsOn, MergedState
+from fp4rl.inject.adapted import AdaptedSum, ForwardingState, MergedState
 from fp4rl.inject.attach import Attachment
 from fp4rl.inject.experts import ExpertsState, StackState
 from fp4rl.inject.linear import LinearState
@@ -36,7 +36,7 @@ def require_rounded(attachment: Attachment) -> int:
     held, wrong = 0, []
     for module in attachment.modules:
         state = module.__dict__[KEY]
-        for site, points in _held(module, state, attachment.modules):
+        for site, points in _checked_sites(module, state, attachment.modules):
             held += 1
             wrong += [f"{site.plan.name} ({point})" for point, right in points.items() if not right]
     if wrong:
@@ -48,7 +48,9 @@ def require_rounded(attachment: Attachment) -> int:
     return held
 
 
-def _held(module: nn.Module, state: Any, injected: list[nn.Module]) -> Iterator[tuple[SiteState, dict[str, bool]]]:
+def _checked_sites(
+    module: nn.Module, state: Any, injected: list[nn.Module]
+) -> Iterator[tuple[SiteState, dict[str, bool]]]:
     """Yield each site of a module with what could be compared there: point -> whether it is right."""
     stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
     for name, stack in stacks:
@@ -79,7 +81,9 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
 def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:
     """Return whether it is peft's layer above one parameter of these experts."""
     return (
-        isinstance(layer.__dict__[KEY], HandsOn) and layer.get_base_layer() is experts and layer.parameter_name == name
+        isinstance(layer.__dict__[KEY], ForwardingState)
+        and layer.get_base_layer() is experts
+        and layer.parameter_name == name
     )
 
 

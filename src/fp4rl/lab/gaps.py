@@ -17,10 +17,7 @@ _TRAINED_IN: tuple[Phase, ...] = ("rollout", "training")  # evaluations record t
 def gaps(
     spec: Spec, summary: Summary, lines: Sequence[Evidence], evaluations: Sequence[Evaluation] | None = None
 ) -> tuple[str, ...]:
-    """Return all gaps of a run. `summary` comes from `result.json`, `lines` from `evidence.jsonl`.
-
-    `evaluations`: those of the result; None: they are not checked.
-    """
+    """Return all gaps between a run's spec and its evidence; `evaluations` None: the result's are not checked."""
     if not summary.model_fields_set and not lines:
         return ("it left no evidence",)
     return (

@@ -26,10 +26,7 @@ WHAT: Mapping[str, str] = {
 
 
 def seconds_a_step(folder: RunFolder) -> dict[str, float]:
-    """Return kind of work -> seconds a step, the longest first; the first step, which warms up, is left out.
-
-    Raises NotFoundError when the run logged no step.
-    """
+    """Return kind of work -> seconds a step, longest first, without the first step; NotFoundError without steps."""
     steps = list(folder.metrics().values())
     steps = steps[1:] or steps
     means = {name: mean(step.get(f"time/{name}_s", 0.0) for step in steps) for name in WHAT} if steps else {}

@@ -43,8 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended: `error` is None or one line; `mistake`: the error is the user's; `interrupted`: it was asked
-    to end."""
+    """How one run ended: `error` None or one line; `mistake`: it is the user's; `interrupted`: it was asked to end."""
 
     run: PlannedRun
     error: str | None = None

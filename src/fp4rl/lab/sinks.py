@@ -138,10 +138,7 @@ _EXTRAS = {"tensorboard": "train"}
 
 
 def require_sinks(names: Sequence[str]) -> None:
-    """Check the names of sinks without loading any.
-
-    Raises `InvalidValueError` for an unknown sink, `NotFoundError` where its package is missing.
-    """
+    """Check names of sinks. Raises `InvalidValueError` for an unknown one, `NotFoundError` for a missing package."""
     for name in names:
         if name not in _BY_NAME and name != "tensorboard":
             raise InvalidValueError(f"no sink {name!r}" + nearest(name, ("tensorboard", *_BY_NAME)))

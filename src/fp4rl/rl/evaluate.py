@@ -155,10 +155,7 @@ class EvaluationRunner:
     sampler: str = "transformers"
 
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
-        """Return profile name -> what is injected while it is measured; the robustness sweep is for the `last` step.
-
-        Raises NotFoundError for an unknown profile.
-        """
+        """Return profile -> its injection; the robustness sweep is for the `last` step. NotFoundError if unknown."""
         names = [*self.spec.profiles, *(self.spec.sweep if last else ())]
         return {name: precision_named(name, self.spec, self.injection) for name in names}
 

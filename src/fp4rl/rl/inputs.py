@@ -34,8 +34,7 @@ def start_folder(model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | N
 
 
 def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
-    """Return the folder of the embedded model after its warm-up on sloppy demonstrations of arithmetic, whatever the
-    task of the run."""
+    """Return the folder of the embedded model after its warm-up on sloppy arithmetic, whatever the task of the run."""
     from fp4rl.models.tiny import cached
 
     teacher = task if isinstance(task, Arithmetic) else Arithmetic()

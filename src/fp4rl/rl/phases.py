@@ -20,7 +20,7 @@ from fp4rl.spec.noise import Noise
 from fp4rl.spec.records import NoiseSummary
 
 # Operands are compared with their rounded masters in the first 3 steps, then in every 10th: it rounds all weights once.
-_HELD_STEPS, _HELD_EVERY = 3, 10
+_CHECKED_STEPS, _CHECKED_EVERY = 3, 10
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Phases:
     stages: StageLog = field(default_factory=StageLog)
     _noise_seen: list[NoiseEvidence] = field(default_factory=list)  # one for each rollout, its weights pooled
     _called: set[Phase] = field(default_factory=set)
-    _to_hold: int | None = None  # the step whose training is still to be compared with its masters
+    _to_check: int | None = None  # the step whose training is still to be compared with its masters
 
     def __post_init__(self) -> None:
         self.progress = ScheduleProgress.of(self.noise, self.total_steps) if self.noise is not None else None
@@ -58,7 +58,7 @@ class Phases:
             with self._noisy(step, data_epochs):
                 yield
                 # While the noise is still on, since it is part of the policy that sampled.
-                self._to_hold = self._require_rounded(step)
+                self._to_check = self._require_rounded(step)
             self.require_calls("rollout")
 
     @property
@@ -104,16 +104,13 @@ class Phases:
         if phase not in self._called:
             self._called.add(phase)
             self.attachment.require_calls()
-        if phase == "training" and self._to_hold is not None:
-            self._require_rounded(self._to_hold)
-            self._to_hold = None
+        if phase == "training" and self._to_check is not None:
+            self._require_rounded(self._to_check)
+            self._to_check = None
 
     def _require_rounded(self, step: int) -> int | None:
-        """Check in the first steps, and in every tenth, that operands of matmuls are what their masters round to now.
-
-        Returns the step if it was checked.
-        """
-        if self.attachment is None or not (step < _HELD_STEPS or step % _HELD_EVERY == 0):
+        """Compare operands with their rounded masters in the first steps and every tenth; return the step if it did."""
+        if self.attachment is None or not (step < _CHECKED_STEPS or step % _CHECKED_EVERY == 0):
             return None
         self.record(rounded(self.attachment, step))
         return step

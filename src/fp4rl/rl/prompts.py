@@ -58,10 +58,7 @@ def require_positions(
 
 
 def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
-    """Return the token ids of each prompt, uncut.
-
-    Raises InvalidValueError for a prompt that begins twice or has an end, and for a token without an embedding.
-    """
+    """Return the prompts' token ids; InvalidValueError for one that begins twice, has an end or unknown tokens."""
     texts = [problem.prompt for problem in problems]
     prompts: list[list[int]] = tokenizer(texts)["input_ids"]
     require_prompts_open(problems, prompts, tokenizer)

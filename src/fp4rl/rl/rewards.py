@@ -62,7 +62,7 @@ class Rewarder:
     function: Reward | None = None
     name: str = "accuracy"
     say: Callable[[str], None] = field(default=lambda line: None, repr=False)  # noqa: ARG005
-    _told: bool = False
+    _reported: bool = False
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str], penalties: Sequence[float]) -> Scored:
         """Score and reward a batch. Raises CheckFailed, naming the problem, when the function raises, returns something
@@ -87,8 +87,8 @@ class Rewarder:
                 f"the reward {self.name} failed on problem {problem.id} (answer {text[:60]!r}): "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not math.isfinite(value) and not self._told:
-            self._told = True
+        if not math.isfinite(value) and not self._reported:
+            self._reported = True
             self.say(f"the reward {self.name} returned no number for problem {problem.id}; such answers teach nothing")
         return value if math.isfinite(value) else math.nan
 

@@ -134,10 +134,7 @@ def sites(attachment: Attachment | None) -> Sites:
 def verify_final(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
 ) -> Summary:
-    """Return the summary for the result; its details go to `record`.
-
-    Raises CheckFailed when the live policy is not the one in `final`.
-    """
+    """Return the summary; details go to `record`. Raises CheckFailed when the live policy is not the one in `final`."""
     rows = attachment.evidence() if attachment is not None else []
     if attachment is not None:
         record(ActivePoints(phase="rollout", points=attachment.table.active_sites("rollout")))

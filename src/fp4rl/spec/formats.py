@@ -180,8 +180,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_LISTED)
 
 
 def add_format(fmt: Format) -> Format:
-    """List `fmt` in FORMATS, so that spec files, profiles and every verb know it; raises InvalidValueError for a name
-    that is taken."""
+    """List `fmt` in FORMATS, for spec files, profiles and every verb; InvalidValueError for a name that is taken."""
     if fmt.name in FORMATS:
         raise InvalidValueError(f"there is a number format called {fmt.name!r} already; take another name")
     _LISTED[fmt.name] = fmt

@@ -146,14 +146,14 @@ def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
     path = written(kind, first["loc"])
     if first["type"].startswith("union_tag"):
         path.append(first["ctx"]["discriminator"].strip("'"))
-    message = _said(first["type"], first["msg"], first["input"], first.get("ctx", {}))
+    message = _described_error(first["type"], first["msg"], first["input"], first.get("ctx", {}))
     key, colon, rest = message.partition(": ")
     if colon and key in keys_at(kind, first["loc"]):  # values that are each allowed, and not together
         path, message = written(kind, (*first["loc"], key)), rest
     return ": ".join([".".join(path), message] if path else [message])
 
 
-def _said(sort: str, message: str, given: Any, about: dict[str, Any]) -> str:
+def _described_error(sort: str, message: str, given: Any, about: dict[str, Any]) -> str:
     if sort == "value_error":
         return message.removeprefix("Value error, ")
     if sort in ("missing", "union_tag_not_found"):

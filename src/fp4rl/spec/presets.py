@@ -14,10 +14,7 @@ from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, Format, Rounding, Scal
 
 @dataclass(frozen=True)
 class Preset:
-    """What one deployment target does to MX formats.
-
-    Formats without a power-of-two scale pass unchanged, and so do stochastic ones, which no target has.
-    """
+    """What one deployment target does to MX formats; other formats, and stochastic ones, pass unchanged."""
 
     name: str
     rule: ScaleRule

@@ -12,10 +12,7 @@ from fp4rl.spec.errors import CheckFailed
 
 @dataclass(frozen=True)
 class TorchrunExecutor:
-    """The executor of the first process, in place of `LocalPool`. The first run that fails ends the series.
-
-    `report_to`: see `lab.work.execute_run`.
-    """
+    """Runs all in turn, instead of `LocalPool`; the first failure ends the series. `report_to`: see `execute_run`."""
 
     report_to: tuple[str, ...] = ()
 

@@ -28,8 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class AuditedPair:
-    """One published comparison in points. The interval is over problems (Newcombe); since each arm is one run, there is
-    no verdict."""
+    """One published comparison in points, with an interval over problems (Newcombe); single runs give no verdict."""
 
     pair: Pair
     solved: tuple[int, int]

@@ -1,7 +1,4 @@
-"""The contents of a log as plain names and numbers, joined by step.
-
-One step can take several lines, and a restarted trainer logs steps twice.
-"""
+"""The contents of a log, as names and numbers joined by step; a step can take several lines, and can come again."""
 
 import codecs
 import math

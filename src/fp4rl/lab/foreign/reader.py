@@ -137,8 +137,8 @@ def import_log(
     if status is not None and status not in STATUSES:
         raise InvalidValueError(f"no status {status!r}{nearest(status, STATUSES)}; one of {', '.join(STATUSES)}")
     dialect, log = read_log(path)
-    told = {"config": config, "status": status, "note": note}
-    known = {name: value for name, value in told.items() if value is not None}
+    given = {"config": config, "status": status, "note": note}
+    known = {name: value for name, value in given.items() if value is not None}
     described = json.loads(json.dumps(json_ready(known), default=str))  # YAML has dates, JSON does not
     arm = arm or _arm(path)
     content = dumps({"steps": log.in_order()})

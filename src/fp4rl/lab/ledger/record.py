@@ -31,10 +31,7 @@ def record_new(ledger: Ledger, root: Path, on_run: OnRun | None = None, on_damag
 
 
 def record(ledger: Ledger, folder: RunFolder, known: Known) -> bool:
-    """Record a finished run in the ledger; return False where `known` holds exactly this result already.
-
-    Raises `NotFoundError` for a run that is not finished.
-    """
+    """Record a finished run; return False where `known` holds exactly this result; `NotFoundError` if unfinished."""
     if known.get((folder.suite, folder.run_id)) == content_of(folder):
         return False
     run, entry = read_folder(folder)

@@ -35,10 +35,7 @@ class Locked(NotFoundError):
 
 @dataclass(frozen=True)
 class Ledger:
-    """An open ledger. `reading()` and `writing()` are the only accesses, each one transaction.
-
-    `root`: the folder of its runs, from which their items are read.
-    """
+    """An open ledger, accessed by `reading()` and `writing()`, each one transaction. `root`: the folder of its runs."""
 
     engine: Engine
     root: Path

@@ -150,10 +150,7 @@ def _files(folder: RunFolder) -> list[Row]:
 
 
 def write(connection: Connection, run: Run, record: Row) -> None:
-    """Write the run, replacing all that is recorded of it.
-
-    Its row in the index comes first, since that row's lock makes others wait that record the same run.
-    """
+    """Write the run over all that is recorded of it; its index row first, whose lock makes other recorders wait."""
     row = _run_row(run, record["content"])
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     put: Any = dialect.insert(runs).values(row)

@@ -55,10 +55,7 @@ LEVELS = (2, 3, 5, 10, 20)
 
 
 class SignalHistory:
-    """The values of one signal in order of observation, and statistics of them.
-
-    Every statistic is None while there are too few observations for it.
-    """
+    """The values of one signal in order of observation, and statistics of them, None after too few observations."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -230,10 +227,7 @@ def summary(histories: SignalHistories, signals: tuple[str, ...]) -> str:
 
 
 def lacking(histories: SignalHistories, needs: tuple[tuple[str, ...], ...]) -> str:
-    """Name the metrics that a check lacks, one of which must be logged; empty where nothing is lacking.
-
-    A check without data must not look like a good result.
-    """
+    """Name the metrics that a check lacks, one of which must be logged; empty where nothing is lacking."""
     missing = [signals for signals in needs if not any(len(histories[signal]) for signal in signals)]
     return "; ".join(f"needs {' or '.join(n for signal in signals for n in NAMES[signal])}" for signals in missing)
 
