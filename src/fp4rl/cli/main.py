@@ -87,7 +87,8 @@ def _first_line(verb: str) -> str:
     tree = ast.parse(source)
     commands = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
     docstring = (ast.get_docstring(commands[0]) if commands else None) or ast.get_docstring(tree) or ""
-    return docstring.split("\n\n")[0].replace("\n", " ").replace("`", "")
+    line = docstring.split("\n\n")[0].replace("\n", " ").replace("`", "")
+    return re.sub(r"^fp4rl \S+: (.)", lambda first: first[1].upper(), line)  # of a verb with sub-verbs: the module's
 
 
 def main(arguments: list[str] | None = None) -> int:

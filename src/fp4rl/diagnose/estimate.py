@@ -55,6 +55,7 @@ def _along(gradient: Tensor, error: Tensor, batch: Batch) -> Tensor:
 def _log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     mask = batch.mask.bool().to(logits.device)
     log_probs = torch.log_softmax(logits[mask].float(), -1)
+    # A token is drawn at every position of the given text, so that one forward serves all draws.
     drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(logits.device)
     return log_probs.gather(-1, drawn).sum()
 

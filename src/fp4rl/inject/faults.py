@@ -30,7 +30,7 @@ def apply_error(x: Tensor, error: HardwareError, generator: torch.Generator) -> 
                 hit = _uniform(x.shape, x, generator) < (error.share or 0.0)
                 sign = _uniform(x.shape, x, generator).lt(0.5).to(x.dtype) * 2 - 1
                 return torch.where(hit, x + sign * size, x)
-            case _:
+            case _:  # stuck: the site's generator is seeded the same at every step, so that it hits the same channels
                 hit = _uniform(x.shape[-1:], x, generator).argsort() < max(1, round((error.share or 0.0) * x.shape[-1]))
                 return torch.where(hit, torch.as_tensor(size, dtype=x.dtype, device=x.device), x)
 

@@ -71,7 +71,7 @@ def require_change(plan: SitePlan, module: nn.Module, injection: Injection) -> N
 
 
 def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
-    """Raise InvalidValueError for what acts in the matmul of stacked experts where that cannot be reached."""
+    """Raise InvalidValueError for formats and errors in a matmul of stacked experts that cannot be intercepted."""
     points = [point for point in plan.points() if point != "weight"]
     points += [error.name for error in plan.errors if error.point != "weight"]
     by_rows = [error.name for error in plan.errors if error.backward] + ["grad_weight"] * (plan.grad_weight is not None)

@@ -47,7 +47,7 @@ def by_layer(evidence: Iterable[NoiseEvidence]) -> tuple[LayerNoise, ...]:
 
 
 def summary(evidence: Sequence[NoiseEvidence], sigma: float, step: int) -> RolloutNoise:
-    """Return the line of evidence of the rollout of `step`: scheduled sigma, and what came of it, layer by layer."""
+    """Return the line of evidence of the rollout of `step`: scheduled sigma, and the noise measured in each layer."""
     changed = sum(item.share_changed * item.elements for item in evidence)
     elements = sum(item.elements for item in evidence)
     return RolloutNoise(

@@ -173,7 +173,7 @@ def share_bf16_can_change(
 def _passes(value: float, spread: float) -> float:
     if spread == 0.0:
         return 0.0
-    outward, inward = _gaps(abs(value))
+    outward, inward = _gaps(abs(value))  # each is crossed with probability P(N(0, spread) > gap / 2)
     return 0.5 * sum(math.erfc(gap / (2 * math.sqrt(2) * spread)) for gap in (outward, inward))
 
 

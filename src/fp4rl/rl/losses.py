@@ -111,7 +111,7 @@ def kl_per_token(logps: Tensor, ref_logps: Tensor, kl_loss_type: str = "low_var_
     if kind == kl_loss_type:
         return value
     k2 = 0.5 * (logps - ref_logps).square()
-    return k2 - k2.detach() + value.detach()
+    return k2 - k2.detach() + value.detach()  # the value of the estimator, the gradient of k2
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def policy_loss(inputs: LossInputs, rule: LossRule) -> LossOutputs:
     """
     _check(inputs, rule)
     advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages.unsqueeze(-1)
-    old_logps = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps
+    old_logps = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps  # on-policy: the ratio is 1
     log_ratio = (inputs.logps - old_logps).masked_fill(inputs.mask == 0, 0.0)  # padding may hold anything
     log_ratio = log_ratio.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
     ratio = RATIO_LEVELS[rule.ratio_level](log_ratio, inputs.mask).exp()  # [B, T] or [B, 1]
@@ -206,13 +206,13 @@ def _of_answer(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 def _ppo(ratio: Tensor, _logps: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
     clipped = ratio.clamp(1 - rule.clip_ratio_low, 1 + rule.clip_ratio_high)
-    bounded = ratio if rule.clip_ratio_c is None else ratio.clamp(max=rule.clip_ratio_c)
-    return -torch.min(bounded * advantages, clipped * advantages)
+    bounded = ratio if rule.clip_ratio_c is None else ratio.clamp(max=rule.clip_ratio_c)  # dual clip, for A < 0
+    return -torch.min(bounded * advantages, clipped * advantages)  # the pessimistic one of the two surrogates
 
 
 def _cispo(ratio: Tensor, logps: Tensor, advantages: Tensor, rule: LossRule) -> Tensor:
     clipped = ratio.clamp(1 - rule.clip_ratio_low, 1 + rule.clip_ratio_high)
-    return -clipped.detach() * advantages * logps
+    return -clipped.detach() * advantages * logps  # clipped tokens keep their gradient, unlike in PPO
 
 
 # Log-ratio and mask [B, T] -> log-ratio per token [B, T] or answer [B, 1].

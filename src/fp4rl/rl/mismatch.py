@@ -49,7 +49,7 @@ def correct_rollout(
         raise InvalidValueError(f"rollout correction threshold {threshold} would cut ratios of 1: take 2 or more")
     log_rho = _log_ratio(train_logps, rollout_logps, mask)
     if rollout_is == "sequence":
-        log_rho = log_rho.sum(-1, keepdim=True)
+        log_rho = log_rho.sum(-1, keepdim=True)  # the product of the tokens' ratios
     rho = log_rho.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO).exp()
     low, high = rho < 1 / threshold, rho > threshold
     weights = rho.clamp(max=threshold) if mode == "truncate" else rho.masked_fill(low | high, 0.0)
@@ -62,7 +62,7 @@ def _weight_metrics(weights: Tensor, low: Tensor, high: Tensor, counted: Tensor)
     if not counted.any():
         return {}
     kept = weights[counted]
-    mean = kept.mean()
+    mean = kept.mean()  # the effective sample size below is (sum w)^2 / (n sum w^2)
     return {
         "rollout_corr/rollout_is_mean": mean.item(),
         "rollout_corr/rollout_is_max": kept.max().item(),
@@ -108,7 +108,7 @@ def mismatch_metrics(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -
 def _divergences(log_rho: Tensor, mask: Tensor) -> dict[str, float]:
     safe = log_rho.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
     rho = safe[mask].exp()
-    whole = log_rho.sum(-1).clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
+    whole = log_rho.sum(-1).clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)  # [answers]
     return {
         "rollout_corr/kl": -log_rho[mask].mean().item(),
         "rollout_corr/k3_kl": (rho - 1 - safe[mask]).mean().item(),

@@ -135,7 +135,7 @@ def _grpo(grouped: Tensor, by_std: bool) -> Tensor:
 
 def _rloo(grouped: Tensor, _by_std: bool) -> Tensor:
     """Compute reward - mean of the *other* answers (arXiv 2402.14740)."""
-    count = grouped.isfinite().sum(-1, keepdim=True)
+    count = grouped.isfinite().sum(-1, keepdim=True)  # r - mean of the others = (r - mean of all) n / (n - 1)
     return (grouped - grouped.nanmean(-1, keepdim=True)) * count / (count - 1).clamp(min=1)
 
 

@@ -217,8 +217,8 @@ class Multipliers(Spec):
 
 
 class Noise(Spec):
-    """Gaussian noise of a scheduled size on chosen weights, fresh from the clean weights at every rollout, there only:
-    training, evaluation and the reference see clean weights.
+    """Gaussian noise of a scheduled size on chosen weights during rollouts, drawn anew for each; training, evaluation
+    and the reference have clean weights.
 
     `precision: weight` writes noisy weights in the weight's own dtype (as published; BF16 swallows what is below half a
     step). `precision: float32` computes the norm itself with the noisy weight in FP32; norms only.

@@ -34,7 +34,7 @@ class Scan(Spec):
 class ScanRequest(Scan):
     """What `fp4rl scan` is asked for: which injection in the model, which texts, what is measured, what is advised.
 
-    The keys `model`, `task` and `injection` of an experiment say the rest.
+    The rest is said by the keys `model`, `task` and `injection` of an experiment.
     """
 
     arm: str | None = Field(default=None, description="arm of a suite; by default the first that rounds something")

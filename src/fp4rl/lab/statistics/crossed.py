@@ -68,6 +68,7 @@ def two_way(treatment: Scores, control: Scores) -> Difference:
     value = float(treatment.mean() - control.mean())
     seeds = [float(arm.mean(1).var(ddof=1)) / len(arm) for arm in (treatment, control)]
     problems = float((treatment.mean(0) - control.mean(0)).var(ddof=1)) / treatment.shape[1]
+    # Estimates can make the sum smaller than one of its parts, which would be too confident.
     total = max(sum(seeds) + problems - _cell(treatment) - _cell(control), sum(seeds), problems)
     if not total > 0:
         raise InvalidValueError("neither seeds nor problems vary, so chance cannot be measured")

@@ -244,7 +244,7 @@ class LiveMonitor:
         return self.verdict != "note"
 
     def summary(self, rollbacks: int) -> HealthSummary:
-        """Summarise for the result: the worst state of the whole run, and its alarms in the order they came."""
+        """Return the summary for the result: the worst state of the whole run, and its alarms in order."""
         state = "alarm" if self.alarms else self._monitor.state
         alarms = tuple(HealthFinding(**vars(finding)) for finding in self.alarms)
         return HealthSummary(state=state, alarms=alarms, rollbacks=rollbacks)
