@@ -1,6 +1,6 @@
-"""fp4rl: reinforcement-learned language models that survive 4-bit hardware, and the proof that they do.
+"""fp4rl: a lab for language models that are trained with reinforcement learning and then run in 4 bits.
 
-The names below are loaded on first use, so that `import fp4rl` costs nothing and never imports torch by itself.
+The names below are loaded on first use, so that `import fp4rl` is fast and does not import torch by itself.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""Floor 3: what quantization does to a model, site by site, and what to do about it."""
+"""Floor 3: diagnosis. The effect of quantization on a model, site by site, and advice."""

@@ -1,1 +1,1 @@
-"""Floor 5: processes and other people's engines."""
+"""Floor 5: executors of runs, and the environment of processes."""

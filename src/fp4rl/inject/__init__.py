@@ -1,1 +1,1 @@
-"""Floor 2: injection. Quantization and hardware errors put into a model, proven to act, and taken out again."""
+"""Floor 2: injection. Puts quantization and hardware errors into a model, records that they act, takes them out."""

@@ -1,1 +1,1 @@
-"""Floor 2: noise. Adaptive quantization noise (AQN): scheduled, bit-exactly undone, and proven to be there."""
+"""Floor 2: adaptive quantization noise (AQN), scheduled, undone to the exact bits, with evidence that it acted."""

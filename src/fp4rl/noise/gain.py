@@ -11,7 +11,7 @@ from fp4rl.spec.errors import InvalidValueError
 
 
 class NormGauge:
-    """A copy of one norm in FP32 that tells the factor of every feature under any weight, meta tensors included.
+    """An FP32 copy of one norm by which the factor of every feature is measured for any weight, meta tensors included.
 
     `offset` is 1.0 where the layer multiplies by 1 + w and 0.0 where it multiplies by w. Raises InvalidValueError for
     a norm that does neither.
@@ -25,7 +25,7 @@ class NormGauge:
         ones = torch.ones(weight.shape, dtype=self._twin.weight.dtype, device=self._twin.weight.device)
         if getattr(module, "bias", None) is not None:
             self._twin.bias = nn.Parameter(0 * ones, requires_grad=False)
-        # Normalized, every value of it is one in size; a gated norm takes a gate beside it.
+        # After normalisation all its values are 1 in magnitude; a gated norm needs a gate too.
         probe = torch.where(torch.arange(ones.numel(), device=ones.device) % 2 == 0, ones, -ones)[None, None]
         gates = [ones[None, None]] if "gate" in inspect.signature(type(module).forward).parameters else []
         self._given = (probe, *gates)
@@ -36,9 +36,11 @@ class NormGauge:
             self._unit = self.factors(ones) - at_zero
         except (TypeError, RuntimeError) as why:
             raise InvalidValueError(f"{name}: {type(module).__name__} cannot be tried alone ({why}), {cure}") from why
-        told = at_zero / self._unit
-        self.offset = float(told.mean().round())
-        if self.offset not in (0.0, 1.0) or not torch.allclose(told, torch.full_like(told, self.offset), atol=1e-3):
+        offsets = at_zero / self._unit
+        self.offset = float(offsets.mean().round())
+        if self.offset not in (0.0, 1.0) or not torch.allclose(
+            offsets, torch.full_like(offsets, self.offset), atol=1e-3
+        ):
             raise InvalidValueError(
                 f"{name}: {type(module).__name__} multiplies by neither its weight w nor 1 + w, {cure}"
             )

@@ -1,1 +1,1 @@
-"""HTML pages of one file each, which load nothing: one base template, one style, one script that paints the figures."""
+"""Self-contained HTML pages: one base template, one style, one script that draws the figures."""

@@ -128,7 +128,7 @@ class Generation(NamedTuple):
 
     `logps` [tokens]: log-probability of each token under softmax(logits / temperature) over the whole vocabulary, as
     the loss computes it; None where `Sampling.logps` is off. `routes` [prompt and answer but its last token, layers,
-    k]: the experts that each token met; None where they were not asked for or the sampler cannot say.
+    k]: the experts of each token; None without `Sampling.routes`, or where the sampler does not know them.
     """
 
     tokens: list[int]

@@ -85,7 +85,7 @@ class StepTimer:
         self._last = now
 
     def take(self) -> dict[str, float]:
-        """Return seconds by name since the last call, and begin anew."""
+        """Return seconds by name since the last call, and start again from 0."""
         sums = dict(self._sums)
         self._sums.clear()
         return sums

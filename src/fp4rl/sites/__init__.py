@@ -1,1 +1,1 @@
-"""Floor 1: the sites of a model, where numbers are rounded, and reading them."""
+"""Floor 1: the sites of a model, where numbers can be rounded, and observing what flows through them."""

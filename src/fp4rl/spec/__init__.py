@@ -1,1 +1,1 @@
-"""Floor 0: what everything is called. Frozen, validated descriptions; nothing here imports torch."""
+"""Floor 0: frozen, validated descriptions of everything, and typed records of runs; nothing here imports torch."""

@@ -32,7 +32,7 @@ def _thresholds_renamed(spec: Any, names: Mapping[str, str]) -> Any:
 def canonical(value: Any) -> str:
     """Return a description as JSON with sorted keys and no spaces; pydantic models with all their defaults.
 
-    A key that was renamed stands under its first name, so that runs keep their ids.
+    A renamed key is written under its first name, so that runs keep their ids.
     """
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     plain = _thresholds_renamed(plain, _FIRST)

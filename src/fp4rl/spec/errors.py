@@ -1,6 +1,6 @@
-"""What a user can get wrong. The command line prints one line for these and shows no traceback.
+"""Errors of the user. The command line prints one line for these, without a traceback.
 
-Each message says what is wrong and names the cure. `UserError` leaves with exit code 2, `CheckFailed` with 1.
+Each message says what is wrong and names the cure. `UserError` ends with exit code 2, `CheckFailed` with 1.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used as it is; the message names the cure. Exit code 2."""
+    """Something that the user gave cannot be used; the message names the cure. Exit code 2."""
 
 
 class InvalidValueError(UserError, ValueError):

@@ -1,6 +1,6 @@
 """The kinds of lines in evidence.jsonl, as types: one for each thing that acted in a run, evaluations among them.
 
-Whoever writes evidence constructs these: a key that nobody knows, or a value of another type, is an error there. Files
+Writers of evidence construct these, so that an unknown key, or a value of another type, is an error there. Files
 are read by `fp4rl.spec.records`.
 """
 
@@ -166,7 +166,7 @@ class LayerNoise(Record):
 
 
 class RolloutNoise(Record):
-    """The noise of one rollout: what the schedule asked for, and what came of it, layer by layer."""
+    """The noise of one rollout: the scheduled sigma, and the noise measured in each layer."""
 
     kind: Literal["noise"] = Field("noise", exclude=True)
     step: int
@@ -225,7 +225,7 @@ class RolledBack(Record):
 
 
 class CheckpointKept(Record):
-    """A checkpoint was written after `step`; a run that goes on from it forgets the lines below this one."""
+    """A checkpoint was written after `step`; a run that resumes from it drops the lines below this one."""
 
     kind: Literal["checkpoint"] = Field("checkpoint", exclude=True)
     step: int

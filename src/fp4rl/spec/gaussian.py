@@ -1,7 +1,7 @@
 """The errors of every format on ideal Gaussian data: what the format itself costs, whatever the tensor.
 
 Figures of `fp4rl.numerics.errors.gaussian_ideal`, kept here to be shown without torch; a test measures them again. A
-format without figures here is measured when they are asked for.
+format without figures here is measured when these are needed.
 """
 
 from collections.abc import Mapping

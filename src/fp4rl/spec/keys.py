@@ -41,7 +41,7 @@ def keys_at(kind: type[BaseModel], path: Sequence[int | str]) -> list[str]:
 
 
 def wrong_part(kind: type[BaseModel], path: Sequence[str]) -> int | None:
-    """Return the index of the first part of `path` that is no key where it stands; None for a path that exists."""
+    """Return the index of the first part of `path` that is not a valid key; None for a path that exists."""
     for index, part in enumerate(path):
         models, own_name = reached(kind, path[:index])
         if not models:

@@ -52,7 +52,7 @@ class Translation:
     speaks_of: tuple[str, ...] = ("injection",)
 
     def fragment(self) -> dict[str, Any]:
-        """Return what `fp4rl run SPEC +FILE` lays over a spec, without what the settings did not speak of."""
+        """Return a fragment for `fp4rl run SPEC +FILE`, of injection or noise only as far as the settings have them."""
         given = self.injection.model_dump(mode="json", exclude_defaults=True)
         injection = {"mode": None, **given} if given else "none"  # a mode that the spec names must not stay
         noise = self.noise.model_dump(mode="json") if self.noise else "none"

@@ -1,4 +1,4 @@
-"""What a scan of a model measures, and everything that `fp4rl scan` can be asked for."""
+"""The settings of a scan of a model, and of `fp4rl scan` as a whole."""
 
 from typing import Annotated, Literal
 
@@ -32,7 +32,7 @@ class Scan(Spec):
 
 
 class ScanRequest(Scan):
-    """What `fp4rl scan` is asked for: which injection in the model, which texts, what is measured, what is advised.
+    """The settings of `fp4rl scan`: which injection in the model, which texts, what is measured, what is advised.
 
     The rest is said by the keys `model`, `task` and `injection` of an experiment.
     """

@@ -1,1 +1,1 @@
-"""Executors: each carries planned runs out somewhere, as the protocol of `lab/runner.py` says."""
+"""Executors: each runs planned runs in its own way, by the protocol `Executor` of `lab/runner.py`."""

@@ -1,1 +1,1 @@
-"""What published results allow to be said: intervals, confounds, and treatments that never happened."""
+"""The audit of published results: intervals, confounds, and treatments that never acted."""

@@ -1,1 +1,1 @@
-"""Two arms held against each other: first whether they may be, then by how much they differ."""
+"""The comparison of two arms: first whether they may be compared, then by how much they differ."""

@@ -1,1 +1,1 @@
-"""Logs that other trainers wrote, read into the same steps and numbers as our own."""
+"""Logs of other trainers, read into steps and numbers like those of fp4rl's own runs."""

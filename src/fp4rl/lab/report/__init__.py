@@ -1,1 +1,1 @@
-"""What a suite's runs allow one to say: collected from their folders, shown in the terminal and as one HTML file."""
+"""The report of a suite: collected from run folders, shown in the terminal and as one HTML file."""

@@ -1,1 +1,1 @@
-"""Numbers with their uncertainty: pure functions on numbers and arrays. The training seed is the replicate."""
+"""Estimates with intervals: pure functions on numbers and arrays. The training seed is the unit of replication."""

@@ -1,1 +1,1 @@
-"""The monitor: is this run well? Works live, and on any log whose metrics it knows."""
+"""The health monitor: checks of a run's metrics, live or on any log with known metrics."""
