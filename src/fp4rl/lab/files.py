@@ -93,12 +93,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write((dumps(record) + "\n").encode())
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the objects of a JSON-lines file, none where there is no file; an unfinished last line is left out."""
+def read_lines(path: Path, read: Callable[[bytes], Any] = lambda line: json.loads(line.decode())) -> Iterator[Any]:
+    """`read` each line of a file, as JSON, none where there is no file; an unfinished last line is left out."""
     if not path.is_file():
         return
     *lines, _unfinished = path.read_bytes().split(b"\n")  # so that no file stays open if the reader stops early
-    yield from (json.loads(line.decode()) for line in lines if line.strip())
+    yield from (read(line) for line in lines if line.strip())
 
 
 def dumps(value: Any) -> str:

@@ -22,7 +22,7 @@ from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_l
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
+from fp4rl.spec.records import RunResult, Sites, evidence_in, read_result, read_sites
 from fp4rl.spec.task import SCORES
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class RunFolder:
     def evidence(self) -> tuple[Evidence, ...]:
         """Return every line of a kind that this version knows, in order."""
         with damage_named(self.path / "evidence.jsonl") as file:
-            return tuple(line for line in map(read_evidence, read_lines(file)) if line is not None)
+            return tuple(line for line in read_lines(file, evidence_in) if line is not None)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Return step -> name -> value. Lines of one step are joined; the first value of a key counts."""
@@ -164,9 +164,9 @@ class RunFolder:
         if not file.is_file():
             stems = [f"{step}-{profile}" for step, profile in self.item_sets()]
             raise NotFoundError(f"{self.key} holds no items {file.stem}" + nearest(file.stem, stems))
-        # read_table would import pandas where it is installed.
-        with damage_named(file), parquet.ParquetFile(file) as opened:
-            return opened.read(columns=columns)
+        # read_table would import pandas where it is installed; a file this small is read at once, by this thread
+        with damage_named(file), parquet.ParquetFile(file, pre_buffer=False) as opened:
+            return opened.read(columns=columns, use_threads=False)
 
     def _items_file(self, step: int, profile: str) -> Path:
         if not _NAME.fullmatch(profile):

@@ -31,11 +31,11 @@ def gaps(
 
 def lines_of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
     """Return the lines of one kind."""
-    return [line for line in lines if isinstance(line, kind)]
+    return [line for line in lines if type(line) is kind]  # isinstance asks the classes of pydantic at length
 
 
 def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
-    wanted = {phase: _wanted(injection, phase) if isinstance(injection, Mapping) else set[str]() for phase in PHASES}
+    wanted = _wanted(injection if isinstance(injection, Mapping) else {})
     if not any(wanted.values()):
         if summary.sites:
             were = agreeing(summary.sites, "was", "were")
@@ -57,12 +57,14 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
         yield "its spec injects in evaluations alone, and none was made under the injection"
 
 
-def _wanted(injection: Spec, phase: Phase) -> set[str]:
-    """Return the points and hardware errors of a spec's injection that must act in a phase."""
-    during = ApplyDuring.model_validate(injection.get("apply_during") or {}).active(phase)
-    errors = injection.get("errors") or () if "errors" in during else ()
-    named = {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
-    return points_named(injection) & during | named
+def _wanted(injection: Spec) -> dict[Phase, set[str]]:
+    """Return the points and hardware errors of a spec's injection that must act, phase by phase."""
+    during, points = ApplyDuring.model_validate(injection.get("apply_during") or {}), points_named(injection)
+    wanted = {phase: points & during.active(phase) for phase in PHASES}
+    for phase, own in wanted.items():
+        errors = injection.get("errors") or () if "errors" in during.active(phase) else ()
+        own |= {_name(error) for error in errors if phase == "training" or error.get("when") != "backward"}
+    return wanted
 
 
 def points_named(injection: Spec) -> set[str]:

@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class Record(BaseModel):
     """One object of a file: immutable, closed to unknown keys, and strict about types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True, defer_build=True)
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the keys that were set, under their names on disk; the writer of a line of evidence adds `kind`."""
@@ -84,8 +84,8 @@ class Evaluation(Record):
     def _gathered(cls, content: Any) -> Any:
         if not isinstance(content, Mapping):
             return content
-        further = set(SCORES) - set(cls.model_fields)
-        beside = {k: v for k, v in content.items() if str(k).startswith(("mean@", "pass@")) or k in further}
+        others = [key for key in content if key not in cls.model_fields]
+        beside = {k: content[k] for k in others if k in SCORES or str(k).startswith(("mean@", "pass@"))}
         rest = {key: value for key, value in content.items() if key not in beside}
         return rest | {"of_samples": {**rest.get("of_samples", {}), **beside}} if beside else rest
 

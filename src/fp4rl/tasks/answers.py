@@ -38,17 +38,17 @@ _SCALE = (
 )
 _EXPRESSION = rf"(?P<head>{_HEAD})?+(?P<body>{_RUN}(?:{_TIE}{_SIGN}?{_RUN})*+)(?P<scale>{_SCALE})?"
 
+# Compiled when a text is first read (re keeps them): whoever only describes a task need not wait for it.
 # A sign after a number is an operator: "27 -2" holds no -2, but "x=-2" and "= - 2" do.
-_ANYWHERE = re.compile(
-    rf"(?P<sign>(?<==){_BLANK}?{_SIGN}{_BLANK}?{_CURRENCY}?|(?<![\w)\]]){_SIGN}{_CURRENCY}?|{_CURRENCY}{_SIGN})?{_EXPRESSION}"
+_ANYWHERE = (
+    rf"(?P<sign>(?<==){_BLANK}?{_SIGN}{_BLANK}?{_CURRENCY}?|(?<![\w)\]]){_SIGN}{_CURRENCY}?|{_CURRENCY}{_SIGN})?"
+    rf"{_EXPRESSION}"
 )
 # Right after the mark a sign is a sign; there Markdown and LaTeX around it are skipped too: `**$18**`, `\boxed{-5}`.
 _DRESS = rf"(?:{_BLANK}|[*_`\"'“‘(\[{{]|{_CURRENCY}|\\(?:boxed|fbox|text|textbf|mathbf|mathrm)\{{|\\[(\[])*+"
-_AFTER_MARK = re.compile(
-    rf"(?<!#)#{{4,}}+{_DRESS}(?P<sign>{_SIGN})?{_DRESS}{_EXPRESSION}(?P<heading>[.):]{_BLANK}+[^\W\d])?"
-)
+_AFTER_MARK = rf"(?<!#)#{{4,}}+{_DRESS}(?P<sign>{_SIGN})?{_DRESS}{_EXPRESSION}(?P<heading>[.):]{_BLANK}+[^\W\d])?"
 
-_NUMBER = re.compile(
+_NUMBER = (
     rf"{_CURRENCY}?(?P<digits>(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,3}}(?:{_BLANK}[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?"
     r"|\.[0-9]+)(?P<exponent>[eE][-−+]?[0-9]{1,2})?%?"
 )
@@ -78,7 +78,7 @@ def flexible_number(text: str) -> Decimal | None:
     if marked and (strict := _value(marked)) is not None:
         return strict
     end = text.find("\n", marked.end()) if marked else -1
-    last = deque(_ANYWHERE.finditer(text, 0, end if end >= 0 else len(text)), maxlen=1)
+    last = deque(re.compile(_ANYWHERE).finditer(text, 0, end if end >= 0 else len(text)), maxlen=1)
     return _value(last[0]) if last else None
 
 
@@ -105,12 +105,12 @@ def plain(number: Decimal) -> str:
 
 def _marked(text: str) -> re.Match[str] | None:
     """Return the first mark with digits right after it; a numbered heading only where no other follows."""
-    marks = list(_AFTER_MARK.finditer(text))
+    marks = list(re.finditer(_AFTER_MARK, text))
     return next((mark for mark in marks if mark["heading"] is None), marks[0] if marks else None)
 
 
 def _value(match: re.Match[str]) -> Decimal | None:
-    number = None if match["head"] or match["scale"] else _NUMBER.fullmatch(match["body"])
+    number = None if match["head"] or match["scale"] else re.fullmatch(_NUMBER, match["body"])
     if number is None:
         return None
     digits = re.sub(rf"{_BLANK}|,", "", number["digits"])

@@ -157,14 +157,16 @@ def _score_table(side: Side) -> tuple[list[str], Scores]:
     There are none where a run has no items here, or where runs differ in problems or numbers of samples.
     """
     measured = side.runs[0].measured
-    answered: list[tuple[list[str], list[int]]] = []  # problems and samples of each, run by run
-    shares = []
+    answered: list[tuple[list[str], list[int]]] = []  # problems and samples of each, where they change between runs
+    shares, ids = [], None
     for folder in (side_run.run.folder for side_run in side.runs):
         if folder is None or (measured.step, measured.profile.name) not in folder.item_sets():
             return [], np.empty((0, 0))
         items = folder.items(measured.step, measured.profile.name, ["problem_id", side.score])
-        names, row, counts = np.unique(items.column("problem_id").to_pylist(), return_inverse=True, return_counts=True)
-        answered.append((names.tolist(), counts.tolist()))
+        if ids is None or not ids.equals(items.column("problem_id")):
+            ids = items.column("problem_id")
+            names, row, counts = np.unique(ids.to_pylist(), return_inverse=True, return_counts=True)
+            answered.append((names.tolist(), counts.tolist()))
         solved = [flag is True for flag in items.column(side.score).to_pylist()]
         shares.append(np.bincount(row, weights=solved) / counts)  # [problems]
     if any(other != answered[0] for other in answered):

@@ -1,6 +1,6 @@
 """Whether two sides may be compared: the keys in which their descriptions differ, and every objection."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,16 +107,18 @@ def _identical(treatment: Side, control: Side) -> Iterator[Objection]:
     Weights may be the same where the descriptions differ in nothing that affects training. Answers may be the same
     where different sites were rounded, as evidence proves: then the result is that rounding costs nothing.
     """
-    pairs = [(a, b) for a in treatment.runs for b in control.runs]
-    weights = {run.run.key: run.run.result.evidence.final_weights for run in (*treatment.runs, *control.runs)}
-    others = [(a.run, b.run) for a, b in pairs if a.run.key != b.run.key]
-    same = [a for a, b in others if weights[a.key] and weights[a.key] == weights[b.key]]
+    ended, seeded = defaultdict[str | None, list[str]](list), defaultdict[int | None, list[SideRun]](list)
+    for b in control.runs:
+        ended[b.run.result.evidence.final_weights].append(b.run.key)
+        seeded[b.run.seed].append(b)
+    weights = [(a.run, a.run.result.evidence.final_weights) for a in treatment.runs]
+    same = [(run, final) for run, final in weights if final for key in ended[final] if key != run.key]
     if same and training_part(treatment.spec) != training_part(control.spec):
-        seeds, digest = ", ".join(str(run.seed) for run in same), str(weights[same[0].key])
+        seeds, digest = ", ".join(str(run.seed) for run, _ in same), str(same[0][1])
         what = f"the final weights are bit-identical (seed {seeds}): what differs did not act"
         yield Objection("identical", what, digest, digest)
         return
-    answered = [(a, b) for a, b in pairs if a.run.seed == b.run.seed and a.answers and b.answers]
+    answered = [(a, b) for a in treatment.runs for b in seeded[a.run.seed] if a.answers and b.answers]
     sites = [a.measured.profile.sites_digest == b.measured.profile.sites_digest for a, b in answered]
     if answered and all(sites) and all(a.answers == b.answers for a, b in answered):
         digest = str(answered[0][0].answers)

@@ -99,9 +99,9 @@ def named_side(connection: Connection, root: Path, name: str, at: At, suite: str
     if not word or (sign and not profile):
         raise InvalidValueError(f"a side is written arm, suite/arm or run id, with @profile; got {name!r}")
     rows = _named(connection, word, suite)
-    recorded = runs_of(connection, [row["id"] for row in rows])
     folders = {row["id"]: RunFolder(root / row["suite"] / row["run_id"]) for row in rows}
-    runs = [read_run(folder, curves=False) if folder.finished else recorded[key] for key, folder in folders.items()]
+    recorded = runs_of(connection, [number for number, folder in folders.items() if not folder.finished])
+    runs = [recorded.get(number) or read_run(folder, curves=False) for number, folder in folders.items()]
     return _side(name, rows[0]["suite"], runs, _profile(word, profile, runs, at), at)
 
 

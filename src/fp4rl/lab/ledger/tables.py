@@ -5,11 +5,11 @@ Every key is derived from the content, so that a rebuilt ledger has the same row
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
 
 from fp4rl.lab.files import damage_named, json_ready
 from fp4rl.lab.folders import RunFolder
@@ -152,7 +152,7 @@ def _files(folder: RunFolder) -> list[Row]:
 def write(connection: Connection, run: Run, record: Row) -> None:
     """Write the run over all that is recorded of it; its index row first, whose lock makes other recorders wait."""
     row = _run_row(run, record["content"])
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    dialect = import_module(f"sqlalchemy.dialects.{connection.dialect.name}")  # of two, the one that is used
     put: Any = dialect.insert(runs).values(row)
     connection.execute(put.on_conflict_do_update(index_elements=["id"], set_=row))
     new = {
