@@ -8,9 +8,6 @@ import typer
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, leave_out, print_json
 from fp4rl.lab.files import json_ready, write_whole
-from fp4rl.lab.report.collect import collect
-from fp4rl.lab.report.html import render
-from fp4rl.lab.report.terminal import terminal
 
 
 def command(
@@ -29,6 +26,10 @@ def command(
 def show(folder: Path, *, ledger: str | None = None, as_json: bool = False) -> None:
     """Print the comparison table of a suite and write its HTML report beside its runs. `ledger`: the address of the
     ledger with the spread of repeats, where it is not the folder's own."""
+    from fp4rl.lab.report.collect import collect  # these import the statistics, which `--help` needs not
+    from fp4rl.lab.report.html import render
+    from fp4rl.lab.report.terminal import terminal
+
     report = collect(folder, ledger)
     for damage in report.damages:
         leave_out(damage)
