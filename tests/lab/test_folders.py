@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import sqlite3
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fp4rl.lab.files import append_line, is_full, read_lines, remove_partial, wh
 from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.records import RunResult
 
 ROW = {
@@ -88,6 +90,32 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="disk full"):
         write_whole(file, "new")
     assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: {}\n",
+        "a: 1\nseed: {}\nb: [x]\n",
+        'a: "x\nseed: {}\n"\n"seed": 0\n',  # within another value
+        "a: [1,\nseed: {}\n]\n",
+        "seed: {}\n  more\n",  # no number
+        "seed: 1\nseed: {}\n",
+        "seed: {}\n- a\n",
+        "a: 1\nseed: {}\n---\nb: 1\n",
+        "'x\nseed: {}\n': 1\nb: 1\n",
+    ],
+)
+def test_a_spec_that_repeats_another_is_read_as_if_it_were_alone(run: RunFolder, text: str):
+    for seed in (0, 1, 7, 123, "010", "07", "-1", "1.5", "x", "2 # two"):
+        run.write_spec(text.format(seed))
+        try:
+            expected = list(plain_values(text.format(seed), "YAML").items())
+        except InvalidValueError as error:
+            with pytest.raises(InvalidValueError, match=re.escape(str(error))):
+                run.spec()
+        else:
+            assert list(run.spec().items()) == expected
 
 
 def test_a_result_is_never_overwritten(run: RunFolder):

@@ -94,7 +94,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path, read: Callable[[bytes], Any] = lambda line: json.loads(line.decode())) -> Iterator[Any]:
-    """`read` each line of a file, as JSON, none where there is no file; an unfinished last line is left out."""
+    """Read each line of a file, none where there is no file; an unfinished last line is left out."""
     if not path.is_file():
         return
     *lines, _unfinished = path.read_bytes().split(b"\n")  # so that no file stays open if the reader stops early

@@ -12,9 +12,11 @@ runs/<suite>/<run-id>/
 
 import json
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_l
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.records import RunResult, Sites, evidence_in, read_result, read_sites
+from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
 from fp4rl.spec.task import SCORES
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_SEED = re.compile(r"^seed: (0|[1-9][0-9]{0,17})$", re.MULTILINE)
 _ITEMS_FILE = re.compile(r"(\d+)-(.+)\.parquet")
 
 
@@ -119,7 +122,7 @@ class RunFolder:
         if not file.is_file():
             return {}
         with damage_named(file):
-            return _mapping(plain_values(file.read_text(encoding="utf-8"), "YAML") or {})
+            return _mapping(_spec_values(file.read_text(encoding="utf-8")) or {})
 
     def sites(self) -> Sites:
         """Return the resolved site table; one without plans where none was written."""
@@ -129,7 +132,7 @@ class RunFolder:
     def evidence(self) -> tuple[Evidence, ...]:
         """Return every line of a kind that this version knows, in order."""
         with damage_named(self.path / "evidence.jsonl") as file:
-            return tuple(line for line in read_lines(file, evidence_in) if line is not None)
+            return tuple(line for line in read_lines(file, read_evidence) if line is not None)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Return step -> name -> value. Lines of one step are joined; the first value of a key counts."""
@@ -172,6 +175,21 @@ class RunFolder:
         if not _NAME.fullmatch(profile):
             raise InvalidValueError(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
         return self.path / "items" / f"{step}-{profile}.parquet"
+
+
+def _spec_values(text: str) -> Any:
+    """Return the values of a spec. Repeats of a run differ in the line of their seed: the rest of them is read once."""
+    before, seed, after = _SEED.split(text) if len(_SEED.findall(text)) == 1 else ("", "", "")
+    around = _values_around(before, after) if seed else None
+    return plain_values(text, "YAML") if around is None else pickle.loads(around) | {"seed": int(seed)}
+
+
+@lru_cache(maxsize=4)
+def _values_around(before: str, after: str) -> bytes | None:
+    """Return the values around the line of a seed; None where, tried with two seeds, they differ in more than it."""
+    first, second = (plain_values(f"{before}seed: {seed}{after}", "YAML") for seed in (0, 1))
+    alone = isinstance(first, dict) and first.get("seed") == 0 and first | {"seed": 1} == second
+    return pickle.dumps(first) if alone else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

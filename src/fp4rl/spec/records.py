@@ -6,6 +6,7 @@ no word for ("nan") is a float again, and a key of a newer version is left out.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, TypeVar
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
@@ -133,16 +134,12 @@ _LINE: TypeAdapter[Evidence] = TypeAdapter(Annotated[Evidence, Field(discriminat
 _R = TypeVar("_R", bound=Record)
 
 
-def evidence_in(text: bytes) -> Evidence | None:
-    """Return the evidence in one line of a file, by one pass over its bytes. Raises as `read_evidence` does."""
-    try:
-        return _LINE.validate_json(text, strict=False, extra="ignore")
-    except ValidationError:
-        return read_evidence(json.loads(text.decode()))
-
-
 def read_evidence(line: object) -> Evidence | None:
     """Return one line of evidence; None for a kind that this version does not know. Raises `InvalidValueError`."""
+    if isinstance(line, bytes):
+        with suppress(ValidationError):  # one pass; what is wrong is said below
+            return _LINE.validate_json(line, strict=False, extra="ignore")
+        line = json.loads(line.decode())
     kind = line.get("kind") if isinstance(line, Mapping) else None
     if not isinstance(kind, str):
         raise InvalidValueError(f"a line of evidence needs a 'kind', found {shown(line)}")
