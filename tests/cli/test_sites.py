@@ -18,8 +18,8 @@ seeds: [0]
 
 @pytest.fixture
 def sites(capsys, monkeypatch):
-    """`sites(arguments)` -> (exit code, standard output, standard error), 100 columns wide."""
-    monkeypatch.setenv("COLUMNS", "100")
+    """`sites(arguments)` -> (exit code, standard output, standard error), 110 columns wide."""
+    monkeypatch.setenv("COLUMNS", "110")
 
     def run(*arguments):
         code = main(["sites", *map(str, arguments)])

@@ -248,6 +248,7 @@ def test_rows_are_plain_values(dense):
         "site": "model.layers.0.self_attn.q_proj",
         "kind": "linear",
         "role": "q",
+        "part": "attention",
         "layer": 0,
         "shape": [1536, 1536],
         "weight": {"name": "mxfp4", "scale_rule": "even"},

@@ -126,16 +126,16 @@ def _show(sites: "SiteTable", every: bool) -> None:
     active = [point for point in FORMAT_POINTS if any(point in row for row in rows)]
     wrong = ["errors"] if any("errors" in row for row in rows) else []
     if rows:
-        names = ("site", "layers", "shape", *active, *wrong)
+        names = ("site", "part", "layers", "shape", *active, *wrong)
         screen.print(table(*names, rows=(cells[: len(names)] for cells in _cells(rows, active, every))))
     screen.print(_counts(rows))
-    by_reason: dict[str, list[str]] = defaultdict(list)
+    by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
     for left in sites.left_out:
-        by_reason[left.reason].append(left.site.name)
+        by_reason[left.reason, left.site.part].append(left.site.name)
     if by_reason:
         screen.print("")
-        cells = ((reason, str(len(names)), names[0]) for reason, names in by_reason.items())
-        screen.print(table("left out", "sites", "such as", rows=cells))
+        cells = ((*key, str(len(names)), names[0]) for key, names in by_reason.items())
+        screen.print(table("left out", "part", "sites", "such as", rows=cells))
     for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
         screen.print(f"\n{note}")
     screen.print(f"\n{sites.injection.name} of values cast to {sites.injection.dtype}, table {sites.digest}")
@@ -154,8 +154,9 @@ def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[t
         shape = " x ".join(map(str, row["shape"])) or "-"
         errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
         formats = (_format(row.get(point)) for point in active)
-        layers[(row["site"] if every else row["role"], shape, *formats, "\n".join(errors))].append(row["layer"])
-    return [(name, _layers(numbers), *rest) for (name, *rest), numbers in layers.items()]
+        name = row["site"] if every else row["role"]
+        layers[(name, row["part"], shape, *formats, "\n".join(errors))].append(row["layer"])
+    return [(name, part, _layers(numbers), *rest) for (name, part, *rest), numbers in layers.items()]
 
 
 def _format(fmt: Any) -> str:

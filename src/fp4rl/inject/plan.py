@@ -57,7 +57,9 @@ class SitePlan:
         """Return the plan as plain values for JSON."""
         site = self.site
         row: dict[str, Any] = {"site": site.name, "kind": site.kind, "role": site.role, "layer": site.layer}
-        row |= {"shape": list(site.shape)} | {point: describe(getattr(self, point)) for point in self.points()}
+        row |= {"part": site.part, "shape": list(site.shape)} | {
+            point: describe(getattr(self, point)) for point in self.points()
+        }
         if self.errors:
             row["errors"] = [e.model_dump(mode="json", exclude={"targets"}, exclude_none=True) for e in self.errors]
         flags = {"merged": self.merged, "packed": self.packed, "note": self.note}
@@ -74,7 +76,8 @@ class LeftOut:
     def row(self) -> dict[str, Any]:
         """Return the site and the reason as plain values for JSON."""
         site = self.site
-        return {"site": site.name, "kind": site.kind, "shape": list(site.shape), "reason": self.reason}
+        row = {"site": site.name, "kind": site.kind, "part": site.part, "shape": list(site.shape)}
+        return row | {"reason": self.reason}
 
 
 @dataclass(frozen=True)

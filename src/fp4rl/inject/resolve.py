@@ -1,6 +1,6 @@
 """Resolve model and spec to the site table: what acts where, and why not elsewhere. No weight is changed or read."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import GRADIENTS, LINEAR_POINTS
-from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, matches, require_hit
+from fp4rl.spec.targets import LEFT_BY_DEFAULT, Targets, require_hit
 
 _WEIGHTS = ("linear", "experts", "router", "adapter")
 _ERROR_KINDS: dict[str, tuple[Kind, ...]] = {
@@ -43,7 +43,7 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
             plans.append(plan)
         else:
             left_out.append(LeftOut(site, reason or _nothing_here(site)))
-    _require_every_setting(plans, injection)
+    _require_every_setting(plans, left_out, injection)
     if not plans:
         reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
         why = "; ".join(reasons) or "the model has no linear layers"
@@ -60,21 +60,24 @@ def _kinds(injection: Injection) -> tuple[str, ...]:
 
 def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
     """Raise NotFoundError for a pattern of the user that matches nothing; those of the default `leave` may."""
-    names = _names(site for site in sites if site.kind in _kinds(injection))
-    for pattern in (*injection.targets.take, *(exception.pattern for exception in injection.by_pattern)):
-        require_hit(pattern, names, "layer that can be rounded")
+    reached = [site for site in sites if site.kind in _kinds(injection)]
+    for pattern in injection.targets.take:
+        _require_hit(pattern, reached, "layer that can be rounded")
+    for row in injection.by_pattern:  # a rule that leaves sites out may name any
+        _require_hit(row.pattern, reached if row.formats else sites, "layer that can be rounded")
     for error in injection.errors:
         kinds = _ERROR_KINDS[error.point]
         for pattern in error.targets.take:
-            require_hit(pattern, _names(site for site in sites if site.kind in kinds), f"{kinds[0]} site")
+            _require_hit(pattern, [site for site in sites if site.kind in kinds], f"{kinds[0]} site")
     for targets in (injection.targets, *(error.targets for error in injection.errors)):
         for pattern in (p for p in targets.leave if p not in LEFT_BY_DEFAULT):
-            require_hit(pattern, _names(sites), "site")
+            _require_hit(pattern, sites, "site")
 
 
-def _names(sites: Iterable[Site]) -> list[str]:
-    """Return the plain names and the wrapped ones: users of `named_modules()` may write either."""
-    return [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name]
+def _require_hit(pattern: str, sites: Sequence[Site], what: str) -> None:
+    """Take plain names and wrapped ones: users of `named_modules()` may write either."""
+    if not any(site.is_meant_by(pattern) for site in sites):
+        require_hit(pattern, [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name], what)
 
 
 def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int) -> str | None:
@@ -83,7 +86,7 @@ def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int)
         return f"{site.kind}: no point of an injection"
     if site.role == "dt_proj":
         return "its weight is read without calling the layer"
-    reasons = [targets.why_left(name, site.role) for name in (site.name, site.path) if name]
+    reasons = [targets.why_left(name, site.role, site.part) for name in (site.name, site.path) if name]
     left = next((reason for reason in reasons if reason and reason.startswith("left")), None)
     if left or None not in reasons:
         return left or reasons[0]
@@ -122,11 +125,9 @@ def _reaches(error: HardwareError, site: Site, layers: int) -> bool:
 
 def _formats(site: Site, injection: Injection) -> dict[str, Any]:
     formats = {point: getattr(injection, point) for point in (*LINEAR_POINTS, *GRADIENTS)}
-    for exception in injection.by_pattern:
-        if matches(site.name, exception.pattern) or matches(site.path, exception.pattern):
-            changes = {point: getattr(exception, point) for point in LINEAR_POINTS}
-            return formats | {point: fmt for point, fmt in changes.items() if fmt != "keep"}
-    return formats
+    exception = next((row for row in injection.by_pattern if site.is_meant_by(row.pattern)), None)
+    changes = {point: getattr(exception, point, "keep") for point in LINEAR_POINTS}
+    return formats | {point: fmt for point, fmt in changes.items() if fmt != "keep"}
 
 
 def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> SitePlan:
@@ -145,7 +146,7 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
     return replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
 
 
-def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
+def _require_every_setting(plans: list[SitePlan], left_out: list[LeftOut], injection: Injection) -> None:
     """Raise InvalidValueError for a setting that reached no site: it would silently have no effect."""
     for setting, described, at_a_site, why in (
         ("lora: merged", injection.lora == "merged", "merged", "no adapted layer is taken"),
@@ -156,6 +157,10 @@ def _require_every_setting(plans: list[SitePlan], injection: Injection) -> None:
     ):
         if described and not any(getattr(plan, at_a_site) for plan in plans):
             raise InvalidValueError(f"{setting} would do nothing: {why}")
+    for row in injection.by_pattern:
+        if row.formats and not any(plan.site.is_meant_by(row.pattern) for plan in plans):
+            why = next(left.reason for left in left_out if left.site.is_meant_by(row.pattern))
+            raise InvalidValueError(f"by_pattern: {row.pattern!r} would do nothing: {why}")
     for wanted in injection.targets.opt_in:
         if not any(wanted in (plan.site.kind, plan.site.role) for plan in plans):
             raise InvalidValueError(f"targets.opt_in: [{wanted}] would do nothing: no {wanted} is taken")

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fp4rl.spec.targets import matches
+
 Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
 
 # What PEFT, DDP, torch.compile and FSDP put into names; without these parts a site has one name in every process.
@@ -37,6 +39,7 @@ _ROLES = {
 _CACHED = [{"k_proj", "v_proj"}, {"query", "key", "value"}, {"k_lin", "v_lin"}, {"Wk", "Wv"}]
 _CACHED += [{name} for name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj", "kv_b_proj")]
 _RECURRENT = ("A_log", "dt_bias", "time_decay")
+_MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet)$")
 _UP = ("gate_up_proj", "gate_proj", "up_proj")
 _DOWN = ("down_proj",)
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
@@ -50,6 +53,7 @@ class Site:
     `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, whichever way they are stored:
     `transposed` says that the parameter's last two axes are exchanged; None: unknown. `layer` counts from 0 and is None
     outside the layers. `shares` names the first site that holds the same parameter.
+    `part` is the part of the model: experts, shared_experts, attention (all that mixes tokens), mlp, router, head, ...
     """
 
     name: str
@@ -61,6 +65,11 @@ class Site:
     parameter: str | None = "weight"
     shares: str | None = None
     transposed: bool | None = False
+    part: str = ""
+
+    def is_meant_by(self, pattern: str) -> bool:
+        """Return whether a pattern covers one of its names, or is the word for its part of the model."""
+        return pattern == self.part or any(matches(name, pattern) for name in (self.name, self.path) if name)
 
     @property
     def parent(self) -> str:
@@ -77,7 +86,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     """Return all sites of `model` in its own order, on any device, meta included; nothing is changed or read."""
     first: dict[int, str] = {}
     sites = []
-    hidden, routers, used_as = _width(model), _routers(model), _used_as(model)
+    hidden, routers, used_as, mixers = _width(model), _routers(model), _used_as(model), _mixers(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # PEFT's unused original of a module that it trains fully
             continue
@@ -86,6 +95,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
                 site = replace(site, kind="router", role="router")
             if site.kind == "linear" and id(module) in used_as:
                 site = replace(site, role=used_as[id(module)])
+            site = replace(site, part=_part(site, path.startswith(mixers)))
             owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
             sites.append(site if owner == site.name else replace(site, shares=owner))
     return tuple(sites)
@@ -135,6 +145,28 @@ def _routers(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path in routing)
 
 
+def _mixers(model: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of every path below what mixes tokens: attention, delta rules, state spaces."""
+    modules = ((path, module) for path, module in model.named_modules(remove_duplicate=False) if path)
+    return tuple(
+        f"{path}."
+        for path, m in modules
+        if is_attention(m) or _MIXES_TOKENS.search(type(m).__name__) or _keeps_state(m)
+    )
+
+
+def _part(site: Site, mixes_tokens: bool) -> str:
+    if site.role == "lm_head":
+        return "head"
+    if site.kind not in ("linear", "experts"):
+        return "sinks" if site.name.endswith("sinks") else site.kind
+    if re.search(r"shared_?(expert|mlp)", site.name):
+        return "shared_experts"
+    if site.kind == "experts" or "experts" in site.name.split("."):
+        return "experts"
+    return "attention" if mixes_tokens else "mlp"
+
+
 def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
     """Yield the sites at one module: its attention, and each of its own weights. A lone layer is named by its class."""
     name = plain_name(path) or type(module).__name__
@@ -170,9 +202,13 @@ def is_attention(module: nn.Module) -> bool:
     Recurrent layers (state spaces, delta rules, lightning attention) may have such projections, but keep a state.
     """
     children, kind = {name for name, _ in module.named_children()}, type(module).__name__
-    if any(name in _RECURRENT for name, _ in module.named_parameters(recurse=False)) or "Lightning" in kind:
+    if _keeps_state(module) or "Lightning" in kind:
         return False
     return _CACHED[0] <= children or ("Att" in kind and any(names <= children for names in _CACHED))
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    return any(name in _RECURRENT for name, _ in module.named_parameters(recurse=False))
 
 
 def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) -> Kind | None:

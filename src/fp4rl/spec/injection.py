@@ -37,7 +37,8 @@ class Injection(Spec):
     gradient that arrives, as an operand of the matmul that computes the one or the other. `preset` sets the scale rule
     and the rounding of a deployment target. `dtype` is what the quantizer sees: weights and inputs are first cast to
     it, so that trainer, sampler and export round the same numbers. `straight_through: clipped` stops the gradient of
-    values that were clipped. `by_pattern` lists exceptions, the first match counts. Groups that serving kernels fuse
+    values that were clipped. `by_pattern` lists exceptions, the first match counts; a pattern may be the word for a
+    part of the model (`experts: mxfp4`, `attention: mxfp8`, `router: leave`). Groups that serving kernels fuse
     (q/k/v, gate/up) must agree unless `fused_groups` is `free`. `lora` says what is deployed: `adapter` Q(W) + BA,
     `merged` Q(W + sBA). `frozen_base: packed` keeps frozen weights as codes and scales alone; taking the injection out
     gives back the rounded weights, the only ones there are then.
@@ -128,8 +129,9 @@ class Injection(Spec):
             content.setdefault(point, getattr(mode, point) if mode else None)
         for point in (*LINEAR_POINTS, "kv_cache"):
             content[point] = _under(preset, point, content.get(point))
-        if "by_pattern" in content:
-            content["by_pattern"] = [_exception(entry, content, preset) for entry in _entries(content["by_pattern"])]
+        entries = _of_preset(preset, content, _entries(content.get("by_pattern", ())))
+        if entries:
+            content["by_pattern"] = [_exception(entry, content, preset) for entry in entries]
         return content
 
     def _conflicts(self) -> Iterator[str]:
@@ -186,6 +188,16 @@ def _entries(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _of_preset(preset: Preset | None, content: Mapping[str, Any], entries: list[Any]) -> list[Any]:
+    """Add what a preset says of experts and of the rest, behind what is written and where nothing is."""
+    formats = {point: content[point] for point in LINEAR_POINTS if content[point] not in (None, "none")}
+    if preset is None or preset.beside_experts is None or not formats:
+        return entries
+    written = {entry["pattern"] if isinstance(entry, Mapping) else entry.pattern for entry in entries}
+    own = {"experts": formats, "*": preset.beside_experts}
+    return entries + [{"pattern": word, "format": own[word]} for word in own if word not in written]
+
+
 def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) -> Any:
     """Return one exception. A bare format stands for every point that the injection rounds."""
     if not isinstance(entry, Mapping):
@@ -193,6 +205,7 @@ def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) ->
     entry = dict(entry)
     if "format" in entry:
         fmt = entry.pop("format")
+        fmt = "none" if fmt == "leave" else fmt
         rounded = [point for point in LINEAR_POINTS if content[point] not in (None, "none")] or ["weight"]
         entry |= fmt if isinstance(fmt, Mapping) and "name" not in fmt else dict.fromkeys(rounded, fmt)
     return {key: _under(preset, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}

@@ -41,6 +41,11 @@ class PatternFormats(Spec):
     input: PointFormat | Literal["keep"] = "keep"
     output: PointFormat | Literal["keep"] = "keep"
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that it names."""
+        return tuple(fmt for fmt in (self.weight, self.input, self.output) if isinstance(fmt, Format))
+
     def _conflicts(self) -> Iterator[str]:
         compiled(self.pattern)
         if self.weight == self.input == self.output == "keep":

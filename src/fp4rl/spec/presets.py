@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, Format, Rounding, ScaleRule
+from fp4rl.spec.formats import E2M1, E4M3, E5M2, FORMATS, MXFP8, Format, Rounding, ScaleRule
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Preset:
     source: str
     weight_rounding: Rounding = "nearest_even"
     input_rounding: Rounding = "nearest_even"
+    beside_experts: Format | None = None  # what else is rounded than routed experts, which have the mode's formats
 
     def at(self, point: str, fmt: Format) -> Format:
         """Return the format as this target rounds at `point`. Raises InvalidValueError where it sets another rule."""
@@ -49,6 +50,13 @@ _ALL = (
         "ascend950", "floor", "CANN aclnnDynamicMxQuant: scale_alg 0 (the OCP rule) and round_mode rint, its defaults"
     ),
     Preset("ascend950_uos", "uos", "CANN aclnnDynamicMxQuant: scale_alg 2 with dst_type_max 7.25, round_mode rint"),
+    Preset(
+        "ascend950_moe",
+        "floor",
+        "ascend950 as in msModelSlim's recipes for GLM and LongCat: the mode's formats on routed experts, MXFP8 on "
+        "every other linear layer",
+        beside_experts=MXFP8,
+    ),
     Preset(
         "vllm_ascend",
         "floor",

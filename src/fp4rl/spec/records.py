@@ -25,6 +25,7 @@ class PlannedSite(Record):
     kind: str | None = None
     role: str | None = None
     layer: int | None = None
+    part: str | None = None
     shape: tuple[int, ...] = ()
     weight: JsonValue = None
     input: JsonValue = None
@@ -43,6 +44,7 @@ class SiteLeftOut(Record):
 
     site: str
     kind: str | None = None
+    part: str | None = None
     shape: tuple[int, ...] = ()
     reason: str = ""
 

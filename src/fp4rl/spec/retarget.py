@@ -7,7 +7,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, Format, describe, format_of
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
-from fp4rl.spec.points import LINEAR_POINTS
+from fp4rl.spec.points import LINEAR_POINTS, PatternFormats
 from fp4rl.spec.presets import preset_named
 
 _ROUNDED = (*LINEAR_POINTS, "kv_cache")
@@ -22,7 +22,7 @@ def under_preset(injection: Injection, preset: str) -> Injection:
     own, *exceptions = (
         row.model_dump(mode="json")
         | {point: _without_rules(injection, point, fmt) for point, fmt in row if point in _ROUNDED}
-        for row in (injection, *injection.by_pattern)
+        for row in (injection, *_own_exceptions(injection))
     )
     return parse(Injection, own | {"preset": preset, "by_pattern": exceptions}, "preset")
 
@@ -37,7 +37,14 @@ def in_format(injection: Injection, fmt: str) -> Injection:
         raise InvalidValueError(
             f"{injection.name} rounds no linear layer, so format {fmt} has no place; name another mode"
         )
-    return parse(Injection, injection.model_dump(mode="json") | formats | {"mode": None}, "format")
+    own = {"mode": None, "by_pattern": [row.model_dump(mode="json") for row in _own_exceptions(injection)]}
+    return parse(Injection, injection.model_dump(mode="json") | formats | own, "format")
+
+
+def _own_exceptions(injection: Injection) -> list[PatternFormats]:
+    """Return the exceptions that are not those of the preset."""
+    made = injection.model_validate(injection.model_dump(mode="json") | {"by_pattern": ()}).by_pattern
+    return [row for row in injection.by_pattern if row not in made]
 
 
 def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:

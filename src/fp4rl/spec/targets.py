@@ -30,7 +30,8 @@ class Targets(Spec):
     """Sites taken by a pattern of `take`, by no pattern of `leave`, in one of `layers` (negative: from the end).
 
     Patterns are shell patterns over the whole dotted name; `*` also crosses dots, and a number stands for itself:
-    neither `*.layers.2.*` nor `*layers.2*` touches layer 20.
+    neither `*.layers.2.*` nor `*layers.2*` touches layer 20. The word for a part of the model, such as `attention` or
+    `experts` (`fp4rl sites` shows them), means all of it.
     """
 
     take: Patterns = Field(default=("*",), description="patterns of the sites that are meant")
@@ -66,16 +67,17 @@ class Targets(Spec):
         if self.layers == ():
             yield "`layers` is empty; leave it out for all layers, or name some, such as [0, -1]"
 
-    def why_left(self, name: str, role: str = "") -> str | None:
+    def why_left(self, name: str, role: str = "", part: str = "") -> str | None:
         """Return the pattern that leaves `name` out, in words; None when `name` is taken (layers are not looked at).
 
-        A default pattern of a `role` means every site of that role, whatever it is called.
+        A default pattern of a `role` means every site of that role, whatever it is called; the word for a `part` of the
+        model means all of that part.
         """
-        if not any(matches(name, pattern) for pattern in self.take):
+        if not any(pattern == part or matches(name, pattern) for pattern in self.take):
             return "no pattern of take matches"
-        meant = [pattern for pattern in _LEAVES.get(role, ()) if pattern in self.leave]
-        hit = next(iter((*(pattern for pattern in self.leave if matches(name, pattern)), *meant)), None)
-        return None if hit is None else f"left by {hit!r}"
+        hits = [pattern for pattern in self.leave if pattern == part or matches(name, pattern)]
+        hits += [pattern for pattern in _LEAVES.get(role, ()) if pattern in self.leave]
+        return f"left by {hits[0]!r}" if hits else None
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
         """Return the layers counted from 0 in a model of `count`; None for all. Raises InvalidValueError outside it."""
