@@ -8,6 +8,7 @@ the operands that reach its product are compared by value with a rounding that i
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def require_rounded(attachment: Attachment) -> int:
     """Raise CheckFailed when a site's operands are not what its master and its formats give now; count the sites.
 
     Not checked is what cannot be computed here: random operands (stochastic rounding, hardware errors), attention,
-    packed weights (they have no master) and sharded ones (no copy of them is kept).
+    packed weights (they have no master) and sharded ones (no copy of them is kept). Routers that are left out must
+    multiply by their own weights.
     """
     held, wrong = 0, []
     for module in attachment.modules:
@@ -39,6 +41,10 @@ def require_rounded(attachment: Attachment) -> int:
         for site, points in _checked_sites(module, state, attachment.modules):
             held += 1
             wrong += [f"{site.plan.name} ({point})" for point, right in points.items() if not right]
+    if rounded := _rounded_routers(attachment):
+        raise CheckFailed(
+            f"{attachment.phase}: {rounded[0]} is to be left, and multiplies by other numbers than its own"
+        )
     if wrong:
         raise CheckFailed(
             f"{attachment.phase}: at {len(wrong)} of {held} sites the matmul receives other numbers than the master "
@@ -63,6 +69,28 @@ def _checked_sites(
             return  # the layer's own forward runs, and its products with the adapters would be met too
         with _uncounted(state):
             yield state, _operands_are_right(module, state)
+
+
+@torch.no_grad()
+def _rounded_routers(attachment: Attachment) -> list[str]:
+    """Return the routers that are left out and multiply by another weight than their own."""
+    wrong, sharded = [], not all(state.keep_copies for state in attachment.states.values())
+    for site in (left.site for left in attachment.table.left_out if left.site.kind == "router"):
+        router: Any = attachment.model.get_submodule(site.path)
+        if site.parameter != "weight" or len(signature(router.forward).parameters) != 1 or sharded:
+            continue  # it takes more than tokens
+        weight = router.weight
+        with _Listener(weight.shape) as listener:
+            router.forward(_rows(weight))
+        seen = weight if listener.operands is None else listener.operands[1]
+        if not _same(seen, weight.to(seen.dtype)):
+            wrong.append(site.name)
+    return wrong
+
+
+def _rows(master: Tensor) -> Tensor:
+    rows = torch.randn(ROWS, master.shape[1], generator=torch.Generator().manual_seed(0))
+    return rows.to(master.device, master.dtype)
 
 
 def _repeatable(state: SiteState, point: str) -> bool:
@@ -99,8 +127,7 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
     layer: Any = module
     with torch.no_grad():
         master = state.master(layer).detach()
-    rows = torch.randn(ROWS, master.shape[1], generator=torch.Generator().manual_seed(0))
-    rows = rows.to(master.device, master.dtype)
+    rows = _rows(master)
     # With gradients a layer takes another path than without: probe the one that this phase takes.
     with torch.set_grad_enabled(state.phase == "training"), _Listener(master.shape) as listener:
         y = layer.forward(rows)
