@@ -86,11 +86,11 @@ def test_plain_and_wrapped_names_both_work():
 
 def test_an_adapter_taken_without_being_asked_for_is_refused():
     with pytest.raises(InvalidValueError, match=r"lora_A\.default is an adapter"):
-        resolve(adapted(), Injection.named("w4a16", targets=Targets(leave=("*lm_head*",)), fused_groups="free"))
+        resolve(adapted(), Injection.named("w4a16", targets=Targets(leave_only=("*lm_head*",)), fused_groups="free"))
 
 
 def test_an_adapter_that_was_asked_for_is_rounded():
-    targets = Targets(take=("*lora_*",), leave=("*lm_head*",), opt_in=("adapter",))
+    targets = Targets(take=("*lora_*",), opt_in=("adapter",))
     model = adapted()
     with attach(model, Injection.named("w4a16", targets=targets)) as harmed:
         model(IDS)

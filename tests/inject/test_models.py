@@ -156,7 +156,7 @@ def test_a_generation_counts_every_token():
 def test_a_head_that_is_read_but_not_called_is_noticed():
     """What TRL's training forward does to lm_head."""
     model = dense()
-    targets = Targets(leave=("*embed*",), opt_in=("lm_head",))
+    targets = Targets(opt_in=("lm_head",))
     with attach(model, Injection.named("w4a16", targets=targets)) as harmed:
         hidden = model.model(IDS).last_hidden_state
         nn.functional.linear(hidden, model.lm_head.weight)

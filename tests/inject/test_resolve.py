@@ -141,13 +141,13 @@ def test_a_pattern_of_the_table_that_hits_nothing_is_refused(dense):
 
 def test_a_tied_head_is_never_rounded(dense):
     with pytest.raises(InvalidValueError, match=r"lm_head shares its weight with model\.embed_tokens"):
-        resolve(dense, small(leave=(), opt_in=("lm_head",)))
+        resolve(dense, small(opt_in=("lm_head",)))
 
 
 def test_the_head_needs_to_be_asked_for(moe):
     with pytest.raises(InvalidValueError, match=r"lm_head is the output head.*opt_in: \[lm_head\]"):
-        resolve(moe, small(take=("lm_head",), leave=("*norm*",)))
-    (plan,) = resolve(moe, small(take=("lm_head",), leave=("*norm*",), opt_in=("lm_head",))).plans
+        resolve(moe, small(take=("lm_head",), leave_only=("*norm*",)))
+    (plan,) = resolve(moe, small(take=("lm_head",), opt_in=("lm_head",))).plans
     assert "TRL's training forward" in plan.note
 
 
@@ -158,7 +158,7 @@ def test_opting_in_to_what_is_left_out_all_the_same_is_refused(dense):
 
 def test_a_router_needs_to_be_asked_for(moe):
     with pytest.raises(InvalidValueError, match=r"mlp\.gate is a router.*opt_in: \[router\]"):
-        resolve(moe, small(leave=("*lm_head*",)))
+        resolve(moe, small(leave_only=("*lm_head*",)))
 
 
 def test_one_parameter_under_two_layers_is_refused():

@@ -89,6 +89,35 @@ def test_a_role_that_is_opted_in_is_not_left_by_default():
     assert again == Targets(opt_in=("lm_head",))
 
 
+def test_leave_adds_to_the_default_and_leave_only_replaces_it():
+    """Kind: a cure that an error names, `leave: [x]`, took the head and the routers in by the way."""
+    added = Targets.model_validate({"leave": "*.q_proj"})
+    assert added.leave == (*LEFT_BY_DEFAULT, "*.q_proj")
+    assert added.why_left("lm_head")
+    assert added.why_left("a.q_proj")
+    alone = Targets.model_validate({"leave_only": ["*.q_proj"]})
+    assert alone.why_left("lm_head") is None
+    assert Targets(leave_only=()).leave == ()
+    for targets in (added, alone, Targets(leave_only=()), Targets(opt_in=("lm_head",), leave=("*.o_proj",))):
+        assert Targets.model_validate(targets.model_dump(mode="json")) == targets
+        more = targets.leaving(["x"])
+        assert more.leave == (*targets.leave, "x")
+        assert Targets.model_validate(more.model_dump(mode="json")) == more
+    with pytest.raises(ValidationError, match="leave_only says all that is left"):
+        Targets.model_validate({"leave": ["a"], "leave_only": ["b"]})
+    for bad in (5, [["a"]], {"a": 1}):
+        with pytest.raises(ValidationError):
+            Targets.model_validate({"leave": bad})
+
+
+def test_what_suites_say_without_leave_only_keeps_its_digest():
+    """Ids of runs are digests of these words; a list that began with the default means and writes what it did."""
+    keys = {"take", "leave", "layers", "opt_in"}
+    assert Targets().model_dump(mode="json").keys() == keys
+    assert Targets().leave == LEFT_BY_DEFAULT
+    assert Targets(leave=(*LEFT_BY_DEFAULT, "*.down_proj")).leave == (*LEFT_BY_DEFAULT, "*.down_proj")
+
+
 def test_a_role_that_is_opted_in_and_left_by_name_is_refused():
     with pytest.raises(ValidationError, match=r"opt_in: \[lm_head\] would do nothing, because leave holds"):
         Targets(leave=("*lm_head*", "*norm*"), opt_in=("lm_head",))

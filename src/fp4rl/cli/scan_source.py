@@ -124,5 +124,4 @@ def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
         injection = in_format(injection, request.format)
     if request.preset is not None:
         injection = under_preset(injection, request.preset)
-    changed = injection.targets.model_copy(update={"leave": (*injection.targets.leave, *request.leave)})
-    return injection.model_copy(update={"targets": changed})
+    return injection.model_copy(update={"targets": injection.targets.leaving(request.leave)})

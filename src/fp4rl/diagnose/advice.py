@@ -87,8 +87,7 @@ class Advice:
         if "formats" in pieces and self.formats is not None:
             changes["by_pattern"] = self.formats.exceptions(self.scanned) + self.scanned.by_pattern
         if "leave" in pieces and self.leave:
-            targets = self.scanned.targets
-            changes["targets"] = targets.model_copy(update={"leave": (*targets.leave, *self.leave)})
+            changes["targets"] = self.scanned.targets.leaving(self.leave)
         if "weight_format" in pieces and self.variant is not None:
             changes["weight"] = self.variant.format
         changed = self.scanned.model_copy(update=changes)

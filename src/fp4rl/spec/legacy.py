@@ -14,7 +14,6 @@ from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy_noise import FAMILY, noise_of, require_word
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.targets import LEFT_BY_DEFAULT
 
 PREFIX = "VERL_NOISY_OPS_"
 _FAMILY = ("hw_error_injection.", "hw_error_injection_config.", "hw_error_injection_enabled")
@@ -148,7 +147,7 @@ def _targets(old: Mapping[str, Any]) -> dict[str, Any]:
     words = [word for word in old["target_modules"] or [] if word.lower() not in ("linear", "rmsnorm")]
     left = [word for word in old["exclude_modules"] or [] if word not in ("base_layer", "lm_head", "embed_tokens")]
     leave = [f"*{word}.*" if word.rpartition(".")[2].isdigit() else f"*{word}*" for word in left]
-    targets: dict[str, Any] = {"leave": [*LEFT_BY_DEFAULT, *(p for p in leave if not p.startswith("*lora_"))]}
+    targets: dict[str, Any] = {"leave": [p for p in leave if not p.startswith("*lora_")]}
     if words:
         targets["take"] = [f"*{word}*" for word in words]
     if old["target_layers"] is not None:

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
-from fp4rl.spec.frozen import Spec, WordOrList
+from fp4rl.spec.frozen import Spec, WordOrList, later_key
 
-# What no serving engine runs in 4 bits. To round one of them all the same, write a `leave` of your own, or name its
-# role in `opt_in`, which takes that role's patterns out of this default.
+# What no serving engine runs in 4 bits. To round one of them all the same, name its role in `opt_in`, which takes that
+# role's patterns out of this default; or write all that is left in `leave_only`.
 LEFT_BY_DEFAULT = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate", "*shared_expert_gate", "*lora_*")
 
 Patterns = Annotated[tuple[str, ...], WordOrList]
@@ -35,7 +35,8 @@ class Targets(Spec):
     """
 
     take: Patterns = Field(default=("*",), description="patterns of the sites that are meant")
-    leave: Patterns = Field(default=LEFT_BY_DEFAULT, description="patterns of sites that are not")
+    leave: Patterns = Field(default=LEFT_BY_DEFAULT, description="patterns of sites that are not, beside the default")
+    leave_only: Patterns | None = later_key(None, description="patterns of sites that are not, in place of the default")
     layers: tuple[int, ...] | None = Field(default=None, description="only these; negative ones count from the end")
     opt_in: Annotated[tuple[OptIn, ...], WordOrList] = Field(
         default=(), description="what is rounded only where it is named here"
@@ -43,15 +44,25 @@ class Targets(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_is_opted_in_is_not_left_by_default(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "leave" in value:
+    def _all_that_is_left(cls, value: Any) -> Any:
+        """Write out in `leave` all that is left: the default, but for what is opted in, and what is named."""
+        if not isinstance(value, dict):
             return value
-        given = value.get("opt_in") or ()
+        if value.get("leave_only") is not None:
+            return {"leave": value["leave_only"]} | value
+        given, own = value.get("opt_in") or (), value.get("leave", ())
         roles = (given,) if isinstance(given, str) else given if isinstance(given, list | tuple) else ()
         lifted = {pattern for role in roles for pattern in _LEAVES.get(str(role), ())}
-        return {**value, "leave": tuple(pattern for pattern in LEFT_BY_DEFAULT if pattern not in lifted)}
+        default = [pattern for pattern in LEFT_BY_DEFAULT if pattern not in lifted]
+        own = (own,) if isinstance(own, str) else own
+        return {
+            **value,
+            "leave": (*default, *(p for p in own if p not in default)) if isinstance(own, list | tuple) else own,
+        }
 
     def _conflicts(self) -> Iterator[str]:
+        if self.leave_only not in (None, self.leave):
+            yield "leave_only says all that is left, so `leave` would do nothing; write one of them"
         for role in self.opt_in:
             if set(_LEAVES[role]) <= set(self.leave):
                 yield (
@@ -78,6 +89,11 @@ class Targets(Spec):
         hits = [pattern for pattern in self.leave if pattern == part or matches(name, pattern)]
         hits += [pattern for pattern in _LEAVES.get(role, ()) if pattern in self.leave]
         return f"left by {hits[0]!r}" if hits else None
+
+    def leaving(self, patterns: Iterable[str]) -> "Targets":
+        """Return the same with more patterns left."""
+        leave = (*self.leave, *patterns)
+        return self.model_copy(update={"leave": leave, "leave_only": None if self.leave_only is None else leave})
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
         """Return the layers counted from 0 in a model of `count`; None for all. Raises InvalidValueError outside it."""
