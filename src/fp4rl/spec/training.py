@@ -106,9 +106,7 @@ class Training(Spec):
     routing_replay: bool = later_key(
         False, description="mixtures: whether training takes the experts that the rollout chose for each token"
     )
-    save_freq: int = Field(
-        default=0, ge=0, description="steps between checkpoints that stay; against interruptions they are kept anyway"
-    )
+    save_freq: int = Field(default=0, ge=0, description="steps between checkpoints that stay after the run; 0: none do")
 
     @field_validator("algorithm", mode="before")
     @classmethod
