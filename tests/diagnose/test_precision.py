@@ -15,7 +15,7 @@ from fp4rl.diagnose.precision import (
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
 from fp4rl.numerics.errors import ErrorSums, pooled, round_piece
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import NotFinite
 from fp4rl.spec.formats import FORMATS, MXFP4, NVFP4
 from fp4rl.spec.injection import Injection
 
@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_named(trained):
 
     broken = deepcopy(trained)
     broken.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(InvalidValueError, match=r"layers\.2\.mlp\.up_proj: holds NaN"):
+    with pytest.raises(NotFinite, match=r"layers\.2\.mlp\.up_proj: holds NaN"):
         weight_errors(broken, resolve(broken, Injection.named("w4a16")))
 
 

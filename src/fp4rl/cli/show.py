@@ -13,7 +13,8 @@ from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.files import json_ready
-from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.folders import RunFolder, require_not_failed
+from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.words import counted
 
@@ -37,7 +38,11 @@ def command(
     from fp4rl.lab.ledger.query import about, answers
 
     with opened(runs, ledger) as book, book.reading() as connection:
-        known = about(connection, runs, run)
+        try:
+            known = about(connection, runs, run)
+        except NotFoundError:
+            require_not_failed(runs, run)
+            raise
     if problem is not None:
         given = answers(RunFolder(runs / known.run.suite / known.run.run_id), problem)
         if as_json:

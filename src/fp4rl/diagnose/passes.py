@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from fp4rl.diagnose.calibration import Batch
 from fp4rl.models.positions import forward_inputs
+from fp4rl.sites.observe import require_finite_rows
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # done, total
@@ -43,12 +45,14 @@ class Reference:
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Return logits [batch, time, vocabulary] in the model's dtype."""
+    """Return logits [batch, time, vocabulary] in the model's dtype. Raises NotFinite where a real token has none."""
     device = next(model.parameters()).device
     # A key-value cache would grow with every probe that calls a layer again.
     options = {"use_cache": False} if hasattr(model, "config") else {}
-    output: Any = model(**forward_inputs(model, batch.ids.to(device), batch.mask.to(device)), **options)
+    run = partial(model, **forward_inputs(model, batch.ids.to(device), batch.mask.to(device)), **options)
+    output: Any = run()
     logits: Tensor = output.logits if hasattr(output, "logits") else output
+    require_finite_rows(logits[batch.mask.bool().to(device)], "logits", model, run)
     return logits
 
 

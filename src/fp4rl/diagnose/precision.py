@@ -56,7 +56,7 @@ class PartError:
 def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
-    """Measure every weight that the table rounds, and return the sums behind it; InvalidValueError for NaN and Inf."""
+    """Measure every weight that the table rounds, and return the sums behind it; NotFinite for NaN and Inf."""
     plans = [plan for plan in table.plans if plan.weight is not None]
 
     def matrices_of(plan: SitePlan) -> list[Rows]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_lines, whole, write_lines, write_whole
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
-from fp4rl.spec.evidence import Evidence
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest, shown
+from fp4rl.spec.evidence import Evidence, Failed
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
 from fp4rl.spec.task import SCORES
@@ -61,6 +61,12 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run has a result."""
         return (self.path / "result.json").is_file()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed; None for one that has a result, is under way, or never said."""
+        failed = () if self.finished else (line.why for line in self.evidence() if isinstance(line, Failed))
+        return next(iter(failed), None)
 
     # -- written by the runner
 
@@ -222,6 +228,13 @@ def all_runs(root: Path) -> list[RunFolder]:
     marks = ("spec.yaml", "metrics.jsonl", "result.json")
     folders = (folder for suite in root.iterdir() if suite.is_dir() for folder in suite.iterdir() if folder.is_dir())
     return sorted(RunFolder(folder) for folder in folders if any((folder / mark).is_file() for mark in marks))
+
+
+def require_not_failed(root: Path, name: str) -> None:
+    """Raise CheckFailed, with the reason, where `suite/run-id`, or a beginning of it, is that of a run that failed."""
+    for folder in all_runs(root):
+        if any(own.startswith(name) for own in (folder.key, folder.run_id)) and (why := folder.failure):
+            raise CheckFailed(f"{folder.key} failed: {why}")
 
 
 def finished_runs(root: Path) -> list[RunFolder]:

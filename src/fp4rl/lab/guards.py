@@ -2,14 +2,16 @@
 
 import faulthandler
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from fp4rl.lab.files import is_full, unwritable_named
 from fp4rl.lab.folders import RunFolder
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.rl.events import Interrupted
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, UserError
+from fp4rl.spec.evidence import Failed
 
 # How faulthandler begins its report of a segmentation fault.
 FATAL = "Fatal Python error"
@@ -42,6 +44,19 @@ def full_disk_named(folder: RunFolder) -> Iterator[None]:
             raise
         cure = "make room and run the same command again: it goes on from the last checkpoint"
         raise CheckFailed(f"the disk of {folder.path} is full; {cure}") from None
+
+
+@contextmanager
+def failure_kept(folder: RunFolder) -> Iterator[None]:
+    """Keep as evidence why the run failed; one that was asked to end, or that a user's mistake ended, did not."""
+    try:
+        yield
+    except (Interrupted, UserError):
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            folder.add_evidence(Failed(why=str(error) or type(error).__name__))
+        raise
 
 
 @contextmanager

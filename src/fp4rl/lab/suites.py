@@ -16,9 +16,9 @@ from fp4rl.spec.load import load_spec
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet), `damaged` or `finished`.
+    """One planned run. `state`: `missing` (no folder), `unfinished` (no result yet), `failed`, `damaged` or `finished`.
 
-    `stale`: it was computed by other code than the present.
+    `stale`: it was computed by other code than the present; `failure`: why it failed.
     """
 
     planned: PlannedRun
@@ -26,11 +26,12 @@ class SuiteRun:
     run: Run | None = None
     stale: bool = False
     damage: Damaged | None = None
+    failure: str | None = None
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """Why a finished run is not comparable: evidence that its spec requires and that is missing."""
-        return self.run.gaps if self.run is not None else ()
+        """Why a run is not comparable: it failed, or evidence that its spec asks for is not there."""
+        return self.run.gaps if self.run is not None else tuple(filter(None, [self.failure]))
 
     @property
     def counts(self) -> bool:
@@ -77,9 +78,11 @@ def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
 
 
 def _read(planned: PlannedRun, folder: RunFolder, curves: bool) -> SuiteRun:
-    if not folder.finished:
-        return SuiteRun(planned, "unfinished" if folder.path.is_dir() else "missing")
     try:
+        if not folder.finished:
+            why = folder.failure
+            state = "failed" if why else "unfinished" if folder.path.is_dir() else "missing"
+            return SuiteRun(planned, state, failure=why)
         with damage_named(folder.path):
             run = read_run(folder, curves=curves)
             return SuiteRun(planned, "finished", run, run.result.code_digest != code_digest())

@@ -16,7 +16,7 @@ import yaml
 
 from fp4rl.lab.files import remove_partial
 from fp4rl.lab.folders import RunFolder, run_folder
-from fp4rl.lab.guards import crashes_logged, full_disk_named, locked
+from fp4rl.lab.guards import crashes_logged, failure_kept, full_disk_named, locked
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks import Sinks
@@ -27,6 +27,7 @@ from fp4rl.rl.checkpoints import all_of, newest, remove
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec import evidence
+from fp4rl.spec.errors import require_finite
 from fp4rl.spec.evidence import Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
 
@@ -65,11 +66,13 @@ def execute_run(
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started = time.perf_counter()
-        with crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
+        with failure_kept(folder), crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             _log(folder, spec_warnings({run.arm: run.experiment}))
             trained = train_here(_kept(folder, sinks, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
-            folder.write_result(_result(run, trained, _evaluations(folder), time.perf_counter() - started))
+            result = _result(run, trained, _evaluations(folder), time.perf_counter() - started)
+            require_finite("result", result.as_json())
+            folder.write_result(result)
         _forget_interruptions(folder, run.experiment.training.save_freq)
     return folder
 
@@ -122,6 +125,9 @@ def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
                     return
                 folder.add_evidence(Warned(line=event.line))
             case Record():
+                content = event.as_json()
+                what = (str(content[key]) for key in ("phase", "profile", "site", "point") if key in content)
+                require_finite(f"evidence of {' '.join((event.kind, *what))}", content)
                 folder.add_evidence(event)
         emit(event)
 

@@ -28,7 +28,7 @@ from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reference import widened
 from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.numerics.scales import divided, nan_where_not_finite
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import InvalidValueError, NotFinite
 from fp4rl.spec.formats import Format
 
 OCTAVE = 8  # a power-of-two scale cares where in an octave the data lie, so the ideal is a mean over this many sizes
@@ -159,7 +159,7 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
     """Return one piece [rows, columns] of a tensor, rounded as in the whole.
 
     Where one scale serves the whole tensor, `amax` is its largest magnitude: one more row carries it along. Raises
-    InvalidValueError, naming the tensor, for NaN and infinity.
+    NotFinite, naming the tensor, for NaN and infinity.
     """
     if amax is not None:
         beyond = x.new_zeros(1, x.shape[-1])
@@ -167,7 +167,9 @@ def round_piece(x: Tensor, fmt: Format, name: str = "tensor", amax: float | None
         x = torch.cat([x, beyond])
     generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
     largest = float(widened(x).abs().max()) if x.numel() else 0.0
-    rounded = fake_quantize(x, fmt, generator=generator, check_finite=not isfinite(largest), name=name)
+    if not isfinite(largest):
+        raise NotFinite(f"{name}: holds NaN or infinity; {fmt.name} would turn whole blocks of it into NaN")
+    rounded = fake_quantize(x, fmt, generator=generator)
     rows = len(x) - (amax is not None)
     parts = ErrorSplit(*(part[:rows] for part in split(x, rounded, fmt)))
     return Rounded(x[:rows], largest, rounded[:rows], within_reach(x, fmt)[:rows], parts)

@@ -23,6 +23,7 @@ from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
 from fp4rl.rl.verify import Record, load_saved, rounded, weights_unchanged
 from fp4rl.spec import evidence
+from fp4rl.spec.errors import located
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -171,7 +172,7 @@ class EvaluationRunner:
         """Load `folder` and answer all problems once per profile; `record` gets the evidence of what was rounded.
 
         `on_items` is called with (profile, done, all). Raises CheckFailed for sites that were never called while
-        answering, and for changed master weights.
+        answering, and for changed master weights; NotFinite for logits that are no numbers.
         """
         model, tokenizer = load_saved(folder, dtype, self.lora)
         sampler = sampler_named(self.sampler)
@@ -181,7 +182,8 @@ class EvaluationRunner:
                 weights_unchanged(model, "evaluation", step, record, profile=name),
                 _injected(model, precision.injection) as attachment,
             ):
-                items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
+                with located(f"evaluation as {name}"):
+                    items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
                 if attachment is not None:  # evidence: what should have acted meanwhile, and what did
                     attachment.require_calls()
                     points = attachment.table.active_sites("evaluation")

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -25,8 +26,10 @@ from transformers import (
 
 from fp4rl.models.fit import end_ids
 from fp4rl.models.positions import forward_inputs
+from fp4rl.rl.finite import FiniteLogits
 from fp4rl.rl.prompts import padded
 from fp4rl.rl.routing import Recorder
+from fp4rl.sites.observe import require_finite_rows
 from fp4rl.spec.errors import NotFoundError, nearest
 
 
@@ -47,7 +50,7 @@ def answer_logps(
     """Compute log-probabilities of a batch's answers, `rows` sequences at a time; `before(rows)` is called for each.
 
     `model` has TRL's fused head, which divides by the temperature. Returns log-probabilities [answers, T] and, with
-    `entropy`, the entropies of their distributions; both 0 in the padding.
+    `entropy`, the entropies of their distributions; both 0 in the padding. Raises NotFinite.
     """
     (ids, mask), width = whole_sequences(batch), batch["completion_ids"].shape[1]
     logps, entropies = [], []
@@ -57,8 +60,10 @@ def answer_logps(
         before(span)
         labels = these.masked_fill(real == 0, -100)
         labels[:, :-width] = -100
-        output = model(**forward_inputs(model, these, real), labels=labels, fused_lm_head=True)
+        inputs = forward_inputs(model, these, real)
+        output = model(**inputs, labels=labels, fused_lm_head=True)
         logps.append(output.log_probs[:, -width:])
+        require_finite_rows(logps[-1], "log-probabilities of answers", model, partial(model, **inputs))
         if entropy:
             entropies.append(output.entropy[:, -width:])
     return torch.cat(logps), torch.cat(entropies) if entropy else None
@@ -159,7 +164,7 @@ class Sampler(Protocol):
 def transformers_sampler(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
 ) -> list[Generation]:
-    """Generate with the live model by transformers' `generate`, dropout off."""
+    """Generate with the live model by transformers' `generate`, dropout off. Raises NotFinite."""
     ids, mask = (part.to(next(model.parameters()).device) for part in padded(prompts, tokenizer.pad_token_id))
     keeper = SampledLogprobs(sampling.temperature or 1.0) if sampling.logps else None
     ends, start = end_ids(model), ids.shape[1]
@@ -177,7 +182,9 @@ def transformers_sampler(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([keeper] if keeper is not None else []),
+            logits_processor=LogitsProcessorList(
+                [FiniteLogits(model, mask), *([keeper] if keeper is not None else [])]
+            ),
             stopping_criteria=StoppingCriteriaList([Stops(tokenizer, sampling.stop, start)] if sampling.stop else []),
         )
     new = sequences[:, start:]

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil
+from math import ceil, nan
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.trainer import Trainer
+from fp4rl.spec.errors import NotFinite, located, require_finite
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
 
@@ -56,9 +57,10 @@ class Run:
                 raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
 
         if processes.is_first():
-            for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
-                self.emit(Evaluated(evaluation))
-                yield evaluation
+            with located(f"after step {step}"):
+                for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
+                    self.emit(Evaluated(evaluation))
+                    yield evaluation
         processes.wait()
 
 
@@ -93,9 +95,19 @@ class TrainingSession:
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
 
     def train(self) -> None:
-        """Train to the last step, or to the one after which the monitor ends it. Raises Interrupted between steps."""
+        """Train to the last step, or to the one after which the monitor ends it.
+
+        Raises Interrupted between steps, and NotFinite within one unless the monitor is to roll back.
+        """
         checkpoint = self.resume.checkpoint
-        self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+        except NotFinite as error:
+            step = max(self.resume.metrics, default=0) + 1
+            self.monitor.observe(step, {"policy_loss": nan})
+            last = self.resume.rollbacks >= self.run.experiment.health.max_rollbacks
+            if self.monitor.verdict != "rollback" or last:
+                raise NotFinite(f"step {step}: {error}") from None
         if self.interrupted:
             raise Interrupted(f"after step {self.trainer.step}, with a checkpoint; the same command goes on from there")
 
@@ -151,6 +163,7 @@ class TrainingSession:
         every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps
         if every and step % every == 0 and step < last:
             metrics = metrics | self._validated(step)
+        require_finite("metrics", metrics)
         self.resume.metrics[step] = metrics
         self.run.emit(StepDone(step, metrics))
         self.saving.begin()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from fp4rl.spec.errors import require_finite
+
 # A micro-batch's value is its part of the update's value, so these are added.
 _IN_PARTS = {"policy_loss", "kl_loss"}
 # A process's value is its part of the step's value, so these are added.
@@ -28,7 +30,8 @@ class StepMeans:
         self._values: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (value, weight)
 
     def add(self, metrics: Mapping[str, float], mask: Tensor) -> None:
-        """Add the metrics of one micro-batch, taken over the tokens that `mask` [answers, tokens] counts."""
+        """Add the metrics of one micro-batch over the tokens that `mask` [answers, tokens] counts. Raises NotFinite."""
+        require_finite("loss", metrics)
         of_each = mask.sum(-1)
         tokens, answers = float(of_each.sum()), float((of_each > 0).sum())
         for name, value in metrics.items():
@@ -57,6 +60,12 @@ def _combined(name: str, values: list[tuple[float, float]], updates: int) -> flo
     if "max" in name or "_min" in name:
         return (max if "max" in name else min)(value for value, _ in values)
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+
+
+def finite_norm(norm: Tensor) -> Tensor:
+    """Return the norm of an update's gradient; NotFinite where a weight would become NaN of it."""
+    require_finite("before the update", {"grad_norm": float(norm)})
+    return norm
 
 
 def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher
 from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
 from fp4rl.rl.routing import RouterWatch
-from fp4rl.rl.step_metrics import StepMeans, StepTimer, joined
+from fp4rl.rl.step_metrics import StepMeans, StepTimer, finite_norm, joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
 
@@ -108,8 +108,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.masters is None:
-            return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self.masters.parameters(), self.args.max_grad_norm)
+            return finite_norm(super()._clip_grad_norm(model))
+        return finite_norm(self.accelerator.clip_grad_norm_(self.masters.parameters(), self.args.max_grad_norm))
 
     # -- a generation batch
 

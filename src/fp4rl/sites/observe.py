@@ -1,13 +1,14 @@
 """Observe the inputs and outputs of named modules, all of them in one forward pass, without changing anything."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.errors import NotFinite, NotFoundError, nearest
 
 OnTensor = Callable[[str, Tensor], None]
 
@@ -77,6 +78,38 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else None
+
+
+def require_finite_rows(values: Tensor, what: str, model: nn.Module, again: Callable[[], Any]) -> None:
+    """Raise NotFinite where a row of `values` [..., n] holds NaN or +inf, or nothing but -inf; one number is read.
+
+    Only then is the model run `again`, to name the first module whose output holds such a thing.
+    """
+    if not isfinite(float(values.detach().amax(-1).sum())):
+        raise NotFinite(f"{what} hold NaN or infinity{_first_not_finite(model, again)}")
+
+
+def _first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str:
+    origin: list[str] = []
+
+    def look(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            value = first_tensor(output)
+            if not origin and value is not None and not _finite(value):
+                own = [name for name, weight in module.named_parameters(recurse=False) if not _finite(weight)]
+                origin.append(f"; first out of {path}" + (f", whose {own[0]} holds it" if own else ""))
+
+        return hook
+
+    paths = [path for path, _ in model.named_modules() if path]
+    with hooked(model, {path: look(path) for path in paths}), torch.no_grad(), suppress(RuntimeError):
+        again()
+    return origin[0] if origin else ""
+
+
+def _finite(x: Tensor) -> bool:
+    """Return whether there is neither NaN nor +inf: masks add -inf, and packed weights hold nothing to look at."""
+    return x.is_meta or not x.is_floating_point() or not bool((x.isnan() | x.isposinf()).any())
 
 
 def _input_hook(name: str, eye: Eye, on_tensor: OnTensor) -> Callable[..., None]:

@@ -3,8 +3,10 @@
 Each message says what is wrong and names the cure. `UserError` ends with exit code 2, `CheckFailed` with 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
+from math import isfinite
 
 
 class UserError(Exception):
@@ -21,6 +23,31 @@ class NotFoundError(UserError, LookupError):
 
 class CheckFailed(Exception):
     """A check that ran and found what it looks for. Exit code 1."""
+
+
+class NotFinite(CheckFailed):
+    """NaN or infinity stands where a number belongs; nothing that follows from it is a result."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say of a NotFinite that is raised inside where it came up."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{where}: {error}") from None
+
+
+def require_finite(where: str, content: object, name: str = "") -> None:
+    """Raise NotFinite, naming the signal, for the first NaN or infinity in numbers, mappings and lists of them."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            require_finite(where, value, f"{name}.{key}".lstrip("."))
+    elif isinstance(content, list | tuple):
+        for number, value in enumerate(content):
+            require_finite(where, value, f"{name}.{number}")
+    elif isinstance(content, float) and not isfinite(content):
+        raise NotFinite(f"{where}: {name} is {content}")
 
 
 def shown(value: object, longest: int = 80) -> str:

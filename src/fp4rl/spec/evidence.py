@@ -231,6 +231,13 @@ class CheckpointKept(Record):
     step: int
 
 
+class Failed(Record):
+    """Why the run came to no result; forgotten when it is tried again."""
+
+    kind: Literal["failed"] = Field("failed", exclude=True)
+    why: str
+
+
 class Warned(Record):
     """A warning that was shown to whoever started the run."""
 
@@ -242,6 +249,7 @@ Evidence = (
     ActivePoints
     | CheckpointKept
     | Evaluation
+    | Failed
     | HealthFinding
     | Injected
     | LiveCheck

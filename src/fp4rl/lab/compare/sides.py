@@ -4,7 +4,7 @@ The sides of a suite's own question are the runs that its suite.yaml plans; othe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,12 @@ def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) ->
     planned = by_arm.get(arm, ())
     runs = [own.run for own in planned if own.run is not None]
     side = _side(name, planned[0].planned.suite if planned else "", runs, profile, at)
-    if side.runs:
-        return side
+    failed = tuple(f"{own.planned.run_id} (failed: {own.failure})" for own in planned if own.failure)
+    if side.runs:  # left out in silence, what fails would make its arm look better than it is
+        return replace(side, unmeasured=side.unmeasured + failed)
     where = "at its last step" if at.step is None else f"at step {at.step}"
     missing = f"no run of {name} was evaluated {where}" if runs else f"no run of {arm} is finished"
+    missing += f": {failed[0]}" if failed else ""
     return Side(name, side.suite, (), at.score, missing=missing)
 
 

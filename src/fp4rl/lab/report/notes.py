@@ -36,8 +36,10 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
 def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
     missing = [run for run in runs if run.state in ("missing", "unfinished")]
     damaged = [run for run in runs if run.state == "damaged"]
-    if others := len(missing) + len(damaged):
-        named = "; ".join(f"{word}: {_named(own)}" for word, own in (("missing", missing), ("damaged", damaged)) if own)
+    failed = [run for run in runs if run.state == "failed"]
+    if others := len(missing) + len(damaged) + len(failed):
+        kinds = ("missing", missing), ("damaged", damaged), ("failed", failed)
+        named = "; ".join(f"{word}: {_named(own)}" for word, own in kinds if own)
         yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
 
 
