@@ -264,6 +264,17 @@ def test_a_warm_start_with_a_large_gradient_is_no_spike():
     )
 
 
+def test_steps_without_a_prompt_to_learn_from_make_no_usual_gradient():
+    """Kind: a yardstick of fewer groups than a mean needs. A healthy run of one prompt a step with a KL term began with
+    three prompts that no answer solved: the gradients that followed were 110 times their median."""
+    norms = [1e-4, 2e-4, 0.0265, 1.41, 1.51, 5.11, 3.55, 2.83, 2.5, 1.77, 0.95]
+    rest = {"accuracy": [0.5] * 11, "groups": [1.0] * 11}
+    for steps in range(1, 12):
+        assert judged("gradient", grad_norm=norms[:steps], **{k: v[:steps] for k, v in rest.items()}).state == "ok"
+    assert judged("gradient", grad_norm=[*norms, 200.0], accuracy=[0.5] * 12, groups=[1.0] * 12).state == "alarm"
+    assert judged("gradient", grad_norm=norms[:8], accuracy=[0.5] * 8, groups=[8.0] * 8).state == "alarm"
+
+
 def test_a_sampler_of_another_precision_is_seen_by_kl_or_by_probabilities():
     assert judged("mismatch", mismatch_kl=[0.05]).state == "alarm"
     assert judged("mismatch", mismatch_probability=[0.1]).state == "alarm"

@@ -33,7 +33,8 @@ def gradient(histories: SignalHistories, t: Thresholds) -> Verdict:
 
 
 def _burst(histories: SignalHistories, t: Thresholds) -> Verdict:
-    now, usual = histories.value("grad_norm"), histories["grad_norm"].level(_RECENT, _AGO, least=3)
+    enough = max(3, histories.width())  # a prompt whose answers all earn the same has next to no gradient
+    now, usual = histories.value("grad_norm"), histories["grad_norm"].level(_RECENT, _AGO, least=enough)
     if now is None or usual is None or usual <= 0 or now < t.gradient_ratio * usual:
         return OK
     evidence = f"gradient norm {now:.3g}, {now / usual:.2g}x its recent median {usual:.3g}"
