@@ -62,7 +62,7 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "an optimizer step after thawing",
         "inject/cache.py",
-        "return not any(fingerprint.weight.requires_grad for fingerprint in self._fingerprints)",
+        "return self._held is None or not any(fingerprint.weight.requires_grad for fingerprint in self._held[2])",
         "return True",
         (
             f"{_FRESH}a_weight_that_is_no_longer_frozen_is_rounded_again_after_a_step",

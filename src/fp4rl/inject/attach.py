@@ -11,6 +11,7 @@ from fp4rl.inject.evidence import table_of
 from fp4rl.inject.install import install, is_injected, uninstall
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
+from fp4rl.inject.surgery import Watch, watched
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
@@ -29,6 +30,8 @@ class Attachment:
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
         self.model, self.table = model, table
         self.modules, self.states = install(model, table)
+        watch = Watch(model, table)
+        self._hooks = [module.register_forward_pre_hook(watch) for module in watched(model, table)]
         self.set_phase("training")
 
     def set_phase(self, phase: Phase) -> None:
@@ -51,6 +54,8 @@ class Attachment:
     def remove(self) -> None:
         """Give every module its own class back. The weights were never written; a second call does nothing."""
         uninstall(self.model, self.table, self.modules)
+        for hook in self._hooks:
+            hook.remove()
         for state in self.states.values():
             state.forget()
             state.enter(

@@ -86,36 +86,44 @@ class QuantCache:
 
     def __init__(self, name: str = "weight") -> None:
         self.name = name
-        self.copy: Tensor | None = None
-        self.reach: Tensor | None = None
-        self._fingerprints: list[WeightFingerprint] = []
+        # Read and written at once: another thread may run the same model.
+        self._held: tuple[Tensor, Tensor | None, list[WeightFingerprint]] | None = None
+
+    @property
+    def copy(self) -> Tensor | None:
+        """The copy that is kept, not asked whether it still holds."""
+        return None if self._held is None else self._held[0]
+
+    @property
+    def reach(self) -> Tensor | None:
+        """Where a gradient may pass to the weights of the copy that is kept."""
+        return None if self._held is None else self._held[1]
 
     def get(self, *weights: Tensor) -> Tensor | None:
         """Return the copy while it is current for these weights, else None. Raises as `WeightFingerprint.fits` does."""
-        if self.copy is None:
+        held = self._held
+        if held is None:
             return None
-        for fingerprint, weight in zip(self._fingerprints, weights, strict=True):
+        for fingerprint, weight in zip(held[2], weights, strict=True):
             if not fingerprint.fits(weight):
                 self.forget()
                 return None
-        return self.copy
+        return held[0]
 
     def put(self, copy: Tensor, reach: Tensor | None, *weights: Tensor) -> None:
         """Keep a copy made from `weights`, if writes to all of them can be noticed (`tells_writes`)."""
         self.forget()
         if all(map(tells_writes, weights)):
-            self.copy, self.reach = copy, reach
-            self._fingerprints = [WeightFingerprint(weight, self.name) for weight in weights]
+            self._held = copy, reach, [WeightFingerprint(weight, self.name) for weight in weights]
 
     def forget(self) -> None:
         """Drop the copy; the next use computes it again."""
-        self.copy = self.reach = None
-        self._fingerprints = []
+        self._held = None
 
     @property
     def frozen(self) -> bool:
         """Whether no optimizer writes the weights that the copy was made from."""
-        return not any(fingerprint.weight.requires_grad for fingerprint in self._fingerprints)
+        return self._held is None or not any(fingerprint.weight.requires_grad for fingerprint in self._held[2])
 
 
 def tells_writes(weight: Tensor) -> bool:
@@ -128,30 +136,29 @@ class SharedInput:
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self._tensor: Tensor | None = None
-        self._rounded: Tensor | None = None
         self._left = 0
-        self._key = (-1, False)
+        # Tensor, what it was rounded to, version and gradient mode; read and written at once, as by several threads.
+        self._held: tuple[Tensor, Tensor, tuple[int, bool]] | None = None
 
     def __reduce__(self) -> Any:
         return type(self), (self.readers,)
 
     def get(self, x: Tensor) -> Tensor | None:
         """Return the rounded `x`, if it is the tensor put last, was not written since and has a reader left."""
-        if self._tensor is not x or self._key != (x._version, torch.is_grad_enabled()):
+        held = self._held
+        if held is None or held[0] is not x or held[2] != (x._version, torch.is_grad_enabled()):
             return None
-        rounded = self._rounded
         self._left -= 1
-        if self._left == 0:
+        if self._left <= 0:
             self.forget()
-        return rounded
+        return held[1]
 
     def put(self, x: Tensor, rounded: Tensor) -> None:
         """Keep `rounded` until the other readers have read it."""
         if self.readers > 1 and not x.is_inference():
-            self._tensor, self._rounded, self._left = x, rounded, self.readers - 1
-            self._key = (x._version, torch.is_grad_enabled())
+            self._left = self.readers - 1
+            self._held = x, rounded, (x._version, torch.is_grad_enabled())
 
     def forget(self) -> None:
         """Drop both tensors."""
-        self._tensor = self._rounded = None
+        self._held = None

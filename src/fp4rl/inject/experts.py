@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,11 @@ class StackState(LinearState):
 
     seen = False  # whether a product has confirmed the assumed layout
 
+    @property
+    def product_number(self) -> int:
+        """Which product of its forward this thread computes, from 1."""
+        return self.numbers.get(get_ident(), 0)
+
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Round as for one matrix; a weight expert by expert."""
         if point != "weight":
@@ -65,7 +71,7 @@ class StackState(LinearState):
 
     def computed(self, product: Product) -> Tensor:
         """Compute a product with everything that acts at this site."""
-        self.product_number += 1
+        self.numbers[_thread()] = self.product_number + 1
         x, weight = product.x, product.weight
         x = self.rounded_input(x.contiguous()) if self.input_on else x
         y = self._with_wrong_products(product, x) if self.products_on else product.compute(x, weight)
@@ -194,9 +200,10 @@ class ExpertsState:
         self.stacks = stacks
         self.original: type[nn.Module] = nn.Module
         self.removed = False
-        self.adapters: dict[str, Any] = {}  # while peft's layers above are called: by parameter
-        self._reading: dict[str, tuple[Tensor, Tensor | None]] | None = None
-        self._products: Products | None = None
+        # By thread, since two may run one model at a time: peft's layers above that are called, by parameter; copies.
+        self.adapters: dict[int, dict[str, Any]] = {}
+        self._reading: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        self._products: dict[int, Products] = {}
 
     def __reduce__(self) -> Any:
         return type(self), (self.stacks,), {"original": self.original, "removed": self.removed}
@@ -211,18 +218,22 @@ class ExpertsState:
         stacks = self.stacks.values()
         for stack in stacks:
             stack.count()
-            stack.product_number = 0
+            stack.numbers[_thread()] = 0
         if any(stack.transposed is None for stack in stacks):
             self._rehearse(module, *args, **kwargs)
         meet = any(stack.input_on or stack.output_on or stack.products_on for stack in stacks)
-        meet = meet or any(not self.stacks[name].plan.merged for name in self.adapters)
+        meet = meet or any(not self.stacks[name].plan.merged for name in self.adapters.get(_thread(), {}))
         unseen = any(stack.weight_on and not stack.seen for stack in stacks) and not torch.compiler.is_compiling()
-        run = self._followed if meet or unseen else self._plainly
-        self._reading = {}
+        if meet or unseen:
+            return self._followed(self._rounded, module, *args, **kwargs)
+        return self._rounded(module, *args, **kwargs)
+
+    def _rounded(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._reading[_thread()] = {}
         try:
-            return run(module, *args, **kwargs)
+            return self._plainly(module, *args, **kwargs)
         finally:
-            self._reading = None
+            self._reading.pop(_thread(), None)
 
     def _plainly(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original: Any = self.original
@@ -230,17 +241,18 @@ class ExpertsState:
 
     # Dynamo would have to trace the following of tensors by their identity: a compiled graph breaks here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _followed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Products(look=self._reading is None) as self._products:  # a rehearsal reads the masters
+    def _followed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        look = run == self._plainly  # a rehearsal reads the masters
+        with Products(look=look) as self._products[_thread()]:
             try:
-                return self._plainly(module, *args, **kwargs)
+                return run(*args, **kwargs)
             finally:
-                self._products = None
+                del self._products[_thread()]
 
     def _rehearse(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Run once with unrounded weights, to see which axis of a square matrix is summed over."""
         with torch.no_grad():
-            self._followed(module, *args, **kwargs)
+            self._followed(self._plainly, module, *args, **kwargs)
         for stack in self.stacks.values():
             if stack.transposed is None:
                 raise CheckFailed(
@@ -251,22 +263,29 @@ class ExpertsState:
     @contextmanager
     def adapted_by(self, adapter: Any) -> Iterator[None]:
         """Compute with peft's adapter of one parameter."""
-        self.adapters[adapter.parameter_name] = adapter
+        adapters = self.adapters.setdefault(_thread(), {})
+        adapters[adapter.parameter_name] = adapter
         try:
             yield
         finally:
-            del self.adapters[adapter.parameter_name]
+            del adapters[adapter.parameter_name]
 
     def read(self, name: str, weight: Tensor) -> Tensor:
         """Return the parameter's copy inside the forward, the parameter itself everywhere else."""
-        value, beside = weight, None
-        if self._reading is not None and not self.removed:
-            if name not in self._reading:  # once a forward, though the eager code reads it once for each expert
-                self._reading[name] = self.stacks[name].reads_as(weight, self.adapters.get(name))
-            value, beside = self._reading[name]
-        if self._products is not None:
-            self._products.follow(value, self.stacks[name], beside)
+        value, beside, thread = weight, None, _thread()
+        reading, products = self._reading.get(thread), self._products.get(thread)
+        if reading is not None and not self.removed:
+            if name not in reading:  # once a forward, though the eager code reads it once for each expert
+                reading[name] = self.stacks[name].reads_as(weight, self.adapters.get(thread, {}).get(name))
+            value, beside = reading[name]
+        if products is not None:
+            products.follow(value, self.stacks[name], beside)
         return value
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _thread() -> int:
+    return get_ident()
 
 
 def reading_rounded(name: str) -> property:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class SiteRng:
     seed: int
     step: int = 0
     repeatable: bool = False
-    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
+    _generators: dict[tuple[torch.device, int], torch.Generator] = field(default_factory=dict, repr=False)
 
     def for_tensor(self, x: Tensor, salt: str) -> torch.Generator:
         """Return the generator, seeded for this tensor in this step."""
@@ -76,7 +77,7 @@ class SiteRng:
         return generator
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        return self._generators.setdefault(device, torch.Generator(device))
+        return self._generators.setdefault((device, get_ident()), torch.Generator(device))
 
     def _seeded(self, device: torch.device, key: bytes) -> torch.Generator:
         seed = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -18,7 +18,7 @@ from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.packed import PackedLinear, PackedState
 from fp4rl.inject.plan import SitePlan, SiteTable
-from fp4rl.inject.site import KEY, SiteState
+from fp4rl.inject.site import KEY, SiteState, change_class
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
@@ -59,6 +59,8 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
     hidden = {f"{plan.site.path}.weight" for plan in table.plans if plan.packed}
     if hidden:
         model._ddp_params_and_buffers_to_ignore = [name for name in _ignored_by_ddp(model) if name not in hidden]  # type: ignore[assignment]
+        if not _ignored_by_ddp(model):
+            del model._ddp_params_and_buffers_to_ignore
 
 
 def _state_class(plan: SitePlan) -> type[SiteState]:
@@ -99,8 +101,20 @@ def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> 
     if original is nn.Linear:
         return InjectedLinear
     mixin = InjectedLinear if issubclass(original, nn.Linear) else InjectedModule
-    body = {"__module__": original.__module__} | {name: reading_rounded(name) for name in stacked}
+    body: dict[str, Any] = {"__module__": original.__module__, "__reduce_ex__": _reduce}
+    body |= {name: reading_rounded(name) for name in stacked}
     return type(f"Injected{original.__name__}", (mixin, original), body)
+
+
+def _reduce(module: nn.Module, _protocol: int) -> Any:
+    """Pickle a module whose class no file holds by what that was made from."""
+    state: State = module.__dict__[KEY]
+    return _unpickled, (state.original, state.stacked), module.__dict__
+
+
+def _unpickled(original: Any, stacked: tuple[str, ...]) -> nn.Module:
+    kind = injected_class(original, stacked)
+    return kind.__new__(kind)
 
 
 def _class_for(original: type[nn.Module], state: State) -> type[nn.Module]:
@@ -115,7 +129,7 @@ def swap(module: nn.Module, state: State) -> None:
     state.original = type(module) if before is None else before.original
     module.__dict__[KEY] = state
     if before is None:
-        module.__class__ = _class_for(type(module), state)
+        change_class(module, _class_for(type(module), state))
 
 
 def restore(module: nn.Module) -> None:
@@ -124,7 +138,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(state, PackedState):
         state.give_back(module)  # type: ignore[arg-type]
     if type(module) is _class_for(state.original, state):
-        module.__class__ = state.original
+        change_class(module, state.original)
         del module.__dict__[KEY]
     else:
         state.removed = True

@@ -102,6 +102,7 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
     if not (taken or errors):
         return SitePlan(site)
     module = model.get_submodule(site.path)
+    validate.require_class_forward(site, module)
     if site.kind == "attention":
         cache = injection.kv_cache if taken else None
         validate.require_eager_attention(site, module, cached=cache is not None)

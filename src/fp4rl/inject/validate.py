@@ -6,6 +6,7 @@ from collections import defaultdict
 from torch import nn
 
 from fp4rl.inject.plan import LeftOut, SitePlan
+from fp4rl.inject.site import runs_its_class
 from fp4rl.sites.walk import Site, is_conv1d
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E8M7, Format
@@ -52,7 +53,11 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
             f"{site.name} is a {type(module).__name__} with a forward of its own, which injection would bypass; "
             f"leave it out: targets.leave: [{site.name}]"
         )
-    if "forward" in module.__dict__:
+
+
+def require_class_forward(site: Site, module: nn.Module) -> None:
+    """InvalidValueError for a module whose call does not run its class's forward."""
+    if not runs_its_class(module):
         raise InvalidValueError(
             f"{site.name} has a forward set on the instance, so a swapped class would never run; "
             f"delete it, or leave the site out: targets.leave: [{site.name}]"
