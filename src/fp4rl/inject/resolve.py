@@ -9,7 +9,7 @@ from torch import nn
 from fp4rl.inject import validate
 from fp4rl.inject.adapted import adapter_of
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
-from fp4rl.sites.walk import Kind, Site, layer_count, walk
+from fp4rl.sites.walk import OTHER_MODALITY, Kind, Site, layer_count, walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
@@ -84,6 +84,8 @@ def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int)
     """Return why targets leave a site out, None where they take it. Raises where a taken site must not be rounded."""
     if site.kind not in kinds:
         return f"{site.kind}: no point of an injection"
+    if site.role == OTHER_MODALITY:
+        return "no text passes through it (vision, audio, projector)"
     if site.role == "dt_proj":
         return "its weight is read without calling the layer"
     reasons = [targets.why_left(name, site.role, site.part) for name in (site.name, site.path) if name]

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside, require_unquantized
 from fp4rl.models.tiny import build
@@ -84,13 +91,19 @@ def _require_weights(folder: Path) -> None:
 def _weights(folder: Path, dtype: torch.dtype) -> Any:
     _require_weights(folder)
     with readable("the model", folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
         )
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(report["missing_keys"])
         raise NotFoundError(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
     return model
+
+
+def _auto_class(config: Any) -> Any:
+    """Return what opens a model whole: a multimodal one with its towers, so that it is saved as it came."""
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def _attention(dtype: torch.dtype) -> dict[str, str]:
@@ -133,7 +146,7 @@ def skeleton(path: str | Path) -> PreTrainedModel:
     with readable("the config.json", folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = _auto_class(config).from_config(config)
     require_ids_inside(model, tokenizer, folder)
     return model
 

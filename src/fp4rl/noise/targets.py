@@ -9,7 +9,7 @@ from torch import nn
 
 from fp4rl.noise.gain import NormGauge
 from fp4rl.noise.schedule import multiplier_at, require_layers
-from fp4rl.sites.walk import Site, layer_count, walk
+from fp4rl.sites.walk import OTHER_MODALITY, Site, layer_count, walk
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.noise import Noise, NoiseTargets
 from fp4rl.spec.targets import matches, require_hit
@@ -77,7 +77,8 @@ def _candidates(
     with_experts = {site.layer for site in sites if "experts" in site.name.split(".")}
     for site in sites:
         # peft keeps an unused original beside a module that it saves whole
-        if site.parameter is None or site.shares is not None or "original_module" in site.path.split("."):
+        other = site.role == OTHER_MODALITY or "original_module" in site.path.split(".")
+        if site.parameter is None or site.shares is not None or other:
             continue
         if site.kind == "norm" and "norm" in targets.kinds and is_norm(model.get_submodule(site.path)):
             if _norm_wanted(site, targets, with_experts):

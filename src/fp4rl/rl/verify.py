@@ -183,7 +183,7 @@ def _live_against_fresh(
     injection and random numbers."""
     fresh, _ = load_saved(folder, experiment.model.dtype, experiment.model.lora)
     device = next(model.parameters()).device
-    ids = torch.arange(1, 33, device=device).remainder(model.config.vocab_size).unsqueeze(0)
+    ids = torch.arange(1, 33, device=device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     model.eval()
     if attachment is None or experiment.injection is None:
         return _difference(model, fresh, ids)

@@ -43,6 +43,7 @@ _MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet)$")
 _UP = ("gate_up_proj", "gate_proj", "up_proj")
 _DOWN = ("down_proj",)
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+OTHER_MODALITY = "other modality"  # the role of what sees or hears in a multimodal model, and of what projects it
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
 
@@ -87,6 +88,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     first: dict[int, str] = {}
     sites = []
     hidden, routers, used_as, mixers = _width(model), _routers(model), _used_as(model), _mixers(model)
+    text = _text_modules(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # PEFT's unused original of a module that it trains fully
             continue
@@ -95,7 +97,10 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
                 site = replace(site, kind="router", role="router")
             if site.kind == "linear" and id(module) in used_as:
                 site = replace(site, role=used_as[id(module)])
-            site = replace(site, part=_part(site, path.startswith(mixers)))
+            if text is not None and id(module) not in text:
+                site = replace(site, role=OTHER_MODALITY, layer=None)
+            else:
+                site = replace(site, part=_part(site, path.startswith(mixers)))
             owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
             sites.append(site if owner == site.name else replace(site, shares=owner))
     return tuple(sites)
@@ -136,6 +141,15 @@ def _used_as(model: nn.Module) -> dict[int, str]:
     roles = {id(head): "lm_head"} if head is not None else {}
     mixers = (m for m in model.modules() if hasattr(m, "A_log") and isinstance(getattr(m, "dt_proj", None), nn.Linear))
     return roles | {id(mixer.dt_proj): "dt_proj" for mixer in mixers}
+
+
+def _text_modules(model: Any) -> set[int] | None:
+    """Return the modules, by `id`, that compute text in a multimodal model; None for a model of text alone."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return None
+    head = model.get_output_embeddings()
+    return {id(model), id(head), *(id(module) for module in model.get_decoder().modules())}
 
 
 def _routers(model: nn.Module) -> tuple[str, ...]:
