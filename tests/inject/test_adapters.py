@@ -218,7 +218,14 @@ def test_the_base_is_rounded_once_in_every_phase_whatever_the_optimizer_does():
 def test_an_adapter_that_is_no_plain_sum_cannot_be_merged(settings, reason):
     with pytest.raises(InvalidValueError, match=reason):
         resolve(adapted(**settings), MERGED)
-    assert resolve(adapted(**settings), ADAPTER).plans
+
+
+def test_an_adapter_with_dropout_is_computed_beside_the_rounded_weight_and_one_that_divides_by_its_norm_is_refused():
+    assert resolve(adapted(lora_dropout=0.1), ADAPTER).plans
+    with pytest.raises(InvalidValueError, match=r"q_proj: DoRA divides by the norm of the unrounded .*use_dora=False"):
+        resolve(adapted(use_dora=True), ADAPTER)
+    only_inputs = Injection(input="mxfp4", dtype="float32")
+    assert resolve(adapted(use_dora=True), only_inputs).plans
 
 
 def test_checkpointed_adapters_have_the_same_gradients():

@@ -142,6 +142,8 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
     merged = injection.lora == "merged" and adapter is not None and plan.weight is not None
     if merged:
         validate.require_mergeable(plan, adapter)
+    elif plan.weight is not None:
+        validate.require_no_norm(plan, adapter)
     packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
     if packed:
         validate.require_packable(plan)

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from typing import Any
 
 from torch import nn
 
@@ -172,6 +173,15 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
     ):
         if holds:
             raise InvalidValueError(f"{plan.name}: lora: merged cannot round this adapter: {reason}")
+
+
+def require_no_norm(plan: SitePlan, adapted: Any) -> None:
+    """Raise InvalidValueError for DoRA beside a rounded weight: it divides by the norm of the unrounded one."""
+    if getattr(adapted, "lora_magnitude_vector", None):
+        raise InvalidValueError(
+            f"{plan.name}: DoRA divides by the norm of the unrounded weight plus its adapter, which is not what is "
+            "served; use plain LoRA (use_dora=False), or round no weight there"
+        )
 
 
 def require_packable(plan: SitePlan) -> None:
