@@ -56,11 +56,6 @@ class StackState(LinearState):
 
     seen = False  # whether a product has confirmed the assumed layout
 
-    @property
-    def product_number(self) -> int:
-        """Which product of its forward this thread computes, from 1."""
-        return self.numbers.get(get_ident(), 0)
-
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Round as for one matrix; a weight expert by expert."""
         if point != "weight":

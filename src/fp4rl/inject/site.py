@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple
+from threading import get_ident
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -43,7 +44,6 @@ class SiteState:
     """The base of all states. A copy (deepcopy, pickle) has its own counters and acts as the original does now."""
 
     stacked: tuple[str, ...] = ()  # parameters that read as rounded copies; see `inject.experts`
-    product_number: Any = 0  # which product of a forward is computed, where a site has one an expert, each its own draw
 
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         self.plan, self.injection, self.shared = plan, injection, shared
@@ -89,6 +89,11 @@ class SiteState:
         """The points and errors that act in the forwards of this phase."""
         points = [point for point in self._formats if point in self.points and not point.startswith("grad_")]
         return (*points, *(error.name for error in self.errors if error.forward))
+
+    @property
+    def product_number(self) -> int:
+        """Which product of its forward this thread computes, from 1, where a site has one an expert; 0 elsewhere."""
+        return self.numbers.get(get_ident(), 0)
 
     def count(self) -> None:
         """Count a call of the forward."""
