@@ -11,7 +11,7 @@ from fp4rl.inject.evidence import table_of
 from fp4rl.inject.install import install, is_injected, uninstall
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
-from fp4rl.inject.surgery import Watch, watched
+from fp4rl.inject.surgery import SurgeryCheck, checked_modules
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.injection import Injection
@@ -30,8 +30,8 @@ class Attachment:
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
         self.model, self.table = model, table
         self.modules, self.states = install(model, table)
-        watch = Watch(model, table)
-        self._hooks = [module.register_forward_pre_hook(watch) for module in watched(model, table)]
+        check = SurgeryCheck(model, table)
+        self._hooks = [module.register_forward_pre_hook(check) for module in checked_modules(model, table)]
         self.set_phase("training")
 
     def set_phase(self, phase: Phase) -> None:

@@ -18,7 +18,7 @@ from fp4rl.sites.walk import Site, plain_name, walk
 from fp4rl.spec.errors import InvalidValueError
 
 
-class Watch:
+class SurgeryCheck:
     """A forward hook that raises InvalidValueError, naming a site, where `model` is not what the table was made for."""
 
     def __init__(self, model: nn.Module, table: SiteTable) -> None:
@@ -84,7 +84,7 @@ def _swapped(model: nn.Module, plan: SitePlan, site: Site) -> nn.Module:
     return model.get_submodule(site.path) if adapter is None else adapter
 
 
-def watched(model: nn.Module, table: SiteTable) -> list[nn.Module]:
+def checked_modules(model: nn.Module, table: SiteTable) -> list[nn.Module]:
     """Return the modules whose forward every use of the model passes through: itself, and what holds its layers.
 
     Where adapters are merged, or a model is wrapped into another, only the inner one is called.
