@@ -57,7 +57,7 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
 
 
 def require_class_forward(site: Site, module: nn.Module) -> None:
-    """InvalidValueError for a module whose call does not run its class's forward."""
+    """Raise InvalidValueError for a module whose call does not run its class's forward."""
     if not runs_its_class(module):
         raise InvalidValueError(
             f"{site.name} has a forward set on the instance, so a swapped class would never run; "
