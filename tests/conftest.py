@@ -43,6 +43,13 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory) -> Path:
+    """A folder that all workers of this run share, for what is made once and then only read."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 def pytest_addoption(parser):
     parser.addoption("--turn", help="K/N: of the slow tests, only those whose turn K (from 0) of N it is")
     parser.addoption("--rooms", help="with --turn: also every slow test of these rooms; all, none, or such as rl,lab")

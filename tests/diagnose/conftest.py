@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fp4rl.diagnose.calibration import from_tokens
@@ -26,8 +27,11 @@ def tokens():
 
 
 @pytest.fixture(scope="session")
-def trained(tokens):
-    """A Llama of 260 thousand parameters, trained on the arithmetic task until its weights are no noise any more."""
+def trained(tokens, shared_tmp):
+    """A Llama of 260 thousand parameters, trained on the arithmetic task until its weights are no noise any more.
+
+    The first worker that asks trains it; the others read what it wrote.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(build_tokenizer()),
@@ -39,7 +43,16 @@ def trained(tokens):
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    model, rows = LlamaForCausalLM(config), torch.tensor(tokens)
+    model, file = LlamaForCausalLM(config), shared_tmp / "trained-of-diagnose.pt"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            train(model, torch.tensor(tokens))
+            torch.save(model.state_dict(), file)
+    model.load_state_dict(torch.load(file))
+    return model.eval()
+
+
+def train(model, rows):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, STEPS)
     for step in range(STEPS):
@@ -49,7 +62,6 @@ def trained(tokens):
         optimizer.step()
         schedule.step()
     model.zero_grad(set_to_none=True)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ SMALL = {
         "filter_groups": {"enable": False},
         "entropy_coeff": 1e-3,  # every update moves the weights, with and without spread in the few answers
     },
-    "evaluation": {"count": 24, "max_new_tokens": 12, "profiles": ["full", "deployment"], "preset": "vllm"},
+    "evaluation": {"count": 24, "max_new_tokens": 6, "profiles": ["full", "deployment"], "preset": "vllm"},
 }
 NOISE = {"schedule": {"kind": "constant", "sigma": 0.05}}
 ARMS = {
@@ -59,8 +59,9 @@ class Heard:
 
 
 @pytest.fixture(scope="session")
-def model_cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("models")
+def model_cache(shared_tmp) -> Path:
+    """Of two workers that ask for a model at once, one makes it and the other waits (`models.tiny.cached`)."""
+    return shared_tmp / "models-of-rl"
 
 
 @pytest.fixture
