@@ -63,7 +63,7 @@ def test_the_sampler_is_the_model_whatever_the_folder_says(adapted, clean, tmp_p
     seed_rollout(0, 0)
     asked = Sampling(NEW_TOKENS, temperature=1.0, logps=True)
     found = roll_out(transformers_sampler, model, tokenizer, PROBLEMS, asked)
-    for prompt, (tokens, _, _, logps) in zip(found.prompt_ids, found.answers, strict=True):
+    for prompt, (tokens, _, _, logps, _) in zip(found.prompt_ids, found.answers, strict=True):
         with torch.no_grad():
             scored = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(logps, scored.gather(-1, torch.tensor(tokens)[:, None])[:, 0], atol=1e-3, rtol=0)

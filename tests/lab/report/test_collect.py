@@ -237,7 +237,7 @@ def test_what_runs_said_aloud_and_what_was_known_beforehand_stands_in_the_notes(
         run.add_evidence(line("warning", line=f"training changed {share} % of the weights"))
         run.add_evidence(line("warning", line=f"training changed {share} % of the weights"))
     found = collect(folder).notes
-    assert "Said by bf16 seed 0: training changed 0.43 % of the weights; the like in bf16 seed 2." in found
+    assert "Warning of bf16 seed 0: training changed 0.43 % of the weights; similar in bf16 seed 2." in found
     (known,) = [note for note in found if note.startswith("Known beforehand: evaluation.temperature")]
     assert "evaluation.temperature 0.5 cannot act: evaluation.samples is 1" in known
 

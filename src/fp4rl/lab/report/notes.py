@@ -68,8 +68,8 @@ def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
     for lines in by_kind.values():
         (first, teller), *_ = lines
         others = list({run.planned.run_id: run for _, run in lines if run is not teller}.values())
-        more = f"; the like in {_named(others)}" if others else ""
-        yield f"Said by {_named([teller])}: {first.rstrip('.')}{more}."
+        more = f"; similar in {_named(others)}" if others else ""
+        yield f"Warning of {_named([teller])}: {first.rstrip('.')}{more}."
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:
