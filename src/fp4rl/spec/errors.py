@@ -31,7 +31,7 @@ class NotFinite(CheckFailed):
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Say of a NotFinite that is raised inside where it came up."""
+    """Add to a NotFinite that is raised inside where it came up."""
     try:
         yield
     except NotFinite as error:
