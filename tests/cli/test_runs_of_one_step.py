@@ -6,28 +6,6 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
-from fp4rl.lab import work
-from fp4rl.lab.runner import Outcome
-from fp4rl.spec.errors import UserError
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Runs without worker processes: their start costs seconds and is tested elsewhere."""
-
-    def pool(_jobs, report_to):
-        def execute_run(runs, root, _on_event):
-            for run in runs:
-                try:
-                    work.execute_run(run, root)
-                except UserError as error:
-                    yield Outcome(run, str(error), mistake=True)
-                else:
-                    yield Outcome(run)
-
-        return execute_run
-
-    monkeypatch.setattr("fp4rl.cli.run.LocalPool", pool)
 
 
 def test_a_pattern_without_a_hit_is_one_line_with_the_nearest_name_before_anything_runs(

@@ -290,7 +290,7 @@ def test_an_implementation_out_of_reach_is_refused_with_the_cure():
     module = experts_of("qwen3_moe", "Qwen3MoeExperts", SIZES[0])
     module.config._experts_implementation = "sonicmoe"
     with pytest.raises(
-        InvalidValueError, match=r"out of reach in the implementation 'sonicmoe'.*set_experts_implementation"
+        InvalidValueError, match=r"out of reach in the implementation 'sonicmoe'.*model.experts_implementation"
     ):
         resolve(rooted(module, 64), Injection.named("w4a4"))
     assert len(resolve(rooted(module, 64), Injection.named("w4a16")).plans) == 2

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4rl.models.load import load, with_lora
+from fp4rl.models.load import keep_experts, load, skeleton, with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
-from fp4rl.spec.model import Embedded, Lora
+from fp4rl.spec.model import Embedded, Lora, Model
 
 PROMPT = "Q: Tom has 2 3 coins . loses 2 . How many ? A:"
 
@@ -189,14 +189,14 @@ def test_an_adapter_sits_where_it_is_told_to_and_a_layer_that_is_not_there_is_a_
         Lora(target_modules=("all-linear", "q_proj"))
 
 
-def experts_in(folder, **sizes):
-    """A tiny Qwen3-MoE or other mixture on the meta device."""
+def experts_in(family, device="meta", vocab=64):
+    """A tiny Qwen3-MoE or other mixture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    small |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4, "vocab_size": 64}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(folder, **small, **sizes))
+    small |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4, "vocab_size": vocab}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
@@ -222,3 +222,56 @@ def test_an_adapter_sits_on_stacked_experts_that_are_named_and_never_on_a_router
         Lora(target_parameters=both, dropout=0.1)
     with pytest.raises(ValueError, match="both empty"):
         Lora(target_modules=())
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny Qwen3-MoE in a folder."""
+    folder, tokenizer = tmp_path_factory.mktemp("mixture"), build_tokenizer()
+    torch.manual_seed(0)
+    model = experts_in("qwen3_moe", device="cpu", vocab=len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_way_in_which_experts_are_computed_is_chosen_here_and_kept_with_a_saved_folder(mixture, tmp_path):
+    """grouped_mm by itself; a kernel that a folder asks for and that nothing can round in is not taken."""
+    model, tokenizer = load(mixture)
+    assert model.config._experts_implementation == "grouped_mm"
+    kinds = {way: load(mixture, experts=way)[0] for way in ("eager", "batched_mm")}
+    assert {way: m.config._experts_implementation for way, m in kinds.items()} == {way: way for way in kinds}
+    for way, one in kinds.items():
+        one.save_pretrained(tmp_path / way)
+        tokenizer.save_pretrained(tmp_path / way)
+        keep_experts(tmp_path / way, one, way)
+        assert load(tmp_path / way)[0].config._experts_implementation == way
+        assert skeleton(tmp_path / way).config._experts_implementation == way
+        assert load(tmp_path / way, experts="grouped_mm")[0].config._experts_implementation == "grouped_mm"
+    config = json.loads((tmp_path / "eager" / "config.json").read_text())
+    (tmp_path / "eager" / "config.json").write_text(json.dumps(config | {"experts_implementation": "sonicmoe"}))
+    assert load(tmp_path / "eager")[0].config._experts_implementation == "grouped_mm"
+
+
+def test_a_choice_where_there_is_none_is_refused(folder):
+    for opened in (load, skeleton):
+        with pytest.raises(InvalidValueError, match=r"experts_implementation: Qwen2ForCausalLM .* leave it out"):
+            opened(folder, experts="eager")
+    with pytest.raises(ValueError, match="the embedded model has no experts"):
+        Model(experts_implementation="eager")
+    with pytest.raises(ValueError, match="'eager', 'grouped_mm' or 'batched_mm'"):
+        Model(path=str(folder), experts_implementation="sonicmoe")
+
+
+def test_the_part_below_a_head_is_found_where_a_class_names_another(tmp_path):
+    """Fault: Llama-4's language model says that it stands under `language_model`, so TRL took all of it for the part
+    below its head: 'MoeCausalLMOutputWithPast' object has no attribute 'last_hidden_state'."""
+    tokenizer = build_tokenizer()
+    experts_in("llama4_text", device="cpu", vocab=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load(tmp_path)
+    assert model.base_model is model.model
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = load(tmp_path / "again")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))

@@ -32,7 +32,8 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
     for run in runs:
         if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "task", "injection")):
             alike.setdefault(run.arm, run.experiment)
-    model, tokenizer = load(start_folder(first.model, first.task, root / "models"), first.model.dtype)
+    start, how = start_folder(first.model, first.task, root / "models"), first.model.experts_implementation
+    model, tokenizer = load(start, first.model.dtype, how)
     pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))
     with progress() as advance:

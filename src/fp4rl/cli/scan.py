@@ -147,7 +147,8 @@ def _scanned(
 
     spec, request = target.experiment, target.request
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
-    model, tokenizer = load(start_folder(spec.model, spec.task, runs / "models"), spec.model.dtype)
+    start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
+    model, tokenizer = load(start, spec.model.dtype, how)
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)

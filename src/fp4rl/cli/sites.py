@@ -116,7 +116,7 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     from fp4rl.inject.resolve import resolve
     from fp4rl.models.load import embedded_skeleton, skeleton
 
-    model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path))
+    model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path), spec.experts_implementation)
     return resolve(model, injection)
 
 
@@ -136,8 +136,11 @@ def _show(sites: "SiteTable", every: bool) -> None:
         screen.print("")
         cells = ((*key, str(len(names)), names[0]) for key, names in by_reason.items())
         screen.print(table("left out", "part", "sites", "such as", rows=cells))
-    for note in dict.fromkeys(f"{row['site']}: {row['note']}" for row in rows if "note" in row):
-        screen.print(f"\n{note}")
+    noted: dict[str, list[str]] = defaultdict(list)
+    for row in (row for row in rows if "note" in row):
+        noted[row["note"]].append(row["site"])
+    for note, noted_at in noted.items():
+        screen.print(f"\n{noted_at[0]}{f' and {len(noted_at) - 1} more' if noted_at[1:] else ''}: {note}")
     screen.print(f"\n{sites.injection.name} of values cast to {sites.injection.dtype}, table {sites.digest}")
     points_by_phases: dict[str, list[str]] = defaultdict(list)
     for point in (*active, *wrong):

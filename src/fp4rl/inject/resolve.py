@@ -116,6 +116,9 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
     if site.kind == "experts":
         validate.require_layout(site, module)
         validate.require_reachable_experts(plan, module)
+        if hasattr(module, "_is_expert_parallel"):  # else the class computes them in one way of its own
+            how: Any = module.config
+            plan = replace(plan, note=f"computed by {how._experts_implementation}")
     elif plan.acts:
         validate.require_plain_linear(plan.site, module)
     return _with_adapters(plan, model, injection)

@@ -85,12 +85,12 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
     if points and how not in _REACHED:
         raise InvalidValueError(
             f"{plan.name}: the {points[0]} of stacked experts is out of reach in the implementation {how!r}; "
-            "call model.set_experts_implementation('grouped_mm'), or round their weights alone"
+            "take grouped_mm (model.experts_implementation), or round their weights alone"
         )
     if by_rows and how == "batched_mm":
         raise InvalidValueError(
             f"{plan.name}: {by_rows[0]}: the implementation 'batched_mm' gives each row a matrix of its own, so no "
-            f"matmul of {type(module).__name__} sums over rows; call model.set_experts_implementation('grouped_mm')"
+            f"matmul of {type(module).__name__} sums over rows; take grouped_mm (model.experts_implementation)"
         )
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
         raise InvalidValueError(

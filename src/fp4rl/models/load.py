@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,26 +21,29 @@ from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, r
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.model import Embedded, Lora
+from fp4rl.spec.model import Embedded, ExpertsImplementation, Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Any one of these makes a tokenizer; `tokenizer_config.json` alone does not, though transformers would invent one.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
 
 
-def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    path: str | Path, dtype: torch.dtype | str = torch.float32, experts: ExpertsImplementation | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode and its left-padding tokenizer; nothing is downloaded, no remote code is run.
 
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names. A
-    tokenizer without a padding token pads with its end-of-text token. Raises NotFoundError for a folder, configuration,
-    tokenizer or weight that is missing, InvalidValueError for what cannot be read, for weights that are quantized
-    already, and for a tokenizer that closes its prompts or does not fit the embedding.
+    tokenizer without a padding token pads with its end-of-text token. `experts` is how stacked experts are computed.
+    Raises NotFoundError for a folder, configuration, tokenizer or weight that is missing, InvalidValueError for what
+    cannot be read, for weights that are quantized already, for a tokenizer that closes its prompts or does not fit the
+    embedding, and for `experts` where there is no choice.
     """
     folder, kind = _folder(path), dtype_named(dtype)
     base = base_of(folder)
     # The tokenizer first: where it is missing, nobody should have to wait for the weights.
     tokenizer = tokenizer_of(folder)
-    model = _weights(base or folder, kind)
+    model = _weights(base or folder, kind, experts, folder)
     require_ids_inside(model, tokenizer, base or folder)
     keep_endings_alone(model, tokenizer)
     return (model if base is None else _adapted(model, folder)).eval(), tokenizer
@@ -88,12 +91,15 @@ def _require_weights(folder: Path) -> None:
     require_unquantized(folder)
 
 
-def _weights(folder: Path, dtype: torch.dtype) -> Any:
+def _weights(folder: Path, dtype: torch.dtype, experts: str | None, opened: Path) -> Any:
     _require_weights(folder)
     with readable("the model", folder):
+        how = {"experts_implementation": experts or _experts_of(opened, folder), **_attention(dtype)}
         model, report = _auto_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **_attention(dtype)
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **how
         )
+    _require_choice(model, experts)
+    _name_backbone(model)
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(report["missing_keys"])
         raise NotFoundError(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
@@ -104,6 +110,37 @@ def _auto_class(config: Any) -> Any:
     """Return what opens a model whole: a multimodal one with its towers, so that it is saved as it came."""
     multimodal = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
+def _experts_of(*folders: Path) -> str | None:
+    """Return how the first folder that says so computes stacked experts; kernels out of reach are not taken."""
+    files = [folder / "config.json" for folder in folders]
+    said = [
+        json.loads(file.read_text(encoding="utf-8")).get("experts_implementation") for file in files if file.exists()
+    ]
+    return next((how for how in said if how in get_args(ExpertsImplementation)), None)
+
+
+def keep_experts(folder: Path, model: Any, experts: str | None) -> None:
+    """Write how stacked experts are computed into the folder's config.json, where `load` and transformers read it."""
+    if experts is not None:
+        model.config.save_pretrained(folder)
+        file = folder / "config.json"
+        content = json.loads(file.read_text(encoding="utf-8")) | {"experts_implementation": experts}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_backbone(model: Any) -> None:
+    """Correct the name under which a class says that the part below its head stands (Llama-4: where none is)."""
+    if model.base_model is model:
+        parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+        model.base_model_prefix = parts[0] if parts else model.base_model_prefix
+
+
+def _require_choice(model: Any, experts: str | None) -> None:
+    if experts is not None and not model._can_set_experts_implementation():
+        kind = type(model).__name__
+        raise InvalidValueError(f"model.experts_implementation: {kind} computes its experts in one way; leave it out")
 
 
 def _attention(dtype: torch.dtype) -> dict[str, str]:
@@ -136,17 +173,19 @@ def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
     return build(recipe, build_tokenizer())
 
 
-def skeleton(path: str | Path) -> PreTrainedModel:
+def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> PreTrainedModel:
     """Build the modules of a Hugging Face folder (of an adapter: its base's) on the meta device, enough to resolve what
     would be rounded, without memory. The tokenizer must be there too; raises what `load` does."""
-    folder = _folder(path)
-    folder = base_of(folder) or folder
+    own = _folder(path)
+    folder = base_of(own) or own
     _require_weights(folder)
     tokenizer = load_tokenizer(folder)
     with readable("the config.json", folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config._experts_implementation = experts or _experts_of(own, folder)
         with torch.device("meta"):
             model = _auto_class(config).from_config(config)
+    _require_choice(model, experts)
     require_ids_inside(model, tokenizer, folder)
     return model
 

@@ -40,7 +40,7 @@ def check(experiment: Experiment) -> None:
     one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
     require_prompts_open(one_of_each, tokenizer()([p.prompt for p in one_of_each])["input_ids"], tokenizer())
     if path is not None:
-        model = skeleton(path)
+        model = skeleton(path, experiment.model.experts_implementation)
     else:
         model = embedded_skeleton(experiment.model.embedded or Embedded())
     _answers_fit_the_positions(experiment, model.config)

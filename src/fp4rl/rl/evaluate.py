@@ -27,7 +27,7 @@ from fp4rl.spec.errors import located
 from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.model import Lora
+from fp4rl.spec.model import ExpertsImplementation, Lora
 from fp4rl.spec.task import SCORES, Problem, Score, Task
 
 
@@ -154,6 +154,7 @@ class EvaluationRunner:
     problems: tuple[Problem, ...]
     lora: Lora | None = None
     sampler: str = "transformers"
+    experts: ExpertsImplementation | None = None
 
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
         """Return profile -> its injection; the robustness sweep is for the `last` step. NotFoundError if unknown."""
@@ -174,7 +175,7 @@ class EvaluationRunner:
         `on_items` is called with (profile, done, all). Raises CheckFailed for sites that were never called while
         answering, and for changed master weights; NotFinite for logits that are no numbers.
         """
-        model, tokenizer = load_saved(folder, dtype, self.lora)
+        model, tokenizer = load_saved(folder, dtype, self.lora, self.experts)
         sampler = sampler_named(self.sampler)
         for name, precision in self.precisions(last=last).items():
             on_answered = partial(on_items, name)
@@ -215,7 +216,9 @@ def evaluation_runner(experiment: Experiment) -> EvaluationRunner:
     task = experiment.task
     spec = experiment.evaluation.for_task(task)
     problems = task.problems(spec.split, spec.count)
-    return EvaluationRunner(spec, experiment.injection, task, problems, experiment.model.lora, experiment.sampler)
+    model, sampler = experiment.model, experiment.sampler
+    how = model.experts_implementation
+    return EvaluationRunner(spec, experiment.injection, task, problems, model.lora, sampler, how)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def reference_and_teacher(
         if lora:
             phase: Phase = "reference" if injection is None else "evaluation"
             return FrozenPolicy(live, lambda: _without_adapter(live, phases, phase))
-        model, _ = load(start, experiment.model.dtype)
+        model, _ = load(start, experiment.model.dtype, experiment.model.experts_implementation)
         model.to(next(live.parameters()).device).requires_grad_(False)
         if injection is not None:
             attach(model, injection).set_phase("evaluation")

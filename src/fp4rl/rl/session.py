@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.models.load import load, with_lora
+from fp4rl.models.load import keep_experts, load, with_lora
 from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import TrainerComponents
@@ -115,6 +115,7 @@ class TrainingSession:
         """Save the present policy with its tokenizer; return the folder."""
         if processes.is_first():
             self.model.save_pretrained(folder)
+            keep_experts(folder, self.model, self.run.experiment.model.experts_implementation)
             self.tokenizer.save_pretrained(folder)
         processes.wait()
         return folder
@@ -209,9 +210,10 @@ class TrainingSession:
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the start's model and tokenizer, with a fresh adapter where the spec has one."""
-    model, tokenizer = load(run.start, run.experiment.model.dtype)
-    if run.experiment.model.lora is not None:
-        model = with_lora(model, run.experiment.model.lora, run.start)
+    spec = run.experiment.model
+    model, tokenizer = load(run.start, spec.dtype, spec.experts_implementation)
+    if spec.lora is not None:
+        model = with_lora(model, spec.lora, run.start)
     return model.to(processes.device()), tokenizer
 
 

@@ -23,7 +23,7 @@ from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import ActivePoints, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import Format
-from fp4rl.spec.model import Lora, Model
+from fp4rl.spec.model import ExpertsImplementation, Lora, Model
 from fp4rl.spec.points import Phase
 from fp4rl.spec.records import Sites, Summary, read_sites
 
@@ -181,7 +181,8 @@ def _live_against_fresh(
 ) -> float:
     """Return the largest difference between the live policy's logits and those of the model in `folder`, under the same
     injection and random numbers."""
-    fresh, _ = load_saved(folder, experiment.model.dtype, experiment.model.lora)
+    spec = experiment.model
+    fresh, _ = load_saved(folder, spec.dtype, spec.lora, spec.experts_implementation)
     device = next(model.parameters()).device
     ids = torch.arange(1, 33, device=device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     model.eval()
@@ -194,9 +195,11 @@ def _live_against_fresh(
             return _difference(model, fresh, ids)
 
 
-def load_saved(folder: Path, dtype: str, lora: Lora | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_saved(
+    folder: Path, dtype: str, lora: Lora | None, experts: ExpertsImplementation | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer; with `lora` a folder without an adapter gets a fresh one, which changes no number."""
-    model, tokenizer = load(folder, dtype)
+    model, tokenizer = load(folder, dtype, experts)
     if lora is not None and not (folder / "adapter_config.json").is_file():
         with torch.random.fork_rng():
             model = with_lora(model, lora, folder).eval()

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from fp4rl.spec.frozen import LocalPath, Spec, WordOrList, later_key
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+# Those of transformers whose matmuls can be met; the others are kernels that read the weight themselves.
+ExpertsImplementation = Literal["eager", "grouped_mm", "batched_mm"]
 
 
 class Embedded(Spec):
@@ -80,6 +82,9 @@ class Model(Spec):
         default="float32", description="of the weights that the optimizer updates: float32, or the dtype itself"
     )
     lora: Lora | None = None
+    experts_implementation: ExpertsImplementation | None = later_key(
+        None, description="how stacked experts are computed; none: as the folder says, else grouped_mm, else eager"
+    )
 
     @property
     def coarse_masters(self) -> bool:
@@ -105,3 +110,5 @@ class Model(Spec):
             yield f"master_dtype {self.master_dtype} is neither float32 nor the dtype {self.dtype}"
         if self.path is not None and self.embedded is not None:
             yield "name either `path` or `embedded`, not both"
+        if self.experts_implementation is not None and self.embedded is not None:
+            yield "experts_implementation: the embedded model has no experts; leave it out"
