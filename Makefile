@@ -2,6 +2,8 @@
 PY := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Without bytecode every process compiles torch and transformers anew: ten seconds of each.
+unexport PYTHONDONTWRITEBYTECODE
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
 .PHONY: check format lint test slow mutants zoo fuzz docs demo bench bench-gpu setup setup-dev constraints clean

@@ -264,6 +264,20 @@ def test_routes_flip_where_rollout_and_training_round_otherwise_and_nowhere_else
     assert nearer < apart
 
 
+def test_a_rollout_chooses_for_itself_whatever_was_scored_before(folder, tmp_path):
+    """Kind: routes of one batch that stay prescribed for the next generation."""
+    path, second = folder("qwen3_moe"), []
+    for scored in (False, True):
+        run = Run(described(path, routing_replay=True), tmp_path / str(scored), path, lambda _: None)
+        trainer = TrainingSession(run, ResumeState()).trainer
+        batch = trainer._generate_and_score_completions([{"prompt": ""}] * 16)
+        if scored:
+            trainer._score(trainer.model, batch)
+        second.append(trainer._generate_and_score_completions([{"prompt": ""}] * 16))
+    assert torch.equal(second[0]["completion_ids"], second[1]["completion_ids"])
+    assert torch.equal(second[0]["completion_routes"], second[1]["completion_routes"])
+
+
 def test_a_run_says_how_its_routers_did_and_replays(folder, tmp_path):
     path, lines = folder("qwen3_moe"), []
 

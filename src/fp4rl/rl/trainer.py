@@ -155,7 +155,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         self.timer.lap("rewards")
         recipe = self.parts.recipe
         sampling = Sampling(recipe.max_response_length, recipe.temperature, recipe.top_p, logps=True, routes=True)
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        with self.routers.paused(), unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             rollout = roll_out(self.parts.sampler, model, self._tokenizer, problems, sampling)
         self.timer.lap("generation")
         return rollout
