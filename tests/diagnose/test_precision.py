@@ -59,8 +59,9 @@ def test_a_weight_in_pieces_has_the_error_of_the_whole(trained, name, monkeypatc
     whole = ErrorSums()
     seen = weight.bfloat16()
     whole.add(round_piece(seen, FORMATS[name]))
-    pieces = rounding_error(lambda n: iter(weight.split(n)), plan, table)
+    pieces, largest = rounding_error(lambda n: iter(weight.split(n)), plan, table)
     assert pieces.measures() == pytest.approx(whole.measures(), rel=1e-12)
+    assert largest == float(seen.abs().max())
 
 
 def test_a_scan_measures_what_the_injection_does(trained, tokens):

@@ -10,11 +10,12 @@ from fp4rl.cli.terminal import console, heat_strip, styled, table
 from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.compare import compare_checkpoints, compare_scans, require_difference, totals
 from fp4rl.diagnose.findings import COLUMNS, findings, meanings, rule_results
-from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.report import EXPERT_COLUMNS, ScanReport
 from fp4rl.numerics.errors import pooled
 from fp4rl.spec.words import counted
 
 _STYLES = {"fault": "bold red", "note": "dim"}
+EXPERTS_SHOWN = 8
 WORST_SHOWN = 1.5  # times the ideal error: the darkest cell
 TOGETHER = {  # measures shown for all weights together, and their form
     "SQNR, dB": ("sqnr_db", ".2f"),
@@ -38,6 +39,9 @@ def show(report: ScanReport, advice: Advice | None) -> None:
         screen.print(f"{texts}, {tokens}, digest {given['digest']}")
     _show_together(screen, report)
     _show_layers(screen, report)
+    if experts := report.expert_rows(EXPERTS_SHOWN):
+        first, *numbers = EXPERT_COLUMNS
+        screen.print(table(f"{first}=", *(f"{name}>" for name in numbers), rows=experts))
     for finding in findings(report):
         rows = [("-", Text(finding.text, style=_STYLES.get(finding.kind, "")))]
         if named := finding.named_sites():

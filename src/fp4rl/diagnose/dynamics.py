@@ -14,7 +14,7 @@ from fp4rl.diagnose.depth import layer_paths
 from fp4rl.diagnose.passes import logits_of
 from fp4rl.diagnose.probes import STEP, Probe, probe
 from fp4rl.inject.plan import SiteTable
-from fp4rl.sites.observe import Eye, first_tensor, hooked
+from fp4rl.sites.observe import Eye, first_tensor, hooked, real_tokens
 
 # Tokens of each linear layer and texts of each decoder layer that are probed in a batch: enough to show a fault, and
 # cheaper than the forward pass itself.
@@ -42,12 +42,13 @@ class LayerDynamics:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Features of every decoder layer, and the probes of linear layers by site name."""
+    """Features of every decoder layer but those `skipped`, and the probes of linear layers by site name."""
 
     layers: tuple[LayerDynamics, ...]
     sites: Mapping[str, Probe]
     site_layers: Mapping[str, int | None]
     tokens: int
+    skipped: tuple[int, ...] = ()
 
 
 def dynamics(
@@ -76,7 +77,8 @@ def dynamics(
             seen.eye.forget()
     probes = {name: _merged(moments) for name, moments in seen.sites.items()}
     tokens = sum(int(batch.mask.sum()) for batch in calibration.batches[-batches:])
-    return Dynamics(tuple(_with_jumps(seen.layers)), probes, {name: sites[name].layer for name in probes}, tokens)
+    layers, of_sites = tuple(_with_jumps(seen.layers)), {name: sites[name].layer for name in probes}
+    return Dynamics(layers, probes, of_sites, tokens, tuple(sorted(seen.skipped)))
 
 
 def _own_stream(generator: torch.Generator) -> torch.Generator:
@@ -109,6 +111,7 @@ class _Seen:
         self.eye = Eye()
         self.sites: dict[str, list[Probe]] = {}
         self.layers: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+        self.skipped: set[int] = set()
         self._busy = False
 
     def site_hook(self, name: str) -> Callable[..., None]:
@@ -124,14 +127,16 @@ class _Seen:
 
     def layer_hook(self, number: int, batch: Batch) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._busy:
+                return
             hidden, out = first_tensor(args), first_tensor(output)
-            if self._busy or hidden is None or out is None:
+            tokens = None if out is None else real_tokens(out, batch.mask)
+            if tokens is None or hidden is None or real_tokens(hidden, batch.mask) is None:
+                self.skipped.add(number)
                 return
             self._busy = True
-            sums = power_sums(out[batch.mask.bool().to(out.device)])
-            self.layers.setdefault(number, []).append(
-                (sums, *self._response(layer, (args, kwargs), hidden, batch.mask))
-            )
+            response = self._response(layer, (args, kwargs), hidden, batch.mask)
+            self.layers.setdefault(number, []).append((power_sums(tokens), *response))
             self._busy = False
 
         return hook
@@ -140,15 +145,19 @@ class _Seen:
         self, layer: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor, mask: Tensor
     ) -> tuple[Tensor, float]:
         """Return the gain of each token of the probed texts [tokens], and the relative difference of equal calls."""
-        texts = len(hidden)
+        texts = len(mask) if hidden.shape[:2] == mask.shape else -1  # else all of them: no axis is cut
         args, kwargs = some_texts(given, texts)
-        hidden, real = some_texts(hidden, texts), some_texts(mask.bool().to(hidden.device), texts)
+        hidden, mask = some_texts(hidden, texts), some_texts(mask, texts)
+
+        def real(value: Tensor) -> Tensor:
+            tokens = real_tokens(value, mask)
+            assert tokens is not None
+            return tokens.double()
+
         change = torch.randn(hidden.shape, generator=self.generator, dtype=torch.float32).to(hidden.device)
-        shifted = (hidden.float() + STEP * float(hidden[real].float().square().mean().sqrt()) * change).to(hidden.dtype)
-        changed, once, again = (
-            _called(layer, value, args, kwargs)[real].double() for value in (shifted, hidden, hidden)
-        )
-        came, went = changed - once, (shifted - hidden)[real].double()
+        shifted = (hidden.float() + STEP * float(real(hidden).square().mean().sqrt()) * change).to(hidden.dtype)
+        changed, once, again = (real(_called(layer, value, args, kwargs)) for value in (shifted, hidden, hidden))
+        came, went = changed - once, real(shifted - hidden)
         gains = came.std(-1, correction=0) / went.std(-1, correction=0)
         return gains, float((again - once).square().mean().sqrt() / once.square().mean().sqrt())
 

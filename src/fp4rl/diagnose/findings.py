@@ -4,10 +4,11 @@ The fixed thresholds of the verl fork that this work grew from are kept for comp
 cannot meet flags every layer, so each result tells where the format's ideal already fails it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from fp4rl.diagnose.experts import unlike
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import rank_correlation
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
@@ -140,8 +141,8 @@ def band(share_of_layers: float, low: float = 0.10, high: float = 0.30) -> str:
 
 
 def standing_out(report: ScanReport, limit: float = STANDS_OUT) -> tuple[str, ...]:
-    """Return sites with a weight or an input whose error exceeds `limit` times that of ideal data in the format."""
-    return tuple(dict.fromkeys(part.site for part in report.parts if part.excess > limit))
+    """Return sites with a weight (or an expert's) or an input whose error exceeds `limit` times that of ideal data."""
+    return tuple(dict.fromkeys(part.site for part in report.parts if max(part.excess, part.worst_expert) > limit))
 
 
 def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
@@ -152,7 +153,7 @@ def layers_of(report: ScanReport, sites: tuple[str, ...]) -> frozenset[int]:
 
 def findings(report: ScanReport, limit: float = STANDS_OUT) -> tuple[Finding, ...]:
     """Return all findings: faults, then imprecise sites, then sensitive ones, then notes about the scan itself."""
-    return (*_faults(report), *_imprecise(report, limit), *_sensitive(report), *_notes(report))
+    return (*_faults(report), *_imprecise(report, limit), *_unlike(report), *_sensitive(report), *_notes(report))
 
 
 def rule_results(report: ScanReport) -> tuple[RuleResult, ...]:
@@ -216,6 +217,30 @@ def _imprecise(report: ScanReport, limit: float) -> list[Finding]:
     ]
 
 
+def _unlike(report: ScanReport) -> Iterator[Finding]:
+    """Yield the experts whose values are of another size than their stack's: a scale hides that from the error."""
+    for part in report.parts:
+        for e, times in unlike(part.experts):
+            of = "weight" if e.tokens is None else f"inputs ({counted(e.tokens, 'token')})"
+            text = f"the {of} of expert {e.expert} of {part.site}: up to {times:.3g} times the median expert's"
+            yield Finding("precision", text, (part.site,))
+
+
+def _of_experts(report: ScanReport) -> Iterator[Finding]:
+    """Yield how many tokens experts got, and what was not measured of them."""
+    measured = {part.site: part for part in report.parts if part.part == "input" and part.experts}
+    loads = [e.tokens or 0 for part in measured.values() for e in part.experts]
+    if loads:
+        idle = sum(part.shape[0] - len(part.experts) for part in measured.values())
+        none = f"; {counted(idle, 'expert')} got none, so nothing is known of their inputs" if idle else ""
+        yield Finding("note", f"an expert was given {min(loads)} to {max(loads)} tokens{none}")
+    stacks = [p.name for p in report.table.plans if p.site.kind == "experts" and p.input is not None]
+    left = tuple(name for name in stacks if name not in measured) if report.parts and report.calibration else ()
+    if left:
+        were = f"the inputs of {counted(len(left), 'stack')} of experts were not measured"
+        yield Finding("note", f"{were}: no product of their own rows was met", left)
+
+
 def _sensitive(report: ScanReport) -> list[Finding]:
     sensitivity = report.sensitivity
     if sensitivity is None or not sensitivity.sites:
@@ -240,7 +265,10 @@ def _sensitive(report: ScanReport) -> list[Finding]:
 
 
 def _notes(report: ScanReport) -> list[Finding]:
-    notes = []
+    notes = [*_of_experts(report)]
+    if report.dynamics and (skipped := report.dynamics.skipped):
+        text = f"layer {', '.join(map(str, skipped))}: not probed, no axes of its stream are texts and tokens"
+        notes.append(Finding("note", text))
     if batch := batch_note(report.table.injection, *PHASES):
         notes.append(Finding("note", batch))
     short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))

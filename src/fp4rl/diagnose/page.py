@@ -6,7 +6,7 @@ from pathlib import Path
 from fp4rl.diagnose.advice import Advice
 from fp4rl.diagnose.findings import COLUMNS, findings, meanings, rule_results
 from fp4rl.diagnose.precision import PartError
-from fp4rl.diagnose.report import ScanReport
+from fp4rl.diagnose.report import EXPERT_COLUMNS, ScanReport
 from fp4rl.numerics.errors import pooled
 from fp4rl.pages.page import Figure, in_rows, line, marks, over_steps, render, with_legend
 from fp4rl.spec.words import counted
@@ -38,6 +38,8 @@ def page(report: ScanReport, advice: Advice | None = None) -> str:
         weights=_weights(report),
         drawn=drawn,
         layers=_layers(report),
+        experts=report.expert_rows(MOST_BARS),
+        expert_columns=EXPERT_COLUMNS,
         rules=[result.cells() for result in results],
         columns=COLUMNS,
         meanings=meanings(results),

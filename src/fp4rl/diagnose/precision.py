@@ -1,7 +1,9 @@
 """The precision of every site in its format, weights and inputs separately, each beside that of ideal data."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Calibration
+from fp4rl.diagnose.experts import ExpertError, unpadded, watching
 from fp4rl.diagnose.passes import Progress, logits_of, tracked
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
 from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import skeleton
-from fp4rl.numerics.errors import ErrorSums, gaussian_ideal, pooled, round_piece
+from fp4rl.numerics.errors import ErrorSums, Rounded, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -33,7 +36,8 @@ PIECE = 1 << 20  # values held at once
 class PartError:
     """One site's weight or matmul input: its measures (see `ErrorSums.measures`) and those of ideal Gaussian data.
 
-    `short_block` is the length of the last block where the format's block does not divide the width, else 0.
+    `short_block` is the length of the last block where the format's block does not divide the width, else 0. Of stacked
+    experts the measures are of all together, and `experts` tells them apart.
     """
 
     site: str
@@ -45,11 +49,20 @@ class PartError:
     short_block: int
     measures: Mapping[str, float]
     ideal: Mapping[str, float]
+    experts: tuple[ExpertError, ...] = ()
 
     @property
     def excess(self) -> float:
         """relative_l2 over that of ideal Gaussian data in the same format: at 1 the format itself is the limit."""
-        error, floor = self.measures["relative_l2"], self.ideal["relative_l2"]
+        return self._excess(self.measures["relative_l2"])
+
+    @property
+    def worst_expert(self) -> float:
+        """The same of the expert whose weight has the greatest error; 0 where there are none."""
+        return max((self._excess(e.relative_l2) for e in self.experts if e.tokens is None), default=0.0)
+
+    def _excess(self, error: float) -> float:
+        floor = self.ideal["relative_l2"]
         return error / floor if floor > 0 else (1.0 if error == 0 else inf)
 
 
@@ -57,12 +70,11 @@ def weight_errors(
     model: nn.Module, table: SiteTable, on_progress: Progress | None = None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     """Measure every weight that the table rounds, and return the sums behind it; NotFinite for NaN and Inf."""
-    plans = [plan for plan in table.plans if plan.weight is not None]
 
     def matrices_of(plan: SitePlan) -> list[Rows]:
         return [_pieces(weight) for weight in weights_of(model, plan)]
 
-    return _weight_errors(matrices_of, plans, table, on_progress)
+    return _weight_errors(matrices_of, table, on_progress)
 
 
 def stored_weight_errors(
@@ -70,25 +82,25 @@ def stored_weight_errors(
 ) -> tuple[SiteTable, tuple[PartError, ...], dict[str, ErrorSums]]:
     """Measure the weights of a checkpoint folder from its files; the model is never loaded and need not fit in memory.
 
-    Stacked experts are left out, since files name and stack them in many ways. Raises InvalidValueError for an
-    adapter's folder, NotFoundError for a tensor that is not in the files.
+    Raises InvalidValueError for an adapter's folder, NotFoundError for a tensor that the files do not hold.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
     table, stored = resolve(skeleton(folder), injection), stored_tensors(folder)
-    plans = [plan for plan in table.plans if plan.weight is not None and plan.site.kind == "linear"]
-    return table, *_weight_errors(lambda plan: [_tensor_of(plan, stored, folder).rows], plans, table, on_progress)
+    return table, *_weight_errors(lambda plan: _stored_rows(plan, stored, folder), table, on_progress)
 
 
 def _weight_errors(
-    matrices_of: Callable[[SitePlan], list[Rows]], plans: list[SitePlan], table: SiteTable, on_progress: Progress | None
+    matrices_of: Callable[[SitePlan], list[Rows]], table: SiteTable, on_progress: Progress | None
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     """Return a row for each site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
-    sums = {
-        plan.name: pooled([rounding_error(rows, plan, table) for rows in matrices_of(plan)])
-        for plan in tracked(plans, on_progress)
-    }
-    return tuple(part_error(plan, "weight", sums[plan.name]) for plan in plans), sums
+    sums, parts = dict[str, ErrorSums](), list[PartError]()
+    for plan in tracked([plan for plan in table.plans if plan.weight is not None], on_progress):
+        each = [rounding_error(rows, plan, table) for rows in matrices_of(plan)]
+        sums[plan.name] = pooled(own for own, _ in each)
+        experts = [ExpertError.of(e, *own) for e, own in enumerate(each)] if plan.site.kind == "experts" else ()
+        parts.append(part_error(plan, "weight", sums[plan.name], experts))
+    return tuple(parts), sums
 
 
 def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
@@ -109,10 +121,11 @@ def input_errors(
     model: nn.Module, table: SiteTable, calibration: Calibration, on_progress: Progress | None = None
 ) -> tuple[PartError, ...]:
     """Measure every matmul input that the table rounds; one forward pass per batch serves all sites."""
-    plans = {plan.site.path: plan for plan in table.plans if plan.input is not None and plan.site.kind == "linear"}
-    if not plans:
-        return ()
-    tallies = {path: ErrorSums() for path in plans}
+    rounded = [plan for plan in table.plans if plan.input is not None]
+    plans = {plan.site.path: plan for plan in rounded if plan.site.kind == "linear"}
+    stacks = [plan for plan in rounded if plan.site.kind == "experts"]
+    tallies: dict[str, ErrorSums] = defaultdict(ErrorSums)
+    routed: dict[str, dict[int, _Routed]] = defaultdict(lambda: defaultdict(_Routed))
     dtype = getattr(torch, table.injection.dtype)
     last: dict[str, Any] = {}
 
@@ -123,37 +136,69 @@ def input_errors(
             sums = ErrorSums()
             sums.add(round_piece(tokens.to(dtype), fmt, plans[path].name), each_row=True)
             last.update(tokens=tokens, fmt=fmt, tally=sums)
-        tallies[path].merge(last["tally"])
+        tallies[plans[path].name].merge(last["tally"])
 
-    with observe(model, plans, on_input=watch) as eye:
-        for batch in tracked(calibration.batches, on_progress):
-            eye.mask = batch.mask
-            logits_of(model, batch)
-            last.clear()
-    return tuple(part_error(plan, "input", tallies[path]) for path, plan in plans.items() if tallies[path].values)
+    def watch_expert(plan: SitePlan, expert: int, tokens: Tensor) -> None:
+        assert plan.input is not None
+        real = tokens[tokens.any(-1)]  # Llama-4 gives each expert every token, and zeros for those of others
+        if len(real):
+            routed[plan.name][expert].add(round_piece(real.to(dtype), plan.input, f"{plan.name}, expert {expert}"))
+
+    for batch in tracked(calibration.batches, on_progress) if rounded else ():
+        for part in unpadded(batch) if stacks else (batch,):
+            with observe(model, plans, on_input=watch) as eye, watching(model, stacks, watch_expert):
+                eye.mask = part.mask
+                logits_of(model, part)
+                last.clear()
+    for name, experts in routed.items():
+        tallies[name] = pooled(own.sums for own in experts.values())
+    return tuple(
+        part_error(plan, "input", tallies[plan.name], [own.error(e) for e, own in sorted(routed[plan.name].items())])
+        for plan in rounded
+        if tallies[plan.name].values
+    )
 
 
-def part_error(plan: SitePlan, part: Part, tally: ErrorSums) -> PartError:
+@dataclass
+class _Routed:
+    """What one expert was given so far."""
+
+    sums: ErrorSums = field(default_factory=ErrorSums)
+    largest: float = 0.0
+    tokens: int = 0
+
+    def add(self, rows: Rounded) -> None:
+        self.sums.add(rows, each_row=True)
+        self.largest, self.tokens = max(self.largest, rows.largest), self.tokens + len(rows.values)
+
+    def error(self, expert: int) -> ExpertError:
+        return ExpertError.of(expert, self.sums, self.largest, self.tokens)
+
+
+def part_error(plan: SitePlan, part: Part, tally: ErrorSums, experts: Sequence[ExpertError] = ()) -> PartError:
     """Return the measures of sums, with the ideal beside them."""
     fmt = plan.weight if part == "weight" else plan.input
     assert fmt is not None
     site, columns = plan.site, plan.site.shape[-1]
     short = columns % fmt.block[1] if fmt.block is not None else 0
     ideal = ideal_measures(fmt)
-    return PartError(site.name, site.layer, site.role, part, fmt.name, site.shape, short, tally.measures(), ideal)
+    measures, each = tally.measures(), tuple(experts)
+    return PartError(site.name, site.layer, site.role, part, fmt.name, site.shape, short, measures, ideal, each)
 
 
-def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> ErrorSums:
-    """Sum up the errors of one weight that is given in pieces, cast to the dtype that the quantizer sees."""
+def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> tuple[ErrorSums, float]:
+    """Sum up the errors of one weight given in pieces, in the dtype that is quantized; also its largest magnitude."""
     fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
     assert fmt is not None
     height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
     spans_tensor = fmt.scale in ("e4m3", "fp32")  # one scale serves it whole (NVFP4's second level, FP8)
     amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if spans_tensor else None
-    tally = ErrorSums()
+    tally, largest = ErrorSums(), 0.0
     for piece in rows(height):
-        tally.add(round_piece(piece.to(dtype), fmt, plan.name, amax))
-    return tally
+        rounded = round_piece(piece.to(dtype), fmt, plan.name, amax)
+        largest = max(largest, rounded.largest)
+        tally.add(rounded)
+    return tally, largest
 
 
 def ideal_measures(fmt: Format) -> dict[str, float]:
@@ -162,13 +207,46 @@ def ideal_measures(fmt: Format) -> dict[str, float]:
     return {**ideal, "row_median": ideal["relative_l2"]}
 
 
-def _tensor_of(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> StoredTensor:
-    name = f"{plan.name}.weight"
+def _stored_rows(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> list[Rows]:
+    """The matrices [out, in] of a site as its files hold them: experts lie in one tensor, or each in its own."""
+    experts, site = plan.site.kind == "experts", plan.site
+    name = plan.name if experts and plan.name in stored else f"{plan.name}.weight"
+    if experts and name not in stored:
+        return [_joined(own, plan, folder) for own in _expert_tensors(plan, stored, folder)]
     if name not in stored:
         raise NotFoundError(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
-    if plan.site.transposed:
-        raise InvalidValueError(f"{folder}: {name} is stored [in, out], not read in pieces; scan without weights_only")
-    shape, said = list(stored[name].shape), list(plan.site.shape)
-    if shape != said:
-        raise InvalidValueError(f"{folder}: {name} is {shape}, but config.json says {said}")
-    return stored[name]
+    shape = (*site.shape[:-2], *site.shape[:-3:-1]) if site.transposed else site.shape
+    if list(stored[name].shape) != list(shape):
+        raise InvalidValueError(f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(shape)}")
+    if not experts and not site.transposed:
+        return [stored[name].rows]
+    if site.transposed is None:
+        raise InvalidValueError(f"{folder}: nothing tells how the square {name} is stored; scan without weights_only")
+    whole = as_used(site, stored[name].read())
+    return [_pieces(weight) for weight in (whole.unbind(0) if experts else [whole])]
+
+
+# What the files of a mixture call the matrices that are stacked in memory; those of one name each are rows of one.
+_IN_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+
+def _expert_tensors(
+    plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path
+) -> list[tuple[StoredTensor, ...]]:
+    layer = plan.name.partition(".experts.")[0].rpartition(".")[0]  # Mixtral's files name the block otherwise
+    for names in _IN_FILES.get(str(plan.site.parameter), ()):
+        pattern = re.compile(rf"{re.escape(layer)}\.\w+\.experts\.(\d+)\.({'|'.join(names)})\.weight")
+        matches = {(int(m[1]), m[2]): stored[name] for name in stored if (m := pattern.fullmatch(name))}
+        if len(matches) == plan.site.shape[0] * len(names):
+            return [tuple(matches[expert, name] for name in names) for expert in range(plan.site.shape[0])]
+    raise NotFoundError(
+        f"{folder}: its safetensors files name no experts that make up {plan.name}; scan without weights_only"
+    )
+
+
+def _joined(tensors: tuple[StoredTensor, ...], plan: SitePlan, folder: str | Path) -> Rows:
+    rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[-1]
+    if (rows, columns) != plan.site.shape[1:]:
+        made, said = f"{tensors[0].name} and its like make [{rows}, {columns}]", list(plan.site.shape[1:])
+        raise InvalidValueError(f"{folder}: {made}, but config.json says {said}")
+    return lambda height: (piece for tensor in tensors for piece in tensor.rows(height))

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import log
 from typing import Any
 
 from fp4rl.diagnose.depth import LayerDepth
 from fp4rl.diagnose.dynamics import Dynamics
+from fp4rl.diagnose.experts import ExpertError, unlike
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.sensitivity import Sensitivity
 from fp4rl.diagnose.suspects import Verdict
 from fp4rl.inject.plan import SiteTable
 from fp4rl.numerics.errors import ErrorSums, pooled
 
+EXPERT_COLUMNS = ("experts", "expert", "tokens", "weights' error", "zeroed", "inputs' error", "zeroed")
 SCHEMA = 2  # 1 called leave_one_in `alone` and leave_one_out `spared`; `compare` reads both
 
 
@@ -41,6 +44,20 @@ class ScanReport:
     ratios: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     distribution: Distribution | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+
+    def expert_rows(self, most: int) -> list[tuple[str, ...]]:
+        """Return the experts for a reader, under EXPERT_COLUMNS: first those unlike their stack, then by error."""
+        rows: dict[tuple[str, int], dict[str, ExpertError]] = {}
+        rank: dict[tuple[str, int], tuple[float, float]] = {}
+        for part in self.parts:
+            strange = {e.expert: abs(log(max(times, 1e-9))) for e, times in unlike(part.experts)}
+            for e in part.experts:
+                key = part.site, e.expert
+                rows.setdefault(key, {})[part.part] = e
+                before = rank.get(key, (0.0, 0.0))
+                rank[key] = max(before[0], strange.get(e.expert, 0.0)), max(before[1], e.relative_l2)
+        named = sorted(rows, key=lambda key: rank[key], reverse=True)[:most]
+        return [(site, str(e), *_cells(rows[site, e].get("weight"), rows[site, e].get("input"))) for site, e in named]
 
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
         """Return layer -> the KL of its sites but those in `without`; without sensitivity, the mean squared excess."""
@@ -79,12 +96,18 @@ class ScanReport:
             return None
         return {
             "tokens": self.dynamics.tokens,
+            "skipped": list(self.dynamics.skipped),
             "layers": [{k: _finite(v) for k, v in asdict(layer).items()} for layer in self.dynamics.layers],
             "sites": {name: asdict(probe) for name, probe in self.dynamics.sites.items()},
             "suspects": [asdict(suspect) for suspect in self.verdict.suspects],
             "everywhere": list(self.verdict.everywhere),
             "ratios": {str(layer): dict(ratios) for layer, ratios in self.ratios.items()},
         }
+
+
+def _cells(weight: ExpertError | None, inputs: ExpertError | None) -> tuple[str, ...]:
+    each = [(f"{e.relative_l2:.1%}", f"{e.deadzone_share:.1%}") if e else ("-", "-") for e in (weight, inputs)]
+    return (str(inputs.tokens) if inputs else "-", *each[0], *each[1])
 
 
 def _finite(value: float) -> float | None:

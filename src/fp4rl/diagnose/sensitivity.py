@@ -1,5 +1,6 @@
 """The effect of each site's error on the output, by rounding one site at a time; its size alone does not tell."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,9 +10,9 @@ from torch import nn
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.passes import Divergence, Progress, divergence_of, reference_of, weighted
-from fp4rl.inject.attach import attach
+from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.plan import SiteTable
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -102,23 +103,38 @@ def _ranks(values: Sequence[float]) -> torch.Tensor:
     return below + (equal - 1) / 2
 
 
+def _unreached(attachment: Attachment) -> CheckFailed | None:
+    """Return what should have been rounded and was not; None where rounding just changed nothing."""
+    try:
+        attachment.require_calls()
+    except CheckFailed as error:
+        return CheckFailed(f"a KL of 0 that is none: {error}; leave it out: targets.leave")
+    return None
+
+
 def divergences(
     model: nn.Module, tables: list[SiteTable], calibration: Calibration, on_progress: Progress | None = None
 ) -> list[Divergence]:
     """Return the divergence of each table over all batches; the outer loop is over batches, to hold one reference."""
     by_table: list[list[Divergence]] = [[] for _ in tables]
+    unreached: dict[int, list[CheckFailed]] = defaultdict(list)
     done, total = 0, len(tables) * len(calibration.batches)
     for batch in calibration.batches:
         reference = reference_of(model, batch)
-        for of_table, table in zip(by_table, tables, strict=True):
+        for number, (of_table, table) in enumerate(zip(by_table, tables, strict=True)):
             if table.plans:
                 with attach(model, table) as attachment:
                     attachment.set_phase("evaluation")
                     of_table.append(divergence_of(model, batch, reference))
+                    if of_table[-1].kl == 0 and (why := _unreached(attachment)):
+                        unreached[number].append(why)
             else:
                 of_table.append(Divergence(0.0, 0.0))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
+    for failures in unreached.values():
+        if len(failures) == len(calibration.batches):  # a KL of 0 that says nothing; an expert may miss one batch
+            raise failures[0]
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
     return [weighted(of_table, weights) for of_table in by_table]

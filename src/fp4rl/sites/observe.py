@@ -29,15 +29,25 @@ class Eye:
         """
         if self._raw is value and self._flat is not None:
             return self._flat
-        flat = value.detach().flatten(0, -2)
-        if self.mask is not None and value.shape[:-1] == self.mask.shape:
-            flat = flat[self.mask.flatten().bool()]
+        real = real_tokens(value.detach(), self.mask) if self.mask is not None else None
+        flat = value.detach().flatten(0, -2) if real is None else real
         self._raw, self._flat = value, flat
         return flat
 
     def forget(self) -> None:
         """Drop the last tensor seen."""
         self._raw = self._flat = None
+
+
+def real_tokens(value: Tensor, mask: Tensor) -> Tensor | None:
+    """Return the real tokens [n, features] of a stream, wherever the mask's [batch, time] stands among its axes.
+
+    Hyper-connections put streams behind them, Gemma-3n before. None where no two axes are like the mask's.
+    """
+    at = next((i for i in range(value.ndim - 2) if value.shape[i : i + 2] == mask.shape), None)
+    if at is None:
+        return None
+    return value.movedim((at, at + 1), (0, 1))[mask.bool().to(value.device)].flatten(0, -2)
 
 
 @contextmanager
