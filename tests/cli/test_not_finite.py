@@ -77,4 +77,4 @@ def test_a_failed_run_is_reported_shown_and_compared_as_failed(broken, embedded_
     assert main(["show", failing.run_id]) == 1
     assert capsys.readouterr().err == f"fp4rl: nan/{failing.run_id} failed: {why}\n"
     assert main(["compare", "nan"]) == 1
-    assert "(failed: after step 0:" in capsys.readouterr().out
+    assert "(failed: after step 0:" in " ".join(capsys.readouterr().out.split())

@@ -102,7 +102,7 @@ def test_the_report_is_json_and_keeps_its_keys(w4a4):
         *("schema", "model", "injection", "sites_digest", "sites", "calibration", "weights_together"),
         *("parts", "sensitivity", "depth", "dynamics", "distribution"),
     }
-    assert {"site", "layer", "role", "part", "format", "shape", "short_block", "measures", "ideal", "excess"} == set(
-        found["parts"][0]
-    )
+    assert set(found["parts"][0]) == {
+        *("site", "layer", "role", "part", "format", "shape", "short_block", "measures", "ideal", "excess", "experts"),
+    }
     assert found["calibration"]["texts"] == 32

@@ -14,7 +14,7 @@ from fp4rl.spec.model import Embedded
 from fp4rl.spec.points import FORMAT_POINTS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "concepts" / "injection.md").read_text(encoding="utf-8")
-DESCRIBED, ERRORS = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+DESCRIBED, BY_PART, ERRORS = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
 
 
 @pytest.mark.parametrize("more", [{}, ERRORS], ids=["formats", "and errors"])
@@ -22,6 +22,10 @@ def test_what_it_describes_can_be_injected(more):
     table = resolve(embedded_skeleton(Embedded()), Injection.model_validate(DESCRIBED["injection"] | more))
     assert len(table.plans) == 16
     assert any(plan.errors for plan in table.plans) == bool(more)
+
+
+def test_what_it_says_of_parts_is_taken():
+    assert Injection.model_validate(BY_PART["injection"]).by_pattern.keys() >= {"experts", "attention", "router"}
 
 
 def test_it_names_every_mode_point_phase_and_kind_of_error():

@@ -135,3 +135,12 @@ def test_a_head_that_training_would_not_reach_is_refused_where_it_is_described()
         with pytest.raises(ValidationError, match=r"write apply_during: \[rollout, evaluation\]"):
             Experiment.model_validate({"model": model, "injection": head})
         Experiment.model_validate({"model": model, "injection": head | {"apply_during": ["rollout", "evaluation"]}})
+
+
+def test_a_layer_that_multiplies_is_no_norm_whatever_the_module_around_it_is_called():
+    """DBRX's attention lies in `norm_attn_norm`, Gemma-3n makes logits ready in `altup_unembed_projections`."""
+    assert Targets().why_left("blocks.0.norm_attn_norm.attn.Wqkv", "linear", "attention") is None
+    assert Targets().why_left("model.altup_unembed_projections.0", "linear", "mlp") is None
+    assert Targets().why_left("blocks.0.norm_attn_norm.norm_1", "norm", "norm") == "left by '*norm*'"
+    assert Targets().why_left("model.embed_tokens", "embedding", "embedding") == "left by '*embed*'"
+    assert Targets(leave=("*attn*",)).why_left("blocks.0.norm_attn_norm.attn.Wqkv", "linear", "attention")

@@ -24,6 +24,8 @@ _LEAVES: Mapping[str, tuple[str, ...]] = {  # the patterns of the default that k
     "adapter": ("*lora_*",),
     "lm_head": ("*lm_head*",),
 }
+# Layers that multiply are no norms or embeddings, even if their names hold the word (`norm_attn_norm.attn`).
+_NO_LAYERS, _LAYERS = ("*embed*", "*norm*"), ("attention", "mlp", "experts", "shared_experts")
 
 
 class Targets(Spec):
@@ -86,7 +88,8 @@ class Targets(Spec):
         """
         if not any(pattern == part or matches(name, pattern) for pattern in self.take):
             return "no pattern of take matches"
-        hits = [pattern for pattern in self.leave if pattern == part or matches(name, pattern)]
+        leave = [p for p in self.leave if p not in _NO_LAYERS] if part in _LAYERS else self.leave
+        hits = [pattern for pattern in leave if pattern == part or matches(name, pattern)]
         hits += [pattern for pattern in _LEAVES.get(role, ()) if pattern in self.leave]
         return f"left by {hits[0]!r}" if hits else None
 
