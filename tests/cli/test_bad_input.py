@@ -224,3 +224,9 @@ def test_a_name_that_no_file_system_takes_is_one_line(said, arguments):
 )
 def test_a_wrong_command_line(said, arguments):
     one_line(*said(*arguments), "--help")
+
+
+@pytest.mark.parametrize("words", [("plan", "+\0"), ("plan", "a\0.yaml"), ("runs", "--runs", "\0"), ("audit", "a\0b")])
+def test_a_nul_in_a_path_is_one_line(words, said):
+    """Kind: what `open` refuses before it looks; a YAML string may hold one."""
+    one_line(*said(*words))

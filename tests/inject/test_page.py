@@ -25,12 +25,13 @@ def test_what_it_describes_can_be_injected(more):
 
 
 def test_what_it_says_of_parts_is_taken():
-    assert Injection.model_validate(BY_PART["injection"]).by_pattern.keys() >= {"experts", "attention", "router"}
+    rules = Injection.model_validate(BY_PART["injection"]).by_pattern
+    assert {rule.pattern for rule in rules} >= {"experts", "attention", "router"}
 
 
 def test_it_names_every_mode_point_phase_and_kind_of_error():
     kinds = {kind for kind, _, _ in CAPABILITIES}
-    assert {word for word in (*MODES, *FORMAT_POINTS, *PHASES, *kinds) if f"`{word}`" not in PAGE} == {"none"}
+    assert {word for word in (*MODES, *FORMAT_POINTS, *PHASES, *kinds) if f"`{word}`" not in PAGE} <= {"none"}
 
 
 def test_it_counts_the_table_of_capabilities():

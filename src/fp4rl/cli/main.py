@@ -142,6 +142,8 @@ def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
             return 2, f"{error.filename}: {error.strerror}; name another place, or make room there"
         case UserError():
             return 2, str(error)
+        case ValueError() if "embedded null" in str(error):  # open's words; a YAML string may hold one
+            return 2, "a path holds a NUL character; name another place"
         case _ if is_full(error):
             return 1, "a disk is full, or a quota used up; make room and run the same command again"
     return None
