@@ -230,3 +230,11 @@ def test_a_wrong_command_line(said, arguments):
 def test_a_nul_in_a_path_is_one_line(words, said):
     """Kind: what `open` refuses before it looks; a YAML string may hold one."""
     one_line(*said(*words))
+
+
+@pytest.mark.parametrize(
+    "words", [("plan", "~nobody-here/a.yaml"), ("plan", "+~nobody-here"), ("runs", "--runs=~nobody-here")]
+)
+def test_the_home_of_nobody_is_one_line(words, said):
+    """Kind: `~name` where nobody is called so, which a shell leaves as it is."""
+    one_line(*said(*words), "~nobody-here")

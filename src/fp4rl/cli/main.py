@@ -19,6 +19,7 @@ from fp4rl.cli.terminal import forget_left_out, require_nothing_left_out
 from fp4rl.engines.environment import launched, leave
 from fp4rl.lab.files import is_full
 from fp4rl.spec.errors import CheckFailed, UserError
+from fp4rl.spec.frozen import at_home
 
 # In the order of their listing. A verb's module has `command` (a function) or `app` (a Typer with sub-verbs), and may
 # have `CONTEXT`, settings of the parser.
@@ -119,8 +120,8 @@ def _at_home(argument: str) -> str:
     """Expand `~` as a shell does, which it does not after `--runs=`."""
     option, equals, value = argument.partition("=")
     if option.startswith("--") and value.startswith("~"):
-        return f"{option}{equals}{Path(value).expanduser()}"
-    return str(Path(argument).expanduser()) if argument.startswith("~") else argument
+        return f"{option}{equals}{at_home(value)}"
+    return at_home(argument)
 
 
 def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:

@@ -7,9 +7,14 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+def at_home(path: str | os.PathLike[str]) -> str:
+    """Expand `~` as a shell does: the home of nobody (`~name`) stays as it is, where pathlib would raise."""
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
 def _expanded(path: Any) -> Any:
     """Return a path as text, `~` expanded; a value of another type is returned as it is, for pydantic to refuse."""
-    return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path  # noqa: PTH111
+    return at_home(path) if isinstance(path, str | os.PathLike) else path
 
 
 LocalPath = Annotated[str, BeforeValidator(_expanded)]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
+from fp4rl.spec.frozen import at_home
 from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
@@ -95,7 +96,7 @@ def _check_side(path: str, side: str, arms: Mapping[str, Experiment]) -> None:
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML mapping from a file; InvalidValueError names the line of a mistake in it."""
-    file = Path(path).expanduser()
+    file = Path(at_home(path))
     try:
         content = plain_values(file.read_text(encoding="utf-8-sig"), str(file))
     except UnicodeDecodeError:
