@@ -1,12 +1,11 @@
 """A scan of a mixture of experts: its stacks are weights like others, and what is wrong in one expert is seen."""
 
 import copy
-import importlib.util
 from dataclasses import astuple
-from pathlib import Path
 
 import pytest
 import torch
+import zoo_oracle
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fp4rl.diagnose.advice import Options, advise
@@ -20,11 +19,6 @@ from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.scan import Scan
-
-_file = Path(__file__).parents[1] / "zoo" / "zoo_oracle.py"
-_spec = importlib.util.spec_from_file_location("zoo_oracle", _file)
-zoo_oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(zoo_oracle)
 
 STACKS = {f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")}
 

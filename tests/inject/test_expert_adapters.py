@@ -1,9 +1,9 @@
 """Adapters of stacked experts (peft's `target_parameters`) against experts that are written out in float64."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
+import expert_kinds as experts
+import expert_oracle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,16 +15,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
 
-
-def _beside(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-experts = _beside("test_experts")
-oracle = experts.expert_oracle.oracle
+oracle = expert_oracle.oracle
 KINDS = {name: experts.KINDS[name] for name in ("linear", "@ with biases", "bmm, undeclared", "no gate")}
 HIDDEN, RANK = 64, 4
 
@@ -139,14 +130,14 @@ def test_only_the_parameters_that_are_taken_are_rounded_and_peft_adds_to_the_oth
     with attach(model, given), torch.no_grad():
         found = called(model, *args)
     with torch.no_grad():
-        right = experts.expert_oracle.product
+        right = expert_oracle.product
         sizes = module._parameters["down_proj"].shape[-1]
         plain = Injection()
-        experts.expert_oracle.product = lambda x, w, i, b=None: right(x, w, i if x.shape[-1] == sizes else plain, b)
+        expert_oracle.product = lambda x, w, i, b=None: right(x, w, i if x.shape[-1] == sizes else plain, b)
         try:
             assert torch.allclose(found, oracle(module, args, injection), rtol=1e-9, atol=1e-9)
         finally:
-            experts.expert_oracle.product = right
+            expert_oracle.product = right
 
 
 def test_a_linear_layer_adapted_as_a_parameter_is_refused_with_the_cure():

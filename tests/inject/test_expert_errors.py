@@ -4,11 +4,10 @@ The kind of fault: what is described for linear layers stopped before the expert
 mixture, and nothing said so.
 """
 
-import importlib.util
-from pathlib import Path
-
+import expert_kinds as experts
 import pytest
 import torch
+import zoo_oracle as oracle
 
 from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
@@ -16,18 +15,6 @@ from fp4rl.noise.perturb import perturb
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.noise import Noise
-
-
-def _loaded(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_here = Path(__file__).parent
-oracle = _loaded("zoo_oracle", _here.parent / "zoo" / "zoo_oracle.py")
-experts = _loaded("test_experts_of_every_kind", _here / "test_experts.py")
 
 KINDS = {
     "qwen3_moe": "Qwen3MoeExperts",

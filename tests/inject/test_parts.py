@@ -3,12 +3,12 @@
 The oracle is a float64 computation in which every layer is rounded as written here, and the exporter's own list.
 """
 
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+import zoo_families as families
+import zoo_oracle as oracle
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fp4rl.inject.attach import attach
@@ -18,18 +18,6 @@ from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.retarget import in_format, under_preset
-
-
-def _loaded(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_here = Path(__file__).parent
-oracle = _loaded("zoo_oracle", _here.parent / "zoo" / "zoo_oracle.py")
-families = _loaded("zoo_families", _here.parent / "zoo" / "zoo_families.py")
 
 # Worked out by hand from the sources of transformers: what stands in one layer with experts, and outside of layers.
 _ATTENTION = {f"self_attn.{name}_proj": "attention" for name in "qkvo"} | {"self_attn": "attention"}

@@ -4,11 +4,10 @@ Found by: `require_calls` (inputs that are not rounded, in eager mode and in a c
 first product shows and `require_rounded` (blocks along the wrong axis), `require_rounded` (a router that is rounded).
 """
 
-import importlib.util
-from pathlib import Path
-
+import expert_kinds as kinds
 import pytest
 import torch
+import zoo_families as families
 
 from fp4rl.inject import attach as attaching
 from fp4rl.inject import experts, probe
@@ -20,17 +19,6 @@ from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
 
-
-def _loaded(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_here = Path(__file__).parent
-families = _loaded("zoo_families", _here.parent / "zoo" / "zoo_families.py")
-kinds = _loaded("test_experts_of_every_kind", _here / "test_experts.py")
 IDS = torch.arange(3, 27).view(2, 12)
 W4A4 = Injection.named("w4a4", dtype="float32")
 

@@ -5,9 +5,8 @@ part of it is left as it is, rounded along the wrong axis, or not found at all. 
 """
 
 import copy
-import importlib.util
-from pathlib import Path
 
+import expert_oracle
 import pytest
 import torch
 import transformers
@@ -19,10 +18,6 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
-
-_spec = importlib.util.spec_from_file_location("expert_oracle", Path(__file__).with_name("expert_oracle.py"))
-expert_oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(expert_oracle)
 
 MODES = ("w4a16", "w4a8", "w4a4", "w4a4_out")
 IDS = torch.arange(3, 27).view(2, 12)

@@ -1,24 +1,18 @@
 """What a rounded model computes, in float64, without a line of fp4rl: formats, linear layers, experts, caches."""
 
 import copy
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import expert_oracle
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
-
-_file = Path(__file__).parents[1] / "inject" / "expert_oracle.py"
-_spec = importlib.util.spec_from_file_location("expert_oracle", _file)
-expert_oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(expert_oracle)
 
 Rounding = Callable[[Tensor], Tensor]
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)

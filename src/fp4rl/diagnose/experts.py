@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Batch
-from fp4rl.inject.experts import Product, Products
+from fp4rl.inject.experts import ExpertProduct, Products
 from fp4rl.inject.plan import SitePlan
 from fp4rl.numerics.errors import ErrorSums
 
@@ -56,7 +56,7 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
 
 
 class _Looked:
-    """Stands where an injected stack would: it computes a product as it is, and tells whose rows went into it."""
+    """Takes the place of an injected stack: computes each product unchanged, and reports the rows of each expert."""
 
     def __init__(self, plan: SitePlan, stored: Tensor, on_rows: OnRows) -> None:
         self.plan, self.stored, self.on_rows = plan, stored, on_rows
@@ -64,15 +64,15 @@ class _Looked:
     def summed_over(self, transposed: bool) -> None:
         """Rows are looked at, and they run along `in` either way."""
 
-    def computed(self, product: Product) -> Tensor:
+    def computed(self, product: ExpertProduct) -> Tensor:
         """Return the product, unchanged."""
         for expert, rows in self._rows(product):
             if rows.numel():
                 self.on_rows(self.plan, expert, rows.detach().flatten(0, -2))
         return product.compute(product.x, product.weight)
 
-    def _rows(self, product: Product) -> list[tuple[int, Tensor]]:
-        """Whose matrix it is tells the row where it lies in the stack; a gathered copy lies elsewhere."""
+    def _rows(self, product: ExpertProduct) -> list[tuple[int, Tensor]]:
+        """Return (expert, rows). A matrix tells its expert by its place in the stack; a gathered copy has none."""
         x, weight, stored = product.x, product.weight, self.stored
         if product.ends is not None:
             return list(enumerate(x.tensor_split(product.ends.tolist())[:-1]))

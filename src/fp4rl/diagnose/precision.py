@@ -132,7 +132,7 @@ def input_errors(
     def watch(path: str, tokens: Tensor) -> None:
         fmt = plans[path].input
         assert fmt is not None
-        if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read sums tensor
+        if last.get("tokens") is not tokens or last.get("fmt") != fmt:  # q, k and v read one tensor
             sums = ErrorSums()
             sums.add(round_piece(tokens.to(dtype), fmt, plans[path].name), each_row=True)
             last.update(tokens=tokens, fmt=fmt, tally=sums)

@@ -1,6 +1,5 @@
 """Live stacked experts ([experts, out, in] in one parameter, or transposed) that compute with rounded numbers.
 
-
 While the module's own forward runs, reading a parameter gives its rounded copy, and every matmul with one of them is
 intercepted: inputs and outputs are rounded there, and the axis that it sums over is checked. On its way to the matmul a
 parameter is indexed, transposed, gathered and cast, all of which keep the order of the last two axes in memory: so the
@@ -30,7 +29,7 @@ _GROUPED = (grouped_mm, torch._grouped_mm)
 
 
 @dataclass(frozen=True)
-class Product:
+class ExpertProduct:
     """A product that was intercepted: `compute` makes y [..., m, out] from x [..., m, in] and a weight [..., out, in].
 
     Where one x holds the rows of several experts, `ends` holds the end of each expert's rows.
@@ -42,7 +41,7 @@ class Product:
     ends: Tensor | None = None
 
     @classmethod
-    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Product":
+    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "ExpertProduct":
         """Describe a call: `linear` sums over the weight's last axis, all others over the last but one."""
         x, weight, *rest = args
         if func is linear:
@@ -64,7 +63,7 @@ class StackState(LinearState):
         reach = [reach for _, reach in made if reach is not None]
         return torch.stack([copy for copy, _ in made]), torch.stack(reach) if reach else None
 
-    def computed(self, product: Product) -> Tensor:
+    def computed(self, product: ExpertProduct) -> Tensor:
         """Compute a product with everything that acts at this site."""
         self.numbers[_thread()] = self.product_number + 1
         x, weight = product.x, product.weight
@@ -72,7 +71,7 @@ class StackState(LinearState):
         y = self._with_wrong_products(product, x) if self.products_on else product.compute(x, weight)
         return self.rounded_values(y.contiguous(), "output") if self.output_on else y
 
-    def _with_wrong_products(self, product: Product, x: Tensor) -> Tensor:
+    def _with_wrong_products(self, product: ExpertProduct, x: Tensor) -> Tensor:
         """Compute a product with errors in its result and both gradients, each rounded for a product of its own."""
         compute, weight = product.compute, product.weight
         if not torch.is_grad_enabled():
@@ -92,7 +91,7 @@ class StackState(LinearState):
         computed = ends.diff(prepend=ends.new_zeros(1)) > 0
         return g.index_put((computed,), self.with_errors(g[computed], "matmul", g, backward=product))
 
-    def _rounded_by_rows(self, product: Product, g: Tensor) -> Tensor:
+    def _rounded_by_rows(self, product: ExpertProduct, g: Tensor) -> Tensor:
         """Return the gradient as operand of grad_weight, rounded in blocks along the rows of one expert."""
         if product.ends is not None:
             *parts, rest = g.tensor_split(product.ends.tolist())  # behind the last expert's: rows of other processes
@@ -154,11 +153,11 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if len(args) > 1 and (func is linear or func in _MATMULS or func in _GROUPED or _is_fallback(func)):
             if (second := self._followed.get(id(args[1]))) is not None:
-                y = self._met(second.stack, Product.of(func, args, kwargs))
+                y = self._met(second.stack, ExpertProduct.of(func, args, kwargs))
                 rest, more = (args[2:], kwargs) if func is not linear else ((), {})  # no bias a second time
                 return y if second.beside is None else y + func(args[0], second.beside, *rest, **more)
             if (first := self._followed.get(id(args[0]))) is not None and args[1].ndim > 1:
-                columns = Product(lambda x, w: func(w, x.mT, **kwargs).mT, args[1].mT, args[0])
+                columns = ExpertProduct(lambda x, w: func(w, x.mT, **kwargs).mT, args[1].mT, args[0])
                 y = self._met(first.stack, columns).mT
                 return y if first.beside is None else y + func(first.beside, *args[1:], **kwargs)
         result = func(*args, **kwargs)
@@ -170,7 +169,7 @@ class Products(TorchFunctionMode):
                     self.follow(tensor, known.stack, twin)
         return result
 
-    def _met(self, stack: StackState, product: Product) -> Tensor:
+    def _met(self, stack: StackState, product: ExpertProduct) -> Tensor:
         x, weight = product.x, product.weight
         if x.numel() and min(weight.shape[-2:]) > 1:  # a stride over one value says nothing
             stack.summed_over(weight.stride(-1) != 1)
