@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fp4rl.models.fit import end_ids
-from fp4rl.models.load import load, with_lora
+from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.generate import Sampling, transformers_sampler
+from fp4rl.rl.lora import with_lora
 from fp4rl.rl.rollout import roll_out, seed_rollout
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evaluation import Evaluation

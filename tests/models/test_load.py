@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import experts_in
 
-from fp4rl.models.load import keep_experts, load, skeleton, with_lora
+from fp4rl.models.load import load, skeleton
+from fp4rl.models.save import save
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
-from fp4rl.spec.model import Embedded, Lora, Model
+from fp4rl.spec.model import Embedded, Model
 
 PROMPT = "Q: Tom has 2 3 coins . loses 2 . How many ? A:"
 
@@ -174,56 +176,6 @@ def test_an_adapter_without_its_weights_file(adapter):
     refused(adapter, InvalidValueError, "adapter in .* cannot be read")
 
 
-def test_an_adapter_sits_where_it_is_told_to_and_a_layer_that_is_not_there_is_a_mistake(tmp_path):
-    def adapted(*names):
-        model = with_lora(
-            build(Embedded(num_layers=1), build_tokenizer()), Lora(rank=2, target_modules=names), tmp_path
-        )
-        return {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
-
-    assert adapted("q_proj", "v_proj") == {"q_proj", "v_proj"}
-    assert adapted("all-linear") == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    with pytest.raises(InvalidValueError, match="no layer 'q_prj'; did you mean 'q_proj'"):
-        adapted("q_prj")
-    with pytest.raises(ValueError, match="all-linear alone"):
-        Lora(target_modules=("all-linear", "q_proj"))
-
-
-def experts_in(family, device="meta", vocab=64):
-    """A tiny Qwen3-MoE or other mixture."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    small |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4, "vocab_size": vocab}
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
-
-
-@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
-def test_an_adapter_sits_on_stacked_experts_that_are_named_and_never_on_a_router_that_returns_a_choice(tmp_path):
-    """Fault: Llama-4's router returns two tensors; an adapter that peft's all-linear put on it took them for one."""
-
-    def adapted(family, **lora):
-        model = with_lora(experts_in(family), Lora(rank=2, **lora), tmp_path)
-        return {name.split(".mlp.")[-1].split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-
-    both = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    assert adapted("qwen3_moe", target_modules=(), target_parameters=both) == {"experts", "experts.base_layer"}
-    assert not any("router" in name for name in adapted("llama4_text"))
-    with pytest.raises(
-        InvalidValueError, match=r"no parameter 'experts.down_prj'.*did you mean 'mlp.experts.down_proj'"
-    ):
-        adapted("qwen3_moe", target_parameters=("experts.down_prj",))
-    with pytest.raises(InvalidValueError, match="peft refuses it: No modules were targeted"):
-        adapted("llama4_text", target_modules=("router",))
-    with pytest.raises(InvalidValueError, match=r"peft refuses it: .* \(stacked experts take no dropout: set 0\)"):
-        adapted("qwen3_moe", dropout=0.1)
-    with pytest.raises(ValueError, match="takes no dropout; set 0"):
-        Lora(target_parameters=both, dropout=0.1)
-    with pytest.raises(ValueError, match="both empty"):
-        Lora(target_modules=())
-
-
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A tiny Qwen3-MoE in a folder."""
@@ -242,9 +194,7 @@ def test_the_way_in_which_experts_are_computed_is_chosen_here_and_kept_with_a_sa
     kinds = {way: load(mixture, experts=way)[0] for way in ("eager", "batched_mm")}
     assert {way: m.config._experts_implementation for way, m in kinds.items()} == {way: way for way in kinds}
     for way, one in kinds.items():
-        one.save_pretrained(tmp_path / way)
-        tokenizer.save_pretrained(tmp_path / way)
-        keep_experts(tmp_path / way, one, way)
+        save(one, tokenizer, tmp_path / way, mixture, way)
         assert load(tmp_path / way)[0].config._experts_implementation == way
         assert skeleton(tmp_path / way).config._experts_implementation == way
         assert load(tmp_path / way, experts="grouped_mm")[0].config._experts_implementation == "grouped_mm"

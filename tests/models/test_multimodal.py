@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import transformers
-from torch import nn
+from tiny_models import MULTIMODAL, multimodal
 from transformers import AutoModelForImageTextToText
 
 from fp4rl.inject.attach import attach
@@ -15,43 +14,13 @@ from fp4rl.noise.targets import noisy_weights
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.noise import Noise
 
-TEXT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-TEXT |= {"intermediate_size": 96, "vocab_size": 160, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SEEING = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "depth": 4}
-TOKENS = {f"{name}_token_id": 150 + n for n, name in enumerate(("image", "video", "vision_start", "vision_end"))}
-ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-GEMMA_SEEING = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-FAMILIES = {
-    "Gemma3": {
-        "text_config": TEXT,
-        "vision_config": GEMMA_SEEING | {"image_size": 28, "patch_size": 14},
-        "mm_tokens_per_image": 4,
-        "image_token_index": 150,
-    },
-    "Qwen2_5_VL": {
-        "text_config": TEXT | {"rope_parameters": ROPE},
-        "vision_config": SEEING | {"fullatt_block_indexes": [1]},
-        **TOKENS,
-    },
-    "Qwen3VL": {
-        "text_config": TEXT | {"rope_parameters": ROPE | {"mrope_interleaved": True}},
-        "vision_config": SEEING | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-        **TOKENS,
-    },
-}
 IDS = torch.arange(10, 34).view(2, 12)
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=MULTIMODAL)
 def folder(request, tmp_path):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{request.param}Config")(**FAMILIES[request.param])
-    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path)
+    multimodal(request.param).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     return tmp_path
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from fp4rl.models.load import with_lora
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl import generate as generate_room
 from fp4rl.rl import trainer as trainer_room
 from fp4rl.rl.generate import dropout_off, drops
+from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.model import Embedded, Lora
 

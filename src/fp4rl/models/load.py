@@ -1,13 +1,11 @@
 """Load a model folder from this disk: weights or modules without weights, tokenizer, and a LoRA adapter if any."""
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +19,7 @@ from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, r
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
-from fp4rl.spec.model import Embedded, ExpertsImplementation, Lora
+from fp4rl.spec.model import Embedded, ExpertsImplementation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Any one of these makes a tokenizer; `tokenizer_config.json` alone does not, though transformers would invent one.
@@ -121,15 +119,6 @@ def _experts_of(*folders: Path) -> str | None:
     return next((how for how in said if how in get_args(ExpertsImplementation)), None)
 
 
-def keep_experts(folder: Path, model: Any, experts: str | None) -> None:
-    """Write how stacked experts are computed into the folder's config.json, where `load` and transformers read it."""
-    if experts is not None:
-        model.config.save_pretrained(folder)
-        file = folder / "config.json"
-        content = json.loads(file.read_text(encoding="utf-8")) | {"experts_implementation": experts}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _name_backbone(model: Any) -> None:
     """Correct the name under which a class says that the part below its head stands (Llama-4: where none is)."""
     if model.base_model is model:
@@ -188,51 +177,6 @@ def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> 
     _require_choice(model, experts)
     require_ids_inside(model, tokenizer, folder)
     return model
-
-
-def with_lora(model: Any, lora: Lora, base: str | Path) -> Any:
-    """Put a fresh LoRA adapter on the linear layers of the decoder of `model`, loaded from the folder `base`.
-
-    The base is frozen, and only the adapter is saved, with the path of its base. Initial values come from torch's
-    global generator. Raises InvalidValueError for a folder that holds an adapter already, and for modules that the
-    model does not have.
-    """
-    from peft import LoraConfig, get_peft_model  # only in this file: a plain model needs no peft
-
-    if (Path(base) / "adapter_config.json").is_file():
-        raise InvalidValueError(f"{str(base)!r} holds an adapter already: drop model.lora to train that one on")
-    _require_adaptable(model, lora)
-    layers, everywhere = model.named_modules(), lora.target_modules == ("all-linear",)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # typed int in peft, but a float works as well
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules="all-linear" if everywhere else list(lora.target_modules),
-        # Llama-4's router is a linear layer that returns a choice beside its product.
-        exclude_modules=[n for n, m in layers if isinstance(m, nn.Linear) and hasattr(m, "top_k")] or None,
-        target_parameters=list(lora.target_parameters) or None,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as why:
-        cure = " (stacked experts take no dropout: set 0)" if lora.dropout and "ParamWrapper" in str(why) else ""
-        raise InvalidValueError(f"model.lora: peft refuses it: {why}{cure}") from why
-    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
-    return adapted
-
-
-def _require_adaptable(model: nn.Module, lora: Lora) -> None:
-    """Raise InvalidValueError for a name in an adapter's description that the model does not have."""
-    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for name in {*lora.target_modules} - layers - {"all-linear"}:
-        raise InvalidValueError(f"model.lora.target_modules: the model has no layer {name!r}{nearest(name, layers)}")
-    parameters = {re.sub(r"^.*?\.\d+\.", "", name) for name, _ in model.named_parameters()}
-    for name in lora.target_parameters:
-        if not any(f".{parameter}".endswith(f".{name}") for parameter in parameters):
-            why = f"the model has no parameter {name!r}{nearest(name, parameters)}"
-            raise InvalidValueError(f"model.lora.target_parameters: {why}")
 
 
 def _adapted(model: Any, folder: Path) -> Any:

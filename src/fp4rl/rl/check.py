@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of, with_lora
+from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
+from fp4rl.rl.lora import with_lora
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
 from fp4rl.spec.errors import InvalidValueError

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.models.load import keep_experts, load, with_lora
+from fp4rl.models.load import load
+from fp4rl.models.save import save
 from fp4rl.rl import processes
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import TrainerComponents
@@ -21,10 +22,12 @@ from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, Ste
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
+from fp4rl.rl.lora import with_lora
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, reward_named
 from fp4rl.rl.trainer import Trainer
+from fp4rl.sites.modalities import freeze_other_modules
 from fp4rl.spec.errors import NotFinite, located, require_finite
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
@@ -114,9 +117,8 @@ class TrainingSession:
     def save(self, folder: Path) -> Path:
         """Save the present policy with its tokenizer; return the folder."""
         if processes.is_first():
-            self.model.save_pretrained(folder)
-            keep_experts(folder, self.model, self.run.experiment.model.experts_implementation)
-            self.tokenizer.save_pretrained(folder)
+            experts = self.run.experiment.model.experts_implementation
+            save(self.model, self.tokenizer, folder, self.run.start, experts)
         processes.wait()
         return folder
 
@@ -209,9 +211,10 @@ class TrainingSession:
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the start's model and tokenizer, with a fresh adapter where the spec has one."""
+    """Load the start's model and tokenizer, with a fresh adapter where the spec has one; only text is trained."""
     spec = run.experiment.model
     model, tokenizer = load(run.start, spec.dtype, spec.experts_implementation)
+    freeze_other_modules(model)
     if spec.lora is not None:
         model = with_lora(model, spec.lora, run.start)
     return model.to(processes.device()), tokenizer

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.inject.attach import Attachment, attach, drawing_alike
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.probe import require_rounded
-from fp4rl.models.load import load, with_lora
+from fp4rl.models.load import load
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.selftest import require_sound
 from fp4rl.rl import processes
+from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import ActivePoints, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
 from fp4rl.spec.experiment import Experiment

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fp4rl.sites.modalities import text_modules
 from fp4rl.spec.targets import matches
 
 Kind = Literal["linear", "experts", "router", "attention", "norm", "embedding", "adapter", "other"]
@@ -88,7 +89,7 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
     first: dict[int, str] = {}
     sites = []
     hidden, routers, used_as, mixers = _width(model), _routers(model), _used_as(model), _mixers(model)
-    text = _text_modules(model)
+    text = text_modules(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # PEFT's unused original of a module that it trains fully
             continue
@@ -141,15 +142,6 @@ def _used_as(model: nn.Module) -> dict[int, str]:
     roles = {id(head): "lm_head"} if head is not None else {}
     mixers = (m for m in model.modules() if hasattr(m, "A_log") and isinstance(getattr(m, "dt_proj", None), nn.Linear))
     return roles | {id(mixer.dt_proj): "dt_proj" for mixer in mixers}
-
-
-def _text_modules(model: Any) -> set[int] | None:
-    """Return the modules, by `id`, that compute text in a multimodal model; None for a model of text alone."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
-        return None
-    head = model.get_output_embeddings()
-    return {id(model), id(head), *(id(module) for module in model.get_decoder().modules())}
 
 
 def _routers(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,67 @@
+"""A fresh adapter sits on the layers that it names, of the text model alone."""
+
+import pytest
+from tiny_models import MULTIMODAL, experts_in, multimodal
+
+from fp4rl.models.tiny import build
+from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.lora import with_lora
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.model import Embedded, Lora
+
+
+def test_an_adapter_sits_where_it_is_told_to_and_a_layer_that_is_not_there_is_a_mistake(tmp_path):
+    def adapted(*names):
+        model = with_lora(
+            build(Embedded(num_layers=1), build_tokenizer()), Lora(rank=2, target_modules=names), tmp_path
+        )
+        return {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    assert adapted("q_proj", "v_proj") == {"q_proj", "v_proj"}
+    assert adapted("all-linear") == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(InvalidValueError, match="no layer 'q_prj'; did you mean 'q_proj'"):
+        adapted("q_prj")
+    with pytest.raises(ValueError, match="all-linear alone"):
+        Lora(target_modules=("all-linear", "q_proj"))
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
+def test_an_adapter_sits_on_stacked_experts_that_are_named_and_never_on_a_router_that_returns_a_choice(tmp_path):
+    """Fault: Llama-4's router returns two tensors; an adapter that peft's all-linear put on it took them for one."""
+
+    def adapted(family, **lora):
+        model = with_lora(experts_in(family), Lora(rank=2, **lora), tmp_path)
+        return {name.split(".mlp.")[-1].split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    both = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    assert adapted("qwen3_moe", target_modules=(), target_parameters=both) == {"experts", "experts.base_layer"}
+    assert not any("router" in name for name in adapted("llama4_text"))
+    with pytest.raises(
+        InvalidValueError, match=r"no parameter 'experts.down_prj'.*did you mean 'mlp.experts.down_proj'"
+    ):
+        adapted("qwen3_moe", target_parameters=("experts.down_prj",))
+    with pytest.raises(InvalidValueError, match="peft refuses it: No modules were targeted"):
+        adapted("llama4_text", target_modules=("router",))
+    with pytest.raises(InvalidValueError, match=r"peft refuses it: .* \(stacked experts take no dropout: set 0\)"):
+        adapted("qwen3_moe", dropout=0.1)
+    with pytest.raises(ValueError, match="takes no dropout; set 0"):
+        Lora(target_parameters=both, dropout=0.1)
+    with pytest.raises(ValueError, match="both empty"):
+        Lora(target_modules=())
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_an_adapter_sits_on_the_text_model_of_a_multimodal_one_even_where_names_are_alike(family, tmp_path):
+    """Fault: peft's all-linear took every layer of the vision tower too: adapters that no text passes through."""
+
+    def adapted(*names):
+        model = with_lora(multimodal(family), Lora(rank=2, target_modules=names), tmp_path)
+        return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    layers = [f"base_model.model.model.language_model.layers.{layer}." for layer in range(3)]
+    attention, mlp = [f"self_attn.{n}_proj" for n in "qkvo"], [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    assert adapted("all-linear") == {layer + name for layer in layers for name in attention + mlp}
+    assert adapted("q_proj", "down_proj") == {layer + name for layer in layers for name in (attention[0], mlp[2])}
+    seeing = {"Gemma3": "fc1", "Qwen2_5_VL": "qkv", "Qwen3VL": "linear_fc1"}[family]
+    with pytest.raises(InvalidValueError, match=f"no layer '{seeing}' that text passes through"):
+        adapted(seeing)
