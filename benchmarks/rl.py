@@ -65,7 +65,7 @@ class Clock(TrainerCallback):
 
 def experiment(mode: str) -> Experiment:
     """The run of an arm."""
-    injection = "none" if mode == "none" else {"mode": mode, "preset": "vllm"}
+    injection = "none" if mode == "none" else {"mode": mode, "deployment": "compressed_tensors"}
     return Experiment.model_validate({"training": RECIPE, "injection": injection, "evaluation": {"count": 1}})
 
 
@@ -129,7 +129,7 @@ def generation(run: Run, rounds: int) -> tuple[float, float]:
     sampling = Sampling(48, temperature=1.0, logps=True)
     problems = [problem for problem in run.experiment.task.problems("train")[:16] for _ in range(8)]
     found: dict[str, list[float]] = {"plain": [], "w4a16": []}
-    with attach(other, Injection.named("w4a16", preset="vllm")) as attachment:
+    with attach(other, Injection.named("w4a16", deployment="compressed_tensors")) as attachment:
         attachment.set_phase("rollout")
         for turn in range(2 * rounds):
             for name, model in (("plain", one), ("w4a16", other)):

@@ -14,7 +14,7 @@ def main(steps: int = 20) -> float:
     x = torch.randn(256, 64)
     y = x[:, :1] * x[:, 1:2]
 
-    injection = fp4rl.Injection.named("w4a4", preset="vllm")
+    injection = fp4rl.Injection.named("w4a4", deployment="compressed_tensors")
     with fp4rl.attach(model, injection) as injected:
         for _ in range(steps):
             loss = nn.functional.mse_loss(model(x), y)  # forward and grad_input meet the rounded weights

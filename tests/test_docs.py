@@ -32,7 +32,10 @@ PAGES = [
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SECTIONS = ("", *Experiment.model_fields)
 # What makes a setting act that would be refused alone, so that the value itself is what is judged.
-AROUND = {"injection": {"mode": "w4a4", "preset": "vllm"}, "noise": {"schedule": {"kind": "geometric"}}}
+AROUND = {
+    "injection": {"mode": "w4a4", "deployment": "compressed_tensors"},
+    "noise": {"schedule": {"kind": "geometric"}},
+}
 OF_OTHERS = {  # settings of other libraries and of PyTorch that pages speak of
     *("truncation: error", "use_orig_params=True", "fullgraph=True", "FP4RL_BACKEND=reference"),
     *("key=value", "key.path=value"),  # words about settings

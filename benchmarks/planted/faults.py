@@ -116,7 +116,13 @@ def _nothing(attempt: TrainingSession) -> None:
 
 
 def _one_side(phase: str) -> dict[str, Any]:
-    return {"injection": {"mode": "w4a16", "preset": "vllm", "apply_during": {"weight": [phase, "evaluation"]}}}
+    return {
+        "injection": {
+            "mode": "w4a16",
+            "deployment": "compressed_tensors",
+            "apply_during": {"weight": [phase, "evaluation"]},
+        }
+    }
 
 
 FAULTS = (

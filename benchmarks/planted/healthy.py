@@ -21,16 +21,16 @@ ERRORS = ({"kind": "relative", "point": "matmul", "scale": 0.05},)
 CLASSES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "bf16": {},
-        "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}},
+        "w4a16": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}},
         "aqn alone": {"noise": AQN},
-        "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+        "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
         "matmul noise": {"injection": {"errors": ERRORS}},
-        "w4a8": {"injection": {"mode": "w4a8", "preset": "vllm"}},
-        "w4a4+aqn": {"injection": {"mode": "w4a4", "preset": "vllm"}, "noise": AQN},
+        "w4a8": {"injection": {"mode": "w4a8", "deployment": "compressed_tensors"}},
+        "w4a4+aqn": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}, "noise": AQN},
         "matmul noise+aqn": {"injection": {"errors": ERRORS}, "noise": AQN},
         "stochastic w4a16": {"injection": {"weight": "mxfp4_sr"}},
-        "w4a16+matmul noise": {"injection": {"mode": "w4a16", "preset": "vllm", "errors": ERRORS}},
-        "w4a16+aqn": {"injection": {"mode": "w4a16", "preset": "vllm"}, "noise": AQN},
+        "w4a16+matmul noise": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors", "errors": ERRORS}},
+        "w4a16+aqn": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}, "noise": AQN},
         "stochastic w4a4+aqn": {"injection": {"weight": "mxfp4_sr", "input": "mxfp4_sr"}, "noise": AQN},
         "matmul noise in the rollout": {"injection": {"errors": ERRORS, "apply_during": {"errors": ["rollout"]}}},
     }

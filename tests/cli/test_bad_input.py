@@ -119,8 +119,12 @@ def test_eval_at_a_precision_that_does_not_exist(said, tmp_path):
     one_line(*said("eval", tmp_path, "-p", "w4a17"), "w4a17", "did you mean")
 
 
-def test_eval_under_a_preset_that_does_not_exist_although_no_profile_uses_it(said, tmp_path):
-    one_line(*said("eval", tmp_path, "-p", "full", "--preset", "vlm"), "evaluation.preset", "did you mean 'vllm'")
+def test_eval_under_a_deployment_that_does_not_exist_although_no_profile_uses_it(said, tmp_path):
+    one_line(
+        *said("eval", tmp_path, "-p", "full", "--deployment", "vllm_hoper"),
+        "evaluation.deployment",
+        "did you mean 'vllm_hopper'",
+    )
 
 
 def test_power_without_runs_names_the_other_cure(said):

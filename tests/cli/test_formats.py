@@ -8,9 +8,9 @@ import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.spec import formats
+from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.formats import FORMATS, Element, Format, Rounding, ScaleRule, add_format
 from fp4rl.spec.points import MODES
-from fp4rl.spec.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "formats.md"
 
@@ -28,7 +28,7 @@ def shown(capsys, monkeypatch):
     return run
 
 
-def test_the_list_names_every_format_its_bits_grid_largest_value_and_every_preset(shown):
+def test_the_list_names_every_format_its_bits_grid_and_largest_value_and_points_to_the_deployments(shown):
     code, out, _ = shown()
     assert code == 0
     for fmt in FORMATS.values():
@@ -36,7 +36,7 @@ def test_the_list_names_every_format_its_bits_grid_largest_value_and_every_prese
         assert f"{fmt.bits_per_value:.4f}".rstrip("0").rstrip(".") in line.split()
         assert f"{fmt.element.largest:.5g}" in line
     assert "0 0.5 1 1.5 2 3 4 6" in out
-    for word in (*PRESETS, *MODES):
+    for word in (*MODES, "`fp4rl deployments`"):
         assert word in out
     assert "…" not in out
 
@@ -57,7 +57,15 @@ def test_a_format_that_was_added_is_listed_and_shown_with_its_error(shown):
 def test_one_format_shows_its_grid_rule_and_ideal_error(shown):
     code, out, _ = shown("mxfp4")
     assert code == 0
-    for part in ("4.25 bits", "0 0.5 1 1.5 2 3 4 6", "floor(log2 amax) - 2", "18.75", "grid_noise", "vllm"):
+    for part in (
+        "4.25 bits",
+        "0 0.5 1 1.5 2 3 4 6",
+        "floor(log2 amax) - 2",
+        "18.75",
+        "grid_noise",
+        *DEPLOYMENTS,
+        "not rounded",
+    ):
         assert part in out
     assert max(map(len, out.splitlines())) <= 100
 
@@ -109,13 +117,15 @@ def test_a_mistake_is_one_line_with_the_cure(shown, arguments, part):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_the_page_names_every_format_rule_rounding_and_preset():
+def test_the_page_names_every_format_rule_rounding_and_deployment():
     page = DOCS.read_text(encoding="utf-8")
-    words = (*FORMATS, *PRESETS, *get_args(Rounding), *(r for r in get_args(ScaleRule) if r != "amax"))
+    words = (*FORMATS, *DEPLOYMENTS, *get_args(Rounding), *(r for r in get_args(ScaleRule) if r != "amax"))
     assert [word for word in words if f"`{word}`" not in page] == []
 
 
-def test_a_preset_in_json_names_rule_and_rounding_of_weights_and_inputs(shown):
-    _, out, _ = shown("--json")
-    keys = {"weight_rule", "weight_rounding", "input_rule", "input_rounding", "source"}
-    assert all(set(preset) == keys for preset in json.loads(out)["presets"].values())
+def test_a_format_in_json_names_what_each_deployment_does_to_weights_and_inputs(shown):
+    _, out, _ = shown("mxfp4", "--json")
+    found = json.loads(out)["deployments"]
+    assert found.keys() == DEPLOYMENTS.keys()
+    assert found["vllm_blackwell"] == {"weight": "even, nearest_even", "input": "rceil, nearest_even"}
+    assert found["vllm_hopper"] == {"weight": "even, nearest_even", "input": "not rounded"}

@@ -69,9 +69,14 @@ def suite(family, path, mode):
     }
     training |= {"max_response_length": 8, "entropy_coeff": 0.1, "filter_groups": {"enable": False}}
     base = {"model": {"path": str(path)}, "task": {"name": "arithmetic"}, "training": training}
-    base |= {"injection": {"mode": mode, "preset": "vllm"}}
+    base |= {"injection": {"mode": mode, "deployment": "compressed_tensors"}}
     base |= {
-        "evaluation": {"count": 4, "max_new_tokens": 8, "preset": "vllm", "profiles": ["full", mode, "deployment"]}
+        "evaluation": {
+            "count": 4,
+            "max_new_tokens": 8,
+            "deployment": "compressed_tensors",
+            "profiles": ["full", mode, "deployment"],
+        }
     }
     adapted = {"model": {"path": str(path), "lora": lora}, "injection": {**base["injection"], "lora": LORA[mode]}}
     return {"suite": "mixture", "seeds": [0], "base": base, "arms": {"all": {}, "lora": adapted}}
@@ -93,7 +98,7 @@ def test_a_mixture_of_experts_goes_through_every_verb_and_is_the_same_when_loade
 ):
     monkeypatch.chdir(tmp_path)
     path = folder_of(family, tmp_path / family)
-    table = json.loads(asked(capsys, "sites", path, "--mode", mode, "--preset", "vllm", "--json"))
+    table = json.loads(asked(capsys, "sites", path, "--mode", mode, "--deployment", "compressed_tensors", "--json"))
     experts = {plan["site"] for plan in table["plans"] if plan["kind"] == "experts"}
     assert len(experts) == (2 if family == "deepseek_v3" else 4)
     asked(capsys, "scan", path, "format=mxfp4", "texts=4", "--advise", "advice.yaml")
@@ -124,14 +129,14 @@ def test_a_mixture_of_experts_goes_through_every_verb_and_is_the_same_when_loade
 
 
 def evaluated(capsys, folder, mode, *more):
-    words = ("eval", folder, "-p", "full", "-p", mode, *more, "--preset", "vllm", *SHORT, "--json")
+    words = ("eval", folder, "-p", "full", "-p", mode, *more, "--deployment", "compressed_tensors", *SHORT, "--json")
     return {e["profile"]["name"]: e for e in json.loads(asked(capsys, *words))}
 
 
 @pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_answers(tmp_path, capsys):
     path = folder_of("qwen3_moe", tmp_path / "qwen3_moe")
-    words = ["eval", str(path), "-p", "w4a4", "--preset", "vllm", *SHORT, "--json"]
+    words = ["eval", str(path), "-p", "w4a4", "--deployment", "compressed_tensors", *SHORT, "--json"]
     done = subprocess.run([sys.executable, "-m", "fp4rl", *words], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(asked(capsys, *words))

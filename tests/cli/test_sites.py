@@ -53,10 +53,10 @@ def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_pat
     assert "did you mean 'mixed'" in sites(file, "--arm", "mixd")[2]
 
 
-def test_a_preset_takes_the_place_of_the_specs_own(sites, tmp_path):
+def test_a_deployment_takes_the_place_of_the_specs_own(sites, tmp_path):
     file = tmp_path / "spec.yaml"
-    file.write_text("injection: {mode: w4a16, preset: vllm, targets: {layers: [0]}}\n")
-    code, out, _ = sites(file, "--preset", "modelopt")
+    file.write_text("injection: {mode: w4a16, deployment: compressed_tensors, targets: {layers: [0]}}\n")
+    code, out, _ = sites(file, "--deployment", "vllm_blackwell_rceil")
     assert code == 0
     assert "mxfp4 rceil" in out
     assert "7 sites = 1 layer x 7" in out
@@ -123,7 +123,7 @@ def test_old_settings_are_written_as_a_fragment_that_a_spec_takes(sites, tmp_pat
         (["embedded", "--mode", "[w4a4]"], "is neither a name nor a mapping"),
         (["embedded", "--mode", "3"], "is neither a name nor a mapping"),
         (["embedded", "--mode", "{weight: mxfp4, targets: {take: '*.layers.7.*'}}"], "did you mean '*.layers.1.*'"),
-        (["embedded", "--preset", "vlm"], "did you mean 'vllm'"),
+        (["embedded", "--deployment", "vllm_hoper"], "did you mean 'vllm_hopper'"),
         (["embedded", "x=1"], "is no spec file"),
         (["embedded", "--old", "error_type"], "KEY=VALUE"),
         (["embedded", "--write", "x.yaml"], "no setting is given"),

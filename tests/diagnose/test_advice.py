@@ -204,21 +204,25 @@ def test_another_scale_rule_is_recommended_with_what_it_saves(advice):
     assert advice.variant.name == "scale_rule: even"
     assert advice.injection(["weight_format"]).weight.scale_rule == "even"
     (mse,) = (reason for reason in advice.reasons if reason.startswith("scale_rule: mse"))
-    assert mse.endswith("no deployment preset rounds so")
+    assert mse.endswith("no deployment rounds so")
 
 
-@pytest.mark.parametrize("preset", [None, "vllm", "modelopt"])
-def test_every_piece_of_advice_makes_a_fragment_that_its_own_preset_accepts(trained, calibration, tmp_path, preset):
-    """The kind: advice that the door refuses (`mse`, which no preset rounds with)."""
-    injection = Injection.named("w4a16", preset)
+@pytest.mark.parametrize("deployment", [None, "compressed_tensors", "vllm_blackwell_rceil"])
+def test_every_piece_of_advice_makes_a_fragment_that_its_own_deployment_accepts(
+    trained, calibration, tmp_path, deployment
+):
+    """The kind: advice that the door refuses (`mse`, which no deployment rounds with)."""
+    injection = Injection.named("w4a16", deployment)
     report = scan(trained, injection, texts=calibration, spec=Scan(parts=("precision", "sensitivity"), measured=False))
     found = advise(report, trained, calibration, Options(bits_per_weight=5.0))
     spec, fragment = tmp_path / "spec.yaml", tmp_path / "advice.yaml"
-    spec.write_text(yaml.safe_dump({"injection": {"mode": "w4a16"} | ({"preset": preset} if preset else {})}))
+    spec.write_text(
+        yaml.safe_dump({"injection": {"mode": "w4a16"} | ({"deployment": deployment} if deployment else {})})
+    )
     fragment.write_text(yaml.safe_dump(found.fragment(("formats", "noise", "leave", "weight_format"))))
     loaded = load_spec(spec, [f"+{fragment}"]).injection
     assert loaded == found.injection(("formats", "leave", "weight_format"))
-    assert loaded.preset == preset
+    assert loaded.deployment == deployment
     assert ("weight_format" in found.held(("weight_format",))) == (loaded.weight != injection.weight)
 
 

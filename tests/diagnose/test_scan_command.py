@@ -102,7 +102,7 @@ suite: s
 base: {{model: {{path: "{folder}"}}}}
 arms:
   plain: {{}}
-  mixed: {{injection: {{mode: w4a4, preset: vllm, by_pattern: {{"*.down_proj": mxfp8}}}}}}
+  mixed: {{injection: {{mode: w4a4, deployment: compressed_tensors, by_pattern: {{"*.down_proj": mxfp8}}}}}}
   layer1: {{injection: {{mode: w4a16, targets: {{layers: [1]}}}}}}
 seeds: [0]
 """
@@ -120,20 +120,23 @@ def scanned(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-MIXED = {"mode": "w4a4", "preset": "vllm", "by_pattern": {"*.down_proj": "mxfp8"}}
+MIXED = {"mode": "w4a4", "deployment": "compressed_tensors", "by_pattern": {"*.down_proj": "mxfp8"}}
 
 
 @pytest.mark.parametrize(
     ("words", "injection"),
     [
         ((), MIXED),
-        (("preset=modelopt",), MIXED | {"preset": "modelopt"}),
+        (("deployment=vllm_blackwell_rceil",), MIXED | {"deployment": "vllm_blackwell_rceil"}),
         (("format=mxfp6_e2m3",), {**MIXED, "mode": None, "weight": "mxfp6_e2m3", "input": "mxfp6_e2m3"}),
         (("arm=layer1",), {"mode": "w4a16", "targets": {"layers": [1]}}),
-        (("arm=layer1", "preset=vllm"), {"mode": "w4a16", "preset": "vllm", "targets": {"layers": [1]}}),
-        (("arms.mixed.injection.preset=ocp",), MIXED | {"preset": "ocp"}),
+        (
+            ("arm=layer1", "deployment=compressed_tensors"),
+            {"mode": "w4a16", "deployment": "compressed_tensors", "targets": {"layers": [1]}},
+        ),
+        (("arms.mixed.injection.deployment=ocp",), MIXED | {"deployment": "ocp"}),
         (("injection=w4a16",), {"mode": "w4a16"}),
-        (("injection.preset=modelopt",), MIXED | {"preset": "modelopt"}),
+        (("injection.deployment=vllm_blackwell_rceil",), MIXED | {"deployment": "vllm_blackwell_rceil"}),
         (("injection.targets.layers=[1]", "arm=mixed"), MIXED | {"targets": {"layers": [1]}}),
     ],
 )
@@ -149,16 +152,16 @@ def test_keys_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, capsys,
 
 
 def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsys):
-    """Another preset than the arm's own, so that only the arm itself can take it."""
+    """Another deployment than the arm's own, so that only the arm itself can take it."""
     advice = tmp_path / "advice.yaml"
-    words = ["scan", str(spec), "preset=modelopt", "measured=false", "texts=2", "--advise", str(advice)]
+    words = ["scan", str(spec), "deployment=vllm_blackwell_rceil", "measured=false", "texts=2", "--advise", str(advice)]
     assert main([*words, "take=[leave, weight_format]"]) == 0
     said = capsys.readouterr().out
     assert f"run with it: fp4rl run {spec} arms.mixed=+{advice}\n" in said
     assert "relative_error: mean |e|/|w|, as the fork defines it; relative_l1: sum|e|/sum|w|" in " ".join(said.split())
     mixed = next(run for run in runs_of(spec, [f"arms.mixed=+{advice}"]) if run.arm == "mixed").experiment.injection
-    assert (mixed.preset, mixed.weight.scale_rule, mixed.by_pattern[0].weight.scale_rule) == (
-        "modelopt",
+    assert (mixed.deployment, mixed.weight.scale_rule, mixed.by_pattern[0].weight.scale_rule) == (
+        "vllm_blackwell_rceil",
         "rceil",
         "rceil",
     )
@@ -167,9 +170,13 @@ def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsy
 
 def test_keys_may_stand_in_a_file_of_their_own(spec, tmp_path, capsys):
     asked = tmp_path / "scan.yaml"
-    asked.write_text("arm: layer1\npreset: vllm\nweights_only: true\nmodel: {dtype: bfloat16}\n")
+    asked.write_text("arm: layer1\ndeployment: compressed_tensors\nweights_only: true\nmodel: {dtype: bfloat16}\n")
     found = scanned(capsys, spec, f"+{asked}")
-    assert (found["scan"]["arm"], found["injection"]["preset"], len(found["parts"])) == ("layer1", "vllm", 7)
+    assert (found["scan"]["arm"], found["injection"]["deployment"], len(found["parts"])) == (
+        "layer1",
+        "compressed_tensors",
+        7,
+    )
 
 
 @pytest.mark.parametrize(("name", "key"), [*RENAMED.items(), *((key, key) for key in ScanRequest.model_fields)])
@@ -200,7 +207,7 @@ MISTAKES = [
     (["{folder}", "take=noise"], "add --advise FILE"),
     (["{folder}", "noise_rule=inverted", "--advise", "x.yaml"], "'inverse'"),
     (["{folder}", "bits=4", "--advise", "x.yaml"], "mxfp4 itself takes 4.25 bits a weight"),
-    (["{folder}", "preset=vlm"], "did you mean 'vllm'"),
+    (["{folder}", "deployment=vllm_hoper"], "did you mean 'vllm_hopper'"),
     (["{folder}", "model.dtype=float46"], "float16"),
     (["{folder}", "training.steps=3"], "is no spec file"),
     (["{spec}", "arm=mixd"], "has no arm 'mixd'; did you mean 'mixed'"),

@@ -1,4 +1,4 @@
-"""Rules by part of the model: `experts: mxfp4`, `attention: mxfp8`, `router: leave`; and the preset made of them.
+"""Rules by part of the model: `experts: mxfp4`, `attention: mxfp8`, `router: leave`; and the deployment made of them.
 
 The oracle is a float64 computation in which every layer is rounded as written here, and the exporter's own list.
 """
@@ -17,7 +17,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.retarget import in_format, under_preset
+from fp4rl.spec.retarget import in_format, under_deployment
 
 # Worked out by hand from the sources of transformers: what stands in one layer with experts, and outside of layers.
 _ATTENTION = {f"self_attn.{name}_proj": "attention" for name in "qkvo"} | {"self_attn": "attention"}
@@ -116,12 +116,12 @@ def test_what_is_left_is_what_the_exporter_leaves():
     assert found | {left.site.name: "FLOAT" for left in table.left_out if left.site.kind != "attention"} == EXPORTED
 
 
-def test_the_preset_says_it_in_two_rules_behind_those_that_are_written():
+def test_the_deployment_says_it_in_two_rules_behind_those_that_are_written():
     own = {"attention": "leave", "*.layers.0.*": "mxfp6_e2m3"}
-    injection = Injection.model_validate({"mode": "w4a8", "preset": "ascend950_moe", "by_pattern": own})
+    injection = Injection.model_validate({"mode": "w4a8", "deployment": "ascend950_moe", "by_pattern": own})
     assert [row.pattern for row in injection.by_pattern] == ["attention", "*.layers.0.*", "experts", "*"]
     assert Injection.model_validate(injection.model_dump(mode="json")) == injection
-    assert [row.pattern for row in under_preset(injection, "ascend950").by_pattern] == ["attention", "*.layers.0.*"]
+    assert [row.pattern for row in under_deployment(injection, "ascend950").by_pattern] == ["attention", "*.layers.0.*"]
     assert in_format(injection, "mxfp6_e2m3").by_pattern[2].weight.name == "mxfp6_e2m3"
     assert not Injection.named("none", "ascend950_moe").by_pattern
 
@@ -131,7 +131,7 @@ def test_the_label_names_both_formats():
     assert label(resolve(families.tiny("qwen3_moe"), injection)) == "w4a8, 8 sites mxfp8"
 
 
-def test_a_preset_for_experts_is_refused_in_a_model_without():
+def test_a_deployment_for_experts_is_refused_in_a_model_without():
     with pytest.raises(NotFoundError, match="no layer that can be rounded matches 'experts'"):
         resolve(families.tiny("qwen3"), Injection.named("w4a8", "ascend950_moe"))
 

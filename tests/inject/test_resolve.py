@@ -230,7 +230,7 @@ def test_none_needs_no_target(dense):
 def test_the_digest_is_of_what_acts(dense):
     digest = resolve(dense, Injection.named("w4a16")).digest
     assert resolve(dense, Injection(weight="mxfp4")).digest == digest
-    assert resolve(dense, Injection.named("w4a16", preset="vllm")).digest != digest
+    assert resolve(dense, Injection.named("w4a16", deployment="compressed_tensors")).digest != digest
     assert resolve(dense, Injection.named("w4a16", dtype="float32")).digest != digest
     assert resolve(dense, Injection.named("w4a16", apply_during=["rollout"])).digest != digest
 
@@ -243,7 +243,7 @@ def test_two_injections_that_act_alike_in_a_phase_have_one_digest_there(dense):
 
 
 def test_rows_are_plain_values(dense):
-    row = resolve(dense, Injection.named("w4a16", preset="vllm")).rows()[0]
+    row = resolve(dense, Injection.named("w4a16", deployment="compressed_tensors")).rows()[0]
     assert row == {
         "site": "model.layers.0.self_attn.q_proj",
         "kind": "linear",

@@ -29,13 +29,18 @@ SUITE = {
             "overlong_buffer": {"len": 8},
             "filter_groups": {"metric": "reward"},  # hardly any answer is right yet
         },
-        "evaluation": {"count": 24, "max_new_tokens": 32, "profiles": ["full", "deployment"], "preset": "vllm"},
+        "evaluation": {
+            "count": 24,
+            "max_new_tokens": 32,
+            "profiles": ["full", "deployment"],
+            "deployment": "compressed_tensors",
+        },
     },
     "arms": {
         "bf16": {},
-        "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+        "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
         "aqn": {
-            "injection": {"mode": "w4a16", "preset": "vllm"},
+            "injection": {"mode": "w4a16", "deployment": "compressed_tensors"},
             "noise": {"schedule": {"kind": "constant", "sigma": 0.05}},
         },
     },
@@ -123,7 +128,9 @@ def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
     said = spec.with_suffix(".log").read_text()
     assert said.splitlines()[-1] == "fp4rl: stopped; the same command continues where it left off"
     assert "Traceback" not in said
-    assert len(said.partition("injection.preset")[2].splitlines()) <= 4, said  # behind the warning of an idle preset
+    assert len(said.partition("injection.deployment")[2].splitlines()) <= 4, (
+        said
+    )  # behind the warning of an idle deployment
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"^```(\w+)(?: +(\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _COUNT = re.compile(r"New files: (\d+)\. Changed files: (\d+)\.")
 WANTED = {
-    *("A format", "A deployment preset", "A task", "A reward", "An algorithm", "A health check", "A score"),
+    *("A format", "A deployment", "A task", "A reward", "An algorithm", "A health check", "A score"),
     *("A noise schedule", "An executor", "A sampler", "A command-line verb", "A figure"),
 }
 

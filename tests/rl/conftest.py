@@ -24,14 +24,19 @@ SMALL = {
         "filter_groups": {"enable": False},
         "entropy_coeff": 1e-3,  # every update moves the weights, with and without spread in the few answers
     },
-    "evaluation": {"count": 24, "max_new_tokens": 6, "profiles": ["full", "deployment"], "preset": "vllm"},
+    "evaluation": {
+        "count": 24,
+        "max_new_tokens": 6,
+        "profiles": ["full", "deployment"],
+        "deployment": "compressed_tensors",
+    },
 }
 NOISE = {"schedule": {"kind": "constant", "sigma": 0.05}}
 ARMS = {
     "bf16": {},
-    "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}},
-    "w4a16+aqn": {"injection": {"mode": "w4a16", "preset": "vllm"}, "noise": NOISE},
-    "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+    "w4a16": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}},
+    "w4a16+aqn": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}, "noise": NOISE},
+    "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
 }
 
 

@@ -81,7 +81,7 @@ def test_a_reward_of_the_wrong_sign_is_stopped_before_anything_is_lost(go):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("injection", [None, {"mode": "w4a16", "preset": "vllm"}])
+@pytest.mark.parametrize("injection", [None, {"mode": "w4a16", "deployment": "compressed_tensors"}])
 def test_a_healthy_run_goes_to_its_end_without_an_alarm(injection, go):
     changes = {"injection": injection} if injection else {}
     trained, heard = go(**changes)

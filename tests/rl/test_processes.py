@@ -97,7 +97,7 @@ def test_the_command_trains_with_two_processes_and_goes_on_as_if_never_interrupt
     described = experiment(
         "w4a16",
         training={"steps": 3, "filter_groups": {"enable": True}, "save_freq": 1, "kl_loss_coef": 0.01},
-        injection={"mode": "w4a16", "preset": "vllm", "errors": [{"scale": 0.01}]},
+        injection={"mode": "w4a16", "deployment": "compressed_tensors", "errors": [{"scale": 0.01}]},
         noise={"schedule": {"kind": "constant", "sigma": 0.05}},
         evaluation={"count": 4, "test_freq": 1},
     )

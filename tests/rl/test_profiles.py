@@ -24,8 +24,8 @@ from fp4rl.spec.injection import PHASES, Injection
 from fp4rl.spec.model import Embedded
 from planted.records import gaps_of
 
-VLLM = spec.Evaluation(preset="vllm")
-W4A4 = Injection.named("w4a4", preset="vllm")
+VLLM = spec.Evaluation(deployment="compressed_tensors")
+W4A4 = Injection.named("w4a4", deployment="compressed_tensors")
 PROFILE = Profile(name="full", precision="full", scorer="arithmetic")
 
 
@@ -53,15 +53,17 @@ def items(*right):
 def test_a_profile_says_what_acted_and_its_noise(name, said, noise):
     """Kind: the label beside a number; it is read off the site table, and an injection of one's own is a profile."""
     mine = {"mode": "w4a4", "by_pattern": {"*.layers.0.*": "mxfp8"}, "errors": [{"scale": 0.1}]}
-    asked = spec.Evaluation(preset="vllm", injections={"mine": {"injection": mine}}, profiles=("full", "mine"))
+    asked = spec.Evaluation(
+        deployment="compressed_tensors", injections={"mine": {"injection": mine}}, profiles=("full", "mine")
+    )
     found = precision_named(name, asked, W4A4)
     table = resolve(embedded_skeleton(Embedded()), found.injection) if found.injection is not None else None
     assert (label(table), found.noise) == (said, noise)
 
 
-def test_a_formats_profile_follows_the_preset_of_the_target():
+def test_a_formats_profile_follows_the_deployment_of_the_target():
     assert precision_named("mxfp4", VLLM, None).injection.weight.scale_rule == "even"
-    assert precision_named("mxfp4", spec.Evaluation(preset="ocp"), None).injection.weight.scale_rule == "floor"
+    assert precision_named("mxfp4", spec.Evaluation(deployment="ocp"), None).injection.weight.scale_rule == "floor"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_several_samples_differ_and_repeat_with_the_seed(run, experiment):
 
 def test_fp4rl_eval_shows_the_sweep_with_intervals(run, experiment, capsys):
     trained, _ = run(experiment("bf16", training={"steps": 1}))
-    words = ["eval", str(trained.final), "--count", "8", "--preset", "vllm", "--max-new-tokens", "16"]
+    words = ["eval", str(trained.final), "--count", "8", "--deployment", "compressed_tensors", "--max-new-tokens", "16"]
     code = main([*words, "-p", "w4a4", "--sweep", "--samples", "2"])
     shown = capsys.readouterr().out
     assert code == 0

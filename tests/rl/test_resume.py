@@ -40,7 +40,7 @@ HARD = {  # everything that has a state of its own
     "noise": {"schedule": {"kind": "geometric", "sigma_start": 0.05, "sigma_end": 0.01, "num_stages": 3}},
     "injection": {
         "mode": "w4a16",
-        "preset": "vllm",
+        "deployment": "compressed_tensors",
         "errors": [{"kind": "relative", "scale": 0.01, "targets": {"take": ["*down_proj"]}}],
     },
 }

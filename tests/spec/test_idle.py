@@ -67,8 +67,8 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"evaluation": {"profiles": ["full", "deployment"]}},
     ),
     (
-        "injection.preset",
-        {"injection": {"mode": "nvfp4_w4a16", "preset": "vllm"}},
+        "injection.deployment",
+        {"injection": {"mode": "nvfp4_w4a16", "deployment": "compressed_tensors"}},
         {"injection": {"kv_cache": "mxfp8"}},
     ),
     ("injection.seed", {"injection": {"mode": "w4a4", "seed": 3}}, {"injection": {"errors": [{"scale": 0.1}]}}),
@@ -91,8 +91,16 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
     ("noise.targets.qk_norms", {"noise": {"targets": {"qk_norms": True}}}, {"model": {"path": "m", "embedded": None}}),
     ("noise.targets.moe", {"noise": {"targets": {"moe": "all"}}}, {"model": {"path": "m", "embedded": None}}),
     ("evaluation.temperature", {"evaluation": {"temperature": 0.5}}, {"evaluation": {"samples": 2}}),
-    ("evaluation.preset", {"evaluation": {"preset": "vllm"}}, {"evaluation": {"profiles": ["full", "w4a4"]}}),
-    ("evaluation.preset", {"evaluation": {"preset": "vllm"}}, {"evaluation": {"formats": ["mxfp4"]}}),
+    (
+        "evaluation.deployment",
+        {"evaluation": {"deployment": "compressed_tensors"}},
+        {"evaluation": {"profiles": ["full", "w4a4"]}},
+    ),
+    (
+        "evaluation.deployment",
+        {"evaluation": {"deployment": "compressed_tensors"}},
+        {"evaluation": {"formats": ["mxfp4"]}},
+    ),
     ("health.max_rollbacks", {"health": {"max_rollbacks": 5}}, {"health": {"policies": {"gradient": "rollback"}}}),
 ]
 

@@ -241,7 +241,11 @@ COSINE = {"kind": "cosine", "sigma_start": 0.3}
 @pytest.mark.parametrize(
     ("content", "override", "wanted"),
     [
-        ("injection: w4a4", "injection.preset=vllm", {"injection": {"mode": "w4a4", "preset": "vllm"}}),
+        (
+            "injection: w4a4",
+            "injection.deployment=compressed_tensors",
+            {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
+        ),
         ("injection: w4a4", "injection={targets: {layers: [0]}}", {"injection": {"mode": "w4a4", "targets": LAYER}}),
         ("injection: {weight: nvfp4}", "injection.weight.rotation=32", {"injection": {"weight": ROTATED}}),
         ("model: folder", "model.dtype=bfloat16", {"model": {"path": "folder", "dtype": "bfloat16"}}),
@@ -295,5 +299,5 @@ def test_axes_cross_the_arms(tmp_path):
 def test_values_that_conflict_are_named_by_the_key_as_it_is_written():
     with pytest.raises(InvalidValueError, match=r"^x: noise\.schedule\.sigma_end: .* never reaches zero"):
         parse(Experiment, {"noise": {"schedule": {"kind": "geometric", "sigma_end": 0}}}, "x")
-    with pytest.raises(InvalidValueError, match=r"^x: evaluation\.preset: .* did you mean 'ocp'"):
-        parse(Experiment, {"evaluation": {"preset": "ocpp"}}, "x")
+    with pytest.raises(InvalidValueError, match=r"^x: evaluation\.deployment: .* did you mean 'ocp'"):
+        parse(Experiment, {"evaluation": {"deployment": "ocpp"}}, "x")

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from fp4rl.cli.terminal import say_renamed
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.load import load_spec
+from fp4rl.spec.load import former_words, load_spec
 
 
 def spec_file(spec: Path) -> Path:
@@ -20,8 +21,11 @@ def spec_file(spec: Path) -> Path:
 
 
 def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
-    """Load the suite or experiment that a file, or a name of the catalogue, describes."""
-    return load_spec(spec_file(spec), overrides)
+    """Load the suite or experiment that a file, or a name of the catalogue, describes; former names in it are said."""
+    file = spec_file(spec)
+    described = load_spec(file, overrides)
+    say_renamed(former_words(file, overrides), f"{spec}: ")
+    return described
 
 
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:

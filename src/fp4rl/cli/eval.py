@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from fp4rl.cli.described import require_here
-from fp4rl.cli.options import AsJson, require_writable
-from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, table
+from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_renamed, table
 from fp4rl.lab.files import whole
 from fp4rl.lab.matrix import single
 from fp4rl.models.quiet import quiet
@@ -18,6 +18,7 @@ from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.former_names import renamings
 from fp4rl.spec.injection import batch_note
 from fp4rl.spec.load import parse, read_yaml
 from fp4rl.spec.plain_yaml import plain_values
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
 _MANY_CUT_OFF = 0.05
 # The robustness sweep of a checkpoint: relative errors in every matmul, and formats of the weights.
 _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxfp8", "nvfp4", "mxfp4")}
+
+Precisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--precision",
+        "-p",
+        help="full, a mode (w4a16), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
+        "NAME=FILE; may be repeated.",
+    ),
+]
 
 
 def command(
@@ -46,16 +57,8 @@ def command(
         Path | None, typer.Option(help="A test file instead of --data; all of it is answered.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="test (the default) or validation: which tenth of --data.")] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--precision",
-            "-p",
-            help="full, a mode (w4a16), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
-            "NAME=FILE; may be repeated.",
-        ),
-    ] = None,
-    preset: Annotated[str, typer.Option(help="Deployment preset of the formats.")] = "ocp",
+    precision: Precisions = None,
+    deployment: Deployed = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of problems; by default all, up to 500.")] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -71,14 +74,20 @@ def command(
     ] = False,
     dtype: Annotated[str, typer.Option(help="The dtype that the model is loaded in.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write one row per problem to this Parquet file.")] = None,
+    preset: FormerPreset = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer the task's test problems and print strict, flexible and format rates with 95 % intervals.
 
-    Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p mxfp8 -p matmul_noise=0.05 --preset vllm`
+    Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p matmul_noise=0.05 --deployment vllm_blackwell`
     """
     require_writable(out, "--out", new=True)
-    given = {"preset": preset, "samples": samples, "split": split, "count": count}
+    given: dict[str, Any] = {
+        "deployment": asked_deployment(deployment, preset),
+        "samples": samples,
+        "split": split,
+        "count": count,
+    }
     given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
     start = {"path": str(model), "dtype": dtype}
     described = _described(start, _asked_task(task, data, test_path, split), precision or ["full"], sweep, given)
@@ -245,6 +254,7 @@ def _injection(word: str, what: str) -> Any:
             raise InvalidValueError(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
         return content
     content = read_yaml(what)
+    say_renamed(renamings(content), f"{what}: ")
     if "arms" in content:
         cure = "name the spec.yaml of one of its runs"
         raise InvalidValueError(f"--precision {word}: a suite has many injections; {cure}")

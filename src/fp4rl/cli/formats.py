@@ -1,6 +1,7 @@
 """`fp4rl formats`: list the number formats, show one in detail, or compare their errors."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -8,12 +9,12 @@ import typer
 
 from fp4rl.cli.options import AsJson
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled, table
+from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.formats import FORMATS, MXFP4, Coarse, Format, describe, format_of
 from fp4rl.spec.gaussian import MXFP4_RULES_DB, kept_ideal
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import MODES
-from fp4rl.spec.presets import PRESETS
 
 RULES = {
     "floor": "floor(log2 amax) - {e}",
@@ -37,7 +38,7 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the number formats, modes and deployment presets, show one in detail, or compare their errors.
+    """List the number formats and modes, show one in detail, or compare their errors.
 
     Examples: `fp4rl formats`, `fp4rl formats mxfp4`, `fp4rl formats --compare`
     """
@@ -55,13 +56,8 @@ def command(
 
 def _list(as_json: bool) -> None:
     if as_json:
-        presets = {
-            preset.name: {"weight_rule": preset.rule, "weight_rounding": preset.weight_rounding}
-            | {"input_rule": preset.rule, "input_rounding": preset.input_rounding, "source": preset.source}
-            for preset in PRESETS.values()
-        }
         modes = {mode.name: mode.meaning for mode in MODES.values()}
-        print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes, "presets": presets})
+        print_json({"formats": [_facts(fmt) for fmt in FORMATS.values()], "modes": modes})
         return
     screen = console()
     names = ("format", "bits", "element", "block", "scale", "rule", "largest", "ideal dB")
@@ -72,14 +68,10 @@ def _list(as_json: bool) -> None:
     screen.print(table("element", "codes", "magnitudes", rows=grids))
     screen.print(styled(("\nModes", "bold"), ": formats of all linear layers at once, as `injection: w4a4`"))
     screen.print(table("", "", rows=((mode.name, mode.meaning) for mode in MODES.values())))
-    screen.print(styled(("\nPresets", "bold"), ": what a deployment target does to MX formats, weights | inputs"))
-    rules = (
-        (p.name, f"{p.rule}, {p.weight_rounding}", f"{p.rule}, {p.input_rounding}", p.source) for p in PRESETS.values()
-    )
-    screen.print(table("preset", "weights", "inputs", "source", rows=rules))
     screen.print(
         "\nbits: stored for one value. ideal dB: SQNR on Gaussian data, the format's own floor; a mean over eight "
-        "sizes within an octave,\nbecause a scale that is a power of two fits some sizes better (--compare takes one)."
+        "sizes within an octave,\nbecause a scale that is a power of two fits some sizes better (--compare takes one). "
+        "Who rounds by which rule, and what serves it: `fp4rl deployments`."
     )
 
 
@@ -92,7 +84,7 @@ def _row(fmt: Format) -> tuple[str, ...]:
 
 def _show_one(fmt: Format, as_json: bool) -> None:
     if as_json:
-        print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "presets": dict(_under_presets(fmt))})
+        print_json(_facts(fmt) | {"ideal_gaussian": _ideal(fmt), "deployments": dict(_under_deployments(fmt))})
         return
     screen = console()
     screen.print(styled((fmt.name, "bold"), f"  {_bits(fmt.bits_per_value)} bits a value"))
@@ -103,8 +95,8 @@ def _show_one(fmt: Format, as_json: bool) -> None:
         rules = MXFP4_RULES_DB.items()
         rows = ((rule, _formula(replace(fmt, scale_rule=rule)), f"{decibels:.2f}") for rule, decibels in rules)
         screen.print("", table("scale rule", "exponent", "ideal dB", rows=rows), sep="\n")
-    if sides := [(name, both["weight"], both["input"]) for name, both in _under_presets(fmt)]:
-        screen.print("", table("preset", "weights", "inputs", rows=sides), sep="\n")
+    if sides := [(name, both["weight"], both["input"]) for name, both in _under_deployments(fmt)]:
+        screen.print("", table("deployment", "weights", "inputs", rows=sides), sep="\n")
 
 
 def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
@@ -130,16 +122,14 @@ def _formula(fmt: Format) -> str:
     return RULES[fmt.scale_rule].format(e=element.max_exponent, largest=element.largest, even=even, seven=1.75 * top)
 
 
-def _under_presets(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield how each preset rounds the format; nothing for a format without preset, or with a rule of its own."""
-    for preset in PRESETS.values():
-        try:
-            weight, entry = preset.at("weight", fmt), preset.at("input", fmt)
-        except InvalidValueError:
-            continue
-        if fmt.scale == "e8m0" and fmt.rounding != "stochastic":
-            sides = {side: f"{f.scale_rule}, {f.rounding}" for side, f in (("weight", weight), ("input", entry))}
-            yield preset.name, sides
+def _under_deployments(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield how each deployment rounds the format; nothing for one that none fixes, or with a rule of its own."""
+    for deployment in DEPLOYMENTS.values() if fmt.scale == "e8m0" and fmt.rounding != "stochastic" else ():
+        with suppress(InvalidValueError):
+            sides = {"weight": deployment.at("weight", fmt)}
+            sides |= {"input": deployment.at("input", fmt)} if deployment.kernel.inputs else {}
+            rules = {side: f"{f.scale_rule}, {f.rounding}" for side, f in sides.items()}
+            yield deployment.name, {"input": "not rounded"} | rules
 
 
 def _ideal(fmt: Format) -> dict[str, float]:

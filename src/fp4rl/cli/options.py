@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from fp4rl.cli.terminal import say_renamed
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.former_names import of_deployment, renamings
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a suite or of one experiment.")]
 Overrides = Annotated[
@@ -28,7 +30,20 @@ Address = Annotated[
         help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
     ),
 ]
+Deployed = Annotated[
+    str | None,
+    typer.Option("--deployment", help="Whose rules the formats have (`fp4rl deployments`); the spec's own, else ocp."),
+]
+FormerPreset = Annotated[str | None, typer.Option("--preset", hidden=True, help="The former name of --deployment.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def asked_deployment(deployment: str | None, preset: str | None) -> str | None:
+    """Return what `--deployment` or the former `--preset` names; what a former name is read as is said on stderr."""
+    given = {"deployment": deployment} | ({"preset": preset} if preset is not None else {})
+    say_renamed(renamings({key: value for key, value in given.items() if value is not None}))
+    name: str | None = of_deployment(given).get("deployment")
+    return name
 
 
 def require_writable(file: Path | None, option: str, *, new: bool = False) -> None:

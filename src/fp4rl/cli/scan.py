@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"ignore_unknown_options": True}  # so that an option of earlier versions gives an error that names its key
 RENAMED = {
+    "preset": "deployment",
     "mode": "injection",
     "task": "task.name",
     "data": "task.path",
@@ -54,7 +55,8 @@ def command(
     scanned where no injection is named.
 
     Examples: `fp4rl scan embedded injection=w4a4 --html scan.html --advise advice.yaml`,
-    `fp4rl scan suite.yaml arm=w4a4 preset=vllm measured=false`, `fp4rl scan MODEL weights_only=true format=nvfp4`
+    `fp4rl scan suite.yaml arm=w4a4 deployment=vllm_ascend measured=false`,
+    `fp4rl scan MODEL weights_only=true format=nvfp4`
     """
     _refuse_options([model, *(words or [])])
     # Everything that can be checked without torch, which takes seconds to import, is checked before it is imported.

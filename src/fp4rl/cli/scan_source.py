@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.cli.described import described_by, is_spec, require_here, run_described, spec_file
+from fp4rl.cli.terminal import say_renamed
 from fp4rl.lab.matrix import PlannedRun, single
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.load import arm_content, change_of, merge, parse, read_yaml
-from fp4rl.spec.retarget import in_format, under_preset
+from fp4rl.spec.load import arm_content, change_of, former_words, merge, parse, read_spec
+from fp4rl.spec.retarget import in_format, under_deployment
 from fp4rl.spec.scan import ScanRequest
 
 DEFAULT_MODE = "w4a16"
@@ -42,6 +43,7 @@ def described(source: str, words: Sequence[str]) -> ScanTarget:
 
     Raises InvalidValueError for a wrong key or value, NotFoundError for a file that is not on this machine.
     """
+    say_renamed(former_words(None, words))
     requested, change, of_suite = _sorted(words, is_spec(source))
     request = parse(ScanRequest, requested, "")
     if request.weights_only and "task" in change:
@@ -85,7 +87,7 @@ def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: s
     if not change:
         return run
     suite = described_by(Path(source), of_suite)
-    content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_yaml(spec_file(Path(source)))
+    content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_spec(spec_file(Path(source)))
     experiment = parse(Experiment, _with_task(content, change), source)
     return PlannedRun(run.suite, run.arm, run.seed, experiment)
 
@@ -118,10 +120,10 @@ def _name(source: str, run: PlannedRun) -> str:
 
 
 def _injection(request: ScanRequest, experiment: Experiment) -> Injection:
-    """Return the experiment's injection, else W4A16, with the requested format, preset and patterns."""
+    """Return the experiment's injection, else W4A16, with the requested format, deployment and patterns."""
     injection = experiment.injection or Injection.named(DEFAULT_MODE)
     if request.format is not None:
         injection = in_format(injection, request.format)
-    if request.preset is not None:
-        injection = under_preset(injection, request.preset)
+    if request.deployment is not None:
+        injection = under_deployment(injection, request.deployment)
     return injection.model_copy(update={"targets": injection.targets.leaving(request.leave)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.described import is_spec, require_here, run_described
-from fp4rl.cli.options import AsJson, require_writable, write_fragment
+from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
 from fp4rl.models.quiet import quiet
@@ -20,7 +20,7 @@ from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS, PHASES
-from fp4rl.spec.retarget import under_preset
+from fp4rl.spec.retarget import under_deployment
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def command(
     source: Annotated[str, typer.Argument(help="A model folder, `embedded`, or a spec file of a suite or experiment.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes of a spec file, key.path=value.")] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="A mode or an injection, instead of the spec's.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="Deployment preset of the formats.")] = None,
+    deployment: Deployed = None,
     arm: Annotated[str | None, typer.Option("--arm", help="Arm of a suite; by default the first that rounds.")] = None,
     old: Annotated[
         list[str] | None,
@@ -41,6 +41,7 @@ def command(
         Path | None, typer.Option("--write", help="Write --old, translated, as a fragment for `fp4rl run SPEC +FILE`.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Print one line per site instead of one per role.")] = False,
+    preset: FormerPreset = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what is rounded in a model and in which format, what is left out, and the expected counts.
@@ -51,13 +52,14 @@ def command(
     require_writable(write, "--write")
     if write and not old:
         raise InvalidValueError(f"--write {write}: writes what --old says, and no setting is given; name some")
+    deployment = asked_deployment(deployment, preset)
     model_spec, injection = _described(source, overrides or [], arm)
     translation = translate(dict(_setting(word) for word in old)) if old else None
     warnings = translation.warnings if translation else ()
     if translation:
         injection = translation.injection
-    elif mode is not None or preset is not None:
-        injection = _requested(mode, preset, injection)
+    elif mode is not None or deployment is not None:
+        injection = _requested(mode, deployment, injection)
     table = _resolved(model_spec, injection)
     if write and translation:
         heading = "Settings of the verl fork, translated by `fp4rl sites --old`"
@@ -92,15 +94,15 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
     return experiment.model, experiment.injection or Injection()
 
 
-def _requested(mode: str | None, preset: str | None, present: Injection) -> Injection:
+def _requested(mode: str | None, deployment: str | None, present: Injection) -> Injection:
     if mode is None:
-        return present if preset is None else under_preset(present, preset)
+        return present if deployment is None else under_deployment(present, deployment)
     cure = "write a mode such as w4a4, or a mapping such as '{weight: mxfp4, input: mxfp8}'"
     content = plain_values(mode, f"--mode {shown(mode)}", cure)
     if not isinstance(content, str | dict):
         raise InvalidValueError(f"--mode {mode!r} is neither a name nor a mapping; {cure}")
     mapping = {"mode": content} if isinstance(content, str) else content
-    return parse(Injection, mapping | ({"preset": preset} if preset else {}), "--mode")
+    return parse(Injection, mapping | ({"deployment": deployment} if deployment else {}), "--mode")
 
 
 def _setting(word: str) -> tuple[str, str]:

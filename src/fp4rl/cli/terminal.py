@@ -23,6 +23,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 # Light to dark for a growing value; the digit inside a cell keeps it readable without colour.
 _HEAT = ("grey93", "light_goldenrod2", "orange1", "dark_orange3", "red3")
 _left_out: set[str] = set()
+_renamed: set[str] = set()
 
 
 def console(stderr: bool = False) -> Console:
@@ -144,6 +145,14 @@ def ready_to_round() -> None:
     choose_backend(lambda message: screen.print(message, style="dim"))
 
 
+def say_renamed(lines: Iterable[str], where: str = "") -> None:
+    """Print on stderr, once a command, what former names in a file or on the command line are read as."""
+    for line in lines:
+        if f"{where}{line}" not in _renamed:
+            _renamed.add(f"{where}{line}")
+            console(stderr=True).print(f"warning: {where}{line}")
+
+
 def leave_out(error: Exception) -> None:
     """Name something that cannot be read, once per command; the verb continues, and its exit code will be 1."""
     if str(error) not in _left_out:
@@ -152,8 +161,9 @@ def leave_out(error: Exception) -> None:
 
 
 def forget_left_out() -> None:
-    """Clear what was left out, for a new command line."""
+    """Clear what was left out and what was said, for a new command line."""
     _left_out.clear()
+    _renamed.clear()
 
 
 def require_nothing_left_out() -> None:

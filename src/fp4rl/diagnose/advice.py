@@ -13,10 +13,10 @@ from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
 from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.noise.schedule import multiplier_at
+from fp4rl.spec.deployment import accepted
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.noise import Factor, Multipliers, Zones
-from fp4rl.spec.presets import accepted
 from fp4rl.spec.scan import NoiseRule, Piece
 from fp4rl.spec.words import agreeing, counted
 
@@ -66,9 +66,9 @@ class Advice:
 
     @property
     def variant(self) -> Variant | None:
-        """The best other way to round the weights among those of the scanned preset, or of any preset without one."""
-        preset = self.scanned.preset
-        fitting = (v for v in self.variants if v.change < -WORTH_SAYING and accepted(v.format, preset))
+        """The best other way to round the weights that the scanned deployment has; any one's where none is named."""
+        deployment = self.scanned.deployment
+        fitting = (v for v in self.variants if v.change < -WORTH_SAYING and accepted(v.format, deployment))
         return next(fitting, None)
 
     def held(self, pieces: Sequence[Piece] | None = None) -> tuple[Piece, ...]:
@@ -91,7 +91,7 @@ class Advice:
         if "weight_format" in pieces and self.variant is not None:
             changes["weight"] = self.variant.format
         changed = self.scanned.model_copy(update=changes)
-        return Injection.model_validate(changed.model_dump(mode="json"))  # as if read: the preset's rules on all
+        return Injection.model_validate(changed.model_dump(mode="json"))  # as if read: the deployment's rules on all
 
     def fragment(self, pieces: Sequence[Piece] | None = None) -> dict[str, Any]:
         """Return the fragment for `fp4rl run spec.yaml +fragment.yaml`, by default of the strategy's own pieces."""
@@ -175,10 +175,10 @@ def _reasons(
         sites = f"{counted(len(names), 'site')} wider{some}"
         fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}"
         reasons.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
-    preset = report.table.injection.preset
-    hindrance = f"; preset {preset} does not round so" if preset else "; no deployment preset rounds so"
+    deployment = report.table.injection.deployment
+    hindrance = f"; deployment {deployment} does not round so" if deployment else "; no deployment rounds so"
     for variant in (variant for variant in variants if variant.change < -WORTH_SAYING):
-        but = "" if accepted(variant.format, preset) else hindrance
+        but = "" if accepted(variant.format, deployment) else hindrance
         reasons.append(f"{variant.name} would change the weights' error by {variant.change:+.1%}{but}")
     return reasons
 

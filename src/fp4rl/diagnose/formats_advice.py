@@ -15,11 +15,11 @@ from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import divergences
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.errors import ErrorSums, round_piece
+from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import PatternFormats
-from fp4rl.spec.presets import preset_named
 
 WIDER: tuple[Format, ...] = (MXFP8, BF16)
 _RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
@@ -179,9 +179,9 @@ def _ratio(wide: float, narrow: float) -> float:
 
 
 def _widened(table: SiteTable) -> SiteTable:
-    """Return the table with every site in MXFP8, as the scanned preset rounds it."""
-    preset = preset_named(table.injection.preset) if table.injection.preset else None
-    weight, inputs = (preset.at("weight", MXFP8), preset.at("input", MXFP8)) if preset else (MXFP8, MXFP8)
+    """Return the table with every site in MXFP8, as the scanned deployment rounds it."""
+    deployment = deployment_named(table.injection.deployment) if table.injection.deployment else None
+    weight, inputs = (deployment.at("weight", MXFP8), deployment.at("input", MXFP8)) if deployment else (MXFP8, MXFP8)
     plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)
     return replace(table, plans=tuple(plans))
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from fp4rl.lab.files import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.gaps import gaps, lines_of
-from fp4rl.spec.digest import digest, with_present_names
+from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import Evaluation, Evidence, Warned
+from fp4rl.spec.former_names import with_present_names
 from fp4rl.spec.records import RunResult, Sites
 
 Curves = Mapping[int, Mapping[str, float]]

@@ -33,9 +33,9 @@ def precision_named(name: str, spec: Evaluation, deployed: Injection | None) -> 
     if name in spec.injections:
         return Precision(_whole(spec.injections[name]))
     if name in MODES:
-        return Precision(Injection.named(name, preset=spec.preset))
+        return Precision(Injection.named(name, deployment=spec.deployment))
     if name in FORMATS:
-        return Precision(Injection.model_validate({"weight": name, "preset": spec.preset}))
+        return Precision(Injection.model_validate({"weight": name, "deployment": spec.deployment}))
     if name.startswith(MATMUL_NOISE):
         return _with_matmul_noise(name.removeprefix(MATMUL_NOISE), deployed)
     known = [*spec.injections, *KNOWN_PROFILES, f"{MATMUL_NOISE}0.05"]

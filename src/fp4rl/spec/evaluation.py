@@ -1,17 +1,18 @@
 """At which precision, and on which problems, a policy is judged."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import nearest, shown
 from fp4rl.spec.formats import FORMATS
+from fp4rl.spec.former_names import of_deployment
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import MODES
-from fp4rl.spec.presets import PRESETS
 from fp4rl.spec.task import Task
 
 MATMUL_NOISE = "matmul_noise="  # begins the name of a profile, the relative error follows
@@ -27,6 +28,16 @@ def _wrong_profiles(key: str, names: Collection[str], own: Collection[str]) -> I
             yield f"{key}: {name}: write a number such as {MATMUL_NOISE}0.05"
         if size == name and name not in known:
             yield f"{key}: no profile is called {shown(name)}{nearest(name, (*known, f'{MATMUL_NOISE}0.05'))}"
+
+
+def _wrong_deployment(name: str, profiles: Collection[str]) -> Iterator[str]:
+    if name not in DEPLOYMENTS:
+        yield f"deployment: no deployment is called {shown(name)}{nearest(name, DEPLOYMENTS)}"
+        return
+    for mode in (MODES[profile] for profile in profiles if profile in MODES):
+        for point in ("input", "output"):
+            if getattr(mode, point) and (why := DEPLOYMENTS[name].left_alone(point)):
+                yield f"profiles: {mode.name}: {why}"
 
 
 def _out_of_fragments(value: Any) -> Any:
@@ -60,7 +71,9 @@ class Evaluation(Spec):
         default_factory=dict,
         description="your own injections by name, to be used as profiles; they act whole, whatever phases they name",
     )
-    preset: str = Field(default="ocp", description="rules of the formats in profiles that are named by their mode")
+    deployment: str = Field(
+        default="ocp", description="whose rules the formats have in profiles that are named by a mode or a format"
+    )
     test_freq: int = Field(default=0, ge=0, description="steps between evaluations during training; 0 for none")
     max_new_tokens: PositiveInt = Field(default=1024, description="tokens; training.max_response_length by default")
     stop: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
@@ -71,6 +84,11 @@ class Evaluation(Spec):
     temperature: PositiveFloat = 1.0
     matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_present_words(cls, value: Any) -> Any:
+        return of_deployment(value) if isinstance(value, Mapping) else value
 
     def for_task(self, task: Task) -> "Evaluation":
         """Return a copy with the task's own `stop` texts where none are named."""
@@ -94,8 +112,7 @@ class Evaluation(Spec):
                 yield f"injections: a name is letters, digits and ._+-; got {shown(name)}"
             if injection.is_nothing:
                 yield f"injections: {name} names no format and no error; the profile full is that"
-        if self.preset not in PRESETS:
-            yield f"preset: no preset is called {self.preset!r}{nearest(self.preset, PRESETS)}"
+        yield from _wrong_deployment(self.deployment, self.all_profiles)
         yield from _wrong_profiles("formats", self.formats, own=())
         yield from _wrong_profiles("profiles", self.profiles, own=self.injections)
         if len(set(self.all_profiles)) != len(self.all_profiles):

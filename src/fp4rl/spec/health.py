@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fp4rl.spec.digest import RENAMED, renamed
 from fp4rl.spec.errors import InvalidValueError, nearest
+from fp4rl.spec.former_names import THRESHOLDS, renamed
 from fp4rl.spec.frozen import Spec
 
 Policy = Literal["note", "stop", "rollback"]
@@ -117,7 +117,11 @@ class Thresholds(Spec):
     @model_validator(mode="before")
     @classmethod
     def _by_present_names(cls, value: Any) -> Any:
-        return renamed(value, RENAMED) if isinstance(value, Mapping) and not {*RENAMED.values()} & {*value} else value
+        return (
+            renamed(value, THRESHOLDS)
+            if isinstance(value, Mapping) and not {*THRESHOLDS.values()} & {*value}
+            else value
+        )
 
 
 def _parsed(value: Any) -> Any:

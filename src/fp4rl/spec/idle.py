@@ -109,7 +109,7 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
     points = [getattr(row, point, None) for row in rows for point in FORMAT_POINTS]
     formats = [fmt for fmt in points if isinstance(fmt, Format)]
     if not any(fmt.scale == "e8m0" and fmt.rounding != "stochastic" for fmt in formats):
-        yield "no format here has a scale that is a power of two", ("injection.preset",)
+        yield "no format here has a scale that is a power of two", ("injection.deployment",)
     if not injection.errors and all(fmt.rounding != "stochastic" for fmt in formats):
         yield "nothing is drawn: no stochastic format, no error", ("injection.seed",)
     if not injection.by_pattern and injection.targets == Targets():
@@ -121,8 +121,8 @@ def _of_evaluation(experiment: Experiment) -> Rules:
     if evaluation.samples == 1:
         yield "evaluation.samples is 1, which is greedy", ("evaluation.temperature",)
     if not any(name in MODES or name in FORMATS for name in evaluation.all_profiles):
-        keys = ("evaluation.preset",)
-        yield "no profile is named by a mode or a format; deployment follows injection.preset", keys
+        keys = ("evaluation.deployment",)
+        yield "no profile is named by a mode or a format; deployment follows injection.deployment", keys
     if "rollback" not in (health.policy, *health.policies.values(), *(rule.action for rule in health.rules)):
         yield "no policy of health is rollback", _keys("health", "rollback_lr", "max_rollbacks")
 

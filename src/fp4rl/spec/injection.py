@@ -1,12 +1,15 @@
 """Which formats and errors act where in a model, in which phases, and how gradients pass through them."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from fp4rl.spec.deployment import DEPLOYMENTS, Deployment, deployment_named
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.formats import Format
+from fp4rl.spec.former_names import of_deployment, renaming
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.points import (
@@ -22,7 +25,6 @@ from fp4rl.spec.points import (
     can_clip,
     read_format,
 )
-from fp4rl.spec.presets import PRESETS, Preset, preset_named
 from fp4rl.spec.targets import Targets
 
 T = TypeVar("T")
@@ -34,18 +36,20 @@ class Injection(Spec):
 
     In YAML a mode alone (`injection: w4a4`) or a mapping with an optional `mode`. `weight`, `input` and `output` are
     points of linear layers; `kv_cache` rounds keys and values per head; `grad_input` and `grad_weight` round the
-    gradient that arrives, as an operand of the matmul that computes the one or the other. `preset` sets the scale rule
-    and the rounding of a deployment target. `dtype` is what the quantizer sees: weights and inputs are first cast to
-    it, so that trainer, sampler and export round the same numbers. `straight_through: clipped` stops the gradient of
-    values that were clipped. `by_pattern` lists exceptions, the first match counts; a pattern may be the word for a
-    part of the model (`experts: mxfp4`, `attention: mxfp8`, `router: leave`). Groups that serving kernels fuse
-    (q/k/v, gate/up) must agree unless `fused_groups` is `free`. `lora` says what is deployed: `adapter` Q(W) + BA,
+    gradient that arrives, as an operand of the matmul that computes the one or the other. `deployment` sets the rules
+    of a packer for weights and of a kernel for inputs. `dtype` is what the quantizer sees: weights and inputs are first
+    cast to it, so that trainer, sampler and export round the same numbers. `straight_through: clipped` stops the
+    gradient of values that were clipped. `by_pattern` lists exceptions, the first match counts; a pattern may be the
+    word for a part of the model (`experts: mxfp4`, `attention: mxfp8`, `router: leave`). Groups that serving kernels
+    fuse (q/k/v, gate/up) must agree unless `fused_groups` is `free`. `lora` says what is deployed: `adapter` Q(W) + BA,
     `merged` Q(W + sBA). `frozen_base: packed` keeps frozen weights as codes and scales alone; taking the injection out
     gives back the rounded weights, the only ones there are then.
     """
 
     mode: str | None = Field(default=None, description=f"formats at once: {', '.join(MODES)}")
-    preset: str | None = Field(default=None, description=f"scale rule and rounding of a target: {', '.join(PRESETS)}")
+    deployment: str | None = Field(
+        default=None, description="whose packer and kernel set scale rules and rounding; `fp4rl deployments` lists them"
+    )
     weight: PointFormat = Field(default=None, description="weights of linear layers; `fp4rl formats` lists the formats")
     input: PointFormat = Field(default=None, description="inputs of their matmuls")
     output: PointFormat = Field(default=None, description="outputs of their matmuls")
@@ -74,13 +78,16 @@ class Injection(Spec):
     seed: int = Field(default=0, ge=0, description="for stochastic rounding and hardware errors")
 
     @classmethod
-    def named(cls, mode: str, preset: str | None = None, **changes: Any) -> "Injection":
-        """Return the injection of a mode under a deployment preset; raises NotFoundError with the nearest name."""
+    def named(cls, mode: str, deployment: str | None = None, **changes: Any) -> "Injection":
+        """Return the injection of a mode under a deployment; raises NotFoundError with the nearest name."""
+        if isinstance(former := changes.pop("preset", None), str):
+            warnings.warn(renaming(former), FutureWarning, stacklevel=2)
+            deployment = of_deployment({"deployment": deployment, "preset": former})["deployment"]
         if mode not in MODES:
             raise NotFoundError(f"no mode is called {mode!r}{nearest(mode, MODES)}")
-        if preset is not None:
-            preset_named(preset)
-        return cls(mode=mode, preset=preset, **changes)
+        if deployment is not None:
+            deployment_named(deployment)
+        return cls(mode=mode, deployment=deployment, **changes)
 
     @property
     def name(self) -> str:
@@ -119,19 +126,20 @@ class Injection(Spec):
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, value: Any) -> Any:
-        """Fill in the mode's formats for keys that are not given, and put the preset's rules on every format."""
+        """Fill in the mode's formats for keys that are not given, and put the deployment's rules on every format."""
         value = {"mode": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             return value
-        content = dict(value)
-        mode, preset = _entry(MODES, content.get("mode"), "mode"), _entry(PRESETS, content.get("preset"), "preset")
+        content = of_deployment(value)
+        mode = _entry(MODES, content.get("mode"), "mode")
+        deployment = _entry(DEPLOYMENTS, content.get("deployment"), "deployment")
         for point in LINEAR_POINTS:
             content.setdefault(point, getattr(mode, point) if mode else None)
         for point in (*LINEAR_POINTS, "kv_cache"):
-            content[point] = _under(preset, point, content.get(point))
-        entries = _of_preset(preset, content, _entries(content.get("by_pattern", ())))
+            content[point] = _under(deployment, point, content.get(point))
+        entries = _of_deployment(deployment, content, _entries(content.get("by_pattern", ())))
         if entries:
-            content["by_pattern"] = [_exception(entry, content, preset) for entry in entries]
+            content["by_pattern"] = [_exception(entry, content, deployment) for entry in entries]
         return content
 
     def _conflicts(self) -> Iterator[str]:
@@ -173,12 +181,12 @@ def _entry(table: Mapping[str, T], name: Any, what: str) -> T | None:
     return table[name]
 
 
-def _under(preset: Preset | None, point: str, given: Any) -> Any:
-    """Return the format at a point under the preset's rules; what names no format passes as it is."""
+def _under(deployment: Deployment | None, point: str, given: Any) -> Any:
+    """Return the format at a point under the deployment's rules; what names no format passes as it is."""
     if given in (None, "none", "keep"):
         return given
     fmt = read_format(given)
-    return fmt if preset is None else preset.at(point, fmt)
+    return fmt if deployment is None else deployment.at(point, fmt)
 
 
 def _entries(value: Any) -> list[Any]:
@@ -188,17 +196,17 @@ def _entries(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _of_preset(preset: Preset | None, content: Mapping[str, Any], entries: list[Any]) -> list[Any]:
-    """Add what a preset says of experts and of the rest, behind what is written and where nothing is."""
+def _of_deployment(deployment: Deployment | None, content: Mapping[str, Any], entries: list[Any]) -> list[Any]:
+    """Add what a deployment says of experts and of the rest, behind what is written and where nothing is."""
     formats = {point: content[point] for point in LINEAR_POINTS if content[point] not in (None, "none")}
-    if preset is None or preset.beside_experts is None or not formats:
+    if deployment is None or deployment.beside_experts is None or not formats:
         return entries
     written = {entry["pattern"] if isinstance(entry, Mapping) else entry.pattern for entry in entries}
-    own = {"experts": formats, "*": preset.beside_experts}
+    own = {"experts": formats, "*": deployment.beside_experts}
     return entries + [{"pattern": word, "format": own[word]} for word in own if word not in written]
 
 
-def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) -> Any:
+def _exception(entry: Any, content: Mapping[str, Any], deployment: Deployment | None) -> Any:
     """Return one exception. A bare format stands for every point that the injection rounds."""
     if not isinstance(entry, Mapping):
         return entry
@@ -208,7 +216,7 @@ def _exception(entry: Any, content: Mapping[str, Any], preset: Preset | None) ->
         fmt = "none" if fmt == "leave" else fmt
         rounded = [point for point in LINEAR_POINTS if content[point] not in (None, "none")] or ["weight"]
         entry |= fmt if isinstance(fmt, Mapping) and "name" not in fmt else dict.fromkeys(rounded, fmt)
-    return {key: _under(preset, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}
+    return {key: _under(deployment, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}
 
 
 def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
+from fp4rl.spec.former_names import in_present_words, renamings
 from fp4rl.spec.frozen import at_home
 from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
 from fp4rl.spec.plain_yaml import plain_values
@@ -28,7 +29,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     lays the file's content there (`arms.w4a16=+advice.yaml`). Raises NotFoundError for a missing file and
     InvalidValueError for anything in it that is not allowed; both name file, key and cure.
     """
-    content = read_yaml(path)
+    content = read_spec(path)
     is_suite = "arms" in content or "suite" in content
     stages = [content]
     for word in overrides:
@@ -109,6 +110,17 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         kind = {type(None): "nothing: the file is empty", list: "a list"}.get(type(content), "a single value")
         raise InvalidValueError(f"{file}: expected keys and values, found {kind}")
     return content
+
+
+def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a description from a YAML file as `read_yaml` does, with the present names of its keys."""
+    return dict(in_present_words(read_yaml(path)))
+
+
+def former_words(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> list[str]:
+    """Return a sentence for each former name in a file, if any, and in overrides, once for all arms."""
+    given = [*([read_yaml(path)] if path is not None else []), *map(_given, overrides)]
+    return list(dict.fromkeys(renamings(given)))
 
 
 def parse(kind: type[S], content: Mapping[str, Any], source: str) -> S:
@@ -225,6 +237,10 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 def change_of(word: str) -> dict[str, Any]:
     """Return the keys that an override, `key.path=value`, `key.path=+file.yaml` or `+file.yaml`, changes."""
+    return dict(in_present_words(_given(word)))
+
+
+def _given(word: str) -> dict[str, Any]:
     if word.startswith("+"):
         return read_yaml(word[1:])
     key, equals, text = word.partition("=")

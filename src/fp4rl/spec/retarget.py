@@ -1,34 +1,33 @@
-"""One injection under another preset or in another format, everything else of it kept."""
+"""One injection under another deployment or in another format, everything else of it kept."""
 
-from dataclasses import replace
 from typing import Any
 
+from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import FORMATS, Format, describe, format_of
+from fp4rl.spec.formats import Format, describe, format_of
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
 from fp4rl.spec.points import LINEAR_POINTS, PatternFormats
-from fp4rl.spec.presets import preset_named
 
 _ROUNDED = (*LINEAR_POINTS, "kv_cache")
 
 
-def under_preset(injection: Injection, preset: str) -> Injection:
-    """Return the injection with the rules of `preset` in place of those of its own.
+def under_deployment(injection: Injection, deployment: str) -> Injection:
+    """Return the injection with the rules of `deployment` in place of those of its own.
 
-    Raises NotFoundError for an unknown preset, InvalidValueError where a format sets a rule itself that it fixes.
+    Raises NotFoundError for an unknown deployment, InvalidValueError where a format sets a rule itself that it fixes.
     """
-    preset_named(preset)
+    deployment_named(deployment)
     own, *exceptions = (
         row.model_dump(mode="json")
         | {point: _without_rules(injection, point, fmt) for point, fmt in row if point in _ROUNDED}
         for row in (injection, *_own_exceptions(injection))
     )
-    return parse(Injection, own | {"preset": preset, "by_pattern": exceptions}, "preset")
+    return parse(Injection, own | {"deployment": deployment, "by_pattern": exceptions}, "deployment")
 
 
 def in_format(injection: Injection, fmt: str) -> Injection:
-    """Return the injection with `fmt`, under its own preset, wherever its linear layers are rounded; exceptions stay.
+    """Return the injection with `fmt`, under its own deployment, where its linear layers are rounded; exceptions stay.
 
     Raises NotFoundError for an unknown format, InvalidValueError where no linear layer is rounded.
     """
@@ -42,15 +41,13 @@ def in_format(injection: Injection, fmt: str) -> Injection:
 
 
 def _own_exceptions(injection: Injection) -> list[PatternFormats]:
-    """Return the exceptions that are not those of the preset."""
+    """Return the exceptions that are not those of the deployment."""
     made = injection.model_validate(injection.model_dump(mode="json") | {"by_pattern": ()}).by_pattern
     return [row for row in injection.by_pattern if row not in made]
 
 
 def _without_rules(injection: Injection, point: str, fmt: Any) -> Any:
-    """Return the format as it was described: a rule that its preset put there is taken out again."""
-    if not isinstance(fmt, Format) or injection.preset is None:
+    """Return the format as it was described: a rule that its deployment put there is taken out again."""
+    if not isinstance(fmt, Format) or injection.deployment is None:
         return fmt
-    known = FORMATS.get(fmt.name, fmt)
-    plain = replace(fmt, scale_rule=known.scale_rule, rounding=known.rounding)
-    return plain if preset_named(injection.preset).at(point, plain) == fmt else fmt
+    return deployment_named(injection.deployment).without_rules(point, fmt)

@@ -1,9 +1,11 @@
 """The settings of a scan of a model, and of `fp4rl scan` as a whole."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from fp4rl.spec.former_names import of_deployment
 from fp4rl.spec.frozen import LocalPath, Spec, WordOrList
 
 ScanPart = Literal["precision", "sensitivity", "depth", "dynamics"]
@@ -39,7 +41,7 @@ class ScanRequest(Scan):
 
     arm: str | None = Field(default=None, description="arm of a suite; by default the first that rounds something")
     format: str | None = Field(default=None, description="another format wherever a linear layer is rounded")
-    preset: str | None = Field(default=None, description="another deployment preset of scale rule and rounding")
+    deployment: str | None = Field(default=None, description="another deployment, by its name")
     leave: Annotated[tuple[str, ...], WordOrList] = Field(
         default=(), description="patterns of sites that are left out too"
     )
@@ -56,3 +58,8 @@ class ScanRequest(Scan):
     )
     noise_rule: NoiseRule = Field(default="proportional", description="how noise multipliers follow from the scan")
     bits: PositiveFloat = Field(default=4.5, description="average bits a weight for mixed formats")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_present_words(cls, value: Any) -> Any:
+        return of_deployment(value) if isinstance(value, Mapping) else value

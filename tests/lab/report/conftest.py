@@ -39,16 +39,16 @@ SUITE: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "base": {
         "training": {"steps": STEPS},
-        "evaluation": {"count": PROBLEMS, "preset": "vllm", "profiles": ["full", "deployment"]},
+        "evaluation": {"count": PROBLEMS, "deployment": "compressed_tensors", "profiles": ["full", "deployment"]},
     },
     "arms": {
         "bf16": {"evaluation": {"profiles": ["full", "w4a16", "w4a4"]}},
-        "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}},
+        "w4a16": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}},
         "w4a16+aqn": {
-            "injection": {"mode": "w4a16", "preset": "vllm"},
+            "injection": {"mode": "w4a16", "deployment": "compressed_tensors"},
             "noise": {"schedule": {"sigma_start": 1e-2, "sigma_end": 1e-4, "num_stages": 6}},
         },
-        "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}},
+        "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
     },
     "comparisons": [
         {

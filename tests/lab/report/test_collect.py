@@ -163,7 +163,10 @@ def test_the_report_is_strict_json(make_trial):
 
 
 def test_with_one_update_a_rollout_the_report_says_that_clip_higher_never_acted(make_trial):
-    base = {"training": {"steps": 12, "mini_batch_size": 16}, "evaluation": {"count": 500, "preset": "vllm"}}
+    base = {
+        "training": {"steps": 12, "mini_batch_size": 16},
+        "evaluation": {"count": 500, "deployment": "compressed_tensors"},
+    }
     report = collect(make_trial(base=base, arms={"w4a4": {"injection": "w4a4"}}, comparisons=[]).write())
     assert any("clip-higher never acted" in note for note in report.notes)
 
@@ -195,7 +198,7 @@ def test_several_answers_to_a_problem_give_pass_at_k_over_seeds(make_trial):
 
 
 def test_a_robustness_sweep_is_judged_at_the_last_step_alone(make_trial):
-    evaluation = {"count": 500, "preset": "vllm", "profiles": ["full"], "matmul_noise": [0.05]}
+    evaluation = {"count": 500, "deployment": "compressed_tensors", "profiles": ["full"], "matmul_noise": [0.05]}
     trial = make_trial(base={"training": {"steps": 12}, "evaluation": evaluation}, comparisons=[], arms={"bf16": {}})
     trial.levels["bf16", "matmul_noise=0.05"] = 85.0
     found = score(collect(trial.write()), "bf16@matmul_noise=0.05")

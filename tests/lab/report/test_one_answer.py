@@ -15,7 +15,7 @@ from fp4rl.cli.main import main
 from fp4rl.lab.compare.fairness import Kind, Objection
 
 Change = Callable[[dict[str, Any]], None]
-QUANTIZED = {"mode": "w4a16", "preset": "vllm"}
+QUANTIZED = {"mode": "w4a16", "deployment": "compressed_tensors"}
 TWO_ARMS: dict[str, Any] = {
     "arms": {"bf16": {"evaluation": {"profiles": ["full", "w4a16", "w4a4"]}}, "w4a16": {"injection": QUANTIZED}},
     "comparisons": [

@@ -9,7 +9,7 @@ from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.report.collect import collect
 from fp4rl.spec.errors import InvalidValueError
 
-QUANTIZED = {"mode": "w4a16", "preset": "vllm"}
+QUANTIZED = {"mode": "w4a16", "deployment": "compressed_tensors"}
 PROFILES = {"evaluation": {"profiles": ["full", "w4a16", "w4a4"]}}
 AFTERWARDS = {
     "question": "Does training under W4A16 beat quantizing afterwards?",
@@ -54,7 +54,10 @@ def test_quantized_afterwards_under_another_scale_rule_refuses(make_trial):
 
 
 def test_two_arms_as_each_is_deployed_may_differ_in_precision(make_trial):
-    arms = {"w4a16": {"injection": QUANTIZED}, "w4a4": {"injection": {"mode": "w4a4", "preset": "vllm"}}}
+    arms = {
+        "w4a16": {"injection": QUANTIZED},
+        "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
+    }
     assert ask(make_trial, BETWEEN_DEPLOYED, arms).word == "worse"
 
 

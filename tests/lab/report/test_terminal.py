@@ -50,7 +50,10 @@ def test_words_of_the_suite_are_never_taken_for_markup(make_trial):
 
 def test_an_arm_that_rounds_nothing_was_not_deployed(make_trial):
     """Kind: a number under a heading that it was not measured under; `full 46.0 | 46.0` in the two columns."""
-    suite = {"arms": {"bf16": {}, "w4a16": {"injection": {"mode": "w4a16", "preset": "vllm"}}}, "comparisons": []}
+    suite = {
+        "arms": {"bf16": {}, "w4a16": {"injection": {"mode": "w4a16", "deployment": "compressed_tensors"}}},
+        "comparisons": [],
+    }
     trial = make_trial(**suite)
     trial.levels[("bf16", "deployment")] = 92.0
     text = shown(collect(trial.write()), 80)

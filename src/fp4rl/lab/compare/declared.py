@@ -11,7 +11,7 @@ from fp4rl.lab.compare.sides import At, Side, named_side, planned_side
 from fp4rl.lab.suites import SuiteRuns, read_suite
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Comparison
-from fp4rl.spec.load import parse, read_yaml
+from fp4rl.spec.load import parse, read_spec, read_yaml
 
 
 def suite_questions(suite: SuiteRuns, at: At) -> list[tuple[Question, Side, Side]]:
@@ -54,7 +54,7 @@ def declared_questions(root: Path, suite: str) -> tuple[Question, ...]:
         raise NotFoundError(
             f"{file}: no such file, so nothing says which comparisons {suite} was made for; name two sides"
         )
-    declared = read_yaml(file).get("comparisons") or ()
+    declared = read_spec(file).get("comparisons") or ()
     return tuple(question_of(parse(Comparison, content, str(file)), suite) for content in declared)
 
 

@@ -261,8 +261,8 @@ def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
     points = points_named(injection) - idle | ({"errors"} if table.get("errors") else set())
     if not points:
         return None
-    # Mode and preset are left out, since they only name the formats of the points.
-    named = {key: value for key, value in table.items() if key not in ("mode", "preset", "apply_during")}
+    # Mode and deployment are left out, since they only name the formats of the points.
+    named = {key: value for key, value in table.items() if key not in ("mode", "deployment", "apply_during")}
     active = {phase: sorted(active & points) for phase, active in phases.items()}
     return named | {"by_pattern": by_pattern, "phases": active}
 

@@ -14,8 +14,9 @@ from sqlalchemy import Connection
 from fp4rl.lab.files import damage_named, json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.runs import Run, read_run
-from fp4rl.spec.digest import digest, with_present_names
+from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.former_names import with_present_names
 from fp4rl.spec.records import Sites, read_evidence, read_result
 from fp4rl.spec.task import SCORES
 

@@ -1,0 +1,109 @@
+"""Deployments: who packs the weights times which kernel rounds the inputs, and what a checkpoint is really served as.
+
+A packer fixes the rule and the rounding of weights, a kernel those of matmul inputs. `mxfp4` without a deployment means
+`ocp`. Adding one is one entry of `_ALL`, with a packer and a kernel that are there already or new ones.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from fp4rl.spec import kernels, packers
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.formats import FORMATS, MXFP8, Format
+
+_RULES = ("scale_rule", "rounding")  # the settings of a format that a deployment fixes
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A packer and a kernel. It fixes the rules of MX formats; other formats, and stochastic ones, pass unchanged."""
+
+    name: str
+    packer: packers.Packer
+    kernel: kernels.Kernel
+    beside_experts: Format | None = None  # what else is rounded than routed experts, which have the mode's formats
+    note: str = ""
+
+    def at(self, point: str, fmt: Format) -> Format:
+        """Return the format as this deployment rounds at `point`.
+
+        Raises InvalidValueError where the format sets another rule, or the kernel leaves `point` as it is.
+        """
+        if why := self.left_alone(point):
+            raise InvalidValueError(why)
+        rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
+        if rounds is None or fmt.scale != "e8m0" or fmt.rounding == "stochastic":
+            return fmt
+        known = FORMATS.get(fmt.name, fmt)
+        fixed: dict[str, Any] = {"scale_rule": rounds.rule, "rounding": rounds.rounding}
+        for key in _RULES:
+            own = getattr(fmt, key)
+            if own not in (getattr(known, key), fixed[key]):
+                raise InvalidValueError(
+                    f"{fmt.name} sets {key} {own!r}, but deployment {self.name!r} fixes {fixed[key]!r}; "
+                    "drop one of them"
+                )
+        return replace(fmt, **fixed)
+
+    def left_alone(self, point: str) -> str | None:
+        """Return why nothing is rounded at `point`, and the cure; None where it may be."""
+        if self.kernel.inputs is not None or point not in ("input", "output"):
+            return None
+        return (
+            f"deployment {self.name!r} rounds no {point}s: its kernel computes W4A16, whatever the checkpoint says; "
+            "take mode w4a16, or nvfp4_w4a16"
+        )
+
+    def without_rules(self, point: str, fmt: Format) -> Format:
+        """Return the format as it was described: a rule that this deployment put there is taken out again."""
+        known = FORMATS.get(fmt.name, fmt)
+        rules: dict[str, Any] = {key: getattr(known, key) for key in _RULES}
+        plain = replace(fmt, **rules)
+        with suppress(InvalidValueError):
+            return plain if self.at(point, plain) == fmt else fmt
+        return fmt
+
+    def served(self, mode: str) -> kernels.Served | None:
+        """Return what a checkpoint of a mode is computed as; None where that is not known."""
+        return self.kernel.serves.get(mode)
+
+
+_ALL = (
+    Deployment("ocp", packers.OCP, kernels.OCP_EMULATION),
+    Deployment("compressed_tensors", packers.COMPRESSED_TENSORS, kernels.COMPRESSED_TENSORS_EMULATION),
+    Deployment("vllm_blackwell", packers.COMPRESSED_TENSORS, kernels.VLLM_BLACKWELL),
+    Deployment("vllm_hopper", packers.COMPRESSED_TENSORS, kernels.VLLM_HOPPER),
+    Deployment("vllm_blackwell_rceil", packers.TORCHAO_RCEIL, kernels.VLLM_BLACKWELL),
+    Deployment("vllm_ascend_floor", packers.CANN, kernels.ASCEND_ROUND, note="only to repeat older results"),
+    Deployment("ascend950", packers.CANN, kernels.CANN),
+    Deployment("ascend950_uos", packers.CANN_UOS, kernels.CANN_UOS),
+    Deployment(
+        "ascend950_moe",
+        packers.CANN,
+        kernels.CANN,
+        beside_experts=MXFP8,
+        note="as msModelSlim's recipes for GLM and LongCat: the mode's formats on routed experts, MXFP8 on every other "
+        "linear layer",
+    ),
+)
+
+DEPLOYMENTS: Mapping[str, Deployment] = MappingProxyType({deployment.name: deployment for deployment in _ALL})
+
+
+def deployment_named(name: str) -> Deployment:
+    """Return the deployment of that name in `DEPLOYMENTS`; raises NotFoundError, naming the nearest."""
+    if name not in DEPLOYMENTS:
+        raise NotFoundError(f"no deployment is called {name!r}{nearest(name, DEPLOYMENTS)}")
+    return DEPLOYMENTS[name]
+
+
+def accepted(weight: Format, deployment: str | None) -> bool:
+    """Return whether the deployment, or any one where none is named, rounds weights as the format says."""
+    for target in DEPLOYMENTS.values() if deployment is None else (deployment_named(deployment),):
+        with suppress(InvalidValueError):  # a rule of its own that the target does not have
+            if target.at("weight", weight) == weight:
+                return True
+    return False
