@@ -52,6 +52,8 @@ bench: setup-dev
 
 bench-gpu: setup-dev
 	@$(PY) benchmarks/numerics.py --gpu
+	@$(PY) benchmarks/gpu.py
+	@$(PY) benchmarks/rl.py --gpu --rounds 4 --write
 
 setup:
 	@./setup.sh train report

@@ -13,6 +13,7 @@ from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.statistics.seeds import holm, welch
 from fp4rl.models.load import load
 from fp4rl.noise.schedule import asked_sigma
+from fp4rl.rl import processes
 from fp4rl.rl.inputs import start_folder
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.words import counted
@@ -34,6 +35,7 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
             alike.setdefault(run.arm, run.experiment)
     start, how = start_folder(first.model, first.task, root / "models"), first.model.experts_implementation
     model, tokenizer = load(start, first.model.dtype, how)
+    model.to(processes.device())
     pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))
     with progress() as advance:

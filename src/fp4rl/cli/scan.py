@@ -145,12 +145,14 @@ def _scanned(
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
     from fp4rl.models.load import load
+    from fp4rl.rl import processes
     from fp4rl.rl.inputs import start_folder
 
     spec, request = target.experiment, target.request
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
     start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
     model, tokenizer = load(start, spec.model.dtype, how)
+    model.to(processes.device())
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)
