@@ -12,9 +12,31 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4, Format
 
 SEED = (123, -456)
-RULES = ("ceil", "rceil", "even", "even_e2m1", "uos", "mse")
-ROUNDINGS = ("half_away", "toward_zero", "stochastic")
+RULES = ("ceil", "rceil", "even", "even_e2m1", "uos", "round", "mse", "fouroversix")
+ROUNDINGS = ("half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic")
+# The rules of tools: op by op in a dtype, with an epsilon.
+TOOLS: list[Format] = [
+    *(
+        replace(MXFP4, scale_rule=rule, scale_math="tensor")
+        for rule in ("floor", "ceil", "rceil", "even", "uos", "round")
+    ),
+    *(
+        replace(MXFP4, scale_rule=rule, scale_epsilon=9.6e-7)
+        for rule in ("floor", "ceil", "rceil", "even", "uos", "round")
+    ),
+    *(
+        replace(MXFP4, scale_rule=rule, scale_epsilon=9.6e-7, scale_math=math, rounding="half_added")
+        for rule in ("even", "uos")
+        for math in ("tensor", "float32", "bfloat16")
+    ),
+    *(replace(MXFP4, scale_rule="fouroversix", scale_math=math) for math in ("tensor", "float32", "bfloat16")),
+    *(replace(MXFP4, scale_rule="fouroversix", rounding=way) for way in ("half_added", "toward_zero", "stochastic")),
+    *(replace(MXFP4, scale_rule="fouroversix", scale_math="tensor", block=(1, width)) for width in (16, 24)),
+    replace(MXFP4_2D, scale_rule="even", scale_epsilon=9.6e-7, scale_math="tensor"),
+    replace(MXFP8, scale_math="tensor", rounding="half_added"),
+]
 KINDS: list[Format] = [
+    *TOOLS,
     *(replace(fmt, coarse=None) for fmt in FORMATS.values()),
     *(replace(MXFP4, scale_rule=rule) for rule in RULES),
     *(replace(fmt, rounding=way) for fmt in (MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4, FP8) for way in ROUNDINGS),
@@ -29,7 +51,7 @@ def seed_of(fmt: Format) -> tuple[int, int] | None:
 
 
 def said(fmt: Format) -> str:
-    return f"{fmt.name}-{fmt.scale_rule}-{fmt.rounding}-{fmt.block}"
+    return f"{fmt.name}-{fmt.scale_rule}-{fmt.scale_epsilon}-{fmt.scale_math}-{fmt.rounding}-{fmt.block}"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +64,7 @@ def library():
 @pytest.mark.parametrize(
     "fmt",
     [replace(fmt, rounding=way) for fmt in (MXFP4, MXFP4_2D, NVFP4) for way in ("nearest_even", "stochastic")]
-    + [FP8, replace(MXFP4, block=(1, 24)), replace(MXFP4, scale_rule="mse")],
+    + [FP8, replace(MXFP4, block=(1, 24)), replace(MXFP4, scale_rule="mse"), *TOOLS],
     ids=said,
 )
 def test_chunks_equal_the_whole(fmt, edges, equal, monkeypatch):

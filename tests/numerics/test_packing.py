@@ -11,11 +11,17 @@ from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, FP8, MXFP4, MXFP8, NVFP4, Coarse
 
-RULES = ("floor", "ceil", "rceil", "even", "even_e2m1", "uos", "mse")
+RULES = ("floor", "ceil", "rceil", "even", "even_e2m1", "uos", "round", "mse", "fouroversix")
+WAYS = ("half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic")
 FOUR_BITS = [
     *(replace(MXFP4, scale_rule=rule) for rule in RULES),
     *(fmt for fmt in FORMATS.values() if fmt.element.bits == 4),
-    *(replace(fmt, rounding=way) for fmt in (MXFP4, NVFP4) for way in ("half_away", "toward_zero", "stochastic")),
+    *(replace(fmt, rounding=way) for fmt in (MXFP4, NVFP4) for way in WAYS),
+    *(replace(MXFP4, scale_rule=rule, scale_epsilon=9.6e-7, scale_math="tensor") for rule in ("even", "uos")),
+    *(replace(MXFP4, scale_rule="fouroversix", scale_math=math) for math in ("tensor", "float32")),
+    replace(
+        FORMATS["mxfp4_dual"], scale_rule="even", scale_epsilon=9.6e-7, scale_math="float32", rounding="half_added"
+    ),
     replace(MXFP4, rotation=32),
     replace(MXFP4, coarse=Coarse(128, "search")),
 ]
@@ -39,7 +45,7 @@ def finite(edges, dtype, fmt):
 
 
 @pytest.mark.parametrize("name", BY)
-@pytest.mark.parametrize("fmt", FOUR_BITS, ids=lambda f: f"{f.name}-{f.scale_rule}-{f.rounding}")
+@pytest.mark.parametrize("fmt", FOUR_BITS, ids=lambda f: f"{f.name}-{f.scale_rule}-{f.scale_math}-{f.rounding}")
 def test_pack_unpack_dequantize_is_fake_quantization(fmt, name, edges, equal, backend):
     backend(name)
     searching = fmt.coarse is not None and fmt.coarse.choice == "search"  # takes a hundred times as long

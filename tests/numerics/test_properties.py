@@ -12,7 +12,7 @@ from fp4rl.numerics.packing import dequantize, pack_tensor
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import FORMATS, FP8, MXFP4, MXFP4_2D, MXFP8, NVFP4, Format
 
-RULES = ("floor", "ceil", "rceil", "even", "uos", "mse")
+RULES = ("floor", "ceil", "rceil", "even", "uos", "round", "mse", "fouroversix")
 NEAREST = [fmt for fmt in FORMATS.values() if fmt.rounding == "nearest_even"]
 SINGLE = [fmt for fmt in NEAREST if fmt.coarse is None]
 POWERS = [*(replace(MXFP4, scale_rule=rule) for rule in RULES), MXFP4_2D, MXFP8]

@@ -23,7 +23,9 @@ RULES = {
     "even": "floor(log2(amax / {even:g})) + 1",
     "even_e2m1": "floor(log2(amax / {seven:g})) + 1",
     "uos": "ceil(log2(amax / 7.25))",
+    "round": "round(log2(amax / {largest:g}))",
     "mse": "least squared error of floor and its neighbours",
+    "fouroversix": "round(log2(amax / 6)) or round(log2(amax / 4)), the less squared error",
     "amax": "amax / {largest:g}",
 }
 SCALES = {"e8m0": "E8M0", "e4m3": "E4M3 x FP32", "fp32": "FP32", "none": "none"}
@@ -109,6 +111,10 @@ def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
     yield "scale", SCALES[fmt.scale] + (", one for a block" if fmt.block else "")
     if fmt.scale != "none":
         yield "rule", f"{fmt.scale_rule}: {'exponent = ' if fmt.scale == 'e8m0' else ''}{_formula(fmt)}"
+    if fmt.scale_epsilon:
+        yield "epsilon", f"{fmt.scale_epsilon:g}, added to what the rule takes the logarithm of"
+    if fmt.scale_math != "exact":
+        yield "arithmetic", f"of the rule: in the dtype {fmt.scale_math}".replace("dtype tensor", "tensor's own dtype")
     yield "rounding", fmt.rounding
     if fmt.coarse:
         yield "coarse", f"one FP32 scale for {fmt.coarse.columns} columns, chosen by {fmt.coarse.choice}"
@@ -190,6 +196,8 @@ def _facts(fmt: Format) -> dict[str, object]:
         "block": list(fmt.block) if fmt.block else None,
         "scale": fmt.scale,
         "scale_rule": fmt.scale_rule if fmt.scale != "none" else None,
+        "scale_epsilon": fmt.scale_epsilon,
+        "scale_math": fmt.scale_math,
         "rounding": fmt.rounding,
         "coarse": vars(fmt.coarse) if fmt.coarse else None,
         "rotation": fmt.rotation,

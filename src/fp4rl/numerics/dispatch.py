@@ -21,6 +21,7 @@ from torch import Tensor
 from fp4rl.numerics import native, native_build
 from fp4rl.numerics.reference import CHUNK, reference, round_chunked
 from fp4rl.numerics.rounding import Seed
+from fp4rl.numerics.steps import settled
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.formats import Format
 
@@ -76,7 +77,7 @@ def backend_for(x: Tensor, fmt: Format) -> Backend:
 
 def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None = None) -> Tensor:
     """Compute `reference(x, fmt, seed)` on the backend that fits, into `out` where one is given (it may be x)."""
-    backend = backend_for(x, fmt)
+    fmt, backend = settled(fmt, x.dtype), backend_for(x, fmt)
     if backend == "reference":
         result = reference(x, fmt, seed)
         return result if out is None else out.copy_(result)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fp4rl.numerics.blocks import Grouping
 from fp4rl.numerics.reference import block_scale, reference, widened
 from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
+from fp4rl.numerics.steps import settled
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
 
@@ -43,7 +44,8 @@ class Levels:
 def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
     """Return the values that the blocks round, and how to undo it. A format without levels returns x itself.
 
-    A coarse quotient is cast to x's dtype, as Ascend's dual-level operation does.
+    A coarse quotient is cast to x's dtype, as Ascend's dual-level operation does, and kept under scale_math float32,
+    as msModelSlim does.
     """
     if fmt.rotation is None and fmt.coarse is None:
         return x, Levels(fmt, x.dtype)
@@ -54,7 +56,9 @@ def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
         return wide, Levels(fmt, x.dtype)
     coarse = coarse_scale(wide, fmt, fmt.coarse)
     runs = Grouping(wide.shape, (1, fmt.coarse.columns))
-    return runs.join(runs.split(wide) / coarse).to(x.dtype), Levels(fmt, x.dtype, coarse)
+    quotient = runs.join(runs.split(wide) / coarse)
+    kept = quotient if fmt.scale_math == "float32" else quotient.to(x.dtype)
+    return kept, Levels(fmt, x.dtype, coarse)
 
 
 def within_reach(x: Tensor, fmt: Format) -> Tensor:
@@ -62,7 +66,7 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
     inner, _ = inside(x, fmt)
-    grouping = Grouping(x.shape, fmt.block)
+    fmt, grouping = settled(fmt, inner.dtype), Grouping(x.shape, fmt.block)
     magnitude = grouping.split(widened(inner)).abs()
     return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt) * fmt.element.largest)
 

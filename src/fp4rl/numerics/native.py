@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Thread
 
 import torch
@@ -11,16 +11,21 @@ from torch import Tensor
 from fp4rl.numerics.blocks import columns_of
 from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite
+from fp4rl.numerics.steps import settled, stepped, table
 from fp4rl.spec.formats import E2M1, Format
 
-# The number of each rounding in grid.h, and the fraction above which number 1 rounds up: from one half on, or never.
+# The number of each rounding in grid.h, and the fraction above which number 1 rounds up: from one half on, or an ulp
+# earlier, above one half, or never.
 ROUNDINGS = {
     "nearest_even": (0, 0.0),
     "half_away": (1, 0.5 - 2.0**-25),
+    "half_added": (1, 0.5 - 2.0**-24),
+    "half_toward_zero": (1, 0.5),
     "toward_zero": (1, 1.0),
     "stochastic": (2, 0.0),
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ERRORS = {"exact": 0, "float32": 1, "bfloat16": 2}  # the dtype of four-over-six's errors in grid.h
 ELEMENTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
 WIDEST = 256  # columns of the widest block that pack.c packs
 
@@ -30,32 +35,49 @@ class Rule(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("mantissa_bits", "min_exponent", "max_exponent")),
-        *((name, ctypes.c_int32) for name in ("carry", "rounding", "dtype")),
+        *((name, ctypes.c_int32) for name in ("rounding", "dtype", "errors")),
         ("seed", ctypes.c_uint32 * 2),
         *((name, ctypes.c_float) for name in ("largest", "threshold")),
+        *((name, ctypes.c_void_p) for name in ("up", "up_to_four")),
     )
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels know this format: all but those without a scale and the search for the least error."""
-    known = fmt.scale != "none" and fmt.scale_rule != "mse" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
-    return known and x.device.type == "cpu" and x.dtype != torch.float64
+    known = fmt.scale != "none" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
+    return known and _searches(x, fmt) and x.device.type == "cpu" and x.dtype != torch.float64
+
+
+def _searches(x: Tensor, fmt: Format) -> bool:
+    """Return whether the kernels find the scales: four-over-six is known for rows, in the dtypes of its errors."""
+    if fmt.scale_rule != "fouroversix":
+        return fmt.scale_rule != "mse"
+    return fmt.block is not None and fmt.block[0] == 1 and settled(fmt, x.dtype).scale_math in ERRORS
 
 
 @lru_cache(maxsize=256)
 def _fixed_rule(fmt: Format, dtype: torch.dtype) -> Rule:
     element = fmt.element
-    up = carry(fmt.scale_rule, element, 23) if fmt.scale == "e8m0" else 0
     rounding, threshold = ROUNDINGS[fmt.rounding]
+    searched = fmt.scale_rule == "fouroversix"
     return Rule(
-        *(element.mantissa_bits, element.min_exponent, element.max_exponent, up),
-        *(rounding, DTYPES[dtype], (0, 0), element.largest, threshold),
+        *(element.mantissa_bits, element.min_exponent, element.max_exponent),
+        *(rounding, DTYPES[dtype], ERRORS.get(fmt.scale_math, 0), (0, 0), element.largest, threshold),
+        *(_ups(fmt).data_ptr(), table(fmt, torch.float32, 4.0).data_ptr() if searched else None),
     )
+
+
+@cache
+def _ups(fmt: Format) -> Tensor:
+    """Return what to add to the bits of amax in each binade; kept for good, since rules hold its address."""
+    if stepped(fmt):
+        return table(fmt, torch.float32)
+    return torch.full((256,), carry(fmt.scale_rule, fmt.element, 23) if fmt.scale == "e8m0" else 0, dtype=torch.int32)
 
 
 def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:
     """Return a format as the kernels' struct, with the `seed` of stochastic rounding."""
-    rule = _fixed_rule(fmt, dtype)
+    rule = _fixed_rule(settled(fmt, dtype), dtype)
     if seed is not None:
         rule = Rule.from_buffer_copy(rule)
         rule.seed[0], rule.seed[1] = seed[0] & 0xFFFFFFFF, seed[1] & 0xFFFFFFFF
@@ -137,7 +159,7 @@ def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finit
 
 def packs(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels pack x: no rotation or coarse scale, an even width, float32 or bfloat16 on a CPU."""
-    if fmt.block is None or fmt.rotation or fmt.coarse or fmt.element != E2M1 or fmt.scale_rule == "mse":
+    if fmt.block is None or fmt.rotation or fmt.coarse or fmt.element != E2M1 or not _searches(x, fmt):
         return False
     height, width = fmt.block
     return height == 1 and width % 2 == 0 and width <= WIDEST and x.device.type == "cpu" and x.dtype in DTYPES

@@ -13,6 +13,7 @@ from torch import Tensor
 from fp4rl.numerics.blocks import Grouping, columns_of
 from fp4rl.numerics.rounding import Seed, round_magnitude, uniform_matrix
 from fp4rl.numerics.scales import (
+    E8M0_BIAS,
     E8M0_LARGEST,
     e8m0_codes,
     fp32_scale,
@@ -21,6 +22,7 @@ from fp4rl.numerics.scales import (
     nvfp4_global,
     power_of_two,
 )
+from fp4rl.numerics.steps import rounder, settled, stepped, stepped_codes
 from fp4rl.spec.formats import E8M7, Format
 
 CHUNK = 1 << 16  # elements: 256 KiB in float32, so that the dozen passes over a chunk find it in the L2 cache
@@ -36,7 +38,7 @@ def reference(
     """
     if fmt.scale == "none":
         return rounded_plainly(x, fmt)
-    grouping = Grouping(x.shape, fmt.block)
+    fmt, grouping = settled(fmt, x.dtype), Grouping(x.shape, fmt.block)
     blocks = grouping.split(widened(x))
     uniform = None if seed is None else grouping.split(uniform_like(x, seed, first_row))
     return grouping.join(round_blocks(blocks, grouping.axes, fmt, uniform, factor)).to(x.dtype)
@@ -80,8 +82,12 @@ def stored_scales(
     if fmt.scale == "e4m3":
         factor = nvfp4_global(amax, fmt.element) if factor is None else factor
         return nvfp4_blocks(amax, factor, fmt.element), factor
-    codes = e8m0_codes(amax, fmt.scale_rule, fmt.element)
-    return (codes if fmt.scale_rule != "mse" else least_error_codes(magnitude, codes, axes, fmt)), None
+    codes = stepped_codes(amax, fmt) if stepped(fmt) else e8m0_codes(amax, fmt.scale_rule, fmt.element)
+    if fmt.scale_rule == "mse":
+        codes = least_error_codes(magnitude, [codes, codes + 1, codes - 1], axes, fmt)
+    elif fmt.scale_rule == "fouroversix":  # the one that maps amax to 6, or that which maps it to 4
+        codes = least_error_codes(magnitude, [codes, stepped_codes(amax, fmt, 4.0)], axes, fmt)
+    return codes, None
 
 
 def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
@@ -91,19 +97,23 @@ def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: t
     return stored.to(dtype) if factor is None else stored.to(dtype) / factor
 
 
-def least_error_codes(magnitude: Tensor, codes: Tensor, axes: tuple[int, ...], fmt: Format) -> Tensor:
-    """Return of each block's `floor` code and its two neighbours the one of least squared error; `floor` on a tie.
+def least_error_codes(magnitude: Tensor, candidates: list[Tensor], axes: tuple[int, ...], fmt: Format) -> Tensor:
+    """Return of each block's candidates for its E8M0 code that of least squared error; the first on a tie.
 
-    Errors are taken in units of the floor scale, so that no square underflows, and added in float64.
+    Errors are taken in units of the first candidate's scale, so that no square underflows, and added in float64; each
+    step is rounded to the dtype of the rule's arithmetic, where it has one.
     """
-    units = magnitude / power_of_two(codes, magnitude.dtype)
+    first, dtype, rounded = candidates[0], magnitude.dtype, rounder(fmt)
+    units = magnitude / power_of_two(first, dtype)
     rounding = "nearest_even" if fmt.rounding == "stochastic" else fmt.rounding
-    best, least = codes, torch.full_like(codes, torch.inf, dtype=torch.float64)
-    for shift in (0, 1, -1):
-        rounded = round_magnitude(units * 2.0**-shift, fmt.element, rounding) * 2.0**shift
-        error = (rounded - units).double().square().sum(axes, keepdim=True)
-        error = error.masked_fill((codes + shift < 0) | (codes + shift > E8M0_LARGEST), torch.inf)
-        best = torch.where(error < least, codes + shift, best)
+    best, least = first, torch.full_like(first, torch.inf, dtype=torch.float64)
+    for codes in candidates:
+        ratio = power_of_two(codes - first + E8M0_BIAS, dtype)
+        made = round_magnitude(units / ratio, fmt.element, rounding) * ratio
+        squares = rounded(rounded((made - units).double()).square())
+        error = rounded(squares.sum(axes, keepdim=True))
+        error = error.masked_fill((codes < 0) | (codes > E8M0_LARGEST), torch.inf)
+        best = torch.where(error < least, codes, best)
         least = torch.minimum(error, least)
     return best
 

@@ -31,16 +31,21 @@ def spacing(magnitude: Tensor, element: Element) -> Tensor:
 def round_steps(steps: Tensor, rounding: Rounding, uniform: Tensor | None = None) -> Tensor:
     """Round non-negative `steps` to whole numbers; `uniform` in [0, 1), like `steps`, decides stochastic rounding.
 
-    The fraction is taken by subtraction, which is exact; adding one half instead would carry 0.49999997 up to 1.
+    The fraction is taken by subtraction, which is exact; adding one half instead carries 0.49999997 up to 1, as the
+    tools do that `half_added` stands for.
     """
     if rounding == "nearest_even":
         return steps.round()
+    if rounding == "half_added":
+        return (steps + 0.5).floor()
     whole = steps.floor()
     if rounding == "toward_zero":
         return whole
     fraction = steps - whole
     if rounding == "half_away":
         return whole + (fraction >= 0.5)
+    if rounding == "half_toward_zero":
+        return whole + (fraction > 0.5)
     if uniform is None:
         raise ValueError("stochastic rounding needs uniform numbers")
     return whole + (fraction > uniform)  # up with probability `fraction`, so that the mean is the value itself
@@ -60,7 +65,8 @@ def saturated(values: Tensor, rounding: Rounding) -> Tensor:
 def round_magnitude(magnitude: Tensor, element: Element, rounding: Rounding, uniform: Tensor | None = None) -> Tensor:
     """Return the grid value for each non-negative magnitude, clipped to the element's largest; NaN stays NaN.
 
-    Ties of `nearest_even` go to the even code (OCP MX v1.0 section 5.3), those of `half_away` up.
+    Ties of `nearest_even` go to the even code (OCP MX v1.0 section 5.3), those of `half_away` and `half_added` up,
+    those of `half_toward_zero` down.
     """
     clipped = magnitude.clamp(max=element.largest)
     step = spacing(clipped, element)

@@ -16,7 +16,7 @@ E4M3_LARGEST = 448.0
 FP32_LARGEST = torch.finfo(torch.float32).max
 FP32_TINY = torch.finfo(torch.float32).tiny
 
-_LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
 
 
 def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
@@ -24,7 +24,7 @@ def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
 
     floor: never. ceil: above 1 * 2^k. rceil: ceil(log2(amax / largest)). even: from the middle of the element's top
     step on, 7 * 2^k for E2M1. even_e2m1: that same 1.75 whatever the element. uos: ceil(log2(amax / 7.25)). `floor`
-    is OCP MX v1.0 section 6.3; `mse` starts from it.
+    is OCP MX v1.0 section 6.3; `mse` starts from it. The other rules are tables (`steps`).
     """
     unit = 1 << mantissa_bits
     top = 2.0**element.max_exponent
@@ -41,8 +41,8 @@ def carry(rule: ScaleRule, element: Element, mantissa_bits: int) -> int:
             return unit >> 2
         case "uos":
             return round((2 - UOS_LIMIT / top) * unit) - 1
-        case "amax":
-            raise ValueError("the rule 'amax' picks no exponent")
+        case "round" | "fouroversix" | "amax":
+            raise ValueError(f"the rule {rule!r} has no carry")
 
 
 def e8m0_codes(amax: Tensor, rule: ScaleRule, element: Element) -> Tensor:
@@ -50,15 +50,20 @@ def e8m0_codes(amax: Tensor, rule: ScaleRule, element: Element) -> Tensor:
 
     `amax` is float32 or float64; the code of a NaN or an infinity is unspecified.
     """
-    whole, mantissa_bits, bias = _LAYOUT[amax.dtype]
-    field = (amax.view(whole) + carry(rule, element, mantissa_bits)) >> mantissa_bits
+    return carried_codes(amax, carry(rule, element, LAYOUT[amax.dtype][1]), element)
+
+
+def carried_codes(amax: Tensor, up: int | Tensor, element: Element) -> Tensor:
+    """Return the E8M0 codes that the exponent fields of amax give once `up` is added to its bits."""
+    whole, mantissa_bits, bias = LAYOUT[amax.dtype]
+    field = (amax.view(whole) + up) >> mantissa_bits
     # The exponent of amax less that of the element's largest value, in E8M0's bias.
     return (field - (bias - E8M0_BIAS + element.max_exponent)).clamp_(0, E8M0_LARGEST)
 
 
 def power_of_two(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 2^(code - 127) exactly, from bits; code 0 is a float32 subnormal, one bit of the mantissa."""
-    whole, mantissa_bits, bias = _LAYOUT[dtype]
+    whole, mantissa_bits, bias = LAYOUT[dtype]
     if bias == E8M0_BIAS:
         return (codes << mantissa_bits).clamp_(min=1 << (mantissa_bits - 1)).view(dtype)
     return ((codes.to(whole) + (bias - E8M0_BIAS)) << mantissa_bits).view(dtype)

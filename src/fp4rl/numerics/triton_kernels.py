@@ -19,9 +19,10 @@ from torch import Tensor
 from fp4rl.numerics.blocks import columns_of
 from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry
+from fp4rl.numerics.steps import stepped
 from fp4rl.spec.formats import Format
 
-ROUNDINGS = ("nearest_even", "half_away", "toward_zero", "stochastic")
+ROUNDINGS = ("nearest_even", "half_away", "toward_zero", "stochastic", "half_added", "half_toward_zero")
 ELEMENTS = 4096  # of one program: 32 values a thread in four warps
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -29,7 +30,7 @@ DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 
 def supports(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels know this format: blocks of powers of two, every rule but the least-error search."""
-    if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse":
+    if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse" or stepped(fmt):
         return False
     height, width = fmt.block
     powers = all(side & (side - 1) == 0 for side in fmt.block)
@@ -160,6 +161,10 @@ def _on_grid(
             whole += tl.where(steps - whole >= 0.5, 1.0, 0.0)
         if ROUNDING == 3:
             whole += tl.where(steps - whole > _uniform(at, first, second), 1.0, 0.0)
+        if ROUNDING == 4:
+            whole = tl.floor(steps + 0.5)
+        if ROUNDING == 5:
+            whole += tl.where(steps - whole > 0.5, 1.0, 0.0)
         rounded = whole * step.to(tl.float32, bitcast=True)
     return rounded
 

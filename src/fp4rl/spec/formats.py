@@ -13,15 +13,16 @@ and E5M2; NVIDIA's NVFP4 (E4M3 block scales under one FP32 scale a tensor). The 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import frexp
+from math import frexp, inf
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 Scale = Literal["e8m0", "e4m3", "fp32", "none"]
-ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "mse", "amax"]
-Rounding = Literal["nearest_even", "half_away", "toward_zero", "stochastic"]
+ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "round", "mse", "fouroversix", "amax"]
+ScaleMath = Literal["exact", "tensor", "float64", "float32", "bfloat16", "float16"]
+Rounding = Literal["nearest_even", "half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic"]
 CoarseChoice = Literal["max", "search"]
 
 ROTATIONS = (16, 32, 64, 128)
@@ -102,8 +103,10 @@ class Format:
     Blocks of one row run along the last axis, the reduction axis of a linear layer. `scale` is the block scale's
     own format: `e8m0` a power of two, `e4m3` under one FP32 scale for the tensor, `fp32`, or `none`. `scale_rule`
     picks the exponent of an `e8m0` scale from the block's largest magnitude; the other scales know one rule,
-    `amax`. `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises InvalidValueError for
-    a combination that means nothing.
+    `amax`. `scale_epsilon` is added to what the rule takes the logarithm of, and `scale_math` says in which arithmetic
+    the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself).
+    `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises InvalidValueError for a
+    combination that means nothing.
     """
 
     name: str
@@ -114,6 +117,8 @@ class Format:
     rounding: Rounding = "nearest_even"
     coarse: Coarse | None = None
     rotation: int | None = None
+    scale_epsilon: float = 0.0
+    scale_math: ScaleMath = "exact"
 
     def __post_init__(self) -> None:
         for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_block(self)):
@@ -135,7 +140,8 @@ class Format:
 
 
 def _wrong_words(fmt: Format) -> Iterator[str]:
-    for key, known in (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding)):
+    words = (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding), ("scale_math", ScaleMath))
+    for key, known in words:
         word = getattr(fmt, key)
         if word not in get_args(known):
             yield f"{key} {word!r} is unknown{nearest(str(word), get_args(known))}"
@@ -146,10 +152,14 @@ def _wrong_words(fmt: Format) -> Iterator[str]:
 def _wrong_scale(fmt: Format) -> Iterator[str]:
     powers = fmt.scale == "e8m0"
     if powers == (fmt.scale_rule == "amax"):
-        cure = "floor, ceil, rceil, even, uos or mse" if powers else "amax"
+        cure = "floor, ceil, rceil, even, uos, round, mse or fouroversix" if powers else "amax"
         yield f"a scale in {fmt.scale} takes the scale_rule {cure}, not {fmt.scale_rule!r}"
-    if fmt.scale_rule == "uos" and fmt.element.largest != 6.0:
-        yield "scale_rule 'uos' is defined for E2M1 only; take floor, even or rceil"
+    if fmt.scale_rule in ("uos", "fouroversix") and fmt.element.largest != 6.0:
+        yield f"scale_rule {fmt.scale_rule!r} is defined for E2M1 only; take floor, even or rceil"
+    if fmt.scale_epsilon and (fmt.scale_rule in ("mse", "fouroversix", "amax") or not 0 < fmt.scale_epsilon < inf):
+        yield f"scale_epsilon {fmt.scale_epsilon!r} must be 0, or above 0 where the scale_rule takes one logarithm"
+    if fmt.scale_math != "exact" and fmt.scale_rule in ("mse", "amax"):
+        yield f"scale_rule {fmt.scale_rule!r} is worked out exactly; scale_math {fmt.scale_math!r} changes other rules"
     if fmt.scale == "none" and fmt.rounding != "nearest_even":
         yield f"rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
     if fmt.coarse and not powers:
@@ -232,8 +242,10 @@ def format_of(value: object) -> Format:
 def _field_of(name: str, key: object, given: Any) -> Any:
     whole = isinstance(given, int) and not isinstance(given, bool)
     match key:
-        case "scale_rule" | "rounding" if isinstance(given, str):
+        case "scale_rule" | "rounding" | "scale_math" if isinstance(given, str):
             return given
+        case "scale_epsilon" if whole or isinstance(given, float):
+            return float(given)
         case "rotation" if given is None or whole:
             return given
         case "block" if whole:
@@ -251,7 +263,7 @@ def _field_of(name: str, key: object, given: Any) -> Any:
     raise NotFoundError(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
 
 
-_SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation")
+_SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation", "scale_epsilon", "scale_math")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:

@@ -61,19 +61,13 @@ INLINE void round_each(const void *x, void *out, int64_t at, int64_t n, const fl
 
 INLINE void rows_of(const void *x, void *out, int64_t rows, int64_t columns, int64_t width, float factor, int divide,
                     const Rule *r, int rounding, int dtype, uint32_t first) {
-    uint32_t most[TOGETHER];
     Scale scales[TOGETHER];
     float scale_of[TOGETHER * WIDEST], inverse_of[TOGETHER * WIDEST];
     for (int64_t start = 0; start < rows * columns; start += columns)
         for (int64_t c = 0; c < columns; c += TOGETHER * width) {
             int64_t at = start + c, left = columns - c, blocks = (left + width - 1) / width;
             blocks = blocks < TOGETHER ? blocks : TOGETHER;
-            for (int64_t b = 0; b < blocks; b++) {
-                int64_t n = left - b * width < width ? left - b * width : width;
-#define MOST(N) most[b] = largest_bits(x, at + b * width, N, dtype)
-                BY_LENGTH(n, MOST);
-            }
-            for (int64_t b = 0; b < blocks; b++) scales[b] = block_scale(most[b], factor, divide, r);
+            scales_of(x, at, left, blocks, width, factor, divide, r, rounding, dtype, scales);
             if (width != 32 && width <= WIDEST) { /* short runs make poor vectors: give every value its scale, in one run */
                 for (int64_t b = 0; b < blocks; b++)
                     for (int64_t i = 0; i < width; i++) {
@@ -116,7 +110,7 @@ INLINE void strip_of(const void *x, void *out, int64_t at, int64_t height, int64
             most[t] = bits > most[t] ? bits : most[t];
         }
     Scale scales[STRIP_TILES];
-    for (int64_t t = 0; t < STRIP_TILES; t++) scales[t] = e8m0_scale(most[t], r);
+    for (int64_t t = 0; t < STRIP_TILES; t++) scales[t] = e8m0_scale(most[t], r->up, r);
     for (int64_t row = at; row < at + height * columns; row += columns)
         for (int64_t c = 0, t = 0; c < length; c += width, t++) {
             int64_t n = length - c < width ? length - c : width;

@@ -15,15 +15,19 @@
 enum { FLOAT32, BFLOAT16 };
 /* THRESHOLD rounds up where the fraction exceeds one number: just below a half for half-away, one for toward-zero. */
 enum { NEAREST_EVEN, THRESHOLD, STOCHASTIC };
+/* The arithmetic in which four-over-six compares its two errors. */
+enum { IN_DOUBLE, IN_FLOAT32, IN_BFLOAT16 };
 
-/* One format's rounding, as native.py fills it in. */
+/* One format's rounding, as native.py fills it in. `up`: what to add to the bits of a largest magnitude so that its exponent
+ * is the scale's, one number for each exponent; `up_to_four` likewise for the second scale of four-over-six, else null. */
 typedef struct {
-    int32_t mantissa_bits, min_exponent, max_exponent, carry, rounding, dtype;
+    int32_t mantissa_bits, min_exponent, max_exponent, rounding, dtype, errors;
     uint32_t seed[2];
     float largest, threshold;
+    const int32_t *up, *up_to_four;
 } Rule;
 
-static const Rule E4M3 = {3, -6, 8, 0, NEAREST_EVEN, FLOAT32, {0, 0}, 448.0f, 0.0f};
+static const Rule E4M3 = {3, -6, 8, NEAREST_EVEN, FLOAT32, IN_DOUBLE, {0, 0}, 448.0f, 0.0f, 0, 0};
 
 INLINE float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 INLINE uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
@@ -90,8 +94,8 @@ typedef struct {
     int32_t code;
 } Scale;
 
-INLINE Scale e8m0_scale(uint32_t amax, const Rule *r) {
-    int32_t code = (int32_t)((amax + (uint32_t)r->carry) >> 23) - r->max_exponent;
+INLINE Scale e8m0_scale(uint32_t amax, const int32_t *up, const Rule *r) {
+    int32_t code = ((int32_t)(amax + (uint32_t)up[amax >> 23]) >> 23) - r->max_exponent;
     code = code < 0 ? 0 : code > 254 ? 254 : code;
     Scale s = {as_float(code ? (uint32_t)code << 23 : 0x400000u), as_float((uint32_t)(254 - code) << 23), code};
     if (amax >= INFINITE) s.scale = NAN;
@@ -108,7 +112,7 @@ INLINE Scale e4m3_scale(uint32_t amax, float factor, const Rule *r) {
 }
 
 INLINE Scale block_scale(uint32_t amax, float factor, int divide, const Rule *r) {
-    return divide ? e4m3_scale(amax, factor, r) : e8m0_scale(amax, r);
+    return divide ? e4m3_scale(amax, factor, r) : e8m0_scale(amax, r->up, r);
 }
 
 INLINE float scaled(uint32_t bits, Scale s, int divide) {
@@ -128,3 +132,65 @@ INLINE float scaled(uint32_t bits, Scale s, int divide) {
         if ((n) == 16) { CALL(16); }                                                                                        \
         else BY_32(n, CALL);                                                                                                \
     } while (0)
+
+INLINE float as_bfloat16(float f) {
+    uint32_t bits = as_bits(f);
+    return as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
+}
+
+enum { LANES = 8 }; /* sums that a compiler may keep in one vector */
+
+/* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. */
+INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scale four, const Rule *r, int rounding, int dtype,
+                           int errors) {
+    double of_six[LANES] = {0}, of_four[LANES] = {0};
+    float up = as_float((uint32_t)(127 + four.code - six.code) << 23), down = as_float((uint32_t)(127 - four.code + six.code) << 23);
+    for (int64_t start = 0; start < n; start += LANES) {
+        int64_t run = n - start < LANES ? n - start : LANES;
+#define LANE_ERRORS(N)                                                                                                      \
+    for (int64_t i = 0; i < N; i++) {                                                                                       \
+        float a = scaled(load(x, at + start + i, dtype), six, 0);                                                           \
+        float e = on_grid(a, r, rounding, 0) - a, f = on_grid(a * down, r, rounding, 0) * up - a;                           \
+        if (errors == IN_BFLOAT16) e = as_bfloat16(e), f = as_bfloat16(f), e = as_bfloat16(e * e), f = as_bfloat16(f * f);  \
+        else if (errors == IN_FLOAT32) e *= e, f *= f;                                                                      \
+        of_six[i] += errors == IN_DOUBLE ? (double)e * (double)e : (double)e;                                               \
+        of_four[i] += errors == IN_DOUBLE ? (double)f * (double)f : (double)f;                                              \
+    }
+        if (run == LANES) { LANE_ERRORS(LANES) }
+        else { LANE_ERRORS(run) }
+    }
+    double e = 0, f = 0;
+    for (int64_t i = 0; i < LANES; i++) e += of_six[i], f += of_four[i];
+    if (errors == IN_FLOAT32) e = (float)e, f = (float)f;
+    if (errors == IN_BFLOAT16) e = as_bfloat16((float)e), f = as_bfloat16((float)f);
+    return f < e ? four : six;
+}
+
+/* The scales of `blocks` blocks of a row from `at` on, `left` values; returns how many hold a NaN or an infinity. */
+INLINE int64_t scales_of(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, float factor, int divide,
+                         const Rule *r, int rounding, int dtype, Scale *scales) {
+    uint32_t most[TOGETHER];
+    int64_t broken = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t n = left - b * width < width ? left - b * width : width;
+#define MOST(N) most[b] = largest_bits(x, at + b * width, N, dtype)
+        BY_LENGTH(n, MOST);
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        scales[b] = block_scale(most[b], factor, divide, r);
+        broken += most[b] >= INFINITE;
+    }
+    if (divide || !r->up_to_four) return broken;
+    int nearest = rounding == STOCHASTIC ? NEAREST_EVEN : rounding;
+    for (int64_t b = 0; b < blocks; b++) {
+        Scale four = e8m0_scale(most[b], r->up_to_four, r);
+        if (four.code == scales[b].code || most[b] >= INFINITE) continue;
+        int64_t n = left - b * width < width ? left - b * width : width, from = at + b * width;
+#define LESS(N)                                                                                                             \
+    scales[b] = r->errors == IN_BFLOAT16  ? of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_BFLOAT16)      \
+                : r->errors == IN_FLOAT32 ? of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_FLOAT32)       \
+                                          : of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_DOUBLE)
+        BY_LENGTH(n, LESS);
+    }
+    return broken;
+}

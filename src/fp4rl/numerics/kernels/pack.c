@@ -37,7 +37,7 @@ INLINE void join_nibbles(uint8_t *codes, uint8_t *packed, int64_t n) {
 INLINE int64_t pack_rows_of(const void *x, uint8_t *packed, uint8_t *stored, int64_t rows, int64_t columns, int64_t width,
                             float factor, int divide, const Rule *r, int rounding, int dtype, uint32_t first) {
     uint8_t codes[TOGETHER * WIDEST + 1];
-    uint32_t most[TOGETHER];
+    Scale scales[TOGETHER];
     float by[TOGETHER], spread[TOGETHER * WIDEST];
     int64_t broken = 0;
     for (int64_t row = 0; row < rows; row++, packed += (columns + 1) / 2)
@@ -45,16 +45,10 @@ INLINE int64_t pack_rows_of(const void *x, uint8_t *packed, uint8_t *stored, int
             int64_t at = row * columns + c, left = columns - c, blocks = (left + width - 1) / width;
             blocks = blocks < TOGETHER ? blocks : TOGETHER;
             left = left < TOGETHER * width ? left : TOGETHER * width;
+            broken += scales_of(x, at, left, blocks, width, factor, divide, r, rounding, dtype, scales);
             for (int64_t b = 0; b < blocks; b++) {
-                int64_t n = left - b * width < width ? left - b * width : width;
-#define MOST(N) most[b] = largest_bits(x, at + b * width, N, dtype)
-                BY_LENGTH(n, MOST);
-            }
-            for (int64_t b = 0; b < blocks; b++) {
-                Scale scale = block_scale(most[b], factor, divide, r);
-                broken += most[b] >= INFINITE;
-                *stored++ = (uint8_t)scale.code;
-                by[b] = divide ? scale.scale : scale.inverse;
+                *stored++ = (uint8_t)scales[b].code;
+                by[b] = divide ? scales[b].scale : scales[b].inverse;
             }
             uint32_t index = first + (uint32_t)at;
             if (width == 32 && left % 32 == 0) {
