@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fp4rl.cli.main import VERBS, _app
 from fp4rl.cli.scan_source import described
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.formats import Format
 from fp4rl.spec.keys import described_keys
 from fp4rl.spec.load import load_spec, merge, parse
 from fp4rl.spec.scan import ScanRequest
@@ -50,6 +52,7 @@ NEEDS = {
     "frozen_base: packed": {"injection.apply_during": ["rollout", "training", "evaluation", "reference"]},
     "coarse: {columns: 128, choice: search}": {"injection.weight.name": "mxfp4", "injection.mode": None},
     "rotation: 32": {"injection.weight.name": "mxfp4"},
+    "scale_math: tensor": {"injection.weight.name": "mxfp4", "injection.mode": None},
 }
 
 
@@ -118,7 +121,7 @@ def test_every_yaml_block_is_a_spec_or_a_part_of_one(page, body, tmp_path):
 def test_every_setting_named_on_a_page_is_taken(setting, tmp_path):
     key, value = re.split(r": |=", setting, maxsplit=1)
     paths = [k.path for k in described_keys(Experiment) if f".{k.path}".endswith(f".{key}")]
-    paths += [f"{p}.{key}" for p in ("injection.weight",) if key in ("coarse", "rotation", "scale_rule", "block")]
+    paths += [f"{p}.{key}" for p in ("injection.weight",) if key in {f.name for f in fields(Format)}]
     if key in Suite.model_fields:
         return
     if key.partition(".")[0] in ScanRequest.model_fields:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from fp4rl.numerics.packing import pack_tensor

@@ -1,8 +1,8 @@
 """Scale rules worked out as tools do: op by op, every result rounded to a dtype, with an epsilon.
 
-However it is computed, the code of a scale only grows with the block's largest magnitude, by one within a binade. So one
-whole number a binade says all: what to add to the bits of amax so that its exponent field becomes that of the scale, as
-`scales.carry` does for the exact rules.
+However it is computed, the code of a scale only grows with the block's largest magnitude, by one within a binade. So
+one whole number a binade says all: what to add to the bits of amax so that its exponent field becomes that of the
+scale, as `scales.carry` does for the exact rules.
 """
 
 from collections.abc import Callable

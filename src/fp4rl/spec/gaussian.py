@@ -31,8 +31,16 @@ _FIGURES = {
 
 # MXFP4 under each scale rule, as SQNR in dB.
 MXFP4_RULES_DB: Mapping[ScaleRule, float] = MappingProxyType(
-    {"floor": 18.75, "ceil": 17.01, "rceil": 18.65, "even": 18.99, "uos": 19.02, "round": 18.34}
-    | {"mse": 19.03, "fouroversix": 19.03}
+    {
+        "floor": 18.75,
+        "ceil": 17.01,
+        "rceil": 18.65,
+        "even": 18.99,
+        "uos": 19.02,
+        "round": 18.34,
+        "mse": 19.03,
+        "fouroversix": 19.03,
+    }
 )
 
 
