@@ -40,8 +40,13 @@ def folder_of(family, path):
 def suite(path, mode):
     training = {"algorithm": "grpo", "steps": 2, "train_batch_size": 2, "mini_batch_size": 2, "rollout_n": 2}
     training |= {"lr": 0.01, "max_response_length": 8, "filter_groups": {"enable": False}, **OBJECTIVE[mode]}
-    profiles = {"count": 4, "max_new_tokens": 8, "preset": "vllm", "profiles": ["full", mode, "deployment"]}
-    injection = {"mode": mode, "preset": "vllm"}
+    profiles = {
+        "count": 4,
+        "max_new_tokens": 8,
+        "deployment": "compressed_tensors",
+        "profiles": ["full", mode, "deployment"],
+    }
+    injection = {"mode": mode, "deployment": "compressed_tensors"}
     base = {"model": {"path": str(path)}, "task": {"name": "arithmetic"}, "training": training}
     base |= {"injection": injection, "evaluation": profiles}
     lora = {"model": {"path": str(path), "lora": {"rank": 4}}, "injection": {**injection, "lora": LORA[mode]}}
@@ -56,7 +61,7 @@ def asked(capsys, *words):
 
 
 def evaluated(capsys, folder, mode, *more):
-    words = ("eval", folder, "-p", "full", "-p", mode, *more, "--preset", "vllm", *SHORT, "--json")
+    words = ("eval", folder, "-p", "full", "-p", mode, *more, "--deployment", "compressed_tensors", *SHORT, "--json")
     return {e["profile"]["name"]: e for e in json.loads(asked(capsys, *words))}
 
 
@@ -68,7 +73,7 @@ def test_the_text_model_of_a_multimodal_folder_is_trained_and_what_sees_stays_as
 ):
     monkeypatch.chdir(tmp_path)
     path = folder_of(family, tmp_path / family)
-    table = json.loads(asked(capsys, "sites", path, "--mode", mode, "--preset", "vllm", "--json"))
+    table = json.loads(asked(capsys, "sites", path, "--mode", mode, "--deployment", "compressed_tensors", "--json"))
     sites = {plan["site"] for plan in table["plans"]}
     assert len(sites) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in sites)

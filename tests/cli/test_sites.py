@@ -53,6 +53,33 @@ def test_a_suite_shows_its_first_arm_that_rounds_or_the_one_named(sites, tmp_pat
     assert "did you mean 'mixed'" in sites(file, "--arm", "mixd")[2]
 
 
+ADAPTED = """
+suite: s
+base: {model: {embedded: {}, lora: {rank: 2, target_modules: [q_proj]}}, injection: {mode: w4a16}}
+arms:
+  merged: {injection: {mode: w4a16, lora: merged}}
+  packed:
+    injection: {mode: w4a16, frozen_base: packed}
+    injection.apply_during: {weight: [rollout, training, evaluation, reference]}
+seeds: [0]
+"""
+
+
+def test_the_adapter_of_a_spec_is_on_the_model_whose_sites_are_shown(sites, tmp_path):
+    """Fault: without it an arm that merges or packs, and runs, was refused: 'no adapted layer is taken'."""
+    file = tmp_path / "suite.yaml"
+    file.write_text(ADAPTED)
+    merged = {plan["site"] for plan in json.loads(sites(file, "--json")[1])["plans"] if plan.get("merged")}
+    assert merged == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    packed = json.loads(sites(file, "--arm", "packed", "--json")[1])["plans"]
+    assert [plan.get("packed") for plan in packed] == [True] * 14
+    shown = [line for line in sites(file)[1].splitlines() if "mxfp4 merged" in line]
+    assert [line.split()[0] for line in shown] == ["q"]
+    assert sites(file, "--arm", "packed")[1].count("mxfp4 packed") == 7
+    code, _, err = sites(file, "base.model.lora.target_modules=[qproj]")
+    assert (code, "did you mean 'q_proj'" in err) == (2, True)
+
+
 def test_a_deployment_takes_the_place_of_the_specs_own(sites, tmp_path):
     file = tmp_path / "spec.yaml"
     file.write_text("injection: {mode: w4a16, deployment: compressed_tensors, targets: {layers: [0]}}\n")

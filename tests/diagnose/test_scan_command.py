@@ -77,6 +77,25 @@ def test_weights_alone_are_scanned_from_their_files(folder, capsys):
     assert found["calibration"] is None
 
 
+def test_an_arm_with_a_fresh_adapter_is_scanned_with_it_and_is_what_it_is_without(folder, tmp_path, capsys):
+    """Fault: an arm that merges or packs, and runs, was refused by its scan."""
+    file = tmp_path / "spec.yaml"
+
+    def scanned(injection, lora, *words):
+        file.write_text(yaml.safe_dump({"model": {"path": str(folder), **lora}, "injection": injection}))
+        assert main(["scan", str(file), *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["parts"]
+
+    lora = {"lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    everywhere = {"apply_during": {"weight": ["rollout", "training", "evaluation", "reference"]}}
+    merged, packed = {"mode": "w4a16", "lora": "merged"}, {"mode": "w4a16", "frozen_base": "packed", **everywhere}
+    for words in (["texts=2", "measured=false"], ["weights_only=true"]):
+        plain = scanned({"mode": "w4a16"}, {}, *words)
+        assert len(plain) == 14
+        assert scanned(merged, lora, *words) == plain
+        assert scanned(packed, lora, *words) == plain
+
+
 def test_the_same_folder_twice_is_flagged_with_exit_code_1(folder, capsys):
     assert main(["scan", str(folder), "weights_only=true", "--against", str(folder)]) == 1
     assert "adapters not loaded" in capsys.readouterr().err

@@ -132,8 +132,12 @@ def test_the_label_names_both_formats():
 
 
 def test_a_deployment_for_experts_is_refused_in_a_model_without():
-    with pytest.raises(NotFoundError, match="no layer that can be rounded matches 'experts'"):
+    """Fault: the part was taken for a misspelt pattern: 'did you mean model.layers.1.mlp.up_proj'."""
+    in_part = "no layer that can be rounded is in the part {} of this model; its parts with one: {}$"
+    with pytest.raises(NotFoundError, match=in_part.format("'experts'", "attention, head, mlp")):
         resolve(families.tiny("qwen3"), Injection.named("w4a8", "ascend950_moe"))
+    with pytest.raises(NotFoundError, match=in_part.format("'sinks'", "attention, experts, head, router")):
+        resolve(families.tiny("gpt_oss"), Injection.model_validate({"mode": "w4a4", "by_pattern": {"sinks": "mxfp8"}}))
 
 
 @pytest.mark.parametrize("part", ["router", "head"])
@@ -152,7 +156,7 @@ def test_targets_and_errors_take_parts_too():
 
 
 def test_a_part_that_the_model_lacks_is_refused_and_a_word_inside_a_name_is_no_part():
-    with pytest.raises(NotFoundError, match="matches 'shared_experts'"):
+    with pytest.raises(NotFoundError, match="in the part 'shared_experts' of this model"):
         resolve(
             families.tiny("mixtral"),
             Injection.model_validate({"mode": "w4a16", "by_pattern": {"shared_experts": "mxfp8"}}),

@@ -40,6 +40,8 @@ def test_an_adapter_sits_on_stacked_experts_that_are_named_and_never_on_a_router
         InvalidValueError, match=r"no parameter 'experts.down_prj'.*did you mean 'mlp.experts.down_proj'"
     ):
         adapted("qwen3_moe", target_parameters=("experts.down_prj",))
+    with pytest.raises(InvalidValueError, match=r"target_parameters: \[experts.gate_up_proj, experts.down_proj\]"):
+        adapted("qwen3_moe", target_modules=("experts",))
     with pytest.raises(InvalidValueError, match="peft refuses it: No modules were targeted"):
         adapted("llama4_text", target_modules=("router",))
     with pytest.raises(InvalidValueError, match=r"peft refuses it: .* \(stacked experts take no dropout: set 0\)"):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl import routing
+from fp4rl.rl.check import check
 from fp4rl.rl.events import Message
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.routing import NOT_KNOWN, RouterWatch, padded_routes, whole_routes
@@ -297,3 +298,10 @@ def test_a_run_without_figures_of_routing_says_why(folder, tmp_path):
     path = folder("llama4_text")
     TrainingSession(Run(described(path), tmp_path, path, lines.append), ResumeState())
     assert any(isinstance(event, Message) and "no figures of routing" in event.line for event in lines)
+
+
+def test_a_replay_for_a_model_without_experts_is_refused_before_the_run():
+    """Fault: the run went to its end without a word, and nothing was replayed."""
+    described = Experiment.model_validate({"training": {"routing_replay": True, "max_prompt_length": 128}})
+    with pytest.raises(InvalidValueError, match="routing_replay: Qwen2ForCausalLM has no experts to choose; leave it"):
+        check(described)

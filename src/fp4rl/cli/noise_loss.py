@@ -11,10 +11,9 @@ from fp4rl.diagnose.calibration import calibrate_answers
 from fp4rl.diagnose.noise_loss import noise_losses
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.statistics.seeds import holm, welch
-from fp4rl.models.load import load
 from fp4rl.noise.schedule import asked_sigma
-from fp4rl.rl import processes
 from fp4rl.rl.inputs import start_folder
+from fp4rl.rl.verify import load_saved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.words import counted
 
@@ -34,8 +33,7 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
         if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "task", "injection")):
             alike.setdefault(run.arm, run.experiment)
     start, how = start_folder(first.model, first.task, root / "models"), first.model.experts_implementation
-    model, tokenizer = load(start, first.model.dtype, how)
-    model.to(processes.device())
+    model, tokenizer = load_saved(start, first.model.dtype, first.model.lora, how)
     pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))
     with progress() as advance:

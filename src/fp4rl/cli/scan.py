@@ -144,15 +144,13 @@ def _scanned(
     from fp4rl.diagnose.advice import Options, advise
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
-    from fp4rl.models.load import load
-    from fp4rl.rl import processes
     from fp4rl.rl.inputs import start_folder
+    from fp4rl.rl.verify import load_saved
 
     spec, request = target.experiment, target.request
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
     start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
-    model, tokenizer = load(start, spec.model.dtype, how)
-    model.to(processes.device())
+    model, tokenizer = load_saved(start, spec.model.dtype, spec.model.lora, how)
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)
@@ -167,9 +165,11 @@ def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
     from fp4rl.diagnose.precision import stored_weight_errors
     from fp4rl.diagnose.report import ScanReport
 
-    folder = str(target.experiment.model.path)
+    folder, injection = str(target.experiment.model.path), target.injection
+    if target.experiment.model.lora is not None:  # a fresh adapter adds 0, and packing stores the same values
+        injection = injection.model_copy(update={"lora": "adapter", "frozen_base": "copy"})
     with progress() as advance:
-        return ScanReport(folder, *stored_weight_errors(folder, target.injection, partial(advance, "weights"))), None
+        return ScanReport(folder, *stored_weight_errors(folder, injection, partial(advance, "weights"))), None
 
 
 def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest) -> dict[str, Any]:

@@ -117,9 +117,10 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     quiet()
     from fp4rl.inject.resolve import resolve
     from fp4rl.models.load import embedded_skeleton, skeleton
+    from fp4rl.rl.lora import with_lora
 
     model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path), spec.experts_implementation)
-    return resolve(model, injection)
+    return resolve(model if spec.lora is None else with_lora(model, spec.lora, spec.path or ""), injection)
 
 
 def _show(sites: "SiteTable", every: bool) -> None:
@@ -158,7 +159,8 @@ def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[t
     for row in rows:
         shape = " x ".join(map(str, row["shape"])) or "-"
         errors = [f"{e['kind']}@{e['point']}/{e['when']} {e['scale']:g}" for e in row.get("errors", [])]
-        formats = (_format(row.get(point)) for point in active)
+        how = "".join(f" {word}" for word in ("merged", "packed") if row.get(word))
+        formats = (_format(row.get(point)) + (how if point == "weight" else "") for point in active)
         name = row["site"] if every else row["role"]
         layers[(name, row["part"], shape, *formats, "\n".join(errors))].append(row["layer"])
     return [(name, part, _layers(numbers), *rest) for (name, part, *rest), numbers in layers.items()]

@@ -9,7 +9,7 @@ from torch import nn
 from fp4rl.inject import validate
 from fp4rl.inject.adapted import adapter_of
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
-from fp4rl.sites.walk import OTHER_MODALITY, Kind, Site, layer_count, walk
+from fp4rl.sites.walk import OTHER_MODALITY, PARTS, Kind, Site, layer_count, walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
@@ -77,6 +77,9 @@ def _require_hits(sites: tuple[Site, ...], injection: Injection) -> None:
 def _require_hit(pattern: str, sites: Sequence[Site], what: str) -> None:
     """Take plain names and wrapped ones: users of `named_modules()` may write either."""
     if not any(site.is_meant_by(pattern) for site in sites):
+        if pattern in PARTS:
+            present = ", ".join(sorted({site.part for site in sites if site.part}))
+            raise NotFoundError(f"no {what} is in the part {pattern!r} of this model; its parts with one: {present}")
         require_hit(pattern, [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name], what)
 
 

@@ -13,6 +13,7 @@ from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
 from fp4rl.rl.rewards import reward_named
+from fp4rl.rl.routing import mixtures
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Embedded
@@ -45,6 +46,10 @@ def check(experiment: Experiment) -> None:
     else:
         model = embedded_skeleton(experiment.model.embedded or Embedded())
     _answers_fit_the_positions(experiment, model.config)
+    if experiment.training.routing_replay and not mixtures(model):
+        raise InvalidValueError(
+            f"training.routing_replay: {type(model).__name__} has no experts to choose; leave it out"
+        )
     if experiment.model.lora is not None:
         model = with_lora(model, experiment.model.lora, path or "")
     for injection in (experiment.injection, *(p.injection for p in runner.precisions().values())):

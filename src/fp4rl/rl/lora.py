@@ -60,6 +60,12 @@ def _require_adaptable(model: nn.Module, lora: Lora) -> None:
         raise InvalidValueError(
             f"model.lora.target_modules: the model has no layer {name!r}{kind}{nearest(name, layers)}"
         )
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        stacks = [f"{name}.{own}" for own, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
+        if name in wanted and stacks:
+            cure = f"name its parameters instead, model.lora.target_parameters: [{', '.join(stacks)}]"
+            raise InvalidValueError(f"model.lora.target_modules: {path} holds stacked experts, no linear layer; {cure}")
     parameters = {re.sub(r"^.*?\.\d+\.", "", name) for name, _ in model.named_parameters()}
     for name in lora.target_parameters:
         if not any(f".{parameter}".endswith(f".{name}") for parameter in parameters):

@@ -44,6 +44,8 @@ _MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet)$")
 _UP = ("gate_up_proj", "gate_proj", "up_proj")
 _DOWN = ("down_proj",)
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+# The words for a part of a model, which a pattern may be.
+PARTS = ("experts", "shared_experts", "attention", "mlp", "router", "head", "embedding", "norm", "sinks")
 OTHER_MODALITY = "other modality"  # the role of what sees or hears in a multimodal model, and of what projects it
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
