@@ -28,7 +28,7 @@ def test_a_format_gives_the_bits_of_the_cpu(name, dtype, edges, equal):
         assert equal(here, there), tuple(x.shape)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8", "mxfp4_dual"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp4_dual"])
 def test_codes_and_scales_are_those_of_the_cpu(name, equal):
     x = torch.randn(96, 512, generator=torch.Generator().manual_seed(0))
     here, there = pack_tensor(x, FORMATS[name]), pack_tensor(x.cuda(), FORMATS[name])

@@ -98,3 +98,20 @@ def test_what_the_kernels_do_not_know_they_leave_to_the_reference():
     assert not triton_kernels.supports(x, replace(MXFP4, scale_rule="mse"))
     assert not triton_kernels.supports(x, replace(MXFP4, block=(1, 24)))
     assert not triton_kernels.supports(x.double(), MXFP4)
+
+
+@triton_kernels.triton.jit
+def _stored(bits, out, DTYPE: triton_kernels.tl.constexpr):
+    at = triton_kernels.tl.arange(0, 8)
+    triton_kernels._store_bits(out, at, triton_kernels.tl.load(bits + at), at < 8, DTYPE)
+
+
+def test_every_nan_stays_a_nan_in_bfloat16():
+    """A GPU makes 0x7fffffff, all bits set, whose rounding to sixteen bits carries through the sign: -0."""
+    payloads = [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000, -0x7FFFFF]
+    bits = torch.tensor([*payloads, 0x7F800000, 0x3F808000], dtype=torch.int32, device=DEVICE)
+    out = torch.empty(8, dtype=torch.int16, device=DEVICE)
+    _stored[(1,)](bits, out, triton_kernels.BFLOAT16)
+    values = out.view(torch.bfloat16)
+    assert values[:6].isnan().all()
+    assert values[6:].tolist() == [float("inf"), 1.0]

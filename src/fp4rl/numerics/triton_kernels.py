@@ -116,6 +116,9 @@ def _store_bits(out, at, bits, in_bounds, DTYPE: tl.constexpr):
         value = bits
     elif DTYPE == 1:
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+        value = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, value).to(
+            tl.int16
+        )  # a GPU's NaN would carry into -0
     else:
         value = bits.to(tl.float32, bitcast=True).to(tl.float16)
     tl.store(out + at, value, mask=in_bounds)
