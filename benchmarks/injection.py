@@ -36,10 +36,10 @@ ROUNDS_BEFORE = 2  # the first rounds fill caches and take the first looks of th
 
 
 class Arm:
-    """One model with its optimizer, injected or not."""
+    """One model with its optimizer, injected or not, and the tokens of a training step."""
 
-    def __init__(self, model: PreTrainedModel, mode: str | None) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, mode: str | None, tokens: torch.Tensor = TRAINING) -> None:
+        self.model, self.tokens = model, tokens
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
         self.harmed: Attachment | None = attach(model, Injection.named(mode)) if mode else None
 
@@ -51,10 +51,10 @@ class Arm:
             self.model.generate(PROMPTS, max_new_tokens=40, min_new_tokens=40, do_sample=False, use_cache=True)
 
     def training(self) -> None:
-        """Forward, backward and an optimizer step over 128 x 60 tokens."""
+        """Forward, backward and an optimizer step over all tokens."""
         self._enter("training")
         self.model.train()
-        self.model(input_ids=TRAINING, labels=TRAINING).loss.backward()
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

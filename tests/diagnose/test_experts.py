@@ -94,8 +94,10 @@ def test_one_damaged_expert_stands_out(model, calibration):
     assert worst.measures["deadzone_share"] > 2 * max(sound)
 
 
-def test_the_inputs_of_every_expert_are_those_of_the_experts_written_out(model):
+@pytest.mark.parametrize("way", ["grouped_mm", "eager", "batched_mm"])
+def test_the_inputs_of_every_expert_are_those_of_the_experts_written_out(way, model):
     """Kind: what an expert is given went unmeasured. Padding, which a router sends somewhere too, is no token."""
+    model.set_experts_implementation(way)
     ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, 11:] = mask[2, 5:] = 0

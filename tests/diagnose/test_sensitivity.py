@@ -41,7 +41,7 @@ def test_labels_of_the_text_instead_of_the_models_own_answers_would_not_be_a_kl(
     found = sensitivity(trained, w4a4.table, short, leave_one_out=False, generator=_generator())
     measured = sum(site.leave_one_in.kl for site in found.sites)
     assert sum(site.estimate for site in found.sites) == pytest.approx(measured, rel=0.2)
-    monkeypatch.setattr("fp4rl.diagnose.estimate._log_prob_of_own_answers", likeliest)
+    monkeypatch.setattr("fp4rl.diagnose.estimate.log_prob_of_own_answers", likeliest)
     wrong = estimated_kl(trained, w4a4.table, short, generator=_generator(), draws=1)
     assert sum(wrong.values()) != pytest.approx(measured, rel=0.2)
 

@@ -37,7 +37,7 @@ def estimated_kl(
             called = [plan for plan in linears if plan.name in taps]  # an expert may get no token
             outputs = [taps[plan.name][0] for plan in called]
             for draw in range(draws):
-                log_prob = _log_prob_of_own_answers(logits, batch, generator)
+                log_prob = log_prob_of_own_answers(logits, batch, generator)
                 gradients = torch.autograd.grad(log_prob, outputs, retain_graph=draw + 1 < draws, allow_unused=True)
                 for plan, gradient in zip(called, gradients, strict=True):
                     if gradient is not None:
@@ -52,7 +52,8 @@ def _along(gradient: Tensor, error: Tensor, batch: Batch) -> Tensor:
     return product.sum(-1) if product.shape == batch.mask.shape else product.sum()
 
 
-def _log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+def log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Return the log-probability of one answer that the model draws at every position, in the graph."""
     mask = batch.mask.bool().to(logits.device)
     log_probs = torch.log_softmax(logits[mask].float(), -1)
     # A token is drawn at every position of the given text, so that one forward serves all draws.
@@ -83,10 +84,13 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
 def output_error(x: Tensor, layer: nn.Linear, plan: SitePlan, dtype: torch.dtype) -> Tensor:
     """Return the error [..., out] that rounding adds to the layer's output for the input [..., in] that it had."""
     weight = as_used(plan.site, layer.weight.detach())
-    rounded_x, rounded_w = _rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype)
-    clean = linear(x, weight, layer.bias)
-    injected = linear(rounded_x, rounded_w, layer.bias)
-    return (injected if plan.output is None else _rounded(injected, plan.output, dtype)) - clean
+    return rounded_product(x, weight, layer.bias, plan, dtype) - linear(x, weight, layer.bias)
+
+
+def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SitePlan, dtype: torch.dtype) -> Tensor:
+    """Return x W^T + b with each operand, and the result, rounded where the plan rounds it; `weight` is [out, in]."""
+    injected = linear(_rounded(x, plan.input, dtype), _rounded(weight, plan.weight, dtype), bias)
+    return _rounded(injected, plan.output, dtype)
 
 
 def _rounded(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:

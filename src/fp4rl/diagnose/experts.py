@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,19 @@ from fp4rl.numerics.errors import ErrorSums
 
 UNLIKE = 4.0  # times the largest magnitude of the median expert of a stack, or a part of it
 ENOUGH_TOKENS = 8  # that an expert's inputs are judged by
-OnRows = Callable[[SitePlan, int, Tensor], None]  # plan, expert, the rows [n, in] that it multiplies
+
+
+class OwnProduct(NamedTuple):
+    """The part of an intercepted product that is one expert's: y[at] = x [n, in] times its weight [out, in]."""
+
+    expert: int
+    at: slice | int
+    x: Tensor
+    weight: Tensor
+
+
+# Returns the result of a product that has these parts; a part may have no rows.
+OnProduct = Callable[[SitePlan, ExpertProduct, list[OwnProduct]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,39 +67,64 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
         yield Batch(ids, torch.ones_like(ids), answers)
 
 
-class _Looked:
-    """Takes the place of an injected stack: computes each product unchanged, and reports the rows of each expert."""
+def one_by_one(batch: Batch) -> Iterator[Batch]:
+    """Yield every text of a batch by itself, without padding: rows of an expert do not tell their text."""
+    for part in unpadded(batch):
+        each = (torch.split(tensor, 1) for tensor in (part.ids, part.mask, part.answers))
+        yield from (Batch(*rows) for rows in zip(*each, strict=True))
 
-    def __init__(self, plan: SitePlan, stored: Tensor, on_rows: OnRows) -> None:
-        self.plan, self.stored, self.on_rows = plan, stored, on_rows
+
+class _Looked:
+    """Takes the place of an injected stack: hands each product on, with the parts that are one expert's."""
+
+    def __init__(self, plan: SitePlan, stored: Tensor, on_product: OnProduct) -> None:
+        self.plan, self.stored, self.on_product = plan, stored, on_product
 
     def summed_over(self, transposed: bool) -> None:
         """Rows are looked at, and they run along `in` either way."""
 
     def computed(self, product: ExpertProduct) -> Tensor:
-        """Return the product, unchanged."""
-        for expert, rows in self._rows(product):
-            if rows.numel():
-                self.on_rows(self.plan, expert, rows.detach().flatten(0, -2))
-        return product.compute(product.x, product.weight)
+        """Return what the product gives."""
+        return self.on_product(self.plan, product, [*self._parts(product)])
 
-    def _rows(self, product: ExpertProduct) -> list[tuple[int, Tensor]]:
-        """Return (expert, rows). A matrix tells its expert by its place in the stack; a gathered copy has none."""
+    def _parts(self, product: ExpertProduct) -> Iterator[OwnProduct]:
+        """Yield each expert's own part. A matrix tells its expert by its place in the stack."""
         x, weight, stored = product.x, product.weight, self.stored
         if product.ends is not None:
-            return list(enumerate(x.tensor_split(product.ends.tolist())[:-1]))
-        if weight.ndim == 3:
-            return list(enumerate(x)) if weight.data_ptr() == stored.data_ptr() else []
-        expert, rest = divmod(weight.data_ptr() - stored.data_ptr(), stored.stride(0) * stored.element_size())
-        return [(expert, x)] if rest == 0 and 0 <= expert < len(stored) else []
+            ends = product.ends.tolist()
+            for expert, at in enumerate(map(slice, [0, *ends], ends)):
+                yield OwnProduct(expert, at, x[at], weight[expert])
+        elif weight.ndim == 3:
+            if weight.data_ptr() == stored.data_ptr():
+                yield from (OwnProduct(expert, expert, x[expert], weight[expert]) for expert in range(len(stored)))
+        else:
+            expert, rest = divmod(weight.data_ptr() - stored.data_ptr(), stored.stride(0) * stored.element_size())
+            if rest == 0 and 0 <= expert < len(stored):
+                yield OwnProduct(expert, slice(None), x, weight)
 
 
 @contextmanager
-def watching(model: nn.Module, plans: Sequence[SitePlan], on_rows: OnRows) -> Iterator[None]:
-    """Give `on_rows` the rows of every expert of these stacks, at each of their products."""
-    with Products() as products:
+def watching(model: nn.Module, plans: Sequence[SitePlan], on_product: OnProduct) -> Iterator[None]:
+    """Let `on_product` compute every product of these stacks.
+
+    Meanwhile `batched_mm`, which gathers a copy of a weight for every row and so tells no experts apart, is `eager`.
+    """
+    with Products() as products, _telling_apart([model.get_submodule(plan.site.path) for plan in plans]):
         for plan in plans:
             stored = model.get_submodule(plan.site.path).get_parameter(str(plan.site.parameter))
-            looked: Any = _Looked(plan, stored, on_rows)
+            looked: Any = _Looked(plan, stored, on_product)
             products.follow(stored, looked)
         yield
+
+
+@contextmanager
+def _telling_apart(modules: Sequence[nn.Module]) -> Iterator[None]:
+    configs = [config for module in modules if (config := getattr(module, "config", None)) is not None]
+    gathering: list[Any] = [c for c in configs if getattr(c, "_experts_implementation", None) == "batched_mm"]
+    for config in gathering:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config in gathering:
+            config._experts_implementation = "batched_mm"

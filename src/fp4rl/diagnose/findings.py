@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from fp4rl.diagnose.expert_sensitivity import in_words, worst_in_words
 from fp4rl.diagnose.experts import unlike
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import rank_correlation
@@ -239,6 +240,8 @@ def _of_experts(report: ScanReport) -> Iterator[Finding]:
     if left:
         were = f"the inputs of {counted(len(left), 'stack')} of experts were not measured"
         yield Finding("note", f"{were}: no product of their own rows was met", left)
+    if report.sensitivity and (text := in_words(report.table, report.sensitivity.experts)):
+        yield Finding("note", text)
 
 
 def _sensitive(report: ScanReport) -> list[Finding]:
@@ -252,6 +255,8 @@ def _sensitive(report: ScanReport) -> list[Finding]:
     makes = agreeing(len(top), "makes", "make")
     text = f"{len(top)} of {len(ranked)} sites {makes} {share:.0%} of the KL; the worst is {top[0].name}"
     lines = [Finding("sensitivity", text, tuple(site.name for site in top))]
+    if experts := sensitivity.experts:
+        lines.append(Finding("sensitivity", worst_in_words(experts[0], experts), (experts[0].site,)))
     errors = {part.site: part.measures["relative_l2"] for part in report.parts if part.part == "weight"}
     pairs = [(errors[site.name], site.kl) for site in ranked if site.name in errors]
     agreement = rank_correlation([e for e, _ in pairs], [h for _, h in pairs])

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fp4rl.diagnose.calibration import Calibration
-from fp4rl.diagnose.experts import ExpertError, unpadded, watching
+from fp4rl.diagnose.experts import ExpertError, OwnProduct, unpadded, watching
 from fp4rl.diagnose.passes import Progress, logits_of, tracked
 from fp4rl.diagnose.shards import StoredTensor, stored_tensors
 from fp4rl.inject.adapted import AdaptedSum, adapter_of
+from fp4rl.inject.experts import ExpertProduct
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import skeleton
@@ -138,15 +139,18 @@ def input_errors(
             last.update(tokens=tokens, fmt=fmt, tally=sums)
         tallies[plans[path].name].merge(last["tally"])
 
-    def watch_expert(plan: SitePlan, expert: int, tokens: Tensor) -> None:
+    def watch_experts(plan: SitePlan, product: ExpertProduct, parts: list[OwnProduct]) -> Tensor:
         assert plan.input is not None
-        real = tokens[tokens.any(-1)]  # Llama-4 gives each expert every token, and zeros for those of others
-        if len(real):
-            routed[plan.name][expert].add(round_piece(real.to(dtype), plan.input, f"{plan.name}, expert {expert}"))
+        for expert, _, x, _ in parts:
+            tokens = x.detach().flatten(0, -2)
+            real = tokens[tokens.any(-1)]  # Llama-4 gives each expert every token, and zeros for those of others
+            if len(real):
+                routed[plan.name][expert].add(round_piece(real.to(dtype), plan.input, f"{plan.name}, expert {expert}"))
+        return product.compute(product.x, product.weight)
 
     for batch in tracked(calibration.batches, on_progress) if rounded else ():
         for part in unpadded(batch) if stacks else (batch,):
-            with observe(model, plans, on_input=watch) as eye, watching(model, stacks, watch_expert):
+            with observe(model, plans, on_input=watch) as eye, watching(model, stacks, watch_experts):
                 eye.mask = part.mask
                 logits_of(model, part)
                 last.clear()

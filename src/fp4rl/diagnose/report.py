@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import log
+from math import inf, log
 from typing import Any
 
 from fp4rl.diagnose.depth import LayerDepth
 from fp4rl.diagnose.dynamics import Dynamics
+from fp4rl.diagnose.expert_sensitivity import Expert, ExpertSensitivity
 from fp4rl.diagnose.experts import ExpertError, unlike
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.sensitivity import Sensitivity
@@ -14,7 +15,7 @@ from fp4rl.diagnose.suspects import Verdict
 from fp4rl.inject.plan import SiteTable
 from fp4rl.numerics.errors import ErrorSums, pooled
 
-EXPERT_COLUMNS = ("experts", "expert", "tokens", "weights' error", "zeroed", "inputs' error", "zeroed")
+EXPERT_COLUMNS = ("experts", "expert", "tokens", "KL", "weights' error", "zeroed", "inputs' error", "zeroed")
 SCHEMA = 2  # 1 called leave_one_in `alone` and leave_one_out `spared`; `compare` reads both
 
 
@@ -46,18 +47,23 @@ class ScanReport:
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def expert_rows(self, most: int) -> list[tuple[str, ...]]:
-        """Return the experts for a reader, under EXPERT_COLUMNS: first those unlike their stack, then by error."""
-        rows: dict[tuple[str, int], dict[str, ExpertError]] = {}
-        rank: dict[tuple[str, int], tuple[float, float]] = {}
+        """Return the experts for a reader, under EXPERT_COLUMNS: first those unlike their stack, then by KL and error.
+
+        A KL that is estimated has a `~` before it.
+        """
+        rows: dict[Expert, dict[str, ExpertError]] = {}
+        effects = {(e.site, e.expert): e for e in (self.sensitivity.experts if self.sensitivity else ())}
+        order = {expert: -place for place, expert in enumerate(effects)}
+        rank: dict[Expert, tuple[float, float, float]] = {}
         for part in self.parts:
             strange = {e.expert: abs(log(max(times, 1e-9))) for e, times in unlike(part.experts)}
             for e in part.experts:
                 key = part.site, e.expert
                 rows.setdefault(key, {})[part.part] = e
-                before = rank.get(key, (0.0, 0.0))
-                rank[key] = max(before[0], strange.get(e.expert, 0.0)), max(before[1], e.relative_l2)
-        named = sorted(rows, key=lambda key: rank[key], reverse=True)[:most]
-        return [(site, str(e), *_cells(rows[site, e].get("weight"), rows[site, e].get("input"))) for site, e in named]
+                by_size, place, error = rank.get(key, (0.0, order.get(key, -inf), 0.0))
+                rank[key] = max(by_size, strange.get(e.expert, 0.0)), place, max(error, e.relative_l2)
+        named = sorted(rows, key=lambda key: rank[key], reverse=True) or list(effects)
+        return [(site, str(e), *_cells(rows.get((site, e), {}), effects.get((site, e)))) for site, e in named[:most]]
 
     def severity(self, without: frozenset[str] = frozenset()) -> dict[int, float]:
         """Return layer -> the KL of its sites but those in `without`; without sensitivity, the mean squared excess."""
@@ -105,9 +111,11 @@ class ScanReport:
         }
 
 
-def _cells(weight: ExpertError | None, inputs: ExpertError | None) -> tuple[str, ...]:
+def _cells(errors: Mapping[str, ExpertError], effect: ExpertSensitivity | None) -> tuple[str, ...]:
+    weight, inputs = errors.get("weight"), errors.get("input")
     each = [(f"{e.relative_l2:.1%}", f"{e.deadzone_share:.1%}") if e else ("-", "-") for e in (weight, inputs)]
-    return (str(inputs.tokens) if inputs else "-", *each[0], *each[1])
+    kl = "-" if effect is None else f"{'~' if effect.leave_one_in is None else ''}{effect.kl:.2g}"
+    return (str(inputs.tokens) if inputs else "-", kl, *each[0], *each[1])
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from torch import nn
 from fp4rl.diagnose.calibration import Calibration, calibrate
 from fp4rl.diagnose.depth import depth
 from fp4rl.diagnose.dynamics import dynamics, ratios
+from fp4rl.diagnose.expert_sensitivity import expert_sensitivity
 from fp4rl.diagnose.passes import Progress
 from fp4rl.diagnose.precision import input_errors, weight_errors, weights_of
 from fp4rl.diagnose.report import Distribution, ScanReport
@@ -93,6 +94,11 @@ def _fed(
             generator=generator,
             on_progress=_stage(on_stage, "sensitivity"),
         )
+        few = spec.measured_experts if spec.measured else 0
+        experts = expert_sensitivity(
+            model, table, calibration, measured=few, generator=generator, on_progress=_stage(on_stage, "experts")
+        )
+        results["sensitivity"] = replace(results["sensitivity"], experts=experts)
     return results
 
 

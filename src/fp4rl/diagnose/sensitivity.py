@@ -9,6 +9,7 @@ from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
+from fp4rl.diagnose.expert_sensitivity import ExpertSensitivity
 from fp4rl.diagnose.passes import Divergence, Progress, divergence_of, reference_of, weighted
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.plan import SiteTable
@@ -39,11 +40,15 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`everything`: with the whole table. `rank_correlation` (Spearman): of estimates and measured `leave_one_in`."""
+    """`everything`: with the whole table. `rank_correlation` (Spearman): of estimates and measured `leave_one_in`.
+
+    `experts` are those that the texts reach, ranked (see `expert_sensitivity`).
+    """
 
     everything: Divergence
     sites: tuple[SiteSensitivity, ...]
     rank_correlation: float | None
+    experts: tuple[ExpertSensitivity, ...] = ()
 
 
 def sensitivity(

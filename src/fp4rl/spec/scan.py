@@ -26,6 +26,10 @@ class Scan(Spec):
     measured: bool = Field(
         default=True, description="false: sensitivity is estimated by a backward pass instead of measured site by site"
     )
+    measured_experts: NonNegativeInt = Field(
+        default=8,
+        description="stacked experts measured one by one, those of the largest estimate; others are estimated",
+    )
     leave_one_out: bool = Field(default=False, description="also measure what leaving each site out saves")
     batch_size: PositiveInt = Field(default=8, description="texts in a batch")
     longest: PositiveInt = Field(default=256, description="tokens of a text that are used")
