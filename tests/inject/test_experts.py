@@ -6,6 +6,7 @@ out] and does not say so.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import expert_oracle
@@ -27,9 +28,13 @@ from torch import nn
 from fp4rl.inject.attach import attach
 from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
+from fp4rl.numerics.levels import within_reach
+from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.formats import FORMATS, MXFP4
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.points import can_clip
 
 MODES = ("w4a16", "w4a8", "w4a4", "w4a4_out")
 
@@ -109,6 +114,26 @@ def test_gradients_pass_straight_through_every_kind_of_product(kind, way):
         module(*args).square().sum().backward()
     for found, expected in zip([x.grad, *(p.grad for p in module.parameters())], wanted, strict=True):
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "fmt", [*FORMATS.values(), replace(MXFP4, rotation=32)], ids=lambda fmt: f"{fmt.name}{fmt.rotation or ''}"
+)
+def test_every_format_rounds_a_stack_as_each_expert_by_itself(fmt):
+    """A scale that spans experts, or a tile of 32 rows that reaches from one into the next, would give other values."""
+    weight = (
+        torch.randn(3, 40, 48, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 50.0, 0.02])[:, None, None]
+    )
+    injection = Injection(weight=fmt, dtype="float32", straight_through="clipped" if can_clip(fmt) else "identity")
+    module = Plain(inner=40)
+    with attach(rooted(module, 64), injection):
+        stack = module.injected.stacks["gate_up_proj"]
+        seeds = [torch.Generator().manual_seed(7) if fmt.rounding == "stochastic" else None for _ in range(2)]
+        copy, reach = stack.rounded(weight, "weight", seeds[0])
+    assert torch.equal(copy, torch.stack([fake_quantize(expert, fmt, generator=seeds[1]) for expert in weight]))
+    if can_clip(fmt):
+        assert torch.equal(reach, torch.stack([within_reach(expert, fmt) for expert in weight]))
 
 
 def test_a_site_with_calls_and_no_elements_fails_the_run():

@@ -59,12 +59,12 @@ def expert_sensitivity(
 
 def in_words(table: SiteTable, experts: Sequence[ExpertSensitivity]) -> str:
     """Return which experts' KL was measured, which estimated, and of how many nothing is known; empty without any."""
-    there = sum(plan.site.shape[0] for plan in table.plans if plan.site.kind == "experts")
+    total = sum(plan.site.shape[0] for plan in table.plans if plan.site.kind == "experts")
     measured = sum(e.leave_one_in is not None for e in experts)
-    missing = there - len(experts)
+    missing = total - len(experts)
     unknown = f", of {missing} unknown: no text reached them" if missing else ""
-    text = f"KL of single experts: of {measured} of {there} measured, of {len(experts) - measured} estimated{unknown}"
-    return text if there else ""
+    text = f"KL of single experts: of {measured} of {total} measured, of {len(experts) - measured} estimated{unknown}"
+    return text if total else ""
 
 
 def worst_in_words(worst: ExpertSensitivity, experts: Sequence[ExpertSensitivity]) -> str:
@@ -127,7 +127,7 @@ def _divergences(
 ) -> dict[Expert, Divergence]:
     """Return the divergence over all batches with one expert rounded at a time."""
     plans, dtype = {plan.name: plan for plan in table.plans}, getattr(torch, table.injection.dtype)
-    found: dict[Expert, list[Divergence]] = defaultdict(list)
+    by_expert: dict[Expert, list[Divergence]] = defaultdict(list)
     done, total = 0, len(experts) * len(calibration.batches)
     for batch in calibration.batches if experts else ():
         reference = reference_of(model, batch)
@@ -143,9 +143,9 @@ def _divergences(
                 return y
 
             with watching(model, [plans[site]], round_it):
-                found[site, number].append(divergence_of(model, batch, reference))
+                by_expert[site, number].append(divergence_of(model, batch, reference))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
     weights = [int(batch.mask.sum()) for batch in calibration.batches]
-    return {expert: weighted(by_batch, weights) for expert, by_batch in found.items()}
+    return {expert: weighted(by_batch, weights) for expert, by_batch in by_expert.items()}

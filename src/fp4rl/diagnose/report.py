@@ -53,15 +53,15 @@ class ScanReport:
         """
         rows: dict[Expert, dict[str, ExpertError]] = {}
         effects = {(e.site, e.expert): e for e in (self.sensitivity.experts if self.sensitivity else ())}
-        order = {expert: -place for place, expert in enumerate(effects)}
+        order = {expert: -number for number, expert in enumerate(effects)}
         rank: dict[Expert, tuple[float, float, float]] = {}
         for part in self.parts:
             strange = {e.expert: abs(log(max(times, 1e-9))) for e, times in unlike(part.experts)}
             for e in part.experts:
                 key = part.site, e.expert
                 rows.setdefault(key, {})[part.part] = e
-                by_size, place, error = rank.get(key, (0.0, order.get(key, -inf), 0.0))
-                rank[key] = max(by_size, strange.get(e.expert, 0.0)), place, max(error, e.relative_l2)
+                by_size, by_kl, error = rank.get(key, (0.0, order.get(key, -inf), 0.0))
+                rank[key] = max(by_size, strange.get(e.expert, 0.0)), by_kl, max(error, e.relative_l2)
         named = sorted(rows, key=lambda key: rank[key], reverse=True) or list(effects)
         return [(site, str(e), *_cells(rows.get((site, e), {}), effects.get((site, e)))) for site, e in named[:most]]
 
