@@ -19,11 +19,12 @@ SMALLEST = {
     "verdicts": ["--tries", "20"],
 }
 NEEDS_A_LARGE_CHECKPOINT = {"faults"}  # 3 GB on the disk, which `benchmarks/scan.py memory --keep` makes
+NEEDS_A_GPU = {"gpu"}
 
 
 def test_every_benchmark_is_named_here():
     files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
-    assert files == SMALLEST.keys() | NEEDS_A_LARGE_CHECKPOINT
+    assert files == SMALLEST.keys() | NEEDS_A_LARGE_CHECKPOINT | NEEDS_A_GPU
 
 
 @pytest.mark.slow
