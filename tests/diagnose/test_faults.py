@@ -119,6 +119,14 @@ def test_a_healthy_layer_answers_every_question_exactly():
     assert found.gain == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_token_that_is_all_zeros_makes_no_layer_look_dead():
+    """Fault: an embedding of zeros (a padding token that ends texts) was answered by zeros, 'dead zone'."""
+    x = torch.randn(16, 64)
+    x[3] = 0
+    assert probe(nn.Linear(64, 48, bias=False), x, torch.Generator().manual_seed(1)).dead == 0.0
+    assert probe(nn.Linear(64, 48, bias=False), 0 * x, torch.Generator().manual_seed(1)).stuck == 0.0
+
+
 def test_robust_z_is_not_moved_by_the_outlier_it_scores():
     found = robust_z({"a": 0.0, "b": 0.1, "c": -0.1, "d": 50.0}, 1e-3)
     assert found["d"] > 100

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fp4rl.inject.attach import attach
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl import routing
 from fp4rl.rl.check import check
@@ -19,6 +20,7 @@ from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.rl.train import train
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
 
 SIZES = {
     "hidden_size": 64,
@@ -193,7 +195,10 @@ def test_a_mixture_whose_choice_cannot_be_seen_is_refused_by_name():
     model, _ = model_of("llama4_text")
     with pytest.raises(InvalidValueError, match=r"Llama4TextExperts.*leave training.routing_replay off"):
         RouterWatch(model, replay=True)
-    assert "Llama4TextExperts" in RouterWatch(model).unseen
+    with attach(model, Injection.named("w4a4")):
+        assert RouterWatch(model).unseen.startswith(
+            "model.layers.0.feed_forward.experts (Llama4TextExperts) is not handed"
+        )
     assert not any(m._forward_hooks for m in model.modules())
 
 

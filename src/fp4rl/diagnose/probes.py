@@ -46,6 +46,7 @@ class Probe:
 @torch.no_grad()
 def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
     """Probe `layer` with inputs [tokens, in]; `generator` draws the change of the input."""
+    x = x[x.any(-1)] if x.any() else x  # a token that is all zeros is answered by the bias alone
     change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     shifted = (x.float() + STEP * _rms(x) * change).to(x.dtype)
     step = shifted.float() - x.float()  # the change after rounding to x's dtype

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from fp4rl.sites.walk import walk
+from fp4rl.sites.walk import plain_name, walk
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 NOT_KNOWN = -1  # instead of an expert's number: the router chooses itself
@@ -217,8 +217,9 @@ class RouterWatch:
 
 
 def _unseen(model: nn.Module, block: _Block) -> str:
-    kind = type(model.get_submodule(block.path)).__name__
-    return f"{block.path} ({kind}) is not handed the numbers of its experts as a top-k of the block above gives them"
+    kind = type(model.get_submodule(block.path)).__name__.removeprefix("Injected")
+    where = f"{plain_name(block.path)} ({kind})"
+    return f"{where} is not handed the numbers of its experts as a top-k of the block above gives them"
 
 
 def whole_routes(batch: Mapping[str, Tensor]) -> Tensor | None:
