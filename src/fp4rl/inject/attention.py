@@ -2,6 +2,8 @@
 
 The module's forward runs unchanged under a `TorchFunctionMode`, which is entered inside that forward, so that gradient
 checkpointing enters it again. It intercepts `scaled_dot_product_attention`, or the two matmuls of the eager formula.
+Where a cache holds one latent vector for all heads (MLA), that and the rotary key are rounded where the module expands
+them, and the keys and values that come of it are not.
 """
 
 from collections.abc import Callable
@@ -13,9 +15,10 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from fp4rl.inject.matmul import Product
-from fp4rl.inject.site import SiteState
+from fp4rl.inject.site import KEY, SiteState
 from fp4rl.spec.errors import InvalidValueError
 
+EXPANDS = "expand_kv"  # transformers' name, in every class, for what makes keys and values of the cached latents
 _BIASED = (torch.baddbmm, Tensor.baddbmm)
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -28,13 +31,25 @@ class AttentionState(SiteState):
         original: Any = self.original
         if not (self.points or self.errors):
             return original.forward(module, *args, **kwargs)
+        if self.latent and not self.has_errors("scores", "values"):
+            self.count()
+            return original.forward(module, *args, **kwargs)
         with _Intercept(self) as products:
             out = original.forward(module, *args, **kwargs)
         products.require_attention(module)
         return out
 
+    @property
+    def latent(self) -> bool:
+        """Whether the cache holds what `expand_kv` makes keys and values of."""
+        return hasattr(self.original, EXPANDS)
+
     def cached(self, x: Tensor) -> Tensor:
         """Return keys or values [..., tokens, head_dim] as the cache stores them: rounded per head and token."""
+        return x if self.latent else self.stored(x)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """Return a vector a token, [..., tokens, size], as a cache of it gives it back."""
         return self.rounded_values(x, "kv_cache") if "kv_cache" in self.points else x
 
     def product(self, a: Tensor, b: Tensor, point: str) -> Tensor:
@@ -42,6 +57,12 @@ class AttentionState(SiteState):
         if not self.has_errors(point):
             return a @ b.mT
         return Product.apply(a, b, None, self, point)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def expanding_stored(module: nn.Module, *latents: Tensor) -> Any:
+    """Stand in for a class's `expand_kv`: make keys and values of rounded latent vectors and rotary keys."""
+    state: AttentionState = module.__dict__[KEY]
+    return getattr(state.original, EXPANDS)(module, *map(state.stored, latents))
 
 
 class _Intercept(TorchFunctionMode):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fp4rl.inject.adapted import ForwardingState, MergedState, adapter_of
-from fp4rl.inject.attention import AttentionState
+from fp4rl.inject.attention import EXPANDS, AttentionState, expanding_stored
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
 from fp4rl.inject.linear import InjectedLinear, LinearState
@@ -103,6 +103,8 @@ def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> 
     mixin = InjectedLinear if issubclass(original, nn.Linear) else InjectedModule
     body: dict[str, Any] = {"__module__": original.__module__, "__reduce_ex__": _reduce}
     body |= {name: reading_rounded(name) for name in stacked}
+    if hasattr(original, EXPANDS):
+        body[EXPANDS] = expanding_stored
     return type(f"Injected{original.__name__}", (mixin, original), body)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fp4rl.inject.attention import EXPANDS
 from fp4rl.inject.plan import LeftOut, SitePlan
 from fp4rl.inject.site import runs_its_class
 from fp4rl.sites.walk import Site, is_conv1d
@@ -126,15 +127,15 @@ def require_layout(site: Site, module: nn.Module) -> None:
 def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> None:
     """Raise InvalidValueError where attention runs in a kernel whose keys, values and products cannot be reached.
 
-    With `cached`, also where an engine caches something else than this forward multiplies.
+    With `cached`, also where a latent vector is cached that the class expands to keys and values out of reach.
     """
     how = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") or "sdpa"
     if how not in ("sdpa", "eager"):
         raise InvalidValueError(f"{site.name}: attention runs in {how!r}, out of reach; load the model with 'sdpa'")
-    if cached and hasattr(module, "kv_b_proj"):
+    if cached and hasattr(module, "kv_b_proj") and not hasattr(module, EXPANDS):
         raise InvalidValueError(
-            f"{site.name}: {type(module).__name__} caches one latent vector for all heads (MLA), which this forward "
-            "has expanded to keys and values before it multiplies them; leave kv_cache out"
+            f"{site.name}: {type(module).__name__} caches one latent vector for all heads (MLA) and expands it out of "
+            f"reach, in no method {EXPANDS}; leave it out: targets.leave: [{site.name}]"
         )
 
 
