@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
+from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.spec.formats import MXFP4
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.targets import Targets
 
@@ -161,19 +164,6 @@ def test_a_router_needs_to_be_asked_for(moe):
         resolve(moe, small(leave_only=("*lm_head*",)))
 
 
-def test_one_parameter_under_two_layers_is_refused():
-    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
-    model["b"].weight = model["a"].weight
-    with pytest.raises(InvalidValueError, match="b shares its weight with a"):
-        resolve(model, Injection.named("w4a16"))
-
-
-def test_one_layer_under_two_names_is_refused():
-    layer = nn.Linear(32, 32)
-    with pytest.raises(InvalidValueError, match="b shares its weight with a"):
-        resolve(nn.ModuleDict({"a": layer, "b": layer}), Injection.named("w4a16"))
-
-
 @pytest.mark.parametrize("name", ["*.q_proj", "*.gate_proj"])
 def test_groups_that_serving_kernels_fuse_must_agree(dense, name):
     injection = {"mode": "w4a16", "by_pattern": {name: "mxfp8"}}
@@ -194,8 +184,23 @@ def test_a_linear_with_a_forward_of_its_own_is_refused():
         def forward(self, x):
             return super().forward(x) + 1
 
-    with pytest.raises(InvalidValueError, match=r"a is a Odd with a forward of its own.*leave: \[a\]"):
+    with pytest.raises(InvalidValueError, match=r"a is a Odd with a forward of its own.*leave: \['a'\]"):
         resolve(nn.ModuleDict({"a": Odd(32, 32)}), Injection.named("w4a16"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_of_its_own_that_computes_the_same_is_taken_and_nothing_is_drawn_to_find_out(bias):
+    class Apart(nn.Linear):
+        def forward(self, x):
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    model, x = nn.ModuleDict({"a": Apart(64, 32, bias=bias)}), torch.randn(3, 64)
+    wanted = torch.nn.functional.linear(x, fake_quantize(model["a"].weight.detach(), MXFP4), model["a"].bias)
+    before = torch.get_rng_state()
+    with attach(model, Injection.named("w4a16", dtype="float32")):
+        assert torch.equal(model["a"](x), wanted)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_forward_set_on_the_instance_is_refused():

@@ -183,12 +183,38 @@ def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused
         harmed.require_calls()
         assert len(harmed.table.plans) == 8
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    with pytest.raises(InvalidValueError, match="stored transposed"):
-        resolve(model, Injection.named("w4a16", lora="merged"))
     everywhere = {"weight": ["rollout", "training", "evaluation", "reference"]}
     packed = {"mode": "w4a16", "frozen_base": "packed", "apply_during": everywhere}
     with pytest.raises(InvalidValueError, match=r"stored \[in, out\]; take copy"):
         resolve(model, Injection.model_validate(packed))
+
+
+def test_adapters_of_gpt2_are_merged_before_rounding_though_its_weights_are_stored_in_out():
+    plan = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model, injection = get_peft_model(gpt2().double(), plan), Injection.named("w4a16", lora="merged", dtype="float32")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    twin = expert_oracle.oracle_model(merged, injection)
+    wanted = twin(IDS, labels=IDS)
+    wanted.loss.backward()
+    with attach(model, injection) as harmed:
+        found = model(IDS, labels=IDS)
+        found.loss.backward()
+        harmed.require_calls()
+        require_rounded(harmed)
+    assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=1e-9)
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # the sum is W + 2 (B A)^T
+        grad = twin.get_submodule(name.removeprefix("base_model.model.")).weight.grad
+        assert torch.allclose(a.grad, 2 * b.T @ grad.T, rtol=1e-6, atol=1e-10)
+        assert torch.allclose(b.grad, 2 * grad.T @ a.T, rtol=1e-6, atol=1e-10)
+        assert a.grad.norm() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from fp4rl.sites.walk import is_attention, layer_count, layer_of, plain_name, walk
+from fp4rl.sites.attention import is_attention
+from fp4rl.sites.walk import layer_count, layer_of, plain_name, walk
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,7 @@ def test_a_role_is_told_by_its_use_and_not_by_a_name():
         ("MiniMaxLightningAttention", ["qkv_proj", "out_proj"], [], False),
         ("OlmoHybridGatedDeltaNet", ["q_proj", "k_proj", "v_proj"], ["A_log", "dt_bias"], False),
         ("DeepseekV4HCACompressor", ["kv_proj", "gate_proj"], [], False),
+        ("KimiLinearDeltaAttention", ["q_proj", "k_proj", "v_proj"], ["forget_gate.A_log"], False),
     ],
 )
 def test_attention_is_what_keeps_keys_and_values(kind, children, parameters, holds):
@@ -152,5 +154,29 @@ def test_attention_is_what_keeps_keys_and_values(kind, children, parameters, hol
     for name in children:
         module.add_module(name, nn.Linear(4, 4))
     for name in parameters:
-        module.register_parameter(name, nn.Parameter(torch.zeros(4)))
+        holder, _, last = name.rpartition(".")
+        if holder:
+            module.add_module(holder, nn.Module())
+        module.get_submodule(holder).register_parameter(last, nn.Parameter(torch.zeros(4)))
     assert is_attention(module) is holds
+
+
+def test_a_layer_that_attends_to_the_keys_of_another_is_attention_by_its_class():
+    kind = type("Gemma4TextAttention", (nn.Module,), {})
+    own, sharing = kind(), kind()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        own.add_module(name, nn.Linear(4, 4))
+    sharing.add_module("q_proj", nn.Linear(4, 4))
+    model = nn.ModuleDict({"a": own, "b": sharing})
+    assert [site.name for site in walk(model) if site.kind == "attention"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("KimiLinearForgetGate", "linear"), ("MuseSparkResidualGate", "linear"), ("HunYuanMoEV1Gate", "router")],
+)
+def test_a_gate_of_another_thing_than_experts_is_no_router(kind, wanted):
+    gate = type(kind, (nn.Module,), {})()
+    gate.f_proj = nn.Linear(4, 4)
+    (site,) = walk(nn.ModuleDict({"mixer": gate}))
+    assert site.kind == wanted

@@ -96,9 +96,7 @@ def rounded_cache(model: nn.Module) -> DynamicCache:
     return Rounded() if kind is not DynamicCache else Rounded(config=model.config)
 
 
-_AS_EVER = re.compile(
-    r"router|(^|\.)gate(\.wg)?$|shared_expert_gate|lm_head|embed|lora_|mixer\.dt_proj$|mamba\.dt_proj$"
-)
+_AS_EVER = re.compile(r"router|(^|\.)gate(\.wg)?$|shared_expert_gate|lm_head|lora_|mixer\.dt_proj$|mamba\.dt_proj$")
 
 
 def twin(model: nn.Module, mode: Rounded) -> nn.Module:

@@ -27,8 +27,8 @@ class MergedState(LinearState):
         return super().forward(AdaptedSum(layer), x)  # type: ignore[arg-type]
 
     def master(self, layer: Any) -> Tensor:
-        """Return the sum of base and active adapters, computed now; it is kept nowhere."""
-        return AdaptedSum(layer).weight
+        """Return the sum of base and active adapters as [out, in], computed now; it is kept nowhere."""
+        return self.as_used(AdaptedSum(layer).weight)
 
     def rounded_weight(self, layer: Any) -> Tensor:
         """Return the rounded sum."""
@@ -63,7 +63,8 @@ class AdaptedSum:
         stored: Any = self.base._parameters[getattr(layer, "parameter_name", "weight")]
         self.sources: tuple[Tensor, ...] = (stored, *(weight for pair in self.pairs for weight in pair))
         self.scaling: tuple[float, ...] = tuple(layer.scaling[name] for name in names)
-        self._turned = not getattr(layer, "_did_swap_in_out_features", True)  # experts stored [experts, in, out]
+        # Stored [in, out]: GPT-2's layers, and experts that peft takes for what they are.
+        self._turned = getattr(layer, "fan_in_fan_out", False) or not getattr(layer, "_did_swap_in_out_features", True)
 
     @property
     def weight(self) -> Tensor:

@@ -80,7 +80,7 @@ class _Intercept(TorchFunctionMode):
         if func is scaled_dot_product_attention:
             self.whole += 1
             return _attention(self.state, *args, **kwargs)
-        if func in _MATMULS and len(args) == 2 and args[0].ndim >= 3:
+        if func in _MATMULS and len(args) == 2 and min(x.ndim for x in args) >= 3:  # not x @ W.T, as of FalconLinear
             return self._eager(*args)
         if func in _BIASED:
             return self._biased(*args, **kwargs)

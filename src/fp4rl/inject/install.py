@@ -40,9 +40,9 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
                     swap(adapter, ForwardingState())
                     modules.append(adapter)
                 continue
-            module = adapter if plan.merged else module
-            swap(module, state)
-            modules.append(module)
+            for changed in {adapter} if plan.merged else {module, *map(model.get_submodule, plan.site.also)}:
+                swap(changed, state)
+                modules.append(changed)
         for module, by_name in stacks.items():
             swap(module, ExpertsState(by_name))
             modules.append(module)

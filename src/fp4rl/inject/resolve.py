@@ -9,7 +9,7 @@ from torch import nn
 from fp4rl.inject import validate
 from fp4rl.inject.adapted import adapter_of
 from fp4rl.inject.plan import LeftOut, SitePlan, SiteTable
-from fp4rl.sites.walk import OTHER_MODALITY, PARTS, Kind, Site, layer_count, walk
+from fp4rl.sites.walk import OTHER_MODALITY, PARTS, Kind, Site, layer_count, layer_of, plain_name, walk
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
@@ -48,7 +48,6 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
         reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
         why = "; ".join(reasons) or "the model has no linear layers"
         raise NotFoundError(f"nothing to inject in {type(model).__name__}: {why}")
-    validate.require_one_rounding(plans)
     if injection.fused_groups == "agree":
         validate.require_agreement(plans, left_out)
     return SiteTable(injection, tuple(plans), tuple(left_out))
@@ -80,7 +79,7 @@ def _require_hit(pattern: str, sites: Sequence[Site], what: str) -> None:
         if pattern in PARTS:
             present = ", ".join(sorted({site.part for site in sites if site.part}))
             raise NotFoundError(f"no {what} is in the part {pattern!r} of this model; its parts with one: {present}")
-        require_hit(pattern, [name for site in sites for name in dict.fromkeys((site.name, site.path)) if name], what)
+        require_hit(pattern, [name for site in sites for name in site.names], what)
 
 
 def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int) -> str | None:
@@ -91,7 +90,7 @@ def _why_left(site: Site, kinds: tuple[str, ...], targets: Targets, layers: int)
         return "no text passes through it (vision, audio, projector)"
     if site.role == "dt_proj":
         return "its weight is read without calling the layer"
-    reasons = [targets.why_left(name, site.role, site.part) for name in (site.name, site.path) if name]
+    reasons = [targets.why_left(name, site.role, site.part) for name in site.names]
     left = next((reason for reason in reasons if reason and reason.startswith("left")), None)
     if left or None not in reasons:
         return left or reasons[0]
@@ -112,11 +111,13 @@ def _plan(site: Site, model: nn.Module, injection: Injection, layers: int, *, ta
         cache = injection.kv_cache if taken else None
         validate.require_eager_attention(site, module, cached=cache is not None)
         return SitePlan(site, kv_cache=cache, errors=errors)
-    plan = SitePlan(site, errors=errors, note=_LM_HEAD if site.role == "lm_head" else "")
+    layers_too = [f"layer {layer_of(plain_name(path))}" for path in site.also]
+    note = f"one weight with {', '.join(layers_too)}" if layers_too else _LM_HEAD if site.role == "lm_head" else ""
+    plan = SitePlan(site, errors=errors, note=note)
     if taken:
         plan = SitePlan(site, **_formats(site, injection), errors=errors, note=plan.note)
         validate.require_change(plan, module, injection)
-    if site.kind == "experts":
+    if site.kind == "experts" and plan.acts:
         validate.require_layout(site, module)
         validate.require_reachable_experts(plan, module)
         if hasattr(module, "_is_expert_parallel"):  # else the class computes them in one way of its own
@@ -153,6 +154,8 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
     packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
     if packed:
         validate.require_packable(plan)
+    if merged or packed:
+        validate.require_one_place(plan)
     grad_weight = None if frozen and not merged else plan.grad_weight
     return replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
 
@@ -162,7 +165,7 @@ def _require_every_setting(plans: list[SitePlan], left_out: list[LeftOut], injec
     for setting, described, at_a_site, why in (
         ("lora: merged", injection.lora == "merged", "merged", "no adapted layer is taken"),
         ("frozen_base: packed", injection.frozen_base == "packed", "packed", "no taken weight is frozen"),
-        ("kv_cache", injection.kv_cache, "kv_cache", "no attention that keeps keys and values is taken; leave it out"),
+        ("kv_cache", injection.kv_cache, "kv_cache", f"{_why_no_cache(left_out)}; leave it out"),
         ("grad_weight", injection.grad_weight, "grad_weight", "every taken weight is frozen"),
         ("grad_input", injection.grad_input, "grad_input", "no linear layer is taken"),
     ):
@@ -178,6 +181,13 @@ def _require_every_setting(plans: list[SitePlan], left_out: list[LeftOut], injec
     for error in injection.errors:
         if not any(error in plan.errors for plan in plans):
             raise NotFoundError(f"{error.name} reaches no site: its targets leave every one out")
+
+
+def _why_no_cache(left_out: list[LeftOut]) -> str:
+    left = next((left for left in left_out if left.site.kind == "attention"), None)
+    if left is not None:
+        return f"{left.site.name} is {left.reason}"
+    return "no layer has projections of keys and values (k_proj and v_proj, qkv_proj, ...), state spaces keep a state"
 
 
 def _nothing_here(site: Site) -> str:

@@ -4,7 +4,10 @@ import re
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import linear
+from torch.nn.utils import skip_init
 
 from fp4rl.inject.attention import EXPANDS
 from fp4rl.inject.plan import LeftOut, SitePlan
@@ -49,12 +52,24 @@ def require_plain_linear(site: Site, module: nn.Module) -> None:
         raise InvalidValueError(
             f"{site.name} has no weight of its own (parametrized, or sharded already); attach before"
         )
-    own = is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-    if not own:
+    if not (is_conv1d(module) or (isinstance(module, nn.Linear) and _is_linear(type(module)))):
         raise InvalidValueError(
-            f"{site.name} is a {type(module).__name__} with a forward of its own, which injection would bypass; "
-            f"leave it out: targets.leave: [{site.name}]"
+            f"{site.name} is a {type(module).__name__} with a forward of its own, not x W^T + b, which injection would "
+            f"bypass; leave it out: targets.leave: ['{_everywhere(site.name)}']"
         )
+
+
+def _is_linear(kind: type[nn.Linear]) -> bool:
+    """Return whether a class of linear layers computes x W^T + b, in a forward of its own too (FalconLinear): tried."""
+    if kind.forward is nn.Linear.forward or kind.__init__ is not nn.Linear.__init__:
+        return kind.forward is nn.Linear.forward
+    layer: Any = skip_init(kind, 3, 2, dtype=torch.float64)  # type: ignore[no-untyped-call]
+    numbers = torch.arange(12, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(numbers[:6].view(2, 3).square())
+        layer.bias.copy_(numbers[:2])
+        x = numbers.view(2, 2, 3)
+        return torch.equal(layer(x), linear(x, layer.weight, layer.bias))
 
 
 def require_class_forward(site: Site, module: nn.Module) -> None:
@@ -139,16 +154,6 @@ def require_eager_attention(site: Site, module: nn.Module, *, cached: bool) -> N
         )
 
 
-def require_one_rounding(plans: list[SitePlan]) -> None:
-    """Raise InvalidValueError when one parameter would be rounded at two sites."""
-    seen: dict[str, str] = {}
-    for plan in plans:
-        owner = plan.site.shares or plan.name
-        if owner in seen:
-            raise InvalidValueError(f"{plan.name} and {seen[owner]} are one parameter, rounded twice; leave one")
-        seen[owner] = plan.name
-
-
 def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
     """Raise InvalidValueError when q/k/v or gate/up differ: a serving engine runs them as one matmul in one format."""
     groups: dict[str, dict[str, tuple[Format | None, ...]]] = defaultdict(dict)
@@ -169,7 +174,6 @@ def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:
     for holds, reason in (
         (dropout, "its dropout acts on the adapter's input alone; set lora_dropout=0"),
         (getattr(adapted, "lora_variant", None), "it is a variant (DoRA or the like), no plain sum; use plain LoRA"),
-        (getattr(adapted, "fan_in_fan_out", False), "its weight is stored transposed; use adapter"),
         (any(getattr(adapted, "lora_bias", {}).values()), "its adapter has a bias; use lora_bias=False"),
     ):
         if holds:
@@ -182,6 +186,16 @@ def require_no_norm(plan: SitePlan, adapted: Any) -> None:
         raise InvalidValueError(
             f"{plan.name}: DoRA divides by the norm of the unrounded weight plus its adapter, which is not what is "
             "served; use plain LoRA (use_dora=False), or round no weight there"
+        )
+
+
+def require_one_place(plan: SitePlan) -> None:
+    """Raise InvalidValueError for a weight that several layers share, where each would need one of its own."""
+    if plan.site.also:
+        kind = "lora: merged" if plan.merged else "frozen_base: packed"
+        cure = "lora: adapter" if plan.merged else "frozen_base: copy"
+        raise InvalidValueError(
+            f"{plan.name}: {kind} needs a weight for each layer, and {plan.site.also[0]} shares this one; take {cure}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fp4rl.sites.attention import attention_modules, mixers
 from fp4rl.sites.modalities import text_modules
 from fp4rl.spec.targets import matches
 
@@ -35,12 +36,7 @@ _ROLES = {
     "lm_head": ("lm_head", "embed_out"),
     "router": ("router", "gate", "shared_expert_gate"),
 }
-# The projections of keys and values (all but the first pair count only in a class called attention), and the parameters
-# by which a recurrent layer is recognised.
-_CACHED = [{"k_proj", "v_proj"}, {"query", "key", "value"}, {"k_lin", "v_lin"}, {"Wk", "Wv"}]
-_CACHED += [{name} for name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj", "kv_b_proj")]
-_RECURRENT = ("A_log", "dt_bias", "time_decay")
-_MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet)$")
+_ROUTES = re.compile("Router|(?<!Forget)(?<!Residual)Gat(e|ing)$")
 _UP = ("gate_up_proj", "gate_proj", "up_proj")
 _DOWN = ("down_proj",)
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
@@ -56,7 +52,8 @@ class Site:
 
     `shape` is [out, in] of a linear weight and [experts, out, in] of stacked experts, whichever way they are stored:
     `transposed` says that the parameter's last two axes are exchanged; None: unknown. `layer` counts from 0 and is None
-    outside the layers. `shares` names the first site that holds the same parameter.
+    outside the layers. `also` are the places of other linear layers that hold the same weight, or of the same module:
+    all of them are one site. `shares` names a site of another kind, or the head, that holds the same parameter.
     `part` is the part of the model: experts, shared_experts, attention (all that mixes tokens), mlp, router, head, ...
     """
 
@@ -68,12 +65,19 @@ class Site:
     shape: tuple[int, ...]
     parameter: str | None = "weight"
     shares: str | None = None
+    also: tuple[str, ...] = ()
     transposed: bool | None = False
     part: str = ""
 
     def is_meant_by(self, pattern: str) -> bool:
         """Return whether a pattern covers one of its names, or is the word for its part of the model."""
-        return pattern == self.part or any(matches(name, pattern) for name in (self.name, self.path) if name)
+        return pattern == self.part or any(matches(name, pattern) for name in self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that a pattern may mean: plain ones, and those with what wraps the model."""
+        places = (name for path in self.also for name in (plain_name(path), path))
+        return tuple(dict.fromkeys(name for name in (self.name, self.path, *places) if name))
 
     @property
     def parent(self) -> str:
@@ -88,14 +92,16 @@ class Site:
 
 def walk(model: nn.Module) -> tuple[Site, ...]:
     """Return all sites of `model` in its own order, on any device, meta included; nothing is changed or read."""
-    first: dict[int, str] = {}
-    sites = []
-    hidden, routers, used_as, mixers = _width(model), _routers(model), _used_as(model), _mixers(model)
+    first: dict[int, int] = {}
+    sites: list[Site] = []
+    hidden, routers, used_as = _width(model), _routers(model), _used_as(model)
+    attending = attention_modules(model)
+    mixing = mixers(model, attending)
     text = text_modules(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if "original_module" in path.split("."):  # PEFT's unused original of a module that it trains fully
             continue
-        for site, weight in _at(path, module, hidden):
+        for site, weight in _at(path, module, hidden, attends=id(module) in attending):
             if weight is not None and weight.ndim > 1 and path.startswith(routers):
                 site = replace(site, kind="router", role="router")
             if site.kind == "linear" and id(module) in used_as:
@@ -103,10 +109,21 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
             if text is not None and id(module) not in text:
                 site = replace(site, role=OTHER_MODALITY, layer=None)
             else:
-                site = replace(site, part=_part(site, path.startswith(mixers)))
-            owner = first.setdefault(id(weight), site.name) if weight is not None else site.name
-            sites.append(site if owner == site.name else replace(site, shares=owner))
+                site = replace(site, part=_part(site, path.startswith(mixing)))
+            _add(sites, first, site, module if weight is None else weight)
     return tuple(sites)
+
+
+def _add(sites: list[Site], first: dict[int, int], site: Site, held: nn.Module | Tensor) -> None:
+    """Append a site, or, where what it holds has one of its kind already, add its place to that."""
+    number = first.setdefault(id(held), len(sites))
+    owner = sites[number] if number < len(sites) else None
+    if owner is None:
+        sites.append(site)
+    elif owner.kind == site.kind in ("linear", "attention") and "lm_head" not in (owner.role, site.role):
+        sites[number] = replace(owner, also=(*owner.also, site.path))
+    else:
+        sites.append(replace(site, shares=owner.name))
 
 
 def plain_name(path: str) -> str:
@@ -149,18 +166,8 @@ def _used_as(model: nn.Module) -> dict[int, str]:
 def _routers(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of all paths below a router: its projections decide on routes too."""
     kinds = ((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False) if path)
-    routing = (path for path, kind in kinds if path.endswith("router") or re.search("Router|Gat(e|ing)$", kind))
+    routing = (path for path, kind in kinds if path.endswith("router") or _ROUTES.search(kind))
     return tuple(f"{path}." for path in routing)
-
-
-def _mixers(model: nn.Module) -> tuple[str, ...]:
-    """Return the beginnings of every path below what mixes tokens: attention, delta rules, state spaces."""
-    modules = ((path, module) for path, module in model.named_modules(remove_duplicate=False) if path)
-    return tuple(
-        f"{path}."
-        for path, m in modules
-        if is_attention(m) or _MIXES_TOKENS.search(type(m).__name__) or _keeps_state(m)
-    )
 
 
 def _part(site: Site, mixes_tokens: bool) -> str:
@@ -175,10 +182,12 @@ def _part(site: Site, mixes_tokens: bool) -> str:
     return "attention" if mixes_tokens else "mlp"
 
 
-def _at(path: str, module: nn.Module, hidden: int | None) -> Iterator[tuple[Site, nn.Parameter | None]]:
+def _at(
+    path: str, module: nn.Module, hidden: int | None, *, attends: bool
+) -> Iterator[tuple[Site, nn.Parameter | None]]:
     """Yield the sites at one module: its attention, and each of its own weights. A lone layer is named by its class."""
     name = plain_name(path) or type(module).__name__
-    if is_attention(module):
+    if attends:
         yield Site(name, path, "attention", "attention", layer_of(name), (), None), None
     own_weights = dict(module.named_parameters(recurse=False))
     if isinstance(module, nn.Linear) and "weight" not in own_weights:  # computed from something else
@@ -202,21 +211,6 @@ def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, h
     if kind == "experts" and weight.ndim == 3:
         return experts_transposed(module, parameter, hidden)
     return kind == "linear" and is_conv1d(module)
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Return whether this module computes keys and values from tokens and attends to them: a cache would hold them.
-
-    Recurrent layers (state spaces, delta rules, lightning attention) may have such projections, but keep a state.
-    """
-    children, kind = {name for name, _ in module.named_children()}, type(module).__name__
-    if _keeps_state(module) or "Lightning" in kind:
-        return False
-    return _CACHED[0] <= children or ("Att" in kind and any(names <= children for names in _CACHED))
-
-
-def _keeps_state(module: nn.Module) -> bool:
-    return any(name in _RECURRENT for name, _ in module.named_parameters(recurse=False))
 
 
 def _kind(name: str, module: nn.Module, parameter: str, weight: nn.Parameter) -> Kind | None:
