@@ -1,6 +1,7 @@
 """Tiny models of the architectures that `transformers` knows: two layers and 64 wide, built from their configs."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+
+from fp4rl.models.tokenizer import build_tokenizer
 
 # What is set wherever a config knows it, by every name that configs have for it.
 _SIZES = {
@@ -110,11 +113,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str) -> nn.Module:
+def tiny(family: str, **more: Any) -> nn.Module:
     """The model in float64, its matrices drawn anew: a fresh model's are often too even to tell anything."""
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     known = {*inspect.signature(config_class.__init__).parameters, *dir(config_class())}
-    sizes = {name: size for name, size in _SIZES.items() if name in known} | FAMILIES[family]
+    sizes = {name: size for name, size in _SIZES.items() if name in known} | FAMILIES[family] | more
     torch.manual_seed(0)
     named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     given = {name: size for name, size in sizes.items() if size is not None}
@@ -126,3 +129,12 @@ def tiny(family: str) -> nn.Module:
                 nn.init.normal_(parameter, std=0.1)
     model.config._experts_implementation_internal = "eager"  # the grouped kernel takes no double precision
     return model.eval().double()
+
+
+def folder(family: str, path: Path, **more: Any) -> Path:
+    """A folder on disk as a trainer would save it, with a tokenizer that fits."""
+    tokenizer = build_tokenizer()
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    tiny(family, vocab_size=len(tokenizer), **ends, **more).float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
