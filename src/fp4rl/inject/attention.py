@@ -60,7 +60,7 @@ class AttentionState(SiteState):
 
 
 def expanding_stored(module: nn.Module, *latents: Tensor) -> Any:
-    """Stand in for a class's `expand_kv`: make keys and values of rounded latent vectors and rotary keys."""
+    """Return keys and values, made by a class's `expand_kv` of rounded latent vectors and rotary keys."""
     state: AttentionState = module.__dict__[KEY]
     return getattr(state.original, EXPANDS)(module, *map(state.stored, latents))
 
