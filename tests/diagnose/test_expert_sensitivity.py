@@ -122,6 +122,9 @@ def test_every_layout_gives_the_kl_of_a_weight_that_is_rounded_by_hand(family):
     found = experts_of(scanned(model, calibration, "w4a16", parts=("sensitivity",)))
     transposed = family in ("gpt_oss", "llama4_text")
     assert len(found) >= 8
+    per_token = model.config.num_experts_per_tok
+    for stack in {site for site, _ in found}:
+        assert sum(e.tokens for (site, _), e in found.items() if site == stack) == per_token * calibration.tokens
     plain = logits_of(model, calibration)
     for (site, number), expert in found.items():
         twin = copy.deepcopy(model)
@@ -174,12 +177,13 @@ def test_what_is_measured_estimated_and_unknown_is_told_on_the_page_and_in_the_j
     ids = torch.tensor([[7]])
     one_token = Calibration((Batch(ids, torch.ones_like(ids), torch.ones_like(ids)),), 1, 1, "made here")
     report = scanned(model, one_token, measured_experts=3)  # 2 of 4 experts, in 2 stacks of 2 layers
-    said = "KL of single experts: of 3 of 16 measured, of 5 estimated, of 8 unknown: no text reached them"
+    said = "KL of single experts: of 3 of 16 measured, of 5 estimated, of 8 unknown: no product of theirs was met"
     assert said in [finding.text for finding in findings(report)]
     assert said in page(report)
     entries = report.as_dict()["sensitivity"]["experts"]
-    assert [set(entry) for entry in entries] == [{"site", "expert", "estimate", "leave_one_in"}] * 8
+    assert [set(entry) for entry in entries] == [{"site", "expert", "tokens", "estimate", "leave_one_in"}] * 8
     assert [entry["leave_one_in"] is not None for entry in entries] == [True] * 3 + [False] * 5
+    assert [entry["tokens"] for entry in entries] == [1] * 8
     cells = {row[:2]: row[3] for row in report.expert_rows(ALL)}
     assert sum(cell == "-" for cell in cells.values()) == 8
     assert sum(cell.startswith("~") for cell in cells.values()) == 5

@@ -41,12 +41,13 @@ def show(report: ScanReport, advice: Advice | None) -> None:
     _show_layers(screen, report)
     if experts := report.expert_rows(EXPERTS_SHOWN):
         first, *numbers = EXPERT_COLUMNS
-        screen.print(table(f"{first}=", *(f"{name}>" for name in numbers), rows=experts))
+        rows = ((row[0].removeprefix("model.layers."), *row[1:]) for row in experts)  # a narrow screen cuts cells off
+        screen.print(table(f"{first}=", *(f"{name}>" for name in numbers), rows=rows))
     for finding in findings(report):
-        rows = [("-", Text(finding.text, style=_STYLES.get(finding.kind, "")))]
+        lines = [("-", Text(finding.text, style=_STYLES.get(finding.kind, "")))]
         if named := finding.named_sites():
-            rows.append(("", Text(named, style="dim")))
-        screen.print(table("", "", rows=rows))
+            lines.append(("", Text(named, style="dim")))
+        screen.print(table("", "", rows=lines))
     if results := rule_results(report):
         screen.print(styled(("fixed thresholds of the verl fork", "bold"), ", to compare with"))
         first, *others = COLUMNS

@@ -20,13 +20,14 @@ Expert = tuple[str, int]  # the name of its stack, its number
 
 @dataclass(frozen=True)
 class ExpertSensitivity:
-    """The effect of rounding one expert of one stack and nothing else: KL in nats per token.
+    """The effect of rounding one expert of one stack and nothing else, in nats per token; `tokens` were routed to it.
 
     `estimate` as a backward pass predicts it; `leave_one_in` measured, None where it was not.
     """
 
     site: str
     expert: int
+    tokens: int
     estimate: float
     leave_one_in: Divergence | None = None
 
@@ -50,10 +51,11 @@ def expert_sensitivity(
     Ranked by effect, the measured first. Estimating takes a forward and a few backward passes a text for all experts
     together; measuring a forward a batch for each.
     """
-    estimates = _estimated(model, table, calibration, generator)
+    loads: dict[Expert, int] = defaultdict(int)
+    estimates = _estimated(model, table, calibration, generator, loads)
     ranked = sorted(estimates, key=lambda expert: estimates[expert], reverse=True)
     known = _divergences(model, table, calibration, ranked[:measured], on_progress)
-    each = [ExpertSensitivity(*expert, estimates[expert], known.get(expert)) for expert in ranked]
+    each = [ExpertSensitivity(*expert, loads[expert], estimates[expert], known.get(expert)) for expert in ranked]
     return tuple(sorted(each, key=lambda e: (e.leave_one_in is not None, e.kl), reverse=True))
 
 
@@ -62,7 +64,7 @@ def in_words(table: SiteTable, experts: Sequence[ExpertSensitivity]) -> str:
     total = sum(plan.site.shape[0] for plan in table.plans if plan.site.kind == "experts")
     measured = sum(e.leave_one_in is not None for e in experts)
     missing = total - len(experts)
-    unknown = f", of {missing} unknown: no text reached them" if missing else ""
+    unknown = f", of {missing} unknown: no product of theirs was met" if missing else ""
     text = f"KL of single experts: of {measured} of {total} measured, of {len(experts) - measured} estimated{unknown}"
     return text if total else ""
 
@@ -75,21 +77,31 @@ def worst_in_words(worst: ExpertSensitivity, experts: Sequence[ExpertSensitivity
 
 
 def _estimated(
-    model: nn.Module, table: SiteTable, calibration: Calibration, generator: torch.Generator
+    model: nn.Module,
+    table: SiteTable,
+    calibration: Calibration,
+    generator: torch.Generator,
+    loads: dict[Expert, int],
 ) -> dict[Expert, float]:
-    """Return the estimates as `estimated_kl` makes them for linear layers, a text at a time."""
+    """Return the estimates as `estimated_kl` makes them for linear layers, a text at a time; count `loads`."""
     stacks = [plan for plan in table.plans if plan.site.kind == "experts"]
     sums: dict[Expert, float] = defaultdict(float)
     texts = (text for batch in calibration.batches for text in one_by_one(batch)) if stacks else ()
+    dtype = getattr(torch, table.injection.dtype)
     for text in texts:
-        for along in _along(model, stacks, text, getattr(torch, table.injection.dtype), generator):
+        for along in _along(model, stacks, text, dtype, generator, loads):
             for expert, value in along.items():
                 sums[expert] += value**2 / DRAWS
     return {expert: 0.5 * total / calibration.tokens for expert, total in sums.items()}
 
 
 def _along(
-    model: nn.Module, stacks: Sequence[SitePlan], text: Batch, dtype: torch.dtype, generator: torch.Generator
+    model: nn.Module,
+    stacks: Sequence[SitePlan],
+    text: Batch,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    loads: dict[Expert, int],
 ) -> list[dict[Expert, float]]:
     """Return sum_t g_t . d_t by expert for each drawn answer: gradients of its log-probability, errors of outputs."""
     outputs: list[Tensor] = []
@@ -100,6 +112,8 @@ def _along(
         y = y if y.requires_grad else y.detach().requires_grad_()  # frozen weights: the graph starts here
         with torch.no_grad():
             each = [(p, rounded_product(p.x, p.weight, None, plan, dtype) - y[p.at]) for p in parts if p.x.any()]
+        for part, _ in each:
+            loads[plan.name, part.expert] += int(part.x.any(-1).sum())
         outputs.append(y)
         errors.append((plan, each))
         return y

@@ -115,7 +115,8 @@ def _cells(errors: Mapping[str, ExpertError], effect: ExpertSensitivity | None) 
     weight, inputs = errors.get("weight"), errors.get("input")
     each = [(f"{e.relative_l2:.1%}", f"{e.deadzone_share:.1%}") if e else ("-", "-") for e in (weight, inputs)]
     kl = "-" if effect is None else f"{'~' if effect.leave_one_in is None else ''}{effect.kl:.2g}"
-    return (str(inputs.tokens) if inputs else "-", kl, *each[0], *each[1])
+    loaded = inputs or effect
+    return (str(loaded.tokens) if loaded else "-", kl, *each[0], *each[1])
 
 
 def _finite(value: float) -> float | None:
