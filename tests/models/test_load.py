@@ -1,12 +1,13 @@
 """A model folder loads as it was saved, or one line says what it lacks."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import experts_in
+from tiny_models import experts_in, multimodal
 
 from fp4rl.models.load import load, skeleton
 from fp4rl.models.save import save
@@ -225,3 +226,17 @@ def test_the_part_below_a_head_is_found_where_a_class_names_another(tmp_path):
     tokenizer.save_pretrained(tmp_path / "again")
     again, _ = load(tmp_path / "again")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_part_below_a_head_may_stand_deeper_and_no_weight_gets_a_second_name(tmp_path):
+    """Fault: a run on a Llama-4 folder with its towers took the vision model for the part below the head."""
+    tokenizer = build_tokenizer()
+    multimodal("Llama4").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    model, _ = load(tmp_path)
+    assert model.base_model is model.language_model.model
+    model.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == names
+    twin = copy.deepcopy(model)
+    assert twin.base_model is twin.language_model.model

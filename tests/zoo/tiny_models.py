@@ -29,12 +29,25 @@ MULTIMODAL = {
         **TOKENS,
     },
 }
+# Mixtures that see; Llama-4's text model, head and all, stands one level deeper.
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+LLAMA = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}
+LLAMA_SEEING = GEMMA_SEEING | {"image_size": 28, "patch_size": 14, "vision_output_dim": 64, "intermediate_size": 64}
+MULTIMODAL_MIXTURES = {
+    "Qwen3VLMoe": MULTIMODAL["Qwen3VL"] | {"text_config": MULTIMODAL["Qwen3VL"]["text_config"] | EXPERTS},
+    "Llama4": {
+        "text_config": TEXT | LLAMA,
+        "vision_config": LLAMA_SEEING | {"projector_input_dim": 64, "projector_output_dim": 64},
+        "image_token_index": 150,
+    },
+}
 
 
 def multimodal(family, **text):
     """A model with a tower that sees; `text` are sizes of its text model."""
     torch.manual_seed(0)
-    sizes = MULTIMODAL[family] | {"text_config": MULTIMODAL[family]["text_config"] | text}
+    sizes = (MULTIMODAL | MULTIMODAL_MIXTURES)[family]
+    sizes = sizes | {"text_config": sizes["text_config"] | text}
     model = getattr(transformers, f"{family}ForConditionalGeneration")(
         getattr(transformers, f"{family}Config")(**sizes)
     )

@@ -122,8 +122,11 @@ def _experts_of(*folders: Path) -> str | None:
 def _name_backbone(model: Any) -> None:
     """Correct the name under which a class says that the part below its head stands (Llama-4: where none is)."""
     if model.base_model is model:
-        parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
-        model.base_model_prefix = parts[0] if parts else model.base_model_prefix
+        head = model.get_output_embeddings()
+        around = [module for module in model.modules() if any(child is head for child in module.children())]
+        below = [part for module in around for part in module.children() if isinstance(part, PreTrainedModel)]
+        if below:  # kept beside the modules, so that no weight has two names: it may stand deeper than one level
+            vars(model)["below_head"], model.base_model_prefix = below[0], "below_head"
 
 
 def _require_choice(model: Any, experts: str | None) -> None:
