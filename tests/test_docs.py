@@ -52,7 +52,7 @@ NEEDS = {
     "frozen_base: packed": {"injection.apply_during": ["rollout", "training", "evaluation", "reference"]},
     "coarse: {columns: 128, choice: search}": {"injection.weight.name": "mxfp4", "injection.mode": None},
     "rotation: 32": {"injection.weight.name": "mxfp4"},
-    "scale_math: tensor": {"injection.weight.name": "mxfp4", "injection.mode": None},
+    "scale_math: tensor": {"injection.weight.name": "mxfp4", "injection.mode": None, "injection.deployment": None},
 }
 
 

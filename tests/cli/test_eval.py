@@ -43,6 +43,15 @@ def test_several_answers_to_a_problem_count_as_one_trial_and_the_table_says_so(l
     assert " 40 " in shown
 
 
+def test_a_profile_says_which_deployment_it_imitates(lines):
+    mode = summary("w4a4", 80) | {"profile": {"name": "w4a4", "precision": "w4a4", "deployment": "vllm_blackwell"}}
+    own = summary("mine", 80) | {"profile": {"name": "mine", "precision": "w4a16", "deployment": "amct"}}
+    shown = "\n".join(lines(summary("full", 80), mode, own))
+    assert "w4a4: imitates vllm_blackwell" in shown
+    assert "mine: w4a16, imitates amct" in shown
+    assert "full: " not in shown
+
+
 def test_nothing_is_cut_on_80_columns(lines):
     shown = lines(summary("matmul_noise=0.05", 80, problems=40, **{"pass@1": 0.36, "pass@2": 0.5}))
     assert max(map(len, shown)) <= 80

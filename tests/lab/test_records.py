@@ -16,7 +16,9 @@ from fp4rl.lab.compare.fairness import differences
 from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger.tables import record_of, run_of
+from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runs import read_run
+from fp4rl.lab.suites import read_suite
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import KINDS, Evaluation, LiveCheck, MasterCheck, Profile
@@ -141,3 +143,51 @@ def test_every_verb_reads_the_old_folder(tmp_path, monkeypatch, capsys):
     assert "3 of 3 runs had an alarm" in capsys.readouterr().err
     assert main(["compare", "old/ill@full", "old/bf16@full"]) == 1
     assert "stopped early" in capsys.readouterr().out
+
+
+def test_an_old_folder_names_the_deployment_that_its_numbers_were_computed_with(tmp_path):
+    shutil.copytree(OLD, tmp_path / "runs")
+    suite = read_suite(tmp_path / "runs" / "old")
+    assert [run.state for run in suite.runs] == ["finished"] * 3  # planned under the present names, found by their ids
+    run = suite.by_arm["w4a4"][0].run
+    assert run.spec["injection"]["deployment"] == "compressed_tensors"
+    assert run.spec["injection"]["weight"] == {"name": "mxfp4", "scale_rule": "even"}
+    assert run.spec["evaluation"]["deployment"] == "compressed_tensors"
+    assert not differences(run.spec, suite.by_arm["w4a4"][0].planned.experiment.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "weight", "entry", "named"),
+    [
+        ("vllm_ascend", "mxfp4", {"name": "mxfp4", "rounding": "half_away"}, "vllm_ascend_floor"),
+        ("modelopt", *[{"name": "mxfp4", "scale_rule": "rceil"}] * 2, "vllm_blackwell_rceil"),
+    ],
+)
+def test_a_result_under_a_preset_shows_the_rule_that_it_was_computed_with(
+    tmp_path, capsys, preset, weight, entry, named
+):
+    """A folder as this version writes it, but for the key that was renamed since."""
+    old = next(OLD.glob("old/w4a4-s0-*"))
+    content = yaml.safe_load((old / "spec.yaml").read_text())
+    content["injection"] |= {"preset": preset, "weight": weight, "input": entry}
+    content["evaluation"]["preset"] = preset
+    result = json.loads((old / "result.json").read_text())
+    run_id = f"w4a4-s0-{digest(content)}"
+    folder = tmp_path / "runs" / "old" / run_id
+    shutil.copytree(old, folder)
+    (folder / "spec.yaml").write_text(yaml.safe_dump(content))
+    (folder / "result.json").write_text(json.dumps(result | {"run_id": run_id, "spec_digest": digest(content)}))
+
+    spec = read_run(RunFolder(folder)).spec
+    assert (spec["injection"]["deployment"], spec["evaluation"]["deployment"]) == (named, named)
+    assert (spec["injection"]["weight"], spec["injection"]["input"]) == (weight, entry)
+    assert main(["show", f"old/{run_id}", "--runs", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert f"deployment: {named}" in shown
+    assert f"deployment: {preset}\n" not in shown
+
+    again = parse(Experiment, content, "spec.yaml")
+    assert again.injection.deployment == named
+    assert PlannedRun("old", "w4a4", 0, again).run_id == run_id
+    present = parse(Experiment, spec | {"injection": {"mode": "w4a4", "deployment": preset}}, "spec.yaml")
+    assert PlannedRun("old", "w4a4", 0, present).run_id != run_id

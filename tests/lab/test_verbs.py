@@ -338,10 +338,10 @@ def test_help_shows_an_example_without_importing_torch_or_scipy():
     code = """
 import sys
 from fp4rl.cli.main import main
-for verb in ("runs", "show", "compare", "audit", "power", "ledger"):
+for verb in ("runs", "show", "compare", "audit", "power", "ledger", "deployments"):
     main([*([verb, "rebuild"] if verb == "ledger" else [verb]), "--help"])
 print([name for name in ("torch", "scipy", "sqlalchemy", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
-    assert done.stdout.count("Example") == 6
+    assert done.stdout.count("Example") == 7

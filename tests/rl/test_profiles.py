@@ -97,6 +97,8 @@ def test_the_sweep_belongs_to_the_last_step_and_names_what_it_measured(run, expe
 
 def test_every_evaluation_says_what_it_rounded_and_that_the_masters_are_unharmed(run, experiment):
     _, heard = run(experiment("w4a16", evaluation={"profiles": ["full", "deployment", "w4a4"], "count": 8}))
+    imitated = {e.profile.name: e.profile.deployment for e in heard.evaluations}
+    assert imitated == {"full": None, "deployment": "compressed_tensors", "w4a4": "compressed_tensors"}
     rows = [row for row in heard.of("injection") if row["phase"] == "evaluation"]
     found = {(row["step"], row["profile"], row["point"]) for row in rows}
     points = [("deployment", "weight"), ("w4a4", "weight"), ("w4a4", "input")]

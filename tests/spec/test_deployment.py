@@ -7,18 +7,29 @@ import pytest
 from fp4rl.spec.deployment import DEPLOYMENTS, deployment_named
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.evaluation import Evaluation
-from fp4rl.spec.formats import FP8, MXFP4, MXFP4_2D, MXFP4_SR, MXFP6_E2M3, MXFP8, NVFP4
+from fp4rl.spec.formats import FP8, MXFP4, MXFP4_2D, MXFP4_SR, MXFP6_E2M3, MXFP8, NVFP4, Coarse
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
 from fp4rl.spec.points import MODES
 
 ROUNDING_INPUTS = [name for name, deployment in DEPLOYMENTS.items() if deployment.kernel.inputs]
-EVEN, HALF_AWAY = "nearest_even", "half_away"
+EVEN, HALF_AWAY, ADDED = "nearest_even", "half_away", "half_added"
 
 
 def rules(name, point, fmt=MXFP4):
     found = deployment_named(name).at(point, fmt)
-    return found.scale_rule, found.rounding
+    return (
+        found.scale_rule,
+        found.rounding,
+        found.scale_epsilon,
+        found.scale_math,
+        found.coarse and found.coarse.columns,
+    )
+
+
+def whole(rules):
+    """Rule and rounding, with what is usual of the rest: no epsilon, exact arithmetic, no FP32 scale."""
+    return (*rules, *(0.0, "exact", None)[len(rules) - 2 :])
 
 
 def test_mxfp4_without_a_deployment_means_ocp():
@@ -31,6 +42,17 @@ def test_mxfp4_without_a_deployment_means_ocp():
         ("ocp", ("floor", EVEN), ("floor", EVEN), ("floor", EVEN)),
         ("compressed_tensors", ("even", EVEN), ("even", EVEN), ("even_e2m1", EVEN)),
         ("vllm_blackwell", ("even", EVEN), ("rceil", EVEN), ("rceil", EVEN)),
+        ("vllm_ascend", ("even", ADDED, 9.6e-7, "tensor"), ("floor", HALF_AWAY), ("floor", EVEN)),
+        ("vllm_ascend_ceil_x", ("uos", ADDED, 9.6e-7, "tensor"), ("floor", HALF_AWAY), ("floor", EVEN)),
+        ("vllm_ascend_fouroversix", ("fouroversix", ADDED, 0.0, "tensor"), ("floor", HALF_AWAY), ("floor", EVEN)),
+        (
+            "vllm_ascend_dualscale",
+            ("even", ADDED, 9.6e-7, "float32", 512),
+            ("floor", EVEN, 0.0, "exact", 512),
+            ("floor", EVEN),
+        ),
+        ("modelopt", ("rceil", "half_toward_zero"), ("rceil", EVEN), ("rceil", EVEN)),
+        ("amct", ("round", HALF_AWAY, 0.0, "float32"), ("floor", EVEN), ("floor", EVEN)),
         ("vllm_blackwell_rceil", ("rceil", EVEN), ("rceil", EVEN), ("rceil", EVEN)),
         ("vllm_ascend_floor", ("floor", EVEN), ("floor", HALF_AWAY), ("floor", HALF_AWAY)),
         ("ascend950", ("floor", EVEN), ("floor", EVEN), ("floor", EVEN)),
@@ -38,9 +60,25 @@ def test_mxfp4_without_a_deployment_means_ocp():
     ],
 )
 def test_the_packer_rounds_weights_and_the_kernel_inputs(name, weights, inputs, inputs8):
-    assert rules(name, "weight") == weights
-    assert rules(name, "input") == inputs
-    assert rules(name, "input", MXFP8) == inputs8
+    assert rules(name, "weight") == whole(weights)
+    assert rules(name, "input") == whole(inputs)
+    assert rules(name, "input", MXFP8) == whole(inputs8)
+
+
+def test_every_deployment_is_in_the_table_above():
+    listed = test_the_packer_rounds_weights_and_the_kernel_inputs.pytestmark[0].args[1]
+    assert {row[0] for row in listed} | {"vllm_hopper", "ascend950_moe"} == set(DEPLOYMENTS)
+
+
+def test_eight_bit_weights_are_msmodelslims_own_too():
+    assert rules("vllm_ascend", "weight", MXFP8) == ("floor", ADDED, 0.0, "tensor", None)
+
+
+def test_columns_of_an_fp32_scale_are_the_formats_own_where_it_names_some():
+    dual = deployment_named("vllm_ascend_dualscale")
+    fmt = replace(MXFP4, coarse=Coarse(64))
+    assert dual.at("weight", fmt).coarse == Coarse(64)
+    assert dual.at("weight", dual.at("weight", fmt)) == dual.at("weight", fmt)
 
 
 def test_a_deployment_reaches_every_power_of_two_format():
@@ -86,7 +124,7 @@ def test_every_entry_says_its_source_and_serves_modes_that_there_are(name):
 
 @pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w16a4", "nvfp4_w4a4", "w4a4_out"])
 def test_a_mode_that_rounds_inputs_is_refused_where_the_kernel_leaves_them_alone(mode):
-    said = r"deployment 'vllm_hopper' rounds no \w+s: its kernel computes W4A16, .*; take mode w4a16, or nvfp4_w4a16"
+    said = r"deployment 'vllm_hopper' rounds no \w+s: its kernel .* in 16 bits; take mode w4a16, or nvfp4_w4a16"
     with pytest.raises(InvalidValueError, match=said):
         parse(Injection, {"mode": mode, "deployment": "vllm_hopper"}, "")
     with pytest.raises(InvalidValueError, match=f"profiles: {mode}: {said}"):

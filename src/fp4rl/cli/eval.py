@@ -204,8 +204,10 @@ def _caption(summaries: list[Evaluation]) -> Iterator[str]:
             "ends an answer with --stop"
         )
     for s in summaries:
-        if s.profile.precision not in (None, s.profile.name):
-            yield f"{s.profile.name}: {s.profile.precision}"
+        imitated = f"imitates {s.profile.deployment}" if s.profile.deployment else None
+        said = [s.profile.precision if s.profile.precision != s.profile.name else None, imitated]
+        if any(said):
+            yield f"{s.profile.name}: {', '.join(filter(None, said))}"
 
 
 def _problems(evaluation: Evaluation) -> int:

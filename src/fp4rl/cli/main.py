@@ -25,6 +25,7 @@ from fp4rl.spec.frozen import at_home
 # have `CONTEXT`, settings of the parser.
 VERBS = (
     "quickstart",
+    "deployments",
     "formats",
     "sites",
     "schedule",

@@ -13,6 +13,7 @@ from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.runner import split_finished
+from fp4rl.lab.serving import served_as, served_lines
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -34,7 +35,10 @@ def command(
     if as_json:
         names = ("suite", "arm", "seed", "run_id", "spec_digest")
         own = ({name: getattr(run, name) for name in names} for run in runs_planned)
-        print_json([row | {"finished": run in finished} for row, run in zip(own, runs_planned, strict=True)])
+        state = (
+            {"finished": run in finished, "served_as": served_as(run.experiment.injection)} for run in runs_planned
+        )
+        print_json([row | more for row, more in zip(own, state, strict=True)])
         return
     screen = console()
     _print_what(runs_planned[0].experiment)
@@ -45,6 +49,8 @@ def command(
     title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
     rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs_planned)
     screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
+    for line in served_lines({run.arm: run.experiment for run in runs_planned}):
+        screen.print(styled(("served", "bold"), f": {line}"))
     for line in warnings_of(runs_planned):
         screen.print(styled(("warning", "yellow"), f": {line}"))
     for line in missing_files(runs_planned):

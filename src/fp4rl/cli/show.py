@@ -106,7 +106,8 @@ def accuracies(evaluations: Sequence[Evaluation]) -> Table:
             shown += f" [{100 * low:.1f}, {100 * high:.1f}]"
         step = f"{row.step}{' last' if row.last else ''}"
         length = f"{row.mean_length:.1f}" if row.mean_length is not None else "-"
-        names = (step, row.profile.name, row.profile.precision or "?", str(row.n or "?"))
+        imitated = f" as {row.profile.deployment}" if row.profile.deployment else ""
+        names = (step, row.profile.name, f"{row.profile.precision or '?'}{imitated}", str(row.n or "?"))
         rows.append((*names, shown, _percent(row.flexible), _percent(row.formatted), length))
     columns = ("step>", "profile", "precision", "n>", "strict>", "flexible>", "format>", "tokens>")
     return table(*columns, rows=rows, title="accuracy % (95 % interval over problems)")

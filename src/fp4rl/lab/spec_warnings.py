@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from fp4rl.lab.serving import changed
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.experiment import Experiment
@@ -43,8 +44,10 @@ def _noise(experiment: Experiment) -> Iterator[str]:
 
 
 def _deployment(experiment: Experiment) -> Iterator[str]:
-    """Yield the parts of the injection that act in training but not under the profile `deployment`."""
+    """Yield what the deployment serves otherwise, and what acts in training but not under the profile `deployment`."""
     injection = experiment.injection
+    if (line := changed(injection)) is not None:
+        yield line
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return
     backward = {"grad_input", "grad_weight"}

@@ -197,6 +197,7 @@ class EvaluationRunner:
         spec, table = self.spec, attachment.table if attachment is not None else None
         drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
         ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
+        injection = precision.injection
         # Where only hardware errors are described, which do not act in evaluations, it is `full` and has no digest.
         digest = table.digest_in("evaluation") if table is not None and table.active_sites("evaluation") else None
         return evidence.Profile(
@@ -208,6 +209,7 @@ class EvaluationRunner:
             max_new_tokens=spec.max_new_tokens,
             sampling=drawn + ends + (f", by {self.sampler}" if self.sampler != "transformers" else ""),
             items_digest=hashlib.sha256("\n".join(p.id for p in self.problems).encode()).hexdigest()[:12],
+            deployment=injection.deployment if injection is not None and digest is not None else None,
         )
 
 

@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from fp4rl.spec import kernels, packers
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.formats import FORMATS, MXFP8, Format
-
-_RULES = ("scale_rule", "rounding")  # the settings of a format that a deployment fixes
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,12 @@ class Deployment:
         rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
         if rounds is None or fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
-        known = FORMATS.get(fmt.name, fmt)
-        fixed: dict[str, Any] = {"scale_rule": rounds.rule, "rounding": rounds.rounding}
-        for key in _RULES:
+        known, fixed = FORMATS.get(fmt.name, fmt), rounds.settings(fmt)
+        for key, value in fixed.items():
             own = getattr(fmt, key)
-            if own not in (getattr(known, key), fixed[key]):
+            if own not in (getattr(known, key), value):
                 raise InvalidValueError(
-                    f"{fmt.name} sets {key} {own!r}, but deployment {self.name!r} fixes {fixed[key]!r}; "
-                    "drop one of them"
+                    f"{fmt.name} sets {key} {own!r}, but deployment {self.name!r} fixes {value!r}; drop one of them"
                 )
         return replace(fmt, **fixed)
 
@@ -53,18 +48,38 @@ class Deployment:
         if self.kernel.inputs is not None or point not in ("input", "output"):
             return None
         return (
-            f"deployment {self.name!r} rounds no {point}s: its kernel computes W4A16, whatever the checkpoint says; "
+            f"deployment {self.name!r} rounds no {point}s: its kernel decodes the weights and computes in 16 bits; "
             "take mode w4a16, or nvfp4_w4a16"
         )
 
     def without_rules(self, point: str, fmt: Format) -> Format:
         """Return the format as it was described: a rule that this deployment put there is taken out again."""
+        rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
+        if rounds is None:
+            return fmt
         known = FORMATS.get(fmt.name, fmt)
-        rules: dict[str, Any] = {key: getattr(known, key) for key in _RULES}
-        plain = replace(fmt, **rules)
+        plain = replace(fmt, **{key: getattr(known, key) for key in rounds.settings(known)})
         with suppress(InvalidValueError):
             return plain if self.at(point, plain) == fmt else fmt
         return fmt
+
+    def sentence(self, mode: str) -> str:
+        """Return what a checkpoint of a mode is computed as, on what, and under which condition."""
+        served, checkpoint = self.served(mode), f"{mode.upper()} checkpoint"
+        if mode not in kernels.SERVED_MODES:
+            return f"no checkpoint has mode {mode}: it is for measuring alone"
+        if served is None:
+            return f"what a {checkpoint} is computed as on {self.kernel.hardware} has not been looked up"
+        if served.mode is None:
+            return f"nothing serves a {checkpoint} on {self.kernel.hardware}: {served.note}"
+        as_what = "as it is" if served.mode == mode else f"as {served.mode.upper()}"
+        note = f": {served.note}" if served.note else ""
+        return f"a {checkpoint} is computed {as_what} on {self.kernel.hardware}{note}"
+
+    def changes(self, mode: str) -> bool:
+        """Return whether a checkpoint of a mode is computed as another one, or not at all."""
+        served = self.served(mode)
+        return served is not None and served.mode != mode
 
     def served(self, mode: str) -> kernels.Served | None:
         """Return what a checkpoint of a mode is computed as; None where that is not known."""
@@ -76,6 +91,22 @@ _ALL = (
     Deployment("compressed_tensors", packers.COMPRESSED_TENSORS, kernels.COMPRESSED_TENSORS_EMULATION),
     Deployment("vllm_blackwell", packers.COMPRESSED_TENSORS, kernels.VLLM_BLACKWELL),
     Deployment("vllm_hopper", packers.COMPRESSED_TENSORS, kernels.VLLM_HOPPER),
+    Deployment("vllm_ascend", packers.MSMODELSLIM, kernels.VLLM_ASCEND),
+    Deployment("vllm_ascend_ceil_x", packers.MSMODELSLIM_CEIL_X, kernels.VLLM_ASCEND),
+    Deployment("vllm_ascend_fouroversix", packers.MSMODELSLIM_FOUROVERSIX, kernels.VLLM_ASCEND),
+    Deployment("vllm_ascend_dualscale", packers.MSMODELSLIM_DUALSCALE, kernels.ASCEND_DUAL),
+    Deployment(
+        "modelopt",
+        packers.MODELOPT,
+        kernels.VLLM_BLACKWELL,
+        note="ModelOpt's own checkpoint format has no MXFP4 for dense layers: the weights need another container",
+    ),
+    Deployment(
+        "amct",
+        packers.AMCT,
+        kernels.CANN,
+        note="while it trains with rounded inputs, AMCT rounds them as weights; the NPU does not",
+    ),
     Deployment("vllm_blackwell_rceil", packers.TORCHAO_RCEIL, kernels.VLLM_BLACKWELL),
     Deployment("vllm_ascend_floor", packers.CANN, kernels.ASCEND_ROUND, note="only to repeat older results"),
     Deployment("ascend950", packers.CANN, kernels.CANN),

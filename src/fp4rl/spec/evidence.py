@@ -50,6 +50,7 @@ class Profile(Record):
     max_new_tokens: int | None = None
     sampling: str | None = None
     items_digest: str | None = None
+    deployment: str | None = None  # that it imitates
 
 
 class Evaluation(Record):

@@ -76,15 +76,15 @@ def renamings(content: Any) -> Iterator[str]:
     elif isinstance(content, Mapping):
         for key, value in content.items():
             if _is_former(key, value) or (_last(key) == "deployment" and value == "vllm"):
-                for name in value if isinstance(value, list | tuple) else (value,):
-                    yield renaming(name, _last(key))
+                names = value if isinstance(value, list | tuple) else (value,)
+                yield from (renaming(name, _last(key)) for name in names if name is not None)
             else:
                 yield from renamings(value)
 
 
-def renaming(name: Any, key: str = "preset") -> str:
+def renaming(name: str, key: str = "preset") -> str:
     """Return what a former name is read as, and why."""
-    now = PRESETS.get(str(name), name)
+    now = PRESETS.get(name, name)
     head = f"preset {name} is now deployment" if key == "preset" else f"{key} {name} is a former name"
     return f"{head}: {now}" + (f" ({_CHANGED[name]})" if name in _CHANGED else "")
 

@@ -19,6 +19,7 @@ from fp4rl.spec.points import (
     MODES,
     PHASES,
     ApplyDuring,
+    Mode,
     PatternFormats,
     Phase,
     PointFormat,
@@ -106,6 +107,12 @@ class Injection(Spec):
         return not self.by_pattern and not self.errors and not any(getattr(self, point) for point in FORMAT_POINTS)
 
     @property
+    def checkpoint_mode(self) -> str | None:
+        """The mode of the checkpoint that is deployed: its own, else one of the same elements and kinds of scales."""
+        own = _kinds(self)
+        return self.mode or next((mode.name for mode in MODES.values() if _kinds(mode) == own), None)
+
+    @property
     def points(self) -> frozenset[str]:
         """The points that have a format somewhere, gradients among them, and `errors` where there are any."""
         rows = (self, *self.by_pattern)
@@ -171,6 +178,11 @@ class Injection(Spec):
                 yield "straight_through: clipped would do nothing: no point is active in training"
         if any(error.when == "backward" for error in self.errors) and "training" not in during.errors:
             yield "an error in the backward would do nothing: apply_during.errors leaves training out"
+
+
+def _kinds(formats: Injection | Mode) -> list[tuple[str, str] | None]:
+    chosen = [getattr(formats, point) for point in LINEAR_POINTS]
+    return [(fmt.element.name, fmt.scale) if fmt else None for fmt in chosen]
 
 
 def _entry(table: Mapping[str, T], name: Any, what: str) -> T | None:

@@ -9,6 +9,7 @@ from fp4rl.spec.packers import EVEN, FLOOR, RCEIL, UOS, Checked, Rounds, Rules
 
 MX_MODES = ("w4a16", "w4a8", "w4a4", "w8a8")
 NVFP4_MODES = ("nvfp4_w4a16", "nvfp4_w4a4")
+SERVED_MODES = (*MX_MODES, *NVFP4_MODES)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Kernel:
     """
 
     name: str
-    hardware: str
+    hardware: str  # a phrase behind "on"
     inputs: Rules | None
     serves: Mapping[str, Served]
     checked: Checked
@@ -50,18 +51,21 @@ _NO_NVFP4 = {mode: Served(None, "Ascend has no NVFP4") for mode in NVFP4_MODES}
 _MARLIN = "Marlin, with one warning in vLLM's log"
 
 OCP_EMULATION = Kernel(
-    "ocp_emulation",
-    "none: rounding before an ordinary matmul",
+    "ocp",
+    "any machine, by rounding before an ordinary matmul",
     FLOOR,
     _table(_as_they_are(*MX_MODES, *NVFP4_MODES)),
     "documented",
     "OCP Microscaling Formats (MX) v1.0, section 6.3",
 )
 COMPRESSED_TENSORS_EMULATION = Kernel(
-    "compressed_tensors_emulation",
-    "CPU and any GPU by emulation: transformers, and vLLM on ROCm; vLLM on CPU has no kernel",
+    "compressed_tensors",
+    "CPU and GPU by emulation (transformers; vLLM on ROCm)",
     EVEN,
-    _table(_as_they_are(*MX_MODES, *NVFP4_MODES)),
+    _table(
+        {mode: Served(mode, "vLLM has no MXFP4 or NVFP4 kernel for CPUs") for mode in (*MX_MODES[:-1], *NVFP4_MODES)},
+        _as_they_are("w8a8"),
+    ),
     "bit-equal",
     "compressed-tensors 0.20 (tests/numerics/test_against_compressed_tensors.py), vLLM's reference_mxfp4.py",
 )
@@ -75,7 +79,7 @@ VLLM_BLACKWELL = Kernel(
             "w4a8": Served("w4a8", "if the group names float 8-bit inputs, dynamic per token or group; else W4A4"),
             "nvfp4_w4a4": Served("nvfp4_w4a4", "the inputs' FP32 factor is static or per token, never per call"),
         },
-        _as_they_are("w4a4", "nvfp4_w4a16"),
+        _as_they_are("w4a4", "w8a8", "nvfp4_w4a16"),
     ),
     "read in source",
     "vLLM 0.32 with FlashInfer's mxfp4_quantize and mxfp8_quantize: amax / largest by an approximate reciprocal, the "
@@ -100,7 +104,9 @@ VLLM_ASCEND = Kernel(
         {
             "w4a16": Served("w4a16", "routed experts alone; there is no such kernel for dense layers"),
             "w4a8": Served("w4a8", "dense layers need in_features % 64 == 0"),
-            "w4a4": Served("w4a4", "its weights cannot be refreshed in place, so that RL there rolls out W4A8"),
+            "w4a4": Served(
+                "w4a4", "an odd in_features / 32 is padded; RL there rolls out W4A8, which alone is refreshed in place"
+            ),
         },
         _as_they_are("w8a8"),
         _NO_NVFP4,
@@ -108,6 +114,18 @@ VLLM_ASCEND = Kernel(
     "read in source",
     "vLLM-Ascend: npu_dynamic_mx_quant with scale_alg 0; MXFP4 with round_mode 'round' (half away from zero by its "
     "name), MXFP8 with 'rint'; not confirmed on hardware",
+)
+ASCEND_DUAL = Kernel(
+    "vllm_ascend_dual",
+    "Ascend 950",
+    Rules(Rounds("floor", columns=512), Rounds("floor")),
+    _table(
+        {"w4a4": Served("w4a4", "as W4A4_MXFP4_DUALSCALE")},
+        _NO_NVFP4,
+    ),
+    "documented",
+    "CANN aclnnDynamicDualLevelMxQuant: an FP32 scale for 512 columns, floor and rint inside; not confirmed on "
+    "hardware",
 )
 ASCEND_ROUND = replace(
     VLLM_ASCEND,

@@ -155,6 +155,7 @@ def test_every_number_says_what_it_was_measured_under(make_trial):
     facts = dict(measured_under(score.profiles[0], score, report.arms["bf16"]))
     assert facts["precision"] == "w4a4"
     assert facts["formats"] == "weight mxfp4 (scale_rule even); input mxfp4 (scale_rule even)"
+    assert facts["deployment"] == "compressed_tensors"
     assert (facts["site table"], facts["problems"], facts["scorer"]) == ("table-w4a4", "500", "not recorded")
 
 

@@ -40,10 +40,12 @@ def measured_under(profile: Profile, score: Score, experiment: Experiment) -> li
 
     The formats are those of the description; the digest of the site table is of what really acted.
     """
+    injection = precision_named(profile.name, experiment.evaluation, experiment.injection).injection
     nothing_acted = profile.precision is not None and profile.precision.partition(":")[0] in ("full", "clean")
     facts = {
         "precision": profile.precision,
-        "formats": _formats(profile.name, experiment),
+        "formats": _formats(injection, experiment.model.dtype),
+        "deployment": profile.deployment or (injection.deployment if injection else None) or "none",
         "site table": profile.sites_digest or ("none" if nothing_acted else None),
         "noise": profile.noise,
         "scorer": profile.scorer,
@@ -62,16 +64,15 @@ def versions(runs: Iterable[SuiteRun]) -> list[Row]:
     return [(name, sorted({table[name] for table in tables if name in table})) for name in names]
 
 
-def _formats(profile: str, experiment: Experiment) -> str:
-    injection = precision_named(profile, experiment.evaluation, experiment.injection).injection
+def _formats(injection: Injection | None, dtype: str) -> str:
     if injection is None or injection.is_nothing:
-        return experiment.model.dtype
+        return dtype
     active = injection.acts_in("evaluation")
     by_point = [(point, getattr(injection, point)) for point in FORMAT_POINTS if point in active]
     formats = [f"{point} {in_words(describe(fmt))}" for point, fmt in by_point if fmt is not None]
     errors = injection.errors if "errors" in active else ()
     words = [*formats, *(f"{error.name} {error.scale:g}" for error in errors)]
-    return "; ".join(words) or experiment.model.dtype
+    return "; ".join(words) or dtype
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
