@@ -1,7 +1,7 @@
 """What a step of reinforcement learning costs here against plain TRL doing the same work, and what injection adds.
 
     python benchmarks/rl.py [--rounds 8] [--write]      the embedded model on one thread of the CPU
-    python benchmarks/rl.py --gpu [--write]             a model of 0.36B on the GPU; skipped without CUDA
+    python benchmarks/rl.py --gpu [--write]             a wider model on the GPU; skipped without CUDA
 
 All arms take turns in one process, a few steps at a time; a ratio is the median over the rounds. On the CPU the seconds
 of the one thread are counted, so that a busy machine says the same. Same work: one model, one set of prompts, answers
@@ -73,10 +73,10 @@ def on_cpu() -> Setting:
 
 
 def on_gpu() -> Setting:
-    """A model of the shape of Qwen2.5-0.5B but for its vocabulary, not warmed up: no answer ends in any case."""
+    """A model of 12 layers, not warmed up: no answer ends in any case."""
     card = torch.cuda.get_device_name()
-    wide = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "intermediate_size": 4864}
-    name = f"Qwen2-shaped model (896 wide, 24 layers, float32) on one {card}; seconds on the wall"
+    wide = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "intermediate_size": 2048}
+    name = f"Qwen2-shaped model (512 wide, 12 layers, float32) on one {card}; seconds on the wall"
     file = f"{card.lower().replace(' ', '-')}-rl.md"
     return Setting(name, file, wide | {"warm_up_steps": 0, "initializer_range": 0.02}, 3, on_device)
 

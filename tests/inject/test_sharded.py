@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -86,12 +87,13 @@ def blocks():
 @pytest.mark.parametrize("order", ["attach first", "shard first"])
 def test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept(order):
     model, injection, x = blocks(), Injection.named("w4a16"), torch.randn(4, 64)
+    mesh = init_device_mesh("cpu", (1,))  # where there is a GPU, FSDP2 would take it
     with attach(blocks(), injection) as alone:
         expected = alone.model(x)
     harmed = attach(model, injection) if order == "attach first" else None
     for block in model:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     harmed = harmed or attach(model, injection)
     for phase in ("rollout", "training"):
         harmed.set_phase(phase)
@@ -116,7 +118,8 @@ def test_mixed_precision_rounds_what_bfloat16_always_rounds(sharding):
     expected = oracle(x.to(half)).detach().float()
     with attach(model, Injection.named("w4a16")), torch.no_grad():
         if sharding == "fsdp2":
-            fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=half))
+            mesh = init_device_mesh("cpu", (1,))
+            fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=half))
         else:
             how = {"sharding_strategy": ShardingStrategy.NO_SHARD, "device_id": torch.device("cpu")}
             mixed = MixedPrecision(param_dtype=half)
@@ -128,7 +131,7 @@ def test_mixed_precision_rounds_what_bfloat16_always_rounds(sharding):
 @pytest.mark.usefixtures("one_rank")
 def test_packing_what_is_sharded_is_refused_before_anything_is_touched():
     model = blocks().requires_grad_(False)
-    fully_shard(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     weights = [id(p) for p in model.parameters()]
     always = {"weight": ["rollout", "training", "evaluation", "reference"]}
     packed = Injection.model_validate({"mode": "w4a16", "frozen_base": "packed", "apply_during": always})

@@ -114,7 +114,7 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "an accelerator's sample",
         "inject/cache.py",
-        "self._uses % ACCELERATOR_INTERVAL == 0 and self._read() != self._sample",
+        "self._uses % ACCELERATOR_INTERVAL == 0 and _bits(self._read()) != _bits(self._sample)",
         "False",
         (f"{_FRESH}on_an_accelerator_the_sample_is_read_now_and_then_and_a_contradiction_stops_the_run",),
     ),

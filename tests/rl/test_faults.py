@@ -146,7 +146,7 @@ def test_empty_answers_are_counted_and_survived(run, experiment, monkeypatch):
 
     @torch.no_grad()
     def ending(model, tokenizer, prompts, sampling):
-        inputs = forward_inputs(model, *padded(prompts, tokenizer.pad_token_id))
+        inputs = forward_inputs(model, *(x.to(model.device) for x in padded(prompts, tokenizer.pad_token_id)))
         logps = (model(**inputs).logits[:, -1] / sampling.temperature).log_softmax(-1)[:, [tokenizer.eos_token_id]]
         return [Generation([tokenizer.eos_token_id], "", True, row) for row in logps]
 

@@ -27,14 +27,14 @@ def test_after_training_live_logits_equal_those_of_a_freshly_loaded_copy(arm, ru
 
     def caught(self, *args, **kwargs):
         result = real(self, *args, **kwargs)
-        ids = torch.arange(1, 40).unsqueeze(0)
+        ids = torch.arange(1, 40, device=self.model.device).unsqueeze(0)
         self.model.eval()
         if self.parts.phases.attachment is not None:
             self.parts.phases.attachment.set_phase("evaluation")
         live["optimizer"] = type(self.optimizer.optimizer).__name__
         live["fused"] = self.optimizer.param_groups[0].get("fused")
         with torch.no_grad():
-            live["logits"] = self.model(input_ids=ids).logits
+            live["logits"] = self.model(input_ids=ids).logits.cpu()
         return result
 
     monkeypatch.setattr(trainer_room.Trainer, "train", caught)

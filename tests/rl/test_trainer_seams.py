@@ -96,12 +96,12 @@ def batch_of(trainer, old):
     rows = recipe.train_batch_size * recipe.rollout_n
     trainer.model.train()
     batch = trainer._generate_and_score_completions([{"prompt": ""}] * rows)
-    rewards = torch.rand(rows, generator=torch.Generator().manual_seed(0))
+    rewards = torch.rand(rows, generator=torch.Generator().manual_seed(0)).to(trainer.model.device)
     batch["advantages"] = group_advantages(rewards, recipe.rollout_n)
     if old:
         chance = torch.Generator().manual_seed(1)
         noise = 0.4 * torch.randn(batch["sampling_per_token_logps"].shape, generator=chance)
-        batch["old_per_token_logps"] = batch["sampling_per_token_logps"] + noise
+        batch["old_per_token_logps"] = batch["sampling_per_token_logps"] + noise.to(trainer.model.device)
     # TRL divides dapo's loss by the tokens of the whole generation, rescaled to one accumulation window.
     return batch | {"num_items_in_batch": batch["completion_mask"].sum()}
 

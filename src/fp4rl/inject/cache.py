@@ -29,7 +29,8 @@ class WeightFingerprint:
         self._version, self._pointer = weight._version, weight.data_ptr()
         size = weight.numel()
         window = weight.detach().as_strided((min(size, SAMPLE),), (max(1, size // SAMPLE),))
-        self._read = _reader(window)
+        # On an accelerator the copy is made there, in its turn: reading it now would wait for the device.
+        self._read = _reader(window) if weight.is_cpu else window.clone
         self._sample = self._read()
         self._uses = 0
 
@@ -48,7 +49,7 @@ class WeightFingerprint:
                 f"{self._name}: a CUDA graph would replay today's rounding; run without CUDA graphs"
             )
         self._uses += 1
-        if self._uses % ACCELERATOR_INTERVAL == 0 and self._read() != self._sample:
+        if self._uses % ACCELERATOR_INTERVAL == 0 and _bits(self._read()) != _bits(self._sample):
             raise CheckFailed(
                 f"{self._name} was written without notice, so up to {ACCELERATOR_INTERVAL} calls used an old rounded "
                 "copy; call invalidate() on the attachment after every write"
@@ -57,10 +58,12 @@ class WeightFingerprint:
 
 
 def _reader(window: Tensor) -> Callable[[], bytes]:
-    """Return a function that reads the present bits of a strided vector."""
-    if not window.is_cpu:
-        return lambda: window.cpu().view(torch.uint8).numpy().tobytes()
+    """Return a function that reads the present bits of a strided vector on the CPU."""
     return np.asarray(_Memory(window)).tobytes
+
+
+def _bits(sample: Any) -> bytes:
+    return sample.cpu().view(torch.uint8).numpy().tobytes()  # type: ignore[no-any-return]
 
 
 class _Memory:

@@ -49,9 +49,10 @@ def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tens
     shape = (blocks, bands, across, rows, columns)
     layout = {"HEIGHT": height, "WIDTH": width, "TOGETHER": together, "RAGGED": height > 1 or columns % width > 0}
     options = {"DTYPE": DTYPES[x.dtype], "enable_fp_fusion": False}
-    amax = torch.zeros(1, dtype=torch.int32, device=x.device)
     source, target = _as_bits(x), _as_bits(out)
+    amax = source  # read by formats of two levels alone
     if fmt.scale == "e4m3":
+        amax = torch.zeros(1, dtype=torch.int32, device=x.device)
         _largest[grid](source, amax, *shape, **layout, **options)
     first, second = seed or (0, 0)
     _round[grid](source, target, amax, *shape, first, second, **layout, **options, **_constants(fmt))
