@@ -14,11 +14,25 @@ triton_kernels = pytest.importorskip("fp4rl.numerics.triton_kernels", reason="th
 SEED = (123, -456)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MATHS = ("exact", "tensor", "float32")
 MAIN = [MXFP4, MXFP4_2D, NVFP4, FORMATS["mxfp4_sr"]]
-ROUNDINGS = ("half_away", "toward_zero", "stochastic")
+ROUNDINGS = ("half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic")
+TOOLS: list[Format] = [  # the rules of tools: op by op in a dtype, with an epsilon
+    *(
+        replace(MXFP4, scale_rule=rule, scale_epsilon=9.6e-7, scale_math=math)
+        for rule in ("even", "uos")
+        for math in MATHS
+    ),
+    *(replace(MXFP4, scale_rule="fouroversix", scale_math=math) for math in MATHS),
+    *(replace(MXFP4, scale_rule="fouroversix", rounding=way) for way in ("half_added", "stochastic")),
+    replace(MXFP4_2D, scale_rule="fouroversix", scale_math="tensor", block=(8, 16)),
+    replace(MXFP4, scale_rule="round", scale_math="float32"),
+    replace(MXFP4, scale_rule="rceil", scale_math="float32", rounding="half_toward_zero"),
+]
 KINDS: list[Format] = [
+    *TOOLS,
     *(replace(fmt, coarse=None) for fmt in FORMATS.values() if fmt not in MAIN and fmt.block),
-    *(replace(MXFP4, scale_rule=rule) for rule in ("ceil", "rceil", "even", "even_e2m1", "uos")),
+    *(replace(MXFP4, scale_rule=rule) for rule in ("ceil", "rceil", "even", "even_e2m1", "uos", "round")),
     *(replace(fmt, rounding=way) for fmt in (MXFP4, MXFP4_2D, MXFP8, MXFP8_E5M2, NVFP4) for way in ROUNDINGS),
     *(replace(MXFP8, scale_rule=rule) for rule in ("ceil", "rceil", "even", "even_e2m1")),
     replace(MXFP4_2D, block=(8, 16)),
@@ -28,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def said(fmt: Format) -> str:
-    return f"{fmt.name}-{fmt.scale_rule}-{fmt.rounding}-{fmt.block}"
+    return f"{fmt.name}-{fmt.scale_rule}-{fmt.scale_epsilon}-{fmt.scale_math}-{fmt.rounding}-{fmt.block}"
 
 
 def seed_of(fmt: Format) -> tuple[int, int] | None:

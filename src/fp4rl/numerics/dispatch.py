@@ -77,7 +77,7 @@ def backend_for(x: Tensor, fmt: Format) -> Backend:
 
 def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None = None) -> Tensor:
     """Compute `reference(x, fmt, seed)` on the backend that fits, into `out` where one is given (it may be x)."""
-    fmt, backend = settled(fmt, x.dtype), backend_for(x, fmt)
+    backend = backend_for(x, fmt)
     if backend == "reference":
         result = reference(x, fmt, seed)
         return result if out is None else out.copy_(result)
@@ -94,8 +94,8 @@ def _round_into(backend: Backend, source: Tensor, fmt: Format, seed: Seed | None
         if source.dtype != torch.float16:
             native.round_native(_PROCESS.library, source, fmt, seed, target)
         else:
-            wide = source.float()
-            target.copy_(native.round_native(_PROCESS.library, wide, fmt, seed, wide))
+            wide, known = source.float(), settled(fmt, source.dtype)
+            target.copy_(native.round_native(_PROCESS.library, wide, known, seed, wide))
     elif backend == "triton":
         from fp4rl.numerics import triton_kernels  # imports triton, which only CUDA machines need
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from fp4rl.numerics.blocks import Grouping
 from fp4rl.numerics.reference import block_scale, reference, widened
 from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
-from fp4rl.numerics.steps import settled
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
 
@@ -66,9 +65,9 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
     inner, _ = inside(x, fmt)
-    fmt, grouping = settled(fmt, inner.dtype), Grouping(x.shape, fmt.block)
+    grouping = Grouping(x.shape, fmt.block)
     magnitude = grouping.split(widened(inner)).abs()
-    return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt) * fmt.element.largest)
+    return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt, inner.dtype) * fmt.element.largest)
 
 
 def rotate(x: Tensor, size: int) -> Tensor:

@@ -63,16 +63,16 @@ def _fixed_rule(fmt: Format, dtype: torch.dtype) -> Rule:
     return Rule(
         *(element.mantissa_bits, element.min_exponent, element.max_exponent),
         *(rounding, DTYPES[dtype], ERRORS.get(fmt.scale_math, 0), (0, 0), element.largest, threshold),
-        *(_ups(fmt).data_ptr(), table(fmt, torch.float32, 4.0).data_ptr() if searched else None),
+        *(_ups(fmt, dtype).data_ptr(), _ups(fmt, dtype, 4.0).data_ptr() if searched else None),
     )
 
 
 @cache
-def _ups(fmt: Format) -> Tensor:
-    """Return what to add to the bits of amax in each binade; kept for good, since rules hold its address."""
+def _ups(fmt: Format, dtype: torch.dtype, largest: float | None = None) -> Tensor:
+    """Return what to add to the bits of amax in each half binade; kept for good, since rules hold its address."""
     if stepped(fmt):
-        return table(fmt, torch.float32)
-    return torch.full((256,), carry(fmt.scale_rule, fmt.element, 23) if fmt.scale == "e8m0" else 0, dtype=torch.int32)
+        return torch.tensor(table(fmt, dtype, torch.float32, largest), dtype=torch.int32)
+    return torch.full((512,), carry(fmt.scale_rule, fmt.element, 23) if fmt.scale == "e8m0" else 0, dtype=torch.int32)
 
 
 def rule_of(fmt: Format, dtype: torch.dtype, seed: Seed | None) -> Rule:

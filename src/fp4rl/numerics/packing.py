@@ -23,7 +23,6 @@ from fp4rl.numerics.levels import Levels, inside
 from fp4rl.numerics.quantize import seed_for
 from fp4rl.numerics.reference import effective_scale, stored_scales, uniform_like, widened
 from fp4rl.numerics.rounding import round_magnitude, saturated
-from fp4rl.numerics.steps import settled
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Element, Format
 
@@ -64,13 +63,12 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
     if not x.numel():
         return _no_values(x, fmt, grouping)
     inner, levels = inside(x, fmt)
-    fmt = settled(fmt, inner.dtype)
     blocks = grouping.split(widened(inner))
     magnitude = blocks.abs()
     amax = magnitude.amax(grouping.axes, keepdim=True)
     if not bool(amax.isfinite().all()):
         raise _not_finite(fmt, name)
-    stored, factor = stored_scales(magnitude, amax, grouping.axes, fmt)
+    stored, factor = stored_scales(magnitude, amax, grouping.axes, fmt, inner.dtype)
     uniform = None if seed is None else grouping.split(uniform_like(x, seed))
     units = magnitude / effective_scale(stored, factor, fmt, amax.dtype)
     rounded = round_magnitude(units, fmt.element, fmt.rounding, uniform).copysign(blocks)
@@ -81,7 +79,7 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
 def _no_values(x: Tensor, fmt: Format, grouping: Grouping) -> Quantized:
     """Return codes and scales of a tensor without elements: as many scales as its axes give, each that of zeros."""
     zero = widened(x.new_zeros(1))
-    stored, factor = stored_scales(zero, zero, (-1,), settled(fmt, x.dtype))
+    stored, factor = stored_scales(zero, zero, (-1,), fmt, x.dtype)
     scales = (stored.to(torch.uint8) if fmt.scale == "e8m0" else stored).reshape(()).expand(grouping.shape_of_scales)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     return Quantized(codes, scales.clone(), factor, Levels(fmt, x.dtype))
@@ -131,7 +129,7 @@ def pack_tensor(x: Tensor, fmt: Format, *, generator: torch.Generator | None = N
     library = native_library(x.numel())
     if library is None or not x.numel() or not native.packs(x, fmt):
         return pack(quantize(x, fmt, generator=generator, name=name))
-    made = native.pack_native(library, x.contiguous(), settled(fmt, x.dtype), seed_for(fmt, generator, name))
+    made = native.pack_native(library, x.contiguous(), fmt, seed_for(fmt, generator, name))
     if made is None:
         raise _not_finite(fmt, name)
     return Packed(*made, Levels(fmt, x.dtype), columns_of(x))

@@ -22,7 +22,7 @@ from fp4rl.numerics.scales import (
     nvfp4_global,
     power_of_two,
 )
-from fp4rl.numerics.steps import rounder, settled, stepped, stepped_codes
+from fp4rl.numerics.steps import rounder, stepped, stepped_codes
 from fp4rl.spec.formats import E8M7, Format
 
 CHUNK = 1 << 16  # elements: 256 KiB in float32, so that the dozen passes over a chunk find it in the L2 cache
@@ -38,10 +38,10 @@ def reference(
     """
     if fmt.scale == "none":
         return rounded_plainly(x, fmt)
-    fmt, grouping = settled(fmt, x.dtype), Grouping(x.shape, fmt.block)
+    grouping = Grouping(x.shape, fmt.block)
     blocks = grouping.split(widened(x))
     uniform = None if seed is None else grouping.split(uniform_like(x, seed, first_row))
-    return grouping.join(round_blocks(blocks, grouping.axes, fmt, uniform, factor)).to(x.dtype)
+    return grouping.join(round_blocks(blocks, grouping.axes, fmt, uniform, factor, x.dtype)).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -57,36 +57,51 @@ def uniform_like(x: Tensor, seed: Seed, first_row: int = 0) -> Tensor:
 
 
 def round_blocks(
-    blocks: Tensor, axes: tuple[int, ...], fmt: Format, uniform: Tensor | None, factor: Tensor | None = None
+    blocks: Tensor,
+    axes: tuple[int, ...],
+    fmt: Format,
+    uniform: Tensor | None,
+    factor: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Round blocks under one scale each; `axes` are the axes that a scale spans."""
+    """Round blocks under one scale each; `axes` are the axes that a scale spans, `dtype` is the tensor's own."""
     magnitude = blocks.abs()
-    scale = block_scale(magnitude, axes, fmt, factor)
+    scale = block_scale(magnitude, axes, fmt, dtype, factor)
     rounded = round_magnitude(magnitude.div_(scale), fmt.element, fmt.rounding, uniform)
     return rounded.mul_(scale).copysign_(blocks)
 
 
-def block_scale(magnitude: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None) -> Tensor:
+def block_scale(
+    magnitude: Tensor, axes: tuple[int, ...], fmt: Format, dtype: torch.dtype, factor: Tensor | None = None
+) -> Tensor:
     """Return the scale that every block is divided by, its axes of length one; NaN for a block that is not finite."""
     amax = magnitude.amax(axes, keepdim=True)
-    stored, factor = stored_scales(magnitude, amax, axes, fmt, factor)
+    stored, factor = stored_scales(magnitude, amax, axes, fmt, dtype, factor)
     return nan_where_not_finite(effective_scale(stored, factor, fmt, amax.dtype), amax)
 
 
 def stored_scales(
-    magnitude: Tensor, amax: Tensor, axes: tuple[int, ...], fmt: Format, factor: Tensor | None = None
+    magnitude: Tensor,
+    amax: Tensor,
+    axes: tuple[int, ...],
+    fmt: Format,
+    dtype: torch.dtype,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scales as a checkpoint holds them (E8M0 codes as integers, float8_e4m3fn, float32), and NVFP4's factor."""
+    """Return scales as a checkpoint holds them (E8M0 codes as integers, float8_e4m3fn, float32), and NVFP4's factor.
+
+    `dtype` is that of the tensor, in which its packer computes.
+    """
     if fmt.scale == "fp32":
         return fp32_scale(amax, fmt.element), None
     if fmt.scale == "e4m3":
         factor = nvfp4_global(amax, fmt.element) if factor is None else factor
         return nvfp4_blocks(amax, factor, fmt.element), factor
-    codes = stepped_codes(amax, fmt) if stepped(fmt) else e8m0_codes(amax, fmt.scale_rule, fmt.element)
+    codes = stepped_codes(amax, fmt, dtype) if stepped(fmt) else e8m0_codes(amax, fmt.scale_rule, fmt.element)
     if fmt.scale_rule == "mse":
-        codes = least_error_codes(magnitude, [codes, codes + 1, codes - 1], axes, fmt)
+        codes = least_error_codes(magnitude, [codes, codes + 1, codes - 1], axes, fmt, dtype)
     elif fmt.scale_rule == "fouroversix":  # the one that maps amax to 6, or that which maps it to 4
-        codes = least_error_codes(magnitude, [codes, stepped_codes(amax, fmt, 4.0)], axes, fmt)
+        codes = least_error_codes(magnitude, [codes, stepped_codes(amax, fmt, dtype, 4.0)], axes, fmt, dtype)
     return codes, None
 
 
@@ -97,18 +112,20 @@ def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: t
     return stored.to(dtype) if factor is None else stored.to(dtype) / factor
 
 
-def least_error_codes(magnitude: Tensor, candidates: list[Tensor], axes: tuple[int, ...], fmt: Format) -> Tensor:
+def least_error_codes(
+    magnitude: Tensor, candidates: list[Tensor], axes: tuple[int, ...], fmt: Format, dtype: torch.dtype
+) -> Tensor:
     """Return of each block's candidates for its E8M0 code that of least squared error; the first on a tie.
 
     Errors are taken in units of the first candidate's scale, so that no square underflows, and added in float64; each
     step is rounded to the dtype of the rule's arithmetic, where it has one.
     """
-    first, dtype, rounded = candidates[0], magnitude.dtype, rounder(fmt)
-    units = magnitude / power_of_two(first, dtype)
+    first, wide, rounded = candidates[0], magnitude.dtype, rounder(fmt, dtype)
+    units = magnitude / power_of_two(first, wide)
     rounding = "nearest_even" if fmt.rounding == "stochastic" else fmt.rounding
     best, least = first, torch.full_like(first, torch.inf, dtype=torch.float64)
     for codes in candidates:
-        ratio = power_of_two(codes - first + E8M0_BIAS, dtype)
+        ratio = power_of_two(codes - first + E8M0_BIAS, wide)
         made = round_magnitude(units / ratio, fmt.element, rounding) * ratio
         squares = rounded(rounded((made - units).double()).square())
         error = rounded(squares.sum(axes, keepdim=True))

@@ -1,23 +1,23 @@
 """Scale rules worked out as tools do: op by op, every result rounded to a dtype, with an epsilon.
 
-However it is computed, the code of a scale only grows with the block's largest magnitude, by one within a binade. So
-one whole number a binade says all: what to add to the bits of amax so that its exponent field becomes that of the
-scale, as `scales.carry` does for the exact rules.
+However it is computed, the code of a scale only grows with the block's largest magnitude, and by one at most within
+half a binade. So one whole number for each half says all: what to add to the bits of amax so that its exponent field
+becomes that of the scale, as `scales.carry` does for the exact rules.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.numerics.scales import E8M0_BIAS, LAYOUT, carried_codes
-from fp4rl.spec.formats import UOS_LIMIT, Format
+from fp4rl.spec.formats import E8M7, UOS_LIMIT, Element, Format
 
 LEAST = torch.finfo(torch.float32).tiny  # a smaller block counts as one of zeros in four-over-six, whose scale is one
 TIE = 1e-6  # msModelSlim's four-over-six takes a logarithm this near to a half for a tie
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*LAYOUT, torch.bfloat16, torch.float16)}
+NARROW = {"bfloat16": E8M7, "float16": Element("FP16", 5, 10, 65504.0)}
 
 
 def stepped(fmt: Format) -> bool:
@@ -32,51 +32,64 @@ def settled(fmt: Format, dtype: torch.dtype) -> Format:
     return replace(fmt, scale_math=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
 
-def rounder(fmt: Format) -> Callable[[Tensor], Tensor]:
+def rounder(fmt: Format, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return what rounds float64 results to the dtype of the rule's arithmetic, as float64; `exact` keeps them.
 
-    Narrow dtypes are computed in float32 and rounded a second time, as PyTorch does.
+    `dtype` is the tensor's. Narrow dtypes are computed in float32 and rounded a second time, as PyTorch does.
     """
-    if fmt.scale_math == "exact":
+    named = str(dtype).removeprefix("torch.") if fmt.scale_math == "tensor" else fmt.scale_math
+    if named in ("exact", "float64"):
         return lambda x: x
-    dtype = DTYPES[fmt.scale_math]
-    return lambda x: x if dtype == torch.float64 else x.float().to(dtype).double()
+    if named == "float32":
+        return lambda x: x.float().double()
+    element = NARROW[named]  # no cast: torch.compile leaves one away that another follows
+    return lambda x: round_magnitude(x.float().double().abs(), element, "nearest_even").copysign(x)
 
 
-def stepped_codes(amax: Tensor, fmt: Format, largest: float | None = None) -> Tensor:
-    """Return E8M0 codes as `scales.e8m0_codes`, 0 to 254, of a stepped format; `largest`: see `table`."""
-    whole, mantissa_bits, _ = LAYOUT[amax.dtype]
-    up = table(fmt, amax.dtype, largest).to(amax.device)[amax.view(whole) >> mantissa_bits]
-    return carried_codes(amax, up, fmt.element)
+def stepped_codes(amax: Tensor, fmt: Format, dtype: torch.dtype, largest: float | None = None) -> Tensor:
+    """Return E8M0 codes as `scales.e8m0_codes`, 0 to 254, of a stepped format for a tensor of `dtype`.
 
-
-@cache
-def table(fmt: Format, dtype: torch.dtype, largest: float | None = None) -> Tensor:
-    """Return what to add to the bits of amax, one number for each exponent field of `dtype` (float32 or float64).
-
-    `largest` is the element's value that `fouroversix` maps amax to. A second step within one binade, which bfloat16
-    knows beyond 2^62 only, is left out.
+    `largest` is the element's value that `fouroversix` maps amax to, 6 or 4.
     """
+    whole, mantissa_bits, _ = LAYOUT[amax.dtype]
+    up = torch.tensor(table(fmt, dtype, amax.dtype, largest), dtype=whole, device=amax.device)
+    return carried_codes(amax, up[amax.view(whole) >> (mantissa_bits - 1)], fmt.element)
+
+
+_MADE: dict[tuple[Format, torch.dtype, float | None], tuple[int, ...]] = {}
+
+
+# Numbers and a dictionary: torch.compile looks through functools.cache, and takes one constant tensor of a name only.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def table(fmt: Format, dtype: torch.dtype, layout: torch.dtype, largest: float | None = None) -> tuple[int, ...]:
+    """Return what to add to the bits of amax, two numbers for each exponent field of `layout` (float32 or float64)."""
+    key = (settled(fmt, dtype), layout, largest)
+    if key not in _MADE:
+        _MADE[key] = _table(*key)
+    return _MADE[key]
+
+
+def _table(fmt: Format, dtype: torch.dtype, largest: float | None) -> tuple[int, ...]:
     whole, mantissa_bits, bias = LAYOUT[dtype]
-    fields = torch.arange(2 * bias + 1)
-    low, high = fields << mantissa_bits, (fields + 1) << mantissa_bits
+    low = torch.arange(2 * (2 * bias + 1)) << (mantissa_bits - 1)
+    high = low + (1 << (mantissa_bits - 1))
 
     def codes(bits: Tensor) -> Tensor:
         amax = bits.to(whole).view(dtype).double()
         return (_exponents(amax, fmt, largest) + E8M0_BIAS).clamp(-8, 255).long()
 
     first = codes(low)
-    for _ in range(mantissa_bits):  # bisection: `first` holds at low, not any more at high
-        middle = (low + high) >> 1
+    for _ in range(mantissa_bits - 1):  # bisection: `first` holds at low, not any more at high
+        middle = low + ((high - low) >> 1)
         risen = codes(middle) > first
         low, high = torch.where(risen, low, middle), torch.where(risen, middle, high)
     field = first + (bias - E8M0_BIAS + fmt.element.max_exponent) + 1
-    return torch.cat(((field << mantissa_bits) - high, low.new_zeros(1))).to(whole)
+    return (*((field << mantissa_bits) - high).tolist(), 0, 0)
 
 
 def _exponents(amax: Tensor, fmt: Format, largest: float | None) -> Tensor:
     """Return the scale's exponent by its formula, float64; minus infinity for a block of zeros without an epsilon."""
-    element, rounded, top = fmt.element, rounder(fmt), fmt.element.max_exponent
+    element, rounded, top = fmt.element, rounder(fmt, amax.dtype), fmt.element.max_exponent
     epsilon = rounded(torch.tensor(fmt.scale_epsilon, dtype=torch.float64))
 
     def log2_over(by: float) -> Tensor:
@@ -104,7 +117,7 @@ def _nearest(log2: Tensor, fmt: Format) -> Tensor:
     """Return the nearest whole number as msModelSlim takes it: within TIE of a half the odd one."""
     if fmt.scale_math == "exact":
         return log2.round()
-    edge, width = (rounder(fmt)(torch.tensor(x, dtype=torch.float64)) for x in (0.5 + TIE, TIE))
+    edge, width = (rounder(fmt, log2.dtype)(torch.tensor(x, dtype=torch.float64)) for x in (0.5 + TIE, TIE))
     whole = log2.floor()
     fraction = log2 - whole
     return whole + ((fraction > edge) | (((fraction - 0.5).abs() <= width) & (whole % 2 == 0)))

@@ -9,6 +9,7 @@ interpreter (TRITON_INTERPRET=1) runs these kernels on a CPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # ruff: noqa: N803
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,18 +20,19 @@ from torch import Tensor
 from fp4rl.numerics.blocks import columns_of
 from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.scales import carry
-from fp4rl.numerics.steps import stepped
+from fp4rl.numerics.steps import settled, stepped, table
 from fp4rl.spec.formats import Format
 
 ROUNDINGS = ("nearest_even", "half_away", "toward_zero", "stochastic", "half_added", "half_toward_zero")
 ELEMENTS = 4096  # of one program: 32 values a thread in four warps
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+ERRORS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "exact": 3, "float64": 3}
 
 
 def supports(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels know this format: blocks of powers of two, every rule but the least-error search."""
-    if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse" or stepped(fmt):
+    if fmt.block is None or x.dtype not in DTYPES or fmt.scale_rule == "mse":
         return False
     height, width = fmt.block
     powers = all(side & (side - 1) == 0 for side in fmt.block)
@@ -55,8 +57,18 @@ def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tens
         amax = torch.zeros(1, dtype=torch.int32, device=x.device)
         _largest[grid](source, amax, *shape, **layout, **options)
     first, second = seed or (0, 0)
-    _round[grid](source, target, amax, *shape, first, second, **layout, **options, **_constants(fmt))
+    fmt = settled(fmt, x.dtype)
+    constants = _constants(fmt)
+    _round[grid](source, target, amax, _steps(fmt, x.device), *shape, first, second, **layout, **options, **constants)
     return out
+
+
+@cache
+def _steps(fmt: Format, device: torch.device) -> Tensor:
+    """Return `steps.table` on the device, for four-over-six both; empty where the rule is one carry."""
+    largest = (None, 4.0) if fmt.scale_rule == "fouroversix" else (None,)
+    tables = [table(fmt, torch.float32, torch.float32, at) for at in largest] if stepped(fmt) else []
+    return torch.tensor([up for each in tables for up in each], dtype=torch.int32, device=device)
 
 
 def _as_bits(x: Tensor) -> Tensor:
@@ -71,7 +83,9 @@ def _constants(fmt: Format) -> dict[str, Any]:
         "LEAST": (127 + element.min_exponent) << 23,
         "MAX_EXPONENT": element.max_exponent,
         "LARGEST": element.largest,
-        "CARRY": carry(fmt.scale_rule, element, 23) if fmt.scale == "e8m0" else 0,
+        "CARRY": carry(fmt.scale_rule, element, 23) if fmt.scale == "e8m0" and not stepped(fmt) else 0,
+        "STEPPED": stepped(fmt),
+        "ERRORS": ERRORS[fmt.scale_math] if fmt.scale_rule == "fouroversix" else -1,
         "ROUNDING": ROUNDINGS.index(fmt.rounding),
         "TWO_LEVELS": fmt.scale == "e4m3",
     }
@@ -174,11 +188,44 @@ def _on_grid(
 
 
 @triton.jit
+def _as(value, DTYPE: tl.constexpr):
+    """Round float64 to a dtype (3: none), a narrow one by way of float32, and return it as float64."""
+    if DTYPE < 3:
+        value = value.to(tl.float32)
+        if DTYPE == 1:
+            bits = value.to(tl.int32, bitcast=True)
+            value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        if DTYPE == 2:
+            value = value.to(tl.float16).to(tl.float32)
+    return value.to(tl.float64)
+
+
+@triton.jit
+def _error(
+    value, ratio, at,
+    MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, ROUNDING: tl.constexpr,
+    ERRORS: tl.constexpr,
+):  # fmt: skip
+    """Compute the squared error of blocks, [TOGETHER], under a scale `ratio` times the unit of `value`."""
+    by = tl.div_rn(tl.full(ratio.shape, 1.0, tl.float32), ratio)
+    nearest: tl.constexpr = 0 if ROUNDING == 3 else ROUNDING
+    made = _on_grid(value * by[:, None], at, at, at, MANTISSA_BITS, LEAST, LARGEST, nearest) * ratio[:, None]
+    error = _as((made - value).to(tl.float64), ERRORS)
+    return _as(tl.sum(_as(error * error, ERRORS), axis=1), ERRORS)
+
+
+@triton.jit
+def _code(most, up, MAX_EXPONENT: tl.constexpr):
+    """Compute `scales.carried_codes`."""
+    return tl.minimum(tl.maximum(((most + up) >> 23) - MAX_EXPONENT, 0), 254)
+
+
+@triton.jit
 def _round(
-    x, out, amax, blocks, bands, across, rows, columns, first, second,
+    x, out, amax, steps, blocks, bands, across, rows, columns, first, second,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, MAX_EXPONENT: tl.constexpr, LARGEST: tl.constexpr,
-    CARRY: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
+    CARRY: tl.constexpr, STEPPED: tl.constexpr, ERRORS: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Compute `reference.round_blocks` for the program's blocks."""
     at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
@@ -194,7 +241,18 @@ def _round(
         scale = tl.div_rn(tl.where(stored == 0.0, 0.125, stored), factor + tl.zeros_like(stored))
         value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
     else:
-        code = tl.minimum(tl.maximum(((most + CARRY) >> 23) - MAX_EXPONENT, 0), 254)
+        if STEPPED:
+            code = _code(most, tl.load(steps + (most >> 22)), MAX_EXPONENT)
+        else:
+            code = _code(most, CARRY, MAX_EXPONENT)
+        if ERRORS >= 0:  # four-over-six
+            four = _code(most, tl.load(steps + 512 + (most >> 22)), MAX_EXPONENT)
+            units = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]
+            unit = ((code - code + 127) << 23).to(tl.float32, bitcast=True)
+            ratio = ((four - code + 127) << 23).to(tl.float32, bitcast=True)
+            of_six = _error(units, unit, at, MANTISSA_BITS, LEAST, LARGEST, ROUNDING, ERRORS)
+            of_four = _error(units, ratio, at, MANTISSA_BITS, LEAST, LARGEST, ROUNDING, ERRORS)
+            code = tl.where(of_four < of_six, four, code)
         scale = tl.where(code > 0, code << 23, 0x400000).to(tl.float32, bitcast=True)  # code 0: subnormal 2^-127
         value = value * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]  # times 2^(127 - code), exactly
     scale = tl.where(most < 0x7F800000, scale, float("nan"))  # a NaN or infinity makes its whole block NaN

@@ -19,7 +19,7 @@ enum { NEAREST_EVEN, THRESHOLD, STOCHASTIC };
 enum { IN_DOUBLE, IN_FLOAT32, IN_BFLOAT16 };
 
 /* One format's rounding, as native.py fills it in. `up`: what to add to the bits of a largest magnitude so that its exponent
- * is the scale's, one number for each exponent; `up_to_four` likewise for the second scale of four-over-six, else null. */
+ * is the scale's, two numbers for each exponent; `up_to_four` likewise for the second scale of four-over-six, else null. */
 typedef struct {
     int32_t mantissa_bits, min_exponent, max_exponent, rounding, dtype, errors;
     uint32_t seed[2];
@@ -95,7 +95,7 @@ typedef struct {
 } Scale;
 
 INLINE Scale e8m0_scale(uint32_t amax, const int32_t *up, const Rule *r) {
-    int32_t code = ((int32_t)(amax + (uint32_t)up[amax >> 23]) >> 23) - r->max_exponent;
+    int32_t code = ((int32_t)(amax + (uint32_t)up[amax >> 22]) >> 23) - r->max_exponent;
     code = code < 0 ? 0 : code > 254 ? 254 : code;
     Scale s = {as_float(code ? (uint32_t)code << 23 : 0x400000u), as_float((uint32_t)(254 - code) << 23), code};
     if (amax >= INFINITE) s.scale = NAN;
