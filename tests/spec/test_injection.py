@@ -56,6 +56,10 @@ def test_a_deployment_applies_to_formats_named_by_hand_too():
     assert parse({"weight": "mxfp4", "deployment": "compressed_tensors"}).weight.scale_rule == "even"
 
 
+def test_no_exceptions_may_be_written_as_an_empty_mapping():
+    assert parse({"mode": "w4a4", "by_pattern": {}}) == parse({"mode": "w4a4"})
+
+
 def test_a_table_of_patterns_keeps_its_order_and_its_meaning():
     injection = parse({"mode": "w4a4", "by_pattern": {"*.down_proj": "mxfp8", "*.q_proj": {"input": "none"}}})
     first, second = injection.by_pattern

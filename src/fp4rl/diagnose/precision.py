@@ -19,7 +19,7 @@ from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.experts import ExpertProduct
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import skeleton
+from fp4rl.models.load import names_in_memory, skeleton
 from fp4rl.numerics.errors import ErrorSums, Rounded, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
@@ -87,7 +87,9 @@ def stored_weight_errors(
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
-    table, stored = resolve(skeleton(folder), injection), stored_tensors(folder)
+    model, stored = skeleton(folder), stored_tensors(folder)
+    table, names = resolve(model, injection), names_in_memory(model, stored)
+    stored = {names[name]: tensor for name, tensor in stored.items()}
     return table, *_weight_errors(lambda plan: _stored_rows(plan, stored, folder), table, on_progress)
 
 
@@ -231,7 +233,11 @@ def _stored_rows(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | 
 
 
 # What the files of a mixture call the matrices that are stacked in memory; those of one name each are rows of one.
-_IN_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+_IN_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),  # without a gate
+    "down_proj": (("down_proj",), ("w2",)),
+}
 
 
 def _expert_tensors(

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside, require_unquantized
 from fp4rl.models.tiny import build
@@ -180,6 +183,12 @@ def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> 
     _require_choice(model, experts)
     require_ids_inside(model, tokenizer, folder)
     return model
+
+
+def names_in_memory(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Return what `model` calls each tensor of its files, which may have older names, as transformers renames it."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in stored}
 
 
 def _adapted(model: Any, folder: Path) -> Any:

@@ -145,7 +145,7 @@ class Injection(Spec):
         for point in (*LINEAR_POINTS, "kv_cache"):
             content[point] = _under(deployment, point, content.get(point))
         entries = _of_deployment(deployment, content, _entries(content.get("by_pattern", ())))
-        if entries:
+        if entries or "by_pattern" in content:
             content["by_pattern"] = [_exception(entry, content, deployment) for entry in entries]
         return content
 
