@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Print and plot sigma per step, the multipliers, and how much of each stage BF16 can keep.
 
-    Example: `fp4rl schedule catalogue/quickstart noise.schedule.num_stages=5 training.steps=40`
+    Example: `fp4rl schedule catalogue/aqn_strategies noise.schedule.num_stages=5 training.steps=40`
     """
     if sigma is not None and loss is None:
         raise InvalidValueError("--sigma is for --loss; say how many draws, such as --loss 20")
