@@ -153,9 +153,9 @@ def attached(layer: nn.Module, injection: Injection | None) -> Iterator[Attachme
 def held(layer: nn.Module) -> int:
     """Bytes of the weight, of its rounded copy and of its codes, whichever there are."""
     state = layer.__dict__.get("injected")
-    kept, packed = getattr(getattr(state, "cache", None), "copy", None), getattr(state, "packed", None)
+    kept = getattr(getattr(state, "cache", None), "copy", None)
     tensors = [p for p in layer.parameters() if not p.is_meta] + ([kept] if kept is not None else [])
-    tensors += [packed.data, packed.scales] if packed is not None else []
+    tensors += getattr(state, "tensors", [])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -241,17 +241,6 @@ def test_frozen_experts_have_no_gradient_of_their_weights_to_round():
     assert all(plan.grad_input and not plan.grad_weight for plan in table.plans)
 
 
-def test_experts_that_are_to_be_packed_are_refused_with_the_reason():
-    module, _ = made("qwen3_moe", "eager")
-    packed = {
-        "mode": "w4a16",
-        "frozen_base": "packed",
-        "apply_during": {"weight": ["rollout", "training", "evaluation", "reference"]},
-    }
-    with pytest.raises(InvalidValueError, match=r"frozen_base: packed unpacks one matrix .*reads all of them at once"):
-        resolve(experts.rooted(module.requires_grad_(False), HIDDEN), Injection.model_validate(packed))
-
-
 def test_a_rehearsal_of_a_square_stack_is_no_evidence():
     """By hand: 5 rows of 64 inputs enter the products of 4 experts once; the rehearsal counts for nothing."""
     model = experts.rooted(experts.Plain(inner=64), HIDDEN)

@@ -34,8 +34,9 @@ def held(model):
     """Bytes of every tensor that the model holds, packed ones included."""
     tensors = [p for p in model.parameters() if not p.is_meta]
     for module in model.modules():
-        packed = getattr(module.__dict__.get("injected"), "packed", None)
-        tensors += [packed.data, packed.scales] if packed is not None else []
+        state = module.__dict__.get("injected")
+        for one in getattr(state, "stacks", {"": state}).values():
+            tensors += getattr(one, "tensors", [])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -102,7 +103,7 @@ def test_the_digest_watches_the_codes():
     with attach(model, PACKED["w4a16"]):
         before = master_digest(model)
         assert master_digest(model) == before
-        model[0].__dict__["injected"].packed.data[0, 0] ^= 1
+        model[0].__dict__["injected"].packed[0].data[0, 0] ^= 1
         assert master_digest(model) != before
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,9 @@ def _stored(model: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...
     """Return the tensors that hold a parameter's values: itself, or codes and scales of a packed weight."""
     if not parameter.is_meta:
         return (parameter,)
-    state = model.get_submodule(name.rpartition(".")[0]).__dict__.get("injected")
-    return () if state is None else (state.packed.data, state.packed.scales)
+    path, _, own = name.rpartition(".")
+    state: Any = model.get_submodule(path).__dict__.get("injected")
+    return () if state is None else tuple(getattr(state, "stacks", {own: state})[own].tensors)
 
 
 def master_digest(model: nn.Module) -> str:

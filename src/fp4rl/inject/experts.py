@@ -216,7 +216,7 @@ class ExpertsState:
             stack.numbers[_thread()] = 0
         if any(stack.transposed is None for stack in stacks):
             self._rehearse(module, *args, **kwargs)
-        meet = any(stack.input_on or stack.output_on or stack.products_on for stack in stacks)
+        meet = any(s.input_on or s.output_on or s.products_on or s.plan.packed for s in stacks)
         meet = meet or any(not self.stacks[name].plan.merged for name in self.adapters.get(_thread(), {}))
         unseen = any(stack.weight_on and not stack.seen for stack in stacks) and not torch.compiler.is_compiling()
         if meet or unseen:

@@ -16,7 +16,7 @@ from fp4rl.inject.attention import EXPANDS, AttentionState, expanding_stored
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
 from fp4rl.inject.linear import InjectedLinear, LinearState
-from fp4rl.inject.packed import PackedLinear, PackedState
+from fp4rl.inject.packed import PackedLinear, PackedModule, PackedStack, PackedState, codes_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.site import KEY, SiteState, change_class
 
@@ -31,9 +31,11 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
         for plan in table.plans:
             adapter, module = adapter_of(model, plan.site), model.get_submodule(plan.site.path)
             state = states[plan.name] = _state_class(plan)(plan, table.injection, shared[plan.name])
+            if plan.packed:
+                ignored = [*_ignored_by_ddp(model), f"{plan.site.path}.{plan.site.parameter or 'weight'}"]
+                model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
             if isinstance(state, PackedState):
-                state.take(module)  # type: ignore[arg-type]
-                model._ddp_params_and_buffers_to_ignore = [*_ignored_by_ddp(model), f"{plan.site.path}.weight"]  # type: ignore[assignment]
+                state.take(module)
             if isinstance(state, StackState):
                 stacks[module][str(plan.site.parameter)] = state
                 if adapter is not None:
@@ -46,6 +48,8 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
         for module, by_name in stacks.items():
             swap(module, ExpertsState(by_name))
             modules.append(module)
+            for codes in codes_of(module):
+                codes.take(module)
     except BaseException:
         uninstall(model, table, modules)
         raise
@@ -56,7 +60,7 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
     """Give the modules that `install` changed their own class back."""
     for module in modules:
         restore(module)
-    hidden = {f"{plan.site.path}.weight" for plan in table.plans if plan.packed}
+    hidden = {f"{plan.site.path}.{plan.site.parameter or 'weight'}" for plan in table.plans if plan.packed}
     if hidden:
         model._ddp_params_and_buffers_to_ignore = [name for name in _ignored_by_ddp(model) if name not in hidden]  # type: ignore[assignment]
         if not _ignored_by_ddp(model):
@@ -64,8 +68,10 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
 
 
 def _state_class(plan: SitePlan) -> type[SiteState]:
-    if plan.site.kind in ("attention", "experts"):
-        return AttentionState if plan.site.kind == "attention" else StackState
+    if plan.site.kind == "experts":
+        return PackedStack if plan.packed else StackState
+    if plan.site.kind == "attention":
+        return AttentionState
     return MergedState if plan.merged else PackedState if plan.packed else LinearState
 
 
@@ -96,7 +102,7 @@ State = SiteState | ExpertsState | ForwardingState
 
 
 @lru_cache(maxsize=256)
-def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> type[nn.Module]:
+def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = (), packed: bool = False) -> type[nn.Module]:
     """Return the one subclass that replaces `original`; in its forward, `stacked` parameters read as rounded copies."""
     if original is nn.Linear:
         return InjectedLinear
@@ -105,7 +111,8 @@ def injected_class(original: type[nn.Module], stacked: tuple[str, ...] = ()) -> 
     body |= {name: reading_rounded(name) for name in stacked}
     if hasattr(original, EXPANDS):
         body[EXPANDS] = expanding_stored
-    return type(f"Injected{original.__name__}", (mixin, original), body)
+    bases = (PackedModule, mixin, original) if packed else (mixin, original)
+    return type(f"Injected{original.__name__}", bases, body)
 
 
 def _reduce(module: nn.Module, _protocol: int) -> Any:
@@ -122,7 +129,8 @@ def _unpickled(original: Any, stacked: tuple[str, ...]) -> nn.Module:
 def _class_for(original: type[nn.Module], state: State) -> type[nn.Module]:
     if isinstance(state, PackedState):
         return PackedLinear
-    return injected_class(original, state.stacked)  # type: ignore[arg-type]
+    packed = isinstance(state, ExpertsState) and any(stack.plan.packed for stack in state.stacks.values())
+    return injected_class(original, state.stacked, packed)  # type: ignore[arg-type]
 
 
 def swap(module: nn.Module, state: State) -> None:
@@ -137,8 +145,8 @@ def swap(module: nn.Module, state: State) -> None:
 def restore(module: nn.Module) -> None:
     """Give `module` its own class back. One that was wrapped since (FSDP) keeps its class, with nothing active."""
     state: State = module.__dict__[KEY]
-    if isinstance(state, PackedState):
-        state.give_back(module)  # type: ignore[arg-type]
+    for codes in codes_of(module):
+        codes.give_back(module)
     if type(module) is _class_for(state.original, state):
         change_class(module, state.original)
         del module.__dict__[KEY]

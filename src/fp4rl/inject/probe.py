@@ -20,7 +20,7 @@ from fp4rl.inject.adapted import AdaptedSum, ForwardingState, MergedState
 from fp4rl.inject.attach import Attachment
 from fp4rl.inject.experts import ExpertsState, StackState
 from fp4rl.inject.linear import LinearState
-from fp4rl.inject.packed import PackedState
+from fp4rl.inject.packed import CodesState
 from fp4rl.inject.site import KEY, SiteState
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import CheckFailed
@@ -60,11 +60,13 @@ def _checked_sites(
     """Yield each site of a module with what could be compared there: point -> whether it is right."""
     stacks = [(name, s) for name, s in state.stacks.items()] if isinstance(state, ExpertsState) else []
     for name, stack in stacks:
+        if stack.plan.packed:
+            continue
         if stack.keep_copies and stack.transposed is not None and _repeatable(stack, "weight"):
             with _uncounted(stack):
                 adapter = next((layer for layer in injected if _adapts(layer, module, name)), None)
                 yield stack, {"weight": _stack_is_right(stack, module._parameters[name], adapter)}  # type: ignore[arg-type]
-    if isinstance(state, LinearState) and not isinstance(state, PackedState) and state.keep_copies:
+    if isinstance(state, LinearState) and not isinstance(state, CodesState) and state.keep_copies:
         if isinstance(state, MergedState) and not state.weight_on:
             return  # the layer's own forward runs, and its products with the adapters would be met too
         with _uncounted(state):

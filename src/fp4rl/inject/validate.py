@@ -200,15 +200,14 @@ def require_one_place(plan: SitePlan) -> None:
 
 
 def require_packable(plan: SitePlan) -> None:
-    """Raise InvalidValueError for a format that has no packed layout, and for stacked experts."""
-    fmt = plan.weight
-    if plan.site.kind == "experts":
-        raise InvalidValueError(
-            f"{plan.name}: frozen_base: packed unpacks one matrix for one product, and the forward of stacked experts "
-            f"reads all of them at once; take frozen_base: copy, or leave them out: "
-            f"targets.leave: ['{_everywhere(plan.name)}']"
-        )
-    if plan.site.transposed:
+    """Raise InvalidValueError for a weight or a format that has no packed layout."""
+    fmt, experts = plan.weight, plan.site.kind == "experts"
+    if plan.site.transposed and not experts:
         raise InvalidValueError(f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out]; take copy")
+    if plan.site.transposed is None:
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed keeps no weight to find out by how this square one is stored; take "
+            f"frozen_base: copy, or leave it out: targets.leave: ['{_everywhere(plan.name)}']"
+        )
     if fmt is not None and (fmt.element.bits != 4 or fmt.rounding == "stochastic"):
         raise InvalidValueError(f"{plan.name}: frozen_base: packed stores 4-bit codes drawn once, not {fmt.name}")
