@@ -69,10 +69,10 @@ class CodesState(LinearState):
         """All that is held of the weight."""
         return [tensor for packed in self.packed for tensor in (packed.data, packed.scales)]
 
-    def follow(self, module: nn.Module, moved: Tensor) -> None:
+    def follow(self, module: nn.Module, sample: Tensor) -> None:
         """Move codes and scales to the device that a tensor of the module was moved to, and unpack to its dtype."""
-        device, self.master_dtype = moved.device, moved.dtype
-        self._put(module, torch.empty_like(module.get_parameter(self.parameter), dtype=moved.dtype))
+        device, self.master_dtype = sample.device, sample.dtype
+        self._put(module, torch.empty_like(module.get_parameter(self.parameter), dtype=sample.dtype))
         self.packed = [
             replace(
                 packed,

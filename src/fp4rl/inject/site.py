@@ -153,7 +153,7 @@ class SiteState:
         meter = self.meter(point)
         meter.elements += elements
         meter.calls += own_call
-        calls = meter.calls + (0 if own_call else self.calls)
+        calls = max(1, meter.calls + (0 if own_call else self.calls))  # a compiled graph counts for itself
         if meter.due(calls):
             meter.look(calls, before, after, lambda: self.would_change(point, before))
 
