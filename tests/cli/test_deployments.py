@@ -131,8 +131,10 @@ def test_the_plan_says_for_every_arm_and_profile_what_serves_it(shown, tmp_path)
     assert "served: own: ocp (no deployment is named): formats that no mode has; what serves them is not known" in said
     assert "served: hand: ocp (no deployment is named): a W4A4 checkpoint is computed as it is" in said
     assert "served: profile w4a4 imitates compressed_tensors: a W4A4 checkpoint is computed as it is on CPU" in said
-    assert "warning: w4a16 is trained and judged, but vllm_blackwell serves w4a4: vLLM takes" in said
-    assert "warning: nvfp4_w4a16 is trained and judged, but ascend950 serves nothing of it" in said
+    assert "warning: w4a16 is computed here, but vllm_blackwell serves w4a4: vLLM takes" in said
+    assert "warning: nvfp4_w4a16 is computed here, but ascend950 serves nothing of it" in said
+    judged = words(shown("plan", str(file), "evaluation={count: 4, deployment: vllm_blackwell, profiles: [w4a16]}")[1])
+    assert "warning: evaluation profile w4a16: w4a16 is computed here, but vllm_blackwell serves w4a4" in judged
     rows = {row["arm"]: row["served_as"] for row in json.loads(shown("plan", str(file), "--json")[1])}
     assert rows["w4a16"].startswith("vllm_blackwell: a W4A16 checkpoint is computed as W4A4")
 

@@ -129,3 +129,7 @@ def test_a_format_in_json_names_what_each_deployment_does_to_weights_and_inputs(
     assert found.keys() == DEPLOYMENTS.keys()
     assert found["vllm_blackwell"] == {"weight": "even, nearest_even", "input": "rceil, nearest_even"}
     assert found["vllm_hopper"] == {"weight": "even, nearest_even", "input": "not rounded"}
+    _, out, _ = shown("{name: mxfp4, scale_rule: even}", "--json")
+    found = json.loads(out)["deployments"]
+    assert found["vllm_blackwell"] == {"weight": "even, nearest_even", "input": "another rule"}
+    assert "ocp" not in found

@@ -207,7 +207,9 @@ def test_another_scale_rule_is_recommended_with_what_it_saves(advice):
     assert mse.endswith("no deployment rounds so")
 
 
-@pytest.mark.parametrize("deployment", [None, "compressed_tensors", "vllm_blackwell_rceil"])
+@pytest.mark.parametrize(
+    "deployment", [None, "compressed_tensors", "vllm_blackwell_rceil", "vllm_hopper", "vllm_ascend"]
+)
 def test_every_piece_of_advice_makes_a_fragment_that_its_own_deployment_accepts(
     trained, calibration, tmp_path, deployment
 ):

@@ -139,6 +139,8 @@ def test_every_verb_reads_the_old_folder(tmp_path, monkeypatch, capsys):
     for verb, said in verbs.items():
         assert main([*verb]) == 0, verb
         assert said in capsys.readouterr().out
+    assert main(["compare", "old/w4a4@deployment", "old/bf16@w4a4", "--factor", "injection.preset"]) == 1
+    assert "differ" in capsys.readouterr().out  # in more than that key, which is one
     assert main(["health", "old", "--rule", "stop if entropy > 0 at step 2"]) == 1
     assert "3 of 3 runs had an alarm" in capsys.readouterr().err
     assert main(["compare", "old/ill@full", "old/bf16@full"]) == 1

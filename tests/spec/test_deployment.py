@@ -79,6 +79,7 @@ def test_columns_of_an_fp32_scale_are_the_formats_own_where_it_names_some():
     fmt = replace(MXFP4, coarse=Coarse(64))
     assert dual.at("weight", fmt).coarse == Coarse(64)
     assert dual.at("weight", dual.at("weight", fmt)) == dual.at("weight", fmt)
+    assert dual.at("kv_cache", MXFP4) == dual.at("output", MXFP4) == MXFP4
 
 
 def test_a_deployment_reaches_every_power_of_two_format():

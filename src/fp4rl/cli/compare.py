@@ -10,6 +10,7 @@ from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.former_names import in_present_words
 from fp4rl.spec.load import check_factors
 from fp4rl.spec.task import SCORES
 from fp4rl.spec.words import agreeing, counted
@@ -45,11 +46,12 @@ def command(
     """
     from fp4rl.lab.compare.sides import At
 
-    check_factors(factor or (), "--factor")
+    factors = in_present_words({"factors": factor or []})["factors"]
+    check_factors(factors, "--factor")
     if score not in SCORES:
         raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
     with opened(runs, ledger) as book:
-        answers = _answers(book, treatment, control, runs, factor or (), margin, At(step, score), force)
+        answers = _answers(book, treatment, control, runs, factors, margin, At(step, score), force)
     if as_json:
         print_json([answer.as_dict() for answer in answers])
     else:

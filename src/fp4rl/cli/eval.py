@@ -13,6 +13,7 @@ from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, 
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_renamed, table
 from fp4rl.lab.files import whole
 from fp4rl.lab.matrix import single
+from fp4rl.lab.serving import changed
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
@@ -102,6 +103,8 @@ def command(
     for name, measured in runner.precisions().items():
         if note := batch_note(measured.injection, "evaluation"):
             console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
+        if line := changed(measured.injection):
+            console().print(f"{name}: {line}")
 
 
 def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":

@@ -129,13 +129,15 @@ def _formula(fmt: Format) -> str:
 
 
 def _under_deployments(fmt: Format) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield how each deployment rounds the format; nothing for one that none fixes, or with a rule of its own."""
+    """Yield how each deployment rounds the format that takes it for weights; nothing for one that none fixes."""
     for deployment in DEPLOYMENTS.values() if fmt.scale == "e8m0" and fmt.rounding != "stochastic" else ():
-        with suppress(InvalidValueError):
-            sides = {"weight": deployment.at("weight", fmt)}
-            sides |= {"input": deployment.at("input", fmt)} if deployment.kernel.inputs else {}
-            rules = {side: f"{f.scale_rule}, {f.rounding}" for side, f in sides.items()}
-            yield deployment.name, {"input": "not rounded"} | rules
+        sides = {"weight": "", "input": "another rule" if deployment.kernel.inputs else "not rounded"}
+        for side in sides:
+            with suppress(InvalidValueError):
+                rounded = deployment.at(side, fmt)
+                sides[side] = f"{rounded.scale_rule}, {rounded.rounding}"
+        if sides["weight"]:
+            yield deployment.name, sides
 
 
 def _ideal(fmt: Format) -> dict[str, float]:

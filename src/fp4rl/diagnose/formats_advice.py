@@ -142,8 +142,9 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
         return ()
     tried = {"as scanned": fmt}
     if fmt.scale == "e8m0":
+        exact = replace(fmt, scale_epsilon=0.0, scale_math="exact")  # a tool's own arithmetic is of its own rule
         others = (rule for rule in _RULES if rule != fmt.scale_rule)
-        tried |= {f"scale_rule: {rule}": replace(fmt, scale_rule=rule) for rule in others}
+        tried |= {f"scale_rule: {rule}": replace(exact, scale_rule=rule) for rule in others}
     if fmt.rotation is None:
         tried["rotation: 32"] = replace(fmt, rotation=32)
     plans = [plan for plan in table.plans if plan.weight is not None]
@@ -180,9 +181,11 @@ def _ratio(wide: float, narrow: float) -> float:
 
 def _widened(table: SiteTable) -> SiteTable:
     """Return the table with every site in MXFP8, as the scanned deployment rounds it."""
-    deployment = deployment_named(table.injection.deployment) if table.injection.deployment else None
-    weight, inputs = (deployment.at("weight", MXFP8), deployment.at("input", MXFP8)) if deployment else (MXFP8, MXFP8)
-    plans = (replace(p, weight=p.weight and weight, input=p.input and inputs) for p in table.plans)
+    name = table.injection.deployment
+    at = deployment_named(name).at if name else lambda _point, fmt: fmt
+    plans = (
+        replace(p, weight=p.weight and at("weight", MXFP8), input=p.input and at("input", MXFP8)) for p in table.plans
+    )
     return replace(table, plans=tuple(plans))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from fp4rl.spec.deployment import DEPLOYMENTS
+from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import MODES
@@ -36,7 +37,7 @@ def served_as(injection: Injection | None) -> str:
 
 
 def changed(injection: Injection | None) -> str | None:
-    """Return a warning where what is trained and judged is not what the deployment would serve; None where it is."""
+    """Return a warning where what is computed here is not what the deployment would serve; None where it is."""
     mode = injection.checkpoint_mode if injection is not None else None
     if injection is None or injection.deployment is None or mode is None:
         return None
@@ -44,12 +45,16 @@ def changed(injection: Injection | None) -> str | None:
     served = deployment.served(mode)
     if served is None or served.mode == mode:
         return None
-    return f"{mode} is trained and judged, but {deployment.name} serves {served.mode or 'nothing of it'}: {served.note}"
+    return f"{mode} is computed here, but {deployment.name} serves {served.mode or 'nothing of it'}: {served.note}"
+
+
+def of_profiles(evaluation: Evaluation) -> dict[str, Injection]:
+    """Return the injection of each profile that is named by a mode."""
+    names = [name for name in evaluation.all_profiles if name in MODES and name != "none"]
+    return {name: Injection.named(name, evaluation.deployment) for name in names}
 
 
 def _lines(experiment: Experiment) -> Iterator[str]:
     yield served_as(experiment.injection)
-    evaluation = experiment.evaluation
-    for name in dict.fromkeys(evaluation.all_profiles):
-        if name in MODES and name != "none":
-            yield f"profile {name} imitates {served_as(Injection.named(name, evaluation.deployment))}"
+    for name, injection in of_profiles(experiment.evaluation).items():
+        yield f"profile {name} imitates {served_as(injection)}"

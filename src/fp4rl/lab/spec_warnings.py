@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from fp4rl.lab.serving import changed
+from fp4rl.lab.serving import changed, of_profiles
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.experiment import Experiment
@@ -48,6 +48,9 @@ def _deployment(experiment: Experiment) -> Iterator[str]:
     injection = experiment.injection
     if (line := changed(injection)) is not None:
         yield line
+    for name, imitated in of_profiles(experiment.evaluation).items():
+        if (line := changed(imitated)) is not None:
+            yield f"evaluation profile {name}: {line}"
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return
     backward = {"grad_input", "grad_weight"}

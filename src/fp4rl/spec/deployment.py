@@ -31,7 +31,7 @@ class Deployment:
         """
         if why := self.left_alone(point):
             raise InvalidValueError(why)
-        rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
+        rounds = self._rounds(point, fmt)
         if rounds is None or fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt
         known, fixed = FORMATS.get(fmt.name, fmt), rounds.settings(fmt)
@@ -42,6 +42,11 @@ class Deployment:
                     f"{fmt.name} sets {key} {own!r}, but deployment {self.name!r} fixes {value!r}; drop one of them"
                 )
         return replace(fmt, **fixed)
+
+    def _rounds(self, point: str, fmt: Format) -> packers.Rounds | None:
+        """Return how `point` is rounded; no cache and no output has FP32 scales over columns."""
+        rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
+        return rounds if rounds is None or point in ("weight", "input") else replace(rounds, columns=None)
 
     def left_alone(self, point: str) -> str | None:
         """Return why nothing is rounded at `point`, and the cure; None where it may be."""
@@ -54,7 +59,7 @@ class Deployment:
 
     def without_rules(self, point: str, fmt: Format) -> Format:
         """Return the format as it was described: a rule that this deployment put there is taken out again."""
-        rounds = (self.packer if point == "weight" else self.kernel).rounds(fmt)
+        rounds = self._rounds(point, fmt)
         if rounds is None:
             return fmt
         known = FORMATS.get(fmt.name, fmt)

@@ -109,7 +109,7 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
     points = [getattr(row, point, None) for row in rows for point in FORMAT_POINTS]
     formats = [fmt for fmt in points if isinstance(fmt, Format)]
     if not any(fmt.scale == "e8m0" and fmt.rounding != "stochastic" for fmt in formats):
-        yield "no format here has a scale that is a power of two", ("injection.deployment",)
+        yield "it rules power-of-two scales, and no format here has one", ("injection.deployment",)
     if not injection.errors and all(fmt.rounding != "stochastic" for fmt in formats):
         yield "nothing is drawn: no stochastic format, no error", ("injection.seed",)
     if not injection.by_pattern and injection.targets == Targets():
