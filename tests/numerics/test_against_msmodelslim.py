@@ -21,17 +21,17 @@ from safetensors.torch import load_file, save_file
 
 from fp4rl.numerics.packing import pack_tensor
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, Coarse
 
 DATA = Path(__file__).parents[1] / "data" / "msmodelslim"
-EPSILON = 9.6e-7
-MINMAX = replace(MXFP4, scale_rule="even", scale_epsilon=EPSILON, scale_math="tensor", rounding="half_added")
 METHODS = {
-    "minmax": MINMAX,
-    "ceil_x": replace(MINMAX, scale_rule="uos"),
-    "fouroversix": replace(MINMAX, scale_rule="fouroversix", scale_epsilon=0.0),
-    "dualscale": replace(MINMAX, scale_math="float32", coarse=Coarse(64)),
+    "minmax": deployment_named("vllm_ascend").at("weight", MXFP4),
+    "ceil_x": deployment_named("vllm_ascend_ceil_x").at("weight", MXFP4),
+    "fouroversix": deployment_named("vllm_ascend_fouroversix").at("weight", MXFP4),
+    "dualscale": deployment_named("vllm_ascend_dualscale").at("weight", replace(MXFP4, coarse=Coarse(64))),
 }
+MINMAX = METHODS["minmax"]
 FOLDERS = {
     "w4a4": "minmax",
     "w4a8": "minmax",

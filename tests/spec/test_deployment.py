@@ -51,7 +51,7 @@ def test_mxfp4_without_a_deployment_means_ocp():
             ("floor", EVEN, 0.0, "exact", 512),
             ("floor", EVEN),
         ),
-        ("modelopt", ("rceil", "half_toward_zero"), ("rceil", EVEN), ("rceil", EVEN)),
+        ("modelopt", ("rceil", "half_toward_zero", 0.0, "float32"), ("rceil", EVEN), ("rceil", EVEN)),
         ("amct", ("round", HALF_AWAY, 0.0, "float32"), ("floor", EVEN), ("floor", EVEN)),
         ("vllm_blackwell_rceil", ("rceil", EVEN), ("rceil", EVEN), ("rceil", EVEN)),
         ("vllm_ascend_floor", ("floor", EVEN), ("floor", HALF_AWAY), ("floor", HALF_AWAY)),

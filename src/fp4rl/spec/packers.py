@@ -87,14 +87,18 @@ COMPRESSED_TENSORS = Packer(
     "compressed-tensors 0.20, which llm-compressor packs with (tests/numerics/test_against_compressed_tensors.py)",
 )
 TORCHAO_RCEIL = Packer(
-    "torchao_rceil", RCEIL, "float32", "bit-equal", "torchao 0.18, RCEIL (tests/numerics/test_against_torchao.py)"
+    "torchao_rceil",
+    RCEIL,
+    "float32",
+    "bit-equal",
+    "torchao 0.18, RCEIL (tests/numerics/test_against_torchao.py), but for maxima a hair above a power of two",
 )
 MODELOPT = Packer(
     "modelopt",
-    Rules(Rounds("rceil", "half_toward_zero"), Rounds("rceil")),
+    Rules(Rounds("rceil", "half_toward_zero", math="float32"), Rounds("rceil")),
     "float32",
     "bit-equal",
-    "nvidia-modelopt 0.47, MXFP4QTensor: ties toward zero (tests/numerics/test_against_modelopt.py)",
+    "nvidia-modelopt 0.47, MXFP4QTensor (tests/numerics/test_against_modelopt.py); MXFP8 not looked up",
 )
 MSMODELSLIM = Packer(
     "msmodelslim", Rules(_MINMAX, _MXFP8), _OWN, "bit-equal", f"{_SHIPPED}: method minmax; MXFP8 read in its source"
