@@ -1,8 +1,11 @@
 """Planted hardware faults: the layer and the kind are found, and healthy models are left in peace."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fp4rl.diagnose.dynamics import dynamics, ratios
 from fp4rl.diagnose.probes import probe
@@ -143,3 +146,15 @@ def test_the_model_is_the_same_after_it_was_probed(trained, calibration, table):
     _found_under(trained, calibration)
     assert all(torch.equal(p, before[name]) for name, p in trained.named_parameters())
     assert not any(module._forward_hooks for module in trained.modules())
+
+
+def test_a_layer_that_stores_its_weight_in_out_is_probed_as_its_twin():
+    """Fault: a scan of GPT-2 ended in 'mat1 and mat2 shapes cannot be multiplied'."""
+    stored, twin, x = Conv1D(48, 64), nn.Linear(64, 48), torch.randn(128, 64)
+    with torch.no_grad():
+        nn.init.normal_(stored.weight, std=0.1)
+        twin.weight.copy_(stored.weight.T)
+        twin.bias.copy_(stored.bias.normal_())
+    found, wanted = (asdict(probe(layer, x, torch.Generator().manual_seed(1))) for layer in (stored, twin))
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert found["gain"] == pytest.approx(1, abs=0.05)

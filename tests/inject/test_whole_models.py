@@ -185,7 +185,7 @@ def test_adapters_of_gpt2_ride_on_the_rounded_base_and_what_cannot_be_is_refused
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     everywhere = {"weight": ["rollout", "training", "evaluation", "reference"]}
     packed = {"mode": "w4a16", "frozen_base": "packed", "apply_during": everywhere}
-    with pytest.raises(InvalidValueError, match=r"stored \[in, out\]; take copy"):
+    with pytest.raises(InvalidValueError, match=r"stored \[in, out\] \(Conv1D\); take frozen_base: copy"):
         resolve(model, Injection.model_validate(packed))
 
 

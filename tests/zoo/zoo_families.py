@@ -135,6 +135,7 @@ def folder(family: str, path: Path, **more: Any) -> Path:
     """A folder on disk as a trainer would save it, with a tokenizer that fits."""
     tokenizer = build_tokenizer()
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    tiny(family, vocab_size=len(tokenizer), **ends, **more).float().save_pretrained(path)
+    model = tiny(family, vocab_size=len(tokenizer), max_position_embeddings=512, **ends, **more)
+    model.float().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

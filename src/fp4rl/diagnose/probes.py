@@ -11,6 +11,8 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from fp4rl.sites.walk import is_conv1d
+
 STEP = 0.02  # size of the change of the input, relative to its root mean square
 LOUDER = 8.0  # a power of two, so that a correct response scales exactly
 _TINY = 1e-30
@@ -50,7 +52,8 @@ def probe(layer: nn.Linear, x: Tensor, generator: torch.Generator) -> Probe:
     change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     shifted = (x.float() + STEP * _rms(x) * change).to(x.dtype)
     step = shifted.float() - x.float()  # the change after rounding to x's dtype
-    expected = (step.square().mean(0) @ layer.weight.float().square().T).double().sqrt()  # [out], spread per channel
+    weight = layer.weight.mT if is_conv1d(layer) else layer.weight  # [out, in]
+    expected = (step.square().mean(0) @ weight.float().square().T).double().sqrt()  # [out], spread per channel
     known = expected > 0
     y, again, rest = (layer(value).double()[:, known] for value in (x, x, torch.cat([shifted, -x, x * LOUDER])))
     plain, turned, loud = rest.chunk(3)

@@ -102,7 +102,8 @@ class _Intercept(TorchFunctionMode):
             kind, name = type(module).__name__.removeprefix("Injected"), self.state.plan.name
             raise InvalidValueError(
                 f"{name}: {kind} multiplies {self.eager} times and calls sdpa {self.whole} times, so what is a key and "
-                f"what a value is not known; leave it out: targets.leave: [{name}]"
+                "what a value is not known; leave kv_cache (and errors of scores and values) out, or this layer: "
+                f"targets.leave: [{name}]"
             )
 
 

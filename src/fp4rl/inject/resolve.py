@@ -154,10 +154,11 @@ def _with_adapters(plan: SitePlan, model: nn.Module, injection: Injection) -> Si
     packed = injection.frozen_base == "packed" and frozen and plan.weight is not None
     if packed:
         validate.require_packable(plan)
+    grad_weight = None if frozen and not merged else plan.grad_weight
+    plan = replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
     if merged or packed:
         validate.require_one_place(plan)
-    grad_weight = None if frozen and not merged else plan.grad_weight
-    return replace(plan, merged=merged, packed=packed, grad_weight=grad_weight)
+    return plan
 
 
 def _require_every_setting(plans: list[SitePlan], left_out: list[LeftOut], injection: Injection) -> None:

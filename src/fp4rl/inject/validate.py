@@ -12,7 +12,7 @@ from torch.nn.utils import skip_init
 from fp4rl.inject.attention import EXPANDS
 from fp4rl.inject.plan import LeftOut, SitePlan
 from fp4rl.inject.site import runs_its_class
-from fp4rl.sites.walk import Site, is_conv1d
+from fp4rl.sites.walk import Site, is_conv1d, plain_name
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E8M7, Format
 from fp4rl.spec.injection import Injection
@@ -30,12 +30,16 @@ def require_opt_in(site: Site, targets: Targets) -> None:
         pattern = _LEAVE.get(wanted) or _everywhere(site.name)
         raise InvalidValueError(
             f"{site.name} is {_CALLED[wanted]}, which no engine rounds; leave it ({pattern!r} in targets.leave), or "
-            f"write targets.opt_in: [{wanted}]"
+            f"{'where it is a linear layer ' if wanted == 'router' else ''}write targets.opt_in: [{wanted}]"
         )
     if site.shares is not None:
         raise InvalidValueError(
             f"{site.name} shares its weight with {site.shares}, so rounding one would not be what is served; "
-            f"leave it: targets.leave: [{site.name}]"
+            + (
+                f"take {wanted} out of targets.opt_in"
+                if wanted in _CALLED
+                else f"leave it: targets.leave: [{site.name}]"
+            )
         )
 
 
@@ -47,7 +51,9 @@ def _everywhere(name: str) -> str:
 def require_plain_linear(site: Site, module: nn.Module) -> None:
     """Raise InvalidValueError for a linear layer with a forward of its own, or with a computed weight."""
     if site.kind == "router" and not isinstance(module, nn.Linear):
-        raise InvalidValueError(f"{site.name} is a {type(module).__name__}, no linear layer to be rounded; leave it")
+        raise InvalidValueError(
+            f"{site.name} is a {type(module).__name__}, no linear layer to round; take router out of targets.opt_in"
+        )
     if site.parameter is None:
         raise InvalidValueError(
             f"{site.name} has no weight of its own (parametrized, or sharded already); attach before"
@@ -111,7 +117,7 @@ def require_reachable_experts(plan: SitePlan, module: nn.Module) -> None:
     if plan.output is not None and getattr(module, f"{plan.site.parameter}_bias", None) is not None:
         raise InvalidValueError(
             f"{plan.name}: {type(module).__name__} adds a bias after its matmul, so what an expert returns is out of "
-            f"reach; round no output there: by_pattern: {{{plan.name}: {{output: none}}}}"
+            f"reach; round no output there: by_pattern: {{'{_everywhere(plan.site.parent)}.*': {{output: none}}}}"
         )
 
 
@@ -195,7 +201,8 @@ def require_one_place(plan: SitePlan) -> None:
         kind = "lora: merged" if plan.merged else "frozen_base: packed"
         cure = "lora: adapter" if plan.merged else "frozen_base: copy"
         raise InvalidValueError(
-            f"{plan.name}: {kind} needs a weight for each layer, and {plan.site.also[0]} shares this one; take {cure}"
+            f"{plan.name}: {kind} needs a weight for each layer, and {plain_name(plan.site.also[0])} shares this one; "
+            f"take {cure}"
         )
 
 
@@ -203,7 +210,9 @@ def require_packable(plan: SitePlan) -> None:
     """Raise InvalidValueError for a weight or a format that has no packed layout."""
     fmt, experts = plan.weight, plan.site.kind == "experts"
     if plan.site.transposed and not experts:
-        raise InvalidValueError(f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out]; take copy")
+        raise InvalidValueError(
+            f"{plan.name}: frozen_base: packed unpacks no weight stored [in, out] (Conv1D); take frozen_base: copy"
+        )
     if plan.site.transposed is None:
         raise InvalidValueError(
             f"{plan.name}: frozen_base: packed keeps no weight to find out by how this square one is stored; take "

@@ -169,7 +169,7 @@ def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
 
 
 def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> PreTrainedModel:
-    """Build the modules of a Hugging Face folder (of an adapter: its base's) on the meta device, enough to resolve what
+    """Build the modules of a Hugging Face folder on the meta device, an adapter's on its base, enough to resolve what
     would be rounded, without memory. The tokenizer must be there too; raises what `load` does."""
     own = _folder(path)
     folder = base_of(own) or own
@@ -182,7 +182,16 @@ def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> 
             model = _auto_class(config).from_config(config)
     _require_choice(model, experts)
     require_ids_inside(model, tokenizer, folder)
-    return model
+    return model if folder == own else _adapted_skeleton(model, own)
+
+
+def _adapted_skeleton(model: Any, folder: Path) -> Any:
+    from peft import PeftConfig, get_peft_model
+
+    with readable("the adapter", folder):
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = False  # as `load` opens it, to be trained
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 def names_in_memory(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

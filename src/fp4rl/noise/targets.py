@@ -59,7 +59,8 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
     if not weights:
         raise NotFoundError(
             f"no weight of {type(model).__name__} takes noise under targets.kinds={list(noise.targets.kinds)}; "
-            "a norm is known by RMSNorm or LayerNorm in its class name and a weight of one dimension"
+            "a norm is known by RMSNorm or LayerNorm in its class name and a weight of one dimension; take "
+            "noise.targets.kinds: [linear], or leave noise out"
         )
     return tuple(weights)
 
