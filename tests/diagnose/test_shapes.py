@@ -7,8 +7,10 @@ from torch import nn
 from fp4rl.diagnose.calibration import Batch, Calibration
 from fp4rl.diagnose.depth import depth
 from fp4rl.diagnose.dynamics import dynamics
+from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.findings import findings
 from fp4rl.diagnose.passes import logits_of
+from fp4rl.diagnose.precision import input_errors
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import divergences
 from fp4rl.diagnose.suspects import Verdict
@@ -117,6 +119,27 @@ def test_a_kl_of_0_by_value_is_a_kl(calibration):
     assert kl[0] == 0
     assert kl[1] > 0
     assert logits_of(model, calibration.batches[0]).isfinite().all()
+
+
+def test_a_weight_with_a_place_in_two_layers_is_measured_at_both(calibration):
+    model = Model("plain")
+    with torch.no_grad():
+        model.layers[0].up_proj.weight.mul_(2)
+        model.lm_head.weight.mul_(4)
+    model.layers[1].up_proj.weight = model.layers[0].up_proj.weight
+    model.layers[0].mlp = model.layers[1].mlp = nn.Linear(WIDTH, WIDTH)
+    other = nn.Linear(WIDTH, WIDTH)
+    other.weight = model.layers[0].mlp.weight
+    model.layers[1].mlp = other  # and only there it is called
+    model.layers[1].register_forward_pre_hook(lambda layer, given: (layer.mlp(given[0]),))
+    table = resolve(model, Injection(weight="mxfp8", input="mxfp8"))
+    assert [plan.name for plan in table.plans] == ["layers.0.up_proj", "layers.0.mlp"]
+    assert [part.site for part in input_errors(model, table, calibration)] == ["layers.0.up_proj", "layers.0.mlp"]
+    assert set(measured(model, calibration)[1].sites) == {"layers.0.up_proj", "layers.0.mlp"}
+    alone = [divergence.kl for divergence in divergences(model, one_by_one(table), calibration)]
+    generator = torch.Generator().manual_seed(0)
+    estimates = list(estimated_kl(model, table, calibration, generator=generator, draws=300).values())
+    assert estimates == pytest.approx(alone, rel=0.25)
 
 
 def one_by_one(table):

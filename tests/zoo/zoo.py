@@ -82,7 +82,7 @@ def _hold_noise(model: nn.Module, attachment: Attachment) -> None:
     with _products(model, attachment) as seen, torch.no_grad():
         model(IDS, use_cache=False)
     attachment.require_calls()
-    met = [[path in seen for path in (plan.site.path, *plan.site.also)] for plan in _linear(attachment)]
+    met = [[path in seen for path in plan.site.places] for plan in _linear(attachment)]
     assert all(map(any, met))  # one weight may have a place in several layers
     for name, (x, weight, bias, found) in seen.items():
         clean = x @ weight.T
@@ -105,7 +105,7 @@ def _linear(attachment: Attachment) -> list[SitePlan]:
 @contextmanager
 def _products(model: nn.Module, attachment: Attachment) -> Iterator[dict[str, tuple[Tensor, ...]]]:
     seen, handles = {}, []
-    for path in (path for plan in _linear(attachment) for path in (plan.site.path, *plan.site.also)):
+    for path in (path for plan in _linear(attachment) for path in plan.site.places):
         module = model.get_submodule(path)
 
         def keep(module, given, found, name=path):

@@ -69,7 +69,7 @@ def dynamics(
     sites = {plan.name: plan.site for plan in table.plans if probed and plan.site.kind == "linear"}
     seen = _Seen(_own_stream(generator))
     for batch in calibration.batches[-batches:]:
-        hooks = {site.path: seen.site_hook(name) for name, site in sites.items()}
+        hooks = {path: seen.site_hook(name) for name, site in sites.items() for path in site.places}
         hooks |= {path: seen.layer_hook(number, batch) for path, number in layer_paths(table).items()}
         with hooked(model, hooks), torch.no_grad():
             seen.eye.mask = batch.mask

@@ -5,6 +5,7 @@ their log-probability at a site's output for token t, and d_t the error of that 
 answers are drawn from the model is E[g g'] the Fisher information (Martens 2020, arXiv 1412.1193, section 5).
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -28,21 +29,23 @@ def estimated_kl(
 ) -> dict[str, float]:
     """Predict for each linear site the KL, in nats per token, of rounding it alone. No parameter gets a gradient."""
     dtype = getattr(torch, table.injection.dtype)
-    linears = tuple(plan for plan in table.plans if plan.site.kind == "linear")
-    sums = {plan.name: 0.0 for plan in linears}
+    places = {path: plan for plan in table.plans if plan.site.kind == "linear" for path in plan.site.places}
+    sums = {plan.name: 0.0 for plan in places.values()}
     for batch in calibration.batches:
         taps: dict[str, tuple[Tensor, Callable[[torch.dtype], Tensor]]] = {}
-        with hooked(model, {plan.site.path: _tap(taps, plan) for plan in linears}), torch.enable_grad():
+        with hooked(model, {path: _tap(taps, path, plan) for path, plan in places.items()}), torch.enable_grad():
             logits = logits_of(model, batch)
-            called = [plan for plan in linears if plan.name in taps]  # an expert may get no token
-            outputs = [taps[plan.name][0] for plan in called]
+            called = [path for path in places if path in taps]  # an expert may get no token
+            outputs = [taps[path][0] for path in called]
             for draw in range(draws):
                 log_prob = log_prob_of_own_answers(logits, batch, generator)
                 gradients = torch.autograd.grad(log_prob, outputs, retain_graph=draw + 1 < draws, allow_unused=True)
-                for plan, gradient in zip(called, gradients, strict=True):
+                along: dict[str, Any] = defaultdict(float)  # a shared weight's errors come together
+                for path, gradient in zip(called, gradients, strict=True):
                     if gradient is not None:
-                        error = taps[plan.name][1](dtype)
-                        sums[plan.name] += float(_along(gradient, error, batch).square().sum()) / draws
+                        along[places[path].name] += _along(gradient, taps[path][1](dtype), batch)
+                for name, product in along.items():
+                    sums[name] += float(product.square().sum()) / draws
     return {name: 0.5 * total / calibration.tokens for name, total in sums.items()}
 
 
@@ -61,8 +64,8 @@ def log_prob_of_own_answers(logits: Tensor, batch: Batch, generator: torch.Gener
     return log_probs.gather(-1, drawn).sum()
 
 
-def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
-    """Return a hook that stores, by site name, the output in the graph and a function that returns its error."""
+def _tap(taps: dict[str, Any], path: str, plan: SitePlan) -> Callable[..., Tensor]:
+    """Return a hook that stores, by the layer's path, the output in the graph and a function that returns its error."""
 
     def hook(layer: nn.Linear, args: tuple[Tensor, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:  # frozen weights: the graph starts here
@@ -74,7 +77,7 @@ def _tap(taps: dict[str, Any], plan: SitePlan) -> Callable[..., Tensor]:
                 known[dtype] = output_error(x, layer, plan, dtype)
             return known[dtype]
 
-        taps[plan.name] = (output, error)
+        taps[path] = (output, error)
         return output
 
     return hook

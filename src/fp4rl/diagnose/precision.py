@@ -125,7 +125,7 @@ def input_errors(
 ) -> tuple[PartError, ...]:
     """Measure every matmul input that the table rounds; one forward pass per batch serves all sites."""
     rounded = [plan for plan in table.plans if plan.input is not None]
-    plans = {plan.site.path: plan for plan in rounded if plan.site.kind == "linear"}
+    plans = {path: plan for plan in rounded if plan.site.kind == "linear" for path in plan.site.places}
     stacks = [plan for plan in rounded if plan.site.kind == "experts"]
     tallies: dict[str, ErrorSums] = defaultdict(ErrorSums)
     routed: dict[str, dict[int, _Routed]] = defaultdict(lambda: defaultdict(_Routed))

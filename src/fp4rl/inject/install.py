@@ -42,7 +42,7 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
                     swap(adapter, ForwardingState())
                     modules.append(adapter)
                 continue
-            for changed in {adapter} if plan.merged else {module, *map(model.get_submodule, plan.site.also)}:
+            for changed in {adapter} if plan.merged else set(map(model.get_submodule, plan.site.places)):
                 swap(changed, state)
                 modules.append(changed)
         for module, by_name in stacks.items():

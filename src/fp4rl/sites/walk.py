@@ -80,6 +80,11 @@ class Site:
         return tuple(dict.fromkeys(name for name in (self.name, self.path, *places) if name))
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """The paths of all modules that hold the weight."""
+        return (self.path, *self.also)
+
+    @property
     def parent(self) -> str:
         """The module above, where the members of a fused group meet."""
         return self.name.rpartition(".")[0]
