@@ -258,6 +258,6 @@ class Gated(Attention):
 
 
 def test_products_that_are_not_those_of_attention_are_refused_by_name():
-    module, said = Gated(), r"Gated multiplies 4 times and calls sdpa 1 times.*leave it out"
+    module, said = Gated(), r"Gated multiplies 4 times and calls sdpa 1 times.*leave kv_cache .*out"
     with attach(module, Injection(kv_cache="mxfp4")), pytest.raises(InvalidValueError, match=said):
         module(torch.randn(2, 9, 64))
