@@ -201,15 +201,6 @@ SEEN = {
         "alone; set lora_dropout=0",
         None,
     ),
-    "codes of stacked experts": (
-        "qwen3_moe+plain",
-        PACKED,
-        "model.layers.0.mlp.experts.gate_up_proj: frozen_base: packed unpacks one matrix for one product, "
-        "and the forward "
-        "of stacked experts reads all of them at once; take frozen_base: copy, or leave them out: targets.leave: "
-        "['*.mlp.experts.*']",
-        leaving("*.mlp.experts.*"),
-    ),
     "codes of a Conv1D": (
         "gpt2+conv",
         PACKED,
@@ -286,7 +277,6 @@ def described(path, folder, **sections):
 
 
 LORA = {"rank": 4, "target_modules": ["q_proj"]}
-DEPLOYED = {"training": {"reference_precision": "deployment"}}
 CONSTANT = {"kind": "constant", "sigma": 0.01}
 # Family, sections of the run, what is said, and the sections of the cure.
 ASKED = {
@@ -311,15 +301,6 @@ ASKED = {
         "layer's weight; "
         "name the layer in target_modules: [q_proj], and stacked experts alone in target_parameters",
         {"model": {"lora": LORA}},
-    ),
-    "frozen experts as codes": (
-        "qwen3_moe",
-        {"model": {"lora": LORA}, "injection": PACKED, **DEPLOYED},
-        "model.layers.0.mlp.experts.gate_up_proj: frozen_base: packed unpacks one matrix for one product, "
-        "and the forward "
-        "of stacked experts reads all of them at once; take frozen_base: copy, or leave them out: targets.leave: "
-        "['*.mlp.experts.*']",
-        {"model": {"lora": LORA}, "injection": {**PACKED, "frozen_base": "copy"}, **DEPLOYED},
     ),
     "a replay of choices that cannot be seen": (
         "llama4_text",
@@ -390,13 +371,3 @@ def test_what_the_list_of_refusals_held_goes_through_every_reading_verb(family, 
     ):
         code, _, said = asked(capsys, *words)
         assert code == 0, said.err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["granitemoe", "aria_text"])
-def test_experts_that_a_file_names_otherwise_are_scanned_with_the_model(family, folders, capsys):
-    words = ["scan", folders(family), "format=mxfp4"]
-    code, lines, _ = asked(capsys, *words, "weights_only=true")
-    assert code == 2
-    assert lines[0].endswith("experts.gate_up_proj; scan without weights_only")
-    assert asked(capsys, *words, "texts=2")[0] == 0
