@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,6 +43,21 @@ AIMS = {
     "mxfp4 unpack": (5.0, 5.0),
     "nvfp4 pack": (5.0, 5.0),
     "nvfp4 unpack": (5.0, 5.0),
+    "msModelSlim minmax": (2.0, 4.0),
+    "msModelSlim ceil_x": (2.0, 4.0),
+    "msModelSlim fouroversix": (6.0, 12.0),  # rounds every value three times
+    "AMCT round": (2.0, 4.0),
+    "modelopt rceil": (2.0, 4.0),
+    "msModelSlim minmax pack": (5.0, 5.0),
+}
+MINMAX = replace(MXFP4, scale_rule="even", scale_epsilon=9.6e-7, scale_math="tensor", rounding="half_added")
+# The rules of packers, as `tests/numerics` holds them against the packages.
+RULES = {
+    "msModelSlim minmax": MINMAX,
+    "msModelSlim ceil_x": replace(MINMAX, scale_rule="uos"),
+    "msModelSlim fouroversix": replace(MINMAX, scale_rule="fouroversix", scale_epsilon=0.0),
+    "AMCT round": replace(MXFP4, scale_rule="round", scale_math="float32", rounding="half_away"),
+    "modelopt rceil": replace(MXFP4, scale_rule="rceil", scale_math="float32", rounding="half_toward_zero"),
 }
 PEER_TIMES = 30.0  # every peer at least so many times slower than this project's kernels
 
@@ -71,6 +87,10 @@ def ours(x: Tensor) -> Iterator[tuple[str, Deed]]:
     out, generator = torch.empty_like(x), torch.Generator().manual_seed(0)
     for name in ("mxfp4", "nvfp4", "mxfp4_2d", "mxfp4_sr", "mxfp8", "fp8"):
         yield name, lambda name=name: fake_quantize(x, FORMATS[name], generator=generator, out=out)
+    for label, fmt in RULES.items():
+        yield label, lambda fmt=fmt: fake_quantize(x, fmt, out=out)
+    yield "msModelSlim minmax pack", lambda: pack_tensor(x, MINMAX)
+    yield "msModelSlim fouroversix pack", lambda: pack_tensor(x, RULES["msModelSlim fouroversix"])
     yield "mxfp4, fresh output", lambda: fake_quantize(x, MXFP4)
     for fmt in (MXFP4, NVFP4):
         packed = pack_tensor(x, fmt)

@@ -39,15 +39,65 @@ INLINE void round_span(const void *x, void *out, int64_t at, int64_t n, Scale s,
     }
 }
 
-#define BY_ROUNDING_AND_DTYPE(r, CALL)                                                                                      \
-    switch ((r)->rounding * 2 + (r)->dtype) {                                                                               \
-    case 0: CALL(NEAREST_EVEN, FLOAT32); break;                                                                             \
-    case 1: CALL(NEAREST_EVEN, BFLOAT16); break;                                                                            \
-    case 2: CALL(THRESHOLD, FLOAT32); break;                                                                                \
-    case 3: CALL(THRESHOLD, BFLOAT16); break;                                                                               \
-    case 4: CALL(STOCHASTIC, FLOAT32); break;                                                                               \
-    default: CALL(STOCHASTIC, BFLOAT16);                                                                                    \
+INLINE float as_bfloat16(float f) {
+    uint32_t bits = as_bits(f);
+    return as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
+}
+
+enum { LANES = 8 }; /* sums that a compiler may keep in one vector */
+
+/* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. Differences
+ * of a value need no rounding to its dtype: they are not larger than it, and multiples of its last bit. */
+INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scale four, const Rule *r, int rounding, int dtype,
+                           int errors) {
+    double of_six[LANES] = {0}, of_four[LANES] = {0};
+    float up = as_float((uint32_t)(127 + four.code - six.code) << 23), down = as_float((uint32_t)(127 - four.code + six.code) << 23);
+    for (int64_t start = 0; start < n; start += LANES) {
+        int64_t run = n - start < LANES ? n - start : LANES;
+#define LANE_ERRORS(N)                                                                                                      \
+    for (int64_t i = 0; i < N; i++) {                                                                                       \
+        float a = scaled(load(x, at + start + i, dtype), six, 0);                                                           \
+        float e = on_grid(a, r, rounding, 0) - a, f = on_grid(a * down, r, rounding, 0) * up - a;                           \
+        if (errors == IN_BFLOAT16 && dtype != BFLOAT16) e = as_bfloat16(e), f = as_bfloat16(f);                             \
+        if (errors == IN_BFLOAT16) e = as_bfloat16(e * e), f = as_bfloat16(f * f);                                          \
+        else if (errors == IN_FLOAT32) e *= e, f *= f;                                                                      \
+        of_six[i] += errors == IN_DOUBLE ? (double)e * (double)e : (double)e;                                               \
+        of_four[i] += errors == IN_DOUBLE ? (double)f * (double)f : (double)f;                                              \
     }
+        if (run == LANES) { LANE_ERRORS(LANES) }
+        else { LANE_ERRORS(run) }
+    }
+    double e = 0, f = 0;
+    for (int64_t i = 0; i < LANES; i++) e += of_six[i], f += of_four[i];
+    if (errors == IN_FLOAT32) e = (float)e, f = (float)f;
+    if (errors == IN_BFLOAT16) e = as_bfloat16((float)e), f = as_bfloat16((float)f);
+    return f < e ? four : six;
+}
+
+INLINE void search_of(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, const Rule *r, int rounding,
+                      int dtype, int errors, const uint32_t *most, Scale *scales) {
+    for (int64_t b = 0; b < blocks; b++) {
+        Scale four = e8m0_scale(most[b], r->up_to_four, r);
+        if (four.code == scales[b].code || most[b] >= INFINITE) continue;
+        int64_t n = left - b * width < width ? left - b * width : width, from = at + b * width;
+#define LESS(N) scales[b] = of_less_error(x, from, N, scales[b], four, r, rounding, dtype, errors)
+        BY_32(n, LESS);
+    }
+}
+
+void search_scales(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, const Rule *r, const uint32_t *most,
+                   Scale *scales) {
+#define SEARCH(ROUNDING, DTYPE)                                                                                             \
+    switch (r->errors) {                                                                                                    \
+    case IN_DOUBLE: search_of(x, at, left, blocks, width, r, ROUNDING, DTYPE, IN_DOUBLE, most, scales); break;              \
+    case IN_FLOAT32: search_of(x, at, left, blocks, width, r, ROUNDING, DTYPE, IN_FLOAT32, most, scales); break;            \
+    default: search_of(x, at, left, blocks, width, r, ROUNDING, DTYPE, IN_BFLOAT16, most, scales);                          \
+    }
+    if (r->rounding == THRESHOLD && r->dtype == FLOAT32) { SEARCH(THRESHOLD, FLOAT32) }
+    else if (r->rounding == THRESHOLD) { SEARCH(THRESHOLD, BFLOAT16) }
+    else if (r->dtype == FLOAT32) { SEARCH(NEAREST_EVEN, FLOAT32) }
+    else { SEARCH(NEAREST_EVEN, BFLOAT16) }
+}
 
 INLINE void round_each(const void *x, void *out, int64_t at, int64_t n, const float *scales, const float *inverses,
                        int divide, const Rule *r, int rounding, int dtype, uint32_t index) {
@@ -67,7 +117,7 @@ INLINE void rows_of(const void *x, void *out, int64_t rows, int64_t columns, int
         for (int64_t c = 0; c < columns; c += TOGETHER * width) {
             int64_t at = start + c, left = columns - c, blocks = (left + width - 1) / width;
             blocks = blocks < TOGETHER ? blocks : TOGETHER;
-            scales_of(x, at, left, blocks, width, factor, divide, r, rounding, dtype, scales);
+            scales_of(x, at, left, blocks, width, factor, divide, r, dtype, scales);
             if (width != 32 && width <= WIDEST) { /* short runs make poor vectors: give every value its scale, in one run */
                 for (int64_t b = 0; b < blocks; b++)
                     for (int64_t i = 0; i < width; i++) {

@@ -133,42 +133,24 @@ INLINE float scaled(uint32_t bits, Scale s, int divide) {
         else BY_32(n, CALL);                                                                                                \
     } while (0)
 
-INLINE float as_bfloat16(float f) {
-    uint32_t bits = as_bits(f);
-    return as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
-}
-
-enum { LANES = 8 }; /* sums that a compiler may keep in one vector */
-
-/* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. */
-INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scale four, const Rule *r, int rounding, int dtype,
-                           int errors) {
-    double of_six[LANES] = {0}, of_four[LANES] = {0};
-    float up = as_float((uint32_t)(127 + four.code - six.code) << 23), down = as_float((uint32_t)(127 - four.code + six.code) << 23);
-    for (int64_t start = 0; start < n; start += LANES) {
-        int64_t run = n - start < LANES ? n - start : LANES;
-#define LANE_ERRORS(N)                                                                                                      \
-    for (int64_t i = 0; i < N; i++) {                                                                                       \
-        float a = scaled(load(x, at + start + i, dtype), six, 0);                                                           \
-        float e = on_grid(a, r, rounding, 0) - a, f = on_grid(a * down, r, rounding, 0) * up - a;                           \
-        if (errors == IN_BFLOAT16) e = as_bfloat16(e), f = as_bfloat16(f), e = as_bfloat16(e * e), f = as_bfloat16(f * f);  \
-        else if (errors == IN_FLOAT32) e *= e, f *= f;                                                                      \
-        of_six[i] += errors == IN_DOUBLE ? (double)e * (double)e : (double)e;                                               \
-        of_four[i] += errors == IN_DOUBLE ? (double)f * (double)f : (double)f;                                              \
+/* Rounding and dtype become constants, a loop for each. */
+#define BY_ROUNDING_AND_DTYPE(r, CALL)                                                                                      \
+    switch ((r)->rounding * 2 + (r)->dtype) {                                                                               \
+    case 0: CALL(NEAREST_EVEN, FLOAT32); break;                                                                             \
+    case 1: CALL(NEAREST_EVEN, BFLOAT16); break;                                                                            \
+    case 2: CALL(THRESHOLD, FLOAT32); break;                                                                                \
+    case 3: CALL(THRESHOLD, BFLOAT16); break;                                                                               \
+    case 4: CALL(STOCHASTIC, FLOAT32); break;                                                                               \
+    default: CALL(STOCHASTIC, BFLOAT16);                                                                                    \
     }
-        if (run == LANES) { LANE_ERRORS(LANES) }
-        else { LANE_ERRORS(run) }
-    }
-    double e = 0, f = 0;
-    for (int64_t i = 0; i < LANES; i++) e += of_six[i], f += of_four[i];
-    if (errors == IN_FLOAT32) e = (float)e, f = (float)f;
-    if (errors == IN_BFLOAT16) e = as_bfloat16((float)e), f = as_bfloat16((float)f);
-    return f < e ? four : six;
-}
+
+/* fake.c: puts the second scale of four-over-six where it makes less error than the first. */
+void search_scales(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, const Rule *r, const uint32_t *most,
+                   Scale *scales);
 
 /* The scales of `blocks` blocks of a row from `at` on, `left` values; returns how many hold a NaN or an infinity. */
 INLINE int64_t scales_of(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, float factor, int divide,
-                         const Rule *r, int rounding, int dtype, Scale *scales) {
+                         const Rule *r, int dtype, Scale *scales) {
     uint32_t most[TOGETHER];
     int64_t broken = 0;
     for (int64_t b = 0; b < blocks; b++) {
@@ -180,17 +162,6 @@ INLINE int64_t scales_of(const void *x, int64_t at, int64_t left, int64_t blocks
         scales[b] = block_scale(most[b], factor, divide, r);
         broken += most[b] >= INFINITE;
     }
-    if (divide || !r->up_to_four) return broken;
-    int nearest = rounding == STOCHASTIC ? NEAREST_EVEN : rounding;
-    for (int64_t b = 0; b < blocks; b++) {
-        Scale four = e8m0_scale(most[b], r->up_to_four, r);
-        if (four.code == scales[b].code || most[b] >= INFINITE) continue;
-        int64_t n = left - b * width < width ? left - b * width : width, from = at + b * width;
-#define LESS(N)                                                                                                             \
-    scales[b] = r->errors == IN_BFLOAT16  ? of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_BFLOAT16)      \
-                : r->errors == IN_FLOAT32 ? of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_FLOAT32)       \
-                                          : of_less_error(x, from, N, scales[b], four, r, nearest, dtype, IN_DOUBLE)
-        BY_LENGTH(n, LESS);
-    }
+    if (!divide && r->up_to_four) search_scales(x, at, left, blocks, width, r, most, scales);
     return broken;
 }

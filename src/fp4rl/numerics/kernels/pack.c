@@ -45,7 +45,7 @@ INLINE int64_t pack_rows_of(const void *x, uint8_t *packed, uint8_t *stored, int
             int64_t at = row * columns + c, left = columns - c, blocks = (left + width - 1) / width;
             blocks = blocks < TOGETHER ? blocks : TOGETHER;
             left = left < TOGETHER * width ? left : TOGETHER * width;
-            broken += scales_of(x, at, left, blocks, width, factor, divide, r, rounding, dtype, scales);
+            broken += scales_of(x, at, left, blocks, width, factor, divide, r, dtype, scales);
             for (int64_t b = 0; b < blocks; b++) {
                 *stored++ = (uint8_t)scales[b].code;
                 by[b] = divide ? scales[b].scale : scales[b].inverse;
@@ -71,9 +71,7 @@ int64_t pack_rows(const void *x, uint8_t *packed, uint8_t *scales, int64_t rows,
 #define ROWS(ROUNDING, DTYPE)                                                                                               \
     return factor > 0.0f ? pack_rows_of(x, packed, scales, rows, columns, width, factor, 1, r, ROUNDING, DTYPE, first)      \
                          : pack_rows_of(x, packed, scales, rows, columns, width, 0.0f, 0, r, ROUNDING, DTYPE, first)
-    if (r->rounding == NEAREST_EVEN && r->dtype == FLOAT32) ROWS(NEAREST_EVEN, FLOAT32);
-    if (r->rounding == NEAREST_EVEN) ROWS(NEAREST_EVEN, BFLOAT16);
-    ROWS(r->rounding, r->dtype);
+    BY_ROUNDING_AND_DTYPE(r, ROWS)
 }
 
 INLINE void part_nibbles(const uint8_t *packed, uint8_t *codes, int64_t n) {
