@@ -52,7 +52,13 @@ NEEDS = {
     "frozen_base: packed": {"injection.apply_during": ["rollout", "training", "evaluation", "reference"]},
     "coarse: {columns: 128, choice: search}": {"injection.weight.name": "mxfp4", "injection.mode": None},
     "rotation: 32": {"injection.weight.name": "mxfp4"},
-    "scale_math: tensor": {"injection.weight.name": "mxfp4", "injection.mode": None, "injection.deployment": None},
+    **{
+        setting: {"injection.weight.name": "mxfp4", "injection.mode": None, "injection.deployment": None}
+        for setting in (
+            *("scale_math: tensor", "scale_math: float32", "scale_epsilon: 9.6e-7", "scale_rule: rceil"),
+            *("scale_rule: even", "rounding: half_toward_zero", "rounding: half_added"),
+        )
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""msModelSlim's MXFP4 weights: codes and scales equal those of the real package, byte for byte.
+"""msModelSlim's MXFP4 and MXFP8 weights: codes and scales equal those of the real package, byte for byte.
 
 Known differences, each looked at below: a weight of -0 loses its sign there; a run of zeros under a dual scale becomes
 NaN there; and four-over-six adds errors in float32 in an order that hangs on the processor, so that it may take the
@@ -19,14 +19,15 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from fp4rl.numerics.packing import pack_tensor
+from fp4rl.numerics.packing import pack_tensor, quantize
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.deployment import deployment_named
-from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, Coarse
+from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8, Coarse
 
 DATA = Path(__file__).parents[1] / "data" / "msmodelslim"
 METHODS = {
     "minmax": deployment_named("vllm_ascend").at("weight", MXFP4),
+    "mxfp8": deployment_named("vllm_ascend").at("weight", MXFP8),
     "ceil_x": deployment_named("vllm_ascend_ceil_x").at("weight", MXFP4),
     "fouroversix": deployment_named("vllm_ascend_fouroversix").at("weight", MXFP4),
     "dualscale": deployment_named("vllm_ascend_dualscale").at("weight", replace(MXFP4, coarse=Coarse(64))),
@@ -61,6 +62,9 @@ spec:
 
 def unlike(weight, fmt, stored, scales, dual=None):
     """Where the packed weight differs: its codes, E8M0 scales and FP32 scales, as masks."""
+    if fmt.element.bits == 8:
+        made = quantize(weight, fmt)
+        return made.codes != stored, made.scales != scales, torch.zeros(1)
     made = pack_tensor(weight, fmt)
     both = (made.data ^ stored).int()
     codes = torch.stack((both & 0x0F, both & 0xF0), -1).flatten(-2) != 0
@@ -108,6 +112,8 @@ def test_tensors_that_the_real_package_packed_are_reproduced(dtype, method):
         (torch.bfloat16, "fouroversix", {"scale_math": "exact"}),
         (torch.float32, "fouroversix", {"scale_rule": "mse", "scale_math": "exact"}),
         (torch.bfloat16, "dualscale", {"scale_math": "tensor"}),
+        (torch.bfloat16, "mxfp8", {"scale_math": "float32"}),
+        (torch.bfloat16, "mxfp8", {"rounding": "nearest_even"}),
     ],
     ids=str,
 )

@@ -75,7 +75,7 @@ RCEIL = Rules(Rounds("rceil"), Rounds("rceil"))
 UOS = Rules(Rounds("uos"), Rounds("floor"))  # dst_type_max exists for FP4 alone
 _OWN = "the weight's own"
 _SHIPPED = "msModelSlim 26.1 (tests/numerics/test_against_msmodelslim.py)"
-_MXFP8 = Rounds("floor", "half_added", math="tensor")  # msModelSlim's, read in its source
+_MXFP8 = Rounds("floor", "half_added", math="tensor")
 _MINMAX = Rounds("even", "half_added", 9.6e-7, "tensor")
 
 OCP = Packer("ocp", FLOOR, "any", "documented", "OCP Microscaling Formats (MX) v1.0, section 6.3")
@@ -101,7 +101,7 @@ MODELOPT = Packer(
     "nvidia-modelopt 0.47, MXFP4QTensor (tests/numerics/test_against_modelopt.py); MXFP8 not looked up",
 )
 MSMODELSLIM = Packer(
-    "msmodelslim", Rules(_MINMAX, _MXFP8), _OWN, "bit-equal", f"{_SHIPPED}: method minmax; MXFP8 read in its source"
+    "msmodelslim", Rules(_MINMAX, _MXFP8), _OWN, "bit-equal", f"{_SHIPPED}: method minmax, also for MXFP8"
 )
 MSMODELSLIM_CEIL_X = Packer(
     "msmodelslim_ceil_x",
