@@ -128,9 +128,8 @@ def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
     said = spec.with_suffix(".log").read_text()
     assert said.splitlines()[-1] == "fp4rl: stopped; the same command continues where it left off"
     assert "Traceback" not in said
-    assert len(said.partition("injection.deployment")[2].splitlines()) <= 4, (
-        said
-    )  # behind the warning of an idle deployment
+    behind_the_warning = said.partition("injection.deployment")[2]  # that evaluation.deployment is idle
+    assert len(behind_the_warning.splitlines()) <= 4, said
 
 
 @pytest.mark.slow

@@ -173,12 +173,13 @@ def test_a_result_under_a_preset_shows_the_rule_that_it_was_computed_with(
     content = yaml.safe_load((old / "spec.yaml").read_text())
     content["injection"] |= {"preset": preset, "weight": weight, "input": entry}
     content["evaluation"]["preset"] = preset
-    result = json.loads((old / "result.json").read_text())
+    result = read_result(json.loads((old / "result.json").read_text()))
     run_id = f"w4a4-s0-{digest(content)}"
     folder = tmp_path / "runs" / "old" / run_id
     shutil.copytree(old, folder)
     (folder / "spec.yaml").write_text(yaml.safe_dump(content))
-    (folder / "result.json").write_text(json.dumps(result | {"run_id": run_id, "spec_digest": digest(content)}))
+    written = result.extended(run_id=run_id, spec_digest=digest(content)).as_json()
+    (folder / "result.json").write_text(json.dumps(json_ready(written | {"version": VERSION})))
 
     spec = read_run(RunFolder(folder)).spec
     assert (spec["injection"]["deployment"], spec["evaluation"]["deployment"]) == (named, named)

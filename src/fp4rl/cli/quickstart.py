@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fp4rl.cli.described import described_by
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot
 from fp4rl.cli.report import show
 from fp4rl.cli.run import carry_out_all, end
@@ -19,10 +20,7 @@ def command(
 
     Finished runs are skipped, so a second call takes seconds. Example: `fp4rl quickstart seeds=[0,1,2,3]`
     """
-    from fp4rl.lab.catalogue import named
-    from fp4rl.spec.load import load_spec
-
-    suite = load_spec(named("quickstart"), overrides or [])
+    suite = described_by(Path("catalogue/quickstart"), overrides or [])
     outcome = carry_out_all(suite, "quickstart", runs, jobs, report_to or (), ledger, quiet=as_json)
     show(runs / "quickstart", ledger=ledger, as_json=as_json)
     end(outcome)

@@ -122,7 +122,7 @@ def _of_evaluation(experiment: Experiment) -> Rules:
         yield "evaluation.samples is 1, which is greedy", ("evaluation.temperature",)
     if not any(name in MODES or name in FORMATS for name in evaluation.all_profiles):
         keys = ("evaluation.deployment",)
-        yield "no profile is named by a mode or a format; deployment follows injection.deployment", keys
+        yield "no profile is named by a mode or a format; the profile deployment follows injection.deployment", keys
     if "rollback" not in (health.policy, *health.policies.values(), *(rule.action for rule in health.rules)):
         yield "no policy of health is rollback", _keys("health", "rollback_lr", "max_rollbacks")
 
