@@ -7,12 +7,18 @@ import torch
 import zoo_families
 from expert_kinds import KINDS, SIZES, Plain, arguments, experts_of, rooted, ways
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.probe import require_rounded
+from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.noise.perturb import perturb
+from fp4rl.rl.check import check
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import PHASES, Injection
+from fp4rl.spec.noise import Noise
 
 ALWAYS = {"apply_during": {"weight": PHASES}}
 IDS = torch.arange(3, 27).view(2, 12)
@@ -188,3 +194,29 @@ def test_a_compiled_module_unpacks_as_it_does_uncompiled():
         harmed.require_calls()
         assert {row.calls for row in harmed.evidence()} == {1}
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_noise_on_packed_weights_is_refused_before_a_run_and_in_a_loop_of_its_own(name, tmp_path):
+    """Kind: `Tensor.item() cannot be called on meta tensors`, in the first rollout of a run."""
+    model, noise = family(name), Noise(targets={"kinds": ["linear"]})
+    packed, refused = injection("w4a16", "packed"), pytest.raises(InvalidValueError, match="packed into 4-bit codes")
+    with attach(model, packed), refused, perturb(model, noise, 0.01, generator=torch.Generator()):
+        pass
+    tokenizer = build_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 512}
+    config = family(name).config
+    config.update(settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    described = {
+        "model": {"path": str(tmp_path), "lora": {"rank": 2, "target_modules": ["q_proj"]}},
+        "task": {"name": "arithmetic"},
+        "injection": packed.model_dump(mode="json"),
+        "training": {"reference_precision": "deployment", "max_prompt_length": 256, "max_response_length": 64},
+        "evaluation": {"max_new_tokens": 64},
+    }
+    check(Experiment.model_validate(described))
+    check(Experiment.model_validate({**described, "noise": {}}))  # norms take it
+    with pytest.raises(InvalidValueError, match=r"noise: model.layers.0.*packed into 4-bit codes .*kinds: \[norm\]"):
+        check(Experiment.model_validate({**described, "noise": {"targets": {"kinds": ["linear"]}}}))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp4rl.noise.evidence import NoiseEvidence
-from fp4rl.noise.targets import NoisyWeight, noisy_weights
+from fp4rl.noise.targets import NoisyWeight, no_noise_on_codes, noisy_weights
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.noise import Noise
 
@@ -29,7 +29,8 @@ def perturb(
 
     One number is drawn from `generator`; each weight's noise follows from it and the weight's name, whatever the order,
     the sharding or the process. `share` is the part of the run that is done (zones that change need it). Raises
-    InvalidValueError for a negative sigma, NotFoundError when nothing takes noise, CheckFailed when a weight lost it.
+    InvalidValueError for a negative sigma and a packed weight, NotFoundError when nothing takes noise, CheckFailed when
+    a weight lost it.
     """
     if not 0 <= sigma < float("inf"):
         raise InvalidValueError(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
@@ -39,6 +40,8 @@ def perturb(
     with ExitStack() as undo:
         for weight in weights:
             clean = _full(weight.parameter)
+            if clean.is_meta:
+                raise InvalidValueError(no_noise_on_codes(weight.name))
             clean_factors = weight.gauge.factors(clean) if weight.gauge is not None else None
             noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
             undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))

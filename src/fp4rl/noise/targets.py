@@ -65,6 +65,14 @@ def noisy_weights(model: nn.Module, noise: Noise, *, share: float | None = None)
     return tuple(weights)
 
 
+def no_noise_on_codes(name: str) -> str:
+    """Return why the weight of that name takes no noise while it is packed, with the cure."""
+    return (
+        f"noise: {name} is packed into 4-bit codes (injection.frozen_base), which hold no noise; take frozen_base: "
+        "copy, or noise.targets.kinds: [norm]"
+    )
+
+
 def is_norm(module: nn.Module) -> bool:
     """Return whether a module is a norm, by its name and shape, since every model family has a class of its own."""
     named = any(word in type(module).__name__ for word in ("RMSNorm", "LayerNorm"))

@@ -7,7 +7,7 @@ from typing import Any
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
 from fp4rl.models.tokenizer import build_tokenizer
-from fp4rl.noise.targets import noisy_weights
+from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
@@ -52,11 +52,15 @@ def check(experiment: Experiment) -> None:
         )
     if experiment.model.lora is not None:
         model = with_lora(model, experiment.model.lora, path or "")
-    for injection in (experiment.injection, *(p.injection for p in runner.precisions().values())):
-        if injection is not None:
-            resolve(model, injection)
+    for profile in runner.precisions().values():
+        if profile.injection is not None:
+            resolve(model, profile.injection)
+    plans = resolve(model, experiment.injection).plans if experiment.injection is not None else ()
     if experiment.noise is not None:
-        noisy_weights(model, experiment.noise, share=0.0)
+        packed = {f"{plan.name}{end}" for plan in plans if plan.packed for end in ("", ".weight")}
+        for weight in noisy_weights(model, experiment.noise, share=0.0):
+            if weight.name in packed:
+                raise InvalidValueError(no_noise_on_codes(weight.name))
 
 
 def _reference_can_be_what_it_says(experiment: Experiment) -> None:
