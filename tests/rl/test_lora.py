@@ -3,10 +3,15 @@
 import pytest
 from tiny_models import MULTIMODAL, experts_in, multimodal
 
+from fp4rl.inject.resolve import resolve
+from fp4rl.models.load import load, skeleton
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.check import check
 from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded, Lora
 
 
@@ -67,3 +72,29 @@ def test_an_adapter_sits_on_the_text_model_of_a_multimodal_one_even_where_names_
     seeing = {"Gemma3": "fc1", "Qwen2_5_VL": "qkv", "Qwen3VL": "linear_fc1"}[family]
     with pytest.raises(InvalidValueError, match=f"no layer '{seeing}' that text passes through"):
         adapted(seeing)
+
+
+EXPERTS = Lora(rank=2, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+FOLDERS = {
+    "Qwen2": (lambda tokenizer: build(Embedded(), tokenizer), Lora(rank=2)),
+    "Qwen3-MoE": (lambda tokenizer: experts_in("qwen3_moe", "cpu", len(tokenizer)), EXPERTS),
+    "Llama-4 with towers": (lambda _: multimodal("Llama4"), EXPERTS),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match")  # peft's own, of its table for experts
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_skeleton_of_an_adapters_folder_has_the_sites_of_what_is_loaded(kind, tmp_path):
+    """Fault: its skeleton was its base's, so that training an adapter on under `lora: merged` was refused."""
+    make, lora = FOLDERS[kind]
+    tokenizer = build_tokenizer()
+    make(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = with_lora(load(tmp_path / "base")[0], lora, tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    injection = Injection.model_validate({"mode": "w4a4", "lora": "merged"})
+    found, known = resolve(skeleton(tmp_path / "adapter"), injection), resolve(load(tmp_path / "adapter")[0], injection)
+    assert found.as_dict() == known.as_dict()
+    assert {plan.name for plan in found.plans if plan.merged}
+    spec = {"model": {"path": str(tmp_path / "adapter")}, "injection": {"mode": "w4a4", "lora": "merged"}}
+    check(Experiment.model_validate(spec | {"training": {"max_prompt_length": 128, "max_response_length": 8}}))
