@@ -1,7 +1,9 @@
 """A fresh adapter sits on the layers that it names, of the text model alone."""
 
 import pytest
+import torch
 from tiny_models import MULTIMODAL, experts_in, multimodal
+from torch import nn
 
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import load, skeleton
@@ -9,6 +11,7 @@ from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.lora import with_lora
+from fp4rl.rl.session import ResumeState, Run, TrainingSession
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -98,3 +101,25 @@ def test_the_skeleton_of_an_adapters_folder_has_the_sites_of_what_is_loaded(kind
     assert {plan.name for plan in found.plans if plan.merged}
     spec = {"model": {"path": str(tmp_path / "adapter")}, "injection": {"mode": "w4a4", "lora": "merged"}}
     check(Experiment.model_validate(spec | {"training": {"max_prompt_length": 128, "max_response_length": 8}}))
+
+
+def test_an_adapter_that_is_trained_on_is_its_own_reference_at_the_start(tmp_path):
+    """Fault: TRL put its fused head around the adapter, 'has no attribute last_hidden_state': no KL, no such run."""
+    tokenizer = build_tokenizer()
+    build(Embedded(), tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = with_lora(load(tmp_path / "base")[0], Lora(rank=2), tmp_path / "base")
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "adapter"
+    adapted.save_pretrained(path)
+    training = {"algorithm": "grpo", "train_batch_size": 2, "mini_batch_size": 2, "rollout_n": 2, "steps": 1}
+    training |= {"filter_groups": {"enable": False}, "distillation": {"coef": 1.0}, "max_response_length": 8}
+    described = Experiment.model_validate({"model": {"path": str(path)}, "training": training})
+    trainer = TrainingSession(Run(described, tmp_path, path, lambda _: None), ResumeState()).trainer
+    batch = trainer._generate_and_score_completions([{"prompt": ""}] * 4)
+    own, answered = batch["sampling_per_token_logps"], batch["completion_mask"].bool()
+    assert torch.allclose(batch["ref_per_token_logps"][answered], own[answered], atol=1e-4)
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(trainer._old(batch)[answered], own[answered], atol=1e-2)

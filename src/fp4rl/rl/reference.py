@@ -143,9 +143,14 @@ def _without_adapter(live: Any, phases: Phases, phase: Phase) -> Iterator[None]:
         yield
 
 
+def below_adapters(model: Any) -> Any:
+    """Return the model that peft has put adapters on; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def backbone(model: Any) -> nn.Module:
     """Return the part of a causal model below its head, adapters or not."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = below_adapters(model)
     return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
 
 

@@ -27,7 +27,7 @@ from fp4rl.rl.losses import Whole
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.mismatch import compare_sampler, is_due
 from fp4rl.rl.objective import MicroBatch, objective
-from fp4rl.rl.reference import Teacher
+from fp4rl.rl.reference import Teacher, below_adapters
 from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
 from fp4rl.rl.routing import RouterWatch
 from fp4rl.rl.step_metrics import StepMeans, StepTimer, finite_norm, joined
@@ -69,7 +69,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         if parts.teacher is not None and recipe.distillation is not None:
             self.teacher = Teacher(parts.teacher, self.model, recipe.distillation, recipe.temperature)
         if parts.reference is not None and parts.reference.is_copy:
-            add_fused_lm_head(parts.reference.model, temperature=recipe.temperature)
+            add_fused_lm_head(below_adapters(parts.reference.model), temperature=recipe.temperature)
         self.add_callback(_AroundTheOptimizer(self))
 
     @property
