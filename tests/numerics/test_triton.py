@@ -15,7 +15,8 @@ SEED = (123, -456)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MATHS = ("exact", "tensor", "float32")
-MAIN = [MXFP4, MXFP4_2D, NVFP4, FORMATS["mxfp4_sr"]]
+FACTORS = [replace(NVFP4, factor="per_token"), replace(NVFP4, factor="static", calibrated=1.7)]
+MAIN = [MXFP4, MXFP4_2D, NVFP4, FORMATS["mxfp4_sr"], *FACTORS]
 ROUNDINGS = ("half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic")
 TOOLS: list[Format] = [  # the rules of tools: op by op in a dtype, with an epsilon
     *(
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def said(fmt: Format) -> str:
-    return f"{fmt.name}-{fmt.scale_rule}-{fmt.scale_epsilon}-{fmt.scale_math}-{fmt.rounding}-{fmt.block}"
+    return f"{fmt.name}-{fmt.scale_rule}-{fmt.scale_epsilon}-{fmt.scale_math}-{fmt.rounding}-{fmt.block}-{fmt.factor}"
 
 
 def seed_of(fmt: Format) -> tuple[int, int] | None:

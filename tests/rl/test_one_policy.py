@@ -49,7 +49,10 @@ FAMILIES = {
 }
 ROUNDED = {
     "nothing": None,
-    **{mode: {"mode": mode} for mode in ("w4a16", "w4a8", "w4a4", "w16a4", "w8a8", "nvfp4_w4a16", "w4a4_out")},
+    **{
+        mode: {"mode": mode}
+        for mode in ("w4a16", "w4a8", "w4a4", "w16a4", "w8a8", "nvfp4_w4a16", "nvfp4_w4a4", "w4a4_out")
+    },
     "rotated": {"weight": {"name": "mxfp4", "rotation": 32}, "input": {"name": "mxfp4", "rotation": 32}},
     "dual": {"weight": "mxfp4_dual", "input": "mxfp4_dual"},
     "cache8": {"mode": "w4a4", "kv_cache": "mxfp8"},

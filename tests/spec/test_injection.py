@@ -1,6 +1,7 @@
 """A word or a mapping becomes an injection that says what it does and survives a round trip through JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ parse = Injection.model_validate
         ("w16a4", None, MXFP4, None),
         ("w8a8", MXFP8, MXFP8, None),
         ("nvfp4_w4a16", NVFP4, None, None),
-        ("nvfp4_w4a4", NVFP4, NVFP4, None),
+        ("nvfp4_w4a4", NVFP4, replace(NVFP4, factor="per_token"), None),
         ("w4a4_out", MXFP4, None, MXFP4),
     ],
 )

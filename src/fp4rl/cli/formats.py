@@ -28,6 +28,11 @@ RULES = {
     "fouroversix": "round(log2(amax / 6)) or round(log2(amax / 4)), the less squared error",
     "amax": "amax / {largest:g}",
 }
+FACTORS = {
+    "tensor": "one FP32 number for the tensor of a call",
+    "per_token": "one FP32 number for each row of the last axis",
+    "static": "one FP32 number that was calibrated",
+}
 SCALES = {"e8m0": "E8M0", "e4m3": "E4M3 x FP32", "fp32": "FP32", "none": "none"}
 
 
@@ -115,6 +120,9 @@ def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
         yield "epsilon", f"{fmt.scale_epsilon:g}, added to what the rule takes the logarithm of"
     if fmt.scale_math != "exact":
         yield "arithmetic", f"of the rule: in the dtype {fmt.scale_math}".replace("dtype tensor", "tensor's own dtype")
+    if fmt.scale in ("e4m3", "fp32"):
+        fits = "" if fmt.calibrated is None else f", for magnitudes up to {fmt.calibrated:g}"
+        yield "factor", f"{fmt.factor}: {FACTORS[fmt.factor]}{fits}"
     yield "rounding", fmt.rounding
     if fmt.coarse:
         yield "coarse", f"one FP32 scale for {fmt.coarse.columns} columns, chosen by {fmt.coarse.choice}"
@@ -200,6 +208,8 @@ def _facts(fmt: Format) -> dict[str, object]:
         "scale_rule": fmt.scale_rule if fmt.scale != "none" else None,
         "scale_epsilon": fmt.scale_epsilon,
         "scale_math": fmt.scale_math,
+        "factor": fmt.factor,
+        "calibrated": fmt.calibrated,
         "rounding": fmt.rounding,
         "coarse": vars(fmt.coarse) if fmt.coarse else None,
         "rotation": fmt.rotation,

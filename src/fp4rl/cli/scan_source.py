@@ -107,8 +107,12 @@ def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | N
             f"{source} is no spec file, so {stray[0]} has nothing to change; keys of {', '.join(OF_A_MODEL)} act"
         )
     model: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
-    content = {"model": {**model, "dtype": "float32"}, "task": {"name": "arithmetic"}}
-    return single(parse(Experiment, merge(content, change), ""), source)
+    content = merge({"model": {**model, "dtype": "float32"}, "task": {"name": "arithmetic"}}, change)
+    injection = content.pop("injection", None)  # by itself: a scan takes what no run would
+    experiment = parse(Experiment, content, "")
+    if injection is not None:
+        experiment = experiment.model_copy(update={"injection": parse(Injection, injection, "injection")})
+    return single(experiment, source)
 
 
 def _name(source: str, run: PlannedRun) -> str:

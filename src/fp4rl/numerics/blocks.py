@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fp4rl.spec.formats import Format
+
 Block = tuple[int, int] | None
 
 
@@ -25,6 +27,12 @@ class Grouping:
 
     shape: torch.Size
     block: Block
+
+    @classmethod
+    def of(cls, shape: torch.Size, fmt: Format) -> "Grouping":
+        """Return the blocks of a format: whole rows where tokens share no FP32 scale."""
+        rowwise = fmt.block is None and fmt.factor != "tensor"
+        return cls(shape, (1, max(1, (1, *shape)[-1])) if rowwise else fmt.block)
 
     @property
     def matrix(self) -> tuple[int, int]:

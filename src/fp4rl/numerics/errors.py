@@ -200,7 +200,7 @@ def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
     """Round `x` (float32 or float64) under each block's ideal, real-valued scale."""
     if fmt.scale == "none":
         return fake_quantize(x, fmt)
-    grouping = Grouping(x.shape, fmt.block)
+    grouping = Grouping.of(x.shape, fmt)
     blocks = grouping.split(x)
     magnitude = blocks.abs()
     amax = magnitude.amax(grouping.axes, keepdim=True)
@@ -216,6 +216,8 @@ def gaussian_ideal(fmt: Format) -> Mapping[str, float]:
 
     The mean of each measure over eight standard deviations that span an octave, 2^18 values each, from seed 0.
     """
+    if fmt.factor == "static":  # seen on other data
+        return gaussian_ideal(replace(fmt, factor="tensor", calibrated=None))
     generator = torch.Generator().manual_seed(0)
     measured = []
     for i in range(OCTAVE):

@@ -65,7 +65,7 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
     inner, _ = inside(x, fmt)
-    grouping = Grouping(x.shape, fmt.block)
+    grouping = Grouping.of(x.shape, fmt)
     magnitude = grouping.split(widened(inner)).abs()
     return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt, inner.dtype) * fmt.element.largest)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp4rl.numerics.blocks import columns_of
 from fp4rl.numerics.rounding import Seed
-from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite
+from fp4rl.numerics.scales import carry, fp32_scale, nan_where_not_finite, nvfp4_global
 from fp4rl.numerics.steps import settled, stepped, table
 from fp4rl.spec.formats import E2M1, Format
 
@@ -44,7 +44,8 @@ class Rule(ctypes.Structure):
 
 def supports(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels know this format: all but those without a scale and the search for the least error."""
-    known = fmt.scale != "none" and not (fmt.scale == "e4m3" and fmt.block[0] != 1)  # type: ignore[index]
+    known = fmt.block[0] == 1 if fmt.scale == "e4m3" else fmt.scale != "none"  # type: ignore[index]
+    known = known and (fmt.factor == "tensor" or fmt.scale == "e4m3")
     return known and _searches(x, fmt) and x.device.type == "cpu" and x.dtype != torch.float64
 
 
@@ -93,15 +94,17 @@ def round_native(library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None
     if fmt.block[0] != 1:
         return _round_tiles(library, x, rule, fmt.block, out)
     width, rows, size = fmt.block[1], x.numel() // columns, x.element_size()
-    factor = nvfp4_factor(library, x, rule, width) if fmt.scale == "e4m3" else 0.0
+    by_row = fmt.factor == "per_token"
+    factor = nvfp4_factor(library, x, rule, fmt) if fmt.scale == "e4m3" and not by_row else 0.0
     source, target = x.data_ptr(), out.data_ptr()
 
     def part(start: int, count: int) -> None:
         at = start * columns
-        library.round_rows(
-            *(source + at * size, target + at * size, count, columns, width),
-            *(factor, rule, at & 0xFFFFFFFF),
-        )
+        where = source + at * size, target + at * size, count, columns, width
+        if by_row:
+            library.round_tokens(*where, rule, at & 0xFFFFFFFF)
+        else:
+            library.round_rows(*where, factor, rule, at & 0xFFFFFFFF)
 
     share(part, rows, x.numel())
     return out
@@ -139,9 +142,12 @@ def _round_whole(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: 
     return out
 
 
-def nvfp4_factor(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int) -> float:
-    """Return `scales.nvfp4_global` of the whole tensor."""
-    return float(library.nvfp4_factor(_largest_bits(library, x, rule, width, finite=True), rule.largest))
+def nvfp4_factor(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format) -> float:
+    """Return `reference.nvfp4_factor` of the whole tensor."""
+    if fmt.calibrated is not None:
+        return float(nvfp4_global(torch.tensor(fmt.calibrated), fmt.element))
+    assert fmt.block is not None
+    return float(library.nvfp4_factor(_largest_bits(library, x, rule, fmt.block[1], finite=True), rule.largest))
 
 
 def _largest_bits(library: ctypes.CDLL, x: Tensor, rule: Rule, width: int, finite: bool) -> int:
@@ -173,7 +179,7 @@ def pack_native(
     width, columns, rule = fmt.block[1], columns_of(x), rule_of(fmt, x.dtype, seed)
     rows, across, bytes_of_row = x.numel() // columns, -(-columns // width), (columns + 1) // 2
     two_levels = fmt.scale == "e4m3"
-    factor = nvfp4_factor(library, x, rule, width) if two_levels else 0.0
+    factor = nvfp4_factor(library, x, rule, fmt) if two_levels else 0.0
     data = torch.empty(*x.shape[:-1], bytes_of_row, dtype=torch.uint8)
     scales = torch.empty(*x.shape[:-1], across, dtype=torch.uint8)
     broken = [0]
@@ -238,6 +244,7 @@ def typed(library: ctypes.CDLL) -> ctypes.CDLL:
     real, first, flag = ctypes.c_float, ctypes.c_uint32, ctypes.c_int32
     for name, result, *arguments in (
         ("round_rows", None, pointer, pointer, count, count, count, real, rule, first),
+        ("round_tokens", None, pointer, pointer, count, count, count, rule, first),
         ("round_tiles", None, pointer, pointer, count, count, count, count, rule, first),
         ("round_run", None, pointer, pointer, count, real, rule, first),
         ("largest_of", first, pointer, count, count, count, flag, flag),

@@ -59,7 +59,7 @@ def quantize(x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
     """
     _check(x, fmt, name)
     seed = seed_for(fmt, generator, name)
-    grouping = Grouping(x.shape, fmt.block)
+    grouping = Grouping.of(x.shape, fmt)
     if not x.numel():
         return _no_values(x, fmt, grouping)
     inner, levels = inside(x, fmt)
@@ -99,7 +99,7 @@ def dequantize(stored: Quantized | Packed, *, out: Tensor | None = None) -> Tens
             return saturated(values, fmt.rounding)
         stored = unpack(stored)
     dtype = torch.float64 if levels.dtype == torch.float64 else torch.float32
-    grouping = Grouping(stored.codes.shape, fmt.block)
+    grouping = Grouping.of(stored.codes.shape, fmt)
     scales = stored.scales.to(torch.int32) if fmt.scale == "e8m0" else stored.scales
     scale = grouping.scales_inside(effective_scale(scales, stored.factor, fmt, dtype))
     values = decode(grouping.split(stored.codes), fmt.element, dtype) * scale
@@ -162,6 +162,8 @@ def _not_finite(fmt: Format, name: str) -> InvalidValueError:
 def _check(x: Tensor, fmt: Format, name: str) -> None:
     if fmt.scale == "none":
         raise InvalidValueError(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
+    if fmt.factor == "per_token":
+        raise InvalidValueError(f"{name}: no layout stores a factor for each token; {fmt.name} so is for inputs alone")
     if not x.is_floating_point() or not x.ndim:
         raise InvalidValueError(f"{name}: floats with at least one axis have codes, not {x.dtype} {tuple(x.shape)}")
 

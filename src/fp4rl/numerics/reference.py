@@ -38,7 +38,7 @@ def reference(
     """
     if fmt.scale == "none":
         return rounded_plainly(x, fmt)
-    grouping = Grouping(x.shape, fmt.block)
+    grouping = Grouping.of(x.shape, fmt)
     blocks = grouping.split(widened(x))
     uniform = None if seed is None else grouping.split(uniform_like(x, seed, first_row))
     return grouping.join(round_blocks(blocks, grouping.axes, fmt, uniform, factor, x.dtype)).to(x.dtype)
@@ -93,9 +93,9 @@ def stored_scales(
     `dtype` is that of the tensor, in which its packer computes.
     """
     if fmt.scale == "fp32":
-        return fp32_scale(amax, fmt.element), None
+        return fp32_scale(amax if fmt.calibrated is None else calibrated(amax, fmt), fmt.element), None
     if fmt.scale == "e4m3":
-        factor = nvfp4_global(amax, fmt.element) if factor is None else factor
+        factor = nvfp4_factor(amax, fmt) if factor is None else factor
         return nvfp4_blocks(amax, factor, fmt.element), factor
     codes = stepped_codes(amax, fmt, dtype) if stepped(fmt) else e8m0_codes(amax, fmt.scale_rule, fmt.element)
     if fmt.scale_rule == "mse":
@@ -103,6 +103,19 @@ def stored_scales(
     elif fmt.scale_rule == "fouroversix":  # the one that maps amax to 6, or that which maps it to 4
         codes = least_error_codes(magnitude, [codes, stepped_codes(amax, fmt, dtype, 4.0)], axes, fmt, dtype)
     return codes, None
+
+
+def nvfp4_factor(amax: Tensor, fmt: Format) -> Tensor:
+    """Return the FP32 factors above the block maxima `amax` [rows, blocks, 1]: one, or [rows, 1, 1] per token."""
+    if fmt.factor == "static":
+        amax = calibrated(amax, fmt)
+    return nvfp4_global(amax, fmt.element, by_row=fmt.factor == "per_token")
+
+
+def calibrated(amax: Tensor, fmt: Format) -> Tensor:
+    """Return the largest magnitude that a calibration saw, [], like `amax`."""
+    assert fmt.calibrated is not None
+    return torch.full((), fmt.calibrated, dtype=amax.dtype, device=amax.device)
 
 
 def effective_scale(stored: Tensor, factor: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
@@ -149,11 +162,11 @@ def rounded_plainly(x: Tensor, fmt: Format) -> Tensor:
 
 def round_chunked(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tensor:
     """Write `reference(x, fmt, seed)` into `out`, which may be x itself; both contiguous."""
-    if fmt.block is None:
+    if fmt.block is None and fmt.factor == "tensor":
         return out.copy_(reference(x, fmt, seed))
-    height, columns = fmt.block[0], columns_of(x)
+    height, columns = (fmt.block or (1, 1))[0], columns_of(x)
     factor = None
-    if fmt.scale == "e4m3":
+    if fmt.scale == "e4m3" and fmt.factor == "tensor":
         maxima = [_block_maxima(piece, fmt) for piece, _ in _pieces(x.view(-1, columns), x, height)]
         factor = nvfp4_global(torch.cat(maxima), fmt.element)
     target = out.view(-1, columns)
@@ -163,7 +176,7 @@ def round_chunked(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Ten
 
 
 def _block_maxima(piece: Tensor, fmt: Format) -> Tensor:
-    grouping = Grouping(piece.shape, fmt.block)
+    grouping = Grouping.of(piece.shape, fmt)
     return grouping.split(widened(piece)).abs().amax(grouping.axes).flatten()
 
 

@@ -79,12 +79,14 @@ def divided(amax: Tensor, by: float) -> Tensor:
     return amax / torch.full((), by, dtype=amax.dtype, device=amax.device)
 
 
-def nvfp4_global(amax: Tensor, element: Element) -> Tensor:
-    """Return NVFP4's FP32 factor for the tensor, [] float32: it maps the largest magnitude to 448 * 6.
+def nvfp4_global(amax: Tensor, element: Element, by_row: bool = False) -> Tensor:
+    """Return NVFP4's FP32 factor, [] float32, which maps the largest magnitude to 448 * 6; `by_row` one for each row of
+    block maxima [rows, blocks, 1].
 
     A multiplier, as compressed-tensors stores it: a block's effective scale is its E4M3 scale divided by this.
     """
-    largest = amax.masked_fill(~amax.isfinite(), 0).amax()  # one block with a NaN must not spoil all others
+    finite = amax.masked_fill(~amax.isfinite(), 0)  # one block with a NaN must not spoil all others
+    largest = finite.amax(-2, keepdim=True) if by_row else finite.amax()
     factor = largest.reciprocal() * (E4M3_LARGEST * element.largest)  # two roundings, as in compressed-tensors
     return factor.clamp(FP32_TINY, FP32_LARGEST).to(torch.float32)
 

@@ -52,10 +52,12 @@ def round_triton(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Tens
     layout = {"HEIGHT": height, "WIDTH": width, "TOGETHER": together, "RAGGED": height > 1 or columns % width > 0}
     options = {"DTYPE": DTYPES[x.dtype], "enable_fp_fusion": False}
     source, target = _as_bits(x), _as_bits(out)
-    amax = source  # read by formats of two levels alone
-    if fmt.scale == "e4m3":
-        amax = torch.zeros(1, dtype=torch.int32, device=x.device)
-        _largest[grid](source, amax, *shape, **layout, **options)
+    amax, by_row = source, fmt.factor == "per_token"  # read by formats of two levels alone
+    if fmt.calibrated is not None:
+        amax = torch.full((1,), fmt.calibrated, device=x.device).view(torch.int32)
+    elif fmt.scale == "e4m3":
+        amax = torch.zeros(rows if by_row else 1, dtype=torch.int32, device=x.device)
+        _largest[grid](source, amax, *shape, **layout, **options, BY_ROW=by_row)
     first, second = seed or (0, 0)
     fmt = settled(fmt, x.dtype)
     constants = _constants(fmt)
@@ -88,6 +90,7 @@ def _constants(fmt: Format) -> dict[str, Any]:
         "ERRORS": ERRORS[fmt.scale_math] if fmt.scale_rule == "fouroversix" else -1,
         "ROUNDING": ROUNDINGS.index(fmt.rounding),
         "TWO_LEVELS": fmt.scale == "e4m3",
+        "BY_ROW": fmt.factor == "per_token",
     }
 
 
@@ -143,11 +146,18 @@ def _store_bits(out, at, bits, in_bounds, DTYPE: tl.constexpr):
 def _largest(
     x, amax, blocks, bands, across, rows, columns,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Find the bits of the largest magnitude in blocks without NaN and infinity (atomic maximum into `amax`)."""
+    """Find the bits of the largest magnitude in blocks without NaN and infinity (atomic maximum into `amax`), of all or
+    BY_ROW of each."""
     at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
     most = tl.max(_load_bits(x, at, in_bounds, DTYPE) & 0x7FFFFFFF, axis=1)
-    tl.atomic_max(amax, tl.max(tl.where(most < 0x7F800000, most, 0), axis=0))
+    finite = tl.where(most < 0x7F800000, most, 0)
+    if BY_ROW:
+        block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+        tl.atomic_max(amax + block // across, finite, mask=block < blocks)
+    else:
+        tl.atomic_max(amax, tl.max(finite, axis=0))
 
 
 @triton.jit
@@ -226,6 +236,7 @@ def _round(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, LEAST: tl.constexpr, MAX_EXPONENT: tl.constexpr, LARGEST: tl.constexpr,
     CARRY: tl.constexpr, STEPPED: tl.constexpr, ERRORS: tl.constexpr, ROUNDING: tl.constexpr, TWO_LEVELS: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Compute `reference.round_blocks` for the program's blocks."""
     at, in_bounds = _places(blocks, bands, across, rows, columns, HEIGHT, WIDTH, TOGETHER, RAGGED)
@@ -234,7 +245,13 @@ def _round(
     most = tl.max(magnitude, axis=1)
     value = magnitude.to(tl.float32, bitcast=True)
     if TWO_LEVELS:
-        factor = tl.div_rn(1.0, tl.load(amax).to(tl.float32, bitcast=True)) * (448.0 * LARGEST)
+        if BY_ROW:
+            block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+            largest = tl.load(amax + block // across, mask=block < blocks, other=0x3F800000)
+            factor = tl.div_rn(tl.full([TOGETHER], 1.0, tl.float32), largest.to(tl.float32, bitcast=True))
+        else:
+            factor = tl.div_rn(1.0, tl.load(amax).to(tl.float32, bitcast=True))
+        factor = factor * (448.0 * LARGEST)
         factor = tl.minimum(tl.maximum(factor, 1.1754943508222875e-38), 3.4028234663852886e38)
         wanted = factor * tl.div_rn(most.to(tl.float32, bitcast=True), LARGEST + tl.zeros_like(most).to(tl.float32))
         stored = _on_grid(wanted, at, first, second, 3, 121 << 23, 448.0, 0)

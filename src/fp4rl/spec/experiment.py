@@ -82,9 +82,10 @@ class Experiment(Spec):
                 )
         if shared := shared_scales(self.injection, "rollout", "training"):
             yield (
-                f"injection: {', '.join(shared)}: all tokens of a call share a scale, so that a token is rounded "
-                "differently in a batch of another size: sampler and trainer would be two policies. Keep such formats "
-                "to weights (nvfp4_w4a16) or to evaluation, or take MXFP4 (w4a4)"
+                f"injection: {', '.join(shared)}: all tokens of a call share a scale, so that the log-probability of a "
+                "token depends on its batch-mates: sampler and trainer would be two policies. Give NVFP4 and FP8 "
+                "`factor: per_token` (mode nvfp4_w4a4 does) or static; or take MXFP4 (w4a4), or keep such formats to "
+                "weights (nvfp4_w4a16) or to evaluation"
             )
 
     def warnings(self) -> Iterator[str]:

@@ -24,6 +24,7 @@ ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "round
 ScaleMath = Literal["exact", "tensor", "float64", "float32", "bfloat16", "float16"]
 Rounding = Literal["nearest_even", "half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic"]
 CoarseChoice = Literal["max", "search"]
+Factor = Literal["tensor", "per_token", "static"]
 
 ROTATIONS = (16, 32, 64, 128)
 UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 scales is clipped to 6, not rescaled
@@ -105,8 +106,9 @@ class Format:
     picks the exponent of an `e8m0` scale from the block's largest magnitude; the other scales know one rule,
     `amax`. `scale_epsilon` is added to what the rule takes the logarithm of, and `scale_math` says in which arithmetic
     the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself).
-    `rotation` is the size of the orthonormal Hadamard blocks along the last axis. Raises InvalidValueError for a
-    combination that means nothing.
+    `rotation` is the size of the orthonormal Hadamard blocks along the last axis. `factor`: what has one FP32 number,
+    above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), or all calls (`static`, for the largest
+    magnitude `calibrated`). Raises InvalidValueError for a combination that means nothing.
     """
 
     name: str
@@ -119,9 +121,11 @@ class Format:
     rotation: int | None = None
     scale_epsilon: float = 0.0
     scale_math: ScaleMath = "exact"
+    factor: Factor = "tensor"
+    calibrated: float | None = None
 
     def __post_init__(self) -> None:
-        for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_block(self)):
+        for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_factor(self), *_wrong_block(self)):
             raise InvalidValueError(f"{self.name}: {mistake}")
 
     @property
@@ -136,12 +140,12 @@ class Format:
     def spans_rows(self) -> bool:
         """Whether values in different rows share a scale."""
         rows = self.block[0] if self.block is not None else 1
-        return self.scale in ("e4m3", "fp32") or rows > 1
+        return (self.scale in ("e4m3", "fp32") and self.factor == "tensor") or rows > 1
 
 
 def _wrong_words(fmt: Format) -> Iterator[str]:
-    words = (("scale", Scale), ("scale_rule", ScaleRule), ("rounding", Rounding), ("scale_math", ScaleMath))
-    for key, known in words:
+    words = {"scale": Scale, "scale_rule": ScaleRule, "rounding": Rounding, "scale_math": ScaleMath, "factor": Factor}
+    for key, known in words.items():
         word = getattr(fmt, key)
         if word not in get_args(known):
             yield f"{key} {word!r} is unknown{nearest(str(word), get_args(known))}"
@@ -164,6 +168,15 @@ def _wrong_scale(fmt: Format) -> Iterator[str]:
         yield f"rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
     if fmt.coarse and not powers:
         yield f"a coarse scale stands above e8m0 block scales only, not above {fmt.scale}"
+
+
+def _wrong_factor(fmt: Format) -> Iterator[str]:
+    if fmt.factor != "tensor" and (fmt.scale not in ("e4m3", "fp32") or (fmt.block or (1, 1))[0] > 1):
+        yield f"factor {fmt.factor!r} is for scales in e4m3 or fp32 that span no two rows"
+    if (fmt.factor == "static") != (fmt.calibrated is not None):
+        yield "factor static goes with `calibrated`, a largest magnitude: `fp4rl scan MODEL --calibrate FILE` finds it"
+    if fmt.calibrated is not None and not 0 < fmt.calibrated < inf:
+        yield f"calibrated {fmt.calibrated!r} must be a magnitude above 0"
 
 
 def _wrong_block(fmt: Format) -> Iterator[str]:
@@ -242,11 +255,11 @@ def format_of(value: object) -> Format:
 def _field_of(name: str, key: object, given: Any) -> Any:
     whole = isinstance(given, int) and not isinstance(given, bool)
     match key:
-        case "scale_rule" | "rounding" | "scale_math" if isinstance(given, str):
+        case "scale_rule" | "rounding" | "scale_math" | "factor" if isinstance(given, str):
             return given
-        case "scale_epsilon" if whole or isinstance(given, float):
+        case "scale_epsilon" | "calibrated" if whole or isinstance(given, float):
             return float(given)
-        case "rotation" if given is None or whole:
+        case "rotation" | "calibrated" if given is None or whole:
             return given
         case "block" if whole:
             return (1, given)
@@ -263,7 +276,8 @@ def _field_of(name: str, key: object, given: Any) -> Any:
     raise NotFoundError(f"{name}: no format setting is called {key!r}{nearest(str(key), _SETTINGS)}")
 
 
-_SETTINGS = ("scale_rule", "rounding", "block", "coarse", "rotation", "scale_epsilon", "scale_math")
+_RULES = ("scale_rule", "rounding", "block", "coarse", "rotation")
+_SETTINGS = (*_RULES, "scale_epsilon", "scale_math", "factor", "calibrated")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:

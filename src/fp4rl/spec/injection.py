@@ -159,6 +159,7 @@ class Injection(Spec):
                     f"{own.name if own else 'none'}; drop `mode` and name the points"
                 )
         yield from self._without_effect()
+        yield from self._wrong_factors()
         if (self.lora == "merged" or self.frozen_base == "packed") and not self.weight:
             yield "lora: merged and frozen_base: packed round weights, but `weight` is none; name its format"
         if self.frozen_base == "packed" and self.apply_during.weight != PHASES:
@@ -168,6 +169,13 @@ class Injection(Spec):
             )
         if self.lora == "merged" and self.frozen_base == "packed":
             yield "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
+
+    def _wrong_factors(self) -> Iterator[str]:
+        wrong = {"weight": ("per_token", "static"), **dict.fromkeys(GRADIENTS, ("static",))}
+        for point, factors in wrong.items():
+            for fmt in (getattr(row, point, None) for row in (self, *self.by_pattern)):
+                if isinstance(fmt, Format) and fmt.factor in factors:
+                    yield f"{point} {fmt.name}: factor {fmt.factor} is for inputs of matmuls; leave it out here"
 
     def _without_effect(self) -> Iterator[str]:
         during = self.apply_during
@@ -234,9 +242,9 @@ def _exception(entry: Any, content: Mapping[str, Any], deployment: Deployment | 
 def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...]:
     """List the points of `injection` at which tokens share a scale in any of `phases`, such as `input nvfp4`.
 
-    NVFP4 has one FP32 factor, and FP8 one scale, for the whole tensor of a call; a block of 32 x 32 spans 32 tokens.
-    Decoding one token and scoring a whole answer then round the same value differently, and so do two batch sizes.
-    Weights are the same tensor in every call, so they may share what they like.
+    Under `factor: tensor` NVFP4 has one FP32 factor, and FP8 one scale, for the whole tensor of a call; a block of 32 x
+    32 spans 32 tokens. Decoding one token and scoring a whole answer then round the same value differently, and so do
+    two batch sizes. Weights are the same tensor in every call, so they may share what they like.
     """
     if injection is None:
         return ()

@@ -1,7 +1,7 @@
 """Where an injection rounds: points, the modes that name formats for them at once, and the phases of each."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
@@ -84,7 +84,8 @@ class ApplyDuring(Spec):
 
 def can_clip(fmt: Format) -> bool:
     """Return whether values can be clipped: they cannot where every scale is rounded up."""
-    return fmt.scale == "e4m3" or (fmt.scale == "e8m0" and fmt.scale_rule not in ("ceil", "rceil"))
+    down = fmt.scale_rule not in ("ceil", "rceil")
+    return fmt.scale == "e4m3" or fmt.factor == "static" or (fmt.scale == "e8m0" and down)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ _ALL = (
     Mode("w16a4", None, MXFP4, None, "MXFP4 matmul inputs alone, to tell their error from the weights'"),
     Mode("w8a8", MXFP8, MXFP8, None, "MXFP8 weights and matmul inputs"),
     Mode("nvfp4_w4a16", NVFP4, None, None, "NVFP4 weights"),
-    Mode("nvfp4_w4a4", NVFP4, NVFP4, None, "NVFP4 weights and matmul inputs"),
+    Mode(
+        *("nvfp4_w4a4", NVFP4, replace(NVFP4, factor="per_token"), None),
+        "NVFP4 weights and matmul inputs, a factor for each token",
+    ),
     Mode("w4a4_out", MXFP4, None, MXFP4, "MXFP4 weights and outputs; only to repeat older results"),
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})

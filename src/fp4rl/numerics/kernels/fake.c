@@ -210,3 +210,13 @@ float nvfp4_factor(uint32_t amax, float largest) {
     float factor = (1.0f / as_float(amax)) * (448.0f * largest);
     return factor > 0x1.fffffep127f ? 0x1.fffffep127f : factor < 0x1p-126f ? 0x1p-126f : factor;
 }
+
+/* Blocks of 1 x width under one NVFP4 factor for each row. */
+void round_tokens(const void *x, void *out, int64_t rows, int64_t columns, int64_t width, const Rule *rule, uint32_t first) {
+    size_t bytes = (rule->dtype == FLOAT32 ? 4 : 2) * (size_t)columns;
+    for (int64_t row = 0; row < rows; row++) {
+        const void *from = (const char *)x + (size_t)row * bytes;
+        float factor = nvfp4_factor(largest_of(from, 1, columns, width, 1, rule->dtype), rule->largest);
+        round_rows(from, (char *)out + (size_t)row * bytes, 1, columns, width, factor, rule, first + (uint32_t)(row * columns));
+    }
+}
