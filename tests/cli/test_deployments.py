@@ -152,6 +152,23 @@ def test_a_renamed_preset_is_said_once_a_file_and_on_the_command_line(shown, tmp
     assert shown("sites", "embedded", "--preset", "ocp", "--deployment", "ocp")[2].endswith("name deployment alone\n")
 
 
+def test_layers_that_a_kernel_cannot_take_are_counted(shown, tmp_path):
+    file = tmp_path / "wide.yaml"
+    file.write_text("model: {embedded: {hidden_size: 96, intermediate_size: 128}}\n")
+    for mode, said in {
+        "w4a8": "vllm_ascend has no w4a8 kernel for 12 dense layers such as model.layers.0.self_attn.q_proj: "
+        "of in_features that 64 does not divide",  # q, k, v, o, gate, up of two layers; down has 128
+        "w4a16": "vllm_ascend has no w4a16 kernel for 14 dense layers such as model.layers.0.self_attn.q_proj: "
+        "not routed experts",
+        "w4a4": None,
+    }.items():
+        arguments = ("sites", str(file), "--mode", mode, "--deployment", "vllm_ascend")
+        assert json.loads(shown(*arguments, "--json")[1])["warnings"] == ([said] if said else [])
+        out = words(shown(*arguments)[1])
+        assert f"served: vllm_ascend: a {mode.upper()} checkpoint is computed as it is on Ascend 950" in out
+        assert ("warning: " in out) == (said is not None)
+
+
 def test_neither_the_list_nor_its_help_imports_torch():
     code = """
 import sys

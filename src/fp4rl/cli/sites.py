@@ -1,6 +1,7 @@
 """`fp4rl sites`: show what an injection would round in a model, site by site, and why the rest is left out."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,11 @@ from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
+from fp4rl.lab.serving import served_as, unserved
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.formats import E2M1
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.load import parse
@@ -64,12 +67,14 @@ def command(
     if write and translation:
         heading = "Settings of the verl fork, translated by `fp4rl sites --old`"
         write_fragment(write, (heading, *translation.warnings), translation.fragment())
+    lacking = _lacking(table)
     if as_json:
-        print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json"), "warnings": list(warnings)})
+        said = {"served_as": served_as(table.injection), "warnings": [*warnings, *lacking]}
+        print_json(table.as_dict() | {"injection": table.injection.model_dump(mode="json")} | said)
         return
     for line in warnings:
         console(stderr=True).print(styled(("verl fork:", "yellow"), f" {line}"), soft_wrap=True)
-    _show(table, every)
+    _show(table, every, lacking)
     if translation and translation.noise:
         console().print(f"noise: {_in_a_line(translation.noise)}")
     if write:
@@ -123,7 +128,13 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     return resolve(model if spec.lora is None else with_lora(model, spec.lora, spec.path or ""), injection)
 
 
-def _show(sites: "SiteTable", every: bool) -> None:
+def _lacking(sites: "SiteTable") -> list[str]:
+    """Return which layers the deployment has no kernel for."""
+    four_bits = [plan for plan in sites.plans if plan.weight is not None and plan.weight.element == E2M1]
+    return list(unserved(sites.injection, [(plan.name, plan.site.part, plan.site.shape[-1]) for plan in four_bits]))
+
+
+def _show(sites: "SiteTable", every: bool, lacking: Sequence[str]) -> None:
     screen = console()
     rows = sites.rows()
     active = [point for point in FORMAT_POINTS if any(point in row for row in rows)]
@@ -151,6 +162,10 @@ def _show(sites: "SiteTable", every: bool) -> None:
         points_by_phases[", ".join(phases)].append(point)
     for phases_in_words, points in points_by_phases.items():
         screen.print(f"{', '.join(points)}: in {phases_in_words}")
+    if sites.injection.deployment is not None:
+        screen.print(f"served: {served_as(sites.injection)}")
+    for line in lacking:
+        screen.print(styled(("warning", "yellow"), f": {line}"))
 
 
 def _cells(rows: list[dict[str, Any]], active: list[str], every: bool) -> list[tuple[str, ...]]:

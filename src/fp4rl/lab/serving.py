@@ -1,12 +1,14 @@
 """What the arms of a suite would be served as: the deployment decides, not the checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.kernels import Served
 from fp4rl.spec.points import MODES
+from fp4rl.spec.words import counted
 
 UNNAMED = "ocp"  # whose rules formats have where no deployment is named
 
@@ -46,6 +48,23 @@ def changed(injection: Injection | None) -> str | None:
     if served is None or served.mode == mode:
         return None
     return f"{mode} is computed here, but {deployment.name} serves {served.mode or 'nothing of it'}: {served.note}"
+
+
+def unserved(injection: Injection, rounded: Iterable[tuple[str, str, int]]) -> Iterator[str]:
+    """Yield which layers have no kernel. `rounded`: name, part and in_features of each layer with 4-bit weights."""
+    mode = injection.checkpoint_mode
+    if injection.deployment is None or mode is None:
+        return
+    served = DEPLOYMENTS[injection.deployment].served(mode) or Served(mode)
+    dense = [(name, width) for name, part, width in rounded if part != "experts"]
+    unfit = [name for name, width in dense if width % served.multiple_of]
+    for names, why in (
+        ([name for name, _ in dense] if served.experts_alone else [], "not routed experts"),
+        (unfit, f"of in_features that {served.multiple_of} does not divide"),
+    ):
+        if names:
+            layers = f"{counted(len(names), 'dense layer')} such as {names[0]}"
+            yield f"{injection.deployment} has no {mode} kernel for {layers}: {why}"
 
 
 def of_profiles(evaluation: Evaluation) -> dict[str, Injection]:

@@ -14,10 +14,15 @@ SERVED_MODES = (*MX_MODES, *NVFP4_MODES)
 
 @dataclass(frozen=True)
 class Served:
-    """What a checkpoint is computed as: `mode`, or None where no kernel takes it; and under which condition."""
+    """What a checkpoint is computed as: `mode`, or None where no kernel takes it; and under which condition.
+
+    Of dense layers `multiple_of` must divide in_features, and `experts_alone` takes none.
+    """
 
     mode: str | None
     note: str = ""
+    multiple_of: int = 1
+    experts_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,8 @@ VLLM_ASCEND = Kernel(
     Rules(Rounds("floor", "half_away"), Rounds("floor")),
     _table(
         {
-            "w4a16": Served("w4a16", "routed experts alone; there is no such kernel for dense layers"),
-            "w4a8": Served("w4a8", "dense layers need in_features % 64 == 0"),
+            "w4a16": Served("w4a16", "routed experts alone; no such kernel for dense layers", experts_alone=True),
+            "w4a8": Served("w4a8", "dense layers need in_features % 64 == 0", multiple_of=64),
             "w4a4": Served(
                 "w4a4", "an odd in_features / 32 is padded; RL there rolls out W4A8, which alone is refreshed in place"
             ),
