@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import zoo_families as families
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -133,6 +134,43 @@ class Headed(nn.Module):
 def test_a_role_is_told_by_its_use_and_not_by_a_name():
     roles = {site.name: site.role for site in walk(Headed()) if site.kind == "linear"}
     assert roles == {"mixer.dt_proj": "dt_proj", "dt_proj": "linear", "fc1": "linear", "output_projection": "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("family", "roles"),
+    [
+        ("phi3", {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}),
+        ("gpt_neox", {"query_key_value": "qkv", "dense": "o", "dense_h_to_4h": "linear", "dense_4h_to_h": "linear"}),
+        ("dbrx", {"Wqkv": "qkv", "out_proj": "o"}),
+        ("mpt", {"Wqkv": "qkv", "out_proj": "o", "up_proj": "up", "down_proj": "down"}),
+        ("jetmoe", {"kv_proj": "kv"}),
+        ("mamba", {"in_proj": "linear", "x_proj": "linear", "dt_proj": "dt_proj", "out_proj": "o"}),
+    ],
+)
+def test_fused_linears_are_named_by_their_parts(family, roles):
+    sites = [site for site in walk(families.tiny(family)) if site.kind == "linear" and site.role != "lm_head"]
+    assert {site.name.rpartition(".")[2]: site.role for site in sites} == roles
+
+
+@pytest.mark.parametrize(
+    ("family", "mixing"),
+    [
+        ("recurrent_gemma", {"linear_x", "linear_y", "linear_out", "q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("lfm2_moe", {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj"}),
+        ("mamba2", {"in_proj", "out_proj"}),
+    ],
+)
+def test_all_that_mixes_tokens_is_in_the_part_attention(family, mixing):
+    sites = [site for site in walk(families.tiny(family)) if site.kind == "linear" and site.part == "attention"]
+    assert {site.name.rpartition(".")[2] for site in sites} == mixing
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("mpt", "lm_head"), ("biogpt", "output_projection"), ("rwkv", "head"), ("gpt_neox", "lm_head")]
+)
+def test_the_head_is_what_makes_logits_whatever_it_is_called(family, name):
+    heads = [site for site in walk(families.tiny(family)) if site.part == "head"]
+    assert [(site.name, site.role, site.shape) for site in heads] == [(name, "lm_head", (50, 64))]
 
 
 @pytest.mark.parametrize(

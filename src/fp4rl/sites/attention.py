@@ -15,7 +15,7 @@ _CACHED = [
 ]
 _CACHED += [{name} for name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj", "kv_b_proj")]
 _RECURRENT = ("A_log", "dt_bias", "time_decay")
-_MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet)$")
+_MIXES_TOKENS = re.compile("(Att(entio)?n|DeltaNet|RecurrentBlock|ShortConv)$")
 
 
 def attention_modules(model: nn.Module) -> set[int]:

@@ -27,7 +27,8 @@ _ROLES = {
     "q": ("q_proj", "wq", "query", "q"),
     "k": ("k_proj", "wk", "key", "k"),
     "v": ("v_proj", "wv", "value", "v"),
-    "qkv": ("qkv_proj", "query_key_value", "wqkv", "c_attn", "in_proj"),
+    "qkv": ("qkv_proj", "query_key_value", "wqkv", "c_attn"),
+    "kv": ("kv_proj",),
     "o": ("o_proj", "wo", "out_proj", "dense"),
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "w3"),
@@ -198,7 +199,7 @@ def _at(
     if isinstance(module, nn.Linear) and "weight" not in own_weights:  # computed from something else
         shape = (module.out_features, module.in_features)
         yield (
-            Site(name, path, "linear", _ROLE_OF.get(name.rpartition(".")[2], "linear"), layer_of(name), shape, None),
+            Site(name, path, "linear", _role(name, "linear"), layer_of(name), shape, None),
             None,
         )
     for parameter, weight in own_weights.items():
@@ -206,10 +207,14 @@ def _at(
         if kind is None:
             continue
         own = name if parameter == "weight" else f"{name}.{parameter}"
-        role = "router" if kind == "router" else _ROLE_OF.get(own.rpartition(".")[2], kind)
+        role = "router" if kind == "router" else _role(own, kind)
         transposed = _transposed(kind, module, parameter, weight, hidden)
         sizes = tuple(weight.mT.shape if transposed else weight.shape)
         yield Site(own, path, kind, role, layer_of(own), sizes, parameter, transposed=transposed), weight
+
+
+def _role(name: str, otherwise: str) -> str:
+    return _ROLE_OF.get(name.rpartition(".")[2].lower(), otherwise)
 
 
 def _transposed(kind: Kind, module: nn.Module, parameter: str, weight: Tensor, hidden: int | None) -> bool | None:
