@@ -88,6 +88,13 @@ def test_a_pattern_for_either_place_means_the_site(model, pattern):
     assert plan.weight.name == "mxfp8"
 
 
+def test_a_layer_that_is_replaced_at_its_second_place_is_noticed(model):
+    with attach(model, W4A16):
+        model.layers[1]["up_proj"] = nn.Linear(64, 64)
+        with pytest.raises(InvalidValueError, match=r"layers\.1\.up_proj was put into the model after the injection"):
+            model(X)
+
+
 def test_a_head_that_shares_its_weight_is_still_refused():
     class Headed(Twice):
         def get_output_embeddings(self):

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+import zoo_families as families
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from peft import LoraConfig, get_peft_model
@@ -239,7 +240,15 @@ def test_an_offloaded_model_computes_with_its_rounded_weights():
             harmed.require_calls()
 
 
-@pytest.mark.parametrize("build", [dense, experts])
+def latent():
+    return families.tiny("deepseek_v3").float()
+
+
+def shared():
+    return families.tiny("zamba2").float()
+
+
+@pytest.mark.parametrize("build", [dense, experts, latent, shared])
 @pytest.mark.parametrize(
     "injection",
     [INJECTIONS["everything"][1], W4A4.model_copy(update={"apply_during": W4A4.apply_during})],
