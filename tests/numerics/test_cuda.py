@@ -1,5 +1,7 @@
 """On a GPU every format gives the bits of the CPU, whichever backend rounds there; skipped without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,14 @@ def test_a_format_gives_the_bits_of_the_cpu(name, dtype, edges, equal):
             assert ((here == there) | (here.isnan() & there.isnan())).float().mean() > 0.99, tuple(x.shape)
             continue
         assert equal(here, there), tuple(x.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["even", "uos", "round", "fouroversix"])
+def test_the_rules_of_packers_give_the_bits_of_the_cpu(rule, dtype, edges, equal):
+    fmt = replace(FORMATS["mxfp4"], scale_rule=rule, scale_math="tensor", rounding="half_added")
+    for x in edges(dtype):
+        assert equal(fake_quantize(x, fmt), fake_quantize(x.cuda(), fmt).cpu()), tuple(x.shape)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp4_dual"])

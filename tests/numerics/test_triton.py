@@ -30,6 +30,7 @@ TOOLS: list[Format] = [  # the rules of tools: op by op in a dtype, with an epsi
     replace(MXFP4, scale_rule="round", scale_math="float32"),
     replace(MXFP4, scale_rule="rceil", scale_math="float32", rounding="half_toward_zero"),
 ]
+MINMAX, FOUR_OVER_SIX = TOOLS[1], replace(MXFP4, scale_rule="fouroversix", scale_math="tensor")
 KINDS: list[Format] = [
     *TOOLS,
     *(replace(fmt, coarse=None) for fmt in FORMATS.values() if fmt not in MAIN and fmt.block),
@@ -57,7 +58,7 @@ def by_triton(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", MAIN, ids=said)
+@pytest.mark.parametrize("fmt", [*MAIN, MINMAX, FOUR_OVER_SIX], ids=said)
 def test_triton_equals_the_reference_on_every_edge(fmt, dtype, edges, equal):
     for x in edges(dtype):
         assert equal(by_triton(x, fmt), reference(x, fmt, seed_of(fmt)))
@@ -97,8 +98,10 @@ def test_triton_writes_over_its_own_input(equal):
         (MXFP4, {"LARGEST": 4.0}),
         (NVFP4, {"ROUNDING": 1}),
         (FORMATS["mxfp4_sr"], {"ROUNDING": 0}),
+        (MINMAX, {"STEPPED": False}),
+        (replace(FOUR_OVER_SIX, scale_math="float32"), {"ERRORS": -1}),
     ],
-    ids=lambda v: v.name if isinstance(v, Format) else next(iter(v)).lower(),
+    ids=lambda v: f"{v.name}-{v.scale_rule}" if isinstance(v, Format) else next(iter(v)).lower(),
 )
 def test_a_planted_fault_in_the_kernels_would_be_seen(fmt, wrong, edges, equal, monkeypatch):
     right = triton_kernels._constants(fmt)
