@@ -43,6 +43,10 @@ def command(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
     advise: Annotated[Path | None, typer.Option(help="Write advice as a fragment for `fp4rl run SPEC +FILE`.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Write static factors of NVFP4 and FP8 inputs as a fragment for `fp4rl run SPEC +FILE`."),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Compare with a model folder or with the JSON of another scan.")
     ] = None,
@@ -60,11 +64,11 @@ def command(
     """
     _refuse_options([model, *(words or [])])
     # Everything that can be checked without torch, which takes seconds to import, is checked before it is imported.
-    require_writable(html, "--html")
-    require_writable(advise, "--advise")
+    for option, file in {"--html": html, "--advise": advise, "--calibrate": calibrate}.items():
+        require_writable(file, option)
     other = _other_scan(against)
     target = described(model, words or [])
-    _check(target, advise, against)
+    _check(target, advise, calibrate, against)
     request = target.request
     lines = None if request.text is None else texts_of(Path(request.text))
 
@@ -73,7 +77,8 @@ def command(
     from fp4rl.cli.scan_view import compare, show
     from fp4rl.diagnose.page import page
 
-    report, advice = _stored(target) if request.weights_only else _scanned(target, lines, runs, advised=bool(advise))
+    whole = partial(_scanned, target, lines, runs, calibrate, advised=bool(advise))
+    report, advice = _stored(target) if request.weights_only else whole()
     report = replace(report, model=target.name, limits=dict[str, float](request.limits.items()))
     if advise and advice:
         heading = f"Advice of `fp4rl scan`: {advice.strategy}"
@@ -84,9 +89,7 @@ def command(
         print_json(_as_dict(report, advice, request))
     else:
         show(report, advice)
-        written = [f"page: {html}"] if html else []
-        written += _of_advice(advise, advice, target) if advise and advice else []
-        for line in written:
+        for line in _written(target, html, calibrate, advise, advice):
             console().print(line, soft_wrap=True)
     if against:
         compare(target.experiment.model.path or model, report, against, other, quiet=as_json)
@@ -115,7 +118,7 @@ def _other_scan(path: Path | None) -> dict[str, Any] | None:
     return content
 
 
-def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> None:
+def _check(target: ScanTarget, advise: Path | None, calibrate: Path | None, against: Path | None) -> None:
     """Raise InvalidValueError for keys that contradict each other, or that would have no effect."""
     request, given, folder = target.request, target.request.model_fields_set, target.experiment.model.path
     for key in ("take", "noise_rule", "bits"):
@@ -127,7 +130,8 @@ def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> Non
         raise InvalidValueError(f"bits {request.bits:g}: {least}; name at least that many")
     if request.weights_only:
         needs = [key for key in ("site", "measured", "leave_one_out", "text", "texts", "parts") if key in given]
-        for what in (["--advise"] if advise else []) + needs:
+        files = {"--advise": advise, "--calibrate": calibrate}
+        for what in [option for option, file in files.items() if file] + needs:
             raise InvalidValueError(f"{what} needs the model, which weights_only never loads; drop one of the two")
         if folder is None:
             why = "the embedded model has none and is scanned without it"
@@ -138,12 +142,14 @@ def _check(target: ScanTarget, advise: Path | None, against: Path | None) -> Non
 
 
 def _scanned(
-    target: ScanTarget, lines: list[str] | None, runs: Path, *, advised: bool
+    target: ScanTarget, lines: list[str] | None, runs: Path, calibrate_into: Path | None, *, advised: bool
 ) -> "tuple[ScanReport, Advice | None]":
-    """Load the model and scan it with the given lines, or with texts of the experiment's task."""
+    """Load the model and scan it with the given lines, or with texts of the experiment's task; write its factors."""
     from fp4rl.diagnose.advice import Options, advise
     from fp4rl.diagnose.calibration import calibrate
     from fp4rl.diagnose.scan import distribution, scan
+    from fp4rl.diagnose.static_factors import static_factors
+    from fp4rl.inject.resolve import resolve
     from fp4rl.rl.inputs import start_folder
     from fp4rl.rl.verify import load_saved
 
@@ -152,6 +158,10 @@ def _scanned(
     start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
     model, tokenizer = load_saved(start, spec.model.dtype, spec.model.lora, how)
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
+    if calibrate_into:
+        factors = static_factors(model, resolve(model, target.injection), calibration)
+        seen = f"{calibration.texts} texts, {calibration.tokens} tokens, digest {calibration.digest}"
+        write_fragment(calibrate_into, (f"Static factors of `fp4rl scan`, of {target.name} on {seen}",), factors)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)
     if request.site:
@@ -181,6 +191,15 @@ def _as_dict(report: "ScanReport", advice: "Advice | None", request: ScanRequest
         summary = {"strategy": advice.strategy, "reasons": list(advice.reasons), "leave": list(advice.leave)}
         content["advice"] = summary | {"fragment": advice.fragment(request.take)}
     return content
+
+
+def _written(
+    target: ScanTarget, html: Path | None, calibrate: Path | None, advise: Path | None, advice: "Advice | None"
+) -> list[str]:
+    """Return lines on the files that were written."""
+    lines = [f"page: {html}"] if html else []
+    lines += [f"static factors: {calibrate}; run with it: {target.run_with(calibrate)}"] if calibrate else []
+    return lines + (_of_advice(advise, advice, target) if advise and advice else [])
 
 
 def _of_advice(file: Path, advice: "Advice", target: ScanTarget) -> list[str]:
