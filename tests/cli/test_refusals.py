@@ -267,6 +267,23 @@ def test_products_that_cannot_be_told_apart_are_refused_where_they_are_met(folde
     refused_then_cured(capsys, said, [*evaluate, f"x={file}"], [*evaluate, f"x={cured}"])
 
 
+@pytest.mark.slow
+def test_layers_that_a_decoder_alone_never_calls_stop_the_evaluation_and_can_be_left(tmp_path, capsys):
+    """BART's decoder has attention to an encoder, which a causal model of it does not have."""
+    sizes = {"decoder_layers": 2, "encoder_layers": 2, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96}
+    heads = {"decoder_attention_heads": 4, "encoder_attention_heads": 4}
+    folder = families.folder("bart", tmp_path / "bart", **sizes, **heads)
+    code, lines, said = asked(capsys, "eval", folder, "-p", "w4a16", *SHORT)
+    assert code == 1, said.err
+    (line,) = lines
+    assert "model.decoder.layers.0.encoder_attn.k_proj" in line
+    assert line.endswith("; leave out what this model never calls: targets.leave")
+    cured = tmp_path / "cured.yaml"
+    cured.write_text(yaml.safe_dump({"mode": "w4a16", **leaving("*.encoder_attn.*")}))
+    code, _, said = asked(capsys, "eval", folder, "-p", f"cured={cured}", *SHORT)
+    assert code == 0, said.err
+
+
 def described(path, folder, **sections):
     """A suite of one run on a folder; a section is merged into what it would be."""
     base = {"model": {"path": str(folder)}, "task": {"name": "arithmetic"}, "training": TRAINING}

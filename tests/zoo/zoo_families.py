@@ -117,7 +117,7 @@ def tiny(family: str, **more: Any) -> nn.Module:
     """The model in float64, its matrices drawn anew: a fresh model's are often too even to tell anything."""
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     known = {*inspect.signature(config_class.__init__).parameters, *dir(config_class())}
-    sizes = {name: size for name, size in _SIZES.items() if name in known} | FAMILIES[family] | more
+    sizes = {name: size for name, size in _SIZES.items() if name in known} | FAMILIES.get(family, {}) | more
     torch.manual_seed(0)
     named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     given = {name: size for name, size in sizes.items() if size is not None}

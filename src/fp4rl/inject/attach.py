@@ -89,7 +89,11 @@ class Attachment:
             "or a copy that was rounded earlier went stale"
         )
         for sites, what, why in (
-            (silent, f"never {during}, so nothing was injected there", ""),
+            (
+                silent,
+                f"never {during}, so nothing was injected there",
+                "; leave out what this model never calls: targets.leave",
+            ),
             (bare, f"{during} and 0 elements were rounded", unreached),
             (idle, f"{during} and rounded nothing", ""),
         ):
