@@ -168,6 +168,25 @@ NUMERICS = (
         ("tests/numerics/test_reference.py::test_each_scale_rule_is_its_formula_in_exact_arithmetic",),
     ),
     Mutant(
+        "a packer's epsilon",
+        "numerics/steps.py",
+        "rounded(rounded(amax / by) + epsilon)",
+        "rounded(rounded(amax / by))",
+        (
+            "tests/numerics/test_steps.py::test_a_block_of_zeros_takes_the_scale_of_the_epsilon",
+            "tests/numerics/test_against_msmodelslim.py::test_tensors_that_the_real_package_packed_are_reproduced[torch.float32-minmax]",
+        ),
+    ),
+    Mutant(
+        "the dtype in which a packer computes",
+        "numerics/steps.py",
+        'scale_math=str(dtype).removeprefix("torch.")',
+        'scale_math="float32"',
+        (
+            "tests/numerics/test_against_msmodelslim.py::test_tensors_that_the_real_package_packed_are_reproduced[torch.bfloat16-minmax]",
+        ),
+    ),
+    Mutant(
         "ties to even",
         "numerics/rounding.py",
         "return steps.round()",
