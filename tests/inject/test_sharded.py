@@ -33,6 +33,7 @@ FEATURES = ("plain", "checkpoint", "accumulate", "checkpoint+accumulate", "lora"
 MATRIX = [
     *(f"{m}/{f}/w4a4" for m, f in product(MECHANISMS, FEATURES) if not (m == "fsdp1_flat" and "lora" in f)),
     *(f"fsdp2/checkpoint+accumulate/{name}" for name in ("w4a16", "w4a4_2d", "nvfp4", "clipped")),
+    *(f"{mechanism}/gated/nvfp4" for mechanism in ("fsdp2", "fsdp2each", "fsdp1")),
     "ddp/lora+checkpoint/packed",
 ]
 

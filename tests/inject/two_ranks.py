@@ -46,14 +46,19 @@ INJECTIONS = {
 class Block(nn.Module):
     """Norm, two linears with a bias, a residual; recomputed in the backward when asked."""
 
-    def __init__(self, recompute):
+    def __init__(self, recompute, gated=False):
         super().__init__()
         self.norm = nn.RMSNorm(64)
         self.up_proj, self.down_proj = nn.Linear(64, 96), nn.Linear(96, 64)
+        self.gate_proj = nn.Linear(64, 96) if gated else None
+        if gated:  # its factor is that of both
+            self.gate_proj.weight.data[0, 0] = 1.0
         self.recompute = recompute
 
     def compute(self, x):
-        return x + self.down_proj(nn.functional.silu(self.up_proj(self.norm(x))))
+        x_in = self.norm(x)
+        gate = 1.0 if self.gate_proj is None else self.gate_proj(x_in)
+        return x + self.down_proj(nn.functional.silu(self.up_proj(x_in)) * gate)
 
     def forward(self, x):
         return checkpoint(self.compute, x, use_reentrant=False) if self.recompute else self.compute(x)
@@ -61,7 +66,7 @@ class Block(nn.Module):
 
 def build(feature):
     torch.manual_seed(0)
-    blocks = [Block("checkpoint" in feature) for _ in range(2)]
+    blocks = [Block("checkpoint" in feature, "gated" in feature) for _ in range(2)]
     model = nn.Sequential(*blocks, nn.Linear(64, 10)).double()
     if "lora" in feature:
         from peft import LoraConfig, get_peft_model  # slow to import, and most cases do without
@@ -89,6 +94,8 @@ def wrap(model, mechanism):
     if mechanism.startswith("fsdp2"):
         stack = model.base_model.model if hasattr(model, "base_model") else model
         for block in list(stack)[:2]:
+            for layer in (block.up_proj, block.gate_proj) if "each" in mechanism else ():
+                fully_shard(layer)
             fully_shard(block)
         return fully_shard(model)
     if mechanism.startswith("fsdp1"):

@@ -109,6 +109,7 @@ def test_a_static_factor_is_stored_and_one_for_each_token_cannot_be():
     [
         ({"name": "mxfp4", "factor": "per_token"}, "scales in e4m3 or fp32"),
         ({"name": "nvfp4", "factor": "per_token", "block": [16, 16]}, "span no two rows"),
+        ({"name": "fp8", "factor": "fused"}, "scales in e4m3 that"),
         ({"name": "nvfp4", "factor": "row"}, "factor 'row' is unknown"),
         ({"name": "nvfp4", "factor": "static"}, "fp4rl scan MODEL --calibrate FILE"),
         ({"name": "nvfp4", "calibrated": 2.0}, "goes with"),

@@ -23,8 +23,8 @@ parse = Injection.model_validate
         ("w4a4", MXFP4, MXFP4, None),
         ("w16a4", None, MXFP4, None),
         ("w8a8", MXFP8, MXFP8, None),
-        ("nvfp4_w4a16", NVFP4, None, None),
-        ("nvfp4_w4a4", NVFP4, replace(NVFP4, factor="per_token"), None),
+        ("nvfp4_w4a16", replace(NVFP4, factor="fused"), None, None),
+        ("nvfp4_w4a4", replace(NVFP4, factor="fused"), replace(NVFP4, factor="per_token"), None),
         ("w4a4_out", MXFP4, None, MXFP4),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.formats import FORMATS
+from fp4rl.spec.formats import FORMATS, NVFP4
 from fp4rl.spec.injection import Injection, batch_note, shared_scales
 
 TWO_D = {"input": "mxfp4_2d"}
@@ -65,10 +65,11 @@ def test_in_evaluation_it_is_said():
 
 def test_a_description_of_an_earlier_version_keeps_its_one_factor_for_a_call():
     """They wrote formats out: `input: nvfp4` under the mode that today means a factor for each token."""
-    old, new = Injection.model_validate(BY_CALL), Injection.named("nvfp4_w4a4")
-    assert old.input is not None
-    assert (old.input.factor, new.weight) == ("tensor", old.weight)
-    assert new.model_dump(mode="json")["input"] == PER_TOKEN
+    old, new = Injection.model_validate({**BY_CALL, "weight": "nvfp4"}), Injection.named("nvfp4_w4a4")
+    assert old.weight == old.input == NVFP4
+    assert NVFP4.factor == "tensor"
+    written = new.model_dump(mode="json")
+    assert (written["weight"], written["input"]) == ({"name": "nvfp4", "factor": "fused"}, PER_TOKEN)
     assert Injection.model_validate(old.model_dump(mode="json")) == old != new
     assert digest(old) != digest(new)
 
@@ -79,6 +80,7 @@ def test_a_description_of_an_earlier_version_keeps_its_one_factor_for_a_call():
         ({"weight": PER_TOKEN}, "weight nvfp4: factor per_token"),
         ({"weight": "mxfp4", "by_pattern": {"*": {"weight": STATIC}}}, "weight fp8: factor static"),
         ({"weight": "mxfp4", "grad_input": STATIC}, "grad_input fp8: factor static"),
+        ({"weight": "mxfp4", "input": {"name": "nvfp4", "factor": "fused"}}, "input nvfp4: factor fused"),
     ],
 )
 def test_a_factor_of_tokens_is_refused_where_no_tokens_are(injection, where):

@@ -31,6 +31,7 @@ RULES = {
 FACTORS = {
     "tensor": "one FP32 number for the tensor of a call",
     "per_token": "one FP32 number for each row of the last axis",
+    "fused": "one FP32 number for the weights that a serving kernel fuses",
     "static": "one FP32 number that was calibrated",
 }
 SCALES = {"e8m0": "E8M0", "e4m3": "E4M3 x FP32", "fp32": "FP32", "none": "none"}

@@ -15,6 +15,7 @@ from fp4rl.diagnose.texts import texts_of
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.scan import ScanRequest
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.diagnose.advice import Advice
@@ -160,7 +161,7 @@ def _scanned(
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     if calibrate_into:
         factors = static_factors(model, resolve(model, target.injection), calibration)
-        seen = f"{calibration.texts} texts, {calibration.tokens} tokens, digest {calibration.digest}"
+        seen = f"{counted(calibration.texts, 'text')}, {counted(calibration.tokens, 'token')}, {calibration.digest}"
         write_fragment(calibrate_into, (f"Static factors of `fp4rl scan`, of {target.name} on {seen}",), factors)
     with progress() as advance:
         report = scan(model, target.injection, texts=calibration, spec=request, on_stage=advance)

@@ -269,6 +269,18 @@ def _sensitive(report: ScanReport) -> list[Finding]:
     return lines
 
 
+def _of_shared_factors(report: ScanReport) -> list[Finding]:
+    changed = [(p.measures["relative_l2"], p.own_factor, p.site) for p in report.parts if p.own_factor]
+    if not changed:
+        return []
+    error, own, site = max(changed, key=lambda each: each[0] / each[1])
+    text = (
+        f"{counted(len(changed), 'weight')} {agreeing(len(changed), 'shares', 'share')} the FP32 factor of what a "
+        f"kernel fuses (q/k/v, gate/up): the error is up to {error:.2%} under it, {own:.2%} under a factor of its own"
+    )
+    return [Finding("note", text, (site,))]
+
+
 def _notes(report: ScanReport) -> list[Finding]:
     notes = [*_of_experts(report)]
     if report.dynamics and (skipped := report.dynamics.skipped):
@@ -276,6 +288,7 @@ def _notes(report: ScanReport) -> list[Finding]:
         notes.append(Finding("note", text))
     if batch := batch_note(report.table.injection, *PHASES):
         notes.append(Finding("note", batch))
+    notes += _of_shared_factors(report)
     short = tuple(dict.fromkeys(part.site for part in report.parts if part.short_block))
     if short:
         text = f"the block does not divide the width of {counted(len(short), 'site')}; the last block there is short"

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class PartError:
     measures: Mapping[str, float]
     ideal: Mapping[str, float]
     experts: tuple[ExpertError, ...] = ()
+    own_factor: float | None = None  # relative_l2 under a factor of its own, where it shares that of a fused group
 
     @property
     def excess(self) -> float:
@@ -98,12 +99,42 @@ def _weight_errors(
 ) -> tuple[tuple[PartError, ...], dict[str, ErrorSums]]:
     """Return a row for each site, with the sums of its matrices: every expert is rounded as a tensor of its own."""
     sums, parts = dict[str, ErrorSums](), list[PartError]()
-    for plan in tracked([plan for plan in table.plans if plan.weight is not None], on_progress):
-        each = [rounding_error(rows, plan, table) for rows in matrices_of(plan)]
+    plans = [plan for plan in table.plans if plan.weight is not None]
+    shared = _shared_magnitudes(matrices_of, plans, getattr(torch, table.injection.dtype))
+    for plan in tracked(plans, on_progress):
+        each = [rounding_error(rows, plan, table, shared.get(plan.name)) for rows in matrices_of(plan)]
         sums[plan.name] = pooled(own for own, _ in each)
         experts = [ExpertError.of(e, *own) for e, own in enumerate(each)] if plan.site.kind == "experts" else ()
-        parts.append(part_error(plan, "weight", sums[plan.name], experts))
+        part = part_error(plan, "weight", sums[plan.name], experts)
+        if plan.name in shared:
+            own = pooled(rounding_error(rows, plan, table)[0] for rows in matrices_of(plan))
+            part = replace(part, own_factor=own.measures()["relative_l2"])
+        parts.append(part)
     return tuple(parts), sums
+
+
+def _shared_magnitudes(
+    matrices_of: Callable[[SitePlan], list[Rows]], plans: Sequence[SitePlan], dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the largest magnitude of its group for each site that shares a factor with others."""
+    groups: dict[object, list[SitePlan]] = defaultdict(list)
+    for plan in plans:
+        if plan.weight is not None and plan.weight.factor == "fused" and plan.site.kind == "linear":
+            groups[plan.site.fused_group or plan.name, plan.weight].append(plan)
+    shared = dict[str, float]()
+    for group in groups.values():
+        if len(group) > 1:
+            largest = max(_largest(rows, plan, dtype) for plan in group for rows in matrices_of(plan))
+            shared |= {plan.name: largest for plan in group}
+    return shared
+
+
+def _largest(rows: Rows, plan: SitePlan, dtype: torch.dtype) -> float:
+    return max(float(piece.to(dtype).abs().max()) for piece in rows(_height(plan)))
+
+
+def _height(plan: SitePlan) -> int:
+    return max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
 
 
 def weights_of(model: nn.Module, plan: SitePlan) -> tuple[Tensor, ...]:
@@ -192,15 +223,19 @@ def part_error(plan: SitePlan, part: Part, tally: ErrorSums, experts: Sequence[E
     return PartError(site.name, site.layer, site.role, part, fmt.name, site.shape, short, measures, ideal, each)
 
 
-def rounding_error(rows: Rows, plan: SitePlan, table: SiteTable) -> tuple[ErrorSums, float]:
-    """Sum up the errors of one weight given in pieces, in the dtype that is quantized; also its largest magnitude."""
+def rounding_error(
+    rows: Rows, plan: SitePlan, table: SiteTable, shared: float | None = None
+) -> tuple[ErrorSums, float]:
+    """Sum up the errors of one weight given in pieces, in the dtype that is quantized; also its largest magnitude.
+
+    `shared` is the largest magnitude of the group that it shares a factor with.
+    """
     fmt, dtype = plan.weight, getattr(torch, table.injection.dtype)
     assert fmt is not None
-    height = max(32, PIECE // max(plan.site.shape[-1], 1) // 32 * 32)  # whole tiles of a 32 x 32 format
     spans_tensor = fmt.scale in ("e4m3", "fp32")  # one scale serves it whole (NVFP4's second level, FP8)
-    amax = max(float(piece.to(dtype).abs().max()) for piece in rows(height)) if spans_tensor else None
+    amax = shared or (_largest(rows, plan, dtype) if spans_tensor else None)
     tally, largest = ErrorSums(), 0.0
-    for piece in rows(height):
+    for piece in rows(_height(plan)):
         rounded = round_piece(piece.to(dtype), fmt, plan.name, amax)
         largest = max(largest, rounded.largest)
         tally.add(rounded)

@@ -34,10 +34,18 @@ class MergedState(LinearState):
         """Return the rounded sum."""
         return rounded_sum(self, layer)
 
+    def sources(self, layer: Any) -> tuple[Tensor, ...]:
+        """Return the base weight and the adapters."""
+        return AdaptedSum(layer).sources
+
+    def scalings(self, layer: Any) -> tuple[float, ...]:
+        """Return the scalings of the active adapters."""
+        return AdaptedSum(layer).scaling
+
 
 def rounded_sum(state: LinearState, adapted: "AdaptedSum") -> Tensor:
     """Return the rounded sum; computed again whenever the base, an adapter or its scaling may have changed."""
-    sources, scaling = adapted.sources, adapted.scaling
+    sources, scaling = (*adapted.sources, *state.beside()), adapted.scaling
     if scaling != state.scaling:
         state.cache.forget()
         state.scaling = scaling

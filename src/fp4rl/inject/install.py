@@ -15,6 +15,7 @@ from fp4rl.inject.adapted import ForwardingState, MergedState, adapter_of
 from fp4rl.inject.attention import EXPANDS, AttentionState, expanding_stored
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertsState, StackState, reading_rounded
+from fp4rl.inject.fused import FusedGroup
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.packed import PackedLinear, PackedModule, PackedStack, PackedState, codes_of
 from fp4rl.inject.plan import SitePlan, SiteTable
@@ -34,8 +35,6 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
             if plan.packed:
                 ignored = [*_ignored_by_ddp(model), f"{plan.site.path}.{plan.site.parameter or 'weight'}"]
                 model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
-            if isinstance(state, PackedState):
-                state.take(module)
             if isinstance(state, StackState):
                 stacks[module][str(plan.site.parameter)] = state
                 if adapter is not None:
@@ -45,6 +44,8 @@ def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[s
             for changed in {adapter} if plan.merged else set(map(model.get_submodule, plan.site.places)):
                 swap(changed, state)
                 modules.append(changed)
+        _join_groups(model, table.plans, states)
+        _pack(model, table.plans, states)
         for module, by_name in stacks.items():
             swap(module, ExpertsState(by_name))
             modules.append(module)
@@ -65,6 +66,27 @@ def uninstall(model: nn.Module, table: SiteTable, modules: Iterable[nn.Module]) 
         model._ddp_params_and_buffers_to_ignore = [name for name in _ignored_by_ddp(model) if name not in hidden]  # type: ignore[assignment]
         if not _ignored_by_ddp(model):
             del model._ddp_params_and_buffers_to_ignore
+
+
+def _join_groups(model: nn.Module, plans: Iterable[SitePlan], states: dict[str, SiteState]) -> None:
+    """Let the layers that a kernel fuses share a factor, where their format says so."""
+    groups: dict[tuple[object, ...], FusedGroup] = defaultdict(FusedGroup)
+    for plan in plans:
+        state, group = states[plan.name], plan.site.fused_group
+        if isinstance(state, LinearState) and plan.weight is not None and plan.weight.factor == "fused" and group:
+            state.group = groups[group, plan.weight]
+            state.group.modules.append(
+                adapter_of(model, plan.site) if plan.merged else model.get_submodule(plan.site.path)
+            )
+
+
+def _pack(model: nn.Module, plans: Iterable[SitePlan], states: dict[str, SiteState]) -> None:
+    """Pack the weights of linear layers, once the factors of all groups are known."""
+    packed = {plan.site.path: state for plan in plans if isinstance(state := states[plan.name], PackedState)}
+    for state in packed.values():
+        state.largest = None if state.group is None else state.group.largest()
+    for path, state in packed.items():
+        state.take(model.get_submodule(path))
 
 
 def _state_class(plan: SitePlan) -> type[SiteState]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fp4rl.inject.cache import QuantCache, SharedInput
+from fp4rl.inject.fused import FusedGroup, with_largest
 from fp4rl.inject.matmul import linear_with_errors
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import through
@@ -25,6 +26,16 @@ class LinearState(SiteState):
         self.only_weight = False
         self.transposed = plan.site.transposed  # the parameter is [in, out]; None: not known yet
         self.scaling: tuple[float, ...] = ()  # of the adapters in the kept copy, where it is of a sum
+        self.group: FusedGroup | None = None  # the layers that share a factor
+        self.scaling_beside: tuple[float, ...] = ()  # of the adapters of the others
+
+    def __reduce__(self) -> Any:
+        kind, arguments, active = super().__reduce__()
+        return kind, arguments, (active, self.group)
+
+    def __setstate__(self, state: Any) -> None:
+        active, self.group = state
+        super().__setstate__(active)
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Compute y [..., out] = Q(x) Q(W)^T + b, each Q where its point is active; gradients pass straight through."""
@@ -36,7 +47,28 @@ class LinearState(SiteState):
 
     def rounded_weight(self, layer: nn.Linear) -> Tensor:
         """Return the rounded weight as stored, with a straight-through gradient to the master weight."""
-        return self.copy_of(layer.weight, layer.weight)
+        return self.copy_of(layer.weight, *self.made_from(layer))
+
+    def made_from(self, layer: Any) -> tuple[Tensor, ...]:
+        """Return the parameters that the layer's rounded copy depends on: its own, then those of its group."""
+        return (*self.sources(layer), *self.beside())
+
+    def beside(self) -> tuple[Tensor, ...]:
+        """Return the parameters of the other layers of its group; drops the copy where an adapter was rescaled."""
+        others = list(self.group.others(self)) if self.group is not None else []
+        scaling = tuple(each for state, module in others for each in state.scalings(module))
+        if scaling != self.scaling_beside:
+            self.cache.forget()
+            self.scaling_beside = scaling
+        return tuple(weight for state, module in others for weight in state.sources(module))
+
+    def sources(self, layer: Any) -> tuple[Tensor, ...]:
+        """Return the parameters that the layer's own weight is made of."""
+        return (layer.weight,)
+
+    def scalings(self, _layer: Any) -> tuple[float, ...]:
+        """Return the scalings of the adapters in the layer's own weight."""
+        return ()
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """Return the rounded input, shared with the layers that read the same tensor."""
@@ -93,10 +125,16 @@ class LinearState(SiteState):
         fmt = self.plan.weight if "weight" in self.points else None
         if fmt is not None:
             generator = self._weight_rng(weight) if fmt.rounding == "stochastic" else None
-            copy, reach = self.rounded(weight, "weight", generator)
+            copy, reach = self._under_one_factor(weight, generator)
         if self.has_errors("weight"):
             copy = self.with_errors(copy, "weight", copy)
         return copy, reach
+
+    def _under_one_factor(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        if self.group is None:
+            return self.rounded(weight, "weight", generator)
+        copy, reach = self.rounded(with_largest(weight, self.group.largest()), "weight", generator)
+        return copy[:-1], None if reach is None else reach[:-1]
 
     def _weight_rng(self, weight: Tensor) -> torch.Generator:
         # Training draws new numbers at every step; in other phases the same weights round the same way twice.
@@ -105,7 +143,10 @@ class LinearState(SiteState):
 
     def would_change(self, point: str, x: Tensor) -> bool:
         """Return whether rounding `x` changes any value; a weight is rounded along `in`, however it is stored."""
-        return super().would_change(point, self.as_used(x).contiguous() if point == "weight" else x)
+        if point != "weight":
+            return super().would_change(point, x)
+        weight = self.as_used(x).contiguous()
+        return super().would_change(point, weight if self.group is None else with_largest(weight, self.group.largest()))
 
     def enter(self, phase: Any, points: frozenset[str]) -> None:
         """Begin a phase: compute once here everything that a forward has to check."""
@@ -143,7 +184,7 @@ class InjectedLinear(nn.Linear):
         site = self.injected
         if site.only_weight and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Every generated token comes through here: with a current copy of the weight, nothing else is to be done.
-            copy = site.cache.get(self._parameters["weight"])  # type: ignore[arg-type]
+            copy = site.cache.get(self._parameters["weight"], *(site.beside() if site.group else ()))  # type: ignore[arg-type]
             if copy is not None:
                 site.calls += 1
                 return linear(x, copy, self._parameters["bias"])

@@ -14,11 +14,14 @@ from torch.nn.functional import linear
 
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.experts import ExpertProduct, ExpertsState, StackState
+from fp4rl.inject.fused import with_largest
 from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.matmul import linear_with_errors
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.site import KEY
 from fp4rl.numerics.packing import Packed, dequantize, pack_tensor
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.formats import Format
 from fp4rl.spec.injection import Injection
 
 
@@ -29,6 +32,7 @@ class CodesState(LinearState):
         super().__init__(plan, injection, shared)
         self.parameter = plan.site.parameter or "weight"
         self.packed: list[Packed] = []
+        self.largest: Tensor | None = None  # of the layers that share a factor
         self.master_dtype = self.dtype
         self._before = self._after = torch.empty(0)
 
@@ -42,13 +46,19 @@ class CodesState(LinearState):
         assert fmt is not None
         self.master_dtype = weight.dtype
         self.packed = [
-            pack_tensor(matrix.contiguous().to(self.dtype), fmt, name=self.plan.name)
+            self._codes(matrix.contiguous().to(self.dtype), fmt)
             for matrix in (matrices if matrices.ndim == 3 else (matrices,))
         ]
         stride = max(1, weight.numel() // 4096)
         self._before = weight.reshape(-1)[::stride].clone()
         self._after = self.values().reshape(-1)[::stride].clone()
         self._put(module, torch.empty_like(weight, device="meta"))
+
+    def _codes(self, matrix: Tensor, fmt: Format) -> Packed:
+        if self.largest is None:
+            return pack_tensor(matrix, fmt, name=self.plan.name)
+        packed = pack_tensor(with_largest(matrix, self.largest), fmt, name=self.plan.name)
+        return replace(packed, data=packed.data[:-1], scales=packed.scales[:-1])
 
     def give_back(self, module: nn.Module) -> None:
         """Put the rounded weight into the module, where it was packed."""
@@ -185,10 +195,18 @@ class PackedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         loaded = [state for state in codes_of(self) if f"{prefix}{state.parameter}" in state_dict]
+        kept = {state.parameter: state.values() for state in loaded if state.largest is not None}
         for state in loaded:
             state.give_back(self)  # loading needs a tensor to load into
         super()._load_from_state_dict(state_dict, prefix, *args)
         for state in loaded:
+            if state.largest is not None and not torch.equal(
+                self.get_parameter(state.parameter), kept[state.parameter]
+            ):
+                raise InvalidValueError(
+                    f"{state.plan.name}: other weights were loaded under the factor that its group was packed with; "
+                    "call remove(), load, and attach again"
+                )
             state.take(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

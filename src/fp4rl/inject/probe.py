@@ -105,7 +105,11 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
     """Return `x` as it should arrive at the product: rounded where the point is active, else unchanged."""
     if point not in state.points:
         return x
-    return fake_quantize(x.to(state.dtype), getattr(state.plan, point)).to(x.dtype)
+    whole = x
+    if point == "weight" and isinstance(state, LinearState) and state.group is not None:  # as one fused matrix
+        others = [other.master(module) for other, module in state.group.others(state)]
+        whole = torch.cat([x, *(master.to(x.dtype) for master in others)])
+    return fake_quantize(whole.to(state.dtype), getattr(state.plan, point)).to(x.dtype)[: len(x)]
 
 
 def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
+from fp4rl.inject.fused import KEY as KEY
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import format_text, reach_as, round_as, through
 from fp4rl.numerics.levels import within_reach
@@ -23,9 +24,6 @@ from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import GRADIENTS, Phase, can_clip
-
-KEY = "injected"  # where a module holds its state
-
 
 # Every site of the process, copied and unpickled ones too, is told of every optimizer step, since a fused optimizer
 # writes weights without a trace. Weak references, so that a model can be freed without `remove`.

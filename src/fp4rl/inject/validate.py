@@ -169,9 +169,28 @@ def require_agreement(plans: list[SitePlan], left_out: list[LeftOut]) -> None:
             groups[site.fused_group][site.name] = pair
     for members in groups.values():
         if len(set(members.values())) > 1:
-            words = {name: "/".join(fmt.name if fmt else "none" for fmt in pair) for name, pair in members.items()}
+            words = {name: "/".join(map(_with_factor, pair)) for name, pair in members.items()}
             listed = ", ".join(f"{name}: {pair}" for name, pair in words.items())
             raise InvalidValueError(f"a serving kernel fuses these, which must agree: {listed} (or fused_groups: free)")
+
+
+def _with_factor(fmt: Format | None) -> str:
+    if fmt is None:
+        return "none"
+    return fmt.name + ("" if fmt.factor == "tensor" else f" ({fmt.factor} factor)")
+
+
+def require_packed_groups(plans: list[SitePlan]) -> None:
+    """Raise InvalidValueError for codes whose factor depends on a weight that is trained."""
+    packed: dict[str, set[bool]] = defaultdict(set)
+    for plan in plans:
+        if plan.weight is not None and plan.weight.factor == "fused" and plan.site.fused_group is not None:
+            packed[plan.site.fused_group].add(plan.packed)
+    for group in (name for name, flags in packed.items() if len(flags) > 1):
+        raise InvalidValueError(
+            f"{group}: frozen_base: packed stores codes under one factor for the group, of which a part is trained; "
+            "freeze or train all of it, or take frozen_base: copy"
+        )
 
 
 def require_mergeable(plan: SitePlan, adapted: nn.Module) -> None:

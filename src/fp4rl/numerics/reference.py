@@ -166,7 +166,7 @@ def round_chunked(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor) -> Ten
         return out.copy_(reference(x, fmt, seed))
     height, columns = (fmt.block or (1, 1))[0], columns_of(x)
     factor = None
-    if fmt.scale == "e4m3" and fmt.factor == "tensor":
+    if fmt.scale == "e4m3" and fmt.factor in ("tensor", "fused"):
         maxima = [_block_maxima(piece, fmt) for piece, _ in _pieces(x.view(-1, columns), x, height)]
         factor = nvfp4_global(torch.cat(maxima), fmt.element)
     target = out.view(-1, columns)

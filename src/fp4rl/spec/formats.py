@@ -24,7 +24,7 @@ ScaleRule = Literal["floor", "ceil", "rceil", "even", "even_e2m1", "uos", "round
 ScaleMath = Literal["exact", "tensor", "float64", "float32", "bfloat16", "float16"]
 Rounding = Literal["nearest_even", "half_away", "half_added", "half_toward_zero", "toward_zero", "stochastic"]
 CoarseChoice = Literal["max", "search"]
-Factor = Literal["tensor", "per_token", "static"]
+Factor = Literal["tensor", "per_token", "static", "fused"]
 
 ROTATIONS = (16, 32, 64, 128)
 UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 scales is clipped to 6, not rescaled
@@ -107,8 +107,8 @@ class Format:
     `amax`. `scale_epsilon` is added to what the rule takes the logarithm of, and `scale_math` says in which arithmetic
     the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself).
     `rotation` is the size of the orthonormal Hadamard blocks along the last axis. `factor`: what has one FP32 number,
-    above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), or all calls (`static`, for the largest
-    magnitude `calibrated`). Raises InvalidValueError for a combination that means nothing.
+    above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), all calls (`static`, for the largest
+    magnitude `calibrated`), or weights that a kernel fuses (`fused`). Raises InvalidValueError for what means nothing.
     """
 
     name: str
@@ -140,14 +140,13 @@ class Format:
     def spans_rows(self) -> bool:
         """Whether values in different rows share a scale."""
         rows = self.block[0] if self.block is not None else 1
-        return (self.scale in ("e4m3", "fp32") and self.factor == "tensor") or rows > 1
+        return (self.scale in ("e4m3", "fp32") and self.factor in ("tensor", "fused")) or rows > 1
 
 
 def _wrong_words(fmt: Format) -> Iterator[str]:
     words = {"scale": Scale, "scale_rule": ScaleRule, "rounding": Rounding, "scale_math": ScaleMath, "factor": Factor}
     for key, known in words.items():
-        word = getattr(fmt, key)
-        if word not in get_args(known):
+        if (word := getattr(fmt, key)) not in get_args(known):
             yield f"{key} {word!r} is unknown{nearest(str(word), get_args(known))}"
     if fmt.coarse and fmt.coarse.choice not in get_args(CoarseChoice):
         yield f"coarse choice {fmt.coarse.choice!r} is unknown; known: max, search"
@@ -171,8 +170,9 @@ def _wrong_scale(fmt: Format) -> Iterator[str]:
 
 
 def _wrong_factor(fmt: Format) -> Iterator[str]:
-    if fmt.factor != "tensor" and (fmt.scale not in ("e4m3", "fp32") or (fmt.block or (1, 1))[0] > 1):
-        yield f"factor {fmt.factor!r} is for scales in e4m3 or fp32 that span no two rows"
+    known = ("e4m3",) if fmt.factor == "fused" else ("e4m3", "fp32")
+    if fmt.factor != "tensor" and (fmt.scale not in known or (fmt.block or (1, 1))[0] > 1):
+        yield f"factor {fmt.factor!r} is for scales in {' or '.join(known)} that span no two rows"
     if (fmt.factor == "static") != (fmt.calibrated is not None):
         yield "factor static goes with `calibrated`, a largest magnitude: `fp4rl scan MODEL --calibrate FILE` finds it"
     if fmt.calibrated is not None and not 0 < fmt.calibrated < inf:

@@ -171,11 +171,12 @@ class Injection(Spec):
             yield "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
 
     def _wrong_factors(self) -> Iterator[str]:
-        wrong = {"weight": ("per_token", "static"), **dict.fromkeys(GRADIENTS, ("static",))}
+        wrong: dict[str, tuple[str, ...]] = dict.fromkeys(("input", "output", "kv_cache"), ("fused",))
+        wrong |= {"weight": ("per_token", "static"), **dict.fromkeys(GRADIENTS, ("static", "fused"))}
         for point, factors in wrong.items():
             for fmt in (getattr(row, point, None) for row in (self, *self.by_pattern)):
                 if isinstance(fmt, Format) and fmt.factor in factors:
-                    yield f"{point} {fmt.name}: factor {fmt.factor} is for inputs of matmuls; leave it out here"
+                    yield f"{point} {fmt.name}: factor {fmt.factor} is not for this point; leave it out here"
 
     def _without_effect(self) -> Iterator[str]:
         during = self.apply_during

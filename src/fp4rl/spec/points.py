@@ -88,6 +88,15 @@ def can_clip(fmt: Format) -> bool:
     return fmt.scale == "e4m3" or fmt.factor == "static" or (fmt.scale == "e8m0" and down)
 
 
+def as_served(point: str, fmt: Format) -> Format:
+    """Return a format whose FP32 factor is that of deployments: weights as they are fused, all else per token."""
+    if fmt.factor != "tensor" or fmt.scale not in ("e4m3", "fp32") or (fmt.block or (1, 1))[0] > 1:
+        return fmt
+    if point == "weight":
+        return replace(fmt, factor="fused") if fmt.scale == "e4m3" else fmt
+    return replace(fmt, factor="per_token")
+
+
 @dataclass(frozen=True)
 class Mode:
     """Formats of a linear layer's weight, of the input of its matmul, and of its output; None leaves one as it is.
@@ -109,10 +118,12 @@ _ALL = (
     Mode("w4a4", MXFP4, MXFP4, None, "MXFP4 weights and matmul inputs, as 4-bit kernels compute"),
     Mode("w16a4", None, MXFP4, None, "MXFP4 matmul inputs alone, to tell their error from the weights'"),
     Mode("w8a8", MXFP8, MXFP8, None, "MXFP8 weights and matmul inputs"),
-    Mode("nvfp4_w4a16", NVFP4, None, None, "NVFP4 weights"),
     Mode(
-        *("nvfp4_w4a4", NVFP4, replace(NVFP4, factor="per_token"), None),
-        "NVFP4 weights and matmul inputs, a factor for each token",
+        "nvfp4_w4a16", as_served("weight", NVFP4), None, None, "NVFP4 weights, one factor for those that a kernel fuses"
+    ),
+    Mode(
+        *("nvfp4_w4a4", as_served("weight", NVFP4), as_served("input", NVFP4), None),
+        "NVFP4 weights as nvfp4_w4a16 and matmul inputs, a factor for each token",
     ),
     Mode("w4a4_out", MXFP4, None, MXFP4, "MXFP4 weights and outputs; only to repeat older results"),
 )

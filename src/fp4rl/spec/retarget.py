@@ -7,7 +7,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format, describe, format_of
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
-from fp4rl.spec.points import LINEAR_POINTS, PatternFormats
+from fp4rl.spec.points import LINEAR_POINTS, PatternFormats, as_served
 
 _ROUNDED = (*LINEAR_POINTS, "kv_cache")
 
@@ -31,7 +31,9 @@ def in_format(injection: Injection, fmt: str) -> Injection:
 
     Raises NotFoundError for an unknown format, InvalidValueError where no linear layer is rounded.
     """
-    formats = {point: describe(format_of(fmt)) for point in LINEAR_POINTS if getattr(injection, point)}
+    formats = {
+        point: describe(as_served(point, format_of(fmt))) for point in LINEAR_POINTS if getattr(injection, point)
+    }
     if not formats:
         raise InvalidValueError(
             f"{injection.name} rounds no linear layer, so format {fmt} has no place; name another mode"
