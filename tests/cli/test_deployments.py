@@ -19,9 +19,12 @@ arms:
   bf16: {}
   w4a16: {injection: {mode: w4a16, deployment: vllm_blackwell}}
   w4a8: {injection: {mode: w4a8, deployment: vllm_ascend}}
+  more: {injection: {mode: w4a8, deployment: vllm_ascend}, training: {lr: 1.0e-5}}
   nv: {injection: {mode: nvfp4_w4a16, deployment: ascend950}}
   own: {injection: {weight: mxfp4, input: mxfp6_e2m3}}
   hand: {injection: {weight: {name: mxfp4, rotation: 32}, input: mxfp4}}
+  odd: {injection: {mode: w16a4, deployment: ocp}}
+  dual: {injection: {mode: w4a8, deployment: vllm_ascend_dualscale}}
 """
 
 
@@ -121,22 +124,33 @@ def test_the_plan_says_for_every_arm_and_profile_what_serves_it(shown, tmp_path)
     code, out, _ = shown("plan", str(file))
     said = words(out)
     assert code == 0
-    assert "served: bf16: full precision, which every machine computes as it is" in said
-    assert (
-        "served: w4a16: vllm_blackwell: a W4A16 checkpoint is computed as W4A4 on NVIDIA Blackwell (SM100): vLLM takes "
-        "any MXFP4 group without FP8 inputs for W4A4"
-    ) in said
-    assert "served: w4a8: vllm_ascend: a W4A8 checkpoint is computed as it is on Ascend 950: dense layers need" in said
-    assert "served: nv: ascend950: nothing serves a NVFP4_W4A16 checkpoint on Ascend 950: Ascend has no NVFP4" in said
-    assert "served: own: ocp (no deployment is named): formats that no mode has; what serves them is not known" in said
-    assert "served: hand: ocp (no deployment is named): a W4A4 checkpoint is computed as it is" in said
-    assert "served: profile w4a4 imitates compressed_tensors: a W4A4 checkpoint is computed as it is on CPU" in said
+    rows = [words(line) for line in out.partition("what is served")[2].splitlines()]
+    for row in (
+        "bf16 - full precision as it is",
+        "w4a16 vllm_blackwell w4a16 w4a4",
+        "w4a8, more vllm_ascend w4a8 w4a8",
+        "nv ascend950 nvfp4_w4a16 nothing",
+        "own ocp (not named) of no mode not known",
+        "hand ocp (not named) w4a4 w4a4",
+        "odd ocp w16a4 nothing",
+        "dual vllm_ascend_dualscale w4a8 not looked up",
+        "every arm@w4a4 compressed_tensors w4a4 w4a4",
+    ):
+        assert rows.count(row) == 1, row
+    for note in (
+        "w4a16 on NVIDIA Blackwell (SM100): vLLM takes any MXFP4 group without FP8 inputs for W4A4",
+        "w4a8 on Ascend 950: dense layers need in_features % 64 == 0",
+        "nvfp4_w4a16 on Ascend 950: Ascend has no NVFP4",
+        "no checkpoint has mode w16a4: it is for measuring alone",
+    ):
+        assert said.partition("warning:")[0].count(note) == 1, note
     assert "warning: w4a16 is computed here, but vllm_blackwell serves w4a4: vLLM takes" in said
     assert "warning: nvfp4_w4a16 is computed here, but ascend950 serves nothing of it" in said
     judged = words(shown("plan", str(file), "evaluation={count: 4, deployment: vllm_blackwell, profiles: [w4a16]}")[1])
     assert "warning: evaluation profile w4a16: w4a16 is computed here, but vllm_blackwell serves w4a4" in judged
     rows = {row["arm"]: row["served_as"] for row in json.loads(shown("plan", str(file), "--json")[1])}
     assert rows["w4a16"].startswith("vllm_blackwell: a W4A16 checkpoint is computed as W4A4")
+    assert rows["nv"] == "ascend950: nothing serves an NVFP4_W4A16 checkpoint on Ascend 950: Ascend has no NVFP4"
 
 
 def test_a_renamed_preset_is_said_once_a_file_and_on_the_command_line(shown, tmp_path):
@@ -145,7 +159,7 @@ def test_a_renamed_preset_is_said_once_a_file_and_on_the_command_line(shown, tmp
     code, out, err = shown("plan", str(file))
     assert code == 0
     assert words(err).count("preset vllm_ascend is now deployment: vllm_ascend_floor") == 1
-    assert "served: w4a8: vllm_ascend_floor:" in words(out)
+    assert "w4a8, more vllm_ascend_floor w4a8 w4a8" in words(out)
     _, out, err = shown("sites", "embedded", "--mode", "w4a4", "--preset", "vllm_ascend", "--json")
     assert json.loads(out)["injection"]["deployment"] == "vllm_ascend_floor"
     assert "msModelSlim packs 4-7 % of the weights otherwise" in words(err)

@@ -1,6 +1,6 @@
 """`fp4rl plan`: print what a file describes (arms, questions, runs with their ids) and which runs are done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,11 @@ from rich.table import Table
 
 from fp4rl.cli.described import described_by, runs_described, warnings_of
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
-from fp4rl.cli.terminal import console, print_json, styled, table
+from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.runner import split_finished
-from fp4rl.lab.serving import served_as, served_lines
+from fp4rl.lab.serving import fates, served_as
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -49,8 +49,7 @@ def command(
     title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
     rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs_planned)
     screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
-    for line in served_lines({run.arm: run.experiment for run in runs_planned}):
-        screen.print(styled(("served", "bold"), f": {line}"))
+    _print_served({run.arm: run.experiment for run in runs_planned})
     for line in warnings_of(runs_planned):
         screen.print(styled(("warning", "yellow"), f": {line}"))
     for line in missing_files(runs_planned):
@@ -78,6 +77,19 @@ def _print_recipes(runs: Sequence[PlannedRun]) -> None:
     for recipe_in_words, arms in recipes.items():
         of = f" of {', '.join(arms)}" if len(recipes) > 1 else ""
         console().print(f"recipe{of}: {recipe_in_words}")
+
+
+def _print_served(arms: Mapping[str, Experiment]) -> None:
+    """Print what is served of each arm, once for all that share it, and each note on that once."""
+    served = fates(arms)
+    rows = (
+        (", ".join(names), fate.deployment, fate.checkpoint, styled((fate.computed, "yellow" if fate.changed else "")))
+        for fate, names in served.items()
+    )
+    title = "what is served: the deployment decides, not the checkpoint"
+    console().print(table("arms", "deployment=", "checkpoint=", "computed as=", rows=rows, title=title))
+    for note in dict.fromkeys(fate.note for fate in served if fate.note):
+        print_indented(note)
 
 
 def _what_interrupting_costs(save_freq: int) -> str:

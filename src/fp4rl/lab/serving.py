@@ -1,30 +1,47 @@
 """What the arms of a suite would be served as: the deployment decides, not the checkpoint."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.kernels import Served
+from fp4rl.spec.kernels import SERVED_MODES, Served
 from fp4rl.spec.points import MODES
 from fp4rl.spec.words import counted
 
 UNNAMED = "ocp"  # whose rules formats have where no deployment is named
 
 
-def served_lines(arms: Mapping[str, Experiment]) -> list[str]:
-    """Return a line for what each arm, and each profile named by a mode, is served as; once for all arms that share it.
+class Fate(NamedTuple):
+    """What a policy is served as: under which deployment, from which checkpoint, computed as what, and what to note."""
 
-    The arms of a line stand before it where it is not that of all.
-    """
-    arms_by_line: dict[str, list[str]] = {}
+    deployment: str
+    checkpoint: str
+    computed: str
+    note: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether a checkpoint is computed as another one, or not at all."""
+        return self.computed not in (self.checkpoint, "as it is", "not known", "not looked up")
+
+
+def fates(arms: Mapping[str, Experiment]) -> dict[Fate, list[str]]:
+    """Return what is served of each arm, and of each profile named by a mode (`arm@profile`), with who shares it."""
+    named: dict[Fate, list[str]] = {}
     for arm, experiment in arms.items():
-        for line in _lines(experiment):
-            arms_by_line.setdefault(line, []).append(arm)
-    return [
-        line if len(names) == len(arms) > 1 else f"{', '.join(names)}: {line}" for line, names in arms_by_line.items()
-    ]
+        named.setdefault(_fate(experiment.injection), []).append(arm)
+    for profile in dict.fromkeys(name for experiment in arms.values() for name in of_profiles(experiment.evaluation)):
+        shared: dict[Fate, list[str]] = {}
+        for arm, experiment in arms.items():
+            if (injection := of_profiles(experiment.evaluation).get(profile)) is not None:
+                shared.setdefault(_fate(injection), []).append(f"{arm}@{profile}")
+        for fate, names in shared.items():
+            everyone = len(names) == len(arms) > 1
+            named.setdefault(fate, []).extend([f"every arm@{profile}"] if everyone else names)
+    return named
 
 
 def served_as(injection: Injection | None) -> str:
@@ -73,7 +90,16 @@ def of_profiles(evaluation: Evaluation) -> dict[str, Injection]:
     return {name: Injection.named(name, evaluation.deployment) for name in names}
 
 
-def _lines(experiment: Experiment) -> Iterator[str]:
-    yield served_as(experiment.injection)
-    for name, injection in of_profiles(experiment.evaluation).items():
-        yield f"profile {name} imitates {served_as(injection)}"
+def _fate(injection: Injection | None) -> Fate:
+    if injection is None or not injection.formats:
+        return Fate("-", "full precision", "as it is")
+    mode, name = injection.checkpoint_mode, injection.deployment or f"{UNNAMED} (not named)"
+    if mode is None:
+        return Fate(name, "of no mode", "not known")
+    kernel, served = (deployment := DEPLOYMENTS[injection.deployment or UNNAMED]).kernel, deployment.served(mode)
+    if mode not in SERVED_MODES:
+        return Fate(name, mode, "nothing", deployment.sentence(mode))
+    if served is None:
+        return Fate(name, mode, "not looked up")
+    note = f"{mode} on {kernel.hardware}: {served.note}" if served.note else ""
+    return Fate(name, mode, served.mode or "nothing", note)

@@ -70,16 +70,16 @@ class Deployment:
 
     def sentence(self, mode: str) -> str:
         """Return what a checkpoint of a mode is computed as, on what, and under which condition."""
-        served, checkpoint = self.served(mode), f"{mode.upper()} checkpoint"
+        served, checkpoint = self.served(mode), f"{'an' if mode[0] == 'n' else 'a'} {mode.upper()} checkpoint"
         if mode not in kernels.SERVED_MODES:
             return f"no checkpoint has mode {mode}: it is for measuring alone"
         if served is None:
-            return f"what a {checkpoint} is computed as on {self.kernel.hardware} has not been looked up"
+            return f"what {checkpoint} is computed as on {self.kernel.hardware} has not been looked up"
         if served.mode is None:
-            return f"nothing serves a {checkpoint} on {self.kernel.hardware}: {served.note}"
+            return f"nothing serves {checkpoint} on {self.kernel.hardware}: {served.note}"
         as_what = "as it is" if served.mode == mode else f"as {served.mode.upper()}"
         note = f": {served.note}" if served.note else ""
-        return f"a {checkpoint} is computed {as_what} on {self.kernel.hardware}{note}"
+        return f"{checkpoint} is computed {as_what} on {self.kernel.hardware}{note}"
 
     def changes(self, mode: str) -> bool:
         """Return whether a checkpoint of a mode is computed as another one, or not at all."""

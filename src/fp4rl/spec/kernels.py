@@ -126,7 +126,7 @@ ASCEND_DUAL = Kernel(
     "Ascend 950",
     Rules(Rounds("floor", columns=512), Rounds("floor")),
     _table(
-        {"w4a4": Served("w4a4", "as W4A4_MXFP4_DUALSCALE")},
+        {"w4a4": Served("w4a4", "with dual scales, as W4A4_MXFP4_DUALSCALE")},
         _NO_NVFP4,
     ),
     "documented",
