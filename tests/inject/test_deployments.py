@@ -7,7 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
 
 from fp4rl.inject.attach import attach
 from fp4rl.spec.injection import Injection
@@ -104,3 +107,64 @@ def test_the_rules_differ_on_these_inputs():
 
 def test_a_kernel_that_rounds_no_inputs_leaves_them_as_they_are():
     assert torch.equal(through("vllm_hopper", "w4a16"), inputs().double())
+
+
+class Multiplied(TorchFunctionMode):
+    """The weights that matmuls were given: those of `nn.functional.linear`, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Note the weight, and go on."""
+        if func is nn.functional.linear:
+            self.weights.append(args[1].detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def unpacked(packed, name):
+    """The numbers that a layer's codes and scales stand for in an AscendV1 file: low nibble first, the sign on top."""
+    codes, exponents = packed[f"{name}.weight"].int(), packed[f"{name}.weight_scale"].double() - 127
+    codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    values = E2M1[codes & 7] * (1 - 2 * (codes >> 3)) * (2.0**exponents).repeat_interleave(32, -1)
+    dual = packed.get(f"{name}.weight_dual_scale")
+    return values if dual is None else values * dual.double().squeeze(-1).repeat_interleave(64, -1)
+
+
+@pytest.mark.parametrize(
+    ("folder", "deployment"),
+    [
+        ("w4a4", "vllm_ascend"),
+        ("w4a8", "vllm_ascend"),
+        ("w4a4_ceil_x", "vllm_ascend_ceil_x"),
+        ("w4a4_fouroversix", "vllm_ascend_fouroversix"),
+        ("w4a4_dualscale", "vllm_ascend_dualscale"),
+    ],
+)
+def test_the_layers_of_a_model_multiply_by_what_the_exporter_stored(folder, deployment, shared_data):
+    """Kind: a rule that is right for a tensor alone, and not what an attached model computes with."""
+    data = shared_data / "ascend_v1"
+    if not data.is_dir():
+        pytest.skip("no ascend_v1 in the shared data")
+    packed = load_file(next((data / folder).glob("quant_model_weights-*.safetensors")))
+    model = AutoModelForCausalLM.from_pretrained(data / "model", dtype=torch.float32)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    names = {module: name for name, module in model.named_modules() if f"{name}.weight_scale" in packed}
+    assert len(names) == 14
+    called = []
+    for module in linears:
+        module.register_forward_pre_hook(lambda module, _: called.append(module))
+    own = {"name": "mxfp4", "coarse": {"columns": 64}} if "dual" in folder else None
+    points = {"weight": own, "input": own} if own else {}
+    injection = Injection.named(folder[:4], deployment, dtype="float32", **points)  # the folder is in float32
+    with attach(model, injection), torch.no_grad(), Multiplied() as seen:
+        model(torch.arange(1, 9)[None])
+    assert len(called) == len(seen.weights) == len(linears)
+    compared = differing = 0
+    for module, weight in zip(called, seen.weights, strict=True):
+        if module in names:
+            stored = unpacked(packed, names[module]).float()
+            compared += weight.numel()
+            differing += int((weight != stored).sum())
+    assert (compared, differing) == (106_496, 0)

@@ -44,6 +44,26 @@ def test_a_deployment_that_leaves_part_of_the_injection_out_is_said(injection, l
     assert not [line for line in lines(a=full) if "the profile deployment leaves" in line]
 
 
+@pytest.mark.parametrize(
+    ("model", "own", "said"),
+    [
+        ({"path": "m"}, "bfloat16", True),
+        ({"path": "m", "dtype": "bfloat16"}, "bfloat16", False),
+        ({"path": "m", "dtype": "bfloat16"}, "float32", True),
+        ({"path": "m"}, "float32", False),
+        ({}, "bfloat16", False),  # nobody packs the embedded model
+    ],
+)
+def test_a_dtype_from_which_a_packer_rounds_otherwise_is_said(model, own, said):
+    """Kind: weights that are trained rounded, and are not those that the exporter makes of the saved folder."""
+    injection = {"mode": "w4a8", "deployment": "vllm_ascend", "dtype": own}
+    found = [line for line in lines(a={"model": model, "injection": injection}) if "give model.dtype" in line]
+    assert bool(found) == said
+    assert not any("give model.dtype" in line for line in lines(a={"model": model, "injection": {"mode": "w4a8"}}))
+    profile = {"evaluation": {"profiles": ["w4a8"], "deployment": "vllm_ascend"}}
+    assert any("give model.dtype" in line for line in lines(a={"model": {"path": "m"}, **profile}))
+
+
 def test_what_a_loss_and_a_schedule_will_not_do_is_said():
     one = {"training": {"train_batch_size": 4, "mini_batch_size": 4}}
     assert "the clipping of dapo never acts" in " ".join(lines(one, a={}))

@@ -1,5 +1,6 @@
 """`fp4rl eval`: evaluate a Hugging Face model folder on a task, at a named precision."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, 
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_renamed, table
 from fp4rl.lab.files import whole
 from fp4rl.lab.matrix import single
-from fp4rl.lab.serving import changed
+from fp4rl.lab.serving import changed, packed_otherwise
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, nearest, shown
 from fp4rl.spec.evaluation import MATMUL_NOISE
@@ -105,6 +106,15 @@ def command(
             console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
         if line := changed(measured.injection):
             console().print(f"{name}: {line}")
+        if line := packed_otherwise([measured.injection], _saved_in(model) or "bfloat16"):
+            console().print(f"{name}: {line}; -p FILE with `dtype` of an injection rounds them in another")
+
+
+def _saved_in(model: Path) -> str | None:
+    """Return the dtype that a model folder names; None where it names none."""
+    file = model / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[EvaluationRunner, list[Measured]]":

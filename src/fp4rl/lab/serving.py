@@ -67,6 +67,17 @@ def changed(injection: Injection | None) -> str | None:
     return f"{mode} is computed here, but {deployment.name} serves {served.mode or 'nothing of it'}: {served.note}"
 
 
+def packed_otherwise(injections: Iterable[Injection | None], saved: str) -> str | None:
+    """Return a warning where a packer, given a folder of dtype `saved`, rounds other numbers than are rounded here."""
+    for injection in injections:
+        if injection and injection.deployment and injection.weight and injection.dtype != saved:
+            return (
+                f"weights are cast to {injection.dtype} before they are rounded; of a {saved} folder a packer rounds "
+                "the values as they are, and about 1 % of them to another number"
+            )
+    return None
+
+
 def unserved(injection: Injection, rounded: Iterable[tuple[str, str, int]]) -> Iterator[str]:
     """Yield which layers have no kernel. `rounded`: name, part and in_features of each layer with 4-bit weights."""
     mode = injection.checkpoint_mode

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from fp4rl.lab.serving import changed, of_profiles
+from fp4rl.lab.serving import changed, of_profiles, packed_otherwise
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.experiment import Experiment
@@ -51,6 +51,10 @@ def _deployment(experiment: Experiment) -> Iterator[str]:
     for name, imitated in of_profiles(experiment.evaluation).items():
         if (line := changed(imitated)) is not None:
             yield f"evaluation profile {name}: {line}"
+    if experiment.model.path is not None:  # the embedded model is for trying things out, not for packing
+        rounded = (injection, *of_profiles(experiment.evaluation).values())
+        if line := packed_otherwise(rounded, experiment.model.dtype):
+            yield f"{line}: give model.dtype and injection.dtype one value"
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return
     backward = {"grad_input", "grad_weight"}
