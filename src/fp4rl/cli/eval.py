@@ -101,13 +101,19 @@ def command(
         print_json([summary.as_json() for summary in summaries])
         return
     console().print(_table(str(model), summaries, _cut_from(data, test_path, runner.spec.split)))
+    for line in _notes(runner, _saved_in(model) or "bfloat16"):
+        console().print(line)
+
+
+def _notes(runner: "EvaluationRunner", saved: str) -> Iterator[str]:
+    """Yield what the table does not show: what a number hangs on, and what would be served or packed otherwise."""
     for name, measured in runner.precisions().items():
         if note := batch_note(measured.injection, "evaluation"):
-            console().print(f"{name}: {note} ({runner.spec.batch_size} answers here)")
+            yield f"{name}: {note} ({runner.spec.batch_size} answers here)"
         if line := changed(measured.injection):
-            console().print(f"{name}: {line}")
-        if line := packed_otherwise([measured.injection], _saved_in(model) or "bfloat16"):
-            console().print(f"{name}: {line}; -p FILE with `dtype` of an injection rounds them in another")
+            yield f"{name}: {line}"
+        if line := packed_otherwise([measured.injection], saved):
+            yield f"{name}: {line}; -p FILE with `dtype` of an injection rounds them in another"
 
 
 def _saved_in(model: Path) -> str | None:
