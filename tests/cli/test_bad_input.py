@@ -71,6 +71,24 @@ def test_what_is_hardly_meant_is_one_line_in_the_plan_and_before_the_run(tmp_pat
         assert shown.count("warning: evaluation.test_freq 7 does not divide 30 steps") == 1
 
 
+def test_an_override_that_no_run_follows_is_said(tmp_path, capsys, monkeypatch):
+    """Kind: a key given on the command line that every arm or an axis sets itself, which was dropped without a word."""
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "suite: arms\nbase: {training: {steps: 5}}\naxes: {injection.deployment: [ocp, modelopt]}\n"
+        "arms: {a: {injection: {mode: w4a8}}, b: {injection: {mode: w4a4}, training: {lr: 1.0e-3}}}\n"
+    )
+    overrides = ("injection.mode=w4a9", "injection.deployment=amct", "training.steps=5", "training.steps=7")
+    found = {}
+    for word in (*overrides, "training.lr=2.0e-3", "arms.a.injection.mode=w4a16", "seeds=[0,1,2]"):
+        assert main(["plan", str(file), word]) == 0
+        found[word] = f"warning: {word} changes no run" in capsys.readouterr().err
+    assert [word for word, said in found.items() if said] == list(overrides[:3])
+    assert main(["plan", str(file), "training.train_batch_size=4", "training.mini_batch_size=4"]) == 0
+    assert "changes no run" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "verb, how", [("run", "stopped; the same command continues where it left off"), ("formats", "stopped")]
 )

@@ -1,14 +1,14 @@
 """From the words of a command line to the runs that they describe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fp4rl.cli.terminal import say_renamed
+from fp4rl.cli.terminal import say_once
 from fp4rl.lab.catalogue import named, names
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.errors import NotFoundError, UserError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import former_words, load_spec
 
@@ -24,8 +24,26 @@ def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
     """Load the suite or experiment that a file, or a name of the catalogue, describes; former names in it are said."""
     file = spec_file(spec)
     described = load_spec(file, overrides)
-    say_renamed(former_words(file, overrides), f"{spec}: ")
+    say_once(former_words(file, overrides), f"{spec}: ")
+    if isinstance(described, Suite):
+        say_once(_without_effect(file, overrides, described))
     return described
+
+
+def _without_effect(file: Path, overrides: list[str], suite: Suite) -> Iterator[str]:
+    """Yield a line for each override of the base that leaves every run as it is."""
+    runs = planned(suite)
+    for number, word in enumerate(overrides):
+        key = word.partition("=")[0]
+        if key.partition(".")[0] in Suite.model_fields:
+            continue
+        try:
+            without = load_spec(file, [*overrides[:number], *overrides[number + 1 :]])
+        except UserError:  # it is this word that makes the others fit
+            continue
+        if isinstance(without, Suite) and planned(without) == runs:
+            cure = "" if word.startswith("+") else f" (arms.NAME.{key} changes an arm)"
+            yield f"{word} changes no run: that is so already, or every arm or an axis sets it itself{cure}"
 
 
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fp4rl.cli.described import require_here
 from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable
-from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_renamed, table
+from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_once, table
 from fp4rl.lab.files import whole
 from fp4rl.lab.matrix import single
 from fp4rl.lab.serving import changed, packed_otherwise
@@ -275,7 +275,7 @@ def _injection(word: str, what: str) -> Any:
             raise InvalidValueError(f"--precision {word}: write NAME=FILE.yaml, or NAME={{mapping}} of an injection")
         return content
     content = read_yaml(what)
-    say_renamed(renamings(content), f"{what}: ")
+    say_once(renamings(content), f"{what}: ")
     if "arms" in content:
         cure = "name the spec.yaml of one of its runs"
         raise InvalidValueError(f"--precision {word}: a suite has many injections; {cure}")

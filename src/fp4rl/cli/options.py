@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from fp4rl.cli.terminal import say_renamed
+from fp4rl.cli.terminal import say_once
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.former_names import of_deployment, renamings
 
@@ -41,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 def asked_deployment(deployment: str | None, preset: str | None) -> str | None:
     """Return what `--deployment` or the former `--preset` names; what a former name is read as is said on stderr."""
     given = {"deployment": deployment} | ({"preset": preset} if preset is not None else {})
-    say_renamed(renamings({key: value for key, value in given.items() if value is not None}))
+    say_once(renamings({key: value for key, value in given.items() if value is not None}))
     name: str | None = of_deployment(given).get("deployment")
     return name
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.cli.described import described_by, is_spec, require_here, run_described, spec_file
-from fp4rl.cli.terminal import say_renamed
+from fp4rl.cli.terminal import say_once
 from fp4rl.lab.matrix import PlannedRun, single
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite
@@ -43,7 +43,7 @@ def described(source: str, words: Sequence[str]) -> ScanTarget:
 
     Raises InvalidValueError for a wrong key or value, NotFoundError for a file that is not on this machine.
     """
-    say_renamed(former_words(None, words))
+    say_once(former_words(None, words))
     requested, change, of_suite = _sorted(words, is_spec(source))
     request = parse(ScanRequest, requested, "")
     if request.weights_only and "task" in change:

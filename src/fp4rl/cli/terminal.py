@@ -145,8 +145,8 @@ def ready_to_round() -> None:
     choose_backend(lambda message: screen.print(message, style="dim"))
 
 
-def say_renamed(lines: Iterable[str], where: str = "") -> None:
-    """Print on stderr, once a command, what former names in a file or on the command line are read as."""
+def say_once(lines: Iterable[str], where: str = "") -> None:
+    """Print warnings about a file or a command line on stderr, each once a command."""
     for line in lines:
         if f"{where}{line}" not in _renamed:
             _renamed.add(f"{where}{line}")
