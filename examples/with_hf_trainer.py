@@ -23,7 +23,7 @@ def main(steps: int = 4) -> list[dict]:
     )
     rows = torch.randint(0, 64, (32, 16))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    with tempfile.TemporaryDirectory() as folder, fp4rl.attach(model, fp4rl.Injection.named("w4a16")) as injected:
+    with tempfile.TemporaryDirectory() as folder, fp4rl.attach(model, fp4rl.Injection.named("w4a8")) as injected:
         arguments = TrainingArguments(folder, max_steps=steps, report_to=[], disable_tqdm=True, save_strategy="no")
         Trainer(model=model, args=arguments, train_dataset=data).train()
         evidence = injected.evidence()

@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """List the deployments, each a packer of weights times a kernel, and what a checkpoint is really computed as.
 
-    Examples: `fp4rl deployments`, `fp4rl deployments vllm_ascend`, `fp4rl deployments --mode w4a16`
+    Examples: `fp4rl deployments`, `fp4rl deployments vllm_ascend`, `fp4rl deployments --mode w4a8`
     """
     if mode is not None and mode not in SERVED_MODES:
         raise NotFoundError(f"--mode {shown(mode)}: no checkpoint has this mode{nearest(mode, SERVED_MODES)}")
@@ -52,7 +52,7 @@ def _list(chosen: Iterable[Deployment]) -> None:
     for kernel in {each.kernel.name: each.kernel for each in chosen}.values():
         screen.print(styled((kernel.name, "bold"), f": {kernel.hardware}"))
         _print_rules(kernel.inputs, kernel)
-    screen.print("\nWhat each mode is computed as: `fp4rl deployments NAME`, `fp4rl deployments --mode w4a16`.")
+    screen.print("\nWhat each mode is computed as: `fp4rl deployments NAME`, `fp4rl deployments --mode w4a8`.")
 
 
 def _print_rules(rules: Rules | None, source: Packer | Kernel) -> None:

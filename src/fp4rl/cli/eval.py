@@ -40,7 +40,7 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="full, a mode (w4a16), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
+        help="full, a mode (w4a8), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
         "NAME=FILE; may be repeated.",
     ),
 ]
@@ -81,7 +81,7 @@ def command(
 ) -> None:
     """Answer the task's test problems and print strict, flexible and format rates with 95 % intervals.
 
-    Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a16 -p matmul_noise=0.05 --deployment vllm_blackwell`
+    Example: `fp4rl eval runs/quickstart/RUN/final -p full -p w4a8 -p matmul_noise=0.05 --deployment vllm_ascend`
     """
     require_writable(out, "--out", new=True)
     given: dict[str, Any] = {

@@ -49,7 +49,7 @@ def command(
 ) -> None:
     """Print what is rounded in a model and in which format, what is left out, and the expected counts.
 
-    Examples: `fp4rl sites embedded --mode w4a4`, `fp4rl sites suite.yaml --arm w4a16`,
+    Examples: `fp4rl sites embedded --mode w4a8`, `fp4rl sites suite.yaml --arm w4a4`,
     `fp4rl sites MODEL --old hw_error_injection.enabled=true --old hw_error_injection.error_type=mxfp4 --write old.yaml`
     """
     require_writable(write, "--write")
