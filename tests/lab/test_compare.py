@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
-from fp4rl.lab.compare.fairness import differences, undeclared
+from fp4rl.lab.compare.differing import differences, undeclared
 from fp4rl.lab.compare.sides import At, named_side
 from fp4rl.lab.ledger.query import spread_of_run
 from fp4rl.lab.ledger.record import record_new

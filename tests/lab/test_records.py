@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from fp4rl.cli.main import main
-from fp4rl.lab.compare.fairness import differences
+from fp4rl.lab.compare.differing import differences
 from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger.tables import record_of, run_of

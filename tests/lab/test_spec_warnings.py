@@ -2,9 +2,11 @@
 
 import pytest
 
+from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.spec_warnings import spec_warnings
-from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.load import merge
+from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.load import load_spec, merge
 
 
 def lines(base=None, **arms):
@@ -73,3 +75,32 @@ def test_what_a_loss_and_a_schedule_will_not_do_is_said():
     assert "sequence ratio" in " ".join(lines(a={"training": {"algorithm": "gspo", "clip_ratio_high": 0.28}}))
     fade = {"schedule": {"sigma_start": 0.05, "sigma_end": 0.0005, "num_stages": 10}}
     assert "5 steps are too few" in " ".join(lines(a={"noise": fade, "training": {"steps": 5}}))
+
+
+@pytest.mark.parametrize(
+    ("factors", "refused"),
+    [
+        (["injection.deployment"], True),
+        (["injection.mode"], True),
+        (["injection"], False),
+    ],
+)
+def test_a_question_that_will_be_refused_is_said_before_the_runs(factors, refused):
+    """Kind: hours of training for a question whose factors leave out what comes with them."""
+    arms = {name: {"injection": {"mode": "w4a4", "deployment": name}} for name in ("ascend950_uos", "ascend950")}
+    question = {"question": "q", "treatment": "ascend950_uos@deployment", "control": "ascend950@deployment"}
+    suite = Suite.model_validate({"suite": "s", "arms": arms, "comparisons": [question | {"factors": factors}]})
+    said = list(refused_beforehand(suite))
+    assert len(said) == refused
+    for line in said:
+        assert line.startswith("question 1 will be refused: its arms also differ in injection.")
+        assert "injection.weight" in line
+        assert line.endswith("; where they may, its factors must name injection")
+        assert ("injection.deployment" in line) == ("injection.deployment" not in factors)
+
+
+def test_no_question_of_the_catalogue_will_be_refused():
+    for name in names():
+        suite = load_spec(named(name))
+        assert suite.comparisons
+        assert not list(refused_beforehand(suite))

@@ -77,7 +77,8 @@ def _answers(
     """Answer a suite's questions, or one of them, corrected as one family; a question that the suite did not declare
     (another `--factor` or `--margin`) is answered on its own."""
     from fp4rl.lab.compare.comparison import Question, answer_all, checked
-    from fp4rl.lab.compare.declared import declared_question, factors_between, questions_in
+    from fp4rl.lab.compare.declared import declared_question, questions_in
+    from fp4rl.lab.compare.differing import factors_between
     from fp4rl.lab.compare.sides import named_side
     from fp4rl.lab.ledger.query import spread_of_run
 

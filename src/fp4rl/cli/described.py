@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fp4rl.cli.terminal import say_once
 from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
@@ -58,9 +59,10 @@ def require_here(runs: Iterable[PlannedRun]) -> None:
         raise NotFoundError(f"{gone[0]}{f' (and {len(gone) - 1} more)' if len(gone) > 1 else ''}")
 
 
-def warnings_of(runs: Iterable[PlannedRun]) -> list[str]:
-    """Return warnings about the arms of some runs: what is allowed but hardly ever meant."""
-    return spec_warnings({run.arm: run.experiment for run in runs})
+def warnings_of(runs: Iterable[PlannedRun], described: Suite | Experiment) -> list[str]:
+    """Return warnings about the arms of some runs, and the questions of their suite: what is hardly ever meant."""
+    refused = refused_beforehand(described) if isinstance(described, Suite) else ()
+    return [*spec_warnings({run.arm: run.experiment for run in runs}), *refused]
 
 
 def runs_of(spec: Path, overrides: list[str]) -> tuple[PlannedRun, ...]:

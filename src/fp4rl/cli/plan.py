@@ -50,7 +50,7 @@ def command(
     rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs_planned)
     screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
     _print_served({run.arm: run.experiment for run in runs_planned})
-    for line in warnings_of(runs_planned):
+    for line in warnings_of(runs_planned, described):
         screen.print(styled(("warning", "yellow"), f": {line}"))
     for line in missing_files(runs_planned):
         screen.print(styled(("missing", "yellow"), f": {line}"))

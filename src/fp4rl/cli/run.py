@@ -135,7 +135,7 @@ def carry_out_all(
     if finished and not quiet:
         are = agreeing(len(finished), "is", "are")
         screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already")
-    for line in warnings_of(missing) if not quiet else ():
+    for line in warnings_of(missing, described) if missing and not quiet else ():
         screen.print(f"warning: {line}")
     book = ledger_address(root, ledger)
     _record(book, root, screen)  # also runs that a killed process finished but did not record

@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from fp4rl.lab.compare.comparison import Question
+from fp4rl.lab.compare.differing import factors_between
 from fp4rl.lab.compare.sides import At, Side, named_side, planned_side
 from fp4rl.lab.suites import SuiteRuns, read_suite
 from fp4rl.spec.errors import NotFoundError
@@ -81,20 +82,6 @@ def declared_question(
         and margin in (None, question.margin)
     ]
     return matching[0] if len(matching) == 1 else None
-
-
-def factors_between(treatment: str, control: str, factors: Sequence[str]) -> tuple[str, ...]:
-    """Return `factors` completed by those that always or usually come with them.
-
-    `evaluation.profiles` is always added: which profiles an arm is evaluated under changes no number. `precision` is
-    added where the question is about it: `full` on one side (4 bits against BF16), or `deployment` on both sides with
-    different injections (each as it is served).
-    """
-    profiles = [side.partition("@")[2] for side in (treatment, control)]
-    precision = "full" in profiles and len(set(profiles)) > 1
-    if profiles == ["deployment", "deployment"]:
-        precision = any(factor.partition(".")[0] == "injection" for factor in factors)
-    return tuple(dict.fromkeys((*factors, "evaluation.profiles", *(["precision"] if precision else []))))
 
 
 def question_of(comparison: Comparison, suite: str) -> Question:

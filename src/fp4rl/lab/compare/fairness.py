@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from fp4rl.lab.compare.differing import covered, differences, factor_of, in_few_words, undeclared
 from fp4rl.lab.compare.sides import Side, SideRun
 from fp4rl.lab.gaps import points_named
 from fp4rl.lab.runs import Run
@@ -28,12 +29,6 @@ _CONDITIONS: tuple[tuple[str, Kind], ...] = (
 _Values = tuple[set[Any], set[Any]]  # of the treatment, of the control
 _OF_MEASURING = ("precision", "evaluation.profiles")
 _VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code is more precise
-# Each of these is one factor as a whole, however many of its keys differ.
-_WHOLE = ("injection", "noise")
-# Which profiles are measured changes no number; the conditions of a number are compared with the number.
-_NO_FACTOR = ("evaluation.profiles", "evaluation.injections")
-
-Differences = dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -209,39 +204,6 @@ def _listed(values: set[Any]) -> str:
     return ", ".join(sorted(in_few_words(value) for value in values))
 
 
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differences:
-    """Return dotted key -> (value in the first, value in the second)."""
-    differing = dict(_differ(first, second, ""))
-    return {key: pair for key, pair in differing.items() if key != "seed" and not covered(key, _NO_FACTOR)}
-
-
-def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
-    """Return the differences that no declared factor covers.
-
-    Where none is declared, one factor may differ: one key, or the injection or the noise as a whole.
-    """
-    if factors:
-        return {key: pair for key, pair in differing.items() if not covered(key, factors)}
-    return differing if len({factor_of(key) for key in differing}) > 1 else {}
-
-
-def covered(key: str, factors: Sequence[str]) -> bool:
-    """Return whether one of the factors is the key itself or stands above it."""
-    return any(key == factor or key.startswith(f"{factor}.") for factor in factors)
-
-
-def factor_of(key: str) -> str:
-    """Return the factor that a key belongs to when none is declared."""
-    head = key.partition(".")[0]
-    return head if head in _WHOLE else key
-
-
-def in_few_words(value: Any) -> str:
-    """Return a value in few words."""
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 48 else f"{text[:45]}..."
-
-
 def training_part(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a description that can affect weights: all but the evaluation and the seed."""
     part = {key: value for key, value in spec.items() if key not in ("evaluation", "seed")}
@@ -265,11 +227,3 @@ def _trained_under(injection: Mapping[str, Any]) -> dict[str, Any] | None:
     named = {key: value for key, value in table.items() if key not in ("mode", "deployment", "apply_during")}
     active = {phase: sorted(active & points) for phase, active in phases.items()}
     return named | {"by_pattern": by_pattern, "phases": active}
-
-
-def _differ(first: Any, second: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        for key in dict.fromkeys((*first, *second)):
-            yield from _differ(first.get(key), second.get(key), f"{path}.{key}" if path else str(key))
-    elif first != second:
-        yield path, (first, second)

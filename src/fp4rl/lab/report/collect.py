@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fp4rl.lab.compare.comparison import Answer, answer_all
 from fp4rl.lab.compare.declared import suite_questions
-from fp4rl.lab.compare.fairness import differences
+from fp4rl.lab.compare.differing import differences
 from fp4rl.lab.compare.sides import At
 from fp4rl.lab.files import Damaged
 from fp4rl.lab.ledger.query import known_spread
