@@ -17,9 +17,9 @@ Differences = dict[str, tuple[Any, Any]]
 def refused_beforehand(suite: Suite) -> Iterator[str]:
     """Yield a line for each question of a suite that will be refused: its arms differ in more than its factors."""
     arms = {arm: experiment.model_dump(mode="json") for arm, experiment in arm_contents(suite)}
-    for number, asked in enumerate(suite.comparisons, 1):
-        treatment, control = (arms[side.partition("@")[0]] for side in (asked.treatment, asked.control))
-        factors = factors_between(asked.treatment, asked.control, asked.factors)
+    for number, question in enumerate(suite.comparisons, 1):
+        treatment, control = (arms[side.partition("@")[0]] for side in (question.treatment, question.control))
+        factors = factors_between(question.treatment, question.control, question.factors)
         if more := undeclared(differences(treatment, control), factors):
             whole = ", ".join(dict.fromkeys(map(factor_of, more)))
             yield (
