@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -13,9 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fp4rl.diagnose.scan import scan
 from fp4rl.inject.attach import attach
+from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
+from fp4rl.inject.validate import require_shared_factors
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.sites.walk import Site
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import NVFP4
 from fp4rl.spec.injection import Injection
@@ -206,6 +210,48 @@ def test_a_group_of_which_a_part_has_its_own_factor_is_refused():
         resolve(build(), Injection.model_validate(pattern))
 
 
+def test_an_expert_of_a_stack_has_one_factor_for_its_gate_and_up():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "vocab_size": 50, "head_dim": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes))
+    stack = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    stack.data[1] *= 7
+    with attach(model, FUSED) as attachment, torch.no_grad():
+        model(torch.arange(3, 20)[None])
+        copy_of = attachment.states["model.layers.0.mlp.experts.gate_up_proj"].cache.copy
+        assert torch.equal(copy_of, torch.stack([fake_quantize(expert, NVFP4) for expert in stack]))
+
+
+def test_experts_without_a_gate_are_rounded_each_under_its_own_factor():
+    """Fault: the stack of `up_proj` was taken for a group of its own."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "layers_block_type": ["moe", "attention"]}
+    sizes |= {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **sizes))
+    (name,) = (name for name, _ in model.named_parameters() if name.endswith("experts.up_proj"))
+    with attach(model, FUSED) as attachment, torch.no_grad():
+        model(torch.arange(3, 20)[None])
+        attachment.require_calls()
+        copy_of = attachment.states[name].cache.copy
+    assert torch.equal(copy_of, torch.stack([fake_quantize(expert, NVFP4) for expert in model.get_parameter(name)]))
+
+
+def test_gate_and_up_of_experts_in_two_stacks_are_refused():
+    fmt = replace(NVFP4, factor="fused")
+    sites = [Site(f"x.experts.{role}_proj", "x.experts", "experts", role, 0, (4, 8, 16)) for role in ("gate", "up")]
+    with pytest.raises(InvalidValueError, match="lie in two stacks"):
+        require_shared_factors([SitePlan(site, weight=fmt) for site in sites])
+    require_shared_factors([SitePlan(sites[0], weight=fmt), SitePlan(sites[1], weight=NVFP4)])
+
+
 def test_a_scan_gives_both_errors():
     model = build()
     report = scan(model, FUSED, spec=Scan(parts=("precision",)))
@@ -215,6 +261,10 @@ def test_a_scan_gives_both_errors():
         assert part.measures["relative_l2"] == pytest.approx(((values - weight).norm() / weight.norm()).item(), 1e-4)
         assert part.own_factor == pytest.approx(((own - weight).norm() / weight.norm()).item(), 1e-4)
     assert parts["model.layers.0.self_attn.o_proj"].own_factor is None
+    rows = report.as_dict()["parts"]
+    assert {row["site"] for row in rows if "own_factor" in row} == {
+        f"model.layers.{layer}.{name}" for layer in (0, 1) for group in GROUPS for name in group
+    }
 
 
 def test_a_compiled_model_shares_factors_too():

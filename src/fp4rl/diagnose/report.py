@@ -90,7 +90,7 @@ class ScanReport:
             "sites": len(self.table.plans),
             "calibration": self.calibration,
             "weights_together": total,
-            "parts": [asdict(part) | {"excess": part.excess} for part in self.parts],
+            "parts": [_part(part) for part in self.parts],
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "depth": [asdict(d) | {"predicted": d.predicted, "sqnr_db": _finite(d.sqnr_db)} for d in self.depth],
             "dynamics": self._dynamics(),
@@ -109,6 +109,12 @@ class ScanReport:
             "everywhere": list(self.verdict.everywhere),
             "ratios": {str(layer): dict(ratios) for layer, ratios in self.ratios.items()},
         }
+
+
+def _part(part: PartError) -> dict[str, Any]:
+    """Return one error for JSON; `own_factor` stands there where a factor is shared."""
+    row = asdict(part) | {"excess": part.excess}
+    return row if part.own_factor is not None else {key: value for key, value in row.items() if key != "own_factor"}
 
 
 def _cells(errors: Mapping[str, ExpertError], effect: ExpertSensitivity | None) -> tuple[str, ...]:

@@ -73,7 +73,8 @@ def _join_groups(model: nn.Module, plans: Iterable[SitePlan], states: dict[str, 
     groups: dict[tuple[object, ...], FusedGroup] = defaultdict(FusedGroup)
     for plan in plans:
         state, group = states[plan.name], plan.site.fused_group
-        if isinstance(state, LinearState) and plan.weight is not None and plan.weight.factor == "fused" and group:
+        fused = plan.weight is not None and plan.weight.factor == "fused" and plan.site.kind == "linear"
+        if fused and group and isinstance(state, LinearState):
             state.group = groups[group, plan.weight]
             state.group.modules.append(
                 adapter_of(model, plan.site) if plan.merged else model.get_submodule(plan.site.path)

@@ -106,9 +106,11 @@ def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
     if point not in state.points:
         return x
     whole = x
-    if point == "weight" and isinstance(state, LinearState) and state.group is not None:  # as one fused matrix
-        others = [other.master(module) for other, module in state.group.others(state)]
-        whole = torch.cat([x, *(master.to(x.dtype) for master in others)])
+    if point == "weight" and isinstance(state, LinearState) and state.group is not None:  # under one factor
+        for other, module in state.group.others(state):
+            row = torch.zeros_like(x[:1])
+            row[0, 0] = other.master(module).abs().max()
+            whole = torch.cat([whole, row])
     return fake_quantize(whole.to(state.dtype), getattr(state.plan, point)).to(x.dtype)[: len(x)]
 
 

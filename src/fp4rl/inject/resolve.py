@@ -48,7 +48,7 @@ def resolve(model: nn.Module, injection: Injection) -> SiteTable:
         reasons = sorted({left.reason for left in left_out if left.site.kind in _WEIGHTS})
         why = "; ".join(reasons) or "the model has no linear layers"
         raise NotFoundError(f"nothing to inject in {type(model).__name__}: {why}")
-    validate.require_packed_groups(plans)
+    validate.require_shared_factors(plans)
     if injection.fused_groups == "agree":
         validate.require_agreement(plans, left_out)
     return SiteTable(injection, tuple(plans), tuple(left_out))

@@ -180,13 +180,22 @@ def _with_factor(fmt: Format | None) -> str:
     return fmt.name + ("" if fmt.factor == "tensor" else f" ({fmt.factor} factor)")
 
 
-def require_packed_groups(plans: list[SitePlan]) -> None:
-    """Raise InvalidValueError for codes whose factor depends on a weight that is trained."""
-    packed: dict[str, set[bool]] = defaultdict(set)
+def require_shared_factors(plans: list[SitePlan]) -> None:
+    """Raise InvalidValueError for codes whose factor depends on a weight that is trained, and for gate and up of
+    experts in two stacks, whose pairs share no factor here."""
+    groups: dict[str, list[SitePlan]] = defaultdict(list)
     for plan in plans:
         if plan.weight is not None and plan.weight.factor == "fused" and plan.site.fused_group is not None:
-            packed[plan.site.fused_group].add(plan.packed)
-    for group in (name for name, flags in packed.items() if len(flags) > 1):
+            groups[plan.site.fused_group].append(plan)
+    for group, members in groups.items():
+        stacks = [plan.name for plan in members if plan.site.kind == "experts"]
+        if len(stacks) > 1:
+            raise InvalidValueError(
+                f"{' and '.join(stacks)} are fused when they are served, and lie in two stacks, for which no common "
+                "factor is computed; take MXFP4 for them, or leave them out: by_pattern: {experts: none}"
+            )
+        if len({plan.packed for plan in members}) == 1:
+            continue
         raise InvalidValueError(
             f"{group}: frozen_base: packed stores codes under one factor for the group, of which a part is trained; "
             "freeze or train all of it, or take frozen_base: copy"
