@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fp4rl.cli.eval import _asked_task, _described, _table, asked_profiles
+from fp4rl.cli.eval import _asked_task, _described, _notes, _saved_in, _table, asked_profiles
+from fp4rl.rl.evaluate import EvaluationRunner
 from fp4rl.spec.errors import InvalidValueError, UserError
 from fp4rl.spec.evidence import Evaluation, Profile
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import parse
 
 
 def summary(name, n, **more):
@@ -176,6 +179,22 @@ def test_the_sweep_of_a_bf16_model_runs(embedded_model):
     shares = {one["profile"]["name"]: one["answers_digest"] for one in found}
     assert list(shares)[:3] == ["full", "matmul_noise=0", "matmul_noise=0.01"]
     assert shares["full"] == shares["matmul_noise=0"] != shares["matmul_noise=0.1"]
+
+
+def test_what_a_packer_would_round_otherwise_is_said_once():
+    """Kind: an evaluation of weights that no exporter makes of this folder."""
+    spec = parse(Experiment, {"evaluation": {"profiles": ["full", "w4a8", "w4a4"], "deployment": "vllm_ascend"}}, "")
+    runner = EvaluationRunner(spec.evaluation, None, spec.task, [])
+    (said,) = _notes(runner, "float32")
+    assert said.startswith("w4a8, w4a4: weights are cast to bfloat16 before they are rounded; of a float32 folder")
+    assert list(_notes(runner, "bfloat16")) == []
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_of_a_folder_is_what_its_config_says(key, tmp_path):
+    assert _saved_in(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps({key: "float32"}))
+    assert _saved_in(tmp_path) == "float32"
 
 
 def test_an_answer_may_have_what_its_task_takes():

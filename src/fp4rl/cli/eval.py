@@ -106,14 +106,19 @@ def command(
 
 
 def _notes(runner: "EvaluationRunner", saved: str) -> Iterator[str]:
-    """Yield what the table does not show: what a number hangs on, and what would be served or packed otherwise."""
+    """Yield what the table does not show, once for all precisions: what is served or packed otherwise, for example."""
+    precisions: dict[str, list[str]] = {}
     for name, measured in runner.precisions().items():
-        if note := batch_note(measured.injection, "evaluation"):
-            yield f"{name}: {note} ({runner.spec.batch_size} answers here)"
-        if line := changed(measured.injection):
-            yield f"{name}: {line}"
-        if line := packed_otherwise([measured.injection], saved):
-            yield f"{name}: {line}; -p FILE with `dtype` of an injection rounds them in another"
+        batch = batch_note(measured.injection, "evaluation")
+        packed = packed_otherwise([measured.injection], saved)
+        for line in (
+            f"{batch} ({runner.spec.batch_size} answers here)" if batch else None,
+            changed(measured.injection),
+            f"{packed}; -p FILE with `dtype` of an injection rounds them in another" if packed else None,
+        ):
+            if line is not None:
+                precisions.setdefault(line, []).append(name)
+    yield from (f"{', '.join(names)}: {line}" for line, names in precisions.items())
 
 
 def _saved_in(model: Path) -> str | None:
