@@ -174,6 +174,26 @@ def test_the_head_is_what_makes_logits_whatever_it_is_called(family, name):
 
 
 @pytest.mark.parametrize(
+    ("family", "layer", "together"),
+    [
+        ("rwkv", "attention", []),
+        ("rwkv", "feed_forward", []),
+        ("ctrl", "multi_head_attention", [["Wq", "Wk", "Wv"]]),
+        ("opt", "self_attn", [["k_proj", "v_proj", "q_proj"]]),
+        ("nemotron", "mlp", []),
+        ("lfm2", "feed_forward", [["w1", "w3"]]),
+    ],
+)
+def test_a_group_is_of_layers_that_read_one_tensor(family, layer, together):
+    """Fault: RWKV's key and value, each of which reads a tensor of its own, were a group."""
+    groups = {}
+    for site in walk(families.tiny(family)):
+        if site.layer == 0 and site.parent.endswith(layer) and site.fused_group:
+            groups.setdefault(site.fused_group, []).append(site.name.rpartition(".")[2])
+    assert [group for group in groups.values() if len(group) > 1] == together
+
+
+@pytest.mark.parametrize(
     ("kind", "children", "parameters", "holds"),
     [
         ("GPT2Attention", ["c_attn", "c_proj"], [], True),

@@ -34,8 +34,9 @@ def test_a_refusal_names_the_site_or_the_setting_and_the_cure():
         {"mode": "w4a16", "fused_groups": "free", "by_pattern": {"*.layers.1.self_attn.q_proj": {"weight": "none"}}},
         {"mode": "w4a4", "by_pattern": {"*.layers.1.mlp.experts.down_proj": {"input": "none"}}},
         {"mode": "w4a16", "deployment": "compressed_tensors"},
+        {"mode": "nvfp4_w4a16", "weight": "nvfp4"},
     ],
-    ids=["one layer is left", "inputs of one layer's experts are left", "another scale rule"],
+    ids=["one layer is left", "inputs of one layer's experts are left", "another scale rule", "a factor a matrix"],
 )
 def test_the_oracle_sees_what_is_not_rounded_as_it_should_be(described, monkeypatch):
     monkeypatch.setitem(zoo.MODES, described["mode"], described)

@@ -18,7 +18,6 @@ IDS = torch.arange(3, 27).view(2, 12)
 NOISE = 0.01
 WEIGHTS = ("w4a16", "w4a8", "w4a4", "nvfp4_w4a16")
 MODES = {mode: {"mode": mode} for mode in WEIGHTS} | {
-    "nvfp4_w4a16": {"mode": "nvfp4_w4a16", "weight": "nvfp4"},  # a factor for each matrix, as the oracle has it
     "kv_cache": {"kv_cache": "mxfp4"},
     "matmul noise": {"errors": [{"kind": "relative", "point": "matmul", "scale": NOISE}]},
 }

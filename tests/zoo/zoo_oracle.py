@@ -4,7 +4,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,10 +54,12 @@ def mxfp8(x: Tensor) -> Tensor:
     return _mx(x, onto_e4m3, 8)
 
 
-def nvfp4(x: Tensor) -> Tensor:
-    """16 values under an E4M3 scale, all of them under one FP32 factor 448 * 6 / amax, as compressed-tensors has it."""
+def nvfp4(x: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    """16 values under an E4M3 scale, all of them under one FP32 factor 448 * 6 / amax, as compressed-tensors has it;
+    amax is also that of the matrices that are served in one with it."""
     wide = x.float()
-    factor = wide.abs().max().reciprocal() * (448.0 * 6.0)
+    amax = torch.stack([matrix.detach().float().abs().max() for matrix in (x, *beside)]).max()
+    factor = amax.reciprocal() * (448.0 * 6.0)
     blocks = _blocks(wide, 16)
     scale = onto_e4m3((factor * (blocks.abs().amax(-1, keepdim=True) / 6.0)).double()).float() / factor
     quotient = torch.where(scale > 0, blocks / torch.where(scale > 0, scale, 1.0), 0.0)
@@ -72,13 +74,14 @@ class Rounded:
     input: Rounding | None = None
     output: None = None
     cache: Rounding | None = None
+    fused: bool = False  # the factor of a weight is that of all that are served in one matrix
 
 
 MODES = {
     "w4a16": Rounded(mxfp4),
     "w4a8": Rounded(mxfp4, mxfp8),
     "w4a4": Rounded(mxfp4, mxfp4),
-    "nvfp4_w4a16": Rounded(nvfp4),
+    "nvfp4_w4a16": Rounded(nvfp4, fused=True),
     "kv_cache": Rounded(cache=mxfp4),
 }
 
@@ -97,6 +100,8 @@ def rounded_cache(model: nn.Module) -> DynamicCache:
 
 
 _AS_EVER = re.compile(r"router|(^|\.)gate(\.wg)?$|shared_expert_gate|lm_head|lora_|mixer\.dt_proj$|mamba\.dt_proj$")
+# Read in the sources of transformers: what computes queries, keys and values of one input, or gate and up of one.
+_SERVED_IN_ONE = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def twin(model: nn.Module, mode: Rounded) -> nn.Module:
@@ -104,10 +109,23 @@ def twin(model: nn.Module, mode: Rounded) -> nn.Module:
     step size of a state space compute as ever."""
     copied = copy.deepcopy(model).double()
     head = copied.get_output_embeddings()
+    beside = _beside(copied) if mode.fused else {}
     for name, module in copied.named_modules() if mode.weight else ():
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not _AS_EVER.search(name):
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            module.forward = partial(expert_oracle._linear, weight, module.bias, mode)
-        elif type(module).__name__.endswith("Experts"):
+            others = beside.get(module)
+            own = replace(mode, weight=partial(mode.weight, beside=others)) if others else mode
+            module.forward = partial(expert_oracle._linear, weight, module.bias, own)
+        elif type(module).__name__.endswith("Experts"):  # an expert's gate and up are one matrix
             module.forward = partial(expert_oracle._experts, module, mode)
     return copied
+
+
+def _beside(model: nn.Module) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """Linear layer -> the weights that are served in one matrix with its own."""
+    found = {}
+    for parent in model.modules():
+        for names in _SERVED_IN_ONE:
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), nn.Linear)]
+            found |= {layer: tuple(other.weight for other in layers if other is not layer) for layer in layers}
+    return found

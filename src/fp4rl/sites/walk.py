@@ -117,7 +117,10 @@ def walk(model: nn.Module) -> tuple[Site, ...]:
             else:
                 site = replace(site, part=_part(site, path.startswith(mixing)))
             _add(sites, first, site, module if weight is None else weight)
-    return tuple(sites)
+    queried = {site.parent for site in sites if site.role == "q"}
+    alone = {site for site in sites if site.role in ("k", "v") and site.parent not in queried}
+    # Keys and values that no query meets (RWKV) read tensors of their own.
+    return tuple(replace(site, role="linear") if site in alone else site for site in sites)
 
 
 def _add(sites: list[Site], first: dict[int, int], site: Site, held: nn.Module | Tensor) -> None:
