@@ -210,6 +210,17 @@ def test_a_group_of_which_a_part_has_its_own_factor_is_refused():
         resolve(build(), Injection.model_validate(pattern))
 
 
+@pytest.mark.parametrize(("mode", "earlier"), [("nvfp4_w4a16", "9b17519b4ce2"), ("nvfp4_w4a4", "8accf681523e")])
+def test_the_digest_of_a_mode_is_no_more_that_of_a_factor_for_each_matrix(mode, earlier):
+    """`earlier`: what stands beside scores of this model from when the mode had such a factor."""
+    model, own = build(), {"mode": mode, "weight": "nvfp4"}
+    now, each = (
+        resolve(model, Injection.model_validate(asked)).digest_in("evaluation") for asked in ({"mode": mode}, own)
+    )
+    assert each == earlier
+    assert now != earlier
+
+
 def test_an_expert_of_a_stack_has_one_factor_for_its_gate_and_up():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "vocab_size": 50, "head_dim": 16}

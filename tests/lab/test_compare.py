@@ -479,6 +479,36 @@ def test_an_injection_that_its_spec_leaves_out_of_training_has_no_gap_there():
     assert gaps_of({}, {"sites": 14}, PROVEN) == ("14 sites were quantized, but its spec injects nothing",)
 
 
+NOW, ONCE = "3a37afb21d02", "4d2c04c1ea1f"  # what nvfp4_w4a4 rounds, with a factor for fused weights and for each
+
+
+@pytest.mark.parametrize(
+    ("tables", "factors"),
+    [
+        ((ONCE, ONCE), ()),
+        ((ONCE, NOW), ()),
+        ((ONCE, NOW), ("precision",)),
+        ((ONCE, ONCE), ("evaluation.profiles",)),
+        ((ONCE, ONCE), ("injection",)),
+    ],
+    ids=["all old", "one old", "one old, precision may differ", "profiles may differ", "injections may differ"],
+)
+def test_records_of_a_mode_that_meant_other_formats_are_refused(make_run, ask: Ask, tables, factors):
+    """The same profile, description and run id: only the digest of what was rounded tells."""
+    judged = {"name": "nvfp4_w4a4", "precision": "nvfp4_w4a4"}
+    for seed, table in enumerate(tables):
+        made = [
+            make_run("bf16", seed, share + 0.01 * seed, suite=suite, profile=judged | {"sites_digest": digest})
+            for suite, share, digest in (("earlier", 0.7, table), ("later", 0.6, NOW))
+        ]
+        assert made[0].run_id == made[1].run_id
+    compared = ask("later/bf16@nvfp4_w4a4", "earlier/bf16@nvfp4_w4a4", factors=factors)
+    listed = ", ".join(sorted({*tables}))
+    said = [objection.sentence() for objection in compared.objections if objection.kind == "precision"]
+    assert said == [f"the evaluation's sites_digest differs: {NOW} against {listed}"]
+    assert compared.verdict is None
+
+
 def test_a_run_without_one_of_its_evaluations_is_refused_as_in_the_report(two_arms, make_run, ask: Ask):
     """Kind: two pipelines for one question; the report has always refused such a run."""
     two_arms()

@@ -99,11 +99,25 @@ def test_a_run_made_by_other_code_is_stale_and_is_not_mixed_with_others(make_tri
     assert report.questions[1].word == "not comparable"
 
 
+def test_a_mean_over_runs_that_were_rounded_differently_is_marked(make_trial):
+    """As where a mode means other formats than it did when the first seeds were run."""
+    folder = make_trial().write()
+    file = next(folder.glob("bf16-s0-*")) / "result.json"
+    result = json.loads(file.read_text())
+    for evaluation in result["evaluations"]:
+        if evaluation["profile"]["name"] == "w4a4":
+            evaluation["profile"]["sites_digest"] = "4d2c04c1ea1f"
+    file.write_text(json.dumps(result))
+    said = "Runs of bf16@w4a4 were rounded differently (site tables 4d2c04c1ea1f, table-w4a4): its mean mixes them."
+    assert [note for note in collect(folder).notes if "rounded differently" in note] == [said]
+
+
 def test_a_suite_made_wholly_by_other_code_is_compared_and_marked(make_trial):
     everything = [(arm, seed) for arm in ("bf16", "w4a16", "w4a16+aqn", "w4a4") for seed in range(3)]
     report = collect(make_trial().write(stale=everything))
     assert report.questions[0].word == "better"
     assert any("all 12 runs" in note for note in report.notes)
+    assert not any("rounded differently" in note for note in report.notes)
 
 
 def test_a_folder_that_the_suite_does_not_ask_for_is_named_and_left_out(make_trial):

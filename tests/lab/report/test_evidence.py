@@ -159,5 +159,15 @@ def test_every_number_says_what_it_was_measured_under(make_trial):
     assert (facts["site table"], facts["problems"], facts["scorer"]) == ("table-w4a4", "500", "not recorded")
 
 
+def test_formats_of_a_run_of_other_code_are_said_to_be_read_now(make_trial):
+    """A mode may have meant others when it ran."""
+    report = collect(make_trial().write(stale=[("bf16", seed) for seed in range(3)]))
+    found = {
+        score.name: dict(measured_under(score.profiles[0], score, report.arms[score.arm])) for score in report.scores
+    }
+    assert found["bf16@w4a4"]["formats"].endswith("input mxfp4 (scale_rule even), as this code reads it")
+    assert "reads it" not in found["w4a4@deployment"]["formats"]
+
+
 def test_versions_come_from_the_runs(complete):
     assert dict(versions(complete.runs))["torch"] == ["2.13.0"]

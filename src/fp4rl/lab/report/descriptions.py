@@ -15,6 +15,7 @@ from fp4rl.spec.points import FORMAT_POINTS
 
 Row = tuple[str, list[str]]
 NOT_RECORDED = "not recorded"
+_READ_NOW = ", as this code reads it"  # of a run of other code
 
 
 def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
@@ -38,13 +39,15 @@ def arm_differences(arms: Mapping[str, Experiment]) -> list[Row]:
 def measured_under(profile: Profile, score: Score, experiment: Experiment) -> list[tuple[str, str]]:
     """Return everything that a number depends on besides the weights; missing entries are called not recorded.
 
-    The formats are those of the description; the digest of the site table is of what really acted.
+    The formats are those of the description, as the present code reads it; the digest of the site table is of what
+    really acted.
     """
     injection = precision_named(profile.name, experiment.evaluation, experiment.injection).injection
     nothing_acted = profile.precision is not None and profile.precision.partition(":")[0] in ("full", "clean")
+    stale = any(own.run.stale for own in score.by_seed if own.end is not None and own.end.profile == profile)
     facts = {
         "precision": profile.precision,
-        "formats": _formats(injection, experiment.model.dtype),
+        "formats": _formats(injection, experiment.model.dtype) + (_READ_NOW if stale else ""),
         "deployment": profile.deployment or (injection.deployment if injection else None) or "none",
         "site table": profile.sites_digest or ("none" if nothing_acted else None),
         "noise": profile.noise,

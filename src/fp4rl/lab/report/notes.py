@@ -25,6 +25,7 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
         *_otherwise(runs),
         *(f"Known beforehand: {line}." for line in spec_warnings({r.planned.arm: r.planned.experiment for r in runs})),
         *_warned(runs),
+        *_mixed(scores),
         *_before(scores),
         *_spread(scores),
         *_sampling(runs),
@@ -70,6 +71,16 @@ def _warned(runs: Sequence[SuiteRun]) -> Iterator[str]:
         others = list({run.planned.run_id: run for _, run in lines if run is not teller}.values())
         more = f"; similar in {_named(others)}" if others else ""
         yield f"Warning of {_named([teller])}: {first.rstrip('.')}{more}."
+
+
+def _mixed(scores: Sequence[Score]) -> Iterator[str]:
+    """Yield a note on every mean over runs that were rounded differently under one name."""
+    for score in scores:
+        counted_in = (own.end.profile for own in score.by_seed if own.run.counts and own.end is not None)
+        tables = sorted({profile.sites_digest or "none" for profile in counted_in})
+        if len(tables) > 1:
+            named = ", ".join(tables)
+            yield f"Runs of {score.name} were rounded differently (site tables {named}): its mean mixes them."
 
 
 def _before(scores: Sequence[Score]) -> Iterator[str]:
