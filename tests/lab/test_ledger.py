@@ -254,3 +254,14 @@ def test_a_seed_is_one_repeat_however_many_suites_and_profiles_show_it(make_run,
     with ledger.reading() as connection:
         groups = repeats(connection, digest(run.spec()["task"]), digest(run.spec()["model"]))
     assert groups == [[0.50, 0.54, 0.47]]
+
+
+def test_runs_that_were_rounded_differently_under_one_profile_are_no_repeats(make_run, opened, tmp_path: Path):
+    """As where a mode means other formats than it did when the first seeds were run."""
+    ledger = opened(tmp_path / "ledger.db")
+    for seed, (table, strict) in enumerate((("once", 0.50), ("now", 0.80), ("once", 0.52), ("now", 0.83))):
+        run = make_run("bf16", seed, strict, profile={"name": "nvfp4_w4a4", "sites_digest": table})
+        record(ledger, run, {})
+    with ledger.reading() as connection:
+        groups = repeats(connection, digest(run.spec()["task"]), digest(run.spec()["model"]))
+    assert sorted(groups) == [[0.50, 0.52], [0.80, 0.83]]

@@ -106,20 +106,22 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     """Return the last strict accuracies (shares) of runs of the same task and model, a list for each experiment.
 
     Within a list the runs differ only in the seed, and a seed counts once, in whichever suites it was run. Of several
-    profiles `deployment` is taken, else the first, since other profiles of the same runs are not further repeats.
+    profiles `deployment` is taken, else the first, since other profiles of the same runs are not further repeats. Runs
+    that were rounded differently under one profile are not repeats of each other.
     """
     query = (
-        select(runs.c.experiment, evaluations.c.profile, runs.c.seed, evaluations.c.strict)
+        select(runs.c.experiment, evaluations.c.profile, evaluations.c.conditions, runs.c.seed, evaluations.c.strict)
         .select_from(runs.join(evaluations, evaluations.c.run == runs.c.id))
         .where(evaluations.c.last, runs.c.task == task, runs.c.model == model)
         .where(evaluations.c.strict.is_not(None))
         .order_by(runs.c.experiment, evaluations.c.profile, runs.c.seed, runs.c.suite)
     )
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    for experiment, profile, seed, value in connection.execute(query):
-        values.setdefault(experiment, {}).setdefault(profile, {}).setdefault(seed, value)
+    values: dict[str, dict[str, dict[str | None, dict[int, float]]]] = {}
+    for experiment, profile, conditions, seed, value in connection.execute(query):
+        alike = values.setdefault(experiment, {}).setdefault(profile, {})
+        alike.setdefault(conditions.get("sites_digest"), {}).setdefault(seed, value)
     chosen = (profiles.get("deployment") or next(iter(profiles.values())) for profiles in values.values())
-    return [list(by_seed.values()) for by_seed in chosen]
+    return [list(by_seed.values()) for alike in chosen for by_seed in alike.values()]
 
 
 def known_spread(address: str | Path, run: Run) -> "Spread | None":
