@@ -145,7 +145,10 @@ def live():
             shutil.rmtree(home, ignore_errors=True)
             steps = [sys.executable, "-m", "venv", home], [home / "bin" / "pip", "install", "-q", *NEEDS]
             for step in steps:
-                run = subprocess.run(step, capture_output=True, text=True, timeout=1800, env=clean(), check=False)
+                try:
+                    run = subprocess.run(step, capture_output=True, text=True, timeout=600, env=clean(), check=False)
+                except subprocess.TimeoutExpired:
+                    pytest.skip("msModelSlim cannot be installed in ten minutes here")
                 if run.returncode:
                     pytest.skip(f"msModelSlim cannot be installed: {(run.stderr.strip() or 'no reason given')[-300:]}")
             (home / "ready").touch()
