@@ -1,16 +1,13 @@
-"""What a scan reads: weights from shards, texts as tokens, kurtosis piece by piece, inputs of named modules."""
+"""What a scan reads: texts as tokens, kurtosis piece by piece, inputs of named modules."""
 
-import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from fp4rl.diagnose.calibration import calibrate, from_tokens
 from fp4rl.diagnose.dynamics import excess_kurtosis, power_sums
-from fp4rl.diagnose.shards import stored_tensors
 from fp4rl.diagnose.texts import texts_of
 from fp4rl.sites.observe import observe
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -27,43 +24,6 @@ def test_a_kurtosis_from_pieces_is_that_of_the_whole():
 def test_gaussian_values_have_no_excess_kurtosis():
     values = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
     assert abs(excess_kurtosis(power_sums(values))) < 0.05
-
-
-def test_shards_give_back_the_stored_bits_whole_and_in_rows(tmp_path):
-    tensors = {f"t{i}": torch.randn(7, 5).to(kind) for i, kind in enumerate((torch.float32, torch.bfloat16))}
-    save_file({"t0": tensors["t0"]}, tmp_path / "a.safetensors")
-    save_file({"t1": tensors["t1"], "ids": torch.arange(3)}, tmp_path / "b.safetensors")
-    index = {"weight_map": {"t0": "a.safetensors", "t1": "b.safetensors", "ids": "b.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = stored_tensors(tmp_path)
-    assert set(found) == {"t0", "t1"}
-    for name, stored in found.items():
-        assert torch.equal(stored.read(), tensors[name])
-        pieces = list(stored.rows(3))
-        assert [len(piece) for piece in pieces] == [3, 3, 1]
-        assert torch.equal(torch.cat(pieces), tensors[name])
-
-
-def test_a_missing_shard_and_a_folder_without_weights_are_named(tmp_path):
-    with pytest.raises(NotFoundError, match="no safetensors file"):
-        stored_tensors(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"t": "gone.safetensors"}}')
-    with pytest.raises(NotFoundError, match=r"gone\.safetensors"):
-        stored_tensors(tmp_path)
-
-
-def test_a_file_that_is_no_safetensors_is_named(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!")
-    with pytest.raises(InvalidValueError, match="not a safetensors file"):
-        stored_tensors(tmp_path)
-
-
-def test_a_truncated_file_is_named(tmp_path):
-    save_file({"t": torch.zeros(64)}, tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(InvalidValueError, match="ends inside 't'"):
-        stored_tensors(tmp_path)["t"].read()
 
 
 class Words:

@@ -98,7 +98,7 @@ def test_an_adapter_whose_own_file_is_damaged_is_one_line(saved, tmp_path, monke
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 2000])
 def test_a_damaged_index_of_shards_is_one_line(saved, tmp_path, content):
-    from fp4rl.diagnose.shards import stored_tensors
+    from fp4rl.models.shards import stored_tensors
 
     folder = shutil.copytree(saved, tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(content)

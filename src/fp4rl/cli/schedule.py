@@ -172,7 +172,7 @@ def _offset(folder: Path, noise: Noise) -> float:
 
 def _norm_values(folder: Path) -> Counter[float]:
     """Count the BF16 values of all one-dimensional weights with `norm` in their name; needs torch, loads no model."""
-    from fp4rl.diagnose.shards import stored_tensors
+    from fp4rl.models.shards import stored_tensors
 
     values: Counter[float] = Counter()
     for name, stored in stored_tensors(folder).items():

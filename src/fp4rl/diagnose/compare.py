@@ -6,7 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from fp4rl.diagnose.shards import StoredTensor, stored_tensors
+from fp4rl.models.shards import StoredTensor, stored_tensors
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 _ROWS = 1024

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.experts import ExpertError, OwnProduct, unpadded, watching
 from fp4rl.diagnose.passes import Progress, logits_of, tracked
-from fp4rl.diagnose.shards import StoredTensor, stored_tensors
+from fp4rl.models.shards import StoredTensor, stored_tensors
 from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.experts import ExpertProduct
 from fp4rl.inject.plan import SitePlan, SiteTable

@@ -1,1 +1,1 @@
-"""Floor 1: loading models and tokenizers, and the embedded tiny model."""
+"""Floor 2: loading models and tokenizers, the files of checkpoints, and the embedded tiny model."""

@@ -17,7 +17,7 @@ SPACED = tuple("0123456789+-=.?")
 # In a folder with a Qwen2 model AutoTokenizer uses Qwen2Tokenizer, whatever class the folder names, and silently splits
 # texts differently. An `auto_map` makes it keep to the named class; no remote code is looked for.
 NO_OTHER_CLASS = {"AutoTokenizer": [None, "fp4rl--PreTrainedTokenizerFast"]}
-# The arithmetic task's words. They stand here because models and tasks are siblings; a test keeps the two in step.
+# The arithmetic task's words; a test keeps the two in step.
 WORDS = (
     *("Q:", "A:", "has", "more", "How", "many", "####"),
     *("Tom", "Ann", "Sam", "Mia", "Ben", "Eva"),

@@ -15,7 +15,12 @@ from torch import Tensor
 from fp4rl.models.fit import readable
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = _FLOATS | {
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    "BOOL": torch.bool,
+}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -57,24 +62,39 @@ class StoredTensor:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Return every float tensor of a checkpoint folder (one file, or shards with an index), by name and in file order.
+    """Return every tensor of wide floats of a checkpoint folder (one file, or shards with an index), in file order.
 
     Raises NotFoundError for no safetensors file or a missing shard, InvalidValueError for what cannot be read.
     """
+    return {name: tensor for name, tensor in _listed(folder, _FLOATS).items() if tensor is not None}
+
+
+def all_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint folder; raises what `stored_tensors` does, and for a dtype of another kind."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in _listed(folder, _DTYPES).items():
+        if tensor is None:
+            raise InvalidValueError(f"{folder}: tensor {name!r} is of a dtype that nothing here reads")
+        found[name] = tensor
+    return found
+
+
+def _listed(folder: str | Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor | None]:
     path = Path(folder)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor | None] = {}
     with readable("the safetensors", path):
         files = _files(path)
         if not files:
             raise NotFoundError(f"{path}: no safetensors file; give a Hugging Face model folder")
         for file in files:
-            tensors |= {tensor.name: tensor for tensor in _contents(file)}
+            tensors |= dict(_contents(file, dtypes))
     return tensors
 
 
 def _files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    indices = [path / "model.safetensors.index.json", *sorted(path.glob("quant_model*.safetensors.index.json"))]
+    index = next((file for file in indices if file.is_file()), None)  # the second: AscendV1's
+    if index is None:
         return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
@@ -83,8 +103,8 @@ def _files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _contents(file: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of a file: the header's length (8 bytes, little endian), the header in JSON, the data."""
+def _contents(file: Path, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, StoredTensor | None]]:
+    """Yield names and tensors of a file, None for those of other dtypes: the header's length (8 bytes, little endian), the header in JSON, the data."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:
@@ -94,6 +114,6 @@ def _contents(file: Path) -> Iterator[StoredTensor]:
     if header is None:
         raise InvalidValueError(f"{file}: not a safetensors file")
     for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in _DTYPES:
-            start = 8 + length + entry["data_offsets"][0]
-            yield StoredTensor(name, file, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if name != "__metadata__":
+            start, dtype = 8 + length + entry["data_offsets"][0], dtypes.get(entry["dtype"])
+            yield name, dtype and StoredTensor(name, file, start, dtype, tuple(entry["shape"]))
