@@ -51,7 +51,7 @@ def test_a_truncated_file_is_named(tmp_path):
 def test_what_packed_checkpoints_hold_is_read_too(tmp_path, kind):
     tensor = torch.arange(15).reshape(3, 5).to(kind)
     save_file({"t": tensor, "w": torch.ones(2)}, tmp_path / "quant_model_weights-00001-of-00001.safetensors")
-    index = {"weight_map": {name: "quant_model_weights-00001-of-00001.safetensors" for name in "tw"}}
+    index = {"weight_map": dict.fromkeys("tw", "quant_model_weights-00001-of-00001.safetensors")}
     (tmp_path / "quant_model_weights.safetensors.index.json").write_text(json.dumps(index))
     found = all_tensors(tmp_path)
     assert found["t"].dtype == kind

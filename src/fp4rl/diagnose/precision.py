@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.experts import ExpertError, OwnProduct, unpadded, watching
 from fp4rl.diagnose.passes import Progress, logits_of, tracked
-from fp4rl.models.shards import StoredTensor, stored_tensors
 from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.experts import ExpertProduct
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import names_in_memory, skeleton
+from fp4rl.models.shards import StoredTensor, stored_tensors
 from fp4rl.numerics.errors import ErrorSums, Rounded, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used

@@ -16,11 +16,9 @@ from fp4rl.models.fit import readable
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES = _FLOATS | {
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
-    **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
-    "BOOL": torch.bool,
-}
+_NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+_WHOLE = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_DTYPES = {**_FLOATS, **_NARROW, **_WHOLE, "BOOL": torch.bool}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -70,13 +68,13 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def all_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a checkpoint folder; raises what `stored_tensors` does, and for a dtype of another kind."""
-    found: dict[str, StoredTensor] = {}
+    """Return every tensor of a checkpoint folder; raises what `stored_tensors` does, and for a dtype not known here."""
+    tensors: dict[str, StoredTensor] = {}
     for name, tensor in _listed(folder, _DTYPES).items():
         if tensor is None:
             raise InvalidValueError(f"{folder}: tensor {name!r} is of a dtype that nothing here reads")
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def _listed(folder: str | Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor | None]:
@@ -104,7 +102,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _contents(file: Path, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, StoredTensor | None]]:
-    """Yield names and tensors of a file, None for those of other dtypes: the header's length (8 bytes, little endian), the header in JSON, the data."""
+    """Yield names and tensors of a file, None for those of other dtypes.
+
+    It holds the header's length (8 bytes, little endian), the header in JSON, and the data.
+    """
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:
@@ -116,4 +117,5 @@ def _contents(file: Path, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str,
     for name, entry in header.items():
         if name != "__metadata__":
             start, dtype = 8 + length + entry["data_offsets"][0], dtypes.get(entry["dtype"])
-            yield name, dtype and StoredTensor(name, file, start, dtype, tuple(entry["shape"]))
+            tensor = None if dtype is None else StoredTensor(name, file, start, dtype, tuple(entry["shape"]))
+            yield name, tensor
