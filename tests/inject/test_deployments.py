@@ -139,7 +139,7 @@ def unpacked(packed, name):
         ("w4a8", "vllm_ascend"),
         ("w4a4_ceil_x", "vllm_ascend_ceil_x"),
         ("w4a4_fouroversix", "vllm_ascend_fouroversix"),
-        ("w4a4_dualscale", "vllm_ascend_dualscale"),
+        ("w4a4_dualscale", "vllm_ascend_dualscale_64"),
     ],
 )
 def test_the_layers_of_a_model_multiply_by_what_the_exporter_stored(folder, deployment, shared_data):
@@ -155,9 +155,7 @@ def test_the_layers_of_a_model_multiply_by_what_the_exporter_stored(folder, depl
     called = []
     for module in linears:
         module.register_forward_pre_hook(lambda module, _: called.append(module))
-    own = {"name": "mxfp4", "coarse": {"columns": 64}} if "dual" in folder else None
-    points = {"weight": own, "input": own} if own else {}
-    injection = Injection.named(folder[:4], deployment, dtype="float32", **points)  # the folder is in float32
+    injection = Injection.named(folder[:4], deployment, dtype="float32")  # the folder is in float32
     with attach(model, injection), torch.no_grad(), Multiplied() as seen:
         model(torch.arange(1, 9)[None])
     assert len(called) == len(seen.weights) == len(linears)

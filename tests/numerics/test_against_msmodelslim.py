@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from fp4rl.numerics.packing import pack_tensor, quantize
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.deployment import deployment_named
-from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8, Coarse
+from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8
 
 DATA = Path(__file__).parents[1] / "data" / "msmodelslim"
 METHODS = {
@@ -30,7 +30,7 @@ METHODS = {
     "mxfp8": deployment_named("vllm_ascend").at("weight", MXFP8),
     "ceil_x": deployment_named("vllm_ascend_ceil_x").at("weight", MXFP4),
     "fouroversix": deployment_named("vllm_ascend_fouroversix").at("weight", MXFP4),
-    "dualscale": deployment_named("vllm_ascend_dualscale").at("weight", replace(MXFP4, coarse=Coarse(64))),
+    "dualscale": deployment_named("vllm_ascend_dualscale_64").at("weight", MXFP4),
 }
 MINMAX = METHODS["minmax"]
 FOLDERS = {

@@ -51,6 +51,12 @@ def test_mxfp4_without_a_deployment_means_ocp():
             ("floor", EVEN, 0.0, "exact", 512),
             ("floor", EVEN),
         ),
+        (
+            "vllm_ascend_dualscale_64",
+            ("even", ADDED, 9.6e-7, "float32", 64),
+            ("floor", EVEN, 0.0, "exact", 64),
+            ("floor", EVEN),
+        ),
         ("modelopt", ("rceil", "half_toward_zero", 0.0, "float32"), ("rceil", EVEN), ("rceil", EVEN)),
         ("amct", ("round", HALF_AWAY, 0.0, "float32"), ("floor", EVEN), ("floor", EVEN)),
         ("vllm_blackwell_rceil", ("rceil", EVEN), ("rceil", EVEN), ("rceil", EVEN)),

@@ -100,6 +100,7 @@ _ALL = (
     Deployment("vllm_ascend_ceil_x", packers.MSMODELSLIM_CEIL_X, kernels.VLLM_ASCEND),
     Deployment("vllm_ascend_fouroversix", packers.MSMODELSLIM_FOUROVERSIX, kernels.VLLM_ASCEND),
     Deployment("vllm_ascend_dualscale", packers.MSMODELSLIM_DUALSCALE, kernels.ASCEND_DUAL),
+    Deployment("vllm_ascend_dualscale_64", packers.MSMODELSLIM_DUALSCALE_64, kernels.ASCEND_DUAL_64),
     Deployment(
         "modelopt",
         packers.MODELOPT,

@@ -133,6 +133,13 @@ ASCEND_DUAL = Kernel(
     "CANN aclnnDynamicDualLevelMxQuant: an FP32 scale for 512 columns, floor and rint inside; not confirmed on "
     "hardware",
 )
+ASCEND_DUAL_64 = replace(
+    ASCEND_DUAL,
+    name="vllm_ascend_dual_64",
+    inputs=Rules(Rounds("floor", columns=64), Rounds("floor")),
+    source="vllm_ascend_dual with the 64 columns of the checkpoint; whether CANN's operation takes others than 512 was "
+    "not looked up",
+)
 ASCEND_ROUND = replace(
     VLLM_ASCEND,
     name="vllm_ascend_round",

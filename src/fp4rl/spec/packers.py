@@ -124,6 +124,12 @@ MSMODELSLIM_DUALSCALE = Packer(
     "bit-equal",
     f"{_SHIPPED}: method dualscale; 512 columns as in its recipes, others by `coarse` of the format",
 )
+MSMODELSLIM_DUALSCALE_64 = replace(
+    MSMODELSLIM_DUALSCALE,
+    name="msmodelslim_dualscale_64",
+    weights=Rules(replace(_MINMAX, math="float32", columns=64), _MXFP8),
+    source=f"{_SHIPPED}: method dualscale with dual_block_size 64",
+)
 CANN = Packer(
     "cann", FLOOR, "float32", "documented", "CANN aclnnDynamicMxQuant: scale_alg 0 and round_mode rint, its defaults"
 )
