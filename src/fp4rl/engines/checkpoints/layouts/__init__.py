@@ -1,0 +1,1 @@
+"""Layouts of packed checkpoints, a file each: names and types of tensors, and the files that describe them."""

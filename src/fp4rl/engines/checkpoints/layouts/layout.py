@@ -1,0 +1,116 @@
+"""What a layout decides, and what all of them share."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fp4rl.engines.checkpoints.policy import HEAD, Entry, Policy
+from fp4rl.numerics.packing import Packed, Quantized
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.formats import describe
+
+Named = tuple[str, Tensor]
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What was written: the tensors of each file in the order they were given, and the bytes of all."""
+
+    files: Mapping[str, tuple[str, ...]] = field(repr=False)
+    bytes: int = 0
+
+    @property
+    def file_of(self) -> dict[str, str]:
+        """The file of each tensor."""
+        return {name: file for file, names in self.files.items() for name in names}
+
+
+class Layout(ABC):
+    """How a policy is stored. A layout is a class with a name; `tensors` is called once for each entry, in order."""
+
+    name: ClassVar[str]
+    stem: ClassVar[str] = "model"  # of the files with weights
+    index: ClassVar[str] = "model.safetensors.index.json"
+    always_sharded: ClassVar[bool] = False  # a number in the name, and an index, also where there is one file
+    file_bytes: ClassVar[int] = 4 * _GIB  # at most, before another file is begun
+
+    @abstractmethod
+    def require(self, policy: Policy) -> None:
+        """Raise InvalidValueError, with the cure, for a policy that this layout, or what loads it, cannot hold."""
+
+    @abstractmethod
+    def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:
+        """Yield what is stored of an entry."""
+
+    @abstractmethod
+    def texts(self, policy: Policy, stored: Stored) -> Mapping[str, str]:
+        """Return the files beside the weights by name: config.json, and what describes the tensors."""
+
+
+def config_of(policy: Policy) -> dict[str, Any]:
+    """Return config.json of the weights' folder; untied where the head is stored beside the embedding."""
+    config: dict[str, Any] = json.loads((policy.folder / "config.json").read_text(encoding="utf-8"))
+    if any(entry.name == HEAD for entry in policy.rounded):
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Return JSON as transformers writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def row_scales(made: Packed | Quantized) -> Tensor:
+    """Return one scale for each block of a row [out, blocks]: those of tiles are repeated for their rows."""
+    block = made.levels.fmt.block
+    if block is None or block[0] == 1:
+        return made.scales
+    rows = (made.data if isinstance(made, Packed) else made.codes).shape[0]
+    return made.scales.repeat_interleave(block[0], 0)[:rows].contiguous()
+
+
+def require_matrices(policy: Policy, layout: str) -> None:
+    """Raise InvalidValueError for a weight that is no matrix [out, in] of its own in the files."""
+    for entry in policy.rounded:
+        if entry.stacked or entry.turned:
+            what = "stacks its experts" if entry.stacked else "is stored [in, out] (Conv1D)"
+            raise InvalidValueError(f"{entry.name} {what}, and nothing loads it packed as {layout}; take --to bf16")
+
+
+def require_formats(policy: Policy, known: Iterable[str], layout: str) -> None:
+    """Raise InvalidValueError for weights in another format than those; rules and rounding are free."""
+    names = set(known)
+    for entry in policy.rounded:
+        fmt = entry.weight
+        assert fmt is not None
+        if fmt.name not in names or fmt.rotation is not None:
+            raise InvalidValueError(
+                f"{entry.name} is rounded to {describe(fmt)}, for which {layout} has no type; it has "
+                f"{', '.join(sorted(names))}, without rotation; --to bf16 holds any rounded values"
+            )
+        if fmt.block and entry.shape[-1] % fmt.block[1]:
+            raise InvalidValueError(
+                f"{entry.name}: in_features {entry.shape[-1]} is no multiple of {fmt.block[1]}, which {layout} needs; "
+                f"leave it out (targets.leave: ['{entry.module}']), or take --to bf16"
+            )
+
+
+def file_dtype(policy: Policy) -> torch.dtype:
+    """Return the dtype that most bytes of the unquantized checkpoint have."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for entry in policy.entries:
+        dtype = entry.stored.dtype
+        bytes_of[dtype] = bytes_of.get(dtype, 0) + entry.stored.elements * dtype.itemsize
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
+
+
+def text_of(folder: Path, name: str) -> str | None:
+    """Return a file of a folder as text; None where there is none."""
+    return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None

@@ -1,0 +1,113 @@
+"""What is exported: a run's final policy or a model folder, the injection that is baked in, and how it was judged."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4rl.inject.plan import SiteTable
+from fp4rl.lab.folders import RunFolder, all_runs, require_not_failed
+from fp4rl.lab.runs import Run, read_run
+from fp4rl.rl.profiles import precision_named
+from fp4rl.spec.deployment import deployment_named
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.points import MODES
+from fp4rl.spec.retarget import under_deployment
+
+MODE = "w4a8"  # of a model folder, where none is named
+
+
+@dataclass(frozen=True)
+class Source:
+    """The folder of a policy, and the injection under which it is deployed. `run` is None for a model folder."""
+
+    folder: Path
+    injection: Injection
+    run: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's key, or the folder's name."""
+        return self.run.key if self.run else self.folder.resolve().name
+
+    def judged(self, table: SiteTable) -> tuple[Evaluation, ...]:
+        """Return the last evaluations of the run that were made of these very sites, formats, rules and merges."""
+        last = self.run.evaluations().values() if self.run else ()
+        digest = table.digest_in("evaluation")
+        return tuple(each for each in last if each.profile.sites_digest == digest)
+
+    def not_judged(self, table: SiteTable) -> str | None:
+        """Return why the run's accuracy says nothing about this export; None where it does, or there is no run."""
+        if self.run is None or self.judged(table):
+            return None
+        judged = [f"{e.profile.name} ({e.profile.precision or 'not recorded'})" for e in self.run.evaluations().values()]
+        return f"{self.name} was not evaluated as it would be exported, but as {', '.join(judged) or 'nothing'}"
+
+
+def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, usual: str) -> Source:
+    """Return what a run's name or folder, or a model folder, stands for.
+
+    A run is exported as it was trained; `mode` and `deployment` change that, and a run that rounds nothing needs a mode.
+    A model folder is rounded in its own dtype, as packers do, under deployment `usual` where none is named. Raises
+    NotFoundError for what is neither, CheckFailed for a run that failed, InvalidValueError for a run without a policy.
+    """
+    if mode is not None and (mode not in MODES or MODES[mode].weight is None):
+        rounding = [name for name, each in MODES.items() if each.weight is not None]
+        raise NotFoundError(f"--mode {mode}: no mode with rounded weights is called so{nearest(mode, rounding)}")
+    if deployment is not None:
+        deployment_named(deployment)
+    run = _run(what, runs)
+    if run is None:
+        folder = Path(what)
+        changes = {"dtype": dtype} if (dtype := _dtype_of(folder)) else {}
+        return Source(folder, Injection.named(mode or MODE, deployment or usual, **changes))
+    final = RunFolder(run).path / "final"
+    if not final.is_dir():
+        raise InvalidValueError(f"{run} keeps no policy (there is no folder {final}); run it again, or name a model folder")
+    read = read_run(RunFolder(run), curves=False)
+    return Source(final, _of_run(read, mode, deployment), read)
+
+
+def _run(what: str, runs: Path) -> Path | None:
+    """Return the folder of the run that is meant; None for a model folder. A run's `final` means the run."""
+    folder = Path(what)
+    if folder.name == "final" and (folder.parent / "result.json").is_file():
+        return folder.parent
+    if (folder / "result.json").is_file():
+        return folder
+    if folder.is_dir() and any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return None
+    known = {run.key: run for run in all_runs(runs)}
+    meant = [run for key, run in known.items() if key.startswith(what) or run.run_id.startswith(what)]
+    finished = [run for run in meant if run.finished]
+    if len(finished) > 1:
+        raise InvalidValueError(f"{what!r} may be {', '.join(run.key for run in finished[:4])}; write more of the name")
+    if not finished:
+        require_not_failed(runs, what)
+        if meant:
+            raise CheckFailed(f"{meant[0].key} is not finished; `fp4rl run` goes on with it")
+        raise NotFoundError(f"{what!r} is no model folder and no run below {runs}{nearest(what, known)}")
+    return finished[0].path
+
+
+def _of_run(run: Run, mode: str | None, deployment: str | None) -> Injection:
+    if not run.spec:
+        raise InvalidValueError(f"{run.key} is a foreign log without a description; name its model folder")
+    experiment = Experiment.model_validate(dict(run.spec))
+    own = experiment.injection
+    if mode is not None and (own is None or mode != own.checkpoint_mode):
+        own = precision_named(mode, experiment.evaluation, own).injection
+    if own is None or not any(row.weight for row in (own, *own.by_pattern)):
+        raise InvalidValueError(f"{run.key} trained without rounded weights; name what to export with --mode")
+    return own if deployment is None else under_deployment(own, deployment)
+
+
+def _dtype_of(folder: Path) -> str | None:
+    """Return the dtype that a model folder names; None where it names none that weights are rounded in."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    parts = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
+    named = [part.get("dtype") or part.get("torch_dtype") for part in parts]
+    return next((str(dtype) for dtype in named if dtype in ("float32", "bfloat16", "float16")), None)
