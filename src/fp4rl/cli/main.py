@@ -34,6 +34,7 @@ VERBS = (
     "plan",
     "run",
     "eval",
+    "export",
     "health",
     "report",
     "runs",

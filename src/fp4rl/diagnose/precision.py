@@ -1,6 +1,5 @@
 """The precision of every site in its format, weights and inputs separately, each beside that of ideal data."""
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,11 @@ from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import names_in_memory, skeleton
 from fp4rl.models.shards import StoredTensor, stored_tensors
+from fp4rl.models.site_tensors import tensors_of
 from fp4rl.numerics.errors import ErrorSums, Rounded, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
 from fp4rl.sites.walk import as_used
-from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
 from fp4rl.spec.injection import Injection
 
@@ -251,47 +251,19 @@ def ideal_measures(fmt: Format) -> dict[str, float]:
 def _stored_rows(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> list[Rows]:
     """The matrices [out, in] of a site as its files hold them: experts lie in one tensor, or each in its own."""
     experts, site = plan.site.kind == "experts", plan.site
-    name = plan.name if experts and plan.name in stored else f"{plan.name}.weight"
-    if experts and name not in stored:
-        return [_joined(own, plan, folder) for own in _expert_tensors(plan, stored, folder)]
-    if name not in stored:
-        raise NotFoundError(f"{folder}: no tensor {name!r} in its safetensors files{nearest(name, stored)}")
-    shape = (*site.shape[:-2], *site.shape[:-3:-1]) if site.transposed else site.shape
-    if list(stored[name].shape) != list(shape):
-        raise InvalidValueError(f"{folder}: {name} is {list(stored[name].shape)}, but config.json says {list(shape)}")
+    tensors = tensors_of(site, stored, folder)
+    own = tensors[0][0]
+    if experts and len(own.shape) < 3:
+        return [_joined(matrix) for matrix in tensors]
     if not experts and not site.transposed:
-        return [stored[name].rows]
+        return [own.rows]
     if site.transposed is None:
-        raise InvalidValueError(f"{folder}: nothing tells how the square {name} is stored; scan without weights_only")
-    whole = as_used(site, stored[name].read())
+        raise InvalidValueError(
+            f"{folder}: nothing tells how the square {own.name} is stored; scan without weights_only"
+        )
+    whole = as_used(site, own.read())
     return [_pieces(weight) for weight in (whole.unbind(0) if experts else [whole])]
 
 
-# What the files of a mixture call the matrices that are stacked in memory; those of one name each are rows of one.
-_IN_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",),),  # without a gate
-    "down_proj": (("down_proj",), ("w2",)),
-}
-
-
-def _expert_tensors(
-    plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path
-) -> list[tuple[StoredTensor, ...]]:
-    layer = plan.name.partition(".experts.")[0].rpartition(".")[0]  # Mixtral's files name the block otherwise
-    for names in _IN_FILES.get(str(plan.site.parameter), ()):
-        pattern = re.compile(rf"{re.escape(layer)}\.\w+\.experts\.(\d+)\.({'|'.join(names)})\.weight")
-        matches = {(int(m[1]), m[2]): stored[name] for name in stored if (m := pattern.fullmatch(name))}
-        if len(matches) == plan.site.shape[0] * len(names):
-            return [tuple(matches[expert, name] for name in names) for expert in range(plan.site.shape[0])]
-    raise NotFoundError(
-        f"{folder}: its safetensors files name no experts that make up {plan.name}; scan without weights_only"
-    )
-
-
-def _joined(tensors: tuple[StoredTensor, ...], plan: SitePlan, folder: str | Path) -> Rows:
-    rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[-1]
-    if (rows, columns) != plan.site.shape[1:]:
-        made, said = f"{tensors[0].name} and its like make [{rows}, {columns}]", list(plan.site.shape[1:])
-        raise InvalidValueError(f"{folder}: {made}, but config.json says {said}")
+def _joined(tensors: tuple[StoredTensor, ...]) -> Rows:
     return lambda height: (piece for tensor in tensors for piece in tensor.rows(height))

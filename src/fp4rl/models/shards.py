@@ -37,6 +37,11 @@ class StoredTensor:
         """Number of values."""
         return prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        """What it takes on disk."""
+        return self.elements * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """Return the whole tensor in its stored dtype."""
         return self._values(0, self.elements).view(self.shape)

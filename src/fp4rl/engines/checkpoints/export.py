@@ -6,22 +6,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fp4rl
 from fp4rl.engines.checkpoints.card import card
-from fp4rl.engines.checkpoints.layouts.layout import Layout, Named, Stored
+from fp4rl.engines.checkpoints.exported import Exported
+from fp4rl.engines.checkpoints.layouts.layout import Layout, Named
 from fp4rl.engines.checkpoints.policy import Policy
 from fp4rl.engines.checkpoints.shards import write_tensors
 from fp4rl.engines.checkpoints.source import Source
-from fp4rl.lab.serving import unserved
 from fp4rl.models.load import TOKENIZERS
 from fp4rl.models.save import PROCESSOR
-from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import E2M1
 
 RECORD = "fp4rl_export.json"
 ADAPTER = "adapter"
@@ -40,40 +37,27 @@ _BESIDE = (
 Said = Callable[[int, int], None]  # bytes of the unquantized checkpoint done, and of all
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A written checkpoint: where, what of, the files of its tensors, and what was overridden to write it."""
-
-    folder: Path
-    source: Source
-    policy: Policy = field(repr=False)
-    layout: Layout
-    stored: Stored
-    overridden: tuple[str, ...] = ()
-
-    @property
-    def bits(self) -> float:
-        """Bits stored for one value of the rounded weights."""
-        ...
-
-
-def export(source: Source, layout: Layout, out: Path, *, anyway: bool = False, said: Said = lambda *_: None) -> Exported:
+def export(
+    source: Source, layout: Layout, out: Path, *, override: bool = False, said: Said = lambda *_: None
+) -> Exported:
     """Write `source` to the new folder `out`.
 
-    Raises InvalidValueError for a folder that is there already, for what the layout cannot hold, and, without `anyway`,
-    for another mode, rule or merge than was evaluated and for what the deployment does not serve; the card then says so.
+    Raises InvalidValueError for a folder that is there already, for what the layout cannot hold, and without `override`
+    for another mode, rule or merge than was evaluated and what the deployment does not serve; else the card says so.
     """
     _require_new(out)
     policy = Policy.of(source.folder, source.injection)
     if not policy.rounded:
         raise InvalidValueError(f"{source.name}: the injection rounds no weight of it, so there is nothing to pack")
     layout.require(policy)
-    overridden = tuple(_objections(source, policy))
-    if overridden and not anyway:
+    overridden = tuple(_objections(source, policy, layout))
+    if overridden and not override:
         raise InvalidValueError(f"{overridden[0]}; --anyway writes it all the same, and its card says so")
     with _whole_folder(out) as partial:
-        stored = write_tensors(partial, layout, _tensors(policy, layout, said))
-        exported = Exported(out, source, policy, layout, stored, overridden)
+        sizes = dict[str, int]()
+        stored = write_tensors(partial, layout, _tensors(policy, layout, sizes, said))
+        bits = 8 * sum(sizes[e.name] for e in policy.rounded) / sum(e.stored.elements for e in policy.rounded)
+        exported = Exported(out, source, policy, layout, stored, bits, overridden)
         for name, text in layout.texts(policy, stored).items():
             (partial / name).write_text(text, encoding="utf-8")
         _copy_beside(source.folder, policy.folder, partial)
@@ -83,3 +67,117 @@ def export(source: Source, layout: Layout, out: Path, *, anyway: bool = False, s
         record = _record(exported, partial)
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return exported
+
+
+def _objections(source: Source, policy: Policy, layout: Layout) -> Iterator[str]:
+    """Yield why this should not be written."""
+    if (why := source.not_judged(policy.table)) is not None:
+        yield why
+    yield from layout.unserved(policy)
+
+
+def _tensors(policy: Policy, layout: Layout, sizes: dict[str, int], said: Said) -> Iterator[Named]:
+    """Yield every tensor of the layout; `sizes` gets the bytes that each entry takes in it."""
+    total, done = sum(entry.stored.bytes for entry in policy.entries), 0
+    for entry in policy.entries:
+        for name, tensor in layout.tensors(policy, entry):
+            sizes[entry.name] = sizes.get(entry.name, 0) + tensor.nbytes
+            yield name, tensor
+        done += entry.stored.bytes
+        said(done, total)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidValueError(f"{out} is there already and is not overwritten; name a new folder")
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise InvalidValueError(f"there is no folder {parent}; make it, or name another place")
+    if not os.access(parent, os.W_OK):
+        raise InvalidValueError(f"cannot write to {parent}; name another place")
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into; it is moved to `out` with all its content on disk, or removed on an exception."""
+    partial = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.partial")
+    _remove_left_behind(out.resolve())
+    try:
+        partial.mkdir()
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            _sync(file)
+        partial.replace(out.resolve())
+        _sync(out.resolve().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove_left_behind(out: Path) -> None:
+    """Remove what exports to `out` left behind that were killed."""
+    for left in out.parent.glob(f".{out.name}.*.partial"):
+        process = left.name.removesuffix(".partial").rpartition(".")[2]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    with suppress(PermissionError):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy_beside(start: Path, folder: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation config and processor, each from the first folder that has it."""
+    for name in dict.fromkeys(_BESIDE):
+        given = next((file for file in (start / name, folder / name) if file.is_file()), None)
+        if given is not None and not (out / name).exists():
+            shutil.copyfile(given, out / name)
+    templates = next((source for source in (start, folder) if (source / "additional_chat_templates").is_dir()), None)
+    if templates is not None:
+        shutil.copytree(templates / "additional_chat_templates", out / "additional_chat_templates")
+
+
+def _copy_adapter(start: Path, to: Path, out: Path) -> None:
+    """Copy an adapter, which will find its packed base in `out`."""
+    to.mkdir()
+    for file in start.glob("adapter_*"):
+        shutil.copyfile(file, to / file.name)
+    config = json.loads((to / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(out.resolve())
+    (to / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(exported: Exported, folder: Path) -> Mapping[str, Any]:
+    """Return what `fp4rl verify` reads: what was exported, under which injection, and the checksum of every file."""
+    source, policy = exported.source, exported.policy
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    run = source.run
+    return {
+        "fp4rl": fp4rl.__version__,
+        "layout": exported.layout.name,
+        "source": str(source.folder.resolve()),
+        "run": run.key if run else None,
+        "spec_digest": run.result.spec_digest if run else None,
+        "injection": policy.injection.model_dump(mode="json"),
+        "sites_digest": policy.table.digest_in("evaluation"),
+        "overridden": list(exported.overridden),
+        "sha256": {file.relative_to(folder).as_posix(): _sha256(file) for file in files},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 The model is never loaded: its modules stand on the meta device, and a tensor is read, rounded and let go.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from fp4rl.inject.fused import with_largest
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import base_of, names_in_memory, skeleton
-from fp4rl.models.shards import StoredTensor, stored_tensors
+from fp4rl.models.shards import StoredTensor, all_tensors
 from fp4rl.models.site_tensors import tensors_of
 from fp4rl.numerics.packing import Packed, Quantized, pack_tensor, quantize
 from fp4rl.numerics.quantize import fake_quantize
@@ -27,7 +28,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
 from fp4rl.spec.injection import Injection
 
-HEAD = "lm_head.weight"
+_A_OR_B = re.compile(r"(\.lora_[AB])\.weight$")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Entry:
 class Policy:
     """A model folder under an injection. `start` is the folder that was named, `folder` that of the weights.
 
-    They differ for an adapter. `entries` stand in the order of the files; a head that is tied to the embedding has an
-    entry where it is rounded. `table` is what `attach` would do to the model.
+    They differ for an adapter. `entries` stand in the order of the files, which leave out a head that is tied to the
+    embedding. `table` is what `attach` would do to the model.
     """
 
     start: Path
@@ -92,10 +93,10 @@ class Policy:
 
     @classmethod
     def of(cls, start: Path, injection: Injection) -> "Policy":
-        """Read what a folder holds, but no weights; raises what `skeleton`, `stored_tensors` and `resolve` do."""
+        """Read what a folder holds, but no weights; raises what `skeleton`, `all_tensors` and `resolve` do."""
         model: Any = skeleton(start)
         folder = base_of(start) or start
-        if folder != start:
+        if folder != start and injection.lora == "merged":
             _fill_adapter(model, start)
         table = resolve(model, injection.model_copy(update={"frozen_base": "copy"}))
         return cls(start, folder, injection, model, table, tuple(_entries(model, table, folder)))
@@ -107,9 +108,9 @@ class Policy:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding, and has no entry of its own."""
+        """Whether the head is the embedding."""
         config: Any = self.model.config
-        return config.get_text_config().tie_word_embeddings and all(entry.name != HEAD for entry in self.entries)
+        return bool(config.get_text_config().tie_word_embeddings)
 
     def value(self, entry: Entry) -> Tensor:
         """Return the master as stored, with the adapter in it where the sum is what is deployed."""
@@ -157,7 +158,9 @@ class Policy:
         if entry.plan is None or entry.weight is None or entry.weight.rounding != "stochastic":
             return None
         if entry.plan.site.kind == "experts":
-            raise InvalidValueError(f"{entry.name}: experts that are rounded stochastically share one draw; take {NEAR}")
+            raise InvalidValueError(
+                f"{entry.name}: experts that are rounded stochastically share one draw; take {NEAR}"
+            )
         seed = crc32(f"{self.injection.seed}/{entry.plan.name}".encode())
         return SiteRng(seed).fixed(torch.device("cpu"), "weight")
 
@@ -166,10 +169,18 @@ NEAR = "rounding: nearest_even"
 
 
 def _fill_adapter(model: Any, folder: Path) -> None:
-    """Give the modules of an adapter, which are on the meta device, the values in its folder."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    """Give the adapter's A and B, which are on the meta device, the values in its folder."""
+    from peft import load_peft_weights
 
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
+    saved = load_peft_weights(str(folder), device="cpu")
+    more = [name for name in saved if not _A_OR_B.search(name)]
+    if more:
+        raise InvalidValueError(
+            f"{folder}: {more[0]!r} is no part of a plain adapter; merge it (merge_and_unload), save"
+        )
+    model.load_state_dict(
+        {_A_OR_B.sub(r"\1.default.weight", name): tensor for name, tensor in saved.items()}, strict=False, assign=True
+    )
 
 
 def _without_last_row(made: Packed | Quantized) -> Packed | Quantized:
@@ -179,15 +190,13 @@ def _without_last_row(made: Packed | Quantized) -> Packed | Quantized:
 
 
 def _entries(model: Any, table: SiteTable, folder: Path) -> Iterator[Entry]:
-    """Yield an entry for each stored tensor, in the order of the files, then one for a tied head that is rounded."""
-    stored = stored_tensors(folder)
+    """Yield an entry for each stored tensor, in the order of the files."""
+    stored = all_tensors(folder)
     names = names_in_memory(getattr(model, "get_base_model", lambda: model)(), stored)
     in_memory = {names[name]: tensor for name, tensor in stored.items()}
     rounded = dict[str, Entry]()
     for plan in (plan for plan in table.plans if plan.weight is not None):
         _require_exportable(plan)
-        if plan.site.role == "lm_head" and HEAD not in in_memory and plan.site.shares:
-            in_memory[HEAD] = replace(in_memory[f"{plan.site.shares}.weight"], name=HEAD)
         for matrix in tensors_of(plan.site, in_memory, folder):
             own = [Entry(tensor.name, tensor, plan) for tensor in matrix]
             has_factor = plan.weight is not None and plan.weight.scale == "e4m3"
@@ -199,14 +208,13 @@ def _entries(model: Any, table: SiteTable, folder: Path) -> Iterator[Entry]:
     for group in groups.values():
         rounded |= _sharing(group)
     for name, tensor in stored.items():
-        yield rounded.pop(name, Entry(name, tensor))
-    yield from rounded.values()
+        yield rounded.get(name, Entry(name, tensor))
 
 
 def _sharing(entries: Iterable[Entry]) -> dict[str, Entry]:
     """Return the entries by name, each with the others beside it."""
     all_of = list(entries)
-    return {one.name: replace(one, beside=tuple(other for other in all_of if other is not one)) for one in all_of}
+    return {e.name: replace(e, beside=tuple(other for other in all_of if other is not e)) for e in all_of}
 
 
 def _require_exportable(plan: SitePlan) -> None:

@@ -1,7 +1,7 @@
 """Writes tensors into safetensors files as they come: at most one file's worth of them is held."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -10,8 +10,8 @@ from torch import Tensor
 from fp4rl.engines.checkpoints.layouts.layout import Layout, Named, Stored
 
 
-def write_tensors(folder: Path, layout: Layout, given: Iterable[Named], said: Callable[[int], None]) -> Stored:
-    """Write all tensors, and the index; `said` gets the bytes written so far after each tensor.
+def write_tensors(folder: Path, layout: Layout, given: Iterable[Named]) -> Stored:
+    """Write all tensors, and the index where there are several files.
 
     A file is begun anew before it would exceed the layout's bytes. Names of files count them, so they are given last.
     """
@@ -24,13 +24,14 @@ def write_tensors(folder: Path, layout: Layout, given: Iterable[Named], said: Ca
             parts, size = [{}], 0
         parts[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-        said(total)
     names.append(_save(folder, len(names), parts.pop()))
     return _named(folder, layout, names, total)
 
 
 def _save(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, ...]:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / f"{number}.part", {"format": "pt"})
+    file = folder / f"{number}.part"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    file.chmod(0o644)  # as the files beside it; safetensors lets the owner alone read it
     return tuple(tensors)
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp4rl.engines.checkpoints.layouts.layout import Layout
 from fp4rl.inject.plan import SiteTable
 from fp4rl.lab.folders import RunFolder, all_runs, require_not_failed
 from fp4rl.lab.runs import Run, read_run
@@ -15,8 +16,6 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import MODES
 from fp4rl.spec.retarget import under_deployment
-
-MODE = "w4a8"  # of a model folder, where none is named
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,19 @@ class Source:
         """Return why the run's accuracy says nothing about this export; None where it does, or there is no run."""
         if self.run is None or self.judged(table):
             return None
-        judged = [f"{e.profile.name} ({e.profile.precision or 'not recorded'})" for e in self.run.evaluations().values()]
+        judged = [
+            f"{e.profile.name} ({e.profile.precision or 'not recorded'})" for e in self.run.evaluations().values()
+        ]
         return f"{self.name} was not evaluated as it would be exported, but as {', '.join(judged) or 'nothing'}"
 
 
-def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, usual: str) -> Source:
+def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, layout: Layout) -> Source:
     """Return what a run's name or folder, or a model folder, stands for.
 
-    A run is exported as it was trained; `mode` and `deployment` change that, and a run that rounds nothing needs a mode.
-    A model folder is rounded in its own dtype, as packers do, under deployment `usual` where none is named. Raises
-    NotFoundError for what is neither, CheckFailed for a run that failed, InvalidValueError for a run without a policy.
+    A run is exported as it was trained; `mode` and `deployment` change that, and one that rounds nothing needs a mode.
+    A model folder is rounded in its own dtype, as packers do, in the layout's usual mode and deployment where none is
+    named. Raises NotFoundError for what is neither, CheckFailed for a run that failed, InvalidValueError for a run
+    without a policy.
     """
     if mode is not None and (mode not in MODES or MODES[mode].weight is None):
         rounding = [name for name, each in MODES.items() if each.weight is not None]
@@ -62,12 +64,16 @@ def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, u
     if run is None:
         folder = Path(what)
         changes = {"dtype": dtype} if (dtype := _dtype_of(folder)) else {}
-        return Source(folder, Injection.named(mode or MODE, deployment or usual, **changes))
+        return Source(
+            folder, layout.deployed(Injection.named(mode or layout.mode, deployment or layout.deployment, **changes))
+        )
     final = RunFolder(run).path / "final"
     if not final.is_dir():
-        raise InvalidValueError(f"{run} keeps no policy (there is no folder {final}); run it again, or name a model folder")
+        raise InvalidValueError(
+            f"{run} keeps no policy (there is no folder {final}); run it again, or name a model folder"
+        )
     read = read_run(RunFolder(run), curves=False)
-    return Source(final, _of_run(read, mode, deployment), read)
+    return Source(final, layout.deployed(_of_run(read, mode, deployment)), read)
 
 
 def _run(what: str, runs: Path) -> Path | None:
@@ -99,7 +105,7 @@ def _of_run(run: Run, mode: str | None, deployment: str | None) -> Injection:
     own = experiment.injection
     if mode is not None and (own is None or mode != own.checkpoint_mode):
         own = precision_named(mode, experiment.evaluation, own).injection
-    if own is None or not any(row.weight for row in (own, *own.by_pattern)):
+    if own is None or not any(getattr(row, "weight", None) for row in (own, *own.by_pattern)):
         raise InvalidValueError(f"{run.key} trained without rounded weights; name what to export with --mode")
     return own if deployment is None else under_deployment(own, deployment)
 

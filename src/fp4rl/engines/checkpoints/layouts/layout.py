@@ -4,16 +4,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fp4rl.engines.checkpoints.policy import HEAD, Entry, Policy
+from fp4rl.engines.checkpoints.policy import Entry, Policy
+from fp4rl.lab.serving import served_as, unserved
 from fp4rl.numerics.packing import Packed, Quantized
+from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import describe
+from fp4rl.spec.formats import E2M1, describe
+from fp4rl.spec.injection import Injection
 
 Named = tuple[str, Tensor]
 _GIB = 1 << 30
@@ -36,10 +37,30 @@ class Layout(ABC):
     """How a policy is stored. A layout is a class with a name; `tensors` is called once for each entry, in order."""
 
     name: ClassVar[str]
+    mode: ClassVar[str] = "w4a8"  # of a model folder, where none is named
+    deployment: ClassVar[str]  # likewise
     stem: ClassVar[str] = "model"  # of the files with weights
     index: ClassVar[str] = "model.safetensors.index.json"
     always_sharded: ClassVar[bool] = False  # a number in the name, and an index, also where there is one file
     file_bytes: ClassVar[int] = 4 * _GIB  # at most, before another file is begun
+
+    def deployed(self, injection: Injection) -> Injection:
+        """Return what of an injection is computed by whatever loads this layout."""
+        return injection
+
+    def served(self, policy: Policy) -> str:
+        """Return what it is computed as, and where, in one sentence."""
+        return served_as(policy.injection)
+
+    def unserved(self, policy: Policy) -> Iterator[str]:
+        """Yield what the deployment has no kernel for, and what it has."""
+        injection = policy.injection
+        mode, deployment = injection.checkpoint_mode, DEPLOYMENTS.get(injection.deployment or "")
+        if deployment is not None and mode is not None and deployment.changes(mode):
+            as_they_are = [name for name in deployment.kernel.serves if not deployment.changes(name)]
+            yield f"{deployment.sentence(mode)}; {deployment.name} serves {', '.join(as_they_are)} as they are"
+        four_bits = [entry for entry in policy.rounded if entry.weight and entry.weight.element == E2M1]
+        yield from unserved(injection, [(e.module, e.plan.site.part, e.shape[-1]) for e in four_bits if e.plan])
 
     @abstractmethod
     def require(self, policy: Policy) -> None:
@@ -55,10 +76,8 @@ class Layout(ABC):
 
 
 def config_of(policy: Policy) -> dict[str, Any]:
-    """Return config.json of the weights' folder; untied where the head is stored beside the embedding."""
+    """Return config.json of the folder with the weights."""
     config: dict[str, Any] = json.loads((policy.folder / "config.json").read_text(encoding="utf-8"))
-    if any(entry.name == HEAD for entry in policy.rounded):
-        config["tie_word_embeddings"] = False
     return config
 
 
@@ -100,17 +119,3 @@ def require_formats(policy: Policy, known: Iterable[str], layout: str) -> None:
                 f"{entry.name}: in_features {entry.shape[-1]} is no multiple of {fmt.block[1]}, which {layout} needs; "
                 f"leave it out (targets.leave: ['{entry.module}']), or take --to bf16"
             )
-
-
-def file_dtype(policy: Policy) -> torch.dtype:
-    """Return the dtype that most bytes of the unquantized checkpoint have."""
-    bytes_of: dict[torch.dtype, int] = {}
-    for entry in policy.entries:
-        dtype = entry.stored.dtype
-        bytes_of[dtype] = bytes_of.get(dtype, 0) + entry.stored.elements * dtype.itemsize
-    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
-
-
-def text_of(folder: Path, name: str) -> str | None:
-    """Return a file of a folder as text; None where there is none."""
-    return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
