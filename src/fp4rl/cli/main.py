@@ -43,6 +43,7 @@ VERBS = (
     "audit",
     "power",
     "ledger",
+    "doctor",
 )
 
 _INTERRUPTED = 130

@@ -1,0 +1,1 @@
+"""What this machine can do, and whether what is installed computes as it should."""
