@@ -42,13 +42,21 @@ class StoredTensor:
         """What it takes on disk."""
         return self.elements * self.dtype.itemsize
 
+    @property
+    def cut_short(self) -> InvalidValueError:
+        """What to raise where the file ends before the tensor does."""
+        return InvalidValueError(f"{self.file}: the file ends inside {self.name!r}; copy it anew")
+
     def read(self) -> Tensor:
         """Return the whole tensor in its stored dtype."""
         return self._values(0, self.elements).view(self.shape)
 
-    def rows(self, at_once: int) -> Iterator[Tensor]:
-        """Yield the tensor as [rows, columns] in pieces of at most `at_once` rows; leading axes become rows."""
-        columns = self.shape[-1] if self.shape else 1
+    def rows(self, at_once: int, columns: int | None = None) -> Iterator[Tensor]:
+        """Yield the tensor as [rows, columns] in pieces of at most `at_once` rows; leading axes become rows.
+
+        `columns`: so many values are a row, in place of the last axis.
+        """
+        columns = columns or (self.shape[-1] if self.shape else 1)
         count = self.elements // max(columns, 1)
         for first in range(0, count, at_once):
             take = min(at_once, count - first)
@@ -60,7 +68,7 @@ class StoredTensor:
         with self.file.open("rb") as handle:
             handle.seek(self.start + first * size)
             if handle.readinto(buffer) != len(buffer):
-                raise InvalidValueError(f"{self.file}: the file ends inside {self.name!r}; copy it anew")
+                raise self.cut_short
         return torch.frombuffer(buffer, dtype=self.dtype) if count else torch.empty(0, dtype=self.dtype)
 
 
@@ -73,11 +81,14 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def all_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a checkpoint folder; raises what `stored_tensors` does, and for a dtype not known here."""
+    """Return every tensor of a checkpoint folder; raises what `stored_tensors` does, for a dtype not known
+    here, and for a file that ends too early."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in _listed(folder, _DTYPES).items():
         if tensor is None:
             raise InvalidValueError(f"{folder}: tensor {name!r} is of a dtype that nothing here reads")
+        if tensor.start + tensor.bytes > tensor.file.stat().st_size:
+            raise tensor.cut_short
         tensors[name] = tensor
     return tensors
 
