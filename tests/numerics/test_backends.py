@@ -96,6 +96,28 @@ def test_the_c_kernels_equal_the_reference(fmt, edges, equal, library):
             assert equal(made, reference(x, fmt, seed_of(fmt)))
 
 
+@pytest.mark.parametrize("math", ["exact", "tensor", "float32", "bfloat16"])
+def test_four_over_six_in_c_is_right_where_both_errors_lie_close(math, equal, library):
+    """Kind: rough sums that decide where only exact ones tell the errors apart."""
+    fmt, generator = replace(MXFP4, scale_rule="fouroversix", scale_math=math), torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(40_000, 32, generator=generator)
+        scale = torch.exp2((x.abs().amax(-1, keepdim=True) / 6).log2().round())
+        errors = [
+            (
+                reference(torch.cat((x / by, torch.full_like(x, 6.0)), -1), replace(MXFP4, block=(1, 64)))[:, :32] * by
+                - x
+            )
+            .square()
+            .sum(-1)
+            for by in (scale, 2 * scale)
+        ]
+        x = x[((errors[0] - errors[1]).abs() < 0.05 * errors[0])].to(dtype)
+        assert len(x) > 1000
+        made = native.round_native(library, x, fmt, None, torch.empty_like(x))
+        assert equal(made, reference(x, fmt))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("fmt", [MXFP4, MXFP4_2D, NVFP4, FP8, FORMATS["mxfp4_sr"], *FACTORS[:4]], ids=said)
 def test_threads_share_a_tensor_without_a_seam(fmt, threads, equal, library, monkeypatch):

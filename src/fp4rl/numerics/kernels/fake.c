@@ -44,67 +44,65 @@ INLINE float as_bfloat16(float f) {
     return as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
 }
 
-enum { ROUGH = 16, EXACT = 8 }; /* sums that a compiler may keep in one vector or two */
-
-/* Sums of the squared errors of n values under two scales, `up` the second over the first and `down` its inverse. */
-#define BY_LANES(TYPE, LANES, ERRORS)                                                                                       \
-    TYPE of_six[LANES] = {0}, of_four[LANES] = {0};                                                                         \
-    for (int64_t start = 0; start < n; start += LANES) {                                                                    \
-        int64_t run = n - start < LANES ? n - start : LANES;                                                                \
-        if (run == LANES) { ERRORS(LANES) }                                                                                 \
-        else { ERRORS(run) }                                                                                                \
+/* Sums of squared errors of up to SHORT values under a scale and its double, in 2048ths of the first: a value below 16 scales,
+ * and the step of a grid around it, then fill 16 bits. */
+INLINE void rough_errors(const void *x, int64_t at, int64_t n, Scale six, int dtype, int32_t *e_sum, int32_t *f_sum) {
+    const float by = six.inverse * 2048.0f;
+    int16_t value[SHORT], e[SHORT], f[SHORT];
+    for (int64_t i = 0; i < n; i++) value[i] = (int16_t)as_bits(as_float(load(x, at + i, dtype) & ~SIGN) * by + 0x1p23f);
+    for (int64_t i = 0; i < n; i++) {
+        int16_t a = value[i], past = (int16_t)(a - 0x3000);
+        int16_t step = a < 0x1000 ? 0x400 : a < 0x2000 ? 0x800 : 0x1000;
+        int16_t twice = a < 0x2000 ? 0x800 : a < 0x4000 ? 0x1000 : 0x2000;
+        int16_t below = (int16_t)(a & (step - 1)), above = (int16_t)(step - below);
+        int16_t under = (int16_t)(a & (twice - 1)), over = (int16_t)(twice - under);
+        below = below < above ? below : above;
+        e[i] = a < 0x3000 ? below : past;
+        f[i] = under < over ? under : over;
     }
-
-/* Plain float, ties to even: at a tie both ways make one error. */
-INLINE void rough_errors(const void *x, int64_t at, int64_t n, Scale six, float up, float down, const Rule *r, int dtype,
-                         float *e_sum, float *f_sum) {
-#define OF_ROUGH(N)                                                                                                         \
-    for (int64_t i = 0; i < N; i++) {                                                                                       \
-        float a = scaled(load(x, at + start + i, dtype), six, 0);                                                           \
-        float e = on_grid(a, r, NEAREST_EVEN, 0) - a, f = on_grid(a * down, r, NEAREST_EVEN, 0) * up - a;                   \
-        of_six[i] += e * e, of_four[i] += f * f;                                                                            \
-    }
-    BY_LANES(float, ROUGH, OF_ROUGH)
-    for (int64_t half = ROUGH / 2; half; half /= 2) /* one behind the other they would wait for each other */
-        for (int64_t i = 0; i < half; i++) of_six[i] += of_six[i + half], of_four[i] += of_four[i + half];
-    *e_sum = of_six[0], *f_sum = of_four[0];
+    int32_t of_six = 0, of_four = 0;
+    for (int64_t i = 0; i < n; i++) of_six += (int32_t)e[i] * e[i], of_four += (int32_t)f[i] * f[i];
+    *e_sum = of_six, *f_sum = of_four;
 }
 
-/* In the arithmetic of `errors`. Differences of a value need no rounding to its dtype: they are not larger than it, and
- * multiples of its last bit. */
+enum { LANES = 8 }; /* sums that a compiler may keep in one vector */
+
+/* In the arithmetic of `errors`, `up` being the second scale over the first and `down` its inverse. Differences of a value need
+ * no rounding to its dtype: they are not larger than it, and multiples of its last bit. */
 INLINE void exact_errors(const void *x, int64_t at, int64_t n, Scale six, float up, float down, const Rule *r, int rounding,
                          int dtype, int errors, double *e_sum, double *f_sum) {
-#define OF_EXACT(N)                                                                                                         \
-    for (int64_t i = 0; i < N; i++) {                                                                                       \
-        float a = scaled(load(x, at + start + i, dtype), six, 0);                                                           \
-        float e = on_grid(a, r, rounding, 0) - a, f = on_grid(a * down, r, rounding, 0) * up - a;                           \
-        if (errors == IN_BFLOAT16 && dtype != BFLOAT16) e = as_bfloat16(e), f = as_bfloat16(f);                             \
-        if (errors == IN_BFLOAT16) e = as_bfloat16(e * e), f = as_bfloat16(f * f);                                          \
-        else if (errors == IN_FLOAT32) e *= e, f *= f;                                                                      \
-        of_six[i] += errors == IN_DOUBLE ? (double)e * (double)e : (double)e;                                               \
-        of_four[i] += errors == IN_DOUBLE ? (double)f * (double)f : (double)f;                                              \
-    }
-    BY_LANES(double, EXACT, OF_EXACT)
-    for (int64_t i = 0; i < EXACT; i++) *e_sum += of_six[i], *f_sum += of_four[i];
+    double of_six[LANES] = {0}, of_four[LANES] = {0};
+    for (int64_t start = 0; start < n; start += LANES)
+        for (int64_t i = 0; i < (n - start < LANES ? n - start : LANES); i++) {
+            float a = scaled(load(x, at + start + i, dtype), six, 0);
+            float e = on_grid(a, r, rounding, 0) - a, f = on_grid(a * down, r, rounding, 0) * up - a;
+            if (errors == IN_BFLOAT16 && dtype != BFLOAT16) e = as_bfloat16(e), f = as_bfloat16(f);
+            if (errors == IN_BFLOAT16) e = as_bfloat16(e * e), f = as_bfloat16(f * f);
+            else if (errors == IN_FLOAT32) e *= e, f *= f;
+            of_six[i] += errors == IN_DOUBLE ? (double)e * (double)e : (double)e;
+            of_four[i] += errors == IN_DOUBLE ? (double)f * (double)f : (double)f;
+        }
+    for (int64_t i = 0; i < LANES; i++) *e_sum += of_six[i], *f_sum += of_four[i];
 }
 
-/* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. Rough sums of
- * up to a thousand values are off by less than 2^-13 of themselves; under errors in bfloat16 each square and each sum is
- * off by 2^-9, twice that where differences are rounded too, and two sums are told apart by one step, 2^-7. Where they lie
- * further apart they decide, which is nearly everywhere; between 1e-30 and 1e30 no square that counts was lost. Roundings
- * that are not to nearest are added up exactly. */
+/* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. Rough sums decide
+ * where they lie apart, which is nearly everywhere: a value is off by 2^-12 at most, so that a sum of 2^-6 a value or more is off
+ * by 2^-8 of itself. Errors in bfloat16 add 2^-9 for each square, twice that again where differences are rounded too, and
+ * tell two sums apart by one step, 2^-7. Where a logarithm in bfloat16 is off by an eighth at most, values stay below ten scales.
+ * At a tie both ways make one error; roundings that are not to nearest are added up exactly. */
 INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scale four, const Rule *r, int rounding, int dtype,
                            int errors) {
-    float up = as_float((uint32_t)(127 + four.code - six.code) << 23), down = as_float((uint32_t)(127 - four.code + six.code) << 23);
-    if (n <= 1024 && (rounding == NEAREST_EVEN || (r->threshold > 0.499f && r->threshold < 0.501f))) {
-        const float apart = errors != IN_BFLOAT16 ? 1 + 0x1p-12f : dtype == BFLOAT16 ? 1 + 0x1p-6f : 1 + 0x1p-5f;
-        float e = 0, f = 0;
-        rough_errors(x, at, n, six, up, down, r, dtype, &e, &f);
-        if (e > 1e-30f && f > 1e-30f && e < 1e30f && f < 1e30f) {
-            if (f > e * apart) return six;
-            if (e > f * apart) return four;
+    if (n <= SHORT && four.code == six.code + 1 && six.code > 66 && six.code < 188 &&
+        (rounding == NEAREST_EVEN || (r->threshold > 0.499f && r->threshold < 0.501f))) {
+        const float apart = errors == IN_BFLOAT16 && dtype != BFLOAT16 ? 1 + 0x1p-5f : 1 + 0x1.5p-6f;
+        int32_t e, f, enough = (int32_t)n << 16;
+        rough_errors(x, at, n, six, dtype, &e, &f);
+        if ((e > enough) & (f > enough) & (((float)f > (float)e * apart) | ((float)e > (float)f * apart))) {
+            uint32_t code = (uint32_t)(six.code + (f < e)); /* no branch: nobody can foretell it */
+            return (Scale){as_float(code << 23), as_float((254 - code) << 23), (int32_t)code};
         }
     }
+    float up = as_float((uint32_t)(127 + four.code - six.code) << 23), down = as_float((uint32_t)(127 - four.code + six.code) << 23);
     double e = 0, f = 0;
     exact_errors(x, at, n, six, up, down, r, rounding, dtype, errors, &e, &f);
     if (errors == IN_FLOAT32) e = (float)e, f = (float)f;
