@@ -88,6 +88,7 @@ def ours(x: Tensor) -> Iterator[tuple[str, Deed]]:
     out, generator = torch.empty_like(x), torch.Generator().manual_seed(0)
     for name in ("mxfp4", "nvfp4", "mxfp4_2d", "mxfp4_sr", "mxfp8", "fp8"):
         yield name, lambda name=name: fake_quantize(x, FORMATS[name], generator=generator, out=out)
+    yield "fp8, per token", lambda: fake_quantize(x, replace(FORMATS["fp8"], factor="per_token"), out=out)
     for label, fmt in RULES.items():
         yield label, lambda fmt=fmt: fake_quantize(x, fmt, out=out)
     yield "msModelSlim minmax pack", lambda: pack_tensor(x, MINMAX)

@@ -45,7 +45,6 @@ class Rule(ctypes.Structure):
 def supports(x: Tensor, fmt: Format) -> bool:
     """Return whether the kernels know this format: all but those without a scale and the search for the least error."""
     known = fmt.block[0] == 1 if fmt.scale == "e4m3" else fmt.scale != "none"  # type: ignore[index]
-    known = known and (fmt.factor == "tensor" or fmt.scale == "e4m3")
     return known and _searches(x, fmt) and x.device.type == "cpu" and x.dtype != torch.float64
 
 
@@ -89,7 +88,7 @@ def round_native(library: ctypes.CDLL, x: Tensor, fmt: Format, seed: Seed | None
     """Write `reference(x, fmt, seed)` into `out`, which may be x itself; both contiguous, float32 or bfloat16."""
     rule = rule_of(fmt, x.dtype, seed)
     if fmt.block is None:
-        return _round_whole(library, x, rule, fmt, out)
+        return (_round_whole if fmt.factor == "tensor" else _round_scaled)(library, x, rule, fmt, out)
     columns = columns_of(x)
     if fmt.block[0] != 1:
         return _round_tiles(library, x, rule, fmt.block, out)
@@ -139,6 +138,18 @@ def _round_whole(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: 
         library.round_run(source + start * size, target + start * size, count, scale, rule, start & 0xFFFFFFFF)
 
     share(part, x.numel(), x.numel())
+    return out
+
+
+def _round_scaled(library: ctypes.CDLL, x: Tensor, rule: Rule, fmt: Format, out: Tensor) -> Tensor:
+    source, target, size, columns = x.data_ptr(), out.data_ptr(), x.element_size(), columns_of(x)
+    scale = 0.0 if fmt.calibrated is None else fp32_scale(torch.tensor(fmt.calibrated), fmt.element).item()
+
+    def part(start: int, count: int) -> None:
+        at = start * columns
+        library.round_scaled(source + at * size, target + at * size, count, columns, scale, rule, at & 0xFFFFFFFF)
+
+    share(part, x.numel() // columns, x.numel())
     return out
 
 
@@ -246,6 +257,7 @@ def typed(library: ctypes.CDLL) -> ctypes.CDLL:
         ("round_rows", None, pointer, pointer, count, count, count, real, rule, first),
         ("round_tokens", None, pointer, pointer, count, count, count, rule, first),
         ("round_tiles", None, pointer, pointer, count, count, count, count, rule, first),
+        ("round_scaled", None, pointer, pointer, count, count, real, rule, first),
         ("round_run", None, pointer, pointer, count, real, rule, first),
         ("largest_of", first, pointer, count, count, count, flag, flag),
         ("nvfp4_factor", real, first, real),

@@ -241,6 +241,18 @@ uint32_t largest_of(const void *x, int64_t rows, int64_t columns, int64_t width,
     return most;
 }
 
+/* One scale for each row, or where it is above 0 a given one for all: FP8 per token and static. */
+void round_scaled(const void *x, void *out, int64_t rows, int64_t columns, float scale, const Rule *rule, uint32_t first) {
+    size_t bytes = (rule->dtype == FLOAT32 ? 4 : 2) * (size_t)columns;
+    for (int64_t row = 0; row < rows; row++) {
+        const void *from = (const char *)x + (size_t)row * bytes;
+        uint32_t most = largest_of(from, 1, columns, columns, 0, rule->dtype);
+        float s = scale > 0.0f ? scale : as_float(most) / rule->largest;
+        s = most >= INFINITE ? NAN : s < 0x1p-126f ? 0x1p-126f : s;
+        round_run(from, (char *)out + (size_t)row * bytes, columns, s, rule, first + (uint32_t)(row * columns));
+    }
+}
+
 /* scales.nvfp4_global for the largest finite magnitude. */
 float nvfp4_factor(uint32_t amax, float largest) {
     float factor = (1.0f / as_float(amax)) * (448.0f * largest);
