@@ -28,7 +28,10 @@ def start(recipe=SMALL):
 
 
 def by_compressed_tensors(out, *groups, model=None, ignore=("lm_head",)):
-    """Pack a model; `groups` are names of schemes with their targets. Every step is the library's own."""
+    """Pack a model; `groups` are names of schemes with their targets, `A+B` the weights of A with the inputs of B.
+
+    Every step is the library's own.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from compressed_tensors.compressors import ModelCompressor
@@ -38,7 +41,13 @@ def by_compressed_tensors(out, *groups, model=None, ignore=("lm_head",)):
 
         own, tokenizer = start()
         model = own if model is None else model
-        schemes = {str(number): preset_name_to_scheme(name, list(t)) for number, (name, t) in enumerate(groups)}
+        schemes = {}
+        for number, (name, targets) in enumerate(groups):
+            weights, _, inputs = name.partition("+")
+            scheme = preset_name_to_scheme(weights, list(targets))
+            if inputs:
+                scheme.input_activations = preset_name_to_scheme(inputs, []).input_activations
+            schemes[str(number)] = scheme
         apply_quantization_config(model, QuantizationConfig(config_groups=schemes, ignore=list(ignore)))
         for module in model.modules():
             scheme = getattr(module, "quantization_scheme", None)

@@ -74,6 +74,8 @@ def _objections(source: Source, policy: Policy, layout: Layout) -> Iterator[str]
     if (why := source.not_judged(policy.table)) is not None:
         yield why
     yield from layout.unserved(policy)
+    if source.run is not None:
+        yield from layout.computed_otherwise(policy)
 
 
 def _tensors(policy: Policy, layout: Layout, sizes: dict[str, int], said: Said) -> Iterator[Named]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -62,6 +63,10 @@ class Layout(ABC):
         four_bits = [entry for entry in policy.rounded if entry.weight and entry.weight.element == E2M1]
         yield from unserved(injection, [(e.module, e.plan.site.part, e.shape[-1]) for e in four_bits if e.plan])
 
+    def computed_otherwise(self, _: Policy) -> Iterator[str]:
+        """Yield which numbers of a run whatever loads this layout does not compute with."""
+        return iter(())
+
     @abstractmethod
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError, with the cure, for a policy that this layout, or what loads it, cannot hold."""
@@ -92,7 +97,8 @@ def row_scales(made: Packed | Quantized) -> Tensor:
     if block is None or block[0] == 1:
         return made.scales
     rows = (made.data if isinstance(made, Packed) else made.codes).shape[0]
-    return made.scales.repeat_interleave(block[0], 0)[:rows].contiguous()
+    repeated = made.scales.view(torch.uint8).repeat_interleave(block[0], 0)[:rows]
+    return repeated.contiguous().view(made.scales.dtype)
 
 
 def require_matrices(policy: Policy, layout: str) -> None:
@@ -114,7 +120,14 @@ def require_formats(policy: Policy, known: Iterable[str], layout: str) -> None:
                 f"{entry.name} is rounded to {describe(fmt)}, for which {layout} has no type; it has "
                 f"{', '.join(sorted(names))}, without rotation; --to bf16 holds any rounded values"
             )
-        if fmt.block and entry.shape[-1] % fmt.block[1]:
+    require_whole_blocks(policy, layout)
+
+
+def require_whole_blocks(policy: Policy, layout: str) -> None:
+    """Raise InvalidValueError for rows that are no whole number of blocks."""
+    for entry in policy.rounded:
+        fmt = entry.weight
+        if fmt and fmt.block and entry.shape[-1] % fmt.block[1]:
             raise InvalidValueError(
                 f"{entry.name}: in_features {entry.shape[-1]} is no multiple of {fmt.block[1]}, which {layout} needs; "
                 f"leave it out (targets.leave: ['{entry.module}']), or take --to bf16"

@@ -1,0 +1,263 @@
+"""compressed-tensors, which vLLM and transformers load: `mxfp4-pack-quantized`, `nvfp4-pack-quantized`,
+`mxfp8-quantized`, and several of them in one model (`mixed-precision`).
+
+Of a layer P: `P.weight_packed` [out, in / 2] uint8 with the even column in the low nibble, `P.weight_scale` [out, in /
+block], and with NVFP4 `P.weight_global_scale` [1], the number that block scales were multiplied by. MXFP8 keeps
+`P.weight`, as float8_e4m3fn. Written as compressed-tensors 0.20 does, without it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fp4rl.engines.checkpoints.layouts.layout import (
+    Layout,
+    Named,
+    Stored,
+    as_text,
+    config_of,
+    require_matrices,
+    require_whole_blocks,
+    row_scales,
+)
+from fp4rl.engines.checkpoints.policy import Entry, Policy
+from fp4rl.models.load import names_in_memory
+from fp4rl.numerics.packing import Packed
+from fp4rl.numerics.scales import nvfp4_global
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.formats import Format, describe
+
+VERSION = "0.20.0"  # of compressed-tensors, whose keys these are
+# What a format is called here: rule and rounding are free, and tiles of rows repeat their scale.
+_NAMES = {("E2M1", "e8m0", 32): "mxfp4", ("E2M1", "e4m3", 16): "nvfp4", ("E4M3", "e8m0", 32): "mxfp8"}
+KINDS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}
+_INPUTS = {"mxfp4": ("mxfp4", "mxfp8"), "nvfp4": ("nvfp4",), "mxfp8": ("mxfp8",)}  # of each weight, beside none
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+class CompressedTensors(Layout):
+    """Codes of two a byte and their scales, and a `quantization_config` that says which layers have which."""
+
+    name: ClassVar[str] = "compressed_tensors"
+    deployment: ClassVar[str] = "compressed_tensors"
+
+    def require(self, policy: Policy) -> None:
+        """Raise InvalidValueError, with the cure, for what no scheme says or its engines do not compute."""
+        require_matrices(policy, self.name)
+        for entry in policy.rounded:
+            _require_scheme(entry)
+        require_whole_blocks(policy, self.name)
+        _require_fused(policy)
+        if policy.tied and any(entry.plan and entry.plan.site.role == "lm_head" for entry in policy.rounded):
+            raise InvalidValueError("the head is the embedding, of which nothing looks up packed rows; take --to bf16")
+
+    def served(self, policy: Policy) -> str:
+        """Return it for vLLM, and what else transformers does."""
+        casts = {str(entry.stored.dtype).removeprefix("torch.") for entry in policy.entries} - {"bfloat16"}
+        cast = f"; both compute in bfloat16, and what is stored in {', '.join(sorted(casts))} is cast" if casts else ""
+        return f"{super().served(policy)}{cast}{_experts_in_transformers(policy)}"
+
+    def unserved(self, policy: Policy) -> Iterator[str]:
+        """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses."""
+        yield from super().unserved(policy)
+        for entry in policy.rounded:
+            nested = entry.weight is not None and entry.weight.scale == "e4m3" and not entry.beside
+            if nested and entry.plan and entry.plan.site.fused_group:
+                yield f"{entry.module} has an NVFP4 factor of its own, but vLLM applies one to a fused matrix"
+                return
+
+    def computed_otherwise(self, policy: Policy) -> Iterator[str]:
+        """Yield what engines compute from other numbers than were rounded: they have bfloat16 alone."""
+        dtype = policy.injection.dtype
+        nested = any(entry.weight and entry.weight.scale == "e4m3" for entry in policy.rounded)
+        inputs = any(entry.input for entry in policy.rounded)
+        if dtype != "bfloat16" and (nested or inputs):
+            what = "NVFP4 weights" if nested else "inputs"
+            yield f"{what} were rounded in {dtype}, but engines compute in bfloat16; train with dtype: bfloat16"
+
+    def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:
+        """Yield codes, scales and factors of a rounded weight; any other tensor as it is."""
+        if entry.weight is None:
+            yield entry.name, policy.value(entry)
+            return
+        made, module = policy.packed(entry), entry.module
+        if isinstance(made, Packed):
+            yield f"{module}.weight_packed", made.data
+        else:
+            yield f"{module}.weight", made.codes.view(torch.float8_e4m3fn)
+        yield f"{module}.weight_scale", row_scales(made)
+        if made.factor is not None:
+            yield f"{module}.weight_global_scale", made.factor.reshape(1)
+        if entry.input is not None and entry.input.calibrated is not None:
+            largest = torch.tensor(entry.input.calibrated, dtype=torch.float32)
+            yield f"{module}.input_global_scale", nvfp4_global(largest, entry.input.element).reshape(1)
+
+    def texts(self, policy: Policy, _: Stored) -> Mapping[str, str]:
+        """Return config.json with its `quantization_config`."""
+        return {
+            "config.json": as_text(
+                _in_bfloat16(config_of(policy)) | {"quantization_config": quantization_config(policy)}
+            )
+        }
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that loads in bfloat16: that is what compressed-tensors decodes to, whatever the model's dtype.
+
+    In another one the first matmul of a decoded weight raises.
+    """
+    changed = {key: _in_bfloat16(value) if isinstance(value, dict) else value for key, value in config.items()}
+    named = [key for key in ("dtype", "torch_dtype") if key in config]
+    return changed | dict.fromkeys(named, "bfloat16")
+
+
+def quantization_config(policy: Policy) -> dict[str, Any]:
+    """Return what compressed-tensors writes of a policy.
+
+    One scheme is that of every `Linear` but those of `ignore`, by which vLLM finds its fused layers and experts too.
+    Several name their layers one by one: vLLM takes a class before the parts of a fused layer. Experts, whose layers
+    vLLM asks for under names of its own, stand there as a pattern for each stack.
+    """
+    schemes = dict[str, tuple[dict[str, Any], list[str]]]()
+    for entry in policy.rounded:
+        scheme = _scheme(entry)
+        schemes.setdefault(repr(scheme), (scheme, []))[1].append(_target(entry))
+    if len(schemes) == 1:
+        targets = next(iter(schemes.values()))[1]
+        targets[:] = ["Linear", *(name for name in targets if name == _head(policy))]  # to vLLM no linear layer
+    groups = {
+        f"group_{number}": {"targets": list(dict.fromkeys(targets)), **scheme}
+        for number, (scheme, targets) in enumerate(schemes.values())
+    }
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "config_groups": groups,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": list(_ignored(policy)),
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _scheme(entry: Entry) -> dict[str, Any]:
+    assert entry.weight is not None
+    inputs = None if entry.input is None else _arguments(entry.input, dynamic=True)
+    if inputs is not None and inputs["strategy"] == "tensor_group":
+        inputs |= {"dynamic": "local", "observer": "static_minmax"}
+    return {
+        "format": KINDS[_kind(entry.weight)],
+        "input_activations": inputs,
+        "output_activations": None,
+        "weights": _arguments(entry.weight, dynamic=False),
+    }
+
+
+def _kind(fmt: Format | None) -> str:
+    """Return what a format is called here; nothing where no scheme is that."""
+    if fmt is None or fmt.block is None or fmt.coarse is not None or fmt.rotation is not None:
+        return ""
+    return _NAMES.get((fmt.element.name, fmt.scale, fmt.block[1]), "")
+
+
+def _arguments(fmt: Format, *, dynamic: bool) -> dict[str, Any]:
+    nested = fmt.scale == "e4m3"
+    return {
+        "dynamic": dynamic,
+        "group_size": fmt.block[1] if fmt.block else None,
+        "num_bits": fmt.element.bits,
+        "scale_dtype": "torch.float8_e4m3fn" if nested else "torch.uint8",
+        "strategy": "tensor_group" if nested else "group",
+        "symmetric": True,
+        "type": "float",
+    }
+
+
+def _target(entry: Entry) -> str:
+    stack = _EXPERT.match(entry.name)
+    return rf"re:.*{re.escape(stack.group(1))}\.\d+\..*" if stack else entry.module
+
+
+def _ignored(policy: Policy) -> Iterator[str]:
+    """Yield the modules that are left as they are and might be taken for a linear layer: a tied head among them.
+
+    Where transformers has another name for one than the files, both stand there.
+    """
+    model = _base(policy)
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    matrices = [entry for entry in policy.entries if len(entry.stored.shape) == 2 and entry.name.endswith(".weight")]
+    in_memory = names_in_memory(model, [entry.name for entry in matrices])
+    for entry in matrices:
+        name = in_memory[entry.name].removesuffix(".weight")
+        if entry.weight is None and name not in embeddings:
+            yield from dict.fromkeys((entry.module, name))
+    if policy.tied and _head(policy):
+        yield _head(policy)
+
+
+def _base(policy: Policy) -> Any:
+    return getattr(policy.model, "get_base_model", lambda: policy.model)()
+
+
+def _head(policy: Policy) -> str:
+    head = _base(policy).get_output_embeddings()
+    return next((name for name, module in _base(policy).named_modules() if module is head), "")
+
+
+def _experts_in_transformers(policy: Policy) -> str:
+    """Return what transformers 5, which stacks experts while it loads them, makes of packed ones."""
+    experts = [entry for entry in policy.rounded if entry.plan and entry.plan.site.kind == "experts"]
+    formats = {_kind(entry.weight) for entry in experts}
+    if formats == {"mxfp4"}:
+        inputs = any(entry.input for entry in experts)
+        return "; transformers 5 leaves the inputs of experts as they are" if inputs else ""
+    if formats == {"nvfp4"}:
+        return "; do not load it with transformers 5: it drops the global scales of experts, and its answers are wrong"
+    return f"; transformers 5 cannot load experts in {' and '.join(sorted(formats))}" if formats else ""
+
+
+def _require_scheme(entry: Entry) -> None:
+    """Raise InvalidValueError for a layer that no engine computes as it was trained."""
+    weight, given = _kind(entry.weight), entry.input
+    assert entry.weight is not None
+    assert entry.plan is not None
+    if not weight:
+        raise InvalidValueError(
+            f"{entry.name} is rounded to {describe(entry.weight)}, for which compressed-tensors has no layout; it has "
+            f"{', '.join(KINDS)}, without rotation and coarse scales; --to bf16 holds any rounded values"
+        )
+    if entry.plan.output is not None:
+        raise InvalidValueError(f"{entry.module}: outputs are rounded, which vLLM leaves out; take `output: none`")
+    if given is None:
+        return
+    if _kind(given) not in _INPUTS[weight]:
+        raise InvalidValueError(
+            f"{entry.module}: {weight} weights have no scheme with inputs in {describe(given)}; inputs may be none, "
+            f"{', '.join(_INPUTS[weight])}"
+        )
+    if given.scale == "e4m3" and given.factor != "static":
+        raise InvalidValueError(
+            f"{entry.module}: NVFP4 inputs have a factor for each {given.factor.removeprefix('per_')} here, and in "
+            "compressed-tensors one for all calls (input_global_scale); find it with `fp4rl scan MODEL --calibrate "
+            "FILE`, or take --mode nvfp4_w4a16"
+        )
+
+
+def _require_fused(policy: Policy) -> None:
+    """Raise InvalidValueError where layers that vLLM fuses have several schemes, which it refuses to load."""
+    table = policy.table
+    formats = [(plan.site, (plan.weight, plan.input)) for plan in table.plans]
+    formats += [(left.site, (None, None)) for left in table.left_out]
+    fused = sorted(((site.fused_group, pair, site.name) for site, pair in formats if site.fused_group), key=str)
+    for group, members in groupby(fused, key=lambda member: member[0]):
+        if len({pair for _, pair, _ in members}) > 1:
+            raise InvalidValueError(f"{group}: vLLM fuses its layers and loads them in one format; give them one")
