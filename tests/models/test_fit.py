@@ -85,23 +85,42 @@ def test_an_added_token_that_nothing_uses_by_itself_is_no_fault(folder):
     ("more", "named"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: gptq"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: mxfp4"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: awq"),
         ({"compression_config": {"format": "nvfp4-pack-quantized"}}, "compression_config: nvfp4-pack-quantized"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantization_config: fp8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: of a kind that it does not name"),
     ],
 )
-def test_an_already_quantized_base_is_refused_by_the_name_of_its_method(folder, more, named):
+def test_a_base_quantized_by_a_method_that_is_not_read_is_refused_by_its_name(folder, more, named):
     """The kind: a checkpoint whose weights hold a rounding already; its `full` would be another model."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **more}))
     refused(folder, rf"is quantized already \({named}\): .* give the unquantized folder")
 
 
-@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_model_description.json"])
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
 def test_so_is_one_whose_tool_says_it_in_a_file_of_its_own(folder, name):
     (folder / name).write_text("{}")
     refused(folder, rf"is quantized already \({name}\)")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("hf_quant_config.json", "modelopt None is not read here"),
+        ("quant_model_description.json", "quant_model_description.json does not list it"),
+    ],
+)
+def test_a_file_that_says_nothing_of_the_quantization_it_stands_for_is_refused(folder, file, message):
+    (folder / file).write_text("{}")
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "compressed-tensors"])
+def test_a_method_without_a_packed_weight_is_refused(folder, method):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    refused(folder, f"{method} says that weights are packed, but its files hold no packed weight")
 
 
 def test_a_config_that_quantizes_nothing_is_no_quantized_base(folder):
@@ -111,7 +130,7 @@ def test_a_config_that_quantizes_nothing_is_no_quantized_base(folder):
 
 
 def test_an_adapter_on_a_quantized_base_is_refused_too(folder, tmp_path):
-    (folder / "hf_quant_config.json").write_text("{}")
+    (folder / "quantize_config.json").write_text("{}")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))

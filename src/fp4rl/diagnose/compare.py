@@ -6,7 +6,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from fp4rl.models.shards import StoredTensor, stored_tensors
+from fp4rl.models.packed.folder import checkpoint_tensors
+from fp4rl.models.packed.weight import Stored
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 _ROWS = 1024
@@ -58,7 +59,10 @@ class Total:
 
 def compare_checkpoints(a: str | Path, b: str | Path) -> CheckpointDelta:
     """Compare two checkpoint folders, a few rows at a time. Raises NotFoundError for a folder without weights."""
-    left, right = stored_tensors(a), stored_tensors(b)
+    left, right = (
+        {name: tensor for name, tensor in checkpoint_tensors(folder).items() if tensor.dtype.is_floating_point}
+        for folder in (a, b)
+    )
     both = [name for name in left if name in right]
     deltas = [_delta(left[name], right[name]) for name in both]
     return CheckpointDelta(tuple(deltas), tuple(sorted(set(left) - set(right))), tuple(sorted(set(right) - set(left))))
@@ -104,7 +108,7 @@ def _totals(scan: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-def _delta(a: StoredTensor, b: StoredTensor) -> TensorDelta:
+def _delta(a: Stored, b: Stored) -> TensorDelta:
     if a.shape != b.shape:
         raise InvalidValueError(f"{a.name} is {list(a.shape)} in one checkpoint and {list(b.shape)} in the other")
     error = power = changed = 0.0

@@ -18,7 +18,8 @@ from fp4rl.inject.experts import ExpertProduct
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import names_in_memory, skeleton
-from fp4rl.models.shards import StoredTensor, stored_tensors
+from fp4rl.models.packed.folder import checkpoint_tensors
+from fp4rl.models.packed.weight import Stored
 from fp4rl.models.site_tensors import tensors_of
 from fp4rl.numerics.errors import ErrorSums, Rounded, gaussian_ideal, pooled, round_piece
 from fp4rl.sites.observe import observe
@@ -88,7 +89,7 @@ def stored_weight_errors(
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise InvalidValueError(f"{folder}: an adapter; scan it without weights_only, or scan its base model")
-    model, stored = skeleton(folder), stored_tensors(folder)
+    model, stored = skeleton(folder), checkpoint_tensors(folder)
     table, names = resolve(model, injection), names_in_memory(model, stored)
     stored = {names[name]: tensor for name, tensor in stored.items()}
     return table, *_weight_errors(lambda plan: _stored_rows(plan, stored, folder), table, on_progress)
@@ -248,7 +249,7 @@ def ideal_measures(fmt: Format) -> dict[str, float]:
     return {**ideal, "row_median": ideal["relative_l2"]}
 
 
-def _stored_rows(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | Path) -> list[Rows]:
+def _stored_rows(plan: SitePlan, stored: dict[str, Stored], folder: str | Path) -> list[Rows]:
     """The matrices [out, in] of a site as its files hold them: experts lie in one tensor, or each in its own."""
     experts, site = plan.site.kind == "experts", plan.site
     tensors = tensors_of(site, stored, folder)
@@ -265,5 +266,5 @@ def _stored_rows(plan: SitePlan, stored: dict[str, StoredTensor], folder: str | 
     return [_pieces(weight) for weight in (whole.unbind(0) if experts else [whole])]
 
 
-def _joined(tensors: tuple[StoredTensor, ...]) -> Rows:
+def _joined(tensors: tuple[Stored, ...]) -> Rows:
     return lambda height: (piece for tensor in tensors for piece in tensor.rows(height))

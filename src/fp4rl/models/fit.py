@@ -1,21 +1,13 @@
-"""Checks of a model folder before anything is measured on it: readable, unquantized, with a tokenizer that fits."""
+"""Checks of a model folder before anything is measured on it: readable, with a tokenizer that fits."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.spec.errors import InvalidValueError, UserError
-
-# Where tools record that they quantized a checkpoint: transformers and most others; older llm-compressor.
-_IN_CONFIG = ("quantization_config", "compression_config")
-# Files of their own: NVIDIA ModelOpt, AutoGPTQ, AutoAWQ and MindStudio (Ascend).
-_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description.json")
 
 
 @contextmanager
@@ -35,33 +27,6 @@ def _cure(folder: Path) -> str:
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         return "; its weights are in .bin files: save them as safetensors (save_pretrained does), or copy them anew"
     return ""
-
-
-def require_unquantized(folder: Path) -> None:
-    """Raise InvalidValueError, naming the method, for quantized weights: their rounding cannot be undone."""
-    method = _quantized_by(folder)
-    if method is not None:
-        raise InvalidValueError(
-            f"the model in {str(folder)!r} is quantized already ({method}): its weights hold that rounding for good; "
-            "give the unquantized folder that it was made from"
-        )
-
-
-def _quantized_by(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # loading the configuration reports what is wrong with it
-    parts = [config, *map(_table(config).get, ("text_config", "llm_config"))]
-    for part, key in product(parts, _IN_CONFIG):
-        if said := _table(part).get(key):
-            names = [name for name in map(_table(said).get, ("quant_method", "quant_algo", "format")) if name]
-            return f"{key}: {names[0] if names else 'of a kind that it does not name'}"
-    return next((name for name in _FILES if (folder / name).is_file()), None)
-
-
-def _table(part: Any) -> dict[str, Any]:
-    return part if isinstance(part, dict) else {}
 
 
 def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,13 +13,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside, require_unquantized
+from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside
+from fp4rl.models.packed.folder import IN_CONFIG, PackedFolder, opened
+from fp4rl.models.packed.into_model import decoded_into
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -36,9 +40,10 @@ def load(
 
     A folder with `adapter_config.json` is a peft adapter: its base model is loaded from the path that the file names. A
     tokenizer without a padding token pads with its end-of-text token. `experts` is how stacked experts are computed.
+    Packed weights are decoded as the library of their layout does it, and hold its rounding.
     Raises NotFoundError for a folder, configuration, tokenizer or weight that is missing, InvalidValueError for what
-    cannot be read, for weights that are quantized already, for a tokenizer that closes its prompts or does not fit the
-    embedding, and for `experts` where there is no choice.
+    cannot be read, for weights quantized by a method not known here, for a tokenizer that closes its prompts or does
+    not fit the embedding, and for `experts` where there is no choice.
     """
     folder, kind = _folder(path), dtype_named(dtype)
     base = base_of(folder)
@@ -86,25 +91,38 @@ def _folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def _require_weights(folder: Path) -> None:
+def _require_weights(folder: Path) -> PackedFolder | None:
+    """Return what is packed in a folder, None where its weights are as they are."""
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"model folder {str(folder)!r} has no config.json; is it a Hugging Face model folder?")
-    require_unquantized(folder)
+    return opened(folder)
 
 
-def _weights(folder: Path, dtype: torch.dtype, experts: str | None, opened: Path) -> Any:
-    _require_weights(folder)
+def _weights(folder: Path, dtype: torch.dtype, experts: str | None, own: Path) -> Any:
+    packed = _require_weights(folder)
     with readable("the model", folder):
-        how = {"experts_implementation": experts or _experts_of(opened, folder), **_attention(dtype)}
-        model, report = _auto_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **how
-        )
+        how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_attention(dtype)}
+        how["experts_implementation"] = experts or _experts_of(own, folder)
+        config = _config(folder)
+        if packed is None:
+            model, report = _auto_class(config).from_pretrained(folder, local_files_only=True, **how)
+        else:
+            model, report = decoded_into(_auto_class(config), config, packed, how)
     _require_choice(model, experts)
     _name_backbone(model)
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(report["missing_keys"])
         raise NotFoundError(f"the model in {str(folder)!r} lacks {len(missing)} weights ({missing[0]!r}); copy it anew")
     return model
+
+
+def _config(folder: Path) -> Any:
+    """Return the configuration of the unquantized model."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part, key in product((config, *vars(config).values()), IN_CONFIG):
+        if isinstance(part, PreTrainedConfig) and key in vars(part):
+            delattr(part, key)
+    return config
 
 
 def _auto_class(config: Any) -> Any:
@@ -176,7 +194,7 @@ def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> 
     _require_weights(folder)
     tokenizer = load_tokenizer(folder)
     with readable("the config.json", folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = _config(folder)
         config._experts_implementation = experts or _experts_of(own, folder)
         with torch.device("meta"):
             model = _auto_class(config).from_config(config)

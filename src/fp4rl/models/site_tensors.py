@@ -3,10 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from fp4rl.models.shards import StoredTensor
+from fp4rl.models.packed.weight import Stored
 from fp4rl.sites.walk import Site
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
+
+T = TypeVar("T", bound=Stored)
 
 # What the files of a mixture call the matrices that are stacked in memory; those of one name each are rows of one.
 _IN_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -16,7 +19,7 @@ _IN_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def tensors_of(site: Site, stored: Mapping[str, StoredTensor], folder: str | Path) -> list[tuple[StoredTensor, ...]]:
+def tensors_of(site: Site, stored: Mapping[str, T], folder: str | Path) -> list[tuple[T, ...]]:
     """Return the tensors of a site: its own alone, or, where experts lie one by one, for each those whose rows make it.
 
     `stored` has the tensors by their names in memory. Raises NotFoundError for what the files do not hold,
@@ -34,7 +37,7 @@ def tensors_of(site: Site, stored: Mapping[str, StoredTensor], folder: str | Pat
     return [(stored[name],)]
 
 
-def _one_by_one(site: Site, stored: Mapping[str, StoredTensor], folder: str | Path) -> list[tuple[StoredTensor, ...]]:
+def _one_by_one(site: Site, stored: Mapping[str, T], folder: str | Path) -> list[tuple[T, ...]]:
     layer = site.name.partition(".experts.")[0].rpartition(".")[0]  # Mixtral's files name the block otherwise
     for names in _IN_FILES.get(str(site.parameter), ()):
         pattern = re.compile(rf"{re.escape(layer)}\.\w+\.experts\.(\d+)\.({'|'.join(names)})\.weight")
@@ -48,7 +51,7 @@ def _one_by_one(site: Site, stored: Mapping[str, StoredTensor], folder: str | Pa
     )
 
 
-def _require_shape(site: Site, tensors: tuple[StoredTensor, ...], folder: str | Path) -> None:
+def _require_shape(site: Site, tensors: tuple[Stored, ...], folder: str | Path) -> None:
     rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[-1]
     if (rows, columns) != site.shape[1:]:
         made, said = f"{tensors[0].name} and its like make [{rows}, {columns}]", list(site.shape[1:])

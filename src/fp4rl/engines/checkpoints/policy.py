@@ -20,6 +20,7 @@ from fp4rl.inject.fused import with_largest
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import base_of, names_in_memory, skeleton
+from fp4rl.models.packed.folder import opened
 from fp4rl.models.shards import StoredTensor, all_tensors
 from fp4rl.models.site_tensors import tensors_of
 from fp4rl.numerics.packing import Packed, Quantized, pack_tensor, quantize
@@ -96,6 +97,8 @@ class Policy:
         """Read what a folder holds, but no weights; raises what `skeleton`, `all_tensors` and `resolve` do."""
         model: Any = skeleton(start)
         folder = base_of(start) or start
+        if (packed := opened(folder)) is not None:
+            raise InvalidValueError(f"{folder}: its weights are packed already ({packed.method}); export their source")
         if folder != start and injection.lora == "merged":
             _fill_adapter(model, start)
         table = resolve(model, injection.model_copy(update={"frozen_base": "copy"}))

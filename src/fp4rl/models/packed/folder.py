@@ -13,7 +13,7 @@ from torch import Tensor
 from fp4rl.models.fit import readable
 from fp4rl.models.packed import ascend_v1, compressed_tensors, gpt_oss, modelopt
 from fp4rl.models.packed.contents import Contents
-from fp4rl.models.packed.weight import StoredWeight
+from fp4rl.models.packed.weight import Stored, StoredWeight
 from fp4rl.models.shards import StoredTensor, all_tensors
 from fp4rl.numerics.packing import Packed, Quantized
 from fp4rl.spec.errors import InvalidValueError
@@ -73,7 +73,7 @@ class PackedFolder:
         return self.weights[name].values(dtype)
 
     @property
-    def tensors(self) -> Mapping[str, StoredTensor | StoredWeight]:
+    def tensors(self) -> Mapping[str, Stored]:
         """Every tensor of the unquantized model by name; each is read where it is asked for its values."""
         return {**self.plain, **self.weights}
 
@@ -103,9 +103,11 @@ def opened(folder: Path) -> PackedFolder | None:
     return PackedFolder(folder, contents.method, contents.weights, contents.plain)
 
 
-def checkpoint_tensors(folder: str | Path) -> Mapping[str, StoredTensor | StoredWeight]:
-    """Return every tensor of a checkpoint folder under its unquantized name, packed or not; raises what `opened` does,
-    and NotFoundError for no safetensors file."""
+def checkpoint_tensors(folder: str | Path) -> Mapping[str, Stored]:
+    """Return every tensor of a checkpoint folder under its unquantized name, packed or not.
+
+    Raises what `opened` and `all_tensors` do.
+    """
     packed = opened(Path(folder))
     return all_tensors(folder) if packed is None else packed.tensors
 

@@ -73,6 +73,11 @@ class StoredWeight:
         """Number of values."""
         return prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        """What its values take."""
+        return self.elements * self.dtype.itemsize
+
     def quantized(self, dtype: torch.dtype = torch.bfloat16) -> Packed | Quantized:
         """Return codes and scales as `numerics.packing` has them, of values in `dtype`; 4-bit codes stay packed.
 
@@ -165,6 +170,10 @@ class StoredWeight:
         grouping = Grouping.of(one_a_byte.codes.shape, stored.levels.fmt)
         scale = grouping.scales_inside(stored.scales.float() * factor)
         return grouping.join(decode(grouping.split(one_a_byte.codes), E2M1, torch.float32) * scale)
+
+
+Stored = StoredTensor | StoredWeight
+"""What files hold under one name of the unquantized model."""
 
 
 def checked(folder: Path, weight: StoredWeight) -> StoredWeight:
