@@ -80,8 +80,9 @@ def _objections(source: Source, policy: Policy, layout: Layout) -> Iterator[str]
 
 def _tensors(policy: Policy, layout: Layout, sizes: dict[str, int], said: Said) -> Iterator[Named]:
     """Yield every tensor of the layout; `sizes` gets the bytes that each entry takes in it."""
-    total, done = sum(entry.stored.bytes for entry in policy.entries), 0
-    for entry in policy.entries:
+    entries = tuple(layout.entries(policy))
+    total, done = sum(entry.stored.bytes for entry in entries), 0
+    for entry in entries:
         for name, tensor in layout.tensors(policy, entry):
             sizes[entry.name] = sizes.get(entry.name, 0) + tensor.nbytes
             yield name, tensor

@@ -14,7 +14,7 @@ from fp4rl.lab.serving import served_as, unserved
 from fp4rl.numerics.packing import Packed, Quantized
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import E2M1, describe
+from fp4rl.spec.formats import E2M1, Format, describe
 from fp4rl.spec.injection import Injection
 
 Named = tuple[str, Tensor]
@@ -43,7 +43,8 @@ class Layout(ABC):
     stem: ClassVar[str] = "model"  # of the files with weights
     index: ClassVar[str] = "model.safetensors.index.json"
     always_sharded: ClassVar[bool] = False  # a number in the name, and an index, also where there is one file
-    file_bytes: ClassVar[int] = 4 * _GIB  # at most, before another file is begun
+    file_bytes: ClassVar[int] = 4 * _GIB  # another file is begun before these are reached
+    metadata: ClassVar[dict[str, str] | None] = {"format": "pt"}  # in the header of each file
 
     def deployed(self, injection: Injection) -> Injection:
         """Return what of an injection is computed by whatever loads this layout."""
@@ -71,6 +72,10 @@ class Layout(ABC):
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError, with the cure, for a policy that this layout, or what loads it, cannot hold."""
 
+    def entries(self, policy: Policy) -> Iterable[Entry]:
+        """Return the entries in the order in which they are written."""
+        return policy.entries
+
     @abstractmethod
     def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:
         """Yield what is stored of an entry."""
@@ -81,8 +86,11 @@ class Layout(ABC):
 
 
 def config_of(policy: Policy) -> dict[str, Any]:
-    """Return config.json of the folder with the weights."""
+    """Return config.json of the folder with the weights, without what it says of their own quantization."""
     config: dict[str, Any] = json.loads((policy.folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
     return config
 
 
@@ -109,16 +117,22 @@ def require_matrices(policy: Policy, layout: str) -> None:
             raise InvalidValueError(f"{entry.name} {what}, and nothing loads it packed as {layout}; take --to bf16")
 
 
-def require_formats(policy: Policy, known: Iterable[str], layout: str) -> None:
-    """Raise InvalidValueError for weights in another format than those; rules and rounding are free."""
-    names = set(known)
+def kind_of(fmt: Format) -> tuple[object, ...]:
+    """Return what of a format a type of tensor fixes. Rules, rounding and rows of a block are free."""
+    return fmt.element, fmt.scale, fmt.block and fmt.block[1], fmt.coarse is not None, fmt.rotation
+
+
+def require_formats(policy: Policy, known: Iterable[Format], layout: str) -> None:
+    """Raise InvalidValueError for weights of another kind than those formats."""
+    kinds = {kind_of(fmt): fmt.name for fmt in known}
     for entry in policy.rounded:
         fmt = entry.weight
         assert fmt is not None
-        if fmt.name not in names or fmt.rotation is not None:
+        if kind_of(fmt) not in kinds:
             raise InvalidValueError(
                 f"{entry.name} is rounded to {describe(fmt)}, for which {layout} has no type; it has "
-                f"{', '.join(sorted(names))}, without rotation; --to bf16 holds any rounded values"
+                f"{', '.join(kinds.values())}, in blocks of their own width, without rotation; --to bf16 holds any "
+                "rounded values"
             )
     require_whole_blocks(policy, layout)
 
