@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -108,6 +109,11 @@ class Policy:
     def rounded(self) -> tuple[Entry, ...]:
         """The entries that are rounded."""
         return tuple(entry for entry in self.entries if entry.weight is not None)
+
+    @cached_property
+    def layers(self) -> dict[str, Entry]:
+        """The rounded entries by the layer that holds them."""
+        return {entry.module: entry for entry in self.rounded}
 
     @property
     def tied(self) -> bool:

@@ -20,6 +20,7 @@ PLAIN = "FLOAT"
 # The type of a layer -> formats of its weight and of its inputs.
 TYPES: Mapping[str, tuple[Format, Format | None]] = {
     "W4A4_MXFP4": (MXFP4, MXFP4),
+    "W4A16_MXFP4": (MXFP4, None),  # of routed experts; vLLM-Ascend has it, msModelSlim writes none
     "W4A8_MXFP": (MXFP4, MXFP8),
     "W8A8_MXFP8": (MXFP8, MXFP8),
     "W4A4_MXFP4_DUALSCALE": (MXFP4_DUAL, MXFP4_DUAL),

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fp4rl.engines.checkpoints.layouts.ascend_v1 import AscendV1
 from fp4rl.engines.checkpoints.layouts.baked import Baked
 from fp4rl.engines.checkpoints.layouts.compressed_tensors import CompressedTensors
 from fp4rl.engines.checkpoints.layouts.layout import Layout
 from fp4rl.spec.errors import NotFoundError, nearest
 
-_ALL: tuple[type[Layout], ...] = (Baked, CompressedTensors)
+_ALL: tuple[type[Layout], ...] = (AscendV1, Baked, CompressedTensors)
 LAYOUTS: Mapping[str, type[Layout]] = MappingProxyType({layout.name: layout for layout in _ALL})
 
 
