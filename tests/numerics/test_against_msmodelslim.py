@@ -7,16 +7,14 @@ other of two scales whose errors agree to a millionth.
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from live_msmodelslim import QWEN2, clean, layers, packed_by_it, programs
 from safetensors.torch import load_file, save_file
 
 from fp4rl.numerics.packing import pack_tensor, quantize
@@ -41,23 +39,6 @@ FOLDERS = {
     "w4a4_dualscale": "dualscale",
 }
 DTYPES = (torch.float32, torch.bfloat16)
-NEEDS = (
-    *("msmodelslim==26.1.0", "accelerate", "einops", "easydict", "wcmatch", "pygtrie", "scipy", "requests"),
-    *("safetensors", "transformers<5.24", "torch==2.13.*"),
-)
-RECIPE = """
-apiversion: modelslim_v1
-metadata: {config_id: test, score: 1, label: {w_bit: 4, a_bit: 4, is_sparse: False, kv_cache: False}}
-spec:
-  process:
-    - type: linear_quant
-      qconfig:
-        act: {scope: per_block, dtype: mxfp4, symmetric: True, method: minmax, ext: {axes: -1}}
-        weight: {scope: per_block, dtype: mxfp4, symmetric: True, method: minmax, ext: {axes: -1}}
-      include: ["*"]
-  save:
-    - {type: ascendv1_saver, part_file_size: 4}
-"""
 
 
 def unlike(weight, fmt, stored, scales, dual=None):
@@ -131,28 +112,9 @@ def values():
     return module
 
 
-def clean():
-    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-
-
 @pytest.fixture(scope="module")
 def live():
-    """The folder of programs of a virtual environment with the real package; made once a machine, in minutes."""
-    home = Path.home() / ".cache" / "fp4rl" / "oracles" / NEEDS[0].replace("==", "-")
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{home}.lock"):
-        if not (home / "ready").exists():
-            shutil.rmtree(home, ignore_errors=True)
-            steps = [sys.executable, "-m", "venv", home], [home / "bin" / "pip", "install", "-q", *NEEDS]
-            for step in steps:
-                try:
-                    run = subprocess.run(step, capture_output=True, text=True, timeout=600, env=clean(), check=False)
-                except subprocess.TimeoutExpired:
-                    pytest.skip("msModelSlim cannot be installed in ten minutes here")
-                if run.returncode:
-                    pytest.skip(f"msModelSlim cannot be installed: {(run.stderr.strip() or 'no reason given')[-300:]}")
-            (home / "ready").touch()
-    return home / "bin"
+    return programs()
 
 
 @pytest.fixture
@@ -233,12 +195,7 @@ def test_a_model_folder_is_packed_as_the_live_command_packs_it(dtype, live, shar
     save_file(model, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [live / "msmodelslim", "quant", "--model_type", "Qwen2.5-7B-Instruct", "--device", "cpu"]
-    command += ["--model_path", tmp_path / "model", "--save_path", tmp_path / "out"]
-    command += ["--config_path", tmp_path / "recipe.yaml", "--trust_remote_code", "False"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=clean(), check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    packed_by_it(live, QWEN2, tmp_path / "model", tmp_path / "out", layers("mxfp4", "mxfp4"))
     packed = load_file(next((tmp_path / "out").glob("quant_model_weights-*.safetensors")))
     keys = [key.removesuffix("_scale") for key in packed if key.endswith(".weight_scale")]
     assert len(keys) >= 14

@@ -33,7 +33,7 @@ from fp4rl.numerics.packing import Packed
 from fp4rl.sites.walk import Site, plain_name
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8, Format, describe
+from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8, Format
 from fp4rl.spec.injection import Injection
 
 _DUAL = "W4A4_MXFP4_DUALSCALE"
@@ -65,7 +65,8 @@ class AscendV1(Layout):
             assert entry.plan is not None
             of_type.setdefault(type_of(entry.plan), []).append((entry.module, entry.plan.site.part, entry.shape[-1]))
         for kind, layers in of_type.items():
-            yield from unserved(Injection.named(_MODES[kind], self.deployment), layers)
+            for why in unserved(Injection.named(_MODES[kind], self.deployment), layers):
+                yield f"{why}; W4A4 and W8A8 have kernels for all layers, or leave these out (targets.leave)"
 
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError for other formats, and for layers that are fused when they are served and differ."""
@@ -129,12 +130,14 @@ def type_of(plan: SitePlan) -> str:
             return name
     if plan.weight is None:
         return PLAIN
-    words = " and ".join(str(describe(fmt)) if fmt else "unrounded inputs" for fmt in (plan.weight, plan.input))
-    raise InvalidValueError(f"{plan.name} is rounded to {words}, for which AscendV1 has no type; it has {_known()}")
-
-
-def _known() -> str:
-    return ", ".join(f"{name} ({weight.name}, {given.name if given else '-'})" for name, (weight, given) in TYPES.items())
+    weight, given = (
+        f"{fmt.name} under dual scales" if fmt and fmt.coarse else fmt.name if fmt else "unrounded"
+        for fmt in (plan.weight, plan.input)
+    )
+    raise InvalidValueError(
+        f"{plan.name} has {weight} (weight) and {given} (input), for which AscendV1 has no type; it has "
+        f"{', '.join(TYPES)}"
+    )
 
 
 def _kinds(*formats: Format | None) -> list[object]:
