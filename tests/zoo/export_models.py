@@ -17,13 +17,19 @@ FAMILIES = {
 }
 
 
-def folder_of(family, path, dtype=torch.float32):
-    """A folder as a trainer would save it."""
+def folder_of(family, path, dtype=torch.float32, shard="1GB", *, biased=False, **more):
+    """A folder as a trainer would save it; `biased`: biases and norms are no zeros and ones."""
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family] | ids | {"vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path)
+    config = AutoConfig.for_model(
+        family, **SIZES | FAMILIES.get(family, {}) | ids | {"vocab_size": len(tokenizer)} | more
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, weight in model.named_parameters() if biased else ():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    model.save_pretrained(path, max_shard_size=shard)
     tokenizer.save_pretrained(path)
     return path
 

@@ -4,12 +4,12 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import export_models
 import pytest
 import torch
 from live_msmodelslim import QWEN2, QWEN3, QWEN3_MOE, layers, packed_by_it, programs
 from packed_models import ASCEND_V1, WEIGHTS, start
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fp4rl.cli.main import main
 from fp4rl.engines.checkpoints.export import export
@@ -17,7 +17,6 @@ from fp4rl.engines.checkpoints.layouts.all import layout_named
 from fp4rl.engines.checkpoints.layouts.layout import config_of
 from fp4rl.engines.checkpoints.source import Source
 from fp4rl.models.load import load
-from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.lora import with_lora
 from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.formats import MXFP4, MXFP8
@@ -32,27 +31,14 @@ SHARED = {
     "w4a4_fouroversix": ("w4a4", "vllm_ascend_fouroversix"),
     "w4a4_dualscale": ("w4a4", "vllm_ascend_dualscale_64"),
 }
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"intermediate_size": 192, "head_dim": 16, "initializer_range": 0.2, "bos_token_id": None}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MINMAX, MX8 = (deployment_named("vllm_ascend").at("weight", fmt) for fmt in (MXFP4, MXFP8))
 DUAL = deployment_named("vllm_ascend_dualscale_64").at("weight", MXFP4)
 DUAL_INPUT = deployment_named("vllm_ascend_dualscale_64").at("input", MXFP4)
 
 
-def folder_of(family, path, dtype=torch.bfloat16, shard="1GB", **more):
-    """A folder as a trainer saves it, with biases and norms that are no zeros and ones."""
-    tokenizer = build_tokenizer()
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES | ids | {"vocab_size": len(tokenizer)} | more)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
-    model.save_pretrained(path, max_shard_size=shard)
-    tokenizer.save_pretrained(path)
-    return path
+def folder_of(family, path, dtype=torch.bfloat16, **more):
+    """A folder of widths that vLLM-Ascend serves in every mode."""
+    return export_models.folder_of(family, path, dtype, **{"intermediate_size": 192, "biased": True} | more)
 
 
 def by_command(model, out, *options):
@@ -116,7 +102,7 @@ def tensors_of(folder):
 
 
 def test_files_are_numbered_and_listed_where_there_are_several(tmp_path, monkeypatch):
-    folder = folder_of("qwen2", tmp_path / "model", shard="40KB", tie_word_embeddings=True)
+    folder = folder_of("qwen2", tmp_path / "model", shard="40KB")
     one = tensors_of(by_command(folder, tmp_path / "one", "--mode", "w4a8"))
     monkeypatch.setattr("fp4rl.engines.checkpoints.layouts.ascend_v1.AscendV1.file_bytes", 30_000)
     many = by_command(folder, tmp_path / "many", "--mode", "w4a8")
@@ -141,7 +127,7 @@ def test_what_a_folder_says_of_its_own_quantization_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("lora", ["merged", "adapter"])
 def test_an_adapter_is_in_the_codes_or_beside_them(lora, tmp_path):
-    base = folder_of("qwen2", tmp_path / "base", dtype=torch.float32, tie_word_embeddings=True)
+    base = folder_of("qwen2", tmp_path / "base", dtype=torch.float32)
     model, tokenizer = load(base)
     adapted = with_lora(model, Lora(rank=4, alpha=8.0), base)
     for name, weight in adapted.named_parameters():
@@ -189,9 +175,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "described", "why"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_nothing_loads_is_refused(family, described, why, tmp_path):
-    more = EXPERTS if family != "qwen2" else {}
     sizes = {"intermediate_size": 48} if family == "odd" else {}
-    folder = folder_of("qwen3" if family == "odd" else family, tmp_path / "model", **more, **sizes)
+    folder = folder_of("qwen3" if family == "odd" else family, tmp_path / "model", **sizes)
     with pytest.raises(ValueError, match=why):
         export(Source(folder, Injection.model_validate(described)), layout_named("ascend_v1"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -213,7 +198,7 @@ def test_what_vllm_ascend_does_not_serve_needs_anyway(options, why, tmp_path, ca
 
 
 def test_routed_experts_alone_may_have_unrounded_inputs(tmp_path):
-    folder = folder_of("qwen3_moe", tmp_path / "model", **EXPERTS)
+    folder = folder_of("qwen3_moe", tmp_path / "model")
     injection = Injection.named("w4a16", "vllm_ascend", targets={"leave": ["*self_attn*"]})
     export(Source(folder, injection), layout_named("ascend_v1"), tmp_path / "out")
     said = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
@@ -230,7 +215,7 @@ def live():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["w4a8", "w8a8"])
 def test_shards_and_biases_in_bfloat16_are_as_the_live_package_writes_them(mode, live, tmp_path, monkeypatch):
-    folder = folder_of("qwen2", tmp_path / "model", shard="40KB", tie_word_embeddings=True)
+    folder = folder_of("qwen2", tmp_path / "model", shard="40KB")
     weight, given = {"w4a8": ("mxfp4", "mxfp8"), "w8a8": ("mxfp8", "mxfp8")}[mode]
     theirs = packed_by_it(live, QWEN2, folder, tmp_path / "theirs", layers(weight, given), part_bytes=30_000)
     assert len(list(theirs.glob("*.safetensors"))) >= 3
@@ -248,9 +233,9 @@ def test_a_model_without_biases_is_as_the_live_package_writes_it(live, tmp_path)
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A mixture of experts in bfloat16, with what transformers 4 reads of it."""
-    folder = folder_of("qwen3_moe", tmp_path_factory.mktemp("moe") / "model", **EXPERTS)
+    folder = folder_of("qwen3_moe", tmp_path_factory.mktemp("moe") / "model")
     for name, changes in (
-        ("config.json", {"num_experts": EXPERTS["num_experts"]}),
+        ("config.json", {"num_experts": export_models.EXPERTS["num_experts"]}),
         ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {}}),
     ):
         text = json.loads((folder / name).read_text()) | changes

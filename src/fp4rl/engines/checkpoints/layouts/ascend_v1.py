@@ -91,15 +91,15 @@ class AscendV1(Layout):
         model = getattr(model, "get_base_model", lambda: model)()
         memory = names_in_memory(model, [entry.name for entry in policy.entries])
         by_name = {memory[entry.name]: entry for entry in policy.entries}
-        places, last = _places(model), count()
+        known, last = _order(model), count()
         embedding, head = (
             next((plain_name(path) for path, module in model.named_modules() if module is meant), None)
             for meant in (model.get_input_embeddings(), model.get_output_embeddings())
         )
         if policy.tied and f"{head}.weight" not in by_name and f"{embedding}.weight" in by_name:
             by_name[f"{head}.weight"] = replace(by_name[f"{embedding}.weight"], name=f"{head}.weight")
-        place = {name: (*_place(name, places), next(last)) for name in by_name}
-        return tuple(by_name[name] for name in sorted(by_name, key=place.__getitem__))
+        order = {name: (*_number(name, known), next(last)) for name in by_name}
+        return tuple(by_name[name] for name in sorted(by_name, key=order.__getitem__))
 
     def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:
         """Yield codes and scales, or the tensor as it is; the bias of a rounded layer in float32."""
@@ -159,9 +159,9 @@ def _type_of_tensor(policy: Policy, name: str) -> str:
     return PLAIN if own == "bias" and kind != _DUAL else kind
 
 
-def _places(model: Any) -> dict[str, tuple[int, int, int]]:
-    """Return the place of every module and parameter: outside a decoder layer, number of its module, its own."""
-    places: dict[str, tuple[int, int, int]] = {}
+def _order(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Return numbers of every module and parameter: outside a decoder layer, number of its module, its own."""
+    order: dict[str, tuple[int, int, int]] = {}
     layers: tuple[str, ...] = ()
     for number, (path, module) in enumerate(model.named_modules()):
         if "decoderlayer" in type(module).__name__.lower():
@@ -169,17 +169,17 @@ def _places(model: Any) -> dict[str, tuple[int, int, int]]:
         outside = not f"{path}.".startswith(layers) if layers else True
         own = [name for name, _ in module.named_parameters(recurse=False)]
         for last, name in enumerate([*own, ""]):
-            places.setdefault(plain_name(f"{path}.{name}".strip(".")), (outside, number, last))
-    return places
+            order.setdefault(plain_name(f"{path}.{name}".strip(".")), (outside, number, last))
+    return order
 
 
-def _place(name: str, places: Mapping[str, tuple[int, int, int]]) -> tuple[int, ...]:
-    """Return the place of a tensor; experts, which the files hold one by one, stand in that of their stack."""
+def _number(name: str, known: Mapping[str, tuple[int, int, int]]) -> tuple[int, ...]:
+    """Return the numbers of a tensor; experts, which the files hold one by one, stand where their stack does."""
     held, inside = name, ""
-    while held not in places and held:
+    while held not in known and held:
         held, _, part = held.rpartition(".")
         inside = f"{part}.{inside}"
     expert, _, rest = inside.partition(".")
     matrix = rest.partition(".")[0]
-    order = _IN_AN_EXPERT.index(matrix) if matrix in _IN_AN_EXPERT else 0
-    return (*places[held], int(expert) if expert.isdigit() else 0, order)
+    own = _IN_AN_EXPERT.index(matrix) if matrix in _IN_AN_EXPERT else 0
+    return (*known[held], int(expert) if expert.isdigit() else 0, own)
