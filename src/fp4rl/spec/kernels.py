@@ -69,11 +69,12 @@ COMPRESSED_TENSORS_EMULATION = Kernel(
     EVEN,
     _table(
         {mode: Served(mode, "vLLM has no MXFP4 or NVFP4 kernel for CPUs") for mode in ("w4a16", "w4a4", *NVFP4_MODES)},
-        {"w4a8": Served("w4a8", "not tried; llm-compressor's own MXFP4 with FP8 inputs takes groups of 128")},
+        {"w4a8": Served("w4a8", "bit for bit by transformers; what vLLM does on ROCm was not looked up")},
         _as_they_are("w8a8"),
     ),
     "bit-equal",
-    "compressed-tensors 0.20 (tests/numerics/test_against_compressed_tensors.py), vLLM's reference_mxfp4.py",
+    "compressed-tensors 0.20 (tests/numerics/test_against_compressed_tensors.py, and whole models in "
+    "tests/engines/checkpoints/test_compressed_tensors.py), vLLM's reference_mxfp4.py",
 )
 VLLM_BLACKWELL = Kernel(
     "vllm_blackwell",

@@ -3,6 +3,8 @@ and what the library packs from the same weights are the same files."""
 
 import json
 import logging
+import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from fp4rl.engines.checkpoints.layouts.all import layout_named
 from fp4rl.engines.checkpoints.source import Source
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
+from fp4rl.models.packed.folder import PackedFolder
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
 
 pytest.importorskip("compressed_tensors", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
@@ -93,6 +97,8 @@ def test_transformers_loads_the_rounded_weights_and_gives_the_same_logits(name, 
     stored = tensors_in(tmp_path / "out")
     assert all(same(stored[name], entry.stored.read()) for name, entry in kept.items())
     assert torch.equal(theirs, live(folder, injection))
+    read = PackedFolder.open(tmp_path / "out")
+    assert all(torch.equal(read.values(entry.name, dtype), made.policy.baked(entry)) for entry in made.policy.rounded)
     assert not torch.equal(theirs, logits(load(folder, "bfloat16")[0]))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     expected = "nvfp4-pack-quantized" if "nvfp4" in name else FORMATS.get(name, "mxfp4-pack-quantized")
@@ -153,3 +159,198 @@ def test_the_library_gives_every_layer_the_scheme_that_it_gave_itself(both):
         )
     assert chosen[0] == chosen[1]
     assert any(chosen[0].values())
+
+
+def test_layers_that_vllm_fuses_share_the_divisor_of_their_common_largest_magnitude(model_in, tmp_path):
+    factor = import_module("compressed_tensors.quantization.utils.helpers").generate_gparam
+    folder = model_in("qwen2")
+    exported(folder, tmp_path / "out", injection_of(CASES["nvfp4_w4a4"]))
+    stored, plain = tensors_in(tmp_path / "out"), tensors_in(folder)
+    for fused in (("self_attn", "q_proj", "k_proj", "v_proj"), ("mlp", "gate_proj", "up_proj"), ("mlp", "down_proj")):
+        names = [f"model.layers.1.{fused[0]}.{name}" for name in fused[1:]]
+        whole = torch.cat([plain[f"{name}.weight"] for name in names]).float()
+        for name in names:
+            assert stored[f"{name}.weight_global_scale"] == factor(whole.min(), whole.max())
+            assert stored[f"{name}.input_global_scale"] == factor(torch.tensor(-8.0), torch.tensor(3.0))
+
+
+# How vLLM 0.32 finds the scheme of its own layers, in few words: a name, then a class that contains a target, then the
+# names of all parts of a fused layer; experts by the names of one expert's three layers.
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def vllm_scheme(config, name, kind):
+    def takes(target, word):
+        return re.match(target[3:], word) if target.startswith("re:") else target == word
+
+    targets = {t: group["format"] for group in config["config_groups"].values() for t in group["targets"]}
+    last = name.rpartition(".")[2]
+    parts = [name.removesuffix(last) + part for part in PARTS.get(last, (last,))]
+    ignored = {any(takes(target, part) for target in config["ignore"]) for part in parts}
+    assert len(ignored) == 1
+    if ignored.pop():
+        return None
+    found = [fmt for target, fmt in targets.items() if takes(target, name)]
+    found += [fmt for target, fmt in targets.items() if ":" not in target and target.lower() in kind.lower()]
+    if last in PARTS:
+        each = [[fmt for target, fmt in targets.items() if takes(target, part)] for part in parts]
+        found += [own[0] for own in each[:1] if all(each)]
+    return found[0] if found else "none found"
+
+
+def of_vllm(folder, layers=2):
+    """The scheme of every layer that vLLM builds for Qwen2, Qwen3-MoE and Mixtral."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    found = {}
+    for layer in range(layers):
+        top = f"model.layers.{layer}"
+        found[f"{layer} qkv"] = vllm_scheme(config, f"{top}.self_attn.qkv_proj", "QKVParallelLinear")
+        found[f"{layer} o"] = vllm_scheme(config, f"{top}.self_attn.o_proj", "RowParallelLinear")
+        found[f"{layer} gate_up"] = vllm_scheme(config, f"{top}.mlp.gate_up_proj", "MergedColumnParallelLinear")
+        found[f"{layer} down"] = vllm_scheme(config, f"{top}.mlp.down_proj", "RowParallelLinear")
+        for block in ("mlp", "block_sparse_moe"):
+            found[f"{layer} {block} gate"] = vllm_scheme(config, f"{top}.{block}.gate", "ReplicatedLinear")
+            experts = {
+                vllm_scheme(config, f"{top}.{block}.experts.0.{part}_proj", "RoutedExpertsLinear")
+                for part in ("gate", "up", "down")
+            }
+            (found[f"{layer} {block} experts"],) = experts
+    return found | {"head": vllm_scheme(config, "lm_head", "ParallelLMHead")}
+
+
+def test_vllm_finds_one_scheme_for_every_fused_layer(model_in, tmp_path):
+    four, eight = "mxfp4-pack-quantized", "mxfp8-quantized"
+    exported(model_in("qwen2"), tmp_path / "one", injection_of(CASES["w4a8"]))
+    one = of_vllm(tmp_path / "one")
+    assert {one[f"{layer} {part}"] for layer in (0, 1) for part in ("qkv", "o", "gate_up", "down")} == {four}
+    assert one["head"] is None
+    exported(model_in("qwen2"), tmp_path / "mixed", injection_of(MIXED))
+    mixed = of_vllm(tmp_path / "mixed")
+    assert [mixed[f"0 {part}"] for part in ("qkv", "o", "gate_up", "down")] == [four, four, eight, eight]
+    assert [mixed[f"1 {part}"] for part in ("qkv", "o", "gate_up", "down")] == [None, None, four, four]
+
+
+@pytest.mark.parametrize(("family", "block"), [("qwen3_moe", "mlp"), ("mixtral", "block_sparse_moe")])
+def test_vllm_finds_experts_and_leaves_their_routers(family, block, model_in, tmp_path):
+    for name, described in {
+        "one": CASES["w4a16"],
+        "mixed": {"mode": "w4a16", "by_pattern": {"attention": "mxfp8"}},
+    }.items():
+        exported(model_in(family), tmp_path / name, injection_of(described))
+        found = of_vllm(tmp_path / name)
+        for layer in (0, 1):
+            assert found[f"{layer} {block} experts"] == "mxfp4-pack-quantized"
+            assert found[f"{layer} {block} gate"] is None
+            assert found[f"{layer} qkv"] == ("mxfp8-quantized" if name == "mixed" else "mxfp4-pack-quantized")
+        assert found["head"] is None
+
+
+def test_a_rounded_head_is_named_since_it_is_no_linear_layer_to_vllm(model_in, tmp_path):
+    described = CASES["w4a16"] | {"targets": {"opt_in": ["lm_head"]}}
+    exported(model_in("qwen3_moe"), tmp_path / "out", injection_of(described))
+    assert of_vllm(tmp_path / "out")["head"] == "mxfp4-pack-quantized"
+
+
+@pytest.mark.parametrize("name", ["w4a16", "nvfp4_w4a16"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_every_expert_is_what_the_library_makes_of_its_matrix(family, name, model_in, tmp_path):
+    compressors = import_module("compressed_tensors.compressors").BaseCompressor
+    schemes = import_module("compressed_tensors.quantization.quant_scheme")
+    helpers = import_module("compressed_tensors.quantization.utils.helpers")
+    scheme = schemes.preset_name_to_scheme(LIBRARY[name][0][0], ["Linear"])
+    made = exported(model_in(family), tmp_path / "out", injection_of(CASES[name]))
+    stored, plain = tensors_in(tmp_path / "out"), tensors_in(model_in(family))
+    experts = [entry.name for entry in made.policy.rounded if ".experts." in entry.name]
+    assert len(experts) == 2 * 4 * 3
+    for key in experts:
+        weight, factor = plain[key].float(), None
+        if "nvfp4" in name:
+            gate, up = ("w1", "w3") if family == "mixtral" else ("gate_proj", "up_proj")
+            both = {key} if "w2" in key or "down" in key else {key.replace(up, gate), key.replace(gate, up)}
+            whole = torch.cat([plain[one] for one in sorted(both)]).float()
+            factor = helpers.generate_gparam(whole.min(), whole.max())
+        scale, _ = helpers.compute_dynamic_scales_and_zp(weight, scheme.weights, None, factor)
+        given = {"weight": weight, "weight_scale": scale} | ({} if factor is None else {"weight_global_scale": factor})
+        kind = "nvfp4" if "nvfp4" in name else "mxfp4"
+        theirs = compressors.get_value_from_registry(f"{kind}-pack-quantized").compress(given, scheme)
+        module = key.removesuffix(".weight")
+        own = {
+            name.removeprefix(f"{module}."): tensor for name, tensor in stored.items() if name.startswith(f"{module}.")
+        }
+        assert set(own) == set(theirs)
+        assert all(same(own[part], theirs[part].view_as(own[part])) for part in own)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_transformers_loads_mxfp4_experts_right_and_leaves_their_inputs(family, model_in, tmp_path):
+    weights_alone = injection_of(CASES["w4a16"])
+    made = exported(model_in(family), tmp_path / "w4a16", weights_alone)
+    assert torch.equal(logits(reloaded(tmp_path / "w4a16")), live(model_in(family), weights_alone))
+    assert "experts" not in made.layout.served(made.policy)
+    made = exported(model_in(family), tmp_path / "w4a4", injection_of(CASES["w4a4"]))
+    theirs = logits(reloaded(tmp_path / "w4a4"))
+    assert not torch.equal(theirs, live(model_in(family), injection_of(CASES["w4a4"])))
+    leaves = injection_of(CASES["w4a4"], by_pattern=[{"pattern": "experts", "input": "none"}])
+    assert torch.equal(theirs, live(model_in(family), leaves))
+    assert "transformers 5 leaves the inputs of experts as they are" in (tmp_path / "w4a4" / "README.md").read_text()
+
+
+def test_transformers_gets_other_experts_wrong_or_refuses_them_and_the_card_says_so(model_in, tmp_path):
+    """Should this fail, transformers can do more than the card says: correct `_experts_in_transformers`."""
+    injection = injection_of(CASES["nvfp4_w4a16"])
+    made = exported(model_in("qwen3_moe"), tmp_path / "nvfp4", injection)
+    model = reloaded(tmp_path / "nvfp4")
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    (entry,) = (each for each in made.policy.rounded if each.module == name)
+    factor = tensors_in(tmp_path / "nvfp4")[f"{name}.weight_global_scale"]
+    theirs = model.get_submodule("model.layers.0.mlp.experts").down_proj[1]
+    assert factor > 100
+    assert torch.allclose(theirs.float(), made.policy.baked(entry).float() * factor, rtol=0.01)
+    assert "its answers are wrong" in (tmp_path / "nvfp4" / "README.md").read_text()
+    by_layer = {"mode": "w4a16", "by_pattern": {"*.layers.0.mlp*": "mxfp8"}}
+    for case, said in ((CASES["w8a8"], "experts in mxfp8"), (by_layer, "experts in mxfp4 and mxfp8")):
+        out = tmp_path / said
+        exported(model_in("qwen3_moe"), out, injection_of(case))
+        with pytest.raises(RuntimeError, match="conversion of the weights"):
+            reloaded(out)
+        assert f"transformers 5 cannot load {said}" in (out / "README.md").read_text()
+
+
+REFUSED = {
+    "NVFP4 inputs have a factor for each token here": ("qwen2", {"mode": "nvfp4_w4a4"}),
+    "stacks its experts, and nothing loads it packed": ("gpt_oss", CASES["w4a16"]),
+    r"is stored \[in, out\] \(Conv1D\)": ("gpt2", CASES["w4a16"]),
+    "outputs are rounded, which vLLM leaves out": ("qwen2", {"mode": "w4a4_out"}),
+    "for which compressed-tensors has no layout": ("qwen2", {"weight": "mxfp6_e2m3"}),
+    "mxfp4_b16, for which": ("qwen2", {"weight": "mxfp4_b16"}),
+    "'coarse': .*for which": ("qwen2", {"weight": {"name": "mxfp4", "coarse": 64}}),
+    "mxfp8 weights have no scheme with inputs in mxfp4": ("qwen2", {"weight": "mxfp8", "input": "mxfp4"}),
+    "vLLM fuses its layers and loads them in one format": (
+        "qwen2",
+        {"mode": "w4a16", "fused_groups": "free", "by_pattern": {"*.q_proj": "mxfp8"}},
+    ),
+    "has an NVFP4 factor of its own, but vLLM applies one.*--anyway": ("qwen2", APART),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_no_engine_computes_is_refused_with_the_reason(said, model_in, tmp_path):
+    family, described = REFUSED[said]
+    injection = Injection.model_validate(described)
+    with pytest.raises(InvalidValueError, match=said):
+        exported(model_in(family), tmp_path / "out", injection)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nvfp4_values_of_another_dtype_than_bfloat16_are_rounded_once_more_by_engines(model_in, tmp_path):
+    injection = injection_of(CASES["nvfp4_w4a16"], dtype="float32")
+    made = exported(model_in("qwen2", torch.float32), tmp_path / "out", injection)
+    weights, differ = reloaded(tmp_path / "out"), 0
+    logits(weights)
+    for entry in made.policy.rounded:
+        own, theirs = made.policy.baked(entry), weights.state_dict()[entry.name]
+        assert torch.equal(own.bfloat16(), theirs)
+        differ += int((own != theirs.float()).sum())
+    assert differ > 10_000
+    (why,) = made.layout.computed_otherwise(made.policy)
+    assert why.startswith("NVFP4 weights were rounded in float32, but engines compute in bfloat16")

@@ -37,7 +37,7 @@ def _lines(exported: Exported) -> Iterator[str]:
         yield f"- Made from the model folder `{source.name}`; it was not evaluated"
     cast = f"values were cast to {policy.injection.dtype} before they were rounded"
     yield f"- Weights: {_formats(exported)}, {exported.bits:.2f} bits a value; {cast}"
-    yield f"- Inputs of matmuls are not in a checkpoint: {_inputs(exported)}"
+    yield f"- Inputs of matmuls: {_inputs(exported)}"
     yield f"- Served: {exported.layout.served(policy)}"
     deployment = DEPLOYMENTS.get(policy.injection.deployment or "")
     if deployment is not None:
@@ -65,7 +65,7 @@ def _formats(exported: Exported) -> str:
 
 def _inputs(exported: Exported) -> str:
     formats = dict.fromkeys(_words(entry.input) for entry in exported.policy.rounded)
-    return "they stay as they are" if list(formats) == ["none"] else f"the policy computes with {', '.join(formats)}"
+    return "as they are" if list(formats) == ["none"] else f"{', '.join(formats)}, to be rounded by the engine"
 
 
 def _words(fmt: Format | None) -> str:

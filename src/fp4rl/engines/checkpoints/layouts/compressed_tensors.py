@@ -52,13 +52,11 @@ class CompressedTensors(Layout):
             _require_scheme(entry)
         require_whole_blocks(policy, self.name)
         _require_fused(policy)
-        if policy.tied and any(entry.plan and entry.plan.site.role == "lm_head" for entry in policy.rounded):
-            raise InvalidValueError("the head is the embedding, of which nothing looks up packed rows; take --to bf16")
 
     def served(self, policy: Policy) -> str:
-        """Return it for vLLM, and what else transformers does."""
+        """Return it for the deployment, and what else engines change."""
         casts = {str(entry.stored.dtype).removeprefix("torch.") for entry in policy.entries} - {"bfloat16"}
-        cast = f"; both compute in bfloat16, and what is stored in {', '.join(sorted(casts))} is cast" if casts else ""
+        cast = f"; engines compute in bfloat16 and cast the rest from {' and '.join(sorted(casts))}" if casts else ""
         return f"{super().served(policy)}{cast}{_experts_in_transformers(policy)}"
 
     def unserved(self, policy: Policy) -> Iterator[str]:
