@@ -112,11 +112,16 @@ INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scal
 
 INLINE void search_of(const void *x, int64_t at, int64_t left, int64_t blocks, int64_t width, const Rule *r, int rounding,
                       int dtype, int errors, const uint32_t *most, Scale *scales) {
+    Scale fours[TOGETHER];
+    int64_t unlike[TOGETHER], count = 0; /* no branch: nobody can foretell which */
     for (int64_t b = 0; b < blocks; b++) {
-        Scale four = e8m0_scale(most[b], r->up_to_four, r);
-        if (four.code == scales[b].code || most[b] >= INFINITE) continue;
-        int64_t n = left - b * width < width ? left - b * width : width, from = at + b * width;
-#define LESS(N) scales[b] = of_less_error(x, from, N, scales[b], four, r, rounding, dtype, errors)
+        fours[b] = e8m0_scale(most[b], r->up_to_four, r);
+        unlike[count] = b;
+        count += (fours[b].code != scales[b].code) & (most[b] < INFINITE);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        int64_t b = unlike[i], n = left - b * width < width ? left - b * width : width, from = at + b * width;
+#define LESS(N) scales[b] = of_less_error(x, from, N, scales[b], fours[b], r, rounding, dtype, errors)
         BY_32(n, LESS);
     }
 }
