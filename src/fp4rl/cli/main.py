@@ -35,6 +35,7 @@ VERBS = (
     "run",
     "eval",
     "export",
+    "verify",
     "health",
     "report",
     "runs",

@@ -177,10 +177,11 @@ def _record(exported: Exported, folder: Path) -> Mapping[str, Any]:
         "injection": policy.injection.model_dump(mode="json"),
         "sites_digest": policy.table.digest_in("evaluation"),
         "overridden": list(exported.overridden),
-        "sha256": {file.relative_to(folder).as_posix(): _sha256(file) for file in files},
+        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Return the checksum of a file, 64 hexadecimal digits."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

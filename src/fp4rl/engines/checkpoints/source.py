@@ -60,20 +60,28 @@ def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, l
         raise NotFoundError(f"--mode {mode}: no mode with rounded weights is called so{nearest(mode, rounding)}")
     if deployment is not None:
         deployment_named(deployment)
+    folder, run = policy_of(what, runs)
+    if run is not None:
+        return Source(folder, layout.deployed(injection_of(run, mode, deployment)), run)
+    changes = {"dtype": dtype} if (dtype := dtype_of(folder)) else {}
+    injection = Injection.named(mode or layout.mode, deployment or layout.deployment, **changes)
+    return Source(folder, layout.deployed(injection))
+
+
+def policy_of(what: str, runs: Path) -> tuple[Path, Run | None]:
+    """Return the folder of the policy that is meant, and the run that made it, None for a model folder.
+
+    Raises what `source_of` raises for a name.
+    """
     run = _run(what, runs)
     if run is None:
-        folder = Path(what)
-        changes = {"dtype": dtype} if (dtype := _dtype_of(folder)) else {}
-        return Source(
-            folder, layout.deployed(Injection.named(mode or layout.mode, deployment or layout.deployment, **changes))
-        )
+        return Path(what), None
     final = RunFolder(run).path / "final"
     if not final.is_dir():
         raise InvalidValueError(
             f"{run} keeps no policy (there is no folder {final}); run it again, or name a model folder"
         )
-    read = read_run(RunFolder(run), curves=False)
-    return Source(final, layout.deployed(_of_run(read, mode, deployment)), read)
+    return final, read_run(RunFolder(run), curves=False)
 
 
 def _run(what: str, runs: Path) -> Path | None:
@@ -98,7 +106,8 @@ def _run(what: str, runs: Path) -> Path | None:
     return finished[0].path
 
 
-def _of_run(run: Run, mode: str | None, deployment: str | None) -> Injection:
+def injection_of(run: Run, mode: str | None, deployment: str | None) -> Injection:
+    """Return what a run is deployed under: its own injection, or that of another mode or deployment."""
     if not run.spec:
         raise InvalidValueError(f"{run.key} is a foreign log without a description; name its model folder")
     experiment = Experiment.model_validate(dict(run.spec))
@@ -110,7 +119,7 @@ def _of_run(run: Run, mode: str | None, deployment: str | None) -> Injection:
     return own if deployment is None else under_deployment(own, deployment)
 
 
-def _dtype_of(folder: Path) -> str | None:
+def dtype_of(folder: Path) -> str | None:
     """Return the dtype that a model folder names; None where it names none that weights are rounded in."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,73 @@
+"""`fp4rl verify`: compare a checkpoint, value by value, with the policy that was trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp4rl.cli.options import AsJson, RunsRoot
+from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round
+from fp4rl.models.quiet import quiet
+from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.words import counted
+
+if TYPE_CHECKING:
+    from fp4rl.engines.checkpoints.verify.findings import Check, Verified
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="A folder that `fp4rl export` or another packer wrote.")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="A run or a model folder; by default what the export recorded.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="What it should hold, such as w4a4; by default what was recorded.")
+    ] = None,
+    deployment: Annotated[
+        str | None, typer.Option("--deployment", help="Whose rules rounded the weights (`fp4rl deployments`).")
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare every value of a checkpoint with the policy that was trained; exit code 1, naming all, where one differs.
+
+    Examples: `fp4rl verify OUT`, `fp4rl verify OTHERS --against MODEL`
+    """
+    quiet()
+    from fp4rl.engines.checkpoints.verify.against import Request
+    from fp4rl.engines.checkpoints.verify.verify import verify
+
+    ready_to_round()
+    with progress() as advance:
+        verified = verify(out, Request(against, runs, mode, deployment), advance)
+    if as_json:
+        print_json(verified.as_json())
+    else:
+        _show(verified)
+    if verified.differences:
+        which = ", ".join(check.name for check in verified.checks if check.differences)
+        raise CheckFailed(f"{out}: {counted(len(verified.differences), 'difference')} ({which})")
+
+
+def _show(verified: "Verified") -> None:
+    screen = console()
+    screen.print(f"{verified.folder}: {verified.layout}, against {verified.against or 'nothing'}", soft_wrap=True)
+    width = max(len(check.name) for check in verified.checks)
+    for check in verified.checks:
+        screen.print(f"{check.name:{width}}  {_counts(check)}")
+        for difference in check.differences:
+            print_indented((difference.line, "red"))
+        for note in check.notes:
+            print_indented((note, "dim"))
+
+
+def _counts(check: "Check") -> str:
+    compared = ", ".join(_some(count, unit) for unit, count in check.compared.items())
+    wrong = ", ".join(_some(check.differing[unit], unit) for unit in check.compared if check.differing[unit])
+    if not check.differences:
+        return f"{compared}: equal" if compared else "nothing compared"
+    return f"{compared}: {wrong or counted(len(check.differences), 'of them', 'of them')} differ"
+
+
+def _some(count: int, unit: str) -> str:
+    return counted(count, unit.removesuffix("s")) if unit.endswith("s") else f"{count:,} {unit}"

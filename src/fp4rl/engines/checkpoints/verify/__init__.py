@@ -1,0 +1,1 @@
+"""Whether a checkpoint holds what was trained: by value, against the live model that the trainer computed with."""

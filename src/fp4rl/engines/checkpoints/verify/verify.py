@@ -1,0 +1,54 @@
+"""Compare a checkpoint with what was trained, by value: files, weights, sites, inputs, all else, what it computes."""
+
+from pathlib import Path
+
+from fp4rl.engines.checkpoints.export import ADAPTER
+from fp4rl.engines.checkpoints.verify.against import Against, Request, against
+from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
+from fp4rl.engines.checkpoints.verify.files import files, read_record
+from fp4rl.engines.checkpoints.verify.findings import Check, Verified
+from fp4rl.engines.checkpoints.verify.trained import Trained
+from fp4rl.engines.checkpoints.verify.weights import Said, Weights, adapter
+from fp4rl.models.load import base_of
+from fp4rl.models.shards import all_tensors
+from fp4rl.spec.errors import UserError
+from fp4rl.spec.injection import Injection
+
+
+def verify(out: Path, request: Request, said: Said = lambda *_: None) -> Verified:
+    """Compare the folder `out` with what `request` names, or its own record.
+
+    What cannot be read in `out` is a difference too. Raises NotFoundError and InvalidValueError for what is requested.
+    """
+    record = read_record(out)
+    checked = files(out, record)
+    try:
+        checkpoint = Checkpoint.open(out)
+    except UserError as error:
+        checked.differs("the folder", f"cannot be read: {error}", files=1)
+        layout = str(record["layout"]) if record else "not known"
+        return Verified(str(out), layout, None, None, (checked,))
+    meant = against(request, record, checkpoint)
+    layout = str(record["layout"]) if record else checkpoint.method or "plain weights"
+    if meant is None:
+        gone = f"{record['source']} is not here any more" if record else "nothing here says what it was made from"
+        checked.notes.append(f"{gone}, so that no value was compared; name a run or a model folder with --against")
+        return Verified(str(out), layout, None, None, (checked,))
+    trained = Trained.of(meant.folder, meant.dtype, meant.experts, meant.injection)
+    checks = Weights(checkpoint, trained).checks(all_tensors(base_of(meant.folder) or meant.folder), said)
+    if record is not None:
+        _record(record, meant, trained, checks[1])
+    if (out / ADAPTER).is_dir():
+        adapter(out, meant.folder, checks[-1])
+    injection = meant.injection.model_dump(mode="json")
+    return Verified(str(out), layout, meant.name, injection, (checked, *checks))
+
+
+def _record(record: object, meant: Against, trained: Trained, check: Check) -> None:
+    """Compare the table of sites with the one of the export."""
+    assert isinstance(record, dict)
+    if Injection.model_validate(record["injection"]) != meant.injection:
+        check.notes.append("compared under another injection than the export recorded")
+    elif (now := trained.table.digest_in("evaluation")) != record.get("sites_digest"):
+        how = f"its digest is {now}, but {record.get('sites_digest')} was recorded: another model, or another fp4rl"
+        check.differs("the table of sites", how)
