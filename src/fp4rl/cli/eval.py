@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fp4rl.cli.described import require_here
 from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable
+from fp4rl.cli.packed_start import STORED, say_packed, with_stored
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, say_once, table
 from fp4rl.lab.files import whole
 from fp4rl.lab.matrix import single
@@ -40,8 +41,8 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="full, a mode (w4a8), a format (mxfp8), matmul_noise=0.05, or a YAML file with an injection, also as "
-        "NAME=FILE; may be repeated.",
+        help="full, a mode (w4a8), a format (mxfp8), matmul_noise=0.05, stored (a packed folder as it is served), or a "
+        "YAML file with an injection, also as NAME=FILE; may be repeated.",
     ),
 ]
 
@@ -101,20 +102,22 @@ def command(
         print_json([summary.as_json() for summary in summaries])
         return
     console().print(_table(str(model), summaries, _cut_from(data, test_path, runner.spec.split)))
-    for line in _notes(runner, _saved_in(model) or "bfloat16"):
+    for line in _notes(runner, _saved_in(model) or "bfloat16", is_packed=say_packed(model)):
         console().print(line)
 
 
-def _notes(runner: "EvaluationRunner", saved: str) -> Iterator[str]:
+def _notes(runner: "EvaluationRunner", saved: str, *, is_packed: bool = False) -> Iterator[str]:
     """Yield what the table does not show, once for all precisions: what is served or packed otherwise, for example."""
     precisions: dict[str, list[str]] = {}
     for name, measured in runner.precisions().items():
         batch = batch_note(measured.injection, "evaluation")
-        packed = packed_otherwise([measured.injection], saved)
+        packed = None if is_packed else packed_otherwise([measured.injection], saved)
+        again = is_packed and measured.injection is not None and measured.injection.weight is not None
         for line in (
             f"{batch} ({runner.spec.batch_size} answers here)" if batch else None,
             changed(measured.injection),
             f"{packed}; -p FILE with `dtype` of an injection rounds them in another" if packed else None,
+            f"rounds the stored weights once more; -p {STORED} takes them as they are" if again else None,
         ):
             if line is not None:
                 precisions.setdefault(line, []).append(name)
@@ -134,6 +137,7 @@ def _evaluated(described: Experiment, model: Path, count: int | None) -> "tuple[
     quiet()  # torch, which takes seconds to import, is imported below: all errors above are found without it
     from fp4rl.rl.evaluate import EvaluationRunner
 
+    say_packed(model)
     ready_to_round()
     spec = described.evaluation.for_task(described.task)
     problems = described.task.problems(spec.split, count)[: spec.count]
@@ -146,7 +150,7 @@ def _described(
     model: dict[str, str], task: dict[str, str], precision: list[str], sweep: bool, given: dict[str, Any]
 ) -> Experiment:
     """Return the experiment to evaluate; its errors are found before torch is imported."""
-    evaluation = asked_profiles(precision)
+    evaluation = with_stored(asked_profiles(precision), model, given.get("deployment"))
     if sweep:
         evaluation |= _SWEEP
     if sweep and model["dtype"] == "bfloat16":  # its weights are BF16 already: that point of the sweep is `full`
@@ -229,7 +233,8 @@ def _caption(summaries: list[Evaluation]) -> Iterator[str]:
         )
     for s in summaries:
         imitated = f"imitates {s.profile.deployment}" if s.profile.deployment else None
-        said = [s.profile.precision if s.profile.precision != s.profile.name else None, imitated]
+        known = s.profile.precision in (s.profile.name, None) or s.profile.name == STORED  # it rounds inputs alone
+        said = [None if known else s.profile.precision, imitated]
         if any(said):
             yield f"{s.profile.name}: {', '.join(filter(None, said))}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import AsJson, RunsRoot, require_writable, write_fragment
+from fp4rl.cli.packed_start import say_packed
 from fp4rl.cli.scan_source import ScanTarget, described
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
 from fp4rl.diagnose.texts import texts_of
@@ -155,6 +156,7 @@ def _scanned(
     from fp4rl.rl.verify import load_saved
 
     spec, request = target.experiment, target.request
+    say_packed(spec.model.path)
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
     start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
     model, tokenizer = load_saved(start, spec.model.dtype, spec.model.lora, how)
@@ -177,6 +179,7 @@ def _stored(target: ScanTarget) -> "tuple[ScanReport, None]":
     from fp4rl.diagnose.report import ScanReport
 
     folder, injection = str(target.experiment.model.path), target.injection
+    say_packed(folder)
     if target.experiment.model.lora is not None:  # a fresh adapter adds 0, and packing stores the same values
         injection = injection.model_copy(update={"lora": "adapter", "frozen_base": "copy"})
     with progress() as advance:

@@ -9,6 +9,7 @@ import typer
 
 from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, Deployed, FormerPreset, asked_deployment, require_writable, write_fragment
+from fp4rl.cli.packed_start import say_packed
 from fp4rl.cli.terminal import console, print_json, styled, table
 from fp4rl.lab.matrix import single
 from fp4rl.lab.serving import served_as, unserved
@@ -124,6 +125,7 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     from fp4rl.models.load import embedded_skeleton, skeleton
     from fp4rl.rl.lora import with_lora
 
+    say_packed(spec.path)
     model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path), spec.experts_implementation)
     return resolve(model if spec.lora is None else with_lora(model, spec.lora, spec.path or ""), injection)
 

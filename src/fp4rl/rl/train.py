@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp4rl.models.packed.as_served import packed_note
 from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
 from fp4rl.rl.check import check
@@ -67,6 +68,8 @@ def train(
     require_shares(experiment.training, processes.count())
     resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
+    if (packed := packed_note(run.start)) is not None:
+        run.emit(Message(f"{packed}; masters start from the decoded values"))
     if resume.checkpoint is not None:
         _require_resumable(resume.checkpoint, run)
         session = TrainingSession(run, resume)
