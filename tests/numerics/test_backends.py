@@ -33,6 +33,8 @@ TOOLS: list[Format] = [
     *(replace(MXFP4, scale_rule="fouroversix", rounding=way) for way in ("half_added", "toward_zero", "stochastic")),
     *(replace(MXFP4, scale_rule="fouroversix", scale_math="tensor", block=(1, width)) for width in (16, 24)),
     replace(MXFP4_2D, scale_rule="even", scale_epsilon=9.6e-7, scale_math="tensor"),
+    *(replace(MXFP4, scale_rule=rule, scale_min_exponent=-30) for rule in ("floor", "round")),
+    replace(MXFP8, scale_min_exponent=-4),
     replace(MXFP8, scale_math="tensor", rounding="half_added"),
 ]
 # A number of its own for each row of the last axis, or one that was seen before, of which some values here are larger.

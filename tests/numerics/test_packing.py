@@ -19,6 +19,7 @@ FOUR_BITS = [
     *(replace(fmt, rounding=way) for fmt in (MXFP4, NVFP4) for way in WAYS),
     *(replace(MXFP4, scale_rule=rule, scale_epsilon=9.6e-7, scale_math="tensor") for rule in ("even", "uos")),
     *(replace(MXFP4, scale_rule="fouroversix", scale_math=math) for math in ("tensor", "float32")),
+    replace(MXFP4, scale_rule="round", scale_math="float32", rounding="half_away", scale_min_exponent=-30),
     replace(
         FORMATS["mxfp4_dual"], scale_rule="even", scale_epsilon=9.6e-7, scale_math="float32", rounding="half_added"
     ),

@@ -9,10 +9,11 @@ from struct import pack, unpack
 import pytest
 import torch
 
-from fp4rl.numerics.packing import quantize
+from fp4rl.numerics.packing import dequantize, quantize
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.scales import e8m0_codes
 from fp4rl.numerics.steps import stepped_codes
+from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.formats import E2M1, MXFP4, MXFP8
 
 EPSILON = 9.6e-7
@@ -111,6 +112,37 @@ def test_a_block_of_zeros_takes_the_scale_of_the_epsilon():
     assert stored.scales.tolist() == [[105]]
     assert not stored.codes.any()
     assert quantize(torch.zeros(1, 32), replace(MXFP4, scale_rule="fouroversix")).scales.tolist() == [[127]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_scale_is_below_the_least_exponent_that_is_set_and_the_others_stay(rule):
+    plain = replace(MXFP4, scale_rule=rule, scale_math="float32")
+    amax = maxima(torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        for least in (-127, -30, 0):
+            wanted = stepped_codes(amax.to(dtype), plain, dtype).clamp(min=least + 127)
+            fmt = replace(plain, scale_min_exponent=least)
+            assert torch.equal(stepped_codes(amax.to(dtype), fmt, dtype), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_amct_rounds_as_its_source_states(dtype):
+    """2^round(log2(max(amax / 6, 2^-30))) in float32, halves away from zero: small blocks and blocks of zeros too."""
+    sizes = torch.exp2(torch.arange(-45.0, 10.0).repeat_interleave(20))
+    x = torch.randn(len(sizes), 32, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
+    x[::20], x[1::20, 0] = 0.0, -(2.0**-28)
+    x = x.to(dtype)
+    stored = quantize(x, deployment_named("amct").at("weight", MXFP4))
+    for block, code, made in zip(
+        x.tolist(), stored.scales.flatten().tolist(), dequantize(stored).tolist(), strict=True
+    ):
+        exponent = round(float32(log2(max(float32(max(map(abs, block)) / 6), 2.0**-30))))
+        assert code == exponent + 127
+        away = (GRID[bisect_right(TIES, abs(value) / 2.0**exponent)] * 2.0**exponent for value in block)
+        assert [abs(value) for value in made] == list(away)
+    assert (stored.scales == 97).sum() > 200
+    plain = replace(MXFP4, scale_rule="round", scale_math="float32", rounding="half_away")
+    assert (fake_quantize(x, plain) != dequantize(stored)).sum() > 1000
 
 
 def test_the_dtype_of_the_tensor_is_that_of_its_arithmetic():

@@ -27,7 +27,8 @@ TOOLS: list[Format] = [  # the rules of tools: op by op in a dtype, with an epsi
     *(replace(MXFP4, scale_rule="fouroversix", scale_math=math) for math in MATHS),
     *(replace(MXFP4, scale_rule="fouroversix", rounding=way) for way in ("half_added", "stochastic")),
     replace(MXFP4_2D, scale_rule="fouroversix", scale_math="tensor", block=(8, 16)),
-    replace(MXFP4, scale_rule="round", scale_math="float32"),
+    replace(MXFP4, scale_rule="round", scale_math="float32", scale_min_exponent=-30),
+    replace(MXFP8, scale_min_exponent=-4),
     replace(MXFP4, scale_rule="rceil", scale_math="float32", rounding="half_toward_zero"),
 ]
 MINMAX, FOUR_OVER_SIX = TOOLS[1], replace(MXFP4, scale_rule="fouroversix", scale_math="tensor")

@@ -24,12 +24,13 @@ def rules(name, point, fmt=MXFP4):
         found.scale_epsilon,
         found.scale_math,
         found.coarse and found.coarse.columns,
+        found.scale_min_exponent,
     )
 
 
 def whole(rules):
-    """Rule and rounding, with what is usual of the rest: no epsilon, exact arithmetic, no FP32 scale."""
-    return (*rules, *(0.0, "exact", None)[len(rules) - 2 :])
+    """Rule and rounding, with what is usual of the rest: no epsilon, exact arithmetic, no FP32 scale, no least one."""
+    return (*rules, *(0.0, "exact", None, None)[len(rules) - 2 :])
 
 
 def test_mxfp4_without_a_deployment_means_ocp():
@@ -58,7 +59,7 @@ def test_mxfp4_without_a_deployment_means_ocp():
             ("floor", EVEN),
         ),
         ("modelopt", ("rceil", "half_toward_zero", 0.0, "float32"), ("rceil", EVEN), ("rceil", EVEN)),
-        ("amct", ("round", HALF_AWAY, 0.0, "float32"), ("floor", EVEN), ("floor", EVEN)),
+        ("amct", ("round", HALF_AWAY, 0.0, "float32", None, -30), ("floor", EVEN), ("floor", EVEN)),
         ("vllm_blackwell_rceil", ("rceil", EVEN), ("rceil", EVEN), ("rceil", EVEN)),
         ("vllm_ascend_floor", ("floor", EVEN), ("floor", HALF_AWAY), ("floor", HALF_AWAY)),
         ("ascend950", ("floor", EVEN), ("floor", EVEN), ("floor", EVEN)),
@@ -77,7 +78,7 @@ def test_every_deployment_is_in_the_table_above():
 
 
 def test_eight_bit_weights_are_msmodelslims_own_too():
-    assert rules("vllm_ascend", "weight", MXFP8) == ("floor", ADDED, 0.0, "tensor", None)
+    assert rules("vllm_ascend", "weight", MXFP8) == whole(("floor", ADDED, 0.0, "tensor"))
 
 
 def test_columns_of_an_fp32_scale_are_the_formats_own_where_it_names_some():

@@ -75,6 +75,7 @@ def test_every_format_is_found_by_its_name_and_described_by_it(name):
         replace(MXFP4, coarse=Coarse(128, "search"), rounding="half_away"),
         replace(MXFP4_SR, scale_rule="floor"),
         replace(MXFP4, scale_rule="even", scale_epsilon=9.6e-7, scale_math="tensor", rounding="half_added"),
+        replace(MXFP4, scale_rule="round", scale_min_exponent=-30),
     ],
 )
 def test_what_a_changed_format_is_described_as_parses_to_the_same_format(changed):
@@ -112,6 +113,12 @@ def test_an_unknown_setting_names_the_nearest_one():
         {"name": "mxfp4", "scale_epsilon": "small"},
         {"name": "mxfp4", "scale_epsilon": True},
         {"name": "mxfp4", "scale_math": "double"},
+        {"name": "mxfp4", "scale_min_exponent": -128},
+        {"name": "mxfp4", "scale_min_exponent": 1},
+        {"name": "mxfp4", "scale_min_exponent": -0.5},
+        {"name": "mxfp4", "scale_min_exponent": True},
+        {"name": "mxfp4", "scale_rule": "mse", "scale_min_exponent": -30},
+        {"name": "nvfp4", "scale_min_exponent": -30},
         {"name": "mxfp8", "scale_rule": "fouroversix"},
         {"name": "nvfp4", "scale_epsilon": 1e-6},
         {"name": "nvfp4", "scale_math": "tensor"},

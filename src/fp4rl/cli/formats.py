@@ -119,6 +119,8 @@ def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
         yield "rule", f"{fmt.scale_rule}: {'exponent = ' if fmt.scale == 'e8m0' else ''}{_formula(fmt)}"
     if fmt.scale_epsilon:
         yield "epsilon", f"{fmt.scale_epsilon:g}, added to what the rule takes the logarithm of"
+    if fmt.scale_min_exponent is not None:
+        yield "least scale", f"2^{fmt.scale_min_exponent}"
     if fmt.scale_math != "exact":
         yield "arithmetic", f"of the rule: in the dtype {fmt.scale_math}".replace("dtype tensor", "tensor's own dtype")
     if fmt.scale in ("e4m3", "fp32"):
@@ -209,6 +211,7 @@ def _facts(fmt: Format) -> dict[str, object]:
         "scale_rule": fmt.scale_rule if fmt.scale != "none" else None,
         "scale_epsilon": fmt.scale_epsilon,
         "scale_math": fmt.scale_math,
+        "scale_min_exponent": fmt.scale_min_exponent,
         "factor": fmt.factor,
         "calibrated": fmt.calibrated,
         "rounding": fmt.rounding,

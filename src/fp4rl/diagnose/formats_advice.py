@@ -142,7 +142,8 @@ def weight_variants(model: nn.Module, table: SiteTable) -> tuple[Variant, ...]:
         return ()
     tried = {"as scanned": fmt}
     if fmt.scale == "e8m0":
-        exact = replace(fmt, scale_epsilon=0.0, scale_math="exact")  # a tool's own arithmetic is of its own rule
+        # A tool's own arithmetic is of its own rule.
+        exact = replace(fmt, scale_epsilon=0.0, scale_math="exact", scale_min_exponent=None)
         others = (rule for rule in _RULES if rule != fmt.scale_rule)
         tried |= {f"scale_rule: {rule}": replace(exact, scale_rule=rule) for rule in others}
     if fmt.rotation is None:

@@ -22,7 +22,8 @@ NARROW = {"bfloat16": E8M7, "float16": Element("FP16", 5, 10, 65504.0)}
 
 def stepped(fmt: Format) -> bool:
     """Return whether a format's scales come from a table; all others from `scales.carry`."""
-    return fmt.scale_epsilon > 0 or fmt.scale_math != "exact" or fmt.scale_rule in ("round", "fouroversix")
+    plain = fmt.scale_math == "exact" and fmt.scale_epsilon == 0 and fmt.scale_min_exponent is None
+    return not plain or fmt.scale_rule in ("round", "fouroversix")
 
 
 def settled(fmt: Format, dtype: torch.dtype) -> Format:
@@ -74,9 +75,11 @@ def _table(fmt: Format, dtype: torch.dtype, largest: float | None) -> tuple[int,
     low = torch.arange(2 * (2 * bias + 1)) << (mantissa_bits - 1)
     high = low + (1 << (mantissa_bits - 1))
 
+    least = -8 if fmt.scale_min_exponent is None else fmt.scale_min_exponent + E8M0_BIAS
+
     def codes(bits: Tensor) -> Tensor:
         amax = bits.to(whole).view(dtype).double()
-        return (_exponents(amax, fmt, largest) + E8M0_BIAS).clamp(-8, 255).long()
+        return (_exponents(amax, fmt, largest) + E8M0_BIAS).clamp(least, 255).long()
 
     first = codes(low)
     for _ in range(mantissa_bits - 1):  # bisection: `first` holds at low, not any more at high

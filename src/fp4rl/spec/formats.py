@@ -7,8 +7,7 @@ A new format is a new value, never a new branch, and one entry here is all it ta
     MXFP4_2D = add_format(replace(MXFP4, name="mxfp4_2d", block=(32, 32)))
 
 Sources: OCP Microscaling Formats (MX) v1.0 for elements, E8M0 and `floor`; OCP 8-bit Floating Point v1.0 for E4M3
-and E5M2; NVIDIA's NVFP4 (E4M3 block scales under one FP32 scale a tensor). The numbers themselves are made in
-`fp4rl.numerics`.
+and E5M2; NVIDIA's NVFP4. The numbers themselves are made in `fp4rl.numerics`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -85,8 +84,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Coarse:
-    """A second FP32 scale for every `columns` of a row, above the block scales (two levels, as Ascend's dual-level
-    cast).
+    """A second FP32 scale for every `columns` of a row, above the block scales (Ascend's two levels).
 
     `max` maps the macro-block's largest magnitude to the element's; `search` tries sixteen fractions of a power of
     two and keeps the one of least squared error.
@@ -98,17 +96,16 @@ class Coarse:
 
 @dataclass(frozen=True)
 class Format:
-    """How a tensor is rounded. `block`: the (rows, columns) of the last two axes that share a scale; None: the whole
-    tensor shares one.
+    """How a tensor is rounded. `block`: the (rows, columns) of the last two axes that share a scale; None: all do.
 
     Blocks of one row run along the last axis, the reduction axis of a linear layer. `scale` is the block scale's
     own format: `e8m0` a power of two, `e4m3` under one FP32 scale for the tensor, `fp32`, or `none`. `scale_rule`
     picks the exponent of an `e8m0` scale from the block's largest magnitude; the other scales know one rule,
     `amax`. `scale_epsilon` is added to what the rule takes the logarithm of, and `scale_math` says in which arithmetic
-    the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself).
-    `rotation` is the size of the orthonormal Hadamard blocks along the last axis. `factor`: what has one FP32 number,
-    above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), all calls (`static`, for the largest
-    magnitude `calibrated`), or weights that a kernel fuses (`fused`). Raises InvalidValueError for what means nothing.
+    the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself). No
+    scale is below 2^`scale_min_exponent`. `rotation` is the size of the Hadamard blocks along the last axis. `factor`:
+    what has one FP32 number, above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), all calls
+    (`static`, for a magnitude `calibrated`), or weights that a kernel fuses (`fused`). Refuses what means nothing.
     """
 
     name: str
@@ -123,6 +120,7 @@ class Format:
     scale_math: ScaleMath = "exact"
     factor: Factor = "tensor"
     calibrated: float | None = None
+    scale_min_exponent: int | None = None
 
     def __post_init__(self) -> None:
         for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_factor(self), *_wrong_block(self)):
@@ -163,6 +161,9 @@ def _wrong_scale(fmt: Format) -> Iterator[str]:
         yield f"scale_epsilon {fmt.scale_epsilon!r} must be 0, or above 0 where the scale_rule takes one logarithm"
     if fmt.scale_math != "exact" and fmt.scale_rule in ("mse", "amax"):
         yield f"scale_rule {fmt.scale_rule!r} is worked out exactly; scale_math {fmt.scale_math!r} changes other rules"
+    least, single = fmt.scale_min_exponent, powers and fmt.scale_rule not in ("mse", "fouroversix")
+    if least is not None and not (single and -127 <= least <= 0):
+        yield f"scale_min_exponent {least} must be -127 to 0, for a scale_rule that considers one e8m0 scale alone"
     if fmt.scale == "none" and fmt.rounding != "nearest_even":
         yield f"rounding {fmt.rounding!r} needs a scaled format; without a scale take nearest_even"
     if fmt.coarse and not powers:
@@ -211,8 +212,7 @@ def add_format(fmt: Format) -> Format:
 
 
 MXFP4 = add_format(Format("mxfp4", E2M1))
-# rceil never clips: unbiased
-MXFP4_SR = add_format(replace(MXFP4, name="mxfp4_sr", scale_rule="rceil", rounding="stochastic"))
+MXFP4_SR = add_format(replace(MXFP4, name="mxfp4_sr", scale_rule="rceil", rounding="stochastic"))  # no clipping
 MXFP4_2D = add_format(replace(MXFP4, name="mxfp4_2d", block=(32, 32)))
 MXFP4_B16 = add_format(replace(MXFP4, name="mxfp4_b16", block=(1, 16)))
 MXFP4_DUAL = add_format(replace(MXFP4, name="mxfp4_dual", coarse=Coarse(512)))
@@ -259,7 +259,7 @@ def _field_of(name: str, key: object, given: Any) -> Any:
             return given
         case "scale_epsilon" | "calibrated" if whole or isinstance(given, float):
             return float(given)
-        case "rotation" | "calibrated" if given is None or whole:
+        case "rotation" | "calibrated" | "scale_min_exponent" if given is None or whole:
             return given
         case "block" if whole:
             return (1, given)
@@ -277,7 +277,7 @@ def _field_of(name: str, key: object, given: Any) -> Any:
 
 
 _RULES = ("scale_rule", "rounding", "block", "coarse", "rotation")
-_SETTINGS = (*_RULES, "scale_epsilon", "scale_math", "factor", "calibrated")
+_SETTINGS = (*_RULES, "scale_epsilon", "scale_math", "factor", "calibrated", "scale_min_exponent")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:

@@ -13,7 +13,7 @@ Checked = Literal["bit-equal", "read in source", "documented"]
 class Rounds:
     """How an MX format is rounded: the rule of the block scale and the rounding to the element, as a `Format` has them.
 
-    `columns`: so many columns share an FP32 scale above the block scales.
+    `columns`: so many columns share an FP32 scale above the block scales; `least`: the least exponent of those.
     """
 
     rule: ScaleRule
@@ -21,16 +21,18 @@ class Rounds:
     epsilon: float = 0.0
     math: ScaleMath = "exact"
     columns: int | None = None
+    least: int | None = None
 
     def settings(self, fmt: Format) -> dict[str, Any]:
         """Return the settings of `fmt` that are fixed; columns that it names itself stay."""
         fixed: dict[str, Any] = {"scale_rule": self.rule, "rounding": self.rounding}
-        fixed |= {"scale_epsilon": self.epsilon, "scale_math": self.math}
+        fixed |= {"scale_epsilon": self.epsilon, "scale_math": self.math, "scale_min_exponent": self.least}
         return fixed | ({"coarse": fmt.coarse or Coarse(self.columns)} if self.columns else {})
 
     def __str__(self) -> str:
-        """Return rule, epsilon, rounding and columns in a few words."""
+        """Return rule, epsilon, least scale, rounding and columns in a few words."""
         more = f" + {self.epsilon:g}" if self.epsilon else ""
+        more += "" if self.least is None else f" from 2^{self.least} on"
         return f"{self.rule}{more}, {self.rounding}" + (f", FP32 for {self.columns} columns" if self.columns else "")
 
 
@@ -141,8 +143,8 @@ CANN_UOS = replace(
 )
 AMCT = Packer(
     "amct",
-    Rules(Rounds("round", "half_away", math="float32"), Rounds("floor")),
+    Rules(Rounds("round", "half_away", math="float32", least=-30), Rounds("floor")),
     "float32",
     "read in source",
-    "CANN AMCT's mxfp4_qat: 2^round(log2(amax / 6)); its least scale of 2^-30 is not imitated, MXFP8 as CANN",
+    "CANN AMCT's mxfp4_qat (fake_quant.py): 2^round(log2(max(amax / 6, 2^-30))); MXFP8, which it has not, as CANN",
 )
