@@ -127,13 +127,13 @@ def memory(folder: Path) -> list[str]:
     ]
 
 
-def make_checkpoint(place: Path) -> None:
+def make_checkpoint(place: Path, layers: int = LAYERS) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
         hidden_size=1536,
         intermediate_size=8960,
-        num_hidden_layers=28,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=2,
         vocab_size=151936,
@@ -142,7 +142,7 @@ def make_checkpoint(place: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     place.mkdir(parents=True, exist_ok=True)
-    config.architectures = ["Qwen2ForCausalLM"]
+    config.architectures, config.dtype = ["Qwen2ForCausalLM"], torch.bfloat16
     config.save_pretrained(place)
     build_tokenizer().save_pretrained(place)
     generator, where = torch.Generator().manual_seed(0), {}

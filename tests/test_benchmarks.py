@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
     "experts": ["--rounds", "2"],
+    "export": ["--small", "--folder", "{folder}"],
     "health": ["--healthy", "1", "--faults", "0", "--courses", "1", "--keep", "{folder}"],
     "injection": ["--rounds", "2"],
     "ledger": ["--runs", "60", "--folder", "{folder}"],

@@ -19,8 +19,13 @@ from fp4rl.engines.checkpoints.source import Source
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.packed.folder import PackedFolder
+from fp4rl.rl.evaluate import answer
+from fp4rl.rl.inputs import warmed_up
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Embedded
+from fp4rl.tasks.arithmetic import Arithmetic
 
 pytest.importorskip("compressed_tensors", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -321,7 +326,7 @@ REFUSED = {
     "stacks its experts, and nothing loads it packed": ("gpt_oss", CASES["w4a16"]),
     r"is stored \[in, out\] \(Conv1D\)": ("gpt2", CASES["w4a16"]),
     "outputs are rounded, which vLLM leaves out": ("qwen2", {"mode": "w4a4_out"}),
-    "for which compressed-tensors has no layout": ("qwen2", {"weight": "mxfp6_e2m3"}),
+    "for which compressed_tensors has no type": ("qwen2", {"weight": "mxfp6_e2m3"}),
     "mxfp4_b16, for which": ("qwen2", {"weight": "mxfp4_b16"}),
     "'coarse': .*for which": ("qwen2", {"weight": {"name": "mxfp4", "coarse": 64}}),
     "mxfp8 weights have no scheme with inputs in mxfp4": ("qwen2", {"weight": "mxfp8", "input": "mxfp4"}),
@@ -354,3 +359,27 @@ def test_nvfp4_values_of_another_dtype_than_bfloat16_are_rounded_once_more_by_en
     assert differ > 10_000
     (why,) = made.layout.computed_otherwise(made.policy)
     assert why.startswith("NVFP4 weights were rounded in float32, but engines compute in bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != "tiles"])
+def test_greedy_answers_to_200_problems_are_the_same(name, trained, tmp_path):
+    folder, injection, task = trained, injection_of(CASES[name]), Arithmetic()
+    exported(folder, tmp_path / "out", injection)
+    given = (task.problems("test", 200), task.score, Evaluation().for_task(task))
+    model, tokenizer = load(folder, "bfloat16")
+    plain = answer(model, tokenizer, *given)
+    with attach(model, injection) as attachment:
+        attachment.set_phase("evaluation")
+        own = answer(model, tokenizer, *given)
+    theirs = answer(reloaded(tmp_path / "out"), tokenizer, *given)
+    assert own == theirs
+    assert sum(item.strict for item in own) > 10
+    assert own != plain
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The embedded model after a short warm-up, in float32 as a run leaves it."""
+    recipe = Embedded(warm_up_steps=250, initializer_range=0.08)
+    return warmed_up(recipe, Arithmetic(), tmp_path_factory.mktemp("models"))

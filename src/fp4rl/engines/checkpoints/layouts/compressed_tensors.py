@@ -20,8 +20,9 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     Stored,
     as_text,
     config_of,
+    kind_of,
+    require_formats,
     require_matrices,
-    require_whole_blocks,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -29,12 +30,12 @@ from fp4rl.models.load import names_in_memory
 from fp4rl.numerics.packing import Packed
 from fp4rl.numerics.scales import nvfp4_global
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import Format, describe
+from fp4rl.spec.formats import MXFP4, MXFP8, NVFP4, Format, describe
 
 VERSION = "0.20.0"  # of compressed-tensors, whose keys these are
-# What a format is called here: rule and rounding are free, and tiles of rows repeat their scale.
-_NAMES = {("E2M1", "e8m0", 32): "mxfp4", ("E2M1", "e4m3", 16): "nvfp4", ("E4M3", "e8m0", 32): "mxfp8"}
 KINDS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}
+_FORMATS = (MXFP4, NVFP4, MXFP8)
+_NAMES = {kind_of(fmt): fmt.name for fmt in _FORMATS}  # what a format is called here
 _INPUTS = {"mxfp4": ("mxfp4", "mxfp8"), "nvfp4": ("nvfp4",), "mxfp8": ("mxfp8",)}  # of each weight, beside none
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 
@@ -48,9 +49,9 @@ class CompressedTensors(Layout):
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError, with the cure, for what no scheme says or its engines do not compute."""
         require_matrices(policy, self.name)
+        require_formats(policy, _FORMATS, self.name)
         for entry in policy.rounded:
             _require_scheme(entry)
-        require_whole_blocks(policy, self.name)
         _require_fused(policy)
 
     def served(self, policy: Policy) -> str:
@@ -125,8 +126,8 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
         scheme = _scheme(entry)
         schemes.setdefault(repr(scheme), (scheme, []))[1].append(_target(entry))
     if len(schemes) == 1:
-        targets = next(iter(schemes.values()))[1]
-        targets[:] = ["Linear", *(name for name in targets if name == _head(policy))]  # to vLLM no linear layer
+        (_, targets), head = next(iter(schemes.values())), _head(policy)
+        targets[:] = ["Linear", *(name for name in targets if name == head)]  # which is no linear layer to vLLM
     groups = {
         f"group_{number}": {"targets": list(dict.fromkeys(targets)), **scheme}
         for number, (scheme, targets) in enumerate(schemes.values())
@@ -162,9 +163,7 @@ def _scheme(entry: Entry) -> dict[str, Any]:
 
 def _kind(fmt: Format | None) -> str:
     """Return what a format is called here; nothing where no scheme is that."""
-    if fmt is None or fmt.block is None or fmt.coarse is not None or fmt.rotation is not None:
-        return ""
-    return _NAMES.get((fmt.element.name, fmt.scale, fmt.block[1]), "")
+    return _NAMES.get(kind_of(fmt), "") if fmt is not None else ""
 
 
 def _arguments(fmt: Format, *, dynamic: bool) -> dict[str, Any]:
@@ -226,13 +225,7 @@ def _experts_in_transformers(policy: Policy) -> str:
 def _require_scheme(entry: Entry) -> None:
     """Raise InvalidValueError for a layer that no engine computes as it was trained."""
     weight, given = _kind(entry.weight), entry.input
-    assert entry.weight is not None
     assert entry.plan is not None
-    if not weight:
-        raise InvalidValueError(
-            f"{entry.name} is rounded to {describe(entry.weight)}, for which compressed-tensors has no layout; it has "
-            f"{', '.join(KINDS)}, without rotation and coarse scales; --to bf16 holds any rounded values"
-        )
     if entry.plan.output is not None:
         raise InvalidValueError(f"{entry.module}: outputs are rounded, which vLLM leaves out; take `output: none`")
     if given is None:
