@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test slow mutants zoo fuzz docs demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test test-vllm slow mutants zoo fuzz docs demo bench bench-gpu setup setup-dev constraints clean
 
 check: lint test
 
@@ -30,6 +30,10 @@ demo: setup
 
 test: setup-dev
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+# vLLM as a sampler, on this machine's CPU and in an environment of its own; skipped, with the reason, without its package.
+test-vllm: setup
+	@tools/vllm.sh
 
 slow: setup-dev
 	$(PY) -m pytest -q -n 2 --dist worksteal -m slow
@@ -69,4 +73,4 @@ constraints: setup
 	  | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,5 @@
 """A sampler is one entry; trainer and evaluator both ask the one that the experiment names."""
 
-from types import MappingProxyType
-
 import pytest
 import torch
 
@@ -35,8 +33,7 @@ def plugged(monkeypatch):
         made.append(Parrot())
         return made[-1]
 
-    entries = {**generate.SAMPLERS, "parrot": parrot}
-    monkeypatch.setattr(generate, "SAMPLERS", MappingProxyType(entries))
+    monkeypatch.setitem(generate.SAMPLERS, "parrot", parrot)
     return made
 
 

@@ -24,6 +24,13 @@ def choose_backend(announce: Callable[[str], None]) -> None:
         raise InvalidValueError(f"{VARIABLE}: {error}") from None
 
 
+def for_vllm() -> None:
+    """Let vLLM run inside this process, and log warnings alone, where nothing else is asked for."""
+    for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+
+
 def launched() -> bool:
     """Return whether a launcher has started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

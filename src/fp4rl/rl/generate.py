@@ -5,11 +5,10 @@ a policy is trained and nowhere else.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -203,8 +202,8 @@ def transformers_sampler(
     return answers
 
 
-# One entry a sampler; the key `sampler` of an experiment chooses it.
-SAMPLERS: Mapping[str, Callable[[], Sampler]] = MappingProxyType({"transformers": lambda: transformers_sampler})
+# One entry a sampler; the key `sampler` of an experiment chooses it. Engines above this room add theirs.
+SAMPLERS: dict[str, Callable[[], Sampler]] = {"transformers": lambda: transformers_sampler}
 
 
 def sampler_named(name: str) -> Sampler:

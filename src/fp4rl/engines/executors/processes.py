@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.engines.environment import choose_backend
+from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
@@ -196,6 +197,7 @@ def attempt(
 
     try:
         choose_backend(lambda message: emit(events.Progress(message, 0, 0)))
+        add_samplers()
         execute_run(run, root, emit, report_to, interrupted)
     except (events.Interrupted, UserError, CheckFailed) as error:
         mistake, asked_to_end = isinstance(error, UserError), isinstance(error, events.Interrupted)

@@ -1,0 +1,1 @@
+"""Samplers in other engines than the trainer's own model."""

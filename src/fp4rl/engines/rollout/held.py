@@ -1,0 +1,93 @@
+"""Whether vLLM's model multiplies by the weights of the stream: by value, through the kernels that it computes with.
+
+Kernels may keep a weight in an order of their own and let the tensor go, so that its name proves nothing. Every linear
+layer is given the unit matrix instead: what comes out is its weight.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
+
+
+class Held(NamedTuple):
+    """One tensor of the stream beside what the engine holds: values compared, and how many differ; `first` of them."""
+
+    name: str
+    values: int
+    differing: int
+    first: tuple[int, ...] | None = None
+
+
+@torch.no_grad()
+def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Held]:
+    """Compare every tensor of a stream with vLLM's model; one that it has no place for differs in all its values."""
+    layers, at = dict(module.named_modules()), dict[str, int]()
+    for name, wanted in stream:
+        own, kind = name.rpartition(".")[0], name.rpartition(".")[2]
+        layer_name = next(iter(_layer_names(module, layers, own)), None)
+        now = None if layer_name is None else _values(layers[layer_name], kind)
+        if now is None or layer_name is None:
+            yield Held(name, wanted.numel(), wanted.numel(), (0,) * wanted.ndim)
+            continue
+        if layer_name != own:  # a part of a fused layer: its rows come in the engine's order
+            begin = at.get(f"{layer_name}.{kind}", 0)
+            at[f"{layer_name}.{kind}"] = begin + len(wanted)
+            now = now[begin : begin + len(wanted)]
+        now = now[: len(wanted)]  # an embedding may be padded
+        if now.shape != wanted.shape:
+            yield Held(name, wanted.numel(), wanted.numel(), (0,) * wanted.ndim)
+            continue
+        other = (now != wanted.to(now.device, now.dtype)).nonzero()
+        yield Held(name, wanted.numel(), len(other), tuple(other[0].tolist()) if len(other) else None)
+
+
+def require_held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> int:
+    """Return the number of tensors compared; CheckFailed, naming those that differ, where the engine holds others."""
+    results = list(held(module, stream))
+    wrong = [each for each in results if each.differing]
+    if wrong:
+        first = wrong[0]
+        raise CheckFailed(
+            f"the engine holds other weights than this model computes with: {len(wrong)} of {len(results)} tensors, "
+            f"such as {first.name}, in which {first.differing} of {first.values} values differ, the first at "
+            f"{first.first}"
+        )
+    return len(results)
+
+
+def layer_of(module: Any, layers: Mapping[str, nn.Module], name: str) -> str:
+    """Return the name of vLLM's linear layer for a layer of the model: its own, or that of a fused one."""
+    for layer_name in _layer_names(module, layers, name):
+        if hasattr(layers[layer_name], "quant_method"):
+            return layer_name
+    raise InvalidValueError(f"sampler vllm: {type(module).__name__} has no layer for {name}; take transformers")
+
+
+def _layer_names(module: Any, layers: Mapping[str, nn.Module], name: str) -> Iterator[str]:
+    parent, _, last = name.rpartition(".")
+    fused = [whole for whole, parts in getattr(module, "packed_modules_mapping", {}).items() if last in parts]
+    yield from (
+        layer_name for layer_name in (f"{parent}.{own}".lstrip(".") for own in (last, *fused)) if layer_name in layers
+    )
+
+
+def _values(layer: Any, kind: str) -> Tensor | None:
+    """Return what a layer holds under the name of a parameter: a weight as its kernel multiplies by it."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    if kind != "weight" or not isinstance(layer, LinearBase):
+        value = getattr(layer, kind, None)
+        return value if isinstance(value, Tensor) else None
+    sample = next(layer.parameters())
+    unit = torch.eye(layer.input_size_per_partition, dtype=layer.params_dtype, device=sample.device)
+    method: Any = layer.quant_method
+    bias, layer.bias = layer.bias, None  # kernels may add it themselves
+    try:
+        product: Tensor = method.apply(layer, unit, None)
+    finally:
+        layer.bias = bias
+    return product.mT
