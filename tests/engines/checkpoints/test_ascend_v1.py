@@ -161,12 +161,12 @@ REFUSED = [
     (
         "qwen2",
         {"mode": "w4a8", "fused_groups": "free", "by_pattern": {"*k_proj": "none"}},
-        r"loads it in one type alone, but .*q_proj is W4A8_MXFP, .*k_proj is FLOAT",
+        r"engines load .* in one type alone, but .*q_proj is W4A8_MXFP, .*k_proj is FLOAT",
     ),
     (
         "qwen3_moe",
         {"mode": "w4a8", "by_pattern": {"*down_proj": "mxfp8"}},
-        r"experts.* in one type alone, but .*gate_up_proj is W4A8_MXFP, .*down_proj is W8A8_MXFP8",
+        r"experts in one type alone, but .*gate_up_proj is W4A8_MXFP, .*down_proj is W8A8_MXFP8",
     ),
     ("gpt_oss", {"mode": "w4a8"}, "stacks its experts"),
     ("odd", {"mode": "w4a4"}, "in_features 48 is no multiple of 32"),

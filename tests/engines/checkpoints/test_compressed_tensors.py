@@ -325,7 +325,7 @@ REFUSED = {
     "NVFP4 inputs have a factor for each token here": ("qwen2", {"mode": "nvfp4_w4a4"}),
     "stacks its experts, and nothing loads it packed": ("gpt_oss", CASES["w4a16"]),
     r"is stored \[in, out\] \(Conv1D\)": ("gpt2", CASES["w4a16"]),
-    "outputs are rounded, which vLLM leaves out": ("qwen2", {"mode": "w4a4_out"}),
+    "outputs are rounded, which no engine does": ("qwen2", {"mode": "w4a4_out"}),
     "for which compressed_tensors has no type": ("qwen2", {"weight": "mxfp6_e2m3"}),
     "mxfp4_b16, for which": ("qwen2", {"weight": "mxfp4_b16"}),
     "'coarse': .*for which": ("qwen2", {"weight": {"name": "mxfp4", "coarse": 64}}),

@@ -26,6 +26,7 @@ from fp4rl.models.shards import StoredTensor, all_tensors
 from fp4rl.models.site_tensors import tensors_of
 from fp4rl.numerics.packing import Packed, Quantized, pack_tensor, quantize
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.sites.walk import plain_name
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import Format
 from fp4rl.spec.injection import Injection
@@ -114,6 +115,25 @@ class Policy:
     def layers(self) -> dict[str, Entry]:
         """The rounded entries by the layer that holds them."""
         return {entry.module: entry for entry in self.rounded}
+
+    @property
+    def base(self) -> Any:
+        """The model without what an adapter puts around it."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def head(self) -> str:
+        """The name of the head; empty where there is none."""
+        return self._named(self.base.get_output_embeddings())
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding of inputs."""
+        return self._named(self.base.get_input_embeddings())
+
+    def _named(self, meant: nn.Module | None) -> str:
+        return next((plain_name(path) for path, module in self.base.named_modules() if module is meant), "")
 
     @property
     def tied(self) -> bool:

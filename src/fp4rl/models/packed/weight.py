@@ -136,7 +136,7 @@ class StoredWeight:
             assert scales is not None
             coarse = None if coarse is None else coarse.unsqueeze(-1)
             if self.multiplier and factor is not None:
-                yield self._multiplied(self._packed(codes, scales, None, None, torch.float32), factor).to(dtype)
+                yield multiplied(self._packed(codes, scales, None, None, torch.float32), factor).to(dtype)
             else:
                 yield dequantize(self._packed(codes, scales, coarse, factor, dtype))
 
@@ -164,12 +164,13 @@ class StoredWeight:
             stored = self.parts[part]
             raise InvalidValueError(f"{stored.file}: {stored.name} holds {int(bad.sum())} {part} that are no numbers")
 
-    @staticmethod
-    def _multiplied(stored: Packed | Quantized, factor: Tensor) -> Tensor:
-        one_a_byte = unpack(stored) if isinstance(stored, Packed) else stored
-        grouping = Grouping.of(one_a_byte.codes.shape, stored.levels.fmt)
-        scale = grouping.scales_inside(stored.scales.float() * factor)
-        return grouping.join(decode(grouping.split(one_a_byte.codes), E2M1, torch.float32) * scale)
+
+def multiplied(stored: Packed | Quantized, factor: Tensor) -> Tensor:
+    """Return values in float32 as ModelOpt decodes them: code * (scale * factor)."""
+    one_a_byte = unpack(stored) if isinstance(stored, Packed) else stored
+    grouping = Grouping.of(one_a_byte.codes.shape, stored.levels.fmt)
+    scale = grouping.scales_inside(stored.scales.float() * factor)
+    return grouping.join(decode(grouping.split(one_a_byte.codes), E2M1, torch.float32) * scale)
 
 
 Stored = StoredTensor | StoredWeight

@@ -21,7 +21,9 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     config_of,
     kind_of,
     require_formats,
+    require_fused,
     require_matrices,
+    require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -30,7 +32,7 @@ from fp4rl.lab.serving import unserved
 from fp4rl.models.load import names_in_memory
 from fp4rl.models.packed.ascend_v1 import DESCRIPTION, PLAIN, TYPES
 from fp4rl.numerics.packing import Packed
-from fp4rl.sites.walk import Site, plain_name
+from fp4rl.sites.walk import plain_name
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4, MXFP4_DUAL, MXFP8, Format
@@ -72,32 +74,17 @@ class AscendV1(Layout):
         """Raise InvalidValueError for other formats, and for layers that are fused when they are served and differ."""
         require_matrices(policy, self.name)
         require_formats(policy, (MXFP4, MXFP4_DUAL, MXFP8), self.name)
-        groups: dict[str, dict[str, str]] = {}
-        kinds = [(plan.site, type_of(plan)) for plan in policy.table.plans if plan.site.kind in ("linear", "experts")]
-        for site, kind in kinds + [(left.site, PLAIN) for left in policy.table.left_out]:
-            if (group := _fused(site)) is not None:
-                groups.setdefault(group, {}).setdefault(kind, site.name)
-        for group, members in groups.items():
-            if len(members) > 1:
-                said = ", ".join(f"{name} is {kind}" for kind, name in members.items())
-                raise InvalidValueError(
-                    f"vLLM-Ascend fuses {group} and loads it in one type alone, but {said}; give all of them one "
-                    "format, or leave all of them out"
-                )
+        require_unrounded_outputs(policy)
+        require_fused(policy, type_of, PLAIN)
 
     def entries(self, policy: Policy) -> tuple[Entry, ...]:
         """Return the entries as the modules of the model come, decoder layers first, and a copy for a tied head."""
-        model: Any = policy.model
-        model = getattr(model, "get_base_model", lambda: model)()
-        memory = names_in_memory(model, [entry.name for entry in policy.entries])
+        memory = names_in_memory(policy.base, [entry.name for entry in policy.entries])
         by_name = {memory[entry.name]: entry for entry in policy.entries}
-        known, last = _order(model), count()
-        embedding, head = (
-            next((plain_name(path) for path, module in model.named_modules() if module is meant), None)
-            for meant in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
-        if policy.tied and f"{head}.weight" not in by_name and f"{embedding}.weight" in by_name:
-            by_name[f"{head}.weight"] = replace(by_name[f"{embedding}.weight"], name=f"{head}.weight")
+        known, last = _order(policy.base), count()
+        head, embedding = f"{policy.head}.weight", f"{policy.embedding}.weight"
+        if policy.tied and head not in by_name and embedding in by_name:
+            by_name[head] = replace(by_name[embedding], name=head)
         order = {name: (*_number(name, known), next(last)) for name in by_name}
         return tuple(by_name[name] for name in sorted(by_name, key=order.__getitem__))
 
@@ -142,11 +129,6 @@ def type_of(plan: SitePlan) -> str:
 
 def _kinds(*formats: Format | None) -> list[object]:
     return [None if fmt is None else kind_of(fmt) for fmt in formats]
-
-
-def _fused(site: Site) -> str | None:
-    """Return what vLLM-Ascend loads in one type: q/k/v, gate/up, and all routed experts of a layer."""
-    return site.name.partition(".experts.")[0] + ".experts" if site.part == "experts" else site.fused_group
 
 
 def _type_of_tensor(policy: Policy, name: str) -> str:

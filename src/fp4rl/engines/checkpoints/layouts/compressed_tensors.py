@@ -20,9 +20,11 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     Stored,
     as_text,
     config_of,
+    factors_apart,
     kind_of,
     require_formats,
     require_matrices,
+    require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -49,6 +51,7 @@ class CompressedTensors(Layout):
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError, with the cure, for what no scheme says or its engines do not compute."""
         require_matrices(policy, self.name)
+        require_unrounded_outputs(policy)
         require_formats(policy, _FORMATS, self.name)
         for entry in policy.rounded:
             _require_scheme(entry)
@@ -63,11 +66,7 @@ class CompressedTensors(Layout):
     def unserved(self, policy: Policy) -> Iterator[str]:
         """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses."""
         yield from super().unserved(policy)
-        for entry in policy.rounded:
-            nested = entry.weight is not None and entry.weight.scale == "e4m3" and not entry.beside
-            if nested and entry.plan and entry.plan.site.fused_group:
-                yield f"{entry.module} has an NVFP4 factor of its own, but vLLM applies one to a fused matrix"
-                return
+        yield from factors_apart(policy)
 
     def computed_otherwise(self, policy: Policy) -> Iterator[str]:
         """Yield what engines compute from other numbers than were rounded: they have bfloat16 alone."""
@@ -126,8 +125,8 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
         scheme = _scheme(entry)
         schemes.setdefault(repr(scheme), (scheme, []))[1].append(_target(entry))
     if len(schemes) == 1:
-        (_, targets), head = next(iter(schemes.values())), _head(policy)
-        targets[:] = ["Linear", *(name for name in targets if name == head)]  # which is no linear layer to vLLM
+        _, targets = next(iter(schemes.values()))
+        targets[:] = ["Linear", *(name for name in targets if name == policy.head)]  # which is no linear layer to vLLM
     groups = {
         f"group_{number}": {"targets": list(dict.fromkeys(targets)), **scheme}
         for number, (scheme, targets) in enumerate(schemes.values())
@@ -189,7 +188,7 @@ def _ignored(policy: Policy) -> Iterator[str]:
 
     Where transformers has another name for one than the files, both stand there.
     """
-    model = _base(policy)
+    model = policy.base
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     matrices = [entry for entry in policy.entries if len(entry.stored.shape) == 2 and entry.name.endswith(".weight")]
     in_memory = names_in_memory(model, [entry.name for entry in matrices])
@@ -197,17 +196,8 @@ def _ignored(policy: Policy) -> Iterator[str]:
         name = in_memory[entry.name].removesuffix(".weight")
         if entry.weight is None and name not in embeddings:
             yield from dict.fromkeys((entry.module, name))
-    if policy.tied and _head(policy):
-        yield _head(policy)
-
-
-def _base(policy: Policy) -> Any:
-    return getattr(policy.model, "get_base_model", lambda: policy.model)()
-
-
-def _head(policy: Policy) -> str:
-    head = _base(policy).get_output_embeddings()
-    return next((name for name, module in _base(policy).named_modules() if module is head), "")
+    if policy.tied and policy.head:
+        yield policy.head
 
 
 def _experts_in_transformers(policy: Policy) -> str:
@@ -226,8 +216,6 @@ def _require_scheme(entry: Entry) -> None:
     """Raise InvalidValueError for a layer that no engine computes as it was trained."""
     weight, given = _kind(entry.weight), entry.input
     assert entry.plan is not None
-    if entry.plan.output is not None:
-        raise InvalidValueError(f"{entry.module}: outputs are rounded, which vLLM leaves out; take `output: none`")
     if given is None:
         return
     if _kind(given) not in _INPUTS[weight]:

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.engines.checkpoints.policy import Entry, Policy
+from fp4rl.inject.plan import SitePlan
 from fp4rl.lab.serving import served_as, unserved
 from fp4rl.numerics.packing import Packed, Quantized
 from fp4rl.spec.deployment import DEPLOYMENTS
@@ -115,6 +116,41 @@ def require_matrices(policy: Policy, layout: str) -> None:
         if entry.stacked or entry.turned:
             what = "stacks its experts" if entry.stacked else "is stored [in, out] (Conv1D)"
             raise InvalidValueError(f"{entry.name} {what}, and nothing loads it packed as {layout}; take --to bf16")
+
+
+def require_unrounded_outputs(policy: Policy) -> None:
+    """Raise InvalidValueError where outputs of layers are rounded, which no engine does."""
+    for entry in policy.rounded:
+        if entry.plan is not None and entry.plan.output is not None:
+            raise InvalidValueError(f"{entry.module}: outputs are rounded, which no engine does; take `output: none`")
+
+
+def require_fused(policy: Policy, type_of: Callable[[SitePlan], str], plain: str) -> None:
+    """Raise InvalidValueError where what engines load in one type has several: q/k/v, gate/up, experts of a layer.
+
+    `type_of` says the type of a layer that is rounded, and `plain` is that of one that is left.
+    """
+    table, groups = policy.table, dict[str, dict[str, str]]()
+    types = [(plan.site, type_of(plan)) for plan in table.plans if plan.site.kind in ("linear", "experts")]
+    for site, kind in types + [(left.site, plain) for left in table.left_out]:
+        experts = f"{site.name.partition('.experts.')[0]}.experts" if site.part == "experts" else None
+        if (group := experts or site.fused_group) is not None:
+            groups.setdefault(group, {}).setdefault(kind, site.name)
+    for group, members in groups.items():
+        if len(members) > 1:
+            said = ", ".join(f"{name} is {kind}" for kind, name in members.items())
+            raise InvalidValueError(
+                f"engines load {group} in one type alone, but {said}; give them one format, or leave all of them out"
+            )
+
+
+def factors_apart(policy: Policy) -> Iterator[str]:
+    """Yield where NVFP4 weights have factors of their own in a matrix that is served with one."""
+    for entry in policy.rounded:
+        nested = entry.weight is not None and entry.weight.scale == "e4m3" and not entry.beside
+        if nested and entry.plan and entry.plan.site.fused_group:
+            yield f"{entry.module} has an NVFP4 factor of its own, but vLLM applies one to a fused matrix"
+            return
 
 
 def kind_of(fmt: Format) -> tuple[object, ...]:
