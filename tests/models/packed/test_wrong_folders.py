@@ -8,6 +8,7 @@ from packed_models import (
     LINEAR,
     as_gpt_oss,
     by_compressed_tensors,
+    by_modelopt,
     by_msmodelslim,
     edit_config,
     edit_tensors,
@@ -202,3 +203,21 @@ MODELOPT = {"FP8": "modelopt FP8 is not read here; NVFP4", "None": "modelopt Non
 def test_other_algorithms_of_modelopt(ascend, algorithm):
     (ascend / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
     refused(ascend, MODELOPT[algorithm])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"quant_algo": "W4A16_NVFP4"}, r"config.json says NVFP4, and hf_quant_config.json W4A16_NVFP4"),
+        ({"group_size": 64}, "group_size 64"),
+    ],
+    ids=str,
+)
+def test_two_statements_of_modelopt_that_differ(change, why, tmp_path):
+    pytest.importorskip("modelopt", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
+    file = by_modelopt(tmp_path / "m") / "hf_quant_config.json"
+    said = json.loads(file.read_text())
+    said["quantization"] |= change
+    file.write_text(json.dumps(said))
+    with pytest.raises(InvalidValueError, match=why):
+        PackedFolder.open(tmp_path / "m")

@@ -4,6 +4,7 @@ A layer P has P.weight (uint8 codes), P.weight_scale (E4M3), P.weight_scale_2 (F
 compressed-tensors' divisor), and P.input_scale where its inputs are rounded under a static factor.
 """
 
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,8 +31,7 @@ def contents(folder: Path, said: Mapping[str, Any], tensors: Mapping[str, Stored
     algorithm = str(said.get("quant_algo"))
     if algorithm not in (*_INPUTS, _MIXED):
         raise InvalidValueError(f"{folder}: modelopt {algorithm} is not read here; {', '.join((*_INPUTS, _MIXED))} are")
-    if said.get("group_size") not in (None, 16):
-        raise InvalidValueError(f"{folder}: modelopt says group_size {said['group_size']}; NVFP4 has groups of 16")
+    _require_one_statement(folder, said)
     weights, used = dict[str, StoredWeight](), set[str]()
     for name, tensor in tensors.items():
         if tensor.dtype == torch.uint8 and name.endswith(".weight"):
@@ -42,6 +42,20 @@ def contents(folder: Path, said: Mapping[str, Any], tensors: Mapping[str, Stored
             raise InvalidValueError(f"{folder}: {name} is in FP8, which fp4rl does not read from ModelOpt's folders")
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     return Contents(f"modelopt {algorithm}", weights, plain)
+
+
+def _require_one_statement(folder: Path, said: Mapping[str, Any]) -> None:
+    """Raise InvalidValueError where config.json and ModelOpt's own file differ, or groups are not of 16."""
+    file = folder / FILE
+    own = json.loads(file.read_text(encoding="utf-8")).get("quantization") or {} if file.is_file() else said
+    groups = [group.get("weights") or {} for group in (said.get("config_groups") or {}).values()]
+    for table in (said, own, *groups):
+        if table.get("group_size") not in (None, 16):
+            raise InvalidValueError(f"{folder}: modelopt says group_size {table['group_size']}; NVFP4 has groups of 16")
+    if own.get("quant_algo") != said.get("quant_algo"):
+        raise InvalidValueError(
+            f"{folder}: config.json says {said.get('quant_algo')}, and {FILE} {own.get('quant_algo')}; export it anew"
+        )
 
 
 def _weight(folder: Path, layer: str, said: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> StoredWeight:
