@@ -34,9 +34,9 @@ class FusedGroup:
             raise InvalidValueError(
                 "FSDP1 holds the layers of a fused group apart, so that they have no common factor; wrap whole blocks"
             )
-        most = weight.abs().amax()
-        whole: Tensor = getattr(most, "full_tensor", lambda: most)()  # FSDP2 may shard another layer of the group
-        return whole.float()
+        if hasattr(weight, "full_tensor"):  # FSDP2 may shard another layer of the group
+            return weight.abs().amax().full_tensor().float()  # type: ignore[no-any-return]
+        return torch.stack(weight.aminmax()).abs().amax().float()  # a third of the time of `abs` over all
 
     def others(self, state: object) -> Iterator[Any]:
         """Yield (state, module) of all layers but the one of `state`."""
