@@ -8,17 +8,22 @@ import typer
 from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round
 from fp4rl.models.quiet import quiet
-from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.errors import CheckFailed, NotFoundError, nearest
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.engines.checkpoints.verify.findings import Check, Verified
+
+_ENGINES = ("transformers",)
 
 
 def command(
     out: Annotated[Path, typer.Argument(help="A folder that `fp4rl export` or another packer wrote.")],
     against: Annotated[
         str | None, typer.Option("--against", help="A run or a model folder; by default what the export recorded.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="transformers: also load OUT, and compare logits and answers.")
     ] = None,
     mode: Annotated[
         str | None, typer.Option("--mode", help="What it should hold, such as w4a4; by default what was recorded.")
@@ -31,15 +36,17 @@ def command(
 ) -> None:
     """Compare every value of a checkpoint with the policy that was trained; exit code 1, naming all, where one differs.
 
-    Examples: `fp4rl verify OUT`, `fp4rl verify OTHERS --against MODEL`
+    Examples: `fp4rl verify OUT`, `fp4rl verify OUT --engine transformers`, `fp4rl verify OTHERS --against MODEL`
     """
+    if engine is not None and engine not in _ENGINES:
+        raise NotFoundError(f"--engine {engine}: no such engine{nearest(engine, _ENGINES)}")
     quiet()
     from fp4rl.engines.checkpoints.verify.against import Request
     from fp4rl.engines.checkpoints.verify.verify import verify
 
     ready_to_round()
     with progress() as advance:
-        verified = verify(out, Request(against, runs, mode, deployment), advance)
+        verified = verify(out, Request(against, runs, mode, deployment), advance, engine=engine is not None)
     if as_json:
         print_json(verified.as_json())
     else:

@@ -96,6 +96,11 @@ def answers_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256("\x1e".join(rows).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def items_digest(problems: Sequence[Problem]) -> str:
+    """Return twelve hex digits over the problems; equal digests mean the same problems in the same order."""
+    return hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()[:12]
+
+
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
@@ -208,7 +213,7 @@ class EvaluationRunner:
             scorer=self.task.name,
             max_new_tokens=spec.max_new_tokens,
             sampling=drawn + ends + (f", by {self.sampler}" if self.sampler != "transformers" else ""),
-            items_digest=hashlib.sha256("\n".join(p.id for p in self.problems).encode()).hexdigest()[:12],
+            items_digest=items_digest(self.problems),
             deployment=injection.deployment if injection is not None and digest is not None else None,
         )
 

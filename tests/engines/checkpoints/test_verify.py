@@ -361,6 +361,7 @@ def test_without_its_source_only_files_are_checked_and_that_is_said(tmp_path, ca
     [
         (["nowhere"], "there is no folder nowhere"),
         (["."], ".: no safetensors file"),
+        (["out", "--engine", "vllm"], "--engine vllm: no such engine"),
         (["out", "--against", "elsewhere"], "'elsewhere' is no model folder and no run below runs"),
         (["out", "--mode", "w4a44"], "no mode"),
     ],
@@ -368,6 +369,7 @@ def test_without_its_source_only_files_are_checked_and_that_is_said(tmp_path, ca
 def test_bad_input_is_one_line(words, line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exported("bf16", tmp_path)
+    capsys.readouterr()
     assert main(["verify", *words]) == 2
     said = capsys.readouterr().err
     assert line in said
@@ -397,3 +399,45 @@ def test_what_msmodelslim_wrote_is_equal_to_its_model_under_its_rule(folder, sha
         differences = found(data / folder, against=str(data / "model"))
         assert {check for check, _ in differences} <= {"weights", "sites", "inputs"}
         assert len([check for check, _ in differences if check == "weights"]) > 7
+
+
+def computes(folder):
+    """What the check of the loaded model says: its name, differences and notes."""
+    check = verify(folder, Request(), engine=True).checks[-1]
+    return check.name, check.differences, " | ".join(check.notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_a_loaded_checkpoint_has_the_logits_of_the_policy(case, tmp_path):
+    written = exported(case, tmp_path)
+    name, differences, notes = computes(written.folder)
+    assert name == ("our reader" if case in ("ascend_v1", "modelopt") else "transformers")
+    assert differences == []
+    assert f"largest difference of logits: 0 (loaded by {name}, in bfloat16)" in notes
+    assert ("transformers loads no" in notes) == (name == "our reader")
+    assert "a model folder has no task" in notes
+    codes = written[written.codes(Q)].view(torch.uint8)
+    codes[:] = codes.flip(0)
+    written.save()
+    _, [logits], _ = computes(written.folder)
+    assert logits.what == "logits"
+    assert logits.here != logits.expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_transformers_rounds_inputs_by_another_rule_that_is_said_and_no_difference(tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "mxfp4", ("compressed_tensors", {"mode": "w4a4", "deployment": "vllm_blackwell"}))
+    _, differences, notes = computes(exported("mxfp4", tmp_path).folder)
+    assert differences == []
+    assert "largest difference of logits: 0 " not in notes
+    assert "transformers rounds inputs as compressed_tensors does, not as vllm_blackwell" in notes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_transformers_cannot_load_is_a_difference(tmp_path):
+    written = exported("bf16", tmp_path)
+    written.text("config.json", lambda c: c.update(intermediate_size=97))
+    written.save()
+    _, [loading], _ = computes(written.folder)
+    assert "transformers cannot load it" in loading.how

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fp4rl.engines.checkpoints.export import ADAPTER
 from fp4rl.engines.checkpoints.verify.against import Against, Request, against
+from fp4rl.engines.checkpoints.verify.answers import computed
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.files import files, read_record
 from fp4rl.engines.checkpoints.verify.findings import Check, Verified
@@ -15,8 +16,8 @@ from fp4rl.spec.errors import UserError
 from fp4rl.spec.injection import Injection
 
 
-def verify(out: Path, request: Request, said: Said = lambda *_: None) -> Verified:
-    """Compare the folder `out` with what `request` names, or its own record.
+def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine: bool = False) -> Verified:
+    """Compare the folder `out` with what `request` names, or its own record; with `engine` also what it computes.
 
     What cannot be read in `out` is a difference too. Raises NotFoundError and InvalidValueError for what is requested.
     """
@@ -40,6 +41,8 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None) -> Verifie
         _record(record, meant, trained, checks[1])
     if (out / ADAPTER).is_dir():
         adapter(out, meant.folder, checks[-1])
+    if engine:
+        checks = (*checks, computed(checkpoint, trained, meant, said))
     injection = meant.injection.model_dump(mode="json")
     return Verified(str(out), layout, meant.name, injection, (checked, *checks))
 
