@@ -62,6 +62,8 @@ def _show(exported: "Exported") -> None:
         f"{counted(len(rounded), 'weight')} of {exported.bits:.2f} bits a value, {exported.stored.bytes / _MIB:.1f} MiB"
     )
     screen.print(f"served: {exported.layout.served(exported.policy)}")
+    for line in exported.layout.notes(exported.policy):
+        screen.print(f"note: {line}")
     for line in exported.overridden:
         screen.print(styled(("written all the same", "yellow"), f": {line}"))
     screen.print(
@@ -77,6 +79,7 @@ def _facts(exported: "Exported") -> dict[str, Any]:
         "mode": exported.policy.injection.checkpoint_mode,
         "deployment": exported.policy.injection.deployment,
         "served_as": exported.layout.served(exported.policy),
+        "notes": list(exported.layout.notes(exported.policy)),
         "rounded": len(exported.policy.rounded),
         "bits": exported.bits,
         "bytes": exported.stored.bytes,

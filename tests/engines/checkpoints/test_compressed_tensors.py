@@ -10,6 +10,7 @@ import pytest
 import torch
 from export_models import folder_of, logits
 from packed_models import by_compressed_tensors
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +22,11 @@ from fp4rl.models.load import load
 from fp4rl.models.packed.folder import PackedFolder
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.inputs import warmed_up
+from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.model import Embedded
+from fp4rl.spec.model import Embedded, Lora
 from fp4rl.tasks.arithmetic import Arithmetic
 
 pytest.importorskip("compressed_tensors", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
@@ -291,7 +293,7 @@ def test_transformers_loads_mxfp4_experts_right_and_leaves_their_inputs(family, 
     weights_alone = injection_of(CASES["w4a16"])
     made = exported(model_in(family), tmp_path / "w4a16", weights_alone)
     assert torch.equal(logits(reloaded(tmp_path / "w4a16")), live(model_in(family), weights_alone))
-    assert "experts" not in made.layout.served(made.policy)
+    assert not list(made.layout.notes(made.policy))
     made = exported(model_in(family), tmp_path / "w4a4", injection_of(CASES["w4a4"]))
     theirs = logits(reloaded(tmp_path / "w4a4"))
     assert not torch.equal(theirs, live(model_in(family), injection_of(CASES["w4a4"])))
@@ -330,7 +332,7 @@ REFUSED = {
     "mxfp4_b16, for which": ("qwen2", {"weight": "mxfp4_b16"}),
     "'coarse': .*for which": ("qwen2", {"weight": {"name": "mxfp4", "coarse": 64}}),
     "mxfp8 weights have no scheme with inputs in mxfp4": ("qwen2", {"weight": "mxfp8", "input": "mxfp4"}),
-    "vLLM fuses its layers and loads them in one format": (
+    "engines load .*.qkv in one type alone": (
         "qwen2",
         {"mode": "w4a16", "fused_groups": "free", "by_pattern": {"*.q_proj": "mxfp8"}},
     ),
@@ -383,3 +385,26 @@ def trained(tmp_path_factory):
     """The embedded model after a short warm-up, in float32 as a run leaves it."""
     recipe = Embedded(warm_up_steps=250, initializer_range=0.08)
     return warmed_up(recipe, Arithmetic(), tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+def test_an_adapter_is_packed_into_the_sum_or_stands_on_the_packed_base(lora, model_in, tmp_path):
+    """transformers and peft load both: the sum alone, or the base with the adapter's folder."""
+    base = model_in("qwen2")
+    model, tokenizer = load(base, "bfloat16")
+    adapted = with_lora(model, Lora(rank=4, alpha=8.0), base)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    injection = injection_of(CASES["w4a4"], lora=lora)
+    exported(tmp_path / "adapter", tmp_path / "out", injection)
+    with attach(adapted.eval(), injection) as attachment:
+        attachment.set_phase("evaluation")
+        own = logits(adapted)
+    theirs = reloaded(tmp_path / "out")
+    if lora == "adapter":
+        logits(theirs)  # decodes the weights, which peft looks for
+        theirs = PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter")
+    assert torch.equal(logits(theirs), own)

@@ -39,6 +39,8 @@ def _lines(exported: Exported) -> Iterator[str]:
     yield f"- Weights: {_formats(exported)}, {exported.bits:.2f} bits a value; {cast}"
     yield f"- Inputs of matmuls: {_inputs(exported)}"
     yield f"- Served: {exported.layout.served(policy)}"
+    for note in exported.layout.notes(policy):
+        yield f"- Note: {note}"
     deployment = DEPLOYMENTS.get(policy.injection.deployment or "")
     if deployment is not None:
         packer, kernel = deployment.packer, deployment.kernel

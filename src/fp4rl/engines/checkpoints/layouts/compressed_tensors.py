@@ -8,7 +8,6 @@ block], and with NVFP4 `P.weight_global_scale` [1], the number that block scales
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +22,13 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     factors_apart,
     kind_of,
     require_formats,
+    require_fused,
     require_matrices,
     require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
+from fp4rl.inject.plan import SitePlan
 from fp4rl.models.load import names_in_memory
 from fp4rl.numerics.packing import Packed
 from fp4rl.numerics.scales import nvfp4_global
@@ -55,13 +56,15 @@ class CompressedTensors(Layout):
         require_formats(policy, _FORMATS, self.name)
         for entry in policy.rounded:
             _require_scheme(entry)
-        _require_fused(policy)
+        require_fused(policy, _words, "left")
 
-    def served(self, policy: Policy) -> str:
-        """Return it for the deployment, and what else engines change."""
+    def notes(self, policy: Policy) -> Iterator[str]:
+        """Yield what engines change beyond the deployment's rules."""
         casts = {str(entry.stored.dtype).removeprefix("torch.") for entry in policy.entries} - {"bfloat16"}
-        cast = f"; engines compute in bfloat16 and cast the rest from {' and '.join(sorted(casts))}" if casts else ""
-        return f"{super().served(policy)}{cast}{_experts_in_transformers(policy)}"
+        if casts:
+            stored = " and ".join(sorted(casts))
+            yield f"engines compute in bfloat16 and cast to it what is stored in {stored}, so that answers may change"
+        yield from _experts_in_transformers(policy)
 
     def unserved(self, policy: Policy) -> Iterator[str]:
         """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses."""
@@ -200,16 +203,17 @@ def _ignored(policy: Policy) -> Iterator[str]:
         yield policy.head
 
 
-def _experts_in_transformers(policy: Policy) -> str:
-    """Return what transformers 5, which stacks experts while it loads them, makes of packed ones."""
+def _experts_in_transformers(policy: Policy) -> Iterator[str]:
+    """Yield what transformers 5, which stacks experts while it loads them, makes of packed ones."""
     experts = [entry for entry in policy.rounded if entry.plan and entry.plan.site.kind == "experts"]
     formats = {_kind(entry.weight) for entry in experts}
     if formats == {"mxfp4"}:
-        inputs = any(entry.input for entry in experts)
-        return "; transformers 5 leaves the inputs of experts as they are" if inputs else ""
-    if formats == {"nvfp4"}:
-        return "; do not load it with transformers 5: it drops the global scales of experts, and its answers are wrong"
-    return f"; transformers 5 cannot load experts in {' and '.join(sorted(formats))}" if formats else ""
+        if any(entry.input for entry in experts):
+            yield "transformers 5 leaves the inputs of experts as they are"
+    elif formats == {"nvfp4"}:
+        yield "transformers 5 drops the global scales of experts: it loads this, and its answers are wrong"
+    elif formats:
+        yield f"transformers 5 cannot load experts in {' and '.join(sorted(formats))}"
 
 
 def _require_scheme(entry: Entry) -> None:
@@ -231,12 +235,7 @@ def _require_scheme(entry: Entry) -> None:
         )
 
 
-def _require_fused(policy: Policy) -> None:
-    """Raise InvalidValueError where layers that vLLM fuses have several schemes, which it refuses to load."""
-    table = policy.table
-    formats = [(plan.site, (plan.weight, plan.input)) for plan in table.plans]
-    formats += [(left.site, (None, None)) for left in table.left_out]
-    fused = sorted(((site.fused_group, pair, site.name) for site, pair in formats if site.fused_group), key=str)
-    for group, members in groupby(fused, key=lambda member: member[0]):
-        if len({pair for _, pair, _ in members}) > 1:
-            raise InvalidValueError(f"{group}: vLLM fuses its layers and loads them in one format; give them one")
+def _words(plan: SitePlan) -> str:
+    """Return the formats of a layer in words."""
+    words = [str(describe(fmt)) for fmt in (plan.weight, plan.input) if fmt is not None]
+    return " with inputs in ".join(words) if plan.weight else "left"

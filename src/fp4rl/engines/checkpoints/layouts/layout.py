@@ -55,6 +55,10 @@ class Layout(ABC):
         """Return what it is computed as, and where, in one sentence."""
         return served_as(policy.injection)
 
+    def notes(self, _: Policy) -> Iterator[str]:
+        """Yield what engines change beyond that."""
+        return iter(())
+
     def unserved(self, policy: Policy) -> Iterator[str]:
         """Yield what the deployment has no kernel for, and what it has."""
         injection = policy.injection
