@@ -142,3 +142,10 @@ def test_stored_without_packed_weights_is_refused(embedded_model, fp4rl):
     code, _, said = fp4rl("eval", embedded_model, "-p", "stored={weight: mxfp4}")
     assert code == 2
     assert "means a packed folder as it is served; take another name" in said
+
+
+def test_a_packed_folder_is_not_packed_again(packed, tmp_path, fp4rl):
+    code, _, said = fp4rl("export", packed, tmp_path / "out", "--to", "bf16")
+    assert code == 2
+    assert "its weights are packed already (AscendV1 W4A4_MXFP4_DUALSCALE); export their source" in said
+    assert not (tmp_path / "out").exists()

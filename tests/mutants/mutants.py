@@ -262,6 +262,63 @@ TRAINING = (
     ),
 )
 
+_PACKED = "tests/models/packed/test_"
+
+PACKED_FOLDERS = (
+    Mutant(
+        "ModelOpt's factor is multiplied before the code",
+        "models/packed/weight.py",
+        "stored.scales.float() * factor",
+        "stored.scales.float() / (1 / factor)",
+        (f"{_PACKED}other_layouts.py::test_a_folder_of_modelopt_is_multiplied_out_in_its_own_order",),
+    ),
+    Mutant(
+        "compressed-tensors decodes in BF16",
+        "models/packed/compressed_tensors.py",
+        "decoded_in=torch.bfloat16",
+        "decoded_in=None",
+        (f"{_PACKED}compressed_tensors.py::test_a_folder_says_what_it_holds_and_its_values_are_the_librarys[NVFP4]",),
+    ),
+    Mutant(
+        "gpt-oss's experts are stored [out, in]",
+        "models/packed/weight.py",
+        "whole.transpose(-1, -2).contiguous() if self.transposed",
+        "whole.view(self.shape) if self.transposed",
+        (f"{_PACKED}other_layouts.py::test_the_experts_of_gpt_oss",),
+    ),
+    Mutant(
+        "columns of a dual scale",
+        "models/packed/ascend_v1.py",
+        "return int(columns)",
+        "return 512",
+        (f"{_PACKED}other_layouts.py::test_a_folder_of_msmodelslim_with_every_type_of_layer",),
+    ),
+    Mutant(
+        "a tensor without a place in the model",
+        "models/packed/into_model.py",
+        'sorted(report["unexpected_keys"])',
+        "[]",
+        (f"{_PACKED}into_model.py::test_a_tensor_that_the_model_has_no_place_for_is_named",),
+    ),
+    Mutant(
+        "layers that are not packed keep their inputs",
+        "models/packed/as_served.py",
+        "if {site for site, _ in _taken(model)} != set(sites):",
+        "if False:",
+        (f"{_PACKED}as_served.py::test_layers_left_in_full_precision_keep_their_inputs",),
+    ),
+    Mutant(
+        "the kernel of a layout",
+        "models/packed/as_served.py",
+        'return "compressed_tensors" if',
+        "return None if",
+        (
+            f"{_PACKED}as_served.py::"
+            "test_logits_are_those_of_the_injection_whose_weights_were_packed[MXFP4-w4a4-bfloat16]",
+        ),
+    ),
+)
+
 COMPARISON = (
     Mutant(
         "a seed counts once",
@@ -303,4 +360,4 @@ COMPARISON = (
     ),
 )
 
-MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING, *COMPARISON)
+MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING, *PACKED_FOLDERS, *COMPARISON)

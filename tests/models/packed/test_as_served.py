@@ -3,11 +3,14 @@
 import pytest
 import torch
 from packed_models import LINEAR, MIXED, by_compressed_tensors, by_modelopt, by_msmodelslim, start
+from tiny_models import experts_in
 from transformers import AutoModelForCausalLM
 
+from fp4rl.cli.main import main
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.packed.as_served import inputs_as_served, packed_note
+from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.injection import Injection
 
@@ -92,6 +95,19 @@ def test_sites_of_several_formats_are_told_apart(tmp_path):
         "down_proj": ("mxfp4_dual", "nearest_even"),
     }
     assert "inputs mxfp8 and mxfp4 and mxfp4_dual" in served.words
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8"])
+def test_stacked_experts_whose_files_hold_them_one_by_one(mode, tmp_path):
+    tokenizer = build_tokenizer()
+    experts_in("mixtral", "cpu", len(tokenizer)).bfloat16().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    words = ("--to", "compressed_tensors", "--mode", mode, "--deployment", "compressed_tensors", "--json")
+    assert main(["export", str(tmp_path / "start"), str(tmp_path / "out"), *words]) == 0
+    served = inputs_as_served(tmp_path / "out").injection
+    right = logits(tmp_path / "start", Injection.named(mode, "compressed_tensors"))
+    assert torch.equal(logits(tmp_path / "out", served), right)
+    assert not torch.equal(logits(tmp_path / "out", None), right)
 
 
 def test_layers_left_in_full_precision_keep_their_inputs(folders):

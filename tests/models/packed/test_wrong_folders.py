@@ -171,6 +171,42 @@ def test_a_description_that_says_something_else(ascend, wrong):
     refused(ascend, message)
 
 
+JUNK = (None, 3, -0.5, "x", "re:(", [], {}, [3], {"a": 3}, True)
+
+
+def places(content, place=()):
+    yield place
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield from places(content[key], (*place, key))
+
+
+def with_junk(content, place, junk):
+    if not place:
+        return junk
+    changed = content.copy()
+    changed[place[0]] = with_junk(content[place[0]], place[1:], junk)
+    return changed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["compressed", "ascend"])
+def test_whatever_stands_anywhere_in_a_description_is_read_or_refused_in_one_line(layout, request):
+    folder = request.getfixturevalue(layout)
+    file = folder / ("config.json" if layout == "compressed" else "quant_model_description.json")
+    whole = json.loads(file.read_text())
+    said, refusals = whole.get("quantization_config", whole), []
+    for number, place in enumerate(places(said)):
+        for junk in JUNK[number % 2 :: 2]:
+            changed = with_junk(said, place, junk)
+            file.write_text(json.dumps({**whole, "quantization_config": changed} if said is not whole else changed))
+            try:
+                opened(folder)
+            except UserError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 50
+    assert not any("\n" in line for line in refusals)
+
+
 def test_an_exponent_of_255(ascend):
     edit_tensors(ascend, lambda tensors: tensors[f"{DOWN}.weight_scale"][3, 1:2].fill_(255))
     refused(ascend, "weight_scale holds 1 scales that are no numbers")
