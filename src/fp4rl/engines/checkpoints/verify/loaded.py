@@ -57,7 +57,7 @@ def compare_logits(check: Check, loaded: Loaded, policy: Any, injection: Injecti
     with torch.no_grad():
         with evaluating(policy, injection):
             expected = policy(input_ids=ids).logits.squeeze(0)
-        with loaded.computing():
+        with loaded.computing(), redirect_stderr(StringIO()):  # compressed-tensors decodes at the first call
             here = loaded.model(input_ids=ids).logits.squeeze(0)
     largest = float((here - expected).abs().max())
     check.notes.append(f"largest difference of logits: {largest:.3g} (loaded by {loaded.by}, in {loaded.dtype})")
