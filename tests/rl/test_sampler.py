@@ -9,6 +9,9 @@ from fp4rl.rl.generate import Generation, transformers_sampler
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.former_names import in_present_words
+from fp4rl.spec.load import former_words, load_spec
+from fp4rl.spec.rollout import RolloutEngine
 
 
 class Parrot:
@@ -29,7 +32,7 @@ class Parrot:
 def plugged(monkeypatch):
     made = []
 
-    def parrot():
+    def parrot(_):
         made.append(Parrot())
         return made[-1]
 
@@ -39,7 +42,7 @@ def plugged(monkeypatch):
 
 def test_another_sampler_answers_rollouts_and_evaluations(plugged, run, experiment, monkeypatch):
     monkeypatch.setattr("fp4rl.rl.mismatch.require_decoded", lambda *_: None)  # a parrot is not the policy
-    described = experiment("bf16", training={"steps": 1}).model_copy(update={"sampler": "parrot"})
+    described = experiment("bf16", training={"steps": 1}).model_copy(update={"rollout": RolloutEngine(engine="parrot")})
     _, heard = run(described)
     asked = [call for sampler in plugged for call in sampler.asked]
     assert (16, True) in [(prompts, sampling.logps) for prompts, sampling in asked]
@@ -49,15 +52,34 @@ def test_another_sampler_answers_rollouts_and_evaluations(plugged, run, experime
 
 
 def test_a_sampler_nobody_knows_is_refused_before_a_run(experiment):
-    with pytest.raises(NotFoundError, match="no sampler 'transformer'; did you mean 'transformers'"):
-        check(experiment("bf16").model_copy(update={"sampler": "transformer"}))
+    with pytest.raises(NotFoundError, match=r"no rollout\.engine 'transformer'; did you mean 'transformers'"):
+        check(experiment("bf16").model_copy(update={"rollout": RolloutEngine(engine="transformer")}))
 
 
 def test_the_key_changes_no_digest_unless_it_is_set():
     plain = Experiment()
-    assert "sampler" not in plain.model_dump()
-    assert digest(plain) != digest(plain.model_copy(update={"sampler": "parrot"}))
-    assert Experiment.model_validate({"sampler": "parrot"}).sampler == "parrot"
+    assert "rollout" not in plain.model_dump()
+    assert digest(plain) != digest(plain.model_copy(update={"rollout": RolloutEngine(engine="parrot")}))
+    assert Experiment.model_validate({"rollout": "parrot"}).rollout.engine == "parrot"
+    assert digest({"sampler": "vllm"}) == digest({"rollout": {"engine": "vllm"}})  # what it was called first
+
+
+def test_the_former_key_is_read_as_the_engine_and_said_once(tmp_path):
+    (tmp_path / "former.yaml").write_text("sampler: vllm\n")
+    assert load_spec(tmp_path / "former.yaml").rollout == RolloutEngine(engine="vllm")
+    assert former_words(tmp_path / "former.yaml", ["sampler=vllm"]) == ["sampler is now rollout.engine"]
+    assert in_present_words({"base.sampler": "vllm", "axes": {"sampler": ["vllm"]}, "factors": ["sampler"]}) == {
+        "base.rollout": {"engine": "vllm"},
+        "axes": {"rollout.engine": ["vllm"]},
+        "factors": ["rollout.engine"],
+    }
+
+
+def test_a_server_is_of_vllm_and_has_an_address():
+    with pytest.raises(ValueError, match=r"rollout\.server is of engine vllm"):
+        RolloutEngine(server="http://127.0.0.1:8000")
+    with pytest.raises(ValueError, match="server"):
+        RolloutEngine(engine="vllm", server="127.0.0.1:8000")
 
 
 def test_what_is_asked_for_is_what_comes(experiment, model_cache):

@@ -12,6 +12,7 @@ from fp4rl.spec.load import merge
 
 BATCH = {"train_batch_size": 4, "mini_batch_size": 4}
 SR = {"name": "mxfp4", "rounding": "stochastic"}
+SERVER = {"engine": "vllm", "server": "http://127.0.0.1:8000", "max_model_len": 64}
 CASES = [  # a key, where it cannot act, and one change more after which it can
     (
         "training.kl_loss_type",
@@ -101,6 +102,8 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"evaluation": {"deployment": "compressed_tensors"}},
         {"evaluation": {"formats": ["mxfp4"]}},
     ),
+    ("rollout.max_model_len", {"rollout": {"max_model_len": 64}}, {"rollout": {"engine": "vllm"}}),
+    ("rollout.max_model_len", {"rollout": SERVER}, {"rollout": {"server": None}}),
     ("health.max_rollbacks", {"health": {"max_rollbacks": 5}}, {"health": {"policies": {"gradient": "rollback"}}}),
 ]
 

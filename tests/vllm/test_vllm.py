@@ -257,7 +257,7 @@ base:
   model: {embedded: {warm_up_steps: 60}}
   training: {steps: 2, train_batch_size: 4, mini_batch_size: 4, rollout_n: 4}
   evaluation: {count: 12, batch_size: 12}
-  sampler: vllm
+  rollout: {engine: vllm, max_model_len: 128}
 arms:
   w4a4: {injection: {mode: w4a4, deployment: compressed_tensors}}
   noisy: {injection: {mode: w4a16}, noise: {}}

@@ -27,7 +27,7 @@ def check(experiment: Experiment) -> None:
     held-out problems are also trained on.
     """
     reward_named(experiment.training.reward)
-    sampler_named(experiment.sampler)
+    sampler_named(experiment.rollout)
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)
     task = experiment.task

@@ -28,6 +28,7 @@ from fp4rl.spec.evaluation import Evaluation as EvaluationSpec
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import ExpertsImplementation, Lora
+from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
 from fp4rl.spec.task import SCORES, Problem, Score, Task
 
 
@@ -158,7 +159,7 @@ class EvaluationRunner:
     task: Task
     problems: tuple[Problem, ...]
     lora: Lora | None = None
-    sampler: str = "transformers"
+    rollout: RolloutEngine = TRANSFORMERS
     experts: ExpertsImplementation | None = None
 
     def precisions(self, *, last: bool = True) -> dict[str, Precision]:
@@ -181,7 +182,7 @@ class EvaluationRunner:
         answering, and for changed master weights; NotFinite for logits that are no numbers.
         """
         model, tokenizer = load_saved(folder, dtype, self.lora, self.experts)
-        sampler = sampler_named(self.sampler)
+        sampler = sampler_named(self.rollout)
         for name, precision in self.precisions(last=last).items():
             on_answered = partial(on_items, name)
             with (
@@ -202,7 +203,7 @@ class EvaluationRunner:
         spec, table = self.spec, attachment.table if attachment is not None else None
         drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
         ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
-        injection = precision.injection
+        injection, engine = precision.injection, self.rollout.engine
         # Where only hardware errors are described, which do not act in evaluations, it is `full` and has no digest.
         digest = table.digest_in("evaluation") if table is not None and table.active_sites("evaluation") else None
         return evidence.Profile(
@@ -212,7 +213,7 @@ class EvaluationRunner:
             noise=precision.noise,
             scorer=self.task.name,
             max_new_tokens=spec.max_new_tokens,
-            sampling=drawn + ends + (f", by {self.sampler}" if self.sampler != "transformers" else ""),
+            sampling=drawn + ends + (f", by {engine}" if engine != "transformers" else ""),
             items_digest=items_digest(self.problems),
             deployment=injection.deployment if injection is not None and digest is not None else None,
         )
@@ -223,9 +224,9 @@ def evaluation_runner(experiment: Experiment) -> EvaluationRunner:
     task = experiment.task
     spec = experiment.evaluation.for_task(task)
     problems = task.problems(spec.split, spec.count)
-    model, sampler = experiment.model, experiment.sampler
+    model, rollout = experiment.model, experiment.rollout
     how = model.experts_implementation
-    return EvaluationRunner(spec, experiment.injection, task, problems, model.lora, sampler, how)
+    return EvaluationRunner(spec, experiment.injection, task, problems, model.lora, rollout, how)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from fp4rl.rl.prompts import padded
 from fp4rl.rl.routing import Recorder
 from fp4rl.sites.observe import require_finite_rows
 from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.rollout import RolloutEngine
 
 
 def whole_sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -202,15 +203,15 @@ def transformers_sampler(
     return answers
 
 
-# One entry a sampler; the key `sampler` of an experiment chooses it. Engines above this room add theirs.
-SAMPLERS: dict[str, Callable[[], Sampler]] = {"transformers": lambda: transformers_sampler}
+# One entry an engine; the key `rollout.engine` of an experiment chooses it. Engines above this room add theirs.
+SAMPLERS: dict[str, Callable[[RolloutEngine], Sampler]] = {"transformers": lambda _: transformers_sampler}
 
 
-def sampler_named(name: str) -> Sampler:
+def sampler_named(chosen: RolloutEngine) -> Sampler:
     """Make the sampler that an experiment names. Raises NotFoundError."""
-    if name not in SAMPLERS:
-        raise NotFoundError(f"no sampler {name!r}{nearest(name, SAMPLERS)}")
-    return SAMPLERS[name]()
+    if chosen.engine not in SAMPLERS:
+        raise NotFoundError(f"no rollout.engine {chosen.engine!r}{nearest(chosen.engine, SAMPLERS)}")
+    return SAMPLERS[chosen.engine](chosen)
 
 
 class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]

@@ -138,7 +138,7 @@ class TrainingSession:
             run.emit,
             experiment.seed,
             experiment.model.master_dtype == "float32",
-            sampler_named(experiment.sampler),
+            sampler_named(experiment.rollout),
         )
 
     def _checkpoints_to_keep(self) -> int:

@@ -12,6 +12,7 @@ from fp4rl.spec.injection import Injection, batch_note, shared_scales
 from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS, MODES
+from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
 from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
 from fp4rl.spec.words import counted
@@ -54,7 +55,7 @@ class Experiment(Spec):
     noise: Annotated[Noise | None, NoneIsAWord] = None
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
-    sampler: str = later_key("transformers", description="what generates the answers of rollouts and evaluations")
+    rollout: RolloutEngine = later_key(TRANSFORMERS)
     seed: NonNegativeInt = 0
 
     @model_validator(mode="before")

@@ -43,11 +43,17 @@ def with_first_names(spec: Any) -> Any:
     spec = _thresholds_renamed(spec, _FIRST_THRESHOLDS)
     if not isinstance(spec, Mapping):
         return spec
-    return {key: _first(value) if key in ("injection", "evaluation") else value for key, value in spec.items()}
+    first = {key: _first(value) if key in ("injection", "evaluation") else value for key, value in spec.items()}
+    rollout = first.get("rollout")
+    if isinstance(rollout, Mapping) and set(rollout) == {"engine"}:
+        del first["rollout"]
+        first["sampler"] = rollout["engine"]
+    return first
 
 
 def in_present_words(content: Any) -> Any:
-    """Return the content of a file, a fragment or an override with `deployment` where it says `preset`."""
+    """Return the content of a file, a fragment or an override with `deployment` where it says `preset`, and
+    `rollout.engine` where it says `sampler`."""
     if isinstance(content, list | tuple):
         return type(content)(in_present_words(part) for part in content)
     if not isinstance(content, Mapping):
@@ -78,6 +84,8 @@ def renamings(content: Any) -> Iterator[str]:
             if _is_former(key, value) or (_last(key) == "deployment" and value == "vllm"):
                 names = value if isinstance(value, list | tuple) else (value,)
                 yield from (renaming(name, _last(key)) for name in names if name is not None)
+            elif _is_former(key, value, "sampler"):
+                yield "sampler is now rollout.engine"
             else:
                 yield from renamings(value)
 
@@ -94,6 +102,9 @@ def _present(key: Any, value: Any, beside: Mapping[str, Any]) -> tuple[Any, Any]
         present = f"{str(key)[: -len('preset')]}deployment"
         if beside.get(present) is None:
             return present, _deployments(value)
+    if _is_former(key, value, "sampler"):
+        head = str(key)[: -len("sampler")]
+        return (f"{head}rollout", {"engine": value}) if isinstance(value, str) else (f"{head}rollout.engine", value)
     if _last(key) == "deployment" and value == "vllm":
         return key, PRESETS[value]
     if key == "factors" and isinstance(value, list | tuple):
@@ -105,9 +116,9 @@ def _last(key: Any) -> str:
     return "" if "*" in str(key) else str(key).rpartition(".")[2]
 
 
-def _is_former(key: Any, value: Any) -> bool:
+def _is_former(key: Any, value: Any, name: str = "preset") -> bool:
     names = value if isinstance(value, list | tuple) else (value,)
-    return _last(key) == "preset" and all(name is None or isinstance(name, str) for name in names)
+    return _last(key) == name and all(each is None or isinstance(each, str) for each in names)
 
 
 def _deployments(value: Any) -> Any:
@@ -118,7 +129,8 @@ def _deployments(value: Any) -> Any:
 
 def _factor(factor: Any) -> Any:
     head, dot, last = str(factor).rpartition(".")
-    return f"{head}{dot}deployment" if last == "preset" else factor
+    present = {"preset": "deployment", "sampler": "rollout.engine"}
+    return f"{head}{dot}{present[last]}" if last in present else factor
 
 
 def _first(part: Any) -> Any:

@@ -52,6 +52,11 @@ def rules(experiment: Experiment) -> Rules:
     if experiment.injection is not None:
         yield from _of_injection(experiment.injection, experiment.evaluation.all_profiles)
     yield from _of_evaluation(experiment)
+    if experiment.rollout.engine != "vllm":
+        yield "rollout.engine is not vllm", _keys("rollout", "gpu_memory_utilization", "max_model_len")
+    if experiment.rollout.server is not None:
+        keys = _keys("rollout", "gpu_memory_utilization", "max_model_len")
+        yield "the server was started with its own", keys
 
 
 def _keys(above: str, *names: str) -> tuple[str, ...]:

@@ -204,7 +204,14 @@ def _of_arm(name: str, content: dict[str, Any], base: dict[str, Any], source: st
 
 
 # Keys that may hold one word or number in place of a mapping, and the key of the mapping that it stands for.
-_SHORT = {"injection": "mode", "model": "path", "schedule": "kind", "edge": "value", "middle": "value"}
+_SHORT = {
+    "injection": "mode",
+    "model": "path",
+    "schedule": "kind",
+    "edge": "value",
+    "middle": "value",
+    "rollout": "engine",
+}
 _SHORT |= dict.fromkeys(FORMAT_POINTS, "name")
 
 

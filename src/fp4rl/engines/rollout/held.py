@@ -64,7 +64,7 @@ def layer_of(module: Any, layers: Mapping[str, nn.Module], name: str) -> str:
     for layer_name in _layer_names(module, layers, name):
         if hasattr(layers[layer_name], "quant_method"):
             return layer_name
-    raise InvalidValueError(f"sampler vllm: {type(module).__name__} has no layer for {name}; take transformers")
+    raise InvalidValueError(f"rollout.engine vllm: {type(module).__name__} has no layer for {name}; take transformers")
 
 
 def _layer_names(module: Any, layers: Mapping[str, nn.Module], name: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fp4rl.spec.errors import NotFoundError
+from fp4rl.spec.rollout import RolloutEngine
 
 if TYPE_CHECKING:
     from fp4rl.rl.generate import Sampler
@@ -18,12 +19,12 @@ def add_samplers() -> None:
 
 
 @cache
-def _vllm() -> "Sampler":
+def _vllm(chosen: RolloutEngine) -> "Sampler":
     """Make the one vLLM engine of this process."""
     if find_spec("vllm") is None:
         raise NotFoundError(
-            "sampler vllm: vLLM is not installed here; it wants an environment of its own: make test-vllm"
+            "rollout.engine vllm: vLLM is not installed here; it wants an environment of its own: make test-vllm"
         )
     from fp4rl.engines.rollout.vllm import Vllm
 
-    return Vllm()
+    return Vllm(chosen)

@@ -23,7 +23,9 @@ from fp4rl.models.fit import end_ids
 from fp4rl.rl.generate import Generation, Sampling, cut
 from fp4rl.rl.stream import injected_states, weight_stream
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.rollout import RolloutEngine
 
+_VLLM = RolloutEngine(engine="vllm")
 _ROOM = 64  # tokens that the engine's longest sequence is rounded up to
 _AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... and at every call of this number
 
@@ -35,7 +37,8 @@ class Vllm:
     cache, hardware errors, experts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chosen: RolloutEngine = _VLLM) -> None:
+        self._chosen = chosen
         self._llm: Any = None
         self._length = self._calls = 0
 
@@ -76,7 +79,11 @@ class Vllm:
         if self._llm is not None and length <= self._length:
             return
         folder = getattr(model, "get_base_model", lambda: model)().name_or_path
-        self._length = -(-length // _ROOM) * _ROOM
+        if length > (self._chosen.max_model_len or length):
+            raise InvalidValueError(
+                f"rollout.max_model_len {self._chosen.max_model_len}: prompt and answer take up to {length} tokens"
+            )
+        self._length = self._chosen.max_model_len or -(-length // _ROOM) * _ROOM
         self._llm = None  # the former one, for shorter sequences, is let go first
         for_vllm()
         with _randomness_kept():
@@ -90,17 +97,20 @@ class Vllm:
                 enable_prefix_caching=False,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
+                **self._chosen.model_dump(include={"gpu_memory_utilization"}),
             )
 
 
 def _require_possible(states: Sequence[SiteState], sampling: Sampling) -> None:
     if sampling.temperature and sampling.top_p < 1:
-        raise InvalidValueError("sampler vllm gives log-probabilities of what top_p leaves alone; take top_p: 1")
+        raise InvalidValueError("rollout.engine vllm gives log-probabilities of what top_p leaves alone; take top_p: 1")
     for state in states:
         wrong = sorted(state.points - {"weight", "input", "grad_input", "grad_weight"}) + [e.name for e in state.errors]
         if wrong or not isinstance(state, LinearState) or state.plan.site.kind == "experts":
             what = f"{wrong[0]} of {state.plan.name}" if wrong else f"{state.plan.name}, {state.plan.site.kind},"
-            raise InvalidValueError(f"sampler vllm does not compute {what} as this model does; take transformers")
+            raise InvalidValueError(
+                f"rollout.engine vllm does not compute {what} as this model does; take transformers"
+            )
 
 
 def _parameters(model: Any, sampling: Sampling, count: int) -> list[Any]:
