@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm makes an environment with it")
 
+from fp4rl.cli.main import main
 from fp4rl.engines.rollout.held import held, require_held
 from fp4rl.engines.rollout.vllm import Vllm
 from fp4rl.inject.attach import attach
@@ -247,6 +248,14 @@ def test_what_vllm_does_not_compute_is_refused(engine, policy):
             attachment.set_phase("rollout")
             with pytest.raises(InvalidValueError, match=f"does not compute {word}"):
                 engine(model, tokenizer, prompts(tokenizer), SAMPLED)
+
+
+def test_the_audit_from_the_command_line(folder, capsys):
+    words = ["parity", str(folder), "--engine", "vllm", "--mode", "w4a4", "--count", "6", "--max-new-tokens", "8"]
+    assert main([*words, "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert [check["passed"] for check in checks.values()] == [True, True, True]
+    assert checks["weights"]["seen"] == "26 tensors of the stream, every value equal in vLLM"
 
 
 # -- a whole run

@@ -44,6 +44,7 @@ VERBS = (
     "audit",
     "power",
     "ledger",
+    "parity",
     "doctor",
 )
 

@@ -150,7 +150,7 @@ _FLOAT = 1e-6  # nats by which two scorings of the same tokens may differ throug
 # Nats a token (k3) by which decoding and one pass may differ through arithmetic. With eager attention, or in float32 on
 # a CPU, it is 0 but for a few values on ties (at most 2e-4 seen); fused 16-bit attention under 4-bit inputs gave up to
 # 0.011. Positions that are counted wrongly give 0.005 to 1.5.
-_DECODED, _DECODED_FUSED = 2e-3, 0.02
+DECODED, DECODED_FUSED = 2e-3, 0.02
 # Metrics of the mismatch that are also reported by cause.
 _IN_PARTS = {"rollout_corr/k3_kl": "k3_kl", "training/rollout_probs_diff_mean": "probs_diff"}
 
@@ -212,7 +212,7 @@ def _scored_in_turn(phases: Phases, step: int, rows: dict[str, Tensor], score: S
 def require_decoded(model: nn.Module, step: int, k3: float) -> None:
     """Raise CheckFailed when `k3`, in nats a token, between a repeatable sampler and one pass with the same weights,
     noise and rounding is too large: they differ in positions, mask, cache or kernel."""
-    if k3 > (_DECODED_FUSED if _is_fused(model) else _DECODED):
+    if k3 > (DECODED_FUSED if _is_fused(model) else DECODED):
         raise CheckFailed(
             f"step {step}: decoding and one pass over the same tokens with the same weights are {k3:.3g} nats a "
             "token apart: the model reads positions, mask or cache differently in the two, or leaves something to "

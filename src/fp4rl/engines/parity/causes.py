@@ -1,0 +1,97 @@
+"""Why an engine computes with another policy than the trainer's: how each cause shows, and where it is mended."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Where = Literal["weights", "scores", "rules", "order"]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One cause: what went wrong, the check that shows it and how, and where it is mended."""
+
+    what: str
+    check: Where
+    shows: str
+    mended: str
+
+
+CAUSES = (
+    Cause(
+        "a refresh was missed: the engine holds the weights of an earlier step",
+        "weights",
+        "almost every matrix differs, in most of its values, from the second step on",
+        "whatever calls the engine: the weights are sent before every call (engines/rollout)",
+    ),
+    Cause(
+        "a converter or a sync did nothing: matrices stayed in BF16",
+        "weights",
+        "whole matrices differ, and hold values off the grid of their format",
+        "the stream is the only source of weights (rl/stream.py)",
+    ),
+    Cause(
+        "a member of a fused module was left out (q, k or v; gate or up)",
+        "weights",
+        "one matrix of each group differs, the others are equal",
+        "names of the stream are those of the checkpoint, which the engine's own loader fuses",
+    ),
+    Cause(
+        "experts were laid out transposed, or gate and up exchanged",
+        "weights",
+        "all experts differ although names and shapes fit",
+        "sites/walk.py decides the layout, and the first product confirms it (inject/experts.py)",
+    ),
+    Cause(
+        "a rounded copy went stale: it was made of weights that an optimizer has since written",
+        "weights",
+        "values lie on the grid and are those of the step before",
+        "the guards of a rounded copy (docs/decisions/0008)",
+    ),
+    Cause(
+        "the trainer rounds the FP32 master, the engine its BF16 copy (or the other way round)",
+        "weights",
+        "about 1 % of the values differ, by one step of the grid",
+        "injection.dtype: what is rounded is cast to it on every side",
+    ),
+    Cause(
+        "noise was put on twice, or stayed in the masters",
+        "weights",
+        "norms alone differ",
+        "noise is put on the live weights for the time of a rollout (noise/perturb.py), and the stream reads those",
+    ),
+    Cause(
+        "positions, padding or the mask are counted differently while decoding",
+        "scores",
+        "weights are equal, but sampled tokens score 0.005 to 1.5 nats apart (k3), more for padded prompts",
+        "models/positions.py; one order of the same prompts against another shows it too",
+    ),
+    Cause(
+        "the engine rounds no inputs, or by another rule than was trained (even in place of rceil)",
+        "scores",
+        "weights are equal, scores are as far apart as full precision is",
+        "injection.deployment names the kernel whose rule is trained; `fp4rl deployments` lists them",
+    ),
+    Cause(
+        "the engine's kernel is another one than that which is deployed",
+        "rules",
+        "scores agree here, and the deployment's rule alone moves them",
+        "train under the deployment that serves: injection.deployment",
+    ),
+    Cause(
+        "one FP32 factor for a whole call (NVFP4, FP8), so that batch-mates decide a token's rounding",
+        "order",
+        "a prompt alone and among others gives other log-probabilities",
+        "factor: per_token or static (mode nvfp4_w4a4 has it)",
+    ),
+    Cause(
+        "a cache is not told of new weights (prefix cache, KV cache of the step before)",
+        "order",
+        "the second of two equal calls differs from the first, or from one in another order",
+        "engines are made without a prefix cache",
+    ),
+)
+
+
+def causes_of(check: str) -> tuple[Cause, ...]:
+    """Return the causes that a check shows."""
+    return tuple(cause for cause in CAUSES if cause.check == check)
