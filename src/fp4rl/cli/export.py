@@ -34,7 +34,7 @@ def command(
 ) -> None:
     """Write the weights exactly as they were rounded in training, packed for an engine, with a model card.
 
-    Examples: `fp4rl export quickstart/w4a8-s0 OUT --to ascend_v1`, `fp4rl export MODEL OUT --to compressed_tensors`
+    Examples: `fp4rl export quickstart/w4a8-s0 OUT --to compressed_tensors`, `fp4rl export MODEL OUT --to ascend_v1`
     """
     quiet()
     from fp4rl.engines.checkpoints.export import export

@@ -7,7 +7,7 @@ import pytest
 import torch
 from export_models import EXPERTS, folder_of
 from packed_models import start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fp4rl.cli.main import main
 from fp4rl.engines.checkpoints.export import export
@@ -72,7 +72,7 @@ def unlike_tensors(mine, real):
 def test_weights_alone_are_exported_as_modelopt_does(theirs, tmp_path, capsys):
     """From the model folder alone, by the command; the factor of the fused q, k and v, and gate and up, among it."""
     assert main(["export", str(theirs["model"]), str(tmp_path / "out"), "--to", "modelopt"]) == 0
-    assert "gives none of the weights' values in other last bits" in " ".join(capsys.readouterr().out.split())
+    assert "note:" not in capsys.readouterr().out
     assert unlike_tensors(tmp_path / "out", theirs["W4A16_NVFP4"]) == []
     require_same_description(tmp_path / "out", theirs["W4A16_NVFP4"])
 
@@ -117,9 +117,9 @@ def test_modelopt_decodes_the_weights_that_were_trained(dtype, tmp_path):
         unlike, values = unlike + int((decoded != right).sum()), values + right.numel()
         assert (decoded.float() - right.float()).abs().le(2.0**-22 * right.float().abs()).all()
     assert (unlike == 0) == (dtype != torch.float32)
-    said = f"{unlike:,} of {values:,}" if unlike else "none"
-    assert f"gives {said} of the weights' values in other last bits" in made.layout.served(policy)
-    assert made.layout.served(policy) in (tmp_path / "out" / "README.md").read_text()
+    notes, card = list(made.layout.notes(policy)), (tmp_path / "out" / "README.md").read_text()
+    assert [f"gives {unlike:,} of {values:,} values other last bits" in note for note in notes] == [True] * bool(unlike)
+    assert all(f"- Note: {note}" in card for note in notes)
 
 
 def test_the_stored_multiplier_is_that_of_the_most_equal_values():
@@ -208,3 +208,35 @@ def test_routers_and_all_else_that_is_left_are_listed(tmp_path):
     )
     weights = PackedFolder.open(tmp_path / "out").weights
     assert len(weights) == 2 * 3 * EXPERTS["num_experts"]
+
+
+def test_verify_tells_the_order_of_products_from_another_value(tmp_path, capsys):
+    """In float32 last bits differ, which is a note; one code, or one bit more in a multiplier, is a difference."""
+    folder, out = folder_of("qwen2", tmp_path / "model"), tmp_path / "out"
+    assert main(["export", str(folder), str(out), "--to", "modelopt"]) == 0
+    assert "other last bits" in capsys.readouterr().out
+    assert main(["verify", str(out), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    [note] = next(check["notes"] for check in verified["checks"] if check["check"] == "weights")
+    assert "values have other last bits" in note
+    file, name = load_file(out / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    for part, change in ((name, lambda t: t[3, 5].bitwise_xor_(16)), (f"{name}_scale_2", lambda t: t.mul_(1.00001))):
+        planted = {key: tensor.clone() for key, tensor in file.items()}
+        change(planted[part])
+        save_file(planted, out / "model.safetensors", {"format": "pt"})
+        assert main(["verify", str(out), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)["checks"]
+        differences = next(check["differences"] for check in found if check["check"] == "weights")
+        assert [difference["what"] for difference in differences] == [name]
+
+
+def test_verify_takes_static_factors_of_inputs_for_equal(tmp_path):
+    folder = folder_of("qwen2", tmp_path / "model", torch.bfloat16)
+    rows = [
+        {"pattern": f"*.layers.{n}.*{name}*", "input": {"name": "nvfp4", "factor": "static", "calibrated": 1.3 + n / 7}}
+        for n in range(2)
+        for name in ("attn", "mlp")
+    ]
+    injection = Injection(weight=WEIGHTS, input=INPUTS, by_pattern=rows)
+    export(Source(folder, injection), layout_named("modelopt"), tmp_path / "out")
+    assert main(["verify", str(tmp_path / "out")]) == 0

@@ -9,7 +9,7 @@ The two NVFP4 layouts round differently in the last bit, so each is multiplied o
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E2M1, Format
 
 PIECE = 1 << 20  # values decoded at once
+_NEIGHBOURS = 4  # numbers on either side of a reciprocal that are tried
 CODES, SCALES, FACTOR, COARSE = "codes", "scales", "factor", "coarse"
 CODE_DTYPES = {4: torch.uint8, 8: torch.float8_e4m3fn}
 SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
@@ -126,6 +127,20 @@ class StoredWeight:
         if not (factor.isfinite() and factor > 0):
             raise InvalidValueError(f"{stored.file}: {stored.name} is {float(factor):g}, not a number above 0")
         return factor
+
+    def divides_to(self, expected: Tensor) -> bool:
+        """Return whether codes and scales give those very values where scales are divided by the factor.
+
+        Only of a layout that multiplies: the factor is one of the numbers whose reciprocal may have been stored.
+        """
+        if not self.multiplier or tuple(expected.shape) != self.shape:
+            return False
+        stored = self.quantized(expected.dtype)
+        assert isinstance(stored, Packed)
+        assert stored.factor is not None
+        steps = torch.arange(-_NEIGHBOURS, _NEIGHBOURS + 1, dtype=torch.int32)
+        factors = (stored.factor.view(torch.int32) + steps).view(torch.float32)
+        return any(torch.equal(dequantize(replace(stored, factor=factor)), expected) for factor in factors)
 
     def _pieces(self, at_once: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield values [at most `at_once` rows, columns] in the order of the codes."""

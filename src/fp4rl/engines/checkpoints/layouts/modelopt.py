@@ -55,11 +55,13 @@ class ModelOpt(Layout):
         """Begin to count the values that are decoded to another number than the run computed with."""
         self._values = self._unlike = 0
 
-    def served(self, policy: Policy) -> str:
-        """Return it with what ModelOpt's order of multiplication changes, once the weights are written."""
-        unlike = f"{self._unlike:,} of {self._values:,}" if self._unlike else "none"
-        said = f"; ModelOpt's code * (scale * weight_scale_2) gives {unlike} of the weights' values in other last bits"
-        return super().served(policy) + (said if self._values else "")
+    def notes(self, _: Policy) -> Iterator[str]:
+        """Yield what ModelOpt's order of multiplication changes, once the weights are written."""
+        if self._unlike:
+            unlike = (
+                f"code * (scale * weight_scale_2) gives {self._unlike:,} of {self._values:,} values other last bits"
+            )
+            yield f"{unlike} than the run computed with; codes and scales are its own"
 
     def unserved(self, policy: Policy) -> Iterator[str]:
         """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses."""

@@ -31,6 +31,7 @@ class Weights:
     sites: Check = field(default_factory=lambda: Check("sites"))
     inputs: Check = field(default_factory=lambda: Check("inputs"))
     others: Check = field(default_factory=lambda: Check("other tensors"))
+    reordered: int = 0  # values whose codes and scales are those that were trained, under a layout that multiplies
 
     def checks(self, required: Mapping[str, object], said: Said) -> tuple[Check, ...]:
         """Compare all tensors; `required` are those of the unquantized files."""
@@ -38,6 +39,9 @@ class Weights:
         for done, name in enumerate(names):
             self._compare(name)
             said("tensors compared", done + 1, len(names))
+        if self.reordered:
+            said_so = f"{self.reordered:,} values have other last bits, as code * (scale * weight_scale_2) is rounded"
+            self.weights.notes.append(f"{said_so}; their codes and scales are those that were trained")
         if self.checkpoint.method is None:
             self.inputs.notes.append("a checkpoint of plain weights says nothing of inputs, and engines round none")
         return self.weights, self.sites, self.inputs, self.others
@@ -62,6 +66,9 @@ class Weights:
             return
         expected = self.trained.values[name]
         wrong = check.compare(name, here, expected)
+        if wrong is not None and packed is not None and packed.divides_to(expected):
+            self.reordered += int(wrong.sum())
+            wrong = None
         if wrong is not None:
             why = cause(name, here, fmt, self.trained.values, lambda: self._masters)
             if name in self.trained.head and not why:
@@ -108,7 +115,7 @@ class Weights:
         trained = _words(fmt) if fmt else "no format"
         if packed.unread_input is not None or _kind(packed.input) != _kind(fmt):
             self.inputs.differs(name, f"inputs are said to have {said}, but were trained in {trained}", layers=1)
-        elif fmt and packed.input and fmt.calibrated != packed.input.calibrated:
+        elif fmt and packed.input and not _as_calibrated(fmt, packed):
             how = f"its static factor is for inputs up to {packed.input.calibrated}, but trained for {fmt.calibrated}"
             self.inputs.differs(name, how, layers=1)
 
@@ -139,6 +146,14 @@ def off_grid(values: Tensor, fmt: Format) -> int:
     blocks = torch.unflatten(values.float().abs(), -1, (-1, fmt.block[1])).sort(-1).values
     different = 1 + (blocks.diff(dim=-1) > 0).sum(-1)
     return int((different - 2 ** (E2M1.bits - 1)).clamp(min=0).sum())
+
+
+def _as_calibrated(fmt: Format, packed: StoredWeight) -> bool:
+    """Return whether a static factor is the trained one; a layout that multiplies may lack the very reciprocal."""
+    assert packed.input is not None
+    if fmt.calibrated is None or packed.input.calibrated is None or not packed.multiplier:
+        return fmt.calibrated == packed.input.calibrated
+    return abs(fmt.calibrated / packed.input.calibrated - 1) <= 4 * torch.finfo(torch.float32).eps
 
 
 def _kind(fmt: Format | None) -> tuple[object, ...]:
