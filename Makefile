@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test test-vllm slow mutants zoo fuzz docs demo bench bench-gpu setup setup-dev constraints clean
+.PHONY: check format lint test test-vllm slow mutants zoo fuzz docs demo bench bench-gpu gpu-check setup setup-dev constraints clean
 
 check: lint test
 
@@ -58,6 +58,10 @@ bench-gpu: setup-dev
 	@$(PY) benchmarks/numerics.py --gpu
 	@$(PY) benchmarks/gpu.py
 	@$(PY) benchmarks/rl.py --gpu --rounds 4 --write
+
+# All that only a CUDA machine can show, in one call; it says so where there is none.
+gpu-check: setup-dev
+	@$(PY) tools/gpu_check.py
 
 setup:
 	@./setup.sh train report

@@ -27,6 +27,9 @@ def test_it_tells_devices_packages_and_extras(capsys):
     assert {"float32", "bfloat16", "float64"} <= set(facts["devices"][0]["dtypes"])
     assert facts["packages"]["torch"] == version("torch")
     assert all(check["passed"] for check in facts["checks"])
+    engines = {engine["name"]: engine["version"] for engine in facts["engines"]}
+    assert engines["transformers"] == version("transformers")
+    assert set(engines) == {"transformers", "vllm"}
     train = next(extra for extra in facts["extras"] if extra["name"] == "train")
     assert train["versions"]["trl"] == version("trl")
 

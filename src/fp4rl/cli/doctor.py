@@ -32,6 +32,7 @@ def command(as_json: AsJson = False) -> None:
         "machine": machine.system(),
         "devices": [asdict(device) for device in devices],
         "packages": machine.core(),
+        "engines": list(machine.engines()),
         "extras": [asdict(extra) for extra in machine.extras()],
         "checks": [asdict(check) for check in results],
     }
@@ -52,6 +53,9 @@ def _show(facts: dict[str, Any]) -> None:
         size = f", {device['gib']:.0f} GiB" if device["gib"] else ""
         screen.print(styled(("\n" + device["kind"], "bold"), f": {device['name']}{size}"))
         print_indented(f"multiplies {', '.join(device['dtypes'])}; large tensors are rounded by {device['backend']}")
+    rows = [(e["name"], e["version"] or "not installed", e["where"]) for e in facts["engines"]]
+    screen.print("")
+    screen.print(table("engine=", "version=", "where it answers", rows=rows))
     rows = []
     for extra in facts["extras"]:
         state = f"without {', '.join(extra['missing'])}" if extra["missing"] else "here"

