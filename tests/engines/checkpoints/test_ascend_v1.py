@@ -224,6 +224,16 @@ def test_shards_and_biases_in_bfloat16_are_as_the_live_package_writes_them(mode,
 
 
 @pytest.mark.slow
+def test_layers_that_are_left_keep_their_biases_as_the_live_package_does(live, tmp_path):
+    folder = folder_of("qwen2", tmp_path / "model")
+    theirs = packed_by_it(live, QWEN2, folder, tmp_path / "theirs", layers("mxfp4", "mxfp8", ["*mlp*"]))
+    injection = Injection.named("w4a8", "vllm_ascend", targets={"leave": ["*self_attn*"]})
+    export(Source(folder, injection), layout_named("ascend_v1"), tmp_path / "out")
+    assert {t.dtype for key, t in tensors_of(theirs).items() if key.endswith(".bias")} == {torch.bfloat16}
+    require_equal(tmp_path / "out", theirs)
+
+
+@pytest.mark.slow
 def test_a_model_without_biases_is_as_the_live_package_writes_it(live, tmp_path):
     folder = folder_of("qwen3", tmp_path / "model", intermediate_size=96)  # an odd number of blocks
     theirs = packed_by_it(live, QWEN3, folder, tmp_path / "theirs", layers("mxfp4", "mxfp4"))
