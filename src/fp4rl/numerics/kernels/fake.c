@@ -44,21 +44,18 @@ INLINE float as_bfloat16(float f) {
     return as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
 }
 
-/* Sums of squared errors of up to SHORT values under a scale and its double, in 2048ths of the first: a value below 16 scales,
- * and the step of a grid around it, then fill 16 bits. */
+/* Sums of squared errors of up to SHORT values under a scale and its double, in 2048ths of the first, so that values below nine
+ * scales fill 16 bits. From two to six scales both grids have the same values; below, the first has the middles too. */
 INLINE void rough_errors(const void *x, int64_t at, int64_t n, Scale six, int dtype, int32_t *e_sum, int32_t *f_sum) {
     const float by = six.inverse * 2048.0f;
     int16_t value[SHORT], e[SHORT], f[SHORT];
     for (int64_t i = 0; i < n; i++) value[i] = (int16_t)as_bits(as_float(load(x, at + i, dtype) & ~SIGN) * by + 0x1p23f);
     for (int64_t i = 0; i < n; i++) {
-        int16_t a = value[i], past = (int16_t)(a - 0x3000);
-        int16_t step = a < 0x1000 ? 0x400 : a < 0x2000 ? 0x800 : 0x1000;
-        int16_t twice = a < 0x2000 ? 0x800 : a < 0x4000 ? 0x1000 : 0x2000;
+        int16_t a = value[i], past = (int16_t)(a - 0x3000), step = a < 0x2000 ? 0x800 : 0x1000;
         int16_t below = (int16_t)(a & (step - 1)), above = (int16_t)(step - below);
-        int16_t under = (int16_t)(a & (twice - 1)), over = (int16_t)(twice - under);
-        below = below < above ? below : above;
-        e[i] = a < 0x3000 ? below : past;
-        f[i] = under < over ? under : over;
+        f[i] = below < above ? below : above;
+        int16_t middle = (int16_t)(0x400 - f[i]), fine = f[i] < middle ? f[i] : middle;
+        e[i] = a < 0x1000 ? fine : a < 0x3000 ? f[i] : past;
     }
     int32_t of_six = 0, of_four = 0;
     for (int64_t i = 0; i < n; i++) of_six += (int32_t)e[i] * e[i], of_four += (int32_t)f[i] * f[i];
@@ -88,11 +85,11 @@ INLINE void exact_errors(const void *x, int64_t at, int64_t n, Scale six, float 
 /* reference.least_error_codes for four-over-six: of two scales that of less squared error, the first on a tie. Rough sums decide
  * where they lie apart, which is nearly everywhere: a value is off by 2^-12 at most, so that a sum of 2^-6 a value or more is off
  * by 2^-8 of itself. Errors in bfloat16 add 2^-9 for each square, twice that again where differences are rounded too, and
- * tell two sums apart by one step, 2^-7. Where a logarithm in bfloat16 is off by an eighth at most, values stay below ten scales.
+ * tell two sums apart by one step, 2^-7. Where a logarithm in bfloat16 is off by a sixteenth at most, values are below nine scales.
  * At a tie both ways make one error; roundings that are not to nearest are added up exactly. */
 INLINE Scale of_less_error(const void *x, int64_t at, int64_t n, Scale six, Scale four, const Rule *r, int rounding, int dtype,
                            int errors) {
-    if (n <= SHORT && four.code == six.code + 1 && six.code > 66 && six.code < 188 &&
+    if (n <= SHORT && four.code == six.code + 1 && six.code > 95 && six.code < 159 &&
         (rounding == NEAREST_EVEN || (r->threshold > 0.499f && r->threshold < 0.501f))) {
         const float apart = errors == IN_BFLOAT16 && dtype != BFLOAT16 ? 1 + 0x1p-5f : 1 + 0x1.5p-6f;
         int32_t e, f, enough = (int32_t)n << 16;
