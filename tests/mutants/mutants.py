@@ -360,4 +360,48 @@ COMPARISON = (
     ),
 )
 
-MUTANTS = (*GUARDS_OF_A_ROUNDED_COPY, *INJECTION, *NUMERICS, *NOISE, *TRAINING, *PACKED_FOLDERS, *COMPARISON)
+_EXPORTED = "tests/engines/checkpoints/test_compressed_tensors.py::test_"
+EXPORT = (
+    Mutant(
+        "one divisor for a fused matrix",
+        "engines/checkpoints/policy.py",
+        "for other in (entry, *entry.beside))",
+        "for other in (entry,))",
+        (f"{_EXPORTED}layers_that_vllm_fuses_share_the_divisor_of_their_common_largest_magnitude",),
+    ),
+    Mutant(
+        "layers of a mixture stand there by name",
+        "engines/checkpoints/layouts/compressed_tensors.py",
+        "if len(schemes) == 1:",
+        "if schemes:",
+        (f"{_EXPORTED}vllm_finds_one_scheme_for_every_fused_layer",),
+    ),
+    Mutant(
+        "what is left stands under ignore",
+        "engines/checkpoints/layouts/compressed_tensors.py",
+        "if entry.weight is None and name not in embeddings:",
+        "if False:",
+        (
+            f"{_EXPORTED}vllm_finds_experts_and_leaves_their_routers[qwen3_moe-mlp]",
+            f"{_EXPORTED}the_configuration_is_the_one_that_the_library_writes[mixed]",
+        ),
+    ),
+    Mutant(
+        "the dtype that engines decode to",
+        "engines/checkpoints/layouts/compressed_tensors.py",
+        'dict.fromkeys(named, "bfloat16")',
+        "{}",
+        (f"{_EXPORTED}transformers_loads_the_rounded_weights_and_gives_the_same_logits[w4a16-torch.float32]",),
+    ),
+)
+
+MUTANTS = (
+    *GUARDS_OF_A_ROUNDED_COPY,
+    *INJECTION,
+    *NUMERICS,
+    *NOISE,
+    *TRAINING,
+    *PACKED_FOLDERS,
+    *EXPORT,
+    *COMPARISON,
+)

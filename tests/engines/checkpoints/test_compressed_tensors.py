@@ -20,13 +20,16 @@ from fp4rl.engines.checkpoints.source import Source
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.packed.folder import PackedFolder
+from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.inputs import warmed_up
 from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evaluation import Evaluation
+from fp4rl.spec.formats import NVFP4
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded, Lora
+from fp4rl.spec.points import as_served
 from fp4rl.tasks.arithmetic import Arithmetic
 
 pytest.importorskip("compressed_tensors", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
@@ -408,3 +411,14 @@ def test_an_adapter_is_packed_into_the_sum_or_stands_on_the_packed_base(lora, mo
         logits(theirs)  # decodes the weights, which peft looks for
         theirs = PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter")
     assert torch.equal(logits(theirs), own)
+
+
+def test_no_scheme_of_the_library_has_a_factor_for_each_token():
+    """Why NVFP4 inputs per token are refused: dynamic without a stored factor is no factor, which clips at 448 * 6."""
+    scheme = import_module("compressed_tensors.quantization.quant_scheme").NVFP4["input_activations"]
+    helpers = import_module("compressed_tensors.quantization.utils.helpers")
+    rounded = import_module("compressed_tensors.quantization.lifecycle.forward").fake_quantize
+    dynamic, x = scheme.model_copy(update={"dynamic": True}), torch.linspace(100.0, 30000.0, 32)[None]
+    scale, zero = helpers.compute_dynamic_scales_and_zp(x, dynamic, None, None)
+    assert rounded(x, scale, zero, dynamic, None).max() == 448 * 6
+    assert fake_quantize(x, as_served("input", NVFP4)).max() == 30000
