@@ -12,7 +12,8 @@ from export_models import folder_of, logits
 from packed_models import by_compressed_tensors
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny_models import MULTIMODAL, multimodal
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fp4rl.engines.checkpoints.export import export
 from fp4rl.engines.checkpoints.layouts.all import layout_named
@@ -20,6 +21,7 @@ from fp4rl.engines.checkpoints.source import Source
 from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.packed.folder import PackedFolder
+from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.inputs import warmed_up
@@ -422,3 +424,17 @@ def test_no_scheme_of_the_library_has_a_factor_for_each_token():
     scale, zero = helpers.compute_dynamic_scales_and_zp(x, dynamic, None, None)
     assert rounded(x, scale, zero, dynamic, None).max() == 448 * 6
     assert fake_quantize(x, as_served("input", NVFP4)).max() == 30000
+
+
+@pytest.mark.parametrize("name", ["w4a4", "mixed"])
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_the_text_model_of_a_multimodal_folder_is_packed_and_what_sees_is_left(family, name, tmp_path):
+    multimodal(family).bfloat16().save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    injection = injection_of(CASES[name])
+    made = exported(tmp_path / "model", tmp_path / "out", injection)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert torch.equal(logits(theirs), live(tmp_path / "model", injection))
+    assert len(made.policy.rounded) == (21 if name == "w4a4" else 17)
+    chosen = {path for path, layer in theirs.named_modules() if getattr(layer, "quantization_scheme", None)}
+    assert chosen == {entry.plan.name for entry in made.policy.rounded}

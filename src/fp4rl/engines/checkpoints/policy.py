@@ -138,8 +138,8 @@ class Policy:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        config: Any = self.model.config
-        return bool(config.get_text_config().tie_word_embeddings)
+        head, embedding = self.base.get_output_embeddings(), self.base.get_input_embeddings()
+        return head is not None and head.weight is embedding.weight
 
     def value(self, entry: Entry) -> Tensor:
         """Return the master as stored, with the adapter in it where the sum is what is deployed."""

@@ -126,7 +126,7 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
     schemes = dict[str, tuple[dict[str, Any], list[str]]]()
     for entry in policy.rounded:
         scheme = _scheme(entry)
-        schemes.setdefault(repr(scheme), (scheme, []))[1].append(_target(entry))
+        schemes.setdefault(repr(scheme), (scheme, []))[1].extend(_targets(entry))
     if len(schemes) == 1:
         _, targets = next(iter(schemes.values()))
         targets[:] = ["Linear", *(name for name in targets if name == policy.head)]  # which is no linear layer to vLLM
@@ -181,9 +181,11 @@ def _arguments(fmt: Format, *, dynamic: bool) -> dict[str, Any]:
     }
 
 
-def _target(entry: Entry) -> str:
-    stack = _EXPERT.match(entry.name)
-    return rf"re:.*{re.escape(stack.group(1))}\.\d+\..*" if stack else entry.module
+def _targets(entry: Entry) -> tuple[str, ...]:
+    """Return the layer's name in the files, by which vLLM looks, and where transformers has another one that too."""
+    if stack := _EXPERT.match(entry.name):
+        return (rf"re:.*{re.escape(stack.group(1))}\.\d+\..*",)
+    return (entry.module,) if entry.plan is None else (entry.module, entry.plan.name)
 
 
 def _ignored(policy: Policy) -> Iterator[str]:
