@@ -73,7 +73,8 @@ def _counts(check: "Check") -> str:
     wrong = ", ".join(_some(check.differing[unit], unit) for unit in check.compared if check.differing[unit])
     if not check.differences:
         return f"{compared}: equal" if compared else "nothing compared"
-    return f"{compared}: {wrong or counted(len(check.differences), 'of them', 'of them')} differ"
+    alone = sum(check.differing.values()) == 1
+    return f"{compared}: {wrong or f'{len(check.differences)} of them'} {'differs' if alone else 'differ'}"
 
 
 def _some(count: int, unit: str) -> str:

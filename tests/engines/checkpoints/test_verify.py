@@ -14,8 +14,11 @@ from fp4rl.engines.checkpoints.layouts.all import LAYOUTS, layout_named
 from fp4rl.engines.checkpoints.source import Source
 from fp4rl.engines.checkpoints.verify.against import Request
 from fp4rl.engines.checkpoints.verify.verify import verify
+from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.lora import with_lora
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Lora
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
 ROUTER, EXPERT = "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.1"
@@ -441,3 +444,33 @@ def test_a_folder_that_transformers_cannot_load_is_a_difference(tmp_path):
     written.save()
     _, [loading], _ = computes(written.folder)
     assert "transformers cannot load it" in loading.how
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+@pytest.mark.parametrize("case", ["bf16", "mxfp4", "ascend_v1"])
+def test_an_adapter_is_compared_merged_or_beside_its_packed_base(case, lora, tmp_path):
+    base, (layout, described) = model_of(tmp_path / "base"), CASES[case]
+    model, tokenizer = load(base, "bfloat16")
+    adapted = with_lora(model, Lora(rank=4, alpha=8.0), base)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    for part in (adapted, tokenizer):
+        part.save_pretrained(tmp_path / "start")
+    injection = Injection.model_validate(described | {"lora": lora})
+    out = export(Source(tmp_path / "start", injection), layout_named(layout), tmp_path / "out", override=True).folder
+    assert found(out) == []
+    weights = {check.name: check for check in verify(out, Request()).checks}
+    assert weights["weights"].compared["values"] == 69_632
+    assert computes(out)[1] == []
+    if lora == "adapter":
+        written = Written(out / "adapter")
+        name = next(name for tensors in written.files.values() for name in tensors if "lora_B" in name)
+        written[name][1, 2] += 1
+        for file, tensors in written.files.items():
+            save_file(tensors, file, {"format": "pt"})
+        assert where(found(out)) == [
+            ("files", "adapter/adapter_model.safetensors"),
+            ("other tensors", f"adapter/{name}"),
+        ]

@@ -73,7 +73,8 @@ def loaded(checkpoint: Checkpoint, trained: Trained, dtype: str, check: Check) -
     if checkpoint.method is not None and method != "compressed-tensors":
         check.name = "our reader"
         check.notes.append(f"transformers loads no {method}: our own reader did, and no other engine computed with it")
-        return Loaded(load(checkpoint.folder, dtype)[0], "our reader", dtype, _inputs_alone(trained.injection))
+        model = _with_adapter(load(checkpoint.folder, dtype)[0], checkpoint.folder / ADAPTER)
+        return Loaded(model.eval(), "our reader", dtype, _inputs_alone(trained.injection))
     dtype = dtype if checkpoint.method is None else "bfloat16"  # compressed-tensors decodes to that alone
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     base = getattr(trained.model, "get_base_model", lambda: trained.model)()
@@ -105,6 +106,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         return model
     from peft import PeftModel
 
+    with torch.no_grad():
+        model(input_ids=prompt(model))  # compressed-tensors decodes at the first call, and peft wants what it decoded
     return PeftModel.from_pretrained(model, folder)
 
 
@@ -129,5 +132,5 @@ def _otherwise(trained: Trained, dtype: str) -> str | None:
 def _inputs_alone(injection: Injection) -> Injection | None:
     """Return the injection without its weights, which are rounded already; None where nothing is left of it."""
     exceptions = tuple(row.model_copy(update=_NO_WEIGHTS) for row in injection.by_pattern)
-    inputs = injection.model_copy(update={"mode": None, "by_pattern": exceptions, **_NO_WEIGHTS})
+    inputs = injection.model_copy(update={"mode": None, "lora": "adapter", "by_pattern": exceptions, **_NO_WEIGHTS})
     return inputs if any(getattr(row, "input", None) for row in (inputs, *exceptions)) else None

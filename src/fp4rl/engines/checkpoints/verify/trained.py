@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from fp4rl.inject.adapted import adapter_of
+from fp4rl.inject.adapted import AdaptedSum, adapter_of
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.experts import StackState
 from fp4rl.inject.plan import SitePlan, SiteTable
@@ -89,7 +89,7 @@ def _copies(attachment: Attachment) -> dict[str, Tensor]:
             weight: Any = module._parameters[str(plan.site.parameter)]
             copies[_parameter(plan)] = state.reads_as(weight, adapter)[0]
         else:
-            copies[_parameter(plan)] = state.rounded_weight(adapter if plan.merged else module)
+            copies[_parameter(plan)] = state.rounded_weight(AdaptedSum(adapter) if plan.merged else module)
     return copies
 
 
