@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from packed_models import by_compressed_tensors, start
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fp4rl.cli.main import main
@@ -13,7 +15,9 @@ from fp4rl.engines.checkpoints.export import RECORD, export
 from fp4rl.engines.checkpoints.layouts.all import LAYOUTS, layout_named
 from fp4rl.engines.checkpoints.source import Source
 from fp4rl.engines.checkpoints.verify.against import Request
+from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.engines.checkpoints.verify.verify import verify
+from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.lora import with_lora
@@ -377,6 +381,55 @@ def test_bad_input_is_one_line(words, line, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1
+
+
+class Multiplied(TorchFunctionMode):
+    """The weights that linear layers were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Note the weight, and go on."""
+        if func is torch.nn.functional.linear:
+            self.weights.append(args[1].detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "nvfp4_w4a16"])
+def test_a_checkpoint_is_compared_with_what_the_matmuls_multiply_by(mode, tmp_path):
+    folder, injection = model_of(tmp_path / "model"), Injection.named(mode, "compressed_tensors")
+    trained = Trained.of(folder, "bfloat16", None, injection)
+    model, _ = load(folder, "bfloat16")
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    called = []
+    for module in linears:
+        module.register_forward_pre_hook(lambda module, _: called.append(module))
+    with attach(model, injection) as attachment, torch.no_grad(), Multiplied() as seen:
+        attachment.set_phase("evaluation")
+        model(torch.arange(1, 9)[None])
+    multiplied = {linears[module]: weight for module, weight in zip(called, seen.weights, strict=True)}
+    assert len(trained.plans) == 14
+    for name in trained.plans:
+        assert torch.equal(trained.values[name], multiplied[name.removesuffix(".weight")])
+        assert not torch.equal(trained.values[name], model.get_parameter(name))
+
+
+@pytest.mark.parametrize(("scheme", "mode"), [("MXFP4A16", "w4a16"), ("MXFP4A16+MXFP8", "w4a8"), ("MXFP4", "w4a4")])
+def test_what_compressed_tensors_wrote_is_equal_to_its_model(scheme, mode, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
+    for part in start():
+        part.save_pretrained(tmp_path / "model")
+    by_compressed_tensors(tmp_path / "out", (scheme, ["Linear"]))
+    assert found(tmp_path / "out", against=str(tmp_path / "model")) == []
+    checks = {c.name: c.compared for c in verify(tmp_path / "out", Request(str(tmp_path / "model"))).checks}
+    assert checks["weights"]["values"] > 10_000
+    assert checks["inputs"]["layers"] == checks["sites"]["rounded"] == checks["weights"]["tensors"]
+    other = "w4a16" if mode == "w4a4" else "w4a4"
+    differences = found(tmp_path / "out", against=str(tmp_path / "model"), mode=other)
+    assert {check for check, _ in differences} == {"inputs"}
+    assert len(differences) == checks["inputs"]["layers"]
 
 
 OTHERS = {

@@ -1,7 +1,7 @@
 """What the trainer's policy computes with: the live model under its injection, called once, its operands by file name.
 
-Nothing here is shared with the export: the model is loaded whole, `attach` rounds, and transformers itself splits and
-renames the parameters as it does when it saves a model.
+With the export this shares the rounding of one tensor and the table of sites, nothing else: the model is loaded whole,
+`attach` rounds, and transformers itself splits and renames the parameters as it does when it saves a model.
 """
 
 from collections.abc import Mapping
