@@ -255,6 +255,15 @@ def test_vllm_finds_experts_and_leaves_their_routers(family, block, model_in, tm
             assert found[f"{layer} {block} gate"] is None
             assert found[f"{layer} qkv"] == ("mxfp8-quantized" if name == "mixed" else "mxfp4-pack-quantized")
         assert found["head"] is None
+    (pattern,) = (target for target in targets_of(tmp_path / "mixed") if r"layers\.1" in target)
+    assert re.match(pattern[3:], f"language_model.model.layers.1.{block}.experts.0.gate_proj")
+    assert not re.match(pattern[3:], f"model.layers.11.{block}.experts.0.gate_proj")
+    assert not re.match(pattern[3:], f"model.layers.1.{block}.shared_experts.gate_proj")
+
+
+def targets_of(folder):
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return [target for group in config["config_groups"].values() for target in group["targets"]]
 
 
 def test_a_rounded_head_is_named_since_it_is_no_linear_layer_to_vllm(model_in, tmp_path):

@@ -40,7 +40,7 @@ KINDS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp
 _FORMATS = (MXFP4, NVFP4, MXFP8)
 _NAMES = {kind_of(fmt): fmt.name for fmt in _FORMATS}  # what a format is called here
 _INPUTS = {"mxfp4": ("mxfp4", "mxfp8"), "nvfp4": ("nvfp4",), "mxfp8": ("mxfp8",)}  # of each weight, beside none
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+_EXPERT = re.compile(r"(?:.*?\b(?=layers\.\d))?(.*\.experts)\.\d+\.")  # without what stands before its layers
 
 
 class CompressedTensors(Layout):
