@@ -19,6 +19,13 @@ _MIB = 1 << 20
 def command(
     source: Annotated[str, typer.Argument(help="A run (suite/run-id or its folder), or a Hugging Face model folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write, which is not there yet.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="injection.key=value, or +file.yaml as `scan` writes with --calibrate, --advise."
+        ),
+    ] = None,
+    *,
     to: Annotated[str, typer.Option("--to", help="compressed_tensors, ascend_v1, modelopt or bf16.")],
     mode: Annotated[
         str | None, typer.Option("--mode", help="A mode such as w4a4; a run's own, else w4a8 (bf16: w4a16).")
@@ -42,7 +49,7 @@ def command(
     from fp4rl.engines.checkpoints.source import source_of
 
     layout = layout_named(to)
-    meant = source_of(source, runs, mode, deployment, layout)
+    meant = source_of(source, runs, mode, deployment, layout, changes or ())
     ready_to_round()
     with progress() as advance:
         exported = export(

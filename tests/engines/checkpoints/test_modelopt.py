@@ -88,7 +88,8 @@ def test_static_inputs_are_exported_as_modelopt_does(theirs, tmp_path):
     assert len(layers) == 7
     for row in layers:
         stored = load_file(tmp_path / "out" / "model.safetensors")[f"{row.pattern}.input_scale"]
-        assert stored.reciprocal() == nvfp4_global(torch.tensor(row.input.calibrated), E2M1)
+        trained = nvfp4_global(torch.tensor(row.input.calibrated), E2M1)
+        assert abs(stored.reciprocal() / trained - 1) <= 2.0**-23
         assert again[f"{row.pattern}.weight"].input.factor == "static"
 
 

@@ -1,6 +1,7 @@
 """What is exported: a run's final policy or a model folder, the injection that is baked in, and how it was judged."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nea
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.points import MODES
+from fp4rl.spec.load import change_of, merge, parse
+from fp4rl.spec.points import LINEAR_POINTS, MODES
 from fp4rl.spec.retarget import under_deployment
 
 
@@ -47,13 +49,16 @@ class Source:
         return f"{self.name} was not evaluated as it would be exported, but as {', '.join(judged) or 'nothing'}"
 
 
-def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, layout: Layout) -> Source:
+def source_of(
+    what: str, runs: Path, mode: str | None, deployment: str | None, layout: Layout, changes: Sequence[str] = ()
+) -> Source:
     """Return what a run's name or folder, or a model folder, stands for.
 
     A run is exported as it was trained; `mode` and `deployment` change that, and one that rounds nothing needs a mode.
     A model folder is rounded in its own dtype, as packers do, in the layout's usual mode and deployment where none is
-    named. Raises NotFoundError for what is neither, CheckFailed for a run that failed, InvalidValueError for a run
-    without a policy.
+    named. `changes` are laid over either: `injection.targets.leave=[...]`, or `+file.yaml`, such as `fp4rl scan` writes
+    with --calibrate and --advise. Raises NotFoundError for what is neither, CheckFailed for a run that failed,
+    InvalidValueError for a run without a policy and for a change that makes no sense.
     """
     if mode is not None and (mode not in MODES or MODES[mode].weight is None):
         rounding = [name for name, each in MODES.items() if each.weight is not None]
@@ -62,10 +67,33 @@ def source_of(what: str, runs: Path, mode: str | None, deployment: str | None, l
         deployment_named(deployment)
     folder, run = policy_of(what, runs)
     if run is not None:
-        return Source(folder, layout.deployed(injection_of(run, mode, deployment)), run)
-    changes = {"dtype": dtype} if (dtype := dtype_of(folder)) else {}
-    injection = Injection.named(mode or layout.mode, deployment or layout.deployment, **changes)
-    return Source(folder, layout.deployed(injection))
+        own = injection_of(run, mode, deployment)
+    else:
+        dtype = {"dtype": name} if (name := dtype_of(folder)) else {}
+        own = Injection.named(mode or layout.mode, deployment or layout.deployment, **dtype)
+    given = {"mode": mode, "deployment": deployment}
+    for word in changes:
+        own = _changed(own, word, {key: value for key, value in given.items() if value is not None})
+    return Source(folder, layout.deployed(own), run)
+
+
+def _changed(own: Injection, word: str, given: Mapping[str, str]) -> Injection:
+    """Return the injection with a change laid over it, which may not contradict the options that were `given`."""
+    said = merge({}, change_of(word))
+    change = said.get("injection")
+    if not isinstance(change, Mapping) or (len(said) > 1 and not word.startswith("+")):
+        raise InvalidValueError(f"{word}: an export takes keys of `injection`, such as injection.targets.leave=[...]")
+    for key, value in given.items():
+        if change.get(key, value) != value:
+            raise InvalidValueError(f"--{key} {value}, but {word} says {key} {change[key]}; name one of them")
+    content = own.model_dump(mode="json")
+    if "mode" in change:  # which says the formats anew
+        content = {key: value for key, value in content.items() if key not in (*LINEAR_POINTS, "by_pattern")}
+    elif "deployment" in change:
+        content = under_deployment(own, str(change["deployment"])).model_dump(mode="json")
+    if "mode" not in change and any(point in change for point in LINEAR_POINTS):
+        content["mode"] = None
+    return parse(Injection, merge(content, change), word)
 
 
 def policy_of(what: str, runs: Path) -> tuple[Path, Run | None]:

@@ -68,7 +68,7 @@ class AscendV1(Layout):
             of_type.setdefault(type_of(entry.plan), []).append((entry.module, entry.plan.site.part, entry.shape[-1]))
         for kind, layers in of_type.items():
             for why in unserved(Injection.named(_MODES[kind], self.deployment), layers):
-                yield f"{why}; W4A4 and W8A8 have kernels for all layers, or leave these out (targets.leave)"
+                yield f"{why}; W4A4 and W8A8 have kernels for all layers; or leave them out: injection.targets.leave"
 
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError for other formats, and for layers that are fused when they are served and differ."""

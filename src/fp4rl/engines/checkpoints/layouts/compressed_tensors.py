@@ -233,7 +233,7 @@ def _require_scheme(entry: Entry) -> None:
         raise InvalidValueError(
             f"{entry.module}: NVFP4 inputs have a factor for each {given.factor.removeprefix('per_')} here, and in "
             "compressed-tensors one for all calls (input_global_scale); find it with `fp4rl scan MODEL --calibrate "
-            "FILE`, or take --mode nvfp4_w4a16"
+            "FILE` and export with +FILE, or take --mode nvfp4_w4a16"
         )
 
 

@@ -184,5 +184,5 @@ def require_whole_blocks(policy: Policy, layout: str) -> None:
         if fmt and fmt.block and entry.shape[-1] % fmt.block[1]:
             raise InvalidValueError(
                 f"{entry.name}: in_features {entry.shape[-1]} is no multiple of {fmt.block[1]}, which {layout} needs; "
-                f"leave it out (targets.leave: ['{entry.module}']), or take --to bf16"
+                f"leave it out (injection.targets.leave=['{entry.module}']), or take --to bf16"
             )

@@ -154,7 +154,8 @@ def _algorithm(plan: SitePlan) -> str:
     factor = f", a factor for each {plan.input.factor.removeprefix('per_')}" if plan.input.scale == "e4m3" else ""
     raise InvalidValueError(
         f"{plan.name}: inputs are rounded to {plan.input.name}{factor}; ModelOpt has NVFP4 inputs with one factor for "
-        "all calls (input_scale): find it with `fp4rl scan MODEL --calibrate FILE`, or take --mode nvfp4_w4a16"
+        "all calls (input_scale): find it with `fp4rl scan MODEL --calibrate FILE` and export with +FILE, or "
+        "take --mode nvfp4_w4a16"
     )
 
 

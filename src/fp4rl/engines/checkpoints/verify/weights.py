@@ -15,6 +15,7 @@ from fp4rl.engines.checkpoints.verify.findings import Check
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.models.packed.weight import StoredWeight
 from fp4rl.models.shards import all_tensors
+from fp4rl.numerics.scales import nvfp4_global
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E2M1, NVFP4, Format, describe
 
@@ -149,11 +150,14 @@ def off_grid(values: Tensor, fmt: Format) -> int:
 
 
 def _as_calibrated(fmt: Format, packed: StoredWeight) -> bool:
-    """Return whether a static factor is the trained one; a layout that multiplies may lack the very reciprocal."""
-    assert packed.input is not None
-    if fmt.calibrated is None or packed.input.calibrated is None or not packed.multiplier:
-        return fmt.calibrated == packed.input.calibrated
-    return abs(fmt.calibrated / packed.input.calibrated - 1) <= 4 * torch.finfo(torch.float32).eps
+    """Return whether a static factor is the trained one, which several magnitudes have; a layout that multiplies may
+    lack the very reciprocal."""
+    magnitudes = fmt.calibrated, packed.input.calibrated if packed.input else None
+    if None in magnitudes or fmt.scale != "e4m3":
+        return magnitudes[0] == magnitudes[1]
+    trained, said = (nvfp4_global(torch.tensor(each), fmt.element) for each in magnitudes)
+    near = 4 * torch.finfo(torch.float32).eps if packed.multiplier else 0.0
+    return bool((trained / said - 1).abs() <= near)
 
 
 def _kind(fmt: Format | None) -> tuple[object, ...]:
