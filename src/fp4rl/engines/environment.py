@@ -36,6 +36,11 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def rank_of_launcher() -> int:
+    """Return the number that a launcher has given this process, from 0."""
+    return int(os.environ["RANK"])
+
+
 def leave(code: int) -> NoReturn:
     """End this process at once, since tearing down a process group at times aborts although everything is done."""
     if code == 0:

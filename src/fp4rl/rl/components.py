@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from fp4rl.rl.events import Emit
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import Sampler, transformers_sampler
 from fp4rl.rl.phases import Phases
+from fp4rl.rl.processes import device
 from fp4rl.rl.reference import FrozenPolicy
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.spec.errors import InvalidValueError
@@ -71,7 +70,7 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
         "top_p": recipe.top_p,
         "beta": 0.0,
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": device().type == "cpu",
         "bf16": False,
         "seed": seed,
         "logging_steps": 1,
@@ -95,8 +94,14 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
     }
 
 
-def require_shares(recipe: Training, processes: int) -> None:
-    """Raise InvalidValueError for a recipe that several processes cannot run like a single one."""
+def require_shares(recipe: Training, processes: int, asked: int = 1) -> None:
+    """Raise InvalidValueError for a recipe that several processes cannot run like a single one, and for another number
+    than is `asked` for (1: whatever a launcher gives)."""
+    if asked not in (1, processes):
+        raise InvalidValueError(
+            f"the experiment asks for {asked} processes and this is one of {processes}: `fp4rl run` starts them "
+            f"itself; under torchrun write --nproc-per-node {asked}"
+        )
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
     micro = recipe.micro_batch_size or share
     if recipe.train_batch_size % processes or rest or share % micro:

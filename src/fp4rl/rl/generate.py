@@ -102,8 +102,8 @@ def drops(model: nn.Module) -> bool:
 def _random_state(device: torch.device) -> Tensor:
     """Return the states of the CPU's and the device's random generators, which dropout draws from."""
     states = [torch.random.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
     return torch.cat(states)
 
 

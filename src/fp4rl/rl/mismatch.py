@@ -236,7 +236,7 @@ def _is_fused(model: nn.Module) -> bool:
     """Return whether attention runs in a fused kernel, whose rounding depends on the number of queries."""
     weight = next(model.parameters())
     written_out = getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager"
-    return not written_out and (weight.is_cuda or weight.dtype != torch.float32)
+    return not written_out and (weight.device.type != "cpu" or weight.dtype != torch.float32)
 
 
 def _part(name: str, mismatch: dict[str, float]) -> dict[str, float]:

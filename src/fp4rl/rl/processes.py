@@ -18,7 +18,13 @@ _PATIENCE = timedelta(days=1)
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    return PartialState(cpu=_accelerator() is None, timeout=_PATIENCE)
+
+
+def _accelerator() -> torch.device | None:
+    """Return the kind of accelerator that is here (CUDA, an NPU); Apple's is none: it has no float64."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    return None if kind is None or kind.type == "mps" else kind
 
 
 def count() -> int:
@@ -38,7 +44,8 @@ def is_first() -> bool:
 
 def device() -> torch.device:
     """Return the device of this process: its own accelerator (under a launcher, one for each process), or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    kind = _accelerator()
+    return torch.device("cpu") if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def wait() -> None:

@@ -65,7 +65,7 @@ def train(
     """
     check(experiment)
     require_sound_quantizer()
-    require_shares(experiment.training, processes.count())
+    require_shares(experiment.training, processes.count(), experiment.processes)
     resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
     if (packed := packed_note(run.start)) is not None:
@@ -104,7 +104,11 @@ def _run(
         if interrupted():
             raise Interrupted("in the warm-up, which starts over")
 
-    start = start_folder(experiment.model, experiment.task, cache, warming)
+    # In turn: under a launcher transformers saves nothing in another process than the first, and says nothing.
+    if processes.is_first():
+        start_folder(experiment.model, experiment.task, cache, warming)
+    processes.wait()
+    start = start_folder(experiment.model, experiment.task, cache)
     digests = processes.from_first(inputs(experiment, start))
     return Run(experiment, folder, start, emit, stamp, digests, interrupted)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
@@ -56,6 +56,10 @@ class Experiment(Spec):
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
     rollout: RolloutEngine = later_key(TRANSFORMERS)
+    processes: PositiveInt = later_key(1, description="processes that train the run together, each on a share")
+    sharding: Literal["none", "fsdp2"] = later_key(
+        "none", description="whether each process holds all weights and optimizer states (DDP), or its part of them"
+    )
     seed: NonNegativeInt = 0
 
     @model_validator(mode="before")
@@ -88,6 +92,11 @@ class Experiment(Spec):
                 "`factor: per_token` (mode nvfp4_w4a4 does) or static; or take MXFP4 (w4a4), or keep such formats to "
                 "weights (nvfp4_w4a16) or to evaluation"
             )
+
+        if self.sharding != "none" and self.processes == 1:
+            yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
+        if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
+            yield "injection.frozen_base: FSDP cannot shard packed weights; write copy, or sharding: none"
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but hardly ever meant."""

@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.engines.environment import choose_backend
+from fp4rl.engines.executors.deaths import described, die_with
+from fp4rl.engines.executors.together import together
 from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
@@ -133,15 +135,11 @@ def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
 
 def died(code: int | None, folder: RunFolder) -> str:
     """Describe a process that ended without a message: its signal, and its stacks if it left any."""
-    how, log, stacks = f"exit code {code}", folder.path / "log.txt", False
-    if code is not None and code < 0:
-        how = signal.Signals(-code).name
-        if -code == signal.SIGKILL:
-            how += ", often for want of memory"  # without stacks: those in a log are of an earlier death
-        elif log.is_file():
-            stacks = FATAL in log.read_text(encoding="utf-8", errors="replace")
+    log, stacks = folder.path / "log.txt", False
+    if code is not None and code < 0 and -code != signal.SIGKILL and log.is_file():  # stacks: none of one killed
+        stacks = FATAL in log.read_text(encoding="utf-8", errors="replace")
     where = f"; its stacks are in {log}" if stacks else ""
-    return f"its process died ({how}){where}; run again to repeat it"
+    return f"its process died ({described(code)}){where}; run again to repeat it"
 
 
 def _ask_to_end(workers: Sequence[_Worker]) -> None:
@@ -167,17 +165,26 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
     stop_requested = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # from the terminal, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # OpenMP reads it when torch is loaded
+    while (order := pipe.recv()) is not None:
+        run, root, report_to = order
+        if run.experiment.processes > 1:
+            pipe.send(together(run, root, report_to, pipe.send, stop_requested.is_set))
+            continue
+        _ready(threads)
+        pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
+
+
+@cache
+def _ready(threads: int) -> None:
+    """Import torch for the runs of this process; those that are trained together import it in theirs."""
     from fp4rl.models.quiet import quiet
 
     quiet()  # before torch and its threads: it writes to the environment
     import torch
 
     torch.set_num_threads(threads)
-    while (order := pipe.recv()) is not None:
-        run, root, report_to = order
-        pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
 
 
 def attempt(
@@ -221,10 +228,3 @@ def _keep_traceback(run: PlannedRun, root: Path, error: BaseException) -> str:
     except OSError as why:
         return f"its traceback could not be kept: {why.strerror}"
     return "traceback in its log.txt"
-
-
-def _die_with(parent: int, every_s: float = 0.5) -> Any:
-    """Watch the parent from a thread, and end this process with it: a killed parent cannot end its children."""
-    while os.getppid() == parent:
-        time.sleep(every_s)
-    os._exit(1)
