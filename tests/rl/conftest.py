@@ -71,7 +71,7 @@ def model_cache(shared_tmp) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def experiment():
     """`experiment(arm, training={...})` -> a small Experiment of that arm."""
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fp4rl.models.load import base_of
@@ -18,12 +19,20 @@ PROCESSOR = (
 )
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, start: Path, experts: str | None = None) -> None:
+def save(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    start: Path,
+    experts: str | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Save a model, or its adapter, that came from the folder `start`, with its tokenizer and the start's processor.
 
     `experts`, how stacked experts are computed, is written into config.json, where `load` and transformers read it.
+    `weights`: its state dict, where the model itself holds only parts of them.
     """
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     if experts is not None:
         model.config.save_pretrained(folder)
         file = folder / "config.json"

@@ -94,13 +94,13 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
     }
 
 
-def require_shares(recipe: Training, processes: int, asked: int = 1) -> None:
+def require_shares(recipe: Training, processes: int, wanted: int = 1) -> None:
     """Raise InvalidValueError for a recipe that several processes cannot run like a single one, and for another number
-    than is `asked` for (1: whatever a launcher gives)."""
-    if asked not in (1, processes):
+    than is `wanted` for (1: whatever a launcher gives)."""
+    if wanted not in (1, processes):
         raise InvalidValueError(
-            f"the experiment asks for {asked} processes and this is one of {processes}: `fp4rl run` starts them "
-            f"itself; under torchrun write --nproc-per-node {asked}"
+            f"the experiment asks for {wanted} processes and this is one of {processes}: `fp4rl run` starts them "
+            f"itself; under torchrun write --nproc-per-node {wanted}"
         )
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
     micro = recipe.micro_batch_size or share

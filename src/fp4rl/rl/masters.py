@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from fp4rl.rl import processes
+from fp4rl.rl.sharding import local
 from fp4rl.spec.errors import CheckFailed
 
 FILE = "masters.safetensors"
@@ -31,6 +34,7 @@ class Masters:
             for name, weight in trained.items()
             if weight.dtype != torch.float32
         }
+        self.sharded = any(isinstance(weight, DTensor) for weight, _ in self._pairs.values())
         self._others = [weight for weight in trained.values() if weight.dtype == torch.float32]
 
     @classmethod
@@ -52,8 +56,8 @@ class Masters:
 
     def take_gradients(self, accelerator: Any) -> None:
         """Add the gradients of a micro-batch to those of the masters. With several processes, `accelerator` averages
-        the sum over all but the last micro-batch of an update, which DDP has averaged itself."""
-        shared = accelerator.num_processes > 1 and accelerator.sync_gradients
+        the sum over all but the last micro-batch of an update, which DDP has averaged itself, and FSDP2 all of them."""
+        shared = accelerator.num_processes > 1 and accelerator.sync_gradients and not self.sharded
         for weight, master in self._pairs.values():
             if shared and master.grad is not None:
                 master.grad = accelerator.reduce(master.grad, reduction="mean")
@@ -61,6 +65,10 @@ class Masters:
                 gradient = weight.grad.float()
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 weight.grad = None
+
+    @property
+    def _file(self) -> str:
+        return f"{processes.rank()}-{FILE}" if self.sharded else FILE
 
     def drop_gradients(self) -> None:
         """Set all gradients to None, so that the next update changes nothing, not even by momentum."""
@@ -75,14 +83,16 @@ class Masters:
             master.grad = None
 
     def save(self, folder: Path) -> None:
-        """Save the copies beside the model of a checkpoint."""
-        save_file({name: master.detach() for name, (_, master) in self._pairs.items()}, folder / FILE)
+        """Save the copies beside the model of a checkpoint; of sharded weights, the parts of this process."""
+        copies = {name: local(master.detach()).contiguous() for name, (_, master) in self._pairs.items()}
+        save_file(copies, folder / self._file)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Load the copies of a checkpoint after its model. Raises CheckFailed where the model is not their rounding."""
-        kept = load_file(folder / FILE)
+        kept = load_file(folder / self._file)
         for name, (weight, master) in self._pairs.items():
-            master.copy_(kept[name])
-            if not torch.equal(master.to(weight.dtype), weight):
+            own = local(master.detach())
+            own.copy_(kept[name])
+            if not torch.equal(own.to(weight.dtype), local(weight.detach())):
                 raise CheckFailed(f"{folder}: {name} of the model is not its FP32 copy rounded; delete this checkpoint")

@@ -178,7 +178,7 @@ def compare_sampler(phases: Phases, step: int, batch: dict[str, Tensor], score: 
     decoded = mismatch_metrics(sampling, rows["sampling_per_token_logps"], mask)
     if not decoded:
         return {}
-    repeatable = attachment is None or _is_repeatable(attachment)
+    repeatable = attachment is None or is_repeatable(attachment)
     if repeatable:
         require_decoded(phases.model, step, decoded["rollout_corr/k3_kl"])
     between, described = (mismatch_metrics(training, side, mask) for side in (clean, sampling))
@@ -220,7 +220,7 @@ def require_decoded(model: nn.Module, step: int, k3: float) -> None:
         )
 
 
-def _is_repeatable(attachment: Attachment) -> bool:
+def is_repeatable(attachment: Attachment) -> bool:
     """Return whether two forwards of the same tokens in the same phase give the same bits: nothing is random."""
     injection = attachment.table.injection
     return not injection.errors and all(fmt.rounding != "stochastic" for fmt in injection.formats)

@@ -13,6 +13,8 @@ from fp4rl.inject.attach import Attachment
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, require_noise, summary
 from fp4rl.noise.perturb import perturb
 from fp4rl.noise.schedule import ScheduleProgress, StageLog
+from fp4rl.rl.agreement import require_alike
+from fp4rl.rl.sharding import is_sharded, whole
 from fp4rl.rl.verify import Record, rounded, weights_unchanged
 from fp4rl.spec.evidence import NoiseStages
 from fp4rl.spec.injection import Phase
@@ -54,8 +56,10 @@ class Phases:
 
         `data_epochs`: passes over the training problems so far, which an epoch-aware schedule follows.
         """
-        with weights_unchanged(self.model, "rollout", step, self.record), self.reference("rollout"):
-            with self._noisy(step, data_epochs):
+        with weights_unchanged(self.model, "rollout", step, self.record) as digest, self.reference("rollout"):
+            if not is_sharded(self.model):  # then there is one copy, and each process has another part of it
+                require_alike(digest, f"step {step}: the weights")
+            with self._noisy(step, data_epochs), whole(self.model, self.attachment):
                 yield
                 # While the noise is still on, since it is part of the policy that sampled.
                 self._to_check = self._require_rounded(step)
@@ -105,7 +109,8 @@ class Phases:
             self._called.add(phase)
             self.attachment.require_calls()
         if phase == "training" and self._to_check is not None:
-            self._require_rounded(self._to_check)
+            with whole(self.model, self.attachment):
+                self._require_rounded(self._to_check)
             self._to_check = None
 
     def _require_rounded(self, step: int) -> int | None:

@@ -27,6 +27,7 @@ from fp4rl.models.load import load
 from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.generate import dropout_off
 from fp4rl.rl.phases import Phases
+from fp4rl.rl.sharding import is_sharded, shard
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Phase
@@ -128,6 +129,8 @@ def reference_and_teacher(
         model.to(next(live.parameters()).device).requires_grad_(False)
         if injection is not None:
             attach(model, injection).set_phase("evaluation")
+        if is_sharded(live):
+            shard(model)
         return FrozenPolicy(model, nullcontext)
 
     teacher = None

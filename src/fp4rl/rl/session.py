@@ -15,18 +15,22 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import load
 from fp4rl.models.save import save
 from fp4rl.rl import processes
+from fp4rl.rl.agreement import require_alike, require_averaged
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, evaluation_runner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
 from fp4rl.rl.fill import PromptStream
-from fp4rl.rl.generate import sampler_named
+from fp4rl.rl.generate import dropout_off, sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.lora import with_lora
+from fp4rl.rl.mismatch import is_repeatable
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, reward_named
+from fp4rl.rl.sharding import gathered, shard
 from fp4rl.rl.trainer import Trainer
+from fp4rl.rl.verify import weights_digest
 from fp4rl.sites.modalities import freeze_other_modules
 from fp4rl.spec.errors import NotFinite, located, require_finite
 from fp4rl.spec.evidence import CheckpointKept
@@ -88,6 +92,11 @@ class TrainingSession:
         self.attachment: Attachment | None = None
         if experiment.injection is not None:
             self.attachment = attach(self.model, experiment.injection)
+        if processes.count() > 1:
+            injected = "nothing" if self.attachment is None else self.attachment.table.digest
+            require_alike(f"{weights_digest(self.model)}, {injected} injected", "the weights before training")
+        if experiment.sharding == "fsdp2":
+            shard(self.model)
         seed, steps = experiment.seed, experiment.training.steps
         self.phases = Phases(
             self.model, self.attachment, experiment.noise, seed=seed, total_steps=steps, record=run.emit
@@ -116,9 +125,10 @@ class TrainingSession:
 
     def save(self, folder: Path) -> Path:
         """Save the present policy with its tokenizer; return the folder."""
+        weights = gathered(self.model)
         if processes.is_first():
             experts = self.run.experiment.model.experts_implementation
-            save(self.model, self.tokenizer, folder, self.run.start, experts)
+            save(self.model, self.tokenizer, folder, self.run.start, experts, weights)
         processes.wait()
         return folder
 
@@ -158,6 +168,9 @@ class TrainingSession:
             if self.trainer.masters is not None:
                 self.trainer.masters.load(checkpoint.path)
             rolled_back -= checkpoint.state["rollbacks"]
+        if processes.count() > 1 and (self.attachment is None or is_repeatable(self.attachment)):
+            with self.phases.unobserved(), trainer.routers.paused(), dropout_off(self.model):
+                require_averaged(trainer.model_wrapped, self.model)
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
 
@@ -200,10 +213,11 @@ class TrainingSession:
             "rollbacks": self.resume.rollbacks,
             "inputs": self.run.inputs,
         }
+        masters = self.trainer.masters
+        if masters is not None and (masters.sharded or processes.is_first()):
+            masters.save(folder)
         processes.wait()  # each process writes a file of its own into it
         if processes.is_first():
-            if self.trainer.masters is not None:
-                self.trainer.masters.save(folder)
             complete(folder, step, self.run.stamp, state)
             rotate(folder.parent, self.run.experiment.training.save_freq, self._checkpoints_to_keep())
         processes.wait()

@@ -63,7 +63,9 @@ def _combined(name: str, values: list[tuple[float, float]], updates: int) -> flo
 
 
 def finite_norm(norm: Tensor) -> Tensor:
-    """Return the norm of an update's gradient; NotFinite where a weight would become NaN of it."""
+    """Return the norm of an update's gradient, added up over processes where weights are sharded; NotFinite where a
+    weight would become NaN of it."""
+    norm = getattr(norm, "full_tensor", lambda: norm)()
     require_finite("before the update", {"grad_norm": float(norm)})
     return norm
 

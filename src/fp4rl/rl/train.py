@@ -7,6 +7,7 @@ from pathlib import Path
 from fp4rl.models.packed.as_served import packed_note
 from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
+from fp4rl.rl.agreement import require_alike
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.components import require_shares
@@ -169,5 +170,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         noise=session.phases.noise_summary(),
         health=session.monitor.summary(session.resume.rollbacks),
     )
+    if processes.count() > 1:
+        require_alike(f"{evidence.final_weights}, {evidence.noise}", "final weights, or their noise,")
     list(run.evaluated(final, session.trainer.step, last=True))
     return Trained(run.start, final, session.trainer.step, evidence, stopped)

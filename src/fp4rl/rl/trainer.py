@@ -30,12 +30,12 @@ from fp4rl.rl.objective import MicroBatch, objective
 from fp4rl.rl.reference import Teacher, below_adapters
 from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
 from fp4rl.rl.routing import RouterWatch
+from fp4rl.rl.sharding import CheckpointsInParts
 from fp4rl.rl.step_metrics import StepMeans, StepTimer, finite_norm, joined
-from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem
 
 
-class Trainer(GRPOTrainer):  # type: ignore[misc]
+class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
     """Runs steps: fill a batch with groups that have spread, then make `updates_per_step` updates from it."""
 
     _buffered_inputs: Any  # TRL's: the micro-batches of the step, None before the first
@@ -91,10 +91,6 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         self.masters = Masters.of(self.model) if self.parts.float_masters else None
         if self.masters is not None:
-            if self.is_fsdp_enabled:
-                raise InvalidValueError(
-                    "model.master_dtype float32 is not there for sharded weights: take model.dtype float32"
-                )
             self.masters.put_into(optimizer)
         return optimizer
 

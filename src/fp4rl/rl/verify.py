@@ -19,9 +19,10 @@ from fp4rl.models.load import load
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.selftest import require_sound
 from fp4rl.rl import processes
+from fp4rl.rl.agreement import evidence_of_all
 from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import CheckFailed
-from fp4rl.spec.evidence import ActivePoints, Evidence, LiveCheck, MasterCheck, Rounded, WeightsMoved
+from fp4rl.spec.evidence import ActivePoints, Evidence, Injected, LiveCheck, MasterCheck, Rounded, WeightsMoved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import Format
 from fp4rl.spec.model import ExpertsImplementation, Lora, Model
@@ -54,10 +55,11 @@ def rounded(attachment: Attachment, step: int) -> Rounded:
 @contextmanager
 def weights_unchanged(
     model: nn.Module, phase: Phase, step: int, record: Record, profile: str | None = None
-) -> Iterator[None]:
-    """Hash the master weights before and after, and record whether they changed; CheckFailed where one bit did."""
+) -> Iterator[str]:
+    """Hash the master weights before (yielded) and after, and record whether they changed; CheckFailed where one bit
+    did."""
     before = master_digest(model)
-    yield
+    yield before
     unchanged = master_digest(model) == before
     line = MasterCheck(phase=phase, step=step, unchanged=unchanged, digest=before)
     record(line if profile is None else line.extended(profile=profile))
@@ -136,7 +138,7 @@ def verify_final(
     experiment: Experiment, model: PreTrainedModel, attachment: Attachment | None, final: Path, record: Record
 ) -> Summary:
     """Return the summary; details go to `record`. Raises CheckFailed when the live policy is not the one in `final`."""
-    rows = attachment.evidence() if attachment is not None else []
+    rows, of_each = evidence_of_all(attachment) if attachment is not None else ([], [])
     if attachment is not None:
         record(ActivePoints(phase="rollout", points=attachment.table.active_sites("rollout")))
         record(ActivePoints(phase="training", points=attachment.table.active_sites("training")))
@@ -149,11 +151,17 @@ def verify_final(
             f"the live policy's logits differ from those of its saved copy by up to {difference:g}: "
             "rounded weights went stale"
         )
+    acting_sites = len(attachment.table.plans) if attachment is not None else 0
+    summary = Summary(sites=acting_sites, calls=_calls(rows), live_equals_fresh=True, masters_unchanged=True)
+    return summary if len(of_each) < 2 else summary.extended(calls_by_process=tuple(map(_calls, of_each)))
+
+
+def _calls(rows: Collection[Injected]) -> dict[str, int]:
+    """Return the calls by phase of all sites and points together."""
     calls: Counter[str] = Counter()
     for row in rows:
         calls[row.phase] += row.calls
-    acting_sites = len(attachment.table.plans) if attachment is not None else 0
-    return Summary(sites=acting_sites, calls=dict(calls), live_equals_fresh=True, masters_unchanged=True)
+    return dict(calls)
 
 
 def require_verifiable(

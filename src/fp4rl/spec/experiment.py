@@ -95,6 +95,8 @@ class Experiment(Spec):
 
         if self.sharding != "none" and self.processes == 1:
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
+        if self.sharding != "none" and self.training.distillation is not None:
+            yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
             yield "injection.frozen_base: FSDP cannot shard packed weights; write copy, or sharding: none"
 

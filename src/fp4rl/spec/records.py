@@ -80,6 +80,7 @@ class Summary(Record):
 
     sites: int | None = None
     calls: Mapping[str, int] = Field(default_factory=dict)
+    calls_by_process: tuple[Mapping[str, int], ...] | None = None
     live_equals_fresh: bool | None = None
     masters_unchanged: bool | None = Field(None, alias="master_unharmed")
     weights_changed: float | None = None

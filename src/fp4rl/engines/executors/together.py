@@ -58,20 +58,20 @@ def together(
     run: PlannedRun, root: Path, report_to: tuple[str, ...], on_event: OnEvent, interrupted: Callable[[], bool]
 ) -> Outcome:
     """Run with as many processes as its experiment asks for; the outcome is that of the first to fail."""
-    with TemporaryDirectory(prefix="fp4rl-") as place, socket.socket(socket.AF_UNIX) as door:
-        folder, count = Path(place), run.experiment.processes
-        door.bind(str(folder / SOCKET))
-        door.listen(count)
+    with TemporaryDirectory(prefix="fp4rl-") as scratch, socket.socket(socket.AF_UNIX) as listener:
+        folder, count = Path(scratch), run.experiment.processes
+        listener.bind(str(folder / SOCKET))
+        listener.listen(count)
         with (folder / "launcher.log").open("wb") as log:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", _LAUNCHER, str(count), place],
+                [sys.executable, "-m", _LAUNCHER, str(count), scratch],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C goes to the worker, which asks for a checkpoint first
             )
         try:
-            heard = _listened(door, launcher, (run, root, report_to), on_event, interrupted)
+            heard = _listened(listener, launcher, (run, root, report_to), on_event, interrupted)
             codes = {int(rank): int(code) for rank, code in json.loads(launcher.communicate()[0] or b"{}").items()}
         finally:
             launcher.kill()
@@ -80,21 +80,21 @@ def together(
 
 
 def _listened(
-    door: socket.socket, launcher: Any, order: object, on_event: OnEvent, interrupted: Callable[[], bool]
+    listener: socket.socket, launcher: Any, order: object, on_event: OnEvent, interrupted: Callable[[], bool]
 ) -> _Heard:
     """Give the order to each process that connects, and take what they send until the launcher has ended."""
-    heard, asked = _Heard(), False
+    heard, requested = _Heard(), False
     while True:
-        ready = wait([launcher.stdout, door, *heard.pipes], timeout=1.0)
-        for one in ready:
-            if one is door:
-                pipe = Connection(door.accept()[0].detach())
+        ready = wait([launcher.stdout, listener, *heard.pipes], timeout=1.0)
+        for source in ready:
+            if source is listener:
+                pipe = Connection(listener.accept()[0].detach())
                 heard.pipes[pipe] = pipe.recv()
                 pipe.send(order)
-            elif isinstance(one, Connection):
-                heard.take(one, on_event)
-        if interrupted() and not asked and 0 in heard.pipes.values():
-            asked = True
+            elif isinstance(source, Connection):
+                heard.take(source, on_event)
+        if interrupted() and not requested and 0 in heard.pipes.values():
+            requested = True
             next(pipe for pipe, rank in heard.pipes.items() if rank == 0).send(STOP)
         if ready == [launcher.stdout]:  # it writes when all have ended, and nothing of theirs is left
             return heard
