@@ -279,7 +279,9 @@ def test_every_expert_is_what_the_library_makes_of_its_matrix(family, name, mode
     schemes = import_module("compressed_tensors.quantization.quant_scheme")
     helpers = import_module("compressed_tensors.quantization.utils.helpers")
     scheme = schemes.preset_name_to_scheme(LIBRARY[name][0][0], ["Linear"])
-    made = exported(model_in(family), tmp_path / "out", injection_of(CASES[name]))
+    made = exported(
+        model_in(family), tmp_path / "out", injection_of(CASES[name], deployment="vllm_blackwell"), override=True
+    )
     stored, plain = tensors_in(tmp_path / "out"), tensors_in(model_in(family))
     experts = [entry.name for entry in made.policy.rounded if ".experts." in entry.name]
     assert len(experts) == 2 * 4 * 3
@@ -317,9 +319,12 @@ def test_transformers_loads_mxfp4_experts_right_and_leaves_their_inputs(family, 
 
 
 def test_transformers_gets_other_experts_wrong_or_refuses_them_and_the_card_says_so(model_in, tmp_path):
-    """Should this fail, transformers can do more than the card says: correct `_experts_in_transformers`."""
+    """Should this fail, transformers can do more than the card says: correct `_lost_in_transformers`."""
     injection = injection_of(CASES["nvfp4_w4a16"])
-    made = exported(model_in("qwen3_moe"), tmp_path / "nvfp4", injection)
+    with pytest.raises(InvalidValueError, match="its answers are wrong; name vLLM's hardware"):
+        exported(model_in("qwen3_moe"), tmp_path / "nvfp4", injection)
+    for_vllm = injection_of(CASES["nvfp4_w4a16"], deployment="vllm_blackwell")
+    made = exported(model_in("qwen3_moe"), tmp_path / "nvfp4", for_vllm)
     model = reloaded(tmp_path / "nvfp4")
     name = "model.layers.0.mlp.experts.1.down_proj"
     (entry,) = (each for each in made.policy.rounded if each.module == name)
@@ -331,7 +336,7 @@ def test_transformers_gets_other_experts_wrong_or_refuses_them_and_the_card_says
     by_layer = {"mode": "w4a16", "by_pattern": {"*.layers.0.mlp*": "mxfp8"}}
     for case, said in ((CASES["w8a8"], "experts in mxfp8"), (by_layer, "experts in mxfp4 and mxfp8")):
         out = tmp_path / said
-        exported(model_in("qwen3_moe"), out, injection_of(case))
+        exported(model_in("qwen3_moe"), out, injection_of(case), override=True)
         with pytest.raises(RuntimeError, match="conversion of the weights"):
             reloaded(out)
         assert f"transformers 5 cannot load {said}" in (out / "README.md").read_text()

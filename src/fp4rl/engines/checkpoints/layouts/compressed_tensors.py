@@ -64,12 +64,17 @@ class CompressedTensors(Layout):
         if casts:
             stored = " and ".join(sorted(casts))
             yield f"engines compute in bfloat16 and cast to it what is stored in {stored}, so that answers may change"
-        yield from _experts_in_transformers(policy)
+        if any(entry.input for entry in _experts(policy)):
+            yield "transformers 5 leaves the inputs of experts as they are"
+        yield from _lost_in_transformers(policy)
 
     def unserved(self, policy: Policy) -> Iterator[str]:
-        """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses."""
+        """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses, and what is lost in
+        transformers, which is the deployment of this layout's name."""
         yield from super().unserved(policy)
         yield from factors_apart(policy)
+        if policy.injection.deployment == self.deployment:
+            yield from (f"{why}; name vLLM's hardware (--deployment)" for why in _lost_in_transformers(policy))
 
     def computed_otherwise(self, policy: Policy) -> Iterator[str]:
         """Yield what engines compute from other numbers than were rounded: they have bfloat16 alone."""
@@ -205,16 +210,16 @@ def _ignored(policy: Policy) -> Iterator[str]:
         yield policy.head
 
 
-def _experts_in_transformers(policy: Policy) -> Iterator[str]:
-    """Yield what transformers 5, which stacks experts while it loads them, makes of packed ones."""
-    experts = [entry for entry in policy.rounded if entry.plan and entry.plan.site.kind == "experts"]
-    formats = {_kind(entry.weight) for entry in experts}
-    if formats == {"mxfp4"}:
-        if any(entry.input for entry in experts):
-            yield "transformers 5 leaves the inputs of experts as they are"
-    elif formats == {"nvfp4"}:
+def _experts(policy: Policy) -> list[Entry]:
+    return [entry for entry in policy.rounded if entry.plan and entry.plan.site.kind == "experts"]
+
+
+def _lost_in_transformers(policy: Policy) -> Iterator[str]:
+    """Yield which packed experts transformers 5, which stacks them while it loads, does not compute with."""
+    formats = {_kind(entry.weight) for entry in _experts(policy)}
+    if formats == {"nvfp4"}:
         yield "transformers 5 drops the global scales of experts: it loads this, and its answers are wrong"
-    elif formats:
+    elif formats - {"mxfp4"}:
         yield f"transformers 5 cannot load experts in {' and '.join(sorted(formats))}"
 
 
