@@ -130,7 +130,9 @@ def _run(what: str, runs: Path) -> Path | None:
         require_not_failed(runs, what)
         if meant:
             raise CheckFailed(f"{meant[0].key} is not finished; `fp4rl run` goes on with it")
-        raise NotFoundError(f"{what!r} is no model folder and no run below {runs}{nearest(what, known)}")
+        raise NotFoundError(
+            f"{what!r} is no model folder and no run below {runs}{nearest(what, known) if known else ''}"
+        )
     return finished[0].path
 
 
