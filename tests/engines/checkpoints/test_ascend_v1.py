@@ -282,3 +282,13 @@ def test_under_transformers_5_the_live_package_leaves_stacked_experts_in_bf16(li
     said = json.loads((theirs / DESCRIPTION).read_text())
     assert {kind for name, kind in said.items() if ".experts." in name} == {"FLOAT"}
     assert {kind for name, kind in said.items() if "_proj.weight" in name and "expert" not in name} == {"W4A4_MXFP4"}
+
+
+@pytest.mark.slow
+def test_dual_scales_for_512_columns_are_as_the_live_package_writes_them(live, tmp_path):
+    """Rows of 512 and a rest, and shorter ones, in bfloat16 with biases."""
+    folder = folder_of("qwen2", tmp_path / "model", intermediate_size=768)
+    dual = layers("mxfp4", "mxfp4", scope="dual_scale", method="dualscale", dual_block_size=512)
+    theirs = packed_by_it(live, QWEN2, folder, tmp_path / "theirs", dual)
+    options = ("--mode", "w4a4", "--deployment", "vllm_ascend_dualscale")
+    require_equal(by_command(folder, tmp_path / "out", *options), theirs)
