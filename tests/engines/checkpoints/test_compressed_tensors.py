@@ -370,7 +370,9 @@ def test_what_no_engine_computes_is_refused_with_the_reason(said, model_in, tmp_
 
 def test_nvfp4_values_of_another_dtype_than_bfloat16_are_rounded_once_more_by_engines(model_in, tmp_path):
     injection = injection_of(CASES["nvfp4_w4a16"], dtype="float32")
-    made = exported(model_in("qwen2", torch.float32), tmp_path / "out", injection)
+    with pytest.raises(InvalidValueError, match=r"other numbers; add injection\.dtype=bfloat16"):
+        exported(model_in("qwen2", torch.float32), tmp_path / "out", injection)
+    made = exported(model_in("qwen2", torch.float32), tmp_path / "out", injection, override=True)
     weights, differ = reloaded(tmp_path / "out"), 0
     logits(weights)
     for entry in made.policy.rounded:
@@ -378,8 +380,10 @@ def test_nvfp4_values_of_another_dtype_than_bfloat16_are_rounded_once_more_by_en
         assert torch.equal(own.bfloat16(), theirs)
         differ += int((own != theirs.float()).sum())
     assert differ > 10_000
+    assert not list(made.layout.computed_otherwise(made.policy))
+    made = exported(model_in("qwen2", torch.float32), tmp_path / "mx", injection_of(CASES["w4a8"], dtype="float32"))
     (why,) = made.layout.computed_otherwise(made.policy)
-    assert why.startswith("NVFP4 weights were rounded in float32, but engines compute in bfloat16")
+    assert why.startswith("inputs were rounded in float32, and engines round them in bfloat16")
 
 
 @pytest.mark.slow

@@ -71,8 +71,9 @@ def _inputs(exported: Exported) -> str:
 
 
 def _words(fmt: Format | None) -> str:
-    """Return a format as `mxfp4 (scale_rule even, rounding half_away)`."""
+    """Return a format as `mxfp4 (scale_rule even, rounding half_away)`, without what each layer has of its own."""
     described = describe(fmt) if fmt else "none"
     if isinstance(described, str):
         return described
+    described.pop("calibrated", None)
     return f"{described.pop('name')} ({', '.join(f'{key} {value}' for key, value in described.items())})"

@@ -69,21 +69,24 @@ class CompressedTensors(Layout):
         yield from _lost_in_transformers(policy)
 
     def unserved(self, policy: Policy) -> Iterator[str]:
-        """Yield also which NVFP4 weights have factors of their own in a matrix that vLLM fuses, and what is lost in
-        transformers, which is the deployment of this layout's name."""
+        """Yield also what engines decode to other NVFP4 weights, and what is lost in transformers, which is the
+        deployment of this layout's name."""
         yield from super().unserved(policy)
         yield from factors_apart(policy)
+        dtype = policy.injection.dtype
+        if dtype != "bfloat16" and any(_kind(entry.weight) == "nvfp4" for entry in policy.rounded):
+            yield (
+                f"NVFP4 weights are rounded in {dtype}, and engines decode them to bfloat16, which are other numbers; "
+                "add injection.dtype=bfloat16"
+            )
         if policy.injection.deployment == self.deployment:
             yield from (f"{why}; name vLLM's hardware (--deployment)" for why in _lost_in_transformers(policy))
 
     def computed_otherwise(self, policy: Policy) -> Iterator[str]:
-        """Yield what engines compute from other numbers than were rounded: they have bfloat16 alone."""
+        """Yield that engines round inputs in bfloat16."""
         dtype = policy.injection.dtype
-        nested = any(entry.weight and entry.weight.scale == "e4m3" for entry in policy.rounded)
-        inputs = any(entry.input for entry in policy.rounded)
-        if dtype != "bfloat16" and (nested or inputs):
-            what = "NVFP4 weights" if nested else "inputs"
-            yield f"{what} were rounded in {dtype}, but engines compute in bfloat16; train with dtype: bfloat16"
+        if dtype != "bfloat16" and any(entry.input for entry in policy.rounded):
+            yield f"inputs were rounded in {dtype}, and engines round them in bfloat16; train with dtype: bfloat16"
 
     def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:
         """Yield codes, scales and factors of a rounded weight; any other tensor as it is."""
