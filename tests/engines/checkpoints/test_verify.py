@@ -331,7 +331,64 @@ def test_another_format_of_inputs_than_trained_is_named(case, tmp_path):
     assert {check for check, _ in differences} == {"inputs"}
     assert len(differences) == (14 if case == "mxfp4" else 1)
     trained, said = ("mxfp4", "mxfp8") if case == "mxfp4" else ("mxfp8", "mxfp4")
-    assert differences[0][1].how == f"inputs are said to have {said}, but were trained in {trained}"
+    assert differences[0][1].how == f"inputs are said to have {said}, but the policy's have {trained}"
+
+
+STATIC = {"name": "nvfp4", "factor": "static", "calibrated": 8.0}
+MIXED = {"mode": "w4a4", "by_pattern": {"*.layers.0.mlp*": "mxfp8", "*.layers.1.self_attn*": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("layout", "described", "rounded", "part", "cause"),
+    [
+        (
+            "compressed_tensors",
+            MIXED | {"deployment": "compressed_tensors"},
+            10,
+            "mlp.up_proj.weight_scale",
+            "scales of",
+        ),
+        ("compressed_tensors", {"mode": "w8a8", "deployment": "compressed_tensors"}, 14, None, "values differ"),
+        (
+            "ascend_v1",
+            {"mode": "w4a4", "deployment": "vllm_ascend_dualscale_64"},
+            14,
+            "self_attn.q_proj.weight_dual_scale",
+            "scales of",
+        ),
+        ("ascend_v1", {"mode": "w8a8", "deployment": "vllm_ascend"}, 14, None, "values differ"),
+    ],
+    ids=["mixed", "mxfp8", "dual", "ascend mxfp8"],
+)
+def test_other_formats_are_compared_likewise(layout, described, rounded, part, cause, tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "own", (layout, described))
+    written = exported("own", tmp_path)
+    assert found(written.folder) == []
+    checks = {check.name: check.compared for check in verify(written.folder, Request()).checks}
+    assert checks["sites"] == {"rounded": rounded, "left": 1 + (layout == "ascend_v1") + 14 - rounded}
+    name = f"model.layers.0.{part}" if part else written.codes(Q)
+    if part is None:
+        written[name].view(torch.uint8)[1, 2] ^= 1
+    elif "dual" in part:
+        written[name] = 1 / written[name]
+    else:
+        written[name][0] += 1
+    written.save()
+    [(check, difference)] = found(written.folder)
+    assert (check, difference.what) == ("weights", f"{name.rpartition('.')[0]}.weight")
+    assert cause in difference.how
+
+
+def test_a_static_factor_of_inputs_that_is_another_is_named(tmp_path, monkeypatch):
+    described = {"mode": "nvfp4_w4a4", "input": STATIC, "deployment": "compressed_tensors"}
+    monkeypatch.setitem(CASES, "own", ("compressed_tensors", described))
+    written = exported("own", tmp_path)
+    assert found(written.folder) == []
+    written[f"{Q}.input_global_scale"] *= 2
+    written.save()
+    [(check, difference)] = found(written.folder)
+    assert (check, difference.what) == ("inputs", f"{Q}.weight")
+    assert difference.how == "its static factor is for inputs up to 4.0, the policy's up to 8.0"
 
 
 def test_the_verb_prints_all_that_differs_and_exits_with_1(tmp_path, capsys):

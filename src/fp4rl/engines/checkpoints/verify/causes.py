@@ -48,7 +48,7 @@ def _scaled(here: Tensor, expected: Tensor, fmt: Format) -> str:
     ratio = torch.where(b == 0, torch.nan, a / b)
     known = ratio[~ratio.isnan()]
     if known.numel() and known.min() > 0 and known.max() < known.min() * _NEAR:
-        return f"all values are {float(known.median()):.4g} times the trained ones: a scale of the whole tensor"
+        return f"all values are {float(known.median()):.4g} times the policy's: a scale of the whole tensor"
     width = fmt.block[1] if fmt.block else here.shape[-1]
     if here.shape[-1] % width:
         return ""

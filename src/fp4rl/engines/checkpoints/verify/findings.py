@@ -24,7 +24,7 @@ class Difference:
         """The difference as one line."""
         if self.first is None:
             return f"{self.what}: {self.how}"
-        return f"{self.what}: {self.how}; first {list(self.first)}: {self.here:.9g}, but trained {self.expected:.9g}"
+        return f"{self.what}: {self.how}; first {list(self.first)}: {self.here:.9g}, in the policy {self.expected:.9g}"
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Check:
         """
         self.count(tensors=1, values=expected.numel())
         if here.shape != expected.shape:
-            how = f"its shape is {list(here.shape)}, but trained {list(expected.shape)}"
+            how = f"its shape is {list(here.shape)}, in the policy {list(expected.shape)}"
             self.differs(name, how, tensors=1, values=expected.numel())
             return None
         wrong = _bits(here) != _bits(expected)

@@ -117,7 +117,7 @@ def _otherwise(trained: Trained, dtype: str) -> str | None:
     if not any(plan.input for plan in plans):
         return None
     if trained.injection.dtype != dtype:
-        return f"inputs are rounded in {dtype}, but were trained in {trained.injection.dtype}"
+        return f"inputs are rounded in {dtype}, those of the policy in {trained.injection.dtype}"
     if any(plan.input and plan.site.kind == "experts" for plan in plans):
         return "transformers leaves the inputs of experts as they are"
     try:

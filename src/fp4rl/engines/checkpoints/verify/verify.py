@@ -35,7 +35,9 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
         gone = f"{record['source']} is not here any more" if record else "nothing here says what it was made from"
         checked.notes.append(f"{gone}, so that no value was compared; name a run or a model folder with --against")
         return Verified(str(out), layout, None, None, (checked,))
+    said("policy computed", 0, 1)
     trained = Trained.of(meant.folder, meant.dtype, meant.experts, meant.injection)
+    said("policy computed", 1, 1)
     checks = Weights(checkpoint, trained).checks(all_tensors(base_of(meant.folder) or meant.folder), said)
     if record is not None:
         _record(record, meant, trained, checks[1])

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint against the policy that was trained: rounded ones, those that were left, all else."""
+"""Every tensor of a checkpoint against those of the policy: rounded ones, those that were left, all else."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +36,7 @@ class Weights:
 
     def checks(self, required: Mapping[str, object], said: Said) -> tuple[Check, ...]:
         """Compare all tensors; `required` are those of the unquantized files."""
+        self.sites.count(rounded=0, left=0)
         names = list(dict.fromkeys([*required, *self.checkpoint.tensors]))
         for done, name in enumerate(names):
             self._compare(name)
@@ -56,7 +57,7 @@ class Weights:
             return
         if name not in self.trained.values:
             check.count(tensors=1)
-            check.differs(name, "is no tensor of the model that was trained", tensors=1)
+            check.differs(name, "is no tensor of the policy", tensors=1)
             return
         packed, fmt = self.checkpoint.packed(name), plan.weight if plan else None
         try:
@@ -72,13 +73,17 @@ class Weights:
             wrong = None
         if wrong is not None:
             why = cause(name, here, fmt, self.trained.values, lambda: self._masters)
-            if name in self.trained.head and not why:
+            if name in self.trained.head and self._twice and not why:
                 why = "it is the embedding in the model, and is written twice with different values"
             check.explain(name, here, expected, wrong, why)
         turned = plan is not None and bool(plan.site.transposed) and (here.ndim > 2 or plan.site.kind != "experts")
         self._site(name, fmt, packed, here.mT if turned else here, differs=wrong is not None)
         if plan is not None and packed is not None:
             self._input(name, plan.input, packed)
+
+    @property
+    def _twice(self) -> bool:
+        return len(self.trained.head & self.checkpoint.tensors.keys()) > 1
 
     @cached_property
     def _masters(self) -> Mapping[str, Tensor]:
@@ -97,12 +102,14 @@ class Weights:
             return
         if packed is not None:
             if _kind(packed.fmt) != _kind(fmt):
-                self.sites.differs(name, f"is packed as {_words(packed.fmt)}, but trained in {_words(fmt)}", rounded=1)
+                self.sites.differs(
+                    name, f"is packed as {_words(packed.fmt)}, but the policy has {_words(fmt)}", rounded=1
+                )
         elif self.checkpoint.method is not None:
             dtype = str(here.dtype).removeprefix("torch.")
-            self.sites.differs(name, f"is stored in {dtype}, but trained in {_words(fmt)}", rounded=1)
+            self.sites.differs(name, f"is stored in {dtype}, but the policy has {_words(fmt)}", rounded=1)
         elif off := off_grid(here, fmt):
-            how = f"{off:,} of its {here.numel():,} values lie off the grid of {_words(fmt)}, in which it was trained"
+            how = f"{off:,} of its {here.numel():,} values lie off the grid of {_words(fmt)}, which the policy has"
             self.sites.differs(name, how, rounded=1)
 
     def _reason(self, name: str) -> str:
@@ -115,9 +122,11 @@ class Weights:
         said = packed.unread_input or (_words(packed.input) if packed.input else "no format")
         trained = _words(fmt) if fmt else "no format"
         if packed.unread_input is not None or _kind(packed.input) != _kind(fmt):
-            self.inputs.differs(name, f"inputs are said to have {said}, but were trained in {trained}", layers=1)
+            self.inputs.differs(name, f"inputs are said to have {said}, but the policy's have {trained}", layers=1)
         elif fmt and packed.input and not _as_calibrated(fmt, packed):
-            how = f"its static factor is for inputs up to {packed.input.calibrated}, but trained for {fmt.calibrated}"
+            how = (
+                f"its static factor is for inputs up to {packed.input.calibrated}, the policy's up to {fmt.calibrated}"
+            )
             self.inputs.differs(name, how, layers=1)
 
 
