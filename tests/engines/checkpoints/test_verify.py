@@ -489,6 +489,46 @@ def test_what_compressed_tensors_wrote_is_equal_to_its_model(scheme, mode, tmp_p
     assert len(differences) == checks["inputs"]["layers"]
 
 
+def broken_config(written):
+    (written.folder / "config.json").write_text("{")
+
+
+def cut_short(written):
+    file = next(iter(written.files))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def without_weights(written):
+    next(iter(written.files)).unlink()
+
+
+@pytest.mark.parametrize("fault", [broken_config, cut_short, without_weights])
+def test_a_folder_that_cannot_be_read_is_a_difference(fault, tmp_path):
+    written = exported("mxfp4", tmp_path)
+    fault(written)
+    differences = found(written.folder)
+    assert {check for check, _ in differences} == {"files"}
+    assert "cannot be read" in differences[-1][1].how
+
+
+def test_a_tokenizer_that_is_missing_is_a_difference_of_the_loaded_model(tmp_path):
+    written = exported("mxfp4", tmp_path)
+    (written.folder / "tokenizer.json").unlink()
+    checks = verify(written.folder, Request(), engine=True).checks
+    assert [check.name for check in checks if check.differences] == ["files", "transformers"]
+    assert "has no tokenizer" in checks[-1].differences[0].how
+
+
+def test_a_record_without_a_known_injection_is_bad_input_in_one_line(tmp_path, capsys):
+    written = exported("bf16", tmp_path)
+    written.text(RECORD, lambda record: record.update(injection={"mode": "w9"}))
+    assert main(["verify", str(written.folder)]) == 2
+    assert "no mode is called 'w9'" in capsys.readouterr().err
+    written.text(RECORD, lambda record: record.pop("source"))
+    assert main(["verify", str(written.folder)]) == 0
+    assert "nothing here says what it was made from" in capsys.readouterr().out
+
+
 OTHERS = {
     "w4a4": None,
     "w4a8": None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp4rl.engines.checkpoints.export import RECORD
 from fp4rl.engines.checkpoints.layouts.baked import Baked
 from fp4rl.engines.checkpoints.source import dtype_of, injection_of, policy_of
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
@@ -14,6 +15,7 @@ from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.load import parse
 
 # Whose rules a packer's checkpoints are rounded by where no deployment is named.
 _USUAL = {"AscendV1": "vllm_ascend", "modelopt": "vllm_blackwell"}
@@ -71,12 +73,17 @@ def against(request: Request, record: Mapping[str, Any] | None, checkpoint: Chec
         return None
     folder, run = policy_of(str(what), request.runs)
     if record is not None and request.mode is None and request.deployment is None:
-        return Against(folder, Injection.model_validate(record["injection"]), run)
+        return Against(folder, recorded_injection(record), run)
     if run is not None:
         injection = injection_of(run, request.mode, request.deployment)
     else:
         injection = _of_model(folder, request, checkpoint)
     return Against(folder, injection if checkpoint.method else Baked().deployed(injection), run)
+
+
+def recorded_injection(record: Mapping[str, Any]) -> Injection:
+    """Return the injection under which a folder was exported; InvalidValueError for what is none."""
+    return parse(Injection, record.get("injection") or {}, RECORD)
 
 
 def _of_model(folder: Path, request: Request, checkpoint: Checkpoint) -> Injection:

@@ -1,6 +1,7 @@
 """Greedy answers to the run's own problems: those of the checkpoint against those of the policy, one by one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,23 @@ from fp4rl.spec.evidence import Evaluation
 _SHOWN = 40  # characters of an answer
 
 
-def computed(checkpoint: Checkpoint, trained: Trained, meant: Against, said: Said) -> Check:
-    """Load the checkpoint, and compare its logits with the policy's and its answers to the run's own problems."""
+def computed(checkpoint: Checkpoint, trained: Trained, meant: Against, said: Said, *, reordered: int) -> Check:
+    """Load the checkpoint, and compare its logits with the policy's and its answers to the run's own problems.
+
+    `reordered` is the number of values that the layout's order of products gives other last bits.
+    """
     check = Check("transformers")
-    engine = loaded(checkpoint, trained, meant.dtype, check)
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+        engine = loaded(checkpoint, trained, meant.dtype, check)
+    except UserError as error:
+        check.count(models=1)
+        check.differs("the folder", f"cannot be loaded: {error}", models=1)
+        return check
     if engine is None:
         return check
+    if reordered:
+        engine = replace(engine, otherwise=f"{reordered:,} values of weights have other last bits")
     policy: Any = trained.model if engine.dtype == meant.dtype else load(meant.folder, engine.dtype, meant.experts)[0]
     compare_logits(check, engine, policy, trained.injection)
     try:
@@ -35,7 +47,6 @@ def computed(checkpoint: Checkpoint, trained: Trained, meant: Against, said: Sai
     if runner is None:
         check.notes.append("a model folder has no task, so no answers were compared; --against a run compares them")
         return check
-    tokenizer = load_tokenizer(checkpoint.folder)
     with engine.computing():
         here = _answers(engine.model, tokenizer, runner, partial(said, "answers of the checkpoint"))
     with evaluating(policy, trained.injection):

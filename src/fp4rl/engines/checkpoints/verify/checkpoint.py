@@ -1,5 +1,6 @@
 """The checkpoint that is verified: its tensors by their unquantized names, packed or not."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fp4rl.models.fit import readable
 from fp4rl.models.packed.folder import opened
 from fp4rl.models.packed.weight import StoredWeight
 from fp4rl.models.shards import StoredTensor, all_tensors
@@ -25,6 +27,8 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Open a folder; raises InvalidValueError, in one line, for what cannot be read."""
+        with readable("config.json", folder):
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))
         packed = opened(folder)
         if packed is None:
             return cls(folder, None, all_tensors(folder))

@@ -19,7 +19,7 @@ from fp4rl.inject.attach import attach
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.fit import keep_endings_alone
 from fp4rl.models.load import load
-from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.retarget import under_deployment
 
@@ -73,6 +73,8 @@ def loaded(checkpoint: Checkpoint, trained: Trained, dtype: str, check: Check) -
     if checkpoint.method is not None and method != "compressed-tensors":
         check.name = "our reader"
         check.notes.append(f"transformers loads no {method}: our own reader did, and no other engine computed with it")
+        if any(plan.weight and plan.weight.scale == "e4m3" for plan in trained.plans.values()):
+            dtype = trained.injection.dtype  # which NVFP4 values are rounded to, and are not themselves in another
         model = _with_adapter(load(checkpoint.folder, dtype)[0], checkpoint.folder / ADAPTER)
         return Loaded(model.eval(), "our reader", dtype, _inputs_alone(trained.injection))
     dtype = dtype if checkpoint.method is None else "bfloat16"  # compressed-tensors decodes to that alone
@@ -87,8 +89,8 @@ def loaded(checkpoint: Checkpoint, trained: Trained, dtype: str, check: Check) -
                 checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True, **how
             )
             model = _with_adapter(model, checkpoint.folder / ADAPTER)
-    except ImportError as error:
-        raise NotFoundError(f"transformers needs another library for this folder: {error}") from None
+    except ImportError as error:  # no fault of the folder
+        raise CheckFailed(f"transformers needs another library for this folder: {error}") from None
     except Exception as error:
         check.count(models=1)
         check.differs(str(checkpoint.folder), f"transformers cannot load it: {str(error).splitlines()[0]}", models=1)

@@ -1,9 +1,11 @@
 """Compare a checkpoint with what was trained, by value: files, weights, sites, inputs, all else, what it computes."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fp4rl.engines.checkpoints.export import ADAPTER
-from fp4rl.engines.checkpoints.verify.against import Against, Request, against
+from fp4rl.engines.checkpoints.verify.against import Against, Request, against, recorded_injection
 from fp4rl.engines.checkpoints.verify.answers import computed
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.files import files, read_record
@@ -13,7 +15,6 @@ from fp4rl.engines.checkpoints.verify.weights import Said, Weights, adapter
 from fp4rl.models.load import base_of
 from fp4rl.models.shards import all_tensors
 from fp4rl.spec.errors import UserError
-from fp4rl.spec.injection import Injection
 
 
 def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine: bool = False) -> Verified:
@@ -27,32 +28,32 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
         checkpoint = Checkpoint.open(out)
     except UserError as error:
         checked.differs("the folder", f"cannot be read: {error}", files=1)
-        layout = str(record["layout"]) if record else "not known"
-        return Verified(str(out), layout, None, None, (checked,))
+        return Verified(str(out), "cannot be read", None, None, (checked,))
     meant = against(request, record, checkpoint)
-    layout = str(record["layout"]) if record else checkpoint.method or "plain weights"
+    layout = checkpoint.method or "plain weights"
     if meant is None:
-        gone = f"{record['source']} is not here any more" if record else "nothing here says what it was made from"
+        source = record and record.get("source")
+        gone = f"{source} is not here any more" if source else "nothing here says what it was made from"
         checked.notes.append(f"{gone}, so that no value was compared; name a run or a model folder with --against")
         return Verified(str(out), layout, None, None, (checked,))
     said("policy computed", 0, 1)
     trained = Trained.of(meant.folder, meant.dtype, meant.experts, meant.injection)
     said("policy computed", 1, 1)
-    checks = Weights(checkpoint, trained).checks(all_tensors(base_of(meant.folder) or meant.folder), said)
+    weights = Weights(checkpoint, trained)
+    checks = weights.checks(all_tensors(base_of(meant.folder) or meant.folder), said)
     if record is not None:
         _record(record, meant, trained, checks[1])
     if (out / ADAPTER).is_dir():
         adapter(out, meant.folder, checks[-1])
     if engine:
-        checks = (*checks, computed(checkpoint, trained, meant, said))
+        checks = (*checks, computed(checkpoint, trained, meant, said, reordered=weights.reordered))
     injection = meant.injection.model_dump(mode="json")
     return Verified(str(out), layout, meant.name, injection, (checked, *checks))
 
 
-def _record(record: object, meant: Against, trained: Trained, check: Check) -> None:
+def _record(record: Mapping[str, Any], meant: Against, trained: Trained, check: Check) -> None:
     """Compare the table of sites with the one of the export."""
-    assert isinstance(record, dict)
-    if Injection.model_validate(record["injection"]) != meant.injection:
+    if recorded_injection(record) != meant.injection:
         check.notes.append("compared under another injection than the export recorded")
     elif (now := trained.table.digest_in("evaluation")) != record.get("sites_digest"):
         how = f"its digest is {now}, but {record.get('sites_digest')} was recorded: another model, or another fp4rl"
