@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fp4rl.inject.attach import attach
 from fp4rl.numerics.quantize import fake_quantize
@@ -106,6 +107,13 @@ def test_sharded_weights_are_rounded_whole_and_no_copy_of_them_is_kept(order):
     assert all(layer.__dict__["injected"].cache.copy is None for layer in model)
     harmed.remove()
     assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_tensor_is_not_rounded_in_parts():
+    parts = distribute_tensor(torch.randn(64, 64), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(InvalidValueError, match=r"cannot be rounded in parts; gather it: x.full_tensor"):
+        fake_quantize(parts, MXFP4)
 
 
 @pytest.mark.usefixtures("one_rank")

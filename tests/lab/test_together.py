@@ -108,10 +108,21 @@ def ranks(running):
     return {int(p.environ()["RANK"]): p for p in below if "fp4rl.engines.executors.rank" in p.cmdline()}
 
 
+SHARDED = {
+    "processes": 2,
+    "sharding": "fsdp2",
+    "model": {"embedded": {"warm_up_steps": 60}, "dtype": "bfloat16"},
+    "injection": {"mode": "w4a16", "deployment": "compressed_tensors"},
+    "noise": {"schedule": {"kind": "constant", "sigma": 0.05}},
+}
+ADAPTED = SHARDED | {"model": {"embedded": {"warm_up_steps": 60}, "lora": {"rank": 4}}, "noise": None}
+
+
 @pytest.mark.slow
-def test_a_killed_process_ends_its_run_in_one_line_and_the_same_command_resumes_to_the_same_end(tmp_path):
+@pytest.mark.parametrize("keys", [{"processes": 2}, SHARDED, ADAPTED], ids=["ddp", "fsdp2", "fsdp2 and lora"])
+def test_a_killed_process_ends_its_run_in_one_line_and_the_same_command_resumes_to_the_same_end(tmp_path, keys):
     suite = tmp_path / "suite.yaml"
-    suite.write_text(yaml.safe_dump(SUITE))
+    suite.write_text(yaml.safe_dump(SUITE | {"arms": SUITE["arms"] | {"two": keys}}))
     finished(suite, tmp_path / "whole")
     running, begun = started(suite, tmp_path / "killed"), time.monotonic()
     while not list((tmp_path / "killed").glob("together/two-s0-*/checkpoints/checkpoint-4/fp4rl.json")):

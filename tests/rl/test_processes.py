@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from fp4rl.rl import processes
-from fp4rl.rl.components import arguments, require_shares
+from fp4rl.rl.components import arguments, require_processes, require_shares
 from fp4rl.rl.step_metrics import joined
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.training import Training
 
 # Each process takes its share of one fixed batch, in which later answers are longer: a loss that divided by a process's
@@ -156,5 +157,10 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
         require_shares(recipe, 3)
     whole_batch = recipe.model_copy(update={"adv_estimator": "reinforce_plus_plus_baseline"})
     require_shares(whole_batch, 1)
+    require_processes(Experiment(), 2)  # torchrun, typed by the user
+    with pytest.raises(InvalidValueError, match="under torchrun write --nproc-per-node 2"):
+        require_processes(Experiment(processes=2), 4)
+    with pytest.raises(InvalidValueError, match="takes its weights from one process, and this run has 2"):
+        require_processes(Experiment(processes=2, rollout={"engine": "vllm"}), 2)
     with pytest.raises(InvalidValueError, match="take grpo or rloo"):
         require_shares(whole_batch, 2)

@@ -93,6 +93,30 @@ def test_the_same_answers_give_the_losses_gradients_and_weights_of_one_process(r
         assert all(each["training"] for each in of_each)
 
 
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    """What each of two processes found, by case."""
+    out = tmp_path_factory.mktemp("streams") / "found.json"
+    called(*LAUNCHER, Path(__file__).with_name("streamed.py"), out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_the_weight_stream_of_sharded_models_is_that_of_one_process_tensor_by_tensor(streams):
+    for found in streams:
+        assert len(found) == 10
+        for name, case in found.items():
+            assert "error" not in case, (name, case)
+            assert case["names"], name
+            assert case["differ"] == case["differ_whole"] == [], name
+            assert 0.3 < case["share"] < 0.7, "each process holds its part"
+
+
+@pytest.mark.slow
+def test_rounded_copies_that_are_older_than_their_weights_are_found_in_a_sharded_rollout(streams):
+    assert all(case["refresh_found"] for found in streams for case in found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_process_that_trains_another_policy_is_found(ran, fault):

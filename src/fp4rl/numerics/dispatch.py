@@ -77,6 +77,8 @@ def backend_for(x: Tensor, fmt: Format) -> Backend:
 
 def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None = None) -> Tensor:
     """Compute `reference(x, fmt, seed)` on the backend that fits, into `out` where one is given (it may be x)."""
+    if hasattr(x, "to_local"):  # its parts have other blocks, and no memory of their own that a kernel could read
+        raise InvalidValueError("a sharded tensor (DTensor) cannot be rounded in parts; gather it: x.full_tensor()")
     backend = backend_for(x, fmt)
     if backend == "reference":
         result = reference(x, fmt, seed)

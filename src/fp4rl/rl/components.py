@@ -15,6 +15,7 @@ from fp4rl.rl.processes import device
 from fp4rl.rl.reference import FrozenPolicy
 from fp4rl.rl.rewards import Rewarder
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.training import Training
 
 
@@ -94,14 +95,24 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
     }
 
 
-def require_shares(recipe: Training, processes: int, wanted: int = 1) -> None:
-    """Raise InvalidValueError for a recipe that several processes cannot run like a single one, and for another number
-    than is `wanted` for (1: whatever a launcher gives)."""
-    if wanted not in (1, processes):
+def require_processes(experiment: Experiment, count: int) -> None:
+    """Raise InvalidValueError for what `count` processes cannot do together, and where the experiment asks for another
+    number of them (1: as many as a launcher gives)."""
+    if experiment.processes not in (1, count):
         raise InvalidValueError(
-            f"the experiment asks for {wanted} processes and this is one of {processes}: `fp4rl run` starts them "
-            f"itself; under torchrun write --nproc-per-node {wanted}"
+            f"the experiment asks for {experiment.processes} processes and this is one of {count}: `fp4rl run` starts "
+            f"them itself; under torchrun write --nproc-per-node {experiment.processes}"
         )
+    if count > 1 and experiment.rollout.engine != "transformers":
+        raise InvalidValueError(
+            f"rollout.engine {experiment.rollout.engine} takes its weights from one process, and this run has {count}; "
+            "take transformers, or one process"
+        )
+    require_shares(experiment.training, count)
+
+
+def require_shares(recipe: Training, processes: int) -> None:
+    """Raise InvalidValueError for a recipe that several processes cannot run like a single one."""
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
     micro = recipe.micro_batch_size or share
     if recipe.train_batch_size % processes or rest or share % micro:

@@ -63,6 +63,22 @@ def whole(model: nn.Module, attachment: Attachment | None) -> Iterator[None]:
             part.reshard()
 
 
+def gathered_in_turn(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a sharded model as `named_modules` does, each while its own weights are whole."""
+    held: list[tuple[str, FSDPModule]] = []
+    try:
+        for path, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                while held and not f"{path}.".startswith(f"{held[-1][0]}." if held[-1][0] else ""):
+                    held.pop()[1].reshard()
+                module.unshard()
+                held.append((path, module))
+            yield path, module
+    finally:
+        for _, part in held:
+            part.reshard()
+
+
 @torch.no_grad()
 def gathered(model: nn.Module) -> dict[str, Tensor] | None:
     """Return the state dict of a sharded model with whole tensors, in the first process (empty in the others), and None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from fp4rl.inject.adapted import AdaptedSum
@@ -17,6 +18,7 @@ from fp4rl.inject.install import is_injected
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import codes_of
 from fp4rl.inject.site import KEY, SiteState
+from fp4rl.rl.sharding import gathered_in_turn
 from fp4rl.sites.walk import plain_name
 from fp4rl.spec.errors import InvalidValueError
 
@@ -26,19 +28,21 @@ def weight_stream(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight and persistent buffer of `model` as `save_pretrained` would name it, in the model's order.
 
     Stacked experts come as the files of their model hold them. A weight that is held at several places comes once,
-    under its first name. Sharded weights are gathered, one at a time, by all processes together. Raises
+    under its first name. Sharded weights are gathered, one layer at a time, by all processes together. Raises
     InvalidValueError for an adapter beside rounded inputs, which is no product with one matrix.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     adapters = {id(layer.get_base_layer()): layer for layer in _adapted(model)}
     met: set[int] = set()
-    for path, module in model.named_modules():
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    for path, module in gathered_in_turn(model) if sharded else model.named_modules():
         if _is_adapter(path) or "original_module" in path.split("."):
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in met:
                 met.add(id(parameter))
-                whole = _whole(_as_computed(module, name, parameter, adapters.get(id(module)))).detach()
+                whole = _as_computed(module, name, parameter, adapters.get(id(module))).detach()
+                whole = whole.clone() if sharded else whole  # what was gathered is freed with its layer
                 yield from revert_weight_conversion(inner, {plain_name(f"{path}.{name}"): whole}).items()
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -92,8 +96,3 @@ def _adapted(model: nn.Module) -> Iterator[Any]:
 
 def _is_adapter(path: str) -> bool:
     return any(part.startswith("lora_") for part in path.split("."))
-
-
-def _whole(weight: Tensor) -> Tensor:
-    full: Any = getattr(weight, "full_tensor", None)
-    return weight if full is None else full()

@@ -10,7 +10,7 @@ from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
-from fp4rl.rl.components import require_shares
+from fp4rl.rl.components import require_processes
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
@@ -66,7 +66,7 @@ def train(
     """
     check(experiment)
     require_sound_quantizer()
-    require_shares(experiment.training, processes.count(), experiment.processes)
+    require_processes(experiment, processes.count())
     resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
     if (packed := packed_note(run.start)) is not None:
