@@ -15,6 +15,7 @@ from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved,
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
+from fp4rl.rl.sharding import whole
 from fp4rl.rl.verify import (
     few_changed,
     require_changed,
@@ -79,9 +80,10 @@ def train(
         session = TrainingSession(run, resume)
         require_verifiable(experiment, session.model, session.attachment, run.start)
     if experiment.noise is not None:
-        warnings = [*noise_warnings(session.model, experiment.noise, experiment.training.steps)]
-        if experiment.model.path is not None:  # for the embedded model it is known without loading
-            warnings += without_effect(session.model, experiment.noise)
+        with whole(session.model, session.attachment):
+            warnings = [*noise_warnings(session.model, experiment.noise, experiment.training.steps)]
+            if experiment.model.path is not None:  # for the embedded model it is known without loading
+                warnings += without_effect(session.model, experiment.noise)
         for line in warnings:
             run.emit(Message(line))
     run.emit(SitesResolved(sites(session.attachment)))
