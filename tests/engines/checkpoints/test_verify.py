@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from packed_models import by_compressed_tensors, start
+from packed_models import by_compressed_tensors, by_modelopt, start
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -487,6 +487,18 @@ def test_what_compressed_tensors_wrote_is_equal_to_its_model(scheme, mode, tmp_p
     differences = found(tmp_path / "out", against=str(tmp_path / "model"), mode=other)
     assert {check for check, _ in differences} == {"inputs"}
     assert len(differences) == checks["inputs"]["layers"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_modelopt_wrote_is_equal_to_its_model_and_has_factors_of_its_own(tmp_path):
+    pytest.importorskip("modelopt", reason="install the extra `oracles`", exc_type=ModuleNotFoundError)
+    for part in start():
+        part.save_pretrained(tmp_path / "model")
+    by_modelopt(tmp_path / "out")
+    assert found(tmp_path / "out", against=str(tmp_path / "model")) == []
+    checks = {c.name: c for c in verify(tmp_path / "out", Request(str(tmp_path / "model"))).checks}
+    assert checks["weights"].compared["values"] > 10_000
+    assert checks["inputs"].notes == ["7 layers with static factors of the checkpoint's own: a model folder has none"]
 
 
 def broken_config(written):

@@ -39,7 +39,7 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
     said("policy computed", 0, 1)
     trained = Trained.of(meant.folder, meant.dtype, meant.experts, meant.injection)
     said("policy computed", 1, 1)
-    weights = Weights(checkpoint, trained)
+    weights = Weights(checkpoint, trained, trained_inputs=record is not None or meant.run is not None)
     checks = weights.checks(all_tensors(base_of(meant.folder) or meant.folder), said)
     if record is not None:
         _record(record, meant, trained, checks[1])

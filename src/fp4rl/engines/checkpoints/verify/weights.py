@@ -18,21 +18,26 @@ from fp4rl.models.shards import all_tensors
 from fp4rl.numerics.scales import nvfp4_global
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import E2M1, NVFP4, Format, describe
+from fp4rl.spec.words import counted
 
 Said = Callable[[str, int, int], None]  # what is being done, how much of it is done, and all
 
 
 @dataclass
 class Weights:
-    """Compares tensor by tensor; `checks` fill meanwhile."""
+    """Compares tensor by tensor; `checks` fill meanwhile. `trained_inputs`: what inputs are rounded to is known from a
+    run or a record, and not by the mode alone that the checkpoint says of itself."""
 
     checkpoint: Checkpoint
     trained: Trained
+    trained_inputs: bool = True
     weights: Check = field(default_factory=lambda: Check("weights"))
     sites: Check = field(default_factory=lambda: Check("sites"))
     inputs: Check = field(default_factory=lambda: Check("inputs"))
     others: Check = field(default_factory=lambda: Check("other tensors"))
     reordered: int = 0  # values whose codes and scales are those that were trained, under a layout that multiplies
+
+    own_factors: int = 0  # static ones of inputs that there is nothing to compare with
 
     def checks(self, required: Mapping[str, object], said: Said) -> tuple[Check, ...]:
         """Compare all tensors; `required` are those of the unquantized files."""
@@ -44,6 +49,9 @@ class Weights:
         if self.reordered:
             said_so = f"{self.reordered:,} values have other last bits, as code * (scale * weight_scale_2) is rounded"
             self.weights.notes.append(f"{said_so}; their codes and scales are those that were trained")
+        if self.own_factors:
+            layers = counted(self.own_factors, "layer")
+            self.inputs.notes.append(f"{layers} with static factors of the checkpoint's own: a model folder has none")
         if self.checkpoint.method is None:
             self.inputs.notes.append("a checkpoint of plain weights says nothing of inputs, and engines round none")
         return self.weights, self.sites, self.inputs, self.others
@@ -124,9 +132,11 @@ class Weights:
         if packed.unread_input is not None or _kind(packed.input) != _kind(fmt):
             self.inputs.differs(name, f"inputs are said to have {said}, but the policy's have {trained}", layers=1)
         elif fmt and packed.input and not _as_calibrated(fmt, packed):
-            how = (
-                f"its static factor is for inputs up to {packed.input.calibrated}, the policy's up to {fmt.calibrated}"
-            )
+            if fmt.calibrated is None and not self.trained_inputs:
+                self.own_factors += 1
+                return
+            own = f"up to {fmt.calibrated}" if fmt.calibrated else f"have one {fmt.factor}"
+            how = f"its static factor is for inputs up to {packed.input.calibrated}, the policy's {own}"
             self.inputs.differs(name, how, layers=1)
 
 
