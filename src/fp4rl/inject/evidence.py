@@ -57,6 +57,11 @@ class Meter:
         self._error += float((new - old).square().sum())
         self._power += float(old.square().sum())
 
+    def add(self, other: "Meter") -> None:
+        """Add what another meter counted, in another process, besides its calls."""
+        for name in ("elements", "looks", "missed", "_seen", "_changed", "_error", "_power"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     @property
     def share_changed(self) -> float | None:
         """Share of the sampled values that rounding changed; None before the first look."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
-from fp4rl.rl.generate import Sampler, Sampling, sampler_named, transformers_sampler
+from fp4rl.rl.generate import Sampler, Sampling, evidence_of, sampler_named, transformers_sampler
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
@@ -191,6 +191,8 @@ class EvaluationRunner:
             ):
                 with located(f"evaluation as {name}"):
                     items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
+                for served in evidence_of(sampler):
+                    record(served.extended(profile=name, step=step))
                 if attachment is not None:  # evidence: what should have acted meanwhile, and what did
                     attachment.require_calls()
                     points = attachment.table.active_sites("evaluation")

@@ -30,6 +30,7 @@ from fp4rl.rl.prompts import padded
 from fp4rl.rl.routing import Recorder
 from fp4rl.sites.observe import require_finite_rows
 from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.spec.evidence import WeightsServed
 from fp4rl.spec.rollout import RolloutEngine
 
 
@@ -212,6 +213,12 @@ def sampler_named(chosen: RolloutEngine) -> Sampler:
     if chosen.engine not in SAMPLERS:
         raise NotFoundError(f"no rollout.engine {chosen.engine!r}{nearest(chosen.engine, SAMPLERS)}")
     return SAMPLERS[chosen.engine](chosen)
+
+
+def evidence_of(sampler: Sampler) -> list[WeightsServed]:
+    """Return what an engine outside this process recorded since this was asked last; nothing of one inside it."""
+    told: Callable[[], list[WeightsServed]] = getattr(sampler, "evidence", list)
+    return told()
 
 
 class SampledLogprobs(LogitsProcessor):  # type: ignore[misc]

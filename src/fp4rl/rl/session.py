@@ -21,7 +21,7 @@ from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, evaluation_runner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
 from fp4rl.rl.fill import PromptStream
-from fp4rl.rl.generate import dropout_off, sampler_named
+from fp4rl.rl.generate import dropout_off, evidence_of, sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.mismatch import is_repeatable
@@ -32,7 +32,7 @@ from fp4rl.rl.sharding import gathered, shard
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.verify import weights_digest
 from fp4rl.sites.modalities import freeze_other_modules
-from fp4rl.spec.errors import NotFinite, located, require_finite
+from fp4rl.spec.errors import EngineLost, NotFinite, located, require_finite
 from fp4rl.spec.evidence import CheckpointKept
 from fp4rl.spec.experiment import Experiment
 
@@ -104,16 +104,22 @@ class TrainingSession:
         self.monitor = LiveMonitor(experiment.health, sorted(resume.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
         self.stream = PromptStream(experiment.task.problems("train"), experiment.seed)
+        self.sampler = sampler_named(experiment.rollout)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
+        self._at: tuple[int, dict[str, Any]] | None = None  # the last boundary of a run that a server samples for
 
     def train(self) -> None:
         """Train to the last step, or to the one after which the monitor ends it.
 
-        Raises Interrupted between steps, and NotFinite within one unless the monitor is to roll back.
+        Raises Interrupted between steps, and NotFinite within one unless the monitor is to roll back. EngineLost too,
+        after it has kept what was trained so far.
         """
         checkpoint = self.resume.checkpoint
         try:
             self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+        except EngineLost:
+            self._keep_boundary()
+            raise
         except NotFinite as error:
             step = max(self.resume.metrics, default=0) + 1
             self.monitor.observe(step, {"policy_loss": nan})
@@ -148,7 +154,7 @@ class TrainingSession:
             run.emit,
             experiment.seed,
             experiment.model.master_dtype == "float32",
-            sampler_named(experiment.rollout),
+            self.sampler,
         )
 
     def _checkpoints_to_keep(self) -> int:
@@ -180,6 +186,8 @@ class TrainingSession:
         if every and step % every == 0 and step < last:
             metrics = metrics | self._validated(step)
         require_finite("metrics", metrics)
+        for line in evidence_of(self.sampler):
+            self.run.emit(line.extended(step=step - 1))
         self.resume.metrics[step] = metrics
         self.run.emit(StepDone(step, metrics))
         self.saving.begin()
@@ -189,6 +197,8 @@ class TrainingSession:
         """Return whether to write a checkpoint, by the clock, and whether to stop, since the run was interrupted."""
         due = self.saving.due(last=step == self.run.experiment.training.steps)
         due, self.interrupted = processes.from_first((due, self.run.interrupted()))
+        if self.run.experiment.rollout.server is not None:
+            self._at = step, self._state()
         return due or self.interrupted, self.interrupted
 
     def _validated(self, step: int) -> dict[str, float]:
@@ -207,12 +217,7 @@ class TrainingSession:
         if self.monitor.verdict != "note":
             return  # left incomplete: no run shall resume where the monitor ended it
         self.run.emit(CheckpointKept(step=step))
-        state = {
-            "positions": self.trainer.positions(),
-            "phases": processes.from_all(self.phases.state()),
-            "rollbacks": self.resume.rollbacks,
-            "inputs": self.run.inputs,
-        }
+        state = self._at[1] if self._at is not None else self._state()
         masters = self.trainer.masters
         if masters is not None and (masters.sharded or processes.is_first()):
             masters.save(folder)
@@ -222,6 +227,21 @@ class TrainingSession:
             rotate(folder.parent, self.run.experiment.training.save_freq, self._checkpoints_to_keep())
         processes.wait()
         self.saving.end()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "positions": self.trainer.positions(),
+            "phases": processes.from_all(self.phases.state()),
+            "rollbacks": self.resume.rollbacks,
+            "inputs": self.run.inputs,
+        }
+
+    def _keep_boundary(self) -> None:
+        """Write a checkpoint of the last boundary, from which nothing was trained since: a rollout failed."""
+        trainer = self.trainer
+        if self._at is not None and self._at[0] == trainer.step:
+            trainer._save_checkpoint(trainer.model, None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def opened(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

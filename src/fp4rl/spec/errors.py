@@ -21,6 +21,10 @@ class NotFoundError(UserError, LookupError):
     """A name, a file or a module that does not exist."""
 
 
+class EngineLost(NotFoundError):
+    """An engine in another process does not answer; what was trained so far is kept."""
+
+
 class CheckFailed(Exception):
     """A check that ran and found what it looks for. Exit code 1."""
 

@@ -225,6 +225,20 @@ class RolledBack(Record):
     why: str
 
 
+class WeightsServed(Record):
+    """A server answered with `weight_version` alone, `tensors` of which were sent to it for this call.
+
+    `compared`: how many of them were compared with what it multiplies by, value by value; 0 where it was not its turn.
+    """
+
+    kind: Literal["weights_served"] = Field("weights_served", exclude=True)
+    weight_version: str
+    tensors: int
+    compared: int
+    profile: str | None = None
+    step: int | None = None
+
+
 class CheckpointKept(Record):
     """A checkpoint was written after `step`; a run that resumes from it drops the lines below this one."""
 
@@ -261,5 +275,6 @@ Evidence = (
     | Rounded
     | Warned
     | WeightsMoved
+    | WeightsServed
 )
 KINDS: Mapping[str, type[Record]] = {kind.model_fields["kind"].default: kind for kind in get_args(Evidence)}

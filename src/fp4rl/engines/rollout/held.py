@@ -4,7 +4,7 @@ Kernels may keep a weight in an order of their own and let the tensor go, so tha
 layer is given the unit matrix instead: what comes out is its weight.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,12 @@ class Held(NamedTuple):
 
 
 @torch.no_grad()
-def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Held]:
-    """Compare every tensor of a stream with vLLM's model; one that it has no place for differs in all its values."""
-    layers, at = dict(module.named_modules()), dict[str, int]()
+def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str, int] | None = None) -> Iterator[Held]:
+    """Compare every tensor of a stream with vLLM's model; one that it has no place for differs in all its values.
+
+    `rows` counts, for a stream that comes in parts, how much of each fused layer has come.
+    """
+    layers, at = dict(module.named_modules()), {} if rows is None else rows
     for name, wanted in stream:
         own, kind = name.rpartition(".")[0], name.rpartition(".")[2]
         layer_name = next(iter(_layer_names(module, layers, own)), None)
@@ -47,7 +50,11 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> Iterator[He
 
 def require_held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> int:
     """Return the number of tensors compared; CheckFailed, naming those that differ, where the engine holds others."""
-    results = list(held(module, stream))
+    return require_equal(list(held(module, stream)))
+
+
+def require_equal(results: Sequence[Held]) -> int:
+    """Return the number of tensors; CheckFailed, naming those that differ."""
     wrong = [each for each in results if each.differing]
     if wrong:
         first = wrong[0]

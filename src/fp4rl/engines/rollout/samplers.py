@@ -18,8 +18,16 @@ def add_samplers() -> None:
     SAMPLERS["vllm"] = _vllm
 
 
-@cache
 def _vllm(chosen: RolloutEngine) -> "Sampler":
+    if chosen.server is None:
+        return _vllm_here(chosen)
+    from fp4rl.engines.rollout.server import VllmServer
+
+    return VllmServer(chosen.server)
+
+
+@cache
+def _vllm_here(chosen: RolloutEngine) -> "Sampler":
     """Make the one vLLM engine of this process."""
     if find_spec("vllm") is None:
         raise NotFoundError(

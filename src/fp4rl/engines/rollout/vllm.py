@@ -5,22 +5,20 @@ rollout is the same whoever sampled it.
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.engines.environment import for_vllm
-from fp4rl.engines.rollout.held import layer_of, require_held
-from fp4rl.inject.linear import LinearState
-from fp4rl.inject.site import SiteState
-from fp4rl.models.fit import end_ids
-from fp4rl.rl.generate import Generation, Sampling, cut
+from fp4rl.engines.rollout.held import require_held
+from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
+from fp4rl.engines.rollout.rounding import rounding
+from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.rollout import RolloutEngine
@@ -50,17 +48,19 @@ class Vllm:
         sampling: Sampling,
     ) -> list[Generation]:
         """Answer `prompts` with the present weights of `model`; see `Sampler`."""
+        from vllm import SamplingParams
+
         states = injected_states(model)
-        _require_possible(states, sampling)
+        require_possible(states, sampling)
         self._require_engine(model, max(map(len, prompts)) + sampling.max_new_tokens)
         self.refresh(model)
         self._calls += 1
         if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
             require_held(self.module, weight_stream(model))
-        with _rounding(self.module, states):
+        with rounding(self.module, states):
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                _parameters(model, sampling, len(prompts)),
+                [SamplingParams(**each) for each in parameters(model, sampling, len(prompts))],
                 use_tqdm=False,
             )
         return [_answer(tokenizer, each, sampling) for output in outputs for each in output.outputs]
@@ -101,86 +101,10 @@ class Vllm:
             )
 
 
-def _require_possible(states: Sequence[SiteState], sampling: Sampling) -> None:
-    if sampling.temperature and sampling.top_p < 1:
-        raise InvalidValueError("rollout.engine vllm gives log-probabilities of what top_p leaves alone; take top_p: 1")
-    for state in states:
-        wrong = sorted(state.points - {"weight", "input", "grad_input", "grad_weight"}) + [e.name for e in state.errors]
-        if wrong or not isinstance(state, LinearState) or state.plan.site.kind == "experts":
-            what = f"{wrong[0]} of {state.plan.name}" if wrong else f"{state.plan.name}, {state.plan.site.kind},"
-            raise InvalidValueError(
-                f"rollout.engine vllm does not compute {what} as this model does; take transformers"
-            )
-
-
-def _parameters(model: Any, sampling: Sampling, count: int) -> list[Any]:
-    """Return the parameters of each prompt. Its seed is drawn from torch's generator, which the caller has seeded."""
-    from vllm import SamplingParams
-
-    ends = end_ids(getattr(model, "get_base_model", lambda: model)())
-    seeds = torch.randint(2**31, (count,)).tolist()
-    return [
-        SamplingParams(
-            n=sampling.count,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            logprobs=0 if sampling.logps else None,
-            stop=list(sampling.stop),
-            stop_token_ids=list(ends),
-            seed=seed,
-            skip_special_tokens=True,
-        )
-        for seed in seeds
-    ]
-
-
 def _answer(tokenizer: PreTrainedTokenizerBase, output: Any, sampling: Sampling) -> Generation:
     tokens = list(output.token_ids)
-    answer = cut(tokenizer, tokens, output.finish_reason == "stop", sampling.stop)
-    if not sampling.logps:
-        return answer
-    logps = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
-    return answer._replace(logps=torch.tensor(logps[: len(answer.tokens)], dtype=torch.float32))
-
-
-@contextmanager
-def _rounding(module: nn.Module, states: Sequence[SiteState]) -> Iterator[None]:
-    """Let the linear layers of vLLM's model count, and round their inputs, as the states of the live model say."""
-    layers = dict(module.named_modules())
-    of_layer: dict[str, list[LinearState]] = defaultdict(list)
-    for state in (state for state in states if isinstance(state, LinearState)):
-        of_layer[layer_of(module, layers, state.plan.name)].append(state)
-    changed: list[Any] = []
-    try:
-        for name, members in of_layer.items():
-            layer: Any = layers[name]
-            layer.quant_method = _Rounded(layer.quant_method, members)
-            changed.append(layer)
-        yield
-    finally:
-        for layer in changed:
-            layer.quant_method = layer.quant_method.method
-
-
-class _Rounded:
-    """vLLM's own method of a linear layer, behind the rounding of its input. `members` are the sites fused in it."""
-
-    def __init__(self, method: Any, members: Sequence[LinearState]) -> None:
-        self.method, self.members = method, members
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Any:
-        """Compute the product with the input rounded where that is active."""
-        first, *others = self.members
-        rounded = first.rounded_values(x, "input") if first.input_on else x
-        for member in self.members:
-            member.count()
-        for member in others:
-            if member.input_on:
-                member.note("input", x, rounded, x.numel())
-        return self.method.apply(layer, rounded, bias)
+    logps = [step[token].logprob for step, token in zip(output.logprobs or (), tokens, strict=sampling.logps)]
+    return cut_answer(tokenizer, tokens, output.finish_reason == "stop", logps, sampling)
 
 
 @contextmanager

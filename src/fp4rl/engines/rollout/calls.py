@@ -1,0 +1,75 @@
+"""The HTTP calls of a vLLM server: each failure is one line that names the cure."""
+
+import json
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError
+
+_LONGEST_S = 3600.0  # that an answer may take
+_HOW = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --enforce-eager --no-enable-prefix-caching "
+    "--logprobs-mode processed_logprobs --worker-extension-cls fp4rl.engines.rollout.worker.Worker "
+    """--weight-transfer-config '{"backend": "fp4rl"}'"""
+)
+_NEEDED = {
+    "eager": (True, "--enforce-eager: in a compiled graph the rounding of inputs would be lost"),
+    "prefix_caching": (False, "--no-enable-prefix-caching: its entries are of earlier weights"),
+    "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
+    "weight_transfer": ("fp4rl", """--weight-transfer-config '{"backend": "fp4rl"}'"""),
+}
+
+
+class Server:
+    """A vLLM server by its address, `http://HOST:PORT`."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.about: dict[str, Any] = {}
+
+    def post(self, path: str, **content: Any) -> Any:
+        """Return what the server answers; EngineLost where none does, CheckFailed where it says that it failed."""
+        request = Request(self.address + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=_LONGEST_S) as reply:
+                return json.loads(reply.read() or b"null")
+        except HTTPError as error:
+            if error.code in (403, 404):
+                raise InvalidValueError(f"rollout.server {self.address} has no {path}; start it so: {_HOW}") from None
+            said = error.read().decode(errors="replace").strip().splitlines()
+            raise CheckFailed(f"rollout.server {self.address}{path}: {error.code} {(said or [''])[0][:300]}") from None
+        except (OSError, HTTPException) as error:
+            why = getattr(error, "reason", error)
+            raise EngineLost(
+                f"rollout.server {self.address} does not answer ({why}): start it again, and the same command goes on "
+                "from the last checkpoint"
+            ) from None
+
+    def worker(self, method: str, *arguments: Any) -> Any:
+        """Return what a method of the server's one worker returns."""
+        (result,) = self.post("/collective_rpc", method=method, args=arguments)["results"]
+        return json.loads(result) if isinstance(result, str) else result
+
+    def require_usable(self, dtype: str) -> None:
+        """Require a server that computes as the model does; InvalidValueError names the option that it lacks."""
+        try:
+            self.about = self.worker("fp4rl_open")
+        except CheckFailed:
+            raise InvalidValueError(
+                f"rollout.server {self.address} has no worker of fp4rl; start it so: {_HOW}"
+            ) from None
+        for key, (wanted, option) in {**_NEEDED, "dtype": (dtype, f"--dtype {dtype}, as the model")}.items():
+            if self.about[key] != wanted:
+                raise InvalidValueError(
+                    f"rollout.server {self.address} was started with {key} {self.about[key]}; give it {option}"
+                )
+        self.post("/init_weight_transfer_engine", init_info={})
+
+    def require_length(self, length: int) -> None:
+        """Raise InvalidValueError where a prompt and its answer may not fit the server."""
+        if length > self.about["max_model_len"]:
+            raise InvalidValueError(
+                f"rollout.server {self.address}: prompt and answer take up to {length} tokens; give it --max-model-len"
+            )

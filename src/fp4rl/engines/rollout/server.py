@@ -1,0 +1,176 @@
+"""A vLLM server as a sampler: it gets its weights from the stream before every call, under a version of their own.
+
+The answers say which version of the weights each token was drawn with. What its worker counted while it answered is
+credited to the states of the live model, so that the evidence of a rollout is the same whoever sampled it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fp4rl.engines.rollout.calls import Server
+from fp4rl.engines.rollout.held import Held, require_equal
+from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
+from fp4rl.inject.evidence import Meter
+from fp4rl.inject.linear import LinearState
+from fp4rl.rl import processes
+from fp4rl.rl.generate import Generation, Sampling
+from fp4rl.rl.stream import injected_states, weight_stream
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.evidence import WeightsServed
+from fp4rl.spec.formats import describe
+
+_PART = 1 << 30  # bytes of a file that weights are handed over in
+_AT_ONCE = 64  # requests
+_AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... and at every call of this number
+
+
+class VllmServer:
+    """A sampler (`rl.generate.Sampler`) of the server at `address`, on this machine.
+
+    Raises EngineLost where no server answers, InvalidValueError for one that was started otherwise than
+    docs/how-to/scale.md says and for what vLLM does not compute as the model does, CheckFailed for answers of other
+    weights than those that were sent, and where its worker rounded nothing.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.server = Server(address)
+        self._run, self._calls, self._opened = uuid4().hex[:8], 0, False
+        self._lines: list[WeightsServed] = []
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+    ) -> list[Generation]:
+        """Answer `prompts` with the present weights of `model`; see `Sampler`."""
+        states = injected_states(model)
+        require_possible(states, sampling)
+        self._open(model, max(map(len, prompts)) + sampling.max_new_tokens)
+        self._calls += 1
+        version = f"{self._run}-{self._calls}"
+        tensors, compared = self.refresh(model, version), 0
+        if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
+            compared = self.compare(model)
+        sites = [state for state in states if isinstance(state, LinearState)]
+        self._worker("fp4rl_begin", *described(sites))
+        try:
+            asked = parameters(model, sampling, len(prompts))
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                replies = list(pool.map(self._generate, prompts, asked))
+        finally:
+            counted = self._worker("fp4rl_end")
+        _credit(sites, counted)
+        choices = [each for reply in replies for each in sorted(reply["choices"], key=lambda each: each["index"])]
+        _require_version(choices, version)
+        self._lines.append(WeightsServed(weight_version=version, tensors=tensors, compared=compared))
+        return [_answer(tokenizer, each, sampling) for each in choices]
+
+    def evidence(self) -> list[WeightsServed]:
+        """Return a line for each call since this was asked last."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def refresh(self, model: PreTrainedModel, version: str) -> int:
+        """Give the server the weights that the model computes with now, as `version`; return how many tensors."""
+        tensors = 0
+        self.server.post("/start_weight_update")
+        for path, names in _files(weight_stream(model)):
+            self.server.post("/update_weights", update_info={"path": path})
+            tensors += len(names)
+        self.server.post("/finish_weight_update", weight_version=version)
+        return tensors
+
+    def compare(self, model: PreTrainedModel) -> int:
+        """Compare what the server multiplies by with the stream, by value; return the number of tensors."""
+        results: list[Held] = []
+        for path, names in _files(weight_stream(model)):
+            rows = self._worker("fp4rl_compare", path, names, not results)
+            results += [Held(row[0], row[1], row[2], tuple(row[3]) if row[3] else None) for row in rows]
+        return require_equal(results)
+
+    def _open(self, model: Any, length: int) -> None:
+        if not self._opened:
+            if processes.count() > 1:
+                raise InvalidValueError("rollout.server answers one process; several would each send it other weights")
+            self.server.require_usable(str(model.dtype).removeprefix("torch."))
+            self._opened = True
+        self.server.require_length(length)
+
+    def _worker(self, method: str, *arguments: Any) -> Any:
+        return self.server.worker(method, *arguments)
+
+    def _generate(self, prompt: Sequence[int], asked: Mapping[str, Any]) -> Any:
+        return self.server.post("/inference/v1/generate", token_ids=list(prompt), sampling_params=asked)
+
+
+def described(sites: Sequence[LinearState]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what a worker must know to round the inputs of `sites`, as plain values: see `worker.state_of`."""
+    rows = [
+        {
+            "name": state.plan.name,
+            "shape": state.plan.site.shape,
+            "input": describe(state.plan.input) if state.plan.input is not None and state.input_on else None,
+            "step": state.rng.step,
+        }
+        for state in sites
+    ]
+    keys = {"dtype", "seed", "straight_through"}
+    return rows, sites[0].injection.model_dump(mode="json", include=keys) if sites else {}
+
+
+def _credit(sites: Sequence[LinearState], counted: Sequence[Mapping[str, Any]]) -> None:
+    """Add what the worker counted to the states of the model; CheckFailed where it computed or rounded nothing."""
+    if len(counted) != len(sites):
+        raise CheckFailed(f"the server counted at {len(counted)} of {len(sites)} sites: it was started again meanwhile")
+    for state, row in zip(sites, counted, strict=True):
+        meter = Meter(*row["meter"])
+        if not row["calls"] or (state.input_on and not meter.elements):
+            raise CheckFailed(f"{state.plan.name}: the server answered and its worker rounded no input there")
+        state.calls += row["calls"]
+        if state.input_on:
+            state.meter("input").add(meter)
+
+
+def _require_version(choices: Sequence[Mapping[str, Any]], version: str) -> None:
+    used = {span["version"] for each in choices for span in each["weight_versions"] or ()}
+    if used != {version}:
+        raise CheckFailed(
+            f"the server answered with weights of version {', '.join(sorted(used)) or 'unknown'} where {version} was "
+            "sent: another run uses it too, or an update was lost"
+        )
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], sampling: Sampling) -> Generation:
+    logps = [each["logprob"] for each in (choice["logprobs"] or {}).get("content") or ()]
+    return cut_answer(tokenizer, choice["token_ids"], choice["finish_reason"] == "stop", logps, sampling)
+
+
+def _files(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (path, names) of files that hold a stream part by part; each is gone when the next is made."""
+    with TemporaryDirectory(prefix="fp4rl-weights-") as folder:
+        path = str(Path(folder) / "part.safetensors")
+        for part in _parts(stream):
+            save_file(part, path)
+            yield path, list(part)
+
+
+def _parts(stream: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in stream:
+        if part and size + tensor.nbytes > _PART:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.detach().cpu().contiguous().clone()
+        size += tensor.nbytes
+    yield part

@@ -1,0 +1,141 @@
+"""What a vLLM server's worker does for a run: load its weights from files, round inputs, count, compare weights.
+
+The server is started with `--worker-extension-cls fp4rl.engines.rollout.worker.Worker` and the weight-transfer backend
+`fp4rl`; see docs/how-to/scale.md. Files, since none of vLLM 0.32's own backends works without CUDA. They are
+safetensors, which hold numbers and no code.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+import vllm
+from fp4rl.engines.rollout.held import held
+from fp4rl.engines.rollout.rounding import rounding
+from fp4rl.inject.cache import SharedInput
+from fp4rl.inject.linear import LinearState
+from fp4rl.inject.plan import SitePlan
+from fp4rl.sites.walk import Site
+from fp4rl.spec.formats import format_of
+from fp4rl.spec.injection import Injection
+
+BACKEND = "fp4rl"
+
+
+class Worker:
+    """Methods that vLLM's worker gets besides its own; they are called over `collective_rpc` with values for JSON."""
+
+    model_runner: Any
+    vllm_config: Any
+    fp4rl_states: Sequence[LinearState] = ()
+    fp4rl_rounding: ExitStack | None = None
+    fp4rl_rows: dict[str, int] | None = None
+
+    def fp4rl_open(self) -> dict[str, Any]:
+        """Return how the server computes, and forget what a run that ended within a call has left behind."""
+        self.fp4rl_end()
+        self._weight_update_active = False
+        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
+        transfer = self.vllm_config.weight_transfer_config
+        return {
+            "vllm": vllm.__version__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": model.max_model_len,
+            "eager": bool(model.enforce_eager),
+            "logprobs_mode": model.logprobs_mode,
+            "prefix_caching": bool(cache.enable_prefix_caching),
+            "weight_transfer": transfer.backend if transfer is not None else None,
+        }
+
+    def fp4rl_begin(self, sites: Sequence[Mapping[str, Any]], injection: Mapping[str, Any]) -> int:
+        """Count calls of the layers of `sites` from here on, and round their inputs; returns how many there are."""
+        self.fp4rl_end()
+        described = Injection.model_validate(injection)
+        self.fp4rl_states = [state_of(site, described) for site in sites]
+        self.fp4rl_rounding = ExitStack()
+        self.fp4rl_rounding.enter_context(rounding(self.model_runner.get_model(), self.fp4rl_states))
+        return len(self.fp4rl_states)
+
+    def fp4rl_end(self) -> list[dict[str, Any]]:
+        """Stop rounding; return what each site counted."""
+        if self.fp4rl_rounding is not None:
+            self.fp4rl_rounding.close()
+        counted = [{"calls": state.calls, "meter": astuple(state.meter("input"))} for state in self.fp4rl_states]
+        self.fp4rl_rounding, self.fp4rl_states = None, ()
+        return counted
+
+    def fp4rl_compare(self, path: str, names: Sequence[str], first: bool) -> list[list[Any]]:
+        """Compare a part of the stream, the `first` one or a later one, with the weights that are multiplied by.
+
+        `names` are in the order of the stream, which a file does not keep.
+        """
+        if first or self.fp4rl_rows is None:
+            self.fp4rl_rows = {}
+        tensors = load_file(path)
+        part = ((name, tensors[name]) for name in names)
+        return [list(each) for each in held(self.model_runner.get_model(), part, self.fp4rl_rows)]
+
+
+def state_of(site: Mapping[str, Any], injection: Injection) -> LinearState:
+    """Return the state of a site that `server.described` has described."""
+    where = Site(site["name"], site["name"], "linear", "", None, tuple(site["shape"]))
+    fmt = format_of(site["input"]) if site["input"] is not None else None
+    state = LinearState(SitePlan(where, input=fmt), injection, SharedInput(1))
+    state.rng.step = site["step"]
+    state.enter("rollout", frozenset({"input"}))
+    return state
+
+
+@dataclass
+class Nothing(WeightTransferInitInfo):  # type: ignore[misc]
+    """Files need no rendezvous."""
+
+
+@dataclass
+class File(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """A part of the weights: a safetensors file that the worker can read."""
+
+    path: str
+
+
+class FromFiles(WeightTransferEngine):  # type: ignore[misc]
+    """vLLM's weight transfer by files, under the names of a checkpoint."""
+
+    init_info_cls, update_info_cls = Nothing, File
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        """Keep all as it is."""
+
+    def start_weight_update(self) -> None:
+        """Begin to take weights as a checkpoint holds them."""
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one file; without the synchronization of vLLM's own, which wants an accelerator."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: File) -> None:
+        """Load one file."""
+        self.model.load_weights(load_file(update_info.path).items())
+
+    def finish_weight_update(self) -> None:
+        """Put the weights into the order of the kernels."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Keep all as it is."""
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, FromFiles)

@@ -1,0 +1,206 @@
+"""What a server of vLLM may answer, or fail to: each ends in one line that names the cure. No vLLM is needed here."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from fp4rl.engines.rollout.calls import Server
+from fp4rl.engines.rollout.server import VllmServer, described
+from fp4rl.inject.attach import attach
+from fp4rl.inject.evidence import Meter
+from fp4rl.models.tiny import build
+from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.generate import Sampling
+from fp4rl.rl.stream import injected_states
+from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError
+from fp4rl.spec.formats import format_of
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.model import Embedded
+
+ABOUT = {
+    "dtype": "float32",
+    "max_model_len": 64,
+    "eager": True,
+    "prefix_caching": False,
+    "logprobs_mode": "processed_logprobs",
+    "weight_transfer": "fp4rl",
+}
+
+
+class Imitation:
+    """Answers as a server does: `answers` maps a path, or a worker's method, to (status, content) or what makes it."""
+
+    def __init__(self):
+        self.answers, self.asked = {"fp4rl_open": ABOUT}, []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append((self.path, content))
+                status, answer = outer.answer(self.path, content)
+                text = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_):
+                """Say nothing."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, path, content):
+        if path == "/collective_rpc":
+            known = self.answers.get(content["method"], [])
+            return known if isinstance(known, tuple) else (200, {"results": [known]})
+        known = self.answers.get(path, {})
+        return known(content) if callable(known) else known if isinstance(known, tuple) else (200, known)
+
+
+@pytest.fixture
+def imitation():
+    one = Imitation()
+    yield one
+    one.http.shutdown()
+    one.http.server_close()
+
+
+@pytest.fixture
+def policy():
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    return build(Embedded(), tokenizer).eval(), tokenizer
+
+
+def answering(imitation, *, version=None, calls=1, elements=64):
+    """Let it answer every prompt with one end token, of the version sent last or of `version`."""
+
+    def choices(_):
+        sent = [c["weight_version"] for path, c in imitation.asked if path == "/finish_weight_update"][-1]
+        span = {"version": version or sent, "start": 0, "end": 1}
+        one = {"index": 0, "token_ids": [2], "finish_reason": "stop", "weight_versions": [span]}
+        return 200, {"choices": [one | {"logprobs": {"content": [{"token_id": 2, "logprob": -0.5}]}}]}
+
+    def counted(content):
+        begun = [c["args"][0] for path, c in imitation.asked if c.get("method") == "fp4rl_begin"]
+        return [
+            {"calls": calls, "meter": [0, elements, 1, 0, 2, 64, 32, 0.5, 2.0]} for _ in (begun[-1] if begun else ())
+        ]
+
+    imitation.answers["/inference/v1/generate"] = choices
+    answer = imitation.answer
+    imitation.answer = lambda path, content: (
+        (200, {"results": [counted(content)]}) if content.get("method") == "fp4rl_end" else answer(path, content)
+    )
+
+
+SAMPLING = Sampling(4, 1.0, logps=True)
+
+
+def unaudited(address):
+    engine = VllmServer(address)
+    engine._calls = 2  # the third call is not compared
+    return engine
+
+
+def test_no_server_ends_in_one_line_with_the_cure():
+    with pytest.raises(EngineLost, match=r"does not answer .*start it again, and the same command goes on"):
+        Server("http://127.0.0.1:9").post("/x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [
+        ("eager", False, "--enforce-eager"),
+        ("prefix_caching", True, "--no-enable-prefix-caching"),
+        ("logprobs_mode", "raw_logprobs", "--logprobs-mode processed_logprobs"),
+        ("weight_transfer", None, "--weight-transfer-config"),
+        ("dtype", "bfloat16", "--dtype float32"),
+    ],
+)
+def test_a_server_that_would_be_another_policy_is_refused(key, value, option, imitation):
+    imitation.answers["fp4rl_open"] = ABOUT | {key: value}
+    with pytest.raises(InvalidValueError, match=f"was started with {key} {value}; give it {option}"):
+        Server(imitation.address).require_usable("float32")
+
+
+def test_a_server_without_the_worker_or_its_routes_is_told_how_to_start(imitation):
+    imitation.answers["fp4rl_open"] = 500, {"error": "no such method"}
+    with pytest.raises(InvalidValueError, match=r"--worker-extension-cls fp4rl\.engines\.rollout\.worker\.Worker"):
+        Server(imitation.address).require_usable("float32")
+    imitation.answers["/collective_rpc"] = 404, {}
+    for status in (403, 404):
+        imitation.answers["/somewhere"] = status, {}
+        with pytest.raises(InvalidValueError, match="VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out"):
+            Server(imitation.address).post("/somewhere")
+
+
+def test_what_the_worker_counted_is_credited_to_the_sites(imitation, policy):
+    model, tokenizer = policy
+    answering(imitation, calls=3, elements=640)
+    with attach(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
+        attachment.set_phase("rollout")
+        (answer,) = unaudited(imitation.address)(model, tokenizer, [[5, 6]], SAMPLING)
+        attachment.require_calls()
+        rows = [row for row in attachment.evidence() if row.point == "input"]
+    assert (answer.tokens, answer.ended, answer.logps.tolist()) == ([2], True, [-0.5])
+    assert {(row.calls, row.elements, row.share_changed, row.relative_error) for row in rows} == {(3, 640, 0.5, 0.5)}
+    asked = [content for path, content in imitation.asked if path == "/inference/v1/generate"]
+    assert asked[0]["token_ids"] == [5, 6]
+    assert asked[0]["sampling_params"]["stop_token_ids"] == [2]
+
+
+@pytest.mark.parametrize(("calls", "elements"), [(0, 64), (3, 0)])
+def test_zero_counts_stop_the_run(calls, elements, imitation, policy):
+    model, tokenizer = policy
+    answering(imitation, calls=calls, elements=elements)
+    with attach(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
+        attachment.set_phase("rollout")
+        with pytest.raises(CheckFailed, match="its worker rounded no input there"):
+            unaudited(imitation.address)(model, tokenizer, [[5, 6]], SAMPLING)
+
+
+def test_answers_of_another_version_are_refused(imitation, policy):
+    answering(imitation, version="default")
+    with pytest.raises(CheckFailed, match=r"weights of version default where .*another run uses it too"):
+        unaudited(imitation.address)(*policy, [[5, 6]], SAMPLING)
+
+
+def test_a_difference_that_the_worker_found_is_named(imitation, policy):
+    answering(imitation)
+    imitation.answers["fp4rl_compare"] = [["model.norm.weight", 64, 3, [7]], ["lm_head.weight", 640, 0, None]]
+    with pytest.raises(CheckFailed, match=r"1 of 2 tensors, such as model\.norm\.weight, in which 3 of 64"):
+        VllmServer(imitation.address)(*policy, [[5, 6]], SAMPLING)
+
+
+def test_a_description_of_sites_is_read_back_as_the_same_formats(policy):
+    model, _ = policy
+    for mode in ("w4a4", "w4a8", "nvfp4_w4a4"):
+        with attach(model, Injection.named(mode, "compressed_tensors")) as attachment:
+            attachment.set_phase("rollout")
+            states = injected_states(model)
+            rows, injection = described(states)
+            sent = json.loads(json.dumps(rows))
+            assert [format_of(row["input"]) for row in sent] == [state.plan.input for state in states]
+            assert Injection.model_validate(injection).dtype == states[0].injection.dtype
+            attachment.set_phase("reference")
+            assert {row["input"] for row in described(injected_states(model))[0]} == {None}
+
+
+def test_meters_of_two_processes_add_up():
+    one, other, whole = Meter(), Meter(), Meter()
+    for meters, seed in (((one, whole), 0), ((other, whole), 1)):
+        before = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+        for meter in meters:
+            meter.elements += 100
+            meter.look(1, before, before.round(), lambda: True)
+    one.add(other)
+    assert (one.elements, one.looks, one.missed) == (whole.elements, whole.looks, whole.missed) == (200, 2, 0)
+    assert one.share_changed == whole.share_changed
+    assert one.relative_error == pytest.approx(whole.relative_error)

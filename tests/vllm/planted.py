@@ -1,0 +1,49 @@
+"""A worker of a vLLM server in which faults can be planted, one at a time."""
+
+from safetensors.torch import load_file
+
+from fp4rl.engines.rollout.rounding import Rounded
+from fp4rl.engines.rollout.worker import FromFiles, Worker
+
+LAST = {}
+WHOLE = Rounded.apply, FromFiles.receive_weights
+
+
+def unrounded(self, layer, x, bias=None):
+    """Count as if inputs had been rounded, and compute with the unrounded ones."""
+    for member in self.members:
+        member.count()
+        if member.input_on:
+            member.note("input", x, x, x.numel())
+    return self.method.apply(layer, x, bias)
+
+
+def uncounted(self, layer, x, bias=None):
+    """Neither round nor count."""
+    return self.method.apply(layer, x, bias)
+
+
+def missed(self, update_info):
+    """Keep the weights of the update before, however many come: a refresh that is missed."""
+    self.model.load_weights(iter(LAST.items()))
+
+
+def remembered(self, update_info):
+    """Load as usual and keep what was loaded."""
+    LAST.update(load_file(update_info.path))
+    WHOLE[1](self, update_info)
+
+
+class Planted(Worker):
+    """Worker with `fp4rl_plant`."""
+
+    def fp4rl_plant(self, fault: str) -> None:
+        """Plant `fault`; `none` takes it away."""
+        Rounded.apply, FromFiles.receive_weights = WHOLE[0], remembered
+        if fault in ("unrounded", "uncounted"):
+            Rounded.apply = {"unrounded": unrounded, "uncounted": uncounted}[fault]
+        if fault == "missed":
+            FromFiles.receive_weights = missed
+
+
+FromFiles.receive_weights = remembered
