@@ -118,6 +118,16 @@ def test_noise_on_weights_is_in_the_server_and_is_gone_afterwards(engine, policy
         assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
 
 
+def test_a_tied_head_follows_its_embedding(engine, policy):  # noqa: F811
+    """Kind: a stale cache: vLLM packs the head's weight for itself and forgets it in a reload."""
+    model, tokenizer = policy
+    asked = prompts(tokenizer)
+    engine(model, tokenizer, asked, SAMPLED)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5).add_(torch.randn_like(model.model.embed_tokens.weight), alpha=0.1)
+    assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
+
+
 @pytest.mark.parametrize("mode", ["w4a8", "w4a4", "nvfp4_w4a4"])
 def test_rounded_inputs_are_rounded_in_the_worker_and_counted_to_the_element(mode, engine, policy):  # noqa: F811
     model, tokenizer = policy
@@ -281,8 +291,8 @@ def test_two_steps_of_a_run_are_sampled_by_a_server(address, tmp_path):
         assert rollout
         assert all(row["calls"] > 0 for row in rollout)
         served = [row for row in rows if row["kind"] == "weights_served" and "profile" not in row]
-        assert [row["step"] for row in served] == [0, 1]
-        assert len({row["weight_version"] for row in served}) == 2
+        assert {row["step"] for row in served} == {0, 1}  # several lines where dynamic sampling asked again
+        assert len({row["weight_version"] for row in served}) == len(served)
 
 
 @pytest.mark.slow
@@ -297,10 +307,11 @@ def test_a_killed_server_ends_the_run_in_one_line_and_the_command_resumes(folder
         (place,) = tmp_path.glob("runs/served/*-s0-*")
         while run.poll() is None and len((place / "metrics.jsonl").read_text().splitlines()) < 3:
             time.sleep(0.2)
+        assert run.poll() is None, "".join(run.communicate())
         kill(server)
         said = "".join(run.communicate())
-    done = len((place / "metrics.jsonl").read_text().splitlines())
     assert run.returncode, said
+    done = len((place / "metrics.jsonl").read_text().splitlines())
     (line,) = [line for line in said.splitlines() if address in line]
     assert "does not answer" in line
     assert "start it again" in line

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,17 @@ def prompts(tokenizer):
 
 def distances(model, asked, answers):
     """|log-probability in vLLM - in this model, in one pass| of every token."""
+    return (scored(model, asked, answers).float() - torch.cat([answer.logps for answer in answers])).abs()
+
+
+def scored(model, asked, answers):
+    """The log-probability of every token in this model, in one pass over each answer."""
     found = []
     with torch.no_grad():
         for number, answer in enumerate(answers):
             prompt = asked[number // SAMPLED.count]
-            logits = model(torch.tensor([prompt + answer.tokens])).logits[0].float().log_softmax(-1)
-            own = logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(-1)
-            found.append((own - answer.logps).abs())
+            logits = model(torch.tensor([prompt + answer.tokens])).logits[0].double().log_softmax(-1)
+            found.append(logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(-1))
     return torch.cat(found)
 
 
@@ -128,6 +133,33 @@ def test_noise_on_weights_is_in_vllm_and_is_gone_afterwards(engine, policy):
         attachment.invalidate()
         assert distances(model, asked, answers).max() > 1e-2
         assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
+
+
+def test_sharp_attention_is_no_further_from_float64_than_in_transformers(engine, policy):
+    """Kind: rounding of float32 itself. Training sharpens attention, which multiplies the last bits of any program."""
+    model, tokenizer = policy
+    asked = prompts(tokenizer)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(10)
+    answers = engine(model, tokenizer, asked, SAMPLED)
+    found = torch.cat([answer.logps for answer in answers]).double()
+    exact, own = (scored(each, asked, answers) for each in (deepcopy(model).double(), model))
+    here, there = (found - exact).abs(), (own - exact).abs()
+    assert there.max() > 1e-5  # transformers is no nearer to itself in float64
+    assert here.max() < 4 * there.max()
+    assert here.mean() < 4 * there.mean()
+
+
+def test_a_tied_head_follows_its_embedding(engine, policy):
+    """Kind: a stale cache: vLLM packs the head's weight for itself and forgets it in a reload."""
+    model, tokenizer = policy
+    asked = prompts(tokenizer)
+    engine(model, tokenizer, asked, SAMPLED)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5).add_(torch.randn_like(model.model.embed_tokens.weight), alpha=0.1)
+    assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
 
 
 @pytest.mark.parametrize("lora", ["merged", "adapter"])
@@ -201,6 +233,13 @@ def noise_twice(engine, model):
     load_into(engine, [(n, t * 1.01 if "norm" in n else t) for n, t in weight_stream(model)])
 
 
+def stale_head(engine, model):
+    """A refresh without `follow_embeddings`, as vLLM alone does it."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] += 0.5
+    load_into(engine, weight_stream(model))
+
+
 def of_the_other_dtype(engine, model):
     """Rounding of the FP32 master where the trainer rounds its BF16 copy."""
     with attach(model, Injection.model_validate({"weight": "mxfp4", "dtype": "float32"})) as attachment:
@@ -220,6 +259,7 @@ def load_into(engine, weights):
         (left_out_of_a_fused_layer, "layers.1.self_attn.k_proj.weight"),
         (exchanged, "layers.0.mlp.gate_proj.weight"),
         (noise_twice, "norm.weight"),
+        (stale_head, "embed_tokens.weight, in which 64 of"),
     ],
 )
 def test_a_planted_difference_is_found_and_named(plant, named, engine, policy):

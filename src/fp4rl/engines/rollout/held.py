@@ -44,7 +44,11 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str
         if now.shape != wanted.shape:
             yield Held(name, wanted.numel(), wanted.numel(), (0,) * wanted.ndim)
             continue
-        other = (now != wanted.to(now.device, now.dtype)).nonzero()
+        wanted = wanted.to(now.device, now.dtype)
+        wrong = now != wanted
+        for head in tied_heads(module, layers[layer_name]) if kind == "weight" else ():
+            wrong |= _product(head)[: len(wanted)] != wanted
+        other = wrong.nonzero()
         yield Held(name, wanted.numel(), len(other), tuple(other[0].tolist()) if len(other) else None)
 
 
@@ -66,6 +70,26 @@ def require_equal(results: Sequence[Held]) -> int:
     return len(results)
 
 
+def tied_heads(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """Return the heads that multiply by the weight of an embedding, and may keep it in an order of their own."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    own = getattr(layer, "weight", None)
+    heads = [head for head in module.modules() if isinstance(head, ParallelLMHead) and head is not layer]
+    return [head for head in heads if own is not None and head.weight.data_ptr() == own.data_ptr()]
+
+
+def follow_embeddings(module: nn.Module) -> None:
+    """Give tied heads the weight of their embedding after a reload: vLLM 0.32 leaves them what they packed at first."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for layer in module.modules():
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            for head in tied_heads(module, layer):
+                method: Any = head.quant_method
+                method.process_weights_after_loading(head)
+
+
 def layer_of(module: Any, layers: Mapping[str, nn.Module], name: str) -> str:
     """Return the name of vLLM's linear layer for a layer of the model: its own, or that of a fused one."""
     for layer_name in _layer_names(module, layers, name):
@@ -85,12 +109,19 @@ def _layer_names(module: Any, layers: Mapping[str, nn.Module], name: str) -> Ite
 def _values(layer: Any, kind: str) -> Tensor | None:
     """Return what a layer holds under the name of a parameter: a weight as its kernel multiplies by it."""
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    if kind != "weight" or not isinstance(layer, LinearBase):
-        value = getattr(layer, kind, None)
-        return value if isinstance(value, Tensor) else None
+    if kind == "weight" and isinstance(layer, LinearBase | ParallelLMHead):
+        return _product(layer)
+    value = getattr(layer, kind, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _product(layer: Any) -> Tensor:
+    """Return what a layer multiplies by: its product with the unit matrix."""
     sample = next(layer.parameters())
-    unit = torch.eye(layer.input_size_per_partition, dtype=layer.params_dtype, device=sample.device)
+    width = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
+    unit = torch.eye(width, dtype=getattr(layer, "params_dtype", sample.dtype), device=sample.device)
     method: Any = layer.quant_method
     bias, layer.bias = layer.bias, None  # kernels may add it themselves
     try:

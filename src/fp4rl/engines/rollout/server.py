@@ -64,9 +64,9 @@ class VllmServer:
         sites = [state for state in states if isinstance(state, LinearState)]
         self._worker("fp4rl_begin", *described(sites))
         try:
-            asked = parameters(model, sampling, len(prompts))
+            settings = parameters(model, sampling, len(prompts))
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                replies = list(pool.map(self._generate, prompts, asked))
+                replies = list(pool.map(self._generate, prompts, settings))
         finally:
             counted = self._worker("fp4rl_end")
         _credit(sites, counted)
@@ -76,7 +76,7 @@ class VllmServer:
         return [_answer(tokenizer, each, sampling) for each in choices]
 
     def evidence(self) -> list[WeightsServed]:
-        """Return a line for each call since this was asked last."""
+        """Return a line for each call since this was settings last."""
         lines, self._lines = self._lines, []
         return lines
 
@@ -109,8 +109,8 @@ class VllmServer:
     def _worker(self, method: str, *arguments: Any) -> Any:
         return self.server.worker(method, *arguments)
 
-    def _generate(self, prompt: Sequence[int], asked: Mapping[str, Any]) -> Any:
-        return self.server.post("/inference/v1/generate", token_ids=list(prompt), sampling_params=asked)
+    def _generate(self, prompt: Sequence[int], settings: Mapping[str, Any]) -> Any:
+        return self.server.post("/inference/v1/generate", token_ids=list(prompt), sampling_params=settings)
 
 
 def described(sites: Sequence[LinearState]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.engines.environment import for_vllm
-from fp4rl.engines.rollout.held import require_held
+from fp4rl.engines.rollout.held import follow_embeddings, require_held
 from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
 from fp4rl.engines.rollout.rounding import rounding
 from fp4rl.rl.generate import Generation, Sampling
@@ -74,6 +74,7 @@ class Vllm:
         """Give the engine the weights that the model computes with now, before every call: none can be missed."""
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         worker.model_runner.reload_weights(weights_iterator=weight_stream(model))
+        follow_embeddings(self.module)
 
     def _require_engine(self, model: Any, length: int) -> None:
         if self._llm is not None and length <= self._length:

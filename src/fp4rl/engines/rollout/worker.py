@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 import vllm
-from fp4rl.engines.rollout.held import held
+from fp4rl.engines.rollout.held import follow_embeddings, held
 from fp4rl.engines.rollout.rounding import rounding
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.linear import LinearState
@@ -133,6 +133,7 @@ class FromFiles(WeightTransferEngine):  # type: ignore[misc]
     def finish_weight_update(self) -> None:
         """Put the weights into the order of the kernels."""
         finalize_layerwise_reload(self.model, self.model_config)
+        follow_embeddings(self.model)
 
     def shutdown(self) -> None:
         """Keep all as it is."""
