@@ -71,6 +71,8 @@ def test_the_outcome_is_the_first_failure_and_a_killed_process_comes_before_thos
     peer = (0, 2.0, "RuntimeError: connection closed by peer")
     assert judged(tmp_path, {0: 1, 1: 1}, peer, (1, 1.0, "the disk is full")) == "process 1 of 2: the disk is full"
     assert judged(tmp_path, {0: 1, 1: -signal.SIGTERM}, (0, 1.0, "no such step")) == "no such step"
+    asked = Outcome(TWO, "after step 3", interrupted=True)
+    assert _judged(TWO, tmp_path, [Ended(1, 1.0, asked), Ended(0, 2.0, asked)], {1: 1}, tmp_path) == asked
     killed = judged(tmp_path, {0: 1, 1: -signal.SIGKILL}, peer)
     assert killed.startswith("process 1 of 2 died (SIGKILL, often for want of memory)")
     log = tmp_path / "logs" / "x" / "attempt_0" / "1" / "stderr.log"

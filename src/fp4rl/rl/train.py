@@ -66,8 +66,8 @@ def train(
     be used, and CheckFailed when the run's evidence contradicts its spec.
     """
     check(experiment)
-    require_sound_quantizer()
     require_processes(experiment, processes.count())
+    require_sound_quantizer()
     resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
     if (packed := packed_note(run.start)) is not None:

@@ -105,11 +105,10 @@ def _judged(run: PlannedRun, root: Path, ended: list[Ended], codes: dict[int, in
     killed = [rank for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
     failed = sorted((each for each in ended if each.outcome.error is not None), key=lambda each: each.at)
     if failed and not killed:
-        first = failed[0]
-        if first.rank == 0:
-            return first.outcome
-        error = f"process {first.rank} of {run.experiment.processes}: {first.outcome.error}"
-        return Outcome(run, error, first.outcome.mistake, first.outcome.interrupted)
+        first, outcome = failed[0].rank, failed[0].outcome
+        if first == 0 or outcome.mistake or outcome.interrupted:  # these are of all processes
+            return outcome
+        return Outcome(run, f"process {first} of {run.experiment.processes}: {outcome.error}")
     if not codes and len(ended) == run.experiment.processes:
         return Outcome(run)
     rank = next(iter([*killed, *codes]), None)
