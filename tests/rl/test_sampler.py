@@ -78,6 +78,8 @@ def test_the_former_key_is_read_as_the_engine_and_said_once(tmp_path):
 def test_a_server_is_of_vllm_and_has_an_address():
     with pytest.raises(ValueError, match=r"rollout\.server is of engine vllm"):
         RolloutEngine(server="http://127.0.0.1:8000")
+    with pytest.raises(ValueError, match="write processes: 1"):
+        Experiment(rollout={"engine": "vllm", "server": "http://127.0.0.1:8000"}, processes=2)
     with pytest.raises(ValueError, match="server"):
         RolloutEngine(engine="vllm", server="127.0.0.1:8000")
 

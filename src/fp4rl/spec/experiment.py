@@ -93,6 +93,8 @@ class Experiment(Spec):
                 "weights (nvfp4_w4a16) or to evaluation"
             )
 
+        if self.rollout.server is not None and self.processes > 1:
+            yield "rollout.server gets its weights from one process; write processes: 1"
         if self.sharding != "none" and self.processes == 1:
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
         if self.sharding != "none" and self.training.distillation is not None:

@@ -76,7 +76,7 @@ class VllmServer:
         return [_answer(tokenizer, each, sampling) for each in choices]
 
     def evidence(self) -> list[WeightsServed]:
-        """Return a line for each call since this was settings last."""
+        """Return a line for each call since the last time."""
         lines, self._lines = self._lines, []
         return lines
 
