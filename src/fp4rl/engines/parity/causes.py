@@ -48,6 +48,12 @@ CAUSES = (
         "the guards of a rounded copy (docs/decisions/0008)",
     ),
     Cause(
+        "a head that is tied to the embedding kept the weight that its kernel packed at first",
+        "weights",
+        "the embedding alone differs, in rows that training has moved",
+        "follow_embeddings packs it again after each refresh (engines/rollout/held.py)",
+    ),
+    Cause(
         "the trainer rounds the FP32 master, the engine its BF16 copy (or the other way round)",
         "weights",
         "about 1 % of the values differ, by one step of the grid",
