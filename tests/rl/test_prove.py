@@ -30,8 +30,8 @@ def test_it_is_still_seen_when_another_policy_was_saved(run, experiment, monkeyp
         real(self, *args, **kwargs)
         save = self.model.save_pretrained
 
-        def late(folder):
-            save(folder)
+        def late(folder, **more):
+            save(folder, **more)
             self.model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
 
         self.model.save_pretrained = late
