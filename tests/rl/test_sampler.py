@@ -96,3 +96,19 @@ def test_what_is_asked_for_is_what_comes(experiment, model_cache):
     assert len(found) == 6
     assert all(len(answer.logps) == len(answer.tokens) <= 6 for answer in found)
     assert transformers_sampler(model, tokenizer, prompts, generate.Sampling(6))[0].logps is None
+
+
+def test_no_process_waits_for_another_while_it_samples(experiment, model_cache, monkeypatch):
+    """Sharded models make transformers wait in every token: for ever, where processes sample unequally often."""
+    from fp4rl.models.load import load
+    from fp4rl.rl.inputs import start_folder
+
+    described = experiment("bf16")
+    model, tokenizer = load(start_folder(described.model, described.task, model_cache))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda _: True)
+    waited = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: waited.append(True))
+    transformers_sampler(model, tokenizer, tokenizer(["1 + 1 = "])["input_ids"], generate.Sampling(3))
+    assert waited == []

@@ -8,7 +8,7 @@ import typer
 from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round
 from fp4rl.models.quiet import quiet
-from fp4rl.spec.errors import CheckFailed, NotFoundError, nearest
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def command(
         print_json(verified.as_json())
     else:
         _show(verified)
+    if verified.nothing_compared:
+        raise InvalidValueError(f"{out}: no value was compared; name its run or model folder with --against")
     if verified.differences:
         which = ", ".join(check.name for check in verified.checks if check.differences)
         raise CheckFailed(f"{out}: {counted(len(verified.differences), 'difference')} ({which})")

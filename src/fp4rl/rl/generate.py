@@ -183,6 +183,7 @@ def transformers_sampler(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
+            synced_gpus=False,  # weights are whole while sampling, and processes may sample other numbers of times
             logits_processor=LogitsProcessorList(
                 [FiniteLogits(model, mask), *([keeper] if keeper is not None else [])]
             ),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,9 +123,18 @@ def test_ten_kills_at_random_moments_leave_no_half_written_folder(exports):
     out.rename(exports.place / "last")
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(exports):
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "fp4rl: stopped\n"), (signal.SIGTERM, 143, "")]
+)
+def test_an_export_that_is_asked_to_end_leaves_nothing(number, code, line, exports):
     before = sorted(exports.place.iterdir())
     exports.said.write_text("")
-    assert [exports.stopped(signal.SIGINT, part) for part in (0.2, 0.4, 0.6)] == [130] * 3
-    assert exports.said.read_text().replace("\0", "") == "fp4rl: stopped\n" * 3
+    codes = []
+    for part in (0.1, 0.3, 0.5):
+        codes.append(exports.stopped(number, part))
+        if codes[-1] == 0:  # it was over before
+            shutil.rmtree(exports.out)
+    assert set(codes) <= {0, code, -number}  # before anything was written a signal just ends the process
+    assert code in codes
+    assert exports.said.read_text().replace("\0", "") == line * codes.count(code)
     assert sorted(exports.place.iterdir()) == before

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,16 +107,34 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into; it is moved to `out` with all its content on disk, or removed on an exception."""
     partial = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.partial")
     _remove_left_behind(out.resolve())
+    with _ended_by_sigterm():
+        try:
+            partial.mkdir()
+            yield partial
+            for file in (*partial.rglob("*"), partial):
+                _sync(file)
+            partial.replace(out.resolve())
+            _sync(out.resolve().parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers end a job, be an exception, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        partial.mkdir()
-        yield partial
-        for file in (*partial.rglob("*"), partial):
-            _sync(file)
-        partial.replace(out.resolve())
-        _sync(out.resolve().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _remove_left_behind(out: Path) -> None:

@@ -11,6 +11,7 @@ from fp4rl.engines.checkpoints.source import dtype_of, injection_of, policy_of
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.lab.runs import Run
 from fp4rl.models.load import base_of
+from fp4rl.models.packed.folder import opened
 from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
@@ -72,6 +73,8 @@ def against(request: Request, record: Mapping[str, Any] | None, checkpoint: Chec
     if what is None or (request.against is None and not Path(what).is_dir()):
         return None
     folder, run = policy_of(str(what), request.runs)
+    if opened(base_of(folder) or folder) is not None:
+        raise InvalidValueError(f"{folder} is packed itself; name the unquantized folder, or the run, with --against")
     if record is not None and request.mode is None and request.deployment is None:
         return Against(folder, recorded_injection(record), run)
     if run is not None:
@@ -92,6 +95,15 @@ def _of_model(folder: Path, request: Request, checkpoint: Checkpoint) -> Injecti
         raise InvalidValueError(
             f"{checkpoint.folder}: its layers are in several formats, which is no mode; name its run with --against"
         )
-    deployment = request.deployment or _USUAL.get((checkpoint.method or "").partition(" ")[0], Baked.deployment)
+    deployment = request.deployment or _usual(checkpoint)
     changes = {"dtype": dtype} if (dtype := dtype_of(folder)) else {}
     return Injection.named(mode, deployment_named(deployment).name, **changes)
+
+
+def _usual(checkpoint: Checkpoint) -> str:
+    """Return the deployment whose packer writes such a folder, if it was not told otherwise."""
+    packed = (checkpoint.packed(name) for name in checkpoint.tensors)
+    columns = next((weight.fmt.coarse.columns for weight in packed if weight and weight.fmt.coarse), None)
+    if columns is not None:
+        return "vllm_ascend_dualscale_64" if columns == 64 else "vllm_ascend_dualscale"
+    return _USUAL.get((checkpoint.method or "").partition(" ")[0], Baked.deployment)

@@ -5,17 +5,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from fp4rl.engines.checkpoints.source import Source
 from fp4rl.engines.checkpoints.verify.against import Against
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.findings import Check
-from fp4rl.engines.checkpoints.verify.loaded import Loaded, compare_logits, evaluating, loaded
+from fp4rl.engines.checkpoints.verify.loaded import Loaded, compare_logits, evaluating, inputs_alone, loaded
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.engines.checkpoints.verify.weights import Said
-from fp4rl.models.load import load, load_tokenizer
+from fp4rl.models.load import base_of, load, load_tokenizer
 from fp4rl.rl.evaluate import EvaluationRunner, Item, answer, evaluation_runner, items_digest
 from fp4rl.spec.errors import UserError
 from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.injection import Injection
 
 _SHOWN = 40  # characters of an answer
 
@@ -37,8 +40,8 @@ def computed(checkpoint: Checkpoint, trained: Trained, meant: Against, said: Sai
         return check
     if reordered:
         engine = replace(engine, otherwise=f"{reordered:,} values of weights have other last bits")
-    policy: Any = trained.model if engine.dtype == meant.dtype else load(meant.folder, engine.dtype, meant.experts)[0]
-    compare_logits(check, engine, policy, trained.injection)
+    policy, injection = policy_in(engine.dtype, trained, meant)
+    compare_logits(check, engine, policy, injection)
     try:
         runner = None if meant.experiment is None else evaluation_runner(meant.experiment)
     except UserError as error:
@@ -49,12 +52,29 @@ def computed(checkpoint: Checkpoint, trained: Trained, meant: Against, said: Sai
         return check
     with engine.computing():
         here = _answers(engine.model, tokenizer, runner, partial(said, "answers of the checkpoint"))
-    with evaluating(policy, trained.injection):
+    with evaluating(policy, injection):
         expected = _answers(policy, tokenizer, runner, partial(said, "answers of the policy"))
     _problem_by_problem(check, here, expected, engine)
     shares = [sum(item.strict for item in items) / len(items) for items in (here, expected)]
     check.notes.append(_accuracy(engine, meant, shares, _recorded(meant, trained, runner)))
     return check
+
+
+def policy_in(dtype: str, trained: Trained, meant: Against) -> tuple[Any, Injection | None]:
+    """Return the policy in the dtype that an engine computes in, and what is injected there.
+
+    In another dtype than its own, its weights are those that were rounded, cast: to round the cast ones would give
+    others, where the injection rounds FP32 masters or a sum with adapters.
+    """
+    if dtype == meant.dtype:
+        return trained.model, trained.injection
+    if base_of(meant.folder) is not None and trained.injection.lora != "merged":
+        return load(meant.folder, dtype, meant.experts)[0], trained.injection
+    model: Any = load(base_of(meant.folder) or meant.folder, dtype, meant.experts)[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(trained.computed[name])
+    return model, inputs_alone(trained.injection)
 
 
 def _recorded(meant: Against, trained: Trained, runner: EvaluationRunner) -> Evaluation | None:

@@ -101,14 +101,19 @@ class Verified:
         """The differences of all checks."""
         return [difference for check in self.checks for difference in check.differences]
 
+    @property
+    def nothing_compared(self) -> bool:
+        """Whether no value was held against anything, so that nothing is known of them."""
+        return self.against is None and not self.differences
+
     def as_json(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return everything as plain values; `equal` is None where nothing was compared."""
         return {
             "folder": self.folder,
             "layout": self.layout,
             "against": self.against,
             "injection": self.injection,
-            "equal": not self.differences,
+            "equal": None if self.nothing_compared else not self.differences,
             "checks": [check.as_json() for check in self.checks],
         }
 

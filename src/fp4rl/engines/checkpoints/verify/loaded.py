@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.models.fit import keep_endings_alone
 from fp4rl.models.load import load
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.formats import Format
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.retarget import under_deployment
 
@@ -40,18 +41,21 @@ class Loaded:
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which `model` computes as the checkpoint is meant."""
-        return nullcontext() if self.inputs is None else evaluating(self.model, self.inputs)
+        return evaluating(self.model, self.inputs)
 
 
 @contextmanager
-def evaluating(model: Any, injection: Injection) -> Iterator[None]:
-    """Compute under an injection, in its evaluation phase."""
+def evaluating(model: Any, injection: Injection | None) -> Iterator[None]:
+    """Compute under an injection, if any, in its evaluation phase."""
+    if injection is None:
+        yield
+        return
     with attach(model, injection) as attachment:
         attachment.set_phase("evaluation")
         yield
 
 
-def compare_logits(check: Check, loaded: Loaded, policy: Any, injection: Injection) -> None:
+def compare_logits(check: Check, loaded: Loaded, policy: Any, injection: Injection | None) -> None:
     """Compare the logits of a fixed prompt; where the engine computes otherwise, note by how much they differ."""
     ids = prompt(policy)
     with torch.no_grad():
@@ -76,7 +80,7 @@ def loaded(checkpoint: Checkpoint, trained: Trained, dtype: str, check: Check) -
         if any(plan.weight and plan.weight.scale == "e4m3" for plan in trained.plans.values()):
             dtype = trained.injection.dtype  # which NVFP4 values are rounded to, and are not themselves in another
         model = _with_adapter(load(checkpoint.folder, dtype)[0], checkpoint.folder / ADAPTER)
-        return Loaded(model.eval(), "our reader", dtype, _inputs_alone(trained.injection))
+        return Loaded(model.eval(), "our reader", dtype, inputs_alone(trained.injection))
     dtype = dtype if checkpoint.method is None else "bfloat16"  # compressed-tensors decodes to that alone
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     base = getattr(trained.model, "get_base_model", lambda: trained.model)()
@@ -122,6 +126,8 @@ def _otherwise(trained: Trained, dtype: str) -> str | None:
         return f"inputs are rounded in {dtype}, those of the policy in {trained.injection.dtype}"
     if any(plan.input and plan.site.kind == "experts" for plan in plans):
         return "transformers leaves the inputs of experts as they are"
+    if any(_inexact(plan.input) for plan in plans):
+        return "compressed-tensors makes the scales of NVFP4 inputs in bfloat16"
     try:
         emulated = resolve(trained.model, under_deployment(trained.injection, "compressed_tensors")).plans
     except InvalidValueError:
@@ -131,7 +137,15 @@ def _otherwise(trained: Trained, dtype: str) -> str | None:
     return None
 
 
-def _inputs_alone(injection: Injection) -> Injection | None:
+def _inexact(fmt: Format | None) -> bool:
+    """Return whether bfloat16 does not hold the factor of calibrated NVFP4 inputs."""
+    if fmt is None or fmt.scale != "e4m3" or fmt.calibrated is None:
+        return False
+    factor = torch.tensor(448.0 * 6.0 / fmt.calibrated)
+    return bool(factor.bfloat16().float() != factor)
+
+
+def inputs_alone(injection: Injection) -> Injection | None:
     """Return the injection without its weights, which are rounded already; None where nothing is left of it."""
     exceptions = tuple(row.model_copy(update=_NO_WEIGHTS) for row in injection.by_pattern)
     inputs = injection.model_copy(update={"mode": None, "lora": "adapter", "by_pattern": exceptions, **_NO_WEIGHTS})

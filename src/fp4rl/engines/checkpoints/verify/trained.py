@@ -27,13 +27,17 @@ _NOTHING = -1  # marks what belongs to no site
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy as it is evaluated. `values` has what is computed with by the tensors' names in files, `plans` how those
-    that are rounded are; `head` names the tensors that are the embedding too, which files may leave out."""
+    """A policy as it is evaluated. `computed` has what is computed with by names in memory, `values` by names in files.
+
+    `plans` tells how those that are rounded are; `head` names the tensors that are the embedding too, which files may
+    leave out.
+    """
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
     injection: Injection
     table: SiteTable = field(repr=False)
+    computed: Mapping[str, Tensor] = field(repr=False)
     values: Mapping[str, Tensor] = field(repr=False)
     plans: Mapping[str, SitePlan] = field(repr=False)
     head: frozenset[str] = frozenset()
@@ -60,7 +64,7 @@ class Trained:
         embedding = model.get_input_embeddings().weight
         head = {name for name, value in in_memory.items() if value.data_ptr() == embedding.data_ptr()}
         values = _as_in_files(model, computed)
-        return cls(model, tokenizer, injection, attachment.table, values, plans, frozenset(head))
+        return cls(model, tokenizer, injection, attachment.table, computed, values, plans, frozenset(head))
 
     def masters(self) -> Mapping[str, Tensor]:
         """Return every tensor before rounding, by its name in the files."""

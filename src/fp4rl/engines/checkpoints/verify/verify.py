@@ -7,6 +7,7 @@ from typing import Any
 from fp4rl.engines.checkpoints.export import ADAPTER
 from fp4rl.engines.checkpoints.verify.against import Against, Request, against, recorded_injection
 from fp4rl.engines.checkpoints.verify.answers import computed
+from fp4rl.engines.checkpoints.verify.beside import beside
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.files import files, read_record
 from fp4rl.engines.checkpoints.verify.findings import Check, Verified
@@ -45,6 +46,7 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
         _record(record, meant, trained, checks[1])
     if (out / ADAPTER).is_dir():
         adapter(out, meant.folder, checks[-1])
+    checks = (*checks, beside(checkpoint, trained, meant.folder))
     if engine:
         checks = (*checks, computed(checkpoint, trained, meant, said, reordered=weights.reordered))
     injection = meant.injection.model_dump(mode="json")
