@@ -298,6 +298,16 @@ def test_the_audit_from_the_command_line(folder, capsys):
     assert checks["weights"]["seen"] == "26 tensors of the stream, every value equal in vLLM"
 
 
+def test_an_export_is_loaded_and_answers_as_the_policy_does(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(folder), str(out), "--to", "bf16", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(out), "--engine", "vllm", "--json"]) == 0
+    check = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert (check["check"], check["differences"]) == ("vllm", [])
+    assert check["compared"]["tokens"] > 100
+
+
 # -- a whole run
 
 SUITE = """

@@ -14,7 +14,7 @@ from fp4rl.spec.words import counted
 if TYPE_CHECKING:
     from fp4rl.engines.checkpoints.verify.findings import Check, Verified
 
-_ENGINES = ("transformers",)
+_ENGINES = ("transformers", "vllm")
 
 
 def command(
@@ -23,7 +23,8 @@ def command(
         str | None, typer.Option("--against", help="A run or a model folder; by default what the export recorded.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="transformers: also load OUT, and compare logits and answers.")
+        str | None,
+        typer.Option("--engine", help="transformers or vllm: also let it load OUT, and compare what it computes."),
     ] = None,
     mode: Annotated[
         str | None, typer.Option("--mode", help="What it should hold, such as w4a4; by default what was recorded.")
@@ -46,7 +47,7 @@ def command(
 
     ready_to_round()
     with progress() as advance:
-        verified = verify(out, Request(against, runs, mode, deployment), advance, engine=engine is not None)
+        verified = verify(out, Request(against, runs, mode, deployment), advance, engine=engine)
     if as_json:
         print_json(verified.as_json())
     else:

@@ -429,7 +429,7 @@ def test_without_its_source_only_files_are_checked_and_that_is_said(tmp_path, ca
     [
         (["nowhere"], "there is no folder nowhere"),
         (["."], ".: no safetensors file"),
-        (["out", "--engine", "vllm"], "--engine vllm: no such engine"),
+        (["out", "--engine", "vlm"], "--engine vlm: no such engine; did you mean 'vllm'"),
         (["out", "--against", "elsewhere"], "'elsewhere' is no model folder and no run below runs"),
         (["out", "--mode", "w4a44"], "no mode"),
     ],
@@ -530,7 +530,7 @@ def test_a_folder_that_cannot_be_read_is_a_difference(fault, tmp_path):
 def test_a_tokenizer_that_is_missing_is_a_difference_of_the_loaded_model(tmp_path):
     written = exported("mxfp4", tmp_path)
     (written.folder / "tokenizer.json").unlink()
-    checks = verify(written.folder, Request(), engine=True).checks
+    checks = verify(written.folder, Request(), engine="transformers").checks
     assert [check.name for check in checks if check.differences] == ["files", "configuration", "transformers"]
     assert all("has no tokenizer" in check.differences[0].how for check in checks[-2:])
 
@@ -624,7 +624,7 @@ def test_what_msmodelslim_wrote_is_equal_to_its_model_under_its_rule(folder, sha
 
 def computes(folder):
     """What the check of the loaded model says: its name, differences and notes."""
-    check = verify(folder, Request(), engine=True).checks[-1]
+    check = verify(folder, Request(), engine="transformers").checks[-1]
     return check.name, check.differences, " | ".join(check.notes)
 
 

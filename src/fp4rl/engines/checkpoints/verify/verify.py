@@ -11,6 +11,7 @@ from fp4rl.engines.checkpoints.verify.beside import beside
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.files import files, read_record
 from fp4rl.engines.checkpoints.verify.findings import Check, Verified
+from fp4rl.engines.checkpoints.verify.served import served
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.engines.checkpoints.verify.weights import Said, Weights, adapter
 from fp4rl.models.load import base_of
@@ -18,7 +19,7 @@ from fp4rl.models.shards import all_tensors
 from fp4rl.spec.errors import UserError
 
 
-def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine: bool = False) -> Verified:
+def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine: str | None = None) -> Verified:
     """Compare the folder `out` with what `request` names, or its own record; with `engine` also what it computes.
 
     What cannot be read in `out` is a difference too. Raises NotFoundError and InvalidValueError for what is requested.
@@ -47,7 +48,9 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
     if (out / ADAPTER).is_dir():
         adapter(out, meant.folder, checks[-1])
     checks = (*checks, beside(checkpoint, trained, meant.folder))
-    if engine:
+    if engine == "vllm":
+        checks = (*checks, served(checkpoint, trained, meant))
+    elif engine is not None:
         checks = (*checks, computed(checkpoint, trained, meant, said, reordered=weights.reordered))
     injection = meant.injection.model_dump(mode="json")
     return Verified(str(out), layout, meant.name, injection, (checked, *checks))
