@@ -1,4 +1,4 @@
-"""Environment variables, read only here: the rounding backend, and a launcher of several processes."""
+"""Environment variables, read only here: the rounding backend, a launcher of several processes, a run inside verl."""
 
 import os
 import sys
@@ -9,6 +9,8 @@ from typing import NoReturn
 from fp4rl.spec.errors import InvalidValueError
 
 VARIABLE = "FP4RL_BACKEND"
+VERL_SPEC = "FP4RL_VERL_SPEC"
+"""The path of the experiment that a run of verl is under."""
 
 
 def choose_backend(announce: Callable[[str], None]) -> None:
@@ -29,6 +31,11 @@ def for_vllm() -> None:
     for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+
+
+def verl_spec() -> str | None:
+    """Return the path of the experiment that this process of a verl run is under; None without one."""
+    return os.environ.get(VERL_SPEC) or None
 
 
 def launched() -> bool:
