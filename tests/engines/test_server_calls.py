@@ -89,8 +89,9 @@ def answering(imitation, *, version=None, calls=1, elements=64):
 
     def counted(content):
         begun = [c["args"][0] for path, c in imitation.asked if c.get("method") == "fp4rl_begin"]
+        meter = [0, elements, 1, 0, 2, 64, 32, 0.5, 2.0]
         return [
-            {"calls": calls, "meter": [0, elements, 1, 0, 2, 64, 32, 0.5, 2.0]} for _ in (begun[-1] if begun else ())
+            {"calls": calls, "meters": dict.fromkeys(site["formats"], meter)} for site in (begun[-1] if begun else ())
         ]
 
     imitation.answers["/inference/v1/generate"] = choices
@@ -187,10 +188,10 @@ def test_a_description_of_sites_is_read_back_as_the_same_formats(policy):
             states = injected_states(model)
             rows, injection = described(states)
             sent = json.loads(json.dumps(rows))
-            assert [format_of(row["input"]) for row in sent] == [state.plan.input for state in states]
+            assert [format_of(row["formats"]["input"]) for row in sent] == [state.plan.input for state in states]
             assert Injection.model_validate(injection).dtype == states[0].injection.dtype
             attachment.set_phase("reference")
-            assert {row["input"] for row in described(injected_states(model))[0]} == {None}
+            assert not any(row["formats"] for row in described(injected_states(model))[0])
 
 
 def test_meters_of_two_processes_add_up():

@@ -2,7 +2,7 @@
 
 from safetensors.torch import load_file
 
-from fp4rl.engines.rollout.rounding import Rounded
+from fp4rl.engines.rollout.linear import Rounded
 from fp4rl.engines.rollout.worker import FromFiles, Worker
 
 LAST = {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fp4rl.inject.linear import LinearState
+from fp4rl.engines.rollout.kinds import not_computed
 from fp4rl.inject.site import SiteState
 from fp4rl.models.fit import end_ids
 from fp4rl.rl.generate import Generation, Sampling, cut
@@ -17,13 +17,8 @@ def require_possible(states: Sequence[SiteState], sampling: Sampling) -> None:
     """Raise InvalidValueError for what happens in the model and would not happen in vLLM."""
     if sampling.temperature and sampling.top_p < 1:
         raise InvalidValueError("rollout.engine vllm gives log-probabilities of what top_p leaves alone; take top_p: 1")
-    for state in states:
-        wrong = sorted(state.points - {"weight", "input", "grad_input", "grad_weight"}) + [e.name for e in state.errors]
-        if wrong or not isinstance(state, LinearState) or state.plan.site.kind == "experts":
-            what = f"{wrong[0]} of {state.plan.name}" if wrong else f"{state.plan.name}, {state.plan.site.kind},"
-            raise InvalidValueError(
-                f"rollout.engine vllm does not compute {what} as this model does; take transformers"
-            )
+    for what in filter(None, map(not_computed, states)):
+        raise InvalidValueError(f"rollout.engine vllm does not compute {what} as this model does; take transformers")
 
 
 def parameters(model: Any, sampling: Sampling, count: int) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.engines.rollout.calls import Server
 from fp4rl.engines.rollout.held import Held, require_equal
+from fp4rl.engines.rollout.kinds import active, rounded_points
 from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
 from fp4rl.inject.evidence import Meter
-from fp4rl.inject.linear import LinearState
+from fp4rl.inject.site import SiteState
 from fp4rl.rl import processes
 from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
@@ -53,15 +54,14 @@ class VllmServer:
         sampling: Sampling,
     ) -> list[Generation]:
         """Answer `prompts` with the present weights of `model`; see `Sampler`."""
-        states = injected_states(model)
-        require_possible(states, sampling)
+        sites = active(injected_states(model))
+        require_possible(sites, sampling)
         self._open(model, max(map(len, prompts)) + sampling.max_new_tokens)
         self._calls += 1
         version = f"{self._run}-{self._calls}"
         tensors, compared = self.refresh(model, version), 0
         if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
             compared = self.compare(model)
-        sites = [state for state in states if isinstance(state, LinearState)]
         self._worker("fp4rl_begin", *described(sites))
         try:
             settings = parameters(model, sampling, len(prompts))
@@ -113,13 +113,14 @@ class VllmServer:
         return self.server.post("/inference/v1/generate", token_ids=list(prompt), sampling_params=settings)
 
 
-def described(sites: Sequence[LinearState]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what a worker must know to round the inputs of `sites`, as plain values: see `worker.state_of`."""
+def described(sites: Sequence[SiteState]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what a worker must know to round at `sites`, as plain values: see `worker.state_of`."""
     rows = [
         {
+            "kind": state.plan.site.kind,
             "name": state.plan.name,
             "shape": state.plan.site.shape,
-            "input": describe(state.plan.input) if state.plan.input is not None and state.input_on else None,
+            "formats": {point: describe(getattr(state.plan, point)) for point in rounded_points(state)},
             "step": state.rng.step,
         }
         for state in sites
@@ -128,17 +129,19 @@ def described(sites: Sequence[LinearState]) -> tuple[list[dict[str, Any]], dict[
     return rows, sites[0].injection.model_dump(mode="json", include=keys) if sites else {}
 
 
-def _credit(sites: Sequence[LinearState], counted: Sequence[Mapping[str, Any]]) -> None:
+def _credit(sites: Sequence[SiteState], counted: Sequence[Mapping[str, Any]]) -> None:
     """Add what the worker counted to the states of the model; CheckFailed where it computed or rounded nothing."""
     if len(counted) != len(sites):
         raise CheckFailed(f"the server counted at {len(counted)} of {len(sites)} sites: it was started again meanwhile")
     for state, row in zip(sites, counted, strict=True):
-        meter = Meter(*row["meter"])
-        if not row["calls"] or (state.input_on and not meter.elements):
-            raise CheckFailed(f"{state.plan.name}: the server answered and its worker rounded no input there")
+        meters = {point: Meter(*row["meters"].get(point, ())) for point in rounded_points(state)}
+        for point in [point for point, meter in meters.items() if not (row["calls"] and meter.elements)]:
+            raise CheckFailed(f"{state.plan.name}: the server answered and its worker rounded no {point} there")
+        if not row["calls"]:
+            raise CheckFailed(f"{state.plan.name}: the server answered and its worker did not count a call of it")
         state.calls += row["calls"]
-        if state.input_on:
-            state.meter("input").add(meter)
+        for point, meter in meters.items():
+            state.meter(point).add(meter)
 
 
 def _require_version(choices: Sequence[Mapping[str, Any]], version: str) -> None:

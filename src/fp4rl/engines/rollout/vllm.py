@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.engines.environment import for_vllm
 from fp4rl.engines.rollout.held import follow_embeddings, require_held
+from fp4rl.engines.rollout.kinds import active, rounding
 from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
-from fp4rl.engines.rollout.rounding import rounding
 from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
 from fp4rl.spec.errors import InvalidValueError
@@ -50,7 +50,7 @@ class Vllm:
         """Answer `prompts` with the present weights of `model`; see `Sampler`."""
         from vllm import SamplingParams
 
-        states = injected_states(model)
+        states = active(injected_states(model))
         require_possible(states, sampling)
         self._require_engine(model, max(map(len, prompts)) + sampling.max_new_tokens)
         self.refresh(model)

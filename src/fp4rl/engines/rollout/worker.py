@@ -22,10 +22,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 import vllm
 from fp4rl.engines.rollout.held import follow_embeddings, held
-from fp4rl.engines.rollout.rounding import rounding
+from fp4rl.engines.rollout.kinds import KINDS, rounding
 from fp4rl.inject.cache import SharedInput
-from fp4rl.inject.linear import LinearState
 from fp4rl.inject.plan import SitePlan
+from fp4rl.inject.site import SiteState
 from fp4rl.sites.walk import Site
 from fp4rl.spec.formats import format_of
 from fp4rl.spec.injection import Injection
@@ -38,7 +38,7 @@ class Worker:
 
     model_runner: Any
     vllm_config: Any
-    fp4rl_states: Sequence[LinearState] = ()
+    fp4rl_states: Sequence[SiteState] = ()
     fp4rl_rounding: ExitStack | None = None
     fp4rl_rows: dict[str, int] | None = None
 
@@ -59,7 +59,7 @@ class Worker:
         }
 
     def fp4rl_begin(self, sites: Sequence[Mapping[str, Any]], injection: Mapping[str, Any]) -> int:
-        """Count calls of the layers of `sites` from here on, and round their inputs; returns how many there are."""
+        """Round and count at `sites` from here on; returns how many there are."""
         self.fp4rl_end()
         described = Injection.model_validate(injection)
         self.fp4rl_states = [state_of(site, described) for site in sites]
@@ -71,7 +71,10 @@ class Worker:
         """Stop rounding; return what each site counted."""
         if self.fp4rl_rounding is not None:
             self.fp4rl_rounding.close()
-        counted = [{"calls": state.calls, "meter": astuple(state.meter("input"))} for state in self.fp4rl_states]
+        counted = [
+            {"calls": state.calls, "meters": {point: astuple(meter) for (_, point), meter in state.meters.items()}}
+            for state in self.fp4rl_states
+        ]
         self.fp4rl_rounding, self.fp4rl_states = None, ()
         return counted
 
@@ -87,13 +90,13 @@ class Worker:
         return [list(each) for each in held(self.model_runner.get_model(), part, self.fp4rl_rows)]
 
 
-def state_of(site: Mapping[str, Any], injection: Injection) -> LinearState:
+def state_of(site: Mapping[str, Any], injection: Injection) -> SiteState:
     """Return the state of a site that `server.described` has described."""
-    where = Site(site["name"], site["name"], "linear", "", None, tuple(site["shape"]))
-    fmt = format_of(site["input"]) if site["input"] is not None else None
-    state = LinearState(SitePlan(where, input=fmt), injection, SharedInput(1))
+    where = Site(site["name"], site["name"], site["kind"], "", None, tuple(site["shape"]))
+    formats: dict[str, Any] = {point: format_of(described) for point, described in site["formats"].items()}
+    state = KINDS[site["kind"]].state(SitePlan(where, **formats), injection, SharedInput(1))
     state.rng.step = site["step"]
-    state.enter("rollout", frozenset({"input"}))
+    state.enter("rollout", frozenset(formats))
     return state
 
 

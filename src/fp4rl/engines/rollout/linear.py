@@ -1,34 +1,22 @@
 """The inputs of vLLM's linear layers, rounded and counted by the states of the sites that they compute."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fp4rl.engines.rollout.held import layer_of
 from fp4rl.inject.linear import LinearState
-from fp4rl.inject.site import SiteState
 
 
 @contextmanager
-def rounding(module: nn.Module, states: Sequence[SiteState]) -> Iterator[None]:
-    """Let the linear layers of vLLM's model count, and round their inputs, as `states` say."""
-    layers = dict(module.named_modules())
-    of_layer: dict[str, list[LinearState]] = defaultdict(list)
-    for state in (state for state in states if isinstance(state, LinearState)):
-        of_layer[layer_of(module, layers, state.plan.name)].append(state)
-    changed: list[Any] = []
+def rounding_input(layer: Any, members: Sequence[LinearState]) -> Iterator[None]:
+    """Let a linear layer of vLLM count, and round its input, as the sites that are fused in it say."""
+    layer.quant_method = Rounded(layer.quant_method, members)
     try:
-        for name, members in of_layer.items():
-            layer: Any = layers[name]
-            layer.quant_method = Rounded(layer.quant_method, members)
-            changed.append(layer)
         yield
     finally:
-        for layer in changed:
-            layer.quant_method = layer.quant_method.method
+        layer.quant_method = layer.quant_method.method
 
 
 class Rounded:
