@@ -37,10 +37,10 @@ def code_digest() -> str:
     return hashed.hexdigest()[:12]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, fp4rl and the libraries that compute numbers, by name."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of Python, fp4rl and the libraries that compute numbers, by name, and of `more` packages."""
     installed = {"python": platform.python_version(), "fp4rl": fp4rl.__version__}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         with suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed
