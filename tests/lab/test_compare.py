@@ -182,6 +182,36 @@ def test_results_of_other_libraries_are_refused(two_arms, ask: Ask):
     assert (objection.kind, objection.sentence()) == ("code", "torch's version differs: 2.9 against 2.13")
 
 
+def of_two_engines(make_run, **verl: Any) -> None:
+    """Three seeds of one recipe under TRL (w4a4) and under verl; what is given changes the latter."""
+    for seed in range(3):
+        usual = {"spec": W4A4, "evidence": QUANTIZED | {"processes": 1}, "versions": {"torch": "2.13", "trl": "1.16"}}
+        make_run("w4a4", seed, 0.70 + 0.01 * seed, **usual)
+        other = {
+            "spec": W4A4 | {"engine": "verl"},
+            "evidence": QUANTIZED | {"processes": 2},
+            "versions": {"torch": "2.11", "verl": "0.9.1"},
+            "evaluated_with": {"torch": "2.13", "trl": "1.16"},
+        }
+        make_run("verl", seed, 0.60 + 0.01 * seed, **other | verl)
+
+
+def test_two_engines_are_a_factor_that_must_be_declared(make_run, ask: Ask):
+    of_two_engines(make_run)
+    said = [objection.sentence() for objection in ask("verl", factors=(), control="w4a4").objections]
+    assert said[0] == "the specs differ in engine: verl against none"
+    assert {"verl's version differs: 0.9.1 against none", "the number of processes differs: 2 against 1"} < {*said}
+    (objection,) = ask("verl", "w4a4", factors=("engine",)).objections
+    assert objection.what == "the number of processes differs"
+    assert ask("verl", "w4a4", factors=("engine", "processes")).comparable
+
+
+def test_of_two_engines_the_same_libraries_must_have_evaluated(make_run, ask: Ask):
+    of_two_engines(make_run, evaluated_with={"torch": "2.12", "trl": "1.16"})
+    (objection,) = ask("verl", "w4a4", factors=("engine", "processes")).objections
+    assert objection.sentence() == "torch's version differs: 2.12 against 2.13"
+
+
 @pytest.mark.parametrize(
     ("made", "what"),
     [

@@ -12,7 +12,7 @@ from fp4rl.cli.described import described_by, require_here, runs_described, warn
 from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
-from fp4rl.cli.terminal import console, leave_out, print_json, table
+from fp4rl.cli.terminal import console, leave_out, print_json, say_once, table
 from fp4rl.engines.environment import launched
 from fp4rl.engines.executors.processes import LocalPool
 from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
@@ -20,7 +20,16 @@ from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.profile import WHAT, write_profile
 from fp4rl.lab.provenance import changed_inputs
-from fp4rl.lab.runner import Outcome, SuiteOutcome, archive_stale, keep_suite, run_all, split_finished, stale
+from fp4rl.lab.runner import (
+    Outcome,
+    SuiteOutcome,
+    archive_stale,
+    keep_suite,
+    require_trl,
+    run_all,
+    split_finished,
+    stale,
+)
 from fp4rl.models.quiet import quiet as quiet_libraries
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
@@ -114,8 +123,9 @@ def carry_out_all(
     from fp4rl.lab.sinks import require_sinks
 
     require_sinks(report_to)
-    runs = runs_described(described, name)
-    require_here(runs)
+    every = runs_described(described, name)
+    require_here(every)
+    runs = _trained_here(every, root)
     if launched():
         quiet_libraries()
         from fp4rl.rl import processes
@@ -123,7 +133,7 @@ def carry_out_all(
         if not processes.is_first():
             follow(root)
             return SuiteOutcome()
-    keep_suite(root, runs[0].suite, described.model_dump(mode="json"))
+    keep_suite(root, every[0].suite, described.model_dump(mode="json"))
     if rerun_stale:
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
@@ -147,6 +157,18 @@ def carry_out_all(
 
     with display.shown():
         return run_all(runs, root, executor, display.on_event, ended)
+
+
+def _trained_here(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
+    """Return the runs without those that another engine has yet to train, which are named; the others need TRL."""
+    missing = split_finished(runs, root)[1]
+    elsewhere = [run for run in missing if run.experiment.engine != "trl"]
+    for engine in dict.fromkeys(run.experiment.engine for run in elsewhere):
+        own = ", ".join(run.run_id for run in elsewhere if run.experiment.engine == engine)
+        say_once([f"{own}: to be trained by {engine}; `fp4rl runs import` takes each in when it is finished"])
+    if len(missing) > len(elsewhere):
+        require_trl()
+    return [run for run in runs if run not in elsewhere]
 
 
 def _record(book: str | Path, root: Path, screen: Console) -> None:

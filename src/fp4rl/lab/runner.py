@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import changed_inputs, code_digest, recorded_result
 from fp4rl.rl import events
+from fp4rl.spec.errors import NotFoundError
 
 STOPPING = "stopping"  # the stage of the event that all runs will end after their present step
 
@@ -102,6 +104,12 @@ def run_all(
                 outcome.failed.append(ended)
             on_outcome(ended)
     return outcome
+
+
+def require_trl() -> None:
+    """Raise NotFoundError, naming the extra, where TRL is not installed: beside verl it cannot be."""
+    if find_spec("trl") is None:
+        raise NotFoundError("training needs TRL, the extra `train`: pip install 'fp4rl[train]'")
 
 
 def keep_suite(root: Path, suite: str, content: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.rl import events, processes
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
+from fp4rl.rl.components import require_own_engine
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec import evidence
@@ -53,6 +54,7 @@ def execute_run(
     folder = run_folder(root, run.suite, run.run_id)
     if folder.finished:
         return folder
+    require_own_engine(run.experiment)
     check(run.experiment)
     train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest())
     if not processes.is_first():  # of several processes that train this run together the first writes the folder

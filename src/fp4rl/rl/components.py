@@ -111,6 +111,14 @@ def require_processes(experiment: Experiment, count: int) -> None:
     require_shares(experiment.training, count)
 
 
+def require_own_engine(experiment: Experiment) -> None:
+    """Raise InvalidValueError for an experiment that another engine than TRL trains."""
+    if experiment.engine != "trl":
+        raise InvalidValueError(
+            f"engine {experiment.engine} trains in processes of its own; `fp4rl runs import` takes its finished run in"
+        )
+
+
 def require_shares(recipe: Training, processes: int) -> None:
     """Raise InvalidValueError for a recipe that several processes cannot run like a single one."""
     share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)

@@ -17,7 +17,12 @@ from fp4rl.spec.task import Task
 from fp4rl.tasks.arithmetic import Arithmetic
 
 # Input -> the key that points to it: where that key is a declared factor, the contents may differ too.
-POINTERS = {"start model": "model", "problems": "task", "reward's source": "training.reward"}
+POINTERS = {
+    "start model": "model",
+    "problems": "task",
+    "reward's source": "training.reward",
+    "number of processes": "processes",
+}
 
 OnWarmUp = Callable[[int, float], None]
 """Called with (step, loss)."""

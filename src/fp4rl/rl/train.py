@@ -10,7 +10,7 @@ from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
-from fp4rl.rl.components import require_processes
+from fp4rl.rl.components import require_own_engine, require_processes
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
@@ -65,6 +65,7 @@ def train(
     Raises NotFoundError and InvalidValueError, before anything is trained, for anything in the experiment that cannot
     be used, and CheckFailed when the run's evidence contradicts its spec.
     """
+    require_own_engine(experiment)
     check(experiment)
     require_processes(experiment, processes.count())
     require_sound_quantizer()

@@ -188,10 +188,14 @@ class NoiseStages(Record):
 
 
 class LiveCheck(Record):
-    """The largest difference between the logits of the live policy and those of its saved copy."""
+    """The largest difference between the logits of the live policy and those of its saved copy.
+
+    `compared`: digests of the weights instead, of a policy that another engine trained; where they are equal, it is 0.
+    """
 
     kind: Literal["live_equals_fresh"] = Field("live_equals_fresh", exclude=True)
     max_difference: float
+    compared: Literal["logits", "weights"] = "logits"
 
 
 class WeightsMoved(Record):

@@ -56,6 +56,9 @@ class Experiment(Spec):
     evaluation: Evaluation = Evaluation()
     health: Health = Health()
     rollout: RolloutEngine = later_key(TRANSFORMERS)
+    engine: Literal["trl", "verl"] = later_key(
+        "trl", description="what trains: trl in `fp4rl run`, or verl, whose finished runs `fp4rl runs import` takes in"
+    )
     processes: PositiveInt = later_key(1, description="processes that train the run together, each on a share")
     sharding: Literal["none", "fsdp2"] = later_key(
         "none", description="whether each process holds all weights and optimizer states (DDP), or its part of them"

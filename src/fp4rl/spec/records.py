@@ -114,7 +114,11 @@ class Imported(Record):
 
 
 class RunResult(Record):
-    """The result of a run. `stopped` is the monitor's reason to end it early; `imported` is set for a foreign log."""
+    """The result of a run. `stopped` is the monitor's reason to end it early; `imported` is set for a foreign log.
+
+    `versions` are those it was trained with. `evaluated_with` are those its final weights were evaluated with, where
+    another engine trained them.
+    """
 
     version: int = 0
     run_id: str | None = None
@@ -124,6 +128,7 @@ class RunResult(Record):
     spec_digest: str | None = None
     code_digest: str | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
+    evaluated_with: Mapping[str, str] | None = None
     evaluations: tuple[Evaluation, ...] = ()
     evidence: Summary = Summary()
     imported: Imported | None = None
@@ -133,8 +138,42 @@ class RunResult(Record):
     wall_s: float | None = None
 
 
+ENGINE_RUN, ENGINE_METRICS = "fp4rl_run.json", "fp4rl_metrics.jsonl"
+
+
+class EngineRun(Record):
+    """A run that another engine trained, as it leaves it in `fp4rl_run.json` when its last step is done.
+
+    The numbers of its steps stand beside it in `fp4rl_metrics.jsonl`, one object a line, each with its `step`. `spec`
+    is the experiment with its seed, `code_digest` and `versions` name the code that trained. `evidence` holds lines as
+    in evidence.jsonl, each with its `kind`. `summary.final_weights` is the digest of the weights that were trained last
+    (`rl.verify.weights_digest`, in the dtype of the experiment's model); the weights that are imported must have it.
+    """
+
+    version: int = VERSION
+    engine: str
+    spec: Mapping[str, JsonValue]
+    seed: int
+    suite: str | None = None
+    arm: str | None = None
+    code_digest: str
+    versions: Mapping[str, str]
+    steps_asked: int
+    steps_done: int
+    sites: Sites = Sites()
+    evidence: tuple[Mapping[str, JsonValue], ...] = ()
+    summary: Summary = Summary()
+    wall_s: float | None = None
+
+    @property
+    def lines(self) -> tuple[Evidence, ...]:
+        """The lines of evidence of a kind that this version knows. Raises `InvalidValueError` for a damaged one."""
+        return tuple(line for line in map(read_evidence, self.evidence) if line is not None)
+
+
 _LINE: TypeAdapter[Evidence] = TypeAdapter(Annotated[Evidence, Field(discriminator="kind")])
 _R = TypeVar("_R", bound=Record)
+_V = TypeVar("_V", RunResult, EngineRun)
 
 
 def read_evidence(line: object) -> Evidence | None:
@@ -153,15 +192,23 @@ def read_evidence(line: object) -> Evidence | None:
 
 def read_result(content: object) -> RunResult:
     """Return a run's result. Raises `InvalidValueError`, also for one whose format only a newer version knows."""
-    result = _read(RunResult.model_validate, content, "result")
-    if result.version > VERSION:
-        raise InvalidValueError(f"format {result.version} of a newer fp4rl, this one reads {VERSION}; update fp4rl")
-    return result
+    return _of_known_version(_read(RunResult.model_validate, content, "result"))
+
+
+def read_engine_run(content: object) -> EngineRun:
+    """Return the record of a run that another engine trained. Raises `InvalidValueError`."""
+    return _of_known_version(_read(EngineRun.model_validate, content, "record"))
 
 
 def read_sites(content: object) -> Sites:
     """Return the table in sites.json. Raises `InvalidValueError`."""
     return _read(Sites.model_validate, content, "sites")
+
+
+def _of_known_version(record: _V) -> _V:
+    if record.version > VERSION:
+        raise InvalidValueError(f"format {record.version} of a newer fp4rl, this one reads {VERSION}; update fp4rl")
+    return record
 
 
 def _read(validate: Callable[..., _R], content: object, what: str) -> _R:

@@ -8,6 +8,8 @@ from fp4rl.spec.load import arm_contents
 
 # Each of these is one factor as a whole, however many of its keys differ.
 _WHOLE = ("injection", "noise")
+# Where what trains differs, so do its losses' details and its libraries: no difference that is meant in silence.
+_DECLARED = "engine"
 # Which profiles are measured changes no number; the conditions of a number are compared with the number.
 _NO_FACTOR = ("evaluation.profiles", "evaluation.injections")
 
@@ -51,11 +53,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differen
 def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
     """Return the differences that no declared factor covers.
 
-    Where none is declared, one factor may differ: one key, or the injection or the noise as a whole.
+    Where none is declared, one factor may differ: one key but the engine, or the injection or the noise as a whole.
     """
     if factors:
         return {key: pair for key, pair in differing.items() if not covered(key, factors)}
-    return differing if len({factor_of(key) for key in differing}) > 1 else {}
+    return differing if len({factor_of(key) for key in differing}) > 1 or _DECLARED in differing else {}
 
 
 def covered(key: str, factors: Sequence[str]) -> bool:

@@ -68,7 +68,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
         *_seeds(treatment, control),
         *_steps(treatment, control),
         *_conditions(treatment, control, covered("precision", factors)),
-        *_code(treatment, control),
+        *_code(treatment, control, factors),
         *_inputs(treatment, control, factors),
         *_evidence(treatment, control),
     )
@@ -160,10 +160,15 @@ def _condition(run: SideRun, key: str) -> Any:
     return "full" if acted == "clean" else acted
 
 
-def _code(treatment: Side, control: Side) -> Iterator[Objection]:
+def _code(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    """Yield differences of code and libraries. Engines have libraries of their own: where they are a declared factor,
+    only those that evaluated must be the same."""
     sides = _values(treatment, control, lambda run: run.run.result.code_digest)
     yield from _unequal("code", "the code that computed the results (rerun the stale side)", sides)
-    for name, versions in _by_name(treatment, control, lambda run: run.result.versions):
+    engines = covered("engine", factors)
+    for name, versions in _by_name(
+        treatment, control, lambda run: (engines and run.result.evaluated_with) or run.result.versions
+    ):
         if name not in _VERSIONS_IN_THE_CODE:
             yield from _unequal("code", f"{name}'s version", versions)
 
