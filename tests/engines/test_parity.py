@@ -1,6 +1,8 @@
 """The audit of an engine: a sound one passes, every planted difference is found by the check that its cause names."""
 
 import json
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,19 @@ import torch
 from fp4rl.cli.main import main
 from fp4rl.engines.parity.audit import Engine, audit
 from fp4rl.engines.parity.causes import CAUSES
-from fp4rl.engines.parity.engines import engine_named
+from fp4rl.engines.parity.engines import engine_of
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.generate import transformers_sampler
 from fp4rl.rl.stream import injected_states
-from fp4rl.spec.errors import CheckFailed, NotFoundError
+from fp4rl.spec.errors import EngineDiffers, NotFoundError
+from fp4rl.spec.evidence import WeightsServed
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
+from fp4rl.spec.rollout import RolloutEngine
 
+TRANSFORMERS = engine_of(RolloutEngine())
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "parity.md"
 
 
@@ -34,10 +39,17 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "out"
+    assert main(["export", str(folder), str(out), "--to", "compressed_tensors"]) == 0
+    return out
+
+
 def audited(folder, injection, sampler=transformers_sampler, held=None, deployment=None):
     model, tokenizer = load(folder)
     prompts = [tokenizer(f"{a} + {b} = ")["input_ids"] for a in (2, 13) for b in (3, 7, 25)]
-    engine = Engine("planted", sampler, held or engine_named("transformers").held)
+    engine = Engine("planted", sampler, held or TRANSFORMERS.held)
     checks = audit(engine, model, tokenizer, injection, prompts, 12, deployment)
     return {check.name: check for check in checks}
 
@@ -107,7 +119,7 @@ def test_other_weights_differ_whatever_their_names(folder):
         layer.weight.data.mul_(-1)
         state.cache.put(*stale(state, layer, kept))
         try:
-            return engine_named("transformers").held(model, attachment)
+            return TRANSFORMERS.held(model, attachment)
         finally:
             layer.weight.data.copy_(kept)
 
@@ -122,15 +134,65 @@ def test_other_weights_differ_whatever_their_names(folder):
 
 
 def test_a_silent_engine_is_no_engine(folder):
-    with pytest.raises(CheckFailed, match="nothing was injected there"):
-        audited(folder, Injection.named("w4a4"), lambda *_: [])
+    checks = audited(folder, Injection.named("w4a4"), lambda *_: [])
+    assert list(checks) == ["calls"]
+    assert checks["calls"].passed is False
+    assert "nothing was injected there" in checks["calls"].seen
 
 
 def test_causes_stand_in_the_documentation_with_their_cure():
     page = DOCS.read_text()
     for cause in CAUSES:
         assert f"| {cause.what} | {cause.shows} | {cause.mended} |" in page
-    assert {cause.check for cause in CAUSES} == {"weights", "scores", "rules", "order"}
+    assert {cause.check for cause in CAUSES} == {"calls", "weights", "versions", "scores", "rules", "order"}
+
+
+class Served:
+    """An engine that serves weights under versions; `versions` are those of its calls."""
+
+    def __init__(self, versions):
+        self.lines = [WeightsServed(weight_version=version, tensors=1, compared=1) for version in versions]
+
+    def __call__(self, *asked):
+        return transformers_sampler(*asked)
+
+    def evidence(self):
+        return self.lines
+
+
+def test_versions_are_told_of_an_engine_that_serves_them(folder):
+    checks = audited(folder, None, Served([f"run-{number}" for number in range(1, 9)]))
+    assert checks["versions"].passed is True
+    assert checks["versions"].seen == "8 calls, answered with 8 versions of the weights: run-1 to run-8"
+
+
+@pytest.mark.parametrize("versions", [["run-1"] * 8, [f"run-{number}" for number in range(7)]])
+def test_calls_without_a_version_of_their_own_differ(versions, folder):
+    assert audited(folder, None, Served(versions))["versions"].passed is False
+
+
+def test_an_engine_that_finds_itself_another_policy_ends_the_audit_with_that_check(folder):
+    def other(*_):
+        raise EngineDiffers("answers of version b-7 where a-1 was sent", "versions")
+
+    checks = audited(folder, Injection.named("w4a4"), other, deployment="vllm_ascend")
+    assert list(checks) == ["versions"]
+    assert (checks["versions"].passed, checks["versions"].seen) == (False, "answers of version b-7 where a-1 was sent")
+
+
+def noted(into, *now):
+    into.append(now)
+
+
+def test_each_part_of_an_audit_is_told_as_progress(folder):
+    model, tokenizer = load(folder)
+    prompts = [tokenizer(f"{a} + 3 = ")["input_ids"] for a in (2, 13, 5)]
+    for deployment, parts in ((None, 9), ("vllm_ascend", 10)):
+        told = []
+        injection = Injection.named("w4a16")
+        asked = (TRANSFORMERS, model, tokenizer, injection, prompts, 2, deployment)
+        list(audit(*asked, on_progress=partial(noted, told)))
+        assert told == [(done, parts) for done in range(1, parts + 1)]
 
 
 # -- the command
@@ -163,13 +225,67 @@ def test_a_difference_ends_with_one_and_names_its_causes(folder, capsys, monkeyp
         (["{folder}", "--engine", "vlm"], "there is no such engine; did you mean 'vllm'"),
         (["{folder}", "a=b"], "is no spec file"),
         (["{folder}", "--mode", "w4a5"], "no mode is called 'w4a5'"),
+        (["{folder}", "--server", "http://127.0.0.1:9"], "rollout.server http://127.0.0.1:9 does not answer"),
+        (["{folder}", "--server", "127.0.0.1:9"], "--engine: server"),
+        (["{folder}", "--engine", "transformers", "--server", "http://127.0.0.1:9"], "engine transformers asks none"),
+        (["{packed}", "--engine", "vllm"], "vLLM is not installed here"),
     ],
 )
-def test_wrong_words_are_one_line(words, line, folder, capsys):
-    assert main(["parity", *(word.format(folder=folder) for word in words)]) == 2
-    assert line in capsys.readouterr().err
+def test_wrong_words_are_one_line(words, line, folder, packed, capsys):
+    assert main(["parity", *(word.format(folder=folder, packed=packed) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert len(said.splitlines()) == 1
+
+
+def test_what_is_audited_of_a_packed_folder_is_said(packed, capsys, monkeypatch):
+    words = ["parity", str(packed), "--mode", "w4a4", "--count", "2", "--max-new-tokens", "2"]
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{packed} is packed (compressed-tensors " in said
+    assert "what is audited are the decoded values; `fp4rl verify` compares what the folder itself holds" in said
+    monkeypatch.setattr("fp4rl.engines.parity.engines.sampler_named", lambda _: transformers_sampler)
+    assert main([*words, "--engine", "vllm"]) == 2
+    assert "`fp4rl verify FOLDER --engine vllm` compares the two" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_embedded_model_is_a_model(tmp_path, capsys, monkeypatch):
+    told = []
+
+    def warmed(model, task, cache, on_warm_up):
+        assert (model.embedded, cache) == (Embedded(), tmp_path / "models")
+        on_warm_up(1, 0.5)
+        path = tmp_path / "made"
+        torch.manual_seed(0)
+        build(Embedded(), build_tokenizer()).save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        return path
+
+    @contextmanager
+    def bar():
+        yield lambda *now: told.append(now)
+
+    monkeypatch.setattr("fp4rl.rl.inputs.start_folder", warmed)
+    monkeypatch.setattr("fp4rl.cli.packed_start.progress", bar)
+    words = ["--mode", "w4a4", "--count", "2", "--max-new-tokens", "2", "--runs", str(tmp_path)]
+    assert main(["parity", "embedded", *words]) == 0
+    assert capsys.readouterr().out.count("equal ") == 3
+    assert told == [("warm-up", 1, Embedded().warm_up_steps)]
+
+
+def test_the_engine_is_the_one_that_a_spec_samples_with(tmp_path, capsys):
+    spec = tmp_path / "own.yaml"
+    spec.write_text("rollout: {engine: vllm, server: 'http://127.0.0.1:9'}\ninjection: {mode: w4a4}\n")
+    for words, code, line in (
+        ([], 2, "rollout.server http://127.0.0.1:9 does not answer"),
+        (["rollout.server=http://127.0.0.1:8"], 2, "rollout.server http://127.0.0.1:8 does not answer"),
+        (["--server", "http://127.0.0.1:7"], 2, "rollout.server http://127.0.0.1:7 does not answer"),
+        (["rollout.server=null"], 2, "vLLM is not installed here"),
+    ):
+        assert main(["parity", str(spec), *words]) == code
+        assert line in capsys.readouterr().err
 
 
 def test_an_engine_that_is_not_installed_says_so():
     with pytest.raises(NotFoundError, match="vLLM is not installed here"):
-        engine_named("vllm")
+        engine_of(RolloutEngine(engine="vllm"))

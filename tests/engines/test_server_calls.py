@@ -14,8 +14,8 @@ from fp4rl.inject.evidence import Meter
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.generate import Sampling
-from fp4rl.rl.stream import injected_states
-from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError
+from fp4rl.rl.stream import injected_states, weight_stream
+from fp4rl.spec.errors import CheckFailed, EngineDiffers, EngineLost, InvalidValueError
 from fp4rl.spec.formats import format_of
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
@@ -42,7 +42,7 @@ class Imitation:
                 content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((self.path, content))
                 status, answer = outer.answer(self.path, content)
-                text = json.dumps(answer).encode()
+                text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
@@ -142,6 +142,30 @@ def test_a_server_without_the_worker_or_its_routes_is_told_how_to_start(imitatio
             Server(imitation.address).post("/somewhere")
 
 
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ({"results": [ABOUT, ABOUT]}, "has 2 workers, each with a part of the model; give it --tensor-parallel-size 1"),
+        ({"results": []}, "is no vLLM server; start one so: VLLM_SERVER_DEV_MODE=1"),
+        (["hello"], "is no vLLM server; start one so: VLLM_SERVER_DEV_MODE=1"),
+        (b"<html>hello</html>", r"/collective_rpc answers b'<html>hello</html>', which is no JSON: it is no vLLM"),
+        ({"results": [{"dtype": "float32"}]}, "a worker of another version of fp4rl, which does not tell its eager"),
+    ],
+)
+def test_what_is_no_server_of_one_whole_model_is_refused(answer, line, imitation):
+    imitation.answer = lambda *_: (200, answer)
+    with pytest.raises(InvalidValueError, match=line):
+        Server(imitation.address).require_usable("float32")
+
+
+def test_a_worker_that_compares_less_than_it_got_is_another_policy(imitation, policy):
+    answering(imitation)
+    imitation.answers["fp4rl_compare"] = []
+    with pytest.raises(EngineDiffers, match=r"compared 0 of the \d+ tensors") as found:
+        VllmServer(imitation.address)(*policy, [[5, 6]], SAMPLING)
+    assert found.value.check == "weights"
+
+
 def test_what_the_worker_counted_is_credited_to_the_sites(imitation, policy):
     model, tokenizer = policy
     answering(imitation, calls=3, elements=640)
@@ -175,8 +199,11 @@ def test_answers_of_another_version_are_refused(imitation, policy):
 
 def test_a_difference_that_the_worker_found_is_named(imitation, policy):
     answering(imitation)
-    imitation.answers["fp4rl_compare"] = [["model.norm.weight", 64, 3, [7]], ["lm_head.weight", 640, 0, None]]
-    with pytest.raises(CheckFailed, match=r"1 of 2 tensors, such as model\.norm\.weight, in which 3 of 64"):
+    names = [name for name, _ in weight_stream(policy[0])]
+    wrong = {"model.norm.weight": [64, 3, [7]]}
+    imitation.answers["fp4rl_compare"] = [[name, *wrong.get(name, [9, 0, None])] for name in names]
+    said = rf"1 of {len(names)} tensors, such as model\.norm\.weight, in which 3 of 64"
+    with pytest.raises(CheckFailed, match=said):
         VllmServer(imitation.address)(*policy, [[5, 6]], SAMPLING)
 
 

@@ -34,16 +34,31 @@ def remembered(self, update_info):
     WHOLE[1](self, update_info)
 
 
+def left_out(self, update_info):
+    """Load all but one member of a fused layer, which keeps what lay there."""
+    part = load_file(update_info.path)
+    lost = "model.layers.0.self_attn.k_proj.weight"
+    kept = {name: LAST[name] if name == lost else tensor for name, tensor in part.items()}
+    self.model.load_weights(iter(kept.items()))
+
+
 class Planted(Worker):
     """Worker with `fp4rl_plant`."""
+
+    fp4rl_blind = False
 
     def fp4rl_plant(self, fault: str) -> None:
         """Plant `fault`; `none` takes it away."""
         Rounded.apply, FromFiles.receive_weights = WHOLE[0], remembered
         if fault in ("unrounded", "uncounted"):
             Rounded.apply = {"unrounded": unrounded, "uncounted": uncounted}[fault]
-        if fault == "missed":
-            FromFiles.receive_weights = missed
+        if fault in ("missed", "left_out"):
+            FromFiles.receive_weights = {"missed": missed, "left_out": left_out}[fault]
+        self.fp4rl_blind = fault == "uncompared"
+
+    def fp4rl_compare(self, path, names, first):
+        """Compare nothing where that is planted."""
+        return [] if self.fp4rl_blind else super().fp4rl_compare(path, names, first)
 
 
 FromFiles.receive_weights = remembered

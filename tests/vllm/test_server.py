@@ -21,6 +21,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm m
 
 from test_vllm import SAMPLED, attach_none, distances, folder, policy, prompts  # noqa: F401
 
+from fp4rl.cli.main import main
 from fp4rl.engines.rollout.server import VllmServer
 from fp4rl.inject.attach import attach
 from fp4rl.noise.perturb import perturb
@@ -240,6 +241,58 @@ def test_sequences_that_do_not_fit_the_server_are_refused(engine, policy):  # no
     model, tokenizer = policy
     with pytest.raises(InvalidValueError, match="give it --max-model-len"):
         engine(model, tokenizer, prompts(tokenizer), Sampling(200))
+
+
+# -- the audit from the command line
+
+
+def audited(folder, address, capsys, code):  # noqa: F811
+    words = ["parity", str(folder), "--server", address, "--mode", "w4a4", "--count", "6", "--max-new-tokens", "8"]
+    assert main([*words, "--json"]) == code
+    said = capsys.readouterr()
+    return {check["name"]: check for check in json.loads(said.out)["checks"]}, said.err
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_server_is_audited_by_value(folder, address, capsys):  # noqa: F811
+    checks, _ = audited(folder, address, capsys, 0)
+    assert {name: check["passed"] for name, check in checks.items()} == dict.fromkeys(
+        ("weights", "scores", "order", "versions"), True
+    )
+    assert checks["weights"]["seen"] == "26 tensors of the stream, every value equal in its worker"
+    assert checks["scores"]["numbers"]["tokens"] > 20
+    assert checks["scores"]["numbers"]["max"] < 1e-3
+    assert checks["versions"]["numbers"] == {"calls": 8, "versions": 8}
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "said"),
+    [
+        ("missed", "weights", "the engine holds other weights"),
+        ("left_out", "weights", "layers.0.self_attn.k_proj.weight"),
+        ("uncompared", "weights", "compared 0 of the 26 tensors"),
+        ("unrounded", "calls", "rounded nothing"),
+        ("uncounted", "calls", "its worker rounded no input there"),
+    ],
+)
+def test_a_server_in_which_a_fault_is_planted_is_another_policy(request, fault, check, said, engine, capsys):
+    (model, tokenizer), folder, address = (request.getfixturevalue(n) for n in ("policy", "folder", "address"))  # noqa: F811
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    engine(model, tokenizer, prompts(tokenizer), SAMPLED)  # so that other weights lie there
+    engine.server.worker("fp4rl_plant", fault)
+    checks, line = audited(folder, address, capsys, 1)
+    assert checks[check]["passed"] is False
+    assert said in checks[check]["seen"]
+    assert f"is another policy than the one that is trained: {check}" in line
+
+
+def test_a_server_of_another_dtype_is_one_line(folder, address, tmp_path, capsys):  # noqa: F811
+    spec = tmp_path / "own.yaml"
+    spec.write_text(f"model: {{path: {folder}, dtype: bfloat16}}\nrollout: {{engine: vllm, server: '{address}'}}\n")
+    assert main(["parity", str(spec)]) == 2
+    assert "give it --dtype bfloat16, as the model" in capsys.readouterr().err
 
 
 # -- whole runs

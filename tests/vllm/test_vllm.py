@@ -230,7 +230,13 @@ def exchanged(engine, model):
 
 
 def noise_twice(engine, model):
-    load_into(engine, [(n, t * 1.01 if "norm" in n else t) for n, t in weight_stream(model)])
+    """Noise of one step put on twice: the weights that were sent have it once, those of the engine twice."""
+    noise = [torch.Generator().manual_seed(1) for _ in range(2)]
+    with perturb(model, Noise(), 0.1, generator=noise[0]):
+        once = {name: tensor.clone() for name, tensor in weight_stream(model)}
+    sent = {name: tensor.clone() for name, tensor in weight_stream(model)}
+    load_into(engine, [(name, once[name] + (once[name] - sent[name])) for name in sent])
+    perturb(model, Noise(), 0.1, generator=noise[1]).__enter__()
 
 
 def stale_head(engine, model):

@@ -6,13 +6,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fp4rl.cli.packed_start import start_of
 from fp4rl.cli.terminal import console, progress, ready_to_round, table
 from fp4rl.diagnose.calibration import calibrate_answers
 from fp4rl.diagnose.noise_loss import noise_losses
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.statistics.seeds import holm, welch
 from fp4rl.noise.schedule import asked_sigma
-from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.verify import load_saved
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.words import counted
@@ -32,7 +32,7 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
     for run in runs:
         if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "task", "injection")):
             alike.setdefault(run.arm, run.experiment)
-    start, how = start_folder(first.model, first.task, root / "models"), first.model.experts_implementation
+    start, how = start_of(first.model, first.task, root), first.model.experts_implementation
     model, tokenizer = load_saved(start, first.model.dtype, first.model.lora, how)
     pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))

@@ -1,18 +1,20 @@
-"""Folders of packed weights on the command line: what is said of them, and the precision `stored`."""
+"""The folder that a verb starts from: the embedded model's warm-up, what is said of packed weights, `stored`."""
 
 from pathlib import Path
 from typing import Any
 
 from fp4rl.cli.described import require_here
-from fp4rl.cli.terminal import console, say_once
+from fp4rl.cli.terminal import console, progress, say_once
 from fp4rl.lab.matrix import single
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import parse
-from fp4rl.spec.model import Model
+from fp4rl.spec.model import Embedded, Model
+from fp4rl.spec.task import Task
 
 STORED = "stored"
+EMBEDDED = "embedded"  # the word that names the embedded model where a folder may stand
 
 
 def say_packed(folder: str | Path | None) -> bool:
@@ -25,6 +27,24 @@ def say_packed(folder: str | Path | None) -> bool:
     if note is not None:
         say_once([note])
     return note is not None
+
+
+def start_of(model: Model, task: Task, runs: Path) -> Path:
+    """Return the folder of a model; the embedded one is warmed up on first use, with its progress shown."""
+    from fp4rl.rl.inputs import start_folder
+
+    say_packed(model.path)
+    total = model.embedded.warm_up_steps if model.embedded is not None else 0
+    with progress() as advance:
+        return start_folder(model, task, runs / "models", lambda step, _: advance("warm-up", step, total))
+
+
+def or_embedded(word: str, runs: Path) -> str:
+    """Return a word that names a policy as it is; for `embedded` the folder of that model."""
+    if word != EMBEDDED:
+        return word
+    started = Experiment(model=Model(embedded=Embedded()))
+    return str(start_of(started.model, started.task, runs))
 
 
 def with_stored(profiles: dict[str, Any], model: dict[str, str], deployment: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fp4rl parity`: audit the engine that samples against the model that is trained, by value."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,19 +9,28 @@ import typer
 
 from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, RunsRoot
-from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, styled
+from fp4rl.cli.packed_start import EMBEDDED, say_packed, start_of
+from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, say_once, styled
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-
-_CHECKS = 4
+from fp4rl.spec.load import parse
+from fp4rl.spec.rollout import RolloutEngine
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="A run, a spec file (with --arm), or a Hugging Face model folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A run, a spec file (with --arm), a Hugging Face model folder, or the word `embedded`."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, where a spec file is named.")] = None,
-    engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="transformers or vllm; by default what SOURCE samples with.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", help="Of vllm: the address of a running server, http://HOST:PORT.")
+    ] = None,
     arm: Annotated[str | None, typer.Option("--arm", help="Of a suite; its first that rounds something else.")] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="Of a model folder: what it is audited under.")] = None,
     deployment: Annotated[
@@ -33,35 +43,68 @@ def command(
 ) -> None:
     """Compare an engine's weights, its scores of the same tokens and their order with the trainer's own model.
 
-    Examples: `fp4rl parity quickstart/w4a4-s0`, `fp4rl parity suite.yaml --engine vllm --deployment vllm_blackwell`
+    Examples: `fp4rl parity quickstart/w4a4-s0`, `fp4rl parity suite.yaml --engine vllm --deployment vllm_blackwell`,
+    `fp4rl parity embedded --mode w4a8 --server http://127.0.0.1:8000`
     """
     quiet()
     folder, experiment = _policy(source, overrides or [], arm, mode, runs)
+    chosen = _engine(engine, server, experiment.rollout)
+    name, results = _audited(chosen, folder, experiment, (count, max_new_tokens), deployment, runs)
+    if as_json:
+        print_json({"engine": chosen.engine, "server": chosen.server, "checks": [asdict(check) for check in results]})
+    else:
+        _show(chosen.engine, results)
+    failed = [check.name for check in results if check.passed is False]
+    if failed:
+        raise CheckFailed(f"{name} is another policy than the one that is trained: {' and '.join(failed)} differ")
+
+
+def _audited(
+    chosen: RolloutEngine,
+    folder: Path | None,
+    experiment: Experiment,
+    sizes: tuple[int, int],
+    deployment: str | None,
+    runs: Path,
+) -> tuple[str, list[Any]]:
+    """Return the engine's name and its checks; `sizes`: prompts, and tokens of an answer."""
     import torch
 
     from fp4rl.engines.parity.audit import audit
-    from fp4rl.engines.parity.engines import engine_named
-    from fp4rl.models.load import load
-    from fp4rl.rl.inputs import start_folder
+    from fp4rl.engines.parity.engines import engine_of
     from fp4rl.rl.prompts import encoded
+    from fp4rl.rl.verify import load_saved
 
-    chosen = engine_named(engine)
+    engine, spec = engine_of(chosen, experiment.model.dtype), experiment.model
     ready_to_round()
-    results = []
-    with progress() as advance, torch.random.fork_rng():
-        start = folder or start_folder(experiment.model, experiment.task, runs / "models")
-        model, tokenizer = load(start, experiment.model.dtype, experiment.model.experts_implementation)
+    start = folder or start_of(spec, experiment.task, runs)
+    _say_packed(start, chosen)
+    count, tokens = sizes
+    with torch.random.fork_rng(), progress() as advance:
+        model, tokenizer = load_saved(start, spec.dtype, spec.lora, spec.experts_implementation)
         prompts = encoded(model, tokenizer, experiment.task.problems("test", count)[:count])
-        for check in audit(chosen, model, tokenizer, experiment.injection, prompts, max_new_tokens, deployment):
-            results.append(check)
-            advance("checks", len(results), _CHECKS)
-    if as_json:
-        print_json({"engine": engine, "checks": [asdict(check) for check in results]})
-    else:
-        _show(engine, results)
-    failed = [check.name for check in results if check.passed is False]
-    if failed:
-        raise CheckFailed(f"{engine} is another policy than the one that is trained: {' and '.join(failed)} differ")
+        said = partial(advance, "audit")
+        checks = audit(engine, model, tokenizer, experiment.injection, prompts, tokens, deployment, said)
+        return engine.name, list(checks)
+
+
+def _engine(engine: str | None, server: str | None, own: RolloutEngine) -> RolloutEngine:
+    """Return the engine that the options name, else the one that the audited experiment samples with."""
+    named = {"engine": engine or ("vllm" if server else own.engine)}
+    kept = own.model_dump(exclude_none=True) if named["engine"] == own.engine else {}
+    return parse(RolloutEngine, {**kept, **named, **({"server": server} if server else {})}, "--engine")
+
+
+def _say_packed(start: Path, chosen: RolloutEngine) -> None:
+    """Say that a folder is packed; InvalidValueError where vLLM would load it as it is packed."""
+    if not say_packed(start):
+        return
+    if chosen.engine == "vllm" and chosen.server is None:
+        raise InvalidValueError(
+            f"{start} is packed, and vLLM would hold it packed while the trainer holds its decoded values; `fp4rl "
+            "verify FOLDER --engine vllm` compares the two, and a server of an unpacked folder takes decoded values"
+        )
+    say_once(["what is audited are the decoded values; `fp4rl verify` compares what the folder itself holds"])
 
 
 def _policy(
@@ -76,12 +119,14 @@ def _policy(
         raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
     from fp4rl.engines.checkpoints.source import dtype_of, policy_of
 
-    folder, run = policy_of(source, runs)
+    folder, run = (None, None) if source == EMBEDDED else policy_of(source, runs)
     if run is not None:
         experiment = Experiment.model_validate(dict(run.spec))
-    else:
+    elif folder is not None:
         dtype = dtype_of(folder) or "float32"
         experiment = Experiment.model_validate({"model": {"path": str(folder), "dtype": dtype}})
+    else:
+        experiment = Experiment.model_validate({"model": EMBEDDED})
     return folder, experiment if mode is None else experiment.model_copy(update={"injection": Injection.named(mode)})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import AsJson, RunsRoot, require_writable, write_fragment
-from fp4rl.cli.packed_start import say_packed
+from fp4rl.cli.packed_start import say_packed, start_of
 from fp4rl.cli.scan_source import ScanTarget, described
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
 from fp4rl.diagnose.texts import texts_of
@@ -152,13 +152,11 @@ def _scanned(
     from fp4rl.diagnose.scan import distribution, scan
     from fp4rl.diagnose.static_factors import static_factors
     from fp4rl.inject.resolve import resolve
-    from fp4rl.rl.inputs import start_folder
     from fp4rl.rl.verify import load_saved
 
     spec, request = target.experiment, target.request
-    say_packed(spec.model.path)
     texts = lines or [f"{p.prompt} {p.solution}" for p in spec.task.problems("train", request.texts)]
-    start, how = start_folder(spec.model, spec.task, runs / "models"), spec.model.experts_implementation
+    start, how = start_of(spec.model, spec.task, runs), spec.model.experts_implementation
     model, tokenizer = load_saved(start, spec.model.dtype, spec.model.lora, how)
     calibration = calibrate(tokenizer, texts, batch_size=request.batch_size, longest=request.longest)
     if calibrate_into:

@@ -29,6 +29,14 @@ class CheckFailed(Exception):
     """A check that ran and found what it looks for. Exit code 1."""
 
 
+class EngineDiffers(CheckFailed):
+    """An engine holds or serves another policy than the trainer; `check` is the comparison that shows it."""
+
+    def __init__(self, message: str, check: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
 class NotFinite(CheckFailed):
     """NaN or infinity stands where a number belongs; nothing that follows from it is a result."""
 

@@ -9,14 +9,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.positions import forward_inputs
-from fp4rl.rl.generate import Generation, Sampler, Sampling, dropout_off
+from fp4rl.rl.generate import Generation, Sampler, Sampling, dropout_off, evidence_of
 from fp4rl.rl.mismatch import DECODED, DECODED_FUSED, mismatch_metrics
 from fp4rl.rl.prompts import padded
-from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.errors import CheckFailed, EngineDiffers
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.retarget import under_deployment
 
 NATS = (1e-4, 1e-2)  # differences whose share of the tokens is counted
+_ALONE = 4  # prompts that are also answered one by one
+
+OnProgress = Callable[[int, int], None]
+"""Called with (parts of the audit that are done, all of them)."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,69 @@ def audit(
     prompts: Sequence[list[int]],
     new_tokens: int,
     deployment: str | None = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> Iterator[Check]:
     """Yield the checks of an engine that samples for `model` under `injection`, in the phase of rollouts.
 
-    Scores are those of the training phase. `deployment` adds what its kernel's own rules would change.
+    Scores are those of the training phase. `deployment` adds what its kernel's own rules would change. The engine that
+    finds by itself that it is another policy ends the audit with that check.
     """
     attachment = attach(model, injection) if injection is not None else None
     sampling = Sampling(new_tokens, 1.0, logps=True)
+    sampler = _Told(engine.sampler, 6 + len(prompts[:_ALONE]) + int(deployment is not None), on_progress)
     try:
         _switch(attachment, "rollout")
         torch.manual_seed(0)
-        answers = engine.sampler(model, tokenizer, prompts, sampling)
-        if attachment is not None:
-            attachment.require_calls()
+        answers = sampler(model, tokenizer, prompts, sampling)
+        _require_calls(attachment)
         yield _weights(engine, model, attachment)
+        sampler.step()
         limit = _limit(model)
         _switch(attachment, "training")
         own = scored(model, prompts, answers, tokenizer)
+        sampler.step()
         yield _scores(answers, own, limit)
         _switch(attachment, "rollout")
-        yield _order(engine.sampler, model, tokenizer, prompts, new_tokens, limit)
+        yield _order(sampler, model, tokenizer, prompts, new_tokens, limit)
+        yield from _versions(engine.sampler, sampler.calls)
+    except EngineDiffers as error:
+        yield Check(error.check, False, str(error))
+        return
     finally:
         if attachment is not None:
             attachment.remove()
     if deployment is not None and injection is not None:
         with attach(model, under_deployment(injection, deployment)) as other:
             other.set_phase("training")
-            yield _rules(own, scored(model, prompts, answers, tokenizer), deployment)
+            served = scored(model, prompts, answers, tokenizer)
+            sampler.step()
+            yield _rules(own, served, deployment)
+
+
+class _Told:
+    """A sampler whose calls, and whatever else is done between them, are told as progress."""
+
+    def __init__(self, sampler: Sampler, total: int, on_progress: OnProgress) -> None:
+        self.sampler, self.total, self.on_progress = sampler, total, on_progress
+        self.calls = self.done = 0
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+    ) -> list[Generation]:
+        """Answer as the sampler does."""
+        answers = self.sampler(model, tokenizer, prompts, sampling)
+        self.calls += 1
+        self.step()
+        return answers
+
+    def step(self) -> None:
+        """Tell that one more part is done."""
+        self.done += 1
+        self.on_progress(self.done, self.total)
 
 
 def scored(
@@ -104,6 +144,15 @@ def _switch(attachment: Attachment | None, phase: str) -> None:
         attachment.set_phase(phase)  # type: ignore[arg-type]
 
 
+def _require_calls(attachment: Attachment | None) -> None:
+    """Raise EngineDiffers where the engine answered without calling a site, or rounded nothing there."""
+    try:
+        if attachment is not None:
+            attachment.require_calls()
+    except CheckFailed as error:
+        raise EngineDiffers(str(error), "calls") from None
+
+
 def _limit(model: PreTrainedModel) -> float:
     """Return the nats a token (k3) by which arithmetic alone may move scores: less in float32."""
     return DECODED if next(model.parameters()).dtype == torch.float32 else DECODED_FUSED
@@ -114,6 +163,15 @@ def _weights(engine: Engine, model: PreTrainedModel, attachment: Attachment | No
         return Check("weights", True, engine.held(model, attachment))
     except CheckFailed as error:
         return Check("weights", False, str(error))
+
+
+def _versions(sampler: Sampler, calls: int) -> Iterator[Check]:
+    """Yield, of an engine that serves weights under versions, whether each call had one of its own in its answers."""
+    served = [line.weight_version for line in evidence_of(sampler)]
+    if served:
+        own = len(set(served)) == len(served) == calls
+        words = f"{calls} calls, answered with {len(set(served))} versions of the weights: {served[0]} to {served[-1]}"
+        yield Check("versions", own, words, {"calls": float(calls), "versions": float(len(set(served)))})
 
 
 def _scores(answers: Sequence[Generation], own: Sequence[Tensor], limit: float) -> Check:
@@ -141,7 +199,7 @@ def _order(
     ways = {
         "reversed": sampler(model, tokenizer, prompts[::-1], greedy)[::-1],
         "again": sampler(model, tokenizer, prompts, greedy),
-        "alone": [sampler(model, tokenizer, [prompt], greedy)[0] for prompt in prompts[:4]],
+        "alone": [sampler(model, tokenizer, [prompt], greedy)[0] for prompt in prompts[:_ALONE]],
     }
     numbers, worst = dict[str, float](), 0.0
     for name, answers in ways.items():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Where = Literal["weights", "scores", "rules", "order"]
+Where = Literal["calls", "weights", "versions", "scores", "rules", "order"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class Cause:
 
 
 CAUSES = (
+    Cause(
+        "the engine answers without the sites of the injection, or rounds nothing there",
+        "calls",
+        "a site counts no call, or none of the values that it rounds changes",
+        "engines/rollout/rounding.py wraps every layer of vLLM that computes a site (eager: no compiled graph)",
+    ),
     Cause(
         "a refresh was missed: the engine holds the weights of an earlier step",
         "weights",
@@ -64,6 +70,12 @@ CAUSES = (
         "weights",
         "norms alone differ",
         "noise is put on the live weights for the time of a rollout (noise/perturb.py), and the stream reads those",
+    ),
+    Cause(
+        "another run feeds the same server, or an update of its weights was lost",
+        "versions",
+        "answers say another version of the weights than the one that was sent for them",
+        "one server a run: rollout.server (each update has a version of its own, engines/rollout/server.py)",
     ),
     Cause(
         "positions, padding or the mask are counted differently while decoding",

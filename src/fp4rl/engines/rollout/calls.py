@@ -6,7 +6,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError
+from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError, shown
 
 _LONGEST_S = 3600.0  # that an answer may take
 _HOW = (
@@ -34,7 +34,7 @@ class Server:
         request = Request(self.address + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
         try:
             with urlopen(request, timeout=_LONGEST_S) as reply:
-                return json.loads(reply.read() or b"null")
+                said = reply.read()
         except HTTPError as error:
             if error.code in (403, 404):
                 raise InvalidValueError(f"rollout.server {self.address} has no {path}; start it so: {_HOW}") from None
@@ -46,11 +46,26 @@ class Server:
                 f"rollout.server {self.address} does not answer ({why}): start it again, and the same command goes on "
                 "from the last checkpoint"
             ) from None
+        try:
+            return json.loads(said or b"null")
+        except ValueError:
+            raise InvalidValueError(
+                f"rollout.server {self.address}{path} answers {shown(said)}, which is no JSON: it is no vLLM server; "
+                f"start one so: {_HOW}"
+            ) from None
 
     def worker(self, method: str, *arguments: Any) -> Any:
-        """Return what a method of the server's one worker returns."""
-        (result,) = self.post("/collective_rpc", method=method, args=arguments)["results"]
-        return json.loads(result) if isinstance(result, str) else result
+        """Return what a method of the server's one worker returns; InvalidValueError where it has several, or none."""
+        reply = self.post("/collective_rpc", method=method, args=arguments)
+        results = reply.get("results") if isinstance(reply, dict) else None
+        if not isinstance(results, list) or not results:
+            raise InvalidValueError(f"rollout.server {self.address} is no vLLM server; start one so: {_HOW}")
+        if len(results) > 1:
+            raise InvalidValueError(
+                f"rollout.server {self.address} has {len(results)} workers, each with a part of the model; give it "
+                "--tensor-parallel-size 1 and --pipeline-parallel-size 1: weights are compared within one worker"
+            )
+        return json.loads(results[0]) if isinstance(results[0], str) else results[0]
 
     def require_usable(self, dtype: str) -> None:
         """Require a server that computes as the model does; InvalidValueError names the option that it lacks."""
@@ -60,6 +75,12 @@ class Server:
             raise InvalidValueError(
                 f"rollout.server {self.address} has no worker of fp4rl; start it so: {_HOW}"
             ) from None
+        lacking = sorted({*_NEEDED, "dtype", "max_model_len"} - set(self.about or ()))
+        if lacking:
+            raise InvalidValueError(
+                f"rollout.server {self.address} has a worker of another version of fp4rl, which does not tell its "
+                f"{lacking[0]}; start it with the version that is here"
+            )
         for key, (wanted, option) in {**_NEEDED, "dtype": (dtype, f"--dtype {dtype}, as the model")}.items():
             if self.about[key] != wanted:
                 raise InvalidValueError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.errors import EngineDiffers, InvalidValueError
 
 
 class Held(NamedTuple):
@@ -53,19 +53,20 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str
 
 
 def require_held(module: nn.Module, stream: Iterable[tuple[str, Tensor]]) -> int:
-    """Return the number of tensors compared; CheckFailed, naming those that differ, where the engine holds others."""
+    """Return the number of tensors compared; EngineDiffers, naming those that differ, where the engine holds others."""
     return require_equal(list(held(module, stream)))
 
 
 def require_equal(results: Sequence[Held]) -> int:
-    """Return the number of tensors; CheckFailed, naming those that differ."""
+    """Return the number of tensors; EngineDiffers, naming those that differ."""
     wrong = [each for each in results if each.differing]
     if wrong:
         first = wrong[0]
-        raise CheckFailed(
+        raise EngineDiffers(
             f"the engine holds other weights than this model computes with: {len(wrong)} of {len(results)} tensors, "
             f"such as {first.name}, in which {first.differing} of {first.values} values differ, the first at "
-            f"{first.first}"
+            f"{first.first}",
+            "weights",
         )
     return len(results)
 

@@ -24,7 +24,7 @@ from fp4rl.inject.site import SiteState
 from fp4rl.rl import processes
 from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.errors import CheckFailed, EngineDiffers, InvalidValueError
 from fp4rl.spec.evidence import WeightsServed
 from fp4rl.spec.formats import describe
 
@@ -92,10 +92,13 @@ class VllmServer:
 
     def compare(self, model: PreTrainedModel) -> int:
         """Compare what the server multiplies by with the stream, by value; return the number of tensors."""
-        results: list[Held] = []
+        results, sent = list[Held](), list[str]()
         for path, names in _files(weight_stream(model)):
+            sent += names
             rows = self._worker("fp4rl_compare", path, names, not results)
             results += [Held(row[0], row[1], row[2], tuple(row[3]) if row[3] else None) for row in rows]
+        if [each.name for each in results] != sent:
+            raise EngineDiffers(f"the server compared {len(results)} of the {len(sent)} tensors that it got", "weights")
         return require_equal(results)
 
     def _open(self, model: Any, length: int) -> None:
@@ -136,9 +139,13 @@ def _credit(sites: Sequence[SiteState], counted: Sequence[Mapping[str, Any]]) ->
     for state, row in zip(sites, counted, strict=True):
         meters = {point: Meter(*row["meters"].get(point, ())) for point in rounded_points(state)}
         for point in [point for point, meter in meters.items() if not (row["calls"] and meter.elements)]:
-            raise CheckFailed(f"{state.plan.name}: the server answered and its worker rounded no {point} there")
+            raise EngineDiffers(
+                f"{state.plan.name}: the server answered and its worker rounded no {point} there", "calls"
+            )
         if not row["calls"]:
-            raise CheckFailed(f"{state.plan.name}: the server answered and its worker did not count a call of it")
+            raise EngineDiffers(
+                f"{state.plan.name}: the server answered and its worker did not count a call of it", "calls"
+            )
         state.calls += row["calls"]
         for point, meter in meters.items():
             state.meter(point).add(meter)
@@ -147,9 +154,10 @@ def _credit(sites: Sequence[SiteState], counted: Sequence[Mapping[str, Any]]) ->
 def _require_version(choices: Sequence[Mapping[str, Any]], version: str) -> None:
     used = {span["version"] for each in choices for span in each["weight_versions"] or ()}
     if used != {version}:
-        raise CheckFailed(
+        raise EngineDiffers(
             f"the server answered with weights of version {', '.join(sorted(used)) or 'unknown'} where {version} was "
-            "sent: another run uses it too, or an update was lost"
+            "sent: another run uses it too, or an update was lost",
+            "versions",
         )
 
 
