@@ -13,7 +13,7 @@ from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.check import check
 from fp4rl.rl.generate import Generation
 from fp4rl.rl.prompts import padded
-from fp4rl.rl.rewards import Rewarder, reward_named
+from fp4rl.rl.rewards import Part, Rewarder, reward_named
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.spec.task import Problem, Score
 
@@ -22,7 +22,7 @@ WRONG = Score(False, False, False)
 
 
 def reward(function, **words):
-    return Rewarder(lambda problem, text: WRONG, function, "my.reward", **words)
+    return Rewarder(lambda problem, text: WRONG, (Part("my.reward", function),), **words)
 
 
 def raising(**_):

@@ -7,7 +7,7 @@ import torch
 
 from fp4rl.rl.fill import Filler, PromptStream, reward_accuracy
 from fp4rl.rl.generate import Generation
-from fp4rl.rl.rewards import Rewarder
+from fp4rl.rl.rewards import Part, Rewarder
 from fp4rl.rl.rollout import Rollout
 from fp4rl.spec.task import Problem, Score
 from fp4rl.spec.training import Training
@@ -36,7 +36,7 @@ def filler(mixed, groups=3, function=None, uneven=False, **changes):
         answers = [Generation(row, text, True) for row, text in zip(ids, texts, strict=True)]
         return Rollout(tuple(problems), tuple([1] for _ in problems), tuple(answers))
 
-    return Filler(recipe, stream, Rewarder(scorer, function, "of.mine" if function else "accuracy"), groups).fill(
+    return Filler(recipe, stream, Rewarder(scorer, (Part("of.mine", function) if function else Part(),)), groups).fill(
         sample
     )
 

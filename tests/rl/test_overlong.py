@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fp4rl.rl.generate import Generation
-from fp4rl.rl.rewards import soft_overlong_penalty
+from fp4rl.rl.overlong import soft_overlong_penalty
 from fp4rl.rl.rollout import Answer, training_batch
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.training import Training

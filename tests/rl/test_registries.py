@@ -68,7 +68,7 @@ def test_a_reward_is_one_entry(monkeypatch):
         rewards, "REWARDS", {**rewards.REWARDS, "brevity": lambda: lambda completion, **_: -len(completion)}
     )
     assert reward_named("brevity")(completion="four") == -4
-    with pytest.raises(InvalidValueError, match="write accuracy, math_verify, brevity, or the path"):
+    with pytest.raises(InvalidValueError, match=r"write accuracy, math_verify, .*, brevity, or the path"):
         reward_named("nothing")
 
 

@@ -9,6 +9,7 @@ from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
+from fp4rl.rl.rewards import REWARDS
 from fp4rl.spec.errors import NotFoundError, UserError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import former_words, load_spec
@@ -57,6 +58,16 @@ def require_here(runs: Iterable[PlannedRun]) -> None:
     gone = missing_files(runs)
     if gone:
         raise NotFoundError(f"{gone[0]}{f' (and {len(gone) - 1} more)' if len(gone) > 1 else ''}")
+
+
+def own_code(runs: Iterable[PlannedRun]) -> list[str]:
+    """Return a line for each piece of the user's own code that the runs load."""
+    names = dict.fromkeys(reward.name for run in runs for reward in run.experiment.training.all_rewards)
+    return [
+        f"the reward {name} is Python code of your own: it is loaded and run with all your rights"
+        for name in names
+        if name not in REWARDS
+    ]
 
 
 def warnings_of(runs: Iterable[PlannedRun], described: Suite | Experiment) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from fp4rl.cli.described import described_by, runs_described, warnings_of
+from fp4rl.cli.described import described_by, own_code, runs_described, warnings_of
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
@@ -50,6 +50,8 @@ def command(
     rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs_planned)
     screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
     _print_served({run.arm: run.experiment for run in runs_planned})
+    for line in own_code(runs_planned):
+        print_indented(("code", "yellow"), f": {line}")
     for line in warnings_of(runs_planned, described):
         screen.print(styled(("warning", "yellow"), f": {line}"))
     for line in missing_files(runs_planned):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 
-from fp4rl.cli.described import described_by, require_here, runs_described, warnings_of
+from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
@@ -145,6 +145,8 @@ def carry_out_all(
     if finished and not quiet:
         are = agreeing(len(finished), "is", "are")
         screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already")
+    for line in own_code(missing):
+        screen.print(f"code: {line}", soft_wrap=True)
     for line in warnings_of(missing, described) if missing and not quiet else ():
         screen.print(f"warning: {line}")
     book = ledger_address(root, ledger)

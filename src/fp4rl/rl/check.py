@@ -12,7 +12,7 @@ from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
-from fp4rl.rl.rewards import reward_named
+from fp4rl.rl.rewards import rewards_of
 from fp4rl.rl.routing import mixtures
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
@@ -26,7 +26,7 @@ def check(experiment: Experiment) -> None:
     Raises NotFoundError or InvalidValueError for anything in the experiment that cannot be used, CheckFailed when
     held-out problems are also trained on.
     """
-    reward_named(experiment.training.reward)
+    rewards_of(experiment.training)
     sampler_named(experiment.rollout)
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)

@@ -11,7 +11,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from fp4rl.rl.rewards import Rewarder, soft_overlong_penalty
+from fp4rl.rl.overlong import soft_overlong_penalty
+from fp4rl.rl.rewards import Rewarder
 from fp4rl.rl.rollout import Answer, Rollout, ScoredRollout
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.task import Problem

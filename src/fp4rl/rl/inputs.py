@@ -7,9 +7,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
+from fp4rl.rl.reward_code import sources
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Embedded, Model
@@ -21,6 +21,7 @@ POINTERS = {
     "start model": "model",
     "problems": "task",
     "reward's source": "training.reward",
+    "rewards' sources": "training.rewards",
     "number of processes": "processes",
 }
 
@@ -78,22 +79,10 @@ def pointed_at(experiment: Experiment) -> dict[str, str]:
     digests = {}
     if files := experiment.task.files:
         digests["problems"] = _of_files(Path(path) for path in files.values())
-    source = _sources(experiment.training.reward.rpartition(".")[0])
-    if source:
-        digests["reward's source"] = _of_files(source)
+    recipe = experiment.training
+    if source := [file for reward in recipe.all_rewards for file in sources(reward.name)]:
+        digests["rewards' sources" if recipe.rewards else "reward's source"] = _of_files(source)
     return digests
-
-
-def _sources(module: str) -> list[Path]:
-    """Return a module's file; in a package, every source file of that package, since the module may import them."""
-    try:
-        spec = find_spec(module) if module else None
-    except (ImportError, ValueError):  # the run reports the former; a module made in memory has no source
-        return []
-    if spec is None or not spec.origin:
-        return []
-    file = Path(spec.origin)
-    return sorted(file.parent.rglob("*.py")) if spec.parent else [file]
 
 
 def _parts(folder: Path) -> Iterator[Path]:

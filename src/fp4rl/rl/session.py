@@ -27,7 +27,7 @@ from fp4rl.rl.lora import with_lora
 from fp4rl.rl.mismatch import is_repeatable
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.reference import reference_and_teacher
-from fp4rl.rl.rewards import Rewarder, reward_named
+from fp4rl.rl.rewards import Rewarder, rewards_of
 from fp4rl.rl.sharding import gathered, shard
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.verify import weights_digest
@@ -141,9 +141,7 @@ class TrainingSession:
     def _parts(self) -> TrainerComponents:
         run, experiment = self.run, self.run.experiment
         recipe = experiment.training
-        rewarder = Rewarder(
-            experiment.task.score, reward_named(recipe.reward), recipe.reward, lambda line: run.emit(Message(line))
-        )
+        rewarder = Rewarder(experiment.task.score, rewards_of(recipe), lambda line: run.emit(Message(line)))
         return TrainerComponents(
             recipe,
             self.stream,

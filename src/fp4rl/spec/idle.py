@@ -14,7 +14,7 @@ from fp4rl.spec.targets import Targets
 Rules = Iterator[tuple[str, tuple[str, ...]]]
 
 _REWARDED = (
-    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "reward"),
+    *("adv_estimator", "norm_adv_by_std", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "reward", "rewards"),
     *("kl_loss_coef", "kl_loss_type", "reference_precision", "overlong_buffer", "filter_groups", "rollout_correction"),
 )
 

@@ -16,6 +16,7 @@ from fp4rl.spec.experiment import Comparison, Experiment, Suite
 from fp4rl.spec.former_names import in_present_words, renamings
 from fp4rl.spec.frozen import at_home
 from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
+from fp4rl.spec.own_code import beside
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
 
@@ -29,11 +30,12 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Ex
     lays the file's content there (`arms.w4a16=+advice.yaml`). Raises NotFoundError for a missing file and
     InvalidValueError for anything in it that is not allowed; both name file, key and cure.
     """
-    content = read_spec(path)
+    folder = Path(at_home(path)).parent
+    content = beside(read_spec(path), folder)
     is_suite = "arms" in content or "suite" in content
     stages = [content]
     for word in overrides:
-        stages.append(_override(stages[-1], word, is_suite))
+        stages.append(beside(_override(stages[-1], word, is_suite), folder))
     try:
         return _described(stages[-1], is_suite, str(path))
     except InvalidValueError as error:

@@ -72,6 +72,11 @@ class Task(Spec):
     def score(self, problem: Problem, completion: str) -> Score:
         """Compare a completion with the problem's answer."""
 
+    def extracted(self, completion: str) -> str | None:  # noqa: ARG002
+        """Return the answer that `score` reads out of a completion, written in one way; None where it reads none, or
+        where the task does not tell."""
+        return None
+
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer, besides the end token."""

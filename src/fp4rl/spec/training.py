@@ -1,5 +1,6 @@
 """How a policy is trained: the settings of GRPO and its relatives under the names that verl and TRL use."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -30,6 +31,25 @@ class FilterGroups(Spec):
         default="score", description="score: what training.reward gives; reward: less the overlong punishment; acc"
     )
     max_num_gen_batches: PositiveInt = 3
+
+
+class WeightedReward(Spec):
+    """One of several rewards. `pattern` is that of `regex`: its first group is compared with the gold answer; a pattern
+    without a group gives its point to any answer that it is found in."""
+
+    name: str = Field(description="what training.reward takes, or regex")
+    weight: float = Field(default=1.0, description="what its points are multiplied by; below 0 for a penalty")
+    pattern: str | None = Field(default=None, description="of regex, such as '<answer>(.*?)</answer>'")
+
+    def _conflicts(self) -> Iterator[str]:
+        if (self.name == "regex") != (self.pattern is not None):
+            yield "`pattern` belongs to the reward regex, which needs one"
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            yield f"pattern {self.pattern!r} is no regular expression ({error})"
+        if self.weight == 0:
+            yield f"weight 0 leaves {self.name} out; drop it"
 
 
 class RolloutCorrection(Spec):
@@ -76,7 +96,11 @@ class Training(Spec):
     loss_agg_mode: LossAggregation | None = Field(default=None, description="the algorithm's own by default")
     adv_estimator: AdvantageEstimator = Field(default="grpo", description="how rewards of a group become advantages")
     norm_adv_by_std: bool | None = Field(default=None, description="the algorithm's own by default")
-    reward: str = Field(default="accuracy", description="accuracy, math_verify, or a function package.module.name")
+    reward: str = Field(
+        default="accuracy",
+        description="accuracy, math_verify, exact, choice; or a function: file.py:name beside the suite, a.module.name",
+    )
+    rewards: tuple[WeightedReward, ...] = later_key((), description="several rewards instead, which are added up")
     kl_loss_coef: float | None = Field(
         default=None,
         ge=0.0,
@@ -124,6 +148,11 @@ class Training(Spec):
         return ALGORITHMS[self.algorithm]
 
     @property
+    def all_rewards(self) -> tuple[WeightedReward, ...]:
+        """The rewards that are added up: `rewards`, or `reward` alone."""
+        return self.rewards or (WeightedReward(name=self.reward),)
+
+    @property
     def filters(self) -> bool:
         """Whether groups without spread are replaced."""
         return self.published.filters if self.filter_groups.enable is None else self.filter_groups.enable
@@ -164,6 +193,7 @@ class Training(Spec):
         return self.train_batch_size // self.mini_batch_size
 
     def _conflicts(self) -> Iterator[str]:
+        yield from self._wrong_rewards()
         if self.clip_ratio_c is not None and self.published.clipping != "ppo":
             yield f"clip_ratio_c: {self.algorithm} has no ratio that it could bound; it is of ppo's clipping"
         if self.train_batch_size % self.mini_batch_size:
@@ -181,6 +211,15 @@ class Training(Spec):
                 f"overlong_buffer.len {self.overlong} must be below max_response_length "
                 f"{self.max_response_length}: every answer would be punished"
             )
+
+    def _wrong_rewards(self) -> Iterator[str]:
+        names = [reward.name for reward in self.rewards]
+        if names and self.reward != "accuracy":
+            yield f"reward {self.reward} and rewards are both named: add it to rewards, and leave reward at accuracy"
+        if len(set(names)) != len(names):
+            yield f"rewards: one is named twice in {names}"
+        if self.reward == "regex":
+            yield "reward regex needs its pattern: write rewards: [{name: regex, pattern: '#### (.*)'}]"
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but rarely ends well; `spec.idle` has what cannot act."""

@@ -97,6 +97,12 @@ def scored(answer: str, completion: str) -> Score:
     )
 
 
+def extracted(completion: str) -> str | None:
+    """Return the strict number of a completion, written plainly; None where there is none."""
+    number = strict_number(completion)
+    return None if number is None else plain(number)
+
+
 def plain(number: Decimal) -> str:
     """Write the number without exponent, commas or trailing zeros: `1234567`, `-4`, `2.5`."""
     text = f"{number:f}"

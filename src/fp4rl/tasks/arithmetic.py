@@ -117,6 +117,10 @@ class Arithmetic(Task):
         """Compare the final number with the answer; digits that stand alone (`2 5`) are one number in this task."""
         return answers.scored(problem.answer, joined_digits(completion))
 
+    def extracted(self, completion: str) -> str | None:
+        """Return the number after `####`, its digits joined."""
+        return answers.extracted(joined_digits(completion))
+
     def _random(self, stream: str) -> Random:
         return Random(f"{self.name}/{self.difficulty}/{self.seed}/{stream}")
 

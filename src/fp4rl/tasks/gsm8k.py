@@ -72,6 +72,10 @@ class Gsm8k(Task):
         """Compare the final number with the gold one, exactly."""
         return answers.scored(problem.answer, completion)
 
+    def extracted(self, completion: str) -> str | None:
+        """Return the number after `####`."""
+        return answers.extracted(completion)
+
 
 @lru_cache(maxsize=2)  # a run needs its splits several times; `_written` changes when the file does
 def _by_split(task: Gsm8k, _written: tuple[tuple[int, int], ...]) -> dict[Split, tuple[Problem, ...]]:
