@@ -33,6 +33,7 @@ VERBS = (
     "keys",
     "plan",
     "run",
+    "reward",
     "eval",
     "export",
     "verify",

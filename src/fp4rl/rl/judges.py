@@ -49,8 +49,8 @@ def _math_verify(_: str | None) -> Judge:
         raise NotFoundError("training.reward math_verify needs the extra `math`: pip install 'fp4rl[math]'") from None
 
     def parsed(text: str) -> Any:
-        found = math_verify.parse(text)
-        return found if any(not isinstance(part, str) for part in found) else None
+        parts = math_verify.parse(text)
+        return parts if any(not isinstance(part, str) for part in parts) else None
 
     @lru_cache(maxsize=4096)
     def gold(answer: str) -> Any:
@@ -74,11 +74,11 @@ def _regex(pattern: str | None) -> Judge:
     """Compare the first group of the pattern's last match; without a group, only ask whether it matches at all."""
     compiled = re.compile(pattern or "", re.MULTILINE)
     if not compiled.groups:
-        return Judge(lambda _: True, lambda text: compiled.search(text), lambda *_: True, lambda found: str(found[0]))
+        return Judge(lambda _: True, lambda text: compiled.search(text), lambda *_: True, lambda match: str(match[0]))
 
     def last(text: str) -> str | None:
-        found = [match[1] for match in compiled.finditer(text) if match[1] is not None]
-        return _in_single_blanks(found[-1]) if found else None
+        groups = [match[1] for match in compiled.finditer(text) if match[1] is not None]
+        return _in_single_blanks(groups[-1]) if groups else None
 
     return Judge(_in_single_blanks, last)
 

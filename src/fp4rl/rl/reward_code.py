@@ -30,9 +30,9 @@ def function_at(name: str, key: str = "training.reward") -> Reward:
     Raises NotFoundError for what cannot be found or imported, InvalidValueError for what is not a function and for code
     that fails while it is loaded.
     """
-    place, attribute = in_a_file(name) or name.rpartition(".")[::2]
+    home, attribute = in_a_file(name) or name.rpartition(".")[::2]
     try:
-        module = _from_file(Path(place).resolve()) if in_a_file(name) else import_module(place)
+        module = _from_file(Path(home).resolve()) if in_a_file(name) else import_module(home)
     except ImportError as error:
         cure = "" if in_a_file(name) else "; is its folder on PYTHONPATH?"
         raise NotFoundError(f"{key} {name!r}: {error}{cure}") from None
@@ -41,7 +41,7 @@ def function_at(name: str, key: str = "training.reward") -> Reward:
         raise InvalidValueError(f"{key} {name!r}: loading it fails ({type(error).__name__}: {said})") from error
     function = getattr(module, attribute, None)
     if function is None:
-        raise NotFoundError(f"{key} {name!r}: {place} has no {attribute!r}")
+        raise NotFoundError(f"{key} {name!r}: {home} has no {attribute!r}")
     if not callable(function):
         raise InvalidValueError(f"{key} {name!r} is {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]

@@ -10,8 +10,8 @@ _IN_A_FILE = re.compile(r"(?P<file>[^\n]+\.py):(?P<function>[A-Za-z_]\w*)")
 
 def in_a_file(name: str) -> tuple[str, str] | None:
     """Return file and function of `file.py:function`; None for any other name."""
-    found = _IN_A_FILE.fullmatch(name)
-    return (found["file"], found["function"]) if found else None
+    match = _IN_A_FILE.fullmatch(name)
+    return (match["file"], match["function"]) if match else None
 
 
 def beside(content: Any, folder: Path) -> Any:

@@ -25,13 +25,13 @@ _GOLD = r"\s*[(\[]?([A-Za-z])(?:[)\].:]|\s*$)"
 
 def chosen(text: str) -> str | None:
     """Return the letter that a completion chooses; None where it chooses none, or two at once."""
-    found = list(re.finditer(_MARKED, text)) or list(re.finditer(_STANDING, text, re.MULTILINE))
-    if not found or any(re.compile(_SECOND).match(text, each.end()) for each in found[-2:]):
+    matches = list(re.finditer(_MARKED, text)) or list(re.finditer(_STANDING, text, re.MULTILINE))
+    if not matches or any(re.compile(_SECOND).match(text, each.end()) for each in matches[-2:]):
         return None
-    return next(letter for letter in found[-1].groupdict().values() if letter)
+    return next(letter for letter in matches[-1].groupdict().values() if letter)
 
 
 def letter(gold: str) -> str | None:
     """Return the letter of a gold answer, written `B`, `b`, `(B)`, `B.` or `B) Paris`; None for any other text."""
-    found = re.match(_GOLD, gold)
-    return found[1].upper() if found else None
+    match = re.match(_GOLD, gold)
+    return match[1].upper() if match else None

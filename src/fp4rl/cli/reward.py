@@ -1,0 +1,192 @@
+"""`fp4rl reward`: try the reward of a spec on its gold answers and on a few answers of the model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp4rl.cli.described import own_code, require_here, run_described
+from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.terminal import console, print_indented, print_json, progress, say_once, table
+from fp4rl.lab.answers import stored_answers
+from fp4rl.models.quiet import quiet
+from fp4rl.rl.gold_check import Fault, compares, gold_faults, spread, tells_apart
+from fp4rl.rl.judges import Judge
+from fp4rl.rl.rewards import Part, Rewarder, rewards_of
+from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.task import SPLITS, Problem, Task
+from fp4rl.spec.words import counted
+
+_SHOWN = 8  # faults of one kind on the screen; --json has all
+_WIDE = 300  # letters of an answer on the screen, from its end
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One answer with what it earned. `parts` and `read` have a value for each reward."""
+
+    problem: str
+    gold: str
+    completion: str
+    reward: float | None
+    parts: dict[str, float | None]
+    read: dict[str, str | None]
+
+
+def command(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    arm: Annotated[str | None, typer.Option(help="Which arm of a suite; by default the first that rounds.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Answers to show; 0 checks the gold answers alone.")] = 20,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answers instead of the model's: .jsonl or .parquet (problem_id or prompt, completion), or the "
+            "folder of a finished run."
+        ),
+    ] = None,
+    golds: Annotated[int, typer.Option(min=1, help="Gold answers to check, spread over all problems.")] = 500,
+    runs: RunsRoot = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what the reward of a spec gives to answers and what it reads out of them, and check the gold answers.
+
+    Each gold answer must earn its point and those of other problems none: answers that cannot be scored, gold answers
+    that are cut off and a wrong column are named, and the exit code is 1.
+
+    Example: `fp4rl reward my_suite.yaml --sample 20`
+    """
+    planned = run_described(str(spec), overrides or [], arm)
+    require_here([planned])
+    experiment = planned.experiment
+    say_once(own_code([planned]))
+    parts, task = rewards_of(experiment.training), experiment.task
+    problems = tuple(problem for split in SPLITS for problem in task.problems(split))
+    checked = spread(problems, golds)
+    faults = gold_faults(parts, task, checked)
+    notes = _notes(parts, task, checked)
+    tried = [] if faults and answers is None else _tried(experiment, parts, problems, sample, answers, runs)
+    if as_json:
+        print_json(
+            {
+                "reward": Rewarder(task.score, parts).name,
+                "answers": [asdict(each) for each in tried],
+                "gold": {"checked": len(checked), "faults": [asdict(fault) for fault in faults], "notes": notes},
+            }
+        )
+    else:
+        _print(parts, tried, faults, notes, len(checked))
+    if faults:
+        raise CheckFailed(f"{counted(len(faults), 'fault')} in {counted(len(checked), 'gold answer')}")
+
+
+def _notes(parts: Sequence[Part], task: Task, checked: Sequence[Problem]) -> list[str]:
+    """Return what rewards that are not judges do with gold answers: it need not be wrong."""
+    notes = []
+    for part in parts:
+        if not compares(part) and not (more := tells_apart(part, task, checked[:_SHOWN])):
+            of = counted(min(len(checked), _SHOWN), "gold answer")
+            notes.append(f"{part.name} gives {more} of {of} more than that of another problem: it does not ask for it")
+    return notes
+
+
+def _tried(
+    experiment: Experiment,
+    parts: Sequence[Part],
+    problems: Sequence[Problem],
+    sample: int,
+    answers: Path | None,
+    runs: Path,
+) -> list[Tried]:
+    if not sample:
+        return []
+    if answers is not None:
+        rows = stored_answers(answers, problems)
+        step = max(len(rows) // sample, 1)
+        rows = rows[::step][:sample]
+        chosen, texts = [row[0] for row in rows], [row[1] for row in rows]
+    else:
+        chosen = spread([problem for problem in problems if problem.split == "train"], sample)
+        quiet()  # torch, which takes seconds to import, is imported below: the gold answers are checked without it
+        from fp4rl.rl.try_reward import sampled
+
+        with progress() as advance:
+            texts = sampled(experiment, chosen, runs / "models", advance)
+    task = experiment.task
+    scored = Rewarder(task.score, parts).score(chosen, texts, [0.0] * len(chosen))
+    given = scored.parts or {parts[0].name: scored.earned}
+    return [
+        Tried(
+            problem.id,
+            problem.answer,
+            text,
+            _number(scored.earned[i]),
+            {name: _number(values[i]) for name, values in given.items()},
+            {part.name: _read(part, task, text) for part in parts},
+        )
+        for i, (problem, text) in enumerate(zip(chosen, texts, strict=True))
+    ]
+
+
+def _read(part: Part, task: Task, text: str) -> str | None:
+    if part.function is None:
+        return task.extracted(text)
+    return part.function.extracted(text) if isinstance(part.function, Judge) else None
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _print(parts: Sequence[Part], tried: Sequence[Tried], faults: Sequence[Fault], notes: list[str], n: int) -> None:
+    screen = console()
+    for each in tried:
+        read = ", ".join(f"{name} {_shown(each.parts[name])}{_of(each.read[name])}" for name in each.parts)
+        screen.print(f"{each.problem}  gold {each.gold!r}: {read}", soft_wrap=True)
+        text = each.completion if len(each.completion) <= _WIDE else f"...{each.completion[-_WIDE:]}"
+        print_indented(repr(text))
+    if tried:
+        rows = [
+            (
+                part.name,
+                f"{part.weight:g}",
+                str(len(tried)),
+                _mean([each.parts[part.name] for each in tried]),
+                str(sum(each.parts[part.name] is None for each in tried)),
+                str(sum(each.read[part.name] is not None for each in tried)) if _tells(part) else "-",
+            )
+            for part in parts
+        ]
+        screen.print(table("reward", "weight>", "answers>", "mean>", "not judged>", "read>", rows=rows))
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        of_kind = [fault for fault in faults if fault.kind == kind]
+        screen.print(f"{kind}: {len(of_kind)}")
+        for fault in of_kind[:_SHOWN]:
+            print_indented(f"{fault.problem}: {fault.what}" if fault.problem else fault.what)
+        if len(of_kind) > _SHOWN:
+            print_indented(f"and {len(of_kind) - _SHOWN} more (--json has all)")
+    for note in notes:
+        screen.print(f"note: {note}")
+    if not faults and any(map(compares, parts)):
+        screen.print(f"{counted(n, 'gold answer')} checked: each earns its point, those of other problems earn none")
+
+
+def _tells(part: Part) -> bool:
+    return part.function is None or isinstance(part.function, Judge)
+
+
+def _of(read: str | None) -> str:
+    return "" if read is None else f" (read {read!r})"
+
+
+def _shown(value: float | None) -> str:
+    return "not judged" if value is None else f"{value:g}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    judged = [value for value in values if value is not None]
+    return f"{sum(judged) / len(judged):.3g}" if judged else "-"
