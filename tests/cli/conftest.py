@@ -19,7 +19,7 @@ def in_process(monkeypatch):
     from fp4rl.lab.runner import Outcome
     from fp4rl.spec.errors import UserError
 
-    def pool(_jobs, report_to):
+    def pool(_jobs, report_to, stall_s):
         def execute_run(runs, root, _on_event):
             for run in runs:
                 try:

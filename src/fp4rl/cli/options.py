@@ -18,7 +18,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value changes a key, +file.yaml merges a fragment.")
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", "--max-parallel", min=1, help="Number of runs at a time.")]
 ReportTo = Annotated[
     list[str] | None, typer.Option("--report-to", help="wandb or mlflow, besides TensorBoard; may be given twice.")
 ]

@@ -12,8 +12,8 @@ from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
-from fp4rl.lab.runner import split_finished
 from fp4rl.lab.serving import fates, served_as
+from fp4rl.lab.suites import statuses_of
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -31,12 +31,15 @@ def command(
     """
     described = described_by(spec, overrides or [])
     runs_planned = runs_described(described, spec.stem)
-    finished, _ = split_finished(runs_planned, runs)
+    statuses = statuses_of(runs_planned, runs)
+    finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
         names = ("suite", "arm", "seed", "run_id", "spec_digest")
         own = ({name: getattr(run, name) for name in names} for run in runs_planned)
         state = (
-            {"finished": run in finished, "served_as": served_as(run.experiment.injection)} for run in runs_planned
+            {"finished": run in finished, **statuses[run.run_id].as_dict()}
+            | {"served_as": served_as(run.experiment.injection)}
+            for run in runs_planned
         )
         print_json([row | more for row, more in zip(own, state, strict=True)])
         return
@@ -47,8 +50,11 @@ def command(
     if isinstance(described, Suite):
         _print_suite(described)
     title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
-    rows = ((run.arm, str(run.seed), run.run_id, "finished" if run in finished else "to do") for run in runs_planned)
-    screen.print(table("arm", "seed>", "run", "state", rows=rows, title=title, lines=True))
+    rows = ((run.arm, str(run.seed), run.run_id, statuses[run.run_id].word) for run in runs_planned)
+    screen.print(table("arm", "seed>", "run", "status", rows=rows, title=title, lines=True))
+    for run in runs_planned:
+        if (status := statuses[run.run_id]).why:
+            print_indented((run.run_id, "bold"), f" {status.word}: {status.why}")
     _print_served({run.arm: run.experiment for run in runs_planned})
     for line in own_code(runs_planned):
         print_indented(("code", "yellow"), f": {line}")

@@ -36,7 +36,14 @@ from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import agreeing, counted
 
 _CELL = len("12.345 100%")  # of a table of times
+STALL_MINUTES = 60.0
 _FRAME = 3  # what a column adds to its widest cell: a line and a space on both sides
+
+
+StallTimeout = Annotated[
+    float,
+    typer.Option("--stall-timeout", min=0.0, help="End a run after so many minutes without any progress; 0: never."),
+]
 
 
 def command(
@@ -55,6 +62,7 @@ def command(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where the time of a step goes; every run has it as profile.md.")
     ] = False,
+    stall_timeout: StallTimeout = STALL_MINUTES,
     as_json: AsJson = False,
 ) -> None:
     """Run a suite or an experiment. Finished runs are skipped; the same command resumes interrupted ones.
@@ -63,7 +71,15 @@ def command(
     """
     described = described_by(spec, overrides or [])
     outcome = carry_out_all(
-        described, spec.stem, runs, jobs, report_to or (), ledger, rerun_stale=rerun_stale, quiet=as_json
+        described,
+        spec.stem,
+        runs,
+        jobs,
+        report_to or (),
+        ledger,
+        rerun_stale=rerun_stale,
+        quiet=as_json,
+        stall_minutes=stall_timeout,
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
@@ -115,6 +131,7 @@ def carry_out_all(
     *,
     rerun_stale: bool = False,
     quiet: bool = False,
+    stall_minutes: float = STALL_MINUTES,
 ) -> SuiteOutcome:
     """Run what is described below `root` with a live display; used by `run` and `quickstart`.
 
@@ -138,7 +155,8 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
-    executor = TorchrunExecutor(tuple(report_to)) if launched() else LocalPool(jobs, report_to=tuple(report_to))
+    pool = LocalPool(jobs, report_to=tuple(report_to), stall_s=60 * stall_minutes or None)
+    executor = TorchrunExecutor(tuple(report_to)) if launched() else pool
     if launched():
         processes.from_first(missing)
     screen = console(stderr=True)

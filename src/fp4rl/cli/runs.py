@@ -1,19 +1,28 @@
-"""`fp4rl runs`: list and filter the finished runs; `fp4rl runs import` imports a foreign log."""
+"""`fp4rl runs`: list and filter runs, finished or not; `fp4rl runs import` imports a foreign log."""
 
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
-from fp4rl.cli.terminal import console, print_json, table
+from fp4rl.cli.terminal import console, print_indented, print_json, table
 from fp4rl.lab.foreign.joined import readable
 from fp4rl.lab.foreign.reader import import_log
 from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.status import Status, judged, unfinished
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.load import read_yaml
 from fp4rl.spec.words import counted
+
+if TYPE_CHECKING:
+    from fp4rl.lab.ledger.query import Filter
+
+_RUN_ID = re.compile(r"(.+)-s(\d+)-[0-9a-f]+")
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -30,43 +39,87 @@ def list_all(
     limit: Annotated[int, typer.Option(min=0, help="Most rows to list; 0 for all.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List the finished runs with their last accuracies, in percent.
+    """List the finished runs with their last accuracies, in percent, and what has become of all others.
 
     Example: `fp4rl runs --suite quickstart --profile deployment`
     """
     if context.invoked_subcommand:
         return
-    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of
+    from fp4rl.lab.ledger.query import Filter, count_runs, list_runs, profiles_of, runs_of
 
     wanted = Filter(suite, arm, seed, profile)
     with opened(runs, ledger) as store, store.reading() as connection:
         rows = list_runs(connection, wanted, limit or None)
         total = count_runs(connection, wanted)
         known = profiles_of(connection)
+        own = runs_of(connection, [row["id"] for row in rows if not row["imported"]])
+    statuses = {number: judged(run) for number, run in own.items()}
+    others = _unfinished(runs, wanted)
     if profile is not None and profile not in known and known:
         raise NotFoundError(f"no run was evaluated as {profile!r}{nearest(profile, known)}")
     if as_json:
-        print_json([{name: value for name, value in row.items() if name != "id"} for row in rows])
+        print_json([*map(partial(_as_json, statuses), rows), *(row | status.as_dict() for row, status in others)])
         return
-    if not total:
+    if others:
+        _print_unfinished(others)
+    if not total and not others:
         raise NotFoundError(
             f"no finished run in {runs} answers to this; `fp4rl run` makes some, `fp4rl runs import` takes a log"
         )
-    _print(rows, total, profile)
+    if total:
+        _print(rows, statuses, total, profile)
 
 
-def _print(rows: list[dict[str, Any]], total: int, profile: str | None) -> None:
+def _unfinished(root: Path, wanted: "Filter") -> list[tuple[dict[str, Any], Status]]:
+    """Return the runs without a result that answer to the filter: what is known of each, and its status."""
+    matching: list[tuple[dict[str, Any], Status]] = []
+    if wanted.profile is not None:  # none of them has a last accuracy
+        return matching
+    for folder, status in unfinished(root).items():
+        parts = _RUN_ID.fullmatch(folder.run_id)
+        arm, seed = (parts[1], int(parts[2])) if parts else (folder.run_id, None)
+        row = {"suite": folder.suite, "run_id": folder.run_id, "arm": arm, "seed": seed}
+        limits = {"suite": wanted.suite, "arm": wanted.arm, "seed": wanted.seed}
+        if all(value in (None, row[key]) for key, value in limits.items()):
+            matching.append((row | {"strict": {}}, status))
+    return matching
+
+
+def _as_json(statuses: Mapping[int, Status], row: dict[str, Any]) -> dict[str, Any]:
+    status = statuses.get(row["id"])
+    return {name: value for name, value in row.items() if name != "id"} | (status.as_dict() if status else {})
+
+
+def _print_unfinished(others: list[tuple[dict[str, Any], Status]]) -> None:
+    rows = ((row["suite"], row["run_id"], status.word, status.since) for row, status in others)
+    title = counted(len(others), "run without a result", "runs without a result")
+    console().print(table("suite", "run=", "status=", "since=", rows=rows, title=title, lines=True))
+    for row, status in others:
+        print_indented((row["run_id"], "bold"), f" {status.word}: {status.why}")
+
+
+def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: int, profile: str | None) -> None:
     now, lines = code_digest(), []
     for row in rows:
         planned = row["steps_asked"]
         steps = f"{row['steps_done']}" + (f"/{planned}" if planned not in (None, row["steps_done"]) else "")
         own = "current" if row["code_digest"] == now else "stale"
-        state = ", ".join(filter(None, ("foreign", row["status"]))) if row["imported"] else own
+        status = statuses[row["id"]].word if row["id"] in statuses else row["status"]
+        state = ", ".join(filter(None, ("foreign" if row["imported"] else own, status if status != "done" else None)))
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
         lines.append((row["suite"], row["run_id"], steps, shown or "-", state))
-    names = ("suite", "run=", "steps>", "accuracy %", "code")  # a run's id must not wrap, so that it can be copied
+    names = (
+        "suite",
+        "run=",
+        "steps>",
+        "accuracy %",
+        "code and status",
+    )  # a run's id must not wrap, so that it can be copied
     console().print(table(*names, rows=lines, title=counted(total, "finished run"), lines=True))
+    for row in rows:
+        if row["id"] in statuses and statuses[row["id"]].why:
+            print_indented((row["run_id"], "bold"), f" {statuses[row['id']].word}: {statuses[row['id']].why}")
     if total > len(rows):
         console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose")
 

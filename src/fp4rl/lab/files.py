@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fp4rl.rl.durable import sync
 from fp4rl.spec.errors import InvalidValueError
 
 _PARTIAL = ".partial"
@@ -57,11 +58,12 @@ def unwritable_named(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file as `whole` does, synced to disk before it is moved into place."""
+    """Write a text file as `whole` does; it is durable when this returns."""
     with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    sync(path.parent)
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -8,6 +8,8 @@ runs/<suite>/<run-id>/
   items/<step>-<profile>.parquet   one row per problem and sample
   result.json      written last, whole: its presence means finished
   log.txt
+  attempts.jsonl   one object for each time that it was begun: where, from which step, and what was repeated
+  heartbeat.json   the last sign of life
 """
 
 import json
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_lines, whole, write_lines, write_whole
+from fp4rl.rl.durable import sync, sync_all
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evidence, Failed
 from fp4rl.spec.plain_yaml import plain_values
@@ -114,13 +117,31 @@ class RunFolder:
             parquet.write_table(table, partial, compression="zstd")
 
     def write_result(self, result: RunResult) -> None:
-        """Write the result. Raises `InvalidValueError` for a finished run: a result is never overwritten."""
+        """Write the result, once everything beside it is durable. Raises `InvalidValueError` for a finished run: a
+        result is never overwritten."""
         if self.finished:
             raise InvalidValueError(f"{self.key} is finished already; give the new run another seed or another suite")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.make_durable()
         text = json.dumps(json_ready(result.as_json()), indent=1, allow_nan=False)
         write_whole(self.path / "result.json", text + "\n")
 
+    def add_attempt(self, **values: Any) -> None:
+        """Append what one attempt began with."""
+        append_line(self.path / "attempts.jsonl", values)
+
+    def make_durable(self) -> None:
+        """Make everything that was written so far outlast a power cut, and the run's place in its suite."""
+        sync_all(self.path)
+        for folder in (self.path.parent, self.path.parent.parent):
+            sync(folder)
+
     # -- read by everyone
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return what each attempt began with, in order."""
+        with damage_named(self.path / "attempts.jsonl") as file:
+            return [_mapping(line) for line in read_lines(file)]
 
     def spec(self) -> dict[str, Any]:
         """Return the described experiment as plain values; empty for a run that came from a foreign log."""

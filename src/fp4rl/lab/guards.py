@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from fp4rl.lab.files import is_full, unwritable_named
 from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.heartbeat import LOCK, of_another_machine
 from fp4rl.rl.events import Interrupted
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, UserError
 from fp4rl.spec.evidence import Failed
@@ -20,8 +21,9 @@ _PATIENCE_S = 20.0  # a worker whose parent was killed takes a moment to notice
 
 @contextmanager
 def locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's lock, which the system releases when the process dies. Raises InvalidValueError if it is held."""
-    lock = FileLock(folder.path / ".lock", timeout=_PATIENCE_S, poll_interval=0.2)
+    """Hold the run's lock, which the system releases when the process dies. Raises InvalidValueError if it is held, or
+    if a process of another machine, whose lock may not be seen through a shared disk, has shown signs of life."""
+    lock = FileLock(folder.path / LOCK, timeout=_PATIENCE_S, poll_interval=0.2)
     with unwritable_named(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -29,6 +31,8 @@ def locked(folder: RunFolder) -> Iterator[None]:
         except Timeout:
             raise InvalidValueError(f"{folder.key} is being run by another process; wait for it to end") from None
     try:
+        if (why := of_another_machine(folder.path)) is not None:
+            raise InvalidValueError(f"{folder.key} is being run by another machine: {why}")
         yield
     finally:
         lock.release()

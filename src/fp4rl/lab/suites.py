@@ -1,14 +1,16 @@
 """A suite's folder: the runs that its suite.yaml plans, and the state and results of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fp4rl.lab.files import Damaged, damage_named
-from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.runs import Curves, Run, read_run
+from fp4rl.lab.status import Status, status_of
 from fp4rl.spec.errors import NotFoundError, nearest
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
 from fp4rl.spec.load import load_spec
@@ -22,6 +24,7 @@ class SuiteRun:
     """
 
     planned: PlannedRun
+    folder: RunFolder
     state: str
     run: Run | None = None
     stale: bool = False
@@ -37,6 +40,11 @@ class SuiteRun:
     def counts(self) -> bool:
         """Whether its numbers may enter a mean or a comparison."""
         return self.run is not None and not self.run.gaps
+
+    @cached_property
+    def status(self) -> Status:
+        """What has become of it, why, and since when."""
+        return status_of(self.folder, self.damage or self.run)
 
     @property
     def curves(self) -> Curves:
@@ -77,17 +85,23 @@ def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
     return SuiteRuns(folder, runs, comparisons, tuple(not_planned))
 
 
+def statuses_of(runs: Sequence[PlannedRun], root: Path) -> dict[str, Status]:
+    """Return run id -> its status, for runs planned below `root`."""
+    folders = {run.run_id: run_folder(root, run.suite, run.run_id) for run in runs}
+    return {run.run_id: _read(run, folders[run.run_id], curves=False).status for run in runs}
+
+
 def _read(planned: PlannedRun, folder: RunFolder, curves: bool) -> SuiteRun:
     try:
         if not folder.finished:
             why = folder.failure
             state = "failed" if why else "unfinished" if folder.path.is_dir() else "missing"
-            return SuiteRun(planned, state, failure=why)
+            return SuiteRun(planned, folder, state, failure=why)
         with damage_named(folder.path):
             run = read_run(folder, curves=curves)
-            return SuiteRun(planned, "finished", run, run.result.code_digest != code_digest())
+            return SuiteRun(planned, folder, "finished", run, run.result.code_digest != code_digest())
     except Damaged as error:
-        return SuiteRun(planned, "damaged", damage=error)
+        return SuiteRun(planned, folder, "damaged", damage=error)
 
 
 def _described(folder: Path) -> Suite | Experiment:

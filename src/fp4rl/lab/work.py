@@ -5,7 +5,9 @@ after that is dropped; without a checkpoint it starts over from its seed. Either
 run that was never interrupted. A folder with a result is never changed.
 """
 
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import yaml
 
-from fp4rl.lab.files import remove_partial
+from fp4rl.lab.files import Damaged, remove_partial
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import crashes_logged, failure_kept, full_disk_named, locked
+from fp4rl.lab.heartbeat import Heartbeat, beating
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.profile import WHAT
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks import Sinks
 from fp4rl.lab.spec_warnings import spec_warnings
@@ -60,7 +64,9 @@ def execute_run(
     if not processes.is_first():  # of several processes that train this run together the first writes the folder
         train_here(events.ignore, processes.from_first(ResumeState()))
         return folder
-    with full_disk_named(folder), locked(folder):
+    steps = run.experiment.training.steps
+    # A full disk is named within the sign of life, so that this tells it too, and around its first one.
+    with full_disk_named(folder), locked(folder), beating(folder.path, steps) as heart, full_disk_named(folder):
         if folder.finished:
             return folder
         remove_partial(folder.path)
@@ -70,7 +76,7 @@ def execute_run(
         started = time.perf_counter()
         with failure_kept(folder), crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             _log(folder, spec_warnings({run.arm: run.experiment}))
-            trained = train_here(_kept(folder, sinks, emit), resume, interrupted=interrupted)
+            trained = train_here(_kept(folder, sinks, heart, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
             result = _result(run, trained, _evaluations(folder), time.perf_counter() - started)
             require_finite("result", result.as_json())
@@ -83,6 +89,7 @@ def _resume_state(folder: RunFolder) -> ResumeState:
     """Return where to resume: after the newest good checkpoint, later logs dropped, or at the start."""
     checkpoints, lines = folder.path / "checkpoints", list[str]()
     checkpoint = newest(checkpoints, code_digest(), lines.append)
+    _note_attempt(folder, checkpoint.step if checkpoint is not None else 0)
     if checkpoint is None or not folder.drop_evidence_after(checkpoint.step):
         for name in _FOLDERS:
             if (folder.path / name).is_dir():
@@ -97,6 +104,23 @@ def _resume_state(folder: RunFolder) -> ResumeState:
     return ResumeState(checkpoint, folder.metrics(), checkpoint.state["rollbacks"])
 
 
+def _note_attempt(folder: RunFolder, step: int) -> None:
+    """Note that the run begins after `step`, and what it trained beyond in vain."""
+    try:
+        lost = [values for at, values in folder.metrics().items() if at > step]
+    except Damaged:  # told where it is in the way
+        lost = []
+    seconds = sum(values.get(f"time/{name}_s", 0.0) for values in lost for name in WHAT)
+    folder.add_attempt(
+        at=round(time.time(), 3),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        after_step=step,
+        repeats_steps=len(lost),
+        repeats_s=round(seconds, 3),
+    )
+
+
 def _forget_interruptions(folder: RunFolder, every: int) -> None:
     """Delete the checkpoints of a finished run that its spec does not keep."""
     checkpoints = folder.path / "checkpoints"
@@ -105,10 +129,11 @@ def _forget_interruptions(folder: RunFolder, every: int) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
+def _kept(folder: RunFolder, sinks: Sinks, heart: Heartbeat, emit: events.Emit) -> events.Emit:
     """Return a function that writes events of a run into its folder, and passes those for display on to `emit`."""
 
     def keep(event: events.Event) -> None:
+        heart.note(event)
         match event:
             case events.StepDone():
                 folder.add_metrics(event.step, event.metrics)
@@ -131,6 +156,8 @@ def _kept(folder: RunFolder, sinks: Sinks, emit: events.Emit) -> events.Emit:
                 what = (str(content[key]) for key in ("phase", "profile", "site", "point") if key in content)
                 require_finite(f"evidence of {' '.join((event.kind, *what))}", content)
                 folder.add_evidence(event)
+                if isinstance(event, evidence.CheckpointKept):  # the checkpoint leads back to the lines above this one
+                    folder.make_durable()
         emit(event)
 
     return keep

@@ -17,6 +17,8 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from fp4rl.rl.durable import sync, sync_all
+
 STATE = "fp4rl.json"
 EVERY_S = 300.0
 _SHARE = 20  # writing checkpoints may take 1/20 of the time, however large they are
@@ -33,7 +35,9 @@ class Checkpoint:
 
 
 def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> None:
-    """Complete the trainer's checkpoint in `folder`. `stamp` names the code that may resume from it."""
+    """Complete the trainer's checkpoint in `folder`, which is durable before it counts as complete. `stamp` names the
+    code that may resume from it."""
+    sync_all(folder)
     written = json.dumps({"stamp": stamp, "step": step, "state": state, "files": _fingerprints(folder)})
     content = json.loads(written)  # as it will be read
     content["sum"] = _sum(content)
@@ -43,6 +47,8 @@ def complete(folder: Path, step: int, stamp: str, state: Mapping[str, Any]) -> N
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / STATE)
+    for holder in (folder, folder.parent, folder.parent.parent):
+        sync(holder)
 
 
 def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint | None:

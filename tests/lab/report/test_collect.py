@@ -51,7 +51,7 @@ def test_an_interval_stays_within_0_and_100_points():
 def test_a_missing_run_is_named_and_the_suite_is_partial(make_trial):
     report = collect(make_trial().write(missing=[("w4a4", 2)]))
     assert report.state == "partial: 11 of 12 runs"
-    assert "Partial: 11 of 12 runs; missing: w4a4 seed 2." in report.notes
+    assert "Partial: 11 of 12 runs; planned: w4a4 seed 2." in report.notes
     assert len(score(report, "w4a4@full").values) == 2
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fp4rl.engines.environment import choose_backend
 from fp4rl.engines.executors.deaths import described, die_with
 from fp4rl.engines.executors.together import together
 from fp4rl.engines.rollout.samplers import add_samplers
+from fp4rl.lab import heartbeat
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
@@ -31,6 +33,7 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     run: PlannedRun | None = None
+    heard_at: float = 0.0  # when it last sent something, by the monotonic clock
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class LocalPool:
     `report_to`: see `lab.work.execute_run`.
 
     If a worker dies (killed, out of memory), only its own run fails, which is reported and can be run again; a new
-    worker replaces it.
+    worker replaces it. So does one that reports no progress for `stall_s` seconds (None: never): its worker is killed.
     """
 
     workers: int = 2
     threads: int = 1
     report_to: tuple[str, ...] = ()
+    stall_s: float | None = None
 
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Yield outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on
@@ -62,9 +66,9 @@ class LocalPool:
                     waiting.clear()
                     on_event(Event("", STOPPING, 0, 0))
                     _ask_to_end(workers)
-                for pipe in wait([w.pipe for w in workers], timeout=1.0):
-                    worker = next(w for w in workers if w.pipe is pipe)
-                    outcome = _received(worker, root, on_event)
+                ready = wait([w.pipe for w in workers], timeout=1.0)
+                for worker in [w for w in workers if w.pipe in ready or self._stalled(w)]:
+                    outcome = _received(worker, root, on_event) if worker.pipe in ready else _ended(worker, root)
                     if outcome is None:
                         continue
                     yield outcome
@@ -79,9 +83,12 @@ class LocalPool:
     def _assigned(self, run: PlannedRun, root: Path, worker: _Worker | None = None) -> _Worker:
         if worker is None or not worker.process.is_alive():
             worker = self._spawned()
-        worker.run = run
+        worker.run, worker.heard_at = run, time.monotonic()
         worker.pipe.send((run, root, self.report_to))
         return worker
+
+    def _stalled(self, worker: _Worker) -> bool:
+        return self.stall_s is not None and time.monotonic() - worker.heard_at > self.stall_s
 
     def _spawned(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -122,15 +129,35 @@ def _interruptible() -> Iterator[threading.Event]:
 
 def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
     assert worker.run is not None
+    worker.heard_at = time.monotonic()
     try:
         message: Event | Outcome = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join()
-        return Outcome(worker.run, died(worker.process.exitcode, run_folder(root, worker.run.suite, worker.run.run_id)))
+        folder = run_folder(root, worker.run.suite, worker.run.run_id)
+        why = died(worker.process.exitcode, folder)
+        heartbeat.note_end(folder.path, "lost", why)
+        return Outcome(worker.run, why)
     if isinstance(message, Outcome):
         return message
     on_event(message)
     return None
+
+
+def _ended(worker: _Worker, root: Path) -> Outcome:
+    """End a worker that has not moved for too long; its run failed, and the reason names where it stood."""
+    assert worker.run is not None
+    folder = run_folder(root, worker.run.suite, worker.run.run_id).path
+    worker.process.kill()
+    worker.process.join()
+    beat = heartbeat.read(folder)
+    where = beat.where if beat is not None else "its start"
+    silent = f"{(time.monotonic() - worker.heard_at) / 60:.3g} minutes"
+    why = (
+        f"it stalled at {where}: no progress for {silent}, so it was ended; run again to go on from its last checkpoint"
+    )
+    heartbeat.note_end(folder, "failed", why)
+    return Outcome(worker.run, why)
 
 
 def died(code: int | None, folder: RunFolder) -> str:

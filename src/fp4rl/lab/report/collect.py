@@ -139,6 +139,7 @@ def _run_dict(run: SuiteRun) -> dict[str, object]:
         "arm": run.planned.arm,
         "seed": run.planned.seed,
         "state": run.state,
+        **run.status.as_dict(),
         "counts": run.counts,
         "stale": run.stale,
         "code_digest": result.code_digest if result else None,

@@ -35,13 +35,13 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
 
 
 def _missing(runs: Sequence[SuiteRun]) -> Iterator[str]:
-    missing = [run for run in runs if run.state in ("missing", "unfinished")]
-    damaged = [run for run in runs if run.state == "damaged"]
-    failed = [run for run in runs if run.state == "failed"]
-    if others := len(missing) + len(damaged) + len(failed):
-        kinds = ("missing", missing), ("damaged", damaged), ("failed", failed)
-        named = "; ".join(f"{word}: {_named(own)}" for word, own in kinds if own)
-        yield f"Partial: {len(runs) - others} of {counted(len(runs), 'run')}; {named}."
+    without = [run for run in runs if run.run is None]
+    if without:
+        by_word: dict[str, list[SuiteRun]] = {}
+        for run in without:
+            by_word.setdefault(run.status.word, []).append(run)
+        named = "; ".join(f"{word}: {_named(own)}" for word, own in by_word.items())
+        yield f"Partial: {len(runs) - len(without)} of {counted(len(runs), 'run')}; {named}."
 
 
 def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:

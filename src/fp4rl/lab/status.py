@@ -1,0 +1,90 @@
+"""What has become of a planned run, derived whenever it is read: a killed process leaves nothing that runs."""
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from fp4rl.lab import heartbeat
+from fp4rl.lab.files import Damaged
+from fp4rl.lab.folders import RunFolder, all_runs
+from fp4rl.lab.heartbeat import Beat
+from fp4rl.lab.runs import Run
+
+# done: with its evidence. stopped: ended early by a rule. interrupted: asked to end, goes on by the same command. lost:
+# its process died without a word. invalid: without the evidence that its spec asks for. damaged: cannot be read.
+Word = Literal["planned", "running", "done", "stopped", "invalid", "damaged", "failed", "interrupted", "lost"]
+_SILENT_S = 120.0  # without progress for so long, a running run's reason says since when
+
+
+@dataclass(frozen=True)
+class Status:
+    """The status of a run, why it has it, and since when (seconds since 1970; None where nothing recorded it)."""
+
+    word: Word
+    why: str = ""
+    at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has a result, of whatever worth."""
+        return self.word in ("done", "stopped", "invalid", "damaged")
+
+    @property
+    def since(self) -> str:
+        """The time in this machine's own time zone; empty where it is not known."""
+        return "" if self.at is None else f"{datetime.fromtimestamp(self.at):%Y-%m-%d %H:%M}"
+
+    def as_dict(self) -> dict[str, str | None]:
+        """Return plain values, the time in UTC."""
+        at = None if self.at is None else datetime.fromtimestamp(self.at, UTC).isoformat(timespec="seconds")
+        return {"status": self.word, "why": self.why or None, "at": at}
+
+
+def status_of(folder: RunFolder, run: Run | Damaged | None) -> Status:
+    """Return the status of a run; `run` is what could be read of its result, None where it has none."""
+    if run is None:
+        return _unfinished(folder) if folder.path.is_dir() else Status("planned")
+    at = (folder.path / "result.json").stat().st_mtime
+    if isinstance(run, Damaged):
+        return Status("damaged", str(run), at)
+    return judged(run, at)
+
+
+def judged(run: Run, at: float | None = None) -> Status:
+    """Return the status of a finished run, by its evidence and how it ended."""
+    if run.gaps:
+        return Status("invalid", "; ".join(run.gaps), at)
+    if run.result.stopped:
+        return Status("stopped", run.result.stopped, at)
+    return Status("done", "", at)
+
+
+def unfinished(root: Path) -> dict[RunFolder, Status]:
+    """Return the runs below `root` that were begun and have no result, with what has become of them."""
+    return {folder: status_of(folder, None) for folder in all_runs(root) if not folder.finished}
+
+
+def _unfinished(folder: RunFolder) -> Status:
+    beat, failure = heartbeat.read(folder.path), folder.failure
+    if beat is None:
+        written = folder.path.stat().st_mtime
+        return Status("failed", failure, written) if failure else Status("lost", "it left no sign of life", written)
+    if heartbeat.alive(folder.path, beat):
+        return Status("running", _under_way(beat), beat.progress_at)
+    if beat.ended in ("failed", "interrupted", "lost"):
+        return Status(beat.ended, beat.why, beat.at)
+    if failure:
+        return Status("failed", failure, beat.at)
+    return Status(
+        "lost",
+        f"its process on {beat.host} died at {beat.where}; the same command goes on from its last checkpoint",
+        beat.at,
+    )
+
+
+def _under_way(beat: Beat) -> str:
+    still = time.time() - beat.progress_at
+    silent = f", nothing since {still / 60:.0f} minutes" if still > _SILENT_S else ""
+    return f"at {beat.where}{silent}"
