@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp4rl.cli.described import require_here
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
-from fp4rl.cli.terminal import console, print_indented, print_json, table
+from fp4rl.cli.show import accuracies
+from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, styled, table
+from fp4rl.engines.rollout.samplers import add_samplers
+from fp4rl.engines.verl.imported import is_verl_run, read_verl_run, saved_weights, take_in
 from fp4rl.lab.foreign.joined import readable
 from fp4rl.lab.foreign.reader import import_log
 from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.runs import read_run
 from fp4rl.lab.status import Status, judged, unfinished
-from fp4rl.spec.errors import NotFoundError, nearest
+from fp4rl.models.quiet import quiet
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.load import read_yaml
 from fp4rl.spec.words import counted
 
@@ -129,7 +135,8 @@ def import_file(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A log of verl, TRL or ms-swift (console, JSON lines), CSV, TensorBoard events, or a folder with one."
+            help="The folder of a finished verl run under the plug-in; or a log of verl, TRL or ms-swift (console, "
+            "JSON lines), CSV, TensorBoard events, or a folder with one."
         ),
     ],
     runs: RunsRoot = Path("runs"),
@@ -141,12 +148,25 @@ def import_file(
         str | None, typer.Option(help="How the run ended: finished, stopped, failed, or still running.")
     ] = None,
     note: Annotated[str | None, typer.Option(help="A remark to be shown with the run.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Of a verl run: the suite that it belongs to; by default its folder's name.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Of a verl run: the folder of its final weights, if it is not in the run's own.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Import a log of another trainer, as a run of the suite `imported`.
+    """Take in a run of verl with its evidence, or import a log of another trainer as a run of the suite `imported`.
 
-    Example: `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
+    Examples: `fp4rl runs import checkpoints/w4a16 --suite mine --arm w4a16_verl`,
+    `fp4rl runs import train.log --arm gpg --seed 1 --config config.yaml --status failed --note "OOM"`
     """
+    of_logs = {"--seed": seed, "--config": config, "--status": status, "--note": note}
+    if is_verl_run(file):
+        _require_none(of_logs, f"{file} is a run that records its own")
+        _take_in(file, runs, ledger, (suite, arm), model, as_json)
+        return
+    _require_none({"--suite": suite, "--model": model}, f"{file} is no run of verl under the plug-in")
     settings = read_yaml(config) if config is not None else None
     imported = import_log(file, runs, arm=arm, seed=seed, config=settings, status=status, note=note)
     log = imported.log
@@ -165,3 +185,34 @@ def import_file(
     console().print(f"{steps}, {counted(len(log.names), 'key')}")
     for line in log.remarks():
         console().print(line, soft_wrap=True)
+
+
+def _require_none(options: Mapping[str, object], why: str) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise InvalidValueError(f"{' and '.join(given)}: {why}")
+
+
+def _take_in(
+    file: Path, runs: Path, ledger: str | None, of: tuple[str | None, str | None], model: Path | None, as_json: bool
+) -> None:
+    """Take a verl run in, evaluating its final weights, and show its accuracies."""
+    run = read_verl_run(file)
+    planned = run.planned(*of)
+    require_here([planned])
+    weights = model or saved_weights(run)
+    quiet()
+    ready_to_round()
+    add_samplers()
+    with progress() as advance:
+        folder, already_there = take_in(run, planned, runs, weights, advance)
+    with opened(runs, ledger):
+        pass
+    evaluations = [each for each in folder.result().evaluations if each.last or each.step == 0]
+    if as_json:
+        print_json({"run": folder.key, "steps": run.record.steps_done, "already_there": already_there})
+        return
+    console().print(accuracies(evaluations))
+    for gap in read_run(folder, curves=False).gaps:
+        console().print(styled(("missing", "red"), f": {gap}"))
+    verb = "is here already as" if already_there else "is now"
+    console().print(f"{run.folder} {verb} {folder.key}: `fp4rl show {folder.key}` shows all of it", soft_wrap=True)

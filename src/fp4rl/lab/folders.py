@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_lines, whole, write_lines, write_whole
 from fp4rl.rl.durable import sync, sync_all
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest, shown
-from fp4rl.spec.evidence import Evidence, Failed
+from fp4rl.spec.evidence import Evaluation, Evidence, Failed
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
 from fp4rl.spec.task import SCORES
@@ -160,6 +160,16 @@ class RunFolder:
         """Return every line of a kind that this version knows, in order."""
         with damage_named(self.path / "evidence.jsonl") as file:
             return tuple(line for line in read_lines(file, read_evidence) if line is not None)
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Return the evaluations in order; of several at one step (after a rollback, or an early end) the newest."""
+        by_key: dict[tuple[int, str], Evaluation] = {}
+        for line in self.evidence():
+            if isinstance(line, Evaluation):
+                key = line.step, line.profile.name
+                by_key.pop(key, None)
+                by_key[key] = line
+        return tuple(by_key.values())
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Return step -> name -> value. Lines of one step are joined; the first value of a key counts."""

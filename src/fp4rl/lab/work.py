@@ -31,9 +31,8 @@ from fp4rl.rl.checkpoints import all_of, newest, remove
 from fp4rl.rl.components import require_own_engine
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
-from fp4rl.spec import evidence
 from fp4rl.spec.errors import require_finite
-from fp4rl.spec.evidence import Record, Warned
+from fp4rl.spec.evidence import CheckpointKept, Evaluation, Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
 
 _FILES = ("evidence.jsonl", "metrics.jsonl", "sites.json", "log.txt")
@@ -78,7 +77,7 @@ def execute_run(
             _log(folder, spec_warnings({run.arm: run.experiment}))
             trained = train_here(_kept(folder, sinks, heart, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
-            result = _result(run, trained, _evaluations(folder), time.perf_counter() - started)
+            result = _result(run, trained, folder.evaluations(), time.perf_counter() - started)
             require_finite("result", result.as_json())
             folder.write_result(result)
         _forget_interruptions(folder, run.experiment.training.save_freq)
@@ -156,7 +155,7 @@ def _kept(folder: RunFolder, sinks: Sinks, heart: Heartbeat, emit: events.Emit) 
                 what = (str(content[key]) for key in ("phase", "profile", "site", "point") if key in content)
                 require_finite(f"evidence of {' '.join((event.kind, *what))}", content)
                 folder.add_evidence(event)
-                if isinstance(event, evidence.CheckpointKept):  # the checkpoint leads back to the lines above this one
+                if isinstance(event, CheckpointKept):  # the checkpoint leads back to the lines above this one
                     folder.make_durable()
         emit(event)
 
@@ -169,20 +168,7 @@ def _log(folder: RunFolder, lines: Sequence[str]) -> None:
             log.writelines(f"{line}\n" for line in lines)
 
 
-def _evaluations(folder: RunFolder) -> tuple[evidence.Evaluation, ...]:
-    """Return the evaluations in order; of several at one step (after a rollback, or an early end) the newest."""
-    by_key: dict[tuple[int, str], evidence.Evaluation] = {}
-    for line in folder.evidence():
-        if isinstance(line, evidence.Evaluation):
-            key = line.step, line.profile.name
-            by_key.pop(key, None)
-            by_key[key] = line
-    return tuple(by_key.values())
-
-
-def _result(
-    run: PlannedRun, trained: Trained, evaluations: tuple[evidence.Evaluation, ...], wall_s: float
-) -> RunResult:
+def _result(run: PlannedRun, trained: Trained, evaluations: tuple[Evaluation, ...], wall_s: float) -> RunResult:
     result = RunResult(
         version=VERSION,
         run_id=run.run_id,

@@ -1,0 +1,181 @@
+"""Take a finished verl run in as a run of the ledger: its record as it is, its final weights evaluated here.
+
+What is evaluated are the weights that verl saved, and only where they are, bit for bit, those that it trained last.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp4rl.lab.files import damage_named, read_lines, write_lines
+from fp4rl.lab.folders import RunFolder, run_folder
+from fp4rl.lab.guards import locked
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.provenance import code_digest, versions
+from fp4rl.lab.runner import keep_suite
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, require_finite, shown
+from fp4rl.spec.evidence import Evidence, LiveCheck, Warned
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.load import parse
+from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, VERSION, EngineRun, RunResult, read_engine_run
+
+OnItems = Callable[[str, int, int], None]
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class VerlRun:
+    """A finished verl run as its folder holds it."""
+
+    folder: Path
+    experiment: Experiment
+    record: EngineRun
+    metrics: tuple[Mapping[str, Any], ...]
+
+    def planned(self, suite: str | None = None, arm: str | None = None) -> PlannedRun:
+        """Return it as the run of an arm; it has the id that the arm of a suite with `engine: verl` has.
+
+        By default suite and arm are those of its record, else its folder and `run`.
+        """
+        suite = suite or self.record.suite or self.folder.resolve().name
+        return PlannedRun(suite, arm or self.record.arm or "run", self.record.seed, self.experiment)
+
+
+def is_verl_run(path: Path) -> bool:
+    """Return whether `path` is the folder of a verl run under the plug-in, or its record."""
+    return path.name == ENGINE_RUN or any((path / name).is_file() for name in (ENGINE_RUN, ENGINE_METRICS))
+
+
+def read_verl_run(path: Path) -> VerlRun:
+    """Read the files in a run's `trainer.default_local_dir`.
+
+    Raises InvalidValueError for a run that is not finished, and for files that are damaged.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not (folder / ENGINE_RUN).is_file():
+        raise InvalidValueError(
+            f"{folder}: no {ENGINE_RUN}, so this run of verl is not finished; its {ENGINE_METRICS} is a log like others"
+        )
+    with damage_named(folder / ENGINE_RUN) as file:
+        record = read_engine_run(json.loads(file.read_text(encoding="utf-8")))
+        record.lines  # noqa: B018 - damage shows now
+    experiment = parse(Experiment, {**record.spec, "engine": record.engine, "seed": record.seed}, str(file))
+    with damage_named(folder / ENGINE_METRICS) as file:
+        metrics = tuple(read_lines(file))
+        for number, row in enumerate(metrics, 1):
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError(f"line {number} has no step: {shown(row)}")
+    return VerlRun(folder, experiment, record, metrics)
+
+
+def saved_weights(run: VerlRun) -> Path:
+    """Return the folder of the final weights in Hugging Face's form. Raises NotFoundError, with the way to make one."""
+    actor = run.folder / f"global_step_{run.record.steps_done}" / "actor"
+    for folder in (actor / "lora_adapter", actor / "huggingface"):
+        if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+            return folder
+    merge = f"python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir MERGED"
+    cure = (
+        f"write them by `{merge}` (in bfloat16 alone) and name that folder with --model"
+        if any(actor.glob("model_world_size_*_rank_0.pt"))
+        else "name their folder with --model; verl keeps it with actor.checkpoint.save_contents=[model,hf_model]"
+    )
+    raise NotFoundError(f"{actor}: the weights after the last step are not here in Hugging Face's form; {cure}")
+
+
+def take_in(run: VerlRun, planned: PlannedRun, root: Path, weights: Path, on_items: OnItems) -> tuple[RunFolder, bool]:
+    """Write the run folder below `root`, with an evaluation of `weights`; return it, and whether it was there already.
+
+    Raises InvalidValueError where the same experiment is here with other final weights, and CheckFailed where `weights`
+    are not what was trained last, before anything is written.
+    """
+    folder, trained = run_folder(root, planned.suite, planned.run_id), run.record.summary.final_weights
+    if folder.finished:
+        if folder.result().evidence.final_weights != trained:
+            raise InvalidValueError(
+                f"{folder.key} is here already with other weights; remove {folder.path} to replace it"
+            )
+        return folder, True
+    proof = _require_trained(weights, run.experiment, trained)
+    with locked(folder):
+        for left in folder.path.iterdir():  # of an import that was interrupted
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        spec = run.experiment.model_dump(mode="json")
+        folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
+        folder.write_sites(run.record.sites)
+        write_lines(folder.path / "metrics.jsonl", run.metrics)
+        for line in (*run.record.lines, *proof):
+            folder.add_evidence(line)
+        _evaluate(run, folder, weights, root, on_items)
+        if not (root / planned.suite / "suite.yaml").is_file() and planned.arm == "run":
+            keep_suite(root, planned.suite, spec)
+        folder.write_result(_result(run, planned, folder))
+    return folder, False
+
+
+def _require_trained(weights: Path, experiment: Experiment, trained: str | None) -> tuple[Evidence, ...]:
+    """Return the proof that the folder holds what was trained last; none where the run recorded no digest of that."""
+    from fp4rl.rl.verify import load_saved, weights_digest
+    from fp4rl.sites.modalities import freeze_other_modules
+
+    if trained is None:
+        return ()
+    model, _ = load_saved(weights, experiment.model.dtype, None, experiment.model.experts_implementation)
+    freeze_other_modules(model)
+    digest = weights_digest(model)
+    if digest != trained:
+        raise CheckFailed(
+            f"{weights} does not hold the weights that verl trained last (digest {digest}, recorded {trained}); name "
+            "their folder with --model. verl's model merger writes bfloat16: of a float32 run save hf_model instead"
+        )
+    return (LiveCheck(max_difference=0.0, compared="weights"),)
+
+
+def _evaluate(run: VerlRun, folder: RunFolder, weights: Path, root: Path, on_items: OnItems) -> None:
+    """Evaluate the start and the final weights as `fp4rl run` does, into the folder."""
+    from fp4rl.rl.evaluate import evaluation_runner
+    from fp4rl.rl.inputs import of_model, start_folder
+
+    experiment, runner = run.experiment, evaluation_runner(run.experiment)
+    start = start_folder(experiment.model, experiment.task, root / "models")
+    recorded = run.record.summary.inputs.get("start model")
+    steps = {0: start, run.record.steps_done: weights}
+    if not start.is_dir() or of_model(start) != recorded:
+        steps.pop(0)
+        line = f"step 0 is not evaluated: {start} is not here as the run began with it"
+        folder.add_evidence(Warned(line=line))
+    for step, model in steps.items():
+        last = model is weights
+        for evaluation in runner.run(model, experiment.model.dtype, step, last, on_items, folder.add_evidence):
+            folder.write_items(step, evaluation.profile.name, [asdict(item) for item in evaluation.items])
+            folder.add_evidence(evaluation.summary())
+
+
+def _result(run: VerlRun, planned: PlannedRun, folder: RunFolder) -> RunResult:
+    """Return the result: verl's own, completed by what was evaluated here, and with what."""
+    record, here = run.record, code_digest()
+    own = record.code_digest
+    result = RunResult(
+        version=VERSION,
+        run_id=planned.run_id,
+        suite=planned.suite,
+        arm=planned.arm,
+        seed=planned.seed,
+        spec_digest=planned.spec_digest,
+        code_digest=own if own == here else f"{own}, evaluated by {here}",
+        versions=record.versions,
+        evaluated_with=versions(),
+        evaluations=folder.evaluations(),
+        evidence=record.summary,
+        steps_asked=record.steps_asked,
+        steps_done=record.steps_done,
+        wall_s=record.wall_s,
+    )
+    require_finite("result", result.as_json())
+    return result
