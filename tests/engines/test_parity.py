@@ -69,6 +69,28 @@ def test_what_the_rules_of_a_deployment_would_change_is_told(folder):
     assert own.numbers["max"] < 1e-6 < 1e-2 < other.numbers["max"]
 
 
+def test_a_rounded_cache_is_told_and_is_no_cause(folder):
+    described = Injection.model_validate({"mode": "w4a16", "kv_cache": "mxfp4"})
+    checks = audited(folder, described)
+    assert {name: check.passed for name, check in checks.items()} == {
+        "weights": True,
+        "kv_cache": None,
+        "scores": True,
+        "order": True,
+    }
+    seen, numbers = checks["kv_cache"].seen, checks["kv_cache"].numbers
+    assert seen.startswith("2 sites rounded ")
+    assert "of keys and values to mxfp4 while sampling" in seen
+    assert numbers["sites"] == 2
+    assert numbers["elements"] % 128 == 0 < numbers["elements"]  # two heads of 32, keys and values
+    assert numbers["rollout_error"] == pytest.approx(numbers["training_error"], rel=0.2)
+    assert 0.05 < numbers["training_error"] < 0.2
+    for during, told in ((["training"], None), (["rollout"], "the trainer's pass by nothing")):
+        other = described.model_dump(mode="json", exclude_defaults=True) | {"apply_during": {"kv_cache": during}}
+        check = audited(folder, Injection.model_validate(other)).get("kv_cache")
+        assert (check and told in check.seen) == (told and True)
+
+
 def unrounded(model, tokenizer, prompts, sampling):
     """An engine whose inputs and weights stay in full precision."""
     states = injected_states(model)

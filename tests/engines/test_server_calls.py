@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -25,6 +26,7 @@ ABOUT = {
     "max_model_len": 64,
     "eager": True,
     "prefix_caching": False,
+    "kv_cache_dtype": "auto",
     "logprobs_mode": "processed_logprobs",
     "weight_transfer": "fp4rl",
 }
@@ -120,6 +122,7 @@ def test_no_server_ends_in_one_line_with_the_cure():
     [
         ("eager", False, "--enforce-eager"),
         ("prefix_caching", True, "--no-enable-prefix-caching"),
+        ("kv_cache_dtype", "fp8", "--kv-cache-dtype auto"),
         ("logprobs_mode", "raw_logprobs", "--logprobs-mode processed_logprobs"),
         ("weight_transfer", None, "--weight-transfer-config"),
         ("dtype", "bfloat16", "--dtype float32"),
@@ -169,11 +172,13 @@ def test_a_worker_that_compares_less_than_it_got_is_another_policy(imitation, po
 def test_what_the_worker_counted_is_credited_to_the_sites(imitation, policy):
     model, tokenizer = policy
     answering(imitation, calls=3, elements=640)
-    with attach(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
+    described = {"mode": "w4a4", "deployment": "compressed_tensors", "kv_cache": "mxfp8"}
+    with attach(model, Injection.model_validate(described)) as attachment:
         attachment.set_phase("rollout")
         (answer,) = unaudited(imitation.address)(model, tokenizer, [[5, 6]], SAMPLING)
         attachment.require_calls()
-        rows = [row for row in attachment.evidence() if row.point == "input"]
+        rows = [row for row in attachment.evidence() if row.point in ("input", "kv_cache")]
+    assert sorted(Counter(row.point for row in rows).items()) == [("input", 14), ("kv_cache", 2)]
     assert (answer.tokens, answer.ended, answer.logps.tolist()) == ([2], True, [-0.5])
     assert {(row.calls, row.elements, row.share_changed, row.relative_error) for row in rows} == {(3, 640, 0.5, 0.5)}
     asked = [content for path, content in imitation.asked if path == "/inference/v1/generate"]
@@ -181,13 +186,17 @@ def test_what_the_worker_counted_is_credited_to_the_sites(imitation, policy):
     assert asked[0]["sampling_params"]["stop_token_ids"] == [2]
 
 
+@pytest.mark.parametrize(
+    ("described", "point"),
+    [({"mode": "w4a4", "deployment": "compressed_tensors"}, "input"), ({"kv_cache": "mxfp8"}, "kv_cache")],
+)
 @pytest.mark.parametrize(("calls", "elements"), [(0, 64), (3, 0)])
-def test_zero_counts_stop_the_run(calls, elements, imitation, policy):
+def test_zero_counts_stop_the_run(calls, elements, described, point, imitation, policy):
     model, tokenizer = policy
     answering(imitation, calls=calls, elements=elements)
-    with attach(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
+    with attach(model, Injection.model_validate(described)) as attachment:
         attachment.set_phase("rollout")
-        with pytest.raises(CheckFailed, match="its worker rounded no input there"):
+        with pytest.raises(CheckFailed, match=f"its worker rounded no {point} there"):
             unaudited(imitation.address)(model, tokenizer, [[5, 6]], SAMPLING)
 
 
@@ -219,6 +228,19 @@ def test_a_description_of_sites_is_read_back_as_the_same_formats(policy):
             assert Injection.model_validate(injection).dtype == states[0].injection.dtype
             attachment.set_phase("reference")
             assert not any(row["formats"] for row in described(injected_states(model))[0])
+
+
+def test_a_description_of_attention_is_read_back_with_its_format(policy):
+    model, _ = policy
+    described_as = {"weight": "mxfp4", "kv_cache": {"name": "nvfp4", "factor": "per_token"}}
+    with attach(model, Injection.model_validate(described_as)) as attachment:
+        attachment.set_phase("rollout")
+        states = injected_states(model)
+        rows, _ = described(states)
+        sent = [row for row in json.loads(json.dumps(rows)) if row["kind"] == "attention"]
+        assert [row["name"] for row in sent] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        assert {format_of(row["formats"]["kv_cache"]) for row in sent} == {attachment.table.injection.kv_cache}
+        assert not any(row["formats"] for row in rows if row["kind"] == "linear")
 
 
 def test_meters_of_two_processes_add_up():

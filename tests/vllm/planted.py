@@ -1,12 +1,16 @@
 """A worker of a vLLM server in which faults can be planted, one at a time."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 from safetensors.torch import load_file
 
+from fp4rl.engines.rollout import kinds
 from fp4rl.engines.rollout.linear import Rounded
 from fp4rl.engines.rollout.worker import FromFiles, Worker
 
 LAST = {}
-WHOLE = Rounded.apply, FromFiles.receive_weights
+WHOLE = Rounded.apply, FromFiles.receive_weights, kinds.KINDS
 
 
 def unrounded(self, layer, x, bias=None):
@@ -21,6 +25,28 @@ def unrounded(self, layer, x, bias=None):
 def uncounted(self, layer, x, bias=None):
     """Neither round nor count."""
     return self.method.apply(layer, x, bias)
+
+
+@contextmanager
+def keys_alone(layer, members):
+    """Round keys and store values as they are, counted as if both were rounded."""
+    (state,) = members
+    compute = layer.forward
+
+    def forward(query, key, value):
+        state.count()
+        rounded, _ = (state.stored(x.view(-1, layer.num_kv_heads, layer.head_size)) for x in (key, value))
+        return compute(query, rounded, value)
+
+    layer.forward = forward
+    yield
+    del layer.forward
+
+
+@contextmanager
+def unstored(*_):
+    """Neither round what is stored nor count."""
+    yield
 
 
 def missed(self, update_info):
@@ -49,9 +75,12 @@ class Planted(Worker):
 
     def fp4rl_plant(self, fault: str) -> None:
         """Plant `fault`; `none` takes it away."""
-        Rounded.apply, FromFiles.receive_weights = WHOLE[0], remembered
+        Rounded.apply, FromFiles.receive_weights, kinds.KINDS = WHOLE[0], remembered, WHOLE[2]
         if fault in ("unrounded", "uncounted"):
             Rounded.apply = {"unrounded": unrounded, "uncounted": uncounted}[fault]
+        if fault in ("keys_alone", "unstored"):
+            own = replace(WHOLE[2]["attention"], rounding={"keys_alone": keys_alone, "unstored": unstored}[fault])
+            kinds.KINDS = {**WHOLE[2], "attention": own}
         if fault in ("missed", "left_out"):
             FromFiles.receive_weights = {"missed": missed, "left_out": left_out}[fault]
         self.fp4rl_blind = fault == "uncompared"

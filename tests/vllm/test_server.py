@@ -153,6 +153,44 @@ def test_rounded_inputs_are_rounded_in_the_worker_and_counted_to_the_element(mod
             assert (distances(model, asked, answers) < 1e-4).float().mean() < 0.5  # unrounded it is another policy
 
 
+@pytest.mark.parametrize("described", [{"kv_cache": "mxfp4"}, {"mode": "w4a8", "kv_cache": "mxfp8"}], ids=str)
+def test_a_rounded_cache_is_rounded_in_the_worker_and_counted_to_the_element(described, engine, policy):  # noqa: F811
+    model, tokenizer = policy
+    asked = prompts(tokenizer)
+    with attach(model, Injection.model_validate(described)) as attachment:
+        attachment.set_phase("rollout")
+        answers = engine(model, tokenizer, asked, SAMPLED)
+        attachment.require_calls()
+        rows = [row for row in attachment.evidence() if row.point == "kv_cache"]
+        tokens = sum(len(asked[i // SAMPLED.count]) + len(answer.tokens) - 1 for i, answer in enumerate(answers))
+        assert [row.elements for row in rows] == [tokens * 2 * 64] * 2  # keys and values, two heads of 32
+        assert all(row.looks and row.share_changed > 0.5 for row in rows)
+        attachment.set_phase("evaluation")
+        assert (distances(model, asked, answers) < 1e-4).float().mean() >= 0.99
+        with attach_none(attachment):
+            assert (distances(model, asked, answers) < 1e-4).float().mean() < 0.5
+
+
+def test_keys_rounded_without_values_are_another_policy(engine, policy):  # noqa: F811
+    model, tokenizer = policy
+    asked = prompts(tokenizer)
+    engine.server.worker("fp4rl_plant", "keys_alone")
+    with attach(model, Injection.model_validate({"kv_cache": "mxfp4"})) as attachment:
+        attachment.set_phase("rollout")
+        answers = engine(model, tokenizer, asked, SAMPLED)
+        attachment.set_phase("evaluation")
+        assert (distances(model, asked, answers) < 1e-4).float().mean() < 0.5
+
+
+def test_a_worker_that_stores_unrounded_keys_and_values_stops_the_run(engine, policy):  # noqa: F811
+    model, tokenizer = policy
+    engine.server.worker("fp4rl_plant", "unstored")
+    with attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
+        attachment.set_phase("rollout")
+        with pytest.raises(CheckFailed, match=r"layers\.0\.self_attn: .* its worker rounded no kv_cache there"):
+            engine(model, tokenizer, prompts(tokenizer), SAMPLED)
+
+
 def test_greedy_answers_stops_and_limits_are_those_of_transformers(engine, policy):  # noqa: F811
     model, tokenizer = policy
     asked = prompts(tokenizer)

@@ -289,7 +289,10 @@ def test_rounding_of_the_master_against_its_bf16_copy_is_found(engine, policy):
 
 def test_what_vllm_does_not_compute_is_refused(engine, policy):
     model, tokenizer = policy
-    for described, word in (({"output": "mxfp4"}, "output"), ({"weight": "mxfp4", "kv_cache": "mxfp8"}, "kv_cache")):
+    for described, word in (
+        ({"output": "mxfp4"}, "output"),
+        ({"kv_cache": "mxfp8", "errors": [{"point": "scores"}]}, "relative@scores"),
+    ):
         with attach(model, Injection.model_validate(described)) as attachment:
             attachment.set_phase("rollout")
             with pytest.raises(InvalidValueError, match=f"does not compute {word}"):

@@ -15,7 +15,9 @@ from fp4rl.rl.prompts import padded
 from fp4rl.spec.errors import CheckFailed, EngineDiffers
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.retarget import under_deployment
+from fp4rl.spec.words import counted
 
+_ROUNDED_IN = ("rollout", "training")  # phases
 NATS = (1e-4, 1e-2)  # differences whose share of the tokens is counted
 _ALONE = 4  # prompts that are also answered one by one
 
@@ -76,6 +78,7 @@ def audit(
         _switch(attachment, "training")
         own = scored(model, prompts, answers, tokenizer)
         sampler.step()
+        yield from _cache(attachment)
         yield _scores(answers, own, limit)
         _switch(attachment, "rollout")
         yield _order(sampler, model, tokenizer, prompts, new_tokens, limit)
@@ -172,6 +175,26 @@ def _versions(sampler: Sampler, calls: int) -> Iterator[Check]:
         own = len(set(served)) == len(served) == calls
         words = f"{calls} calls, answered with {len(set(served))} versions of the weights: {served[0]} to {served[-1]}"
         yield Check("versions", own, words, {"calls": float(calls), "versions": float(len(set(served)))})
+
+
+def _cache(attachment: Attachment | None) -> Iterator[Check]:
+    """Tell how keys and values were rounded while the engine sampled, and in the trainer's pass: no cause of itself."""
+    rows = [row for row in (attachment.evidence() if attachment is not None else ()) if row.point == "kv_cache"]
+    sampled = [row for row in rows if row.phase == "rollout"]
+    if not sampled:
+        return
+    errors = {phase: [row.relative_error or 0.0 for row in rows if row.phase == phase] for phase in _ROUNDED_IN}
+    numbers = {"sites": float(len(sampled)), "elements": float(sum(row.elements for row in sampled))}
+    numbers |= {f"{phase}_error": sum(each) / len(each) for phase, each in errors.items() if each}
+    trained = f"{numbers['training_error']:.2%}" if errors["training"] else "nothing"
+    formats = ", ".join(sorted({str(row.format) for row in sampled}))
+    yield Check(
+        "kv_cache",
+        None,
+        f"{counted(len(sampled), 'site')} rounded {counted(int(numbers['elements']), 'value')} of keys and values to "
+        f"{formats} while sampling, by {numbers['rollout_error']:.2%} on average; the trainer's pass by {trained}",
+        numbers,
+    )
 
 
 def _scores(answers: Sequence[Generation], own: Sequence[Tensor], limit: float) -> Check:

@@ -17,6 +17,7 @@ _HOW = (
 _NEEDED = {
     "eager": (True, "--enforce-eager: in a compiled graph the rounding of inputs would be lost"),
     "prefix_caching": (False, "--no-enable-prefix-caching: its entries are of earlier weights"),
+    "kv_cache_dtype": ("auto", "--kv-cache-dtype auto: another dtype rounds keys and values as no injection says"),
     "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
     "weight_transfer": ("fp4rl", """--weight-transfer-config '{"backend": "fp4rl"}'"""),
 }

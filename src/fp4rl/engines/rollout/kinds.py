@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from fp4rl.engines.rollout.attention import cache_of, not_stored, rounding_cache
 from fp4rl.engines.rollout.held import layer_of
 from fp4rl.engines.rollout.linear import rounding_input
+from fp4rl.inject.attention import AttentionState
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.site import SiteState
 
@@ -27,17 +29,22 @@ class Kind:
 
     `state` rounds in the worker of a server as the site's own state does in this process; `points` are those that
     vLLM's module rounds. `module_of` finds that module's name from vLLM's model, its modules by name, and the name of
-    the site; `rounding` lets the module round and count, by the states of the sites that it computes.
+    the site; `rounding` lets the module round and count, by the states of the sites that it computes. `refused` says
+    why a site is computed otherwise nevertheless, and the cure.
     """
 
     state: type[SiteState]
     points: frozenset[str]
     module_of: Callable[[nn.Module, Mapping[str, nn.Module], str], str]
     rounding: Callable[[Any, Sequence[Any]], AbstractContextManager[None]]
+    refused: Callable[[Any], str | None] = lambda _: None
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
-    {"linear": Kind(LinearState, frozenset({"input"}), layer_of, rounding_input)}
+    {
+        "linear": Kind(LinearState, frozenset({"input"}), layer_of, rounding_input),
+        "attention": Kind(AttentionState, frozenset({"kv_cache"}), cache_of, rounding_cache, not_stored),
+    }
 )
 
 
@@ -52,11 +59,14 @@ def rounded_points(state: SiteState) -> list[str]:
 
 
 def not_computed(state: SiteState) -> str | None:
-    """Return in words what vLLM does not compute as the site does in this phase; None where it computes all."""
+    """Return what vLLM does not compute as the site does in this phase, and the cure; None where it computes all."""
     kind = KINDS.get(state.plan.site.kind)
     computed = kind.points | _WITH_WEIGHTS if kind is not None else frozenset()
     wrong = sorted(state.points - computed) + [error.name for error in state.errors]
-    return f"{wrong[0]} of {state.plan.name}" if wrong else None
+    if wrong:
+        return f"{wrong[0]} of {state.plan.name} as this model does; take transformers"
+    why = kind.refused(state) if kind is not None else None
+    return why and f"{rounded_points(state)[0]} of {state.plan.name}: {why}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def require_possible(states: Sequence[SiteState], sampling: Sampling) -> None:
     if sampling.temperature and sampling.top_p < 1:
         raise InvalidValueError("rollout.engine vllm gives log-probabilities of what top_p leaves alone; take top_p: 1")
     for what in filter(None, map(not_computed, states)):
-        raise InvalidValueError(f"rollout.engine vllm does not compute {what} as this model does; take transformers")
+        raise InvalidValueError(f"rollout.engine vllm does not compute {what}")
 
 
 def parameters(model: Any, sampling: Sampling, count: int) -> list[dict[str, Any]]:

@@ -48,9 +48,11 @@ class Worker:
         self._weight_update_active = False
         model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
         transfer = self.vllm_config.weight_transfer_config
+        dtype = str(model.dtype).removeprefix("torch.")
         return {
             "vllm": vllm.__version__,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "kv_cache_dtype": "auto" if cache.cache_dtype == dtype else cache.cache_dtype,
             "max_model_len": model.max_model_len,
             "eager": bool(model.enforce_eager),
             "logprobs_mode": model.logprobs_mode,
