@@ -46,6 +46,7 @@ VERBS = (
     "power",
     "ledger",
     "parity",
+    "verl-config",
     "doctor",
 )
 

@@ -37,6 +37,7 @@ _NOISY_OPS = ("ENABLED", "SCALE", "TYPE", "FORWARD_ONLY", "BACKWARD_ONLY", "TRAI
 _KINDS = {"relative_gaussian": "relative", "absolute_gaussian": "absolute", "systematic_bias": "bias"}
 _FORMATS = ("mxfp4", "nvfp4", "fp8")
 _POINTS = {"weight": ("weight",), "input": ("input",), "output": ("output",), "both": ("weight", "input")}
+_MODES = {"weight": "w4a16", "both": "w4a4"}  # of plain mxfp4
 _PHASES = {"rollout": ["rollout", "evaluation"], "training": ["training"]}
 _EVERYWHERE = ["rollout", "training", "evaluation"]
 
@@ -109,7 +110,8 @@ def _from_hooks(old: dict[str, Any]) -> Translation:
     if not old["enabled"]:
         return Translation(Injection(), ("enabled is false: nothing acts",))
     content: dict[str, Any] = {"targets": _targets(old), "seed": old["seed"] or 0}
-    content["apply_during"] = _PHASES.get(old["apply_during"], _EVERYWHERE)
+    if kind not in _FORMATS or old["apply_during"] in _PHASES:  # formats act everywhere by themselves
+        content["apply_during"] = _PHASES.get(old["apply_during"], _EVERYWHERE)
     content |= _rounding(old) if kind in _FORMATS else {"errors": [_error(old, content["targets"])]}
     return Translation(Injection.model_validate(content), tuple(_traps(old)))
 
@@ -122,6 +124,8 @@ def _rounding(old: Mapping[str, Any]) -> dict[str, Any]:
         fmt = "mxfp4_2d"
     elif fmt == "nvfp4" and old["nvfp4_stochastic_rounding"]:
         fmt = {"name": "nvfp4", "rounding": "stochastic"}
+    if fmt == "mxfp4" and old["injection_point"] in _MODES:
+        return {"mode": _MODES[old["injection_point"]]}
     return dict.fromkeys(_POINTS[old["injection_point"]], fmt)
 
 
