@@ -12,7 +12,9 @@ import pytest
 
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
-from fp4rl.lab.sinks import Sinks, allowed_name
+from fp4rl.lab.guards import locked
+from fp4rl.lab.heartbeat import beating
+from fp4rl.lab.sinks import Sinks, allowed_name, close_left_open
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 
 LOGGED = {
@@ -157,6 +159,29 @@ def test_a_run_that_goes_on_stays_one_run_in_mlflow(run: RunFolder, tmp_path: Pa
     (found,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
     assert found.info.status == "FINISHED"
     assert [m.value for m in client.get_metric_history(found.info.run_id, "loss")] == [1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_how_a_run_ended_is_told_and_what_a_dead_one_left_open_is_closed(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tracking = pytest.importorskip("mlflow.tracking", reason="MLflow is not installed (extra 'mlflow')")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(RuntimeError), Sinks(run, ["mlflow"], {"seed": 0}):
+        raise RuntimeError("it failed")
+    client = tracking.MlflowClient()
+
+    def status() -> str:
+        (only,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
+        return str(only.info.status)
+
+    assert status() == "FAILED"
+    with locked(run), beating(run.path, 3):
+        Sinks(run, ["mlflow"], {"seed": 0})  # a process that dies closes nothing
+        close_left_open(run.path.parent)
+        assert status() == "RUNNING"
+    close_left_open(run.path.parent)
+    assert status() == "KILLED"
 
 
 def _names() -> set[str]:

@@ -45,6 +45,7 @@ VERBS = (
     "audit",
     "power",
     "ledger",
+    "archive",
     "parity",
     "verl-config",
     "doctor",

@@ -137,7 +137,7 @@ def carry_out_all(
 
     Under a launcher (torchrun) all its processes train each run together, and only the first prints.
     """
-    from fp4rl.lab.sinks import require_sinks
+    from fp4rl.lab.sinks import close_left_open, require_sinks
 
     require_sinks(report_to)
     every = runs_described(described, name)
@@ -159,6 +159,8 @@ def carry_out_all(
     executor = TorchrunExecutor(tuple(report_to)) if launched() else pool
     if launched():
         processes.from_first(missing)
+    if "mlflow" in report_to and missing:
+        close_left_open(root / runs[0].suite)
     screen = console(stderr=True)
     if finished and not quiet:
         are = agreeing(len(finished), "is", "are")

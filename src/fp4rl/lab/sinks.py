@@ -4,11 +4,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.status import status_of
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]")  # in a key of MLflow
@@ -21,7 +23,7 @@ class Sink(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Export the numbers of one step."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Write what is buffered, and end the run there."""
 
 
@@ -65,7 +67,7 @@ class TensorBoardSink:
         self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=exported)))
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:  # noqa: ARG002
         """Write what is buffered, and end the run there."""
         if self._writer is not None:
             self._writer.close()
@@ -94,8 +96,8 @@ class _WandbSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _MlflowSink:
@@ -124,8 +126,8 @@ class _MlflowSink:
         for start in range(0, len(metrics), _MOST_PER_CALL):
             self._client.log_batch(self.mlflow_run_id, metrics=metrics[start : start + _MOST_PER_CALL])
 
-    def close(self) -> None:
-        self._client.set_terminated(self.mlflow_run_id)
+    def close(self, *, failed: bool = False) -> None:
+        self._client.set_terminated(self.mlflow_run_id, "FAILED" if failed else "FINISHED")
 
 
 def allowed_name(name: str) -> str:
@@ -166,9 +168,9 @@ class Sinks:
         """Export the numbers of one step."""
         self._each(lambda sink: sink.log(step, values))
 
-    def close(self) -> None:
-        """Write what is buffered, and end the run there."""
-        self._each(lambda sink: sink.close())
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is buffered, and end the run there, as one that `failed` or one that did not."""
+        self._each(lambda sink: sink.close(failed=failed))
         self._open.clear()
 
     def _each(self, call: Callable[[Sink], None]) -> None:
@@ -184,5 +186,21 @@ class Sinks:
     def __enter__(self) -> "Sinks":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+
+def close_left_open(suite: Path) -> None:
+    """End, in MLflow, what runs of this suite's folder that have died left open there; those that live stay.
+
+    W&B marks such runs as crashed by itself, and files need no closing.
+    """
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(suite.name)
+    left = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'") if experiment else []
+    for run in left:
+        folder = RunFolder(suite / run.info.run_name)
+        if not folder.finished and status_of(folder, None).word != "running":
+            client.set_terminated(run.info.run_id, "KILLED")
