@@ -45,7 +45,7 @@ def test_a_default_is_what_an_empty_experiment_has(keys):
 
 def test_members_of_a_union_are_one_key_with_all_their_types(keys):
     found = keys("task")
-    assert found["task.name"]["type"] == "arithmetic | gsm8k"
+    assert found["task.name"]["type"] == "arithmetic | gsm8k | table"
     assert found["task.path"]["required"]
 
 

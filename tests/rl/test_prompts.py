@@ -4,19 +4,31 @@ import json
 
 import pytest
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
+from fp4rl.engines.rollout.server import VllmServer
+from fp4rl.models.load import load, load_tokenizer
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.evaluate import answer
-from fp4rl.rl.generate import Sampling, transformers_sampler
-from fp4rl.rl.prompts import encoded, padded, require_positions, require_prompts_fit
+from fp4rl.rl.generate import SAMPLERS, Sampling, transformers_sampler
+from fp4rl.rl.prompts import (
+    encoded,
+    padded,
+    require_positions,
+    require_prompts_fit,
+    template_adds,
+    texts,
+    token_ids,
+)
 from fp4rl.rl.rollout import roll_out
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.task import Problem, Score
 from fp4rl.tasks.gsm8k import Gsm8k
+from fp4rl.tasks.table import Table
 
 
 def problem(prompt, split="train"):
@@ -140,3 +152,129 @@ def test_answers_beyond_the_positions_of_the_model_are_refused_before_any_is_mad
     with pytest.raises(InvalidValueError, match=rf"max_new_tokens {room + 1}: .* id-9 takes {tokens}; {room} are left"):
         answer(model, tokenizer, problems, lambda *_: Score(False, False, False), Evaluation(max_new_tokens=room + 1))
     require_positions(model, tokenizer, problems[0], room)
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """A model folder whose tokenizer has a chat template and begins plain texts with its own mark."""
+    folder = tmp_path_factory.mktemp("chatting")
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    model = build(Embedded(num_layers=1), tokenizer)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def asked(tmp_path, **keys):
+    rows = [{"question": f"{n} + 1 ?", "answer": n + 1} for n in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "table", "path": str(tmp_path / "qa.jsonl"), "prompt": "{question} Say it.", **keys}
+
+
+@pytest.mark.parametrize(
+    ("keys", "begins", "ends"),
+    [
+        ({}, "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        ({"system": "Add."}, "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n", "<|im_start|>assistant\n"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "<|im_start|>system\nYou", "<think>\n\n</think>\n\n"),
+        ({"chat": False}, "", " Say it."),
+        ({"chat": False, "system": "Add."}, "Add.\n\n", " Say it."),
+    ],
+)
+def test_the_chat_template_is_applied_once_as_the_folder_has_it(chatting, tmp_path, keys, begins, ends):
+    """The oracle is the template's text, written out here."""
+    task, tokenizer = Table(**asked(tmp_path, **keys)), load_tokenizer(chatting)
+    (first,) = task.problems("test", 1)
+    (text,), (ids,) = texts(tokenizer, [first]), token_ids(tokenizer, [first])
+    assert text.startswith(begins)
+    assert text.endswith(ends)
+    assert text.count(f"{first.question} Say it.") == 1
+    assert tokenizer.decode(ids) == text
+    own = (keys.get("system", "\0"), f"{first.question} Say it.")
+    assert "".join(template_adds(tokenizer, first)) == (
+        "" if "chat" in keys else text.replace(own[0], "").replace(own[1], "")
+    )
+
+
+def test_a_template_with_a_beginning_of_its_own_does_not_begin_twice(opening, tmp_path):
+    _, tokenizer = opening
+    (first,) = Table(**asked(tmp_path)).problems("test", 1)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    try:
+        assert token_ids(tokenizer, [first])[0].count(tokenizer.bos_token_id) == 1
+    finally:
+        tokenizer.chat_template = None
+    assert token_ids(tokenizer, [first])[0].count(tokenizer.bos_token_id) == 1
+
+
+def test_without_a_template_auto_is_plain_and_true_is_refused(opening, tmp_path):
+    _, tokenizer = opening
+    (first,) = Table(**asked(tmp_path)).problems("test", 1)
+    assert texts(tokenizer, [first]) == [f"{first.question} Say it."]
+    (first,) = Table(**asked(tmp_path, chat=True)).problems("test", 1)
+    with pytest.raises(InvalidValueError, match=r"task.chat: true, and the .* has no chat template; put"):
+        texts(tokenizer, [first])
+
+
+def test_what_a_template_refuses_is_one_line_with_the_cure(chatting, tmp_path):
+    tokenizer = load_tokenizer(chatting)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    (first,) = Table(**asked(tmp_path, system="Add.")).problems("test", 1)
+    with pytest.raises(InvalidValueError, match=r"problem \(System role not supported\); leave out task.system"):
+        texts(tokenizer, [first])
+
+
+def test_the_prompt_limit_counts_what_a_template_adds(chatting, tmp_path):
+    tokenizer = load_tokenizer(chatting)
+    (first,) = Table(**asked(tmp_path)).problems("test", 1)
+    tokens = len(token_ids(tokenizer, [first])[0])
+    assert tokens > len(tokenizer(first.prompt)["input_ids"]) + 20
+    require_prompts_fit([first], tokens, lambda: tokenizer)
+    with pytest.raises(InvalidValueError, match=f"the longest has {tokens} tokens"):
+        require_prompts_fit([first], tokens - 1, lambda: tokenizer)
+
+
+def test_training_evaluation_and_a_server_are_asked_the_same_tokens(run, experiment, chatting, tmp_path, monkeypatch):
+    """The kind: a template applied in one place and not in another makes sampler, trainer and judge three tasks."""
+    seen = {"rollout": [], "evaluation": []}
+
+    def spied(model, tokenizer, prompts, sampling):
+        seen["rollout" if sampling.logps else "evaluation"] += prompts
+        return transformers_sampler(model, tokenizer, prompts, sampling)
+
+    monkeypatch.setitem(SAMPLERS, "transformers", lambda _: spied)
+    described = experiment("bf16", training={"steps": 1}, evaluation={"count": 1, "profiles": ["full"]})
+    task, path = Table(**asked(tmp_path, few_shot=1)), {"path": str(chatting)}
+    described = described.model_copy(update={"task": task, "model": described.model.__class__.model_validate(path)})
+    run(described)
+    tokenizer = AutoTokenizer.from_pretrained(chatting)
+    by_hand = {
+        split: [
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in p.chat.messages],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            for p in task.problems(split)
+        ]
+        for split in ("train", "test")
+    }
+    posted, served = [], VllmServer("http://127.0.0.1:1")
+    monkeypatch.setattr(served.server, "post", lambda _, **content: posted.append(content["token_ids"]))
+    for ids in encoded(*load(chatting), task.problems("train")):
+        served._generate(ids, {})
+    assert posted == by_hand["train"]
+    assert seen["evaluation"][0] == by_hand["test"][0]
+    assert len(seen["rollout"]) == 16
+    assert all(ids in by_hand["train"] for ids in seen["rollout"])

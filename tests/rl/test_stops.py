@@ -11,7 +11,7 @@ from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.model import Embedded
 from fp4rl.tasks import arithmetic
 from fp4rl.tasks.arithmetic import Arithmetic
-from fp4rl.tasks.gsm8k import Gsm8k, rows
+from fp4rl.tasks.gsm8k import Gsm8k
 
 TOKENIZER = build_tokenizer()
 SAID = "5 + 2 = 7\n#### 7\n\nQuestion: Ten?\n#### 10"
@@ -85,7 +85,8 @@ def test_what_stands_before_the_question_on_its_line_begins_the_next_one(prompt,
 
 
 def test_the_limit_of_evaluations_holds_99_percent_of_the_gold_answers_of_gsm8k(shared_data):
-    """Even spelled letter by letter, as the embedded tokenizer does; every tenth of the 7,473 is enough to tell."""
-    golds = [f" {row.answer}" for row in rows(shared_data / "gsm8k" / "train.jsonl")][::10]
+    """Even spelled letter by letter, as the embedded tokenizer does; every eighth one tells."""
+    task = Gsm8k(path=shared_data / "gsm8k" / "train.jsonl")
+    golds = [f" {problem.solution}" for problem in task.problems("train")][::8]
     fit = [len(row) + 1 <= Evaluation().max_new_tokens for row in TOKENIZER(golds)["input_ids"]]
     assert sum(fit) / len(fit) >= 0.99

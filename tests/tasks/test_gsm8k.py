@@ -118,8 +118,8 @@ def test_a_parquet_without_the_column_and_a_file_that_is_no_parquet_are_named(tm
 
 
 def test_an_unknown_kind_of_file_is_a_clear_mistake(tmp_path):
-    with pytest.raises(InvalidValueError, match=r"unknown kind of file '.csv'; give a .jsonl or .parquet file"):
-        read_all(written(tmp_path, ROW, name="some.csv"))
+    with pytest.raises(InvalidValueError, match=r"'.xlsx'; give a .jsonl, .json, .csv, .tsv or .parquet file"):
+        read_all(written(tmp_path, ROW, name="some.xlsx"))
 
 
 def test_an_empty_file_is_a_clear_mistake(tmp_path):

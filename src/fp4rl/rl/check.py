@@ -11,7 +11,7 @@ from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
-from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open
+from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open, token_ids
 from fp4rl.rl.rewards import rewards_of
 from fp4rl.rl.routing import mixtures
 from fp4rl.spec.errors import InvalidValueError
@@ -40,7 +40,7 @@ def check(experiment: Experiment) -> None:
     tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
     require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
     one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
-    require_prompts_open(one_of_each, tokenizer()([p.prompt for p in one_of_each])["input_ids"], tokenizer())
+    require_prompts_open(one_of_each, token_ids(tokenizer(), one_of_each), tokenizer())
     if path is not None:
         model = skeleton(path, experiment.model.experts_implementation)
     else:

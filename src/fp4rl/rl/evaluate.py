@@ -213,7 +213,7 @@ class EvaluationRunner:
             precision=label(table),
             sites_digest=digest,
             noise=precision.noise,
-            scorer=self.task.name,
+            scorer=self.task.scored_as,
             max_new_tokens=spec.max_new_tokens,
             sampling=drawn + ends + (f", by {engine}" if engine != "transformers" else ""),
             items_digest=items_digest(self.problems),

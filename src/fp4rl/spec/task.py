@@ -7,7 +7,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
@@ -18,9 +18,21 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A prompt as a conversation, (role, text) by turn: for a tokenizer with a chat template, which `required` tells
+    that it must have. `settings` are the template's own, such as enable_thinking."""
+
+    messages: tuple[tuple[str, str], ...]
+    required: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Problem:
     """One question. A completion is the text that follows `prompt`; `solution` is one good completion.
 
+    `question` is what is asked, without the words around it, where the task has it apart.
+    Where a `chat` is given and the tokenizer has a template, the model sees that instead (`rl.prompts.texts`).
     `id` derives from the content: the same question has the same id in every process and on every machine.
     `answer` is what `Task.score` compares with, such as a decimal number without commas.
     """
@@ -30,6 +42,8 @@ class Problem:
     answer: str
     solution: str
     split: Split
+    chat: Chat | None = None
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,11 @@ class Task(Spec):
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer, besides the end token."""
         return ()
+
+    @property
+    def scored_as(self) -> str:
+        """Which scorer evaluations name; two that differ cannot be compared."""
+        return self.name
 
     @property
     def files(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from fp4rl.spec.task import Task
 HOMES = (
     "fp4rl.tasks.arithmetic.Arithmetic",
     "fp4rl.tasks.gsm8k.Gsm8k",
+    "fp4rl.tasks.table.Table",
 )
 
 

@@ -1,0 +1,169 @@
+r"""How answers are compared with golds: as numbers, letters of choices, formulas or texts.
+
+Each kind asks for its answer in a form of its own, `#### 42` or `\boxed{\frac{1}{2}}`. `strict` reads that form alone,
+`flexible` also what a model writes instead of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from fp4rl.spec.errors import NotFoundError, require_names
+from fp4rl.spec.task import Score
+from fp4rl.tasks import answers
+from fp4rl.tasks.answers import MARK
+from fp4rl.tasks.choice import chosen, letter
+
+ScorerName = Literal["number", "choice", "math_verify", "exact"]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """`asks`: what the default prompt says of the form. `gold`: an answer of the data -> what `score` compares with,
+    None where it holds none, and then `lacks` says what. `read`: what `strict` reads in a completion. `form`: what is asked for, {} being the gold. `readable`: the
+    checks of a gold that take too long for every start of a run."""
+
+    asks: str
+    lacks: str
+    gold: Callable[[str], str | None]
+    score: Callable[[str, str], Score]
+    read: Callable[[str], str | None]
+    form: str = f"{MARK} {{}}"
+    readable: Callable[[str], bool] = bool
+
+    def solution(self, text: str, gold: str) -> str:
+        """Return an answer of the data as a completion: in the form that is asked for, added where it lacks it."""
+        if self.score(gold, text).strict:
+            return text
+        form = self.form.replace("{}", gold)
+        return form if text in ("", gold) or self.gold(text) is None else f"{text}\n{form}"
+
+
+def _number(text: str) -> str | None:
+    """Return the number behind the mark, or the only one of a text without it: `1,080`, `$18`, `18 eggs`."""
+    number = answers.strict_number(text if MARK in text else f"{MARK} {text}")
+    if number is None or (MARK not in text and number != answers.flexible_number(text)):
+        return None
+    return answers.plain(number)
+
+
+def _choice(text: str) -> str | None:
+    return chosen(text) if MARK in text else letter(text)
+
+
+def _strict_choice(completion: str) -> str | None:
+    _, mark, rest = completion.rpartition(MARK)
+    return chosen(mark + rest) if mark else None
+
+
+def _score_choice(gold: str, completion: str) -> Score:
+    strict = _strict_choice(completion)
+    return Score(strict == gold, chosen(completion) == gold, strict is not None)
+
+
+def _marked(text: str) -> str | None:
+    """Return the rest of the line after the last mark."""
+    return text.rpartition(MARK)[2].strip().partition("\n")[0].strip() if MARK in text else None
+
+
+def _score_exact(gold: str, completion: str) -> Score:
+    marked = _marked(completion)
+    last = marked if marked is not None else completion.strip().rpartition("\n")[2]
+    return Score(marked == gold, _plain(last) == _plain(gold), bool(marked))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'*`")
+
+
+def boxed(text: str) -> str | None:
+    r"""Return what the last `\boxed{...}` holds, its braces counted; None without one, or where it never closes."""
+    start = max(text.rfind(rf"\{name}{{") for name in ("boxed", "fbox"))
+    if start < 0:
+        return None
+    begin = end = text.index("{", start) + 1
+    depth = 1
+    while end < len(text) and depth:
+        escaped = text[end - 1] == "\\"
+        depth += (text[end] == "{" and not escaped) - (text[end] == "}" and not escaped)
+        end += 1
+    return text[begin : end - 1].strip() if not depth else None
+
+
+def _formula(text: str) -> str | None:
+    """Return the formula in the box, behind the mark, or the whole text."""
+    gold = boxed(text)
+    if gold is None and ("\\boxed" in text or "\\fbox" in text):
+        return None  # cut off inside the box
+    return gold or _marked(text) or text.strip().strip("$") or None
+
+
+def _readable_formula(gold: str) -> bool:
+    """Return whether math-verify reads more in a gold than its letters."""
+    return any(not isinstance(part, str) for part in parsed_formula(rf"\boxed{{{gold}}}"))
+
+
+@lru_cache(maxsize=20_000)  # a gold is read once for every answer that is compared with it
+def parsed_formula(text: str) -> tuple[Any, ...]:
+    """Return what math-verify reads in a text: of several boxed formulas the last. Raises NotFoundError without it."""
+    return tuple(_math_verify().parse(text))
+
+
+def same_formula(gold: str, completion: str) -> bool:
+    r"""Return whether a completion's formula equals a gold mathematically (`0.5` and `\frac{1}{2}`)."""
+    return bool(_math_verify().verify(list(parsed_formula(rf"\boxed{{{gold}}}")), list(parsed_formula(completion))))
+
+
+def _math_verify() -> Any:
+    try:
+        return import_module("math_verify")
+    except ImportError:
+        raise NotFoundError("comparing formulas needs the extra `math`: pip install 'fp4rl[math]'") from None
+
+
+def _score_formula(gold: str, completion: str) -> Score:
+    inside = boxed(completion)
+    strict = inside is not None and (inside == gold or same_formula(gold, rf"\boxed{{{inside}}}"))
+    return Score(strict, strict or same_formula(gold, completion), inside is not None)
+
+
+_THINK = "Let's think step by step and output"
+# One entry a value of `task.scorer`.
+SCORERS: Mapping[ScorerName, Scorer] = MappingProxyType(
+    {
+        "number": Scorer(
+            f'{_THINK} the final answer after "{MARK}".',
+            f"no final number after '{MARK}', such as '{MARK} 42', and is no number itself",
+            _number,
+            answers.scored,
+            answers.extracted,
+        ),
+        "choice": Scorer(
+            f'{_THINK} the letter of the right choice after "{MARK}".',
+            "no letter of a choice, such as B",
+            _choice,
+            _score_choice,
+            _strict_choice,
+        ),
+        "math_verify": Scorer(
+            rf"{_THINK} the final answer within \boxed{{}}.",
+            r"no formula that can be read, such as \boxed{\frac{1}{2}}",
+            _formula,
+            _score_formula,
+            boxed,
+            r"\boxed{{}}",
+            _readable_formula,
+        ),
+        "exact": Scorer(
+            f'{_THINK} the final answer after "{MARK}".',
+            "no text",
+            lambda text: (_marked(text) if MARK in text else text.strip()) or None,
+            _score_exact,
+            _marked,
+        ),
+    }
+)
+require_names("task.scorer", SCORERS, get_args(ScorerName))
