@@ -51,6 +51,7 @@ NEEDS = {
     "opt_in: [lm_head]": {"injection.apply_during": ["rollout", "evaluation"], "model": "folder"},
     "frozen_base: packed": {"injection.apply_during": ["rollout", "training", "evaluation", "reference"]},
     "coarse: {columns: 128, choice: search}": {"injection.weight.name": "mxfp4", "injection.mode": None},
+    "chat: false": {"task": {"name": "gsm8k", "path": "train.jsonl"}},
     "rotation: 32": {"injection.weight.name": "mxfp4"},
     **{
         setting: {"injection.weight.name": "mxfp4", "injection.mode": None, "injection.deployment": None}
