@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 from rich.table import Table
 
-from fp4rl.cli.described import described_by, own_code, runs_described, warnings_of
+from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
@@ -23,14 +25,21 @@ def command(
     spec: SpecFile,
     overrides: Overrides = None,
     runs: RunsRoot = Path("runs"),
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Show instead what the model sees of problem 1: text and token ids.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a file describes: its arms, its questions, and its runs with their ids.
 
-    Example: `fp4rl plan catalogue/quickstart training.steps=10`
+    Examples: `fp4rl plan catalogue/quickstart training.steps=10`, `fp4rl plan my_suite.yaml --show-prompt`
     """
     described = described_by(spec, overrides or [])
     runs_planned = runs_described(described, spec.stem)
+    if show_prompt:
+        require_here(runs_planned)
+        print_json([*prompts_of(runs_planned).values()]) if as_json else print_prompts(runs_planned)
+        return
     statuses = statuses_of(runs_planned, runs)
     finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
@@ -73,6 +82,8 @@ def _print_what(experiment: Experiment) -> None:
         f"{counted(recipe.rollout_n, 'answer')}, from {source}; "
         f"evaluated on {counted(experiment.evaluation.count, 'problem')}"
     )
+    if model.path is not None and getattr(experiment.task, "chat", False) and has_template(Path(model.path)):
+        console().print("prompts: by the folder's chat template; --show-prompt shows what the model sees of problem 1")
 
 
 def _print_recipes(runs: Sequence[PlannedRun]) -> None:

@@ -22,9 +22,11 @@ ScorerName = Literal["number", "choice", "math_verify", "exact"]
 
 @dataclass(frozen=True)
 class Scorer:
-    """`asks`: what the default prompt says of the form. `gold`: an answer of the data -> what `score` compares with,
-    None where it holds none, and then `lacks` says what. `read`: what `strict` reads in a completion. `form`: what is asked for, {} being the gold. `readable`: the
-    checks of a gold that take too long for every start of a run."""
+    """One kind of comparison. `asks`: what the default prompt says of the form. `form`: that form, {} being the gold.
+
+    `gold`: an answer of the data -> what `score` compares with; None where it holds none, and then `lacks` says what.
+    `read`: what `strict` reads in a completion. `readable`: the check of a gold that takes too long for every start.
+    """
 
     asks: str
     lacks: str
