@@ -39,7 +39,7 @@ def test_a_default_is_what_an_empty_experiment_has(keys):
         value = empty
         for part in name.split("."):
             value = getattr(value, part, None)
-        if not (row["type"].startswith("keys") or name.startswith("training.distillation.")):
+        if not (row["type"].startswith("keys") or name.startswith(("training.distillation.", "training.rewards."))):
             assert row["default"] == (list(value) if isinstance(value, tuple) else value), name
 
 
