@@ -48,10 +48,10 @@ def prompts_of(runs: Sequence[PlannedRun]) -> dict[str, dict[str, Any]]:
     """Return arm -> what its model sees of the first problem; each model and task is looked at once."""
     seen: dict[str, dict[str, Any]] = {}
     for run in runs:
-        one = run.experiment
-        key = f"{one.model.path} {one.task.model_dump_json()} {one.evaluation.stop}"
+        experiment = run.experiment
+        key = f"{experiment.model.path} {experiment.task.model_dump_json()} {experiment.evaluation.stop}"
         if key not in seen:
-            seen[key] = {"arms": [], **prompt_of(one)}
+            seen[key] = {"arms": [], **prompt_of(experiment)}
         if run.arm not in seen[key]["arms"]:
             seen[key]["arms"].append(run.arm)
     return {", ".join(prompt["arms"]): prompt for prompt in seen.values()}
