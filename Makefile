@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test test-vllm slow mutants zoo fuzz docs demo bench bench-gpu gpu-check setup setup-dev constraints clean
+.PHONY: check format lint test test-vllm test-verl slow mutants zoo fuzz docs demo bench bench-gpu gpu-check setup setup-dev constraints clean
 
 check: lint test
 
@@ -34,6 +34,10 @@ test: setup-dev
 # vLLM as a sampler, on this machine's CPU and in an environment of its own; skipped, with the reason, without its package.
 test-vllm: setup
 	@tools/vllm.sh
+
+# verl's trainer with the plug-in, on this machine's CPU and in an environment of its own; skipped likewise.
+test-verl: setup
+	@tools/verl.sh
 
 slow: setup-dev
 	$(PY) -m pytest -q -n 2 --dist worksteal -m slow
@@ -72,9 +76,9 @@ setup-dev:
 # Resolved without find-links, so that nothing of one machine gets in; what belongs to a CUDA build stays out.
 constraints: setup
 	echo 'torch==2.13.0' > .venv/pin.txt
-	env -u PIP_FIND_LINKS -u UV_FIND_LINKS .venv/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 \
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS .venv/bin/uv pip compile pyproject.toml $(foreach extra,train report search postgres wandb mlflow math oracles dev,--extra $(extra)) --python-version 3.11 \
 	  --constraint .venv/pin.txt --no-header --no-annotate --quiet \
 	  | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-verl .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -38,6 +38,14 @@ def verl_spec() -> str | None:
     return os.environ.get(VERL_SPEC) or None
 
 
+def choose_engine(vendor: str) -> None:
+    """Let verl take its engines of this vendor. Raises InvalidValueError where those of another one are asked for."""
+    if os.environ.setdefault("VERL_ENGINE_VENDOR", vendor) != vendor:
+        raise InvalidValueError(
+            f"VERL_ENGINE_VENDOR is {os.environ['VERL_ENGINE_VENDOR']}, and {VERL_SPEC} needs {vendor}; unset it"
+        )
+
+
 def launched() -> bool:
     """Return whether a launcher has started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

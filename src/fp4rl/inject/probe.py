@@ -101,8 +101,8 @@ def _repeatable(state: SiteState, point: str) -> bool:
     return not state.has_errors(point) and (fmt is None or fmt.rounding != "stochastic")
 
 
-def _expected(state: SiteState, point: str, x: Tensor) -> Tensor:
-    """Return `x` as it should arrive at the product: rounded where the point is active, else unchanged."""
+def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
+    """Return `x` as it must arrive at the product: rounded by numerics alone where the point is active."""
     if point not in state.points:
         return x
     whole = x
@@ -128,7 +128,7 @@ def _stack_is_right(stack: StackState, weight: Tensor, adapter: Any) -> bool:
     seen, _ = stack.reads_as(weight, adapter)
     master = AdaptedSum(adapter).weight if adapter is not None and stack.plan.merged else weight
     experts = zip(stack.as_used(seen).unbind(0), stack.as_used(master).unbind(0), strict=True)
-    return all(_same(copy, _expected(stack, "weight", own.contiguous())) for copy, own in experts)
+    return all(_same(copy, expected(stack, "weight", own.contiguous())) for copy, own in experts)
 
 
 def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool]:
@@ -146,7 +146,7 @@ def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool
     if state.output_on and not state.products_on:
         arrived["output"] = (product.detach(), y)
     return {
-        point: _same(seen.reshape(given.shape), _expected(state, point, given))
+        point: _same(seen.reshape(given.shape), expected(state, point, given))
         for point, (given, seen) in arrived.items()
         if _repeatable(state, point)
     }

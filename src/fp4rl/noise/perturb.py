@@ -23,14 +23,20 @@ from fp4rl.spec.noise import Noise
 
 @contextmanager
 def perturb(
-    model: nn.Module, noise: Noise, sigma: float, *, generator: torch.Generator, share: float | None = None
+    model: nn.Module,
+    noise: Noise,
+    sigma: float,
+    *,
+    generator: torch.Generator,
+    share: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[list[NoiseEvidence]]:
     """Put noise of standard deviation `sigma` x multiplier on the weights that `noise` names; yields the evidence.
 
     One number is drawn from `generator`; each weight's noise follows from it and the weight's name, whatever the order,
-    the sharding or the process. `share` is the part of the run that is done (zones that change need it). Raises
-    InvalidValueError for a negative sigma and a packed weight, NotFoundError when nothing takes noise, CheckFailed when
-    a weight lost it.
+    the sharding or the process. `share` is the part of the run that is done (zones that change need it). `dtype` is
+    what a model computes in whose weights are FP32 masters: noise goes on their copies in it. Raises InvalidValueError
+    for a negative sigma and a packed weight, NotFoundError when nothing takes noise, CheckFailed when a weight lost it.
     """
     if not 0 <= sigma < float("inf"):
         raise InvalidValueError(f"sigma is {sigma}; noise needs a finite standard deviation from 0 up")
@@ -42,10 +48,11 @@ def perturb(
             clean = _full(weight.parameter)
             if clean.is_meta:
                 raise InvalidValueError(no_noise_on_codes(weight.name))
+            clean = clean.to(dtype or clean.dtype)
             clean_factors = weight.gauge.factors(clean) if weight.gauge is not None else None
             noisy, record = noisy_copy(weight, clean, noise, sigma, seed)
             undo.enter_context(_in_float32(weight, noisy) if noise.precision == "float32" else _written(weight, noisy))
-            now = _full(weight.parameter).detach().nan_to_num()
+            now = _full(weight.parameter).detach().nan_to_num().to(noisy.dtype)
             if noise.precision == "weight" and not torch.equal(now, noisy.nan_to_num()):
                 raise CheckFailed(f"{weight.name} does not hold the noise that was drawn for it")
             evidence.append(_measured(weight, clean_factors, noise, record))

@@ -83,12 +83,15 @@ def share_changed(start: PreTrainedModel, trained: PreTrainedModel, record: Reco
 
 
 @torch.no_grad()
-def weights_digest(model: PreTrainedModel) -> str:
-    """Hash the names and bits of the trainable weights to twelve hex digits; equal digests are equal policies."""
+def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hash the names and bits of the trainable weights to twelve hex digits; equal digests are equal policies.
+
+    `dtype`: of the copies that are hashed, where a model has masters of another.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = _whole(parameter).detach().contiguous().cpu()
+            whole = _whole(parameter).detach().to(dtype or parameter.dtype).contiguous().cpu()
             digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
             digest.update(whole.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]

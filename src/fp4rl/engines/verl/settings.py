@@ -14,6 +14,9 @@ from fp4rl.spec.load import load_spec
 TRAINER_MODE = "fp4rl"
 """The value of verl's `trainer.v1.trainer_mode`: its synchronous trainer, with the checks of this plug-in."""
 
+VENDOR = "fp4rl"
+"""The vendor under which the engine is registered with verl; the plug-in itself makes verl look for it."""
+
 
 def overrides(spec: str | Path) -> tuple[str, ...]:
     """Return the Hydra overrides that put a verl run under the experiment in the file `spec`."""

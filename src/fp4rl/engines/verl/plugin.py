@@ -1,0 +1,28 @@
+"""The entry point `verl.plugins`, which verl imports in every process of a run; without an experiment it does nothing.
+
+verl hides an exception in here at DEBUG. So what is wrong ends the process, with one line.
+"""
+
+from fp4rl.engines.environment import choose_engine
+from fp4rl.engines.verl.settings import VENDOR, experiment
+from fp4rl.spec.errors import CheckFailed, UserError
+
+
+def apply() -> None:
+    """Register engine and trainer, where this process is under an experiment and verl is the one that was checked."""
+    if experiment() is None:
+        return
+    from fp4rl.engines.verl.contract import require
+
+    require()
+    choose_engine(VENDOR)
+    from fp4rl.engines.verl import engine, trainer
+
+    engine.register()
+    trainer.register_with_verl()
+
+
+try:
+    apply()
+except (UserError, CheckFailed, ImportError) as error:
+    raise SystemExit(f"fp4rl: the plug-in for verl is not applied: {error}") from error
