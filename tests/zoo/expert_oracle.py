@@ -109,7 +109,8 @@ def shared(module: nn.Module, x: Tensor, shares: Tensor, injection: Injection) -
 
 def oracle(module: nn.Module, args: tuple, injection: Injection) -> Tensor:
     """What the module should return for these arguments."""
-    ways = {"Llama4TextExperts": in_bands, "JetMoeParallelExperts": parallel, "InklingSharedExperts": shared}
+    ways = {"Llama4TextExperts": in_bands, "InklingSharedExperts": shared}
+    ways |= dict.fromkeys(("JetMoeParallelExperts", "GraniteMoeParallelExperts"), parallel)
     return ways.get(type(module).__name__, routed)(module, *args, injection)
 
 
@@ -123,7 +124,7 @@ def oracle_model(model: nn.Module, injection: Injection) -> nn.Module:
         ):
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             module.forward = partial(_linear, weight, module.bias, injection)
-        elif type(module).__name__.endswith("Experts"):
+        elif type(module).__name__.endswith(("Experts", "NaiveMoe")):  # the second before transformers 5.11
             module.forward = partial(_experts, module, injection)
     return twin
 
