@@ -105,6 +105,44 @@ def test_adapters_are_in_the_matrices(lora, tmp_path):
             list(weight_stream(adapted))
 
 
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+def test_adapters_of_stacked_experts_are_in_the_matrices(lora, tmp_path):
+    model = of("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    chosen = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj",), target_parameters=experts)
+    adapted = with_lora(model, chosen, tmp_path).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    with attach(adapted, Injection.model_validate({"weight": "mxfp4", "lora": lora})) as attachment:
+        attachment.set_phase("rollout")
+        stream = {name: tensor.clone() for name, tensor in weight_stream(adapted)}
+        live = logits(adapted)
+    plain = loaded(model.config, stream, tmp_path / "stream")
+    assert set(stream) == set(load_file(tmp_path / "model.safetensors"))
+    assert (logits(plain) - live).abs().max() < 1e-5
+    with attach(adapted, Injection.model_validate({"weight": "mxfp4", "input": "mxfp4", "lora": lora})) as attachment:
+        attachment.set_phase("rollout")
+        if lora == "merged":
+            assert len(list(weight_stream(adapted))) == len(stream)
+        else:
+            with pytest.raises(InvalidValueError, match=r"Q\(W\) Q\(x\) \+ BA x is no product with one matrix"):
+                list(weight_stream(adapted))
+
+
+def test_a_stack_of_unknown_layout_is_no_stream():
+    """Kind: rounding along an axis that nothing has confirmed."""
+    model = of("qwen3_moe")
+    with attach(model, Injection.named("w4a16")) as attachment:
+        attachment.set_phase("rollout")
+        stacks = [state for state in injected_states(model) if state.plan.site.kind == "experts"]
+        assert len(stacks) == 4
+        stacks[1].transposed = None
+        with pytest.raises(InvalidValueError, match="nothing tells how this square stack is stored"):
+            list(weight_stream(model))
+
+
 def test_a_packed_base_comes_unpacked():
     model = of("qwen2")
     model.requires_grad_(False)

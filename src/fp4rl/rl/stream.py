@@ -32,7 +32,9 @@ def weight_stream(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     InvalidValueError for an adapter beside rounded inputs, which is no product with one matrix.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
-    adapters = {id(layer.get_base_layer()): layer for layer in _adapted(model)}
+    adapters = {
+        (id(each.get_base_layer()), getattr(each, "parameter_name", "weight")): each for each in _adapted(model)
+    }
     met: set[int] = set()
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     for path, module in gathered_in_turn(model) if sharded else model.named_modules():
@@ -41,7 +43,7 @@ def weight_stream(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in met:
                 met.add(id(parameter))
-                whole = _as_computed(module, name, parameter, adapters.get(id(module))).detach()
+                whole = _as_computed(module, name, parameter, adapters.get((id(module), name))).detach()
                 whole = whole.clone() if sharded else whole  # what was gathered is freed with its layer
                 yield from revert_weight_conversion(inner, {plain_name(f"{path}.{name}"): whole}).items()
         for name, buffer in module._buffers.items():
@@ -65,7 +67,13 @@ def _as_computed(module: nn.Module, name: str, parameter: Tensor, adapter: Any) 
     state: Any = module.__dict__[KEY] if is_injected(module) else None
     stack = state.stacks.get(name) if isinstance(state, ExpertsState) else None
     if stack is not None:
+        if stack.weight_on and stack.transposed is None:
+            raise InvalidValueError(
+                f"{stack.plan.name}: nothing tells how this square stack is stored before a product was computed with "
+                "it, so along which axis it is rounded; sample with rollout.engine transformers"
+            )
         value, beside = stack.reads_as(parameter, adapter)
+        _require_one_matrix(stack, beside)
         return value if beside is None else value + beside
     merged: Any = adapter.__dict__[KEY] if adapter is not None and is_injected(adapter) else None
     if name != "weight" or not isinstance(merged or state, LinearState):
@@ -76,11 +84,15 @@ def _as_computed(module: nn.Module, name: str, parameter: Tensor, adapter: Any) 
     for codes in codes_of(module):
         return _with(adapter, codes.values())
     rounded = state.rounded_weight(module) if state.weight_on else parameter
-    if adapter is not None and state.input_on:
+    _require_one_matrix(state, adapter)
+    return _with(adapter, rounded)
+
+
+def _require_one_matrix(state: LinearState, beside: Any) -> None:
+    if beside is not None and state.input_on:
         raise InvalidValueError(
             f"{state.plan.name}: Q(W) Q(x) + BA x is no product with one matrix; take lora: merged for this sampler"
         )
-    return _with(adapter, rounded)
 
 
 def _with(adapter: Any, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ CAUSES = (
         "the engine answers without the sites of the injection, or rounds nothing there",
         "calls",
         "a site counts no call, or none of the values that it rounds changes",
-        "engines/rollout/rounding.py wraps every layer of vLLM that computes a site (eager: no compiled graph)",
+        "engines/rollout/kinds.py wraps every layer of vLLM that computes a site (eager: no compiled graph)",
     ),
     Cause(
         "a refresh was missed: the engine holds the weights of an earlier step",
@@ -30,7 +30,7 @@ CAUSES = (
         "whatever calls the engine: the weights are sent before every call (engines/rollout)",
     ),
     Cause(
-        "a converter or a sync did nothing: matrices stayed in BF16",
+        "a converter or a sync did nothing, or left out some: matrices, or single experts, stayed in BF16",
         "weights",
         "whole matrices differ, and hold values off the grid of their format",
         "the stream is the only source of weights (rl/stream.py)",
@@ -44,8 +44,26 @@ CAUSES = (
     Cause(
         "experts were laid out transposed, or gate and up exchanged",
         "weights",
-        "all experts differ although names and shapes fit",
+        "experts differ although names and shapes fit; exchanged: the same values stand under the other name",
         "sites/walk.py decides the layout, and the first product confirms it (inject/experts.py)",
+    ),
+    Cause(
+        "two experts were exchanged: routes lead to another expert than was trained",
+        "weights",
+        "all matrices of two experts of a layer differ, those of its other experts are equal",
+        "an expert keeps its number from the stacked parameter to its name in the stream (rl/stream.py)",
+    ),
+    Cause(
+        "a router was rounded, so that tokens take other routes",
+        "weights",
+        "the router of a layer differs and holds values on a grid; its experts are equal",
+        "injection leaves routers alone (targets), and so does the stream",
+    ),
+    Cause(
+        "the engine's kernel keeps experts in an order of its own, and a refresh did not restore it",
+        "weights",
+        "all experts of all layers differ from the first refresh on: the same values, in another order",
+        "begin_reload lets vLLM, which packs once, pack in every refresh (engines/rollout/mixture.py)",
     ),
     Cause(
         "a rounded copy went stale: it was made of weights that an optimizer has since written",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fp4rl.engines.rollout.mixture import Read
 from fp4rl.spec.errors import EngineDiffers, InvalidValueError
 
 
@@ -29,14 +30,15 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str
     `rows` counts, for a stream that comes in parts, how much of each fused layer has come.
     """
     layers, at = dict(module.named_modules()), {} if rows is None else rows
+    experts = Read(module)
     for name, wanted in stream:
         own, kind = name.rpartition(".")[0], name.rpartition(".")[2]
         layer_name = next(iter(_layer_names(module, layers, own)), None)
-        now = None if layer_name is None else _values(layers[layer_name], kind)
-        if now is None or layer_name is None:
+        now = experts.value(name) if layer_name is None else _values(layers[layer_name], kind)
+        if now is None:
             yield Held(name, wanted.numel(), wanted.numel(), (0,) * wanted.ndim)
             continue
-        if layer_name != own:  # a part of a fused layer: its rows come in the engine's order
+        if layer_name is not None and layer_name != own:  # a part of a fused layer: its rows come in the engine's order
             begin = at.get(f"{layer_name}.{kind}", 0)
             at[f"{layer_name}.{kind}"] = begin + len(wanted)
             now = now[begin : begin + len(wanted)]
@@ -46,7 +48,7 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str
             continue
         wanted = wanted.to(now.device, now.dtype)
         wrong = now != wanted
-        for head in tied_heads(module, layers[layer_name]) if kind == "weight" else ():
+        for head in tied_heads(module, layers[layer_name]) if layer_name is not None and kind == "weight" else ():
             wrong |= _product(head)[: len(wanted)] != wanted
         other = wrong.nonzero()
         yield Held(name, wanted.numel(), len(other), tuple(other[0].tolist()) if len(other) else None)
@@ -121,7 +123,8 @@ def _values(layer: Any, kind: str) -> Tensor | None:
 def _product(layer: Any) -> Tensor:
     """Return what a layer multiplies by: its product with the unit matrix."""
     sample = next(layer.parameters())
-    width = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
+    whole = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size
+    width = getattr(layer, "input_size_per_partition", whole)
     unit = torch.eye(width, dtype=getattr(layer, "params_dtype", sample.dtype), device=sample.device)
     method: Any = layer.quant_method
     bias, layer.bias = layer.bias, None  # kernels may add it themselves

@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from fp4rl.engines.rollout.attention import cache_of, not_stored, rounding_cache
+from fp4rl.engines.rollout.experts import experts_of, rounding_experts
 from fp4rl.engines.rollout.held import layer_of
 from fp4rl.engines.rollout.linear import rounding_input
 from fp4rl.inject.attention import AttentionState
+from fp4rl.inject.experts import StackState
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.site import SiteState
 
@@ -44,6 +46,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "linear": Kind(LinearState, frozenset({"input"}), layer_of, rounding_input),
         "attention": Kind(AttentionState, frozenset({"kv_cache"}), cache_of, rounding_cache, not_stored),
+        "experts": Kind(StackState, frozenset({"input"}), experts_of, rounding_experts),
     }
 )
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.engines.environment import for_vllm
 from fp4rl.engines.rollout.held import follow_embeddings, require_held
 from fp4rl.engines.rollout.kinds import active, rounding
+from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
 from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
 from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
@@ -73,7 +74,9 @@ class Vllm:
     def refresh(self, model: PreTrainedModel) -> None:
         """Give the engine the weights that the model computes with now, before every call: none can be missed."""
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
+        begin_reload(self.module)
         worker.model_runner.reload_weights(weights_iterator=weight_stream(model))
+        require_reloaded(self.module)
         follow_embeddings(self.module)
 
     def _require_engine(self, model: Any, length: int) -> None:

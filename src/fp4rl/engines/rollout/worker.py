@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 import vllm
 from fp4rl.engines.rollout.held import follow_embeddings, held
 from fp4rl.engines.rollout.kinds import KINDS, rounding
+from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.site import SiteState
@@ -124,6 +125,7 @@ class FromFiles(WeightTransferEngine):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Begin to take weights as a checkpoint holds them."""
+        begin_reload(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -138,6 +140,7 @@ class FromFiles(WeightTransferEngine):  # type: ignore[misc]
     def finish_weight_update(self) -> None:
         """Put the weights into the order of the kernels."""
         finalize_layerwise_reload(self.model, self.model_config)
+        require_reloaded(self.model)
         follow_embeddings(self.model)
 
     def shutdown(self) -> None:
