@@ -19,12 +19,12 @@ from fp4rl.spec.errors import InvalidValueError
 
 def experts_of(module: nn.Module, _: Mapping[str, nn.Module], name: str) -> str:
     """Return the name of vLLM's layer for the stacked experts `name`: the one mixture with the number of its layer."""
-    found = [own for own in mixtures(module) if layer_of(own) == layer_of(name)]
-    if len(found) != 1 or name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+    names = [own for own in mixtures(module) if layer_of(own) == layer_of(name)]
+    if len(names) != 1 or name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
         raise InvalidValueError(
             f"rollout.engine vllm: {type(module).__name__} has no place for {name}; take transformers"
         )
-    return f"{found[0]}.routed_experts"
+    return f"{names[0]}.routed_experts"
 
 
 @contextmanager

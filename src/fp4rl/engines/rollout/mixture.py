@@ -30,8 +30,8 @@ def mixtures(module: nn.Module) -> dict[str, Any]:
     """Return vLLM's layers of routed experts, by the name that a checkpoint has for them."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    found = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, RoutedExperts))
-    return {name.removesuffix(".routed_experts"): layer for name, layer in found}
+    layers = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, RoutedExperts))
+    return {name.removesuffix(".routed_experts"): layer for name, layer in layers}
 
 
 def begin_reload(module: nn.Module) -> None:
@@ -67,7 +67,7 @@ def _read(stored: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
         raise InvalidValueError("vLLM keeps experts in an order that cannot be read; take rollout.engine transformers")
     plain = stored.new_empty(len(stored), shape[0] * shape[1])
     plain[:, order[real] - 1] = stored.reshape(len(stored), -1)[:, real]
-    return plain.unflatten(1, shape)
+    return plain.reshape(-1, *shape)
 
 
 def _orders(layer: Any, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -76,12 +76,12 @@ def _orders(layer: Any, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     numbers = [
         torch.arange(1, rows * columns + 1, device=like.device).reshape(1, rows, columns) for rows, columns in shapes
     ]
-    place = 1
-    while place <= max(int(number.max()) for number in numbers):
-        digits = [(number // place % _BASE).to(like.dtype) for number in numbers]
+    power = 1
+    while power <= max(int(number.max()) for number in numbers):
+        digits = [(number // power % _BASE).to(like.dtype) for number in numbers]
         packed = _packed(layer, *digits)
-        orders = [order + place * digit.reshape(-1).long() for order, digit in zip(orders, packed, strict=True)]
-        place *= _BASE
+        orders = [order + power * digit.reshape(-1).long() for order, digit in zip(orders, packed, strict=True)]
+        power *= _BASE
     return orders
 
 
@@ -123,8 +123,7 @@ class Read:
         number, _, part = name.removeprefix(f"{own}.").removesuffix(".weight").rpartition(".")
         if not number:
             return {**parts, "gate_up_proj": gate_up}.get(part)
-        stack = parts.get(part)
-        return stack[int(number)] if stack is not None and number.isdigit() else None
+        return parts[part][int(number)] if part in parts and number.isdigit() else None
 
 
 def _computed(layer: Any, read: Matrices) -> Tensor:
@@ -133,9 +132,9 @@ def _computed(layer: Any, read: Matrices) -> Tensor:
     x = torch.randn(len(read.down), layer.hidden_size, generator=generator).to(read.down)
     ids = torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
     shares = torch.ones_like(ids, dtype=torch.float32)
-    by_kernel = layer.quant_method.apply(layer, x.clone(), shares, ids, None, None).float()
+    by_kernel: Tensor = layer.quant_method.apply(layer, x.clone(), shares, ids, None, None).float()
     apart = (by_kernel - products(layer, read, {}, x, shares, ids).float()).abs().amax(-1)
-    return apart <= torch.finfo(x.dtype).eps ** 0.5 * by_kernel.abs().amax(-1)
+    return apart.le(torch.finfo(x.dtype).eps ** 0.5 * by_kernel.abs().amax(-1))
 
 
 def products(
@@ -166,4 +165,4 @@ def _product(state: StackState | None, counts: list[int], x: Tensor, stack: Tens
 
 def _by_expert(counts: list[int], bias: Tensor | None, x: Tensor, stack: Tensor) -> Tensor:
     biases = [None] * len(stack) if bias is None else bias.unbind()
-    return torch.cat([linear(*each) for each in zip(x.split(counts), stack, biases, strict=True)])
+    return torch.cat([linear(*each) for each in zip(torch.split(x, counts), stack, biases, strict=True)])
