@@ -230,6 +230,13 @@ def test_a_description_of_sites_is_read_back_as_the_same_formats(policy):
             assert not any(row["formats"] for row in described(injected_states(model))[0])
 
 
+def test_what_the_worker_cannot_round_is_refused_in_its_words(imitation, policy):
+    answering(imitation)
+    imitation.answers["fp4rl_begin"] = ["kv_cache of x: y; take transformers"]
+    with pytest.raises(InvalidValueError, match=r"^kv_cache of x: y; take transformers$"):
+        unaudited(imitation.address)(*policy, [[5, 6]], SAMPLING)
+
+
 def test_a_description_of_attention_is_read_back_with_its_format(policy):
     model, _ = policy
     described_as = {"weight": "mxfp4", "kv_cache": {"name": "nvfp4", "factor": "per_token"}}

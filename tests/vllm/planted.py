@@ -81,6 +81,8 @@ class Planted(Worker):
         if fault in ("keys_alone", "unstored"):
             own = replace(WHOLE[2]["attention"], rounding={"keys_alone": keys_alone, "unstored": unstored}[fault])
             kinds.KINDS = {**WHOLE[2], "attention": own}
+        for layer in self.model_runner.get_model().model.layers[1:]:
+            layer.self_attn.attn.kv_sharing_target_layer_name = "layers.0" if fault == "shared" else None
         if fault in ("missed", "left_out"):
             FromFiles.receive_weights = {"missed": missed, "left_out": left_out}[fault]
         self.fp4rl_blind = fault == "uncompared"

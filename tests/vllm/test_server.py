@@ -191,6 +191,20 @@ def test_a_worker_that_stores_unrounded_keys_and_values_stops_the_run(engine, po
             engine(model, tokenizer, prompts(tokenizer), SAMPLED)
 
 
+def test_a_layer_that_reads_the_cache_of_another_is_refused(engine, policy):  # noqa: F811
+    model, tokenizer = policy
+    engine.server.worker("fp4rl_plant", "shared")
+    with attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
+        attachment.set_phase("rollout")
+        with pytest.raises(
+            InvalidValueError, match=r"layers\.1\.self_attn rounds: Attention reads the cache of layers\.0"
+        ):
+            engine(model, tokenizer, prompts(tokenizer), SAMPLED)
+        engine.server.worker("fp4rl_plant", "none")
+        engine(model, tokenizer, prompts(tokenizer), SAMPLED)
+        attachment.require_calls()
+
+
 def test_greedy_answers_stops_and_limits_are_those_of_transformers(engine, policy):  # noqa: F811
     model, tokenizer = policy
     asked = prompts(tokenizer)
@@ -366,13 +380,13 @@ def evidence(folder):  # noqa: F811
 
 @pytest.mark.slow
 def test_two_steps_of_a_run_are_sampled_by_a_server(address, tmp_path):
-    more = "  noisy: {injection: {mode: w4a16}, noise: {}}"
+    more = "  noisy: {injection: {mode: w4a16}, noise: {}}\n  cached: {injection: {mode: w4a8, kv_cache: mxfp8}}"
     (tmp_path / "suite.yaml").write_text(SUITE.format(address=address, more=more, steps=2))
     run = started(tmp_path)
     _, said = run.communicate()
     assert run.returncode == 0, said[-3000:]
     folders = list((tmp_path / "runs" / "served").glob("*-s0-*"))
-    assert len(folders) == 2
+    assert len(folders) == 3
     for place in folders:
         result = json.loads((place / "result.json").read_text())
         assert result["steps_done"] == 2
@@ -381,6 +395,8 @@ def test_two_steps_of_a_run_are_sampled_by_a_server(address, tmp_path):
         rollout = [row for row in rows if row["kind"] == "injection" and row["phase"] == "rollout"]
         assert rollout
         assert all(row["calls"] > 0 for row in rollout)
+        cached = [row["elements"] for row in rollout if row["point"] == "kv_cache"]
+        assert (len(set(cached)) == 1 and cached[0] > 0) if place.name.startswith("cached") else not cached
         served = [row for row in rows if row["kind"] == "weights_served" and "profile" not in row]
         assert {row["step"] for row in served} == {0, 1}  # several lines where dynamic sampling asked again
         assert len({row["weight_version"] for row in served}) == len(served)

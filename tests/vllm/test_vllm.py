@@ -329,6 +329,7 @@ base:
 arms:
   w4a4: {injection: {mode: w4a4, deployment: compressed_tensors}}
   noisy: {injection: {mode: w4a16}, noise: {}}
+  cached: {injection: {mode: w4a8, kv_cache: mxfp8}}
 seeds: [0]
 """
 
@@ -354,3 +355,5 @@ def test_two_steps_of_a_run_are_sampled_by_vllm(tmp_path):
         assert rollout
         assert all(row["calls"] > 0 for row in rollout)
         assert any(row["elements"] > 0 for row in rollout if row["point"] == "weight")
+        cached = [row["elements"] for row in rollout if row["point"] == "kv_cache"]
+        assert (len(set(cached)) == 1 and cached[0] > 0) if folder.name.startswith("cached") else not cached

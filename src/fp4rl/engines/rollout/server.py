@@ -62,7 +62,8 @@ class VllmServer:
         tensors, compared = self.refresh(model, version), 0
         if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
             compared = self.compare(model)
-        self._worker("fp4rl_begin", *described(sites))
+        for why in self._worker("fp4rl_begin", *described(sites)):
+            raise InvalidValueError(why)
         try:
             settings = parameters(model, sampling, len(prompts))
             with ThreadPoolExecutor(_AT_ONCE) as pool:

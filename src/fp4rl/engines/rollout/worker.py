@@ -28,6 +28,7 @@ from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.site import SiteState
 from fp4rl.sites.walk import Site
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import format_of
 from fp4rl.spec.injection import Injection
 
@@ -61,14 +62,17 @@ class Worker:
             "weight_transfer": transfer.backend if transfer is not None else None,
         }
 
-    def fp4rl_begin(self, sites: Sequence[Mapping[str, Any]], injection: Mapping[str, Any]) -> int:
-        """Round and count at `sites` from here on; returns how many there are."""
+    def fp4rl_begin(self, sites: Sequence[Mapping[str, Any]], injection: Mapping[str, Any]) -> list[str]:
+        """Round and count at `sites` from here on; return what stands against it, in words."""
         self.fp4rl_end()
         described = Injection.model_validate(injection)
         self.fp4rl_states = [state_of(site, described) for site in sites]
         self.fp4rl_rounding = ExitStack()
-        self.fp4rl_rounding.enter_context(rounding(self.model_runner.get_model(), self.fp4rl_states))
-        return len(self.fp4rl_states)
+        try:
+            self.fp4rl_rounding.enter_context(rounding(self.model_runner.get_model(), self.fp4rl_states))
+        except InvalidValueError as error:
+            return [str(error)]
+        return []
 
     def fp4rl_end(self) -> list[dict[str, Any]]:
         """Stop rounding; return what each site counted."""
