@@ -296,14 +296,18 @@ def test_caches_that_are_none_of_keys_and_values_in_the_models_dtype_are_refused
     engine(model, tokenizer, asked, SAMPLED)
     attention = engine.module.model.layers[1].self_attn.attn
     for key, value, words in (
-        ("kv_cache_torch_dtype", torch.float8_e4m3fn, "stores auto, which rounds once more"),
-        ("kv_sharing_target_layer_name", "model.layers.0.self_attn.attn", "reads the cache of model.layers.0"),
-        ("attn_type", "encoder_only", "keeps no keys and values"),
+        ("kv_cache_torch_dtype", torch.float8_e4m3fn, r"1\.self_attn rounds: Attention stores auto.*targets.leave"),
+        (
+            "kv_sharing_target_layer_name",
+            "x.attn",
+            r"rounds: model\.layers\.1\.self_attn\.attn reads the cache of x.attn; take",
+        ),
+        ("attn_type", "encoder_only", r"1\.self_attn rounds: Attention keeps no keys and values.*targets.leave"),
     ):
         with monkeypatch.context() as other, attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attached:
             other.setattr(attention, key, value)
             attached.set_phase("rollout")
-            with pytest.raises(InvalidValueError, match=rf"layers\.1\.self_attn rounds: Attention {words}.*take"):
+            with pytest.raises(InvalidValueError, match=words):
                 engine(model, tokenizer, asked, SAMPLED)
         with attach(model, Injection.model_validate({"weight": "mxfp4"})) as attached:
             attached.set_phase("rollout")
@@ -349,3 +353,16 @@ def test_the_audit_tells_of_the_cache_from_the_command_line(folder, tmp_path, ca
     assert numbers["sites"] == LAYERS
     assert numbers["elements"] % (2 * STORED * SIZE * LAYERS) == 0 < numbers["elements"]
     assert numbers["rollout_error"] == pytest.approx(numbers["training_error"], rel=0.1)
+
+
+def test_an_engine_answers_for_the_model_that_it_is_given(folder, policy, tmp_path):
+    """Kind: stale settings: weights come with every call, and what else a folder says (rotary base) must too."""
+    model, tokenizer = policy
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 100.0}
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine, (other, _), asked = Vllm(), load(tmp_path), prompts(tokenizer)
+    for own, another in ((load(folder)[0], other), (other, load(folder)[0])):
+        answers = engine(own, tokenizer, asked, SAMPLED)
+        assert near(own, asked, answers) >= 0.99
+        assert near(another, asked, answers) < 0.5

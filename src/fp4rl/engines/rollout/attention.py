@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fp4rl.inject.attention import AttentionState
 from fp4rl.spec.errors import InvalidValueError
 
+_SHARED = "kv_sharing_target_layer_name"  # of vLLM's layers that read the cache of another
+
 
 def cache_of(module: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
     """Return the name of vLLM's module that stores the keys and values of an attention site.
@@ -23,28 +25,28 @@ def cache_of(module: nn.Module, modules: Mapping[str, nn.Module], name: str) -> 
 
     below = ((path, each) for path, each in modules.items() if f"{path}.".startswith(f"{name}."))
     caches = [path for path, each in below if isinstance(each, AttentionLayerBase)]
-    wrong = (
-        _wrong_cache(modules[caches[0]]) if len(caches) == 1 else f"{type(module).__name__} has {len(caches)} caches"
-    )
+    readers = {path: getattr(each, _SHARED, None) for path, each in modules.items() if getattr(each, _SHARED, None)}
+    cure = f"take transformers, or leave this attention out: targets.leave: [{name}]"
+    if readers:
+        wrong, cure = "{} reads the cache of {}".format(*next(iter(readers.items()))), "take transformers"
+    elif len(caches) != 1:
+        wrong = f"{type(module).__name__} has {len(caches)} caches there"
+    else:
+        wrong = _wrong_cache(modules[caches[0]])
     if wrong:
-        raise InvalidValueError(
-            f"rollout.engine vllm does not store what kv_cache of {name} rounds: {wrong} there; take transformers, or "
-            f"leave this attention out: targets.leave: [{name}]"
-        )
+        raise InvalidValueError(f"rollout.engine vllm does not store what kv_cache of {name} rounds: {wrong}; {cure}")
     return caches[0]
 
 
-def _wrong_cache(layer: Any) -> str | None:
+def _wrong_cache(layer: Any) -> str:
     from vllm.model_executor.layers.attention import Attention
 
     kind = type(layer).__name__
     if not isinstance(layer, Attention) or layer.attn_type != "decoder":
         return f"{kind} keeps no keys and values per head of the tokens before"
-    if layer.kv_sharing_target_layer_name is not None:
-        return f"{kind} reads the cache of {layer.kv_sharing_target_layer_name}"
     if layer.kv_cache_torch_dtype != layer.dtype:
-        return f"{kind} stores {layer.kv_cache_dtype}, which rounds once more (--kv-cache-dtype auto does not),"
-    return None
+        return f"{kind} stores {layer.kv_cache_dtype}, which rounds once more (--kv-cache-dtype auto does not)"
+    return ""
 
 
 @contextmanager

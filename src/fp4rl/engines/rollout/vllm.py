@@ -1,7 +1,7 @@
 """vLLM in this process as a sampler: it holds the weights of the live model's stream, and rounds what the model rounds.
 
-The inputs of vLLM's linear layers are rounded by the states of the model's own layers, so that the evidence of a
-rollout is the same whoever sampled it.
+The inputs of vLLM's linear layers, and the keys and values that it stores, are rounded by the states of the model's own
+sites (`kinds`), so that the evidence of a rollout is the same whoever sampled it.
 """
 
 import random
@@ -30,15 +30,16 @@ _AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... 
 
 
 class Vllm:
-    """A sampler (`rl.generate.Sampler`). The engine is made with the first call, for the folder of the model.
+    """A sampler (`rl.generate.Sampler`). An engine is made at the first call for the folder of a model.
 
-    Raises InvalidValueError for what happens in the model and would not happen in vLLM: rounded outputs, a rounded KV
-    cache, hardware errors, experts.
+    Raises InvalidValueError for what happens in the model and would not happen in vLLM: rounded outputs, hardware
+    errors, experts.
     """
 
     def __init__(self, chosen: RolloutEngine = _VLLM) -> None:
         self._chosen = chosen
         self._llm: Any = None
+        self._folder = ""
         self._length = self._calls = 0
 
     def __call__(
@@ -80,15 +81,16 @@ class Vllm:
         follow_embeddings(self.module)
 
     def _require_engine(self, model: Any, length: int) -> None:
-        if self._llm is not None and length <= self._length:
-            return
         folder = getattr(model, "get_base_model", lambda: model)().name_or_path
+        if self._llm is not None and length <= self._length and folder == self._folder:
+            return
         if length > (self._chosen.max_model_len or length):
             raise InvalidValueError(
                 f"rollout.max_model_len {self._chosen.max_model_len}: prompt and answer take up to {length} tokens"
             )
         self._length = self._chosen.max_model_len or -(-length // _ROOM) * _ROOM
-        self._llm = None  # the former one, for shorter sequences, is let go first
+        self._folder = folder
+        self._llm = None  # the former one, for shorter sequences or another model, is let go first
         for_vllm()
         with _randomness_kept():
             from vllm import LLM  # its environment is one of its own: docs/how-to/scale.md
