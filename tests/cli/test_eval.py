@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
-from fp4rl.cli.eval import _asked_task, _described, _notes, _saved_in, _table, asked_profiles
+from fp4rl.cli.eval_profiles import asked_profiles
+from fp4rl.cli.eval_source import Source, asked_task, described, source_of
+from fp4rl.cli.eval_view import differences_table, notes, samples_table, saved_in, shares_table
+from fp4rl.cli.main import main
 from fp4rl.rl.evaluate import EvaluationRunner
 from fp4rl.spec.errors import InvalidValueError, UserError
 from fp4rl.spec.evidence import Evaluation, Profile
@@ -33,7 +37,7 @@ def summary(name, n, **more):
 def lines(capsys):
     def show(*summaries):
         found = [Evaluation(step=0, **{**s, "profile": Profile(**s["profile"])}) for s in summaries]
-        Console(width=80).print(_table("models/mine", found))
+        Console(width=80).print(shares_table("models/mine", found))
         return capsys.readouterr().out.splitlines()
 
     return show
@@ -60,7 +64,7 @@ def test_nothing_is_cut_on_80_columns(lines):
     assert max(map(len, shown)) <= 80
     assert not any("…" in line for line in shown)
     row = next(line for line in shown if "matmul_noise" in line)
-    assert row.split()[-3:] == ["2.5", "31.2", "50.0"]  # pass@1 is the mean accuracy: it stands there already
+    assert row.split()[-2:] == ["2.5", "31.2"]
     assert row.count("[") == row.count("]") == 1
 
 
@@ -136,19 +140,23 @@ def test_a_file_that_is_a_test_file_by_its_name_is_not_cut_by_mistake():
     with pytest.raises(
         InvalidValueError, match=r"only a tenth would be answered; --test-path gsm8k/test.jsonl answers all"
     ):
-        _asked_task("gsm8k", file, None, None)
-    assert _asked_task("gsm8k", file, None, "test") == {"name": "gsm8k", "path": str(file)}
-    assert _asked_task("gsm8k", None, file, None) == {"name": "gsm8k", "path": str(file), "test_path": str(file)}
-    for more in ({"data": file, "split": None}, {"data": None, "split": "test"}):
+        asked_task({}, "gsm8k", {"data": file}, None)
+    assert asked_task({}, "gsm8k", {"data": file}, "test") == {"name": "gsm8k", "path": str(file)}
+    assert asked_task({}, "gsm8k", {"test_path": file}, None) == {
+        "name": "gsm8k",
+        "path": str(file),
+        "test_path": str(file),
+    }
+    for data, split in ((file, None), (None, "test")):
         with pytest.raises(InvalidValueError, match="drop --data and --split"):
-            _asked_task("gsm8k", test_path=file, **more)
+            asked_task({}, "gsm8k", {"data": data, "test_path": file}, split)
 
 
 def test_a_sweep_of_a_bf16_model_has_it_as_it_is_in_the_place_of_bf16_weights():
     """The kind: a precision that the model's own dtype makes a nothing; the sweep used to be refused for it."""
 
     def profiles(dtype, *asked):
-        return _described({"dtype": dtype}, {"name": "arithmetic"}, list(asked), True, {}).evaluation
+        return described(Source(Path("m")), dtype, {"name": "arithmetic"}, list(asked), True, {}).evaluation
 
     assert profiles("bfloat16", "w4a4").profiles == ("full", "w4a4")
     assert profiles("bfloat16", "w4a4", "full").profiles == ("full", "w4a4")
@@ -185,23 +193,140 @@ def test_what_a_packer_would_round_otherwise_is_said_once():
     """Kind: an evaluation of weights that no exporter makes of this folder."""
     spec = parse(Experiment, {"evaluation": {"profiles": ["full", "w4a8", "w4a4"], "deployment": "vllm_ascend"}}, "")
     runner = EvaluationRunner(spec.evaluation, None, spec.task, [])
-    (said,) = _notes(runner, "float32")
+    (said,) = notes(runner, "float32")
     assert said.startswith("w4a8, w4a4: weights are cast to bfloat16 before they are rounded; of a float32 folder")
-    assert list(_notes(runner, "bfloat16")) == []
+    assert list(notes(runner, "bfloat16")) == []
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_dtype_of_a_folder_is_what_its_config_says(key, tmp_path):
-    assert _saved_in(tmp_path) is None
+    assert saved_in(tmp_path) is None
     (tmp_path / "config.json").write_text(json.dumps({key: "float32"}))
-    assert _saved_in(tmp_path) == "float32"
+    assert saved_in(tmp_path) == "float32"
 
 
 def test_an_answer_may_have_what_its_task_takes():
     """The kind: a limit made for the toy (48 tokens held 1.5 % of GSM8K's golds) on other tasks."""
 
     def limit(task, **given):
-        return _described({"path": "m"}, task, ["full"], False, given).evaluation.max_new_tokens
+        return described(Source(Path("m")), None, task, ["full"], False, given).evaluation.max_new_tokens
 
     gsm8k = {"name": "gsm8k", "path": "train.jsonl"}
     assert (limit({"name": "arithmetic"}), limit(gsm8k), limit(gsm8k, max_new_tokens=7)) == (48, 1024, 7)
+
+
+def test_pass_and_majority_stand_apart_with_their_intervals(capsys):
+    """Wilson for 20 of 40: (0.352, 0.648), by the closed form worked out by hand."""
+    more = {"problems": 40, "pass@1": 0.36, "pass@2": 0.5, "maj@2": 0.25}
+    whole = summary("full", 80, **more)
+    (row,) = [Evaluation(step=0, **{**whole, "profile": Profile(**whole["profile"])})]
+    Console(width=80).print(samples_table([row]))
+    shown = capsys.readouterr().out
+    assert "50.0 [35.2, 64.8]" in shown
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("full")] == ["pass@2", "maj@2"]
+    assert samples_table([Evaluation(step=0, strict=0.5, n=40)]) is None
+
+
+def test_a_paired_difference_says_what_flipped(capsys):
+    from fp4rl.lab.statistics.proportions import ShareDifference
+
+    Console(width=80).print(
+        differences_table("full", {"matmul_noise=0.05": (ShareDifference(-0.05, -0.1, 0.0, 0.04), 2, 7)})
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["matmul_noise=0.05", "-5.0", "[-10.0,", "+0.0]", "2", "7", "0.04"]
+    assert max(map(len, lines)) <= 80
+
+
+OWN = {
+    "model": {"path": "gone/start", "dtype": "bfloat16", "lora": {"rank": 2}},
+    "task": {"name": "gsm8k", "path": "train.jsonl", "prompt": "Q: {question} A:"},
+    "injection": {"mode": "w4a8", "deployment": "vllm_ascend"},
+    "training": {"steps": 9},
+    "evaluation": {
+        "count": 7,
+        "max_new_tokens": 99,
+        "stop": ["Q:"],
+        "profiles": ["full", "deployment", "mine"],
+        "injections": {"mine": {"weight": "mxfp8"}},
+        "matmul_noise": [0.1],
+        "deployment": "amct",
+    },
+}
+
+
+@pytest.fixture
+def of_a_run(tmp_path):
+    """A run's folder with its description, a final policy and a checkpoint, all without weights."""
+    folder = tmp_path / "runs" / "suite" / "w4a8-s0-abcdef"
+    for place in (folder / "final", folder / "checkpoints" / "checkpoint-4"):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+        (place / "model.safetensors").write_bytes(b"")
+    (folder / "spec.yaml").write_text(yaml.safe_dump(OWN))
+    return folder
+
+
+def test_a_run_is_judged_by_its_own_description(of_a_run):
+    checkpoint = of_a_run / "checkpoints" / "checkpoint-4"
+    source = source_of(checkpoint, of_a_run.parents[1])
+    assert (source.folder, source.name) == (checkpoint, "suite/w4a8-s0-abcdef checkpoint-4")
+    task = asked_task(source.own["task"], None, {}, None)
+    found = described(source, None, task, [], False, {"count": None, "samples": 4})
+    assert (found.task.path, found.task.prompt) == ("train.jsonl", "Q: {question} A:")
+    assert (found.model.path, found.model.dtype, found.model.lora) == (str(checkpoint), "bfloat16", None)
+    evaluation = found.evaluation
+    assert evaluation.all_profiles == ("full", "deployment", "mine")
+    assert (evaluation.count, evaluation.max_new_tokens, evaluation.stop) == (7, 99, ("Q:",))
+    assert (evaluation.samples, evaluation.deployment) == (4, "amct")
+    assert found.injection == parse(Experiment, {"injection": OWN["injection"]}, "").injection
+    other = described(source, "float32", task, ["mine", "w4a4"], False, {"count": 3})
+    assert (other.evaluation.profiles, other.evaluation.count, other.model.dtype) == (("mine", "w4a4"), 3, "float32")
+
+
+def test_another_file_or_task_takes_the_place_of_a_runs_own(of_a_run):
+    own = OWN["task"]
+    assert asked_task(own, None, {"test_path": Path("test.jsonl")}, None) == own | {
+        "path": "test.jsonl",
+        "test_path": "test.jsonl",
+    }
+    assert asked_task(own, "arithmetic", {}, None) == {"name": "arithmetic"}
+    with pytest.raises(InvalidValueError, match="the arithmetic task has no key few_shot"):
+        asked_task(own, "arithmetic", {}, None, 3)
+    with pytest.raises(InvalidValueError, match="solved problems come from --data"):
+        asked_task(own, None, {"test_path": Path("test.jsonl")}, None, 3)
+
+
+def test_a_folder_has_no_deployment_of_its_own(of_a_run):
+    (of_a_run.parent / "model").mkdir()
+    (of_a_run.parent / "model" / "config.json").write_text("{}")
+    source = source_of(of_a_run.parent / "model", of_a_run)
+    assert not source.own
+    with pytest.raises(InvalidValueError, match="a run's own injection"):
+        described(source, None, {"name": "arithmetic"}, ["deployment"], False, {})
+
+
+def test_a_checkpoint_in_parts_is_refused_by_name(of_a_run):
+    (of_a_run / "checkpoints" / "checkpoint-4" / "model.safetensors").unlink()
+    with pytest.raises(InvalidValueError, match="no whole weights"):
+        source_of(of_a_run / "checkpoints" / "checkpoint-4", of_a_run)
+
+
+def test_answers_are_sampled_paired_and_written(embedded_model, tmp_path, capsys):
+    words = ["eval", str(embedded_model), "-p", "full", "-p", "w4a4", "--count", "6", "--max-new-tokens", "8"]
+    out = tmp_path / "items.jsonl"
+    assert main([*words, "--samples", "4", "--seed", "3", "--temperature", "0.7", "--out", str(out), "--json"]) == 0
+    full, rounded = json.loads(capsys.readouterr().out)
+    assert full["profile"]["sampling"] == "4 samples at temperature 0.7, seed 3"
+    assert {"pass@1", "pass@2", "pass@4"} <= full.keys() & full["intervals"].keys()
+    assert "difference" not in full
+    assert (rounded["difference"]["to"], rounded["problems"]) == ("full", 6)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 2 * 6 * 4
+    shares = {name: sum(row["strict"] for row in rows if row["profile"] == name) / 24 for name in ("full", "w4a4")}
+    assert (full["strict"], rounded["strict"]) == (shares["full"], shares["w4a4"])
+    assert rounded["difference"]["value"] == pytest.approx(shares["w4a4"] - shares["full"])
+    assert main([*words, "--seed", "3"]) == 2
+    assert "one is greedy: add --samples 4" in capsys.readouterr().err
+    assert main(["eval", str(embedded_model), "--count", "4", "--max-new-tokens", "8"]) == 0
+    assert "difference" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fp4rl.cli.eval import _table
+from fp4rl.cli.eval_view import shares_table
 from fp4rl.cli.main import main
 from fp4rl.inject.label import label
 from fp4rl.inject.resolve import resolve
@@ -155,7 +155,7 @@ def test_the_table_keeps_the_names_of_precisions_whole(width):
     profile = Profile(name="matmul_noise=0.05", max_new_tokens=768)
     shares = dict.fromkeys(("strict", "flexible", "formatted", "truncated"), 1.0)
     out = Console(width=width, file=StringIO())
-    out.print(_table("a model", [Shares(step=0, profile=profile, **shares, **counted)]))
+    out.print(shares_table("a model", [Shares(step=0, profile=profile, **shares, **counted)]))
     assert "matmul_noise=0.05" in out.file.getvalue()
 
 

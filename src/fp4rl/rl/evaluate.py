@@ -5,11 +5,11 @@ Evaluated is always a model folder on disk, never the live model.
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import comb
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
 from fp4rl.rl.generate import Sampler, Sampling, evidence_of, sampler_named, transformers_sampler
+from fp4rl.rl.of_samples import majority_at, pass_at
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
@@ -34,13 +35,15 @@ from fp4rl.spec.task import SCORES, Problem, Score, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Item(Score):
-    """One answer with its score. `length` counts generated tokens, the end-of-sequence token included."""
+    """One answer with its score. `length` counts generated tokens, the end-of-sequence token included; `read` is the
+    answer that the task reads out of it, None where it reads none or does not tell."""
 
     problem_id: str
     sample: int
     completion: str
     length: int
     truncated: bool
+    read: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,36 @@ class Evaluation:
         """Return the share of the answers that have a score of `SCORES`, or are `truncated`."""
         return sum(bool(getattr(item, what)) for item in self.items) / len(self.items)
 
-    def pass_at(self, k: int) -> float:
-        """Estimate, unbiased, the chance that one of `k` answers to a problem is right (arXiv 2107.03374, eq. 1)."""
-        right: dict[str, list[bool]] = {}
+    def by_problem(self) -> dict[str, list[Item]]:
+        """Return the answers to each problem, in order."""
+        answers: dict[str, list[Item]] = {}
         for item in self.items:
-            right.setdefault(item.problem_id, []).append(item.strict)
-        return sum(1 - comb(len(r) - sum(r), k) / comb(len(r), k) for r in right.values()) / len(right)
+            answers.setdefault(item.problem_id, []).append(item)
+        return answers
+
+    def of_samples(self, powers: Sequence[int]) -> dict[str, float]:
+        """Return `pass@k` for each k, and `maj@k` where the task tells which answers it reads, as means over problems.
+
+        An answer is right by majority where any of its wordings was scored as right.
+        """
+        answers = list(self.by_problem().values())
+        right = [sum(item.strict for item in items) for items in answers]
+        n = len(answers[0])
+        shares = {f"pass@{k}": sum(pass_at(each, n, k) for each in right) / len(right) for k in powers}
+        if all(item.read is None for item in self.items):
+            return shares
+        votes = [Counter(item.read for item in items) for items in answers]
+        solved = [{item.read for item in items if item.strict} for items in answers]
+        for k in powers[1:]:
+            won = (majority_at(*each, k) for each in zip(votes, solved, strict=True))
+            shares[f"maj@{k}"] = sum(won) / len(votes)
+        return shares
 
     def summary(self) -> evidence.Evaluation:
         """Return shares over all items, with the profile.
 
-        With several answers to each problem also `mean@k`, the mean accuracy, and `pass@k`: at least one of k is right.
+        With several answers to each problem also `mean@k`, the mean accuracy, `pass@k`: at least one of k is right, and
+        `maj@k`: the most frequent of k is right.
         """
         shares = {name: self.share(name) for name in SCORES}
         evaluation = evidence.Evaluation(
@@ -86,9 +108,9 @@ class Evaluation:
         if samples == 1:
             return evaluation
         powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
-        passed = {f"pass@{k}": self.pass_at(k) for k in (*powers, samples)}
         mean = {f"mean@{samples}": self.share("strict")}
-        return evaluation.extended(problems=len(self.items) // samples, of_samples=shares | mean | passed)
+        of_samples = shares | mean | self.of_samples((*powers, samples))
+        return evaluation.extended(problems=len(self.items) // samples, of_samples=of_samples)
 
 
 def answers_digest(items: Sequence[Item]) -> str:
@@ -124,7 +146,7 @@ def answer(
     rows: dict[int, list[Item]] = {}
     # Sampling draws from torch's global generator; forked, so that evaluation never moves the training's randomness.
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(spec.seed)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             prompts = encoded(model, tokenizer, [problems[i] for i in chosen])
@@ -191,6 +213,7 @@ class EvaluationRunner:
             ):
                 with located(f"evaluation as {name}"):
                     items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
+                items = tuple(replace(item, read=self.task.extracted(item.completion)) for item in items)
                 for served in evidence_of(sampler):
                     record(served.extended(profile=name, step=step))
                 if attachment is not None:  # evidence: what should have acted meanwhile, and what did
@@ -204,6 +227,7 @@ class EvaluationRunner:
     def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> evidence.Profile:
         spec, table = self.spec, attachment.table if attachment is not None else None
         drawn = "greedy" if spec.samples == 1 else f"{spec.samples} samples at temperature {spec.temperature:g}"
+        drawn += f", seed {spec.seed}" if spec.samples > 1 and spec.seed else ""
         ends = f", to {' or '.join(map(repr, spec.stop))}" if spec.stop else ""
         injection, engine = precision.injection, self.rollout.engine
         # Where only hardware errors are described, which do not act in evaluations, it is `full` and has no digest.

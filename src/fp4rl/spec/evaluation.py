@@ -4,13 +4,21 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.errors import nearest, shown
 from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.former_names import of_deployment
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import MODES
 from fp4rl.spec.task import Task
@@ -82,6 +90,7 @@ class Evaluation(Spec):
     batch_size: PositiveInt = Field(default=256, description="problems answered at once")
     samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
     temperature: PositiveFloat = 1.0
+    seed: NonNegativeInt = later_key(0, description="of sampled answers")
     matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")
 

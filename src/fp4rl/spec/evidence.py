@@ -57,8 +57,8 @@ class Evaluation(Record):
     """Shares over all answers of one evaluation, and the profile they were measured under.
 
     `n` counts answers, `problems` the problems. With several answers to a problem `strict` is their mean. `of_samples`
-    holds `mean@k`, `pass@k` and any further score of `spec.task.Score`; on disk these stand beside the other keys. Two
-    evaluations have the same `answers_digest` where every answer is the same.
+    holds `mean@k`, `pass@k`, `maj@k` and any further score of `spec.task.Score`; on disk these stand beside the other
+    keys. Two evaluations have the same `answers_digest` where every answer is the same.
     """
 
     kind: Literal["evaluation"] = Field("evaluation", exclude=True)
@@ -86,7 +86,7 @@ class Evaluation(Record):
         if not isinstance(content, Mapping):
             return content
         others = [key for key in content if key not in cls.model_fields]
-        beside = {k: content[k] for k in others if k in SCORES or str(k).startswith(("mean@", "pass@"))}
+        beside = {k: content[k] for k in others if k in SCORES or str(k).startswith(("mean@", "pass@", "maj@"))}
         rest = {key: value for key, value in content.items() if key not in beside}
         return rest | {"of_samples": {**rest.get("of_samples", {}), **beside}} if beside else rest
 

@@ -124,7 +124,7 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
 def _of_evaluation(experiment: Experiment) -> Rules:
     evaluation, health = experiment.evaluation, experiment.health
     if evaluation.samples == 1:
-        yield "evaluation.samples is 1, which is greedy", ("evaluation.temperature",)
+        yield "evaluation.samples is 1, which is greedy", _keys("evaluation", "temperature", "seed")
     if not any(name in MODES or name in FORMATS for name in evaluation.all_profiles):
         keys = ("evaluation.deployment",)
         yield "no profile is named by a mode or a format; the profile deployment follows injection.deployment", keys

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from fp4rl.engines.checkpoints.layouts.layout import Layout
 from fp4rl.inject.plan import SiteTable
-from fp4rl.lab.folders import RunFolder, all_runs, require_not_failed
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.meant import run_meant
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec.deployment import deployment_named
-from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
@@ -101,7 +102,7 @@ def policy_of(what: str, runs: Path) -> tuple[Path, Run | None]:
 
     Raises what `source_of` raises for a name.
     """
-    run = _run(what, runs)
+    run = run_meant(what, runs)
     if run is None:
         return Path(what), None
     final = RunFolder(run).path / "final"
@@ -110,30 +111,6 @@ def policy_of(what: str, runs: Path) -> tuple[Path, Run | None]:
             f"{run} keeps no policy (there is no folder {final}); run it again, or name a model folder"
         )
     return final, read_run(RunFolder(run), curves=False)
-
-
-def _run(what: str, runs: Path) -> Path | None:
-    """Return the folder of the run that is meant; None for a model folder. A run's `final` means the run."""
-    folder = Path(what)
-    if folder.name == "final" and (folder.parent / "result.json").is_file():
-        return folder.parent
-    if (folder / "result.json").is_file():
-        return folder
-    if folder.is_dir() and any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return None
-    known = {run.key: run for run in all_runs(runs)}
-    meant = [run for key, run in known.items() if key.startswith(what) or run.run_id.startswith(what)]
-    finished = [run for run in meant if run.finished]
-    if len(finished) > 1:
-        raise InvalidValueError(f"{what!r} may be {', '.join(run.key for run in finished[:4])}; write more of the name")
-    if not finished:
-        require_not_failed(runs, what)
-        if meant:
-            raise CheckFailed(f"{meant[0].key} is not finished; `fp4rl run` goes on with it")
-        raise NotFoundError(
-            f"{what!r} is no model folder and no run below {runs}{nearest(what, known) if known else ''}"
-        )
-    return finished[0].path
 
 
 def injection_of(run: Run, mode: str | None, deployment: str | None) -> Injection:

@@ -32,8 +32,12 @@ class PairedFlips:
     p: float
 
 
-def wilson(solved: int, total: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total > 0."""
+def wilson(solved: float, total: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share. Raises `InvalidValueError` unless 0 <= solved <= total > 0.
+
+    `solved` may be a sum of shares, such as pass@k of each problem: a mean of values between 0 and 1 varies at most as
+    much as a share of the same size, so that the interval is then wide enough, never too narrow.
+    """
     if not (0 <= solved <= total and total > 0):
         raise InvalidValueError(f"{solved} solved of {total} is no share")
     z = float(special.ndtri((1 + LEVEL) / 2))
