@@ -8,7 +8,10 @@ from pathlib import Path
 
 import tiny
 
+from fp4rl.engines.verl.configuration import decided
+from fp4rl.engines.verl.hydra import written
 from fp4rl.engines.verl.settings import overrides
+from fp4rl.spec.load import load_spec
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,15 @@ def main_ppo(folder: Path, *more: str, spec: Path | None = None, timeout: float 
     words = {
         "data.train_files": data,
         "data.val_files": data,
-        "data.train_batch_size": 4,
         "data.val_max_samples": 2,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
         "data.dataloader_num_workers": 0,
-        "actor_rollout_ref.model.path": model,
         "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         "actor_rollout_ref.model.use_remove_padding": False,
-        "actor_rollout_ref.actor.strategy": "fsdp2",
         "actor_rollout_ref.actor.use_torch_compile": False,
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
-        "actor_rollout_ref.actor.optim.lr": 1e-2,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 2,
-        "actor_rollout_ref.actor.use_kl_loss": False,
         "actor_rollout_ref.rollout.name": "transformers",
-        "actor_rollout_ref.rollout.n": 2,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 2,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
@@ -59,14 +53,11 @@ def main_ppo(folder: Path, *more: str, spec: Path | None = None, timeout: float 
         "reward.num_workers": 1,
         "reward.custom_reward_function.path": folder / "reward.py",
         "reward.custom_reward_function.name": "compute_score",
-        "algorithm.adv_estimator": "grpo",
-        "algorithm.rollout_correction.rollout_is": "token",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "trainer.n_gpus_per_node": 2,
         "trainer.nnodes": 1,
-        "trainer.total_training_steps": 2,
         "trainer.total_epochs": 2,
-        "trainer.logger": "[console]",
+        "trainer.logger": ["console"],
         "trainer.save_freq": -1,
         "trainer.test_freq": -1,
         "trainer.val_before_train": False,
@@ -76,8 +67,17 @@ def main_ppo(folder: Path, *more: str, spec: Path | None = None, timeout: float 
         "+ray_kwargs.ray_init.include_dashboard": False,
         "+ray_kwargs.ray_init.object_store_memory": 200_000_000,
     }
+    if spec is not None:
+        words |= decided(load_spec(spec))
     under = overrides(spec) if spec is not None else ()
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{k}={v}" for k, v in words.items()), *under, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        *(f"{k}={written(v)}" for k, v in words.items()),
+        *under,
+        *more,
+    ]
     environment = os.environ | {
         "VERL_PLATFORM": "cpu",
         "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",

@@ -72,7 +72,18 @@ def experiment(folder: Path, **parts: object) -> Path:
     """Write the experiment: 2 steps in bfloat16."""
     content = {
         "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
-        "training": {"steps": 2, "train_batch_size": 4, "mini_batch_size": 2, "rollout_n": 2, "lr": 1e-3},
+        "training": {
+            "steps": 2,
+            "train_batch_size": 4,
+            "mini_batch_size": 2,
+            "rollout_n": 2,
+            "lr": 1e-2,
+            "algorithm": "grpo",
+            "max_prompt_length": 64,
+            "max_response_length": 8,
+            "kl_loss_coef": 0.0,
+            "rollout_correction": {"rollout_is": "token"},
+        },
         "engine": "verl",
         "seed": 7,
     } | parts

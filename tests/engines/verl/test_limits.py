@@ -2,6 +2,7 @@
 
 import pytest
 
+from fp4rl.engines.verl.configuration import decided
 from fp4rl.engines.verl.limits import require_possible
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
@@ -14,6 +15,12 @@ GOOD = {
 }
 
 
+def configured(described, **keys):
+    """Return a reader of verl's keys as the experiment decides them, beside GOOD, with changed ones."""
+    own = {key.lstrip("+"): value for key, value in decided(described).items()}
+    return (GOOD | own | keys).get
+
+
 def experiment(**parts):
     return Experiment.model_validate({"model": {"path": "m", "dtype": "bfloat16"}, "injection": "w4a16"} | parts)
 
@@ -21,7 +28,7 @@ def experiment(**parts):
 def test_weights_rounded_in_rollouts_and_inputs_in_training_alone_are_possible():
     only_training = {"mode": "w4a4", "apply_during": {"input": ["training"]}}
     for described in (experiment(), experiment(injection=only_training), experiment(injection=None, noise={})):
-        require_possible(described, GOOD.get)
+        require_possible(described, configured(described))
 
 
 @pytest.mark.parametrize(
@@ -45,19 +52,18 @@ def test_weights_rounded_in_rollouts_and_inputs_in_training_alone_are_possible()
             "input acts during rollout",
         ),
         ({"noise": {"precision": "float32"}}, "noise.precision: verl's rollouts hold weights in the model's dtype"),
-        ({"noise": {"logprobs": "noisy"}}, "algorithm.rollout_correction.bypass_mode=True"),
         ({"training": {"distillation": {}}}, "training.distillation"),
     ],
 )
 def test_an_experiment_that_verl_cannot_do_is_refused(parts, why):
     with pytest.raises(InvalidValueError, match=why):
-        require_possible(experiment(**parts), GOOD.get)
+        require_possible(experiment(**parts), configured(experiment(**parts)))
 
 
 @pytest.mark.parametrize(
     "keys, why",
     [
-        ({"actor_rollout_ref.actor.strategy": "fsdp"}, "write actor_rollout_ref.actor.strategy=fsdp2"),
+        ({"actor_rollout_ref.actor.strategy": "fsdp"}, "actor.strategy=fsdp, and the experiment has fsdp2"),
         ({"actor_rollout_ref.actor.fsdp_config.qat.enable": True}, "verl's own QAT would round a second time"),
         ({"actor_rollout_ref.rollout.quantization": "fp8"}, "would round rounded weights again"),
         ({"actor_rollout_ref.model.lora_rank": 8}, r"write actor_rollout_ref\.model\.lora\.merge=True"),
@@ -70,10 +76,33 @@ def test_an_experiment_that_verl_cannot_do_is_refused(parts, why):
 )
 def test_a_configuration_that_would_act_otherwise_is_refused(keys, why):
     with pytest.raises(InvalidValueError, match=why):
-        require_possible(experiment(), (GOOD | keys).get)
+        require_possible(experiment(), configured(experiment(), **keys))
 
 
 def test_merged_adapters_are_possible_and_so_are_plain_ones_where_nothing_is_done_to_weights():
-    lora = {"actor_rollout_ref.model.lora_rank": 8}
-    require_possible(experiment(), (GOOD | lora | {"actor_rollout_ref.model.lora.merge": True}).get)
-    require_possible(experiment(injection=None), (GOOD | lora).get)
+    model = {"path": "m", "dtype": "bfloat16", "lora": {"rank": 8, "alpha": 16}}
+    for described in (experiment(model=model), experiment(model=model, injection=None)):
+        require_possible(described, configured(described))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("actor_rollout_ref.actor.optim.lr", 1e-5),
+        ("actor_rollout_ref.rollout.n", 4),
+        ("actor_rollout_ref.actor.clip_ratio_high", 0.2),
+        ("actor_rollout_ref.model.path", "/other"),
+        ("algorithm.rollout_correction.rollout_is", "token"),
+        ("actor_rollout_ref.actor.fsdp_config.mixed_precision", {"param_dtype": "fp16"}),
+        ("trainer.total_training_steps", 31),
+        ("data.seed", 8),
+    ],
+)
+def test_an_override_of_what_the_experiment_decides_is_refused_by_name(key, value):
+    with pytest.raises(InvalidValueError, match=rf"^{key}=.*, and the experiment has .*; change that"):
+        require_possible(experiment(), configured(experiment(), **{key: value}))
+
+
+def test_a_value_that_only_looks_other_is_the_same():
+    described = experiment()
+    require_possible(described, configured(described, **{"actor_rollout_ref.actor.optim.lr": 1e-6 * (1 + 1e-15)}))

@@ -91,7 +91,7 @@ def test_a_site_that_is_sent_as_it_is_ends_the_stream(model, monkeypatch):
     monkeypatch.setattr(policy.attachment.states[first], "rounded_weight", lambda layer: layer.weight.detach())
     with pytest.raises(CheckFailed, match=rf"weight stream: {first}\.weight is not its master rounded"):
         held(policy)
-    policy._streams = 11  # a stream whose values are not compared
+    policy._streams["rollout"] = 11  # a stream whose values are not compared
     with pytest.raises(CheckFailed, match=rf"weight stream \(rollout\): 1 of .* sites were sent as they are: {first}"):
         held(policy)
 

@@ -24,6 +24,8 @@ _FILTER_METRICS = {
     "reward": "reward",
 }  # `reward` is verl's own, the others our reward's
 
+_OF_THE_RUN = ("trainer.save_freq", "trainer.test_freq")  # they change no result
+
 
 @dataclass(frozen=True)
 class Files:
@@ -63,13 +65,21 @@ def configuration(run: PlannedRun, machine: Machine, devices: int, files: Files,
     """
     experiment = run.experiment
     chosen: dict[str, Any] = {same.verl: value_at(experiment, same.spec) for same in SAME}
-    chosen |= _loss(experiment.training) | _sampling(experiment, template) | _model(experiment)
+    chosen |= decided(experiment) | _sampling(experiment, template)
     chosen |= _batches(experiment.training, devices) | _data(files) | _reward(experiment.training)
-    chosen |= _correction(experiment) | _trainer(run, devices, files)
+    chosen |= _trainer(run, devices, files)
     chosen |= dict(machine.settings) | _plug_in(files)
     if "+ray_kwargs.ray_init.num_gpus" in chosen:
         chosen["+ray_kwargs.ray_init.num_gpus"] = devices
     return dict(sorted(chosen.items(), key=lambda item: item[0].lstrip("+")))
+
+
+def decided(experiment: Experiment) -> dict[str, Any]:
+    """Return the keys whose values the experiment alone decides: a run with others would be another experiment's."""
+    chosen: dict[str, Any] = {
+        same.verl: value_at(experiment, same.spec) for same in SAME if same.verl not in _OF_THE_RUN
+    }
+    return chosen | _loss(experiment.training) | _model(experiment) | _correction(experiment)
 
 
 def per_device(recipe: Training, devices: int) -> int:

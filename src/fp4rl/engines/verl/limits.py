@@ -1,8 +1,10 @@
 """What a run of verl cannot do as its experiment says, refused before it starts with the cause and the cure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from math import isclose
 from typing import Any
 
+from fp4rl.engines.verl.configuration import decided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.points import LINEAR_POINTS, Phase
@@ -18,7 +20,8 @@ _MODEL, _ACTOR, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("model", "a
 
 def require_possible(experiment: Experiment, read: Read) -> None:
     """Raise InvalidValueError for the first thing that verl would not do as the experiment says."""
-    for problem in (*_of_experiment(experiment, str(read(f"{_ROLLOUT}.name"))), *_of_config(experiment, read)):
+    rollout = str(read(f"{_ROLLOUT}.name"))
+    for problem in (*_of_experiment(experiment, rollout), *_of_config(experiment, read), *_other(experiment, read)):
         raise InvalidValueError(problem)
 
 
@@ -56,10 +59,26 @@ def _rounds(row: Any, point: str) -> bool:
     return getattr(row, point, "keep") not in ("keep", None)
 
 
+def _other(experiment: Experiment, read: Read) -> Iterator[str]:
+    """Yield the keys that have another value than the experiment's, whose record would be of another run."""
+    for key, value in decided(experiment).items():
+        name = key.lstrip("+")
+        present = read(name)
+        if not _same(present, value):
+            yield f"{name}={present}, and the experiment has {value}; change that, and write the script anew"
+
+
+def _same(present: Any, value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return isinstance(present, Mapping) and all(_same(present.get(key), inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return not isinstance(present, str | None) and list(present) == list(value)
+    if isinstance(value, float) and isinstance(present, int | float):
+        return isclose(present, value, rel_tol=1e-9)
+    return bool(present == value)
+
+
 def _of_config(experiment: Experiment, read: Read) -> Iterator[str]:
-    strategy = read(f"{_ACTOR}.strategy")
-    if strategy != "fsdp2":
-        yield f"{_ACTOR}.strategy={strategy}: no weight can be streamed from it; write {_ACTOR}.strategy=fsdp2"
     if read(f"{_ACTOR}.fsdp_config.qat.enable"):
         yield f"{_ACTOR}.fsdp_config.qat.enable: verl's own QAT would round a second time; set it to False"
     if read(f"{_ROLLOUT}.quantization"):
@@ -74,9 +93,3 @@ def _of_config(experiment: Experiment, read: Read) -> Iterator[str]:
     dtype = read(f"{_ROLLOUT}.dtype")
     if dtype != experiment.model.dtype:
         yield f"{_ROLLOUT}.dtype={dtype}, and the experiment's model.dtype is {experiment.model.dtype}; make them equal"
-    noisy = experiment.noise is not None and experiment.noise.logprobs == "noisy"
-    if noisy and not read("algorithm.rollout_correction.bypass_mode"):
-        yield (
-            "noise.logprobs: noisy takes the sampler's log-probabilities in the loss; write "
-            "algorithm.rollout_correction.bypass_mode=True"
-        )

@@ -3,6 +3,7 @@
 Everything here is PyTorch alone. The engine says when the model is built, sharded, read and sent.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from fp4rl.spec.points import Phase
 from fp4rl.spec.records import Sites
 from fp4rl.spec.words import counted
 
-# Masters are hashed, and streamed values compared with a rounding of their own, in these first streams and every tenth.
+# In these first streams of a phase, and every tenth, masters are hashed and values compared with a second rounding.
 _CHECKED_STREAMS, _CHECKED_EVERY = 3, 10
 
 
@@ -79,7 +80,7 @@ class Policy:
     streamed: Streamed | None = None
     evidence: list[Evidence] = field(default_factory=list)
     _phase_of_streams: Phase = "rollout"
-    _streams: int = 0
+    _streams: Counter[Phase] = field(default_factory=Counter)
     _booked: dict[str, int] = field(default_factory=dict)
     _proven: bool = False
 
@@ -143,9 +144,9 @@ class Policy:
         The noise is on while the stream is read, and gone with its end, whole or broken off. Raises CheckFailed where a
         site that acts was not rounded, where a value is another than its master rounds to, and where a master changed.
         """
-        checked = self._streams < _CHECKED_STREAMS or self._streams % _CHECKED_EVERY == 0
-        self._streams += 1
         phase, before = self._phase_of_streams, self._elements("weight")
+        checked = self._streams[phase] < _CHECKED_STREAMS or self._streams[phase] % _CHECKED_EVERY == 0
+        self._streams[phase] += 1
         for part in (part for part in self.model.modules() if isinstance(part, FSDPModule)):
             part.reshard()  # what is still gathered has the weights of before the last update
         tensors = compared = 0
