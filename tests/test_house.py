@@ -112,6 +112,50 @@ def test_no_source_writes_markup_or_makes_a_console_of_its_own():
     assert not found, found
 
 
+def of_one_device(tree: ast.AST) -> list[str]:
+    """Return the lines that ask for CUDA or an NPU by name, where torch.accelerator and get_device_module serve all."""
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr="cuda" | "npu" | "is_cuda" | "is_npu"):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+            case ast.Import(names=names) if any(re.match(r"torch(\.cuda|\.npu|_npu)\b", name.name) for name in names):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+            case ast.ImportFrom(module=module) if re.match(r"torch(\.cuda|\.npu|_npu)\b", module or ""):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+            case ast.Constant(value=str() as word) if re.fullmatch(r"(cuda|npu)(:\d+)?", word):
+                found.append(f"{node.lineno}: {word!r}")
+    return found
+
+
+# Where the names of devices are words of someone else: the choice of the Triton kernels, which are written for CUDA
+# alone, by the device of the tensor that is rounded; and verl's own names of devices and extras.
+NAMED = ("src/fp4rl/numerics/dispatch.py", "src/fp4rl/engines/verl/")
+
+
+def test_no_device_is_asked_for_by_name():
+    files = {file.relative_to(ROOT).as_posix(): file for file in sorted((ROOT / "src" / "fp4rl").rglob("*.py"))}
+    found = {
+        name: lines for name, file in files.items() if (lines := of_one_device(ast.parse(file.read_text("utf-8"))))
+    }
+    asked = {name: [line for line in lines if not line.endswith("'")] for name, lines in found.items()}
+    assert all(name.startswith(NAMED) for name in found), found
+    assert not any(asked.values()), asked
+
+
+def test_a_planted_query_of_one_device_is_noticed():
+    planted = """
+import torch.cuda
+from torch.cuda import amp
+import torch_npu
+if torch.cuda.is_available() or x.is_cuda: x = x.cuda()
+y = x.to("cuda:0").npu()
+import torch; torch.accelerator.current_accelerator()
+"""
+    lines = [found.partition(":")[0] for found in of_one_device(ast.parse(planted))]
+    assert sorted(lines) == ["2", "3", "4", "5", "5", "5", "6", "6"]
+
+
 # A function's docstring begins with what it does. Add a verb here rather than writing around it.
 VERBS = """
 Add Adjust Aggregate Announce Answer Append Apply Audit Average Begin Book Build Call Check Choose Clamp Clear Clip

@@ -15,12 +15,14 @@ from fp4rl.engines.parity.engines import engine_of
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.noise.perturb import perturb
 from fp4rl.rl.generate import transformers_sampler
 from fp4rl.rl.stream import injected_states
 from fp4rl.spec.errors import EngineDiffers, NotFoundError
 from fp4rl.spec.evidence import WeightsServed
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
+from fp4rl.spec.noise import Noise
 from fp4rl.spec.rollout import RolloutEngine
 
 TRANSFORMERS = engine_of(RolloutEngine())
@@ -110,11 +112,17 @@ def shifted(model, tokenizer, prompts, sampling):
     return transformers_sampler(model, tokenizer, [prompt[1:] for prompt in prompts], sampling)
 
 
+def noise_twice(model, tokenizer, prompts, sampling):
+    """An engine that puts the noise of its weights on once more."""
+    with perturb(model, Noise(), 0.1, generator=torch.Generator().manual_seed(0)):
+        return transformers_sampler(model, tokenizer, prompts, sampling)
+
+
 def without_numbers(model, tokenizer, prompts, sampling):
     return [a._replace(logps=None) for a in transformers_sampler(model, tokenizer, prompts, sampling)]
 
 
-@pytest.mark.parametrize("sampler", [unrounded, shifted])
+@pytest.mark.parametrize("sampler", [unrounded, shifted, noise_twice])
 def test_a_sampler_that_is_another_policy_differs_in_its_scores(sampler, folder):
     checks = audited(folder, Injection.named("w4a4"), sampler)
     assert checks["scores"].passed is False

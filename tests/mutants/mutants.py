@@ -107,9 +107,9 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "a CUDA graph",
         "inject/cache.py",
-        "if weight.is_cuda and torch.cuda.is_current_stream_capturing():",
+        "if is_recording(weight.device):",
         "if False:",
-        (f"{_FRESH}a_cuda_graph_cannot_record_a_rounded_copy",),
+        (f"{_FRESH}a_graph_cannot_record_a_rounded_copy",),
     ),
     Mutant(
         "an accelerator's sample",

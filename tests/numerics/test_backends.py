@@ -192,9 +192,10 @@ def test_an_unknown_backend_names_the_nearest():
 
 
 def test_forcing_triton_without_cuda_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InvalidValueError, match="needs CUDA"):
-        dispatch.use("triton")
+    for kind in (None, torch.device("meta")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available, kind=kind: kind)
+        with pytest.raises(InvalidValueError, match="needs CUDA"):
+            dispatch.use("triton")
 
 
 def test_a_broken_source_is_reported_with_the_compilers_words(monkeypatch, tmp_path):

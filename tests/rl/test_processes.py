@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fp4rl.cli.main import main
 from fp4rl.rl import processes
 from fp4rl.rl.components import arguments, require_processes, require_shares
 from fp4rl.rl.step_metrics import joined
@@ -153,7 +154,9 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     whole, half = (arguments(recipe, tmp_path, 0, count) for count in (1, 2))
     assert (whole["per_device_train_batch_size"], half["per_device_train_batch_size"]) == (64, 32)
     assert whole["steps_per_generation"] == half["steps_per_generation"] == 2
-    with pytest.raises(InvalidValueError, match=r"3 processes cannot share train_batch_size 16.*; take multiples of 3"):
+    with pytest.raises(
+        InvalidValueError, match=r"3 processes cannot share train_batch_size 16 evenly; .*multiple of 3"
+    ):
         require_shares(recipe, 3)
     whole_batch = recipe.model_copy(update={"adv_estimator": "reinforce_plus_plus_baseline"})
     require_shares(whole_batch, 1)
@@ -161,6 +164,34 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     with pytest.raises(InvalidValueError, match="under torchrun write --nproc-per-node 2"):
         require_processes(Experiment(processes=2), 4)
     with pytest.raises(InvalidValueError, match="takes its weights from one process, and this run has 2"):
-        require_processes(Experiment(processes=2, rollout={"engine": "vllm"}), 2)
+        require_processes(Experiment(rollout={"engine": "vllm"}), 2)
     with pytest.raises(InvalidValueError, match="take grpo or rloo"):
         require_shares(whole_batch, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"processes": 3}, "training: 3 processes cannot share train_batch_size 16 evenly; take a multiple of 3"),
+        (
+            {"processes": 4, "training": {"mini_batch_size": 1, "rollout_n": 6}},
+            "training: 4 processes cannot share the 6 answers of one update (mini_batch_size 1 x rollout_n 6) evenly",
+        ),
+        (
+            {"processes": 2, "training": {"mini_batch_size": 2, "rollout_n": 6, "micro_batch_size": 4}},
+            "training: micro_batch_size 4 does not divide the 6 answers of an update that each process has",
+        ),
+        ({"processes": 2, "training": {"adv_estimator": "reinforce_plus_plus_baseline"}}, "take grpo or rloo"),
+        ({"processes": 2, "rollout": {"engine": "vllm"}}, "rollout.engine vllm gets its weights from one process"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_what_processes_cannot_share_is_one_line_before_any_starts(verb, keys, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fp4rl.engines.executors.processes.LocalPool.__call__", lambda *_: pytest.fail("it started"))
+    spec = tmp_path / "own.json"
+    spec.write_text(json.dumps({**keys, "training": {"train_batch_size": 16, **keys.get("training", {})}}))
+    assert main([verb, str(spec), *(["--runs", str(tmp_path / "runs")] if verb == "run" else [])]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp4rl.cli.options import AsJson, RunsRoot
+from fp4rl.cli.packed_start import or_embedded
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.words import counted
@@ -17,7 +18,10 @@ _MIB = 1 << 20
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="A run (suite/run-id or its folder), or a Hugging Face model folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A run (suite/run-id or its folder), a Hugging Face model folder, or the word `embedded`."),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write, which is not there yet.")],
     changes: Annotated[
         list[str] | None,
@@ -49,7 +53,7 @@ def command(
     from fp4rl.engines.checkpoints.source import source_of
 
     layout = layout_named(to)
-    meant = source_of(source, runs, mode, deployment, layout, changes or ())
+    meant = source_of(or_embedded(source, runs), runs, mode, deployment, layout, changes or ())
     ready_to_round()
     with progress() as advance:
         exported = export(
@@ -64,7 +68,7 @@ def command(
 def _show(exported: "Exported") -> None:
     screen, rounded = console(), exported.policy.rounded
     files = counted(len(exported.stored.files), "file")
-    screen.print(styled((str(exported.folder), "bold"), f": {exported.layout.name}, {files}"), soft_wrap=True)
+    screen.print(styled((str(exported.folder), "bold"), f": {exported.layout.name}, {files}"))
     screen.print(
         f"{counted(len(rounded), 'weight')} of {exported.bits:.2f} bits a value, {exported.stored.bytes / _MIB:.1f} MiB"
     )

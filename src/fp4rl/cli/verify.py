@@ -1,11 +1,14 @@
 """`fp4rl verify`: compare a checkpoint, value by value, with the policy that was trained."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp4rl.cli.options import AsJson, RunsRoot
+from fp4rl.cli.packed_start import or_embedded
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest
@@ -15,12 +18,15 @@ if TYPE_CHECKING:
     from fp4rl.engines.checkpoints.verify.findings import Check, Verified
 
 _ENGINES = ("transformers", "vllm")
+_ALIKE = 5  # differences of one kind that are shown
+# What sets two differences of one kind apart: numbers, names of tensors and files, whatever is quoted.
+_NUMBERS = re.compile(r"'[^']*'|[\w./-]*[\d._/][\w./-]*|\d+")
 
 
 def command(
     out: Annotated[Path, typer.Argument(help="A folder that `fp4rl export` or another packer wrote.")],
     against: Annotated[
-        str | None, typer.Option("--against", help="A run or a model folder; by default what the export recorded.")
+        str | None, typer.Option("--against", help="A run, a model folder or `embedded`; what the export recorded.")
     ] = None,
     engine: Annotated[
         str | None,
@@ -46,8 +52,9 @@ def command(
     from fp4rl.engines.checkpoints.verify.verify import verify
 
     ready_to_round()
+    named = against and or_embedded(against, runs)
     with progress() as advance:
-        verified = verify(out, Request(against, runs, mode, deployment), advance, engine=engine)
+        verified = verify(out, Request(named, runs, mode, deployment), advance, engine=engine)
     if as_json:
         print_json(verified.as_json())
     else:
@@ -61,14 +68,25 @@ def command(
 
 def _show(verified: "Verified") -> None:
     screen = console()
-    screen.print(f"{verified.folder}: {verified.layout}, against {verified.against or 'nothing'}", soft_wrap=True)
+    screen.print(f"{verified.folder}: {verified.layout}, against {verified.against or 'nothing'}")
     width = max(len(check.name) for check in verified.checks)
     for check in verified.checks:
         screen.print(f"{check.name:{width}}  {_counts(check)}")
-        for difference in check.differences:
-            print_indented((difference.line, "red"))
+        for line in _lines(check):
+            print_indented((line, "red"))
         for note in check.notes:
             print_indented((note, "dim"))
+
+
+def _lines(check: "Check") -> Iterator[str]:
+    """Yield the differences of a check, of those that differ in names and numbers alone the first `_ALIKE`."""
+    kinds: dict[str, list[str]] = {}
+    for difference in check.differences:
+        kinds.setdefault(_NUMBERS.sub("", difference.how), []).append(difference.line)
+    for lines in kinds.values():
+        yield from lines[:_ALIKE]
+        if len(lines) > _ALIKE:
+            yield f"and {len(lines) - _ALIKE:,} more of the same kind (--json names all)"
 
 
 def _counts(check: "Check") -> str:

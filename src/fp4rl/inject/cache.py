@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fp4rl.numerics.device import is_recording
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 
 SAMPLE = 64  # values compared on every use: 0.2 microseconds on a CPU
@@ -38,15 +39,16 @@ class WeightFingerprint:
         """Return whether `weight` still has the same storage, version and sample.
 
         On an accelerator the sample is read on one use in ACCELERATOR_INTERVAL. Raises CheckFailed where it differs
-        then, since calls in between used the old copy, and InvalidValueError while a CUDA graph is recorded.
+        then, since calls in between used the old copy, and InvalidValueError while a graph of the device is recorded.
         """
         if self._version != weight._version or self._pointer != weight.data_ptr():
             return False
         if weight.is_cpu:
             return self._read() == self._sample
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_recording(weight.device):
+            kind = weight.device.type.upper()
             raise InvalidValueError(
-                f"{self._name}: a CUDA graph would replay today's rounding; run without CUDA graphs"
+                f"{self._name}: a {kind} graph would replay today's rounding; run without {kind} graphs"
             )
         self._uses += 1
         if self._uses % ACCELERATOR_INTERVAL == 0 and _bits(self._read()) != _bits(self._sample):

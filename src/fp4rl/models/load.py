@@ -25,6 +25,7 @@ from fp4rl.models.packed.folder import IN_CONFIG, PackedFolder, opened
 from fp4rl.models.packed.into_model import decoded_into
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.numerics.device import accelerator
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 from fp4rl.spec.model import Embedded, ExpertsImplementation
 
@@ -162,7 +163,7 @@ def _attention(dtype: torch.dtype) -> dict[str, str]:
     The CPU's fused kernel rounds 16-bit products differently while decoding and in one pass, which with 4-bit inputs
     becomes up to 0.01 nats a token. With the eager formula it is 0.
     """
-    apart = dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available()
+    apart = dtype in (torch.bfloat16, torch.float16) and accelerator() is None
     return {"attn_implementation": "eager"} if apart else {}
 
 

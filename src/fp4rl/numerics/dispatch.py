@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics import native, native_build
+from fp4rl.numerics.device import accelerator
 from fp4rl.numerics.reference import CHUNK, reference, round_chunked
 from fp4rl.numerics.rounding import Seed
 from fp4rl.numerics.steps import settled
@@ -53,7 +54,7 @@ def use(backend: str, announce: Callable[[str], None] = silent) -> None:
     """Force a backend for this process and `announce` what it compiles; InvalidValueError for one that cannot work."""
     if backend not in BACKENDS:
         raise InvalidValueError(f"no backend is called {backend!r}{nearest(backend, BACKENDS)}")
-    if backend == "triton" and not (torch.cuda.is_available() and find_spec("triton")):
+    if backend == "triton" and not (getattr(accelerator(), "type", None) == "cuda" and find_spec("triton")):
         raise InvalidValueError("the triton backend needs CUDA and the triton package; take auto")
     _PROCESS.chosen, _PROCESS.announce = backend, announce
     if backend == "native" and native_library(BUILD_AFTER) is None:

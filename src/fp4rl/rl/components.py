@@ -121,16 +121,5 @@ def require_own_engine(experiment: Experiment) -> None:
 
 def require_shares(recipe: Training, processes: int) -> None:
     """Raise InvalidValueError for a recipe that several processes cannot run like a single one."""
-    share, rest = divmod(recipe.mini_batch_size * recipe.rollout_n, processes)
-    micro = recipe.micro_batch_size or share
-    if recipe.train_batch_size % processes or rest or share % micro:
-        raise InvalidValueError(
-            f"{processes} processes cannot share train_batch_size {recipe.train_batch_size}, mini_batch_size "
-            f"{recipe.mini_batch_size} x rollout_n {recipe.rollout_n} and micro_batch_size {micro} evenly; "
-            f"take multiples of {processes}"
-        )
-    if processes > 1 and recipe.adv_estimator == "reinforce_plus_plus_baseline":
-        raise InvalidValueError(
-            "adv_estimator reinforce_plus_plus_baseline divides by the spread of the whole batch, of which each of "
-            f"{processes} processes has a share: take grpo or rloo"
-        )
+    for why in recipe.not_shared(processes):
+        raise InvalidValueError(why)

@@ -4,10 +4,14 @@ Without a launcher there is one process, the first, and nothing here costs anyth
 is used: evaluating a model does not need it.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+from fp4rl.numerics.device import accelerator
+from fp4rl.spec.errors import NotFinite
 
 T = TypeVar("T")
 
@@ -18,13 +22,7 @@ _PATIENCE = timedelta(days=1)
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=_accelerator() is None, timeout=_PATIENCE)
-
-
-def _accelerator() -> torch.device | None:
-    """Return the kind of accelerator that is here (CUDA, an NPU); Apple's is none: it has no float64."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    return None if kind is None or kind.type == "mps" else kind
+    return PartialState(cpu=accelerator() is None, timeout=_PATIENCE)
 
 
 def count() -> int:
@@ -44,7 +42,7 @@ def is_first() -> bool:
 
 def device() -> torch.device:
     """Return the device of this process: its own accelerator (under a launcher, one for each process), or the CPU."""
-    kind = _accelerator()
+    kind = accelerator()
     return torch.device("cpu") if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
@@ -62,6 +60,23 @@ def from_first(value: T) -> T:
     held = [value]
     broadcast_object_list(held)
     return held[0]
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Return what `work` gives in this process; raise NotFinite in all processes where it does in one of them.
+
+    The others would wait for ever for one that goes back to a checkpoint. Within `work` no process may wait for others.
+    """
+    made: list[T] = []
+    try:
+        made.append(work())
+        failure = None
+    except NotFinite as error:
+        failure = str(error)
+    for number, why in enumerate(from_all(failure)):
+        if why is not None:
+            raise NotFinite(why if number == rank() else f"process {number}: {why}") from None
+    return made[0]
 
 
 def from_all(value: T) -> list[T]:

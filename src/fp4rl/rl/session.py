@@ -56,7 +56,12 @@ class Run:
         return evaluation_runner(self.experiment)
 
     def evaluated(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
-        """Yield every profile's evaluation of the model in `folder`."""
+        """Yield every profile's evaluation of the model in `folder`: in the first process, and the others wait."""
+        yield from self.judged(folder, step, last=last)
+        processes.wait()
+
+    def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
+        """Yield what `evaluated` does, and let the other processes go on."""
 
         def on_items(name: str, done: int, total: int) -> None:
             self.emit(Progress(f"eval {name}", done, total))
@@ -68,7 +73,6 @@ class Run:
                 for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
                     self.emit(Evaluated(evaluation))
                     yield evaluation
-        processes.wait()
 
 
 @dataclass
@@ -202,8 +206,8 @@ class TrainingSession:
     def _validated(self, step: int) -> dict[str, float]:
         """Return accuracy on held-out problems during training, of a saved copy as in every evaluation."""
         folder = self.save(self.run.folder / "on-the-way")
-        shares = {e.profile.name: (e.share("strict"), len(e.items)) for e in self.run.evaluated(folder, step)}
-        accuracies = processes.from_first(shares)
+        judged = processes.agreed(lambda: list(self.run.judged(folder, step)))
+        accuracies = processes.from_first({e.profile.name: (e.share("strict"), len(e.items)) for e in judged})
         if processes.is_first():
             shutil.rmtree(folder)
         goal, answers = accuracies.get("deployment", next(iter(accuracies.values())))

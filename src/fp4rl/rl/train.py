@@ -13,7 +13,7 @@ from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.components import require_own_engine, require_processes
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
-from fp4rl.rl.inputs import inputs, require_unchanged, start_folder
+from fp4rl.rl.inputs import inputs, of_model, require_unchanged, start_folder
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sharding import whole
 from fp4rl.rl.verify import (
@@ -170,6 +170,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         recipe=run.experiment.training.effective(),
         inputs=run.inputs,
         final_weights=weights_digest(session.model),
+        final_files=processes.from_first(of_model(final) if processes.is_first() else None),
         noise=session.phases.noise_summary(),
         health=session.monitor.summary(session.resume.rollbacks),
     )

@@ -116,7 +116,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
         data_epochs = sum(self.positions()) / len(self.parts.stream.problems)
         with self.parts.phases.rollout(self.step, data_epochs):
             self.timer.lap("noise")
-            filled = self.filler.fill(self._sample)
+            filled = processes.agreed(lambda: self.filler.fill(self._sample))
             self.timer.lap("rewards")
         self.timer.lap("noise")
         if line := filled.report():

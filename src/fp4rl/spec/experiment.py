@@ -96,8 +96,9 @@ class Experiment(Spec):
                 "weights (nvfp4_w4a16) or to evaluation"
             )
 
-        if self.rollout.server is not None and self.processes > 1:
-            yield "rollout.server gets its weights from one process; write processes: 1"
+        if self.rollout.engine != "transformers" and self.processes > 1:
+            yield f"rollout.engine {self.rollout.engine} gets its weights from one process; write processes: 1"
+        yield from (f"training: {why}" for why in self.training.not_shared(self.processes))
         if self.sharding != "none" and self.processes == 1:
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
         if self.sharding != "none" and self.training.distillation is not None:

@@ -89,6 +89,7 @@ class Summary(Record):
     recipe: Mapping[str, JsonValue] = Field(default_factory=dict)
     inputs: Mapping[str, str] = Field(default_factory=dict)
     final_weights: str | None = None
+    final_files: str | None = None
     noise: NoiseSummary | None = None
     health: HealthSummary | None = None
     processes: int | None = None

@@ -221,6 +221,26 @@ class Training(Spec):
         if self.reward == "regex":
             yield "reward regex needs its pattern: write rewards: [{name: regex, pattern: '#### (.*)'}]"
 
+    def not_shared(self, processes: int) -> Iterator[str]:
+        """Yield what keeps several processes from running the recipe like a single one, each on an even share."""
+        answers = self.mini_batch_size * self.rollout_n
+        share, micro = answers // processes, self.micro_batch_size
+        cannot = f"{processes} processes cannot share"
+        if self.train_batch_size % processes:
+            yield f"{cannot} train_batch_size {self.train_batch_size} evenly; take a multiple of {processes}"
+        if answers % processes:
+            yield (
+                f"{cannot} the {answers} answers of one update (mini_batch_size {self.mini_batch_size} x rollout_n "
+                f"{self.rollout_n}) evenly; take a multiple of {processes}"
+            )
+        elif micro and share % micro:
+            yield f"micro_batch_size {micro} does not divide the {share} answers of an update that each process has"
+        if processes > 1 and self.adv_estimator == "reinforce_plus_plus_baseline":
+            yield (
+                "adv_estimator reinforce_plus_plus_baseline divides by the spread of the whole batch, of which each of "
+                f"{processes} processes has a share: take grpo or rloo"
+            )
+
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but rarely ends well; `spec.idle` has what cannot act."""
         if self.lr_warmup_steps > 0.2 * self.steps:

@@ -18,9 +18,13 @@ from fp4rl.engines.checkpoints.verify.against import Request
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.engines.checkpoints.verify.verify import verify
 from fp4rl.inject.attach import attach
+from fp4rl.lab.folders import RunFolder
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.inputs import of_model
 from fp4rl.rl.lora import with_lora
+from fp4rl.spec.evidence import CheckpointKept, Failed
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Lora
 
@@ -579,6 +583,140 @@ def test_a_tokenizer_with_exchanged_ids_is_found(tmp_path):
     check = verify(written.folder, Request(against=str(tmp_path / "model"))).checks[-1]
     assert [d.what for d in check.differences] == ["the tokenizer"]
     assert "2 tokens have other ids" in check.differences[0].how
+
+
+RECORDED = {
+    "layout": ("modelopt", "says layout 'modelopt', and the folder is bf16"),
+    "run": ("suite/other-s0-0123456789ab", "says run 'suite/other-s0-0123456789ab', and it was made from None"),
+    "spec_digest": ("0123456789ab", "says spec_digest '0123456789ab', and it was made from None"),
+    "overridden": ([], "says that [] was overridden, and README.md ['it was not meant']"),
+    "sites_digest": ("0123456789ab", "but 0123456789ab was recorded"),
+}
+
+
+@pytest.mark.parametrize("key", RECORDED)
+def test_a_record_that_was_edited_is_found_by_what_it_says(key, tmp_path):
+    written = exported("bf16", tmp_path)
+    card = written.folder / "README.md"
+    card.write_text(
+        card.read_text().replace(
+            "- Made from", "> **Written all the same (`--anyway`):** it was not meant\n\n- Made from"
+        )
+    )
+    written.text(RECORD, lambda record: record.update(overridden=["it was not meant"]))
+    written.save()
+    assert found(written.folder) == []
+    value, how = RECORDED[key]
+    written.text(RECORD, lambda record: record.update({key: value}))
+    ((_, difference),) = found(written.folder)
+    assert how in difference.how
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_was_taken_out_of_the_record_is_found(name, tmp_path):
+    written = exported("bf16", tmp_path)
+    written.text(RECORD, lambda record: record["sha256"].pop(name))
+    assert where(found(written.folder)) == [("files", name)]
+
+
+def test_notes_beside_an_export_are_no_difference(tmp_path):
+    written = exported("bf16", tmp_path)
+    (written.folder / "LICENSE").write_text("free")
+    (written.folder / ".cache").mkdir()
+    (written.folder / ".cache" / "x.json").write_text("{}")
+    assert found(written.folder) == []
+    (written.folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert ("files", "chat_template.jinja") in where(found(written.folder))
+
+
+@pytest.mark.skipif("ascend_v1" not in CASES, reason="no such layout")
+def test_a_type_of_the_whole_model_that_no_tensor_has_is_found(tmp_path):
+    written = exported("ascend_v1", tmp_path)
+    (written.folder / RECORD).unlink()
+    request = Request(against=str(tmp_path / "model"), mode="w4a8", deployment="vllm_ascend")
+    assert verify(written.folder, request).differences == []
+    as_json(written.folder, lambda said: said.update(model_quant_type="W4A4_MXFP4"), "quant_model_description.json")
+    (difference,) = verify(written.folder, request).differences
+    assert difference.what == "quant_model_description.json: model_quant_type"
+    assert difference.how == "is 'W4A4_MXFP4', and its tensors are of W4A8_MXFP"
+
+
+def test_of_differences_of_one_kind_the_first_are_shown_and_the_rest_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    written = exported("bf16", tmp_path)
+    names = sorted(name for tensors in written.files.values() for name in tensors if "proj.weight" in name)
+    for count, name in enumerate(names[:9], start=1):
+        written[name][2, :count] += 1
+    for name in names[9:]:
+        del written[name]
+    written.save()
+    assert main(["verify", str(written.folder)]) == 1
+    said = capsys.readouterr()
+    lines = " ".join(said.out.split())
+    assert lines.count("values differ; first") == 5
+    assert "and 4 more of the same kind (--json names all)" in lines
+    assert lines.count("is missing") == len(names) - 9
+    assert said.err.endswith(" differences (weights, sites)\n")
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+
+
+# -- runs
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run whose policy lies in `final`, as it was recorded."""
+    run = RunFolder(tmp_path / "runs" / "suite" / "w4a16-s0-0123456789ab")
+    run.path.mkdir(parents=True)
+    model_of(run.path / "final")
+    experiment = {"model": {"path": str(run.path / "final"), "dtype": "bfloat16"}, "injection": {"mode": "w4a16"}}
+    run.write_spec(json.dumps(Experiment.model_validate(experiment).model_dump(mode="json")))
+    run.add_evidence(CheckpointKept(step=1))
+    return run
+
+
+def result_of(run, **summary):
+    told = {"code_digest": "c", "seed": 0, "arm": "w4a16", "steps_done": 1}
+    (run.path / "result.json").write_text(json.dumps({**told, "evaluations": [], "evidence": summary}))
+
+
+def test_a_policy_that_was_changed_after_its_evaluation_is_not_exported_without_a_word(finished, tmp_path, capsys):
+    final = finished.path / "final"
+    result_of(finished, final_files=of_model(final))
+    words = ["export", str(finished.path), "--to", "bf16", "--mode", "w4a16"]
+    assert main([words[0], words[1], str(tmp_path / "one"), *words[2:], "--anyway"]) == 0
+    assert "was changed after" not in capsys.readouterr().out
+    file = final / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{Q}.weight"][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert main([words[0], words[1], str(tmp_path / "two"), *words[2:]]) == 2
+    assert "final was changed after suite/w4a16-s0-0123456789ab was evaluated" in capsys.readouterr().err
+    assert main([words[0], words[1], str(tmp_path / "two"), *words[2:], "--anyway"]) == 0
+    assert "was changed after" in (tmp_path / "two" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("verb", ["export", "parity", "verify"])
+def test_an_unfinished_run_is_bad_input_and_a_failed_one_a_failure(verb, finished, tmp_path, capsys):
+    out = {"export": [str(tmp_path / "out"), "--to", "bf16"], "parity": [], "verify": []}[verb]
+    exported("bf16", tmp_path / "other") if verb == "verify" else None
+    for named in (finished.key, "w4a16-s0", str(finished.path), str(finished.path / "final")):
+        words = [verb, *([str(tmp_path / "other" / "out"), "--against", named] if verb == "verify" else [named]), *out]
+        assert main([*words, "--runs", str(tmp_path / "runs")]) == 2, named
+        assert "is not finished; `fp4rl run` goes on with it" in capsys.readouterr().err
+    finished.add_evidence(Failed(why="the disk is full"))
+    for named in (finished.key, "w4a16-s0", str(finished.path), str(finished.path / "final")):
+        words = [verb, *([str(tmp_path / "other" / "out"), "--against", named] if verb == "verify" else [named]), *out]
+        assert main([*words, "--runs", str(tmp_path / "runs")]) == 1, named
+        assert "failed: the disk is full" in capsys.readouterr().err
+
+
+def test_the_embedded_model_is_exported_and_compared(tmp_path, capsys, monkeypatch):
+    folder = model_of(tmp_path / "made")
+    monkeypatch.setattr("fp4rl.rl.inputs.start_folder", lambda *_: folder)
+    assert main(["export", "embedded", str(tmp_path / "out"), "--to", "bf16"]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--against", "embedded"]) == 0
+    assert "against " + str(folder) in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_packed_folder_is_nothing_to_compare_with(tmp_path, capsys):

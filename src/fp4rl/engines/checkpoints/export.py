@@ -73,6 +73,8 @@ def export(
 
 def _objections(source: Source, policy: Policy, layout: Layout) -> Iterator[str]:
     """Yield why this should not be written."""
+    if (why := source.changed()) is not None:
+        yield why
     if (why := source.not_judged(policy.table)) is not None:
         yield why
     yield from layout.unserved(policy)

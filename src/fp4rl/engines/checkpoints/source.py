@@ -10,6 +10,7 @@ from fp4rl.inject.plan import SiteTable
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.meant import run_meant
 from fp4rl.lab.runs import Run, read_run
+from fp4rl.rl.inputs import of_model
 from fp4rl.rl.profiles import precision_named
 from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -39,6 +40,13 @@ class Source:
         last = self.run.evaluations().values() if self.run else ()
         digest = table.digest_in("evaluation")
         return tuple(each for each in last if each.profile.sites_digest == digest)
+
+    def changed(self) -> str | None:
+        """Return what says that the policy is not the one that the run evaluated; None where nothing does."""
+        written = self.run.result.evidence.final_files if self.run else None
+        if self.run is None or written is None or (now := of_model(self.folder)) == written:
+            return None
+        return f"{self.folder} was changed after {self.name} was evaluated: its files hash to {now}, recorded {written}"
 
     def not_judged(self, table: SiteTable) -> str | None:
         """Return why the run's accuracy says nothing about this export; None where it does, or there is no run."""

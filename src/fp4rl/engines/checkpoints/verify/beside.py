@@ -12,6 +12,7 @@ from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
 from fp4rl.engines.checkpoints.verify.findings import Check
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.models.load import base_of, load_tokenizer
+from fp4rl.models.packed.ascend_v1 import DESCRIPTION, TYPES
 from fp4rl.spec.errors import UserError
 
 # Keys of config.json that say nothing of what is computed, or that an export is meant to change.
@@ -30,9 +31,23 @@ def beside(checkpoint: Checkpoint, trained: Trained, folder: Path) -> Check:
     for number, group in (config.get("config_groups") or {}).items():
         if group.get("output_activations"):
             check.differs(f"quantization_config.{number}", "has outputs rounded, which the policy does not", keys=1)
+    _type_of_all(check, checkpoint)
     for name in _meant_by(config, trained):
         check.differs(name, "is left by the policy, and quantization_config means it to be quantized", keys=1)
     return check
+
+
+def _type_of_all(check: Check, checkpoint: Checkpoint) -> None:
+    """Compare the type that AscendV1 gives the whole model with those of its tensors."""
+    if not (checkpoint.method or "").startswith("AscendV1"):
+        return
+    said = _read(checkpoint.folder / DESCRIPTION)
+    whole = said.pop("model_quant_type", None)
+    types = [kind for kind in TYPES if kind in said.values()]
+    check.count(keys=1)
+    if whole not in types:
+        how = f"is {whole!r}, and its tensors are of {' and '.join(types) or 'no type'}"
+        check.differs(f"{DESCRIPTION}: model_quant_type", how, keys=1)
 
 
 def _json_files(check: Check, out: Path, base: Path) -> None:

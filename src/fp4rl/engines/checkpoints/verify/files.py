@@ -1,7 +1,7 @@
 """Whether a folder is whole: files as they were written, tensors where the index says."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ from safetensors import safe_open
 from fp4rl.engines.checkpoints.export import RECORD, sha256
 from fp4rl.engines.checkpoints.verify.findings import Check
 from fp4rl.models.fit import readable
-from fp4rl.spec.errors import InvalidValueError, NotFoundError
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, shown
+
+_KEYS = {"layout", "run", "spec_digest", "injection", "sites_digest", "overridden", "sha256"}
+_READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin")  # by engines and tokenizers
 
 
 def read_record(out: Path) -> Mapping[str, Any] | None:
@@ -26,7 +29,7 @@ def read_record(out: Path) -> Mapping[str, Any] | None:
         return None
     with readable(RECORD, out):
         record: Any = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not isinstance(record.get("sha256"), dict):
+    if not isinstance(record, dict) or not isinstance(record.get("sha256"), dict) or not record.keys() >= _KEYS:
         raise InvalidValueError(f"{out / RECORD} is not what `fp4rl export` writes; export it anew")
     return record
 
@@ -44,12 +47,36 @@ def files(out: Path, record: Mapping[str, Any] | None) -> Check:
             check.differs(
                 name, f"is not the file that was written: sha256 {now[:12]}, recorded {written[:12]}", files=1
             )
-    if record is not None:
-        for file in sorted(out.glob("*.safetensors")):
-            if file.name not in record["sha256"]:
-                check.differs(file.name, "was not written by this export, and engines may load it", files=1)
+    for name in () if record is None else sorted(_not_recorded(out, record["sha256"])):
+        check.differs(name, f"is not in {RECORD}: it was not written by this export, and engines may load it", files=1)
     _index(out, check)
     return check
+
+
+def recorded(
+    out: Path, record: Mapping[str, Any], method: str | None, runs: Mapping[str, str | None] | None, check: Check
+) -> None:
+    """Compare what the export wrote down with the folder, its card and its run (`runs`: keys of the record)."""
+    method = (method or "bf16").partition(" ")[0].replace("-", "_").lower().replace("ascendv1", "ascend_v1")
+    if record["layout"] != method:
+        check.differs(RECORD, f"says layout {shown(record['layout'])}, and the folder is {method}", files=1)
+    for key, now in (runs or {}).items():
+        if record.get(key) != now:
+            check.differs(RECORD, f"says {key} {shown(record.get(key))}, and it was made from {shown(now)}", files=1)
+    card = (out / "README.md").read_text(encoding="utf-8") if (out / "README.md").is_file() else ""
+    said = [line.partition(":** ")[2] for line in card.splitlines() if line.startswith("> **Written all the same")]
+    if card and said != record["overridden"]:
+        how = f"says that {shown(record['overridden'])} was overridden, and README.md {shown(said)}"
+        check.differs(RECORD, how, files=1)
+
+
+def _not_recorded(out: Path, known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the files that an engine may read, or that every export writes, and that the record does not name."""
+    for file in out.rglob("*"):
+        name = file.relative_to(out).as_posix()
+        read = file.suffix in _READ or name == "README.md"
+        if file.is_file() and read and name not in (*known, RECORD) and not any(p[0] == "." for p in name.split("/")):
+            yield name
 
 
 def _index(out: Path, check: Check) -> None:

@@ -9,7 +9,7 @@ from fp4rl.engines.checkpoints.verify.against import Against, Request, against, 
 from fp4rl.engines.checkpoints.verify.answers import computed
 from fp4rl.engines.checkpoints.verify.beside import beside
 from fp4rl.engines.checkpoints.verify.checkpoint import Checkpoint
-from fp4rl.engines.checkpoints.verify.files import files, read_record
+from fp4rl.engines.checkpoints.verify.files import files, read_record, recorded
 from fp4rl.engines.checkpoints.verify.findings import Check, Verified
 from fp4rl.engines.checkpoints.verify.served import served
 from fp4rl.engines.checkpoints.verify.trained import Trained
@@ -33,6 +33,8 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
         return Verified(str(out), "cannot be read", None, None, (checked,))
     meant = against(request, record, checkpoint)
     layout = checkpoint.method or "plain weights"
+    if record is not None:
+        recorded(out, record, checkpoint.method, _made_from(meant, request), checked)
     if meant is None:
         source = record and record.get("source")
         gone = f"{source} is not here any more" if source else "nothing here says what it was made from"
@@ -54,6 +56,14 @@ def verify(out: Path, request: Request, said: Said = lambda *_: None, *, engine:
         checks = (*checks, computed(checkpoint, trained, meant, said, reordered=weights.reordered))
     injection = meant.injection.model_dump(mode="json")
     return Verified(str(out), layout, meant.name, injection, (checked, *checks))
+
+
+def _made_from(meant: Against | None, request: Request) -> Mapping[str, str | None] | None:
+    """Return what an export of the recorded source has in its record; None where that is not what is compared with."""
+    if meant is None or request.against is not None:
+        return None
+    run = meant.run
+    return {"run": run.key if run else None, "spec_digest": run.result.spec_digest if run else None}
 
 
 def _record(record: Mapping[str, Any], meant: Against, trained: Trained, check: Check) -> None:
