@@ -31,7 +31,7 @@ def test_runs_of_another_engine_are_named_and_left_to_it(suite, monkeypatch, cap
     assert fp4rl(["run", file, "--runs", runs]) == 0
     assert [run.arm for run in planned] == ["own"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "to be trained by verl; `fp4rl runs import` takes each in when it is finished" in said
+    assert "to be trained by verl; `fp4rl verl-config` writes its scripts, `fp4rl runs import` takes each in" in said
     assert "other-s0-" in said
 
 

@@ -73,6 +73,18 @@ def test_a_folder_without_a_config(folder):
     refused(folder, NotFoundError, "has no config.json; is it a Hugging Face model folder")
 
 
+def test_parts_that_ranks_of_verl_saved_are_told_with_the_command_that_joins_them(folder, tmp_path):
+    actor = tmp_path / "actor"
+    actor.mkdir()
+    for rank in range(2):
+        (actor / f"model_world_size_2_rank_{rank}.pt").touch()
+    command = rf"`python -m verl\.model_merger merge --backend fsdp --local_dir {actor} --target_dir MERGED` joins them"
+    refused(actor, NotFoundError, command)
+    shutil.copytree(folder, actor / "huggingface")  # configuration and tokenizer alone, as verl leaves it by default
+    (actor / "huggingface" / "model.safetensors").unlink()
+    refused(actor / "huggingface", InvalidValueError, command)
+
+
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
 def test_a_folder_without_a_tokenizer(folder, left):
     for file in folder.glob("tokenizer*"):

@@ -187,7 +187,8 @@ def _trained_here(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
     elsewhere = [run for run in missing if run.experiment.engine != "trl"]
     for engine in dict.fromkeys(run.experiment.engine for run in elsewhere):
         own = ", ".join(run.run_id for run in elsewhere if run.experiment.engine == engine)
-        say_once([f"{own}: to be trained by {engine}; `fp4rl runs import` takes each in when it is finished"])
+        how = "`fp4rl verl-config` writes its scripts, `fp4rl runs import` takes each in when it is finished"
+        say_once([f"{own}: to be trained by {engine}; {how}"])
     if len(missing) > len(elsewhere):
         require_trl()
     return [run for run in runs if run not in elsewhere]

@@ -24,9 +24,20 @@ def readable(what: str, folder: Path) -> Iterator[None]:
 
 def _cure(folder: Path) -> str:
     """Return the cure; files of pickled weights are read without running code, which not all of them allow."""
+    if (joining := joining_shards(folder)) is not None:
+        return f"; verl's ranks have each left a part of the weights: `{joining}` joins them, in bfloat16"
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         return "; its weights are in .bin files: save them as safetensors (save_pretrained does), or copy them anew"
     return ""
+
+
+def joining_shards(folder: Path) -> str | None:
+    """Return the command that joins what the ranks of a verl run saved, in a folder or beside it; None where nothing
+    of that kind is there."""
+    for actor in (folder, folder.parent):
+        if any(actor.glob("model_world_size_*_rank_*.pt")):
+            return f"python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir MERGED"
+    return None
 
 
 def require_bare_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

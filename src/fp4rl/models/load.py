@@ -20,7 +20,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from fp4rl.models.fit import keep_endings_alone, readable, require_bare_texts, require_ids_inside
+from fp4rl.models.fit import joining_shards, keep_endings_alone, readable, require_bare_texts, require_ids_inside
 from fp4rl.models.packed.folder import IN_CONFIG, PackedFolder, opened
 from fp4rl.models.packed.into_model import decoded_into
 from fp4rl.models.tiny import build
@@ -89,6 +89,8 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
 def _folder(path: str | Path) -> Path:
     if not Path(path).is_dir():
         raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
+    if not any(Path(path).glob("*config.json")) and (joining := joining_shards(Path(path))) is not None:
+        raise NotFoundError(f"{str(path)!r} holds the parts of verl's ranks: `{joining}` joins them, in bfloat16")
     return Path(path)
 
 

@@ -79,10 +79,12 @@ def saved_weights(run: VerlRun) -> Path:
     for folder in (actor / "lora_adapter", actor / "huggingface"):
         if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             return folder
-    merge = f"python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir MERGED"
+    from fp4rl.models.fit import joining_shards
+
+    joining = joining_shards(actor)
     cure = (
-        f"write them by `{merge}` (in bfloat16 alone) and name that folder with --model"
-        if any(actor.glob("model_world_size_*_rank_0.pt"))
+        f"write them by `{joining}` (in bfloat16 alone) and name that folder with --model"
+        if joining
         else "name their folder with --model; verl keeps it with actor.checkpoint.save_contents=[model,hf_model]"
     )
     raise NotFoundError(f"{actor}: the weights after the last step are not here in Hugging Face's form; {cure}")

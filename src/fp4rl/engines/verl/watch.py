@@ -9,7 +9,7 @@ from fp4rl.engines.verl.policy import Report, Streamed
 from fp4rl.engines.verl.record import RunRecord, numbers
 from fp4rl.rl.health.findings import ORDER
 from fp4rl.rl.health.monitor import Monitor, action
-from fp4rl.rl.inputs import of_model
+from fp4rl.rl.inputs import of_model, pointed_at
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import Evidence, HealthFinding, Injected, RolloutNoise
 from fp4rl.spec.experiment import Experiment
@@ -162,9 +162,10 @@ class RunWatch:
 
 
 def _inputs(experiment: Experiment) -> dict[str, str]:
-    """Return the digest of the model that the run began with, as runs of TRL record it."""
+    """Return the digests of what the run was made from, as runs of TRL record them."""
     path = experiment.model.path
-    return {"start model": of_model(Path(path))} if path is not None and Path(path).is_dir() else {}
+    start = {"start model": of_model(Path(path))} if path is not None and Path(path).is_dir() else {}
+    return start | pointed_at(experiment)
 
 
 def _of_stream(sent: Streamed) -> dict[str, float]:
