@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.described import require_here
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.show import accuracies
@@ -17,7 +16,7 @@ from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.engines.verl.imported import is_verl_run, read_verl_run, saved_weights, take_in
 from fp4rl.lab.foreign.joined import readable
 from fp4rl.lab.foreign.reader import import_log
-from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.provenance import code_digest, missing_files
 from fp4rl.lab.runs import read_run
 from fp4rl.lab.status import Status, judged, unfinished
 from fp4rl.models.quiet import quiet
@@ -198,7 +197,8 @@ def _take_in(
     """Take a verl run in, evaluating its final weights, and show its accuracies."""
     run = read_verl_run(file)
     planned = run.planned(*of)
-    require_here([planned])
+    if gone := [line for line in missing_files([planned]) if not line.startswith("model.path")]:
+        raise NotFoundError(gone[0])
     weights = model or saved_weights(run)
     quiet()
     ready_to_round()

@@ -1,9 +1,14 @@
 """A finished verl run becomes a run of the ledger: here one whose record holds what a run of TRL did."""
 
 import json
+import math
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +19,7 @@ from fp4rl.lab.matrix import planned
 from fp4rl.lab.runs import read_run
 from fp4rl.lab.work import execute_run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
-from fp4rl.spec.evidence import Evaluation, Injected, LiveCheck, MasterCheck
+from fp4rl.spec.evidence import Evaluation, Injected, LiveCheck, MasterCheck, RolloutNoise, WeightsMoved
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, EngineRun
 
@@ -41,7 +46,7 @@ QUESTION = {
 }
 SUITE = {"suite": "two", "seeds": [0], "base": TINY, "arms": {"own": {}, "verl": {"engine": "verl"}}}
 BREVITY = "def brevity(*, completion, **_):\n    return -float(len(completion))\n"
-MEASURED = (Evaluation, LiveCheck)
+MEASURED = (Evaluation, LiveCheck, WeightsMoved)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def test_it_is_a_run_of_its_suite_without_gaps_and_its_weights_measure_what_they
     assert [e.as_json() for e in verl.result.evaluations] == [e.as_json() for e in own.result.evaluations]
     assert verl.curves == own.curves
     assert verl.of(LiveCheck) == [LiveCheck(max_difference=0.0, compared="weights")]
-    for kind in (MasterCheck, Injected, Evaluation):  # those of the start come later than in a run of TRL
+    for kind in (MasterCheck, Injected, Evaluation, WeightsMoved):  # those of the start come later than in a run of TRL
         assert {*map(repr, verl.of(kind))} == {*map(repr, own.of(kind))}
     assert taken(folder, runs) == 0
     assert "is here already as two/verl-s0-" in " ".join(capsys.readouterr().out.split())
@@ -230,3 +235,49 @@ def test_options_of_logs_are_refused_for_a_run_that_records_its_own(of_verl, opt
     folder, _, runs = of_verl()
     assert taken(folder, runs, *options) == 2
     assert f"{options[0]}: {folder}" in " ".join(capsys.readouterr().err.split()).replace("- ", "-")
+
+
+@pytest.fixture
+def real(tmp_path):
+    """What two ranks of verl 0.9.1 left of two steps under w4a16 and noise, with the weights that its merger joined."""
+    folder = shutil.copytree(Path(__file__).parents[2] / "data" / "verl_run", tmp_path / "verl_run")
+    return folder, folder / "merged", tmp_path / "runs"
+
+
+def test_what_verl_itself_left_is_taken_in_without_gaps(real, capsys):
+    folder, merged, runs = real
+    assert taken(folder, runs, "--suite", "real", "--arm", "w4a16", "--model", str(merged)) == 0
+    run = of_arm(runs, "w4a16")
+    assert run.gaps == ()
+    assert (run.seed, run.result.steps_done, run.result.versions["verl"]) == (7, 2, "0.9.1")
+    assert run.result.evaluated_with["transformers"] == transformers.__version__
+    noise = [(line.step, line.sigma) for line in run.of(RolloutNoise)]
+    assert noise == [(0, 0.05), (1, 0.02), (2, 0.02)]  # from the first rollout to the last
+    layers = [line for rollout in run.of(RolloutNoise) for line in rollout.layers]
+    assert all(line.drawn == pytest.approx(line.sigma, rel=0.27) for line in layers)  # 3 sd of 64 values
+    rows = [row for row in run.of(Injected) if row.profile is None]
+    assert Counter(row.phase for row in rows) == {"rollout": 14, "training": 14}
+    assert {(row.site, row.elements) for row in rows if row.phase == "rollout"} == {
+        (plan.site, 2 * 3 * math.prod(plan.shape))  # two ranks, three streams
+        for plan in run.sites.plans
+    }
+    assert {e.profile.name for e in run.result.evaluations if e.last} == {"full", "deployment"}
+    assert "step 0 is not evaluated: model is not here" in run.warnings[0]
+    assert fp4rl(["show", run.key, "--runs", str(runs)]) == 0
+
+
+def test_one_bit_of_what_verl_left_is_another_model(real, capsys):
+    folder, merged, runs = real
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"].view(torch.int16)[0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert taken(folder, runs, "--model", str(merged)) == 1
+    assert "digest" in capsys.readouterr().err
+
+
+def test_verls_own_shards_are_not_joined_in_silence(real, capsys):
+    folder, _, runs = real
+    assert taken(folder, runs) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "global_step_2/actor: the weights after the last step are not here in Hugging Face's form" in said

@@ -22,7 +22,7 @@ from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, req
 from fp4rl.spec.evidence import Evidence, LiveCheck, Warned
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import parse
-from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, VERSION, EngineRun, RunResult, read_engine_run
+from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, VERSION, EngineRun, RunResult, Summary, read_engine_run
 
 OnItems = Callable[[str, int, int], None]
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -114,23 +114,20 @@ def take_in(run: VerlRun, planned: PlannedRun, root: Path, weights: Path, on_ite
         write_lines(folder.path / "metrics.jsonl", run.metrics)
         for line in (*run.record.lines, *proof):
             folder.add_evidence(line)
-        _evaluate(run, folder, weights, root, on_items)
+        summary = _evaluate(run, folder, weights, root, on_items)
         if not (root / planned.suite / "suite.yaml").is_file() and planned.arm == "run":
             keep_suite(root, planned.suite, spec)
-        folder.write_result(_result(run, planned, folder))
+        folder.write_result(_result(run.record, planned, folder, summary))
     return folder, False
 
 
 def _require_trained(weights: Path, experiment: Experiment, trained: str | None) -> tuple[Evidence, ...]:
     """Return the proof that the folder holds what was trained last; none where the run recorded no digest of that."""
-    from fp4rl.rl.verify import load_saved, weights_digest
-    from fp4rl.sites.modalities import freeze_other_modules
+    from fp4rl.rl.verify import weights_digest
 
     if trained is None:
         return ()
-    model, _ = load_saved(weights, experiment.model.dtype, None, experiment.model.experts_implementation)
-    freeze_other_modules(model)
-    digest = weights_digest(model)
+    digest = weights_digest(_opened(weights, experiment))
     if digest != trained:
         raise CheckFailed(
             f"{weights} does not hold the weights that verl trained last (digest {digest}, recorded {trained}); name "
@@ -139,30 +136,44 @@ def _require_trained(weights: Path, experiment: Experiment, trained: str | None)
     return (LiveCheck(max_difference=0.0, compared="weights"),)
 
 
-def _evaluate(run: VerlRun, folder: RunFolder, weights: Path, root: Path, on_items: OnItems) -> None:
-    """Evaluate the start and the final weights as `fp4rl run` does, into the folder."""
+def _opened(folder: Path, experiment: Experiment) -> Any:
+    """Load a model as it is trained: of a multimodal one the text alone."""
+    from fp4rl.rl.verify import load_saved
+    from fp4rl.sites.modalities import freeze_other_modules
+
+    model, _ = load_saved(folder, experiment.model.dtype, None, experiment.model.experts_implementation)
+    freeze_other_modules(model)
+    return model
+
+
+def _evaluate(run: VerlRun, folder: RunFolder, weights: Path, root: Path, on_items: OnItems) -> Summary:
+    """Evaluate the start and the final weights as `fp4rl run` does, into the folder; return the summary, with the share
+    of the weights that training changed."""
     from fp4rl.rl.evaluate import evaluation_runner
     from fp4rl.rl.inputs import of_model, start_folder
+    from fp4rl.rl.verify import share_changed
 
-    experiment, runner = run.experiment, evaluation_runner(run.experiment)
+    experiment, summary, runner = run.experiment, run.record.summary, evaluation_runner(run.experiment)
     start = start_folder(experiment.model, experiment.task, root / "models")
-    recorded = run.record.summary.inputs.get("start model")
     steps = {0: start, run.record.steps_done: weights}
-    if not start.is_dir() or of_model(start) != recorded:
+    if not start.is_dir() or of_model(start) != summary.inputs.get("start model"):
         steps.pop(0)
         line = f"step 0 is not evaluated: {start} is not here as the run began with it"
         folder.add_evidence(Warned(line=line))
+    elif experiment.model.lora is None:  # a fresh adapter is drawn where it is trained
+        share = share_changed(_opened(start, experiment), _opened(weights, experiment), folder.add_evidence)
+        summary = summary.extended(weights_changed=share)
     for step, model in steps.items():
         last = model is weights
         for evaluation in runner.run(model, experiment.model.dtype, step, last, on_items, folder.add_evidence):
             folder.write_items(step, evaluation.profile.name, [asdict(item) for item in evaluation.items])
             folder.add_evidence(evaluation.summary())
+    return summary
 
 
-def _result(run: VerlRun, planned: PlannedRun, folder: RunFolder) -> RunResult:
+def _result(record: EngineRun, planned: PlannedRun, folder: RunFolder, summary: Summary) -> RunResult:
     """Return the result: verl's own, completed by what was evaluated here, and with what."""
-    record, here = run.record, code_digest()
-    own = record.code_digest
+    own, here = record.code_digest, code_digest()
     result = RunResult(
         version=VERSION,
         run_id=planned.run_id,
@@ -174,7 +185,7 @@ def _result(run: VerlRun, planned: PlannedRun, folder: RunFolder) -> RunResult:
         versions=record.versions,
         evaluated_with=versions(),
         evaluations=folder.evaluations(),
-        evidence=record.summary,
+        evidence=summary,
         steps_asked=record.steps_asked,
         steps_done=record.steps_done,
         wall_s=record.wall_s,
