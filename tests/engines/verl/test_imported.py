@@ -128,7 +128,9 @@ def test_every_verb_takes_it_as_any_other_run(of_verl, capsys):
     folder, _, runs = of_verl()
     assert taken(folder, runs, "--json") == 0
     key = json.loads(capsys.readouterr().out)["run"]
-    for verb in (["runs"], ["show", key], ["health", str(runs / key)], ["report", str(runs / "two")]):
+    shutil.rmtree(folder)  # a run has its own copy of the weights
+    packed = ["export", key, str(folder), "--to", "compressed_tensors", "--anyway"]
+    for verb in (["runs"], ["show", key], ["health", str(runs / key)], ["report", str(runs / "two")], packed):
         ending = [] if verb[0] in ("health", "report") else ["--runs", str(runs)]
         assert fp4rl([*verb, *ending]) == 0, verb
     assert "verl" in capsys.readouterr().out

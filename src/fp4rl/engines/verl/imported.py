@@ -114,7 +114,8 @@ def take_in(run: VerlRun, planned: PlannedRun, root: Path, weights: Path, on_ite
         write_lines(folder.path / "metrics.jsonl", run.metrics)
         for line in (*run.record.lines, *proof):
             folder.add_evidence(line)
-        summary = _evaluate(run, folder, weights, root, on_items)
+        shutil.copytree(weights, folder.path / "final")
+        summary = _evaluate(run, folder, folder.path / "final", root, on_items)
         if not (root / planned.suite / "suite.yaml").is_file() and planned.arm == "run":
             keep_suite(root, planned.suite, spec)
         folder.write_result(_result(run.record, planned, folder, summary))
