@@ -78,6 +78,7 @@ def test_parts_that_ranks_of_verl_saved_are_told_with_the_command_that_joins_the
     actor.mkdir()
     for rank in range(2):
         (actor / f"model_world_size_2_rank_{rank}.pt").touch()
+    (actor / "fsdp_config.json").write_text("{}")
     command = rf"`python -m verl\.model_merger merge --backend fsdp --local_dir {actor} --target_dir MERGED` joins them"
     refused(actor, NotFoundError, command)
     shutil.copytree(folder, actor / "huggingface")  # configuration and tokenizer alone, as verl leaves it by default

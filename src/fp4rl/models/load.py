@@ -89,7 +89,8 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
 def _folder(path: str | Path) -> Path:
     if not Path(path).is_dir():
         raise NotFoundError(f"model folder {str(path)!r} does not exist; give a Hugging Face folder on this disk")
-    if not any(Path(path).glob("*config.json")) and (joining := joining_shards(Path(path))) is not None:
+    described = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not described and (joining := joining_shards(Path(path))) is not None:
         raise NotFoundError(f"{str(path)!r} holds the parts of verl's ranks: `{joining}` joins them, in bfloat16")
     return Path(path)
 
