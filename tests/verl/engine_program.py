@@ -102,6 +102,12 @@ if kind == "full":
             "rounded in the reference": dict(reference.policy._counts()),
         }
     )
+    # A checkpoint goes on at its own step of the schedule.
+    made.save_checkpoint(str(folder / "checkpoint"), global_step=3)
+    again = engine()
+    again.load_checkpoint(str(folder / "checkpoint"), del_local_after_load=False)
+    resumed = streamed(again)
+    found[-1]["resumed"] = again.policy.streamed.step, all(torch.equal(value, sent[n]) for n, value in resumed.items())
     # A stream that is left half read gives the masters back too.
     before, stream = whole(made), made.get_per_tensor_param()[0]
     next(stream)

@@ -103,6 +103,10 @@ def test_a_stream_that_is_broken_off_gives_the_masters_back(ran):
     assert found(ran, "full")[-1]["half read"]
 
 
+def test_a_resumed_engine_streams_the_same_weights_with_the_noise_of_the_same_step(ran):
+    assert found(ran, "full")[-1]["resumed"] == [3, True]
+
+
 def test_every_layer_is_rounded_in_training_and_in_the_stream(ran):
     for at, each in enumerate(found(ran, "full")[:3]):
         assert (each["sites"], each["trainable"], each["compared"]) == (14, ALL, 14)

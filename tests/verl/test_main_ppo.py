@@ -16,9 +16,10 @@ pytest.importorskip("verl")
 
 import oracle
 
+from fp4rl.cli.main import main
 from fp4rl.lab.foreign.reader import read_steps
 from fp4rl.spec.evidence import Injected, MasterCheck, RolloutNoise, Rounded
-from fp4rl.spec.records import read_engine_run
+from fp4rl.spec.records import read_engine_run, read_result
 
 INJECTION = {"mode": "w4a8", "apply_during": {"input": ["training"]}}
 NOISE = {"schedule": {"kind": "linear", "sigma_start": 0.05, "sigma_end": 0.01}}  # over 2 steps: 0.05, 0.01
@@ -127,6 +128,19 @@ def test_the_record_holds_the_evidence_of_the_whole_run(full):
     injected = {(line.phase, line.point) for line in lines if isinstance(line, Injected)}
     assert injected >= {("training", "weight"), ("training", "input"), ("rollout", "weight"), ("evaluation", "weight")}
     assert run.summary.final_weights is not None
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_finished_run_is_a_run_of_the_ledger_whose_weights_are_those_that_were_trained(kind, request, tmp_path):
+    run = request.getfixturevalue(kind)
+    main(["runs", "import", str(run.left), "--suite", "tiny", "--arm", kind, "--runs", str(tmp_path)])
+    [folder] = (tmp_path / "tiny").glob(f"{kind}-s7-*")
+    result = read_result(json.loads((folder / "result.json").read_text()))
+    assert (result.steps_done, result.seed, result.versions["verl"]) == (2, 7, "0.9.1")
+    assert {(each.step, each.profile.name) for each in result.evaluations} == {
+        (step, profile) for step in (0, 2) for profile in ("full", "w4a16")
+    }
+    assert result.evidence.final_weights is not None
 
 
 def test_adapters_are_what_is_trained_and_reach_the_rollouts_unrounded(lora):

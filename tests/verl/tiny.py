@@ -84,6 +84,7 @@ def experiment(folder: Path, **parts: object) -> Path:
             "kl_loss_coef": 0.0,
             "rollout_correction": {"rollout_is": "token"},
         },
+        "evaluation": {"count": 4, "max_new_tokens": 8, "profiles": ["full", "w4a16"]},
         "engine": "verl",
         "seed": 7,
     } | parts

@@ -8,6 +8,7 @@ import pytest
 
 from fp4rl.engines.verl.policy import Report, Streamed
 from fp4rl.engines.verl.watch import RunWatch
+from fp4rl.lab.files import read_lines
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.evidence import Injected, LayerNoise, RolloutNoise
 from fp4rl.spec.experiment import Experiment
@@ -96,6 +97,29 @@ def test_a_step_in_which_something_did_not_act_ends_the_run(watch, wrong, why):
     good = report(1)
     with pytest.raises(CheckFailed, match=why):
         watch.stepped(1, [replace(good, **wrong) if "streamed" in wrong else good, replace(good, **wrong)])
+
+
+def test_an_arm_that_does_nothing_to_weights_needs_no_stream_of_the_plugin(tmp_path):
+    plain = Experiment.model_validate({"engine": "verl", "training": {"steps": 2}})
+    watch = RunWatch(plain, tmp_path, 2, 0, say=[].append)
+    empty = report(0, sites=Sites(digest=None), active={}, counts={}, streamed=None, evidence=())
+    watch.opened([empty] * 2)
+    assert watch.stepped(1, [empty] * 2) == {"fp4rl/sites": 0, "fp4rl/ranks": 2, "fp4rl/trainable": 100}
+
+
+def test_a_resumed_run_knows_the_health_and_the_noise_of_its_first_part(watch, tmp_path):
+    watch.opened([report(0, trained=False)])
+    for step in (1, 2):
+        watch.stepped(step, [report(step)])
+        watch.judged(step, {"actor/grad_norm": math.nan if step == 1 else 1.0})
+    again = RunWatch(SPEC, tmp_path, 2, 1, say=[].append)
+    again.opened([report(1, trained=False)])
+    again.stepped(2, [report(2)])
+    assert again.judged(2, {"actor/grad_norm": 1.0})["fp4rl/health/alarms"] == 1.0  # that of step 1
+    again.closed([replace(report(2), evidence=())])
+    run = read_engine_run(json.loads((tmp_path / "fp4rl_run.json").read_text()))
+    assert run.summary.noise.rollouts == 4  # after steps 0 and 1, and again after 1, which was sent anew, and 2
+    assert [line["step"] for line in read_lines(tmp_path / "fp4rl_metrics.jsonl")] == [1, 2]
 
 
 def test_an_alarm_is_printed_written_and_ends_the_run_where_it_must(watch, tmp_path):

@@ -10,7 +10,7 @@ Steps that a resumed run takes again are dropped first.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fp4rl.lab.files import append_line, dumps, read_lines, write_lines, write_w
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, EngineRun, Sites, Summary
+from fp4rl.spec.records import ENGINE_METRICS, ENGINE_RUN, EngineRun, Sites, Summary, read_evidence
 
 EVIDENCE = "fp4rl_evidence.jsonl"
 
@@ -34,6 +34,15 @@ class RunRecord:
         for name in (ENGINE_METRICS, EVIDENCE):
             kept = [line for line in read_lines(folder / name) if begun and line.get("step", 0) <= begun]
             write_lines(folder / name, kept)
+
+    def steps(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield the steps that were kept, each with its metrics."""
+        for line in read_lines(self.folder / ENGINE_METRICS):
+            yield line.pop("step"), {name: float(value) for name, value in line.items()}  # "nan" is a number again
+
+    def evidence(self) -> Iterator[Evidence]:
+        """Yield the lines of evidence that were kept."""
+        yield from (line for line in map(read_evidence, read_lines(self.folder / EVIDENCE)) if line is not None)
 
     def add(self, lines: Iterable[Evidence]) -> None:
         """Append lines of evidence."""

@@ -39,6 +39,9 @@ class RunWatch:
         """Take the reports after the first stream of weights, before any step; the record begins here."""
         first = _alike(reports)
         self._record = RunRecord(self.folder, self.experiment, first.sites, steps=self.steps, begun=self.begun)
+        for step, metrics in self._record.steps():  # of a run that is resumed
+            self._monitor.observe(step, metrics)
+        self._noise += [line for line in self._record.evidence() if isinstance(line, RolloutNoise)]
         self._take(reports)
         self._require_streamed(self.begun)
         plans, left = first.sites.plans or (), first.sites.left_out
