@@ -21,7 +21,7 @@ def said(capsys, tmp_path, monkeypatch):
     build_tokenizer().save_pretrained(tmp_path / "model")
     training = {"train_batch_size": 8, "mini_batch_size": 4, "rollout_n": 4, "steps": 3}
     base = {"model": {"path": "model"}, "training": training, "evaluation": {"count": 4}}
-    suite = {"suite": "mine", "seeds": [3, 4], "base": base, "arms": {"plain": {}, "w4a8": {"injection": "w4a8"}}}
+    suite = {"suite": "mine", "seeds": [3, 4], "base": base, "arms": {"plain": {}, "w4a16": {"injection": "w4a16"}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
     (tmp_path / "old.sh").write_text(OLD)
     monkeypatch.chdir(tmp_path)
@@ -35,10 +35,10 @@ def said(capsys, tmp_path, monkeypatch):
 
 
 def test_json_holds_all_that_verl_is_asked_for(said):
-    code, out, _ = said("mine.yaml", "training.lr=2e-6", "--arm", "w4a8", "--seed", "4", "--npu", "--json")
+    code, out, _ = said("mine.yaml", "training.lr=2e-6", "--arm", "w4a16", "--seed", "4", "--npu", "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["arm"], found["seed"], found["machine"], found["files"]) == ("w4a8", 4, "npu", [])
+    assert (found["arm"], found["seed"], found["machine"], found["files"]) == ("w4a16", 4, "npu", [])
     assert found["configuration"]["actor_rollout_ref.actor.optim.lr"] == 2e-6
     assert found["configuration"]["trainer.device"] == "npu"
     assert "actor_rollout_ref.actor.optim.lr=2e-06" in found["overrides"]
@@ -58,7 +58,7 @@ def test_the_script_goes_to_stdout_and_what_differs_to_stderr(said, tmp_path):
 
 
 def test_out_writes_the_script_with_its_data_and_experiment(said, tmp_path):
-    code, out, _ = said("mine.yaml", "--arm", "w4a8", "--cpu", "--out", "run.sh")
+    code, out, _ = said("mine.yaml", "--arm", "w4a16", "--cpu", "--out", "run.sh")
     assert code == 0
     for ending in ("sh", "train.parquet", "val.parquet", "spec.yaml"):
         assert (tmp_path / f"run.{ending}").is_file()
@@ -86,8 +86,8 @@ def test_a_translated_script_as_json(said):
 @pytest.mark.parametrize(
     ("words", "code", "cure"),
     [
-        (("mine.yaml",), 2, "name --arm: plain, w4a8"),
-        (("mine.yaml", "--arm", "w4a9"), 2, "did you mean 'w4a8'"),
+        (("mine.yaml",), 2, "name --arm: plain, w4a16"),
+        (("mine.yaml", "--arm", "w4a17"), 2, "did you mean 'w4a16'"),
         (("mine.yaml", "--arm", "plain", "--seed", "9"), 2, "seeds=[9]"),
         (("mine.yaml", "--arm", "plain", "--gpu", "--npu"), 2, "take one"),
         (("mine.yaml", "training.lr_scheduler=linear", "--arm", "plain"), 2, "constant and cosine"),

@@ -7,14 +7,14 @@ after it.
 import json
 import re
 
-import launched
 import pytest
-import tiny
-import torch
 
 pytest.importorskip("verl")
 
+import launched
 import oracle
+import tiny
+import torch
 
 from fp4rl.cli.main import main
 from fp4rl.lab.foreign.reader import read_steps

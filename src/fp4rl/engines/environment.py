@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.legacy import PREFIX
 
 VARIABLE = "FP4RL_BACKEND"
 VERL_SPEC = "FP4RL_VERL_SPEC"
@@ -36,6 +37,11 @@ def for_vllm() -> None:
 def verl_spec() -> str | None:
     """Return the path of the experiment that this process of a verl run is under; None without one."""
     return os.environ.get(VERL_SPEC) or None
+
+
+def noisy_operators() -> dict[str, str]:
+    """Return the variables by which a fork of verl was told of noisy operators; nothing else reads them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
 
 
 def choose_engine(vendor: str) -> None:

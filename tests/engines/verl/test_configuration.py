@@ -10,6 +10,7 @@ from fp4rl.engines.verl.configuration import Files, configuration, micro_batch
 from fp4rl.engines.verl.differences import differences, require_expressible
 from fp4rl.engines.verl.keys import NO_DUAL_CLIP, SAME
 from fp4rl.engines.verl.machines import CPU, GPU, NPU
+from fp4rl.engines.verl.script import verl_run
 from fp4rl.lab.matrix import single
 from fp4rl.spec.algorithms import ALGORITHMS
 from fp4rl.spec.errors import InvalidValueError
@@ -191,7 +192,8 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"lr_scheduler": "linear"}}, "training.lr_scheduler", "constant and cosine"),
         ({"training": {"mask_truncated": True}}, "training.mask_truncated", "write false"),
         ({"training": {"routing_replay": True}}, "training.routing_replay", "write false"),
-        ({"training": {"distillation": {}}}, "training.distillation", "fp4rl run"),
+        ({"training": {"distillation": {}}}, "training.distillation", "leave it out"),
+        ({"injection": "w4a4"}, "injection: input", "apply_during: {input: [training]}"),
         ({"training": {"mini_batch_size": 1, "rollout_n": 4}}, "training.mini_batch_size", "--devices"),
         ({"evaluation": {"max_new_tokens": 7}}, "evaluation.max_new_tokens", "write 1024"),
         ({"rollout": {"engine": "vllm", "server": "http://h:1"}}, "rollout.server", "leave it out"),
@@ -201,7 +203,7 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
 )
 def test_what_verl_cannot_express_is_refused_by_name_with_the_cure(content, key, cure):
     with pytest.raises(InvalidValueError, match=re.escape(key)) as refused:
-        require_expressible(experiment(**content), 8)
+        verl_run(single(experiment(**content), "mine"), GPU, 8, Files(Path("/x/run.sh")))
     assert cure in str(refused.value)
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from fp4rl.engines.verl.configuration import Files, configuration
 from fp4rl.engines.verl.machines import GPU
-from fp4rl.engines.verl.old import recipe, rows_of, translate
+from fp4rl.engines.verl.old import recipe, require_agreement, rows_of, translate
 from fp4rl.engines.verl.old_files import settings_in
 from fp4rl.lab.catalogue import named
 from fp4rl.lab.matrix import planned, single
@@ -106,6 +106,34 @@ def test_variables_and_the_trainers_copy_of_them_are_one_setting():
     assert translate(copied, env)[0] == translate({}, env)[0] == translate(copied, {})[0]
     (error,) = Injection.model_validate(translate({}, env)[0]["injection"]).errors
     assert error.scale == 0.05
+
+
+ROUNDS = ERRORS | {
+    "trainer.hw_error_injection.error_type": "mxfp4",
+    "trainer.hw_error_injection.injection_point": "weight",
+}
+
+
+def test_old_settings_beside_an_experiment_must_say_what_it_says():
+    experiment = Experiment.model_validate({"model": {"path": "m"}, "injection": "w4a16"})
+    assert require_agreement(experiment, {"trainer.total_epochs": 1}, {"HOME": "/x"}) == ()
+    assert any("hooks swapped weights" in line for line in require_agreement(experiment, ROUNDS, {}))
+    for other in (ROUNDS | NOISE, ROUNDS | {"trainer.hw_error_injection.seed": 3}):
+        with pytest.raises(InvalidValueError, match="verl-config --from"):
+            require_agreement(experiment, other, {})
+    with pytest.raises(InvalidValueError, match="another injection"):
+        require_agreement(experiment, {}, {"VERL_NOISY_OPS_ENABLED": "1"})
+
+
+def test_old_variables_without_an_experiment_do_not_pass_for_noise(monkeypatch):
+    monkeypatch.delenv("FP4RL_VERL_SPEC", raising=False)
+    monkeypatch.delenv("VERL_NOISY_OPS_ENABLED", raising=False)
+    from fp4rl.engines.verl import plugin
+
+    plugin.apply()
+    monkeypatch.setenv("VERL_NOISY_OPS_ENABLED", "1")
+    with pytest.raises(InvalidValueError, match="verl-config --from"):
+        plugin.apply()
 
 
 def test_a_schedule_longer_than_the_run_is_told():

@@ -1,4 +1,7 @@
-"""What verl cannot express of an experiment, and what means something else there."""
+"""What verl cannot express of an experiment, and what means something else there.
+
+What its configuration can express and the plug-in cannot do stands in `limits`.
+"""
 
 from collections.abc import Iterator
 
@@ -31,8 +34,6 @@ def _model(experiment: Experiment) -> Iterator[str]:
         yield "model.experts_implementation: verl chooses how experts are computed; leave it out"
     if model.lora is not None:
         yield from _lora(model.lora)
-    if experiment.injection is not None and experiment.injection.frozen_base == "packed":
-        yield "injection.frozen_base packed: FSDP shards weights, not codes; write copy"
 
 
 def _lora(lora: Lora) -> Iterator[str]:
@@ -53,11 +54,6 @@ def _training(recipe: Training) -> Iterator[str]:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
     if recipe.routing_replay:
         yield "training.routing_replay: verl replays routes on Megatron and VeOmni, not on FSDP; write false"
-    if recipe.distillation is not None:
-        yield (
-            "training.distillation: verl distils from a teacher that it serves beside the run, not from the model "
-            "itself; leave it out, or take `fp4rl run`"
-        )
 
 
 def _around(experiment: Experiment) -> Iterator[str]:
@@ -71,8 +67,6 @@ def _around(experiment: Experiment) -> Iterator[str]:
         yield "rollout.server: verl starts its own servers; leave it out"
     if noise is not None and noise.logprobs == "noisy" and policy_loss(recipe) != "vanilla":
         yield f"noise.logprobs noisy: verl then has PPO's loss alone, not that of {recipe.algorithm}; write clean"
-    if noise is not None and noise.precision == "float32":
-        yield "noise.precision float32: in verl the noise is sent in the rollout's own dtype; write weight"
 
 
 def _shares(experiment: Experiment, devices: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ that verl gave where a script named none.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from fp4rl.engines.verl.keys import ACTOR, CORRECTION, MODEL, NO_DUAL_CLIP, OVERLONG, ROLLOUT, SAME
 from fp4rl.spec import legacy
 from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.legacy_noise import EPOCHS
+from fp4rl.spec.load import parse
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 
@@ -77,6 +79,31 @@ def translate(old: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str,
         return {}, ()
     translation = legacy.translate(present)
     return translation.fragment(), (*translation.warnings, *_of_noise(translation.noise, old))
+
+
+def require_agreement(experiment: Experiment, old: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the lines of settings of the fork that stand beside an experiment, none where there are none.
+
+    Raises InvalidValueError where they describe something else: one of the two would be without effect.
+    """
+    parts, lines = translate(old, env)
+    theirs = parse(Experiment, experiment.model_dump(mode="json") | parts, "settings of the verl fork")
+    for key in parts:
+        if getattr(theirs, key) != getattr(experiment, key):
+            raise InvalidValueError(
+                f"settings of the verl fork beside the experiment describe another {key}; take them out, or their "
+                f"values into the experiment (`fp4rl verl-config --from` prints them)"
+            )
+    return lines
+
+
+def flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value for everything below nested keys."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _of_noise(noise: Noise | None, old: Mapping[str, Any]) -> list[str]:

@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp4rl.engines.verl.old import AROUND, is_added
+from fp4rl.engines.verl.old import AROUND, flat, is_added
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.load import read_yaml
 
@@ -25,8 +25,8 @@ def settings_in(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     fork's settings stays unknown, and where nothing is found.
     """
     if file.suffix in (".yaml", ".yml"):
-        flat = dict(_flat(read_yaml(file)))
-        return {k: v for k, v in flat.items() if "." in k}, {k: str(v) for k, v in flat.items() if "." not in k}
+        nested = dict(flat(read_yaml(file)))
+        return {k: v for k, v in nested.items() if "." in k}, {k: str(v) for k, v in nested.items() if "." not in k}
     settings, variables = _in_script(_text(file))
     for key, value in settings.items():
         if _UNKNOWN.search(value) and not key.startswith(AROUND):
@@ -45,14 +45,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InvalidValueError(f"{file}: not a text file in UTF-8; name a script or a YAML file") from None
-
-
-def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _in_script(text: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -3,14 +3,20 @@
 verl hides an exception in here at DEBUG. So what is wrong ends the process, with one line.
 """
 
-from fp4rl.engines.environment import choose_engine
+from fp4rl.engines.environment import choose_engine, noisy_operators
+from fp4rl.engines.verl.old import translate
 from fp4rl.engines.verl.settings import VENDOR, experiment
-from fp4rl.spec.errors import CheckFailed, UserError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError, UserError
+from fp4rl.spec.legacy import PREFIX
 
 
 def apply() -> None:
     """Register engine and trainer, where this process is under an experiment and verl is the one that was checked."""
     if experiment() is None:
+        if translate({}, noisy_operators())[0]:
+            raise InvalidValueError(
+                f"{PREFIX}ENABLED is a fork's own; `fp4rl verl-config --from SCRIPT` reads it (or unset it)"
+            )
         return
     from fp4rl.engines.verl.contract import require
 

@@ -11,6 +11,7 @@ import yaml
 from fp4rl.engines.verl import data, hydra
 from fp4rl.engines.verl.configuration import Files, configuration
 from fp4rl.engines.verl.differences import differences, require_expressible
+from fp4rl.engines.verl.limits import require_possible
 from fp4rl.engines.verl.machines import Machine
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.matrix import PlannedRun
@@ -65,8 +66,9 @@ def verl_run(run: PlannedRun, machine: Machine, devices: int | None, files: File
     said = list(differences(experiment, machine, devices))
     if not here:
         said.append(f"{folder} is not on this machine: what its tokenizer puts before a prompt was not looked at")
-    variables = dict(machine.variables)
-    return VerlRun(run, machine, configuration(run, machine, devices, files, template), variables, tuple(said))
+    keys = configuration(run, machine, devices, files, template)
+    require_possible(experiment, lambda key: keys.get(key, keys.get(f"+{key}")))
+    return VerlRun(run, machine, keys, dict(machine.variables), tuple(said))
 
 
 def write_run(request: VerlRun, files: Files) -> Sequence[Path]:

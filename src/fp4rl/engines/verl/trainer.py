@@ -11,8 +11,10 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from fp4rl.engines.environment import noisy_operators
 from fp4rl.engines.verl.engine import Engine
 from fp4rl.engines.verl.limits import require_possible
+from fp4rl.engines.verl.old import flat, require_agreement
 from fp4rl.engines.verl.policy import Report
 from fp4rl.engines.verl.settings import TRAINER_MODE, experiment
 from fp4rl.engines.verl.watch import RunWatch
@@ -55,6 +57,9 @@ class Trainer(PPOTrainerSync):  # type: ignore[misc]
     def __init__(self, config: DictConfig) -> None:
         self.experiment = _experiment()
         require_possible(self.experiment, lambda key: OmegaConf.select(config, key))
+        present = dict(flat(OmegaConf.to_container(config)))
+        for line in require_agreement(self.experiment, present, noisy_operators()):
+            _say(f"fp4rl: warning: {line}")
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl decides by this name how it samples and saves
         super().__init__(config)
