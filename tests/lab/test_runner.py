@@ -224,7 +224,7 @@ def test_a_run_reports_to_what_is_asked_and_its_spec_does_not_change_by_it(train
 
 def test_the_pool_hands_its_workers_what_to_report_to():
     orders = []
-    worker = processes._Worker(SimpleNamespace(is_alive=lambda: True), SimpleNamespace(send=orders.append))
+    worker = processes._Worker(SimpleNamespace(is_alive=lambda: True), SimpleNamespace(send=orders.append), 0)
     assert LocalPool(report_to=("mlflow",))._assigned(RUNS[0], Path("runs"), worker) is worker
     assert orders == [(RUNS[0], Path("runs"), ("mlflow",))]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pyarrow import parquet
 
 from fp4rl.cli.main import main
 from planted.records import line
@@ -151,6 +152,52 @@ def test_show_finds_the_answers_to_one_problem(root: str, capsys: pytest.Capture
     (answer,) = read(capsys)["answers"]
     assert (answer["strict"], answer["length"], answer["completion"]) == (True, 4, "#### 3")
     assert main(["show", "w4a4-s0", "--problem", "p9", "--runs", root]) == 2
+    fourth = parquet.read_table(next(Path(root).glob("trial/w4a4-s0-*/items/*.parquet")))["problem_id"][3].as_py()
+    assert main(["show", "w4a4-s0", "--problem", "4", "--runs", root]) == 0
+    shown = capsys.readouterr().out
+    assert f"on {fourth}" in shown
+    assert "its task has no such problem any more" in shown
+    for number in ("0", "41"):
+        assert main(["show", "w4a4-s0", "--problem", number, "--runs", root]) == 2
+        assert "numbered 1 to 40" in capsys.readouterr().err
+
+
+def test_show_prints_question_and_gold_and_lists_what_was_not_solved(make_run, capsys, tmp_path):
+    """The oracle: the task itself, whose ids derive from its questions."""
+    from fp4rl.tasks.arithmetic import Arithmetic
+
+    problems = Arithmetic().problems("test", 40)
+    folder = make_run("bf16", 0, [number % 2 == 0 for number in range(40)], spec={"evaluation": {"count": 40}})
+    file = folder.path / "items" / "30-deployment.parquet"
+    stored = parquet.read_table(file).to_pylist()
+    rows = [
+        row | {"problem_id": problem.id, "strict": number % 2 == 0}
+        for number, (row, problem) in enumerate(zip(stored, problems, strict=True))
+    ]
+    folder.write_items(30, "deployment", rows)
+    words = ["show", "bf16-s0", "--runs", str(tmp_path / "runs")]
+    assert main([*words, "--problem", "2", "--json"]) == 0
+    told = read(capsys)
+    asked = problems[1]
+    assert told["problem"] == {
+        "id": asked.id,
+        "split": "test",
+        "prompt": asked.prompt,
+        "answer": asked.answer,
+        "solution": asked.solution,
+    }
+    assert main([*words, "--problem", asked.id]) == 0
+    shown = capsys.readouterr().out
+    assert repr(asked.prompt) in shown
+    assert f"gold  {asked.answer!r}" in shown
+    assert main([*words, "--failures", "--json"]) == 0
+    (listed,) = read(capsys)["failures"]
+    assert [each["problem_id"] for each in listed["unsolved"]] == [problem.id for problem in problems[1::2]]
+    assert [each["number"] for each in listed["unsolved"]] == list(range(2, 41, 2))
+    assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "20 of 40 problems not solved" in shown
+    assert "and 8 more (--failures)" in shown
 
 
 def test_show_names_the_nearest_run(root: str, capsys: pytest.CaptureFixture[str]):

@@ -45,6 +45,7 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"training": {"filter_groups": {"enable": False, "max_num_gen_batches": 9}}},
         {"training": {"filter_groups": {"enable": True}}},
     ),
+    ("training.save_total_limit", {"training": {"save_total_limit": 5}}, {"training": {"save_freq": 2}}),
     (
         "training.rollout_correction.threshold",
         {"training": {"rollout_correction": {"threshold": 5.0}}},

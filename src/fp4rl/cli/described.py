@@ -1,6 +1,6 @@
 """From the words of a command line to the runs that they describe."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fp4rl.cli.terminal import say_once
@@ -51,6 +51,19 @@ def _without_effect(file: Path, overrides: list[str], suite: Suite) -> Iterator[
 def runs_described(described: Suite | Experiment, name: str) -> tuple[PlannedRun, ...]:
     """Return the runs of a suite, or an experiment of its own as the single run of a suite called `name`."""
     return planned(described) if isinstance(described, Suite) else (single(described, name),)
+
+
+def selected(runs: Sequence[PlannedRun], arms: Sequence[str], seeds: Sequence[int]) -> tuple[PlannedRun, ...]:
+    """Return the runs of these arms and seeds; all where none are named. Raises NotFoundError for one that is not
+    planned."""
+    known_arms, known_seeds = list(dict.fromkeys(run.arm for run in runs)), sorted({run.seed for run in runs})
+    for arm in arms:
+        if arm not in known_arms:
+            raise NotFoundError(f"--arm {arm}: no such arm{nearest(arm, known_arms)}")
+    for seed in seeds:
+        if seed not in known_seeds:
+            raise NotFoundError(f"--seed {seed}: the seeds are {known_seeds}; seeds=[{seed}] (of one run: seed={seed})")
+    return tuple(run for run in runs if run.arm in (arms or known_arms) and run.seed in (seeds or known_seeds))
 
 
 def require_here(runs: Iterable[PlannedRun]) -> None:

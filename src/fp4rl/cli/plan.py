@@ -9,13 +9,17 @@ import yaml
 from rich.table import Table
 
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
-from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.ledger import ledger_address
+from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
+from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
+from fp4rl.lab.runs import Run
 from fp4rl.lab.serving import fates, served_as
 from fp4rl.lab.suites import statuses_of
+from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.words import counted
@@ -28,6 +32,8 @@ def command(
     show_prompt: Annotated[
         bool, typer.Option("--show-prompt", help="Show instead what the model sees of problem 1: text and token ids.")
     ] = False,
+    jobs: Jobs = 2,
+    ledger: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a file describes: its arms, its questions, and its runs with their ids.
@@ -65,12 +71,29 @@ def command(
         if (status := statuses[run.run_id]).why:
             print_indented((run.run_id, "bold"), f" {status.word}: {status.why}")
     _print_served({run.arm: run.experiment for run in runs_planned})
+    missing = [run for run in runs_planned if not statuses[run.run_id].finished]
+    for line in estimated(missing, _earlier(missing, runs, ledger), jobs):
+        print_indented(line, by=0)
     for line in own_code(runs_planned):
         print_indented(("code", "yellow"), f": {line}")
     for line in warnings_of(runs_planned, described):
         screen.print(styled(("warning", "yellow"), f": {line}"))
     for line in missing_files(runs_planned):
         screen.print(styled(("missing", "yellow"), f": {line}"))
+
+
+def _earlier(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> list[Run]:
+    """Return the runs of the ledger that are of the task and model of one that is missing; none without a ledger."""
+    address = ledger_address(runs, ledger)
+    if not missing or (isinstance(address, Path) and not address.is_file()):
+        return []
+    from fp4rl.lab.ledger.query import runs_on  # and with it SQL, which a plan without earlier runs does not need
+    from fp4rl.lab.ledger.store import open_ledger
+
+    specs = [run.experiment.model_dump(mode="json") for run in missing]
+    kinds = {(digest(spec["task"]), digest(spec["model"])) for spec in specs}
+    with open_ledger(address) as book, book.reading() as connection:
+        return runs_on(connection, kinds)
 
 
 def _print_what(experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 
-from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
+from fp4rl.cli.described import described_by, own_code, require_here, runs_described, selected, warnings_of
 from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
@@ -51,6 +51,8 @@ def command(
     overrides: Overrides = None,
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; may be repeated.")] = None,
     report_to: ReportTo = None,
     ledger: Address = None,
     rerun_stale: Annotated[
@@ -78,6 +80,8 @@ def command(
         report_to or (),
         ledger,
         rerun_stale=rerun_stale,
+        arms=arm or (),
+        seeds=seed or (),
         quiet=as_json,
         stall_minutes=stall_timeout,
     )
@@ -132,15 +136,17 @@ def carry_out_all(
     rerun_stale: bool = False,
     quiet: bool = False,
     stall_minutes: float = STALL_MINUTES,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
 ) -> SuiteOutcome:
-    """Run what is described below `root` with a live display; used by `run` and `quickstart`.
+    """Run what is described below `root` with a live display, of named `arms` and `seeds` only these.
 
     Under a launcher (torchrun) all its processes train each run together, and only the first prints.
     """
     from fp4rl.lab.sinks import close_left_open, require_sinks
 
     require_sinks(report_to)
-    every = runs_described(described, name)
+    every = selected(runs_described(described, name), arms, seeds)
     require_here(every)
     runs = _trained_here(every, root)
     if launched():

@@ -12,6 +12,7 @@ from rich.table import Table
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
+from fp4rl.lab import questions
 from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder, require_not_failed
 from fp4rl.spec.errors import NotFoundError
@@ -20,20 +21,27 @@ from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.query import About
+    from fp4rl.spec.task import Problem
 
 _FEW = 12
+_OF_A_PROBLEM = ("id", "split", "prompt", "answer", "solution")
 
 
 def command(
     run: Annotated[str, typer.Argument(help="suite/run-id, run id, or the beginning of either.")],
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
-    problem: Annotated[str | None, typer.Option(help="Show the answers to this problem instead.")] = None,
+    problem: Annotated[
+        str | None, typer.Option(help="Show question, gold answer and answers to this problem, by number or id.")
+    ] = None,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="List every problem that the last evaluation did not solve.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run: its description, its scores with their conditions, its evidence, curves and files.
 
-    Example: `fp4rl show quickstart/w4a4-s0`
+    Example: `fp4rl show quickstart/w4a4-s0 --problem 3`
     """
     from fp4rl.lab.ledger.query import about, answers
 
@@ -43,16 +51,26 @@ def command(
         except NotFoundError:
             require_not_failed(runs, run)
             raise
+    folder = RunFolder(runs / known.run.suite / known.run.run_id)
     if problem is not None:
-        given = answers(RunFolder(runs / known.run.suite / known.run.run_id), problem)
+        name = questions.named(folder, problem)
+        given, (stated, why) = answers(folder, name), questions.asked_of(known.run.spec, name)
         if as_json:
-            print_json(json_ready({"run": known.run_row(), "answers": given}))
+            own = None if stated is None else {key: getattr(stated, key) for key in _OF_A_PROBLEM}
+            print_json(json_ready({"run": known.run_row(), "problem": own, "answers": given}))
         else:
-            _print_answers(known.run.key, given, problem)
+            _print_answers(known.run.key, given, name, stated, why)
+    elif failures:
+        lists = questions.failures(folder)
+        if as_json:
+            print_json({"run": known.run_row(), "failures": [each.as_dict() for each in lists]})
+        else:
+            _print_failures(lists, shown=None)
     elif as_json:
         print_json(json_ready(known.as_dict()))
     else:
         _print(known)
+        _print_failures(questions.failures(folder), shown=_FEW)
 
 
 def _print(about: "About") -> None:
@@ -124,9 +142,28 @@ def _curves(curves: dict[str, dict[str, Any]]) -> Table:
     return table(*columns, rows=rows, title=f"{len(shown)} curves{hidden}")
 
 
-def _print_answers(run: str, answers: list[dict[str, Any]], problem: str) -> None:
+def _print_failures(lists: "Sequence[questions.Failures]", shown: int | None) -> None:
+    """Print which problems were not solved, all or the first few `shown` of each profile."""
+    for each in lists:
+        text = f"{len(each.unsolved)} of {counted(each.problems, 'problem')} not solved"
+        console().print(styled((f"{each.profile}, step {each.step}", "bold"), f": {text}"))
+        listed = list(each.unsolved.items())[:shown]
+        more = f" and {len(each.unsolved) - len(listed)} more (--failures)" if len(listed) < len(each.unsolved) else ""
+        if listed:
+            print_indented(", ".join(f"{number} {name}" for number, name in listed) + more)
+    if shown is not None and any(each.unsolved for each in lists):
+        console().print("  --problem NUMBER shows question, gold answer and answers")
+
+
+def _print_answers(run: str, answers: list[dict[str, Any]], problem: str, stated: "Problem | None", why: str) -> None:
     screen = console()
     screen.print(styled((run, "bold"), f" on {problem}"))
+    if stated is None:
+        screen.print(f"{why}; its answers are below")
+    else:
+        for what, text in (("asked", stated.prompt), ("gold", stated.answer), ("solution", stated.solution)):
+            screen.print(styled((what, "bold")), end="")
+            screen.print(f"  {text!r}", soft_wrap=True)
     for answer in answers:
         verdict = "solved" if answer["strict"] else "not solved"
         where = f"step {answer['step']}, {answer['profile']}, sample {answer['sample']}"

@@ -34,6 +34,7 @@ from fp4rl.rl.train import Trained, train
 from fp4rl.spec.errors import require_finite
 from fp4rl.spec.evidence import CheckpointKept, Evaluation, Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
+from fp4rl.spec.training import Training
 
 _FILES = ("evidence.jsonl", "metrics.jsonl", "sites.json", "log.txt")
 _FOLDERS = ("items", "checkpoints", "on-the-way", "final", "tensorboard")
@@ -80,7 +81,7 @@ def execute_run(
             result = _result(run, trained, folder.evaluations(), time.perf_counter() - started)
             require_finite("result", result.as_json())
             folder.write_result(result)
-        _forget_interruptions(folder, run.experiment.training.save_freq)
+        _forget_interruptions(folder, run.experiment.training)
     return folder
 
 
@@ -120,10 +121,12 @@ def _note_attempt(folder: RunFolder, step: int) -> None:
     )
 
 
-def _forget_interruptions(folder: RunFolder, every: int) -> None:
+def _forget_interruptions(folder: RunFolder, recipe: Training) -> None:
     """Delete the checkpoints of a finished run that its spec does not keep."""
-    checkpoints = folder.path / "checkpoints"
-    remove([path for step, path in all_of(checkpoints).items() if not every or step % every])
+    checkpoints, every = folder.path / "checkpoints", recipe.save_freq
+    complete = all_of(checkpoints)
+    regular = [step for step in sorted(complete) if every and step % every == 0]
+    remove([path for step, path in complete.items() if step not in regular[-recipe.save_total_limit :]])
     if not every:
         shutil.rmtree(checkpoints, ignore_errors=True)
 

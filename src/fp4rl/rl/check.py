@@ -8,6 +8,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
+from fp4rl.rl.components import require_optimizer
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
@@ -27,6 +28,7 @@ def check(experiment: Experiment) -> None:
     held-out problems are also trained on.
     """
     rewards_of(experiment.training)
+    require_optimizer(experiment.training.optimizer)
     sampler_named(experiment.rollout)
     _reference_can_be_what_it_says(experiment)
     _one_correction_is_enough(experiment)

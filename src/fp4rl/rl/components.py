@@ -4,6 +4,7 @@ A recipe is translated to TRL's `GRPOConfig`; everything that is not named in `a
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +15,9 @@ from fp4rl.rl.phases import Phases
 from fp4rl.rl.processes import device
 from fp4rl.rl.reference import FrozenPolicy
 from fp4rl.rl.rewards import Rewarder
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.training import Training
+from fp4rl.spec.training import OPTIMIZERS_OF, Training
 
 
 class Supervisor(Protocol):
@@ -87,12 +88,24 @@ def arguments(recipe: Training, folder: Path, seed: int, processes: int = 1) -> 
         "lr_scheduler_type": "constant_with_warmup" if recipe.lr_scheduler == "constant" else recipe.lr_scheduler,
         "warmup_steps": recipe.lr_warmup_steps * updates,
         "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.betas[0],
+        "adam_beta2": recipe.betas[1],
+        **({} if recipe.optimizer == "adamw" else {"optim": recipe.optimizer}),
         "max_grad_norm": recipe.grad_clip,
         # At rollout boundaries only: in between, a batch of answers would have to be saved too.
         "save_strategy": "steps" if recipe.save_freq else "no",
         **({"save_steps": recipe.save_freq * updates} if recipe.save_freq else {}),
         "ignore_data_skip": True,  # problems come from fp4rl's own stream; TRL's loader only counts
     }
+
+
+def require_optimizer(name: str) -> None:
+    """Raise NotFoundError for an optimizer whose package is not installed here."""
+    package = OPTIMIZERS_OF.get(name)
+    if package is not None and find_spec(package) is None:
+        raise NotFoundError(
+            f"training.optimizer {name} is of {package}, which is not installed: pip install {package}, or take adamw"
+        )
 
 
 def require_processes(experiment: Experiment, count: int) -> None:

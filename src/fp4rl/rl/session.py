@@ -161,9 +161,12 @@ class TrainingSession:
 
     def _checkpoints_to_keep(self) -> int:
         """Return how many at multiples of `save_freq` stay: with rollbacks, one must be older than an alarm's onset."""
-        health, every = self.run.experiment.health, self.run.experiment.training.save_freq
+        health, recipe = self.run.experiment.health, self.run.experiment.training
+        every = recipe.save_freq
         policies = {health.policy, *health.policies.values(), *(rule.action for rule in health.rules)}
-        return 2 + (ceil(health.thresholds.persist / every) if every and "rollback" in policies else 0)
+        return recipe.save_total_limit + (
+            ceil(health.thresholds.persist / every) if every and "rollback" in policies else 0
+        )
 
     # -- what the trainer calls
 

@@ -48,6 +48,8 @@ def value_at(experiment: Experiment, key: str) -> Any:
 def rules(experiment: Experiment) -> Rules:
     """Yield (reason, keys) for everything that cannot act in an experiment, whether its keys are set or not."""
     yield from _of_training(experiment)
+    if not experiment.training.save_freq:
+        yield "training.save_freq is 0: no checkpoint stays", ("training.save_total_limit",)
     yield from _of_models(experiment)
     if experiment.injection is not None:
         yield from _of_injection(experiment.injection, experiment.evaluation.all_profiles)

@@ -1,8 +1,9 @@
 """How a policy is trained: the settings of GRPO and its relatives under the names that verl and TRL use."""
 
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -31,6 +32,26 @@ class FilterGroups(Spec):
         default="score", description="score: what training.reward gives; reward: less the overlong punishment; acc"
     )
     max_num_gen_batches: PositiveInt = 3
+
+
+OptimizerName = Literal[
+    "adamw",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+]
+# The package that an optimizer comes from, where it is not torch itself.
+OPTIMIZERS_OF: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), "bitsandbytes"),
+        **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao"),
+    }
+)
+_Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class WeightedReward(Spec):
@@ -87,6 +108,11 @@ class Training(Spec):
     lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0, description="steps in which lr rises")
     weight_decay: float = Field(default=0.0, ge=0.0)
+    optimizer: OptimizerName = later_key(
+        "adamw",
+        description="as transformers names it; of 8 bits: adamw_8bit (bitsandbytes), adamw_torch_8bit (torchao)",
+    )
+    betas: tuple[_Decay, _Decay] = later_key((0.9, 0.999), description="of AdamW: how slowly its two means move")
     grad_clip: PositiveFloat = Field(default=1.0, description="greatest norm of the gradient")
     clip_ratio_low: float | None = Field(default=None, gt=0.0, le=1.0, description="the algorithm's own by default")
     clip_ratio_high: PositiveFloat | None = Field(default=None, description="the algorithm's own (DAPO: 0.28)")
@@ -131,6 +157,7 @@ class Training(Spec):
         False, description="mixtures: whether training takes the experts that the rollout chose for each token"
     )
     save_freq: int = Field(default=0, ge=0, description="steps between checkpoints that stay after the run; 0: none do")
+    save_total_limit: PositiveInt = later_key(2, description="how many of them stay, the newest; more for rollbacks")
 
     @field_validator("algorithm", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from typing import Any
 
 from fp4rl.engines.environment import choose_backend
 from fp4rl.engines.executors.deaths import described, die_with
+from fp4rl.engines.executors.devices import devices_here
 from fp4rl.engines.executors.together import together
 from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.lab import heartbeat
@@ -32,6 +33,7 @@ from fp4rl.rl import events
 class _Worker:
     process: SpawnProcess
     pipe: Connection
+    number: int
     run: PlannedRun | None = None
     heard_at: float = 0.0  # when it last sent something, by the monotonic clock
 
@@ -40,7 +42,7 @@ class _Worker:
 class LocalPool:
     """A pool of `workers` processes of `threads` threads each. They end with this process, however it ends.
 
-    `report_to`: see `lab.work.execute_run`.
+    `report_to`: see `lab.work.execute_run`. Accelerators are dealt out to the workers (`devices.py`).
 
     If a worker dies (killed, out of memory), only its own run fails, which is reported and can be run again; a new
     worker replaces it. So does one that reports no progress for `stall_s` seconds (None: never): its worker is killed.
@@ -56,10 +58,11 @@ class LocalPool:
         any exception here (a second Ctrl-C) all workers are ended before it is passed on."""
         waiting, stopping = list(runs), False
         workers: list[_Worker] = []
+        dealt = self._dealt(runs)
         with _interruptible() as interrupted, contextlib.ExitStack() as at_last:
             at_last.callback(_kill, workers)
-            while waiting and len(workers) < self.workers:
-                workers.append(self._assigned(waiting.pop(0), root))
+            for number, environment in enumerate(dealt):  # one by one: those that run already are ended on an error
+                workers += [self._assigned(waiting.pop(0), root, self._spawned(number, environment))]
             while workers:
                 if interrupted.is_set() and not stopping:
                     stopping = True
@@ -74,15 +77,26 @@ class LocalPool:
                     yield outcome
                     workers.remove(worker)
                     if waiting:
+                        if not worker.process.is_alive():
+                            worker = self._spawned(worker.number, dealt[worker.number])
                         workers.append(self._assigned(waiting.pop(0), root, worker))
                     else:
                         _stop(worker)
             if interrupted.is_set():
                 raise KeyboardInterrupt
 
-    def _assigned(self, run: PlannedRun, root: Path, worker: _Worker | None = None) -> _Worker:
-        if worker is None or not worker.process.is_alive():
-            worker = self._spawned()
+    def _dealt(self, runs: Sequence[PlannedRun]) -> list[dict[str, str]]:
+        """Return the environment of each worker: fewer than asked for where a run's processes take more devices each
+        than so many workers would have."""
+        count = min(self.workers, len(runs))
+        devices = devices_here() if count > 1 else None
+        if devices is None:
+            return [{}] * count
+        together = max(run.experiment.processes for run in runs)
+        count = max(1, min(count, len(devices.names) // together)) if together > 1 else count
+        return [devices.of_worker(number, count) for number in range(count)]
+
+    def _assigned(self, run: PlannedRun, root: Path, worker: _Worker) -> _Worker:
         worker.run, worker.heard_at = run, time.monotonic()
         worker.pipe.send((run, root, self.report_to))
         return worker
@@ -90,10 +104,10 @@ class LocalPool:
     def _stalled(self, worker: _Worker) -> bool:
         return self.stall_s is not None and time.monotonic() - worker.heard_at > self.stall_s
 
-    def _spawned(self) -> _Worker:
+    def _spawned(self, number: int, environment: dict[str, str]) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads, environment), daemon=True)
         # Ctrl-C goes to the whole process group. It is blocked while a child starts, so that no child prints a
         # traceback of its imports; both receive it afterwards.
         resource_tracker.ensure_running()  # before blocking, since starting it unblocks the signal
@@ -103,7 +117,7 @@ class LocalPool:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, number)
 
 
 @contextlib.contextmanager
@@ -187,8 +201,12 @@ def _stop(worker: _Worker) -> None:
     worker.process.join()
 
 
-def _serve(pipe: Connection, parent: int, threads: int) -> None:
-    """Run, in the child, what is sent until told to stop; send back each run's events and outcome."""
+def _serve(pipe: Connection, parent: int, threads: int, environment: dict[str, str]) -> None:
+    """Run, in the child, what is sent until told to stop; send back each run's events and outcome.
+
+    `environment` names the devices of this worker, before torch looks for them.
+    """
+    os.environ.update(environment)
     stop_requested = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop_requested.set())  # from the terminal, or passed on by the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -50,6 +50,8 @@ def _training(recipe: Training) -> Iterator[str]:
         yield f"training.algorithm {recipe.algorithm}: verl has no such policy loss; take dapo, grpo, gspo or cispo"
     if recipe.lr_scheduler == "linear":
         yield "training.lr_scheduler linear: verl has constant and cosine; take one of them"
+    if recipe.optimizer != "adamw" or recipe.betas != Training().betas:
+        yield "training.optimizer and betas: verl is started with torch's AdamW and its usual betas; leave them out"
     if recipe.mask_truncated:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
     if recipe.routing_replay:
@@ -104,8 +106,8 @@ def differences(experiment: Experiment, machine: Machine, devices: int) -> Itera
     )
     if evaluation.stop or (evaluation.stop is None and experiment.task.stop):
         yield "evaluation.stop: verl answers on to the limit; the reward reads the text before it"
-    if not recipe.save_freq:
-        yield "training.save_freq 0: verl keeps the last step"
+    kept = "training.save_total_limit: verl keeps every checkpoint"
+    yield kept if recipe.save_freq else "training.save_freq 0: verl keeps the last step"
     if (
         experiment.model.coarse_masters is False
         and experiment.model.lora

@@ -102,6 +102,13 @@ def runs_of(connection: Connection, ids: Sequence[int]) -> dict[int, Run]:
     return read
 
 
+def runs_on(connection: Connection, kinds: Iterable[tuple[str, str]]) -> list[Run]:
+    """Return the runs of each task and model, given by their digests, without their metrics."""
+    of_kinds = (select(runs.c.id).where(runs.c.task == task, runs.c.model == model) for task, model in kinds)
+    ids = [number for query in of_kinds for number in connection.execute(query).scalars()]
+    return list(runs_of(connection, ids).values())
+
+
 def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     """Return the last strict accuracies (shares) of runs of the same task and model, a list for each experiment.
 
