@@ -330,3 +330,19 @@ def test_answers_are_sampled_paired_and_written(embedded_model, tmp_path, capsys
     assert "one is greedy: add --samples 4" in capsys.readouterr().err
     assert main(["eval", str(embedded_model), "--count", "4", "--max-new-tokens", "8"]) == 0
     assert "difference" not in capsys.readouterr().out
+
+
+def test_solved_problems_stand_before_each_and_none_of_them_is_answered(embedded_model, tmp_path, capsys):
+    """Few-shot: the oracle is the text of the prompt itself."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
+    own = asked_task({}, "gsm8k", {"data": file}, None, 2)
+    experiment = described(Source(tmp_path), None, own, ["full"], False, {})
+    prompt = experiment.task.problems("test", 1)[0].prompt
+    assert prompt.count("Answer: #### ") == 2
+    shown = {text for text in (f"{i} + 1?" for i in range(40)) if text in prompt.rpartition("Question:")[0]}
+    assert not any(text in prompt.rpartition("Question:")[2] for text in shown)
+    words = [str(embedded_model), "--task", "gsm8k", "--data", str(file), "--few-shot", "2", "--count", "2"]
+    assert main(["eval", *words, "--max-new-tokens", "4", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["n"] == 2

@@ -1,13 +1,15 @@
 """`fp4rl reward`: what it shows of answers, and its verdict on gold answers."""
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from fp4rl.cli.main import main
 
 SPEC = """
-task: {name: gsm8k, path: data.jsonl}
+task: {name: gsm8k, path: data.jsonl, prompt: "Question: {question}\\nAnswer:"}
 training: {steps: 1, reward: REWARD, max_response_length: 8}
 evaluation: {count: 2, profiles: [full]}
 """
@@ -50,6 +52,9 @@ def test_answers_of_a_file_are_shown_with_what_was_read_and_what_they_earn(here,
     shown = capsys.readouterr().out
     assert "gold '7': accuracy 1 (read '7')" in shown
     assert "30 gold answers checked" in shown
+    Path("by_question.jsonl").write_text(json.dumps({"question": "What is number 0?", "completion": "#### 7"}))
+    assert main(["reward", "spec.yaml", "--answers", "by_question.jsonl", "--json"]) == 0
+    assert [each["reward"] for each in json.loads(capsys.readouterr().out)["answers"]] == [1.0]
 
 
 def test_several_rewards_are_shown_apart(here, capsys):
@@ -108,3 +113,64 @@ def test_the_models_own_answers_are_drawn_as_a_rollout_draws_them(here, capsys, 
     assert all(len(each["completion"]) > 0 for each in first)
     assert main(["reward", "spec.yaml", *words]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == first
+
+
+TABLE = """
+suite: s
+seeds: [0]
+base:
+  task: {name: table, path: data.csv, scorer: math_verify}
+  training: {steps: 1, reward: math_verify}
+arms: {bf16: {}}
+"""
+
+
+@pytest.fixture
+def of_a_table(tmp_path, monkeypatch):
+    """A suite over a CSV of fractions, in which each row may be changed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(TABLE)
+
+    def write(**changed):
+        rows = [[str(i), f"What is x in case {i}?", rf"\frac{{{7 * i % 41 + 1}}}{{43}}"] for i in range(40)]
+        for row, answer in changed.items():
+            rows[int(row[1:])][2] = answer
+        lines = [",".join(row) for row in [["id", "question", "answer"], *rows]]
+        (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+
+    return write
+
+
+needs_math = pytest.mark.skipif(not find_spec("math_verify"), reason="extra math")
+
+
+@needs_math
+def test_formulas_of_a_table_are_sound(of_a_table, capsys):
+    of_a_table()
+    assert main(["reward", "s.yaml", "--sample", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gold"] == {"checked": 40, "faults": [], "notes": []}
+
+
+@needs_math
+def test_gold_answers_that_were_cut_off_are_found_by_their_questions(of_a_table, capsys):
+    of_a_table(r5=r"\frac{6}{", r9=r"3\sqrt{2")
+    assert main(["reward", "s.yaml", "--sample", "0"]) == 1
+    out = capsys.readouterr()
+    assert "cut off: 2" in out.out
+    assert "'What is x in case 5?'" in out.out
+    assert "'What is x in case 9?'" in out.out
+    assert "in case 6?" not in out.out
+
+
+@needs_math
+def test_numbers_of_rows_are_no_answers(of_a_table, capsys):
+    of_a_table()
+    assert main(["reward", "s.yaml", "task.answer=id", "--sample", "0"]) == 1
+    assert "the gold answers count up" in capsys.readouterr().out
+
+
+def test_the_questions_are_no_answers(of_a_table, capsys):
+    of_a_table()
+    words = ["task.answer=question", "task.scorer=exact", "training.reward=exact"]
+    assert main(["reward", "s.yaml", *words, "--sample", "0"]) == 1
+    assert "40 gold answers stand in their own questions" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from fp4rl.spec.task import SPLITS, Problem, Task
 from fp4rl.spec.words import counted
 
 _SHOWN = 8  # faults of one kind on the screen; --json has all
+_ASKED = 30  # letters of a question beside its fault
 _WIDE = 300  # letters of an answer on the screen, from its end
 
 
@@ -79,9 +80,18 @@ def command(
             }
         )
     else:
-        _print(parts, tried, faults, notes, len(checked))
+        _print(parts, tried, _with_questions(faults, checked), notes, len(checked))
     if faults:
         raise CheckFailed(f"{counted(len(faults), 'fault')} in {counted(len(checked), 'gold answer')}")
+
+
+def _with_questions(faults: Sequence[Fault], problems: Sequence[Problem]) -> list[Fault]:
+    """Return the faults with the beginning of its question beside the id of a problem."""
+    questions = {each.id: (each.question or each.prompt).strip() for each in problems}
+    return [
+        replace(each, problem=each.problem and f"{each.problem} {questions[each.problem][:_ASKED]!r}")
+        for each in faults
+    ]
 
 
 def _notes(parts: Sequence[Part], task: Task, checked: Sequence[Problem]) -> list[str]:

@@ -14,17 +14,21 @@ _PROBLEM = ("problem_id", "prompt", "question")
 
 def stored_answers(source: Path, problems: Iterable[Problem]) -> list[tuple[Problem, str]]:
     """Return (problem, completion) for each row of a file, or of a run's last evaluation, whose problem is one of
-    `problems`: by `problem_id`, or by `prompt`.
+    `problems`: by `problem_id`, or by `prompt` or `question`.
 
     Raises NotFoundError for a source that is not there, InvalidValueError for one without such rows.
     """
-    known = {key: problem for problem in problems for key in (problem.id, problem.prompt, problem.prompt.strip())}
+    known = {
+        key: problem
+        for problem in problems
+        for key in (problem.id, problem.prompt, problem.prompt.strip(), problem.question)
+    }
     rows = list(_rows(source))
     matching = [(known[key], str(row["completion"])) for row in rows for key in _keys(row) if key in known]
     if not matching:
         raise InvalidValueError(
             f"{source}: none of its {len(rows)} rows answers a problem of this spec; a row needs `completion`, and "
-            "`problem_id` or `prompt`"
+            "`problem_id`, `prompt` or `question`"
         )
     return matching
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from fp4rl.rl.judges import Judge
 from fp4rl.rl.rewards import Part
-from fp4rl.spec.task import Problem, Task
+from fp4rl.spec.task import SPLITS, Problem, Task
 from fp4rl.spec.words import counted
 from fp4rl.tasks.answers import MARK
 
@@ -108,10 +108,11 @@ def _of_the_column(problems: Sequence[Problem]) -> Iterator[Fault]:
     answers = [problem.answer for problem in problems]
     if len(answers) >= _FEW and len(set(answers)) == 1:
         yield Fault("wrong column", "", f"all {len(answers)} gold answers are {_short(answers[0])}")
-    numbers = [int(answer) for answer in answers if re.fullmatch(r"\d{1,15}", answer)]
-    if len(numbers) == len(answers) >= _MANY and all(a < b for a, b in pairwise(numbers)):
-        counting = f"{', '.join(answers[:3])} ... {answers[-1]}"
-        yield Fault("wrong column", "", f"the gold answers count up ({counting}), as numbers of rows do")
+    if len(answers) >= _MANY and all(re.fullmatch(r"\d{1,15}", answer) for answer in answers):
+        files = ([int(p.answer) for p in problems if p.split == split] for split in SPLITS)  # each in its file's order
+        if all(a < b for numbers in files for a, b in pairwise(numbers)):
+            counting = f"{', '.join(answers[:3])} ..."
+            yield Fault("wrong column", "", f"the gold answers count up ({counting}), as numbers of rows do")
     inside = [p for p in problems if len(p.answer) >= _LONG and p.answer in p.prompt]
     if len(inside) > len(problems) / 2:
         yield Fault("wrong column", "", f"{counted(len(inside), 'gold answer')} stand in their own questions")
