@@ -88,12 +88,12 @@ def test_a_judge_tells_what_it_read():
 
 
 def test_several_rewards_are_added_up_with_their_weights_and_logged_apart():
-    brief = Part("brief", lambda completion, **_: -len(completion), 0.1)
+    brief = Part("own.py:brief", lambda completion, **_: -len(completion), 0.1)
     scored = rewarded(Part(weight=2.0), brief, texts=("2", "33"))
     assert scored.earned == pytest.approx((2.0 * 1 - 0.1, 2.0 * 0 - 0.2))
     means = scored.means()
     assert means["reward/mean"] == pytest.approx((1.9 - 0.2) / 2)
-    assert (means["reward_part/accuracy"], means["reward_part/brief"]) == (0.5, -1.5)
+    assert (means["reward_part/accuracy"], means["reward_part/own.py.brief"]) == (0.5, -1.5)
     assert not [name for name in rewarded(Part()).means() if name.startswith("reward_part")]
 
 

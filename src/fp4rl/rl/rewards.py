@@ -41,7 +41,10 @@ class Scored:
         judged = [reward for reward in rewards if math.isfinite(reward)]
         return {
             "reward/mean": _mean(judged),
-            **{f"reward_part/{name}": _mean([*filter(math.isfinite, given)]) for name, given in self.parts.items()},
+            **{
+                f"reward_part/{name.replace(':', '.')}": _mean([*filter(math.isfinite, given)])
+                for name, given in self.parts.items()
+            },
             "reward/unjudged": 1 - len(judged) / n,
             "overlong/share": sum(penalty < 0 for penalty in self.penalties) / n,
             "overlong/mean_penalty": sum(self.penalties) / n,
