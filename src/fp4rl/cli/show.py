@@ -150,7 +150,7 @@ def _print_failures(lists: "Sequence[questions.Failures]", shown: int | None) ->
         listed = list(each.unsolved.items())[:shown]
         more = f" and {len(each.unsolved) - len(listed)} more (--failures)" if len(listed) < len(each.unsolved) else ""
         if listed:
-            print_indented(", ".join(f"{number} {name}" for number, name in listed) + more)
+            print_indented(f"numbers {', '.join(str(number) for number, _ in listed)}{more}")
     if shown is not None and any(each.unsolved for each in lists):
         console().print("  --problem NUMBER shows question, gold answer and answers")
 
