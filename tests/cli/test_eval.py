@@ -306,6 +306,11 @@ def test_a_folder_has_no_deployment_of_its_own(of_a_run):
         described(source, None, {"name": "arithmetic"}, ["deployment"], False, {})
 
 
+def test_a_run_that_is_not_finished_has_checkpoints(of_a_run):
+    with pytest.raises(InvalidValueError, match="is not finished; name one of its checkpoints"):
+        source_of(of_a_run, of_a_run.parents[1])
+
+
 def test_a_checkpoint_in_parts_is_refused_by_name(of_a_run):
     (of_a_run / "checkpoints" / "checkpoint-4" / "model.safetensors").unlink()
     with pytest.raises(InvalidValueError, match="no whole weights"):

@@ -48,6 +48,10 @@ def source_of(what: Path, runs: Path) -> Source:
             )
         return Source(what, _own(RunFolder(run)), f"{RunFolder(run).key} {what.name}")
     if what.is_dir() and what.name != "final" and not (what / "result.json").is_file():
+        if (what / "spec.yaml").is_file():
+            raise InvalidValueError(
+                f"{what} is not finished; name one of its checkpoints: {what}/checkpoints/checkpoint-N"
+            )
         return Source(what)
     try:
         made_by = run_meant(str(what), runs)
