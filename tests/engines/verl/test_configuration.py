@@ -207,6 +207,12 @@ def test_what_verl_cannot_express_is_refused_by_name_with_the_cure(content, key,
     assert cure in str(refused.value)
 
 
+def test_another_optimizer_is_refused():
+    for training in ({"betas": [0.8, 0.9]}, {"optimizer": "adamw_torch_8bit"}):
+        with pytest.raises(InvalidValueError, match="optimizer and betas"):
+            require_expressible(experiment(training=training), 8)
+
+
 def test_no_key_of_training_is_dropped_silently():
     """Each changes what verl is asked for, or is refused, or is read by the reward or the plug-in out of the file."""
     batches, asked = {"train_batch_size", "mini_batch_size", "rollout_n"}, configured(devices=4, **RICH)
@@ -215,8 +221,9 @@ def test_no_key_of_training_is_dropped_silently():
         without["evaluation"] = {**RICH["evaluation"], "max_new_tokens": 77 if key != "max_response_length" else 1024}
         assert configured(devices=4, **without) != asked, key
     others = set(Training.model_fields) - set(RICH["training"])
-    refused = {"mask_truncated", "routing_replay", "distillation"}
-    assert others == refused | {"micro_batch_size", "reward", "rewards", "reference_precision"}
+    refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas"}
+    said = {"save_total_limit"}  # as a difference
+    assert others == refused | said | {"micro_batch_size", "reward", "rewards", "reference_precision"}
 
 
 def test_what_differs_in_meaning_is_said():
@@ -224,6 +231,7 @@ def test_what_differs_in_meaning_is_said():
     for words in ("order of problems", "samples with vLLM", "once a step", "reads no limit", "punishes overlong"):
         assert words in said
     assert "keeps the last step" not in said
+    assert "save_total_limit: verl keeps every checkpoint" in said
     assert "keeps the last step" in "\n".join(differences(experiment(), GPU, 8))
 
 
