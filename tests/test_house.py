@@ -129,8 +129,13 @@ def of_one_device(tree: ast.AST) -> list[str]:
 
 
 # Where the names of devices are words of someone else: the choice of the Triton kernels, which are written for CUDA
-# alone, by the device of the tensor that is rounded; and verl's own names of devices and extras.
-NAMED = ("src/fp4rl/numerics/dispatch.py", "src/fp4rl/engines/verl/")
+# alone, by the device of the tensor that is rounded; the variables by which each driver is told what a process sees;
+# and verl's own names of devices and extras.
+NAMED = (
+    "src/fp4rl/numerics/dispatch.py",
+    "src/fp4rl/engines/executors/devices.py",
+    "src/fp4rl/engines/verl/",
+)
 
 
 def test_no_device_is_asked_for_by_name():
