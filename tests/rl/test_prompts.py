@@ -13,6 +13,7 @@ from fp4rl.models.tokenizer import BOS, EOS, build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.generate import SAMPLERS, Sampling, transformers_sampler
+from fp4rl.rl.problems import dropped, problems_of
 from fp4rl.rl.prompts import (
     encoded,
     padded,
@@ -278,3 +279,40 @@ def test_training_evaluation_and_a_server_are_asked_the_same_tokens(run, experim
     assert seen["evaluation"][0] == by_hand["test"][0]
     assert len(seen["rollout"]) == 16
     assert all(ids in by_hand["train"] for ids in seen["rollout"])
+
+
+def test_prompts_over_the_limit_are_left_out_of_training_and_evaluation_and_counted(run, experiment, tmp_path):
+    """The kind: what is dropped must be dropped everywhere, and said; the ids that remain are known from the file."""
+    rows = [{"question": f"{n} + 1 ?" + " Think." * (10 if n % 4 == 0 else 0), "answer": n + 1} for n in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Table(path=str(tmp_path / "qa.jsonl"), prompt="{question}")
+    recipe = {"steps": 1, "max_prompt_length": 30, "filter_overlong_prompts": True}
+    described = experiment("bf16", training=recipe, evaluation={"count": 2, "profiles": ["full"]})
+    described = described.model_copy(update={"task": task})
+    short = [p for p in task.problems("train") if "Think" not in p.prompt]
+    assert problems_of(described, "train") == tuple(short)
+    assert all("Think" not in p.prompt for p in problems_of(described, "test", 2))
+    everything = task.problems("train")
+    counts = f"{len(everything) - len(short)} of {len(everything)}"
+    assert dropped(described) == f"{counts} training prompts have more than 30 tokens and are left out"
+    _, heard = run(described)
+    assert dropped(described) in heard.lines
+    with pytest.raises(InvalidValueError, match=r"training\.max_prompt_length 30"):
+        check(
+            described.model_copy(
+                update={"training": described.training.model_copy(update={"filter_overlong_prompts": False})}
+            )
+        )
+
+
+def test_rollouts_end_at_the_texts_of_the_recipe(run, experiment, monkeypatch):
+    seen = []
+
+    def spied(model, tokenizer, prompts, sampling):
+        seen.append((sampling.logps, sampling.stop))
+        return transformers_sampler(model, tokenizer, prompts, sampling)
+
+    monkeypatch.setitem(SAMPLERS, "transformers", lambda _: spied)
+    run(experiment("bf16", training={"steps": 1, "stop": ["####"]}, evaluation={"count": 1, "profiles": ["full"]}))
+    assert {stop for is_rollout, stop in seen if is_rollout} == {("####",)}
+    assert {stop for is_rollout, stop in seen if not is_rollout} == {()}

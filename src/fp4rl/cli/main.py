@@ -32,6 +32,7 @@ VERBS = (
     "scan",
     "keys",
     "plan",
+    "data",
     "run",
     "reward",
     "eval",

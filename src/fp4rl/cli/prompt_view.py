@@ -26,13 +26,11 @@ def has_template(folder: Path) -> bool:
 def prompt_of(experiment: Experiment) -> dict[str, Any]:
     """Return what the model sees of the first training problem, as plain values. Loads the tokenizer."""
     quiet()
-    from fp4rl.models.load import tokenizer_of
-    from fp4rl.models.tokenizer import build_tokenizer
+    from fp4rl.rl.problems import tokenizer_for
     from fp4rl.rl.prompts import applies_template, template_adds, texts, token_ids
 
     (problem,) = experiment.task.problems("train", 1)
-    path = experiment.model.path
-    tokenizer = build_tokenizer() if path is None else tokenizer_of(Path(path))
+    tokenizer = tokenizer_for(experiment)
     return {
         "problem_id": problem.id,
         "gold": problem.answer,

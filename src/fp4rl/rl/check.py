@@ -1,17 +1,16 @@
 """Checks before a run starts: data, model, patterns and profiles, without loading a weight."""
 
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
-from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.models.load import embedded_skeleton, skeleton
 from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.components import require_optimizer
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.lora import with_lora
+from fp4rl.rl.problems import problems_of, tokenizer_for
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open, token_ids
 from fp4rl.rl.rewards import rewards_of
 from fp4rl.rl.routing import mixtures
@@ -34,12 +33,12 @@ def check(experiment: Experiment) -> None:
     _one_correction_is_enough(experiment)
     task = experiment.task
     runner = evaluation_runner(experiment)
-    learned = task.problems("train")
+    learned = problems_of(experiment, "train")
     check_disjoint(task, learned, runner.problems)
     for problem in (*learned[:1], *runner.problems[:1]):
         task.score(problem, problem.solution)  # a scorer that fails must fail before anything is sampled
     path = experiment.model.path
-    tokenizer = cache(build_tokenizer if path is None else lambda: tokenizer_of(Path(path)))
+    tokenizer = cache(partial(tokenizer_for, experiment))
     require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
     one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
     require_prompts_open(one_of_each, token_ids(tokenizer(), one_of_each), tokenizer())

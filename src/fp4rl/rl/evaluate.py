@@ -19,6 +19,7 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
 from fp4rl.rl.generate import Sampler, Sampling, evidence_of, sampler_named, transformers_sampler
 from fp4rl.rl.of_samples import majority_at, pass_at
+from fp4rl.rl.problems import problems_of
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
 from fp4rl.rl.rewards import Scorer
@@ -249,7 +250,7 @@ def evaluation_runner(experiment: Experiment) -> EvaluationRunner:
     """Make the runner of an experiment, with its held-out problems."""
     task = experiment.task
     spec = experiment.evaluation.for_task(task)
-    problems = task.problems(spec.split, spec.count)
+    problems = problems_of(experiment, spec.split, spec.count)
     model, rollout = experiment.model, experiment.rollout
     how = model.experts_implementation
     return EvaluationRunner(spec, experiment.injection, task, problems, model.lora, rollout, how)

@@ -48,7 +48,7 @@ def gold_faults(parts: Sequence[Part], task: Task, problems: Sequence[Problem]) 
 
     Raises CheckFailed where a reward fails on a gold answer.
     """
-    faults = [*_of_the_column(problems), *filter(None, map(_cut_off, problems))]
+    faults = [*column_faults(problems), *filter(None, map(_cut_off, problems))]
     for part in filter(compares, parts):
         faults += _unscorable(part, task, problems)
     return faults
@@ -103,7 +103,7 @@ def _unscorable(part: Part, task: Task, problems: Sequence[Problem]) -> Iterator
             yield Fault("all alike", problem.id, f"{part.name} takes {many} for the gold {_short(problem.answer)} too")
 
 
-def _of_the_column(problems: Sequence[Problem]) -> Iterator[Fault]:
+def column_faults(problems: Sequence[Problem]) -> Iterator[Fault]:
     """Yield what a whole column of answers says of itself: that it is another column."""
     answers = [problem.answer for problem in problems]
     if len(answers) >= _FEW and len(set(answers)) == 1:

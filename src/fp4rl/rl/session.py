@@ -26,6 +26,7 @@ from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.mismatch import is_repeatable
 from fp4rl.rl.phases import Phases
+from fp4rl.rl.problems import problems_of
 from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, rewards_of
 from fp4rl.rl.sharding import gathered, shard
@@ -107,7 +108,7 @@ class TrainingSession:
         )
         self.monitor = LiveMonitor(experiment.health, sorted(resume.metrics.items()), run.emit)
         self.saving, self.interrupted = SaveClock(), False
-        self.stream = PromptStream(experiment.task.problems("train"), experiment.seed)
+        self.stream = PromptStream(problems_of(experiment, "train"), experiment.seed)
         self.sampler = sampler_named(experiment.rollout)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
         self._at: tuple[int, dict[str, Any]] | None = None  # the last boundary of a run that a server samples for

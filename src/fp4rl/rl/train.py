@@ -14,6 +14,7 @@ from fp4rl.rl.components import require_own_engine, require_processes
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import inputs, of_model, require_unchanged, start_folder
+from fp4rl.rl.problems import dropped
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sharding import whole
 from fp4rl.rl.verify import (
@@ -71,6 +72,8 @@ def train(
     require_sound_quantizer()
     resume = resume or ResumeState()
     run = _run(experiment, folder, cache, emit, interrupted, stamp)
+    if (left_out := dropped(experiment)) is not None:
+        run.emit(Message(left_out))
     if (packed := packed_note(run.start)) is not None:
         run.emit(Message(f"{packed}; masters start from the decoded values"))
     if resume.checkpoint is not None:

@@ -150,7 +150,9 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
     def _sample(self, problems: list[Problem]) -> Rollout:
         self.timer.lap("rewards")
         recipe = self.parts.recipe
-        sampling = Sampling(recipe.max_response_length, recipe.temperature, recipe.top_p, logps=True, routes=True)
+        sampling = Sampling(
+            recipe.max_response_length, recipe.temperature, recipe.top_p, stop=recipe.stop, logps=True, routes=True
+        )
         with self.routers.paused(), unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             rollout = roll_out(self.parts.sampler, model, self._tokenizer, problems, sampling)
         self.timer.lap("generation")

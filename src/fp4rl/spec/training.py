@@ -142,8 +142,14 @@ class Training(Spec):
     temperature: PositiveFloat = Field(default=1.0, description="of the rollouts")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="of the rollouts")
     max_prompt_length: PositiveInt = Field(default=256, description="tokens; a run with a longer prompt is refused")
+    filter_overlong_prompts: bool = later_key(
+        False, description="whether problems with longer prompts are left out, and counted, instead"
+    )
     max_response_length: PositiveInt = Field(
         default=1024, description="tokens an answer may have; by default 48 for the embedded model"
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = later_key(
+        (), description="texts that end an answer of a rollout, besides the end token; evaluation.stop has its own"
     )
     mask_truncated: bool = Field(
         default=False, description="whether answers that were cut off are left out of the loss"

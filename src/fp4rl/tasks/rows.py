@@ -17,6 +17,10 @@ _LETTERS = string.ascii_uppercase
 _VERL = ("prompt", "reward_model.ground_truth")  # verl's columns of a question and its answer
 
 
+class UnscorableError(InvalidValueError):
+    """An answer that holds nothing which a completion could be compared with."""
+
+
 class Columns(NamedTuple):
     """Where a row holds what."""
 
@@ -69,7 +73,7 @@ def row_of(values: Mapping[str, Any], location: str, columns: Columns, scorer: S
         return Row(question, (), source, f"{MARK} {gold}", gold, location, split)
     how = SCORERS[scorer]
     if (gold := how.gold(source)) is None:
-        raise InvalidValueError(f"{location}: the answer has {how.lacks}; add it")
+        raise UnscorableError(f"{location}: the answer has {how.lacks}; add it")
     return Row(question, messages, source, how.solution(source, gold), gold, location, split)
 
 
@@ -155,5 +159,5 @@ def _letter(source: str, labels: Sequence[str], texts: Sequence[str], what: str)
         places = [int(source)]
     if len(places) != 1:
         which = f"fits {len(places)} of the {len(texts)} choices" if places else f"is none of the {len(texts)} choices"
-        raise InvalidValueError(f"{what} {source[:40]!r} {which}; write its letter, its number from 0 or its text")
+        raise UnscorableError(f"{what} {source[:40]!r} {which}; write its letter, its number from 0 or its text")
     return letters[places[0]]
