@@ -31,6 +31,7 @@ VERBS = (
     "schedule",
     "scan",
     "keys",
+    "new",
     "plan",
     "data",
     "run",

@@ -148,7 +148,7 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
     source = source or f"suite {suite.suite}"
     known: dict[str, str] = {}
     for name, content in _crossed(suite):
-        _check_name(name, f"{source}: arm")
+        check_name(name, f"{source}: arm")
         experiment = _of_arm(name, content, suite.base, source)
         twin = known.get(canonical(experiment))
         if twin is not None:
@@ -178,7 +178,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _LONGEST = 150  # a run's folder is called by its arm, seed and digest, and a file system takes 255 bytes
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Raise InvalidValueError for a name that is no folder's; `what` is named by it."""
     if not _NAME.fullmatch(name):
         cure = "; of an axis with other values make arms, whose names are yours" if "=" in name else ""
         raise InvalidValueError(f"{what} {name!r}: a name is letters, digits and ._+=-, since it names folders{cure}")

@@ -1,6 +1,7 @@
 """What is written for verl: a script that a shell hands on word for word, problems, and the reward of their answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +16,11 @@ from fp4rl.engines.verl.machines import CPU, GPU
 from fp4rl.engines.verl.script import for_verl, verl_run, write_run
 from fp4rl.lab.matrix import single
 from fp4rl.models.tokenizer import build_tokenizer
+from fp4rl.rl.prompts import token_ids
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import load_spec
+from fp4rl.tasks.table import Table
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,24 @@ def test_a_process_without_the_experiment_says_how_it_is_started(monkeypatch):
     with pytest.raises(NotFoundError, match="verl-config"):
         reward._reward()
     assert Path(data.__file__).is_file()
+
+
+def test_a_models_chat_template_reaches_verl_as_the_trainer_applies_it(model, tmp_path):
+    """The kind: verl would train on plain prompts, and fp4rl would judge by the template."""
+    folder = shutil.copytree(model, tmp_path / "chats")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %} [assistant]"
+    tokenizer.save_pretrained(folder)
+    rows = [{"question": f"{n} + 1 ?", "answer": n + 1} for n in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experiment = run_of(folder, max_prompt_length=200).experiment
+    task = Table(path=str(tmp_path / "qa.jsonl"), prompt="{question}", system="Add.")
+    experiment = experiment.model_copy(update={"task": task})
+    problems = task.problems("train")
+    seen = data.as_seen(experiment, problems)
+    assert seen[0].prompt == f"[system] Add.[user] {problems[0].question} [assistant]"
+    template = data.chat_template(folder, seen)
+    for problem, shown in zip(problems, seen, strict=True):
+        message = [{"role": "user", "content": shown.prompt}]
+        ids = tokenizer.apply_chat_template(message, chat_template=template, return_dict=False)
+        assert ids == token_ids(tokenizer, [problem])[0]

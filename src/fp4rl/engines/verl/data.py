@@ -5,6 +5,7 @@ writes it as it is, behind what the tokenizer itself puts before a text: both tr
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,32 @@ def chat_template(folder: Path, problems: Sequence[Problem] = ()) -> str:
     Raises InvalidValueError, naming the first of `problems`, where verl would see other tokens all the same.
     """
     from fp4rl.models.load import load_tokenizer
+    from fp4rl.rl.prompts import applies_template, token_ids
 
     tokenizer = load_tokenizer(folder)
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
     before = len(whole) - len(bare) if whole[-len(bare) :] == bare else 0
+    if any(applies_template(tokenizer, problem.chat) for problem in problems):
+        before = 0  # the prompts of `as_seen` are whole: the model's own chat template has put it there
     template = str(tokenizer.decode(whole[:before])) + AS_WRITTEN
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=True, return_dict=False)
     for problem in problems:
-        if render(_messages(problem), add_generation_prompt=True) != tokenizer(problem.prompt)["input_ids"]:
+        if render(_messages(problem), add_generation_prompt=True) != token_ids(tokenizer, [problem])[0]:
             raise InvalidValueError(
                 f"{folder}: its tokenizer reads the prompt of {problem.split} problem {problem.id} otherwise through a "
                 "chat template, as verl does; take a model whose tokenizer adds special tokens only before a text"
             )
     return template
+
+
+def as_seen(experiment: Experiment, problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """Return the problems with what the model sees as their prompts: its chat template applied where the task asks."""
+    from fp4rl.rl.problems import tokenizer_for
+    from fp4rl.rl.prompts import texts
+
+    seen = texts(tokenizer_for(experiment), problems)
+    return tuple(replace(problem, prompt=text) for problem, text in zip(problems, seen, strict=True))
 
 
 def splits(experiment: Experiment) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
@@ -44,10 +57,12 @@ def splits(experiment: Experiment) -> tuple[tuple[Problem, ...], tuple[Problem, 
     Raises InvalidValueError for prompts that are too long, and for fewer problems than a step takes.
     """
     from fp4rl.models.load import load_tokenizer
+    from fp4rl.rl.problems import problems_of
     from fp4rl.rl.prompts import require_prompts_fit
 
     task, recipe, evaluation = experiment.task, experiment.training, experiment.evaluation
-    learned, judged = task.problems("train"), task.problems(evaluation.split, evaluation.count)
+    learned = problems_of(experiment, "train")
+    judged = problems_of(experiment, evaluation.split, evaluation.count)
     if len(learned) < recipe.train_batch_size:
         raise InvalidValueError(
             f"training.train_batch_size {recipe.train_batch_size}: {task.name} has {len(learned)} problems to train "
@@ -55,7 +70,7 @@ def splits(experiment: Experiment) -> tuple[tuple[Problem, ...], tuple[Problem, 
         )
     folder = Path(experiment.model.path or "")
     require_prompts_fit((*learned, *judged), recipe.max_prompt_length, lambda: load_tokenizer(folder))
-    return learned, judged
+    return as_seen(experiment, learned), as_seen(experiment, judged)
 
 
 def write(problems: Sequence[Problem], source: str, file: Path) -> None:

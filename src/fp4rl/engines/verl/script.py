@@ -62,7 +62,9 @@ def verl_run(run: PlannedRun, machine: Machine, devices: int | None, files: File
     require_expressible(experiment, devices)
     folder = Path(experiment.model.path or "")
     here = folder.is_dir()
-    template = data.chat_template(folder) if here else data.AS_WRITTEN
+    chats = here and getattr(experiment.task, "chat", False)
+    first = data.as_seen(experiment, experiment.task.problems("train", 1)) if chats else ()
+    template = data.chat_template(folder, first) if here else data.AS_WRITTEN
     said = list(differences(experiment, machine, devices))
     if not here:
         said.append(f"{folder} is not on this machine: what its tokenizer puts before a prompt was not looked at")
