@@ -138,12 +138,12 @@ def test_an_answer_that_cannot_be_guessed_is_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stranger_goes_from_a_model_and_a_table_to_a_report(tmp_path, monkeypatch, capsys):
+def test_a_stranger_goes_from_a_model_and_a_table_to_a_report(tmp_path, tmp_path_factory, monkeypatch, capsys):
     """The commands of docs/how-to/own-task.md, on the warmed-up embedded model as an ordinary folder."""
     from fp4rl.rl.inputs import warmed_up
     from fp4rl.spec.model import Embedded
 
-    shutil.copytree(warmed_up(Embedded(), Arithmetic(), tmp_path / "cache"), tmp_path / "models" / "tiny")
+    shutil.copytree(warmed_up(Embedded(), Arithmetic(), tmp_path_factory.mktemp("cache")), tmp_path / "models" / "tiny")
     write_csv(tmp_path / "qa.csv", questions(300))
     monkeypatch.chdir(tmp_path)
     assert main(["new", "my_suite"]) == 0
@@ -164,3 +164,52 @@ def test_a_stranger_goes_from_a_model_and_a_table_to_a_report(tmp_path, monkeypa
     assert len(results) == 4
     assert all(evaluation["profile"]["scorer"] == "table, exact" for r in results for evaluation in r["evaluations"])
     assert max(evaluation["strict"] for r in results for evaluation in r["evaluations"]) > 0.2
+
+
+SMALL = (
+    *(
+        "model.path=null",
+        "model.embedded.warm_up_steps=2",
+        "model.dtype=float32",
+        "seeds=[0]",
+        "evaluation.count=3",
+        "training.steps=1",
+    ),
+    *(
+        "training.train_batch_size=4",
+        "training.mini_batch_size=2",
+        "training.micro_batch_size=4",
+        "training.rollout_n=4",
+    ),
+    *("training.max_response_length=32", "evaluation.max_new_tokens=32", "training.algorithm=grpo"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "row", "more"),
+    [
+        (
+            "math",
+            lambda n: {"problem": f"Halve {n}.", "solution": rf"It is \boxed{{\frac{{{n}}}{{2}}}}."},
+            ["training.overlong_buffer.enable=false"],
+        ),
+        ("choice", lambda n: {"question": f"Which is {n}?", "choices": [n, n + 1, n + 2], "answer": n % 3}, []),
+    ],
+)
+def test_the_suites_of_the_catalogue_for_formulas_and_choices_run_on_local_files(
+    suite, row, more, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(60)))
+    words = [f"catalogue/{suite}", "task.path=rows.jsonl", *SMALL, *more]
+    assert main(["data", *words]) == 0
+    # Rewards that do not depend on chance: the embedded model of two steps never answers right.
+    (tmp_path / "brief.py").write_text("def brief(*, completion, **_):\n    return -float(len(completion))\n")
+    assert main(["run", *words, f"training.reward={tmp_path}/brief.py:brief", "--jobs", "1"]) == 0
+    scorers = {
+        evaluation["profile"]["scorer"]
+        for file in (tmp_path / "runs" / suite).glob("*/result.json")
+        for evaluation in json.loads(file.read_text())["evaluations"]
+    }
+    assert scorers == {f"table, {'math_verify' if suite == 'math' else 'choice'}"}

@@ -84,7 +84,7 @@ def _models() -> Iterator[Path]:
 def _tables(test_path: Path | None) -> tuple[Path, Path | None]:
     """Return the only table here, and the test file where there are two of which one is called so."""
     kinds = tuple(kind for kind in KINDS if kind != ".json")  # those are settings more often than data
-    files = [path for place in (Path(), Path("data")) for path in sorted(place.glob("*")) if kind_of(path) in kinds]
+    files = [path for parent in (Path(), Path("data")) for path in sorted(parent.glob("*")) if kind_of(path) in kinds]
     files = [path for path in files if path.is_file() and path != test_path]
     named = [path for path in files if "test" in path.stem.lower()]
     if len(files) == 2 and len(named) == 1 and test_path is None:
@@ -95,6 +95,6 @@ def _tables(test_path: Path | None) -> tuple[Path, Path | None]:
 
 def _only(what: str, candidates: list[Path], option: str) -> Path:
     if len(candidates) != 1:
-        there = f"{len(candidates)} are here ({', '.join(map(str, candidates[:4]))})" if candidates else "none is here"
-        raise NotFoundError(f"which {what}? {there}; name it with {option}")
+        listed = f"{len(candidates)} are here ({', '.join(map(str, candidates[:4]))})" if candidates else "none is here"
+        raise NotFoundError(f"which {what}? {listed}; name it with {option}")
     return candidates[0]

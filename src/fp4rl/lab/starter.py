@@ -11,7 +11,7 @@ import yaml
 from fp4rl.models.load import tokenizer_of
 from fp4rl.rl.prompts import token_ids
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.task import SPLITS, Task
+from fp4rl.spec.task import SPLITS, Split, Task
 from fp4rl.tasks.scorers import SCORERS
 from fp4rl.tasks.table import Table, default_prompt
 
@@ -59,7 +59,7 @@ class Starter:
     """The text of a suite, and what was measured for it."""
 
     text: str
-    sizes: dict[str, int]
+    sizes: dict[Split, int]
     has_template: bool
 
 
