@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.tasks.records import records
+from fp4rl.tasks.records import cell, records
 from fp4rl.tasks.rows import Columns
 from fp4rl.tasks.scorers import SCORERS, ScorerName
 
@@ -42,7 +42,10 @@ def guessed(path: Path, question: str | None = None, answer: str | None = None) 
     keys: dict[str, Any] = {"question": question, "answer": answer}
     if choices is not None:
         return keys | {"choices": choices, "scorer": "choice"}
-    return keys | {"scorer": _scorer([str(value) for value in names[answer] if value is not None])}
+    for column in (question, answer):
+        cell(rows[0], column, str(path))  # one that is named by the user may not be there
+    texts = [str(cell(row, answer, str(path))) for row in rows if row.get(answer, "") is not None]
+    return keys | {"scorer": _scorer(texts)}
 
 
 def _named(names: Mapping[str, Sequence[Any]], known: Sequence[str], taken: Sequence[str]) -> str | None:
