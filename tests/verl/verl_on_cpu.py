@@ -87,7 +87,10 @@ PlatformRegistry.register(platform="cpu")(Cpu)
 
 
 class Server:
-    """A rollout server: one model of transformers; every set of weights it gets is kept in a file for the tests."""
+    """A rollout server: one model of transformers, which always answers up to the limit.
+
+    Every set of weights it gets is kept in a file for the tests.
+    """
 
     def __init__(self, rank, config, path):
         from transformers import AutoModelForCausalLM
@@ -96,7 +99,6 @@ class Server:
         self.rank, self.config, self.loads, self.step = rank, config, 0, None
         kind = getattr(torch, config.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa").eval()
-        self.ends = {self.model.generation_config.eos_token_id, self.model.config.eos_token_id}
 
     def load(self, weights, step):
         with torch.no_grad():
@@ -128,8 +130,6 @@ class Server:
             ids.append(token)
             logps.append(float(scores[token]))
             await asyncio.sleep(0)
-            if token in self.ends:
-                break
         new = ids[len(prompt_ids) :]
         extra = {"global_steps": self.step}
         return TokenOutput(token_ids=new, log_probs=logps, stop_reason="completed", extra_fields=extra)
