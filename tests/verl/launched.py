@@ -95,3 +95,10 @@ def main_ppo(folder: Path, *more: str, spec: Path | None = None, timeout: float 
             command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
         )
     return Run(folder, done.returncode, log.read_text(errors="replace"))
+
+
+def merged(actor: Path, target: Path) -> None:
+    """Join what the ranks saved, by verl's own tool."""
+    words = ["merge", "--backend", "fsdp", "--local_dir", str(actor), "--target_dir", str(target)]
+    environment = os.environ | {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"}
+    subprocess.run([sys.executable, "-m", "verl.model_merger", *words], env=environment, check=True)

@@ -5,9 +5,11 @@ What is evaluated are the weights that verl saved, and only where they are, bit 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -76,7 +78,11 @@ def read_verl_run(path: Path) -> VerlRun:
 def saved_weights(run: VerlRun) -> Path:
     """Return the folder of the final weights in Hugging Face's form. Raises NotFoundError, with the way to make one."""
     actor = run.folder / f"global_step_{run.record.steps_done}" / "actor"
-    for folder in (actor / "lora_adapter", actor / "huggingface"):
+    # with adapters verl's `huggingface` holds weights under peft's names, which no tool reads
+    folders = [actor / "lora_adapter"]
+    if run.experiment.model.lora is None:
+        folders.append(actor / "huggingface")
+    for folder in folders:
         if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             return folder
     from fp4rl.models.fit import joining_shards
@@ -103,7 +109,15 @@ def take_in(run: VerlRun, planned: PlannedRun, root: Path, weights: Path, on_ite
                 f"{folder.key} is here already with other weights; remove {folder.path} to replace it"
             )
         return folder, True
-    proof = _require_trained(weights, run.experiment, trained)
+    with _on_its_base(weights, run.experiment) as weights:
+        proof = _require_trained(weights, run.experiment, trained)
+        return _taken_in(run, planned, root, weights, proof, on_items)
+
+
+def _taken_in(
+    run: VerlRun, planned: PlannedRun, root: Path, weights: Path, proof: tuple[Evidence, ...], on_items: OnItems
+) -> tuple[RunFolder, bool]:
+    folder = run_folder(root, planned.suite, planned.run_id)
     with locked(folder):
         for left in folder.path.iterdir():  # of an import that was interrupted
             if left.name != ".lock":
@@ -122,13 +136,30 @@ def take_in(run: VerlRun, planned: PlannedRun, root: Path, weights: Path, on_ite
     return folder, False
 
 
+@contextmanager
+def _on_its_base(weights: Path, experiment: Experiment) -> Iterator[Path]:
+    """Yield the folder, or a copy of an adapter that names the experiment's model as its base: verl's names none."""
+    config = weights / "adapter_config.json"
+    if not config.is_file() or (content := json.loads(config.read_text()))["base_model_name_or_path"] is not None:
+        yield weights
+        return
+    with TemporaryDirectory() as place:
+        copy = shutil.copytree(weights, Path(place) / "adapter")
+        content["base_model_name_or_path"] = str(Path(experiment.model.path or "").absolute())
+        (copy / config.name).write_text(json.dumps(content))
+        yield copy
+
+
 def _require_trained(weights: Path, experiment: Experiment, trained: str | None) -> tuple[Evidence, ...]:
     """Return the proof that the folder holds what was trained last; none where the run recorded no digest of that."""
+    import torch
+
     from fp4rl.rl.verify import weights_digest
 
     if trained is None:
         return ()
-    digest = weights_digest(_opened(weights, experiment))
+    # peft holds adapters in float32; the record is of their copies in the model's dtype
+    digest = weights_digest(_opened(weights, experiment), getattr(torch, experiment.model.dtype))
     if digest != trained:
         raise CheckFailed(
             f"{weights} does not hold the weights that verl trained last (digest {digest}, recorded {trained}); name "
