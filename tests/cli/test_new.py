@@ -148,7 +148,7 @@ def test_a_stranger_goes_from_a_model_and_a_table_to_a_report(tmp_path, tmp_path
     monkeypatch.chdir(tmp_path)
     assert main(["new", "my_suite"]) == 0
     plain = yaml.safe_load((tmp_path / "my_suite.yaml").read_text())
-    prompt = ["task.prompt=Q: {question} A:", "training.lr=4e-4", "training.max_response_length=48"]
+    prompt = ['task.prompt="Q: {question} A:"', "training.lr=4e-4", "training.max_response_length=48"]
     prompt += ["evaluation.max_new_tokens=48"]
     commands = (
         ["plan", "my_suite.yaml", *prompt, "--show-prompt"],
