@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.catalogue import files, named
 from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -269,7 +269,7 @@ def test_merge_knows_a_layer_by_its_number_however_it_is_written(change):
 
 
 def test_a_described_experiment_survives_yaml_and_keeps_its_digest():
-    for name in names():
+    for name in files():
         suite = load_spec(named(name))
         assert isinstance(suite, Suite)
         for run in planned(suite):

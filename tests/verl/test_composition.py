@@ -18,11 +18,10 @@ from fp4rl.engines.verl import hydra  # noqa: E402
 from fp4rl.engines.verl.configuration import Files, configuration  # noqa: E402
 from fp4rl.engines.verl.machines import CPU, GPU, NPU  # noqa: E402
 from fp4rl.engines.verl.script import VERSION  # noqa: E402
-from fp4rl.lab.catalogue import named  # noqa: E402
+from fp4rl.lab.catalogue import described  # noqa: E402
 from fp4rl.lab.matrix import planned, single  # noqa: E402
 from fp4rl.models.tokenizer import build_tokenizer  # noqa: E402
 from fp4rl.spec.experiment import Experiment  # noqa: E402
-from fp4rl.spec.load import load_spec  # noqa: E402
 
 CONFIG = Path(verl.__file__).parent / "trainer/config"
 KEYS = (Path(__file__).parents[1] / "data/verl/keys_0.9.1.txt").read_text().split()
@@ -104,7 +103,7 @@ def test_hydra_reads_every_text_as_it_is(text):
 
 
 def test_verl_reads_the_documented_experiment():
-    run = next(run for run in planned(load_spec(named("e13h"))) if run.arm == "w4a4")
+    run = next(run for run in planned(described("e13h", "full")) if run.arm == "e13h")
     config = composed(*hydra.words(configuration(run, GPU, 8, Files(Path("/x/run.sh")), "T")))
     assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.n) == (128, 8)
     assert config.reward.reward_kwargs.overlong_buffer_cfg.penalty_factor == 0.5

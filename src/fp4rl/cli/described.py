@@ -4,35 +4,42 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fp4rl.cli.terminal import say_once
-from fp4rl.lab.catalogue import named, names
+from fp4rl.lab.catalogue import Entry, entry, names
+from fp4rl.lab.catalogue.rows import Scale
 from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.rl.rewards import REWARDS
-from fp4rl.spec.errors import NotFoundError, UserError, nearest
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError, nearest
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import former_words, load_spec
 
 
-def spec_file(spec: Path) -> Path:
-    """Return the path of a spec file, or that of a suite of the catalogue by its name (`catalogue/quickstart`)."""
-    if spec.exists() or spec.suffix:
-        return spec
-    return named(spec.name) if spec.parent.name == "catalogue" or spec.name in names() else spec
+def source_of(spec: Path, scale: Scale | None = None) -> Entry:
+    """Return a spec file, or a suite of the catalogue by its name (`catalogue/quickstart`), at a scale if it has some.
+
+    Raises InvalidValueError for the scale of what has none.
+    """
+    of_catalogue = not (spec.exists() or spec.suffix) and (spec.parent.name == "catalogue" or spec.name in names())
+    if of_catalogue:
+        return entry(spec.name, scale)
+    if scale is not None:
+        raise InvalidValueError(f"--scale {scale}: {spec} is a file and has one scale; leave it out")
+    return Entry(spec)
 
 
-def described_by(spec: Path, overrides: list[str]) -> Suite | Experiment:
+def described_by(spec: Path, overrides: list[str], scale: Scale | None = None) -> Suite | Experiment:
     """Load the suite or experiment that a file, or a name of the catalogue, describes; former names in it are said."""
-    file = spec_file(spec)
-    described = load_spec(file, overrides)
-    say_once(former_words(file, overrides), f"{spec}: ")
+    source = source_of(spec, scale)
+    described = load_spec(source.path, overrides, source.content)
+    say_once(former_words(source.path if source.content is None else None, overrides), f"{spec}: ")
     if isinstance(described, Suite):
-        say_once(_without_effect(file, overrides, described))
+        say_once(_without_effect(source, overrides, described))
     return described
 
 
-def _without_effect(file: Path, overrides: list[str], suite: Suite) -> Iterator[str]:
+def _without_effect(source: Entry, overrides: list[str], suite: Suite) -> Iterator[str]:
     """Yield a line for each override of the base that leaves every run as it is."""
     runs = planned(suite)
     for number, word in enumerate(overrides):
@@ -40,7 +47,7 @@ def _without_effect(file: Path, overrides: list[str], suite: Suite) -> Iterator[
         if key.partition(".")[0] in Suite.model_fields:
             continue
         try:
-            without = load_spec(file, [*overrides[:number], *overrides[number + 1 :]])
+            without = load_spec(source.path, [*overrides[:number], *overrides[number + 1 :]], source.content)
         except UserError:  # it is this word that makes the others fit
             continue
         if isinstance(without, Suite) and planned(without) == runs:

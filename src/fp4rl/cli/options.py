@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -19,6 +19,10 @@ Overrides = Annotated[
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", "--max-parallel", min=1, help="Number of runs at a time.")]
+AtScale = Annotated[
+    Literal["tiny", "full"] | None,
+    typer.Option("--scale", help="Of an experiment of the catalogue: tiny (embedded model, the default) or full."),
+]
 ReportTo = Annotated[
     list[str] | None, typer.Option("--report-to", help="wandb or mlflow, besides TensorBoard; may be given twice.")
 ]

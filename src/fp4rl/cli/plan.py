@@ -10,14 +10,16 @@ from rich.table import Table
 
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.ledger import ledger_address
-from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
+from fp4rl.cli.prospect import print_expected, print_next
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.runs import Run
 from fp4rl.lab.serving import fates, served_as
+from fp4rl.lab.status import Status
 from fp4rl.lab.suites import statuses_of
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment, Suite
@@ -28,6 +30,10 @@ from fp4rl.spec.words import counted
 def command(
     spec: SpecFile,
     overrides: Overrides = None,
+    scale: AtScale = None,
+    next_steps: Annotated[
+        bool, typer.Option("--next", help="Show in which bands a suite's numbers lie, and what comes next.")
+    ] = False,
     runs: RunsRoot = Path("runs"),
     show_prompt: Annotated[
         bool, typer.Option("--show-prompt", help="Show instead what the model sees of problem 1: text and token ids.")
@@ -40,36 +46,31 @@ def command(
 
     Examples: `fp4rl plan catalogue/quickstart training.steps=10`, `fp4rl plan my_suite.yaml --show-prompt`
     """
-    described = described_by(spec, overrides or [])
+    described = described_by(spec, overrides or [], scale)
     runs_planned = runs_described(described, spec.stem)
     if show_prompt:
         require_here(runs_planned)
         print_json([*prompts_of(runs_planned).values()]) if as_json else print_prompts(runs_planned)
         return
+    if next_steps:
+        print_next(described, runs, as_json=as_json)
+        return
     statuses = statuses_of(runs_planned, runs)
     finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
-        names = ("suite", "arm", "seed", "run_id", "spec_digest")
-        own = ({name: getattr(run, name) for name in names} for run in runs_planned)
-        state = (
-            {"finished": run in finished, **statuses[run.run_id].as_dict()}
-            | {"served_as": served_as(run.experiment.injection)}
-            for run in runs_planned
-        )
-        print_json([row | more for row, more in zip(own, state, strict=True)])
+        print_json([_as_row(run, statuses[run.run_id]) for run in runs_planned])
         return
     screen = console()
     _print_what(runs_planned[0].experiment)
     _print_recipes(runs_planned)
     screen.print(_what_interrupting_costs(runs_planned[0].experiment.training.save_freq))
     if isinstance(described, Suite):
+        print_expected(described)
         _print_suite(described)
     title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
     rows = ((run.arm, str(run.seed), run.run_id, statuses[run.run_id].word) for run in runs_planned)
     screen.print(table("arm", "seed>", "run", "status", rows=rows, title=title, lines=True))
-    for run in runs_planned:
-        if (status := statuses[run.run_id]).why:
-            print_indented((run.run_id, "bold"), f" {status.word}: {status.why}")
+    _print_reasons({run_id: status for run_id, status in statuses.items() if status.why})
     _print_served({run.arm: run.experiment for run in runs_planned})
     missing = [run for run in runs_planned if not statuses[run.run_id].finished]
     for line in estimated(missing, _earlier(missing, runs, ledger), jobs):
@@ -94,6 +95,17 @@ def _earlier(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> l
     kinds = {(digest(spec["task"]), digest(spec["model"])) for spec in specs}
     with open_ledger(address) as book, book.reading() as connection:
         return runs_on(connection, kinds)
+
+
+def _as_row(run: PlannedRun, status: Status) -> dict[str, Any]:
+    names = ("suite", "arm", "seed", "run_id", "spec_digest")
+    state = {"finished": status.finished, **status.as_dict(), "served_as": served_as(run.experiment.injection)}
+    return {name: getattr(run, name) for name in names} | state
+
+
+def _print_reasons(statuses: Mapping[str, Status]) -> None:
+    for run_id, status in statuses.items():
+        print_indented((run_id, "bold"), f" {status.word}: {status.why}")
 
 
 def _print_what(experiment: Experiment) -> None:

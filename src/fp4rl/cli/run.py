@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, selected, warnings_of
 from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import ledger_address
-from fp4rl.cli.options import Address, AsJson, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, leave_out, print_json, say_once, table
 from fp4rl.engines.environment import launched
 from fp4rl.engines.executors.processes import LocalPool
@@ -49,6 +49,7 @@ StallTimeout = Annotated[
 def command(
     spec: SpecFile,
     overrides: Overrides = None,
+    scale: AtScale = None,
     runs: RunsRoot = Path("runs"),
     jobs: Jobs = 2,
     arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")] = None,
@@ -71,7 +72,7 @@ def command(
 
     Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
     """
-    described = described_by(spec, overrides or [])
+    described = described_by(spec, overrides or [], scale)
     outcome = carry_out_all(
         described,
         spec.stem,

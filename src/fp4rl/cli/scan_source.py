@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4rl.cli.described import described_by, is_spec, require_here, run_described, spec_file
+from fp4rl.cli.described import described_by, is_spec, require_here, run_described, source_of
 from fp4rl.cli.terminal import say_once
 from fp4rl.lab.matrix import PlannedRun, single
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
@@ -87,7 +87,7 @@ def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: s
     if not change:
         return run
     suite = described_by(Path(source), of_suite)
-    content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_spec(spec_file(Path(source)))
+    content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_spec(source_of(Path(source)).path)
     experiment = parse(Experiment, _with_task(content, change), source)
     return PlannedRun(run.suite, run.arm, run.seed, experiment)
 

@@ -9,8 +9,9 @@ import typer
 import yaml
 
 from fp4rl.cli.described import described_by, require_here, runs_described
-from fp4rl.cli.options import AsJson, Overrides, require_writable, write_fragment
+from fp4rl.cli.options import AsJson, AtScale, Overrides, require_writable, write_fragment
 from fp4rl.cli.terminal import console, print_json, say_once, styled
+from fp4rl.lab.catalogue.rows import Scale
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
@@ -24,6 +25,7 @@ def command(
     spec: Annotated[Path | None, typer.Argument(help="YAML file of a suite or of one experiment.")] = None,
     overrides: Overrides = None,
     *,
+    scale: AtScale = None,
     arm: Annotated[str | None, typer.Option("--arm", help="Arm of a suite; needed where it has several.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="One of a suite's seeds; by default its first.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="For NVIDIA GPUs: vLLM, FSDP2 (the default).")] = False,
@@ -54,7 +56,7 @@ def command(
 
     quiet()
     require_writable(out, "--out")
-    planned = _run(spec, overrides or [], arm, seed)
+    planned = _run(spec, overrides or [], scale, arm, seed)
     run = for_verl(planned)
     files = Files(out or Path(f"{run.run_id}.sh"))
     if out is not None:
@@ -79,9 +81,9 @@ def command(
     console().print(f"run it where verl is installed: bash {out}", soft_wrap=True)
 
 
-def _run(spec: Path, overrides: list[str], arm: str | None, seed: int | None) -> PlannedRun:
+def _run(spec: Path, overrides: list[str], scale: Scale | None, arm: str | None, seed: int | None) -> PlannedRun:
     """Return the run of an arm and a seed."""
-    runs = runs_described(described_by(spec, overrides), spec.stem)
+    runs = runs_described(described_by(spec, overrides, scale), spec.stem)
     arms, seeds = (list(dict.fromkeys(of)) for of in ((run.arm for run in runs), (str(run.seed) for run in runs)))
     if arm is None and len(arms) > 1:
         raise InvalidValueError(f"{spec} has several arms, and a run of verl is one; name --arm: {', '.join(arms)}")

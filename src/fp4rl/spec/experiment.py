@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from fp4rl.spec.criteria import Criterion
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.health import Health
@@ -180,6 +181,10 @@ class Suite(Spec):
     )
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1, description="every arm is run with each")
     comparisons: tuple[Comparison, ...] = Field(default=(), description="the questions, fixed before the runs")
+    about: str | None = later_key(None, description="what it is, in words")
+    prediction: str | None = later_key(None, description="what is expected, written before the runs")
+    reported: tuple[str, ...] = later_key((), description="experiments of the documents to show beside its numbers")
+    criteria: tuple[Criterion, ...] = later_key((), description="bands of its numbers, and what comes next on each")
 
     def _conflicts(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):

@@ -23,17 +23,20 @@ from fp4rl.spec.points import FORMAT_POINTS
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment | Suite:
+def load_spec(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), content: Mapping[str, Any] | None = None
+) -> Experiment | Suite:
     """Read a YAML file (a suite if it has `arms`, else one experiment), overridden by `key.path=value` or `+file.yaml`.
 
     In a suite, `key.path=value` changes the base unless the key is the suite's own (`seeds=[0]`). `key.path=+file.yaml`
     lays the file's content there (`arms.w4a16=+advice.yaml`). Raises NotFoundError for a missing file and
-    InvalidValueError for anything in it that is not allowed; both name file, key and cure.
+    InvalidValueError for anything in it that is not allowed; both name file, key and cure. `content` is what the file
+    would hold, where a table holds it; `path` then only names it.
     """
-    folder = Path(at_home(path)).parent
-    content = beside(read_spec(path), folder)
-    is_suite = "arms" in content or "suite" in content
-    stages = [content]
+    folder = Path(at_home(path)).parent if content is None else Path()
+    first: dict[str, Any] = beside(read_spec(path) if content is None else dict(content), folder)
+    is_suite = "arms" in first or "suite" in first
+    stages = [first]
     for word in overrides:
         stages.append(beside(_override(stages[-1], word, is_suite), folder))
     try:
@@ -50,7 +53,12 @@ def _described(content: dict[str, Any], is_suite: bool, source: str) -> Experime
     if not is_suite:
         return parse(Experiment, content, source)
     suite = parse(Suite, content, source)
-    check_questions(suite.comparisons, dict(arm_contents(suite, source)), source)
+    arms = dict(arm_contents(suite, source))
+    check_questions(suite.comparisons, arms, source)
+    for number, criterion in enumerate(suite.criteria):
+        for key, side in (("of", criterion.of), ("against", criterion.against)):
+            if side is not None:
+                _check_side(f"{source}: criteria.{number}.{key}", side, arms, bare=criterion.metric != "accuracy")
     return suite
 
 
@@ -83,10 +91,13 @@ def check_factors(factors: Iterable[str], path: str) -> None:
             raise InvalidValueError(f"{path}: {factor!r} is no key{known}")
 
 
-def _check_side(path: str, side: str, arms: Mapping[str, Experiment]) -> None:
+def _check_side(path: str, side: str, arms: Mapping[str, Experiment], *, bare: bool = False) -> None:
+    """Check a side; with `bare` it may be an arm alone, whose steps log the number."""
     arm, _, profile = side.partition("@")
     if arm not in arms:
         raise InvalidValueError(f"{path}: no arm is called {arm!r}{nearest(arm, arms)}")
+    if bare and not profile:
+        return
     evaluation = arms[arm].evaluation
     profiles = (*evaluation.profiles, *evaluation.sweep)
     if not profile:

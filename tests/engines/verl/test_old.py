@@ -11,12 +11,11 @@ from fp4rl.engines.verl.configuration import Files, configuration
 from fp4rl.engines.verl.machines import GPU
 from fp4rl.engines.verl.old import recipe, require_agreement, rows_of, translate
 from fp4rl.engines.verl.old_files import settings_in
-from fp4rl.lab.catalogue import named
+from fp4rl.lab.catalogue import described
 from fp4rl.lab.matrix import planned, single
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.load import load_spec
 from fp4rl.spec.noise import Noise
 
 SCRIPT = Path(__file__).parents[2] / "data/verl/e13h.sh"
@@ -43,7 +42,7 @@ def both(old_script):
     """The documented experiment as its old settings describe it, and as our catalogue does."""
     settings, variables = settings_in(old_script)
     parts = recipe(settings, rows_of(settings))[0] | translate(settings, variables)[0]
-    ours = next(run for run in planned(load_spec(named("e13h"))) if run.arm == "w4a4" and run.seed == 0)
+    ours = next(run for run in planned(described("e13h", "full")) if run.arm == "e13h" and run.seed == 0)
     judged = ours.experiment.evaluation.model_dump(exclude={"test_freq"}, exclude_unset=True)
     given = {"task": ours.experiment.task, "evaluation": parts["evaluation"] | judged}
     return Experiment.model_validate(parts | given), ours.experiment, settings
@@ -200,7 +199,7 @@ def test_recipes_that_fp4rl_has_not_are_refused(more, wrong):
 
 
 def test_a_recipe_comes_back_as_it_was_written():
-    run = next(run for run in planned(load_spec(named("e13h"))) if run.arm == "w4a4")
+    run = next(run for run in planned(described("e13h", "full")) if run.arm == "e13h")
     asked = configuration(run, GPU, 8, Files(Path("/x/run.sh")), "T")
     again = recipe({key.lstrip("+"): value for key, value in asked.items()})[0]
     assert Experiment.model_validate(again | {"task": run.experiment.task}).training == run.experiment.training

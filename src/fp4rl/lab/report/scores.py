@@ -79,8 +79,8 @@ def scores(by_arm: Mapping[str, Sequence[SuiteRun]]) -> tuple[Score, ...]:
     return tuple(_score(arm, p, by_arm[arm]) for arm, own in evaluations.items() for p in (*own.profiles, *own.sweep))
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean | None:
-    """Return the mean of one value per seed with Student's t interval, cut at 0 and 100 points; None for no value.
+def mean_over_seeds(values: Sequence[float], least: float = 0.0, most: float = 100.0) -> Mean | None:
+    """Return the mean of one value per seed with Student's t interval, cut at `least` and `most`; None for no value.
 
     With one seed, or with seeds that do not differ at all, the mean has no interval.
     """
@@ -90,7 +90,7 @@ def mean_over_seeds(values: Sequence[float]) -> Mean | None:
     if len(set(values)) < 2:
         return Mean(mean, None, None, len(values))
     half = float(special.stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * stdev(values) / math.sqrt(len(values))
-    return Mean(mean, max(0.0, mean - half), min(100.0, mean + half), len(values))
+    return Mean(mean, max(least, mean - half), min(most, mean + half), len(values))
 
 
 def _score(arm: str, profile: str, runs: Sequence[SuiteRun]) -> Score:
