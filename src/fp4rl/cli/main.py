@@ -35,6 +35,7 @@ VERBS = (
     "plan",
     "data",
     "run",
+    "watch",
     "reward",
     "eval",
     "export",

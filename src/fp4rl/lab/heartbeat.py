@@ -4,6 +4,7 @@ The record is written in place and has always the same size, so that it can be w
 process still lives is never read from it: on its own machine the run's lock decides, on another the record's age.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -15,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Literal
-
-from filelock import FileLock, Timeout
 
 from fp4rl.rl.events import Event, Interrupted, Progress, StepDone
 from fp4rl.spec.errors import CheckFailed
@@ -142,21 +141,27 @@ def note_end(folder: Path, ended: Ending, why: str) -> None:
 
 
 def alive(folder: Path, beat: Beat) -> bool:
-    """Return whether the process of a record lives: by the run's lock on its own machine, elsewhere by its age."""
-    if beat.host != socket.gethostname():
-        return beat.ended is None and age_of(folder) < GRACE_S
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        with lock:
+    """Return whether the process of a record lives: by the run's lock on its own machine, elsewhere by its age.
+
+    Nothing is written, and others may ask at the same time.
+    """
+    if beat.host == socket.gethostname():
+        try:
+            with (folder / LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except Timeout:
-        return True
-    except OSError:  # the folder cannot be written from here
-        return beat.ended is None and age_of(folder) < GRACE_S
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        except OSError:  # a disk without locks
+            pass
+    return beat.ended is None and time.time() - (folder / _FILE).stat().st_mtime < GRACE_S
 
 
 def age_of(folder: Path) -> float:
-    """Return how long ago the record was written, by the disk's own clock where one may write there."""
+    """Return how long ago the record was written, by the disk's own clock where one may write there: who begins a run
+    may not err by a clock that is set wrong."""
     written = (folder / _FILE).stat().st_mtime
     with suppress(OSError), NamedTemporaryFile(dir=folder, prefix=".clock") as clock:
         clock.write(b".")

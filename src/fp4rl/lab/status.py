@@ -67,12 +67,13 @@ def unfinished(root: Path) -> dict[RunFolder, Status]:
 
 
 def _unfinished(folder: RunFolder) -> Status:
-    beat, failure = heartbeat.read(folder.path), folder.failure
+    beat = heartbeat.read(folder.path)
+    if beat is not None and heartbeat.alive(folder.path, beat):
+        return Status("running", _under_way(beat), beat.progress_at)
+    failure = folder.failure
     if beat is None:
         written = folder.path.stat().st_mtime
         return Status("failed", failure, written) if failure else Status("lost", "it left no sign of life", written)
-    if heartbeat.alive(folder.path, beat):
-        return Status("running", _under_way(beat), beat.progress_at)
     if beat.ended in ("failed", "interrupted", "lost"):
         return Status(beat.ended, beat.why, beat.at)
     if failure:

@@ -143,8 +143,8 @@ def _on_its_base(weights: Path, experiment: Experiment) -> Iterator[Path]:
     if not config.is_file() or (content := json.loads(config.read_text()))["base_model_name_or_path"] is not None:
         yield weights
         return
-    with TemporaryDirectory() as place:
-        copy = shutil.copytree(weights, Path(place) / "adapter")
+    with TemporaryDirectory() as scratch:
+        copy = shutil.copytree(weights, Path(scratch) / "adapter")
         content["base_model_name_or_path"] = str(Path(experiment.model.path or "").absolute())
         (copy / config.name).write_text(json.dumps(content))
         yield copy
