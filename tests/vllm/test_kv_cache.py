@@ -295,17 +295,29 @@ def test_caches_that_are_none_of_keys_and_values_in_the_models_dtype_are_refused
     asked = prompts(tokenizer)
     engine(model, tokenizer, asked, SAMPLED)
     attention = engine.module.model.layers[1].self_attn.attn
-    for key, value, words in (
-        ("kv_cache_torch_dtype", torch.float8_e4m3fn, r"1\.self_attn rounds: Attention stores auto.*targets.leave"),
+    for where, key, value, words in (
+        (engine.module, "is_hybrid", True, "rounds: Qwen3ForCausalLM keeps states beside caches"),
         (
+            attention,
+            "kv_cache_torch_dtype",
+            torch.float8_e4m3fn,
+            r"1\.self_attn rounds: Attention stores auto.*targets.leave",
+        ),
+        (
+            attention,
             "kv_sharing_target_layer_name",
             "x.attn",
             r"rounds: model\.layers\.1\.self_attn\.attn reads the cache of x.attn; take",
         ),
-        ("attn_type", "encoder_only", r"1\.self_attn rounds: Attention keeps no keys and values.*targets.leave"),
+        (
+            attention,
+            "attn_type",
+            "encoder_only",
+            r"1\.self_attn rounds: Attention keeps no keys and values.*targets.leave",
+        ),
     ):
         with monkeypatch.context() as other, attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attached:
-            other.setattr(attention, key, value)
+            other.setattr(where, key, value, raising=False)
             attached.set_phase("rollout")
             with pytest.raises(InvalidValueError, match=words):
                 engine(model, tokenizer, asked, SAMPLED)

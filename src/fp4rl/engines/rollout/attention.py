@@ -29,6 +29,8 @@ def cache_of(module: nn.Module, modules: Mapping[str, nn.Module], name: str) -> 
     cure = f"take transformers, or leave this attention out: targets.leave: [{name}]"
     if readers:
         wrong, cure = "{} reads the cache of {}".format(*next(iter(readers.items()))), "take transformers"
+    elif getattr(module, "is_hybrid", False):
+        wrong, cure = f"{type(module).__name__} keeps states beside caches, which was never tried", "take transformers"
     elif len(caches) != 1:
         wrong = f"{type(module).__name__} has {len(caches)} caches there"
     else:
