@@ -163,6 +163,28 @@ def test_other_weights_differ_whatever_their_names(folder):
     assert "q_proj" in checks["weights"].seen
 
 
+@pytest.mark.parametrize("declared", ["bfloat16", "float32"])
+def test_an_engine_that_rounds_the_master_where_its_bf16_copy_is_declared_differs(declared, folder):
+    """And the other way round: about one value of a hundred, a step of the grid apart."""
+    rounded_as = {"bfloat16": torch.float32, "float32": torch.bfloat16}[declared]
+    shares = []
+
+    def casting_otherwise(model, tokenizer, prompts, sampling):
+        for state in injected_states(model):
+            layer = model.get_submodule(state.plan.name)
+            right = state.rounded_weight(layer).detach().clone()
+            state.cache.forget()
+            state.dtype = rounded_as
+            shares.append((state.rounded_weight(layer) != right).float().mean().item())
+        return transformers_sampler(model, tokenizer, prompts, sampling)
+
+    injection = Injection.named("w4a16").model_copy(update={"dtype": declared})
+    checks = audited(folder, injection, casting_otherwise)
+    assert checks["weights"].passed is False
+    assert "at 14 of 14 sites" in checks["weights"].seen
+    assert all(0.002 < share < 0.03 for share in shares[:14])
+
+
 def test_a_silent_engine_is_no_engine(folder):
     checks = audited(folder, Injection.named("w4a4"), lambda *_: [])
     assert list(checks) == ["calls"]

@@ -102,7 +102,10 @@ def _repeatable(state: SiteState, point: str) -> bool:
 
 
 def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
-    """Return `x` as it must arrive at the product: rounded by numerics alone where the point is active."""
+    """Return `x` as it must arrive at the product: rounded by numerics alone where the point is active.
+
+    It is cast to what the injection declares, whatever the site casts to.
+    """
     if point not in state.points:
         return x
     whole = x
@@ -111,7 +114,8 @@ def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
             row = torch.zeros_like(x[:1])
             row[0, 0] = other.master(module).abs().max()
             whole = torch.cat([whole, row])
-    return fake_quantize(whole.to(state.dtype), getattr(state.plan, point)).to(x.dtype)[: len(x)]
+    seen = whole.to(getattr(torch, state.injection.dtype))
+    return fake_quantize(seen, getattr(state.plan, point)).to(x.dtype)[: len(x)]
 
 
 def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:
