@@ -54,7 +54,7 @@ def made(family, path):
     tokenizer = build_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **OF[family], **ids, vocab_size=len(tokenizer))
+    config = AutoConfig.for_model(family, **(SIZES | OF[family] | ids), vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if weight.ndim > 1 or "correction" in name:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fp4rl.engines.rollout.mixture import is_llama4
 from fp4rl.inject.attention import AttentionState
 from fp4rl.spec.errors import InvalidValueError
 
@@ -31,6 +32,8 @@ def cache_of(module: nn.Module, modules: Mapping[str, nn.Module], name: str) -> 
         wrong, cure = "{} reads the cache of {}".format(*next(iter(readers.items()))), "take transformers"
     elif getattr(module, "is_hybrid", False):
         wrong, cure = f"{type(module).__name__} keeps states beside caches, which was never tried", "take transformers"
+    elif is_llama4(module):
+        wrong, cure = f"{type(module).__name__} stores the values of a key in another order", "take transformers"
     elif len(caches) != 1:
         wrong = f"{type(module).__name__} has {len(caches)} caches there"
     else:

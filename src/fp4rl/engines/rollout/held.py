@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4rl.engines.rollout.mixture import Read
+from fp4rl.engines.rollout.mixture import Read, in_its_order
 from fp4rl.spec.errors import EngineDiffers, InvalidValueError
 
 
@@ -31,10 +31,12 @@ def held(module: nn.Module, stream: Iterable[tuple[str, Tensor]], rows: dict[str
     """
     layers, at = dict(module.named_modules()), {} if rows is None else rows
     experts = Read(module)
-    for name, wanted in stream:
+    for name, given in stream:
+        wanted = in_its_order(module, name, given)
         own, kind = name.rpartition(".")[0], name.rpartition(".")[2]
-        layer_name = next(iter(_layer_names(module, layers, own)), None)
-        now = experts.value(name) if layer_name is None else _values(layers[layer_name], kind)
+        now = experts.value(name)
+        layer_name = next(iter(_layer_names(module, layers, own)), None) if now is None else None
+        now = now if layer_name is None else _values(layers[layer_name], kind)
         if now is None:
             yield Held(name, wanted.numel(), wanted.numel(), (0,) * wanted.ndim)
             continue
@@ -114,10 +116,20 @@ def _values(layer: Any, kind: str) -> Tensor | None:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    if kind == "weight" and isinstance(layer, LinearBase | ParallelLMHead):
-        return _product(layer)
+    if kind == "weight" and (unpacked := getattr(layer, "_cpu_unpacked_conv_weight", None)) is not None:
+        return _convolution(layer.weight, unpacked)
     value = getattr(layer, kind, None)
+    if kind == "weight" and isinstance(layer, LinearBase | ParallelLMHead) and (value is None or value.ndim < 3):
+        return _product(layer)  # a convolution has three axes and is read as it is
     return value if isinstance(value, Tensor) else None
+
+
+def _convolution(packed: Tensor, unpacked: Tensor) -> Tensor:
+    """Return the weight [channels, 1, width] of a convolution that is packed for CPUs; NaN where it packs another."""
+    from vllm._custom_ops import causal_conv1d_weight_pack
+
+    same = torch.equal(causal_conv1d_weight_pack(unpacked), packed)
+    return (unpacked if same else torch.full_like(unpacked, torch.nan)).unsqueeze(1)
 
 
 def _product(layer: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from fp4rl.engines.rollout.attention import cache_of, not_stored, rounding_cache
 from fp4rl.engines.rollout.experts import experts_of, rounding_experts
 from fp4rl.engines.rollout.held import layer_of
-from fp4rl.engines.rollout.linear import rounding_input
+from fp4rl.engines.rollout.linear import not_called, rounding_input
 from fp4rl.inject.attention import AttentionState
 from fp4rl.inject.experts import StackState
 from fp4rl.inject.linear import LinearState
@@ -44,7 +44,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "linear": Kind(LinearState, frozenset({"input"}), layer_of, rounding_input),
+        "linear": Kind(LinearState, frozenset({"input"}), layer_of, rounding_input, not_called),
         "attention": Kind(AttentionState, frozenset({"kv_cache"}), cache_of, rounding_cache, not_stored),
         "experts": Kind(StackState, frozenset({"input"}), experts_of, rounding_experts),
     }

@@ -19,6 +19,16 @@ def rounding_input(layer: Any, members: Sequence[LinearState]) -> Iterator[None]
         layer.quant_method = layer.quant_method.method
 
 
+def not_called(state: LinearState) -> str | None:
+    """Return why vLLM does not round the input of a layer in every call, and the cure."""
+    if "input" in state.points and state.plan.name.endswith(".kv_b_proj"):
+        return (
+            "while it decodes (MLA), vLLM multiplies this weight with queries, and not with the input; take "
+            "transformers, or leave it out: targets.leave: ['*.kv_b_proj']"
+        )
+    return None
+
+
 class Rounded:
     """vLLM's own method of a linear layer, behind the rounding of its input. `members` are the sites fused in it."""
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from fp4rl.inject.experts import ExpertProduct, StackState
 from fp4rl.spec.errors import InvalidValueError
 
+_REORDER = "permute_qk_weight_for_rotary"  # of vLLM's Llama 4 alone
 _BASE = 256  # numbers below it are exact in every dtype of weights
 
 
@@ -32,6 +33,19 @@ def mixtures(module: nn.Module) -> dict[str, Any]:
 
     layers = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, RoutedExperts))
     return {name.removesuffix(".routed_experts"): layer for name, layer in layers}
+
+
+def is_llama4(module: nn.Module) -> bool:
+    """Return whether vLLM's loader reorders the rows of q and k within a head, and transposes stacks of experts."""
+    return hasattr(module, _REORDER)
+
+
+def in_its_order(module: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """Return a tensor of the stream in the order in which vLLM's loader stores it."""
+    if is_llama4(module):
+        weight = getattr(module, _REORDER)(name, weight)[1]
+        return weight.mT if weight.ndim == 3 else weight
+    return weight
 
 
 def begin_reload(module: nn.Module) -> None:

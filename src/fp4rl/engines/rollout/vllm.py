@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.engines.environment import for_vllm
 from fp4rl.engines.rollout.held import follow_embeddings, require_held
 from fp4rl.engines.rollout.kinds import active, rounding
+from fp4rl.engines.rollout.known import prepare, require_routes
 from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
 from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
 from fp4rl.rl.generate import Generation, Sampling
@@ -55,6 +56,7 @@ class Vllm:
         states = active(injected_states(model))
         require_possible(states, sampling)
         self._require_engine(model, max(map(len, prompts)) + sampling.max_new_tokens)
+        prepare(self.module)
         self.refresh(model)
         self._calls += 1
         if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
@@ -88,6 +90,7 @@ class Vllm:
             raise InvalidValueError(
                 f"rollout.max_model_len {self._chosen.max_model_len}: prompt and answer take up to {length} tokens"
             )
+        require_routes(model.config)
         self._length = self._chosen.max_model_len or -(-length // _ROOM) * _ROOM
         self._folder = folder
         self._llm = None  # the former one, for shorter sequences or another model, is let go first

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 import vllm
 from fp4rl.engines.rollout.held import follow_embeddings, held
 from fp4rl.engines.rollout.kinds import KINDS, rounding
+from fp4rl.engines.rollout.known import prepare
 from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
 from fp4rl.inject.cache import SharedInput
 from fp4rl.inject.plan import SitePlan
@@ -69,6 +70,7 @@ class Worker:
         self.fp4rl_states = [state_of(site, described) for site in sites]
         self.fp4rl_rounding = ExitStack()
         try:
+            prepare(self.model_runner.get_model())
             self.fp4rl_rounding.enter_context(rounding(self.model_runner.get_model(), self.fp4rl_states))
         except InvalidValueError as error:
             return [str(error)]
