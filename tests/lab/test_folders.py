@@ -159,8 +159,10 @@ def test_a_name_that_leaves_the_runs_folder_is_refused(tmp_path: Path):
 def test_resuming_forgets_the_steps_after_the_checkpoint(run: RunFolder):
     for step in (1, 2, 3):
         run.add_metrics(step, {"loss": step})
+        run.add_rollouts(step, [{"completion": f"<b>{step}"}, {"completion": "\u2028"}])
     run.drop_metrics_after(2)
     assert list(run.metrics()) == [1, 2]
+    assert run.rollouts() == {n: [{"completion": f"<b>{n}"}, {"completion": "\u2028"}] for n in (1, 2)}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path: Path):

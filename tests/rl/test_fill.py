@@ -1,6 +1,7 @@
 """Filling a batch: what reaches the loss are whole groups whose answers differ, in order, and no others."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,3 +173,16 @@ def test_the_filter_does_not_take_the_overlong_punishment_for_a_difference_in_sc
     assert filler(mixed=set(), uneven=True, **punished).answers == ()
     by_reward = filler(mixed=set(), uneven=True, **punished, filter_groups={"metric": "reward"})
     assert groups_of(by_reward) == [0, 1, 2]
+
+
+def test_the_answers_kept_for_people_are_the_first_two_of_two_problems_and_long_ones_are_cut():
+    generation = filler({0, 1, 2, 3}).generations[0]
+    kept = generation.sample(N)
+    of = generation.rollout.problems
+    assert [answer.problem_id for answer in kept] == [of[0].id, of[0].id, of[N].id, of[N].id]
+    assert [(answer.completion, answer.strict) for answer in kept] == [("yes", True)] * 4
+    assert kept[0].gold == "yes"
+    assert kept[2].tokens == 2  # the second problem's answers have two tokens
+    long = Rollout(of[:1], ([1],), (Generation([7], "x" * 2500, True),))
+    (answer,) = replace(generation, rollout=long).sample(N)
+    assert answer.completion == "x" * 2000 + " [500 more characters]"

@@ -5,6 +5,7 @@ runs/<suite>/<run-id>/
   sites.json       {"digest", "plans", "left_out"}: the resolved site table
   evidence.jsonl   one object a line: what acted
   metrics.jsonl    one object a line, each with its "step"
+  rollouts.jsonl   one object a line: the problem, answer and reward of a few answers of each step, for people
   items/<step>-<profile>.parquet   one row per problem and sample
   result.json      written last, whole: its presence means finished
   log.txt
@@ -91,11 +92,18 @@ class RunFolder:
             raise InvalidValueError("a metric cannot be called 'step': that key names the step it belongs to")
         append_line(self.path / "metrics.jsonl", {"step": step, **values})
 
+    def add_rollouts(self, step: int, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Append a few answers of the rollout of `step`."""
+        for answer in answers:
+            append_line(self.path / "rollouts.jsonl", {"step": step, **answer})
+
     def drop_metrics_after(self, step: int) -> None:
-        """Drop the metrics after `step`: a run that resumes from that checkpoint repeats those steps."""
-        with damage_named(self.path / "metrics.jsonl") as file:
-            kept = [record for record in read_lines(file) if record["step"] <= step]
-        write_lines(file, kept)
+        """Drop metrics and rollouts after `step`: a run that resumes from that checkpoint repeats those steps."""
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            with damage_named(self.path / name) as file:
+                kept = [record for record in read_lines(file) if record["step"] <= step]
+            if file.is_file():
+                write_lines(file, kept)
 
     def drop_evidence_after(self, step: int) -> bool:
         """Drop every line after the checkpoint of `step`; return False, and drop nothing, if it is not recorded."""
@@ -183,6 +191,14 @@ class RunFolder:
                     if isinstance(value, int | float):
                         values.setdefault(name, float(value))
             return dict(sorted(steps.items()))
+
+    def rollouts(self) -> dict[int, list[dict[str, Any]]]:
+        """Return step -> the answers kept of its rollout."""
+        steps: dict[int, list[dict[str, Any]]] = {}
+        with damage_named(self.path / "rollouts.jsonl") as file:
+            for record in read_lines(file):
+                steps.setdefault(int(_mapping(record).pop("step")), []).append(record)
+        return dict(sorted(steps.items()))
 
     def result(self) -> RunResult:
         """Return what `result.json` says. Raises `NotFoundError` for an unfinished run."""

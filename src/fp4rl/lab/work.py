@@ -36,7 +36,7 @@ from fp4rl.spec.evidence import CheckpointKept, Evaluation, Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
 from fp4rl.spec.training import Training
 
-_FILES = ("evidence.jsonl", "metrics.jsonl", "sites.json", "log.txt")
+_FILES = ("evidence.jsonl", "metrics.jsonl", "rollouts.jsonl", "sites.json", "log.txt")
 _FOLDERS = ("items", "checkpoints", "on-the-way", "final", "tensorboard")
 
 
@@ -140,6 +140,9 @@ def _kept(folder: RunFolder, sinks: Sinks, heart: Heartbeat, emit: events.Emit) 
             case events.StepDone():
                 folder.add_metrics(event.step, event.metrics)
                 sinks.log(event.step, event.metrics)
+            case events.Sampled():
+                folder.add_rollouts(event.step, map(asdict, event.answers))
+                return
             case events.Evaluated(evaluation):
                 items = [asdict(item) for item in evaluation.items]
                 folder.write_items(evaluation.step, evaluation.profile.name, items)

@@ -36,6 +36,28 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class SampledAnswer:
+    """One answer of a rollout, with its problem, as a reader sees them; `tokens` counts those generated."""
+
+    problem_id: str
+    question: str
+    gold: str
+    completion: str
+    tokens: int
+    truncated: bool
+    reward: float
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A few answers of the rollout of `step` (the first is 1), for people; no number derives from them."""
+
+    step: int
+    answers: tuple[SampledAnswer, ...]
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """One profile was evaluated."""
 
@@ -64,7 +86,7 @@ class Message:
     log_only: bool = False
 
 
-Event = Progress | StepDone | Evaluated | SitesResolved | StepsDropped | Message | Evidence
+Event = Progress | StepDone | Sampled | Evaluated | SitesResolved | StepsDropped | Message | Evidence
 Emit = Callable[[Event], None]
 
 

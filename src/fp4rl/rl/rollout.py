@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fp4rl.rl.events import SampledAnswer
 from fp4rl.rl.generate import Generation, Sampler, Sampling
 from fp4rl.rl.prompts import encoded, padded
 from fp4rl.rl.rewards import Scored
@@ -20,6 +21,7 @@ from fp4rl.spec.task import Problem
 from fp4rl.spec.training import Training
 
 NGRAM = 4
+_MOST = 2000  # characters of each text of a sampled answer
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,29 @@ class ScoredRollout:
         """Return its answers with their rewards, in order."""
         rollout = self.rollout
         return [Answer(*each) for each in zip(rollout.prompt_ids, rollout.answers, self.scored.rewards, strict=True)]
+
+    def sample(self, rollout_n: int) -> tuple[SampledAnswer, ...]:
+        """Return the first two answers to the first two of its problems."""
+        rollout, scored = self.rollout, self.scored
+        rows = [row for row in (0, 1, rollout_n, rollout_n + 1) if row < len(rollout.answers)]
+        return tuple(
+            SampledAnswer(
+                problem_id=rollout.problems[row].id,
+                question=_shown(rollout.problems[row].question or rollout.problems[row].prompt),
+                gold=_shown(rollout.problems[row].answer),
+                completion=_shown(rollout.answers[row].text),
+                tokens=len(rollout.answers[row].tokens),
+                truncated=not rollout.answers[row].ended,
+                reward=scored.rewards[row],
+                strict=scored.scores[row].strict,
+            )
+            for row in rows
+        )
+
+
+def _shown(text: str) -> str:
+    """Return at most _MOST characters, with a word on how many more there were."""
+    return text if len(text) <= _MOST else f"{text[:_MOST]} [{len(text) - _MOST} more characters]"
 
 
 def roll_out(

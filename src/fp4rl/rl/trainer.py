@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from fp4rl.rl import processes
 from fp4rl.rl.components import TrainerComponents, arguments
-from fp4rl.rl.events import Message
+from fp4rl.rl.events import Message, Sampled
 from fp4rl.rl.fill import Filler
 from fp4rl.rl.generate import Sampling, answer_logps, dropout_off, drops, whole_sequences
 from fp4rl.rl.losses import Whole
@@ -119,6 +119,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
             filled = processes.agreed(lambda: self.filler.fill(self._sample))
             self.timer.lap("rewards")
         self.timer.lap("noise")
+        self.parts.emit(Sampled(self.step + 1, filled.generations[0].sample(recipe.rollout_n)))
         if line := filled.report():
             self.parts.emit(Message(f"step {self.step}: {line}"))
         # Nothing is trained yet: these are answers of the start, under the planned noise.
