@@ -32,7 +32,7 @@ from fp4rl.rl.components import require_own_engine
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec.errors import require_finite
-from fp4rl.spec.evidence import CheckpointKept, Evaluation, Record, Warned
+from fp4rl.spec.evidence import CheckpointKept, Evaluation, Evidence, Record, Warned
 from fp4rl.spec.records import VERSION, RunResult
 from fp4rl.spec.training import Training
 
@@ -73,12 +73,13 @@ def execute_run(
         resume = processes.from_first(_resume_state(folder))
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         with failure_kept(folder), crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
             _log(folder, spec_warnings({run.arm: run.experiment}))
             trained = train_here(_kept(folder, sinks, heart, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])
-            result = _result(run, trained, folder.evaluations(), time.perf_counter() - started)
+            taken = time.perf_counter() - started, time.process_time() - used
+            result = _result(run, trained, folder.evaluations(), taken)
             require_finite("result", result.as_json())
             folder.write_result(result)
         _forget_interruptions(folder, run.experiment.training)
@@ -157,15 +158,19 @@ def _kept(folder: RunFolder, sinks: Sinks, heart: Heartbeat, emit: events.Emit) 
                     return
                 folder.add_evidence(Warned(line=event.line))
             case Record():
-                content = event.as_json()
-                what = (str(content[key]) for key in ("phase", "profile", "site", "point") if key in content)
-                require_finite(f"evidence of {' '.join((event.kind, *what))}", content)
-                folder.add_evidence(event)
-                if isinstance(event, CheckpointKept):  # the checkpoint leads back to the lines above this one
-                    folder.make_durable()
+                _record(folder, event)
         emit(event)
 
     return keep
+
+
+def _record(folder: RunFolder, line: Evidence) -> None:
+    content = line.as_json()
+    what = (str(content[key]) for key in ("phase", "profile", "site", "point") if key in content)
+    require_finite(f"evidence of {' '.join((line.kind, *what))}", content)
+    folder.add_evidence(line)
+    if isinstance(line, CheckpointKept):  # the checkpoint leads back to the lines above this one
+        folder.make_durable()
 
 
 def _log(folder: RunFolder, lines: Sequence[str]) -> None:
@@ -174,7 +179,9 @@ def _log(folder: RunFolder, lines: Sequence[str]) -> None:
             log.writelines(f"{line}\n" for line in lines)
 
 
-def _result(run: PlannedRun, trained: Trained, evaluations: tuple[Evaluation, ...], wall_s: float) -> RunResult:
+def _result(
+    run: PlannedRun, trained: Trained, evaluations: tuple[Evaluation, ...], taken: tuple[float, float]
+) -> RunResult:
     result = RunResult(
         version=VERSION,
         run_id=run.run_id,
@@ -188,6 +195,8 @@ def _result(run: PlannedRun, trained: Trained, evaluations: tuple[Evaluation, ..
         evidence=trained.evidence.extended(processes=processes.count()),
         steps_asked=run.experiment.training.steps,
         steps_done=trained.steps_done,
-        wall_s=round(wall_s, 3),
+        device=processes.device().type,
+        wall_s=round(taken[0], 3),
+        cpu_s=round(taken[1], 3),
     )
     return result if trained.stopped is None else result.extended(stopped=trained.stopped)

@@ -117,8 +117,9 @@ class Imported(Record):
 class RunResult(Record):
     """The result of a run. `stopped` is the monitor's reason to end it early; `imported` is set for a foreign log.
 
-    `versions` are those it was trained with. `evaluated_with` are those its final weights were evaluated with, where
-    another engine trained them.
+    `wall_s`, `cpu_s`: seconds by the clock and of the first process's CPUs, of the attempt that finished; `device`:
+    what it computed on. `versions` are those it was trained with. `evaluated_with` are those its final weights were
+    evaluated with, where another engine trained them.
     """
 
     version: int = 0
@@ -137,6 +138,8 @@ class RunResult(Record):
     steps_done: int | None = None
     stopped: str | None = None
     wall_s: float | None = None
+    cpu_s: float | None = None
+    device: str | None = None
 
 
 ENGINE_RUN, ENGINE_METRICS = "fp4rl_run.json", "fp4rl_metrics.jsonl"
