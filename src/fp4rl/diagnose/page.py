@@ -8,7 +8,7 @@ from fp4rl.diagnose.findings import COLUMNS, findings, meanings, rule_results
 from fp4rl.diagnose.precision import PartError
 from fp4rl.diagnose.report import EXPERT_COLUMNS, ScanReport
 from fp4rl.numerics.errors import pooled
-from fp4rl.pages.page import Figure, in_rows, line, marks, over_steps, render, with_legend
+from fp4rl.pages.page import HEAT, Figure, in_rows, line, marks, over_steps, render, with_legend
 from fp4rl.spec.words import counted
 
 _WORDS = {
@@ -78,7 +78,6 @@ def _layers(report: ScanReport) -> list[list[str]]:
 
 Grid = list[list[float | None]]
 
-_HEAT = [[0.0, "#f7f4ee"], [0.35, "#f2c879"], [0.7, "#d9722e"], [1.0, "#7d1f14"]]
 _ROW = 22  # pixels of one bar
 MOST_BARS = 40
 
@@ -117,7 +116,7 @@ def heat_map(report: ScanReport) -> Iterator[Figure]:
             "z": grid,
             "x": roles,
             "y": [f"layer {layer}" for layer in layers],
-            "colorscale": _HEAT,
+            "colorscale": HEAT,
             "reversescale": not worse,
             "visible": number == 0,
             "hovertemplate": "%{y}, %{x}: %{z:.4g}<extra>" + label + "</extra>",

@@ -15,6 +15,7 @@ from fp4rl.spec.errors import NotFoundError
 Trace = dict[str, Any]
 Layout = dict[str, Any]
 
+HEAT = [[0.0, "#f7f4ee"], [0.35, "#f2c879"], [0.7, "#d9722e"], [1.0, "#7d1f14"]]  # pale to dark: more is worse
 COLOURS = 6  # --arm-0 to --arm-5 in page.css
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")

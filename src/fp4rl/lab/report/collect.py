@@ -1,6 +1,7 @@
 """Collect everything that the report of a suite shows into one frozen value."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fp4rl.lab.compare.comparison import Answer, answer_all
@@ -10,8 +11,11 @@ from fp4rl.lab.compare.sides import At
 from fp4rl.lab.files import Damaged
 from fp4rl.lab.ledger.query import known_spread
 from fp4rl.lab.provenance import code_digest
+from fp4rl.lab.report.cost import Cost, costs
 from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps, roundings, sites_quantized
+from fp4rl.lab.report.flips import Flips, flips_of
 from fp4rl.lab.report.notes import notes
+from fp4rl.lab.report.rollouts import ArmRollouts, rollouts_of
 from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun, read_suite
@@ -37,6 +41,14 @@ class SuiteReport:
     questions: tuple[Answer, ...]
     notes: tuple[str, ...]
     not_planned: tuple[str, ...]
+    flips: tuple[Flips, ...] = ()
+    rollouts: tuple[ArmRollouts, ...] = ()
+    costs: tuple[Cost, ...] = ()
+
+    @cached_property
+    def by_arm(self) -> dict[str, list[SuiteRun]]:
+        """Arm -> its runs, in the order of the suite."""
+        return {arm: [run for run in self.runs if run.planned.arm == arm] for arm in self.arms}
 
     @property
     def missing(self) -> tuple[SuiteRun, ...]:
@@ -73,6 +85,8 @@ class SuiteReport:
                 name: {key: {"first": a, "this": b} for key, (a, b) in differences(arms[0][1], described).items()}
                 for name, described in arms[1:]
             },
+            "flips": [asdict(flips) for flips in self.flips],
+            "costs": [asdict(cost) for cost in self.costs],
             "not_planned": list(self.not_planned),
             "notes": list(self.notes),
         }
@@ -87,15 +101,19 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     address = ledger or suite_folder.parent / "ledger.db"
     answers = answer_all(suite_questions(suite, At()), lambda run: known_spread(address, run))
     rows = scores(suite.by_arm)
+    arms = {arm: runs[0].planned.experiment for arm, runs in suite.by_arm.items()}
     return SuiteReport(
         name=suite_folder.resolve().name,
         code_digest=code_digest(),
-        arms={arm: runs[0].planned.experiment for arm, runs in suite.by_arm.items()},
+        arms=arms,
         runs=suite.runs,
         scores=rows,
         questions=answers,
         notes=notes(suite, rows, answers),
         not_planned=suite.not_planned,
+        flips=tuple(flips_of(answers, arms)),
+        rollouts=tuple(rollouts_of(suite.by_arm)),
+        costs=tuple(costs(suite.by_arm)),
     )
 
 

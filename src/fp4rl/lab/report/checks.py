@@ -1,0 +1,97 @@
+"""What could fool a reader of these runs, and how many of them are proof against it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps
+from fp4rl.lab.runs import Run
+from fp4rl.lab.suites import SuiteRun
+from fp4rl.spec.evidence import Rounded
+
+_FEW = 3
+_CUT, _FORMATTED = 0.05, 0.9  # shares of answers: more cut off, or fewer in the asked format, may measure that instead
+
+
+@dataclass(frozen=True)
+class Check:
+    """One trap. `passed` of `asked` finished runs are proof against it; `others` names those that are not."""
+
+    trap: str
+    how: str
+    passed: int
+    asked: int
+    others: str
+
+
+# trap, how it is ruled out, verdict on one run: None where it is not asked of it
+_CHECKS: tuple[tuple[str, str, Callable[[SuiteRun, Run], bool | None]], ...] = (
+    (
+        "The treatment was described and never acted",
+        "calls, elements and values changed are counted at every site in every phase",
+        lambda _, run: not run.gaps,
+    ),
+    (
+        "What acted is another format than the one described",
+        "operands of the running model equal the rounding of their masters",
+        lambda _, run: bool(run.of(Rounded)) if run.sites.plans else None,
+    ),
+    (
+        "Rounding or noise stays in the weights",
+        "digests of the master weights after each phase",
+        lambda _, run: masters_unchanged(run),
+    ),
+    (
+        "The policy that is judged is not the one that was trained",
+        "its outputs equal those of a fresh copy of it",
+        lambda _, run: (difference := live_difference(run)) is not None and difference == 0,
+    ),
+    (
+        "Training changed nothing",
+        "the share of weights that training changed",
+        lambda _, run: (share := run.result.evidence.weights_changed) is not None and share > 0,
+    ),
+    (
+        "Noise is too small for the dtype and is swallowed",
+        "the share of weights that each draw changed",
+        lambda own, run: _noisy(run) if own.planned.experiment.noise else None,
+    ),
+    (
+        "Training collapsed, and the last step shows its wreck",
+        "the health monitor's alarms",
+        lambda _, run: None if (health := run.result.evidence.health) is None else health.state == "ok",
+    ),
+    (
+        "Answers were cut off, so length was measured",
+        f"at most {_CUT:.0%} of the answers at the last step reach the limit",
+        lambda _, run: _all(run, "truncated", lambda share: share <= _CUT),
+    ),
+    (
+        "Answers miss the asked format, so format was measured",
+        f"at least {_FORMATTED:.0%} of the answers at the last step have it",
+        lambda _, run: _all(run, "formatted", lambda share: share >= _FORMATTED),
+    ),
+    ("Runs of different code are compared", "a digest of the code", lambda own, _: not own.stale),
+)
+
+
+def checks(runs: Sequence[SuiteRun]) -> list[Check]:
+    """Return every check that some finished run is asked for."""
+    finished = [(own, own.run) for own in runs if own.run is not None]
+    rows = []
+    for trap, how, judge in _CHECKS:
+        judged = [(own, verdict) for own, run in finished if (verdict := judge(own, run)) is not None]
+        failed = [f"{own.planned.arm} seed {own.planned.seed}" for own, verdict in judged if not verdict]
+        more = f" and {len(failed) - _FEW} more" if len(failed) > _FEW else ""
+        if judged:
+            rows.append(Check(trap, how, len(judged) - len(failed), len(judged), ", ".join(failed[:_FEW]) + more))
+    return rows
+
+
+def _noisy(run: Run) -> bool:
+    steps = [step for step in noise_steps(run) if step.scheduled > 0]
+    return bool(steps) and all(step.share_changed > 0 for step in steps)
+
+
+def _all(run: Run, score: str, holds: Callable[[float], bool]) -> bool | None:
+    shares = [share for e in run.evaluations().values() if (share := e.score(score)) is not None]
+    return all(map(holds, shares)) if shares else None

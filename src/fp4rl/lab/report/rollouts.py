@@ -1,0 +1,61 @@
+"""The answers that runs kept of their rollouts: for each arm those of one run, step by step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp4rl.lab.files import Damaged, json_ready
+from fp4rl.lab.suites import SuiteRun
+
+MOST_TEXT = 500
+MOST_ARMS, MOST_RUNS, MOST_STEPS, MOST_ANSWERS = 8, 4, 25, 4
+
+
+@dataclass(frozen=True)
+class ArmRollouts:
+    """The answers that one run of an arm kept: step -> answers. `steps`: how many steps it kept answers of."""
+
+    arm: str
+    seed: int
+    steps: int
+    by_step: Mapping[int, Sequence[Mapping[str, Any]]]
+
+
+def rollouts_of(by_arm: Mapping[str, Sequence[SuiteRun]]) -> list[ArmRollouts]:
+    """Return the answers of the first run of each arm that kept some, at most MOST_ARMS arms and MOST_STEPS steps."""
+    found = []
+    for runs in by_arm.values():
+        own = next(filter(None, map(_kept, runs[:MOST_RUNS])), None)
+        if own is not None:
+            found.append(own)
+        if len(found) == MOST_ARMS:
+            break
+    return found
+
+
+def _kept(run: SuiteRun) -> ArmRollouts | None:
+    try:
+        steps = run.folder.rollouts()
+    except Damaged:
+        return None
+    if not steps:
+        return None
+    chosen = spread(list(steps), MOST_STEPS)
+    shown = {step: [_shown(answer) for answer in steps[step][:MOST_ANSWERS]] for step in chosen}
+    return ArmRollouts(run.planned.arm, run.planned.seed, len(steps), shown)
+
+
+def _shown(answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: cut(value) if isinstance(value, str) else json_ready(value) for name, value in answer.items()}
+
+
+def spread(values: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` of the values, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(n * (len(values) - 1) / (most - 1))] for n in range(most)]
+
+
+def cut(text: str) -> str:
+    """Return at most MOST_TEXT characters, with a word on how many more there were."""
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} [{len(text) - MOST_TEXT} more characters]"
