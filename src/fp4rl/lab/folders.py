@@ -184,7 +184,11 @@ class RunFolder:
         steps: dict[int, dict[str, float]] = {}
         with damage_named(self.path / "metrics.jsonl") as file:
             for record in read_lines(file):
-                values = steps.setdefault(int(_mapping(record).pop("step")), {})
+                step = int(_mapping(record).pop("step"))
+                if step not in steps and all(type(value) is float for value in record.values()):
+                    steps[step] = record
+                    continue
+                values = steps.setdefault(step, {})
                 for name, value in record.items():
                     if isinstance(value, str):
                         value = _NOT_FINITE.get(value)
@@ -237,7 +241,7 @@ def _spec_values(text: str) -> Any:
     return plain_values(text, "YAML") if around is None else pickle.loads(around) | {"seed": int(seed)}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=512)  # runs are read seed by seed: all arms of a suite
 def _values_around(before: str, after: str) -> bytes | None:
     """Return the values around the line of a seed; None where, tried with two seeds, they differ in more than it."""
     first, second = (plain_values(f"{before}seed: {seed}{after}", "YAML") for seed in (0, 1))

@@ -1,6 +1,7 @@
 """Plan the runs of a suite: arms x axes x seeds, each with an id that needs no model to be known."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment, Suite
@@ -16,7 +17,7 @@ class PlannedRun:
     seed: int
     experiment: Experiment
 
-    @property
+    @cached_property
     def spec_digest(self) -> str:
         """Twelve hex digits of the experiment, seed included."""
         return digest(self.experiment)

@@ -4,9 +4,10 @@ Reports, displays and comparisons of runs all read them here, from their folders
 ledger's record of it.
 """
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from fp4rl.lab.files import damage_named
@@ -114,10 +115,22 @@ def read_run(folder: RunFolder, *, curves: bool = True) -> Run:
         return Run(
             suite=folder.suite,
             run_id=folder.run_id,
-            spec=with_present_names(spec),
+            spec=_in_present_names(spec),
             result=result,
             lines=folder.evidence(),
             sites=folder.sites(),
             curves=folder.metrics() if curves else {},
             folder=folder,
         )
+
+
+def _in_present_names(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a description with present names. Repeats differ in their seed alone: the rest is translated once."""
+    rest = pickle.dumps({key: value for key, value in spec.items() if key != "seed"})
+    present: dict[str, Any] = pickle.loads(_translated(rest))
+    return present | ({"seed": spec["seed"]} if "seed" in spec else {})
+
+
+@lru_cache(maxsize=512)
+def _translated(spec: bytes) -> bytes:
+    return pickle.dumps(with_present_names(pickle.loads(spec)))

@@ -55,7 +55,9 @@ def _environment(folder: Path) -> Any:
     import jinja2
 
     loader, strict = jinja2.FileSystemLoader([folder, _HERE]), jinja2.StrictUndefined
-    return jinja2.Environment(loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    own = jinja2.Environment(loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    own.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return own
 
 
 def line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int | None, **more: Any) -> Trace:

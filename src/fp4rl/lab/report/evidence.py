@@ -15,6 +15,7 @@ from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS, PHASES
 from fp4rl.spec.records import PlannedSite
 from fp4rl.spec.words import counted
 
+MOST_RUNS = 6
 _ORDER: dict[str, int] = {phase: order for order, phase in enumerate(PHASES)}
 _Cells = Iterator[tuple[str, Sequence[str | None]]]  # None stands for what a run did not record
 
@@ -44,13 +45,16 @@ class NoiseStep:
 
 @dataclass(frozen=True)
 class ArmEvidence:
-    """One arm: a column per finished run (`heads`), a row per fact. `sites`: the site table of its first run."""
+    """One arm: a column per finished run (`heads`), a row per fact; `more` finished runs are not
+    shown. `sites`: the site table of its first run, `more_sites` of it left out."""
 
     arm: str
     heads: list[str]
     rows: list[Row]
     sites: list[list[str]]
     left_out: list[list[str]]
+    more: int = 0
+    more_sites: int = 0
 
 
 def sites_quantized(run: Run) -> int | None:
@@ -98,14 +102,19 @@ def live_difference(run: Run) -> float | None:
 
 
 def evidence_of(runs: Iterable[SuiteRun], arm: str) -> ArmEvidence:
-    """Return everything that an arm's finished runs recorded; missing facts are named as such."""
-    finished = [(planned, planned.run) for planned in runs if planned.planned.arm == arm and planned.run is not None]
+    """Return everything that an arm's finished runs recorded; missing facts are named as such.
+
+    Of many runs MOST_RUNS are shown: those without evidence first, then the others in order.
+    """
+    every = [(planned, planned.run) for planned in runs if planned.planned.arm == arm and planned.run is not None]
+    finished = sorted(every, key=lambda own: own[0].counts)[:MOST_RUNS] if len(every) > MOST_RUNS else every
     shown = next((run for _, run in finished if run.sites.plans), None)
     return ArmEvidence(
         arm=arm,
         heads=[f"seed {planned.planned.seed}" for planned, _ in finished],
+        more=len(every) - len(finished),
         rows=[(name, [cell or NOT_RECORDED for cell in cells]) for name, cells in _rows(finished)],
-        sites=[_site(shown, plan) for plan in shown.sites.plans or ()] if shown else [],
+        sites=_sites(shown) if shown else [],
         left_out=[[row.site, row.reason] for row in shown.sites.left_out] if shown else [],
     )
 
@@ -175,15 +184,21 @@ def _noise_rows(runs: Sequence[Run]) -> _Cells:
         yield "  sigma never reached", [values or "none" for values in missed]
 
 
-def _site(run: Run, plan: PlannedSite) -> list[str]:
+def _sites(run: Run) -> list[list[str]]:
+    rows: dict[str, list[Injected]] = defaultdict(list)
+    for row in run.of(Injected):
+        rows[row.site].append(row)
+    return [_site(plan, rows[plan.site]) for plan in run.sites.plans or ()]
+
+
+def _site(plan: PlannedSite, rows: Iterable[Injected]) -> list[str]:
     """Return a row: site, shape, formats, and for each phase its calls and the rounding of its operands."""
     size = " x ".join(map(str, plan.shape))
     formats = [(point, getattr(plan, point)) for point in FORMAT_POINTS]
     points = [f"{point} {in_words(fmt)}" for point, fmt in formats if fmt is not None]
     phases: dict[str, list[Injected]] = defaultdict(list)
-    for row in run.of(Injected):
-        if row.site == plan.site:
-            phases[_phase_of(row)].append(row)
+    for row in rows:
+        phases[_phase_of(row)].append(row)
     return [plan.site, size, "; ".join(points), "; ".join(_in_phase(phase, rows) for phase, rows in phases.items())]
 
 

@@ -41,15 +41,18 @@ def curve(arm: str, metric: str, runs: Iterable[SuiteRun], scale: float = 1.0) -
     values: dict[int, list[float]] = defaultdict(list)
     seeds = 0
     for run in runs:
-        own = {step: scale * logged.get(metric, math.nan) for step, logged in run.curves.items()}
+        if run.planned.arm != arm or not run.counts:
+            continue
+        own = {step: scale * logged[metric] for step, logged in run.curves.items() if metric in logged}
         finite = {step: value for step, value in own.items() if math.isfinite(value)}
-        if run.planned.arm == arm and run.counts and finite:
+        if finite:
             seeds += 1
             for step, value in finite.items():
                 values[step].append(value)
     if not values:
         return None
     rows = _thinned([(float(step), fmean(at), min(at), max(at)) for step, at in sorted(values.items())])
+    rows = [(row[0], *(float(f"{value:.5g}") for value in row[1:])) for row in rows]
     steps, mean, low, high = zip(*rows, strict=True)
     return Curve(arm, steps, mean, low, high, seeds)
 
@@ -65,7 +68,7 @@ def learning(report: SuiteReport) -> list[Figure]:
     """Return figures of accuracy, entropy and length in the rollouts, and of sigma where some arm has noise."""
     figures = []
     for number, (title, metric, scale, unit) in enumerate(_CURVES):
-        curves = [(i, c) for i, arm in enumerate(report.arms) if (c := curve(arm, metric, report.runs, scale))]
+        curves = [(i, c) for i, arm in enumerate(report.arms) if (c := curve(arm, metric, report.by_arm[arm], scale))]
         if curves:
             data = [trace for i, c in curves for trace in _band_and_line(i, c)]
             ends = "; ".join(f"{c.arm} from {c.mean[0]:.3g} to {c.mean[-1]:.3g} {unit}".strip() for _, c in curves)
@@ -110,8 +113,8 @@ def _band_and_line(number: int, c: Curve) -> Iterable[Trace]:
 
 def _sigma(report: SuiteReport) -> Figure | None:
     """Return a figure of noise as scheduled (line) and as measured on the weights (marks), without steps at 0."""
-    runs = [(run.planned.arm, run.run) for run in report.runs if run.run is not None and run.counts]
-    steps = {arm: [step for own, run in runs if own == arm for step in noise_steps(run)] for arm in report.arms}
+    runs = {arm: [run.run for run in own if run.run is not None and run.counts] for arm, own in report.by_arm.items()}
+    steps = {arm: [step for run in own for step in noise_steps(run)] for arm, own in runs.items()}
     noisy = {arm: [step for step in own if step.scheduled > 0] for arm, own in steps.items()}
     data = [trace for n, (arm, own) in enumerate(noisy.items()) if own for trace in _noise_traces(n, arm, own)]
     if not data:
@@ -147,7 +150,7 @@ def _score_traces(score: Score, number: int) -> Iterable[Trace]:
         group = [s for s in score.by_seed if s.end is not None and s.run.counts == counts]
         if group:
             yield marks(
-                [s.after for s in group],
+                [s.after and round(s.after, 2) for s in group],
                 [score.name] * len(group),
                 "dots",
                 number,

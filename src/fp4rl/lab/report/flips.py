@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.compare.sides import Side, SideRun
@@ -48,9 +47,17 @@ class Flips:
 def flips_of(answers: Sequence[Answer], arms: Mapping[str, Experiment]) -> list[Flips]:
     """Return the flips of the first MOST_QUESTIONS questions, from the first MOST_SEEDS runs of each side."""
 
-    @cache
+    known: dict[tuple[object, ...], _Asked] = {}
+
     def asked(arm: str) -> _Asked:
-        return _asked(arms[arm]) if arm in arms else {}
+        """Return the problems of an arm; arms of one task share them."""
+        own = arms.get(arm)
+        if own is None:
+            return {}
+        key = own.task.model_dump_json(), own.evaluation.split, own.evaluation.count
+        if key not in known:
+            known[key] = _asked(own)
+        return known[key]
 
     return [_flips(answer, asked) for answer in answers[:MOST_QUESTIONS]]
 

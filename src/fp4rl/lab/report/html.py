@@ -1,5 +1,6 @@
 """The report of a suite as one HTML file that needs no network."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -7,17 +8,19 @@ import yaml
 from fp4rl.lab.report.checks import checks
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
-from fp4rl.lab.report.evidence import evidence_of
+from fp4rl.lab.report.evidence import ArmEvidence, evidence_of
 from fp4rl.lab.report.figures import accuracy, answers, learning
 from fp4rl.lab.report.headline import headline, ranking
 from fp4rl.lab.report.heat import heat_maps
 from fp4rl.lab.report.reproduce import commands
 from fp4rl.lab.report.rollouts import MOST_STEPS
 from fp4rl.pages import page as pages
+from fp4rl.spec.experiment import Experiment
 
 # Strokes and gaps of Plotly's dashes at this line width, so that the legend looks like the curves.
 _STROKES = {"solid": "", "dash": "9 5", "dot": "3 4", "dashdot": "9 4 3 4", "longdash": "14 5"}
-_MOST_ARMS = 24  # whose whole description and site table are shown
+_MOST_SITES = 400  # rows of site tables
+_MOST_ARMS = 16  # whose evidence and whole description are shown
 
 
 def render(report: SuiteReport) -> str:
@@ -35,7 +38,7 @@ def render(report: SuiteReport) -> str:
         accuracy=scores,
         answers=questions,
         heat=heat,
-        evidence=[evidence_of(report.runs, arm) for arm in report.arms],
+        evidence=_evidence(report),
         checks=checks(report.runs),
         rollouts=[
             {"name": f"{own.arm}, seed {own.seed}", "steps": list(own.by_step.items())} for own in report.rollouts
@@ -52,13 +55,28 @@ def render(report: SuiteReport) -> str:
     )
 
 
+def _evidence(report: SuiteReport) -> list[ArmEvidence]:
+    """Return the evidence of the first arms, with as many rows of their site tables as a page has room for."""
+    shown, room = [], _MOST_SITES
+    for arm in list(report.arms)[:_MOST_ARMS]:
+        own = evidence_of(report.by_arm[arm], arm)
+        sites = own.sites[:room]
+        room -= len(sites)
+        shown.append(replace(own, sites=sites, more_sites=len(own.sites) - len(sites)))
+    return shown
+
+
+def _yaml(arm: Experiment) -> str:
+    return yaml.safe_dump(arm.model_dump(mode="json", exclude={"seed"}), sort_keys=False)
+
+
 def _arms(report: SuiteReport) -> list[dict[str, object]]:
     return [
         {
             "name": name,
             "colour": number % pages.COLOURS,
             "dash": _STROKES[pages.DASHES[number % len(pages.DASHES)]],
-            "yaml": yaml.safe_dump(arm.model_dump(mode="json", exclude={"seed"}), sort_keys=False),
+            "yaml": _yaml(arm) if number < _MOST_ARMS else "",
         }
         for number, (name, arm) in enumerate(report.arms.items())
     ]

@@ -1,13 +1,13 @@
 """The answers that runs kept of their rollouts: for each arm those of one run, step by step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fp4rl.lab.files import Damaged, json_ready
 from fp4rl.lab.suites import SuiteRun
 
-MOST_TEXT = 500
+MOST_TEXT, MOST_CHARACTERS = 500, 150_000
 MOST_ARMS, MOST_RUNS, MOST_STEPS, MOST_ANSWERS = 8, 4, 25, 4
 
 
@@ -23,14 +23,28 @@ class ArmRollouts:
 
 def rollouts_of(by_arm: Mapping[str, Sequence[SuiteRun]]) -> list[ArmRollouts]:
     """Return the answers of the first run of each arm that kept some, at most MOST_ARMS arms and MOST_STEPS steps."""
-    found = []
+    found: list[ArmRollouts] = []
     for runs in by_arm.values():
         own = next(filter(None, map(_kept, runs[:MOST_RUNS])), None)
         if own is not None:
             found.append(own)
         if len(found) == MOST_ARMS:
             break
+    return _within(found)
+
+
+def _within(found: list[ArmRollouts]) -> list[ArmRollouts]:
+    """Return the same with fewer steps of each, until their texts hold at most MOST_CHARACTERS."""
+    most = MOST_STEPS
+    while most > 2 and sum(map(_characters, found)) > MOST_CHARACTERS:
+        most = most * 2 // 3
+        found = [replace(own, by_step={n: own.by_step[n] for n in spread(list(own.by_step), most)}) for own in found]
     return found
+
+
+def _characters(own: ArmRollouts) -> int:
+    texts = ("question", "gold", "completion")
+    return sum(len(str(answer.get(name))) for step in own.by_step.values() for answer in step for name in texts)
 
 
 def _kept(run: SuiteRun) -> ArmRollouts | None:
