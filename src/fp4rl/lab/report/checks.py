@@ -14,12 +14,12 @@ _CUT, _FORMATTED = 0.05, 0.9  # shares of answers: more cut off, or fewer in the
 
 @dataclass(frozen=True)
 class Check:
-    """One trap. `passed` of `asked` finished runs are proof against it; `others` names those that are not."""
+    """One trap. `passed` of `total` finished runs are proof against it; `others` names those that are not."""
 
     trap: str
     how: str
     passed: int
-    asked: int
+    total: int
     others: str
 
 
@@ -78,8 +78,8 @@ def checks(runs: Sequence[SuiteRun]) -> list[Check]:
     """Return every check that some finished run is asked for."""
     finished = [(own, own.run) for own in runs if own.run is not None]
     rows = []
-    for trap, how, judge in _CHECKS:
-        judged = [(own, verdict) for own, run in finished if (verdict := judge(own, run)) is not None]
+    for trap, how, verdict_on in _CHECKS:
+        judged = [(own, verdict) for own, run in finished if (verdict := verdict_on(own, run)) is not None]
         failed = [f"{own.planned.arm} seed {own.planned.seed}" for own, verdict in judged if not verdict]
         more = f" and {len(failed) - _FEW} more" if len(failed) > _FEW else ""
         if judged:

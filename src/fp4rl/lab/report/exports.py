@@ -50,12 +50,12 @@ def _lines(report: SuiteReport) -> Iterator[str]:
         yield from _table(("question", "sides", "word", "in words"), rows)
     yield from ("## Ranking", "")
     ranked = [
-        (str(row.place), row.score.name, _mean(row.score.after), _mean(row.cost, "+"), str(len(row.score.values)))
+        (str(row.rank), row.score.name, _mean(row.score.after), _mean(row.cost, "+"), str(len(row.score.values)))
         for row in ranking(report.scores)
     ]
     yield from _table(("place", "arm @ profile", "accuracy, % [95 %]", "against full precision", "seeds"), ranked)
     yield from ("## Evidence", "")
-    proof = [(own.trap, own.how, f"{own.passed} of {own.asked}", own.others or "-") for own in checks(report.runs)]
+    proof = [(own.trap, own.how, f"{own.passed} of {own.total}", own.others or "-") for own in checks(report.runs)]
     yield from _table(("trap", "ruled out by", "runs that pass", "not passed by"), proof)
     yield from ("## Read with this", "", *(f"- {_cell(note)}" for note in report.notes), "")
     yield from ("## How to make these numbers again", "")

@@ -49,20 +49,20 @@ def flips_of(answers: Sequence[Answer], arms: Mapping[str, Experiment]) -> list[
 
     known: dict[tuple[object, ...], _Asked] = {}
 
-    def asked(arm: str) -> _Asked:
+    def problems_of(arm: str) -> _Asked:
         """Return the problems of an arm; arms of one task share them."""
         own = arms.get(arm)
         if own is None:
             return {}
         key = own.task.model_dump_json(), own.evaluation.split, own.evaluation.count
         if key not in known:
-            known[key] = _asked(own)
+            known[key] = _problems(own)
         return known[key]
 
-    return [_flips(answer, asked) for answer in answers[:MOST_QUESTIONS]]
+    return [_flips(answer, problems_of) for answer in answers[:MOST_QUESTIONS]]
 
 
-def _flips(answer: Answer, asked: Callable[[str], _Asked]) -> Flips:
+def _flips(answer: Answer, problems_of: Callable[[str], _Asked]) -> Flips:
     names = answer.question.treatment, answer.question.control
     try:
         sides = [_read(side) for side in (answer.treatment, answer.control)]
@@ -76,7 +76,7 @@ def _flips(answer: Answer, asked: Callable[[str], _Asked]) -> Flips:
         texts = [_completions(side[0][0]) if chosen else {} for side in sides]
     except Damaged as error:
         return Flips(*names, why=str(error))
-    known = asked(sides[0][0][0].run.arm) if chosen else {}
+    known = problems_of(sides[0][0][0].run.arm) if chosen else {}
     shown = [
         Flip(
             problem,
@@ -126,11 +126,11 @@ def _rows(run: SideRun, column: str) -> dict[str, object]:
     return {problem: value for problem, sample, value in zip(*columns, strict=True) if not sample}
 
 
-def _asked(experiment: Experiment) -> _Asked:
+def _problems(experiment: Experiment) -> _Asked:
     """Return problem -> (question, gold); nothing where the task's files are not here any more."""
-    asked = experiment.evaluation
+    evaluation = experiment.evaluation
     try:
-        problems = experiment.task.problems(asked.split, asked.count)
+        problems = experiment.task.problems(evaluation.split, evaluation.count)
     except (UserError, OSError):
         return {}
     return {problem.id: (cut(problem.question or problem.prompt), cut(problem.answer)) for problem in problems}

@@ -25,7 +25,7 @@ class Ranked:
     """One row of the ranking. `within`: whether its interval reaches that of the first row, so that the order between
     the two may be chance. `cost`: this number less that of the same policies in full precision."""
 
-    place: int
+    rank: int
     score: Score
     within: bool
     cost: Mean | None
@@ -41,8 +41,8 @@ def ranking(scores: Sequence[Score]) -> list[Ranked]:
     rows = sorted((s for s in scores if s.after is not None), key=lambda s: -_value(s))
     full = {s.arm: s for s in scores if s.profile == "full"}
     return [
-        Ranked(place, score, _meets(score, rows[0]), _cost(score, full.get(score.arm)))
-        for place, score in enumerate(rows, 1)
+        Ranked(rank, score, _meets(score, rows[0]), _cost(score, full.get(score.arm)))
+        for rank, score in enumerate(rows, 1)
     ]
 
 
@@ -88,7 +88,9 @@ def _cost(score: Score, full: Score | None) -> Mean | None:
     before = {own.run.planned.seed: own.after for own in full.by_seed if own.run.counts}
     after = {own.run.planned.seed: own.after for own in score.by_seed if own.run.counts}
     pairs = [(value, before.get(seed)) for seed, value in after.items()]
-    return mean_over_seeds([one - other for one, other in pairs if one is not None and other is not None], -100.0)
+    return mean_over_seeds(
+        [after - before for after, before in pairs if after is not None and before is not None], -100.0
+    )
 
 
 def _meets(score: Score, first: Score) -> bool:

@@ -55,10 +55,10 @@ def _cells(run: Run) -> dict[str, dict[_Cell, float]]:
     places = {plan.site: (plan.layer, plan.role or plan.site) for plan in run.sites.plans or ()}
     rows = [row for row in run.of(Injected) if row.relative_error is not None and row.site in places]
     rollout = [row for row in rows if row.phase == "rollout"]
-    found: dict[str, dict[_Cell, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_point: dict[str, dict[_Cell, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rollout or rows:
-        found[row.point][places[row.site]].append(100 * (row.relative_error or 0.0))
-    return {point: {cell: median(values) for cell, values in cells.items()} for point, cells in found.items()}
+        by_point[row.point][places[row.site]].append(100 * (row.relative_error or 0.0))
+    return {point: {cell: median(values) for cell, values in cells.items()} for point, cells in by_point.items()}
 
 
 def _layout(names: Sequence[str], labels: Sequence[str]) -> Layout:

@@ -23,23 +23,23 @@ class ArmRollouts:
 
 def rollouts_of(by_arm: Mapping[str, Sequence[SuiteRun]]) -> list[ArmRollouts]:
     """Return the answers of the first run of each arm that kept some, at most MOST_ARMS arms and MOST_STEPS steps."""
-    found: list[ArmRollouts] = []
+    kept: list[ArmRollouts] = []
     for runs in by_arm.values():
         own = next(filter(None, map(_kept, runs[:MOST_RUNS])), None)
         if own is not None:
-            found.append(own)
-        if len(found) == MOST_ARMS:
+            kept.append(own)
+        if len(kept) == MOST_ARMS:
             break
-    return _within(found)
+    return _within(kept)
 
 
-def _within(found: list[ArmRollouts]) -> list[ArmRollouts]:
+def _within(kept: list[ArmRollouts]) -> list[ArmRollouts]:
     """Return the same with fewer steps of each, until their texts hold at most MOST_CHARACTERS."""
     most = MOST_STEPS
-    while most > 2 and sum(map(_characters, found)) > MOST_CHARACTERS:
+    while most > 2 and sum(map(_characters, kept)) > MOST_CHARACTERS:
         most = most * 2 // 3
-        found = [replace(own, by_step={n: own.by_step[n] for n in spread(list(own.by_step), most)}) for own in found]
-    return found
+        kept = [replace(own, by_step={n: own.by_step[n] for n in spread(list(own.by_step), most)}) for own in kept]
+    return kept
 
 
 def _characters(own: ArmRollouts) -> int:
