@@ -14,4 +14,4 @@ if [ ! -f "$home/ready" ]; then
   fi
   touch "$home/ready"
 fi
-PYTHONPATH=src:tests/verl OMP_NUM_THREADS=1 "$home/bin/python" -m pytest -q -p no:cacheprovider -W default tests/verl "$@"
+PYTHONPATH="$PWD/src:$PWD/tests/verl" OMP_NUM_THREADS=1 "$home/bin/python" -m pytest -q -p no:cacheprovider -W default tests/verl "$@"

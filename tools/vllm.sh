@@ -17,4 +17,4 @@ if [ ! -f "$home/ready" ]; then
   "$uv" pip uninstall --quiet --python "$home/bin/python" torchvision torchaudio torchcodec 2> /dev/null || true
   touch "$home/ready"
 fi
-PYTHONPATH=src:tests/vllm OMP_NUM_THREADS=1 "$home/bin/python" -m pytest -q -p no:cacheprovider -W default tests/vllm "$@"
+PYTHONPATH="$PWD/src:$PWD/tests/vllm" OMP_NUM_THREADS=1 "$home/bin/python" -m pytest -q -p no:cacheprovider -W default tests/vllm "$@"

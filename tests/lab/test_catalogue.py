@@ -121,6 +121,7 @@ def test_plan_shows_prediction_reported_numbers_and_bands(capsys, tmp_path, monk
     for part in ("predicted 1 to 2 points above E6a", "E6b reported 67.48 % at step 20", "log lost, unverified"):
         assert part in said
     assert "bands of e6b@deployment minus e6a@deployment, accuracy at the end: pass from -1, marginal from -3" in said
+    assert "power not known, no repeats of this task and model in the ledger" in said
     assert main(["plan", "catalogue/e6b", "--next"]) == 0
     assert "no run counts yet" in " ".join(capsys.readouterr().out.split())
 

@@ -193,3 +193,14 @@ def test_spread_pools_the_repeats_and_ignores_single_runs():
     assert (spread.freedom, spread.groups) == (3, 2)
     assert spread.sd == pytest.approx(math.sqrt((2.0 + 6.0) / 3))
     assert pooled([[70.0], [71.0]]) is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 7, 20])
+def test_the_smallest_difference_that_is_seen_is_the_inverse_of_power(seeds):
+    from fp4rl.lab.statistics.power import difference_seen, power
+
+    least = difference_seen(seeds, 1.57)
+    assert power(seeds, least, 1.57) == pytest.approx(0.8, abs=1e-3)
+    assert power(seeds, 0.98 * least, 1.57) < 0.8
+    if seeds == 20:  # t tables: d = 0.909 standard deviations for 20 an arm, 80 %, two-sided 5 %
+        assert least / 1.57 == pytest.approx(0.909, abs=0.002)

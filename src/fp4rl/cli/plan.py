@@ -12,7 +12,7 @@ from fp4rl.cli.described import described_by, own_code, require_here, runs_descr
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
-from fp4rl.cli.prospect import print_expected, print_next
+from fp4rl.cli.prospect import print_expected, print_next, print_power
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
@@ -75,6 +75,8 @@ def command(
     missing = [run for run in runs_planned if not statuses[run.run_id].finished]
     for line in estimated(missing, _earlier(missing, runs, ledger), jobs):
         print_indented(line, by=0)
+    if isinstance(described, Suite):
+        print_power(described, runs_planned[0].experiment, ledger_address(runs, ledger))
     for line in own_code(runs_planned):
         print_indented(("code", "yellow"), f": {line}")
     for line in warnings_of(runs_planned, described):

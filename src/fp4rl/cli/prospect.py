@@ -7,10 +7,13 @@ from fp4rl.cli.terminal import console, print_indented, print_json
 from fp4rl.lab.catalogue.reported import reported_as
 from fp4rl.lab.suites import read_suite
 from fp4rl.spec.criteria import Criterion
+from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment, Suite
+from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.bands import Banded
+    from fp4rl.lab.statistics.seeds import Spread
 
 
 def print_expected(suite: Suite) -> None:
@@ -23,6 +26,47 @@ def print_expected(suite: Suite) -> None:
         print_indented(("reported", "bold"), f" {reported_as(name).sentence()}")
     for criterion in suite.criteria:
         print_indented(("bands", "bold"), f" {_bands(criterion)}")
+
+
+def print_power(suite: Suite, experiment: Experiment, ledger: str | Path) -> None:
+    """Print what the suite's seeds can show, by the spread of repeats on its task and model in the ledger."""
+    if not suite.comparisons:
+        return
+    seeds, questions = len(suite.seeds), len(suite.comparisons)
+    if seeds < 2:
+        print_indented(("power", "bold"), " one seed an arm shows differences and never an effect", by=0)
+        return
+    spread = _spread(experiment, ledger)
+    if spread is None or spread.sd == 0:
+        cure = "`fp4rl power POINTS --spread SD` computes with a spread of one's own"
+        print_indented(("power", "bold"), f" not known, no repeats of this task and model in the ledger; {cure}", by=0)
+        return
+    from fp4rl.lab.statistics.power import difference_seen, power
+
+    alpha = 0.05 / questions
+    least = difference_seen(seeds, spread.sd, alpha=alpha)
+    groups, family = counted(spread.groups, "group"), counted(questions, "question")
+    basis = f"spread {spread.sd:.2f} points in {groups} of repeats, {family}"
+    print_indented(
+        ("power", "bold"), f" {seeds} seeds an arm see {least:.1f} points in 80 of 100 tries ({basis})", by=0
+    )
+    for question in suite.comparisons:
+        if question.margin is not None:
+            seen = power(seeds, 0.0, spread.sd, alpha=alpha, margin=100 * question.margin)
+            of = f"{question.treatment} that is as good as {question.control}"
+            shown = f"{100 * seen:.0f} of 100 tries show that it reaches it within {100 * question.margin:g} points"
+            print_indented(f"of a {of}, {shown}")
+
+
+def _spread(experiment: Experiment, ledger: str | Path) -> "Spread | None":
+    if isinstance(ledger, Path) and not ledger.is_file():
+        return None
+    from fp4rl.lab.ledger.query import spread_on
+    from fp4rl.lab.ledger.store import open_ledger
+
+    spec = experiment.model_dump(mode="json")
+    with open_ledger(ledger) as book, book.reading() as connection:
+        return spread_on(connection, digest(spec["task"]), digest(spec["model"]))
 
 
 def print_next(described: Suite | Experiment, root: Path, *, as_json: bool = False) -> None:

@@ -141,9 +141,14 @@ def known_spread(address: str | Path, run: Run) -> "Spread | None":
 
 def spread_of_run(connection: Connection, run: Run) -> "Spread | None":
     """Return the spread of repeats of a run's task and model, in points; None without repeats."""
+    return spread_on(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
+
+
+def spread_on(connection: Connection, task: str, model: str) -> "Spread | None":
+    """Return the spread of repeats of a task and model, given by their digests, in points; None without repeats."""
     from fp4rl.lab.statistics.seeds import pooled  # imports scipy, which listing runs does not need
 
-    groups = repeats(connection, digest(run.spec.get("task")), digest(run.spec.get("model")))
+    groups = repeats(connection, task, model)
     return pooled([100 * share for share in group] for group in groups)
 
 

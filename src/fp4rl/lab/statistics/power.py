@@ -36,6 +36,20 @@ def _below(t: float, freedom: float, noncentral: float) -> float:
     return chance if math.isfinite(chance) else float(t > noncentral)
 
 
+def difference_seen(seeds: int, spread: float, *, chance: float = 0.8, alpha: float = 0.05) -> float:
+    """Return the smallest true difference, in the unit of `spread`, that so many seeds an arm detect with `chance`.
+
+    Raises what `power` raises.
+    """
+    low, high = 0.0, spread
+    while power(seeds, high, spread, alpha=alpha) < chance:
+        high *= 2
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(seeds, middle, spread, alpha=alpha) >= chance else (middle, high)
+    return high
+
+
 def seeds_needed(
     difference: float, spread: float, *, chance: float = 0.8, alpha: float = 0.05, margin: float | None = None
 ) -> int:
