@@ -232,7 +232,7 @@ def test_run_ids_and_names_of_profiles_stay_whole_on_80_columns(root: str, capsy
     listed = capsys.readouterr().out
     assert all(run in listed for run in ids)
     assert main(["show", "w4a4-s0", "--runs", root]) == 0
-    assert " deployment " in capsys.readouterr().out
+    assert " deployment: " in capsys.readouterr().out
 
 
 def test_compare_answers_what_the_suite_declared(root: str, capsys: pytest.CaptureFixture[str]):

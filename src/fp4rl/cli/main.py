@@ -61,6 +61,18 @@ _HELP = (
     "Exit codes: 0 done, 1 a check failed, 2 bad input. fp4rl VERB --help shows an example of each verb."
 )
 
+_FIRST = """\
+fp4rl: train policies that are as good in 4 bits as in BF16, and see it proven
+
+  fp4rl quickstart          train four recipes for a tiny model, in 4 minutes
+  fp4rl new my_suite        write a suite for the model and the data here
+  fp4rl plan my_suite.yaml  see what it would run, how long, what is missing
+  fp4rl run my_suite.yaml   run it, or go on; beside it: fp4rl watch my_suite
+  fp4rl report my_suite     compare its arms, with intervals, and write a page
+  fp4rl doctor              see what this machine can do, and test it
+
+fp4rl --help lists every verb; fp4rl VERB --help shows one, with an example."""
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -111,6 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [_at_home(a) for a in arguments if a != "--debug"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
     forget_left_out()
+    if not arguments:
+        print(_FIRST)
+        return 0
     try:
         code = int(_app(verb)(arguments, standalone_mode=False) or 0)
         if code == _INTERRUPTED:  # typer catches Ctrl-C and prints nothing

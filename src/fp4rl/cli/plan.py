@@ -69,7 +69,7 @@ def command(
         _print_suite(described)
     title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
     rows = ((run.arm, str(run.seed), run.run_id, statuses[run.run_id].word) for run in runs_planned)
-    screen.print(table("arm", "seed>", "run", "status", rows=rows, title=title, lines=True))
+    screen.print(table("arm", "seed>", "run=", "status", rows=rows, title=title, lines=True))
     _print_reasons({run_id: status for run_id, status in statuses.items() if status.why})
     _print_served({run.arm: run.experiment for run in runs_planned})
     missing = [run for run in runs_planned if not statuses[run.run_id].finished]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fp4rl.lab.ledger.query import Filter
 
 _RUN_ID = re.compile(r"(.+)-s(\d+)-[0-9a-f]+")
+_WIDE = 100  # columns from which on accuracies stand beside each other
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -104,7 +105,7 @@ def _print_unfinished(others: list[tuple[dict[str, Any], Status]]) -> None:
 
 
 def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: int, profile: str | None) -> None:
-    now, lines = code_digest(), []
+    now, lines, wide = code_digest(), [], console().width >= _WIDE
     for row in rows:
         planned = row["steps_asked"]
         steps = f"{row['steps_done']}" + (f"/{planned}" if planned not in (None, row["steps_done"]) else "")
@@ -112,15 +113,11 @@ def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: in
         status = statuses[row["id"]].word if row["id"] in statuses else row["status"]
         state = ", ".join(filter(None, ("foreign" if row["imported"] else own, status if status != "done" else None)))
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
-        shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None)
+        shown = ("  " if wide else "\n").join(
+            f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None
+        )
         lines.append((row["suite"], row["run_id"], steps, shown or "-", state))
-    names = (
-        "suite",
-        "run=",
-        "steps>",
-        "accuracy %",
-        "code and status",
-    )  # a run's id must not wrap, so that it can be copied
+    names = ("suite", "run=", "steps>", "accuracy %" if wide else "accuracy %=", "code and status")
     console().print(table(*names, rows=lines, title=counted(total, "finished run"), lines=True))
     for row in rows:
         if row["id"] in statuses and statuses[row["id"]].why:

@@ -125,9 +125,10 @@ def accuracies(evaluations: Sequence[Evaluation]) -> Table:
         step = f"{row.step}{' last' if row.last else ''}"
         length = f"{row.mean_length:.1f}" if row.mean_length is not None else "-"
         imitated = f" as {row.profile.deployment}" if row.profile.deployment else ""
-        names = (step, row.profile.name, f"{row.profile.precision or '?'}{imitated}", str(row.n or "?"))
-        rows.append((*names, shown, _percent(row.flexible), _percent(row.formatted), length))
-    columns = ("step>", "profile", "precision", "n>", "strict>", "flexible>", "format>", "tokens>")
+        precision = f"{row.profile.precision or '?'}{imitated}"
+        what = precision if precision == row.profile.name else f"{row.profile.name}: {precision}"
+        rows.append((step, what, str(row.n or "?"), shown, _percent(row.flexible), _percent(row.formatted), length))
+    columns = ("step>", "profile: precision", "n>", "strict>", "flexible>", "format>", "tokens>")
     return table(*columns, rows=rows, title="accuracy % (95 % interval over problems)")
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4rl.engines.environment import choose_backend
+from fp4rl.lab.tables import WholeWords
 from fp4rl.spec.errors import CheckFailed
 
 _MANY = 6  # columns from which on a single space separates them, to fit into 80 characters
@@ -62,9 +63,10 @@ def table(
     """Return a table of `rows`, with or without `lines` around its cells; no headings where all are empty.
 
     A column is given by its heading and a mark: `steps>` is right-aligned and never wraps (numbers), `run=` is
-    left-aligned and never wraps (ids to copy), any other is left-aligned and wraps.
+    left-aligned and never wraps (ids to copy), any other is left-aligned and wraps between words. Where the words do
+    not fit side by side, the rows are stacked.
     """
-    made = Table(
+    made = WholeWords(
         title=title,
         caption=caption,
         title_justify="left",

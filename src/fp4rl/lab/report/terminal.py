@@ -10,6 +10,7 @@ from rich.text import Text
 from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.scores import Mean, Score
+from fp4rl.lab.tables import WholeWords
 from fp4rl.spec.evaluation import MATMUL_NOISE
 
 _STYLE = {"better": "bold green", "reaches": "bold green", "worse": "bold red", "not comparable": "bold yellow"}
@@ -34,7 +35,7 @@ def terminal(report: SuiteReport, width: int) -> RenderableType:
 def _table(
     title: str, columns: Mapping[str, Mapping[str, Any]], rows: Iterable[Mapping[str, str | Text]], wide: bool
 ) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
+    table = WholeWords(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
     shown = [name for name in columns if wide or name not in _ONLY_WIDE]
     for name in shown:
         table.add_column(name, **columns[name])
