@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make` alone is `make check`: format, lint, types, floors, fast tests.
-.PHONY: check format lint test test-vllm test-verl slow mutants zoo fuzz docs demo bench bench-gpu gpu-check setup setup-dev constraints clean
+.PHONY: check format lint test test-vllm test-verl slow mutants zoo fuzz docs demo screenshots bench bench-gpu gpu-check setup setup-dev constraints clean
 
 check: lint test
 
@@ -27,6 +27,10 @@ docs: setup-dev
 
 demo: setup
 	.venv/bin/fp4rl quickstart
+
+# The pictures of the report in docs/images, from a real run and in headless Chromium.
+screenshots: demo
+	$(PY) tools/screenshots.py runs/quickstart
 
 test: setup-dev
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"

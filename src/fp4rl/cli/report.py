@@ -8,24 +8,35 @@ import typer
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, leave_out, print_json
 from fp4rl.lab.files import json_ready, write_whole
+from fp4rl.spec.errors import InvalidValueError
 
 Form = Literal["html", "md", "csv"]
 _NAMES: dict[Form, str] = {"html": "HTML", "md": "Markdown", "csv": "CSV"}
 
 
 def command(
-    suite: Annotated[str, typer.Argument(help="Folder of a suite, or its name below --runs.")],
+    suite: Annotated[str | None, typer.Argument(help="Folder of a suite, or its name below --runs.")] = None,
     runs: RunsRoot = Path("runs"),
     ledger: Address = None,
     form: Annotated[
         Form, typer.Option("--format", help="Of the file that is written: report.html, .md or .csv.")
     ] = "html",
+    best: Annotated[
+        bool, typer.Option("--best", help="Instead: the best of each category over all suites, and of reported ones.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the comparison table of a suite and write report.html beside its runs; or report.md, or report.csv.
 
     Example: `fp4rl report runs/quickstart`
     """
+    if best:
+        from fp4rl.cli.best import show_best
+
+        show_best(Path(suite) if suite is not None and Path(suite).is_dir() else runs, as_json=as_json)
+        return
+    if suite is None:
+        raise InvalidValueError(f"name a suite below {runs}, or ask for --best")
     show(Path(suite) if Path(suite).is_dir() else runs / suite, ledger=ledger, form=form, as_json=as_json)
 
 

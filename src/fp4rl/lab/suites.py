@@ -54,12 +54,14 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class SuiteRuns:
-    """A suite's folder. `not_planned`: run folders that the present suite.yaml does not plan."""
+    """A suite's folder. `not_planned`: run folders that the present suite.yaml does not plan; `described`: what that
+    says, None for a single experiment."""
 
     folder: Path
     runs: tuple[SuiteRun, ...]
     comparisons: tuple[Comparison, ...]
     not_planned: tuple[str, ...]
+    described: Suite | None = None
 
     @cached_property
     def by_arm(self) -> dict[str, list[SuiteRun]]:
@@ -82,7 +84,8 @@ def read_suite(folder: Path, *, curves: bool = True) -> SuiteRuns:
     ids = {run.run_id for run in plan}
     others = (other for other in folder.iterdir() if other.is_dir() and other.name not in ids)
     not_planned = sorted(other.name for other in others if (other / "spec.yaml").is_file())
-    return SuiteRuns(folder, runs, comparisons, tuple(not_planned))
+    suite = described if isinstance(described, Suite) else None
+    return SuiteRuns(folder, runs, comparisons, tuple(not_planned), suite)
 
 
 def statuses_of(runs: Sequence[PlannedRun], root: Path) -> dict[str, Status]:

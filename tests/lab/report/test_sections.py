@@ -14,6 +14,7 @@ from fp4rl.lab.report.collect import collect
 from fp4rl.lab.report.exports import markdown, table_csv
 from fp4rl.lab.report.flips import MOST_SHOWN
 from fp4rl.lab.report.headline import headline, ranking
+from fp4rl.lab.report.html import render
 from fp4rl.lab.report.rollouts import MOST_STEPS, MOST_TEXT, spread
 
 STEP = 12
@@ -146,3 +147,53 @@ def test_the_verb_writes_the_form_that_is_asked_for(make_trial, capsys, form):
     assert str(folder / f"report.{form}") in capsys.readouterr().out.replace("\n", "")
     assert (folder / f"report.{form}").read_text(encoding="utf-8")
     assert not (folder / "report.html").exists()
+
+
+def test_the_best_of_each_category_is_of_runs_that_count_and_reported_ones_stand_apart(make_trial, capsys):
+    """w4a16+aqn (91.0) and w4a16 (91.5) are one category; w4a4's runs left no evidence, so its 62 % are nothing."""
+    trial = make_trial()
+    trial.write(without_evidence=[("w4a4", seed) for seed in range(3)])
+    assert main(["report", "--best", "--runs", str(trial.folder.parent), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    own = {(row["trained_under"], row["measured_under"]): row for row in told["own"]}
+    assert own["w4a16", "w4a16"]["name"] == "trial/w4a16@deployment"
+    assert own["w4a16", "w4a16"]["of"] == 2
+    assert not [key for key in own if key[0] == "w4a4"]
+    reported = {(row["model"], row["category"]): row for row in told["reported"]}
+    small = "Qwen2.5-1.5B-Instruct"
+    assert reported[small, "BF16"]["accuracy"] >= 75.97  # the baseline's own number
+    assert reported[small, "MXFP4 W4A16"]["of"] > 1
+
+
+def test_best_is_printed_within_the_width(make_trial, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    trial = make_trial()
+    trial.write()
+    assert main(["report", "--best", "--runs", str(trial.folder.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "reported elsewhere" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_neither_a_suite_nor_best_is_one_line(capsys):
+    assert main(["report"]) == 2
+    assert "ask for --best" in capsys.readouterr().err
+
+
+def test_what_was_expected_stands_on_the_page_with_its_band(make_trial):
+    bands = {"of": "w4a16@deployment", "bands": {"pass": 90.0, "fail": None}}
+    bands["next"] = {"pass": {"do": ["e13h"], "why": "it <i>holds</i>"}}
+    trial = make_trial(criteria=[bands], prediction="It holds.")
+    report = collect(trial.write())
+    page = render(report)
+    assert "<b>Predicted:</b> It holds." in page
+    assert "e13h: it &lt;i&gt;holds&lt;/i&gt;" in page
+    assert report.as_dict()["bands"][0]["band"] == "pass"
+
+
+def test_many_runs_leave_out_those_that_passed_and_say_so(make_trial):
+    trial = make_trial(seeds=list(range(9)))
+    page = render(collect(trial.write(without_evidence=[("w4a4", 8)])))
+    assert "6 of 9 runs, those without evidence first" in page
+    evidence = page[page.index("<h3>w4a4</h3>") :]
+    assert evidence.index("<th>seed 8</th>") < evidence.index("<th>seed 0</th>")

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fp4rl.lab.bands import Banded, banded
 from fp4rl.lab.compare.comparison import Answer, answer_all
 from fp4rl.lab.compare.declared import suite_questions
 from fp4rl.lab.compare.differing import differences
@@ -20,7 +21,7 @@ from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun, read_suite
 from fp4rl.spec.evidence import MasterCheck
-from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import counted
 
 _MEANS = ("before", "after", "flexible", "formatted", "formatted_before", "truncated")
@@ -41,6 +42,8 @@ class SuiteReport:
     questions: tuple[Answer, ...]
     notes: tuple[str, ...]
     not_planned: tuple[str, ...]
+    described: Suite | None = None
+    bands: tuple[Banded, ...] = ()
     flips: tuple[Flips, ...] = ()
     rollouts: tuple[ArmRollouts, ...] = ()
     costs: tuple[Cost, ...] = ()
@@ -85,6 +88,7 @@ class SuiteReport:
                 name: {key: {"first": a, "this": b} for key, (a, b) in differences(arms[0][1], described).items()}
                 for name, described in arms[1:]
             },
+            "bands": [_band_dict(own) for own in self.bands],
             "flips": [asdict(flips) for flips in self.flips],
             "costs": [asdict(cost) for cost in self.costs],
             "not_planned": list(self.not_planned),
@@ -111,6 +115,8 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
         questions=answers,
         notes=notes(suite, rows, answers),
         not_planned=suite.not_planned,
+        described=suite.described,
+        bands=banded(suite, suite.described.criteria) if suite.described is not None else (),
         flips=tuple(flips_of(answers, arms)),
         rollouts=tuple(rollouts_of(suite.by_arm)),
         costs=tuple(costs(suite.by_arm)),
@@ -148,6 +154,10 @@ def _question_dict(answer: Answer) -> dict[str, object]:
         "refused": list(answer.refused),
         "verdict": None if answer.verdict is None else asdict(answer.verdict),
     }
+
+
+def _band_dict(own: Banded) -> dict[str, object]:
+    return {"sentence": own.sentence(), "band": own.band, "possible": list(own.possible), "value": own.value}
 
 
 def _run_dict(run: SuiteRun) -> dict[str, object]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from fp4rl.lab.catalogue.reported import reported_as
 from fp4rl.lab.report.checks import checks
 from fp4rl.lab.report.collect import SuiteReport
 from fp4rl.lab.report.descriptions import arm_differences, measured_under, versions
@@ -32,6 +33,7 @@ def render(report: SuiteReport) -> str:
         [figure for figure in (questions, scores, *curves, heat) if figure is not None],
         report=report,
         headline=headline(report),
+        reported=[reported_as(name) for name in report.described.reported] if report.described is not None else [],
         ranking=ranking(report.scores),
         arms=_arms(report),
         learning=curves,
