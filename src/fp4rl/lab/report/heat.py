@@ -39,7 +39,7 @@ def heat_maps(by_arm: Mapping[str, Sequence[SuiteRun]]) -> Figure | None:
             "hovertemplate": "%{y}, %{x}: %{z:.1f} %<extra>" + label.replace("<", "&lt;") + "</extra>",
             "xgap": 2,
             "ygap": 2,
-            "colorbar": {"title": {"text": "%"}, "thickness": 12},
+            "colorbar": {"title": {"text": "%"}, "thickness": 12, "nticks": 4},
         }
         for number, (label, cells) in enumerate(shown)
     ]
@@ -68,5 +68,5 @@ def _layout(names: Sequence[str], labels: Sequence[str]) -> Layout:
     ]
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 8}}
     axes = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "automargin": True, "autorange": "reversed"}}
-    height = min(900, 110 + 26 * len(names))
+    height = max(220, min(900, 110 + 26 * len(names)))
     return {"height": height, "margin": {"l": 8, "r": 8, "t": 48, "b": 60}, "updatemenus": [menu]} | axes

@@ -21,7 +21,7 @@ from fp4rl.spec.experiment import Experiment
 # Strokes and gaps of Plotly's dashes at this line width, so that the legend looks like the curves.
 _STROKES = {"solid": "", "dash": "9 5", "dot": "3 4", "dashdot": "9 4 3 4", "longdash": "14 5"}
 _MOST_SITES = 400  # rows of site tables
-_MOST_ARMS = 16  # whose evidence and whole description are shown
+_MOST_ARMS = 12  # whose evidence and whole description are shown
 
 
 def render(report: SuiteReport) -> str:

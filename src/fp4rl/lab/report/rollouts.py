@@ -7,7 +7,7 @@ from typing import Any
 from fp4rl.lab.files import Damaged, json_ready
 from fp4rl.lab.suites import SuiteRun
 
-MOST_TEXT, MOST_CHARACTERS = 500, 150_000
+MOST_TEXT, MOST_CHARACTERS = 500, 100_000
 MOST_ARMS, MOST_RUNS, MOST_STEPS, MOST_ANSWERS = 8, 4, 25, 4
 
 
