@@ -7,6 +7,7 @@ from fp4rl.cli.terminal import say_once
 from fp4rl.lab.catalogue import Entry, entry, names
 from fp4rl.lab.catalogue.rows import Scale
 from fp4rl.lab.compare.differing import refused_beforehand
+from fp4rl.lab.epochs import in_steps
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.provenance import missing_files
 from fp4rl.lab.spec_warnings import spec_warnings
@@ -36,7 +37,7 @@ def described_by(spec: Path, overrides: list[str], scale: Scale | None = None) -
     say_once(former_words(source.path if source.content is None else None, overrides), f"{spec}: ")
     if isinstance(described, Suite):
         say_once(_without_effect(source, overrides, described))
-    return described
+    return in_steps(described)
 
 
 def _without_effect(source: Entry, overrides: list[str], suite: Suite) -> Iterator[str]:

@@ -26,6 +26,7 @@ def check(experiment: Experiment) -> None:
     Raises NotFoundError or InvalidValueError for anything in the experiment that cannot be used, CheckFailed when
     held-out problems are also trained on.
     """
+    _epochs_are_steps(experiment)
     rewards_of(experiment.training)
     require_optimizer(experiment.training.optimizer)
     sampler_named(experiment.rollout)
@@ -62,6 +63,12 @@ def check(experiment: Experiment) -> None:
         for weight in noisy_weights(model, experiment.noise, share=0.0):
             if weight.name in packed:
                 raise InvalidValueError(no_noise_on_codes(weight.name))
+
+
+def _epochs_are_steps(experiment: Experiment) -> None:
+    if experiment.training.epochs is not None:
+        cure = "`fp4rl.lab.epochs.in_steps` counts them, as `fp4rl run` does; or write training.steps"
+        raise InvalidValueError(f"training.epochs: a run counts in steps; {cure}")
 
 
 def _reference_can_be_what_it_says(experiment: Experiment) -> None:

@@ -98,6 +98,7 @@ class Training(Spec):
 
     algorithm: AlgorithmName = Field(default="dapo", description="the loss, and the defaults of its paper")
     steps: PositiveInt = Field(default=30, description="batches of rollouts")
+    epochs: PositiveInt | None = later_key(None, description="in place of steps: how often every problem is drawn")
     train_batch_size: PositiveInt = Field(default=16, description="prompts a step")
     rollout_n: int = Field(default=8, ge=2, description="answers a prompt")
     mini_batch_size: PositiveInt = Field(default=8, description="prompts an update")

@@ -192,6 +192,7 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"lr_scheduler": "linear"}}, "training.lr_scheduler", "constant and cosine"),
         ({"training": {"mask_truncated": True}}, "training.mask_truncated", "write false"),
         ({"training": {"routing_replay": True}}, "training.routing_replay", "write false"),
+        ({"training": {"stop": ["####"]}}, "training.stop", "leave it out"),
         ({"training": {"distillation": {}}}, "training.distillation", "leave it out"),
         ({"injection": "w4a4"}, "injection: input", "apply_during: {input: [training]}"),
         ({"training": {"mini_batch_size": 1, "rollout_n": 4}}, "training.mini_batch_size", "--devices"),
@@ -221,9 +222,10 @@ def test_no_key_of_training_is_dropped_silently():
         without["evaluation"] = {**RICH["evaluation"], "max_new_tokens": 77 if key != "max_response_length" else 1024}
         assert configured(devices=4, **without) != asked, key
     others = set(Training.model_fields) - set(RICH["training"])
-    refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas"}
+    refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas", "stop"}
     said = {"save_total_limit"}  # as a difference
-    assert others == refused | said | {"micro_batch_size", "reward", "rewards", "reference_precision"}
+    before = {"epochs", "filter_overlong_prompts"}  # in steps, and left out, when description and data are written
+    assert others == refused | said | before | {"micro_batch_size", "reward", "rewards", "reference_precision"}
 
 
 def test_what_differs_in_meaning_is_said():

@@ -54,6 +54,8 @@ def _training(recipe: Training) -> Iterator[str]:
         yield "training.optimizer and betas: verl is started with torch's AdamW and its usual betas; leave them out"
     if recipe.mask_truncated:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
+    if recipe.stop:
+        yield "training.stop: verl's rollouts end at the end of text alone; leave it out"
     if recipe.routing_replay:
         yield "training.routing_replay: verl replays routes on Megatron and VeOmni, not on FSDP; write false"
 
