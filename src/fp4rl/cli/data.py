@@ -85,7 +85,11 @@ def _of_all(experiment: Experiment, problems: dict[Split, Sequence[Problem]]) ->
     size = len(problems[spec.split])
     if size < spec.count:
         cure = f"set evaluation.count={size}" if size else "name task.test_path, or more rows"
-        yield Fault("too few", "", f"evaluation.count {spec.count}: the {spec.split} split has {size} problems; {cure}")
+        yield Fault(
+            "too few",
+            "",
+            f"evaluation.count {spec.count}: the {spec.split} split has {counted(size, 'problem')}; {cure}",
+        )
     if not problems["train"]:
         yield Fault("too few", "", "the training split is empty: there is nothing to train on")
     if not isinstance(experiment.task, TableTask):
@@ -130,7 +134,9 @@ def _too_long(experiment: Experiment, lengths: Sequence[dict[str, Any]], rows: C
         return
     for tokens, problem in (pair for row in lengths if row["what"] != "solutions" for pair in row["longer"]):
         where = places.get(problem.question, problem.id)
-        yield Fault("too long", where, f"the prompt has {tokens} tokens, training.max_prompt_length is {limit}")
+        yield Fault(
+            "too long", where, f"the prompt has {counted(tokens, 'token')}, training.max_prompt_length is {limit}"
+        )
 
 
 def _print(
@@ -142,7 +148,7 @@ def _print(
 ) -> None:
     screen = console()
     sizes = ", ".join(f"{split} {len(problems[split])}" for split in SPLITS)
-    screen.print(f"{experiment.task.name}: {sizes} problems; the {experiment.evaluation.split} split is judged on")
+    screen.print(f"{experiment.task.name}, problems: {sizes}; the {experiment.evaluation.split} split is judged on")
     if lengths:
         names = ("count", "median", "p99", "longest", "limit", "over")
         cells = ([row["what"], *(str(row[name]) for name in names)] for row in lengths)

@@ -48,7 +48,7 @@ def print_power(suite: Suite, experiment: Experiment, ledger: str | Path) -> Non
     groups, family = counted(spread.groups, "group"), counted(questions, "question")
     basis = f"spread {spread.sd:.2f} points in {groups} of repeats, {family}"
     print_indented(
-        ("power", "bold"), f" {seeds} seeds an arm see {least:.1f} points in 80 of 100 tries ({basis})", by=0
+        ("power", "bold"), f" {counted(seeds, 'seed')} an arm see {least:.1f} points in 80 of 100 tries ({basis})", by=0
     )
     for question in suite.comparisons:
         if question.margin is not None:

@@ -21,7 +21,7 @@ def gaps(
     if not summary.model_fields_set and not lines:
         return ("it left no evidence",)
     return (
-        *_injection_gaps(spec.get("injection"), summary, lines),
+        *_injection_gaps(spec, summary, lines),
         *_noise_gaps(spec.get("noise"), lines_of(lines, RolloutNoise)),
         *_policy_gaps(summary, lines_of(lines, MasterCheck), lines_of(lines, LiveCheck)),
         *_evaluation_gaps(lines),
@@ -34,7 +34,8 @@ def lines_of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
     return [line for line in lines if type(line) is kind]  # isinstance asks the classes of pydantic at length
 
 
-def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
+def _injection_gaps(spec: Spec, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
+    injection = spec.get("injection")
     wanted = _wanted(injection if isinstance(injection, Mapping) else {})
     if not any(wanted.values()):
         if summary.sites:
@@ -49,7 +50,8 @@ def _injection_gaps(injection: Any, summary: Summary, lines: Sequence[Evidence])
         rows = [row for row in lines_of(lines, Injected) if row.phase == phase and row.profile is None]
         active = [line for line in lines_of(lines, ActivePoints) if line.phase == phase and line.profile is None]
         if wanted[phase]:
-            yield from _rounding_gaps(wanted[phase], active, rows, f"during {phase}")
+            streamed = phase == "rollout" and spec.get("engine") == "verl"
+            yield from _rounding_gaps(wanted[phase], active, rows, f"during {phase}", streamed=streamed)
         elif any(row.calls for row in rows):
             yield f"sites were rounded during {phase}, which its spec leaves out"
     trained = any(wanted[phase] for phase in PHASES if phase != "evaluation")
@@ -78,7 +80,12 @@ def _name(error: Spec) -> str:
 
 
 def _rounding_gaps(
-    points: Collection[str], active: Sequence[ActivePoints], rows: Sequence[Injected], where: str
+    points: Collection[str],
+    active: Sequence[ActivePoints],
+    rows: Sequence[Injected],
+    where: str,
+    *,
+    streamed: bool = False,
 ) -> Iterator[str]:
     """Yield what is missing. `active` is the run's own record of how many sites each point has; without one the sites
     are those of the rows.
@@ -87,8 +94,8 @@ def _rounding_gaps(
     rounding would change. In the backward not all sites act (a frozen weight has no gradient), and an error need not
     change every value, so for these one site is enough.
     """
-    # Weights that a stream rounds for another engine are looked at there, and its calls are not counted.
-    if points and not any(row.calls > 0 or (row.point == "weight" and row.looks) for row in rows):
+    # Weights that are `streamed`, rounded, to servers of verl are looked at there, and its calls are not counted.
+    if points and not any(row.calls > 0 or (streamed and row.point == "weight" and row.looks) for row in rows):
         yield f"no quantized call was counted {where}"
         return
     sites = {point: count for line in active for point, count in line.points.items()}

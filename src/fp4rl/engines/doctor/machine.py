@@ -24,6 +24,7 @@ _CORE = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydanti
 # What each extra of the package enables for its users. Its packages are read from the package's own metadata.
 EXTRAS = {
     "train": "fp4rl run: training by TRL, adapters by peft",
+    "verl": "the plug-in for verl, in an environment of its own",
     "report": "fp4rl report: the HTML page",
     "postgres": "a ledger on PostgreSQL: --ledger postgresql://...",
     "wandb": "live metrics: run --report-to wandb",
