@@ -75,7 +75,7 @@ def print_next(described: Suite | Experiment, root: Path, *, as_json: bool = Fal
         print_json(_as_dicts(described, root))
         return
     for measured in _measured_in(described, root):
-        print_indented((measured.band or "open", "bold"), f" {measured.sentence()}")
+        print_indented(("measured", "bold"), f" {measured.sentence()}")
         if measured.follow_up is not None:
             follow = measured.follow_up
             print_indented(("next", "bold"), f" {', '.join(follow.do)}: {follow.why}", by=4)
@@ -100,7 +100,7 @@ def _as_dicts(described: Suite | Experiment, root: Path) -> list[dict[str, Any]]
     return [
         measured.criterion.model_dump(mode="json")
         | {"value": measured.value, "low": measured.low, "high": measured.high, "seeds": measured.seeds}
-        | {"band": measured.band, "possible": list(measured.possible)}
+        | {"band": measured.band, "possible": list(measured.possible), "refused": measured.refused}
         for measured in _measured_in(described, root)
     ]
 

@@ -98,9 +98,11 @@ def _notes(parts: Sequence[Part], task: Task, checked: Sequence[Problem]) -> lis
     """Return what rewards that are not judges do with gold answers: it need not be wrong."""
     notes = []
     for part in parts:
-        if not compares(part) and not (more := tells_apart(part, task, checked[:_SHOWN])):
-            of = counted(min(len(checked), _SHOWN), "gold answer")
-            notes.append(f"{part.name} gives {more} of {of} more than that of another problem: it does not ask for it")
+        if compares(part):
+            continue
+        of, more = counted(min(len(checked), _SHOWN), "gold answer"), tells_apart(part, task, checked[:_SHOWN])
+        asks = "" if more else ": it does not ask for it"
+        notes.append(f"{part.name} gives {more} of {of} more than that of another problem{asks}")
     return notes
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from math import inf
 from statistics import fmean
 
+from fp4rl.lab.compare.comparison import answer_all
+from fp4rl.lab.compare.declared import suite_questions
+from fp4rl.lab.compare.sides import At
 from fp4rl.lab.report.scores import mean_over_seeds
 from fp4rl.lab.statistics.seeds import welch
 from fp4rl.lab.suites import SuiteRun, SuiteRuns
@@ -14,13 +17,17 @@ from fp4rl.spec.words import counted
 
 @dataclass(frozen=True)
 class Banded:
-    """A criterion with what was measured. Without a `value` no run counts yet; without an interval too few seeds do."""
+    """A criterion with what was measured. Without a `value` no run counts yet; without an interval too few seeds do.
+
+    `refused`: why the suite's own comparison of the two sides is refused; there is no value then.
+    """
 
     criterion: Criterion
     seeds: int
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    refused: str | None = None
 
     @property
     def band(self) -> str | None:
@@ -45,6 +52,8 @@ class Banded:
         """Return one line: what was measured, its interval, its band, and which others the interval allows."""
         of = self.criterion.of + (f" minus {self.criterion.against}" if self.criterion.against else "")
         where = "at the end" if self.criterion.step is None else f"at step {self.criterion.step}"
+        if self.refused is not None:
+            return f"{of}, {self.criterion.metric} {where}: not comparable: {self.refused}"
         if self.value is None:
             return f"{of}, {self.criterion.metric} {where}: no run counts yet"
         unit = " points" if self.criterion.against else " %"
@@ -59,11 +68,24 @@ class Banded:
 
 
 def banded(suite: SuiteRuns, criteria: Sequence[Criterion]) -> tuple[Banded, ...]:
-    """Return each criterion of a suite with what its runs give; runs without evidence do not count."""
-    return tuple(_measured(suite, criterion) for criterion in criteria)
+    """Return each criterion of a suite with what its runs give; runs without evidence do not count, and sides whose
+    declared comparison is refused have no number."""
+    refused = _refused(suite) if any(criterion.against for criterion in criteria) else {}
+    return tuple(_measured(suite, criterion, refused.get((criterion.of, criterion.against))) for criterion in criteria)
 
 
-def _measured(suite: SuiteRuns, criterion: Criterion) -> Banded:
+def _refused(suite: SuiteRuns) -> dict[tuple[str, str | None], str]:
+    """Return treatment and control -> why their declared comparison is refused, but for want of runs."""
+    reasons: dict[tuple[str, str | None], str] = {}
+    for answer in answer_all(suite_questions(suite, At()), lambda _run: None):
+        why = [objection.sentence() for objection in answer.objections if objection.kind != "missing"]
+        if why and answer.question.declaration is not None:
+            declared = answer.question.declaration
+            reasons[declared.treatment, declared.control] = why[0]
+    return reasons
+
+
+def _measured(suite: SuiteRuns, criterion: Criterion, refused: str | None) -> Banded:
     own = _numbers(suite, criterion, criterion.of)
     if criterion.against is None:
         unbounded = {} if criterion.metric == "accuracy" else {"least": -inf, "most": inf}
@@ -75,6 +97,8 @@ def _measured(suite: SuiteRuns, criterion: Criterion) -> Banded:
     seeds = min(len(own), len(theirs))
     if not seeds:
         return Banded(criterion, 0)
+    if refused is not None:
+        return Banded(criterion, seeds, refused=refused)
     if seeds < 2 or len({*own, *theirs}) < 3:
         return Banded(criterion, seeds, fmean(own) - fmean(theirs))
     difference = welch(own, theirs)

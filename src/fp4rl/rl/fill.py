@@ -199,9 +199,13 @@ class Filled:
         rewards = torch.tensor([reward for part in self.generations for reward in part.scored.rewards])
         groups, differ = len(rewards) // rollout_n, int(groups_with_spread(rewards, rollout_n).sum())
         if differ:
+            by_score = (self.metric or "").startswith("score")
+            other = (
+                "reward (it counts the overlong punishment), or take easier problems" if by_score else "score or reward"
+            )
             return (
                 f"in {differ} of the {groups} groups the rewards differ, but the filter kept none of them, for want of "
-                f"spread in {self.metric}: set training.filter_groups.metric to score or reward"
+                f"spread in {self.metric}: set training.filter_groups.metric to {other}"
             )
         return (
             f"none of the {groups} groups of answers has any spread in its rewards (mean {rewards.nanmean().item():g}),"

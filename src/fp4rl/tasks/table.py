@@ -199,7 +199,8 @@ class TableTask(Task):
 
 def default_prompt(scorer: ScorerName) -> str:
     """Return a prompt that asks for an answer in the form that a scorer reads."""
-    return f"Question: {{question}} {SCORERS[scorer].asks}\nAnswer:"
+    before = "\n" if scorer == "choice" else " "  # the choices stand below the question, a line each
+    return f"Question: {{question}}{before}{SCORERS[scorer].asks}\nAnswer:"
 
 
 @lru_cache(maxsize=4)  # a run needs its splits several times; `_written` changes when the file does

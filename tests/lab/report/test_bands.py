@@ -64,3 +64,19 @@ def test_what_comes_next_is_shown_with_its_reason(make_trial, capsys, monkeypatc
     assert main(["plan", str(folder.parent / "mine.yaml"), "--next", "--json", "--runs", str(folder.parent)]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["band"] == band
+
+
+def test_no_band_is_given_where_the_comparison_of_its_sides_is_refused(make_trial):
+    """A treatment that never acted is no pass: without evidence the pair is refused, and so is its band."""
+    whole = read_suite(make_trial().write())
+    declared = whole.comparisons[0]
+    criterion = Criterion.model_validate(
+        {"of": declared.treatment, "against": declared.control, "bands": BANDS["bands"]}
+    )
+    (fair,) = banded(whole, [criterion])
+    assert fair.refused is None
+    assert fair.band is not None
+    bare = make_trial(suite="bare").write(without_evidence=[(declared.treatment.partition("@")[0], 1)])
+    (measured,) = banded(read_suite(bare), [criterion])
+    assert (measured.value, measured.band, measured.follow_up) == (None, None, None)
+    assert "not comparable: " in measured.sentence()
