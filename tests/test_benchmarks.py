@@ -17,6 +17,7 @@ SMALLEST = {
     "numerics": ["--rounds", "2", "--dry"],
     "rl": ["--rounds", "2", "--cache", "{folder}"],
     "scan": ["sensitivity", "--folder", "{folder}"],
+    "report": ["--runs", "12", "--arms", "3", "--folder", "{folder}/suite"],
     "verdicts": ["--tries", "20"],
 }
 NEEDS_A_LARGE_CHECKPOINT = {"faults"}  # 3 GB on the disk, which `benchmarks/scan.py memory --keep` makes

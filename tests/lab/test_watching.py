@@ -280,6 +280,7 @@ def test_ctrl_c_ends_the_live_picture_with_0(recorded, tmp_path):
         assert "at step 12 of 20 of training" in read_until(terminal, "Ctrl-C ends the watching")
         process.send_signal(signal.SIGINT)
         assert "w4a8-s0" in read_until(terminal, "Ctrl-C ends the watching")
+        read_until(terminal, "nothing of the kind: to the end")  # one that writes to a full terminal waits for a reader
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()

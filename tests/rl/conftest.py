@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp4rl.rl import events
+from fp4rl.rl.inputs import warmed_up
 from fp4rl.rl.train import train
 from fp4rl.spec.evidence import Record
 from fp4rl.spec.experiment import Experiment
@@ -79,6 +80,13 @@ def experiment():
         return Experiment.model_validate(merge(merge(SMALL, ARMS[arm]), changes))
 
     return described
+
+
+@pytest.fixture
+def start_folder(model_cache, experiment) -> Path:
+    """The folder that runs of `experiment` start from; the cache may hold other models too."""
+    described = experiment("bf16")
+    return warmed_up(described.model.embedded, described.task, model_cache)
 
 
 @pytest.fixture

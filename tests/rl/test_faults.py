@@ -129,11 +129,11 @@ def _gsm8k(file):
     return Gsm8k(path=str(file))
 
 
-def test_a_tokenizer_without_a_chat_template_trains(run, experiment, model_cache):
+def test_a_tokenizer_without_a_chat_template_trains(run, experiment, start_folder):
     """Its prompts go in as they are written, and its steps move the weights that its folder then holds."""
     trained, heard = run(experiment("bf16"))
     model, tokenizer = load(trained.final)
-    start, _ = load(next(model_cache.glob("tiny-*/")))
+    start, _ = load(start_folder)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, start.get_parameter(name))]
     assert tokenizer.chat_template is None
     assert trained.steps_done == len(heard.steps) == 2

@@ -108,13 +108,13 @@ def test_a_live_teacher_is_the_unquantized_policy_itself(run, experiment):
 
 
 @pytest.mark.parametrize("deployed", ["adapter", "merged"])
-def test_lora_trains_its_adapter_alone_and_judges_it_from_its_folder(deployed, run, experiment, model_cache):
+def test_lora_trains_its_adapter_alone_and_judges_it_from_its_folder(deployed, run, experiment, start_folder):
     changes = {"model": LORA, "training": {"lr": 1e-2}, "injection": {"lora": deployed}}
     trained, heard = run(experiment("w4a16", **changes))
     assert (trained.final / "adapter_config.json").is_file()
     assert not (trained.final / "model.safetensors").exists()
     model, _ = load(trained.final)
-    before, _ = load(next(path for path in model_cache.glob("tiny-*/") if path.is_dir()))
+    before, _ = load(start_folder)
     base = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
     assert all(torch.equal(base[name], weight) for name, weight in before.named_parameters())
     changed = [name for name, p in base.items() if "lora_B" in name and p.abs().max() > 0]

@@ -280,11 +280,9 @@ def _steps(root):
 
 
 @pytest.fixture
-def with_files(model_cache, experiment, carried, tmp_path, monkeypatch):
+def with_files(start_folder, experiment, tmp_path, monkeypatch):
     """An experiment that points to files, and these by the name of the input."""
-    carried("made", 0)  # the embedded model is warmed up
-    (made,) = model_cache.glob("tiny-*/")
-    model = shutil.copytree(made, tmp_path / "model")
+    model = shutil.copytree(start_folder, tmp_path / "model")
     data, source = tmp_path / "train.jsonl", tmp_path / "my_reward.py"
     data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
     source.write_text("def length(completion, **_):\n    return len(completion) % 7\n")
