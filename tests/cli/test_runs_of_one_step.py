@@ -73,7 +73,7 @@ def test_two_steps_on_gsm8k_with_the_embedded_model(shared_data, tmp_path, capsy
             "train_batch_size": 2,
             "mini_batch_size": 1,
             "rollout_n": 4,
-            "max_prompt_length": 1024,
+            "max_prompt_length": 1152,
             "max_response_length": 32,
             "overlong_buffer": {"len": 8},
             "filter_groups": {"enable": False},
