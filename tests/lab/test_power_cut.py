@@ -95,19 +95,24 @@ def trained(monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("names_at_once", [True, False])
-def test_a_run_that_counts_as_finished_after_a_cut_is_whole(trained, tmp_path, monkeypatch, names_at_once):
-    disk = LossyDisk(tmp_path / "runs", monkeypatch)
-    cuts = []
+def cut_after_every_sync(tmp_path, monkeypatch, names_at_once):
+    """Run once; return its folder, and what a cut after each sync, and one at the end, leaves of all runs."""
+    disk, cuts = LossyDisk(tmp_path / "runs", monkeypatch), []
 
     def cut():
-        disk.cut(tmp_path / "cuts" / f"{len(cuts)}", names_at_once=names_at_once)
         cuts.append(tmp_path / "cuts" / f"{len(cuts)}")
+        disk.cut(cuts[-1], names_at_once=names_at_once)
 
     disk.after_sync = cut
     whole = work.execute_run(RUN, tmp_path / "runs")
     disk.after_sync = lambda: None
     cut()
+    return whole, cuts
+
+
+@pytest.mark.parametrize("names_at_once", [True, False])
+def test_a_run_that_counts_as_finished_after_a_cut_is_whole(trained, tmp_path, monkeypatch, names_at_once):
+    whole, cuts = cut_after_every_sync(tmp_path, monkeypatch, names_at_once)
     finished = [folder for folder in (RunFolder(at / "s" / RUN.run_id) for at in cuts) if folder.finished]
     assert len(cuts) > 20
     assert RunFolder(cuts[-1] / "s" / RUN.run_id) in finished  # once `execute_run` has returned
@@ -117,16 +122,7 @@ def test_a_run_that_counts_as_finished_after_a_cut_is_whole(trained, tmp_path, m
 
 @pytest.mark.parametrize("names_at_once", [True, False])
 def test_after_any_cut_the_run_goes_on_and_ends_alike(trained, tmp_path, monkeypatch, names_at_once):
-    disk = LossyDisk(tmp_path / "runs", monkeypatch)
-    cuts = []
-
-    def cut():
-        disk.cut(tmp_path / "cuts" / f"{len(cuts)}", names_at_once=names_at_once)
-        cuts.append(tmp_path / "cuts" / f"{len(cuts)}")
-
-    disk.after_sync = cut
-    whole = work.execute_run(RUN, tmp_path / "runs")
-    disk.after_sync = lambda: None
+    whole, cuts = cut_after_every_sync(tmp_path, monkeypatch, names_at_once)
     began = []
     monkeypatch.undo()
     monkeypatch.setattr(work, "train", trained)

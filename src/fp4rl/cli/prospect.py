@@ -59,14 +59,10 @@ def print_power(suite: Suite, experiment: Experiment, ledger: str | Path) -> Non
 
 
 def _spread(experiment: Experiment, ledger: str | Path) -> "Spread | None":
-    if isinstance(ledger, Path) and not ledger.is_file():
-        return None
-    from fp4rl.lab.ledger.query import spread_on
-    from fp4rl.lab.ledger.store import open_ledger
+    from fp4rl.lab.ledger.query import known_spread
 
     spec = experiment.model_dump(mode="json")
-    with open_ledger(ledger) as book, book.reading() as connection:
-        return spread_on(connection, digest(spec["task"]), digest(spec["model"]))
+    return known_spread(ledger, digest(spec["task"]), digest(spec["model"]))
 
 
 def print_next(described: Suite | Experiment, root: Path, *, as_json: bool = False) -> None:

@@ -33,8 +33,8 @@ _AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... 
 class Vllm:
     """A sampler (`rl.generate.Sampler`). An engine is made at the first call for the folder of a model.
 
-    Raises InvalidValueError for what happens in the model and would not happen in vLLM: rounded outputs, hardware
-    errors, experts.
+    Raises InvalidValueError for what happens in the model and would not happen in vLLM, such as rounded outputs
+    and hardware errors (`kinds.py`, `known.py`).
     """
 
     def __init__(self, chosen: RolloutEngine = _VLLM) -> None:

@@ -131,12 +131,12 @@ def repeats(connection: Connection, task: str, model: str) -> list[list[float]]:
     return [list(by_seed.values()) for alike in chosen for by_seed in alike.values()]
 
 
-def known_spread(address: str | Path, run: Run) -> "Spread | None":
-    """Return `spread_of_run` from the ledger at `address`; None where there is no ledger."""
+def known_spread(address: str | Path, task: str, model: str) -> "Spread | None":
+    """Return `spread_on` from the ledger at `address`; None where there is no ledger."""
     if isinstance(address, Path) and not address.is_file():
         return None
     with open_ledger(address) as ledger, ledger.reading() as connection:
-        return spread_of_run(connection, run)
+        return spread_on(connection, task, model)
 
 
 def spread_of_run(connection: Connection, run: Run) -> "Spread | None":

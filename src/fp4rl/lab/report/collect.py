@@ -20,6 +20,7 @@ from fp4rl.lab.report.rollouts import ArmRollouts, rollouts_of
 from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun, read_suite
+from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import MasterCheck
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import counted
@@ -103,7 +104,7 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     """
     suite = read_suite(suite_folder)
     address = ledger or suite_folder.parent / "ledger.db"
-    answers = answer_all(suite_questions(suite, At()), lambda run: known_spread(address, run))
+    answers = answer_all(suite_questions(suite, At()), lambda run: known_spread(address, *_task_and_model(run)))
     rows = scores(suite.by_arm)
     arms = {arm: runs[0].planned.experiment for arm, runs in suite.by_arm.items()}
     return SuiteReport(
@@ -121,6 +122,10 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
         rollouts=tuple(rollouts_of(suite.by_arm)),
         costs=tuple(costs(suite.by_arm)),
     )
+
+
+def _task_and_model(run: Run) -> tuple[str, str]:
+    return digest(run.spec.get("task")), digest(run.spec.get("model"))
 
 
 def _score_dict(score: Score) -> dict[str, object]:
