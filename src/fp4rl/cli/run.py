@@ -1,6 +1,8 @@
 """`fp4rl run`: run everything in a file that is not finished, then show the comparison."""
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -184,8 +186,18 @@ def carry_out_all(
         display.on_outcome(outcome)
         _record(book, root, screen)
 
-    with display.shown():
+    with display.shown(), _last_interrupt():
         return run_all(runs, root, executor, display.on_event, ended)
+
+
+@contextmanager
+def _last_interrupt() -> Iterator[None]:
+    """Ignore Ctrl-C behind the one that ends the runs: one more would print tracebacks on the way out."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 def _trained_here(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:

@@ -78,6 +78,7 @@ class LocalPool:
                     workers.remove(worker)
                     if waiting:
                         if not worker.process.is_alive():
+                            _close(worker)
                             worker = self._spawned(worker.number, dealt[worker.number])
                         workers.append(self._assigned(waiting.pop(0), root, worker))
                     else:
@@ -192,13 +193,19 @@ def _ask_to_end(workers: Sequence[_Worker]) -> None:
 def _kill(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.process.kill()
-        worker.process.join()
+        _close(worker)
 
 
 def _stop(worker: _Worker) -> None:
     with contextlib.suppress(BrokenPipeError):
         worker.pipe.send(None)
+    _close(worker)
+
+
+def _close(worker: _Worker) -> None:
+    """Wait for a process and free what it holds here, now: a Ctrl-C that met that in a finalizer prints a traceback."""
     worker.process.join()
+    worker.process.close()
 
 
 def _serve(pipe: Connection, parent: int, threads: int, environment: dict[str, str]) -> None:
