@@ -148,7 +148,7 @@ def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path,
         yield from ()
 
     places = []
-    monkeypatch.setattr(module, "known_spread", lambda place, _: places.append(place))
+    monkeypatch.setattr(module, "known_spread", lambda place, *_: places.append(place))
     monkeypatch.setattr(processes.LocalPool, "__call__", carried)
     monkeypatch.setenv("FP4RL_LEDGER", str(tmp_path / "team.db"))
     (tmp_path / "mine.yaml").write_text("training: {steps: 1}\n")
