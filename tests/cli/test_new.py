@@ -5,8 +5,11 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from fp4rl.cli.described import run_described
 from fp4rl.cli.main import main
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.load import load_spec
@@ -64,6 +67,31 @@ def test_what_is_said_names_the_guesses_and_the_next_commands(folder, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "guessed: question = Question, answer = Final answer, scorer = exact" in out
     assert "fp4rl plan my_suite.yaml --show-prompt fp4rl data my_suite.yaml fp4rl run my_suite.yaml" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"])
+def test_a_fresh_suite_warns_of_nothing_whatever_the_model(folder, capsys, dtype, template):
+    """The packer of a folder rounds the folder's own values: so does the suite, in training and afterwards."""
+    model = folder / "models" / "tiny"
+    weights = {
+        name: values.to(getattr(torch, dtype)) for name, values in load_file(model / "model.safetensors").items()
+    }
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    assert main(["new", "s"]) == 0
+    assert main(["plan", "s.yaml"]) == 0
+    said = capsys.readouterr()
+    assert "warning" not in said.out + said.err
+    trained, plain = (run_described("s.yaml", [], arm).experiment for arm in ("w4a8", _NAMES[dtype]))
+    assert trained.model.dtype == trained.injection.dtype == dtype
+    assert plain.evaluation.injections["quantized"] == trained.injection
+
+
+_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Fate(NamedTuple):
 
 
 def fates(arms: Mapping[str, Experiment]) -> dict[Fate, list[str]]:
-    """Return what is served of each arm, and of each profile named by a mode (`arm@profile`), with who shares it."""
+    """Return what is served of each arm, and of each profile with an injection (`arm@profile`), with who shares it."""
     named: dict[Fate, list[str]] = {}
     for arm, experiment in arms.items():
         named.setdefault(_fate(experiment.injection), []).append(arm)
@@ -96,9 +96,10 @@ def unserved(injection: Injection, rounded: Iterable[tuple[str, str, int]]) -> I
 
 
 def of_profiles(evaluation: Evaluation) -> dict[str, Injection]:
-    """Return the injection of each profile that is named by a mode."""
-    names = [name for name in evaluation.all_profiles if name in MODES and name != "none"]
-    return {name: Injection.named(name, evaluation.deployment) for name in names}
+    """Return the injection of each profile that is named by a mode, or is one of the suite's own."""
+    own, names = evaluation.injections, evaluation.all_profiles
+    named = {name: Injection.named(name, evaluation.deployment) for name in names if name in MODES and name != "none"}
+    return named | {name: own[name] for name in names if name in own}
 
 
 def _fate(injection: Injection | None) -> Fate:

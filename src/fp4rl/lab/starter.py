@@ -17,6 +17,8 @@ from fp4rl.tasks.table import Table, default_prompt
 
 _ROUND = 64  # tokens that limits are rounded up to
 _LEAST, _MOST = 256, 2048  # tokens of an answer
+# dtype of the model -> the name of the arm that rounds nothing
+_PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _TEXT = """# {name}: made by `fp4rl new`. Every key: `fp4rl keys`; what it would run: `fp4rl plan {file}`.
 suite: {name}
 seeds: [0, 1, 2]          # each arm is trained with each: the intervals of the report are over them
@@ -39,17 +41,18 @@ base:
   evaluation:
     count: {test}            # problems of the test split, which is never trained on
     batch_size: 64
-    deployment: {deployment}
-    profiles: [full, deployment]
+    injections:
+      quantized: {served}
 arms:
-  bf16:                   # nothing is rounded in training; judged as it is, and quantized afterwards
-    evaluation: {{profiles: [full, w4a8]}}
+  {plain}:                   # nothing is rounded in training; judged as it is, and quantized afterwards
+    evaluation: {{profiles: [full, quantized]}}
   w4a8:                   # MXFP4 weights and MXFP8 inputs, in training as where it is served
-    injection: {{mode: w4a8, deployment: {deployment}}}
+    evaluation: {{profiles: [full, deployment]}}
+    injection: {served}
 comparisons:
   - question: Does training under W4A8 beat quantizing afterwards?
     treatment: w4a8@deployment
-    control: bf16@w4a8
+    control: {plain}@quantized
     factors: [injection, evaluation.profiles]
 """
 
@@ -78,7 +81,7 @@ def starter(name: str, model: Path, task_keys: dict[str, Any], steps: int = 20) 
             "rows, or a test file with --test-path"
         )
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
+    config |= config.get("text_config") or {}
     longest, solution = _lengths(task, tokenizer)
     prompt = _rounded(longest)
     answer = min(max(_rounded(2 * solution), _LEAST), _MOST)
@@ -87,12 +90,13 @@ def starter(name: str, model: Path, task_keys: dict[str, Any], steps: int = 20) 
         if answer < 1:
             raise InvalidValueError(f"{model}: {positions} positions leave no room behind prompts of {longest} tokens")
     batch = next(size for size in (16, 8, 4, 2) if size <= sizes["train"])
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    stated = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = stated if stated in _PLAIN else "float32"
     text = _TEXT.format(
         name=name,
         file=f"{name}.yaml",
         model=_scalar(str(model)),
-        dtype=dtype if dtype in ("bfloat16", "float16") else "float32",
+        dtype=dtype,
         task=_as_yaml(task_keys),
         steps=steps,
         batch=batch,
@@ -103,7 +107,9 @@ def starter(name: str, model: Path, task_keys: dict[str, Any], steps: int = 20) 
         solution=solution,
         train=sizes["train"],
         test=min(sizes["test"], 500),
-        deployment="vllm_ascend",
+        plain=_PLAIN[dtype],
+        # in the folder's dtype: a packer rounds the folder's own values
+        served=f"{{mode: w4a8, deployment: vllm_ascend, dtype: {dtype}}}",
     )
     return Starter(text, sizes, bool(tokenizer.chat_template))
 
