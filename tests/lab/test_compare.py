@@ -10,7 +10,8 @@ import pytest
 
 from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
 from fp4rl.lab.compare.differing import differences, undeclared
-from fp4rl.lab.compare.sides import At, named_side
+from fp4rl.lab.compare.recorded import named_side
+from fp4rl.lab.compare.sides import At
 from fp4rl.lab.ledger.query import spread_of_run
 from fp4rl.lab.ledger.record import record_new
 from fp4rl.lab.ledger.store import Ledger

@@ -20,7 +20,7 @@ from fp4rl.cli.run import _record, carry_out_all
 from fp4rl.cli.terminal import console
 from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import RunFolder
-from fp4rl.lab.ledger import store
+from fp4rl.lab.ledger import query, store
 from fp4rl.lab.ledger.query import Filter, count_runs
 from fp4rl.lab.ledger.record import rebuild, record_new
 from fp4rl.lab.matrix import planned
@@ -142,13 +142,12 @@ def test_a_run_of_another_suite_is_not_stopped(lab, tmp_path, monkeypatch, capsy
 def test_run_and_report_use_the_ledger_that_the_environment_names(lab, tmp_path, monkeypatch, capsys):
     """The kind: a variable that some verbs heed and others pass by. `w4a4` has one run; its spread is the ledger's."""
     from fp4rl.engines.executors import processes
-    from fp4rl.lab.report import collect as module
 
     def carried(self, runs, root, on_event):
         yield from ()
 
     places = []
-    monkeypatch.setattr(module, "known_spread", lambda place, *_: places.append(place))
+    monkeypatch.setattr(query, "known_spread", lambda place, *_: places.append(place))
     monkeypatch.setattr(processes.LocalPool, "__call__", carried)
     monkeypatch.setenv("FP4RL_LEDGER", str(tmp_path / "team.db"))
     (tmp_path / "mine.yaml").write_text("training: {steps: 1}\n")

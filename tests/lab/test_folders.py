@@ -4,13 +4,15 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import sqlite3
+import struct
 from pathlib import Path
 
 import pytest
 
-from fp4rl.lab.files import append_line, is_full, read_lines, remove_partial, whole, write_whole
+from fp4rl.lab.files import append_line, is_full, loads, read_lines, remove_partial, whole, write_whole
 from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.evidence import Evaluation
@@ -62,6 +64,47 @@ def test_a_line_torn_by_a_crash_is_not_read_and_is_cut_off_by_the_next_append(tm
     assert list(read_lines(file)) == [{"a": 1}]
     append_line(file, {"a": 3})
     assert list(read_lines(file)) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1e400",
+        "-0",
+        "-0.0",
+        "[NaN, -Infinity]",
+        '"\\ud800"',
+        '{"a": 1, "a": 2}',
+        "12345678901234567890123",
+        "[" * 250,
+        '{"a": 0.1} ',
+        "1.",
+        "01",
+        "nan",
+        '"\t"',
+        "[1,]",
+        "\ufeff1",
+        "1" * 5000,
+        "[" * 250 + "]" * 250,
+    ],
+)
+def test_a_line_says_what_python_reads_in_it(line: str):
+    def said(read):
+        try:
+            return repr(read())
+        except ValueError as error:
+            return type(error), str(error)
+
+    assert said(lambda: loads(line.encode())) == said(lambda: json.loads(line))
+
+
+def test_numbers_of_lines_are_read_to_the_last_bit():
+    draw = random.Random(0)
+    bits = (struct.unpack("d", draw.randbytes(8))[0] for _ in range(20_000))
+    numbers = [number for number in bits if math.isfinite(number)]
+    assert struct.pack(f"{len(numbers)}d", *loads(json.dumps(numbers).encode())) == struct.pack(
+        f"{len(numbers)}d", *numbers
+    )
 
 
 def test_a_file_torn_in_its_only_line_starts_anew(tmp_path: Path):

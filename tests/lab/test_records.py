@@ -5,6 +5,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,15 @@ from fp4rl.lab.compare.differing import differences
 from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.ledger.tables import record_of, run_of
-from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.matrix import PlannedRun, planned
 from fp4rl.lab.runs import read_run
 from fp4rl.lab.suites import read_suite
-from fp4rl.spec.digest import digest
+from fp4rl.spec.digest import NO_SEED, digest, digest_by_seed
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import KINDS, Evaluation, LiveCheck, MasterCheck, Profile
-from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import parse
-from fp4rl.spec.records import VERSION, RunResult, read_evidence, read_result, read_sites
+from fp4rl.spec.records import VERSION, RunResult, read_all_evidence, read_evidence, read_result, read_sites
 
 OLD = Path(__file__).parents[1] / "data" / "format0"
 
@@ -117,6 +118,35 @@ def test_a_line_of_bytes_says_what_its_json_says_and_is_refused_alike(wrong):
             text = ", ".join(f'"{k}": {wrong if k == key else json.dumps(v)}' for k, v in written.items())
             for line in (f"{{{text}}}", f'{{{text}, "new": {wrong}}}', f"{{{text}, {text}}}"):
                 assert said(line, str.encode) == said(line, json.loads), line
+
+
+def test_lines_read_together_are_the_lines_read_alone():
+    written = [json.dumps(line).encode() for line in lines()]
+    alone = tuple(map(read_evidence, written))
+    assert read_all_evidence(written) == alone
+    assert read_all_evidence([b'{"kind": "of a newer version"}', *written]) == alone
+    assert read_all_evidence([]) == ()
+    first, second = (b'{"kind": "noise_stages", "ran": [[0, 1]', b'[1, 2]], "missed": []}')
+    for torn in ([first, second], [written[0][:-1], *written], [b"%b, %b" % (written[0], written[1])]):
+        with pytest.raises(ValueError, match=r"Expecting|Extra data|delimiter"):
+            read_all_evidence(torn)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [{"a": 1}, {"seed": 3, "z": [1.5, None]}, {"a": {"seed": 7}}, {"a": f'"seed":{NO_SEED}'}, {"a": NO_SEED}],
+)
+def test_digests_by_seed_are_the_digests_of_the_whole_descriptions(description):
+    for seed in (0, 1, 77, -5, 10**17):
+        assert digest_by_seed(description)(seed) == digest({**description, "seed": seed})
+
+
+def test_planned_runs_have_the_digest_of_their_experiment_also_with_another():
+    suite = Suite.model_validate({"suite": "s", "seeds": [0, 5], "arms": {"a": {}, "b": {"training": {"lr": 1e-4}}}})
+    for run in planned(suite):
+        assert run.spec_digest == digest(run.experiment)
+        other = replace(run, experiment=run.experiment.model_copy(update={"engine": "verl"}))
+        assert other.spec_digest == digest(other.experiment) != run.spec_digest
 
 
 def said(line, form):

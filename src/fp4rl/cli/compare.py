@@ -77,9 +77,9 @@ def _answers(
     """Answer a suite's questions, or one of them, corrected as one family; a question that the suite did not declare
     (another `--factor` or `--margin`) is answered on its own."""
     from fp4rl.lab.compare.comparison import Question, answer_all, checked
-    from fp4rl.lab.compare.declared import declared_question, questions_in
+    from fp4rl.lab.compare.declared import declared_question
     from fp4rl.lab.compare.differing import factors_between
-    from fp4rl.lab.compare.sides import named_side
+    from fp4rl.lab.compare.recorded import named_side, questions_in
     from fp4rl.lab.ledger.query import spread_of_run
 
     known = declared_question(runs, treatment, control, factors, margin) if control is not None else None

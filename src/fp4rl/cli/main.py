@@ -182,7 +182,7 @@ def entry() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:2] in (["compare"], ["report"], ["runs"], ["show"]):
-        gc.set_threshold(500_000)  # they read many records, which hold no cycles to search for, and end
+        gc.disable()  # they read many records, which hold no cycles to search for, and end
     code = main()
     if code == _INTERRUPTED:  # a second Ctrl-C during the exit would print tracebacks
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from fp4rl.rl.durable import sync
 from fp4rl.spec.errors import InvalidValueError
 
@@ -95,12 +97,25 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write((dumps(record) + "\n").encode())
 
 
-def read_lines(path: Path, read: Callable[[bytes], Any] = lambda line: json.loads(line.decode())) -> Iterator[Any]:
+def loads(line: bytes) -> Any:
+    """Return what `json.loads` does, in a quarter of its time; where the fast parser raises, that of Python decides."""
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line.decode())
+
+
+def read_lines(path: Path, read: Callable[[bytes], Any] = loads) -> Iterator[Any]:
     """Read each line of a file, none where there is no file; an unfinished last line is left out."""
+    yield from map(read, finished_lines(path))
+
+
+def finished_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file that are not blank, none where there is no file, without an unfinished last line."""
     if not path.is_file():
-        return
-    *lines, _unfinished = path.read_bytes().split(b"\n")  # so that no file stays open if the reader stops early
-    yield from (read(line) for line in lines if line.strip())
+        return []
+    *lines, _unfinished = path.read_bytes().split(b"\n")
+    return [line for line in lines if line.strip()]
 
 
 def dumps(value: Any) -> str:

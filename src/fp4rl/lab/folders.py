@@ -15,20 +15,29 @@ runs/<suite>/<run-id>/
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4rl.lab.files import append_line, damage_named, dumps, json_ready, read_lines, whole, write_lines, write_whole
+from fp4rl.lab.files import (
+    append_line,
+    damage_named,
+    dumps,
+    finished_lines,
+    json_ready,
+    loads,
+    read_lines,
+    whole,
+    write_lines,
+    write_whole,
+)
+from fp4rl.lab.repeats import sites_of, spec_values
 from fp4rl.rl.durable import sync, sync_all
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.evidence import Evaluation, Evidence, Failed
-from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.records import RunResult, Sites, read_evidence, read_result, read_sites
+from fp4rl.spec.records import RunResult, Sites, read_all_evidence, read_result
 from fp4rl.spec.task import SCORES
 
 if TYPE_CHECKING:
@@ -36,7 +45,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_SEED = re.compile(r"^seed: (0|[1-9][0-9]{0,17})$", re.MULTILINE)
 _ITEMS_FILE = re.compile(r"(\d+)-(.+)\.parquet")
 
 
@@ -157,17 +165,17 @@ class RunFolder:
         if not file.is_file():
             return {}
         with damage_named(file):
-            return _mapping(_spec_values(file.read_text(encoding="utf-8")) or {})
+            return _mapping(spec_values(file.read_text(encoding="utf-8")) or {})
 
     def sites(self) -> Sites:
         """Return the resolved site table; one without plans where none was written."""
         with damage_named(self.path / "sites.json") as file:
-            return read_sites(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Sites()
+            return sites_of(file.read_bytes()) if file.is_file() else Sites()
 
     def evidence(self) -> tuple[Evidence, ...]:
         """Return every line of a kind that this version knows, in order."""
         with damage_named(self.path / "evidence.jsonl") as file:
-            return tuple(line for line in read_lines(file, read_evidence) if line is not None)
+            return read_all_evidence(finished_lines(file))
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Return the evaluations in order; of several at one step (after a rollback, or an early end) the newest."""
@@ -185,7 +193,7 @@ class RunFolder:
         with damage_named(self.path / "metrics.jsonl") as file:
             for record in read_lines(file):
                 step = int(_mapping(record).pop("step"))
-                if step not in steps and all(type(value) is float for value in record.values()):
+                if step not in steps and set(map(type, record.values())) <= {float}:
                     steps[step] = record
                     continue
                 values = steps.setdefault(step, {})
@@ -209,7 +217,7 @@ class RunFolder:
         if not self.finished:
             raise NotFoundError(f"{self.key} has no result.json: the run is not finished")
         with damage_named(self.path / "result.json") as file:
-            return read_result(json.loads(file.read_text(encoding="utf-8")))
+            return read_result(loads(file.read_bytes()))
 
     def item_sets(self) -> list[tuple[int, str]]:
         """Return (step, profile) of every stored evaluation, in order of step."""
@@ -232,21 +240,6 @@ class RunFolder:
         if not _NAME.fullmatch(profile):
             raise InvalidValueError(f"a profile's name is letters, digits and ._+=-; got {profile!r}")
         return self.path / "items" / f"{step}-{profile}.parquet"
-
-
-def _spec_values(text: str) -> Any:
-    """Return the values of a spec. Repeats of a run differ in the line of their seed: the rest of them is read once."""
-    before, seed, after = _SEED.split(text) if len(_SEED.findall(text)) == 1 else ("", "", "")
-    around = _values_around(before, after) if seed else None
-    return plain_values(text, "YAML") if around is None else pickle.loads(around) | {"seed": int(seed)}
-
-
-@lru_cache(maxsize=512)  # runs are read seed by seed: all arms of a suite
-def _values_around(before: str, after: str) -> bytes | None:
-    """Return the values around the line of a seed; None where, tried with two seeds, they differ in more than it."""
-    first, second = (plain_values(f"{before}seed: {seed}{after}", "YAML") for seed in (0, 1))
-    alone = isinstance(first, dict) and first.get("seed") == 0 and first | {"seed": 1} == second
-    return pickle.dumps(first) if alone else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -4,18 +4,17 @@ Reports, displays and comparisons of runs all read them here, from their folders
 ledger's record of it.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeVar
 
 from fp4rl.lab.files import damage_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.gaps import gaps, lines_of
+from fp4rl.lab.repeats import digest_and_present
 from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import Evaluation, Evidence, Warned
-from fp4rl.spec.former_names import with_present_names
 from fp4rl.spec.records import RunResult, Sites
 
 Curves = Mapping[int, Mapping[str, float]]
@@ -110,27 +109,16 @@ def read_run(folder: RunFolder, *, curves: bool = True) -> Run:
         folder.result()
     with damage_named(folder.path):
         result, spec = folder.result(), folder.spec()
-        if spec and result.spec_digest not in (None, digest(spec)):  # YAML that was cut off can still be valid
+        own_digest, present = digest_and_present(spec)
+        if spec and result.spec_digest not in (None, own_digest):  # YAML that was cut off can still be valid
             raise ValueError("spec.yaml is not what its result was computed from")
         return Run(
             suite=folder.suite,
             run_id=folder.run_id,
-            spec=_in_present_names(spec),
+            spec=present,
             result=result,
             lines=folder.evidence(),
             sites=folder.sites(),
             curves=folder.metrics() if curves else {},
             folder=folder,
         )
-
-
-def _in_present_names(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a description with present names. Repeats differ in their seed alone: the rest is translated once."""
-    rest = pickle.dumps({key: value for key, value in spec.items() if key != "seed"})
-    present: dict[str, Any] = pickle.loads(_translated(rest))
-    return present | ({"seed": spec["seed"]} if "seed" in spec else {})
-
-
-@lru_cache(maxsize=512)
-def _translated(spec: bytes) -> bytes:
-    return pickle.dumps(with_present_names(pickle.loads(spec)))

@@ -5,11 +5,11 @@ no word for ("nan") is a float again, and a key of a newer version is left out.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, TypeVar
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from fp4rl.spec.errors import InvalidValueError, shown
 from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding, Record
@@ -175,7 +175,10 @@ class EngineRun(Record):
         return tuple(line for line in map(read_evidence, self.evidence) if line is not None)
 
 
-_LINE: TypeAdapter[Evidence] = TypeAdapter(Annotated[Evidence, Field(discriminator="kind")])
+_ByKind = Annotated[Evidence, Field(discriminator="kind")]
+_LATER = ConfigDict(defer_build=True)
+_LINE: TypeAdapter[Evidence] = TypeAdapter(_ByKind, config=_LATER)
+_LINES: TypeAdapter[tuple[Evidence, ...]] = TypeAdapter(tuple[_ByKind, ...], config=_LATER)
 _R = TypeVar("_R", bound=Record)
 _V = TypeVar("_V", RunResult, EngineRun)
 
@@ -192,6 +195,15 @@ def read_evidence(line: object) -> Evidence | None:
     if kind not in KINDS:
         return None
     return _read(_LINE.validate_python, line, kind)
+
+
+def read_all_evidence(lines: Sequence[bytes]) -> tuple[Evidence, ...]:
+    """Return the lines of a kind that this version knows. Raises `InvalidValueError` for a damaged one."""
+    with suppress(ValidationError):  # all in one pass; what is wrong, or new, is looked at line by line
+        read = _LINES.validate_json(b"[%b]" % b",".join(lines), strict=False, extra="ignore")
+        if len(read) == len(lines):
+            return read
+    return tuple(line for line in map(read_evidence, lines) if line is not None)
 
 
 def read_result(content: object) -> RunResult:

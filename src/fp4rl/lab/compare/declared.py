@@ -4,47 +4,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from fp4rl.lab.compare.comparison import Question
 from fp4rl.lab.compare.differing import factors_between
-from fp4rl.lab.compare.sides import At, Side, named_side, planned_side
-from fp4rl.lab.suites import SuiteRuns, read_suite
+from fp4rl.lab.compare.sides import At, Side, planned_side
+from fp4rl.lab.suites import SuiteRuns
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Comparison
-from fp4rl.spec.load import parse, read_spec, read_yaml
+from fp4rl.spec.load import parse, read_spec
 
 
 def suite_questions(suite: SuiteRuns, at: At) -> list[tuple[Question, Side, Side]]:
     """Return every question of a suite with both sides, out of the runs that it plans."""
     questions = [question_of(comparison, suite.folder.name) for comparison in suite.comparisons]
-    return _with_sides(questions, lambda name: planned_side(name, suite.by_arm, at), at)
+    return with_sides(questions, lambda name: planned_side(name, suite.by_arm, at), at)
 
 
-def questions_in(connection: Connection, root: Path, suite: str, at: At) -> list[tuple[Question, Side, Side]]:
-    """Return every question of the suite in `root` with both sides, from the runs in its folder, or from the ledger
-    where no run folder is there or its file plans none.
-
-    Raises `NotFoundError` for a suite without its file.
-    """
-    questions = declared_questions(root, suite)
-    if "arms" in read_yaml(root / suite / "suite.yaml"):
-        plan = read_suite(root / suite, curves=False)
-        if any(run.state != "missing" for run in plan.runs):
-            return suite_questions(plan, at)
-
-    def named(name: str) -> Side:
-        try:
-            return named_side(connection, root, name, at, suite)
-        except NotFoundError as error:
-            return Side(name, suite, (), at.score, missing=str(error))
-
-    return _with_sides(questions, named, at)
-
-
-def _with_sides(
-    questions: Sequence[Question], side: Callable[[str], Side], at: At
-) -> list[tuple[Question, Side, Side]]:
+def with_sides(questions: Sequence[Question], side: Callable[[str], Side], at: At) -> list[tuple[Question, Side, Side]]:
+    """Return each question, of the number that `at` says, with its sides as `side` finds them by their names."""
     return [(replace(q, step=at.step, score=at.score), side(q.treatment), side(q.control)) for q in questions]
 
 

@@ -1,7 +1,7 @@
 """Collect everything that the report of a suite shows into one frozen value."""
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from fp4rl.lab.bands import Banded, banded
@@ -10,7 +10,6 @@ from fp4rl.lab.compare.declared import suite_questions
 from fp4rl.lab.compare.differing import differences
 from fp4rl.lab.compare.sides import At
 from fp4rl.lab.files import Damaged
-from fp4rl.lab.ledger.query import known_spread
 from fp4rl.lab.provenance import code_digest
 from fp4rl.lab.report.cost import Cost, costs
 from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps, roundings, sites_quantized
@@ -19,6 +18,7 @@ from fp4rl.lab.report.notes import notes
 from fp4rl.lab.report.rollouts import ArmRollouts, rollouts_of
 from fp4rl.lab.report.scores import Score, scores
 from fp4rl.lab.runs import Run
+from fp4rl.lab.statistics.seeds import Spread
 from fp4rl.lab.suites import SuiteRun, read_suite
 from fp4rl.spec.digest import digest
 from fp4rl.spec.evidence import MasterCheck
@@ -104,7 +104,7 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     """
     suite = read_suite(suite_folder)
     address = ledger or suite_folder.parent / "ledger.db"
-    answers = answer_all(suite_questions(suite, At()), lambda run: known_spread(address, *_task_and_model(run)))
+    answers = answer_all(suite_questions(suite, At()), partial(_spread_in, address))
     rows = scores(suite.by_arm)
     arms = {arm: runs[0].planned.experiment for arm, runs in suite.by_arm.items()}
     return SuiteReport(
@@ -124,8 +124,10 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
     )
 
 
-def _task_and_model(run: Run) -> tuple[str, str]:
-    return digest(run.spec.get("task")), digest(run.spec.get("model"))
+def _spread_in(address: str | Path, run: Run) -> Spread | None:
+    from fp4rl.lab.ledger.query import known_spread  # and with it SQL, for sides of one seed alone
+
+    return known_spread(address, digest(run.spec.get("task")), digest(run.spec.get("model")))
 
 
 def _score_dict(score: Score) -> dict[str, object]:
