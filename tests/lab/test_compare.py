@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fp4rl.lab.compare.comparison import Answer, Question, answer_all, checked
-from fp4rl.lab.compare.differing import differences, undeclared
+from fp4rl.lab.compare.differing import differences, factor_of, undeclared
 from fp4rl.lab.compare.recorded import named_side
 from fp4rl.lab.compare.sides import At
 from fp4rl.lab.ledger.query import spread_of_run
@@ -233,6 +233,37 @@ def test_runs_made_from_other_files_are_refused(make_run, ask: Ask, made: dict[s
     covering = {"the start model differs": "model.path", "the problems differs": "task"}.get(what)
     if covering:
         assert ask(factors=("injection", covering)).comparable
+
+
+def of_stages(make_run, start=("a0", "a1", "a2"), link=None):
+    """Two arms whose seeds each start from a run of their own; `start` and `link` are those of w4a4."""
+    for seed in range(3):
+        for arm, share, begun, linked, more in (
+            ("bf16", 0.7, f"a{seed}", {"arm": "first", "digest": "d" * 12}, {"evidence": NONE}),
+            ("w4a4", 0.6, start[seed], link or {"arm": "first", "digest": "d" * 12}, {"evidence": QUANTIZED}),
+        ):
+            spec = {"start": linked} | (W4A4 if arm == "w4a4" else {})
+            evidence = more["evidence"] | {"inputs": {"start model": begun}}
+            make_run(arm, seed, share + 0.01 * seed, spec=spec, evidence=evidence)
+
+
+def test_stages_are_one_factor_and_their_weights_are_compared_seed_by_seed(make_run, ask: Ask):
+    of_stages(make_run)
+    assert ask().comparable
+
+
+def test_a_start_of_other_weights_is_no_fair_pair_unless_it_is_the_question(make_run, ask: Ask):
+    of_stages(make_run, start=("a0", "a1", "b2"))
+    assert ask().refused == ("the start model of seed 2 differs: b2 against a2",)
+    assert ask(factors=("injection", "start")).comparable
+
+
+def test_another_start_is_named_as_the_factor_it_is(make_run, ask: Ask):
+    of_stages(make_run, start=("b0", "b1", "b2"), link={"arm": "second", "digest": "e" * 12})
+    assert {"spec", "inputs"} == _kinds(ask())
+    assert ask(factors=("injection", "start")).comparable
+    assert factor_of("start.digest") == "start"
+    assert factor_of("training.distillation.teacher.arm") == "training.distillation.teacher"
 
 
 def test_a_recipe_under_two_names_is_no_treatment(make_run, ask: Ask):

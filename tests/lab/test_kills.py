@@ -38,7 +38,7 @@ SUITE = {
     },
     "arms": {
         "bf16": {},
-        "w4a4": {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
+        "w4a4": {"start": {"arm": "bf16"}, "injection": {"mode": "w4a4", "deployment": "compressed_tensors"}},
         "aqn": {
             "injection": {"mode": "w4a16", "deployment": "compressed_tensors"},
             "noise": {"schedule": {"kind": "constant", "sigma": 0.05}},

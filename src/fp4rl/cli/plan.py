@@ -13,6 +13,7 @@ from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.prospect import print_expected, print_next, print_power
+from fp4rl.cli.stages_view import print_stages, total_steps
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
@@ -58,11 +59,13 @@ def command(
     statuses = statuses_of(runs_planned, runs)
     finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
-        print_json([_as_row(run, statuses[run.run_id]) for run in runs_planned])
+        steps = {run.run_id: total_steps(run, {each.run_id: each for each in runs_planned}) for run in runs_planned}
+        print_json([_as_row(run, statuses[run.run_id]) | {"total_steps": steps[run.run_id]} for run in runs_planned])
         return
     screen = console()
     _print_what(runs_planned[0].experiment)
     _print_recipes(runs_planned)
+    print_stages(runs_planned)
     screen.print(_what_interrupting_costs(runs_planned[0].experiment.training.save_freq))
     if isinstance(described, Suite):
         print_expected(described)
@@ -100,7 +103,7 @@ def _earlier(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> l
 
 
 def _as_row(run: PlannedRun, status: Status) -> dict[str, Any]:
-    names = ("suite", "arm", "seed", "run_id", "spec_digest")
+    names = ("suite", "arm", "seed", "run_id", "spec_digest", "needs")
     state = {"finished": status.finished, **status.as_dict(), "served_as": served_as(run.experiment.injection)}
     return {name: getattr(run, name) for name in names} | state
 

@@ -32,6 +32,7 @@ from fp4rl.lab.runner import (
     split_finished,
     stale,
 )
+from fp4rl.lab.stages import require_sources
 from fp4rl.models.quiet import quiet as quiet_libraries
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
@@ -164,6 +165,7 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
+    require_sources(missing, root)
     pool = LocalPool(jobs, report_to=tuple(report_to), stall_s=60 * stall_minutes or None)
     executor = TorchrunExecutor(tuple(report_to)) if launched() else pool
     if launched():

@@ -14,8 +14,10 @@ import fp4rl
 from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.stages import present_digests
 from fp4rl.rl.inputs import of_model, pointed_at
 from fp4rl.spec.errors import NotFoundError
+from fp4rl.spec.linked import TEACHER, links
 from fp4rl.spec.records import RunResult
 
 # A change in any of these rooms can change a number; all others only move numbers.
@@ -51,7 +53,10 @@ def missing_files(runs: Iterable[PlannedRun]) -> list[str]:
     lines: list[str] = []
     for run in runs:
         task, model = run.experiment.task, run.experiment.model
-        for key, path in (("model.path", model.path), *((f"task.{key}", path) for key, path in task.files.items())):
+        teacher = getattr(links(run.experiment).get(TEACHER), "path", None)
+        named = {"model.path": model.path, f"{TEACHER}.path": teacher}
+        named |= {f"task.{key}": path for key, path in task.files.items()}
+        for key, path in named.items():
             if path is not None and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
                 lines.append(f"{key}: {path} does not exist on this machine; {_cure(key, path)}")
     return list(dict.fromkeys(lines))
@@ -64,8 +69,9 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
         recorded = recorded_result(run, root)
         then = recorded.evidence.inputs if recorded is not None else {}
         now = pointed_at(run.experiment)
-        if run.experiment.model.path is not None:
+        if run.experiment.model.path is not None and run.experiment.start is None:
             now["start model"] = of_model(Path(run.experiment.model.path))
+        now |= present_digests(run, root)
         names = [name for name, digest in now.items() if then.get(name, digest) != digest]
         if names:
             changed[run.run_id] = names

@@ -79,7 +79,10 @@ def stale(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
     """Return the finished runs that were made with other code or files than the present, or that cannot be read."""
     finished, _ = split_finished(runs, root)
     changed = changed_inputs(finished, root)
-    return [run for run in finished if run.run_id in changed or _code_of(run, root) != code_digest()]
+    old = {run.run_id for run in finished if run.run_id in changed or _code_of(run, root) != code_digest()}
+    while more := {run.run_id for run in finished if not old.isdisjoint(run.needs.values())} - old:
+        old |= more  # what starts from a run that is to be repeated is repeated too
+    return [run for run in finished if run.run_id in old]
 
 
 def _code_of(run: PlannedRun, root: Path) -> str:

@@ -25,6 +25,7 @@ from fp4rl.lab.profile import WHAT
 from fp4rl.lab.provenance import code_digest, versions
 from fp4rl.lab.sinks import Sinks
 from fp4rl.lab.spec_warnings import spec_warnings
+from fp4rl.lab.stages import stages_of
 from fp4rl.rl import events, processes
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
@@ -52,15 +53,16 @@ def execute_run(
     `report_to` names sinks besides TensorBoard, which are not part of the experiment. Once `interrupted()` is true the
     run keeps a checkpoint after its present step and raises Interrupted.
 
-    Raises what `check` raises, before anything is written, and what `train` raises; the folder then holds everything
-    up to that point and no `result.json`.
+    Raises what `stages_of` and `check` raise, before anything is written, and what `train` raises; the folder then
+    holds everything up to that point and no `result.json`.
     """
     folder = run_folder(root, run.suite, run.run_id)
     if folder.finished:
         return folder
     require_own_engine(run.experiment)
-    check(run.experiment)
-    train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest())
+    stages = stages_of(run, root)
+    check(run.experiment, stages)
+    train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest(), stages=stages)
     if not processes.is_first():  # of several processes that train this run together the first writes the folder
         train_here(events.ignore, processes.from_first(ResumeState()))
         return folder

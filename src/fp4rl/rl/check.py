@@ -1,14 +1,16 @@
 """Checks before a run starts: data, model, patterns and profiles, without loading a weight."""
 
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import embedded_skeleton, skeleton
+from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
 from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.components import require_optimizer
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import sampler_named
+from fp4rl.rl.inputs import ALONE, Stages, teacher_folder
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.problems import problems_of, tokenizer_for
 from fp4rl.rl.prompts import require_prompts_fit, require_prompts_open, token_ids
@@ -16,17 +18,19 @@ from fp4rl.rl.rewards import rewards_of
 from fp4rl.rl.routing import mixtures
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.linked import START, TEACHER, links
 from fp4rl.spec.model import Embedded
 from fp4rl.tasks.overlap import check_disjoint
 
 
-def check(experiment: Experiment) -> None:
-    """Check everything that a run will need.
+def check(experiment: Experiment, stages: Stages = ALONE) -> None:
+    """Check everything that a run will need; `stages` are the folders that other runs trained and this one takes.
 
     Raises NotFoundError or InvalidValueError for anything in the experiment that cannot be used, CheckFailed when
     held-out problems are also trained on.
     """
     _epochs_are_steps(experiment)
+    _other_runs_are_given(experiment, stages)
     rewards_of(experiment.training)
     require_optimizer(experiment.training.optimizer)
     sampler_named(experiment.rollout)
@@ -38,16 +42,15 @@ def check(experiment: Experiment) -> None:
     check_disjoint(task, learned, runner.problems)
     for problem in (*learned[:1], *runner.problems[:1]):
         task.score(problem, problem.solution)  # a scorer that fails must fail before anything is sampled
-    path = experiment.model.path
+    path = stages.start or experiment.model.path
     tokenizer = cache(partial(tokenizer_for, experiment))
     require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
     one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
     require_prompts_open(one_of_each, token_ids(tokenizer(), one_of_each), tokenizer())
-    if path is not None:
-        model = skeleton(path, experiment.model.experts_implementation)
-    else:
-        model = embedded_skeleton(experiment.model.embedded or Embedded())
+    model = _without_weights(experiment, path)
     _answers_fit_the_positions(experiment, model.config)
+    if (teacher := teacher_folder(experiment, stages)) is not None:
+        _teacher_reads_the_same(teacher, skeleton(teacher), model, tokenizer())
     if experiment.training.routing_replay and not mixtures(model):
         raise InvalidValueError(
             f"training.routing_replay: {type(model).__name__} has no experts to choose; leave it out"
@@ -63,6 +66,23 @@ def check(experiment: Experiment) -> None:
         for weight in noisy_weights(model, experiment.noise, share=0.0):
             if weight.name in packed:
                 raise InvalidValueError(no_noise_on_codes(weight.name))
+
+
+def _without_weights(experiment: Experiment, path: str | Path | None) -> Any:
+    if path is not None:
+        return skeleton(path, experiment.model.experts_implementation)
+    return embedded_skeleton(experiment.model.embedded or Embedded())
+
+
+def _other_runs_are_given(experiment: Experiment, stages: Stages) -> None:
+    """Raise InvalidValueError for weights of another run that nobody has said where to find."""
+    needed = links(experiment)
+    if START in needed and stages.start is None:
+        raise InvalidValueError(
+            "start: the folder of that run's weights is not given; `fp4rl run` takes it from --runs"
+        )
+    if TEACHER in needed and teacher_folder(experiment, stages) is None:
+        raise InvalidValueError(f"{TEACHER}: the folder of its weights is not given; `fp4rl run` takes it from --runs")
 
 
 def _epochs_are_steps(experiment: Experiment) -> None:
@@ -82,6 +102,16 @@ def _reference_can_be_what_it_says(experiment: Experiment) -> None:
         raise InvalidValueError(
             "injection.apply_during names the reference phase, but the reference is meant in full precision: "
             "leave it out there, or set training.reference_precision: deployment"
+        )
+
+
+def _teacher_reads_the_same(folder: Path, teacher: Any, student: Any, tokenizer: Any) -> None:
+    """Raise InvalidValueError for a teacher whose distribution is over other tokens than the student's."""
+    theirs, ours = (int(model.get_output_embeddings().weight.shape[0]) for model in (teacher, student))
+    if theirs != ours or tokenizer_of(folder).get_vocab() != tokenizer.get_vocab():
+        raise InvalidValueError(
+            f"training.distillation.teacher: {folder} has another vocabulary ({theirs} tokens, the student {ours}); "
+            "take a teacher with the same tokenizer"
         )
 
 

@@ -6,27 +6,41 @@ Digests are stored in every checkpoint and with the result. No torch is imported
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from fp4rl.rl.reward_code import sources
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.linked import START, TEACHER, links
 from fp4rl.spec.model import Embedded, Model
 from fp4rl.spec.task import Task
 from fp4rl.tasks.arithmetic import Arithmetic
 
-# Input -> the key that points to it: where that key is a declared factor, the contents may differ too.
+# Input -> the keys that point to it: where one is a declared factor, the contents may differ too.
 POINTERS = {
-    "start model": "model",
-    "problems": "task",
-    "reward's source": "training.reward",
-    "rewards' sources": "training.rewards",
-    "number of processes": "processes",
+    "start model": ("model", START),
+    "teacher": (TEACHER,),
+    "problems": ("task",),
+    "reward's source": ("training.reward",),
+    "rewards' sources": ("training.rewards",),
+    "number of processes": ("processes",),
 }
 
 OnWarmUp = Callable[[int, float], None]
 """Called with (step, loss)."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Folders of models that other runs trained: `start`, in place of the model's own weights, and `teacher`."""
+
+    start: Path | None = None
+    teacher: Path | None = None
+
+
+ALONE = Stages()
 
 _read: dict[tuple[Path, int, int], str] = {}
 _demonstrations = lru_cache(maxsize=2)(Arithmetic.demonstrations)  # the same for every run of a suite
@@ -47,16 +61,24 @@ def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp 
     return cached(cache, embedded, _demonstrations(teacher, embedded.examples_needed), on_warm_up)
 
 
-def inputs(experiment: Experiment, start: Path) -> dict[str, str]:
-    """Return name -> twelve hex digits: of the model that training starts from (`start`), of the file of problems and
-    of the source of a reward function of the user's own."""
-    return {"start model": of_model(start), **pointed_at(experiment)}
+def teacher_folder(experiment: Experiment, stages: Stages) -> Path | None:
+    """Return the folder of a teacher that is neither the start nor the live model; None for these."""
+    path = getattr(links(experiment).get(TEACHER), "path", None)
+    return Path(path) if path is not None else stages.teacher
+
+
+def inputs(experiment: Experiment, start: Path, teacher: Path | None = None) -> dict[str, str]:
+    """Return name -> twelve hex digits: of the model that training starts from (`start`), of a `teacher` of its own, of
+    the file of problems and of the source of a reward function of the user's own."""
+    taught = {} if teacher is None else {"teacher": of_model(teacher)}
+    return {"start model": of_model(start), **taught, **pointed_at(experiment)}
 
 
 def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:
     """Raise InvalidValueError where the checkpoint of `step` was trained on other contents than those `now`: the run
     would train on both and record only the new ones."""
-    others = [f"{name} ({key})" for name, key in POINTERS.items() if then.get(name) != now.get(name)]
+    changed = (name for name in POINTERS if then.get(name) != now.get(name))
+    others = [f"{name} ({' or '.join(POINTERS[name])})" for name in changed]
     if others:
         raise InvalidValueError(
             f"changed since the checkpoint after step {step} was written: {', '.join(others)}; "
@@ -77,6 +99,8 @@ def of_model(folder: Path) -> str:
 def pointed_at(experiment: Experiment) -> dict[str, str]:
     """Return the digests that are known without a start model."""
     digests = {}
+    if (teacher := teacher_folder(experiment, ALONE)) is not None:
+        digests["teacher"] = of_model(teacher)
     if files := experiment.task.files:
         digests["problems"] = _of_files(Path(path) for path in files.values())
     recipe = experiment.training

@@ -5,7 +5,7 @@ Distillation takes the KL over the whole vocabulary, on the student's own sample
     forward  KL(teacher || student) = sum_v p_t (log p_t - log p_s)     the student covers all that the teacher may say
     reverse  KL(student || teacher) = sum_v p_s (log p_s - log p_t)     the student stays where the teacher is likely
 
-Teacher and student share one tokenizer, and here one architecture: the teacher is the same model without injection.
+Teacher and student share one tokenizer. The teacher is never rounded: the same model without injection, or another one.
 Logits [tokens, vocabulary] are the largest tensor of a step, so they are computed and dropped chunk by chunk.
 """
 
@@ -30,7 +30,7 @@ from fp4rl.rl.phases import Phases
 from fp4rl.rl.sharding import is_sharded, shard
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.injection import Phase
+from fp4rl.spec.injection import Injection, Phase
 from fp4rl.spec.training import Distillation
 
 Direction = Literal["forward", "reverse"]
@@ -110,22 +110,20 @@ class FrozenPolicy:
 
 
 def reference_and_teacher(
-    experiment: Experiment, start: Path, live: PreTrainedModel, phases: Phases
+    experiment: Experiment, folders: tuple[Path, Path | None], live: PreTrainedModel, phases: Phases
 ) -> tuple[FrozenPolicy | None, FrozenPolicy | None]:
-    """Return the reference and the teacher that the recipe of `experiment` needs; `live` starts from folder `start`.
+    """Return the reference and the teacher that the recipe of `experiment` needs.
 
+    `folders`: of the start, which `live` begins with, and of a teacher of its own, if it has one.
     With a fresh LoRA adapter the start is the live model without its adapter, so that no second copy is needed. Without
     an adapter it is a frozen copy, shared by reference and teacher where both are in full precision.
     """
     recipe, lora = experiment.training, experiment.model.lora is not None
+    start, of_its_own = folders
 
-    @cache
-    def start_in(precision: str) -> FrozenPolicy:
-        injection = experiment.injection if precision == "deployment" else None
-        if lora:
-            phase: Phase = "reference" if injection is None else "evaluation"
-            return FrozenPolicy(live, lambda: _without_adapter(live, phases, phase))
-        model, _ = load(start, experiment.model.dtype, experiment.model.experts_implementation)
+    def frozen(folder: Path, injection: Injection | None = None) -> FrozenPolicy:
+        how = experiment.model.experts_implementation if folder == start else None
+        model, _ = load(folder, experiment.model.dtype, how)
         model.to(next(live.parameters()).device).requires_grad_(False)
         if injection is not None:
             attach(model, injection).set_phase("evaluation")
@@ -133,8 +131,18 @@ def reference_and_teacher(
             shard(model)
         return FrozenPolicy(model, nullcontext)
 
+    @cache
+    def start_in(precision: str) -> FrozenPolicy:
+        injection = experiment.injection if precision == "deployment" else None
+        if lora:
+            phase: Phase = "reference" if injection is None else "evaluation"
+            return FrozenPolicy(live, lambda: _without_adapter(live, phases, phase))
+        return frozen(start, injection)
+
     teacher = None
-    if recipe.distillation is not None:
+    if of_its_own is not None:
+        teacher = frozen(of_its_own)
+    elif recipe.distillation is not None:
         alive = recipe.distillation.teacher == "live"
         teacher = FrozenPolicy(live, phases.reference) if alive else start_in("full")
     return start_in(recipe.reference_precision) if recipe.kl else None, teacher

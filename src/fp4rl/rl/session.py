@@ -41,7 +41,7 @@ from fp4rl.spec.experiment import Experiment
 @dataclass(frozen=True)
 class Run:
     """What is the same in all sessions of a run. `stamp` names the code that writes checkpoints; `inputs` are digests
-    of what the description points to."""
+    of what the description points to, `teacher` the folder of one that is neither the start nor the live model."""
 
     experiment: Experiment
     folder: Path
@@ -50,6 +50,7 @@ class Run:
     stamp: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
     interrupted: Callable[[], bool] = never
+    teacher: Path | None = None
 
     @cached_property
     def runner(self) -> EvaluationRunner:
@@ -152,7 +153,7 @@ class TrainingSession:
             self.stream,
             rewarder,
             self.phases,
-            *reference_and_teacher(experiment, run.start, self.model, self.phases),
+            *reference_and_teacher(experiment, (run.start, run.teacher), self.model, self.phases),
             self,
             run.emit,
             experiment.seed,

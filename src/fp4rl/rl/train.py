@@ -13,7 +13,7 @@ from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.components import require_own_engine, require_processes
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
-from fp4rl.rl.inputs import inputs, of_model, require_unchanged, start_folder
+from fp4rl.rl.inputs import ALONE, Stages, inputs, of_model, require_unchanged, start_folder, teacher_folder
 from fp4rl.rl.problems import dropped
 from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
 from fp4rl.rl.sharding import whole
@@ -58,20 +58,22 @@ def train(
     *,
     interrupted: Callable[[], bool] = never,
     stamp: str = "",
+    stages: Stages = ALONE,
 ) -> Trained:
     """Run one experiment; the trained model is written to `folder`/final, warmed-up models to `cache`.
 
     `resume` continues from a checkpoint in `folder`/checkpoints, with its metrics; step 0 is not evaluated again.
-    `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted.
-    Raises NotFoundError and InvalidValueError, before anything is trained, for anything in the experiment that cannot
-    be used, and CheckFailed when the run's evidence contradicts its spec.
+    `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted. `stages`:
+    the folders of weights that other runs trained and this one takes. Raises NotFoundError and InvalidValueError,
+    before anything is trained, for anything in the experiment that cannot be used, and CheckFailed when the run's
+    evidence contradicts its spec.
     """
     require_own_engine(experiment)
-    check(experiment)
+    check(experiment, stages)
     require_processes(experiment, processes.count())
     require_sound_quantizer()
     resume = resume or ResumeState()
-    run = _run(experiment, folder, cache, emit, interrupted, stamp)
+    run = _run(experiment, folder, cache, emit, interrupted, stamp, stages)
     if (left_out := dropped(experiment)) is not None:
         run.emit(Message(left_out))
     if (packed := packed_note(run.start)) is not None:
@@ -100,7 +102,13 @@ def train(
 
 
 def _run(
-    experiment: Experiment, folder: Path, cache: Path, emit: Emit, interrupted: Callable[[], bool], stamp: str
+    experiment: Experiment,
+    folder: Path,
+    cache: Path,
+    emit: Emit,
+    interrupted: Callable[[], bool],
+    stamp: str,
+    stages: Stages,
 ) -> Run:
     if not processes.is_first():  # only one process reports
         emit, interrupted = ignore, never
@@ -112,12 +120,13 @@ def _run(
             raise Interrupted("in the warm-up, which starts over")
 
     # In turn: under a launcher transformers saves nothing in another process than the first, and says nothing.
-    if processes.is_first():
+    if processes.is_first() and stages.start is None:
         start_folder(experiment.model, experiment.task, cache, warming)
     processes.wait()
-    start = start_folder(experiment.model, experiment.task, cache)
-    digests = processes.from_first(inputs(experiment, start))
-    return Run(experiment, folder, start, emit, stamp, digests, interrupted)
+    start = stages.start or start_folder(experiment.model, experiment.task, cache)
+    teacher = teacher_folder(experiment, stages)
+    digests = processes.from_first(inputs(experiment, start, teacher))
+    return Run(experiment, folder, start, emit, stamp, digests, interrupted, teacher)
 
 
 def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:

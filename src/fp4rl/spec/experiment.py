@@ -14,6 +14,7 @@ from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS, MODES
 from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
+from fp4rl.spec.stages import Start
 from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
 from fp4rl.spec.words import counted
@@ -50,6 +51,7 @@ class Experiment(Spec):
     """Everything that decides a result: what is not in here changes no number."""
 
     model: Model = Model()
+    start: Start | None = later_key(None)
     task: AnyTask = TASKS["arithmetic"]()
     training: Training = Training()
     injection: Annotated[Injection | None, NoneIsAWord] = None

@@ -136,9 +136,11 @@ def _in_words(annotation: Any) -> str:
 
 
 def validation_message(kind: type[BaseModel], error: ValidationError) -> str:
-    """Return the first error in one line; an unknown key comes before a missing one, which it may misspell."""
+    """Return the first error in one line; an unknown key comes before a missing one, which it may misspell, and keys
+    that stand where a word may stand too were not meant as one."""
     errors = error.errors(include_url=False)
-    first = min(errors, key=lambda error: error["type"] == "missing")
+    words = [error for error in errors if error["type"] == "literal_error" and isinstance(error["input"], Mapping)]
+    first = min(errors, key=lambda error: (error in words, error["type"] == "missing"))
     if first["type"] in ("extra_forbidden", "invalid_key"):
         *above, key = first["loc"]  # the key itself, whatever letters it has
         where = ".".join([*written(kind, above), str(key)])

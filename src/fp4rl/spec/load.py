@@ -16,6 +16,7 @@ from fp4rl.spec.experiment import Comparison, Experiment, Suite
 from fp4rl.spec.former_names import in_present_words, renamings
 from fp4rl.spec.frozen import at_home
 from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
+from fp4rl.spec.linked import linked
 from fp4rl.spec.own_code import beside
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
@@ -154,10 +155,11 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
     """Yield every arm crossed with every axis value as (name, experiment with seed 0), in the order of the file.
 
     `source` names the file in messages; by default the suite's own name does. Raises InvalidValueError for two arms
-    that describe the same experiment: comparing them would compare an experiment with itself.
+    that describe the same experiment: comparing them would compare an experiment with itself. Also what `linked` does.
     """
     source = source or f"suite {suite.suite}"
     known: dict[str, str] = {}
+    experiments: dict[str, Experiment] = {}
     for name, content in _crossed(suite):
         check_name(name, f"{source}: arm")
         experiment = _of_arm(name, content, suite.base, source)
@@ -169,7 +171,8 @@ def arm_contents(suite: Suite, source: str | None = None) -> Iterator[tuple[str,
                 f"{source}: two arms are called {name!r}; rename the one or drop the value of its axis"
             )
         known[canonical(experiment)] = name
-        yield name, experiment
+        experiments[name] = experiment
+    yield from linked(experiments, list(suite.arms), source).items()
 
 
 def arm_content(suite: Suite, arm: str) -> dict[str, Any]:

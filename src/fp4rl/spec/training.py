@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fp4rl.spec.algorithms import ALGORITHMS, AdvantageEstimator, Algorithm, AlgorithmName, KlLossType, LossAggregation
 from fp4rl.spec.frozen import Spec, later_key
+from fp4rl.spec.stages import TeacherModel
 from fp4rl.spec.words import counted
 
 
@@ -84,11 +85,12 @@ class RolloutCorrection(Spec):
 class Distillation(Spec):
     """Distillation to the unquantized model on the student's own samples (QAD).
 
-    `teacher`: the model as it was at the `start`, or the `live` weights without quantization, which learn along.
+    `teacher`: the model as it was at the `start`, the `live` weights without quantization, which learn along, or a
+    model of its own: what another arm trained, or a folder.
     """
 
     coef: PositiveFloat = 1.0
-    teacher: Literal["start", "live"] = "start"
+    teacher: Literal["start", "live"] | TeacherModel = "start"
     direction: Literal["forward", "reverse"] = "forward"
     alone: bool = Field(default=False, description="leave the reinforcement-learning loss out")
 

@@ -22,6 +22,7 @@ from fp4rl.engines.executors.devices import devices_here
 from fp4rl.engines.executors.together import together
 from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.lab import heartbeat
+from fp4rl.lab.agenda import Agenda
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
@@ -56,17 +57,23 @@ class LocalPool:
     def __call__(self, runs: Sequence[PlannedRun], root: Path, on_event: OnEvent) -> Generator[Outcome, None, None]:
         """Yield outcomes as they come. After Ctrl-C every run keeps a checkpoint, and KeyboardInterrupt is raised; on
         any exception here (a second Ctrl-C) all workers are ended before it is passed on."""
-        waiting, stopping = list(runs), False
+        agenda, stopping = Agenda(runs), False
         workers: list[_Worker] = []
         dealt = self._dealt(runs)
+        idle: list[_Worker | int] = [*range(len(dealt))]  # the number of one that is still to be started
         with _interruptible() as interrupted, contextlib.ExitStack() as at_last:
             at_last.callback(_kill, workers)
-            for number, environment in enumerate(dealt):  # one by one: those that run already are ended on an error
-                workers += [self._assigned(waiting.pop(0), root, self._spawned(number, environment))]
-            while workers:
+            at_last.callback(lambda: _kill([each for each in idle if isinstance(each, _Worker)]))
+            while True:
+                while idle and (run := agenda.take()) is not None:  # those that run already are ended on an error
+                    workers.append(self._assigned(run, root, self._ready(idle.pop(0), dealt)))
+                if not agenda:
+                    _stop_all(idle)
+                if not workers:
+                    break
                 if interrupted.is_set() and not stopping:
                     stopping = True
-                    waiting.clear()
+                    agenda.clear()
                     on_event(Event("", STOPPING, 0, 0))
                     _ask_to_end(workers)
                 ready = wait([w.pipe for w in workers], timeout=1.0)
@@ -75,14 +82,9 @@ class LocalPool:
                     if outcome is None:
                         continue
                     yield outcome
+                    yield from agenda.ended(outcome)
                     workers.remove(worker)
-                    if waiting:
-                        if not worker.process.is_alive():
-                            _close(worker)
-                            worker = self._spawned(worker.number, dealt[worker.number])
-                        workers.append(self._assigned(waiting.pop(0), root, worker))
-                    else:
-                        _stop(worker)
+                    idle.append(worker)
             if interrupted.is_set():
                 raise KeyboardInterrupt
 
@@ -96,6 +98,15 @@ class LocalPool:
         together = max(run.experiment.processes for run in runs)
         count = max(1, min(count, len(devices.names) // together)) if together > 1 else count
         return [devices.of_worker(number, count) for number in range(count)]
+
+    def _ready(self, worker: _Worker | int, dealt: Sequence[dict[str, str]]) -> _Worker:
+        """Return an idle worker that lives: one that is started, in place of one that died."""
+        if isinstance(worker, _Worker):
+            if worker.process.is_alive():
+                return worker
+            _close(worker)
+        number = worker.number if isinstance(worker, _Worker) else worker
+        return self._spawned(number, dealt[number])
 
     def _assigned(self, run: PlannedRun, root: Path, worker: _Worker) -> _Worker:
         worker.run, worker.heard_at = run, time.monotonic()
@@ -196,10 +207,14 @@ def _kill(workers: Sequence[_Worker]) -> None:
         _close(worker)
 
 
-def _stop(worker: _Worker) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        worker.pipe.send(None)
-    _close(worker)
+def _stop_all(idle: list[_Worker | int]) -> None:
+    """End the workers that nothing is left for."""
+    for worker in idle:
+        if isinstance(worker, _Worker):
+            with contextlib.suppress(BrokenPipeError):
+                worker.pipe.send(None)
+            _close(worker)
+    idle.clear()
 
 
 def _close(worker: _Worker) -> None:

@@ -62,6 +62,8 @@ def _training(recipe: Training) -> Iterator[str]:
 
 def _around(experiment: Experiment) -> Iterator[str]:
     evaluation, recipe, noise = experiment.evaluation, experiment.training, experiment.noise
+    if experiment.start is not None:
+        yield "start: verl starts from the folder in model.path; name the folder `final` of that run there"
     if evaluation.max_new_tokens != recipe.max_response_length:
         yield (
             f"evaluation.max_new_tokens {evaluation.max_new_tokens}: verl validates with the length of its rollouts; "

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fp4rl.spec.experiment import Suite
+from fp4rl.spec.linked import START, TEACHER
 from fp4rl.spec.load import arm_contents
 
 # Each of these is one factor as a whole, however many of its keys differ.
-_WHOLE = ("injection", "noise")
+_WHOLE = ("injection", "noise", START, TEACHER)
 # Where what trains differs, so do its losses' details and its libraries: no difference that is meant in silence.
 _DECLARED = "engine"
 # Which profiles are measured changes no number; the conditions of a number are compared with the number.
@@ -67,8 +68,7 @@ def covered(key: str, factors: Sequence[str]) -> bool:
 
 def factor_of(key: str) -> str:
     """Return the factor that a key belongs to when none is declared."""
-    head = key.partition(".")[0]
-    return head if head in _WHOLE else key
+    return next((whole for whole in _WHOLE if covered(key, [whole])), key)
 
 
 def in_few_words(value: Any) -> str:

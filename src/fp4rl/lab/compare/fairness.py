@@ -11,6 +11,7 @@ from fp4rl.lab.compare.sides import Side, SideRun
 from fp4rl.lab.gaps import points_named
 from fp4rl.lab.runs import Run
 from fp4rl.rl.inputs import POINTERS
+from fp4rl.spec.linked import START, TEACHER
 from fp4rl.spec.points import FORMAT_POINTS, PHASES, ApplyDuring
 
 Measuring = Literal["step", "precision", "noise", "scorer", "token limit", "sampling", "items"]
@@ -174,10 +175,31 @@ def _code(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Ob
 
 
 def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    linked = {name for side in (treatment, control) for name in _of_same_seed(side.spec)}
     for name, digests in _by_name(treatment, control, lambda run: run.inputs):
-        pointer = POINTERS.get(name)
-        if pointer is None or not any(covered(pointer, [factor]) or covered(factor, [pointer]) for factor in factors):
+        declared = any(covered(key, [f]) or covered(f, [key]) for key in POINTERS.get(name, ()) for f in factors)
+        if declared:
+            continue
+        if name in linked:
+            yield from _unequal_at_a_seed(name, treatment, control)
+        else:
             yield from _unequal("inputs", f"the {name}", digests)
+
+
+def _of_same_seed(spec: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the inputs that are another run's weights, of the same seed: repeats differ in them."""
+    for name, key in (("start model", START), ("teacher", TEACHER)):
+        link: Any = spec
+        for part in key.split("."):
+            link = link.get(part) if isinstance(link, Mapping) else None
+        if isinstance(link, Mapping) and link.get("arm"):
+            yield name
+
+
+def _unequal_at_a_seed(name: str, treatment: Side, control: Side) -> Iterator[Objection]:
+    first, second = ({run.run.seed: run.run.inputs.get(name) for run in side.runs} for side in (treatment, control))
+    for seed in first.keys() & second.keys():
+        yield from _unequal("inputs", f"the {name} of seed {seed}", ({first[seed]}, {second[seed]}))
 
 
 def _evidence(treatment: Side, control: Side) -> Iterator[Objection]:

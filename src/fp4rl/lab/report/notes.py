@@ -125,9 +125,10 @@ def _sampling(runs: Sequence[SuiteRun]) -> Iterator[str]:
 
 def _scope(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> Iterator[str]:
     if len({run.planned.seed for run in runs}) > 1:
+        linked = any(run.planned.needs for run in runs)
         yield (
-            "All seeds start from the same model: the intervals cover the chance in training it, not other models, "
-            "tasks or longer runs."
+            f"All seeds start from the same model{' at their first stage' if linked else ''}: the intervals cover the "
+            "chance in training it, not other models, tasks or longer runs."
         )
     if len(questions) > 1:
         yield f"The {len(questions)} questions are those that suite.yaml names, corrected as one family (Holm)."
