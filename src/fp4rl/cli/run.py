@@ -165,7 +165,6 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
-    require_sources(missing, root)
     pool = LocalPool(jobs, report_to=tuple(report_to), stall_s=60 * stall_minutes or None)
     executor = TorchrunExecutor(tuple(report_to)) if launched() else pool
     if launched():
@@ -210,6 +209,7 @@ def _trained_here(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
         own = ", ".join(run.run_id for run in elsewhere if run.experiment.engine == engine)
         how = "`fp4rl verl-config` writes its scripts, `fp4rl runs import` takes each in when it is finished"
         say_once([f"{own}: to be trained by {engine}; {how}"])
+    require_sources([run for run in missing if run not in elsewhere], root)
     if len(missing) > len(elsewhere):
         require_trl()
     return [run for run in runs if run not in elsewhere]

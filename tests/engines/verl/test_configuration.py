@@ -193,6 +193,7 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"mask_truncated": True}}, "training.mask_truncated", "write false"),
         ({"training": {"routing_replay": True}}, "training.routing_replay", "write false"),
         ({"training": {"stop": ["####"]}}, "training.stop", "leave it out"),
+        ({"start": {"run": "suite/a-s0-0123"}}, "start", "name the folder `final` of that run there"),
         ({"training": {"distillation": {}}}, "training.distillation", "leave it out"),
         ({"injection": "w4a4"}, "injection: input", "apply_during: {input: [training]}"),
         ({"training": {"mini_batch_size": 1, "rollout_n": 4}}, "training.mini_batch_size", "--devices"),
