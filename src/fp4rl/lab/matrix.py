@@ -16,8 +16,8 @@ from fp4rl.spec.load import arm_contents
 class PlannedRun:
     """One cell of the matrix. `run_id` is arm, seed and the digest of the described experiment with its seed.
 
-    `needs`: key of the experiment -> the id of the run of the same suite and seed whose weights it takes. `digested`: an
-    experiment whose digest is known, with it.
+    `needs`: key of the experiment -> the id of the run of the same suite and seed whose weights it takes.
+    `digested`: an experiment whose digest is known, with it.
     """
 
     suite: str
