@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm makes an environment with it")
 
-from test_mixture import OF, let_go, made
-from test_vllm import SAMPLED, distances, load_into, prompts
+from scores import SAMPLED, distances, let_go, load_into, near, prompts, rollout
+from test_mixture import OF, made
 
 from fp4rl.engines.rollout.held import held
 from fp4rl.engines.rollout.mixture import begin_reload
 from fp4rl.engines.rollout.vllm import Vllm
-from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.rl.stream import weight_stream
 from fp4rl.spec.errors import InvalidValueError
@@ -52,8 +51,7 @@ def test_log_probabilities_are_those_of_the_model(mode, sampled):
     engine, model, tokenizer = sampled
     asked = prompts(tokenizer)
     limit = LIMITS[str(model.dtype).removeprefix("torch.")]
-    with attach(model, Injection.named(mode)) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named(mode)):
         for _ in range(2):
             assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < limit
         results = list(held(engine.module, weight_stream(model)))
@@ -67,10 +65,8 @@ def test_inputs_are_rounded_as_in_the_model(sampled):
         pytest.skip("in bfloat16 inputs differ by more than a step before they are rounded")
     asked, left = prompts(tokenizer), LEFT.get(model.config.model_type, [])
     described = {"mode": "w4a4", "deployment": "compressed_tensors", "targets": {"leave": left}}
-    with attach(model, Injection.model_validate(described)) as attachment:
-        attachment.set_phase("rollout")
-        apart = distances(model, asked, engine(model, tokenizer, asked, SAMPLED))
-        assert (apart < 1e-4).float().mean() >= 0.99
+    with rollout(model, Injection.model_validate(described)) as attachment:
+        assert near(model, asked, engine(model, tokenizer, asked, SAMPLED)) >= 0.99
         attachment.require_calls()
 
 
@@ -98,10 +94,8 @@ def test_what_vllm_computes_otherwise_is_refused_by_name(sampled):
         "deepseek_v3": ({"mode": "w4a8"}, r"kv_b_proj: while it decodes \(MLA\).*targets.leave: \['\*\.kv_b_proj'\]"),
         "qwen3_next": ({"kv_cache": "mxfp8"}, "Qwen3NextForCausalLM keeps states beside caches"),
     }[kind]
-    with attach(model, Injection.model_validate(injection)) as attachment:
-        attachment.set_phase("rollout")
-        with pytest.raises(InvalidValueError, match=words):
-            engine(model, tokenizer, asked, SAMPLED)
+    with rollout(model, Injection.model_validate(injection)), pytest.raises(InvalidValueError, match=words):
+        engine(model, tokenizer, asked, SAMPLED)
 
 
 def test_linear_attention_in_float32_is_refused_on_a_cpu(tmp_path):

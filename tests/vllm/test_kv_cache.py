@@ -4,7 +4,6 @@ The oracles are transformers under the same injection, a token at a time over it
 unrounded keys and values that is written out here.
 """
 
-import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,13 +12,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm makes an environment with it")
 
-from test_vllm import SAMPLED, prompts
+from planted_worker import keys_alone, unstored
+from scores import SAMPLED, audited, fed, near, prompts, rollout
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fp4rl.cli.main import main
 from fp4rl.engines.rollout import kinds
 from fp4rl.engines.rollout.vllm import Vllm
-from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.generate import Sampling, transformers_sampler
@@ -61,16 +59,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return Vllm()
-
-
-@pytest.fixture
-def policy(folder):
-    return load(folder)
-
-
 def decoded(model, asked, answers):
     """The log-probability of every token of the answers in transformers, read from its cache a token at a time."""
     found = []
@@ -84,19 +72,8 @@ def decoded(model, asked, answers):
     return torch.stack(found)
 
 
-def near(model, asked, answers):
-    """The share of tokens whose log-probability in vLLM is within 1e-4 of that in transformers."""
-    drawn = torch.cat([answer.logps for answer in answers]).double()
-    return float(((decoded(model, asked, answers) - drawn).abs() < 1e-4).double().mean())
-
-
 def cache_rows(attachment, phase="rollout"):
     return [row for row in attachment.evidence() if row.point == "kv_cache" and row.phase == phase]
-
-
-def fed(asked, answers):
-    """What the model computed for each answer: its prompt and all of it but the last token, which is drawn alone."""
-    return [asked[number // SAMPLED.count] + answer.tokens[:-1] for number, answer in enumerate(answers)]
 
 
 PER_TOKEN = {"name": "nvfp4", "factor": "per_token"}
@@ -113,21 +90,19 @@ DESCRIBED = [
 def test_tokens_score_as_in_transformers_over_its_own_rounded_cache(described, engine, policy):
     model, tokenizer = policy
     asked = prompts(tokenizer)
-    with attach(model, Injection.model_validate(described)) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate(described)) as attachment:
         answers = engine(model, tokenizer, asked, SAMPLED)
         attachment.require_calls()
         attachment.set_phase("evaluation")
-        assert near(model, asked, answers) >= 0.99
+        assert near(model, asked, answers, decoded) >= 0.99
         attachment.set_phase("reference")
-        assert near(model, asked, answers) < 0.5  # unrounded it is another policy
+        assert near(model, asked, answers, decoded) < 0.5  # unrounded it is another policy
 
 
 def test_the_elements_are_those_that_transformers_rounds_for_the_same_tokens(engine, policy):
     model, tokenizer = policy
     asked = prompts(tokenizer)
-    with attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
         answers = engine(model, tokenizer, asked, SAMPLED)
         attachment.set_phase("evaluation")
         for tokens in fed(asked, answers):
@@ -186,8 +161,7 @@ def test_the_cache_holds_transformers_keys_and_values_rounded_value_by_value(eng
     model, tokenizer = policy
     prompt = prompts(tokenizer)[4]
     own = unrounded_cache(model, prompt)
-    with attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate({"kv_cache": "mxfp8"})):
         engine(model, tokenizer, [prompt], Sampling(1))
         with written(engine) as kept:
             engine(model, tokenizer, [prompt], Sampling(1))
@@ -201,22 +175,6 @@ def test_the_cache_holds_transformers_keys_and_values_rounded_value_by_value(eng
 
 
 # -- planted faults
-
-
-@contextmanager
-def keys_alone(layer, members):
-    """Round keys and store values as they are, counted as if both were rounded."""
-    (state,) = members
-    compute = layer.forward
-
-    def forward(query, key, value):
-        state.count()
-        state.stored(value.view(-1, STORED, SIZE))
-        return compute(query, state.stored(key.view(-1, STORED, SIZE)), value)
-
-    layer.forward = forward
-    yield
-    del layer.forward
 
 
 @contextmanager
@@ -252,7 +210,7 @@ def over_all_heads(layer, members):
     del layer.forward
 
 
-def planted(monkeypatch, fault):
+def plant(monkeypatch, fault):
     whole = kinds.KINDS
     monkeypatch.setattr(kinds, "KINDS", {**whole, "attention": replace(whole["attention"], rounding=fault)})
 
@@ -261,27 +219,19 @@ def planted(monkeypatch, fault):
 def test_a_planted_fault_is_another_policy(fault, engine, policy, monkeypatch):
     model, tokenizer = policy
     asked = prompts(tokenizer)
-    with attach(model, Injection.model_validate({"kv_cache": "mxfp4"})) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate({"kv_cache": "mxfp4"})) as attachment:
         engine(model, tokenizer, asked, SAMPLED)
         before_rotary.norms = {each.self_attn.attn: each.self_attn.k_norm for each in engine.module.model.layers}
-        planted(monkeypatch, fault)
+        plant(monkeypatch, fault)
         answers = engine(model, tokenizer, asked, SAMPLED)
         attachment.set_phase("evaluation")
-        assert near(model, asked, answers) < 0.5
-
-
-@contextmanager
-def nothing(*_):
-    """Leave the layer as it is."""
-    yield
+        assert near(model, asked, answers, decoded) < 0.5
 
 
 def test_a_cache_that_is_not_rounded_stops_the_run(engine, policy, monkeypatch):
     model, tokenizer = policy
-    planted(monkeypatch, nothing)
-    with attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
-        attachment.set_phase("rollout")
+    plant(monkeypatch, unstored)
+    with rollout(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attachment:
         engine(model, tokenizer, prompts(tokenizer), SAMPLED)
         with pytest.raises(CheckFailed, match="never called during rollout"):
             attachment.require_calls()
@@ -316,31 +266,27 @@ def test_caches_that_are_none_of_keys_and_values_in_the_models_dtype_are_refused
             r"1\.self_attn rounds: Attention keeps no keys and values.*targets.leave",
         ),
     ):
-        with monkeypatch.context() as other, attach(model, Injection.model_validate({"kv_cache": "mxfp8"})) as attached:
+        with monkeypatch.context() as other, rollout(model, Injection.model_validate({"kv_cache": "mxfp8"})):
             other.setattr(where, key, value, raising=False)
-            attached.set_phase("rollout")
             with pytest.raises(InvalidValueError, match=words):
                 engine(model, tokenizer, asked, SAMPLED)
-        with attach(model, Injection.model_validate({"weight": "mxfp4"})) as attached:
-            attached.set_phase("rollout")
+        with rollout(model, Injection.model_validate({"weight": "mxfp4"})):
             engine(model, tokenizer, asked, SAMPLED)
 
 
 def test_a_cache_that_is_left_alone_in_rollouts_is_not_asked_for(engine, policy):
     model, tokenizer = policy
     described = {"mode": "w4a16", "kv_cache": "mxfp8", "apply_during": {"kv_cache": ["training"]}}
-    with attach(model, Injection.model_validate(described)) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate(described)) as attachment:
         answers = engine(model, tokenizer, prompts(tokenizer), SAMPLED)
         assert not cache_rows(attachment)
-        assert near(model, prompts(tokenizer), answers) >= 0.99
+        assert near(model, prompts(tokenizer), answers, decoded) >= 0.99
 
 
 def test_greedy_answers_are_those_of_the_trainers_own_generation(engine, policy):
     model, tokenizer = policy
     asked, greedy = prompts(tokenizer), Sampling(12, logps=True)
-    with attach(model, Injection.model_validate({"mode": "w4a8", "kv_cache": "mxfp8"})) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.model_validate({"mode": "w4a8", "kv_cache": "mxfp8"})):
         theirs = engine(model, tokenizer, asked, greedy)
         own = transformers_sampler(model, tokenizer, asked, greedy)
         assert [answer.tokens for answer in theirs] == [answer.tokens for answer in own]
@@ -352,9 +298,7 @@ def test_the_audit_tells_of_the_cache_from_the_command_line(folder, tmp_path, ca
     (tmp_path / "spec.yaml").write_text(
         f"model: {{path: {folder}, dtype: float32}}\ninjection: {{mode: w4a8, kv_cache: mxfp8}}\n"
     )
-    words = ["parity", str(tmp_path / "spec.yaml"), "--engine", "vllm", "--count", "6", "--max-new-tokens", "8"]
-    assert main([*words, "--runs", str(tmp_path / "runs"), "--json"]) == 0
-    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    checks, _ = audited(capsys, tmp_path / "spec.yaml", "--engine", "vllm", "--runs", tmp_path / "runs")
     assert {name: check["passed"] for name, check in checks.items()} == {
         "weights": True,
         "kv_cache": None,
@@ -376,5 +320,5 @@ def test_an_engine_answers_for_the_model_that_it_is_given(folder, policy, tmp_pa
     engine, (other, _), asked = Vllm(), load(tmp_path), prompts(tokenizer)
     for own, another in ((load(folder)[0], other), (other, load(folder)[0])):
         answers = engine(own, tokenizer, asked, SAMPLED)
-        assert near(own, asked, answers) >= 0.99
-        assert near(another, asked, answers) < 0.5
+        assert near(own, asked, answers, decoded) >= 0.99
+        assert near(another, asked, answers, decoded) < 0.5

@@ -4,13 +4,6 @@ The oracles are transformers under the same injection, with its own products of 
 are square, so that a transposed one has the right shape.
 """
 
-import gc
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -18,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm makes an environment with it")
 
-from test_server import free_port, serving
-from test_vllm import SAMPLED, attach_none, distances, load_into, prompts
+from processes import free_port, ran, serving
+from scores import SAMPLED, audited, distances, fed, let_go, load_into, near, prompts, rollout
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from fp4rl.cli.main import main
@@ -28,7 +21,6 @@ from fp4rl.engines.rollout.held import held, require_held
 from fp4rl.engines.rollout.mixture import begin_reload
 from fp4rl.engines.rollout.server import VllmServer
 from fp4rl.engines.rollout.vllm import Vllm
-from fp4rl.inject.attach import attach
 from fp4rl.models.load import load
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.numerics.quantize import fake_quantize
@@ -82,19 +74,6 @@ def folder(tmp_path_factory):
     return made("qwen3_moe", tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def engine():
-    one = Vllm()
-    yield one
-    let_go(one)
-
-
-def let_go(engine):
-    """One engine at a time: what goes last takes the groups of processes with it."""
-    engine._llm = None
-    gc.collect()
-
-
 # -- what it computes
 
 
@@ -102,14 +81,13 @@ def let_go(engine):
 def test_log_probabilities_are_those_of_the_model(mode, sampled):
     engine, model, tokenizer = sampled
     asked = prompts(tokenizer)
-    with attach(model, Injection.named(mode)) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named(mode)) as attachment:
         for _ in range(2):  # the second time experts have been packed before
             assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
         if mode != "none":
             attachment.require_calls()
-            with attach_none(attachment):
-                assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
+            attachment.set_phase("reference")
+            assert distances(model, asked, engine(model, tokenizer, asked, SAMPLED)).max() < 1e-5
 
 
 def elements(attachment, phase):
@@ -122,25 +100,24 @@ def elements(attachment, phase):
 def test_inputs_of_both_products_are_rounded_in_vllm_and_counted_to_the_element(mode, sampled):
     engine, model, tokenizer = sampled
     asked = prompts(tokenizer)
-    with attach(model, Injection.named(mode, "compressed_tensors")) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named(mode, "compressed_tensors")) as attachment:
         answers = engine(model, tokenizer, asked, SAMPLED)
         attachment.require_calls()
         there = elements(attachment, "rollout")
         attachment.set_phase("training")
         with torch.no_grad():
-            for number, answer in enumerate(answers):  # the last token is drawn and not fed
-                model(torch.tensor([asked[number // SAMPLED.count] + answer.tokens[:-1]]))
+            for tokens in fed(asked, answers):
+                model(torch.tensor([tokens]))
         here = elements(attachment, "training")
         stacks = [site for site in here if "experts." in site and "shared" not in site]
         assert len(stacks) == (2 if model.config.model_type == "glm4_moe" else 4)
         assert here == there
-        tokens = sum(len(asked[i // SAMPLED.count]) + len(answer.tokens) - 1 for i, answer in enumerate(answers))
+        tokens = sum(map(len, fed(asked, answers)))
         assert {there[site] for site in stacks} == {tokens * 2 * 64}
         attachment.set_phase("evaluation")
-        assert (distances(model, asked, answers) < 1e-4).float().mean() >= 0.99
-        with attach_none(attachment):
-            assert (distances(model, asked, answers) < 1e-4).float().mean() < 0.5  # unrounded it is another policy
+        assert near(model, asked, answers) >= 0.99
+        attachment.set_phase("reference")
+        assert near(model, asked, answers) < 0.5  # unrounded it is another policy
 
 
 @pytest.mark.parametrize("mode", ["none", "w4a4"])
@@ -148,8 +125,7 @@ def test_routes_are_those_of_the_model(mode, sampled):
     engine, model, tokenizer = sampled
     prompt = tokenizer("13 + 25 = 38, 40 + 3 = ")["input_ids"]
     here, there = [], []
-    with attach(model, Injection.named(mode, "compressed_tensors")) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named(mode, "compressed_tensors")):
         engine(model, tokenizer, [prompt], Sampling(1))
         routers = [m.router for m in engine.module.modules() if type(m).__name__ == "MoERunner"]
         chosen = [router.select_experts for router in routers]
@@ -249,8 +225,7 @@ def masters(model):
 @pytest.mark.parametrize(("plant", "named", "_"), PLANTED)
 def test_a_planted_difference_is_found_and_named_by_layer_and_expert(plant, named, _, engine, folder):
     model, tokenizer = load(folder)
-    with attach(model, Injection.named("w4a16")) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named("w4a16")):
         engine(model, tokenizer, prompts(tokenizer), SAMPLED)
         require_held(engine.module, weight_stream(model))
         begin_reload(engine.module)
@@ -278,8 +253,7 @@ def test_experts_that_a_refresh_has_not_packed_again_are_found(engine, folder, m
     model, tokenizer = load(folder)
     asked = prompts(tokenizer)
     engine(model, tokenizer, asked, SAMPLED)
-    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
-    worker.model_runner.reload_weights(weights_iterator=weight_stream(model))  # as vLLM alone does it
+    load_into(engine, weight_stream(model))
     wrong = [each for each in held(engine.module, weight_stream(model)) if each.differing]
     assert {each.name for each in wrong} == {
         part.format(e).replace("layers.1", f"layers.{n}") for part in (GATE, UP, DOWN) for e in range(4) for n in (0, 1)
@@ -312,8 +286,7 @@ def test_an_unrounded_input_of_an_expert_stops_the_run(engine, folder, monkeypat
 
     model, tokenizer = load(folder)
     monkeypatch.setattr(StackState, "computed", lambda self, product: product.compute(product.x, product.weight))
-    with attach(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
-        attachment.set_phase("rollout")
+    with rollout(model, Injection.named("w4a4", "compressed_tensors")) as attachment:
         engine(model, tokenizer, prompts(tokenizer), SAMPLED)
         with pytest.raises(CheckFailed, match=r"experts\.(gate_up|down)_proj"):
             attachment.require_calls()
@@ -324,10 +297,11 @@ def test_an_unrounded_input_of_an_expert_stops_the_run(engine, folder, monkeypat
 
 def test_outputs_of_experts_are_refused(engine, folder):
     model, tokenizer = load(folder)
-    with attach(model, Injection.model_validate({"output": "mxfp4"})) as attachment:
-        attachment.set_phase("rollout")
-        with pytest.raises(InvalidValueError, match="does not compute output of"):
-            engine(model, tokenizer, prompts(tokenizer), SAMPLED)
+    with (
+        rollout(model, Injection.model_validate({"output": "mxfp4"})),
+        pytest.raises(InvalidValueError, match="does not compute output of"),
+    ):
+        engine(model, tokenizer, prompts(tokenizer), SAMPLED)
 
 
 # -- a server, the command line, a whole run
@@ -340,18 +314,17 @@ def test_a_server_computes_the_same_and_counts(folder, tmp_path):
         model, tokenizer = load(folder)
         asked = prompts(tokenizer)
         for mode, limit in (("w4a16", 1e-5), ("w4a4", 1e-4)):
-            with attach(model, Injection.named(mode, "compressed_tensors")) as attachment:
-                attachment.set_phase("rollout")
+            with rollout(model, Injection.named(mode, "compressed_tensors")) as attachment:
                 answers = engine(model, tokenizer, asked, SAMPLED)
                 assert engine.compare(model) == len(list(weight_stream(model)))
                 attachment.require_calls()
-                tokens = sum(len(asked[i // SAMPLED.count]) + len(a.tokens) - 1 for i, a in enumerate(answers))
+                tokens = sum(map(len, fed(asked, answers)))
                 counted = {row.site: row for row in attachment.evidence() if "experts." in row.site}
                 assert len(counted) == 4
                 found = elements(attachment, "rollout")
                 assert {found[site] for site in counted if mode == "w4a4"} <= {tokens * 2 * 64}
                 attachment.set_phase("evaluation")
-                assert (distances(model, asked, answers) < limit).float().mean() >= (0.99 if mode == "w4a4" else 1)
+                assert (distances(model, asked, answers) < limit).double().mean() >= (0.99 if mode == "w4a4" else 1)
         engine(model, tokenizer, asked, SAMPLED)
         with torch.no_grad():
             model.model.layers[1].mlp.experts.down_proj[2] = model.model.layers[1].mlp.experts.down_proj[2].mT.clone()
@@ -361,9 +334,7 @@ def test_a_server_computes_the_same_and_counts(folder, tmp_path):
 
 def test_the_audit_from_the_command_line(engine, folder, monkeypatch, capsys):
     monkeypatch.setattr(samplers, "_vllm_here", lambda _: engine)
-    words = ["parity", str(folder), "--engine", "vllm", "--mode", "w4a4", "--count", "6", "--max-new-tokens", "8"]
-    assert main([*words, "--json"]) == 0
-    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    checks, _ = audited(capsys, folder, "--engine", "vllm", "--mode", "w4a4")
     assert [check["passed"] for check in checks.values()] == [True, True, True]
     assert checks["weights"]["seen"] == "45 tensors of the stream, every value equal in vLLM"
 
@@ -395,21 +366,9 @@ seeds: [0]
 
 @pytest.mark.slow
 def test_two_steps_of_a_run_are_sampled_by_vllm(folder, tmp_path):
-    (tmp_path / "suite.yaml").write_text(SUITE.format(folder=folder))
-    done = subprocess.run(
-        [sys.executable, "-m", "fp4rl", "run", "suite.yaml", "-j", "1"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    places = list((tmp_path / "runs" / "mixture").glob("*-s0-*"))
-    assert len(places) == 2
-    for place in places:
-        assert json.loads((place / "result.json").read_text())["steps_done"] == 2
-        rows = [json.loads(line) for line in (place / "evidence.jsonl").read_text().splitlines()]
-        rollout = [row for row in rows if row["kind"] == "injection" and row["phase"] == "rollout"]
-        experts = {row["site"] for row in rollout if "experts." in row["site"] and row["calls"] > 0}
+    runs = ran(tmp_path, SUITE.format(folder=folder))
+    assert set(runs) == {"w4a16", "w4a4"}
+    for result, rollouts, _ in runs.values():
+        assert result["steps_done"] == 2
+        experts = {row["site"] for row in rollouts if "experts." in row["site"] and row["calls"] > 0}
         assert len(experts) == 4
