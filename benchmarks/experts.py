@@ -6,17 +6,13 @@ A plain Qwen3-MoE and its injected twins take turns, as in `injection.py`. `batc
 of its own, has a quarter of the rounds. `--write` puts the table into benchmarks/results/experts.md.
 """
 
-import argparse
-import statistics
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from injection import ROUNDS_BEFORE, TRAINING, Arm, seconds
+from injection import TRAINING, Arm, in_turn, measure
 
 MODES = ("w4a16", "w4a8", "w4a4")
 AIMS = {("training", "w4a4"): 1.60}
@@ -54,17 +50,7 @@ def arm_of(size: str, way: str, mode: str | None) -> Arm:
 def row(size: str, deed: str, way: str, rounds: int) -> str:
     """Measure one way to compute the experts, all arms in turn."""
     arms = {mode: arm_of(size, way, mode) for mode in (None, *MODES)}
-    taken: dict[str | None, list[float]] = {mode: [] for mode in arms}
-    for turn in range(rounds + ROUNDS_BEFORE):
-        for mode, arm in arms.items():
-            spent = seconds(getattr(arm, deed))
-            taken[mode] += [spent] * (turn >= ROUNDS_BEFORE)
-    plain, cells = taken[None], []
-    for mode in MODES:
-        low, ratio, high = statistics.quantiles((a / b for a, b in zip(taken[mode], plain, strict=True)), n=4)
-        aim = AIMS.get((deed, mode))
-        cells.append(f"{ratio:.3f} ({low:.2f}-{high:.2f})" + (f", aim {aim:.2f}" if aim else ""))
-    return f"| {size} | {deed} | `{way}` | {1000 * statistics.median(plain):.0f} ms | " + " | ".join(cells) + " |"
+    return f"| {size} | {deed} | `{way}` | {in_turn(arms, deed, rounds, AIMS)} |"
 
 
 def table(rounds: int) -> Iterator[str]:
@@ -75,32 +61,16 @@ def table(rounds: int) -> Iterator[str]:
         yield row(size, deed, way, max(2, rounds // 4) if way == "batched_mm" else rounds)
 
 
-def main() -> None:
-    """Measure, print, and write on request."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--write", action="store_true")
-    asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    lines = [
-        "# What injection costs in a mixture of experts",
-        "",
-        f"One thread, CPU seconds, medians of {asked.rounds} rounds with all arms in turn (`batched_mm`: a quarter);"
-        " ratios are against the plain model with its experts computed in the same way, in brackets their middle half."
-        " Qwen3-MoE with random weights in float32, 2 layers. `tiny` is the mixture that the tests of `run` train: 64"
-        " wide, 4 experts of 64, 2 a token; a training step over 128 x 60 tokens, generation of 128 answers of 40"
-        " tokens. `wide` is 256 wide with 16 experts of 128, 4 a token, over 8 x 64 tokens: rounding weights counts the"
-        " most there. Made by `benchmarks/experts.py --write`.",
-        "",
-    ]
-    for line in table(asked.rounds):
-        lines.append(line)
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    if asked.write:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
+HEAD = (
+    "# What injection costs in a mixture of experts",
+    "",
+    "One thread, CPU seconds, medians of {rounds} rounds with all arms in turn (`batched_mm`: a quarter);"
+    " ratios are against the plain model with its experts computed in the same way, in brackets their middle half."
+    " Qwen3-MoE with random weights in float32, 2 layers. `tiny` is the mixture that the tests of `run` train: 64"
+    " wide, 4 experts of 64, 2 a token; a training step over 128 x 60 tokens, generation of 128 answers of 40"
+    " tokens. `wide` is 256 wide with 16 experts of 128, 4 a token, over 8 x 64 tokens: rounding weights counts the"
+    " most there. Made by `benchmarks/experts.py --write`.",
+)
 
 if __name__ == "__main__":
-    main()
+    measure(HEAD, (table,), 20, RESULTS)

@@ -9,10 +9,9 @@ the same; a ratio is the median over the rounds. `--write` puts the tables into 
 import argparse
 import copy
 import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -76,18 +75,23 @@ def embedded(rounds: int) -> Iterator[str]:
     yield "| | plain | " + " | ".join(MODES) + " |"
     yield "|---" * (len(MODES) + 2) + "|"
     for deed in ("generation", "training"):
-        taken: dict[str | None, list[float]] = {mode: [] for mode in arms}
-        for turn in range(rounds + ROUNDS_BEFORE):
-            for mode, arm in arms.items():
-                spent = seconds(getattr(arm, deed))
-                taken[mode] += [spent] * (turn >= ROUNDS_BEFORE)
-        plain = taken[None]
-        cells = []
-        for mode in MODES:
-            low, ratio, high = statistics.quantiles((a / b for a, b in zip(taken[mode], plain, strict=True)), n=4)
-            aim = AIMS.get((deed, mode))
-            cells.append(f"{ratio:.3f} ({low:.2f}-{high:.2f})" + (f", aim {aim:.2f}" if aim else ""))
-        yield f"| {deed} | {1000 * statistics.median(plain):.0f} ms | " + " | ".join(cells) + " |"
+        yield f"| {deed} | {in_turn(arms, deed, rounds, AIMS)} |"
+
+
+def in_turn(arms: Mapping[str | None, Arm], deed: str, rounds: int, aims: Mapping[tuple[str, str], float]) -> str:
+    """Measure a deed of all arms in turn; return cells: the time of the plain one, and ratios of the others to it."""
+    taken: dict[str | None, list[float]] = {mode: [] for mode in arms}
+    for turn in range(rounds + ROUNDS_BEFORE):
+        for mode, arm in arms.items():
+            spent = seconds(getattr(arm, deed))
+            taken[mode] += [spent] * (turn >= ROUNDS_BEFORE)
+    plain = taken.pop(None)
+    cells = [f"{1000 * statistics.median(plain):.0f} ms"]
+    for mode, own in taken.items():
+        low, ratio, high = statistics.quantiles((a / b for a, b in zip(own, plain, strict=True)), n=4)
+        aim = aims.get((deed, str(mode)))
+        cells.append(f"{ratio:.3f} ({low:.2f}-{high:.2f})" + (f", aim {aim:.2f}" if aim else ""))
+    return " | ".join(cells)
 
 
 def one_call(rounds: int) -> Iterator[str]:
@@ -159,30 +163,35 @@ def held(layer: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def main() -> None:
-    """Measure, print, and write on request."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+def measure(head: Sequence[str], parts: Sequence[Callable[[int], Iterator[str]]], rounds: int, results: Path) -> None:
+    """Measure what the command line says, print each line of the `parts` as it comes, and write all on request.
+
+    `head` may name the `{rounds}`.
+    """
+    parser = argparse.ArgumentParser(description=head[0].removeprefix("# "))
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    lines = [
-        "# What injection costs",
-        "",
-        f"One thread, CPU seconds, medians of {asked.rounds} rounds with all arms in turn; ratios are against the plain"
-        " model, in brackets their middle half. Embedded model (64 wide, 2 layers, float32), 128 sequences; the wide"
-        " layer sees 64 tokens. Made by `benchmarks/injection.py --write`.",
-    ]
-    for part in (embedded, one_call, large):
+    lines = [line.format(rounds=asked.rounds) for line in head]
+    for part in parts:
         lines.append("")
         for line in part(asked.rounds):
             lines.append(line)
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            print(line, flush=True)
     if asked.write:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        results.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+HEAD = (
+    "# What injection costs",
+    "",
+    "One thread, CPU seconds, medians of {rounds} rounds with all arms in turn; ratios are against the plain"
+    " model, in brackets their middle half. Embedded model (64 wide, 2 layers, float32), 128 sequences; the wide"
+    " layer sees 64 tokens. Made by `benchmarks/injection.py --write`.",
+)
 
 
 if __name__ == "__main__":
-    main()
+    measure(HEAD, (embedded, one_call, large), 40, RESULTS)

@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,14 +109,14 @@ def item(index: int, solved: bool) -> dict[str, object]:
     return {"problem_id": f"test-{index:05d}", "sample": 0, "completion": answer, "length": 17} | flags
 
 
-def timed(*arguments: str) -> float:
-    """CPU seconds of one command line in a process of its own, start included; the best of three."""
-    found = []
+def timed(*arguments: str) -> tuple[float, float]:
+    """CPU and wall seconds of one command line in a process of its own, start included; the best of three."""
+    measured = []
     for _ in range(3):
-        began = of_children()
+        began, clock = of_children(), time.perf_counter()
         subprocess.run([sys.executable, "-c", ENTRY, *arguments], check=True, stdout=subprocess.DEVNULL)
-        found.append(of_children() - began)
-    return min(found)
+        measured.append((of_children() - began, time.perf_counter() - clock))
+    return min(measured)
 
 
 def of_children() -> float:
@@ -155,7 +156,7 @@ def main() -> int:
         "",
         "| command | CPU seconds |",
         "|---|---:|",
-        *(f"| {name} | {seconds:.2f} |" for name, seconds in times.items()),
+        *(f"| {name} | {cpu:.2f} |" for name, (cpu, _) in times.items()),
         f"| `fp4rl ledger rebuild` (all folders read again) | {rebuilt:.1f} |",
         "",
         f"The ledger takes {size:.0f} MiB.",
@@ -166,7 +167,7 @@ def main() -> int:
         Path(__file__).with_name("results").joinpath("ledger.md").write_text(heading + "\n".join(lines) + "\n")
     if not asked.keep:
         shutil.rmtree(root)
-    return int(max(times.values()) > LIMIT_S)
+    return int(max(times.values())[0] > LIMIT_S)
 
 
 if __name__ == "__main__":

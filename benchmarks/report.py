@@ -10,11 +10,8 @@ import argparse
 import os
 import platform
 import random
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,12 @@ from fp4rl.lab.matrix import PlannedRun, planned
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.records import read_result, read_sites
+from ledger import LIMIT_S, PROBLEMS, STEPS, item, timed
 from planted.records import line
 
-PROBLEMS, STEPS, SITES, VARIANTS = 1319, 30, 28, 8
+SITES, VARIANTS = 28, 8
 EVALUATIONS = ((0, "full"), (0, "deployment"), (15, "deployment"), (STEPS, "full"), (STEPS, "deployment"))
-LIMIT_S, LIMIT_BYTES = 5.0, 6_000_000
-ENTRY = "from fp4rl.cli.main import entry; entry()"  # what the console script does
+LIMIT_BYTES = 6_000_000
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -86,12 +83,6 @@ def make_answers(folder: Path) -> RunFolder:
     for variant in range(VARIANTS):
         shelf.write_items(variant, "any", [item(n, draw.random() < chance) for n, chance in enumerate(difficulty)])
     return shelf
-
-
-def item(index: int, solved: bool) -> dict[str, object]:
-    answer = f"{index} + {index} = {2 * index} #### {2 * index if solved else index}"
-    flags = {"strict": solved, "flexible": solved, "formatted": True, "truncated": False}
-    return {"problem_id": f"test-{index:05d}", "sample": 0, "completion": answer, "length": 17} | flags
 
 
 def make_run(folder: Path, run: PlannedRun, shelf: RunFolder, draw: random.Random) -> None:
@@ -189,22 +180,6 @@ def evaluation(step: int, profile: str, strict: float) -> dict[str, Any]:
     }
 
 
-def timed(folder: Path) -> tuple[float, float]:
-    """CPU seconds and wall seconds of `fp4rl report` in a process of its own, start included; the best of three."""
-    found = []
-    for _ in range(3):
-        began, clock = of_children(), time.perf_counter()
-        subprocess.run([sys.executable, "-c", ENTRY, "report", str(folder)], check=True, stdout=subprocess.DEVNULL)
-        found.append((of_children() - began, time.perf_counter() - clock))
-    return min(found)
-
-
-def of_children() -> float:
-    """CPU seconds of every process that has ended: a busy machine says nearly the same as an idle one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=1000)
@@ -215,7 +190,7 @@ def main() -> int:
     asked = parser.parse_args()
     folder = asked.folder / "big"
     make_suite(folder, described(asked.arms, asked.runs))
-    cpu, wall = timed(folder)
+    cpu, wall = timed("report", str(folder))
     size = (folder / "report.html").stat().st_size
     lines = [
         f"`fp4rl report` over {asked.runs:,} runs ({asked.arms} arms) x {len(EVALUATIONS)} evaluations x {PROBLEMS:,} "
