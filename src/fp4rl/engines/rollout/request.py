@@ -21,6 +21,11 @@ def require_possible(states: Sequence[SiteState], sampling: Sampling) -> None:
         raise InvalidValueError(f"rollout.engine vllm does not compute {what}")
 
 
+def audited(call: int) -> bool:
+    """Return whether vLLM's weights are compared with the stream at a call: at 1, 2, 4, ... and at every 64th."""
+    return call & (call - 1) == 0 or call % 64 == 0
+
+
 def parameters(model: Any, sampling: Sampling, count: int) -> list[dict[str, Any]]:
     """Return vLLM's sampling parameters for each of `count` prompts, as plain values.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fp4rl.engines.rollout.calls import Server
 from fp4rl.engines.rollout.held import Held, require_equal
 from fp4rl.engines.rollout.kinds import active, rounded_points
-from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
+from fp4rl.engines.rollout.request import audited, cut_answer, parameters, require_possible
 from fp4rl.inject.evidence import Meter
 from fp4rl.inject.site import SiteState
 from fp4rl.rl import processes
@@ -30,7 +30,6 @@ from fp4rl.spec.formats import describe
 
 _PART = 1 << 30  # bytes of a file that weights are handed over in
 _AT_ONCE = 64  # requests
-_AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... and at every call of this number
 
 
 class VllmServer:
@@ -60,16 +59,16 @@ class VllmServer:
         self._calls += 1
         version = f"{self._run}-{self._calls}"
         tensors, compared = self.refresh(model, version), 0
-        if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
+        if audited(self._calls):
             compared = self.compare(model)
-        for why in self._worker("fp4rl_begin", *described(sites)):
+        for why in self.server.worker("fp4rl_begin", *described(sites)):
             raise InvalidValueError(why)
         try:
             settings = parameters(model, sampling, len(prompts))
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 replies = list(pool.map(self._generate, prompts, settings))
         finally:
-            counted = self._worker("fp4rl_end")
+            counted = self.server.worker("fp4rl_end")
         _credit(sites, counted)
         choices = [each for reply in replies for each in sorted(reply["choices"], key=lambda each: each["index"])]
         _require_version(choices, version)
@@ -96,7 +95,7 @@ class VllmServer:
         results, sent = list[Held](), list[str]()
         for path, names in _files(weight_stream(model)):
             sent += names
-            rows = self._worker("fp4rl_compare", path, names, not results)
+            rows = self.server.worker("fp4rl_compare", path, names, not results)
             results += [Held(row[0], row[1], row[2], tuple(row[3]) if row[3] else None) for row in rows]
         if [each.name for each in results] != sent:
             raise EngineDiffers(f"the server compared {len(results)} of the {len(sent)} tensors that it got", "weights")
@@ -109,9 +108,6 @@ class VllmServer:
             self.server.require_usable(str(model.dtype).removeprefix("torch."))
             self._opened = True
         self.server.require_length(length)
-
-    def _worker(self, method: str, *arguments: Any) -> Any:
-        return self.server.worker(method, *arguments)
 
     def _generate(self, prompt: Sequence[int], settings: Mapping[str, Any]) -> Any:
         return self.server.post("/inference/v1/generate", token_ids=list(prompt), sampling_params=settings)

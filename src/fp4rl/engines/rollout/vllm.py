@@ -19,7 +19,7 @@ from fp4rl.engines.rollout.held import follow_embeddings, require_held
 from fp4rl.engines.rollout.kinds import active, rounding
 from fp4rl.engines.rollout.known import prepare, require_routes
 from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
-from fp4rl.engines.rollout.request import cut_answer, parameters, require_possible
+from fp4rl.engines.rollout.request import audited, cut_answer, parameters, require_possible
 from fp4rl.rl.generate import Generation, Sampling
 from fp4rl.rl.stream import injected_states, weight_stream
 from fp4rl.spec.errors import InvalidValueError
@@ -27,7 +27,6 @@ from fp4rl.spec.rollout import RolloutEngine
 
 _VLLM = RolloutEngine(engine="vllm")
 _ROOM = 64  # tokens that the engine's longest sequence is rounded up to
-_AUDITED = 64  # its weights are compared with the stream at calls 1, 2, 4, ... and at every call of this number
 
 
 class Vllm:
@@ -59,7 +58,7 @@ class Vllm:
         prepare(self.module)
         self.refresh(model)
         self._calls += 1
-        if self._calls & (self._calls - 1) == 0 or self._calls % _AUDITED == 0:
+        if audited(self._calls):
             require_held(self.module, weight_stream(model))
         with rounding(self.module, states):
             outputs = self._llm.generate(
