@@ -8,7 +8,7 @@ import typer
 
 from fp4rl.cli.described import run_described
 from fp4rl.cli.options import AsJson, Overrides, SpecFile
-from fp4rl.cli.terminal import console, print_indented, print_json, table
+from fp4rl.cli.terminal import console, print_by_kind, print_json, table
 from fp4rl.lab.provenance import missing_files
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.gold_check import column_faults
@@ -19,8 +19,6 @@ from fp4rl.spec.words import counted
 from fp4rl.tasks.faults import Checked, Fault, checked
 from fp4rl.tasks.overlap import overlap
 from fp4rl.tasks.table import TableTask
-
-_SHOWN = 8  # faults of one kind on the screen; --json has all
 
 
 def command(
@@ -158,12 +156,6 @@ def _print(
         screen.print(f"{counted(dropped, 'prompt')} over the limit will be dropped (filter_overlong_prompts)")
     if note:
         screen.print(note)
-    for kind in dict.fromkeys(fault.kind for fault in faults):
-        of_kind = [fault for fault in faults if fault.kind == kind]
-        screen.print(f"{kind}: {len(of_kind)}")
-        for fault in of_kind[:_SHOWN]:
-            print_indented(f"{fault.where}: {fault.what}" if fault.where else fault.what)
-        if len(of_kind) > _SHOWN:
-            print_indented(f"and {len(of_kind) - _SHOWN} more (--json has all)")
+    print_by_kind((fault.kind, fault.where, fault.what) for fault in faults)
     if all(fault.kind == "maybe cut off" for fault in faults):
         screen.print("nothing is wrong")

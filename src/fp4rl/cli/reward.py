@@ -10,7 +10,7 @@ import typer
 
 from fp4rl.cli.described import own_code, require_here, run_described
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
-from fp4rl.cli.terminal import console, print_indented, print_json, progress, say_once, table
+from fp4rl.cli.terminal import console, print_by_kind, print_indented, print_json, progress, say_once, table
 from fp4rl.lab.answers import stored_answers
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.gold_check import Fault, compares, gold_faults, spread, tells_apart
@@ -21,7 +21,7 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.task import SPLITS, Problem, Task
 from fp4rl.spec.words import counted
 
-_SHOWN = 8  # faults of one kind on the screen; --json has all
+_TOLD_APART = 8  # gold answers that a reward which is no judge is tried on
 _ASKED = 30  # letters of a question beside its fault
 _WIDE = 300  # letters of an answer on the screen, from its end
 
@@ -100,7 +100,8 @@ def _notes(parts: Sequence[Part], task: Task, checked: Sequence[Problem]) -> lis
     for part in parts:
         if compares(part):
             continue
-        of, more = counted(min(len(checked), _SHOWN), "gold answer"), tells_apart(part, task, checked[:_SHOWN])
+        few = checked[:_TOLD_APART]
+        of, more = counted(len(few), "gold answer"), tells_apart(part, task, few)
         asks = "" if more else ": it does not ask for it"
         notes.append(f"{part.name} gives {more} of {of} more than that of another problem{asks}")
     return notes
@@ -174,13 +175,7 @@ def _print(parts: Sequence[Part], tried: Sequence[Tried], faults: Sequence[Fault
             for part in parts
         ]
         screen.print(table("reward", "weight>", "answers>", "mean>", "not judged>", "read>", rows=rows))
-    for kind in dict.fromkeys(fault.kind for fault in faults):
-        of_kind = [fault for fault in faults if fault.kind == kind]
-        screen.print(f"{kind}: {len(of_kind)}")
-        for fault in of_kind[:_SHOWN]:
-            print_indented(f"{fault.problem}: {fault.what}" if fault.problem else fault.what)
-        if len(of_kind) > _SHOWN:
-            print_indented(f"and {len(of_kind) - _SHOWN} more (--json has all)")
+    print_by_kind((fault.kind, fault.problem, fault.what) for fault in faults)
     for note in notes:
         screen.print(f"note: {note}")
     if not faults and any(map(compares, parts)):

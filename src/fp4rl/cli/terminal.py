@@ -20,7 +20,8 @@ from fp4rl.lab.tables import WholeWords
 from fp4rl.spec.errors import CheckFailed
 
 _MANY = 6  # columns from which on a single space separates them, to fit into 80 characters
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_FAULTS = 8  # of one kind
+EIGHTHS = " ▁▂▃▄▅▆▇█"
 # Light to dark for a growing value; the digit inside a cell keeps it readable without colour.
 _HEAT = ("grey93", "light_goldenrod2", "orange1", "dark_orange3", "red3")
 _left_out: set[str] = set()
@@ -46,6 +47,19 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 def print_indented(*parts: str | tuple[str, str], by: int = 2) -> None:
     """Print a line of `styled` parts, indented by `by` spaces also where it wraps."""
     console().print(Padding(styled(*parts), (0, 0, 0, by), expand=False))
+
+
+def print_by_kind(faults: Iterable[tuple[str, str, str]]) -> None:
+    """Print faults (kind, where, what), each kind with its number and the first few of it."""
+    lines: dict[str, list[str]] = {}
+    for kind, where, what in faults:
+        lines.setdefault(kind, []).append(f"{where}: {what}" if where else what)
+    for kind, of_kind in lines.items():
+        console().print(f"{kind}: {len(of_kind)}")
+        for line in of_kind[:_FAULTS]:
+            print_indented(line)
+        if len(of_kind) > _FAULTS:
+            print_indented(f"and {len(of_kind) - _FAULTS} more (--json has all)")
 
 
 def print_json(value: Any) -> None:
@@ -107,7 +121,7 @@ def log_curve(values: Sequence[float], width: int, height: int = 8) -> list[str]
     levels = [0.0 if v <= 0 else 8 + (math.log10(v) - low) / span * (rows - 1) * 8 for v in columns]
     lines = []
     for row in range(rows - 1, -1, -1):
-        cells = (_EIGHTHS[max(0, min(8, round(level - 8 * row)))] for level in levels)
+        cells = (EIGHTHS[max(0, min(8, round(level - 8 * row)))] for level in levels)
         lines.append(f"{labels.get(row, ''):>9} │" + "".join(cell * widen for cell in cells).rstrip())
     long = len(columns) * widen
     return [*lines, f"{'':>9} └{'─' * long}", f"{'step':>9}  0{len(values) - 1:>{max(1, long - 1)}}"]

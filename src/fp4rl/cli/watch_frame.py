@@ -11,8 +11,9 @@ from itertools import pairwise
 from rich.cells import cell_len
 from rich.text import Text
 
-from fp4rl.cli.terminal import styled
+from fp4rl.cli.terminal import EIGHTHS, styled
 from fp4rl.lab.foreign.joined import readable
+from fp4rl.lab.status import WORDS
 from fp4rl.lab.watching import Seen, View
 from fp4rl.spec.words import counted
 
@@ -29,12 +30,10 @@ STATUS = {
 }
 HEALTH = {"not judged": "dim", "ok": "green", "watch": "yellow", "alarm": "bold red"}
 _LAST = "Ctrl-C ends the watching, not the runs"
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BLOCK = 7  # lines of a run's own block: its place, five curves, its health
 _TALL = 4  # most lines of a curve
 _WIDE = 3  # most cells of a step
 _LABEL = 32  # name and first and last value of a curve
-_ORDER = ("running", "failed", "lost", "invalid", "damaged", "interrupted", "stopped", "done", "planned")
 
 
 def frame(view: View, width: int, height: int) -> list[Text]:
@@ -43,7 +42,7 @@ def frame(view: View, width: int, height: int) -> list[Text]:
         waiting = [styled((readable(view.title), "bold")), styled(readable(view.missing))]
         return _cut([*waiting, styled(("waiting for it; Ctrl-C ends", "dim"))], width, height)
     head, reasons, warnings = _head(view, width), _reasons(view), _warnings(view)
-    runs = sorted(view.runs, key=lambda run: _ORDER.index(run.status.word))
+    runs = sorted(view.runs, key=lambda run: WORDS.index(run.status.word))
     own = [run for run in runs if run.curves and run.status.word == "running"] or [run for run in runs if run.curves]
     room = height - len(head) - 1  # and the last line
     told = min(len(reasons), max(1, room // 8)) + min(len(warnings), max(1, room // 10))
@@ -134,7 +133,7 @@ def _row(cells: Sequence[tuple[_Column, str, str]], widths: dict[str, int]) -> T
 def _reasons(view: View) -> list[Text]:
     """Return why runs are not as they should be, the most serious first."""
     wrong = sorted(
-        (run for run in view.runs if run.status.word in _ORDER[1:7]), key=lambda r: _ORDER.index(r.status.word)
+        (run for run in view.runs if run.status.word in WORDS[1:7]), key=lambda r: WORDS.index(r.status.word)
     )
     return [
         styled((f"{readable(run.name)} {run.status.word}", STATUS[run.status.word]), f": {readable(run.status.why)}")
@@ -144,7 +143,7 @@ def _reasons(view: View) -> list[Text]:
 
 def _warnings(view: View) -> list[Text]:
     """Return the last warning of each run, those of running runs first, then the ones before."""
-    told = sorted((run for run in view.runs if run.warnings), key=lambda r: _ORDER.index(r.status.word))
+    told = sorted((run for run in view.runs if run.warnings), key=lambda r: WORDS.index(r.status.word))
     depth = max((len(run.warnings) for run in told), default=0)
     lines = [(run, run.warnings[-n]) for n in range(1, depth + 1) for run in told if n <= len(run.warnings)]
     return [styled(("warning", "yellow"), f" {readable(run.name)}: {readable(line)}") for run, line in lines]
@@ -224,4 +223,4 @@ def plot(values: Sequence[float], width: int, height: int = 1) -> list[str]:
 def _part(level: int | None, row: int) -> str:
     if level is None:
         return " " if row else "×"
-    return _EIGHTHS[max(0, min(8, level - 8 * row))]
+    return EIGHTHS[max(0, min(8, level - 8 * row))]

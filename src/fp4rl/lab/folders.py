@@ -269,9 +269,13 @@ def all_runs(root: Path) -> list[RunFolder]:
     """Return every run folder below `root` (finished or not), in order of suite and id."""
     if not root.is_dir():
         return []
-    marks = ("spec.yaml", "metrics.jsonl", "result.json")
-    folders = (folder for suite in root.iterdir() if suite.is_dir() for folder in suite.iterdir() if folder.is_dir())
-    return sorted(RunFolder(folder) for folder in folders if any((folder / mark).is_file() for mark in marks))
+    folders = (folder for suite in root.iterdir() if suite.is_dir() for folder in suite.iterdir() if is_run(folder))
+    return sorted(map(RunFolder, folders))
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, begun or finished."""
+    return any((folder / mark).is_file() for mark in ("spec.yaml", "metrics.jsonl", "result.json"))
 
 
 def require_not_failed(root: Path, name: str) -> None:

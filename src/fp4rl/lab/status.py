@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from fp4rl.lab import heartbeat
 from fp4rl.lab.files import Damaged
@@ -14,7 +14,8 @@ from fp4rl.lab.runs import Run
 
 # done: with its evidence. stopped: ended early by a rule. interrupted: asked to end, goes on by the same command. lost:
 # its process died without a word. invalid: without the evidence that its spec asks for. damaged: cannot be read.
-Word = Literal["planned", "running", "done", "stopped", "invalid", "damaged", "failed", "interrupted", "lost"]
+Word = Literal["running", "failed", "lost", "invalid", "damaged", "interrupted", "stopped", "done", "planned"]
+WORDS: tuple[Word, ...] = get_args(Word)  # in the order in which they are told
 _SILENT_S = 120.0  # without progress for so long, a running run's reason says since when
 
 

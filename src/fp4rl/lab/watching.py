@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,11 @@ from typing import Any
 
 from fp4rl.lab import heartbeat
 from fp4rl.lab.files import Damaged, read_lines
-from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.folders import RunFolder, is_run
 from fp4rl.lab.heartbeat import Beat
 from fp4rl.lab.matrix import PlannedRun, planned, single
 from fp4rl.lab.runs import Run, read_run
-from fp4rl.lab.status import Status, status_of
+from fp4rl.lab.status import WORDS, Status, status_of
 from fp4rl.rl.health.findings import Finding
 from fp4rl.rl.health.monitor import Monitor
 from fp4rl.rl.health.signals import signals_of
@@ -28,7 +29,6 @@ from fp4rl.spec.load import load_spec, parse
 
 CURVES = ("reward", "accuracy", "entropy", "length", "grad_norm")
 _PACE = 10  # steps whose mean time is the pace
-_MARKS = ("spec.yaml", "metrics.jsonl", "result.json")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ class View:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Status -> number of runs, in the order in which they are told."""
-        words = ("running", "failed", "lost", "invalid", "damaged", "interrupted", "stopped", "done", "planned")
-        all_counts = {word: sum(run.status.word == word for run in self.runs) for word in words}
-        return {word: count for word, count in all_counts.items() if count}
+        counted = Counter(run.status.word for run in self.runs)
+        return {word: counted[word] for word in WORDS if counted[word]}
 
     @cached_property
     def left_s(self) -> float | None:
@@ -228,7 +227,7 @@ def _written(file: Path) -> int:
 def _run_ids(folder: Path) -> tuple[str, ...]:
     """Return the names of the run folders of a suite."""
     with suppress(OSError):
-        return tuple(sorted(run.name for run in folder.iterdir() if any((run / mark).is_file() for mark in _MARKS)))
+        return tuple(sorted(run.name for run in folder.iterdir() if is_run(run)))
     return ()
 
 
