@@ -53,8 +53,10 @@ def test_answers_of_a_file_are_shown_with_what_was_read_and_what_they_earn(here,
     assert "gold '7': accuracy 1 (read '7')" in shown
     assert "30 gold answers checked" in shown
     Path("by_question.jsonl").write_text(json.dumps({"question": "What is number 0?", "completion": "#### 7"}))
-    assert main(["reward", "spec.yaml", "--answers", "by_question.jsonl", "--json"]) == 0
-    assert [each["reward"] for each in json.loads(capsys.readouterr().out)["answers"]] == [1.0]
+    Path("by_question.csv").write_text("question,completion\nWhat is number 0?,#### 7\n")
+    for file in ("by_question.jsonl", "by_question.csv"):
+        assert main(["reward", "spec.yaml", "--answers", file, "--json"]) == 0
+        assert [each["reward"] for each in json.loads(capsys.readouterr().out)["answers"]] == [1.0]
 
 
 def test_several_rewards_are_shown_apart(here, capsys):
@@ -92,7 +94,7 @@ def test_golds_that_the_reward_cannot_read_are_named(here, capsys):
     [
         ("", "none of its 0 rows answers a problem"),
         ('{"prompt": "something else", "completion": "1"}\n', "none of its 1 rows answers a problem"),
-        ("[1]\n", "line 1: no JSON object"),
+        ("[1]\n", "line 1: no object"),
         (None, "no such file"),
     ],
 )

@@ -2,13 +2,14 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 
 from fp4rl.cli.main import main
 from fp4rl.lab.catalogue import described, names
 from fp4rl.lab.catalogue.reported import reported
-from fp4rl.lab.catalogue.rows import SCALES, table
+from fp4rl.lab.catalogue.rows import Scale, table
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.work import execute_run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -25,7 +26,7 @@ def own(name, scale):
     return next(run.experiment for run in planned(described(name, scale)) if (run.arm, run.seed) == (name, 0))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", get_args(Scale))
 @pytest.mark.parametrize("name", PLANNED)
 def test_every_row_plans_beside_its_control_and_asks_a_question(name, scale):
     suite, row = described(name, scale), ROWS[name]

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from fp4rl.lab.catalogue import files, named
+from fp4rl.lab.catalogue import entry, files
 from fp4rl.lab.matrix import planned
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
@@ -270,7 +270,7 @@ def test_merge_knows_a_layer_by_its_number_however_it_is_written(change):
 
 def test_a_described_experiment_survives_yaml_and_keeps_its_digest():
     for name in files():
-        suite = load_spec(named(name))
+        suite = load_spec(entry(name).path)
         assert isinstance(suite, Suite)
         for run in planned(suite):
             again = Experiment.model_validate(yaml.safe_load(yaml.safe_dump(run.experiment.model_dump(mode="json"))))
@@ -279,7 +279,7 @@ def test_a_described_experiment_survives_yaml_and_keeps_its_digest():
 
 
 def test_the_digest_tells_seeds_and_arms_apart():
-    runs = planned(load_spec(named("quickstart")))
+    runs = planned(load_spec(entry("quickstart").path))
     assert len({run.spec_digest for run in runs}) == len(runs) == 12
 
 

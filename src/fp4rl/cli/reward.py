@@ -46,7 +46,7 @@ def command(
     answers: Annotated[
         Path | None,
         typer.Option(
-            help="Answers instead of the model's: .jsonl or .parquet (problem_id or prompt, completion), or the "
+            help="Answers instead of the model's: .jsonl, .csv or .parquet (problem_id or prompt, completion), or the "
             "folder of a finished run."
         ),
     ] = None,

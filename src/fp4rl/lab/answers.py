@@ -1,6 +1,5 @@
-"""Answers to problems that are on this disk: a JSONL or Parquet file, or the items of a finished run."""
+"""Answers to problems that are on this disk: a table of them, or the items of a finished run."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from fp4rl.lab.folders import RunFolder
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.task import Problem
+from fp4rl.tasks.records import records
 
 _PROBLEM = ("problem_id", "prompt", "question")
 
@@ -47,35 +47,6 @@ def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
         profiles = [profile for step, profile in folder.item_sets() if step == last]
         yield from folder.items(last, "deployment" if "deployment" in profiles else profiles[0]).to_pylist()
     elif not source.is_file():
-        raise NotFoundError(f"{source}: no such file; name a .jsonl or .parquet file, or the folder of a run")
-    elif source.suffix == ".parquet":
-        yield from _parquet(source)
+        raise NotFoundError(f"{source}: no such file; name a .jsonl, .csv or .parquet file, or the folder of a run")
     else:
-        yield from _jsonl(source)
-
-
-def _parquet(source: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        yield from parquet.read_table(source).to_pylist()
-    except (pa.ArrowInvalid, OSError) as why:
-        raise InvalidValueError(f"{source}: not a Parquet file ({str(why).splitlines()[0]})") from None
-
-
-def _jsonl(source: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InvalidValueError(f"{source}: not a text file in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise InvalidValueError(f"{source}, line {number}: no JSON object; write one a line")
-        yield row
+        yield from (read() for _, read in records(source))

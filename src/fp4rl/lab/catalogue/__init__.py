@@ -30,7 +30,7 @@ def entry(name: str, scale: Scale | None = None) -> Entry:
         raise NotFoundError(f"no suite {name!r} in the catalogue{nearest(name, names())}")
     if scale is not None:
         raise InvalidValueError(f"--scale {scale}: catalogue/{name} is a file and has one scale; leave it out")
-    return Entry(named(name))
+    return Entry(_HERE / f"{name}.yaml")
 
 
 def described(name: str, scale: Scale | None = None) -> Suite:
@@ -39,14 +39,6 @@ def described(name: str, scale: Scale | None = None) -> Suite:
     suite = load_spec(source.path, content=source.content)
     assert isinstance(suite, Suite)
     return suite
-
-
-def named(name: str) -> Path:
-    """Return the YAML file of a suite that comes with the package. Raises NotFoundError with the nearest name."""
-    file = _HERE / f"{name}.yaml"
-    if name not in files():
-        raise NotFoundError(f"no suite {name!r} in the catalogue{nearest(name, files())}")
-    return file
 
 
 def files() -> list[str]:

@@ -13,7 +13,6 @@ from fp4rl.spec.load import merge, parse, read_yaml
 
 _TABLE = Path(__file__).with_name("experiments.yaml")
 Scale = Literal["tiny", "full"]
-SCALES: tuple[Scale, ...] = ("tiny", "full")
 _LAYERS = 28  # of the model that the rows speak of
 
 
