@@ -85,6 +85,7 @@ def main_ppo(folder: Path, *more: str, spec: Path | None = None, timeout: float 
         "VERL_ON_CPU_KEEPS": str(folder / "held"),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "HYDRA_FULL_ERROR": "1",

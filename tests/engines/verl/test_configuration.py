@@ -195,7 +195,11 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"stop": ["####"]}}, "training.stop", "leave it out"),
         ({"start": {"run": "suite/a-s0-0123"}}, "start", "name the folder `final` of that run there"),
         ({"training": {"distillation": {}}}, "training.distillation", "leave it out"),
-        ({"injection": "w4a4"}, "injection: input", "apply_during: {input: [training]}"),
+        (
+            {"injection": {"weight": "mxfp4", "output": "mxfp8"}},
+            "injection: output",
+            "apply_during: {output: [training]}",
+        ),
         ({"training": {"mini_batch_size": 1, "rollout_n": 4}}, "training.mini_batch_size", "--devices"),
         ({"evaluation": {"max_new_tokens": 7}}, "evaluation.max_new_tokens", "write 1024"),
         ({"rollout": {"engine": "vllm", "server": "http://h:1"}}, "rollout.server", "leave it out"),
@@ -207,6 +211,26 @@ def test_what_verl_cannot_express_is_refused_by_name_with_the_cure(content, key,
     with pytest.raises(InvalidValueError, match=re.escape(key)) as refused:
         verl_run(single(experiment(**content), "mine"), GPU, 8, Files(Path("/x/run.sh")))
     assert cure in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("injection", "eager"),
+    [
+        ("w4a4", True),
+        ("w4a8", True),
+        ("w4a16", None),
+        ({"mode": "w4a4", "apply_during": {"input": ["training"]}}, None),
+    ],
+)
+def test_a_rollout_that_rounds_inputs_itself_computes_without_graphs(injection, eager):
+    keys = verl_run(single(experiment(injection=injection), "mine"), GPU, 8, Files(Path("/x/run.sh"))).configuration
+    assert keys.get("actor_rollout_ref.rollout.enforce_eager") is eager
+
+
+@pytest.mark.parametrize("machine", [NPU, CPU])
+def test_inputs_in_four_bits_are_rounded_in_rollouts_on_gpus_alone(machine):
+    with pytest.raises(InvalidValueError, match="injection: input acts during rollout"):
+        verl_run(single(experiment(injection="w4a4"), "mine"), machine, 2, Files(Path("/x/run.sh")))
 
 
 def test_another_optimizer_is_refused():

@@ -31,25 +31,61 @@ def test_weights_rounded_in_rollouts_and_inputs_in_training_alone_are_possible()
         require_possible(described, configured(described))
 
 
+@pytest.mark.parametrize("injection", ["w4a8", "w4a4", {"mode": "w4a16", "kv_cache": "mxfp8"}])
+def test_verls_vllm_rounds_inputs_and_what_it_stores(injection):
+    require_possible(experiment(injection=injection), configured(experiment(injection=injection)))
+
+
+BY_PATTERN = {"mode": "w4a16", "by_pattern": [{"pattern": "*.q_proj", "input": "mxfp8"}]}
+
+
+@pytest.mark.parametrize(
+    "injection, keys, why",
+    [
+        ("w4a8", {"rollout.name": "sglang"}, r"input acts during rollout, and verl's rollout 'sglang' gets rounded w"),
+        (
+            {"mode": "w4a4", "apply_during": {"input": ["training", "evaluation"]}},
+            {"rollout.name": "trtllm"},
+            r"input acts during evaluation.*take mode w4a16, or .*apply_during: \{input: \[training\]\}",
+        ),
+        ({"mode": "w4a16", "kv_cache": "mxfp8"}, {"rollout.name": "sglang"}, "kv_cache acts during rollout"),
+        (BY_PATTERN, {"rollout.name": "sglang"}, "input acts during rollout"),
+        (
+            "w4a8",
+            {"rollout.tensor_model_parallel_size": 2},
+            r"tensor_model_parallel_size: a rollout that rounds has on",
+        ),
+        ("w4a8", {"rollout.data_parallel_size": 2}, r"data_parallel_size: a rollout that rounds has one worker"),
+        ("w4a8", {"rollout.disaggregation.enabled": True}, "disaggregation.enabled: its servers are others"),
+        ("w4a8", {"rollout.enforce_eager": False}, "enforce_eager=False, and the experiment has True"),
+    ],
+)
+def test_a_rollout_that_would_not_round_is_refused(injection, keys, why):
+    described = experiment(injection=injection)
+    with pytest.raises(InvalidValueError, match=why):
+        require_possible(described, configured(described, **{f"actor_rollout_ref.{k}": v for k, v in keys.items()}))
+
+
+def test_ascend_does_not_round_inputs_to_four_bits_in_rollouts():
+    """Its W4A4 weights cannot be refreshed in place; wider inputs need none of that."""
+    npu = {"trainer.device": "npu"}
+    require_possible(experiment(injection="w4a8"), configured(experiment(injection="w4a8"), **npu))
+    four = {"mode": "w4a8", "by_pattern": [{"pattern": "*.q_proj", "input": "mxfp4"}]}
+    for described in (experiment(injection="w4a4"), experiment(injection=four)):
+        with pytest.raises(InvalidValueError, match="input acts during rollout, and Ascend cannot take new W4A4 wei"):
+            require_possible(described, configured(described, **npu))
+
+
 @pytest.mark.parametrize(
     "parts, why",
     [
         (
-            {"injection": "w4a8"},
-            r"injection: input acts during rollout, and verl's rollout 'vllm' gets rounded weights",
+            {"injection": {"weight": "mxfp4", "output": "mxfp8"}},
+            "output acts during rollout, and verl's rollout 'vllm' r",
         ),
-        (
-            {"injection": {"mode": "w4a4", "apply_during": {"input": ["training", "evaluation"]}}},
-            r"input acts during evaluation.*take mode w4a16, or .*apply_during: \{input: \[training\]\}",
-        ),
-        ({"injection": {"mode": "w4a16", "kv_cache": "mxfp8"}}, "kv_cache acts during rollout"),
         (
             {"injection": {"mode": "w4a16", "errors": [{"kind": "relative", "scale": 0.01}]}},
             "errors acts during rollout",
-        ),
-        (
-            {"injection": {"mode": "w4a16", "by_pattern": [{"pattern": "*.q_proj", "input": "mxfp8"}]}},
-            "input acts during rollout",
         ),
         ({"noise": {"precision": "float32"}}, "noise.precision: verl's rollouts hold weights in the model's dtype"),
         ({"training": {"distillation": {}}}, "training.distillation"),

@@ -43,6 +43,20 @@ def watch(tmp_path):
     return made
 
 
+ROUNDS = Experiment.model_validate({"injection": "w4a8", "training": {"steps": 2}, "engine": "verl"})
+
+
+def test_rollout_engines_that_rounded_no_input_end_the_run(tmp_path):
+    watch = RunWatch(ROUNDS, tmp_path, 2, 0, say=lambda line: None)
+    watch.opened([report(0, trained=False)] * 2)
+    counts = {"rollout/weight": 64, "training/weight": 128, "training/input": 8}
+    one, other = report(1, counts=counts), report(1, counts=counts | {"rollout/input": 8})
+    with pytest.raises(CheckFailed, match="step 1: input acts in rollouts, and verl's rollout engines rounded no val"):
+        watch.stepped(1, [one, one])
+    own = watch.stepped(1, [one, other])  # one of two engines got no problem
+    assert own["fp4rl/elements/rollout/input"] == 8
+
+
 def test_a_run_leaves_metrics_health_and_a_record(watch, tmp_path):
     watch.opened([report(0, trained=False)] * 2)
     assert watch.said[0].startswith("fp4rl: 2 sites on each of 2 ranks, 0 left out, 100 parameters trained")

@@ -69,7 +69,7 @@ class VllmServer:
                 replies = list(pool.map(self._generate, prompts, settings))
         finally:
             counted = self.server.worker("fp4rl_end")
-        _credit(sites, counted)
+        credit(sites, counted)
         choices = [each for reply in replies for each in sorted(reply["choices"], key=lambda each: each["index"])]
         _require_version(choices, version)
         self._lines.append(WeightsServed(weight_version=version, tensors=tensors, compared=compared))
@@ -114,7 +114,7 @@ class VllmServer:
 
 
 def described(sites: Sequence[SiteState]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what a worker must know to round at `sites`, as plain values: see `worker.state_of`."""
+    """Return what a worker must know to round at `sites`, as plain values: see `rounder.state_of`."""
     rows = [
         {
             "kind": state.plan.site.kind,
@@ -129,7 +129,7 @@ def described(sites: Sequence[SiteState]) -> tuple[list[dict[str, Any]], dict[st
     return rows, sites[0].injection.model_dump(mode="json", include=keys) if sites else {}
 
 
-def _credit(sites: Sequence[SiteState], counted: Sequence[Mapping[str, Any]]) -> None:
+def credit(sites: Sequence[SiteState], counted: Sequence[Mapping[str, Any]]) -> None:
     """Add what the worker counted to the states of the model; CheckFailed where it computed or rounded nothing."""
     if len(counted) != len(sites):
         raise CheckFailed(f"the server counted at {len(counted)} of {len(sites)} sites: it was started again meanwhile")

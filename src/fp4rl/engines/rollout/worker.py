@@ -5,9 +5,8 @@ The server is started with `--worker-extension-cls fp4rl.engines.rollout.worker.
 safetensors, which hold numbers and no code.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +21,16 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 import vllm
 from fp4rl.engines.rollout.held import follow_embeddings, held
-from fp4rl.engines.rollout.kinds import KINDS, rounding
-from fp4rl.engines.rollout.known import prepare
 from fp4rl.engines.rollout.mixture import begin_reload, require_reloaded
-from fp4rl.inject.cache import SharedInput
-from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.site import SiteState
-from fp4rl.sites.walk import Site
-from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import format_of
-from fp4rl.spec.injection import Injection
+from fp4rl.engines.rollout.rounder import Rounder
 
 BACKEND = "fp4rl"
 
 
-class Worker:
+class Worker(Rounder):
     """Methods that vLLM's worker gets besides its own; they are called over `collective_rpc` with values for JSON."""
 
-    model_runner: Any
     vllm_config: Any
-    fp4rl_states: Sequence[SiteState] = ()
-    fp4rl_rounding: ExitStack | None = None
     fp4rl_rows: dict[str, int] | None = None
 
     def fp4rl_open(self) -> dict[str, Any]:
@@ -63,30 +51,6 @@ class Worker:
             "weight_transfer": transfer.backend if transfer is not None else None,
         }
 
-    def fp4rl_begin(self, sites: Sequence[Mapping[str, Any]], injection: Mapping[str, Any]) -> list[str]:
-        """Round and count at `sites` from here on; return what stands against it, in words."""
-        self.fp4rl_end()
-        described = Injection.model_validate(injection)
-        self.fp4rl_states = [state_of(site, described) for site in sites]
-        self.fp4rl_rounding = ExitStack()
-        try:
-            prepare(self.model_runner.get_model())
-            self.fp4rl_rounding.enter_context(rounding(self.model_runner.get_model(), self.fp4rl_states))
-        except InvalidValueError as error:
-            return [str(error)]
-        return []
-
-    def fp4rl_end(self) -> list[dict[str, Any]]:
-        """Stop rounding; return what each site counted."""
-        if self.fp4rl_rounding is not None:
-            self.fp4rl_rounding.close()
-        counted = [
-            {"calls": state.calls, "meters": {point: astuple(meter) for (_, point), meter in state.meters.items()}}
-            for state in self.fp4rl_states
-        ]
-        self.fp4rl_rounding, self.fp4rl_states = None, ()
-        return counted
-
     def fp4rl_compare(self, path: str, names: Sequence[str], first: bool) -> list[list[Any]]:
         """Compare a part of the stream, the `first` one or a later one, with the weights that are multiplied by.
 
@@ -97,16 +61,6 @@ class Worker:
         tensors = load_file(path)
         part = ((name, tensors[name]) for name in names)
         return [list(each) for each in held(self.model_runner.get_model(), part, self.fp4rl_rows)]
-
-
-def state_of(site: Mapping[str, Any], injection: Injection) -> SiteState:
-    """Return the state of a site that `server.described` has described."""
-    where = Site(site["name"], site["name"], site["kind"], "", None, tuple(site["shape"]))
-    formats: dict[str, Any] = {point: format_of(described) for point, described in site["formats"].items()}
-    state = KINDS[site["kind"]].state(SitePlan(where, **formats), injection, SharedInput(1))
-    state.rng.step = site["step"]
-    state.enter("rollout", frozenset(formats))
-    return state
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.engines.verl import settings
+from fp4rl.engines.verl.beyond import rounding_rollouts
 from fp4rl.engines.verl.keys import ACTOR, CORRECTION, FILTER, MODEL, NO_DUAL_CLIP, OVERLONG, REF, ROLLOUT, SAME
 from fp4rl.engines.verl.machines import Machine
 from fp4rl.lab.matrix import PlannedRun
@@ -79,6 +80,8 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         same.verl: value_at(experiment, same.spec) for same in SAME if same.verl not in _OF_THE_RUN
     }
+    if rounding_rollouts(experiment):
+        chosen[f"{ROLLOUT}.enforce_eager"] = True  # in a captured graph the rounding of inputs would be lost
     return chosen | _loss(experiment.training) | _model(experiment) | _correction(experiment)
 
 

@@ -51,6 +51,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *_hooks("verl.utils.fsdp_utils", "", load_fsdp_model_to_gpu="model", offload_fsdp_model_to_cpu="model empty_cache"),
     *_hooks("verl.workers.engine_workers", "ActorRolloutRefWorker.", init_model="self"),
+    *_hooks("verl.workers.engine_workers", "ActorRolloutRefWorker.", update_weights="self global_steps mode"),
+    *_hooks("verl.workers.rollout.replica", "RolloutReplicaRegistry.", register="name loader"),
     *_hooks("verl.workers.engine_workers", "TrainingWorker.", reset="self"),
     *_hooks(
         "verl.single_controller.base.decorator", "", register="dispatch_mode execute_mode blocking materialize_futures"
@@ -76,6 +78,32 @@ HOOKS: tuple[Hook, ...] = (
         sleep_replicas="self",
     ),
 )
+
+_VLLM = "verl.workers.rollout.vllm_rollout"
+ROLLOUT_HOOKS: tuple[Hook, ...] = (
+    *_hooks(
+        f"{_VLLM}.vllm_async_server",
+        "vLLMHttpServer.",
+        generate="self prompt_ids sampling_params request_id image_data video_data audio_data mm_processor_kwargs "
+        "priority kv_transfer_params",
+        _get_worker_extension_cls="self",
+    ),
+    *_hooks(
+        f"{_VLLM}.vllm_async_server",
+        "vLLMReplica.",
+        __init__="self replica_rank config model_config gpus_per_node is_reward_model is_teacher_model name_suffix",
+    ),
+    *_hooks(
+        f"{_VLLM}.utils",
+        "vLLMColocateWorkerExtension.",
+        update_weights_from_ipc="self peft_config base_sync_done use_shm",
+        _update_weights="self weights peft_config base_sync_done",
+        _get_zmq_handle="self",
+    ),
+    *_hooks(f"{_VLLM}.bucketed_weight_transfer", "BucketedWeightReceiver.", receive_weights="self on_bucket_received"),
+    *_hooks(f"{_VLLM}.vllm_rollout", "ServerAdapter.", _ensure_server_handle="self"),
+)
+"""The hooks of verl's vLLM rollout. They are compared where a replica is made: to import them is to import vLLM."""
 
 
 def require(hooks: tuple[Hook, ...] = HOOKS) -> str:

@@ -71,7 +71,7 @@ class Engine(FSDPEngineWithLMHead):  # type: ignore[misc]
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Switch to the model without its adapters, which is the reference."""
-        with self.policy.reference(), super().disable_adapter():
+        with self.policy.during("reference"), super().disable_adapter():
             yield
 
     def _streamed(self) -> Iterator[tuple[str, Tensor]]:

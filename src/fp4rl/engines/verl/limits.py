@@ -4,13 +4,18 @@ from collections.abc import Callable, Iterator, Mapping
 from math import isclose
 from typing import Any
 
+from fp4rl.engines.verl.beyond import beyond_weights, rounding_rollouts
 from fp4rl.engines.verl.configuration import decided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.points import LINEAR_POINTS, Phase
+from fp4rl.spec.formats import Format
+from fp4rl.spec.points import Phase
 
-ROUNDING_ROLLOUTS: frozenset[str] = frozenset()
-"""verl's rollouts (`actor_rollout_ref.rollout.name`) whose workers round inputs; weights come rounded to all."""
+ROUNDING_ROLLOUTS = frozenset({"vllm"})
+"""verl's rollouts (`actor_rollout_ref.rollout.name`) whose workers round themselves; weights come rounded to all."""
+
+ROUNDED = ("input", "kv_cache")
+"""The points that they round."""
 
 Read = Callable[[str], Any]
 """A key of verl's configuration, as a dotted path, to its value; None where it is not set."""
@@ -20,21 +25,23 @@ _MODEL, _ACTOR, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("model", "a
 
 def require_possible(experiment: Experiment, read: Read) -> None:
     """Raise InvalidValueError for the first thing that verl would not do as the experiment says."""
-    rollout = str(read(f"{_ROLLOUT}.name"))
-    for problem in (*_of_experiment(experiment, rollout), *_of_config(experiment, read), *_other(experiment, read)):
+    for problem in (
+        *_of_experiment(experiment, read),
+        *_of_rollouts(experiment, read),
+        *_of_config(experiment, read),
+        *_other(experiment, read),
+    ):
         raise InvalidValueError(problem)
 
 
-def _of_experiment(experiment: Experiment, rollout: str) -> Iterator[str]:
+def _of_experiment(experiment: Experiment, read: Read) -> Iterator[str]:
     injection, noise = experiment.injection, experiment.noise
     for phase in ("rollout", "evaluation"):
-        beyond = _beyond_weights(experiment, phase)
-        if beyond and rollout not in ROUNDING_ROLLOUTS:
-            points = ", ".join(beyond)
+        points, why = _not_rounded(experiment, phase, read)
+        if points:
             yield (
-                f"injection: {points} acts during {phase}, and verl's rollout {rollout!r} gets rounded weights alone "
-                "(nor can Ascend take new W4A4 weights in place); take mode w4a16, or keep it to training: "
-                f"apply_during: {{{beyond[0]}: [training]}}"
+                f"injection: {', '.join(points)} acts during {phase}, and {why}; take mode w4a16, or keep it to "
+                f"training: apply_during: {{{points[0]}: [training]}}"
             )
     if injection is not None and injection.frozen_base == "packed":
         yield "injection.frozen_base: FSDP cannot shard packed weights; write copy"
@@ -44,19 +51,22 @@ def _of_experiment(experiment: Experiment, rollout: str) -> Iterator[str]:
         yield "training.distillation: verl has a trainer of its own for it; leave it out"
 
 
-def _beyond_weights(experiment: Experiment, phase: Phase) -> list[str]:
-    """Return what acts in a phase of the rollout engine besides the rounding of weights."""
-    injection = experiment.injection
-    if injection is None:
-        return []
-    present = [p for p in (*LINEAR_POINTS, "kv_cache") if p != "weight" and getattr(injection, p) is not None]
-    present += [p for p in LINEAR_POINTS[1:] if any(_rounds(row, p) for row in injection.by_pattern)]
-    present += ["errors"] if injection.errors else []
-    return [point for point in dict.fromkeys(present) if point in injection.apply_during.active(phase)]
+def _not_rounded(experiment: Experiment, phase: Phase, read: Read) -> tuple[list[str], str]:
+    """Return what acts in a phase besides weights and cannot, by verl's rollout or on its device, and why."""
+    beyond, rollout = beyond_weights(experiment, phase), read(f"{_ROLLOUT}.name")
+    never = [point for point in beyond if point not in ROUNDED]
+    if rollout not in ROUNDING_ROLLOUTS:
+        return beyond, f"verl's rollout {rollout!r} gets rounded weights alone"
+    if never:
+        return never, f"verl's rollout {rollout!r} rounds weights, {' and '.join(ROUNDED)} alone"
+    if read("trainer.device") == "npu" and "input" in beyond and _four_bits(experiment.injection):
+        return ["input"], "Ascend cannot take new W4A4 weights in place"
+    return [], ""
 
 
-def _rounds(row: Any, point: str) -> bool:
-    return getattr(row, point, "keep") not in ("keep", None)
+def _four_bits(injection: Any) -> bool:
+    inputs = [injection.input, *(row.input for row in injection.by_pattern)]
+    return any(fmt.element.bits == 4 for fmt in inputs if isinstance(fmt, Format))
 
 
 def _other(experiment: Experiment, read: Read) -> Iterator[str]:
@@ -76,6 +86,17 @@ def _same(present: Any, value: Any) -> bool:
     if isinstance(value, float) and isinstance(present, int | float):
         return isclose(present, value, rel_tol=1e-9)
     return bool(present == value)
+
+
+def _of_rollouts(experiment: Experiment, read: Read) -> Iterator[str]:
+    """Yield what keeps the worker of a rollout engine from rounding as the whole model does."""
+    if not rounding_rollouts(experiment):
+        return
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"):
+        if (read(f"{_ROLLOUT}.{key}") or 1) != 1:
+            yield f"{_ROLLOUT}.{key}: a rollout that rounds has one worker, which computes the whole model; write 1"
+    if read(f"{_ROLLOUT}.disaggregation.enabled"):
+        yield f"{_ROLLOUT}.disaggregation.enabled: its servers are others, which round weights alone; write False"
 
 
 def _of_config(experiment: Experiment, read: Read) -> Iterator[str]:

@@ -18,7 +18,7 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import CodesState
 from fp4rl.inject.probe import expected
-from fp4rl.inject.site import KEY
+from fp4rl.inject.site import KEY, SiteState
 from fp4rl.noise.evidence import NoiseEvidence, require_drawn, summary
 from fp4rl.noise.perturb import perturb
 from fp4rl.noise.schedule import ScheduleProgress
@@ -79,7 +79,7 @@ class Policy:
     dtype: torch.dtype = torch.float32
     streamed: Streamed | None = None
     evidence: list[Evidence] = field(default_factory=list)
-    _phase_of_streams: Phase = "rollout"
+    phase_of_streams: Phase = "rollout"
     _streams: Counter[Phase] = field(default_factory=Counter)
     _booked: dict[str, int] = field(default_factory=dict)
     _proven: bool = False
@@ -120,9 +120,9 @@ class Policy:
             self.attachment.set_phase(phase)
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Switch to the frozen policy, which a model without its adapters is."""
-        self.enter("reference")
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Switch to a phase for a while: to `reference`, the frozen policy, which a model without its adapters is."""
+        self.enter(phase)
         try:
             yield
         finally:
@@ -130,7 +130,12 @@ class Policy:
 
     def stream_as(self, phase: Phase) -> None:
         """Let the streams from here on be those of `phase`: rollout, or evaluation, which has no noise."""
-        self._phase_of_streams = phase
+        self.phase_of_streams = phase
+
+    @property
+    def states(self) -> tuple[SiteState, ...]:
+        """The states of the sites."""
+        return tuple(self.attachment.states.values()) if self.attachment is not None else ()
 
     @property
     def acts(self) -> bool:
@@ -144,7 +149,7 @@ class Policy:
         The noise is on while the stream is read, and gone with its end, whole or broken off. Raises CheckFailed where a
         site that acts was not rounded, where a value is another than its master rounds to, and where a master changed.
         """
-        phase, before = self._phase_of_streams, self._elements("weight")
+        phase, before = self.phase_of_streams, self._elements("weight")
         checked = self._streams[phase] < _CHECKED_STREAMS or self._streams[phase] % _CHECKED_EVERY == 0
         self._streams[phase] += 1
         for part in (part for part in self.model.modules() if isinstance(part, FSDPModule)):

@@ -12,10 +12,12 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from fp4rl.engines.environment import noisy_operators
+from fp4rl.engines.verl.beyond import rounding_rollouts
 from fp4rl.engines.verl.engine import Engine
 from fp4rl.engines.verl.limits import require_possible
 from fp4rl.engines.verl.old import flat, require_agreement
 from fp4rl.engines.verl.policy import Report
+from fp4rl.engines.verl.rollouts import Rollouts
 from fp4rl.engines.verl.settings import TRAINER_MODE, experiment
 from fp4rl.engines.verl.watch import RunWatch
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
@@ -27,6 +29,8 @@ from fp4rl.spec.points import Phase
 class PolicyWorker(ActorRolloutRefWorker):  # type: ignore[misc]
     """verl's worker with engines of the plug-in. It cannot be called Worker: by that name verl finds its own base."""
 
+    rollouts: Rollouts | None = None
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
         """Build actor, reference and rollout as verl does. Raises CheckFailed where verl took another engine."""
@@ -36,6 +40,22 @@ class PolicyWorker(ActorRolloutRefWorker):  # type: ignore[misc]
             if worker is not None and not isinstance(worker.engine, Engine):
                 kind = type(worker.engine)
                 raise CheckFailed(f"the {name}'s engine is {kind.__module__}.{kind.__name__}, which rounds nothing")
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)  # type: ignore[untyped-decorator]
+    async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> Any:
+        """Send weights as verl does. What the rollout rounds itself is counted before them, and begins anew after."""
+        rollouts = self._fp4rl_rollouts()
+        if rollouts is not None:
+            await rollouts.end()
+        metrics = await super().update_weights(global_steps=global_steps, mode=mode)
+        if rollouts is not None:
+            await rollouts.begin()
+        return metrics
+
+    def _fp4rl_rollouts(self) -> Rollouts | None:
+        if self.rollouts is None and rounding_rollouts(_experiment()) and self.rollout._ensure_server_handle():
+            self.rollouts = Rollouts(self.actor.engine.policy, self.rollout.server_handle)
+        return self.rollouts
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def fp4rl_report(self, trained: bool = False, last: bool = False) -> Report:
@@ -127,10 +147,11 @@ class Trainer(PPOTrainerSync):  # type: ignore[misc]
 
     @property
     def _as_sampled(self) -> bool:
-        """Whether an evaluation computes with the weights that rollouts sample with."""
+        """Whether an evaluation computes with the weights that rollouts sample with, and is not counted apart."""
         injection = self.experiment.injection
         phases = (injection.apply_during.active(p) for p in ("rollout", "evaluation")) if injection is not None else ()
-        return self.experiment.noise is None and len({"weight" in points for points in phases}) < 2
+        apart = self.experiment.noise is not None or rounding_rollouts(self.experiment)
+        return not apart and len({"weight" in points for points in phases}) < 2
 
     def _reports(self, *, trained: bool = False, last: bool = False) -> list[Report]:
         reports: list[Report] = self.actor_rollout_wg.fp4rl_report(trained=trained, last=last)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp4rl.engines.verl.beyond import beyond_weights
 from fp4rl.engines.verl.policy import Report, Streamed
 from fp4rl.engines.verl.record import RunRecord, numbers
 from fp4rl.rl.health.findings import ORDER
@@ -56,6 +57,7 @@ class RunWatch:
         self._take(reports)
         self._require_streamed(step)
         self._require_trained(step, reports)
+        self._require_rolled(step, reports)
         metrics: dict[str, float] = {
             "fp4rl/sites": len(first.sites.plans or ()),
             "fp4rl/ranks": len(reports),
@@ -151,6 +153,12 @@ class RunWatch:
                         f"step {step}: {point} acts at {number} sites in training, and rank {rank} rounded no value"
                     )
 
+    def _require_rolled(self, step: int, reports: Sequence[Report]) -> None:
+        """Raise CheckFailed where the rollout engines rounded nothing of what they round themselves in this step."""
+        for point in beyond_weights(self.experiment, "rollout"):
+            if not any(report.counts.get(f"rollout/{point}") for report in reports):
+                raise CheckFailed(f"step {step}: {point} acts in rollouts, and verl's rollout engines rounded no value")
+
     def _noise_summary(self) -> NoiseSummary | None:
         if self.experiment.noise is None:
             return None
@@ -199,12 +207,13 @@ def _alike(reports: Sequence[Report]) -> Report:
 
 def _summed(ranks: Sequence[Sequence[Injected]]) -> list[Injected]:
     """Return the counters of all ranks added up, shares and errors as their means. Raises CheckFailed for a point that
-    acted on one rank and not on another."""
+    acted on one rank and not on another: of a rollout engine that got no problem, its weights alone did."""
     tables = [{(row.phase, row.site, row.point): row for row in rows} for rows in ranks]
     summed = []
-    for key, row in tables[0].items():
+    for key, row in {key: row for table in reversed(tables) for key, row in table.items()}.items():
         same = [table.get(key) for table in tables]
-        if not all(same):
+        by_engines = row.phase in ("rollout", "evaluation") and row.point != "weight"
+        if not all(same) and not by_engines:
             raise CheckFailed(f"rank {same.index(None)} did not round {row.site} ({row.point}) during {row.phase}")
         known = [each for each in same if each is not None]
         more = {
