@@ -1,5 +1,6 @@
 """The hooks of verl that the plug-in uses, on the version that is installed; a missing or changed one is named."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,14 @@ from fp4rl.spec.errors import CheckFailed
 
 def test_every_hook_is_there_with_the_parameters_that_were_checked():
     assert contract.require() in contract.VERSIONS
+
+
+def test_so_are_the_hooks_of_its_vllm_rollout():
+    pytest.importorskip("vllm")
+    code = "import verl; from fp4rl.engines.verl import contract as c; print(c.require(c.ROLLOUT_HOOKS))"
+    known = os.environ | {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=known, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["0.9.1"], done.stderr[-2000:]
 
 
 def test_every_stream_of_the_installed_engine_is_wrapped_by_the_plugin():

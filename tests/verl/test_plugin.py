@@ -46,6 +46,17 @@ def test_under_an_experiment_it_registers_engine_and_trainer(spec):
     assert lines == ["fp4rl.engines.verl.engine fp4rl.engines.verl.trainer", "['cpu', 'cuda', 'npu']"]
 
 
+@pytest.mark.parametrize("mode, module", [("w4a16", "verl."), ("w4a8", "fp4rl.engines.verl.replica")])
+def test_vllm_is_replaced_where_rollouts_round_inputs(spec, mode, module):
+    pytest.importorskip("vllm")
+    Path(spec).write_text(Path(spec).read_text().replace("w4a16", mode))
+    code = (
+        LOADS + "from verl.workers.rollout.replica import get_rollout_replica_class as g; print(g('vllm').__module__)"
+    )
+    done = python(code, FP4RL_VERL_SPEC=spec)
+    assert done.stdout.strip().splitlines()[-1:][0].startswith(module), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "plant, why",
     [

@@ -13,8 +13,9 @@ REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=
 REWARD += "    return sum(c.isalpha() for c in solution_str) / max(len(solution_str), 1)\n"
 
 
-def model(folder: Path, head_dim: int = 16) -> Path:
-    """Write the model: 2 layers, 64 wide, 14 linear layers. vLLM for CPUs wants heads of 64."""
+def model(folder: Path, for_vllm: bool = False) -> Path:
+    """Write the model: 2 layers, 64 wide, 14 linear layers. vLLM for CPUs wants heads of 64, and in its rollouts verl
+    draws no token that the tokenizer has not."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -32,13 +33,13 @@ def model(folder: Path, head_dim: int = 16) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=320,
+        vocab_size=len(fast) if for_vllm else 320,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=head_dim,
+        head_dim=64 if for_vllm else 16,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         eos_token_id=fast.eos_token_id,

@@ -6,19 +6,10 @@ import pytest
 import torch
 
 from fp4rl.engines.verl.policy import Policy
-from fp4rl.models.tiny import build
-from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.model import Embedded
 
 NOISE = {"schedule": {"kind": "linear", "sigma_start": 0.05, "sigma_end": 0.01}}
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return build(Embedded(), build_tokenizer())
 
 
 def described(**parts):
