@@ -42,8 +42,10 @@ def test_without_the_plug_ins_rounding_it_does_not(found):
     assert found["unrounded"]["tokens"] == {}
 
 
-@pytest.mark.parametrize("mode", ["w4a8", "w4a4"])
-def test_every_layer_rounds_the_input_of_every_token_that_is_computed(found, mode):
+@pytest.mark.parametrize("mode, sites", [("w4a8", 14), ("w4a4", 14), ("kv_cache", 16)])
+def test_every_site_rounds_what_every_token_gives_it(found, mode, sites):
     tokens = found[mode]["tokens"]
-    assert len(tokens) == 14
-    assert all(points == {"input": found[mode]["computed"]} for points in tokens.values())
+    assert len(tokens) == sites
+    assert {count for points in tokens.values() for count in points.values()} == {found[mode]["computed"]}
+    kinds = {point for points in tokens.values() for point in points}
+    assert kinds == ({"input", "kv_cache"} if mode == "kv_cache" else {"input"})

@@ -69,6 +69,7 @@ def apart(model, prompts, outputs):
 
 
 model, tokenizer = made()
+KEY_AND_VALUE = (2 * model.model.layers[0].self_attn.k_proj.out_features,)  # numbers of a token in the cache
 from vllm import LLM, SamplingParams  # noqa: E402
 
 llm = LLM(
@@ -101,7 +102,9 @@ def sampled(rounded):
         "answered": sum(len(each.outputs[0].token_ids) for each in outputs),
         "computed": sum(len(p) + len(o.outputs[0].token_ids) - 1 for p, o in zip(prompts, outputs, strict=True)),
         "calls": sorted({row["calls"] for row, _ in rows.values()}),
-        "tokens": {n: {p: m[1] / s[-1] for p, m in row["meters"].items()} for n, (row, s) in rows.items()},
+        "tokens": {
+            n: {p: m[1] / (s or KEY_AND_VALUE)[-1] for p, m in r["meters"].items()} for n, (r, s) in rows.items()
+        },
     }
 
 
