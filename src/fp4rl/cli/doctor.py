@@ -47,8 +47,8 @@ def command(as_json: AsJson = False) -> None:
 
 def _show(facts: dict[str, Any]) -> None:
     screen = console()
-    screen.print(", ".join(f"{name} {value}" for name, value in facts["machine"].items()), soft_wrap=True)
-    screen.print(", ".join(f"{name} {value}" for name, value in facts["packages"].items()), soft_wrap=True)
+    for part in ("machine", "packages"):
+        print_indented(", ".join(f"{name} {value}" for name, value in facts[part].items()), by=0)
     for device in facts["devices"]:
         size = f", {device['gib']:.0f} GiB" if device["gib"] else ""
         screen.print(styled(("\n" + device["kind"], "bold"), f": {device['name']}{size}"))

@@ -12,10 +12,12 @@ from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.packed_start import EMBEDDED, say_packed, start_of
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, say_once, styled
 from fp4rl.models.quiet import quiet
+from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
+from fp4rl.spec.retarget import under_deployment
 from fp4rl.spec.rollout import RolloutEngine
 
 
@@ -49,6 +51,8 @@ def command(
     quiet()
     folder, experiment = _policy(source, overrides or [], arm, mode, runs)
     chosen = _engine(engine, server, experiment.rollout)
+    if deployment is not None:
+        _require_rules(experiment.injection, deployment)
     name, results = _audited(chosen, folder, experiment, (count, max_new_tokens), deployment, runs)
     if as_json:
         print_json({"engine": chosen.engine, "server": chosen.server, "checks": [asdict(check) for check in results]})
@@ -92,7 +96,19 @@ def _engine(engine: str | None, server: str | None, own: RolloutEngine) -> Rollo
     """Return the engine that the options name, else the one that the audited experiment samples with."""
     named = {"engine": engine or ("vllm" if server else own.engine)}
     kept = own.model_dump(exclude_none=True) if named["engine"] == own.engine else {}
-    return parse(RolloutEngine, {**kept, **named, **({"server": server} if server else {})}, "--engine")
+    return parse(
+        RolloutEngine, {**kept, **named, **({"server": server} if server else {})}, "--server" if server else "--engine"
+    )
+
+
+def _require_rules(injection: Injection | None, deployment: str) -> None:
+    """Raise NotFoundError for an unknown deployment, InvalidValueError where nothing is rounded under its rules."""
+    if injection is None:
+        deployment_named(deployment)
+        raise InvalidValueError(
+            f"--deployment {deployment}: nothing is rounded, so its rules change nothing; add --mode"
+        )
+    under_deployment(injection, deployment)
 
 
 def _say_packed(start: Path, chosen: RolloutEngine) -> None:

@@ -1,5 +1,6 @@
 """`fp4rl watch`: a live picture of runs that others train, from their folders alone."""
 
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,13 +79,19 @@ def located(watched: str, runs: Path) -> tuple[Path, str]:
 
 def _follow(watch: "Watcher", screen: Console) -> None:
     """Show the picture until Ctrl-C, and leave the last one on the screen."""
+    # A flag: a KeyboardInterrupt that comes while Python runs a finalizer is reported there and lost.
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         with Live(console=screen, screen=True, auto_refresh=False) as live:
-            while True:
+            while not interrupts:
                 live.update(_picture(watch, screen), refresh=True)
-                time.sleep(_EVERY_S)
-    except KeyboardInterrupt:
-        _print(watch, screen)
+                shown = time.monotonic()
+                while not interrupts and time.monotonic() - shown < _EVERY_S:
+                    time.sleep(_EVERY_S / 20)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _print(watch, screen)
 
 
 def _print(watch: "Watcher", screen: Console) -> None:

@@ -262,7 +262,7 @@ def _distance(first: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, flo
 def _in_words(numbers: dict[str, float]) -> str:
     if not numbers["tokens"]:
         return "the engine gave no log-probability"
-    shares = ", ".join(f"{100 * numbers[f'share_over_{nats:g}']:.2g} % over {nats:g}" for nats in NATS)
+    shares = ", ".join(f"{100 * numbers[f'share_over_{nats:g}']:.3g} % over {nats:g}" for nats in NATS)
     return (
         f"{numbers['tokens']:.0f} tokens, {numbers['mean']:.2g} nats apart on average, {numbers['max']:.2g} at most "
         f"({shares}), k3 {numbers['k3']:.2g}"

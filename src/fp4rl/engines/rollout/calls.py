@@ -44,8 +44,8 @@ class Server:
         except (OSError, HTTPException) as error:
             why = getattr(error, "reason", error)
             raise EngineLost(
-                f"rollout.server {self.address} does not answer ({why}): start it again, and the same command goes on "
-                "from the last checkpoint"
+                f"rollout.server {self.address} does not answer ({why}): start it, then repeat the command; a run "
+                "goes on from its last checkpoint"
             ) from None
         try:
             return json.loads(said or b"null")
