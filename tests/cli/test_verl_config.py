@@ -96,6 +96,7 @@ def test_a_translated_script_as_json(said):
         (("mine.yaml", "--arm", "plain", "--out", "gone/x.sh"), 2, "there is no folder"),
         ((), 2, "--from a script"),
         (("mine.yaml", "--from", "old.sh"), 2, "drop the others"),
+        (("--from", "none.sh"), 2, "none.sh: no such file or folder; name one that is there"),
         (("--from", "gone.sh"), 2, "gone.sh"),
         (("--from", "mine.yaml"), 2, "no setting of verl"),
     ],

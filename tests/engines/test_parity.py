@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 
 from fp4rl.cli.main import main
 from fp4rl.engines.parity.audit import Engine, audit
-from fp4rl.engines.parity.causes import CAUSES
+from fp4rl.engines.parity.causes import CAUSES, causes_of
 from fp4rl.engines.parity.engines import engine_of
+from fp4rl.engines.parity.scores import in_float32
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
@@ -20,12 +22,14 @@ from fp4rl.rl.generate import transformers_sampler
 from fp4rl.rl.stream import injected_states
 from fp4rl.spec.errors import EngineDiffers, NotFoundError
 from fp4rl.spec.evidence import WeightsServed
+from fp4rl.spec.formats import format_named
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.rollout import RolloutEngine
 
 TRANSFORMERS = engine_of(RolloutEngine())
+HELD = ("weights", "scores", "refresh", "order")
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "parity.md"
 
 
@@ -48,20 +52,157 @@ def packed(folder, tmp_path_factory):
     return out
 
 
-def audited(folder, injection, sampler=transformers_sampler, held=None, deployment=None):
-    model, tokenizer = load(folder)
+def audited(folder, injection, sampler=transformers_sampler, held=None, deployment=None, dtype="float32"):
+    model, tokenizer = load(folder, dtype=getattr(torch, dtype))
     prompts = [tokenizer(f"{a} + {b} = ")["input_ids"] for a in (2, 13) for b in (3, 7, 25)]
     engine = Engine("planted", sampler, held or TRANSFORMERS.held)
     checks = audit(engine, model, tokenizer, injection, prompts, 12, deployment)
     return {check.name: check for check in checks}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w4a4", "nvfp4_w4a4", None])
-def test_the_trainers_own_model_is_at_parity(mode, folder):
-    checks = audited(folder, Injection.named(mode) if mode else None)
-    assert {name: check.passed for name, check in checks.items()} == dict.fromkeys(("weights", "scores", "order"), True)
-    assert checks["scores"].numbers["max"] < 1e-3
+def test_the_trainers_own_model_is_at_parity(mode, dtype, folder):
+    checks = audited(folder, Injection.named(mode) if mode else None, dtype=dtype)
+    assert {name: check.passed for name, check in checks.items()} == dict.fromkeys(HELD, True)
+    assert checks["scores"].numbers["max"] < {"float32": 1e-3, "bfloat16": 0.2}[dtype]
     assert checks["scores"].numbers["tokens"] > 20
+    assert ("float32_mean" in checks["scores"].numbers) is (dtype == "bfloat16")
+
+
+def leaving_out(point, counting=True):
+    """An engine that rounds all but one point, and says that it rounded this one too."""
+
+    def sampler(model, tokenizer, prompts, sampling):
+        states = injected_states(model)
+        for state in states:
+            state.enter("rollout", state.points - {point})
+        answers = transformers_sampler(model, tokenizer, prompts, sampling)
+        for state in states:
+            state.enter("rollout", frozenset({"weight", "input", "kv_cache"}))
+            state.meter(point).elements += counting
+        return answers
+
+    return sampler
+
+
+def with_input(name):
+    """An engine that rounds inputs to another format than was trained."""
+
+    def sampler(model, tokenizer, prompts, sampling):
+        kept = {state: state.plan for state in injected_states(model)}
+        for state in kept:
+            state.plan = replace(state.plan, input=format_named(name))
+            state.enter("rollout", state.points)
+        answers = transformers_sampler(model, tokenizer, prompts, sampling)
+        for state, plan in kept.items():
+            state.plan = plan
+        return answers
+
+    return sampler
+
+
+def with_other_positions(model, tokenizer, prompts, sampling):
+    """An engine whose rotary frequencies are of another base."""
+    rotary = model.model.rotary_emb
+    kept = rotary.inv_freq.clone()
+    rotary.inv_freq.mul_(torch.linspace(1.0, 0.5, len(kept)))
+    answers = transformers_sampler(model, tokenizer, prompts, sampling)
+    rotary.inv_freq.copy_(kept)
+    return answers
+
+
+def almost_without_numbers(model, tokenizer, prompts, sampling):
+    def first_alone(logps):
+        return torch.where(torch.arange(len(logps)) == 0, logps, torch.nan)
+
+    answers = transformers_sampler(model, tokenizer, prompts, sampling)
+    return [answer._replace(logps=first_alone(answer.logps)) for answer in answers]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "sampler"),
+    [
+        ("w4a8", leaving_out("input")),
+        ("w4a4", leaving_out("input")),
+        ("w4a8", with_input("mxfp8_e5m2")),
+        ("w4a16", with_other_positions),
+        (None, with_other_positions),
+        (None, almost_without_numbers),
+    ],
+)
+def test_what_damages_no_training_yet_differs_all_the_same(mode, sampler, dtype, folder):
+    check = audited(folder, Injection.named(mode) if mode else None, sampler, dtype=dtype)["scores"]
+    assert check.passed is False, check.seen
+    assert check.numbers["k3"] < 3e-2
+
+
+def cached(model, tokenizer, prompts, sampling, kept={}):  # noqa: B006 - it is a cache
+    """An engine that answers a prompt anew with what it computed when it first saw it."""
+    fresh = transformers_sampler(model, tokenizer, prompts, sampling)
+    for prompt, answer in zip(prompts, fresh, strict=True):
+        kept.setdefault((id(model), tuple(prompt), sampling.temperature), answer)
+    return [kept[id(model), tuple(prompt), sampling.temperature] for prompt in prompts]
+
+
+def test_an_engine_that_remembers_old_weights_differs_after_a_refresh(folder):
+    checks = audited(folder, Injection.named("w4a8"), cached)
+    assert {name: check.passed for name, check in checks.items()} == {**dict.fromkeys(HELD, True), "refresh": False}
+
+
+def test_one_call_under_other_weights_differs_in_its_order(folder):
+    calls = []
+
+    def sampler(model, tokenizer, prompts, sampling):
+        calls.append(sampling.temperature)
+        if calls.count(0.0) != 2:
+            return transformers_sampler(model, tokenizer, prompts, sampling)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.02)
+        answers = transformers_sampler(model, tokenizer, prompts, sampling)
+        with torch.no_grad():
+            model.model.norm.weight.div_(1.02)
+        return answers
+
+    checks = audited(folder, None, sampler)
+    assert {name: check.passed for name, check in checks.items()} == {**dict.fromkeys(HELD, True), "order": False}
+
+
+def test_the_effect_of_a_point_that_is_left_out_is_told(folder):
+    own = audited(folder, Injection.named("w4a8"))["scores"].numbers
+    other = audited(folder, Injection.named("w4a8"), leaving_out("input"))["scores"].numbers
+    assert own["input_missing"] == pytest.approx(0, abs=0.02)
+    assert other["input_missing"] == pytest.approx(1, abs=0.02)
+    assert other["input_missing_error"] < 0.02
+
+
+def test_sixteen_bits_come_back_as_they_were(folder):
+    model, _ = load(folder, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    with in_float32(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def test_what_is_drawn_is_judged_by_its_damage_alone(folder):
+    described = {"mode": "w4a4", "errors": [{"kind": "relative", "scale": 1e-4}]}
+    assert (
+        "only k3 is judged: hardware errors are drawn"
+        in audited(folder, Injection.model_validate(described))["scores"].seen
+    )
+
+
+def test_causes_are_those_of_the_tensors_that_differ():
+    norms = causes_of("weights", ["model.layers.0.input_layernorm.weight", "model.norm.weight"])
+    assert any("noise was put on twice" in cause.what for cause in norms)
+    assert not any("two experts" in cause.what or "router" in cause.what for cause in norms)
+    one = causes_of("weights", ["model.layers.0.mlp.experts.3.gate_proj.weight"])
+    assert any("transposed" in cause.what for cause in one)
+    assert not any("noise was" in cause.what or "tied" in cause.what for cause in one)
+    assert len(causes_of("weights")) > len(norms)
 
 
 def test_what_the_rules_of_a_deployment_would_change_is_told(folder):
@@ -78,6 +219,7 @@ def test_a_rounded_cache_is_told_and_is_no_cause(folder):
         "weights": True,
         "kv_cache": None,
         "scores": True,
+        "refresh": True,
         "order": True,
     }
     seen, numbers = checks["kv_cache"].seen, checks["kv_cache"].numbers
@@ -196,7 +338,7 @@ def test_causes_stand_in_the_documentation_with_their_cure():
     page = DOCS.read_text()
     for cause in CAUSES:
         assert f"| {cause.what} | {cause.shows} | {cause.mended} |" in page
-    assert {cause.check for cause in CAUSES} == {"calls", "weights", "versions", "scores", "rules", "order"}
+    assert {cause.check for cause in CAUSES} == {"calls", "weights", "versions", "scores", "refresh", "rules", "order"}
 
 
 class Served:
@@ -213,12 +355,12 @@ class Served:
 
 
 def test_versions_are_told_of_an_engine_that_serves_them(folder):
-    checks = audited(folder, None, Served([f"run-{number}" for number in range(1, 9)]))
+    checks = audited(folder, None, Served([f"run-{number}" for number in range(1, 10)]))
     assert checks["versions"].passed is True
-    assert checks["versions"].seen == "8 calls, answered with 8 versions of the weights: run-1 to run-8"
+    assert checks["versions"].seen == "9 calls, answered with 9 versions of the weights: run-1 to run-9"
 
 
-@pytest.mark.parametrize("versions", [["run-1"] * 8, [f"run-{number}" for number in range(7)]])
+@pytest.mark.parametrize("versions", [["run-1"] * 9, [f"run-{number}" for number in range(8)]])
 def test_calls_without_a_version_of_their_own_differ(versions, folder):
     assert audited(folder, None, Served(versions))["versions"].passed is False
 
@@ -239,7 +381,7 @@ def noted(into, *now):
 def test_each_part_of_an_audit_is_told_as_progress(folder):
     model, tokenizer = load(folder)
     prompts = [tokenizer(f"{a} + 3 = ")["input_ids"] for a in (2, 13, 5)]
-    for deployment, parts in ((None, 9), ("vllm_ascend", 10)):
+    for deployment, parts in ((None, 11), ("vllm_ascend", 12)):
         told = []
         injection = Injection.named("w4a16")
         asked = (TRANSFORMERS, model, tokenizer, injection, prompts, 2, deployment)
@@ -255,11 +397,11 @@ def test_a_model_folder_is_audited_from_the_command_line(folder, capsys, monkeyp
     words = ["parity", str(folder), "--mode", "w4a4", "--count", "4", "--max-new-tokens", "6"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert said.count("equal ") == 3
+    assert said.count("equal ") == 4
     assert all(len(line) <= 80 for line in said.splitlines())
     assert main([*words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [check["passed"] for check in answer["checks"]] == [True] * 3
+    assert [check["passed"] for check in answer["checks"]] == [True] * 4
 
 
 def test_a_difference_ends_with_one_and_names_its_causes(folder, capsys, monkeypatch):
@@ -327,7 +469,7 @@ def test_the_embedded_model_is_a_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fp4rl.cli.packed_start.progress", bar)
     words = ["--mode", "w4a4", "--count", "2", "--max-new-tokens", "2", "--runs", str(tmp_path)]
     assert main(["parity", "embedded", *words]) == 0
-    assert capsys.readouterr().out.count("equal ") == 3
+    assert capsys.readouterr().out.count("equal ") == 4
     assert told == [("warm-up", 1, Embedded().warm_up_steps)]
 
 

@@ -113,7 +113,7 @@ def unaudited(address):
 
 
 def test_no_server_ends_in_one_line_with_the_cure():
-    with pytest.raises(EngineLost, match=r"does not answer .*start it again, and the same command goes on"):
+    with pytest.raises(EngineLost, match=r"does not answer .*start it, then repeat the command"):
         Server("http://127.0.0.1:9").post("/x")
 
 

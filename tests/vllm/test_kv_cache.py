@@ -303,6 +303,7 @@ def test_the_audit_tells_of_the_cache_from_the_command_line(folder, tmp_path, ca
         "weights": True,
         "kv_cache": None,
         "scores": True,
+        "refresh": True,
         "order": True,
     }
     numbers = checks["kv_cache"]["numbers"]

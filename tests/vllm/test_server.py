@@ -149,12 +149,12 @@ def test_sequences_that_do_not_fit_the_server_are_refused(remote, policy):
 def test_a_server_is_audited_by_value(folder, address, capsys):
     checks, _ = audited(capsys, folder, "--server", address, "--mode", "w4a4")
     assert {name: check["passed"] for name, check in checks.items()} == dict.fromkeys(
-        ("weights", "scores", "order", "versions"), True
+        ("weights", "scores", "refresh", "order", "versions"), True
     )
     assert checks["weights"]["seen"] == "26 tensors of the stream, every value equal in its worker"
     assert checks["scores"]["numbers"]["tokens"] > 20
     assert checks["scores"]["numbers"]["max"] < 1e-3
-    assert checks["versions"]["numbers"] == {"calls": 8, "versions": 8}
+    assert checks["versions"]["numbers"] == {"calls": 9, "versions": 9}
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
             return _INTERRUPTED, f"stopped{'; the same command continues where it left off' if resumes else ''}"
         case BrokenPipeError():
             return 0, ""
+        case FileNotFoundError() if error.filename is not None:
+            return 2, f"{error.filename}: no such file or folder; name one that is there"
         case OSError() if error.filename is not None:
             return 2, f"{error.filename}: {error.strerror}; name another place, or make room there"
         case UserError():

@@ -153,7 +153,7 @@ def _show(engine: str, results: list[Any]) -> None:
     for check in results:
         console().print(styled(marks[check.passed], (f" {check.name}", "bold")))
         print_indented(check.seen, by=7)
-        for cause in causes_of(check.name) if check.passed is False else ():
+        for cause in causes_of(check.name, check.tensors) if check.passed is False else ():
             print_indented((f"cause: {cause.what}", "bold"), by=7)
             print_indented(f"shows: {cause.shows}", by=9)
             print_indented(f"mended: {cause.mended}", by=9)

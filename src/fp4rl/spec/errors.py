@@ -30,11 +30,14 @@ class CheckFailed(Exception):
 
 
 class EngineDiffers(CheckFailed):
-    """An engine holds or serves another policy than the trainer; `check` is the comparison that shows it."""
+    """An engine holds or serves another policy than the trainer.
 
-    def __init__(self, message: str, check: str) -> None:
+    `check` is the comparison that shows it, `tensors` are the names of those that differ, where it compares tensors.
+    """
+
+    def __init__(self, message: str, check: str, tensors: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.check = check
+        self.check, self.tensors = check, tensors
 
 
 class NotFinite(CheckFailed):

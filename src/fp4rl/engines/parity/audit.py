@@ -1,25 +1,38 @@
 """The audit of an engine against the trainer's own model: its weights, its scores of tokens, the order of prompts."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fp4rl.engines.parity.calls import ALONE, Pairs, in_other_orders, with_scaled_norms
+from fp4rl.engines.parity.scores import (
+    Limits,
+    compare_scores,
+    distance,
+    drawn,
+    drawn_at_random,
+    in_float32,
+    in_words,
+    k3_limit,
+    loose,
+    rounding_points,
+    scored,
+    without,
+)
 from fp4rl.inject.attach import Attachment, attach
-from fp4rl.models.positions import forward_inputs
-from fp4rl.rl.generate import Generation, Sampler, Sampling, dropout_off, evidence_of
-from fp4rl.rl.mismatch import DECODED, DECODED_FUSED, mismatch_metrics
-from fp4rl.rl.prompts import padded
+from fp4rl.rl.generate import Generation, Sampler, Sampling, evidence_of
 from fp4rl.spec.errors import CheckFailed, EngineDiffers
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.points import GRADIENTS
 from fp4rl.spec.retarget import under_deployment
 from fp4rl.spec.words import counted
 
 _ROUNDED_IN = ("rollout", "training")  # phases
-NATS = (1e-4, 1e-2)  # differences whose share of the tokens is counted
-_ALONE = 4  # prompts that are also answered one by one
 
 OnProgress = Callable[[int, int], None]
 """Called with (parts of the audit that are done, all of them)."""
@@ -27,12 +40,16 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Check:
-    """The answer of one check, in words and in numbers. `passed` is None where it only tells something."""
+    """The answer of one check, in words and in numbers. `passed` is None where it only tells something.
+
+    `tensors`: those that differ, by name, where the check compares tensors.
+    """
 
     name: str
     passed: bool | None
     seen: str
     numbers: dict[str, float] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,12 +78,12 @@ def audit(
 ) -> Iterator[Check]:
     """Yield the checks of an engine that samples for `model` under `injection`, in the phase of rollouts.
 
-    Scores are those of the training phase. `deployment` adds what its kernel's own rules would change. The engine that
-    finds by itself that it is another policy ends the audit with that check.
+    Scores are those of the trainer's model in the same phase. `deployment` adds what its kernel's own rules would
+    change. The engine that finds by itself that it is another policy ends the audit with that check.
     """
     attachment = attach(model, injection) if injection is not None else None
     sampling = Sampling(new_tokens, 1.0, logps=True)
-    sampler = _Told(engine.sampler, 6 + len(prompts[:_ALONE]) + int(deployment is not None), on_progress)
+    sampler = _Told(engine.sampler, 8 + len(prompts[:ALONE]) + int(deployment is not None), on_progress)
     try:
         _switch(attachment, "rollout")
         torch.manual_seed(0)
@@ -74,27 +91,69 @@ def audit(
         _require_calls(attachment)
         yield _weights(engine, model, attachment)
         sampler.step()
-        limit = _limit(model)
+        score = partial(scored, model, prompts, answers, tokenizer)
         _switch(attachment, "training")
-        own = scored(model, prompts, answers, tokenizer)
+        trained = score()
         sampler.step()
         yield from _cache(attachment)
-        yield _scores(answers, own, limit)
         _switch(attachment, "rollout")
-        yield _order(sampler, model, tokenizer, prompts, new_tokens, limit)
+        own, others = _expected(attachment, trained, score)
+        yield from _phases(own, trained)
+        ways = in_other_orders(sampler, model, tokenizer, prompts, new_tokens)
+        rescaled = with_scaled_norms(sampler, model, tokenizer, prompts, sampling)
         yield from _versions(engine.sampler, sampler.calls)
     except EngineDiffers as error:
-        yield Check(error.check, False, str(error))
+        yield Check(error.check, False, str(error), tensors=error.tensors)
         return
     finally:
         if attachment is not None:
             attachment.remove()
+    limits = Limits(k3_limit(model), _float32_mean(model, injection, score, own), loose(injection))
+    sampler.step()
+    scores = Check("scores", *compare_scores([drawn(answer) for answer in answers], own, others, limits))
+    yield scores
+    if scores.passed:  # else the engine differs whatever the weights
+        yield Check("refresh", *compare_scores(*rescaled, {}, limits))
+    yield _order(ways, replace(limits, loose=drawn_at_random(injection)))
     if deployment is not None and injection is not None:
         with attach(model, under_deployment(injection, deployment)) as other:
             other.set_phase("training")
-            served = scored(model, prompts, answers, tokenizer)
+            served = score()
             sampler.step()
-            yield _rules(own, served, deployment)
+            yield _rules(trained, served, deployment)
+
+
+def _expected(
+    attachment: Attachment | None, trained: list[Tensor], score: Callable[[], list[Tensor]]
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Return what the engine should score, in the phase of rollouts, and the same without each point that rounds."""
+    if attachment is None:
+        return trained, {}
+    injection = attachment.table.injection
+    own = trained if injection.acts_in("rollout") == injection.acts_in("training") - set(GRADIENTS) else score()
+    others = {}
+    for point in rounding_points(attachment):
+        with without(attachment, point):
+            others[point] = score()
+    return own, others
+
+
+def _phases(own: Sequence[Tensor], trained: Sequence[Tensor]) -> Iterator[Check]:
+    """Tell how far the policy that samples is from the one that is trained, where the injection has two."""
+    if own is not trained:
+        numbers = distance(own, trained)
+        yield Check("phases", None, f"rollout and training round differently: {in_words(numbers)}", numbers)
+
+
+def _float32_mean(
+    model: PreTrainedModel, injection: Injection | None, score: Callable[[], list[Tensor]], own: list[Tensor]
+) -> float | None:
+    """Return the nats by which a 16-bit model's scores are from those of float32 arithmetic; None for a float32 one."""
+    if next(model.parameters()).dtype == torch.float32:
+        return None
+    with in_float32(model), attach(model, injection) if injection is not None else nullcontext() as attachment:
+        _switch(attachment, "rollout")
+        return distance(score(), own)["mean"]
 
 
 class _Told:
@@ -123,25 +182,6 @@ class _Told:
         self.on_progress(self.done, self.total)
 
 
-def scored(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    answers: Sequence[Generation],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Tensor]:
-    """Return log-probabilities of the tokens of each answer under the live model: one pass over all, padded left."""
-    ids, mask = padded([[*p, *a.tokens] for p, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id)
-    device = next(model.parameters()).device
-    with dropout_off(model):
-        logits = model(**forward_inputs(model, ids.to(device), mask.to(device))).logits.float().log_softmax(-1)
-    made = []
-    for row, answer in enumerate(answers):
-        count = len(answer.tokens)
-        drawn = torch.tensor(answer.tokens, device=device)
-        made.append(logits[row, -count - 1 : -1].gather(-1, drawn[:, None]).squeeze(-1).cpu())
-    return made
-
-
 def _switch(attachment: Attachment | None, phase: str) -> None:
     if attachment is not None:
         attachment.set_phase(phase)  # type: ignore[arg-type]
@@ -156,14 +196,11 @@ def _require_calls(attachment: Attachment | None) -> None:
         raise EngineDiffers(str(error), "calls") from None
 
 
-def _limit(model: PreTrainedModel) -> float:
-    """Return the nats a token (k3) by which arithmetic alone may move scores: less in float32."""
-    return DECODED if next(model.parameters()).dtype == torch.float32 else DECODED_FUSED
-
-
 def _weights(engine: Engine, model: PreTrainedModel, attachment: Attachment | None) -> Check:
     try:
         return Check("weights", True, engine.held(model, attachment))
+    except EngineDiffers as error:
+        return Check("weights", False, str(error), tensors=error.tensors)
     except CheckFailed as error:
         return Check("weights", False, str(error))
 
@@ -197,73 +234,16 @@ def _cache(attachment: Attachment | None) -> Iterator[Check]:
     )
 
 
-def _scores(answers: Sequence[Generation], own: Sequence[Tensor], limit: float) -> Check:
-    numbers = _distance(own, [_drawn(answer) for answer in answers])
-    passed = numbers["tokens"] > 0 and numbers["k3"] <= limit
-    return Check("scores", passed, _in_words(numbers), numbers)
-
-
-def _drawn(answer: Generation) -> Tensor:
-    """Return the log-probabilities of an answer's tokens as the engine gave them; NaN where it gave none."""
-    return torch.full((len(answer.tokens),), torch.nan) if answer.logps is None else answer.logps.cpu()
-
-
-def _order(
-    sampler: Sampler,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    new_tokens: int,
-    limit: float,
-) -> Check:
-    """Give greedy answers to all prompts at once, in the other order, once more, and to a few alone."""
-    greedy = Sampling(new_tokens, 0.0, logps=True)
-    together = sampler(model, tokenizer, prompts, greedy)
-    ways = {
-        "reversed": sampler(model, tokenizer, prompts[::-1], greedy)[::-1],
-        "again": sampler(model, tokenizer, prompts, greedy),
-        "alone": [sampler(model, tokenizer, [prompt], greedy)[0] for prompt in prompts[:_ALONE]],
-    }
-    numbers, worst = dict[str, float](), 0.0
-    for name, answers in ways.items():
-        pairs = [_alike(first, other) for first, other in zip(together, answers, strict=False)]
-        distance = _distance([a for a, _ in pairs], [b for _, b in pairs])
-        numbers |= {f"{name}_max": distance["max"], f"{name}_k3": distance["k3"]}
-        worst = max(worst, distance["k3"])
-    words = ", ".join(f"{name} {numbers[f'{name}_max']:.2g}" for name in ways)
-    return Check("order", worst <= limit, f"largest difference in nats against one batch: {words}", numbers)
-
-
-def _alike(first: Generation, other: Generation) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of two answers up to where they part: from there on they are of other texts."""
-    same = next((at for at, (a, b) in enumerate(zip(first.tokens, other.tokens, strict=False)) if a != b), None)
-    count = min(len(first.tokens), len(other.tokens)) if same is None else max(same, 1)
-    return _drawn(first)[:count], _drawn(other)[:count]
+def _order(ways: Mapping[str, Pairs], limits: Limits) -> Check:
+    """Judge answers in one batch against the same prompts otherwise: each way, and all of them, since one is short."""
+    each = {name: distance(*pairs) for name, pairs in ways.items()}
+    numbers = distance(*([scores for pairs in ways.values() for scores in pairs[side]] for side in (0, 1)))
+    passed = limits.hold(numbers) and all(way["k3"] <= limits.k3 for way in each.values())
+    words = ", ".join(f"{name} {way['max']:.2g}" for name, way in each.items())
+    numbers |= {f"{name}_{key}": way[key] for name, way in each.items() for key in ("max", "k3")}
+    return Check("order", passed, f"largest difference in nats against one batch: {words}", numbers)
 
 
 def _rules(own: Sequence[Tensor], served: Sequence[Tensor], deployment: str) -> Check:
-    numbers = _distance(own, served)
-    return Check("rules", None, f"under the rules of {deployment} the same tokens score: {_in_words(numbers)}", numbers)
-
-
-def _distance(first: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
-    """Return how far two scorings of the same tokens are apart: mean, max, k3 (nats), and shares beyond limits."""
-    a, b = torch.cat(list(first)), torch.cat(list(other))
-    real = a.isfinite() & b.isfinite()
-    a, b = a[real], b[real]
-    if not len(a):
-        return {"tokens": 0.0, "mean": 0.0, "max": 0.0, "k3": 0.0}
-    apart = (a - b).abs()
-    k3 = mismatch_metrics(a[None], b[None], torch.ones(1, len(a)))["rollout_corr/k3_kl"]
-    numbers = {"tokens": float(len(a)), "mean": float(apart.mean()), "max": float(apart.max()), "k3": k3}
-    return numbers | {f"share_over_{nats:g}": float((apart > nats).float().mean()) for nats in NATS}
-
-
-def _in_words(numbers: dict[str, float]) -> str:
-    if not numbers["tokens"]:
-        return "the engine gave no log-probability"
-    shares = ", ".join(f"{100 * numbers[f'share_over_{nats:g}']:.3g} % over {nats:g}" for nats in NATS)
-    return (
-        f"{numbers['tokens']:.0f} tokens, {numbers['mean']:.2g} nats apart on average, {numbers['max']:.2g} at most "
-        f"({shares}), k3 {numbers['k3']:.2g}"
-    )
+    numbers = distance(own, served)
+    return Check("rules", None, f"under the rules of {deployment} the same tokens score: {in_words(numbers)}", numbers)

@@ -1,20 +1,28 @@
 """Why an engine computes with another policy than the trainer's: how each cause shows, and where it is mended."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Where = Literal["calls", "weights", "versions", "scores", "rules", "order"]
+Where = Literal["calls", "weights", "versions", "scores", "refresh", "rules", "order"]
 
 
 @dataclass(frozen=True)
 class Cause:
-    """One cause: what went wrong, the check that shows it and how, and where it is mended."""
+    """One cause: what went wrong, the check that shows it and how, and where it is mended.
+
+    `names`: a pattern that the name of every tensor that differs has; empty where it may be any.
+    """
 
     what: str
     check: Where
     shows: str
     mended: str
+    names: str = ""
 
+
+_EXPERTS = r"experts\b"
 
 CAUSES = (
     Cause(
@@ -46,24 +54,28 @@ CAUSES = (
         "weights",
         "experts differ although names and shapes fit; exchanged: the same values stand under the other name",
         "sites/walk.py decides the layout, and the first product confirms it (inject/experts.py)",
+        names=_EXPERTS,
     ),
     Cause(
         "two experts were exchanged: routes lead to another expert than was trained",
         "weights",
         "all matrices of two experts of a layer differ, those of its other experts are equal",
         "an expert keeps its number from the stacked parameter to its name in the stream (rl/stream.py)",
+        names=_EXPERTS,
     ),
     Cause(
         "a router was rounded, so that tokens take other routes",
         "weights",
         "the router of a layer differs and holds values on a grid; its experts are equal",
         "injection leaves routers alone (targets), and so does the stream",
+        names=r"router|\bgate\.",
     ),
     Cause(
         "the engine's kernel keeps experts in an order of its own, and a refresh did not restore it",
         "weights",
         "all experts of all layers differ from the first refresh on: the same values, in another order",
         "begin_reload lets vLLM, which packs once, pack in every refresh (engines/rollout/mixture.py)",
+        names=_EXPERTS,
     ),
     Cause(
         "a rounded copy went stale: it was made of weights that an optimizer has since written",
@@ -76,6 +88,7 @@ CAUSES = (
         "weights",
         "the embedding alone differs, in rows that training has moved",
         "follow_embeddings packs it again after each refresh (engines/rollout/held.py)",
+        names=r"embed|wte|lm_head",
     ),
     Cause(
         "the trainer rounds the FP32 master, the engine its BF16 copy (or the other way round)",
@@ -88,6 +101,7 @@ CAUSES = (
         "weights",
         "norms alone differ",
         "noise is put on the live weights for the time of a rollout (noise/perturb.py), and the stream reads those",
+        names="norm|ln_",
     ),
     Cause(
         "another run feeds the same server, or an update of its weights was lost",
@@ -98,13 +112,13 @@ CAUSES = (
     Cause(
         "positions, padding or the mask are counted differently while decoding",
         "scores",
-        "weights are equal, but sampled tokens score 0.005 to 1.5 nats apart (k3), more for padded prompts",
+        "weights are equal, all tokens score a little apart (98 % over 1e-4 nats) and no point's effect is missing",
         "models/positions.py; one order of the same prompts against another shows it too",
     ),
     Cause(
         "the engine rounds no inputs, or by another rule than was trained (even in place of rceil)",
         "scores",
-        "weights are equal, scores are as far apart as full precision is",
+        "weights are equal, and half or more of the effect of rounding inputs is missing from the scores",
         "injection.deployment names the kernel whose rule is trained; `fp4rl deployments` lists them",
     ),
     Cause(
@@ -121,13 +135,17 @@ CAUSES = (
     ),
     Cause(
         "a cache is not told of new weights (prefix cache, KV cache of the step before)",
-        "order",
-        "the second of two equal calls differs from the first, or from one in another order",
+        "refresh",
+        "prompts that were answered before score as under the weights of then",
         "engines are made without a prefix cache",
     ),
 )
 
 
-def causes_of(check: str) -> tuple[Cause, ...]:
-    """Return the causes that a check shows."""
-    return tuple(cause for cause in CAUSES if cause.check == check)
+def causes_of(check: str, tensors: Sequence[str] = ()) -> tuple[Cause, ...]:
+    """Return the causes that a check can have; `tensors` are the names of those that differ, where they are known."""
+    return tuple(
+        cause
+        for cause in CAUSES
+        if cause.check == check and all(re.search(cause.names, name) is not None for name in tensors)
+    )

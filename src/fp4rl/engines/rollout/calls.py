@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 
 from fp4rl.spec.errors import CheckFailed, EngineLost, InvalidValueError, shown
 
-_LONGEST_S = 3600.0  # that an answer may take
+_LONGEST_S, _HELLO_S = 3600.0, 60.0  # that an answer may take, and the first
 _HOW = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --enforce-eager --no-enable-prefix-caching "
     "--logprobs-mode processed_logprobs --worker-extension-cls fp4rl.engines.rollout.worker.Worker "
@@ -30,11 +30,11 @@ class Server:
         self.address = address
         self.about: dict[str, Any] = {}
 
-    def post(self, path: str, **content: Any) -> Any:
+    def post(self, path: str, *, within_s: float = _LONGEST_S, **content: Any) -> Any:
         """Return what the server answers; EngineLost where none does, CheckFailed where it says that it failed."""
         request = Request(self.address + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
         try:
-            with urlopen(request, timeout=_LONGEST_S) as reply:
+            with urlopen(request, timeout=within_s) as reply:
                 said = reply.read()
         except HTTPError as error:
             if error.code in (403, 404):
@@ -55,9 +55,9 @@ class Server:
                 f"start one so: {_HOW}"
             ) from None
 
-    def worker(self, method: str, *arguments: Any) -> Any:
+    def worker(self, method: str, *arguments: Any, within_s: float = _LONGEST_S) -> Any:
         """Return what a method of the server's one worker returns; InvalidValueError where it has several, or none."""
-        reply = self.post("/collective_rpc", method=method, args=arguments)
+        reply = self.post("/collective_rpc", within_s=within_s, method=method, args=arguments)
         results = reply.get("results") if isinstance(reply, dict) else None
         if not isinstance(results, list) or not results:
             raise InvalidValueError(f"rollout.server {self.address} is no vLLM server; start one so: {_HOW}")
@@ -71,7 +71,7 @@ class Server:
     def require_usable(self, dtype: str) -> None:
         """Require a server that computes as the model does; InvalidValueError names the option that it lacks."""
         try:
-            self.about = self.worker("fp4rl_open")
+            self.about = self.worker("fp4rl_open", within_s=_HELLO_S)
         except CheckFailed:
             raise InvalidValueError(
                 f"rollout.server {self.address} has no worker of fp4rl; start it so: {_HOW}"

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fp4rl.engines.rollout.mixture import Read, in_its_order
 from fp4rl.spec.errors import EngineDiffers, InvalidValueError
 
+_NAMED = 4  # further tensors that a message names
+
 
 class Held(NamedTuple):
     """One tensor of the stream beside what the engine holds: values compared, and how many differ; `first` of them."""
@@ -65,12 +67,15 @@ def require_equal(results: Sequence[Held]) -> int:
     """Return the number of tensors; EngineDiffers, naming those that differ."""
     wrong = [each for each in results if each.differing]
     if wrong:
-        first = wrong[0]
+        first, *others = wrong
+        also = f"; also {', '.join(each.name for each in others[:_NAMED])}" if others else ""
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise EngineDiffers(
             f"the engine holds other weights than this model computes with: {len(wrong)} of {len(results)} tensors, "
             f"such as {first.name}, in which {first.differing} of {first.values} values differ, the first at "
-            f"{first.first}",
+            f"{first.first}{also}{more}",
             "weights",
+            tuple(each.name for each in wrong),
         )
     return len(results)
 

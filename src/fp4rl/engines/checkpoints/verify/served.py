@@ -13,7 +13,7 @@ from fp4rl.engines.checkpoints.verify.findings import Check
 from fp4rl.engines.checkpoints.verify.loaded import evaluating
 from fp4rl.engines.checkpoints.verify.trained import Trained, prompt
 from fp4rl.engines.environment import for_vllm
-from fp4rl.engines.parity.audit import scored
+from fp4rl.engines.parity.scores import scored
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.generate import Generation, Sampling, transformers_sampler
 from fp4rl.rl.prompts import encoded
