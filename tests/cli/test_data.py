@@ -129,19 +129,89 @@ def test_answers_that_were_all_cut_at_one_length_are_named(checked):
     [
         ({"answer": "anwser"}, "no column 'anwser'; did you mean 'answer'? - so in 60 of 60 rows"),
         ({"answer": "id"}, "as numbers of rows do"),
-        ({"answer": "topic"}, "so in 60 of 60 rows; task.answer could be answer or id or number"),
+        ({"question": "qestion"}, "no column 'qestion'; did you mean 'question'? - so in 60 of 60 rows"),
+        ({"question": "id"}, "'id' is int, not text; write it as a string - so in 60 of 60 rows"),
+        ({"split": "prt"}, "no column 'prt'; did you mean 'part'? - so in 60 of 60 rows"),
+        ({"split": "topic"}, "'topic' is 'sums'; write train, validation or test - so in 60 of 60 rows"),
+        ({"filter": {"lvl": 3}}, "no column 'lvl'; did you mean 'level'? - so in 60 of 60 rows"),
+        ({"answer": "anwser", "few_shot": 3}, "no column 'anwser'; did you mean 'answer'? - so in 60 of 60 rows"),
+        ({"answer": "number"}, "as numbers of rows do; task.answer could be answer"),
+        ({"answer": "topic"}, "so in 60 of 60 rows; task.answer could be answer"),
         ({"answer": "level"}, "all 60 gold answers are '3'"),
         ({"question": "topic"}, "60 of 60 questions are 'sums'"),
         ({"question": "number"}, "the questions are numbers, such as '7000'"),
         ({"answer": "question", "scorer": "exact"}, "60 of 60 answers are the question itself"),
+        ({"question": "answer"}, "60 of 60 answers are the question itself"),
     ],
 )
-def test_a_wrong_column_is_said_once_for_all_rows(checked, task, what):
-    more = {"topic": "sums", "level": 3}
+def test_a_wrong_column_is_said_once_and_nothing_that_only_follows_from_it(checked, task, what):
+    more = {"topic": "sums", "level": 3, "part": "train"}
     rows = [{**row, "id": 1000 + n, "number": str(7000 + n), **more} for n, row in enumerate(SOUND)]
     code, printed = checked(rows, **task)
     assert code == 1
-    assert [fault["what"] for fault in printed["faults"] if fault["kind"] == "wrong column" and what in fault["what"]]
+    (fault,) = printed["faults"]
+    assert fault["kind"] == "wrong column"
+    assert what in fault["what"]
+
+
+@pytest.mark.parametrize("first", [0, 1, 1000])
+def test_honest_answers_that_count_up_are_a_suspicion_and_no_fault(checked, tmp_path, capsys, first):
+    rows = [{"question": f"What is {n} + {first}?", "answer": n + first, "a": n, "level": n} for n in range(60)]
+    code, printed = checked(rows)
+    assert (code, printed["faults"]) == (0, [])
+    (remark,) = printed["remarks"]
+    assert remark["kind"] == "maybe wrong column"
+    assert f"count up ({first}, {first + 1}, {first + 2} ...)" in remark["what"]
+    assert main(["reward", str(tmp_path / "s.yaml"), "--sample", "0", "--json"]) == 0
+    gold = json.loads(capsys.readouterr().out)["gold"]
+    assert (gold["faults"], gold["notes"]) == ([], [remark["what"]])
+
+
+def test_worked_answers_that_count_up_are_not_even_suspected(checked):
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} and one make\n#### {n + 1}"} for n in range(60)]
+    assert checked(rows)[1]["remarks"] == []
+
+
+def test_the_wrong_columns_of_a_test_file_are_said_once_and_sound_rows_beside_them_are_checked(checked, tmp_path):
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"q": n, "a": n}) + "\n" for n in range(8)))
+    code, printed = checked([*SOUND[:40], SOUND[3]], test_path=str(tmp_path / "test.jsonl"))
+    assert code == 1
+    assert faults(printed) == {("wrong column", "line 1"), ("duplicate", "line 41")}
+    assert "so in 8 of 8 rows" in printed["faults"][0]["what"]
+
+
+def test_a_test_file_that_is_the_training_file_is_one_fault(checked, tmp_path):
+    code, printed = checked(SOUND, test_path=str(tmp_path / "qa.jsonl"))
+    assert code == 1
+    assert [fault["what"] for fault in printed["faults"]] == [
+        "all 60 test questions are in the other splits: name another file"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "what"),
+    [
+        ([], {}, "holds no rows; give a file with the columns question and answer"),
+        (SOUND, {"filter": {"question": "gone"}}, "task.filter leaves none of its rows: {'question': 'gone'}"),
+        (SOUND, {"few_shot": 90}, "few_shot 90: the train split has"),
+        (["{'no': 'json'}"] * 40, {}, "write one object a line - so in 40 of 40 rows"),
+    ],
+)
+def test_a_table_of_which_nothing_is_left_is_one_fault(checked, rows, task, what):
+    code, printed = checked(rows, **task)
+    assert code == 1
+    (fault,) = printed["faults"]
+    assert what in fault["what"]
+    assert not fault["what"].rstrip().endswith(":")
+
+
+def test_solutions_over_the_limit_of_answers_are_remarks_with_their_lines(checked):
+    long = {**SOUND[4], "answer": "We count them one by one. " * 30 + SOUND[4]["answer"]}
+    code, printed = checked([*SOUND[:4], long, *SOUND[5:]])
+    assert (code, printed["faults"]) == (0, [])
+    (remark,) = printed["remarks"]
+    assert (remark["kind"], remark["where"].rpartition(", ")[2]) == ("maybe too long", "line 5")
+    assert "training.max_response_length is 48" in remark["what"]
 
 
 def test_a_choice_that_is_none_of_them_is_named(checked):

@@ -75,7 +75,6 @@ def test_a_gold_answer_that_was_cut_off_is_named(cut):
 
 def test_another_column_is_told_by_what_all_its_values_say():
     assert ("wrong column", "") in found(column(["train"] * 6), judge("exact"))
-    assert found(column([str(i) for i in range(1, 30)])) == [("wrong column", "")]
     asked = [f"How many apples does person {i} have?" for i in range(8)]
     questions = [Problem(f"p-{i}", f"Question: {text}", text, text, "train") for i, text in enumerate(asked)]
     assert found(questions, judge("exact")) == [("wrong column", "")]

@@ -16,7 +16,7 @@ from fp4rl.spec.errors import CheckFailed, NotFoundError, UserError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.task import SPLITS, Problem, Split
 from fp4rl.spec.words import counted
-from fp4rl.tasks.faults import Checked, Fault, checked
+from fp4rl.tasks.faults import MAYBE, WRONG_COLUMN, Checked, Fault, checked
 from fp4rl.tasks.overlap import overlap
 from fp4rl.tasks.table import TableTask
 
@@ -41,10 +41,13 @@ def command(
         raise NotFoundError(lost[0])
     rows = checked(task) if isinstance(task, TableTask) else Checked()
     problems, failed = _problems(experiment, rows)
-    faults = [*rows.faults, *failed, *_of_all(experiment, problems)]
+    faults = [*rows.faults, *failed, *_of_all(experiment, problems, rows)]
+    faults.sort(key=lambda fault: fault.kind != WRONG_COLUMN)  # causes first
     note = f"lengths are not counted: {gone[0]}" if gone else None
     lengths = [] if gone else _lengths(experiment, problems)
-    faults += _too_long(experiment, lengths, rows)
+    long = [*_too_long(experiment, lengths, rows)]
+    faults += (fault for fault in long if not fault.kind.startswith(MAYBE))
+    remarks = [*rows.remarks, *(fault for fault in long if fault.kind.startswith(MAYBE))]
     if as_json:
         sizes = {split: len(problems[split]) for split in SPLITS}
         shown = [{key: value for key, value in row.items() if key != "longer"} for row in lengths]
@@ -53,11 +56,11 @@ def command(
                 "problems": sizes,
                 "lengths": shown,
                 "faults": [*map(asdict, faults)],
-                "remarks": [*map(asdict, rows.remarks)],
+                "remarks": [*map(asdict, remarks)],
             }
         )
     else:
-        _print(experiment, problems, lengths, [*faults, *rows.remarks], note)
+        _print(experiment, problems, lengths, [*faults, *remarks], note)
     if faults:
         raise CheckFailed(f"{counted(len(faults), 'fault')} in the data of {spec}")
 
@@ -73,13 +76,26 @@ def _problems(experiment: Experiment, rows: Checked) -> tuple[dict[Split, Sequen
         held = rows.splits | {"train": rows.splits["train"][len(shots) :]}
         problems |= {split: [task.problem(row, split, shots) for row in held[split]] for split in SPLITS}
     except UserError as error:
-        return problems, [Fault("unreadable", "", str(error))]
+        failed = [] if "rows" in rows.causes else [Fault("unreadable", "", str(error))]
+        rows.causes.add("rows")
+        return problems, failed
     return problems, []
 
 
-def _of_all(experiment: Experiment, problems: dict[Split, Sequence[Problem]]) -> Iterator[Fault]:
+def _of_all(experiment: Experiment, problems: dict[Split, Sequence[Problem]], rows: Checked) -> Iterator[Fault]:
     """Yield what only all problems together show: too few of them, the same ones in two splits, a wrong column."""
     spec, every = experiment.evaluation, [problem for split in SPLITS for problem in problems[split]]
+    if not rows.causes & {"rows", "question"}:
+        yield from _too_few(experiment, problems)
+    if not isinstance(experiment.task, TableTask):
+        shared = overlap(experiment.task, problems["train"], problems[spec.split])
+        yield from (Fault("leakage", "", f"{text!r} is trained on and held out") for text in shared)
+    if "answer" not in rows.causes:
+        yield from (Fault(fault.kind, "", fault.what) for fault in column_faults(every))
+
+
+def _too_few(experiment: Experiment, problems: dict[Split, Sequence[Problem]]) -> Iterator[Fault]:
+    spec = experiment.evaluation
     size = len(problems[spec.split])
     if size < spec.count:
         cure = f"set evaluation.count={size}" if size else "name task.test_path, or more rows"
@@ -90,10 +106,6 @@ def _of_all(experiment: Experiment, problems: dict[Split, Sequence[Problem]]) ->
         )
     if not problems["train"]:
         yield Fault("too few", "", "the training split is empty: there is nothing to train on")
-    if not isinstance(experiment.task, TableTask):
-        shared = overlap(experiment.task, problems["train"], problems[spec.split])
-        yield from (Fault("leakage", "", f"{text!r} is trained on and held out") for text in shared)
-    yield from (Fault(fault.kind, "", fault.what) for fault in column_faults(every))
 
 
 def _lengths(experiment: Experiment, problems: dict[Split, Sequence[Problem]]) -> list[dict[str, Any]]:
@@ -125,16 +137,15 @@ def _length(what: str, ids: Sequence[Sequence[int]], problems: Sequence[Problem]
 
 
 def _too_long(experiment: Experiment, lengths: Sequence[dict[str, Any]], rows: Checked) -> Iterator[Fault]:
-    """Yield prompts over the limit, unless they are dropped; solutions may be longer than what a model needs."""
+    """Yield prompts over the limit, unless they are dropped; as remarks solutions, which need not be a model's."""
     places = {row.question: row.where for split in SPLITS for row in rows.splits[split]}
-    limit = experiment.training.max_prompt_length
-    if experiment.training.filter_overlong_prompts:
-        return
-    for tokens, problem in (pair for row in lengths if row["what"] != "solutions" for pair in row["longer"]):
-        where = places.get(problem.question, problem.id)
-        yield Fault(
-            "too long", where, f"the prompt has {counted(tokens, 'token')}, training.max_prompt_length is {limit}"
-        )
+    for what, key in (("prompt", "max_prompt_length"), ("solution", "max_response_length")):
+        if what == "prompt" and experiment.training.filter_overlong_prompts:
+            continue
+        kind, limit = "too long" if what == "prompt" else f"{MAYBE}too long", getattr(experiment.training, key)
+        for tokens, problem in (pair for row in lengths if row["what"].endswith(f"{what}s") for pair in row["longer"]):
+            where = places.get(problem.question, problem.id)
+            yield Fault(kind, where, f"the {what} has {counted(tokens, 'token')}, training.{key} is {limit}")
 
 
 def _print(
@@ -157,5 +168,5 @@ def _print(
     if note:
         screen.print(note)
     print_by_kind((fault.kind, fault.where, fault.what) for fault in faults)
-    if all(fault.kind == "maybe cut off" for fault in faults):
-        screen.print("nothing is wrong")
+    if all(fault.kind.startswith(MAYBE) for fault in faults):
+        screen.print("nothing is wrong for sure" if faults else "nothing is wrong")

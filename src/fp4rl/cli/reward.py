@@ -13,7 +13,7 @@ from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_by_kind, print_indented, print_json, progress, say_once, table
 from fp4rl.lab.answers import stored_answers
 from fp4rl.models.quiet import quiet
-from fp4rl.rl.gold_check import Fault, compares, gold_faults, spread, tells_apart
+from fp4rl.rl.gold_check import Fault, compares, gold_faults, spread, suspicion, tells_apart
 from fp4rl.rl.judges import Judge
 from fp4rl.rl.rewards import Part, Rewarder, rewards_of
 from fp4rl.spec.errors import CheckFailed
@@ -95,8 +95,8 @@ def _with_questions(faults: Sequence[Fault], problems: Sequence[Problem]) -> lis
 
 
 def _notes(parts: Sequence[Part], task: Task, checked: Sequence[Problem]) -> list[str]:
-    """Return what rewards that are not judges do with gold answers: it need not be wrong."""
-    notes = []
+    """Return what need not be wrong: of the column, and what rewards that are not judges do with gold answers."""
+    notes = [*filter(None, [suspicion(task, checked)])]
     for part in parts:
         if compares(part):
             continue

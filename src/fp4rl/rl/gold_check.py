@@ -8,17 +8,17 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fp4rl.rl.judges import Judge
 from fp4rl.rl.rewards import Part
-from fp4rl.spec.task import SPLITS, Problem, Task
+from fp4rl.spec.task import Problem, Task
 from fp4rl.spec.words import counted
 from fp4rl.tasks.answers import MARK
+from fp4rl.tasks.columns import Wrong, numbers_of_rows
+from fp4rl.tasks.table import TableTask
 
 _OTHERS = 5  # gold answers of other problems that each is compared with: two may be equal in other words
 _FEW = 5  # problems below which a column tells nothing of itself
-_MANY = 20
 _LONG = 20  # letters of an answer that stands in its own question
 _OPEN_END = re.compile(r"(?:[-+*/=^_,(\[{\\]|\\[a-zA-Z]*frac)$")
 
@@ -44,14 +44,32 @@ def compares(part: Part) -> bool:
 
 
 def gold_faults(parts: Sequence[Part], task: Task, problems: Sequence[Problem]) -> list[Fault]:
-    """Return the faults of the gold answers of `problems`, in their order, those of the whole column first.
+    """Return the faults of the gold answers of `problems`, in their order. Where the whole column is
+    wrong that is all: what follows from it is no fault of its own.
 
     Raises CheckFailed where a reward fails on a gold answer.
     """
-    faults = [*column_faults(problems), *filter(None, map(_cut_off, problems))]
+    wrong = _numbers_of_rows(task, problems)
+    columns = [*column_faults(problems), *([Fault("wrong column", "", wrong.what)] if wrong and wrong.sure else [])]
+    if columns:
+        return columns
+    faults = [*filter(None, map(_cut_off, problems))]
     for part in filter(compares, parts):
         faults += _unscorable(part, task, problems)
     return faults
+
+
+def suspicion(task: Task, problems: Sequence[Problem]) -> str:
+    """Return why the gold answers may be another column, where it is not sure; else nothing."""
+    wrong = _numbers_of_rows(task, problems)
+    return wrong.what if wrong and not wrong.sure else ""
+
+
+def _numbers_of_rows(task: Task, problems: Sequence[Problem]) -> Wrong | None:
+    """Return why the gold answers, in the order of their file, may be numbers of rows."""
+    if not isinstance(task, TableTask):
+        return None
+    return numbers_of_rows(task, [(problem.split, problem.answer, problem.solution) for problem in problems])
 
 
 def tells_apart(part: Part, task: Task, problems: Sequence[Problem]) -> int:
@@ -108,11 +126,6 @@ def column_faults(problems: Sequence[Problem]) -> Iterator[Fault]:
     answers = [problem.answer for problem in problems]
     if len(answers) >= _FEW and len(set(answers)) == 1:
         yield Fault("wrong column", "", f"all {len(answers)} gold answers are {_short(answers[0])}")
-    if len(answers) >= _MANY and all(re.fullmatch(r"\d{1,15}", answer) for answer in answers):
-        files = ([int(p.answer) for p in problems if p.split == split] for split in SPLITS)  # each in its file's order
-        if all(a < b for numbers in files for a, b in pairwise(numbers)):
-            counting = f"{', '.join(answers[:3])} ..."
-            yield Fault("wrong column", "", f"the gold answers count up ({counting}), as numbers of rows do")
     inside = [p for p in problems if len(p.answer) >= _LONG and p.answer in p.prompt]
     if len(inside) > len(problems) / 2:
         yield Fault("wrong column", "", f"{counted(len(inside), 'gold answer')} stand in their own questions")

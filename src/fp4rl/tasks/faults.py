@@ -7,20 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 from fp4rl.spec.errors import NotFoundError, UserError
 from fp4rl.spec.task import SPLITS, Split
 from fp4rl.tasks.answers import MARK
-from fp4rl.tasks.records import records
+from fp4rl.tasks.columns import Side, could_be, wrong_columns
 from fp4rl.tasks.rows import Row, UnscorableError, normalised
 from fp4rl.tasks.scorers import SCORERS
 from fp4rl.tasks.table import TableTask
 
-_FEW = 5  # rows below which a column tells nothing of itself
+WRONG_COLUMN = "wrong column"
+MAYBE = "maybe "  # begins the kind of a remark, which is no fault
+_FEW = 5  # rows below which a whole split tells nothing
 _WALL = 3  # answers of exactly the greatest length that are called cut off
-_TRIED = 50  # rows that another column is tried on
 _COMPUTED = re.compile(r"<<[^<>=]*=(-?[0-9.]+)>>")  # GSM8K writes each computation so
+_VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 _OPEN_END = re.compile(r"(?:[-+*/=^_,(\[{\\<]|\\[a-zA-Z]*frac|\b(?:the|is|of|and|to|a|an|so))$")
 
 
@@ -35,12 +37,16 @@ class Fault:
 
 @dataclass
 class Checked:
-    """The rows of a task by split, those that can be read, the faults of all, and what may be one."""
+    """The rows of a task by split, those that can be read, the faults of all, and what may be one.
+
+    `causes`: what is wrong of most rows (that they cannot be read, their questions, their answers). What only follows
+    from that is no fault of its own.
+    """
 
     splits: dict[Split, list[Row]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     faults: list[Fault] = field(default_factory=list)
     remarks: list[Fault] = field(default_factory=list)
-    rows: int = 0
+    causes: set[Literal["rows", Side]] = field(default_factory=set)
 
 
 def checked(task: TableTask) -> Checked:
@@ -48,65 +54,70 @@ def checked(task: TableTask) -> Checked:
 
     Raises NotFoundError for a file that does not exist and InvalidValueError for one that is none of its kind.
     """
-    result, wrong = Checked(), list[Exception]()
+    result = Checked()
+    _read(task, result)
+    for column in wrong_columns(task, result.splits):
+        if column.sure:
+            result.causes |= column.of
+            result.faults.append(Fault(WRONG_COLUMN, task.path, column.what))
+        else:
+            result.remarks.append(Fault(f"{MAYBE}{WRONG_COLUMN}", task.path, column.what))
+    readable = [row for split in SPLITS for row in result.splits[split]]
+    if "answer" not in result.causes:
+        result.faults += _cut_off(readable)
+        result.remarks += _maybe_cut_off(readable)
+        result.faults += _unreadable_golds(readable, task)
+    if "question" not in result.causes:
+        result.faults += _twice(result.splits, golds="answer" not in result.causes)
+    if not result.causes & {"question", "answer"}:
+        result.faults += _leaks(readable, task)
+    return result
+
+
+def _read(task: TableTask, result: Checked) -> None:
+    """Put the rows of all files into their splits, and what is wrong with those that cannot be read into the faults."""
     for key, path in task.files.items():
-        for row in task.rows(path):
-            result.rows += 1
+        wrong, rows = list[Exception](), [*task.rows(path)]
+        for row in rows:
             try:
                 if isinstance(row, UserError):
                     raise row
                 result.splits[task.split_of_row(row, key)].append(row)
             except UserError as error:
                 wrong.append(error)
-    readable = [row for split in SPLITS for row in result.splits[split]]
-    result.faults += [*_unread(task, wrong, result.rows), *_columns(readable), *_cut_off(readable)]
-    result.remarks += _maybe_cut_off(readable)
-    result.faults += [*_twice(result.splits), *_leaks(readable, task)]
-    return result
+        result.faults += _of_most(task, wrong, len(rows), result.causes)
+        result.faults += map(_unread, wrong)
+    if not any(result.splits.values()):
+        result.causes.add("rows")
+        if not result.faults:
+            result.faults.append(Fault("too few", task.path, f"task.filter leaves none of its rows: {task.filter}"))
 
 
-def _unread(task: TableTask, wrong: Sequence[Exception], rows: int) -> Iterator[Fault]:
-    """Yield a fault for each row that cannot be read; one for all where a column is missing or holds no answers."""
-    missing = [error for error in wrong if isinstance(error, NotFoundError)]
-    unscorable = [error for error in wrong if isinstance(error, UnscorableError)]
-    for kind, errors in (("wrong column", missing), ("wrong column", unscorable)):
-        if len(errors) > max(rows / 2, 1):
-            where, _, what = str(errors[0]).partition(": ")
-            other = _scorable_columns(task) if errors is unscorable else ""
-            yield Fault(kind, where, f"{what} - so in {len(errors)} of {rows} rows{other}")
-            wrong = [error for error in wrong if error not in errors]
-    for error in wrong:
-        where, _, what = str(error).partition(": ")
-        kind = "unscorable" if isinstance(error, UnscorableError) else "unreadable"
-        yield Fault(kind, where, what)
-
-
-def _scorable_columns(task: TableTask) -> str:
-    """Return which other columns hold golds that the task's scorer reads, in words."""
-    gold, right = SCORERS[task.scorer].gold, Counter[str]()
-    for (_, read), _ in zip(records(Path(task.path)), range(_TRIED), strict=False):
-        try:
-            values = read()
-        except UserError:
-            continue
-        right.update(str(name) for name, value in values.items() if isinstance(value, str | int) and gold(str(value)))
-    names = [name for name, count in right.most_common() if name != task.answer and count > _TRIED / 4]
-    return f"; task.answer could be {' or '.join(names[:3])}" if names else ""
-
-
-def _columns(rows: Sequence[Row]) -> Iterator[Fault]:
-    """Yield what a whole column says of itself: that it is not the one that was meant."""
-    if len(rows) < _FEW:
+def _of_most(task: TableTask, wrong: list[Exception], rows: int, causes: set[Literal["rows", Side]]) -> Iterator[Fault]:
+    """Yield one fault for what is wrong with most rows of a file alike, and take those out of `wrong`."""
+    alike = Counter(map(_alike, wrong)).most_common(1)
+    if not alike or alike[0][1] <= max(rows / 2, 1):
         return
-    questions, answers = [row.question for row in rows], [row.source for row in rows]
-    most, times = Counter(questions).most_common(1)[0]
-    if times > len(rows) / 2:
-        yield Fault("wrong column", rows[0].where, f"{times} of {len(rows)} questions are {_short(most)}")
-    elif sum(any(map(str.isalpha, text)) or " " in text.strip() for text in questions) < len(rows) / 2:
-        yield Fault("wrong column", rows[0].where, f"the questions are numbers, such as {_short(questions[0])}")
-    same = sum(question == answer for question, answer in zip(questions, answers, strict=True))
-    if same > len(rows) / 2:
-        yield Fault("wrong column", rows[0].where, f"{same} of {len(rows)} answers are the question itself")
+    ((key, count),) = alike
+    first = next(error for error in wrong if _alike(error) == key)
+    wrong[:] = [error for error in wrong if _alike(error) != key]
+    fault, of_column = _unread(first), isinstance(first, NotFoundError | UnscorableError)
+    kind = WRONG_COLUMN if of_column or fault.what.startswith("'") else fault.kind
+    causes.add("rows")
+    other = could_be(task) if isinstance(first, UnscorableError) else ""
+    yield Fault(kind, fault.where, f"{fault.what} - so in {count} of {rows} rows{other}")
+
+
+def _alike(error: Exception) -> tuple[type[Exception], str]:
+    """Return what is wrong without the values of a row: equal for rows of one fault."""
+    return type(error), _VALUE.sub("_", str(error).partition(": ")[2])
+
+
+def _unread(error: Exception) -> Fault:
+    """Return the fault of a row, or of a whole file, that cannot be read."""
+    where, colon, what = str(error).partition(": ")
+    kind = "unscorable" if isinstance(error, UnscorableError) else "unreadable"
+    return Fault(kind, where, what) if colon else Fault(kind, "", where)
 
 
 def _cut_off(rows: Sequence[Row]) -> Iterator[Fault]:
@@ -132,21 +143,28 @@ def _maybe_cut_off(rows: Sequence[Row]) -> Iterator[Fault]:
             last = computed[-1].removesuffix(".")
             if last.startswith(row.gold) and last[len(row.gold) :].isdigit():
                 yield Fault(
-                    "maybe cut off", row.where, f"the final number is {row.gold}, and what was computed last {last}"
+                    f"{MAYBE}cut off", row.where, f"the final number is {row.gold}, and what was computed last {last}"
                 )
 
 
-def _twice(splits: dict[Split, list[Row]]) -> Iterator[Fault]:
-    """Yield questions that stand in the data twice: within a split, and in another split than they are trained in."""
+def _twice(splits: dict[Split, list[Row]], *, golds: bool) -> Iterator[Fault]:
+    """Yield questions that stand in the data twice: within a split, and in another split than they are trained in.
+
+    `golds`: whether the golds are known to be answers, which may then agree or not.
+    """
     first: dict[str, tuple[Split, Row]] = {}
+    train, validation, test = ({normalised(row.question) for row in splits[split]} for split in SPLITS)
+    if len(test) > _FEW and test <= train | validation:
+        place, _, _ = splits["test"][0].where.partition(", ")
+        yield Fault("leakage", place, f"all {len(test)} test questions are in the other splits: name another file")
+        splits = {**splits, "test": []}
     for split in SPLITS:
         for row in splits[split]:
             earlier, other = first.setdefault(normalised(row.question), (split, row))
             if other is row:
                 continue
-            agree = (
-                "" if other.gold == row.gold else f", and answers {_short(row.gold)} instead of {_short(other.gold)}"
-            )
+            differs = golds and other.gold != row.gold
+            agree = f", and answers {_short(row.gold)} instead of {_short(other.gold)}" if differs else ""
             if earlier != split:
                 yield Fault(
                     "leakage", row.where, f"this {split} question is in the {earlier} split, {other.where}{agree}"
@@ -157,14 +175,18 @@ def _twice(splits: dict[Split, list[Row]]) -> Iterator[Fault]:
 
 
 def _leaks(rows: Sequence[Row], task: TableTask) -> Iterator[Fault]:
-    """Yield questions that hold their own answer in the form that is asked for, and golds that cannot be compared."""
+    """Yield questions that hold their own answer in the form that is asked for."""
     scorer = SCORERS[task.scorer]
     for row in rows:
         if task.choices is None and scorer.score(row.gold, row.question).strict:
-            yield Fault(
-                "leakage", row.where, f"the question holds its own answer, {_short(scorer.form)} with {row.gold}"
-            )
-        if not scorer.readable(row.gold):
+            answer = scorer.form.replace("{}", row.gold)
+            yield Fault("leakage", row.where, f"the question holds its own answer, {_short(answer)}")
+
+
+def _unreadable_golds(rows: Sequence[Row], task: TableTask) -> Iterator[Fault]:
+    """Yield golds that cannot be compared."""
+    for row in rows:
+        if not SCORERS[task.scorer].readable(row.gold):
             yield Fault("unscorable", row.where, f"no formula can be read in the gold {_short(row.gold)}")
 
 

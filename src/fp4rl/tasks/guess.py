@@ -12,7 +12,10 @@ from fp4rl.tasks.rows import Columns
 from fp4rl.tasks.scorers import SCORERS, ScorerName
 
 _QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "input", "text", "q")
-_ANSWERS = ("answer", "final_answer", "gold", "target", "solution", "output", "response", "label", "answerkey", "a")
+_ANSWERS = (
+    *("answer", "final_answer", "gold", "ground_truth", "target", "solution", "output", "response", "label"),
+    *("answerkey", "a"),
+)
 _CHOICES = ("choices", "options")
 _ENOUGH = 0.9  # share of the rows that a guess must fit
 
@@ -48,8 +51,18 @@ def guessed(path: Path, question: str | None = None, answer: str | None = None) 
     return keys | {"scorer": _scorer(texts)}
 
 
+def is_answer(name: str) -> bool:
+    """Return whether a column, or the last part of `a.b`, has a name that answers have."""
+    last = _plain(name.rpartition(".")[2])
+    return last in _ANSWERS and len(last) > 1  # `a` is an operand as often
+
+
+def _plain(name: str) -> str:
+    return name.casefold().strip().replace(" ", "_")
+
+
 def _named(names: Mapping[str, Sequence[Any]], known: Sequence[str], taken: Sequence[str]) -> str | None:
-    small = {name.casefold().strip().replace(" ", "_"): name for name in names if name not in taken}
+    small = {_plain(name): name for name in names if name not in taken}
     return next((small[name] for name in known if name in small), None)
 
 
