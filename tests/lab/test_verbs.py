@@ -12,6 +12,7 @@ import yaml
 from pyarrow import parquet
 
 from fp4rl.cli.main import main
+from fp4rl.lab.folders import RunFolder
 from planted.records import line
 
 QUANTIZED = {"sites": 14, "calls": {"training": 9, "rollout": 9}, "master_unharmed": True}
@@ -198,6 +199,70 @@ def test_show_prints_question_and_gold_and_lists_what_was_not_solved(make_run, c
     shown = " ".join(capsys.readouterr().out.split())
     assert "20 of 40 problems not solved" in shown
     assert "and 8 more (--failures)" in shown
+
+
+@pytest.fixture
+def failed_run(root: str) -> RunFolder:
+    """A run like w4a4-s0 that failed after its second step, with items of step 30 and a log."""
+    path = next(Path(root).glob("trial/w4a4-s0-*"))
+    (path / "result.json").unlink()
+    folder = RunFolder(path)
+    folder.add_evidence(line("failed", why="the loss is not finite"))
+    folder.add_evidence(line("warning", line="none of the 4 groups has any spread"))
+    (path / "log.txt").write_text("".join(f"line {number}\n" for number in range(40)))
+    return folder
+
+
+def test_show_of_a_failed_run_gives_the_reason_first_and_then_all_that_is_there(root, failed_run, capsys):
+    assert main(["show", "w4a4-s0", "--runs", root]) == 1
+    said = capsys.readouterr()
+    assert f"fp4rl: {failed_run.key} failed: the loss is not finite" in said.err
+    first, *rest = said.out.splitlines()
+    assert first == f"{failed_run.key}  failed: the loss is not finite"
+    out = " ".join(" ".join(rest).split())
+    for part in (
+        "arm w4a4, seed 0; steps done: 3 of 30",
+        "goes on from its last checkpoint",
+        "none of the 4 groups has any spread",
+        "reward/mean 3 0 0.2 0 0.2",
+        f"{failed_run.path}/log.txt, its last lines: line 32 line 33",
+        "line 39",
+        "lr: 0.0004",
+        "20 of 40 problems not solved",
+    ):
+        assert part in out
+    assert "line 31" not in out
+    assert main(["show", "w4a4-s0", "--runs", root, "--json"]) == 1
+    told = read(capsys)
+    assert (told["run"]["status"], told["run"]["why"]) == ("failed", "the loss is not finite")
+    assert (told["run"]["steps_done"], told["run"]["steps_asked"]) == (3, 30)
+    assert told["spec"]["training"]["lr"] == 4e-4
+
+
+def test_show_of_a_failed_run_has_its_problems_too(root, failed_run, capsys):
+    assert main(["show", "w4a4-s0", "--problem", "p0003", "--runs", root, "--json"]) == 1
+    told = read(capsys)
+    assert [answer["completion"] for answer in told["answers"]] == ["#### 3"]
+    assert told["run"]["run_id"] == failed_run.run_id
+    assert main(["show", "w4a4-s0", "--failures", "--runs", root, "--json"]) == 1
+    assert len(read(capsys)["failures"][0]["unsolved"]) == 20
+
+
+def test_show_of_a_run_that_was_lost_says_so_and_ends_well(root, failed_run, capsys):
+    (failed_run.path / "evidence.jsonl").unlink()
+    assert main(["show", "w4a4-s0", "--runs", root]) == 0
+    assert capsys.readouterr().out.startswith(f"{failed_run.key}  lost: it left no sign of life")
+
+
+def test_a_description_is_broken_at_its_keys_alone_and_is_the_same_yaml(root, make_run, capsys, monkeypatch):
+    task = {"prompt": "Q: {question}\nA:", "filter": {"a long key": ["a long value", "and another long value"] * 2}}
+    run = make_run("long", 0, 0.5, spec={"task": task})
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["show", "long-s0", "--runs", root]) == 0
+    _, _, text = capsys.readouterr().out.partition("described as\n")
+    lines = [each for each in text.splitlines() if each.startswith("  ")]
+    spec = {key: value for key, value in run.spec().items() if value is not None and key != "seed"}
+    assert yaml.safe_load("\n".join(lines)) == spec
 
 
 def test_show_names_the_nearest_run(root: str, capsys: pytest.CaptureFixture[str]):

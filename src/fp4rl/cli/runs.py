@@ -1,6 +1,5 @@
 """`fp4rl runs`: list and filter runs, finished or not; `fp4rl runs import` imports a foreign log."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from fp4rl.spec.words import counted
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.query import Filter
 
-_RUN_ID = re.compile(r"(.+)-s(\d+)-[0-9a-f]+")
 _WIDE = 100  # columns from which on accuracies stand beside each other
 
 app = typer.Typer(invoke_without_command=True)
@@ -78,13 +76,13 @@ def list_all(
 
 def _unfinished(root: Path, wanted: "Filter") -> list[tuple[dict[str, Any], Status]]:
     """Return the runs without a result that answer to the filter: what is known of each, and its status."""
+    from fp4rl.lab.unfinished import Unfinished
+
     matching: list[tuple[dict[str, Any], Status]] = []
     if wanted.profile is not None:  # none of them has a last accuracy
         return matching
     for folder, status in unfinished(root).items():
-        parts = _RUN_ID.fullmatch(folder.run_id)
-        arm, seed = (parts[1], int(parts[2])) if parts else (folder.run_id, None)
-        row = {"suite": folder.suite, "run_id": folder.run_id, "arm": arm, "seed": seed}
+        row = Unfinished(folder).row
         limits = {"suite": wanted.suite, "arm": wanted.arm, "seed": wanted.seed}
         if all(value in (None, row[key]) for key, value in limits.items()):
             matching.append((row | {"strict": {}}, status))

@@ -1,12 +1,12 @@
 """`fp4rl show`: show everything about one run."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.padding import Padding
 from rich.table import Table
 
 from fp4rl.cli.ledger import opened
@@ -14,16 +14,19 @@ from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
 from fp4rl.lab import questions
 from fp4rl.lab.files import json_ready
-from fp4rl.lab.folders import RunFolder, require_not_failed
-from fp4rl.spec.errors import NotFoundError
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.foreign.joined import readable
+from fp4rl.spec.errors import CheckFailed, NotFoundError
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.words import counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.ledger.query import About
+    from fp4rl.lab.unfinished import Unfinished
     from fp4rl.spec.task import Problem
 
 _FEW = 12
+_NEVER = 10**6  # characters at which YAML breaks a line
 _OF_A_PROBLEM = ("id", "split", "prompt", "answer", "solution")
 
 
@@ -43,34 +46,67 @@ def command(
 
     Example: `fp4rl show quickstart/w4a4-s0 --problem 3`
     """
-    from fp4rl.lab.ledger.query import about, answers
+    from fp4rl.lab.ledger.query import about
+    from fp4rl.lab.unfinished import Unfinished, unfinished_named
 
+    known: About | Unfinished
     with opened(runs, ledger) as book, book.reading() as connection:
         try:
             known = about(connection, runs, run)
+            folder, spec = RunFolder(runs / known.run.suite / known.run.run_id), known.run.spec
         except NotFoundError:
-            require_not_failed(runs, run)
-            raise
-    folder = RunFolder(runs / known.run.suite / known.run.run_id)
+            if (begun := unfinished_named(runs, run)) is None:
+                raise
+            known, folder, spec = begun, begun.folder, begun.spec
+    row = known.run_row()
     if problem is not None:
-        name = questions.named(folder, problem)
-        given, (stated, why) = answers(folder, name), questions.asked_of(known.run.spec, name)
-        if as_json:
-            own = None if stated is None else {key: getattr(stated, key) for key in _OF_A_PROBLEM}
-            print_json(json_ready({"run": known.run_row(), "problem": own, "answers": given}))
-        else:
-            _print_answers(known.run.key, given, name, stated, why)
+        _show_problem(folder, spec, row, problem, as_json=as_json)
     elif failures:
         lists = questions.failures(folder)
         if as_json:
-            print_json({"run": known.run_row(), "failures": [each.as_dict() for each in lists]})
+            print_json({"run": row, "failures": [each.as_dict() for each in lists]})
         else:
             _print_failures(lists, shown=None)
     elif as_json:
         print_json(json_ready(known.as_dict()))
     else:
-        _print(known)
+        _print_unfinished(known) if isinstance(known, Unfinished) else _print(known)
         _print_failures(questions.failures(folder), shown=_FEW)
+    if isinstance(known, Unfinished) and known.status.word == "failed":
+        raise CheckFailed(f"{folder.key} failed: {known.status.why}")
+
+
+def _show_problem(folder: RunFolder, spec: Mapping[str, Any], row: Any, problem: str, *, as_json: bool) -> None:
+    from fp4rl.lab.ledger.query import answers
+
+    name = questions.named(folder, problem)
+    given, (stated, why) = answers(folder, name), questions.asked_of(spec, name)
+    if as_json:
+        own = None if stated is None else {key: getattr(stated, key) for key in _OF_A_PROBLEM}
+        print_json(json_ready({"run": row, "problem": own, "answers": given}))
+    else:
+        _print_answers(folder.key, given, name, stated, why)
+
+
+def _print_unfinished(run: "Unfinished") -> None:
+    status, screen = run.status, console()
+    screen.print(styled((run.folder.key, "bold"), (f"  {status.word}", "red"), f": {status.why}"))
+    done, planned = run.steps
+    seed = f"seed {run.row['seed']}" if run.row["seed"] is not None else "seed not known"
+    since = f", since {status.since}" if status.since else ""
+    screen.print(f"arm {run.row['arm']}, {seed}; steps done: {done} of {planned or '?'}{since}")
+    screen.print(styled(("next", "bold"), f" {run.goes_on}"))
+    if evaluations := run.folder.evaluations():
+        screen.print(accuracies(evaluations))
+    for line in run.warnings:
+        print_indented(("warning", "yellow"), f": {line}")
+    if curves := run.curves:
+        screen.print(_curves(curves))
+    if tail := run.log_tail:
+        screen.print(styled(("log", "bold"), f" {run.log}, its last lines:"), soft_wrap=True)
+        for line in tail:
+            print_indented(readable(line))
+    _print_description(run.spec)
 
 
 def _print(about: "About") -> None:
@@ -92,11 +128,36 @@ def _print(about: "About") -> None:
     names = [file["path"] for file in about.files[:_FEW]]
     more = f" and {len(about.files) - _FEW} more" if len(about.files) > _FEW else ""
     screen.print(styled(("files", "bold"), f" {len(about.files)}, {size:.1f} MiB: {', '.join(names)}{more}"))
-    described = run.described or (source.config if source is not None else None)
-    if described:
-        screen.print(styled(("described as", "bold")))
-        text = yaml.safe_dump(_given(described), sort_keys=False, default_flow_style=None, width=screen.width - 8)
-        screen.print(Padding(text, (0, 2)))
+    _print_description(run.described or (source.config if source is not None else None))
+
+
+def _print_description(described: Any) -> None:
+    """Print a description as YAML that is broken at its keys alone."""
+    if isinstance(described, Mapping) and described:
+        console().print(styled(("described as", "bold")))
+        for text in _lines(_given(described), console().width - 2, ""):
+            console().print(f"  {text}", soft_wrap=True)
+
+
+def _lines(described: Mapping[str, Any], width: int, indent: str) -> Iterator[str]:
+    """Yield YAML whose lines end where values do: a mapping or list that does not fit has a line for each of them."""
+    for key, value in described.items():
+        line = f"{indent}{key}: {_in_a_line(value)}"
+        if len(line) <= width or not value or not isinstance(value, dict | list):
+            yield line
+            continue
+        yield f"{indent}{key}:"
+        if isinstance(value, dict):
+            yield from _lines(value, width, f"{indent}  ")
+        else:
+            yield from (f"{indent}- {_in_a_line(each)}" for each in value)
+
+
+def _in_a_line(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    # In a list, since a scalar alone would end in "..."
+    return yaml.safe_dump([value], sort_keys=False, default_flow_style=True, width=_NEVER).strip()[1:-1]
 
 
 def _print_evidence(about: "About") -> None:

@@ -155,8 +155,8 @@ def _twice(splits: dict[Split, list[Row]], *, golds: bool) -> Iterator[Fault]:
     first: dict[str, tuple[Split, Row]] = {}
     train, validation, test = ({normalised(row.question) for row in splits[split]} for split in SPLITS)
     if len(test) > _FEW and test <= train | validation:
-        place, _, _ = splits["test"][0].where.partition(", ")
-        yield Fault("leakage", place, f"all {len(test)} test questions are in the other splits: name another file")
+        file, _, _ = splits["test"][0].where.partition(", ")
+        yield Fault("leakage", file, f"all {len(test)} test questions are in the other splits: name another file")
         splits = {**splits, "test": []}
     for split in SPLITS:
         for row in splits[split]:

@@ -190,7 +190,7 @@ class About:
     @property
     def curves(self) -> dict[str, Row]:
         """Name -> first, last, lowest, highest; None where a value was not a number."""
-        return _curves(self.run.curves.values())
+        return curves_of(self.run.curves.values())
 
     @property
     def lines(self) -> dict[str, int]:
@@ -254,7 +254,7 @@ def answers(folder: RunFolder, problem: str) -> list[Row]:
     return rows
 
 
-def _curves(steps: Iterable[Mapping[str, float]]) -> dict[str, Row]:
+def curves_of(steps: Iterable[Mapping[str, float]]) -> dict[str, Row]:
     """Return name -> first, last, lowest, highest; None for a value that was not a number."""
     values: dict[str, list[float | None]] = defaultdict(list)
     for step in steps:
