@@ -11,7 +11,8 @@ from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.check import check
 from fp4rl.rl.lora import with_lora
-from fp4rl.rl.session import ResumeState, Run, TrainingSession
+from fp4rl.rl.run import Run
+from fp4rl.rl.session import ResumeState, TrainingSession
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection

@@ -15,7 +15,8 @@ from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.rl.evaluate import answer
 from fp4rl.rl.events import ignore
 from fp4rl.rl.mismatch import mismatch_metrics
-from fp4rl.rl.session import ResumeState, Run, TrainingSession
+from fp4rl.rl.run import Run
+from fp4rl.rl.session import ResumeState, TrainingSession
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.experiment import Experiment

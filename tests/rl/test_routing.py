@@ -16,7 +16,8 @@ from fp4rl.rl.check import check
 from fp4rl.rl.events import Message
 from fp4rl.rl.generate import Sampling, transformers_sampler
 from fp4rl.rl.routing import NOT_KNOWN, RouterWatch, padded_routes, whole_routes
-from fp4rl.rl.session import ResumeState, Run, TrainingSession
+from fp4rl.rl.run import Run
+from fp4rl.rl.session import ResumeState, TrainingSession
 from fp4rl.rl.train import train
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment

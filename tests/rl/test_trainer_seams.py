@@ -15,7 +15,8 @@ from fp4rl.rl.components import arguments
 from fp4rl.rl.events import ignore
 from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.rollout import by_length, group_advantages
-from fp4rl.rl.session import ResumeState, Run, TrainingSession
+from fp4rl.rl.run import Run
+from fp4rl.rl.session import ResumeState, TrainingSession
 from fp4rl.rl.trainer import Trainer, _AroundTheOptimizer
 
 SEAMS = {

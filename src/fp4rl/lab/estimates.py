@@ -62,6 +62,8 @@ def memory_of(experiment: Experiment) -> Memory | None:
         parts["adapter"] = trained * each
     elif fine and model.dtype != "float32":
         parts["FP32 masters"] = trained * each
+    if recipe.ema is not None:
+        parts["average"] = trained * _BYTES["float32"]
     parts["gradients"] = trained * each
     parts["optimizer"] = 2 * trained * _STATES.get(recipe.optimizer[-4:], each)
     if recipe.kl and model.lora is None:

@@ -8,7 +8,7 @@ from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
 from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.components import require_optimizer
-from fp4rl.rl.evaluate import evaluation_runner
+from fp4rl.rl.evaluate import choosing_runner, evaluation_runner
 from fp4rl.rl.generate import sampler_named
 from fp4rl.rl.inputs import ALONE, Stages, teacher_folder
 from fp4rl.rl.lora import with_lora
@@ -20,6 +20,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.linked import START, TEACHER, links
 from fp4rl.spec.model import Embedded
+from fp4rl.spec.task import Problem
 from fp4rl.tasks.overlap import check_disjoint
 
 
@@ -40,6 +41,7 @@ def check(experiment: Experiment, stages: Stages = ALONE) -> None:
     runner = evaluation_runner(experiment)
     learned = problems_of(experiment, "train")
     check_disjoint(task, learned, runner.problems)
+    _what_chooses_does_not_judge(experiment, runner.problems)
     for problem in (*learned[:1], *runner.problems[:1]):
         task.score(problem, problem.solution)  # a scorer that fails must fail before anything is sampled
     path = stages.start or experiment.model.path
@@ -66,6 +68,12 @@ def check(experiment: Experiment, stages: Stages = ALONE) -> None:
         for weight in noisy_weights(model, experiment.noise, share=0.0):
             if weight.name in packed:
                 raise InvalidValueError(no_noise_on_codes(weight.name))
+
+
+def _what_chooses_does_not_judge(experiment: Experiment, judged: tuple[Problem, ...]) -> None:
+    """Raise CheckFailed where the best step would be chosen on problems that it is judged on at the end."""
+    if experiment.training.deployed == "best":
+        check_disjoint(experiment.task, choosing_runner(experiment).problems, judged)
 
 
 def _without_weights(experiment: Experiment, path: str | Path | None) -> Any:

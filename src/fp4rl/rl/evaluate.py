@@ -256,6 +256,14 @@ def evaluation_runner(experiment: Experiment) -> EvaluationRunner:
     return EvaluationRunner(spec, experiment.injection, task, problems, model.lora, rollout, how)
 
 
+def choosing_runner(experiment: Experiment) -> EvaluationRunner:
+    """Make the runner by which the best step is chosen: on the validation split, as deployed where anything is."""
+    spec = experiment.evaluation
+    profile = "deployment" if "deployment" in spec.profiles else spec.profiles[0]
+    changed = {"split": "validation", "profiles": (profile,), "matmul_noise": (), "formats": ()}
+    return evaluation_runner(experiment.model_copy(update={"evaluation": spec.model_copy(update=changed)}))
+
+
 @contextmanager
 def _injected(model: PreTrainedModel, injection: Injection | None) -> Iterator[Attachment | None]:
     if injection is None:

@@ -48,6 +48,10 @@ class Masters:
         yield from (master for _, master in self._pairs.values())
         yield from self._others
 
+    def copies(self) -> dict[str, Tensor]:
+        """Return the FP32 copies by the names of their weights."""
+        return {name: master for name, (_, master) in self._pairs.items()}
+
     def put_into(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace the weights in a new optimizer by their copies."""
         copies = {id(weight): master for weight, master in self._pairs.values()}

@@ -28,10 +28,10 @@ from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.generate import dropout_off
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.sharding import is_sharded, shard
+from fp4rl.spec.distillation import Distillation
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection, Phase
-from fp4rl.spec.training import Distillation
 
 Direction = Literal["forward", "reverse"]
 Head = Callable[[Tensor], Tensor]

@@ -1,9 +1,7 @@
 """One training session: a live model from the start or a checkpoint, until it is done or the monitor ends it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import ceil, nan
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike, require_averaged
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
 from fp4rl.rl.components import TrainerComponents
-from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, evaluation_runner
-from fp4rl.rl.events import Emit, Evaluated, Interrupted, Message, Progress, StepDone, never
+from fp4rl.rl.deployed import Deployed
+from fp4rl.rl.events import Interrupted, Message, StepDone
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import dropout_off, evidence_of, sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
@@ -29,52 +27,13 @@ from fp4rl.rl.phases import Phases
 from fp4rl.rl.problems import problems_of
 from fp4rl.rl.reference import reference_and_teacher
 from fp4rl.rl.rewards import Rewarder, rewards_of
+from fp4rl.rl.run import Run
 from fp4rl.rl.sharding import gathered, shard
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.verify import weights_digest
 from fp4rl.sites.modalities import freeze_other_modules
-from fp4rl.spec.errors import EngineLost, NotFinite, located, require_finite
+from fp4rl.spec.errors import EngineLost, NotFinite, require_finite
 from fp4rl.spec.evidence import CheckpointKept
-from fp4rl.spec.experiment import Experiment
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is the same in all sessions of a run. `stamp` names the code that writes checkpoints; `inputs` are digests
-    of what the description points to, `teacher` the folder of one that is neither the start nor the live model."""
-
-    experiment: Experiment
-    folder: Path
-    start: Path
-    emit: Emit
-    stamp: str = ""
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    interrupted: Callable[[], bool] = never
-    teacher: Path | None = None
-
-    @cached_property
-    def runner(self) -> EvaluationRunner:
-        """The evaluation of the start, of the model during training, and of the final model."""
-        return evaluation_runner(self.experiment)
-
-    def evaluated(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
-        """Yield every profile's evaluation of the model in `folder`: in the first process, and the others wait."""
-        yield from self.judged(folder, step, last=last)
-        processes.wait()
-
-    def judged(self, folder: Path, step: int, *, last: bool = False) -> Iterator[Evaluation]:
-        """Yield what `evaluated` does, and let the other processes go on."""
-
-        def on_items(name: str, done: int, total: int) -> None:
-            self.emit(Progress(f"eval {name}", done, total))
-            if (last or step == 0) and self.interrupted():  # during training the step is finished and kept first
-                raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
-
-        if processes.is_first():
-            with located(f"after step {step}"):
-                for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
-                    self.emit(Evaluated(evaluation))
-                    yield evaluation
 
 
 @dataclass
@@ -112,6 +71,7 @@ class TrainingSession:
         self.stream = PromptStream(problems_of(experiment, "train"), experiment.seed)
         self.sampler = sampler_named(experiment.rollout)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
+        self.deployed = Deployed(self.model, None, experiment.training, self.phases.weights_changed)
         self._at: tuple[int, dict[str, Any]] | None = None  # the last boundary of a run that a server samples for
 
     def train(self) -> None:
@@ -175,11 +135,14 @@ class TrainingSession:
     def on_begin(self, trainer: Any) -> None:
         """Restore a checkpoint's state besides the trainer's files, and lower the learning rate after rollbacks."""
         checkpoint, rolled_back = self.resume.checkpoint, self.resume.rollbacks
+        recipe, masters = self.run.experiment.training, self.trainer.masters
+        self.deployed = Deployed(self.model, masters, recipe, self.phases.weights_changed)
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
             self.phases.restore(checkpoint.state["phases"][self.stream.rank])
-            if self.trainer.masters is not None:
-                self.trainer.masters.load(checkpoint.path)
+            if masters is not None:
+                masters.load(checkpoint.path)
+            self.deployed.load(checkpoint.path, checkpoint.state["deployed"])
             rolled_back -= checkpoint.state["rollbacks"]
         if processes.count() > 1 and (self.attachment is None or is_repeatable(self.attachment)):
             with self.phases.unobserved(), trainer.routers.paused(), dropout_off(self.model):
@@ -187,11 +150,15 @@ class TrainingSession:
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
 
+    def on_update(self) -> None:
+        """Let the average of the weights follow."""
+        self.deployed.update()
+
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Evaluate where it is due, report the step and let the monitor judge it; return whether to stop."""
         every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps
-        if every and step % every == 0 and step < last:
-            metrics = metrics | self._validated(step)
+        if every and (step % every == 0 or step == last):
+            metrics = metrics | self._validated(step, chosen_alone=step == last)
         require_finite("metrics", metrics)
         for line in evidence_of(self.sampler):
             self.run.emit(line.extended(step=step - 1))
@@ -208,13 +175,26 @@ class TrainingSession:
             self._at = step, self._state()
         return due or self.interrupted, self.interrupted
 
-    def _validated(self, step: int) -> dict[str, float]:
-        """Return accuracy on held-out problems during training, of a saved copy as in every evaluation."""
-        folder = self.save(self.run.folder / "on-the-way")
-        judged = processes.agreed(lambda: list(self.run.judged(folder, step)))
-        accuracies = processes.from_first({e.profile.name: (e.share("strict"), len(e.items)) for e in judged})
+    def _validated(self, step: int, *, chosen_alone: bool) -> dict[str, float]:
+        """Return accuracy on held-out problems during training, of a saved copy as in every evaluation, and the one by
+        which the best step is chosen, if any is; with `chosen_alone` nothing else."""
+        chooses = self.run.experiment.training.deployed == "best"
+        if chosen_alone and not chooses:
+            return {}
+        with self.deployed.policy():
+            folder = self.save(self.run.folder / "on-the-way")
+            metrics = {} if chosen_alone else self._judged(folder, step)
+            if chooses:
+                score = processes.from_first(processes.agreed(lambda: self.run.choice(folder, step)))
+                self.deployed.consider(step, score)
+                metrics["accuracy/choice"] = score
         if processes.is_first():
             shutil.rmtree(folder)
+        return metrics
+
+    def _judged(self, folder: Path, step: int) -> dict[str, float]:
+        judged = processes.agreed(lambda: list(self.run.judged(folder, step)))
+        accuracies = processes.from_first({e.profile.name: (e.share("strict"), len(e.items)) for e in judged})
         goal, answers = accuracies.get("deployment", next(iter(accuracies.values())))
         of_each = {f"accuracy/validation_{name}": share for name, (share, _) in accuracies.items()}
         return {"accuracy/validation": goal, "accuracy/validation_answers": float(answers), **of_each}
@@ -228,6 +208,8 @@ class TrainingSession:
         masters = self.trainer.masters
         if masters is not None and (masters.sharded or processes.is_first()):
             masters.save(folder)
+        if processes.is_first():
+            self.deployed.save(folder)
         processes.wait()  # each process writes a file of its own into it
         if processes.is_first():
             complete(folder, step, self.run.stamp, state)
@@ -241,6 +223,7 @@ class TrainingSession:
             "phases": processes.from_all(self.phases.state()),
             "rollbacks": self.resume.rollbacks,
             "inputs": self.run.inputs,
+            "deployed": self.deployed.state(),
         }
 
     def _keep_boundary(self) -> None:

@@ -11,11 +11,13 @@ from fp4rl.rl.agreement import require_alike
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
 from fp4rl.rl.components import require_own_engine, require_processes
+from fp4rl.rl.evaluate import items_digest
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import ALONE, Stages, inputs, of_model, require_unchanged, start_folder, teacher_folder
 from fp4rl.rl.problems import dropped
-from fp4rl.rl.session import ResumeState, Run, TrainingSession, beginning
+from fp4rl.rl.run import Run
+from fp4rl.rl.session import ResumeState, TrainingSession, beginning
 from fp4rl.rl.sharding import whole
 from fp4rl.rl.verify import (
     few_changed,
@@ -31,7 +33,8 @@ from fp4rl.rl.verify import (
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import RolledBack
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.records import Summary
+from fp4rl.spec.records import DeployedWeights, Summary
+from fp4rl.spec.words import counted
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
     stopped = str(session.monitor.decisive) if session.monitor.decisive is not None else None
     if stopped is None:  # a run that ended early may not have reached its noisy stages
         session.phases.finish()
+    chosen = _deployed(run, session)
     final = session.save(run.folder / "final")
     share, steps = share_changed(beginning(run), session.model, run.emit), session.resume.metrics.values()
     if stopped is None:
@@ -186,7 +190,29 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         noise=session.phases.noise_summary(),
         health=session.monitor.summary(session.resume.rollbacks),
     )
+    if chosen is not None:
+        evidence = evidence.extended(deployed=chosen)
     if processes.count() > 1:
         require_alike(f"{evidence.final_weights}, {evidence.noise}", "final weights, or their noise,")
     list(run.evaluated(final, session.trainer.step, last=True))
     return Trained(run.start, final, session.trainer.step, evidence, stopped)
+
+
+def _deployed(run: Run, session: TrainingSession) -> DeployedWeights | None:
+    """Put the weights that are to be deployed into the model; return which they are, None for the live ones at last."""
+    recipe, best = run.experiment.training, session.deployed.best
+    session.deployed.deploy()
+    if recipe.ema is None and recipe.deployed == "last":
+        return None
+    chosen = DeployedWeights(step=session.trainer.step, ema_decay=recipe.ema.decay if recipe.ema is not None else None)
+    if best is None:
+        return chosen
+    problems, profile = run.chooser.problems, run.chooser.spec.profiles[0]
+    run.emit(
+        Message(
+            f"deployed: the policy after step {best.step}, the best on {counted(len(problems), 'validation problem')} "
+            f"({best.score:.1%} as {profile})",
+            log_only=True,
+        )
+    )
+    return chosen.extended(step=best.step, score=best.score, profile=profile, problems=items_digest(problems))

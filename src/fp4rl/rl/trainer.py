@@ -280,6 +280,7 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         if self._trainer.masters is not None:
             self._trainer.masters.write()
         self._trainer.parts.phases.weights_changed()
+        self._trainer.parts.supervisor.on_update()
         self._trainer.timer.lap("optimizer")
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:

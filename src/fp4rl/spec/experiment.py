@@ -104,10 +104,27 @@ class Experiment(Spec):
         yield from (f"training: {why}" for why in self.training.not_shared(self.processes))
         if self.sharding != "none" and self.processes == 1:
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
+        yield from self._wrong_choice()
         if self.sharding != "none" and self.training.distillation is not None:
             yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
             yield "injection.frozen_base: FSDP cannot shard packed weights; write copy, or sharding: none"
+
+    def _wrong_choice(self) -> Iterator[str]:
+        recipe, judged = self.training, self.evaluation
+        if self.sharding != "none" and (recipe.ema is not None or recipe.deployed == "best"):
+            key = "ema" if recipe.ema is not None else "deployed"
+            yield f"training.{key} keeps whole weights beside the model's; write sharding: none"
+        if recipe.deployed == "best" and judged.split != "test":
+            yield (
+                "training.deployed: best chooses on the validation split, and what chose cannot judge; write "
+                "evaluation.split: test"
+            )
+        if recipe.deployed == "best" and not 0 < judged.test_freq <= recipe.steps:
+            yield (
+                f"training.deployed: best chooses among each evaluation.test_freq steps, which is {judged.test_freq}; "
+                f"write 1 to {recipe.steps}"
+            )
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but hardly ever meant."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from fp4rl.spec.digest import digest
+from fp4rl.spec.distillation import TeacherModel
 from fp4rl.spec.errors import InvalidValueError, nearest
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.stages import Start, TeacherModel
+from fp4rl.spec.stages import Start
 
 START, TEACHER = "start", "training.distillation.teacher"
 

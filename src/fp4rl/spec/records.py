@@ -75,6 +75,17 @@ class HealthSummary(Record):
     rollbacks: int = 0
 
 
+class DeployedWeights(Record):
+    """Which weights are in `final` where they are not the live ones after the last step: those after `step`, averaged
+    with `ema_decay`, chosen by its `score` among the steps that were judged on the validation `problems` (a digest)."""
+
+    step: int
+    ema_decay: float | None = None
+    score: float | None = None
+    profile: str | None = None
+    problems: str | None = None
+
+
 class Summary(Record):
     """The evidence of a whole run in short; the lines of evidence hold the details."""
 
@@ -93,6 +104,7 @@ class Summary(Record):
     noise: NoiseSummary | None = None
     health: HealthSummary | None = None
     processes: int | None = None
+    deployed: DeployedWeights | None = None
 
 
 class Imported(Record):

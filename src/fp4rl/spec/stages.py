@@ -1,10 +1,10 @@
-"""Weights that a run takes from another one: where it starts, and whom it learns from."""
+"""The start of a run in the weights that another run trained."""
 
 from collections.abc import Iterator
 
 from fp4rl.spec.frozen import LocalPath, Spec, later_key
 
-_DIGEST = "of that arm's description without its seed; filled in where the suite is planned"
+OF_THE_ARM = "of that arm's description without its seed; filled in where the suite is planned"
 
 
 class Start(Spec):
@@ -16,20 +16,8 @@ class Start(Spec):
 
     arm: str | None = later_key(None, description="an arm of the same suite: its run with the same seed")
     run: LocalPath | None = later_key(None, description="a finished run: its folder, or suite/run-id below --runs")
-    digest: str | None = later_key(None, description=_DIGEST)
+    digest: str | None = later_key(None, description=OF_THE_ARM)
 
     def _conflicts(self) -> Iterator[str]:
         if (self.arm is None) == (self.run is None):
             yield "name exactly one of `arm` and `run`; the weights of any other folder are `model.path`"
-
-
-class TeacherModel(Spec):
-    """A teacher that is neither the start nor the live model: exactly one of `arm` and `path`."""
-
-    arm: str | None = later_key(None, description="an arm of the same suite: what its run with the same seed trained")
-    path: LocalPath | None = later_key(None, description="a Hugging Face folder with the same tokenizer")
-    digest: str | None = later_key(None, description=_DIGEST)
-
-    def _conflicts(self) -> Iterator[str]:
-        if (self.arm is None) == (self.path is None):
-            yield "name exactly one of `arm` and `path`, or write start or live"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fp4rl.spec.algorithms import ALGORITHMS, AdvantageEstimator, Algorithm, AlgorithmName, KlLossType, LossAggregation
+from fp4rl.spec.distillation import Distillation
 from fp4rl.spec.frozen import Spec, later_key
-from fp4rl.spec.stages import TeacherModel
 from fp4rl.spec.words import counted
 
 
@@ -82,17 +82,13 @@ class RolloutCorrection(Spec):
     threshold: float = Field(default=2.0, gt=1.0, description="1 or less would cut ratios of 1")
 
 
-class Distillation(Spec):
-    """Distillation to the unquantized model on the student's own samples (QAD).
+class Ema(Spec):
+    """The exponential moving average of the FP32 masters over optimizer updates. It is what is then judged and saved;
+    rollouts are by the live weights."""
 
-    `teacher`: the model as it was at the `start`, the `live` weights without quantization, which learn along, or a
-    model of its own: what another arm trained, or a folder.
-    """
-
-    coef: PositiveFloat = 1.0
-    teacher: Literal["start", "live"] | TeacherModel = "start"
-    direction: Literal["forward", "reverse"] = "forward"
-    alone: bool = Field(default=False, description="leave the reinforcement-learning loss out")
+    decay: float = Field(
+        gt=0.0, lt=1.0, description="what is kept of the average at each update; .98 averages about 50"
+    )
 
 
 class Training(Spec):
@@ -161,6 +157,12 @@ class Training(Spec):
     filter_groups: FilterGroups = FilterGroups()
     rollout_correction: RolloutCorrection = RolloutCorrection()
     distillation: Distillation | None = None
+    ema: Ema | None = later_key(None)
+    deployed: Literal["last", "best"] = later_key(
+        "last",
+        description="whose policy is saved: that of the last step, or of the one among each evaluation.test_freq steps "
+        "that is best on the validation split",
+    )
     gradient_checkpointing: bool = False
     routing_replay: bool = later_key(
         False, description="mixtures: whether training takes the experts that the rollout chose for each token"

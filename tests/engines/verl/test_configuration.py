@@ -192,6 +192,12 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"lr_scheduler": "linear"}}, "training.lr_scheduler", "constant and cosine"),
         ({"training": {"mask_truncated": True}}, "training.mask_truncated", "write false"),
         ({"training": {"routing_replay": True}}, "training.routing_replay", "write false"),
+        ({"training": {"ema": {"decay": 0.9}}}, "training.ema", "leave it out"),
+        (
+            {"training": {"deployed": "best"}, "evaluation": {"test_freq": 1}},
+            "training.deployed",
+            "write last",
+        ),
         ({"training": {"stop": ["####"]}}, "training.stop", "leave it out"),
         ({"start": {"run": "suite/a-s0-0123"}}, "start", "name the folder `final` of that run there"),
         ({"training": {"distillation": {}}}, "training.distillation", "leave it out"),
@@ -247,7 +253,7 @@ def test_no_key_of_training_is_dropped_silently():
         without["evaluation"] = {**RICH["evaluation"], "max_new_tokens": 77 if key != "max_response_length" else 1024}
         assert configured(devices=4, **without) != asked, key
     others = set(Training.model_fields) - set(RICH["training"])
-    refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas", "stop"}
+    refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas", "stop", "ema", "deployed"}
     said = {"save_total_limit"}  # as a difference
     before = {"epochs", "filter_overlong_prompts"}  # in steps, and left out, when description and data are written
     assert others == refused | said | before | {"micro_batch_size", "reward", "rewards", "reference_precision"}

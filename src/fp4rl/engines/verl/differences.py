@@ -54,6 +54,10 @@ def _training(recipe: Training) -> Iterator[str]:
         yield "training.optimizer and betas: verl is started with torch's AdamW and its usual betas; leave them out"
     if recipe.mask_truncated:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
+    if recipe.ema is not None:
+        yield "training.ema: verl keeps no average of its weights; leave it out"
+    if recipe.deployed != "last":
+        yield "training.deployed: verl keeps every checkpoint, and the last is imported; write last"
     if recipe.stop:
         yield "training.stop: verl's rollouts end at the end of text alone; leave it out"
     if recipe.routing_replay:
