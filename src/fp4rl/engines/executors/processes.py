@@ -65,17 +65,17 @@ class LocalPool:
             at_last.callback(_kill, workers)
             at_last.callback(lambda: _kill([each for each in idle if isinstance(each, _Worker)]))
             while True:
+                if interrupted.is_set() and not stopping:
+                    stopping = True
+                    agenda.clear()
+                    on_event(Event("", STOPPING, 0, 0))
+                    _ask_to_end(workers)
                 while idle and (run := agenda.take()) is not None:  # those that run already are ended on an error
                     workers.append(self._assigned(run, root, self._ready(idle.pop(0), dealt)))
                 if not agenda:
                     _stop_all(idle)
                 if not workers:
                     break
-                if interrupted.is_set() and not stopping:
-                    stopping = True
-                    agenda.clear()
-                    on_event(Event("", STOPPING, 0, 0))
-                    _ask_to_end(workers)
                 ready = wait([w.pipe for w in workers], timeout=1.0)
                 for worker in [w for w in workers if w.pipe in ready or self._stalled(w)]:
                     outcome = _received(worker, root, on_event) if worker.pipe in ready else _ended(worker, root)
