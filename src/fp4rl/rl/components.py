@@ -27,7 +27,7 @@ class Supervisor(Protocol):
         """Begin, once model, optimizer and scheduler exist and those of a checkpoint are loaded."""
 
     def on_update(self) -> None:
-        """Follow an optimizer update that was just made."""
+        """Take note of an optimizer update that was just made."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Take the metrics of a step; return whether to stop."""
