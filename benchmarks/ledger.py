@@ -9,11 +9,8 @@ The runs are made up (seeded), in the layout that the runner writes: two arms of
 import argparse
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +19,11 @@ import yaml
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.spec.digest import digest
 from fp4rl.spec.records import Sites, read_result
+from planted.commands import item, took, tries, written
 from planted.records import line
 
 PROBLEMS, STEPS, EVALUATIONS = 1319, 30, (0, 8, 15, 23, 30)
 LIMIT_S = 5.0
-ENTRY = "from fp4rl.cli.main import entry; entry()"  # what the console script does
 PROFILE = {
     "name": "deployment",
     "precision": "w4a4",
@@ -48,9 +45,7 @@ def make_runs(root: Path, count: int) -> None:
     seeds += [(f"arm{number // 10}", number % 10) for number in range(count - len(seeds))]
     for number, (arm, seed) in enumerate(seeds, start=1):
         make_run(root, arm, seed, difficulty, rng)
-        if number % 50 == 0:
-            print(f"\r{number} of {count} runs written", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        written(number, count)
 
 
 def make_run(root: Path, arm: str, seed: int, difficulty: np.ndarray, rng: np.random.Generator) -> None:
@@ -103,28 +98,6 @@ def write_lines(run: RunFolder, rng: np.random.Generator) -> None:
             run.add_evidence(line("injection", phase=phase, site=f"layers.{site}", calls=900))
 
 
-def item(index: int, solved: bool) -> dict[str, object]:
-    answer = f"{index} + {index} = {2 * index} #### {2 * index if solved else index}"
-    flags = {"strict": solved, "flexible": solved, "formatted": True, "truncated": False}
-    return {"problem_id": f"test-{index:05d}", "sample": 0, "completion": answer, "length": 17} | flags
-
-
-def timed(*arguments: str) -> tuple[float, float]:
-    """CPU and wall seconds of one command line in a process of its own, start included; the best of three."""
-    measured = []
-    for _ in range(3):
-        began, clock = of_children(), time.perf_counter()
-        subprocess.run([sys.executable, "-c", ENTRY, *arguments], check=True, stdout=subprocess.DEVNULL)
-        measured.append((of_children() - began, time.perf_counter() - clock))
-    return min(measured)
-
-
-def of_children() -> float:
-    """CPU seconds of every process that has ended: a busy machine says nearly the same as an idle one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=1000)
@@ -134,19 +107,17 @@ def main() -> int:
     asked = parser.parse_args()
     root = asked.folder
     make_runs(root, asked.runs)
-    began = of_children()
-    subprocess.run([sys.executable, "-c", ENTRY, "ledger", "rebuild", "--runs", str(root)], check=True)
-    rebuilt = of_children() - began
+    rebuilt = took("ledger", "rebuild", "--runs", str(root)).cpu
     place = ["--runs", str(root)]
-    times = {
-        "`fp4rl runs`": timed("runs", *place),
-        "`fp4rl runs --limit 0`": timed("runs", *place, "--limit", "0"),
-        "`fp4rl show RUN`": timed("show", "big-a-s1-", *place),
-        "`fp4rl compare arm0 arm1` (10 against 10 seeds)": timed("compare", "arm0", "arm1", *place),
-        f"`fp4rl compare big-a big-b` ({asked.runs * 3 // 10} against as many)": timed(
-            "compare", "big-a", "big-b", *place
-        ),
+    big = asked.runs * 3 // 10
+    asking: dict[str, tuple[str, ...]] = {
+        "`fp4rl runs`": ("runs",),
+        "`fp4rl runs --limit 0`": ("runs", "--limit", "0"),
+        "`fp4rl show RUN`": ("show", "big-a-s1-"),
+        "`fp4rl compare arm0 arm1` (10 against 10 seeds)": ("compare", "arm0", "arm1"),
+        f"`fp4rl compare big-a big-b` ({big} against as many)": ("compare", "big-a", "big-b"),
     }
+    times = {name: min(one.cpu for one in tries(*words, *place)) for name, words in asking.items()}
     size = sum(file.stat().st_size for file in root.glob("ledger.db*")) / 2**20
     answers = asked.runs * len(EVALUATIONS) * PROBLEMS
     lines = [
@@ -156,7 +127,7 @@ def main() -> int:
         "",
         "| command | CPU seconds |",
         "|---|---:|",
-        *(f"| {name} | {cpu:.2f} |" for name, (cpu, _) in times.items()),
+        *(f"| {name} | {seconds:.2f} |" for name, seconds in times.items()),
         f"| `fp4rl ledger rebuild` (all folders read again) | {rebuilt:.1f} |",
         "",
         f"The ledger takes {size:.0f} MiB.",
@@ -167,7 +138,7 @@ def main() -> int:
         Path(__file__).with_name("results").joinpath("ledger.md").write_text(heading + "\n".join(lines) + "\n")
     if not asked.keep:
         shutil.rmtree(root)
-    return int(max(times.values())[0] > LIMIT_S)
+    return int(max(times.values()) > LIMIT_S)
 
 
 if __name__ == "__main__":

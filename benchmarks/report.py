@@ -3,7 +3,7 @@
     python benchmarks/report.py [--runs 1000] [--arms 40] [--folder build/report-benchmark] [--keep] [--write]
 
 The runs are made up (seeded), in the layout that the runner writes; the answers of runs are links to a few files.
-`--write` puts the table into benchmarks/results/report.md. Fails above 5 s or 6 MB.
+`--write` puts the table into benchmarks/results/report.md. Fails above 5 s by the clock or 5 MB.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from fp4rl.lab.matrix import PlannedRun, planned
 from fp4rl.lab.provenance import code_digest
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.records import read_result, read_sites
-from ledger import LIMIT_S, PROBLEMS, STEPS, item, timed
+from planted.commands import item, tries, written
 from planted.records import line
 
-SITES, VARIANTS = 28, 8
+PROBLEMS, STEPS, SITES, VARIANTS = 1319, 30, 28, 8
 EVALUATIONS = ((0, "full"), (0, "deployment"), (15, "deployment"), (STEPS, "full"), (STEPS, "deployment"))
-LIMIT_BYTES = 6_000_000
+LIMIT_S, LIMIT_BYTES = 5.0, 5_000_000
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -71,9 +71,7 @@ def make_suite(folder: Path, suite: Suite) -> None:
     runs = planned(suite)
     for number, run in enumerate(runs, 1):
         make_run(folder, run, shelf, random.Random(number))
-        if number % 50 == 0:
-            print(f"\r{number} of {len(runs)} runs written", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        written(number, len(runs))
 
 
 def make_answers(folder: Path) -> RunFolder:
@@ -190,12 +188,15 @@ def main() -> int:
     asked = parser.parse_args()
     folder = asked.folder / "big"
     make_suite(folder, described(asked.arms, asked.runs))
-    cpu, wall = timed("report", str(folder))
+    measured = tries("report", str(folder))
     size = (folder / "report.html").stat().st_size
     lines = [
         f"`fp4rl report` over {asked.runs:,} runs ({asked.arms} arms) x {len(EVALUATIONS)} evaluations x {PROBLEMS:,} "
-        f"problems: {cpu:.1f} CPU seconds, {wall:.1f} s by the clock, the start of the process included "
-        f"(best of three); page {size / 1e6:.2f} MB.",
+        f"problems, each try a process of its own, its start included. The page has {size / 1e6:.2f} MB.",
+        "",
+        "| try | s by the clock | CPU seconds |",
+        "|---|---:|---:|",
+        *(f"| {number} | {wall:.2f} | {cpu:.2f} |" for number, (wall, cpu) in enumerate(measured, 1)),
         "",
         f"{os.cpu_count()} cores, Python {platform.python_version()}.",
     ]
@@ -205,7 +206,7 @@ def main() -> int:
         Path(__file__).with_name("results").joinpath("report.md").write_text(heading + "\n".join(lines) + "\n")
     if not asked.keep:
         shutil.rmtree(asked.folder)
-    return int(cpu > LIMIT_S or size > LIMIT_BYTES)
+    return int(min(measured).wall > LIMIT_S or size > LIMIT_BYTES)
 
 
 if __name__ == "__main__":

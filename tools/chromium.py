@@ -55,6 +55,7 @@ def seen(
         page("Emulation.setEmulatedMedia", features=[scheme])
         page("Page.navigate", url=file.resolve().as_uri())
         browser.wait_for("Page.loadEventFired")
+        page("Runtime.evaluate", expression="window.drawn", awaitPromise=True)
         time.sleep(_SETTLE_S)
         evaluated = page("Runtime.evaluate", expression=ask, returnByValue=True, awaitPromise=True)
         found.value = evaluated["result"].get("value", evaluated["result"].get("description"))

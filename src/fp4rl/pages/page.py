@@ -4,6 +4,8 @@ Every trace says in `meta` how to colour it: `arm`, a number from 0 (None for a 
 figure. `page.js` gives it the colours of the light or dark theme.
 """
 
+import base64
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +22,7 @@ COLOURS = 6  # --arm-0 to --arm-5 in page.css
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _HERE = Path(__file__).parent
+_LEVEL = 4  # of zlib: 9 makes Plotly 4 % smaller and takes 0.1 s longer
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,19 @@ def render(template: Path, figures: Iterable[Figure], **contents: Any) -> str:
     except ImportError as error:
         raise NotFoundError(f"an HTML page needs {error.name}; pip install 'fp4rl[report]'") from None
     files = {name: (_HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    script = get_plotlyjs()
     drawn = [{"id": figure.id, "data": figure.data, "layout": figure.layout} for figure in figures]
-    contents |= {"figures": drawn, "plotly_js": get_plotlyjs()}
+    contents |= {
+        "figures": drawn,
+        "plotly": _packed(script),
+        "plotly_licence": script.partition("*/")[0].strip("/* \n"),
+    }
     return str(environment.get_template(template.name).render(**contents, **files))
+
+
+def _packed(script: str) -> str:
+    """Return a script as base64 of its deflated text, which `page.js` unpacks: Plotly takes 2.0 MB instead of 4.8."""
+    return base64.b64encode(zlib.compress(script.encode(), _LEVEL)).decode()
 
 
 @lru_cache
