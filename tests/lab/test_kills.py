@@ -96,7 +96,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
         else:
             process.kill()
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=240)
         finally:
             process.kill()
         for run in finished_runs(root):
@@ -122,7 +122,7 @@ def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
             os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)
     try:
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=240) == 130
     finally:
         process.kill()
     said = spec.with_suffix(".log").read_text()
@@ -144,7 +144,7 @@ def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes
     while process.poll() is None and not any(max(run.metrics(), default=0) >= 3 for run in all_runs(root)):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130, spec.with_suffix(".log").read_text()
+    assert process.wait(timeout=240) == 130, spec.with_suffix(".log").read_text()
     said = spec.with_suffix(".log").read_text()
     assert "Ctrl-C: each run keeps a checkpoint after the step it is in" in said
     assert said.rstrip().endswith("fp4rl: stopped; the same command continues where it left off")
