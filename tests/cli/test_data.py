@@ -109,6 +109,17 @@ def test_formulas_that_never_close_and_those_that_cannot_be_read_are_named(check
     assert faults(printed) == {("unscorable", "line 5"), ("unscorable", "line 6")}
 
 
+def test_a_solution_without_a_box_is_named_where_the_others_have_one(checked):
+    pytest.importorskip("math_verify")
+    rows = [*LATEX[:4], {**LATEX[4], "answer": "no box here"}, {**LATEX[5], "answer": r"so $\boxed 5$"}, *LATEX[6:]]
+    code, printed = checked(rows, scorer="math_verify")
+    assert code == 1
+    assert faults(printed) == {("unscorable", "line 5")}
+    assert r"no \boxed{...} in the answer, which" in printed["faults"][0]["what"]
+    plain = [{**row, "answer": rf"\frac{{{n}}}{{97}}"} for n, row in enumerate(LATEX, 1)]
+    assert checked(plain, scorer="math_verify")[1]["faults"] == []  # a column of final answers
+
+
 def test_answers_that_were_all_cut_at_one_length_are_named(checked):
     long = [
         f"We add {n} and {n % 7 + 1}, digit by digit, and get the sum, which is then, as asked: {n + n % 7 + 1}"

@@ -52,6 +52,14 @@ needs_math = pytest.mark.skipif(not __import__("importlib").util.find_spec("math
         (r"\$18.90", "18.9", 1.0),
         ("1,234", "1234", 1.0),
         ("42", "I do not know", 0.0),
+        (r"\{1,2\}", r"\boxed{(1,2)}", 0.0),  # a set is no pair and no interval
+        ("(1,2)", r"\boxed{\{1,2\}}", 0.0),
+        (r"x \in \{1, 2\}", r"\boxed{\left(1,2\right)}", 0.0),
+        (r"\{1,2\}", r"\boxed{1,2}", 1.0),  # a list without brackets may be either
+        ("(1,2)", r"\boxed{1,2}", 1.0),
+        ("12", r"\boxed{12.}", 1.0),
+        (r"\text{June 20}", r"\boxed{June 20}", 1.0),
+        (r"\text{June 20}", r"\boxed{June 21}", 0.0),
         (r"\frac{1}{", r"$\frac{1}{$", None),  # cut off: comparable with nothing
         ("", "42", None),
     ],

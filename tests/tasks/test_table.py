@@ -225,6 +225,13 @@ def test_an_answer_that_is_no_choice_is_named_with_its_line(tmp_path, answer):
         (r"\sqrt{12}", r"\sqrt{12}", r"it is \boxed{2\sqrt{3}}", r"\boxed{12}"),
         ("$[-2,7]$", "[-2,7]", r"\boxed{[-2, 7]}", r"\boxed{(-2,7)}"),
         (12, "12", r"\boxed{12}", r"\boxed{13}"),
+        (12, "12", r"\boxed{12.}", r"\boxed{1.2}"),
+        (r"\{1,2\}", r"\{1,2\}", r"\boxed{\{2,1\}}", r"\boxed{(1,2)}"),
+        (r"x \in \{1,2\}", r"x \in \{1,2\}", r"\boxed{1, 2}", r"\boxed{\left( 1, 2 \right)}"),
+        ("(1,2)", "(1,2)", r"\boxed{(1, 2)}", r"\boxed{\{1,2\}}"),
+        (r"\text{June 20}", r"\text{June 20}", r"\boxed{June 20}", r"\boxed{June 21}"),
+        (r"so $x = \boxed 5$.", "5", r"thus \boxed 5.", r"\boxed 6"),
+        (r"it is $\boxed -12$ or so", "-12", r"\(\boxed{-12}\)", r"$\boxed 12$"),
     ],
 )
 def test_formulas_are_compared_as_mathematics(tmp_path, answer, gold, equal, other):

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from fp4rl.spec.errors import NotFoundError
+from fp4rl.tasks import formulas
 from fp4rl.tasks.choice import chosen, letter
 
 
@@ -43,22 +42,19 @@ class Judge:
 
 def _math_verify(_: str | None) -> Judge:
     """Compare mathematically: LaTeX, fractions, intervals, sets, matrices. A gold answer is read as a whole."""
-    try:
-        math_verify = import_module("math_verify")
-    except ImportError:
-        raise NotFoundError("training.reward math_verify needs the extra `math`: pip install 'fp4rl[math]'") from None
+    formulas.math_verify()  # before the first answer, or not at all
 
-    def parsed(text: str) -> Any:
-        parts = math_verify.parse(text)
-        return parts if any(not isinstance(part, str) for part in parts) else None
+    def read(text: str) -> Any:
+        parts = formulas.parsed(text)
+        return parts if formulas.means_something(parts) else None
 
     @lru_cache(maxsize=4096)
     def gold(answer: str) -> Any:
         # Without a sign of LaTeX around it, the last number alone would be read: 3 of `3\sqrt{2}`.
         plain = answer.strip().replace(r"\$", "")
-        return parsed(answer if "$" in plain or r"\boxed" in plain or r"\(" in plain else f"${plain}$")
+        return read(answer if "$" in plain or r"\boxed" in plain or r"\(" in plain else f"${plain}$")
 
-    return Judge(gold, parsed, lambda gold, read: bool(math_verify.verify(gold, read)), lambda read: str(read[-1]))
+    return Judge(gold, read, formulas.same, lambda parts: str(parts[-1]))
 
 
 def _exact(_: str | None) -> Judge:

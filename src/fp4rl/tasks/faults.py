@@ -13,6 +13,7 @@ from fp4rl.spec.errors import NotFoundError, UserError
 from fp4rl.spec.task import SPLITS, Split
 from fp4rl.tasks.answers import MARK
 from fp4rl.tasks.columns import Side, could_be, wrong_columns
+from fp4rl.tasks.formulas import has_box
 from fp4rl.tasks.rows import Row, UnscorableError, normalised
 from fp4rl.tasks.scorers import SCORERS
 from fp4rl.tasks.table import TableTask
@@ -184,9 +185,13 @@ def _leaks(rows: Sequence[Row], task: TableTask) -> Iterator[Fault]:
 
 
 def _unreadable_golds(rows: Sequence[Row], task: TableTask) -> Iterator[Fault]:
-    """Yield golds that cannot be compared."""
+    """Yield golds that cannot be compared, and solutions without a box where most have their answer in one."""
+    boxes = sum(has_box(row.source) for row in rows) if task.scorer == "math_verify" else 0
     for row in rows:
-        if not SCORERS[task.scorer].readable(row.gold):
+        if boxes > len(rows) / 2 and not has_box(row.source):
+            what = rf"no \boxed{{...}} in the answer, which {boxes} of {len(rows)} rows have"
+            yield Fault("unscorable", row.where, what)
+        elif not SCORERS[task.scorer].readable(row.gold):
             yield Fault("unscorable", row.where, f"no formula can be read in the gold {_short(row.gold)}")
 
 

@@ -6,16 +6,15 @@ Each kind asks for its answer in a form of its own, `#### 42` or `\boxed{\frac{1
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from fp4rl.spec.errors import NotFoundError, require_names
+from fp4rl.spec.errors import require_names
 from fp4rl.spec.task import Score
 from fp4rl.tasks import answers
 from fp4rl.tasks.answers import MARK
 from fp4rl.tasks.choice import chosen, letter
+from fp4rl.tasks.formulas import boxed, has_box, in_a_box, means_something, parsed, same
 
 ScorerName = Literal["number", "choice", "math_verify", "exact"]
 
@@ -81,55 +80,17 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'*`")
 
 
-def boxed(text: str) -> str | None:
-    r"""Return what the last `\boxed{...}` holds, its braces counted; None without one, or where it never closes."""
-    start = max(text.rfind(rf"\{name}{{") for name in ("boxed", "fbox"))
-    if start < 0:
-        return None
-    begin = end = text.index("{", start) + 1
-    depth = 1
-    while end < len(text) and depth:
-        escaped = text[end - 1] == "\\"
-        depth += (text[end] == "{" and not escaped) - (text[end] == "}" and not escaped)
-        end += 1
-    return text[begin : end - 1].strip() if not depth else None
-
-
 def _formula(text: str) -> str | None:
     """Return the formula in the box, behind the mark, or the whole text."""
-    gold = boxed(text)
-    if gold is None and ("\\boxed" in text or "\\fbox" in text):
-        return None  # cut off inside the box
-    return gold or _marked(text) or text.strip().strip("$") or None
-
-
-def _readable_formula(gold: str) -> bool:
-    """Return whether math-verify reads more in a gold than its letters."""
-    return any(not isinstance(part, str) for part in parsed_formula(rf"\boxed{{{gold}}}"))
-
-
-@lru_cache(maxsize=20_000)  # a gold is read once for every answer that is compared with it
-def parsed_formula(text: str) -> tuple[Any, ...]:
-    """Return what math-verify reads in a text: of several boxed formulas the last. Raises NotFoundError without it."""
-    return tuple(_math_verify().parse(text))
-
-
-def same_formula(gold: str, completion: str) -> bool:
-    r"""Return whether a completion's formula equals a gold mathematically (`0.5` and `\frac{1}{2}`)."""
-    return bool(_math_verify().verify(list(parsed_formula(rf"\boxed{{{gold}}}")), list(parsed_formula(completion))))
-
-
-def _math_verify() -> Any:
-    try:
-        return import_module("math_verify")
-    except ImportError:
-        raise NotFoundError("comparing formulas needs the extra `math`: pip install 'fp4rl[math]'") from None
+    if has_box(text):
+        return boxed(text) or None  # None: cut off inside the box
+    return _marked(text) or text.strip().strip("$") or None
 
 
 def _score_formula(gold: str, completion: str) -> Score:
     inside = boxed(completion)
-    strict = inside is not None and (inside == gold or same_formula(gold, rf"\boxed{{{inside}}}"))
-    return Score(strict, strict or same_formula(gold, completion), inside is not None)
+    strict = inside is not None and (inside == gold or same(in_a_box(gold), in_a_box(inside)))
+    return Score(strict, strict or same(in_a_box(gold), parsed(completion)), inside is not None)
 
 
 _THINK = "Let's think step by step and output"
@@ -157,7 +118,7 @@ SCORERS: Mapping[ScorerName, Scorer] = MappingProxyType(
             _score_formula,
             boxed,
             r"\boxed{{}}",
-            _readable_formula,
+            lambda gold: means_something(in_a_box(gold)),
         ),
         "exact": Scorer(
             f'{_THINK} the final answer after "{MARK}".',
