@@ -220,7 +220,7 @@ def test_a_killed_server_ends_the_run_in_one_line_and_the_command_resumes(folder
     done = len((place / "metrics.jsonl").read_text().splitlines())
     (line,) = [line for line in said.splitlines() if address in line]
     assert "does not answer" in line
-    assert "start it again" in line
+    assert "start it, then repeat the command" in line
     assert "Traceback" not in said
     assert 3 <= done < 16
     assert evidence(place)[-1] == {"kind": "checkpoint", "step": done}  # nothing that was done is lost
