@@ -70,6 +70,8 @@ def test_several_rewards_are_shown_apart(here, capsys):
     assert each["parts"] == {"accuracy": 1.0, "own.py:short": -6.0}
     assert each["reward"] == pytest.approx(0.4)
     assert "own.py:short is Python code of your own" in out.err
+    assert main(["reward", "spec.yaml", parts, "--answers", file]) == 0
+    assert "accuracy 1 (read '7'), own.py:short -6; in all 0.4\n" in capsys.readouterr().out
 
 
 def test_a_wrong_column_ends_in_exit_code_1_before_anything_is_sampled(here, capsys):

@@ -190,14 +190,41 @@ def test_a_changed_file_is_another_input_and_is_loaded_anew(beside):
         ("gone.py:short", NotFoundError, "gone.py does not exist"),
         ("suites/own.py:long", NotFoundError, "has no 'long'"),
         ("suites/own.py:NUMBER", InvalidValueError, "is int, not a function"),
+        ("suites/own.py", InvalidValueError, "names a file, but no function in it; write suites/own.py:FUNCTION"),
+        (
+            "suites/own.py:two",
+            InvalidValueError,
+            r"takes \(completion, gold\); .*: write \(prompt, completion, answer\)",
+        ),
+        ("suites/own.py:none", InvalidValueError, r"takes \(\); it is called by name"),
+        ("suites/own.py:all", InvalidValueError, r"write \(prompts, completions, answers\)"),
+        ("suites/leaves.py:f", InvalidValueError, r"loading it fails \(SystemExit: 3\)"),
         ("suites/broken.py:f", InvalidValueError, r"loading it fails \(ZeroDivisionError: division by zero\)"),
     ],
 )
 def test_code_that_cannot_be_had_is_one_line(name, kind, said, beside):
-    (beside / "own.py").write_text(OWN + "NUMBER = 3\n")
+    wrong = "def two(completion, gold):\n    pass\ndef none():\n    pass\ndef all(completions):\n    pass\n"
+    (beside / "own.py").write_text(OWN + "NUMBER = 3\n" + wrong)
+    (beside / "leaves.py").write_text("raise SystemExit(3)\n")
     (beside / "broken.py").write_text("1 / 0\n")
     with pytest.raises(kind, match=said):
         reward_named(name)
+
+
+@pytest.mark.parametrize(
+    "head, body, said",
+    [
+        ("def f(**_)", "int('x')", r"ValueError: invalid literal .* \(own.py, line 3\)"),
+        ("def f(**_)", "json.loads('{')", r"JSONDecodeError: .* \(own.py, line 3\)"),
+        ("def f(**_)", "raise SystemExit(3)", r"it called exit \(3\), and must return a number \(own.py, line 3\)"),
+        ("def f(completions, **_)", "raise SystemExit(3)", r"a batch of 2 .* called exit \(3\).*\(own.py, line 3\)"),
+        ("async def f(**_)", "raise SystemExit(3)", r"called exit \(3\).*\(own.py, line 3\)"),
+    ],
+)
+def test_a_reward_that_raises_or_exits_is_named_with_its_file_and_line(head, body, said, beside):
+    (beside / "own.py").write_text(f"import json\n{head}:\n    {body}\n")
+    with pytest.raises(CheckFailed, match=said):
+        rewarded(Part("mine", reward_named("suites/own.py:f")))
 
 
 @pytest.mark.parametrize(

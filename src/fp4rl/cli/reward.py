@@ -159,7 +159,8 @@ def _print(parts: Sequence[Part], tried: Sequence[Tried], faults: Sequence[Fault
     screen = console()
     for each in tried:
         read = ", ".join(f"{name} {_shown(each.parts[name])}{_of(each.read[name])}" for name in each.parts)
-        screen.print(f"{each.problem}  gold {each.gold!r}: {read}", soft_wrap=True)
+        total = f"; in all {_shown(each.reward)}" if len(parts) > 1 else ""
+        screen.print(f"{each.problem}  gold {each.gold!r}: {read}{total}", soft_wrap=True)
         text = each.completion if len(each.completion) <= _WIDE else f"...{each.completion[-_WIDE:]}"
         print_indented(repr(text))
     if tried:

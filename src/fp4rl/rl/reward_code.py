@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
@@ -30,13 +31,15 @@ def function_at(name: str, key: str = "training.reward") -> Reward:
     Raises NotFoundError for what cannot be found or imported, InvalidValueError for what is not a function and for code
     that fails while it is loaded.
     """
+    if name.endswith(".py"):
+        raise InvalidValueError(f"{key} {name!r} names a file, but no function in it; write {name}:FUNCTION")
     home, attribute = in_a_file(name) or name.rpartition(".")[::2]
     try:
         module = _from_file(Path(home).resolve()) if in_a_file(name) else import_module(home)
     except ImportError as error:
         cure = "" if in_a_file(name) else "; is its folder on PYTHONPATH?"
         raise NotFoundError(f"{key} {name!r}: {error}{cure}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = str(error).splitlines()[0] if str(error) else "no message"
         raise InvalidValueError(f"{key} {name!r}: loading it fails ({type(error).__name__}: {said})") from error
     function = getattr(module, attribute, None)
@@ -121,5 +124,33 @@ async def _together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
 def _attempted(function: Reward, words: dict[str, str]) -> Any:
     try:
         return function(**words)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return error
+
+
+def require_callable(function: Reward, name: str) -> None:
+    """Raise InvalidValueError for a function that cannot be called as a reward is, with what it is called with."""
+    plural = "s" if takes_batches(function) else ""
+    words = [f"{word}{plural}" for word in ("prompt", "completion", "answer")]
+    try:
+        signature = inspect.signature(function)
+        signature.bind(**dict.fromkeys(words))
+    except TypeError:
+        wanted = "(prompts, completions, answers)" if plural else "(prompt, completion, answer)"
+        raise InvalidValueError(
+            f"training.reward {name!r} takes {signature}; it is called by name: write {wanted}, or **_ for those that "
+            "it does not use" + ("" if plural else "; with completions it is called once a batch")
+        ) from None
+    except ValueError:  # written in C
+        return
+
+
+def failure(error: BaseException, function: Reward) -> str:
+    """Return in words what a reward function raised, with file and line: the last of its own file."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        said = f"it called exit ({error.code}), and must return a number"
+    frames = extract_tb(error.__traceback__)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else said

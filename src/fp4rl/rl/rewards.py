@@ -7,7 +7,7 @@ from functools import partial
 from types import MappingProxyType
 
 from fp4rl.rl.judges import JUDGES
-from fp4rl.rl.reward_code import Reward, called, function_at
+from fp4rl.rl.reward_code import Reward, called, failure, function_at, require_callable
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.own_code import in_a_file
 from fp4rl.spec.task import Problem, Score
@@ -71,22 +71,23 @@ class Part:
             return [float(score.strict) for score in scores]
         try:
             values = called(self.function, problems, completions)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CheckFailed(
                 f"the reward {self.name} failed on a batch of {len(problems)} answers (first problem: "
-                f"{problems[0].id}): {type(error).__name__}: {error}"
+                f"{problems[0].id}): {failure(error, self.function)}"
             ) from error
         return [self._number(*each) for each in zip(problems, completions, values, strict=True)]
 
     def _number(self, problem: Problem, text: str, value: object) -> float:
         try:
-            if isinstance(value, Exception):
+            if isinstance(value, BaseException):
                 raise value
             number = math.nan if value is None else float(value)  # type: ignore[arg-type]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            assert self.function is not None
             raise CheckFailed(
                 f"the reward {self.name} failed on problem {problem.id} (answer {text[:60]!r}): "
-                f"{type(error).__name__}: {error}"
+                f"{failure(error, self.function)}"
             ) from error
         return number if math.isfinite(number) else math.nan
 
@@ -145,7 +146,8 @@ def reward_named(name: str, pattern: str | None = None) -> Reward | None:
     """Return the reward of that name, or the function at `file.py:function` or `package.module.function`; None for the
     task's own score. `pattern` is that of `regex`.
 
-    Raises NotFoundError for what cannot be imported, InvalidValueError for what is not a function.
+    Raises NotFoundError for what cannot be imported, InvalidValueError for what is not a function, or none that can be
+    called as a reward is.
     """
     if name in JUDGES:
         return JUDGES[name](pattern)
@@ -156,7 +158,9 @@ def reward_named(name: str, pattern: str | None = None) -> Reward | None:
             f"training.reward {name!r}: write {', '.join(REWARDS)}, or the path file.py:function or "
             "package.module.function"
         )
-    return function_at(name)
+    function = function_at(name)
+    require_callable(function, name)
+    return function
 
 
 # One entry a reward; the key `training.reward` chooses it. None: the task's own strict score.
