@@ -78,7 +78,9 @@ def test_the_outcome_is_the_first_failure_and_a_killed_process_comes_before_thos
     log = tmp_path / "logs" / "x" / "attempt_0" / "1" / "stderr.log"
     log.parent.mkdir(parents=True)
     log.write_text("loading\nout of memory\n")
-    assert "; the last line of its log: out of memory; run again" in judged(tmp_path, {1: -signal.SIGKILL}, peer)
+    assert "; the last line of its log: out of memory; the same command starts it" in judged(
+        tmp_path, {1: -signal.SIGKILL}, peer
+    )
 
 
 def test_a_launcher_that_cannot_start_ends_the_run_with_the_last_line_of_its_log(tmp_path, monkeypatch):

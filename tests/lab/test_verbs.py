@@ -222,7 +222,7 @@ def test_show_of_a_failed_run_gives_the_reason_first_and_then_all_that_is_there(
     out = " ".join(" ".join(rest).split())
     for part in (
         "arm w4a4, seed 0; steps done: 3 of 30",
-        "goes on from its last checkpoint",
+        "starts it from the beginning: it has no checkpoint yet",
         "none of the 4 groups has any spread",
         "reward/mean 3 0 0.2 0 0.2",
         f"{failed_run.path}/log.txt, its last lines: line 32 line 33",

@@ -88,7 +88,8 @@ class Display:
             return  # printed once, at the end, for all runs that share it
         if outcome.error is not None:
             how = ("interrupted", "yellow") if outcome.interrupted else ("failed", "red")
-            self._console.print(styled(how, f" {_name(run)}: {outcome.error}"))
+            line = styled(how, f" {_name(run)}: {outcome.error}")
+            self._console.print(line, soft_wrap=not self._console.is_terminal)
         elif not self._console.is_terminal:
             failed = f"{self._failed} failed" if self._failed else ""
             rest = ", ".join(p for p in (f"{self._finished} of {len(self._runs)}", failed, self._left()) if p)

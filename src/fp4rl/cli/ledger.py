@@ -1,7 +1,7 @@
 """`fp4rl ledger`: rebuild the database behind `runs`, `show` and `compare`, or describe it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,15 +67,28 @@ def info(runs: RunsRoot = Path("runs"), ledger: Address = None, as_json: AsJson 
 @contextmanager
 def opened(runs: Path, address: str | None) -> "Iterator[Ledger]":
     """Open the ledger with every finished run below `runs` in it. A run that cannot be read is named and left out."""
-    from fp4rl.lab.ledger.record import record_new
-    from fp4rl.lab.ledger.store import open_ledger
+    from fp4rl.lab.ledger.store import Locked, Unusable, open_copy, open_ledger
 
     if address is None:
         _require_runs(runs)
-    with open_ledger(ledger_address(runs, address), runs) as ledger:
-        with progress() as advance:
-            record_new(ledger, runs, partial(advance, "recording runs"), leave_out)
+    where = ledger_address(runs, address)
+    with ExitStack() as at_last:
+        ledger = at_last.enter_context(open_ledger(where, runs))
+        try:
+            _record_all(ledger, runs)
+        except Unusable as error:
+            if isinstance(error, Locked) or "://" in str(where):
+                raise
+            ledger = at_last.enter_context(open_copy(Path(where), runs))  # its disk is full
+            _record_all(ledger, runs)
         yield ledger
+
+
+def _record_all(ledger: "Ledger", runs: Path) -> None:
+    from fp4rl.lab.ledger.record import record_new
+
+    with progress() as advance:
+        record_new(ledger, runs, partial(advance, "recording runs"), leave_out)
 
 
 def _require_runs(runs: Path) -> None:

@@ -185,7 +185,7 @@ def carry_out_all(
 
     def ended(outcome: Outcome) -> None:
         display.on_outcome(outcome)
-        _record(book, root, screen)
+        _record(book, root, screen, under_way=True)
 
     with display.shown(), _last_interrupt():
         return run_all(runs, root, executor, display.on_event, ended)
@@ -215,16 +215,18 @@ def _trained_here(runs: Sequence[PlannedRun], root: Path) -> list[PlannedRun]:
     return [run for run in runs if run not in elsewhere]
 
 
-def _record(book: str | Path, root: Path, screen: Console) -> None:
-    """Record finished runs. Old runs that cannot be read, and a ledger that is locked, do not stop new runs: the next
-    process that opens the ledger records what is missing."""
+def _record(book: str | Path, root: Path, screen: Console, *, under_way: bool = False) -> None:
+    """Record finished runs. Old runs that cannot be read, and a ledger that cannot be used now (locked, a full disk),
+    do not stop new runs: the next process that opens the ledger records what is missing."""
     from fp4rl.lab.ledger.record import record_new
-    from fp4rl.lab.ledger.store import Locked, open_ledger
+    from fp4rl.lab.ledger.store import Locked, Unusable, open_ledger
 
     try:
         with open_ledger(book) as ledger:
             record_new(ledger, root, on_damaged=leave_out)
-    except Locked as error:
+    except Unusable as error:
+        if not under_way and not isinstance(error, Locked) and "://" in str(book):  # an address that is wrong
+            raise
         screen.print(f"warning: {error}", soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from fp4rl.lab.files import is_full, unwritable_named
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.heartbeat import LOCK, of_another_machine
+from fp4rl.lab.resuming import what_follows
 from fp4rl.rl.events import Interrupted
 from fp4rl.spec.errors import CheckFailed, InvalidValueError, UserError
 from fp4rl.spec.evidence import Failed
@@ -46,7 +47,7 @@ def full_disk_named(folder: RunFolder) -> Iterator[None]:
     except Exception as error:
         if not is_full(error):
             raise
-        cure = "make room and run the same command again: it goes on from the last checkpoint"
+        cure = f"make room and run the same command again, which {what_follows(folder.path)}"
         raise CheckFailed(f"the disk of {folder.path} is full; {cure}") from None
 
 

@@ -1,7 +1,8 @@
 """What has become of a planned run, derived whenever it is read: a killed process leaves nothing that runs."""
 
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,7 +11,9 @@ from fp4rl.lab import heartbeat
 from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import RunFolder, all_runs
 from fp4rl.lab.heartbeat import Beat
+from fp4rl.lab.resuming import what_follows
 from fp4rl.lab.runs import Run
+from fp4rl.spec.errors import UserError
 
 # done: with its evidence. stopped: ended early by a rule. interrupted: asked to end, goes on by the same command. lost:
 # its process died without a word. invalid: without the evidence that its spec asks for. damaged: cannot be read.
@@ -79,11 +82,20 @@ def _unfinished(folder: RunFolder) -> Status:
         return Status(beat.ended, beat.why, beat.at)
     if failure:
         return Status("failed", failure, beat.at)
-    return Status(
-        "lost",
-        f"its process on {beat.host} died at {beat.where}; the same command goes on from its last checkpoint",
-        beat.at,
-    )
+    where = _caught_up(folder, beat).where
+    why = f"its process on {beat.host} died at {where}; the same command {what_follows(folder.path)}"
+    return Status("lost", why, beat.at)
+
+
+def _caught_up(folder: RunFolder, beat: Beat) -> Beat:
+    """Return the record with the steps that were done after it: a killed process wrote it up to some seconds before."""
+    with suppress(OSError, UserError, KeyError, TypeError, ValueError):
+        step = max(folder.metrics(), default=0)
+        if beat.stage == "training":
+            return replace(beat, done=max(step, beat.done))
+        if step and (folder.path / "metrics.jsonl").stat().st_mtime > beat.progress_at:
+            return replace(beat, stage="training", done=step, total=int(folder.spec()["training"]["steps"]))
+    return beat
 
 
 def _under_way(beat: Beat) -> str:

@@ -10,6 +10,7 @@ from fp4rl.lab.files import json_ready
 from fp4rl.lab.folders import RunFolder, all_runs
 from fp4rl.lab.ledger.query import curves_of
 from fp4rl.lab.ledger.tables import Row, evaluation_row
+from fp4rl.lab.resuming import what_follows
 from fp4rl.lab.status import Status, status_of
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import Warned
@@ -80,9 +81,9 @@ class Unfinished:
             return f"`fp4rl watch {self.folder.key}` follows it"
         suite = self.folder.path.parent / "suite.yaml"
         if not suite.is_file() or "arms" not in read_yaml(suite):  # of a single experiment the name is its file's
-            return "the same `fp4rl run` goes on from its last checkpoint, or starts it again"
+            return f"the same `fp4rl run` {what_follows(self.folder.path)}"
         root = "" if suite.parent.parent == Path("runs") else f" --runs {suite.parent.parent}"
-        return f"`fp4rl run {suite}{root}` goes on from its last checkpoint, or starts it again"
+        return f"`fp4rl run {suite}{root}` {what_follows(self.folder.path)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""

@@ -76,7 +76,13 @@ def execute_run(
         spec = run.experiment.model_dump(mode="json")
         folder.write_spec(yaml.safe_dump(spec, sort_keys=False))
         started, used = time.perf_counter(), time.process_time()
-        with failure_kept(folder), crashes_logged(folder.path / "log.txt"), Sinks(folder, report_to, spec) as sinks:
+        log = folder.path / "log.txt"
+        with (
+            failure_kept(folder),
+            full_disk_named(folder),
+            crashes_logged(log),
+            Sinks(folder, report_to, spec) as sinks,
+        ):
             _log(folder, spec_warnings({run.arm: run.experiment}))
             trained = train_here(_kept(folder, sinks, heart, emit), resume, interrupted=interrupted)
             _log(folder, [f"{name} was left out from some step on: {why}" for name, why in sinks.failures.items()])

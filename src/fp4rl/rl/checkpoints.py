@@ -61,12 +61,14 @@ def newest(folder: Path, stamp: str, say: Callable[[str], None]) -> Checkpoint |
     return None
 
 
-def all_of(folder: Path) -> dict[int, Path]:
-    """Return steps done -> folder, for every complete checkpoint."""
+def all_of(folder: Path, stamp: str | None = None) -> dict[int, Path]:
+    """Return steps done -> folder, for every complete checkpoint; with `stamp` only for those of that code."""
     by_step = {}
     for path in _by_age(folder):
         with suppress(*_UNREADABLE):  # `newest` leaves out the same ones and says why
-            by_step[int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])] = path
+            content = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if stamp in (None, content["stamp"]):
+                by_step[int(content["step"])] = path
     return by_step
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fp4rl.rl import processes
+from fp4rl.rl.checkpoints import all_of
 from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, choosing_runner, evaluation_runner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Progress, never
 from fp4rl.spec.errors import located
@@ -55,7 +56,8 @@ class Run:
         def on_items(name: str, done: int, total: int) -> None:
             self.emit(Progress(f"eval {name}", done, total))
             if (last or step == 0) and self.interrupted():  # during training the step is finished and kept first
-                raise Interrupted(f"while step {step} was evaluated; the same command goes on from the last checkpoint")
+                then = "goes on from the last checkpoint" if all_of(self.folder / "checkpoints") else "starts it again"
+                raise Interrupted(f"while step {step} was evaluated; the same command {then}")
 
         if processes.is_first():
             with located(f"after step {step}"):

@@ -26,6 +26,7 @@ from fp4rl.lab.agenda import Agenda
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.guards import FATAL
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.resuming import what_follows
 from fp4rl.lab.runner import STOPPING, Event, OnEvent, Outcome
 from fp4rl.rl import events
 
@@ -179,9 +180,8 @@ def _ended(worker: _Worker, root: Path) -> Outcome:
     beat = heartbeat.read(folder)
     where = beat.where if beat is not None else "its start"
     silent = f"{(time.monotonic() - worker.heard_at) / 60:.3g} minutes"
-    why = (
-        f"it stalled at {where}: no progress for {silent}, so it was ended; run again to go on from its last checkpoint"
-    )
+    then = f"the same command {what_follows(folder)}"
+    why = f"it stalled at {where}: no progress for {silent}, so it was ended; {then}"
     heartbeat.note_end(folder, "failed", why)
     return Outcome(worker.run, why)
 
@@ -192,7 +192,7 @@ def died(code: int | None, folder: RunFolder) -> str:
     if code is not None and code < 0 and -code != signal.SIGKILL and log.is_file():  # stacks: none of one killed
         stacks = FATAL in log.read_text(encoding="utf-8", errors="replace")
     where = f"; its stacks are in {log}" if stacks else ""
-    return f"its process died ({described(code)}){where}; run again to repeat it"
+    return f"its process died ({described(code)}){where}; the same command {what_follows(folder.path)}"
 
 
 def _ask_to_end(workers: Sequence[_Worker]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from fp4rl.engines.executors.deaths import described
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.resuming import what_follows
 from fp4rl.lab.runner import Event, OnEvent, Outcome
 
 SOCKET = "socket"
@@ -118,7 +119,8 @@ def _judged(run: PlannedRun, root: Path, ended: list[Ended], codes: dict[int, in
     who = "the launcher of its processes" if rank is None else f"process {rank} of {run.experiment.processes}"
     how = "" if rank is None else f" ({described(codes[rank])})"
     last = f"; the last line of its log: {tail[-1].strip()}" if tail else "; it had written nothing to its log"
-    return Outcome(run, f"{who} died{how}{last}; run again to go on from the last checkpoint")
+    then = f"the same command {what_follows(run_folder(root, run.suite, run.run_id).path)}"
+    return Outcome(run, f"{who} died{how}{last}; {then}")
 
 
 def _keep(root: Path, run: PlannedRun, tail: list[str]) -> None:

@@ -45,7 +45,7 @@ class Server:
             why = getattr(error, "reason", error)
             raise EngineLost(
                 f"rollout.server {self.address} does not answer ({why}): start it, then repeat the command; a run "
-                "goes on from its last checkpoint"
+                "goes on from its last checkpoint, where it has one"
             ) from None
         try:
             return json.loads(said or b"null")

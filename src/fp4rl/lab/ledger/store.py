@@ -29,7 +29,11 @@ _OLD = ("experiments", "runs", "metrics", "evaluations", "evidence", "artefacts"
 _DROPPED = ("items", "problem_lists", "alembic_version")
 
 
-class Locked(NotFoundError):
+class Unusable(NotFoundError):
+    """The ledger cannot be used now: its disk is full, or its server does not answer."""
+
+
+class Locked(Unusable):
     """Another process has locked the ledger."""
 
 
@@ -68,7 +72,7 @@ class Ledger:
                 raise InvalidValueError(f"{self.name}: {why}; {cure}") from None
             if "locked" in why:
                 raise Locked(f"the ledger {self.name} is locked: another process writes to it; try again") from None
-            raise NotFoundError(f"the ledger {self.name} cannot be used: {why}") from None
+            raise Unusable(f"the ledger {self.name} cannot be used: {why}") from None
 
     @property
     def name(self) -> str:
@@ -89,14 +93,32 @@ class Ledger:
 def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledger:
     """Open or create a ledger: a path means SQLite, `postgresql://user@host/name` a server.
 
-    `root` is the folder of runs, by default the one that the SQLite file is in.
+    `root` is the folder of runs, by default the one that the SQLite file is in. What is recorded in a file that cannot
+    be written (read-only, a full disk) is kept in memory until the ledger is closed.
 
-    Raises `NotFoundError` for a server that does not answer and for a missing driver or folder, `InvalidValueError` for
-    an invalid address and for a ledger of a newer version of fp4rl.
+    Raises `Unusable` for a server that does not answer, `NotFoundError` for a missing driver or folder,
+    `InvalidValueError` for an invalid address and for a ledger of a newer version of fp4rl.
     """
-    server = "://" in str(where)
-    engine = _postgres(str(where)) if server else _sqlite(Path(where))
-    ledger = Ledger(engine, root or (Path("runs") if server else Path(where).parent))
+    if "://" in str(where):
+        return _ready(Ledger(_postgres(str(where)), root or Path("runs")))
+    file = Path(where)
+    try:
+        return _ready(Ledger(_sqlite(file), root or file.parent))
+    except Locked:
+        raise
+    except Unusable:
+        if file.exists() and not file.is_file():
+            raise
+        return open_copy(file, root)
+
+
+def open_copy(file: Path, root: Path | None = None) -> Ledger:
+    """Open a copy in memory of the SQLite ledger `file`, which is empty where that cannot be read."""
+    return _ready(Ledger(_sqlite(file, in_memory=True), root or file.parent))
+
+
+def _ready(ledger: Ledger) -> Ledger:
+    """Return the ledger with the tables of this version."""
     with ledger.reading() as connection:
         up_to_date = _schema(connection) == tables.SCHEMA
     if not up_to_date:
@@ -105,13 +127,15 @@ def open_ledger(where: str | os.PathLike[str], root: Path | None = None) -> Ledg
     return ledger
 
 
-def _sqlite(path: Path) -> Engine:
+def _sqlite(path: Path, *, in_memory: bool = False) -> Engine:
     if not path.parent.is_dir():
         raise NotFoundError(f"{path.parent}: no such folder, so no ledger is made there; name another folder")
-    writable = os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
+    writable = not in_memory and all(
+        os.access(p, os.W_OK) for p in (path if path.exists() else path.parent, path.parent)
+    )
     if writable:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _WAIT_S}, json_serializer=dumps)
-    else:  # read-only: its contents, and what is recorded from its folders, are kept in memory
+    else:  # its contents, and what is recorded from the folders, are kept in memory
         settings = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
         engine = create_engine("sqlite://", json_serializer=dumps, **settings)
 
@@ -155,8 +179,8 @@ def _use_wal(connection: sqlite3.Connection) -> None:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
