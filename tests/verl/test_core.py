@@ -10,7 +10,9 @@ import fp4rl
 
 PROGRAM = Path(__file__).with_name("core_program.py")
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(Path(fp4rl.__file__).parents[1]),
+    "PYTHONPATH": os.pathsep.join((str(Path(fp4rl.__file__).parents[1]), str(Path(__file__).parent))),
+    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",  # verl takes vLLM for CPUs then, where it is installed
+    "VERL_PLATFORM": "cpu",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
