@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4rl.cli.main import main
-from fp4rl.lab.catalogue import files, named
+from fp4rl.lab.catalogue import entry, files
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.keys import described_keys
 from fp4rl.spec.load import load_spec
@@ -35,7 +35,7 @@ SUITE = {
     ],
 }
 LONE = {**SUITE["base"], "task": {"name": "gsm8k", "path": "x.jsonl"}, "model": {"path": "m", "lora": {}}}
-TEXTS = [named(name).read_bytes() for name in files()] + [
+TEXTS = [entry(name).path.read_bytes() for name in files()] + [
     yaml.safe_dump(SUITE).encode(),
     b"a: &a [*a]\nb: *a\n? [x]\n: !!set {y}\n",
 ]

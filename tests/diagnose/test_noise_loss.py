@@ -9,7 +9,7 @@ from fp4rl.cli.main import main
 from fp4rl.diagnose.calibration import calibrate_answers, from_tokens
 from fp4rl.diagnose.noise_loss import noise_losses
 from fp4rl.diagnose.passes import reference_of
-from fp4rl.lab.catalogue import named
+from fp4rl.lab.catalogue import entry
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
 from fp4rl.spec.digest import digest
@@ -64,7 +64,7 @@ def test_one_draw_is_refused(trained, tokens):
 
 
 def test_the_suite_of_strategies_differs_in_noise_alone():
-    suite = load_spec(named("aqn_strategies"))
+    suite = load_spec(entry("aqn_strategies").path)
     arms = dict(arm_contents(suite))
     assert list(arms) == ["no_aqn", "global", "targeted", "healthy_only", "variable", "inverse"]
     assert len({digest(arm.model_copy(update={"noise": None})) for arm in arms.values()}) == 1
