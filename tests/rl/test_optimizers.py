@@ -78,7 +78,7 @@ def test_a_finished_run_keeps_as_many_checkpoints_as_it_says(every, limit, kept,
     for step in range(1, 8):
         checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / STATE).write_text(f'{{"step": {step}}}')
+        (checkpoint / STATE).write_text(f'{{"stamp": "code", "step": {step}}}')
     _forget_interruptions(RunFolder(tmp_path), Training(save_freq=every, save_total_limit=limit))
     left = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "checkpoints").glob("*"))
     assert left == kept
