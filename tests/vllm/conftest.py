@@ -1,9 +1,10 @@
-"""vLLM in this process and as a server, both for a tiny model with weights that are far from the grid."""
+"""vLLM in this process and as a server, both for a tiny model with weights that are far from the grid.
+
+Where vLLM is not installed the tests skip, and this folder is not on the path: fixtures import what lies beside them.
+"""
 
 import pytest
 import torch
-from processes import free_port, serving
-from scores import let_go
 
 from fp4rl.engines.rollout.server import VllmServer
 from fp4rl.engines.rollout.vllm import Vllm
@@ -32,6 +33,8 @@ def policy(folder):
 
 @pytest.fixture(scope="module")
 def engine():
+    from scores import let_go
+
     one = Vllm()
     yield one
     let_go(one)
@@ -40,6 +43,8 @@ def engine():
 @pytest.fixture(scope="session")
 def address(folder, tmp_path_factory):
     """A running server of `folder`, in whose worker faults can be planted."""
+    from processes import free_port, serving
+
     port = free_port()
     with serving(folder, port, tmp_path_factory.mktemp("server") / "log.txt"):
         yield f"http://127.0.0.1:{port}"
