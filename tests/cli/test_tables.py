@@ -80,3 +80,9 @@ def test_the_first_screen_says_what_to_do_next_in_ten_lines(capsys):
     shown = [text.split()[1] for text in lines if text.startswith("  fp4rl ")]
     assert shown == ["quickstart", "new", "plan", "run", "report", "doctor"]
     assert set(shown) <= set(VERBS)
+
+
+def test_an_address_in_a_help_stays_whole_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["plan", "--help"])
+    assert "…" not in capsys.readouterr().out

@@ -31,7 +31,7 @@ Address = Annotated[
     typer.Option(
         "--ledger",
         envvar="FP4RL_LEDGER",
-        help="File or postgresql://user@host/name; RUNS/ledger.db where none is named.",
+        help="File, or address of PostgreSQL (postgresql://...); RUNS/ledger.db where none is named.",
     ),
 ]
 Deployed = Annotated[

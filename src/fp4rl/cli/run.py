@@ -14,6 +14,7 @@ from fp4rl.cli.described import described_by, own_code, require_here, runs_descr
 from fp4rl.cli.display import Display
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.run_end import import_the_end
 from fp4rl.cli.terminal import console, leave_out, print_json, say_once, table
 from fp4rl.engines.environment import launched
 from fp4rl.engines.executors.processes import LocalPool
@@ -172,9 +173,8 @@ def carry_out_all(
     if "mlflow" in report_to and missing:
         close_left_open(root / runs[0].suite)
     screen = console(stderr=True)
-    if finished and not quiet:
-        are = agreeing(len(finished), "is", "are")
-        screen.print(f"{len(finished)} of {counted(len(runs), 'run')} {are} finished already")
+    if not quiet:
+        _say_finished(runs, missing, screen)
     for line in own_code(missing):
         screen.print(f"code: {line}", soft_wrap=True)
     for line in warnings_of(missing, described) if missing and not quiet else ():
@@ -182,6 +182,7 @@ def carry_out_all(
     book = ledger_address(root, ledger)
     _record(book, root, screen)  # also runs that a killed process finished but did not record
     display = Display(missing, screen)
+    import_the_end()
 
     def ended(outcome: Outcome) -> None:
         display.on_outcome(outcome)
@@ -189,6 +190,13 @@ def carry_out_all(
 
     with display.shown(), _last_interrupt():
         return run_all(runs, root, executor, display.on_event, ended)
+
+
+def _say_finished(runs: Sequence[PlannedRun], missing: Sequence[PlannedRun], screen: Console) -> None:
+    """Say how many runs are finished."""
+    finished = len(runs) - len(missing)
+    if finished:
+        screen.print(f"{finished} of {counted(len(runs), 'run')} {agreeing(finished, 'is', 'are')} finished already")
 
 
 @contextmanager
