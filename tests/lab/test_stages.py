@@ -24,25 +24,12 @@ from fp4rl.rl import train as train_room
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Suite
+from planted.small import SMALL
 
 SUITE = {
     "suite": "staged",
     "seeds": [0, 1],
-    "base": {
-        "model": {"embedded": {"warm_up_steps": 60}},
-        "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
-        "training": {
-            "steps": 2,
-            "train_batch_size": 4,
-            "mini_batch_size": 2,
-            "rollout_n": 4,
-            "max_response_length": 32,
-            "overlong_buffer": {"len": 8},
-            "filter_groups": {"enable": False},
-            "entropy_coeff": 1e-3,
-        },
-        "evaluation": {"count": 8, "max_new_tokens": 6},
-    },
+    "base": SMALL | {"evaluation": {"count": 8, "max_new_tokens": 6}},
     "arms": {
         "qad": {
             "start": {"arm": "bf16"},

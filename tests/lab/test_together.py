@@ -17,25 +17,15 @@ from fp4rl.lab.runner import Outcome
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import load_spec
+from planted.small import SMALL
 
 TWO = single(Experiment(processes=2), "two")
 SUITE = {
     "suite": "together",
     "seeds": [0],
-    "base": {
-        "model": {"embedded": {"warm_up_steps": 60}},
-        "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
-        "training": {
-            "steps": 5,
-            "train_batch_size": 4,
-            "mini_batch_size": 2,
-            "rollout_n": 4,
-            "max_response_length": 32,
-            "overlong_buffer": {"len": 8},
-            "filter_groups": {"enable": False},
-            "entropy_coeff": 1e-3,
-            "save_freq": 1,
-        },
+    "base": SMALL
+    | {
+        "training": SMALL["training"] | {"steps": 5, "save_freq": 1},
         "evaluation": {"count": 4, "max_new_tokens": 6, "profiles": ["full"]},
     },
     "arms": {"two": {"processes": 2}, "one": {"training": {"steps": 1}}},

@@ -11,20 +11,9 @@ from fp4rl.rl.train import train
 from fp4rl.spec.evidence import Record
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import merge
+from planted import small
 
-SMALL = {
-    "model": {"embedded": {"warm_up_steps": 60}},
-    "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
-    "training": {
-        "steps": 2,
-        "train_batch_size": 4,
-        "mini_batch_size": 2,
-        "rollout_n": 4,
-        "max_response_length": 32,
-        "overlong_buffer": {"len": 8},
-        "filter_groups": {"enable": False},
-        "entropy_coeff": 1e-3,  # every update moves the weights, with and without spread in the few answers
-    },
+SMALL = small.SMALL | {
     "evaluation": {
         "count": 24,
         "max_new_tokens": 6,

@@ -47,6 +47,9 @@ def test_the_metrics_have_their_hand_worked_values():
     rho = (3.0, 0.5, 1.2)
     assert found["rollout_corr/kl"] == pytest.approx(-sum(log(r) for r in rho) / 3, abs=1e-6)
     assert found["rollout_corr/k3_kl"] == pytest.approx(sum(r - 1 - log(r) for r in rho) / 3, abs=1e-6)
+    assert found["rollout_corr/logp_diff_mean"] == pytest.approx(sum(abs(log(r)) for r in rho) / 3, abs=1e-6)
+    assert found["rollout_corr/logp_diff_max"] == pytest.approx(log(3), abs=1e-6)
+    assert found["rollout_corr/logp_diff_over_0.01"] == 1.0
     assert found["rollout_corr/chi2_token"] == pytest.approx(sum(r * r for r in rho) / 3 - 1, abs=1e-6)
     assert found["rollout_corr/chi2_seq"] == pytest.approx((1.5**2 + 1.2**2) / 2 - 1, abs=1e-6)
     drift = (-log(1.5) / 2, -log(1.2))
@@ -77,6 +80,7 @@ def test_a_single_token_has_no_deviation():
 
 def test_equal_policies_show_no_mismatch_and_get_weight_one():
     found = mismatch_metrics(TRAIN, TRAIN, MASK)
+    assert found["rollout_corr/logp_diff_max"] == found["rollout_corr/logp_diff_over_0.01"] == 0.0
     assert found["rollout_corr/k3_kl"] == found["rollout_corr/chi2_seq"] == 0.0
     assert found["rollout_corr/ppl_ratio"] == 1.0
     correction = correct_rollout(TRAIN, TRAIN, MASK)

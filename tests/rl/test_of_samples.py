@@ -57,5 +57,7 @@ def test_an_evaluation_of_several_samples_holds_both():
     # a: of {4,4} {4,5} {4,5} right 1, 1/2, 1/2; b: {7,8} {7,8} {8,8} 1/2, 1/2, 0
     assert shares["maj@2"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert shares["maj@3"] == pytest.approx((1 + 0) / 2)
+    wrong = Evaluation(0, True, Profile(name="f"), tuple(item("a", i, False, None) for i in range(2)))
+    assert wrong.summary().of_samples["maj@2"] == 0.0  # whatever was read, no majority was right
     unread = [item("a", i, True, None) for i in range(2)]
     assert not any("maj" in name for name in Evaluation(0, True, Profile(name="f"), (*unread,)).summary().of_samples)

@@ -76,7 +76,7 @@ class Evaluation:
         right = [sum(item.strict for item in items) for items in answers]
         n = len(answers[0])
         shares = {f"pass@{k}": sum(pass_at(each, n, k) for each in right) / len(right) for k in powers}
-        if all(item.read is None for item in self.items):
+        if all(item.read is None for item in self.items) and any(right):
             return shares
         votes = [Counter(item.read for item in items) for items in answers]
         solved = [{item.read for item in items if item.strict} for items in answers]

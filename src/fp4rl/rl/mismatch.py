@@ -79,6 +79,7 @@ def mismatch_metrics(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -
 
     - `rollout_corr/kl`: E[log pi_rollout - log pi_train], k1 of KL(rollout || train); may be negative by chance.
     - `rollout_corr/k3_kl`: E[rho - 1 - log rho], the same divergence, never negative: the one to watch.
+    - `rollout_corr/logp_diff_mean`, `logp_diff_max`: of |log rho|; `logp_diff_over_0.01`: share of tokens above 0.01.
     - `rollout_corr/chi2_token`, `chi2_seq`: E[rho^2] - 1 over tokens, and over whole answers (product of rho).
     - `rollout_corr/ppl_ratio`: mean over answers of perplexity under pi_train over that under pi_rollout.
     - `training/rollout_probs_diff_{mean,max,std}`: of |pi_train(token) - pi_rollout(token)|.
@@ -108,10 +109,14 @@ def mismatch_metrics(train_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -
 def _divergences(log_rho: Tensor, mask: Tensor) -> dict[str, float]:
     safe = log_rho.clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)
     rho = safe[mask].exp()
+    apart = log_rho[mask].abs()
     whole = log_rho.sum(-1).clamp(-SAFE_LOG_RATIO, SAFE_LOG_RATIO)  # [answers]
     return {
         "rollout_corr/kl": -log_rho[mask].mean().item(),
         "rollout_corr/k3_kl": (rho - 1 - safe[mask]).mean().item(),
+        "rollout_corr/logp_diff_mean": apart.mean().item(),
+        "rollout_corr/logp_diff_max": apart.max().item(),
+        "rollout_corr/logp_diff_over_0.01": (apart > 0.01).float().mean().item(),
         "rollout_corr/chi2_token": (rho.square().mean() - 1).item(),
         "rollout_corr/chi2_seq": ((2 * whole).exp().mean() - 1).item(),
     }

@@ -118,7 +118,7 @@ CAUSES = (
     Cause(
         "the engine rounds no inputs, or by another rule than was trained (even in place of rceil)",
         "scores",
-        "weights are equal, and half or more of the effect of rounding inputs is missing from the scores",
+        "weights are equal, and more than a quarter of the effect of rounding inputs is missing from the scores",
         "injection.deployment names the kernel whose rule is trained; `fp4rl deployments` lists them",
     ),
     Cause(
