@@ -180,7 +180,7 @@ def compare_scores(
     for point, wrong in others.items():
         share, unsure = _missing(given, own, wrong)
         few = ", which so few tokens do not tell" if unsure > _SURE else ""
-        words.append(f"of the effect of rounding {point} {share:.0%} is missing (+- {unsure:.0%}{few})")
+        words.append(f"of the effect of rounding {point} {round(share, 2) + 0.0:.0%} is missing (+- {unsure:.0%}{few})")
         numbers |= {f"{point}_missing": share, f"{point}_missing_error": unsure}
         passed &= share - unsure <= _MISSING
     return passed, "; ".join(words), numbers
