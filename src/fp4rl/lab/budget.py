@@ -1,0 +1,118 @@
+"""What training a policy takes beforehand, all stages together, and the control that would take as much.
+
+Pure values: no torch is imported and no file read. `budget_of` counts; `equal_control` turns a treatment and the stages
+that it starts from into the experiment of its equal-budget control; `as_arm` writes that as an arm of a suite.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from fp4rl.spec.digest import canonical
+from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.frozen import Spec
+from fp4rl.spec.load import merge, parse
+from fp4rl.spec.words import counted
+
+TOLERANCE = 0.02  # the share by which two budgets may differ and still count as equal
+_DECAYING = ("cosine", "linear")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training of all stages together: `steps` (batches of rollouts), optimizer `updates`, and `answers` sampled for
+    them, without those that dynamic sampling replaces."""
+
+    steps: int
+    updates: int
+    answers: int
+
+    def sentence(self) -> str:
+        """Return `90 steps, 180 updates, 11,520 answers`."""
+        parts = (self.steps, "step"), (self.updates, "update"), (self.answers, "answer")
+        return ", ".join(counted(number, word) for number, word in parts)
+
+
+def budget_of(*stages: Experiment) -> Budget:
+    """Return what these experiments train, one after the other."""
+    recipes = [stage.training for stage in stages]
+    return Budget(
+        steps=sum(recipe.steps for recipe in recipes),
+        updates=sum(recipe.steps * recipe.updates_per_step for recipe in recipes),
+        answers=sum(recipe.steps * recipe.train_batch_size * recipe.rollout_n for recipe in recipes),
+    )
+
+
+def beyond(number: float, other: float) -> bool:
+    """Return whether two amounts differ by more than the tolerance, of the larger."""
+    return abs(number - other) > TOLERANCE * max(number, other)
+
+
+def unequal(first: Budget, second: Budget) -> bool:
+    """Return whether two budgets differ by more than the tolerance in updates or answers."""
+    return beyond(first.updates, second.updates) or beyond(first.answers, second.answers)
+
+
+def equal_control(
+    treatment: Experiment, stages: Sequence[Experiment] = (), like: Experiment | None = None
+) -> Experiment:
+    """Return the control that trains as long as `treatment` and the `stages` it starts from, in their order, together.
+
+    It is the treatment's recipe in a single stage without quantization: no injection, no noise, no distillation, no
+    start; judged as `full`. It makes as many optimizer updates, from batches as large. Its schedule is the last one of
+    these stages that decays (else the treatment's), stretched over all steps with its warm-up. With `like` it keeps the
+    injection, noise, distillation and profiles of that experiment, and the start where both have the same.
+    """
+    common = like is not None and like.start is not None and like.start == treatment.start
+    counting = (treatment,) if common else (*stages, treatment)
+    recipe = treatment.training
+    steps = ceil(budget_of(*counting).updates / recipe.updates_per_step)
+    shaped = next((s.training for s in reversed(counting) if s.training.lr_scheduler in _DECAYING), recipe)
+    schedule = {
+        "steps": steps,
+        "lr_scheduler": shaped.lr_scheduler,
+        "lr_warmup_steps": round(steps * shaped.lr_warmup_steps / shaped.steps),
+        "distillation": like.training.distillation if like is not None else None,
+    }
+    profiles = like.evaluation.profiles if like is not None else ("full",)
+    control = treatment.model_copy(
+        update={
+            "start": treatment.start if common else None,
+            "injection": like.injection if like is not None else None,
+            "noise": like.noise if like is not None else None,
+            "training": recipe.model_copy(update=schedule),
+            "evaluation": treatment.evaluation.model_copy(update={"profiles": profiles}),
+        }
+    )
+    return parse(Experiment, control.model_dump(exclude_unset=True), "equal-budget control")
+
+
+def as_arm(experiment: Experiment, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that make the content `base` of a suite into the experiment, but for its seed.
+
+    Raises InvalidValueError where the base names something that no override takes away, such as a profile of its own.
+    """
+    arm = _differing(parse(Experiment, base, "base"), experiment)
+    arm.pop("seed", None)
+    made = parse(Experiment, merge(base, arm), "arm").model_copy(update={"seed": experiment.seed})
+    if canonical(made) != canonical(experiment):  # keys of a mapping that the base has beyond it cannot be overridden
+        raise InvalidValueError(f"no arm of this base is the experiment: {sorted(arm)} cannot take away what it names")
+    return arm
+
+
+def _differing(base: Spec, own: Spec) -> dict[str, Any]:
+    """Return the keys of `own` whose values differ from those in `base`, nested; `none` where a part is gone."""
+    changed: dict[str, Any] = {}
+    for name in type(own).model_fields:
+        before, after = getattr(base, name), getattr(own, name)
+        if before == after:
+            continue
+        if isinstance(after, Spec) and type(before) is type(after):
+            changed[name] = _differing(before, after)
+        else:  # a later key at its default is not in the dump
+            changed[name] = own.model_dump(mode="json", include={name}).get(name, to_jsonable_python(after))
+    return changed
