@@ -58,6 +58,8 @@ def test_at_the_cap_it_trains_on_what_there_is_and_says_so():
     assert groups_of(filled) == [1]
     assert "1 of 3 groups have spread in score (accuracy) after 3 generations" in filled.report()
     assert filled.metrics(N)["sampling/trained_groups"] == 1
+    # The answers of the problems number 0, 1, ..., 8 have 1, 2, ..., 9 tokens; those that were dropped cost as much.
+    assert filled.metrics(N)["tokens/rollout"] == N * 45
 
 
 def test_with_nothing_to_learn_from_there_is_no_answer_and_no_crash():

@@ -33,6 +33,7 @@ def test_the_laps_of_a_step_are_known_and_add_up_to_it(run, experiment):
         laps = {name: s for name in WHAT if (s := metrics.get(f"time/{name}_s")) is not None}
         assert set(laps) == set(WHAT)
         assert sum(laps.values()) - laps["between"] == pytest.approx(metrics["time/step_s"], rel=0.02)
+        assert 0 < metrics["time/cpu_s"] <= 1.1 * metrics["time/step_s"]  # `run` computes with a single thread
 
 
 def folder_of(tmp_path, *steps):

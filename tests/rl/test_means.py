@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp4rl.rl.step_metrics import StepMeans
+from fp4rl.rl.step_metrics import StepMeans, joined
 
 
 def mask(*lengths):
@@ -36,6 +36,11 @@ def test_extremes_stay_extremes_and_losses_are_means_over_updates_of_their_sums(
     assert means.take(updates=2) == pytest.approx(
         {"ratio/max": 4.0, "rollout_corr/rollout_is_min": 1.0, "kl_loss": 5.0, "grad_norm": 1.5, "lr": 0.2}
     )
+
+
+def test_what_processes_spend_adds_up_and_what_they_see_is_averaged():
+    lines = [{"time/cpu_s": 1.0, "tokens/rollout": 30.0, "entropy": 1.0}, {"time/cpu_s": 2.5, "tokens/rollout": 50.0}]
+    assert joined(lines) == {"time/cpu_s": 3.5, "tokens/rollout": 80.0, "entropy": 1.0}
 
 
 def test_nothing_of_a_step_depends_on_how_it_is_cut(run, experiment, monkeypatch):

@@ -214,12 +214,16 @@ class Filled:
         )
 
     def metrics(self, rollout_n: int) -> dict[str, float]:
-        """Return metrics of the first generation, before any filter or penalty, and of the filter."""
+        """Return metrics of the first generation, before any filter or penalty, and of the filter.
+
+        `tokens/rollout` counts the tokens of all generations, also of the groups that the filter dropped.
+        """
         first = self.generations[0]
         with_spread = groups_with_spread(torch.tensor(first.scored.earned), rollout_n)
         of_groups = {
             "reward/no_spread": 1 - with_spread.float().mean().item(),
             "rollout/groups": float(len(with_spread)),
+            "tokens/rollout": float(sum(len(a.tokens) for part in self.generations for a in part.rollout.answers)),
         }
         strict = torch.tensor([float(score.strict) for score in first.scored.scores])
         agreement = reward_accuracy(torch.tensor(first.scored.rewards), strict, rollout_n)

@@ -11,7 +11,10 @@ from fp4rl.spec.errors import require_finite
 # A micro-batch's value is its part of the update's value, so these are added.
 _IN_PARTS = {"policy_loss", "kl_loss"}
 # A process's value is its part of the step's value, so these are added.
-_COUNTS = {"rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups"}
+_COUNTS = {
+    *("rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups"),
+    *("tokens/rollout", "time/cpu_s"),
+}
 # These are means over answers, all others over tokens.
 _OF_ANSWERS = {
     f"rollout_corr/{name}"
@@ -75,6 +78,11 @@ def joined(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for line in lines for name in line)
     values = {name: [(line[name], 1.0) for line in lines if name in line] for name in names}
     return {name: _combined(name, of_each, len(of_each)) for name, of_each in values.items()}
+
+
+def clocks() -> tuple[float, float]:
+    """Return seconds by the clock and of this process's CPUs, both from an arbitrary start."""
+    return time.perf_counter(), time.process_time()
 
 
 class StepTimer:

@@ -6,7 +6,7 @@ five seams, checked by `tests/rl/test_trainer_seams.py`: a generation batch (`_g
 `_clip_grad_norm`), the ends of optimizer steps and checkpoints (a callback) and the log line (`log`).
 """
 
-import time
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fp4rl.rl.reference import Teacher, below_adapters
 from fp4rl.rl.rollout import Rollout, by_length, roll_out, seed_rollout, training_batch
 from fp4rl.rl.routing import RouterWatch
 from fp4rl.rl.sharding import CheckpointsInParts
-from fp4rl.rl.step_metrics import StepMeans, StepTimer, finite_norm, joined
+from fp4rl.rl.step_metrics import StepMeans, StepTimer, clocks, finite_norm, joined
 from fp4rl.spec.task import Problem
 
 
@@ -111,7 +111,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         self.timer.lap("between")
-        self._started, recipe = time.perf_counter(), self.parts.recipe
+        self._began, recipe = clocks(), self.parts.recipe
         seed_rollout(self.parts.seed, self.step, self.accelerator.process_index)
         data_epochs = sum(self.positions()) / len(self.parts.stream.problems)
         with self.parts.phases.rollout(self.step, data_epochs):
@@ -131,7 +131,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
             **filled.metrics(recipe.rollout_n),
             **self.routers.load(batch),
             "noise/sigma": self.parts.phases.sigma,
-            "time/rollout_s": time.perf_counter() - self._started,
+            "time/rollout_s": clocks()[0] - self._began[0],
         }
         self.timer.lap("batch")
         if (reference := self.parts.reference) is not None:
@@ -240,7 +240,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
         if self.state.global_step % self.parts.recipe.updates_per_step:
             return
         metrics = self._means.take(self.parts.recipe.updates_per_step) | self.routers.take()
-        metrics["time/step_s"] = time.perf_counter() - self._started
+        metrics["time/step_s"], metrics["time/cpu_s"] = map(sub, clocks(), self._began)
         self.timer.lap("other")
         metrics |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
         if self.parts.supervisor.on_step(self.step, joined(processes.from_all({**self._step_metrics, **metrics}))):
