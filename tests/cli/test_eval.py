@@ -60,11 +60,11 @@ def test_a_profile_says_which_deployment_it_imitates(lines):
 
 
 def test_nothing_is_cut_on_80_columns(lines):
-    shown = lines(summary("matmul_noise=0.05", 80, problems=40, **{"pass@1": 0.36, "pass@2": 0.5}))
+    shown = lines(summary("matmul_noise=0.05", 80, problems=40, kl=1.234e-05, **{"pass@1": 0.36, "pass@2": 0.5}))
     assert max(map(len, shown)) <= 80
     assert not any("…" in line for line in shown)
     row = next(line for line in shown if "matmul_noise" in line)
-    assert row.split()[-2:] == ["2.5", "31.2"]
+    assert row.split()[-3:] == ["2.5", "31.2", "1.23e-05"]
     assert row.count("[") == row.count("]") == 1
 
 
@@ -325,6 +325,9 @@ def test_answers_are_sampled_paired_and_written(embedded_model, tmp_path, capsys
     assert full["profile"]["sampling"] == "4 samples at temperature 0.7, seed 3"
     assert {"pass@1", "pass@2", "pass@4"} <= full.keys() & full["intervals"].keys()
     assert "difference" not in full
+    assert (full["kl"], full["same_top"]) == (0.0, 1.0)
+    assert rounded["kl"] > 0
+    assert rounded["kl_tokens"] == pytest.approx(24 * rounded["mean_length"])
     assert (rounded["difference"]["to"], rounded["problems"]) == ("full", 6)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 2 * 6 * 4

@@ -37,6 +37,24 @@ def read(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_measured_kl_is_shown_by_runs_and_show(make_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    scores = {"n": 40, "flexible": 0.5, "formatted": 1.0, "mean_length": 20.0, "step": 30, "last": True, "strict": 0.5}
+    measured = {"kl": 0.01234, "same_top": 0.97, "kl_tokens": 800}
+    profiles = {"full": {}, "deployment": measured}
+    make_run(evaluations=[scores | {"profile": {"name": name}} | more for name, more in profiles.items()])
+    root = str(tmp_path / "runs")
+    assert main(["runs", "--runs", root, "--json"]) == 0
+    (row,) = read(capsys)
+    assert row["kl"] == {"deployment": 0.01234}
+    assert main(["runs", "--runs", root]) == 0
+    assert "deployment 50.0 (KL 0.01234)" in capsys.readouterr().out
+    assert main(["show", row["run_id"], "--runs", root]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0.0123" in out
+    assert "KL(unrounded || rounded), nats a token" in out
+
+
 def test_runs_lists_what_is_finished_and_filters(root: str, capsys: pytest.CaptureFixture[str]):
     assert main(["runs", "--runs", root, "--json"]) == 0
     rows = read(capsys)

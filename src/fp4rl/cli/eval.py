@@ -101,6 +101,9 @@ def command(
     A run is judged by its own description: its task, its limits, its profiles and, as `deployment`, its injection.
     Several precisions are compared with the first on the same problems.
 
+    Beside accuracy stands the KL between the policy unrounded and at each precision, over the answers that it gave: two
+    forwards of every answer, which cost far less than writing it did.
+
     Example: `fp4rl eval quickstart/w4a8-s0 -p full -p deployment -p matmul_noise=0.05`
     """
     require_writable(out, "--out", new=True)

@@ -96,6 +96,7 @@ def described(
     tokens = TASKS[task["name"]].answer_tokens if task.get("name") in TASKS else None
     if tokens is not None and task.get("name") != (own.get("task") or {}).get("name"):
         judged["max_new_tokens"] = tokens
+    judged["kl"] = True
     judged |= {key: value for key, value in given.items() if value is not None}
     content = {"model": model, "task": task, "evaluation": judged, "injection": own.get("injection")}
     return parse(Experiment, content, "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fp4rl.cli.packed_start import STORED
+from fp4rl.cli.show import KL, in_nats
 from fp4rl.cli.terminal import table
 from fp4rl.lab.files import whole
 from fp4rl.lab.serving import changed, packed_otherwise
@@ -51,13 +52,14 @@ def saved_in(model: Path) -> str | None:
 
 def shares_table(title: str, summaries: Sequence[Evaluation], problems: str | None = None) -> Table:
     """Return a table with a line for each precision."""
-    rows = []
+    rows, measured = [], any(s.kl is not None for s in summaries)
     for s in summaries:
         strict = _with_interval(s.strict, s)
         shares = (s.flexible, s.formatted, s.truncated)
         cells = [s.profile.name, str(_problems(s)), strict, *(f"{100 * (share or 0.0):.1f}" for share in shares)]
-        rows.append([*cells, f"{s.mean_length or 0.0:.1f}"])
-    numbers = (f"{name}>" for name in ("n", "strict", "flexible", "format", "cut", "tokens"))
+        rows.append([*cells, f"{s.mean_length or 0.0:.1f}", *([in_nats(s.kl)] if measured else [])])
+    names = ("n", "strict", "flexible", "format", "cut", "tokens", *(("KL",) if measured else ()))
+    numbers = (f"{name}>" for name in names)
     caption = "\n".join([*_caption(summaries), *([problems] if problems else [])])
     return table("precision=", *numbers, rows=rows, title=f"{title}: shares in %", caption=caption)
 
@@ -171,6 +173,9 @@ def _caption(summaries: Sequence[Evaluation]) -> Iterator[str]:
         yield f"n problems, {answers} answers each; strict, flexible and format are means over all answers."
         yield "95 % Wilson intervals with n problems as trials: answers to one problem are not independent"
     yield f"cut: the share that the token limit, {summaries[0].profile.max_new_tokens}, cut off"
+    if any(s.kl is not None for s in summaries):
+        tops = ", ".join(f"{s.profile.name} {100 * s.same_top:.1f} %" for s in summaries if s.same_top is not None)
+        yield f"{KL}; the likeliest next token is the same at {tops} of them"
     worst = max(summaries, key=lambda s: s.truncated or 0.0)
     if (worst.truncated or 0.0) > _MANY_CUT_OFF:  # the accuracy then depends on the limit
         yield (

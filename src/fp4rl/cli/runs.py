@@ -85,7 +85,7 @@ def _unfinished(root: Path, wanted: "Filter") -> list[tuple[dict[str, Any], Stat
         row = Unfinished(folder).row
         limits = {"suite": wanted.suite, "arm": wanted.arm, "seed": wanted.seed}
         if all(value in (None, row[key]) for key, value in limits.items()):
-            matching.append((row | {"strict": {}}, status))
+            matching.append((row | {"strict": {}, "kl": {}}, status))
     return matching
 
 
@@ -112,7 +112,7 @@ def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: in
         state = ", ".join(filter(None, ("foreign" if row["imported"] else own, status if status != "done" else None)))
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = ("  " if wide else "\n").join(
-            f"{name} {100 * share:.1f}" for name, share in scores.items() if share is not None
+            f"{name} {100 * share:.1f}{_kl(row['kl'].get(name))}" for name, share in scores.items() if share is not None
         )
         lines.append((row["suite"], row["run_id"], steps, shown or "-", state))
     names = ("suite", "run=", "steps>", "accuracy %" if wide else "accuracy %=", "code and status")
@@ -122,6 +122,10 @@ def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: in
             print_indented((row["run_id"], "bold"), f" {statuses[row['id']].word}: {statuses[row['id']].why}")
     if total > len(rows):
         console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose")
+
+
+def _kl(kl: float | None) -> str:
+    return "" if kl is None else f" (KL {kl:.4g})"
 
 
 @app.command("import")

@@ -177,7 +177,7 @@ def accuracies(evaluations: Sequence[Evaluation]) -> Table:
     """Return a table with a line for each evaluation: what acted, and the shares with their intervals."""
     from fp4rl.lab.statistics.proportions import wilson
 
-    rows = []
+    rows, measured = [], any(row.kl is not None for row in evaluations)
     for row in evaluations:
         shown = _percent(row.strict)
         if row.n:
@@ -188,9 +188,20 @@ def accuracies(evaluations: Sequence[Evaluation]) -> Table:
         imitated = f" as {row.profile.deployment}" if row.profile.deployment else ""
         precision = f"{row.profile.precision or '?'}{imitated}"
         what = precision if precision == row.profile.name else f"{row.profile.name}: {precision}"
-        rows.append((step, what, str(row.n or "?"), shown, _percent(row.flexible), _percent(row.formatted), length))
+        cells = (step, what, str(row.n or "?"), shown, _percent(row.flexible), _percent(row.formatted), length)
+        rows.append((*cells, *((in_nats(row.kl),) if measured else ())))
     columns = ("step>", "profile: precision", "n>", "strict>", "flexible>", "format>", "tokens>")
-    return table(*columns, rows=rows, title="accuracy % (95 % interval over problems)")
+    caption = KL if measured else None
+    title = "accuracy % (95 % interval over problems)"
+    return table(*columns, *(("KL>",) if measured else ()), rows=rows, title=title, caption=caption)
+
+
+KL = "KL: of the policy's next tokens, KL(unrounded || rounded), nats a token, over the answers given"
+
+
+def in_nats(kl: float | None) -> str:
+    """Return a KL as a table shows it; `-` where it was not measured."""
+    return "-" if kl is None else f"{kl:.3g}"
 
 
 def _curves(curves: dict[str, dict[str, Any]]) -> Table:

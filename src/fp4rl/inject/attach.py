@@ -46,6 +46,17 @@ class Attachment:
             state.forget()
             state.enter(phase, points)
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let nothing act inside the `with`: the model computes as without injection, and no call is counted."""
+        for state in self.states.values():
+            state.enter(self.phase, frozenset())
+        try:
+            yield
+        finally:
+            for state in self.states.values():
+                state.enter(self.phase, self.table.injection.apply_during.active(self.phase))
+
     def invalidate(self) -> None:
         """Drop every rounded copy; to be called after weights were written other than by an optimizer step."""
         for state in self.states.values():

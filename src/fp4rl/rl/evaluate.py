@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
+from fp4rl.rl.divergence import Divergence, Kept, divergence
 from fp4rl.rl.generate import Sampler, Sampling, evidence_of, sampler_named, transformers_sampler
 from fp4rl.rl.of_samples import majority_at, pass_at
 from fp4rl.rl.problems import problems_of
@@ -55,6 +56,7 @@ class Evaluation:
     last: bool
     profile: evidence.Profile
     items: tuple[Item, ...]
+    divergence: Divergence | None = None
 
     def share(self, what: str) -> float:
         """Return the share of the answers that have a score of `SCORES`, or are `truncated`."""
@@ -105,6 +107,8 @@ class Evaluation:
             answers_digest=answers_digest(self.items),
             of_samples=shares,
         )
+        if (far := self.divergence) is not None:
+            evaluation = evaluation.extended(kl=far.kl, same_top=far.same_top, kl_tokens=far.tokens)
         samples = max(item.sample for item in self.items) + 1
         if samples == 1:
             return evaluation
@@ -207,13 +211,16 @@ class EvaluationRunner:
         model, tokenizer = load_saved(folder, dtype, self.lora, self.experts)
         sampler = sampler_named(self.rollout)
         for name, precision in self.precisions(last=last).items():
-            on_answered = partial(on_items, name)
+            on_answered, far = partial(on_items, name), None
+            kept = Kept(sampler) if self.spec.kl else None
             with (
                 weights_unchanged(model, "evaluation", step, record, profile=name),
                 _injected(model, precision.injection) as attachment,
             ):
                 with located(f"evaluation as {name}"):
-                    items = answer(model, tokenizer, self.problems, self.task.score, self.spec, on_answered, sampler)
+                    items = answer(
+                        model, tokenizer, self.problems, self.task.score, self.spec, on_answered, kept or sampler
+                    )
                 items = tuple(replace(item, read=self.task.extracted(item.completion)) for item in items)
                 for served in evidence_of(sampler):
                     record(served.extended(profile=name, step=step))
@@ -223,7 +230,10 @@ class EvaluationRunner:
                     plan: evidence.Evidence = evidence.ActivePoints(phase="evaluation", points=points)
                     for line in (plan, rounded(attachment, step), *attachment.evidence()):
                         record(line.extended(profile=name, step=step))
-            yield Evaluation(step, last, self._profile(name, precision, attachment), items)
+                if kept is not None:
+                    on_rows = partial(on_items, f"{name}, KL")
+                    far = divergence(model, attachment, kept.rows, self.spec.batch_size, on_rows)
+            yield Evaluation(step, last, self._profile(name, precision, attachment), items, far)
 
     def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> evidence.Profile:
         spec, table = self.spec, attachment.table if attachment is not None else None
@@ -260,7 +270,7 @@ def choosing_runner(experiment: Experiment) -> EvaluationRunner:
     """Make the runner by which the best step is chosen: on the validation split, as deployed where anything is."""
     spec = experiment.evaluation
     profile = "deployment" if "deployment" in spec.profiles else spec.profiles[0]
-    changed = {"split": "validation", "profiles": (profile,), "matmul_noise": (), "formats": ()}
+    changed = {"split": "validation", "profiles": (profile,), "matmul_noise": (), "formats": (), "kl": False}
     return evaluation_runner(experiment.model_copy(update={"evaluation": spec.model_copy(update=changed)}))
 
 

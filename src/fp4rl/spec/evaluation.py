@@ -90,6 +90,9 @@ class Evaluation(Spec):
     batch_size: PositiveInt = Field(default=256, description="problems answered at once")
     samples: PositiveInt = Field(default=1, description="1 is greedy; more are sampled at `temperature`")
     temperature: PositiveFloat = 1.0
+    kl: bool = later_key(
+        False, description="measure KL(unrounded || rounded) of the policy on its answers: two forwards of each more"
+    )
     seed: NonNegativeInt = later_key(0, description="of sampled answers")
     matmul_noise: tuple[NonNegativeFloat, ...] = Field(default=(), description="sweep: relative errors of matmuls")
     formats: tuple[str, ...] = Field(default=(), description="sweep: formats of the weights")

@@ -59,6 +59,9 @@ class Evaluation(Record):
     `n` counts answers, `problems` the problems. With several answers to a problem `strict` is their mean. `of_samples`
     holds `mean@k`, `pass@k`, `maj@k` and any further score of `spec.task.Score`; on disk these stand beside the other
     keys. Two evaluations have the same `answers_digest` where every answer is the same.
+
+    `kl`: KL(unrounded || rounded) of the policy in nats, `same_top`: the share of tokens whose likeliest next token is
+    the same; means over `kl_tokens`, the tokens of these answers. None: not measured.
     """
 
     kind: Literal["evaluation"] = Field("evaluation", exclude=True)
@@ -73,6 +76,9 @@ class Evaluation(Record):
     truncated: Share | None = None
     mean_length: float | None = None
     answers_digest: str | None = None
+    kl: float | None = None
+    same_top: Share | None = None
+    kl_tokens: int | None = None
     of_samples: Mapping[str, Share] = Field(default_factory=dict)
 
     def score(self, name: str) -> float | None:

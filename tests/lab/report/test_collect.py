@@ -211,6 +211,24 @@ def test_several_answers_to_a_problem_give_pass_at_k_over_seeds(make_trial):
     assert (found.problems, found.of_samples["pass@4"].value) == (500, 98.0)
 
 
+def test_a_measured_kl_is_a_mean_over_seeds_in_nats(make_trial):
+    """A KL above 100 is one: it is not cut as a share in percent would be."""
+    folder, given = make_trial().write(), iter(range(90, 900, 30))
+    seen = []
+
+    def measured(result):
+        for evaluation in result["evaluations"]:
+            if evaluation["last"] and evaluation["profile"]["name"] == "full":
+                seen.append(float(next(given)))
+                evaluation |= {"kl": seen[-1], "same_top": 0.5, "kl_tokens": 100}
+
+    rewrite(folder, "bf16", measured)
+    found = score(collect(folder), "bf16@full")
+    assert max(seen) > 100
+    assert found.kl.value == pytest.approx(sum(seen) / len(seen))
+    assert score(collect(folder), "w4a4@full").kl is None
+
+
 def test_a_robustness_sweep_is_judged_at_the_last_step_alone(make_trial):
     evaluation = {"count": 500, "deployment": "compressed_tensors", "profiles": ["full"], "matmul_noise": [0.05]}
     trial = make_trial(base={"training": {"steps": 12}, "evaluation": evaluation}, comparisons=[], arms={"bf16": {}})

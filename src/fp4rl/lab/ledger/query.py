@@ -45,16 +45,20 @@ class Filter:
 
 
 def list_runs(connection: Connection, wanted: Filter, limit: int | None = None) -> list[Row]:
-    """Return a row for each run, in order of suite, arm and seed, with its last accuracies: profile -> share."""
+    """Return a row for each run, in order of suite, arm and seed, with its last accuracies and KLs: profile -> share,
+    and profile -> nats a token where they were measured."""
     names = ("id", "suite", "run_id", "arm", "seed", "steps_asked", "steps_done", "code_digest", "imported", "status")
     query = wanted.applied(select(*(runs.c[name] for name in names)))
     query = query.order_by(runs.c.suite, runs.c.arm, runs.c.seed, runs.c.run_id).limit(limit)
     of_these = evaluations.c.run.in_(query.with_only_columns(runs.c.id))
     last = select(evaluations).where(evaluations.c.last, of_these).order_by(evaluations.c.profile)
     scores: dict[int, dict[str, float]] = defaultdict(dict)
+    kls: dict[int, dict[str, float]] = defaultdict(dict)
     for row in connection.execute(last):
         scores[row.run][row.profile] = row.strict
-    return [{**row, "strict": scores[row["id"]]} for row in connection.execute(query).mappings()]
+        if row.kl is not None:
+            kls[row.run][row.profile] = row.kl
+    return [{**row, "strict": scores[row["id"]], "kl": kls[row["id"]]} for row in connection.execute(query).mappings()]
 
 
 def count_runs(connection: Connection, wanted: Filter) -> int:

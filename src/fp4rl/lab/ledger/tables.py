@@ -26,7 +26,7 @@ Row = dict[str, Any]
 _UNSETTLED = ("log.txt", "tensorboard", "wandb")
 _HASHED_UP_TO = 64 * 2**20  # bytes
 
-SCHEMA = "-".join(("0003", *SCORES[3:]))  # each further score adds a column
+SCHEMA = "-".join(("0004", *SCORES[3:]))  # each further score adds a column
 
 metadata = sa.MetaData()
 
@@ -67,7 +67,7 @@ evaluations = sa.Table(
     sa.Column("profile", sa.Text, primary_key=True),
     sa.Column("last", sa.Boolean, nullable=False),
     sa.Column("n", sa.Integer),
-    *(sa.Column(name, sa.Double) for name in (*SCORES, "mean_length")),
+    *(sa.Column(name, sa.Double) for name in (*SCORES, "mean_length", "kl")),
     sa.Column("conditions", sa.JSON, nullable=False),
 )
 
@@ -192,6 +192,6 @@ def _evaluation_rows(run: Run) -> list[Row]:
 
 def evaluation_row(evaluation: Evaluation) -> Row:
     """Return an evaluation as a row of the index and of `--json`; `conditions` are its profile."""
-    scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length")}
+    scores = {name: getattr(evaluation, name) for name in ("step", "last", "n", "mean_length", "kl")}
     scores |= {name: evaluation.score(name) for name in SCORES}
     return scores | {"profile": evaluation.profile.name, "conditions": evaluation.profile.as_json()}

@@ -25,7 +25,7 @@ from fp4rl.spec.evidence import MasterCheck
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import counted
 
-_MEANS = ("before", "after", "flexible", "formatted", "formatted_before", "truncated")
+_MEANS = ("before", "after", "flexible", "formatted", "formatted_before", "truncated", "kl")
 
 
 @dataclass(frozen=True)

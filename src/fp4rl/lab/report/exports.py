@@ -12,7 +12,7 @@ from fp4rl.lab.report.scores import Mean
 
 _COLUMNS = (
     *("suite", "arm", "seed", "run_id", "status", "counts", "stale", "step", "last", "profile", "precision"),
-    *("problems", "strict", "flexible", "formatted", "truncated", "mean_length", "sites_digest", "items_digest"),
+    *("problems", "strict", "flexible", "formatted", "truncated", "mean_length", "kl", "sites_digest", "items_digest"),
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take for one
 
@@ -88,7 +88,12 @@ def _rows(report: SuiteReport) -> Iterator[dict[str, object]]:
         evaluations = own.run.result.evaluations if own.run is not None else ()
         for e in evaluations:
             numbers = {name: getattr(e, name) for name in ("step", "last", "strict", "flexible", "formatted")}
-            numbers |= {"truncated": e.truncated, "mean_length": e.mean_length, "problems": e.problems or e.n}
+            numbers |= {
+                "truncated": e.truncated,
+                "mean_length": e.mean_length,
+                "kl": e.kl,
+                "problems": e.problems or e.n,
+            }
             profile = {name: getattr(e.profile, name) for name in ("precision", "sites_digest", "items_digest")}
             yield {**named, **numbers, "profile": e.profile.name, **profile}
         if not evaluations:

@@ -49,6 +49,7 @@ class Score:
     formatted: Mean | None
     formatted_before: Mean | None
     truncated: Mean | None
+    kl: Mean | None  # KL(unrounded || rounded) of the policy, nats a token
     of_samples: Mapping[str, Mean]  # `pass@k` and `mean@k`, where every run has them
 
     @property
@@ -115,5 +116,6 @@ def _score(arm: str, profile: str, runs: Sequence[SuiteRun]) -> Score:
         formatted=mean(ends, "formatted"),
         formatted_before=mean(starts, "formatted"),
         truncated=mean(ends, "truncated"),
+        kl=mean_over_seeds([end.kl for end in ends if end.kl is not None], most=math.inf),
         of_samples={name: value for name, value in of_samples.items() if value is not None},
     )
