@@ -37,10 +37,13 @@ ROUNDS_BEFORE = 2  # the first rounds fill caches and take the first looks of th
 class Arm:
     """One model with its optimizer, injected or not, and the tokens of a training step."""
 
-    def __init__(self, model: PreTrainedModel, mode: str | None, tokens: torch.Tensor = TRAINING) -> None:
+    def __init__(
+        self, model: PreTrainedModel, injection: Injection | str | None, tokens: torch.Tensor = TRAINING
+    ) -> None:
         self.model, self.tokens = model, tokens
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-        self.harmed: Attachment | None = attach(model, Injection.named(mode)) if mode else None
+        injection = Injection.named(injection) if isinstance(injection, str) else injection
+        self.harmed: Attachment | None = attach(model, injection) if injection is not None else None
 
     def generation(self) -> None:
         """128 answers of 40 tokens, with a cache."""

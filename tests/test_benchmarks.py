@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
+    "estimators": ["--rounds", "2"],
     "experts": ["--rounds", "2"],
     "export": ["--small", "--folder", "{folder}"],
     "health": ["--healthy", "1", "--faults", "0", "--courses", "1", "--keep", "{folder}"],

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fp4rl.inject.attach import attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.inject.resolve import resolve
-from fp4rl.numerics.levels import within_reach
+from fp4rl.numerics.levels import smooth_slope, within_reach
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import MXFP4
@@ -108,7 +108,7 @@ def test_adapter_computes_q_of_w_plus_ba():
     assert not torch.allclose(found, x @ fake_quantize(w + 3 * b @ a, MXFP4).T, atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", ["identity", "clipped"])
+@pytest.mark.parametrize("variant", ["identity", "clipped", "smooth"])
 def test_merged_computes_q_of_the_sum_with_a_gradient_to_both_factors(variant):
     model = adapted(torch.float64)
     layer = lora_layer(model)
@@ -124,6 +124,8 @@ def test_merged_computes_q_of_the_sum_with_a_gradient_to_both_factors(variant):
     through = g.T @ x.detach()
     if variant == "clipped":
         through = through * within_reach(total, MXFP4)
+    if variant == "smooth":
+        through = through * smooth_slope(total, MXFP4, 5.0, 3.0)
     for found, expected, with_base_alone in (
         (y, x @ q.T, x @ fake_quantize(w.float(), MXFP4).double().T),
         (x.grad, g @ q, g @ (w + 3 * b @ a)),

@@ -28,13 +28,13 @@ from torch import nn
 from fp4rl.inject.attach import attach
 from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
-from fp4rl.numerics.levels import within_reach
+from fp4rl.numerics.levels import smooth_slope, within_reach
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.sites.walk import walk
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.formats import FORMATS, MXFP4
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.points import can_clip
+from fp4rl.spec.points import can_clip, can_smooth
 
 MODES = ("w4a16", "w4a8", "w4a4", "w4a4_out")
 
@@ -134,6 +134,10 @@ def test_every_format_rounds_a_stack_as_each_expert_by_itself(fmt):
     assert torch.equal(copy, torch.stack([fake_quantize(expert, fmt, generator=seeds[1]) for expert in weight]))
     if can_clip(fmt):
         assert torch.equal(reach, torch.stack([within_reach(expert, fmt) for expert in weight]))
+    if can_smooth(fmt):
+        with attach(rooted(module, 64), Injection(weight=fmt, dtype="float32", straight_through="smooth")):
+            _, slope = module.injected.stacks["gate_up_proj"].rounded(weight, "weight", None)
+        assert torch.equal(slope, torch.stack([smooth_slope(expert, fmt, 5.0, 3.0) for expert in weight]))
 
 
 def test_a_site_with_calls_and_no_elements_fails_the_run():

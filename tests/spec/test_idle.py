@@ -45,6 +45,11 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"training": {"filter_groups": {"enable": False, "max_num_gen_batches": 9}}},
         {"training": {"filter_groups": {"enable": True}}},
     ),
+    (
+        "injection.smooth.cap",
+        {"injection": {"mode": "w4a4", "smooth": {"cap": 2.0}}},
+        {"injection": {"straight_through": "smooth"}},
+    ),
     ("training.save_total_limit", {"training": {"save_total_limit": 5}}, {"training": {"save_freq": 2}}),
     (
         "training.rollout_correction.threshold",

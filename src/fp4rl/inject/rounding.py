@@ -6,15 +6,18 @@ casts there stay.
 """
 
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4rl.numerics.levels import within_reach
+from fp4rl.numerics.levels import smooth_slope, within_reach
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import Format, describe, format_of
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.points import GRADIENTS, can_clip, can_smooth
 
 
 def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
@@ -28,12 +31,12 @@ def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """The rounded copy in the forward; in the backward the gradient goes to the master as it comes, or, where `reach`
-    is given, only to values that were not clipped (Bengio et al. 2013, arXiv 1308.3432)."""
+    """The rounded copy in the forward; in the backward the gradient goes to the master as it comes (Bengio et al. 2013,
+    arXiv 1308.3432), or, where `reach` is given, times that."""
 
     @staticmethod
     def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
-        """Return `copy`, the rounded master of the same shape and dtype; `reach` is a bool mask, or None."""
+        """Return `copy`, the rounded master of the same shape; `reach` is a bool mask, a derivative or None."""
         ctx.reach = reach
         return copy.view_as(copy)
 
@@ -41,6 +44,36 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Return the gradient for the master; the other arguments have none."""
         return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What the gradient of rounding to a format is multiplied by: a derivative of this `sharpness` up to `cap`; with
+    sharpness 1 whether a value was not clipped. No gradient passes it to the scale."""
+
+    sharpness: float
+    cap: float
+
+    @classmethod
+    def of(cls, injection: Injection, point: str, fmt: Format) -> "Estimator | None":
+        """Return that of a point; None where gradients pass as they come."""
+        if injection.straight_through == "clipped" and point not in GRADIENTS and can_clip(fmt):
+            return cls(1.0, 1.0)
+        if injection.straight_through == "smooth" and point in injection.smooth.points and can_smooth(fmt):
+            return cls(injection.smooth.sharpness, injection.smooth.cap)
+        return None
+
+    def factor(self, x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+        """Return the factor for each value of `x`: a bool, or a number in `dtype`."""
+        if self.sharpness == 1:
+            return within_reach(x, fmt)
+        return smooth_slope(x, fmt, self.sharpness, self.cap).to(dtype)
+
+    def in_graph(self, x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+        """Return the factor for x cast to `dtype`, as a node of a compiled graph."""
+        if self.sharpness == 1:
+            return reach_as(x, fmt, dtype)  # type: ignore[no-any-return]
+        return slope_as(x, fmt, dtype, self.sharpness, self.cap)  # type: ignore[no-any-return]
 
 
 def format_text(fmt: Format) -> str:
@@ -58,6 +91,17 @@ def round_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
 def reach_as(x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
     """Return a bool like x: which values of x, cast to `dtype`, are not clipped."""
     return within_reach(x.to(dtype), _read(fmt)).contiguous()
+
+
+@torch.library.custom_op("fp4rl::slope_as", mutates_args=())
+def slope_as(x: Tensor, fmt: str, dtype: torch.dtype, sharpness: float, cap: float) -> Tensor:
+    """Return the derivative of rounding x, cast to `dtype`, in x's own dtype."""
+    return smooth_slope(x.to(dtype), _read(fmt), sharpness, cap).to(x.dtype).contiguous()
+
+
+@slope_as.register_fake
+def _(x: Tensor, _fmt: str, _dtype: torch.dtype, _sharpness: float, _cap: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @round_as.register_fake

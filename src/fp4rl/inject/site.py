@@ -17,13 +17,12 @@ from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
 from fp4rl.inject.fused import KEY as KEY
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.rounding import format_text, reach_as, round_as, through
-from fp4rl.numerics.levels import within_reach
+from fp4rl.inject.rounding import Estimator, format_text, round_as, through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.points import GRADIENTS, Phase, can_clip
+from fp4rl.spec.points import Phase
 
 # Every site of the process, copied and unpickled ones too, is told of every optimizer step, since a fused optimizer
 # writes weights without a trace. Weak references, so that a model can be freed without `remove`.
@@ -46,10 +45,9 @@ class SiteState:
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         self.plan, self.injection, self.shared = plan, injection, shared
         self.dtype: torch.dtype = getattr(torch, injection.dtype)
-        clipped = injection.straight_through == "clipped"  # then clipped values get no gradient
         formats = {point: getattr(plan, point) for point in plan.points()}
         self._formats = {point: format_text(fmt) for point, fmt in formats.items()}
-        self._clipping = {p for p, fmt in formats.items() if clipped and p not in GRADIENTS and can_clip(fmt)}
+        self._estimators = {point: Estimator.of(injection, point, fmt) for point, fmt in formats.items()}
         self.rng = SiteRng(crc32(f"{injection.seed}/{plan.name}".encode()))
         self.original: type[nn.Module] = nn.Module
         self.meters: dict[tuple[Phase, str], Meter] = {}
@@ -180,13 +178,15 @@ class SiteState:
             return self._rounded_outside(x, point, generator)  # type: ignore[no-any-return]
         fmt = self._formats[point]
         with torch.no_grad():
-            reach = reach_as(x.detach(), fmt, self.dtype) if point in self._clipping else None
+            estimator = self._estimators[point]
+            reach = None if estimator is None else estimator.in_graph(x.detach(), fmt, self.dtype)
             return round_as(x.detach(), fmt, self.dtype), reach
 
     def _rounded_now(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             fmt, seen = getattr(self.plan, point), x.detach().to(self.dtype)
-            reach = within_reach(seen, fmt) if point in self._clipping else None
+            estimator = self._estimators[point]
+            reach = None if estimator is None else estimator.factor(seen, fmt, x.dtype)
             return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
 
     # Random rounding breaks a compiled graph, or raises where breaks are not allowed (fullgraph).

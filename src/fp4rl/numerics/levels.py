@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp4rl.numerics.blocks import Grouping
 from fp4rl.numerics.reference import block_scale, reference, widened
+from fp4rl.numerics.rounding import spacing
 from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
@@ -68,6 +69,23 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     grouping = Grouping.of(x.shape, fmt)
     magnitude = grouping.split(widened(inner)).abs()
     return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt, inner.dtype) * fmt.element.largest)
+
+
+def smooth_slope(x: Tensor, fmt: Format, sharpness: float, cap: float) -> Tensor:
+    """Return a derivative of rounding `x`, like it in float32 or float64: |2t - 1|^(1/sharpness - 1) / sharpness, at
+    most `cap`, where a magnitude is t of the way between two neighbouring levels, and 0 beyond the largest.
+
+    Scales count as constants. DGE of arXiv 2501.17116, eq. 8; formats that are not rotated.
+    """
+    inner, _ = inside(x, fmt)
+    grouping = Grouping.of(x.shape, fmt)
+    units = grouping.split(widened(inner)).abs()
+    units.div_(block_scale(units, grouping.axes, fmt, inner.dtype))
+    step = spacing(units.clamp(max=fmt.element.largest), fmt.element)
+    beyond = units > fmt.element.largest * (1 + 2.0**-20)  # not what one rounding of an NVFP4 scale puts there
+    units.remainder_(step).div_(step)  # t: a level is a multiple of the step above it
+    slope = units.mul_(2).sub_(1).abs_().pow_(1 / sharpness - 1).div_(sharpness).clamp_(max=cap)
+    return grouping.join(slope.masked_fill_(beyond, 0))
 
 
 def rotate(x: Tensor, size: int) -> Tensor:

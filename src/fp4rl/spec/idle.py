@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import FORMATS, Format
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.points import FORMAT_POINTS, MODES, PHASES, ApplyDuring
+from fp4rl.spec.points import FORMAT_POINTS, MODES, PHASES, ApplyDuring, Smooth
 from fp4rl.spec.targets import Targets
 
 Rules = Iterator[tuple[str, tuple[str, ...]]]
@@ -119,6 +119,8 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
         yield "it rules power-of-two scales, and no format here has one", ("injection.deployment",)
     if not injection.errors and all(fmt.rounding != "stochastic" for fmt in formats):
         yield "nothing is drawn: no stochastic format, no error", ("injection.seed",)
+    if injection.straight_through != "smooth":
+        yield "injection.straight_through is not smooth", _keys("injection.smooth", *Smooth.model_fields)
     if not injection.by_pattern and injection.targets == Targets():
         yield "every site has the same formats", ("injection.fused_groups",)
 

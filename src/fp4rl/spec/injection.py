@@ -10,7 +10,7 @@ from fp4rl.spec.deployment import DEPLOYMENTS, Deployment, deployment_named
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.formats import Format
 from fp4rl.spec.former_names import of_deployment, renaming
-from fp4rl.spec.frozen import Spec
+from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.points import (
     FORMAT_POINTS,
@@ -23,7 +23,9 @@ from fp4rl.spec.points import (
     PatternFormats,
     Phase,
     PointFormat,
+    Smooth,
     can_clip,
+    can_smooth,
     read_format,
 )
 from fp4rl.spec.targets import Targets
@@ -40,11 +42,12 @@ class Injection(Spec):
     gradient that arrives, as an operand of the matmul that computes the one or the other. `deployment` sets the rules
     of a packer for weights and of a kernel for inputs. `dtype` is what the quantizer sees: weights and inputs are first
     cast to it, so that trainer, sampler and export round the same numbers. `straight_through: clipped` stops the
-    gradient of values that were clipped. `by_pattern` lists exceptions, the first match counts; a pattern may be the
-    word for a part of the model (`experts: mxfp4`, `attention: mxfp8`, `router: leave`). Groups that serving kernels
-    fuse (q/k/v, gate/up) must agree unless `fused_groups` is `free`. `lora` says what is deployed: `adapter` Q(W) + BA,
-    `merged` Q(W + sBA). `frozen_base: packed` keeps frozen weights as codes and scales alone; taking the injection out
-    gives back the rounded weights, the only ones there are then.
+    gradient of values that were clipped; `smooth` multiplies gradients by a derivative of rounding. `by_pattern` lists
+    exceptions, the first match counts; a pattern may be the word for a part of the model (`experts: mxfp4`, `attention:
+    mxfp8`, `router: leave`). Groups that serving kernels fuse (q/k/v, gate/up) must agree unless `fused_groups` is
+    `free`. `lora` says what is deployed: `adapter` Q(W) + BA, `merged` Q(W + sBA). `frozen_base: packed` keeps frozen
+    weights as codes and scales alone; taking the injection out gives back the rounded weights, the only ones there are
+    then.
     """
 
     mode: str | None = Field(default=None, description=f"formats at once: {', '.join(MODES)}")
@@ -63,9 +66,11 @@ class Injection(Spec):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="what is rounded is cast to it first, whatever the model's own dtype"
     )
-    straight_through: Literal["identity", "clipped"] = Field(
-        default="identity", description="clipped: no gradient for values that were clipped"
+    straight_through: Literal["identity", "clipped", "smooth"] = Field(
+        default="identity",
+        description="clipped: no gradient for values that were clipped; smooth: times a smooth derivative of rounding",
     )
+    smooth: Smooth = later_key(Smooth())
     apply_during: ApplyDuring = ApplyDuring()
     fused_groups: Literal["agree", "free"] = Field(
         default="agree", description="whether q/k/v and gate/up must have the same format"
@@ -178,13 +183,26 @@ class Injection(Spec):
                 if isinstance(fmt, Format) and fmt.factor in factors:
                     yield f"{point} {fmt.name}: factor {fmt.factor} is not for this point; leave it out here"
 
+    def _not_smooth(self) -> Iterator[str]:
+        for point in self.smooth.points:
+            at_point = [fmt for row in (self, *self.by_pattern) if isinstance(fmt := getattr(row, point), Format)]
+            if not any(can_smooth(fmt) for fmt in at_point):
+                yield f"straight_through: smooth would do nothing at {point}: no format there rounds to nearest levels"
+            for fmt in at_point:
+                if fmt.scale != "none" and not can_smooth(fmt):
+                    why = "a rotated value has no levels of its own" if fmt.rotation else f"it rounds {fmt.rounding}"
+                    yield f"straight_through: smooth cannot act on {point} {fmt.name}: {why}; see smooth.points"
+
     def _without_effect(self) -> Iterator[str]:
         during = self.apply_during
-        if self.straight_through == "clipped":
-            if not any(can_clip(fmt) for fmt in self.formats):
-                yield "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
-            if not any("training" in getattr(during, p) for p in (*LINEAR_POINTS, "kv_cache") if getattr(self, p)):
-                yield "straight_through: clipped would do nothing: no point is active in training"
+        if self.straight_through == "clipped" and not any(can_clip(fmt) for fmt in self.formats):
+            yield "straight_through: clipped would do nothing: no format here clips; take a floor or even rule"
+        if self.straight_through == "smooth":
+            yield from self._not_smooth()
+        if self.straight_through != "identity":
+            points = self.smooth.points if self.straight_through == "smooth" else (*LINEAR_POINTS, "kv_cache")
+            if not any("training" in getattr(during, p) for p in points if getattr(self, p)):
+                yield f"straight_through: {self.straight_through} would do nothing: no point is active in training"
         if any(error.when == "backward" for error in self.errors) and "training" not in during.errors:
             yield "an error in the backward would do nothing: apply_during.errors leaves training out"
 

@@ -82,10 +82,29 @@ class ApplyDuring(Spec):
         return frozenset(points | set(GRADIENTS) if phase == "training" else points)
 
 
+class Smooth(Spec):
+    """The derivative by which `straight_through: smooth` multiplies gradients (DGE, arXiv 2501.17116, eq. 8).
+
+    Between two neighbouring levels, t in [0, 1] of the way, it is |2t - 1|^(1/k - 1) / k, at most `cap`; beyond the
+    largest level it is 0.
+    """
+
+    sharpness: float = Field(default=5.0, gt=1.0, description="k; 1 would be `clipped`")
+    cap: float = Field(default=3.0, gt=0.0, description="greatest derivative: half-way between levels it has no bound")
+    points: tuple[Literal["weight", "input"], ...] = Field(
+        default=("weight",), min_length=1, description="where; gradients of other points pass as they come"
+    )
+
+
 def can_clip(fmt: Format) -> bool:
     """Return whether values can be clipped: they cannot where every scale is rounded up."""
     down = fmt.scale_rule not in ("ceil", "rceil")
     return fmt.scale == "e4m3" or fmt.factor == "static" or (fmt.scale == "e8m0" and down)
+
+
+def can_smooth(fmt: Format) -> bool:
+    """Return whether the gradient of rounding can be smoothed: values go to the nearest level, each by itself."""
+    return fmt.scale != "none" and fmt.rotation is None and fmt.rounding not in ("stochastic", "toward_zero")
 
 
 def as_served(point: str, fmt: Format) -> Format:

@@ -125,7 +125,7 @@ def described(sites: Sequence[SiteState]) -> tuple[list[dict[str, Any]], dict[st
         }
         for state in sites
     ]
-    keys = {"dtype", "seed", "straight_through"}
+    keys = {"dtype", "seed"}  # of a worker, which computes no gradients
     return rows, sites[0].injection.model_dump(mode="json", include=keys) if sites else {}
 
 
