@@ -17,6 +17,7 @@ TORCH_FREE = [
     ["formats"],
     ["keys"],
     ["plan", "catalogue/quickstart"],
+    ["preflight", "catalogue/quickstart", "--static"],
     ["run", "--help"],
     ["schedule", "--help"],
     ["runs", "--help"],

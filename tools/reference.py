@@ -1,4 +1,6 @@
-"""Write `docs/reference/`: every verb with its options, every key of a description. `make docs` runs this.
+"""Write the pages that the code knows: every verb with its options, every key of a description, every known trap.
+
+`make docs` runs this.
 
 `python tools/reference.py [--check]`: with --check nothing is written, and pages that are not up to date leave with 1.
 """
@@ -12,11 +14,12 @@ import click
 import typer
 
 from fp4rl.cli.main import VERBS, _app
+from fp4rl.lab.preflight.traps import WHEN, Trap, traps
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import Key, described_keys
 from fp4rl.spec.scan import ScanRequest
 
-PAGES = Path(__file__).parents[1] / "docs" / "reference"
+PAGES = Path(__file__).parents[1] / "docs"
 
 
 def cell(text: object) -> str:
@@ -83,6 +86,25 @@ def _default(key: Key) -> str:
     return "none" if key.default is None else f"`{key.default}`"
 
 
+def known_traps() -> Iterator[str]:
+    """The page of the traps, a row for each."""
+    yield "# Traps\n"
+    yield "Generated from the code by `make docs`. Each of these happened: in this code, in the documents behind it,"
+    yield "or in public reports. `fp4rl preflight SPEC` looks for those that show before a run; the others are watched"
+    yield "while it runs, or refuse a comparison. Each row links tests that plant the very defect.\n"
+    head = ("", "trap", "how it happened", "where it is caught", "how it shows", "tests")
+    yield from _table(head, [_trap(own) for own in traps().values()])
+
+
+def _trap(own: Trap) -> tuple[str, ...]:
+    caught = (f"{WHEN[when]}: {', '.join(f'`{name}`' for name in names)}" for when, names in own.caught.items())
+    tests = (
+        (test.partition("::")[0], test.partition("::")[2].removeprefix("test_").replace("_", " ")) for test in own.tests
+    )
+    links = ", ".join(f"[{words}](../../tests/{file})" for file, words in tests)
+    return own.number, own.trap, own.happened, "; ".join(caught), own.shows, links
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "|" + "---|" * len(head)
@@ -92,18 +114,19 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
 
 
 def main() -> int:
-    """Write both pages, or with --check say which of them is old."""
+    """Write the pages, or with --check say which of them is old."""
     old = []
-    for name, lines in (("verbs.md", verbs()), ("keys.md", keys())):
+    pages = {"reference/verbs.md": verbs(), "reference/keys.md": keys(), "concepts/traps.md": known_traps()}
+    for name, lines in pages.items():
         text, page = "\n".join(lines).rstrip() + "\n", PAGES / name
         if page.is_file() and page.read_text(encoding="utf-8") == text:
             continue
         old.append(name)
         if "--check" not in sys.argv:
-            PAGES.mkdir(parents=True, exist_ok=True)
+            page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(text, encoding="utf-8")
     if old and "--check" in sys.argv:
-        print(f"docs/reference: {', '.join(old)} not up to date; run make docs")
+        print(f"docs: {', '.join(old)} not up to date; run make docs")
         return 1
     return 0
 

@@ -33,6 +33,7 @@ VERBS = (
     "keys",
     "new",
     "plan",
+    "preflight",
     "data",
     "run",
     "watch",

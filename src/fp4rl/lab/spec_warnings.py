@@ -1,6 +1,7 @@
 """Warnings about descriptions, before anything runs: for `plan`, a run's log and the report."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from fp4rl.lab.serving import changed, of_profiles, packed_otherwise
 from fp4rl.noise.schedule import values_missed
@@ -14,17 +15,20 @@ _PLAIN = Algorithm("")  # the clipping of PPO
 
 def spec_warnings(arms: Mapping[str, Experiment]) -> list[str]:
     """Return a line for each warning, once for all arms that share it; a setting that acts in some arm gives none."""
-    arms_by_line: dict[str, list[str]] = {}
+    every = [*(pair for source in SOURCES.values() for pair in by_line(source, arms)), *idle_settings(arms)]
+    return [line if len(names) == len(arms) else f"{line} (arm {', '.join(names)})" for line, names in every]
+
+
+def by_line(source: "Source", arms: Mapping[str, Experiment]) -> list[tuple[str, list[str]]]:
+    """Return the lines of one source of warnings, each with the arms that share it."""
+    named: dict[str, list[str]] = {}
     for arm, experiment in arms.items():
-        for line in (*experiment.warnings(), *_deployment(experiment), *_loss(experiment), *_noise(experiment)):
-            arms_by_line.setdefault(line, []).append(arm)
-    for line, names in _idle(arms):
-        arms_by_line.setdefault(line, []).extend(names)
-    named = {line: list(dict.fromkeys(names)) for line, names in arms_by_line.items()}
-    return [line if len(names) == len(arms) else f"{line} (arm {', '.join(names)})" for line, names in named.items()]
+        for line in dict.fromkeys(source(experiment)):
+            named.setdefault(line, []).append(arm)
+    return list(named.items())
 
 
-def _idle(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
+def idle_settings(arms: Mapping[str, Experiment]) -> Iterator[tuple[str, list[str]]]:
     """Yield the keys that cannot act in any arm that sets them, with the reason."""
     by_arm = {arm: idle(experiment) for arm, experiment in arms.items()}
     for key in dict.fromkeys(key for keys in by_arm.values() for key in keys):
@@ -43,18 +47,26 @@ def _noise(experiment: Experiment) -> Iterator[str]:
         yield f"noise: {few} for its schedule, sigma never reaches {values}"
 
 
-def _deployment(experiment: Experiment) -> Iterator[str]:
-    """Yield what the deployment serves otherwise, and what acts in training but not under the profile `deployment`."""
-    injection = experiment.injection
-    if (line := changed(injection)) is not None:
+def _served(experiment: Experiment) -> Iterator[str]:
+    """Yield what the deployment serves otherwise."""
+    if (line := changed(experiment.injection)) is not None:
         yield line
     for name, imitated in of_profiles(experiment.evaluation).items():
         if (line := changed(imitated)) is not None:
             yield f"evaluation profile {name}: {line}"
+
+
+def _packed(experiment: Experiment) -> Iterator[str]:
+    """Yield a line where a packer would round other numbers than are rounded here."""
     if experiment.model.path is not None:  # the embedded model is for trying things out, not for packing
-        rounded = (injection, *of_profiles(experiment.evaluation).values())
+        rounded = (experiment.injection, *of_profiles(experiment.evaluation).values())
         if line := packed_otherwise(rounded, experiment.model.dtype):
             yield f"{line}: give model.dtype and injection.dtype one value"
+
+
+def _left_out(experiment: Experiment) -> Iterator[str]:
+    """Yield what acts in training but not under the profile `deployment`."""
+    injection = experiment.injection
     if injection is None or "deployment" not in experiment.evaluation.profiles:
         return
     backward = {"grad_input", "grad_weight"}
@@ -86,3 +98,20 @@ def _loss(experiment: Experiment) -> Iterator[str]:
             f"clip_ratio_high {recipe.clip_ratio_high} on a sequence ratio hardly ever acts; "
             "GSPO's own bounds are 3e-4 and 4e-4"
         )
+
+
+Source = Callable[[Experiment], Iterator[str]]
+SOURCES: Mapping[str, Source] = MappingProxyType(
+    {
+        "recipe": lambda experiment: experiment.training.warnings(),
+        "updates": Experiment.out_of_reach,
+        "evaluations": Experiment.uneven_evaluations,
+        "batch": Experiment.batch_dependent,
+        "served": _served,
+        "packer": _packed,
+        "judged": _left_out,
+        "loss": _loss,
+        "schedule": _noise,
+    }
+)
+"""Name -> what it warns of in one experiment; `fp4rl preflight` tells which trap each is about."""

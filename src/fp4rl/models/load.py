@@ -190,20 +190,22 @@ def embedded_skeleton(recipe: Embedded) -> PreTrainedModel:
     return build(recipe, build_tokenizer())
 
 
-def skeleton(path: str | Path, experts: ExpertsImplementation | None = None) -> PreTrainedModel:
+def skeleton(path: str | Path, experts: ExpertsImplementation | None = None, *, tokenizer: bool = True) -> Any:
     """Build the modules of a Hugging Face folder on the meta device, an adapter's on its base, enough to resolve what
-    would be rounded, without memory. The tokenizer must be there too; raises what `load` does."""
+    would be rounded, without memory. Raises what `load` does, of weights nothing, of the `tokenizer` unless it is not
+    needed."""
     own = _folder(path)
     folder = base_of(own) or own
     _require_weights(folder)
-    tokenizer = load_tokenizer(folder)
+    ids = load_tokenizer(folder) if tokenizer else None
     with readable("the config.json", folder):
         config = _config(folder)
         config._experts_implementation = experts or _experts_of(own, folder)
         with torch.device("meta"):
             model = _auto_class(config).from_config(config)
     _require_choice(model, experts)
-    require_ids_inside(model, tokenizer, folder)
+    if ids is not None:
+        require_ids_inside(model, ids, folder)
     return model if folder == own else _adapted_skeleton(model, own)
 
 

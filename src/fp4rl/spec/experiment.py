@@ -129,7 +129,12 @@ class Experiment(Spec):
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but hardly ever meant."""
         yield from self.training.warnings()
-        yield from self._out_of_reach()
+        yield from self.out_of_reach()
+        yield from self.uneven_evaluations()
+        yield from self.batch_dependent()
+
+    def uneven_evaluations(self) -> Iterator[str]:
+        """Yield a line where evaluations on the way do not come to the last step."""
         steps, every = self.training.steps, self.evaluation.test_freq
         if every > steps:
             yield f"evaluation.test_freq {every} is more than {counted(steps, 'step')}: nothing is judged on the way"
@@ -138,14 +143,17 @@ class Experiment(Spec):
                 f"evaluation.test_freq {every} does not divide {counted(steps, 'step')}: the last part, from step "
                 f"{steps // every * every} to {steps}, is shorter than the others"
             )
+
+    def batch_dependent(self) -> Iterator[str]:
+        """Yield a line for each profile whose tokens share a scale, as far as this description alone tells."""
         named = {"deployment": self.injection, **self.evaluation.injections}
-        for profile in self.evaluation.profiles:  # as far as this description alone tells what they round
+        for profile in self.evaluation.profiles:
             injection = Injection.named(profile) if profile in MODES else named.get(profile)
             if note := batch_note(injection, "evaluation"):
                 yield f"evaluation profile {profile}: {note} (evaluation.batch_size)"
 
-    def _out_of_reach(self) -> Iterator[str]:
-        """Warn of weights that the planned updates cannot change in the model's dtype; AdamW's are about `lr` each."""
+    def out_of_reach(self) -> Iterator[str]:
+        """Yield a line for weights that updates cannot change in the model's dtype; AdamW's are about `lr` each."""
         model, recipe = self.model, self.training
         updates = 1 if model.coarse_masters else recipe.steps * recipe.updates_per_step
         largest = recipe.lr * updates / model.smallest_change

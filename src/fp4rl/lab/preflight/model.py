@@ -1,0 +1,221 @@
+"""Checks of the model from its configuration alone, on the meta device: its sites, its noise, its problems."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fp4rl.inject.plan import SiteTable
+from fp4rl.inject.resolve import resolve
+from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
+from fp4rl.lab.serving import unserved
+from fp4rl.lab.stages import stages_of
+from fp4rl.models.load import embedded_skeleton, load_tokenizer, skeleton
+from fp4rl.noise.targets import noisy_weights
+from fp4rl.rl.check import check
+from fp4rl.rl.evaluate import evaluation_runner
+from fp4rl.rl.lora import with_lora
+from fp4rl.rl.problems import problems_of
+from fp4rl.sites.walk import is_conv1d, walk
+from fp4rl.spec.errors import NotFoundError, UserError
+from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.formats import E2M1
+from fp4rl.spec.linked import links
+from fp4rl.spec.model import Embedded, Model
+from fp4rl.spec.words import counted
+from fp4rl.tasks.overlap import overlap
+
+_NEVER = ("router", "embedding", "adapter")  # kinds that nothing rounds or puts noise on unless it is opted in
+Look = Callable[[Experiment, Any], Iterator[Row]]
+
+
+@lru_cache(maxsize=4)
+def modules_of(model: Model) -> Any:
+    """Return the modules of a model without its weights, with the adapter that its description puts on it."""
+    if model.path is None:
+        bare = embedded_skeleton(model.embedded or Embedded())
+    else:
+        bare = skeleton(model.path, model.experts_implementation, tokenizer=False)
+    return bare if model.lora is None else with_lora(bare, model.lora, model.path or "")
+
+
+def without_tokenizer(model: Model) -> str | None:
+    """Return why no prompt can be tokenized here; None where it can."""
+    try:
+        if model.path is not None:
+            load_tokenizer(Path(model.path))
+    except NotFoundError as error:
+        return str(error)
+    return None
+
+
+def _of_models(look: Look) -> Callable[[Subject], Iterator[Row]]:
+    def run(subject: Subject) -> Iterator[Row]:
+        arms = subject.arms.items()
+        yield from merged((arm, row) for arm, own in arms for row in look(own, modules_of(own.model)))
+
+    return run
+
+
+def _table(experiment: Experiment, model: Any) -> SiteTable | None:
+    return resolve(model, experiment.injection) if experiment.injection is not None else None
+
+
+def sites(experiment: Experiment, model: Any) -> Iterator[Row]:
+    """Find every linear layer: rounded, or left with a reason, none twice, and none that nobody may round."""
+    table = _table(experiment, model)
+    if table is None or not table.plans:
+        return
+    expected = "each linear layer rounded once, or left for a reason"
+    known = (*(plan.site for plan in table.plans), *(left.site for left in table.left_out))
+    accounted = {path for site in known for path in site.places}
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    if missed := sorted(linear - accounted):
+        measured = f"{counted(len(missed), 'linear layer')} neither rounded nor left, such as {missed[0]}"
+        yield Row("fail", measured, expected, "report it: a fault of fp4rl")
+    places = [(plan.site.path, plan.site.parameter) for plan in table.plans if plan.site.parameter is not None]
+    held = Counter(id(getattr(model.get_submodule(path), name, None)) for path, name in places)
+    if twice := sum(count - 1 for count in held.values()):
+        yield Row("fail", f"{counted(twice, 'weight')} rounded more than once", expected, "leave one of its places")
+    per_layer = Counter(plan.site.layer for plan in table.plans)
+    each = sorted({str(number) for layer, number in per_layer.items() if layer is not None})
+    measured = f"{counted(len(table.plans), 'site')}, {' or '.join(each)} in each of {counted(len(per_layer), 'layer')}"
+    opted = table.injection.targets.opt_in
+    wrong = [plan.name for plan in table.plans if _forbidden(plan.site) and _forbidden(plan.site) not in opted]
+    if wrong:
+        cure = "targets.leave, or targets.opt_in where it is meant"
+        yield Row("fail", f"{wrong[0]} is rounded, and {counted(len(wrong) - 1, 'more')}", expected, cure)
+    elif not missed and not twice:
+        yield Row("pass", f"{measured}; {len(table.left_out)} left", expected)
+
+
+def _forbidden(site: Any) -> str | None:
+    return "lm_head" if site.role == "lm_head" else site.kind if site.kind in _NEVER else None
+
+
+def fused(experiment: Experiment, model: Any) -> Iterator[Row]:
+    """Hold the formats of every group that a serving kernel fuses (q, k, v; gate, up) against each other."""
+    groups: dict[str, set[Any]] = defaultdict(set)
+    table = _table(experiment, model)
+    for plan in table.plans if table is not None else ():
+        if plan.site.fused_group is not None:
+            groups[plan.site.fused_group].add((plan.weight, plan.input))
+    split = [group for group, formats in groups.items() if len(formats) > 1]
+    expected = "one format and one factor in a group"
+    if split:
+        cure = "one format for all of it, or injection.fused_groups: free"
+        yield Row("warn", f"{counted(len(split), 'group')} with several, such as {split[0]}", expected, cure)
+    elif groups:
+        yield Row("pass", f"{counted(len(groups), 'group')} of fused layers, each alike", expected)
+
+
+def experts(experiment: Experiment, model: Any) -> Iterator[Row]:
+    """Look at the layout of stacked experts, and whether a router is among what is rounded."""
+    stacks = [site for site in walk(model) if site.kind == "experts"]
+    table = _table(experiment, model)
+    if not stacks or table is None:
+        return
+    expected = "a layout that sizes tell, no router rounded"
+    square = [site.name for site in stacks if site.transposed is None]
+    routers = [plan.name for plan in table.plans if plan.site.kind == "router"]
+    measured = f"{counted(len(stacks), 'stack')} of experts, {counted(len(routers), 'router')} rounded"
+    if routers and "router" not in table.injection.targets.opt_in:
+        yield Row("fail", f"{measured}, such as {routers[0]}", expected, "targets.leave: ['*router*', '*.gate']")
+    elif square:
+        measured += f"; the layout of {square[0]} shows in its first product alone"
+        yield Row("warn", measured, expected, "its first step stops where it is the other one")
+    else:
+        yield Row("pass", measured, expected)
+
+
+def widths(experiment: Experiment, model: Any) -> Iterator[Row]:
+    """Look for layers that the deployment has no kernel for, by their in_features."""
+    table = _table(experiment, model)
+    four = [plan for plan in (table.plans if table else ()) if plan.weight is not None and plan.weight.element == E2M1]
+    if table is None or table.injection.deployment is None or not four:
+        return
+    shapes = [(plan.name, plan.site.part, plan.site.shape[-1]) for plan in four]
+    lacking, expected = [*unserved(table.injection, shapes)], "a kernel for every width"
+    for line in lacking:
+        yield Row("warn", line, expected, "leave these layers, or take another mode or deployment")
+    if not lacking:
+        inputs = ", ".join(str(width) for width in sorted({width for _, _, width in shapes}))
+        yield Row("pass", f"in_features {inputs}", expected)
+
+
+def noisy(experiment: Experiment, model: Any) -> Iterator[Row]:
+    """Name the weights that take noise: none of a router, an embedding, the head or an adapter."""
+    if experiment.noise is None:
+        return
+    weights = noisy_weights(model, experiment.noise, share=0.0)
+    never = {site.name: what for site in walk(model) if (what := _forbidden(site))}
+    wrong = [weight.name for weight in weights if weight.name.removesuffix(".weight") in never]
+    layers = len({weight.layer for weight in weights if weight.layer is not None})
+    measured = f"{counted(len(weights), 'weight')} in {counted(layers, 'layer')} take noise"
+    expected = "no router, embedding, head or adapter among them"
+    if wrong:
+        cure = f"noise.targets.leave: ['{wrong[0]}']"
+        yield Row("fail", f"{measured}, {wrong[0]} among them", expected, cure)
+    else:
+        yield Row("pass", measured, expected)
+
+
+def problems(subject: Subject) -> Iterator[Row]:
+    """Hold the problems that are learned against those that are judged, in substance."""
+    yield from merged((arm, row) for arm, own in subject.arms.items() for row in _shared(own))
+
+
+def _shared(experiment: Experiment) -> Iterator[Row]:
+    expected = "no problem that is the same in substance"
+    if why := experiment.training.filter_overlong_prompts and without_tokenizer(experiment.model):
+        yield Row("waits", why, expected)
+        return
+    learned, judged = problems_of(experiment, "train"), _judged(experiment)
+    shared = overlap(experiment.task, learned, judged)
+    measured = f"{len(learned)} learned, {len(judged)} judged, {len(shared)} shared"
+    if shared:
+        yield Row("fail", f"{measured}, such as {shared[0]!r}", expected, "cut the splits by substance")
+    else:
+        yield Row("pass", measured, expected)
+
+
+def _judged(experiment: Experiment) -> Any:
+    return evaluation_runner(experiment).problems
+
+
+def fits(subject: Subject) -> Iterator[Row]:
+    """Check what a run checks before it begins: rewards, prompts, positions, profiles, patterns, teachers."""
+    yield from merged((run.arm, _fits(run, subject)) for run in subject.firsts)
+
+
+def _fits(run: Any, subject: Subject) -> Row:
+    experiment, expected = run.experiment, "all that a run checks before it begins"
+    if (why := without_tokenizer(experiment.model)) is not None:
+        return Row("waits", why, expected)
+    try:
+        stages = stages_of(run, subject.root)
+    except UserError as error:
+        if not links(experiment):
+            raise
+        return Row("waits", str(error), expected)
+    try:
+        check(experiment, stages)
+    except UserError as error:
+        return Row("fail", str(error), expected)
+    recipe = experiment.training
+    longest = f"prompts within {recipe.max_prompt_length} tokens, answers within {recipe.max_response_length}"
+    return Row("pass", f"{longest}; profiles and patterns fit", expected)
+
+
+CHECKS = (
+    Check("problems", ("P37", "P47"), problems),
+    Check("fits", ("P11", "P28", "P47"), fits),
+    Check("sites", ("P11",), _of_models(sites)),
+    Check("fused", ("P41",), _of_models(fused)),
+    Check("experts", ("P44",), _of_models(experts)),
+    Check("widths", ("P45",), _of_models(widths)),
+    Check("noisy", ("P31", "P03"), _of_models(noisy)),
+)

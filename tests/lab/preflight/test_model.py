@@ -1,0 +1,186 @@
+"""Checks that need a configuration alone: each with the very defect planted, and a clean case beside it."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from fp4rl.inject.site import SiteState
+from fp4rl.lab.preflight import model, numbers
+from fp4rl.numerics import selftest
+from fp4rl.spec.injection import Injection
+
+W4A4 = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
+# Qwen2.5-1.5B's own sizes, from its config.json.
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
+}
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 160,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(config)` -> an arm over a folder that holds a configuration and nothing else."""
+
+    def made(config):
+        place = tmp_path / config["model_type"]
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config))
+        return {"model": {"path": str(place)}}
+
+    return made
+
+
+def told(rows):
+    return [(row.verdict, row.measured) for row in rows]
+
+
+def test_a_real_shape_without_weights_is_looked_at_in_seconds(folder, subject):
+    """7 linear layers in each of 28 are rounded; embedding, norms and attention are left; prompts have no tokenizer."""
+    began = time.perf_counter()
+    own = subject(folder(QWEN), a=W4A4)
+    by_name = {row.check: row for check in model.CHECKS for row in check.rows(own)}
+    assert time.perf_counter() - began < 10
+    assert by_name["sites"].verdict == "pass"
+    assert by_name["sites"].measured.startswith("196 sites, 7 in each of 28 layers")
+    assert by_name["fused"].measured.startswith("56 groups of fused layers")
+    assert by_name["widths"].measured == "in_features 1536, 8960"
+    assert by_name["fits"].verdict == "waits"
+    assert "no tokenizer" in by_name["fits"].measured
+
+
+def test_a_linear_layer_that_is_neither_rounded_nor_left_fails(subject, rows, monkeypatch):
+    own = subject(a=W4A4)
+    assert told(rows(model, "sites", own)) == [("pass", "14 sites, 7 in each of 2 layers; 9 left")]
+    whole = model.resolve
+    monkeypatch.setattr(model, "resolve", lambda *which: replace(table := whole(*which), plans=table.plans[1:]))
+    (row,) = rows(model, "sites", own)
+    assert row.verdict == "fail"
+    assert row.measured == "1 linear layer neither rounded nor left, such as model.layers.0.self_attn.q_proj"
+
+
+def test_a_weight_that_is_rounded_twice_fails(subject, rows, monkeypatch):
+    whole = model.resolve
+    monkeypatch.setattr(
+        model, "resolve", lambda *which: replace(table := whole(*which), plans=(*table.plans, table.plans[0]))
+    )
+    (row,) = rows(model, "sites", subject(a=W4A4))
+    assert (row.verdict, row.measured) == ("fail", "1 weight rounded more than once")
+
+
+def test_a_group_with_two_formats_fails(subject, rows):
+    """Where groups must agree, `resolve` refuses; where they need not, a row says which do not."""
+    mixed = {"injection": {"weight": "mxfp4", "by_pattern": {"*.q_proj": "mxfp8"}}}
+    (row,) = rows(model, "fused", subject(a=mixed))
+    assert row.verdict == "fail"
+    assert "a serving kernel fuses these" in row.measured
+    free = {"injection": mixed["injection"] | {"fused_groups": "free"}}
+    (row,) = rows(model, "fused", subject(a=free))
+    assert (row.verdict, row.measured) == ("warn", "2 groups with several, such as model.layers.0.self_attn.qkv")
+    assert told(rows(model, "fused", subject(a=W4A4)))[0][0] == "pass"
+
+
+def test_a_router_among_the_rounded_fails(folder, subject, rows, monkeypatch):
+    own = subject(folder(MIXTURE), a=W4A4)
+    assert told(rows(model, "experts", own)) == [("pass", "4 stacks of experts, 0 routers rounded")]
+    whole = model.resolve
+
+    def taken(modules, injection):
+        table = whole(modules, injection)
+        router = next(left.site for left in table.left_out if left.site.kind == "router")
+        return replace(table, plans=(*table.plans, replace(table.plans[0], site=router)))
+
+    monkeypatch.setattr(model, "resolve", taken)
+    assert [row.verdict for row in rows(model, "experts", own)] == ["fail"]
+
+
+def test_a_width_without_a_kernel_is_warned_of(subject, rows):
+    """W4A8 on Ascend needs in_features that 64 divides; 96 is not such a width."""
+    ascend = {"injection": {"mode": "w4a8", "deployment": "vllm_ascend"}}
+    narrow = {"model": {"embedded": {"hidden_size": 96, "intermediate_size": 128, "warm_up_steps": 0}}}
+    (row,) = rows(model, "widths", subject(narrow, a=ascend))
+    assert row.verdict == "warn"
+    assert "12 dense layers" in row.measured
+    assert told(rows(model, "widths", subject(a=ascend))) == [("pass", "in_features 64, 192")]
+
+
+def test_noise_that_would_reach_a_router_fails(folder, subject, rows, monkeypatch):
+    noisy = {"noise": {"targets": {"kinds": ["linear"]}}}
+    own = subject(folder(MIXTURE), a=noisy)
+    assert [row.verdict for row in rows(model, "noisy", own)] == ["pass"]
+    taken = model.noisy_weights
+
+    def with_a_router(modules, noise, **rest):
+        weights = taken(modules, noise, **rest)
+        return (*weights, replace(weights[0], name="model.layers.0.mlp.gate.weight"))
+
+    monkeypatch.setattr(model, "noisy_weights", with_a_router)
+    (row,) = rows(model, "noisy", own)
+    assert row.verdict == "fail"
+    assert "model.layers.0.mlp.gate.weight among them" in row.measured
+
+
+def test_a_held_out_problem_that_is_trained_on_fails(subject, rows, monkeypatch):
+    own = subject(a={"evaluation": {"count": 8}})
+    assert told(rows(model, "problems", own)) == [("pass", "64 learned, 8 judged, 0 shared")]
+    monkeypatch.setattr(model, "_judged", lambda experiment: experiment.task.problems("train", 8))
+    (row,) = rows(model, "problems", own)
+    assert row.verdict == "fail"
+    assert row.measured.startswith("64 learned, 8 judged, 8 shared")
+
+
+def test_what_a_run_is_refused_for_is_a_row(subject, rows):
+    assert [row.verdict for row in rows(model, "fits", subject())] == ["pass"]
+    (row,) = rows(model, "fits", subject(a={}, b={"training": {"max_prompt_length": 2}}))[1:]
+    assert (row.verdict, row.arms) == ("fail", ("b",))
+
+
+def test_a_gradient_through_the_wrong_weight_fails(subject, rows, monkeypatch):
+    """The operand of a backward product that is left unrounded is another gradient than the one that is defined."""
+    rounding = {"injection": {"mode": "w4a4", "grad_input": "mxfp8"}}
+    assert [row.verdict for row in rows(numbers, "gradients", subject(a=rounding))] == ["pass"]
+    sound = SiteState.gradient
+    monkeypatch.setattr(SiteState, "gradient", lambda self, p, g: g if p == "grad_input" else sound(self, p, g))
+    (row,) = rows(numbers, "gradients", subject(a=rounding))
+    assert row.verdict == "fail"
+    assert row.measured.startswith("grad_input under grad_input mxfp8: off by")
+
+
+def test_a_quantizer_without_its_factor_fails(subject, rows, monkeypatch):
+    assert [row.verdict for row in rows(numbers, "quantizer", subject())] == ["pass"]
+    whole = selftest.self_test
+    monkeypatch.setattr(selftest, "self_test", lambda: whole(lambda x, fmt, generator: x.clamp(-6, 6).round()))
+    (row,) = rows(numbers, "quantizer", subject())
+    assert row.verdict == "fail"
+    assert row.measured.startswith("known vectors, mxfp4")
+
+
+def test_every_format_of_the_modes_has_its_gradients_checked(subject, rows):
+    points = {fmt.name for mode in ("w4a4", "w4a8") for fmt in Injection.named(mode).formats}
+    assert points == {"mxfp4", "mxfp8"}
+    modes = {"a": {"injection": "w4a4"}, "b": {"injection": "w4a8"}, "c": {"injection": "nvfp4_w4a4"}}
+    (row,) = rows(numbers, "gradients", subject(**modes))
+    assert (row.verdict, row.measured) == ("pass", "15 comparisons hold")  # 3 of weight and of input each; mxfp4, nvfp4
