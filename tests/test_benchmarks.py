@@ -19,6 +19,7 @@ SMALLEST = {
     "rl": ["--rounds", "2", "--cache", "{folder}"],
     "scan": ["sensitivity", "--folder", "{folder}"],
     "report": ["--runs", "12", "--arms", "3", "--folder", "{folder}/suite"],
+    "transforms": ["--cache", "{folder}"],
     "verdicts": ["--tries", "20"],
 }
 NEEDS_A_LARGE_CHECKPOINT = {"faults"}  # 3 GB on the disk, which `benchmarks/scan.py memory --keep` makes

@@ -136,3 +136,17 @@ def test_every_point_of_an_evaluation_is_asked_for():
     assert found("none", [judged])[1:] == (f"no quantized call was counted {where}",)
     nothing = {**profile, "sites_digest": None}
     assert found("none", [judged | {"profile": nothing}])[1:] == ()
+
+
+def test_transforms_that_a_spec_names_must_be_recorded_with_what_they_changed():
+    spec = {"model": {"transforms": [{"name": "smooth"}]}}
+    line = {"kind": "transformed", "transforms": [{"name": "smooth"}]}
+
+    def gaps(spec, *lines):
+        return gaps_of(spec, {"master_unharmed": True}, [*PROVEN, *lines])
+
+    assert gaps(spec, line | {"difference": 1e-6}) == ()
+    assert gaps(spec | {"start": {"arm": "a"}}, line) == ()  # its start came so
+    assert gaps(spec, line) == ("no difference of the logits before and after its transforms is recorded",)
+    assert gaps(spec) == ("its start model went through nothing, and its spec names smooth",)
+    assert gaps({}, line) == ("its start model went through smooth, and its spec names nothing",)

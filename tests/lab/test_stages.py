@@ -17,6 +17,7 @@ from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun, planned
 from fp4rl.lab.provenance import changed_inputs
 from fp4rl.lab.runner import Outcome, run_all, stale
+from fp4rl.lab.runs import read_run
 from fp4rl.lab.stages import require_sources
 from fp4rl.lab.work import execute_run
 from fp4rl.rl import session as session_room
@@ -24,6 +25,7 @@ from fp4rl.rl import train as train_room
 from fp4rl.rl.trainer import Trainer
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Suite
+from fp4rl.spec.transforms import Transformed
 from planted.small import SMALL
 
 SUITE = {
@@ -298,3 +300,35 @@ def entry_with(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["fp4rl", *words])
         entry()
+
+
+TURNED = [{"name": "rotate_residual"}]
+
+
+def test_what_is_transformed_is_not_transformed_again_and_a_start_is_transformed_where_it_was_not(staged, tmp_path):
+    arms = {
+        "plain": {},
+        "turned": {"model.transforms": TURNED},
+        "on": {"start": {"arm": "turned"}, "model.transforms": TURNED},
+        "later": {"start": {"arm": "plain"}, "model.transforms": TURNED},
+    }
+    runs = staged(arms=arms)
+    folders = {arm: execute_run(runs[arm], tmp_path) for arm in arms}
+    read = {arm: read_run(folder) for arm, folder in folders.items()}
+    lines = {arm: own.of(Transformed) for arm, own in read.items()}
+    inputs = {arm: folder.result().evidence.inputs for arm, folder in folders.items()}
+    assert lines["plain"] == []
+    assert [lines[arm][0].difference is None for arm in ("turned", "on", "later")] == [False, True, False]
+    assert inputs["on"]["start model"] == folders["turned"].result().evidence.final_files
+    assert inputs["later"]["untransformed model"] == folders["plain"].result().evidence.final_files
+    assert not any(own.gaps for own in read.values())
+    assert changed_inputs(list(runs.values()), tmp_path) == {}
+    remade(folders["plain"])
+    assert changed_inputs(list(runs.values()), tmp_path) == {runs["later"].run_id: ["untransformed model"]}
+
+
+@pytest.mark.parametrize("own", [[], ["rotate_heads"]])
+def test_a_start_that_went_through_other_transforms_is_refused(staged, own):
+    arms = {"turned": {"model.transforms": TURNED}, "on": {"start": {"arm": "turned"}, "model.transforms": own}}
+    with pytest.raises(InvalidValueError, match=r"start.arm turned: its weights went through its model.transforms"):
+        staged(arms=arms)

@@ -8,8 +8,8 @@ import torch
 from fp4rl.rl import events
 from fp4rl.rl.inputs import warmed_up
 from fp4rl.rl.train import train
-from fp4rl.spec.evidence import Record
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.frozen import Record
 from fp4rl.spec.load import merge
 from planted import small
 

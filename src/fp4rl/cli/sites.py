@@ -122,11 +122,11 @@ def _resolved(spec: Model, injection: Injection) -> "SiteTable":
     require_here([single(Experiment(model=spec), "sites")])
     quiet()
     from fp4rl.inject.resolve import resolve
-    from fp4rl.models.load import embedded_skeleton, skeleton
+    from fp4rl.models.transforms.start import described_skeleton
     from fp4rl.rl.lora import with_lora
 
     say_packed(spec.path)
-    model = embedded_skeleton(spec.embedded) if spec.embedded else skeleton(str(spec.path), spec.experts_implementation)
+    model = described_skeleton(spec, spec.path)
     return resolve(model if spec.lora is None else with_lora(model, spec.lora, spec.path or ""), injection)
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from fp4rl.spec.evidence import ActivePoints, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, ApplyDuring, Phase
 from fp4rl.spec.records import Summary
+from fp4rl.spec.transforms import Transformed
 from fp4rl.spec.words import agreeing, counted
 
 Spec = Mapping[str, Any]
@@ -21,6 +22,7 @@ def gaps(
     if not summary.model_fields_set and not lines:
         return ("it left no evidence",)
     return (
+        *_transform_gaps(spec, lines_of(lines, Transformed)),
         *_injection_gaps(spec, summary, lines),
         *_noise_gaps(spec.get("noise"), lines_of(lines, RolloutNoise)),
         *_policy_gaps(summary, lines_of(lines, MasterCheck), lines_of(lines, LiveCheck)),
@@ -32,6 +34,16 @@ def gaps(
 def lines_of(lines: Sequence[Evidence], kind: type[_E]) -> list[_E]:
     """Return the lines of one kind."""
     return [line for line in lines if type(line) is kind]  # isinstance asks the classes of pydantic at length
+
+
+def _transform_gaps(spec: Spec, lines: Sequence[Transformed]) -> Iterator[str]:
+    wanted = [step["name"] for step in (spec.get("model") or {}).get("transforms") or ()]
+    done = [str(step.get("name")) for step in lines[-1].transforms] if lines else []
+    if wanted != done:
+        went, names = (", ".join(words) or "nothing" for words in (done, wanted))
+        yield f"its start model went through {went}, and its spec names {names}"
+    elif lines and lines[-1].difference is None and not spec.get("start"):
+        yield "no difference of the logits before and after its transforms is recorded"
 
 
 def _injection_gaps(spec: Spec, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:

@@ -70,7 +70,8 @@ def changed_inputs(runs: Iterable[PlannedRun], root: Path) -> dict[str, Sequence
         then = recorded.evidence.inputs if recorded is not None else {}
         now = pointed_at(run.experiment)
         if run.experiment.model.path is not None and run.experiment.start is None:
-            now["start model"] = of_model(Path(run.experiment.model.path))
+            name = "untransformed model" if run.experiment.model.transforms else "start model"
+            now[name] = of_model(Path(run.experiment.model.path))
         now |= present_digests(run, root)
         names = [name for name, digest in now.items() if then.get(name, digest) != digest]
         if names:

@@ -31,8 +31,10 @@ def stages_of(run: PlannedRun, root: Path) -> Stages:
     Raises NotFoundError for one that is not finished, and InvalidValueError for one that ended early, whose model is
     built from something else, or whose weights are not those that it ended with.
     """
-    folders = {key: _weights(key, run, source) for key, source in sources(run, root).items()}
-    return Stages(start=folders.get(START), teacher=folders.get(TEACHER))
+    given = sources(run, root)
+    folders = {key: _weights(key, run, source) for key, source in given.items()}
+    done = START in given and _transformed(given[START])
+    return Stages(start=folders.get(START), teacher=folders.get(TEACHER), transformed=done)
 
 
 def require_sources(runs: Sequence[PlannedRun], root: Path) -> None:
@@ -48,8 +50,10 @@ def require_sources(runs: Sequence[PlannedRun], root: Path) -> None:
 
 def present_digests(run: PlannedRun, root: Path) -> dict[str, str]:
     """Return input -> the digest of the weights that a run would take now, as far as they are there."""
-    names = {START: "start model", TEACHER: "teacher"}
-    folders = {names[key]: source.path / FINAL for key, source in sources(run, root).items()}
+    given = sources(run, root)
+    transforms = bool(run.experiment.model.transforms) and START in given and not _transformed(given[START])
+    names = {START: "untransformed model" if transforms else "start model", TEACHER: "teacher"}
+    folders = {names[key]: source.path / FINAL for key, source in given.items()}
     return {name: of_model(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
@@ -72,7 +76,15 @@ def _weights(key: str, run: PlannedRun, source: RunFolder) -> Path:
         raise InvalidValueError(
             f"{key}: {folder} does not hold the weights that {source.key} ended with; put them back"
         )
-    described = parse(Experiment, with_present_names(source.spec()), f"{source.key}: spec.yaml")
-    if key == START and (why := other_model(run.experiment, described)):
+    if key == START and (why := other_model(run.experiment, _described(source))):
         raise InvalidValueError(f"{key}: {source.key}: {why}")
     return folder
+
+
+def _described(source: RunFolder) -> Experiment:
+    return parse(Experiment, with_present_names(source.spec()), f"{source.key}: spec.yaml")
+
+
+def _transformed(source: RunFolder) -> bool:
+    """Return whether what a run trained went through transforms before."""
+    return bool(_described(source).model.transforms)

@@ -33,7 +33,8 @@ from fp4rl.rl.components import require_own_engine
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec.errors import require_finite
-from fp4rl.spec.evidence import CheckpointKept, Evaluation, Evidence, Record, Warned
+from fp4rl.spec.evidence import CheckpointKept, Evaluation, Evidence, Warned
+from fp4rl.spec.frozen import Record
 from fp4rl.spec.records import VERSION, RunResult
 from fp4rl.spec.training import Training
 

@@ -91,22 +91,29 @@ def smooth_slope(x: Tensor, fmt: Format, sharpness: float, cap: float) -> Tensor
 def rotate(x: Tensor, size: int) -> Tensor:
     """Rotate every `size` neighbours along the last axis of `x` [..., n]; float32 or float64, same shape.
 
-    A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
     Raises InvalidValueError for a size that is not 16, 32, 64 or 128.
     """
     if size not in ROTATIONS:
         raise InvalidValueError(f"rotation {size} is not one of {', '.join(map(str, ROTATIONS))}")
     length = x.shape[-1] // size * size if x.ndim else 0
-    turned = x[..., :length].reshape(-1, size)
-    step = size // 2
+    result = x.clone()
+    if length:
+        result[..., :length] = hadamard(x[..., :length].reshape(-1, size)).view(*x.shape[:-1], length)
+    return result
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return the rows of `x` [rows, size], size a power of two, times Sylvester's Hadamard matrix over sqrt(size).
+
+    A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
+    """
+    size = x.shape[-1]
+    turned, step = x, size // 2
     while step:
         pairs = turned.view(-1, size // (2 * step), 2, step)
         turned = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(-1, size)
         step //= 2
-    result = x.clone()
-    if length:
-        result[..., :length] = (turned * size**-0.5).view(*x.shape[:-1], length)
-    return result
+    return turned * float(size**-0.5)
 
 
 def coarse_scale(x: Tensor, fmt: Format, coarse: Coarse) -> Tensor:

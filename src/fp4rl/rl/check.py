@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fp4rl.inject.resolve import resolve
-from fp4rl.models.load import embedded_skeleton, skeleton, tokenizer_of
+from fp4rl.models.load import skeleton, tokenizer_of
+from fp4rl.models.transforms.start import described_skeleton
 from fp4rl.noise.targets import no_noise_on_codes, noisy_weights
 from fp4rl.rl.components import require_optimizer
 from fp4rl.rl.evaluate import choosing_runner, evaluation_runner
@@ -19,7 +20,6 @@ from fp4rl.rl.routing import mixtures
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.linked import START, TEACHER, links
-from fp4rl.spec.model import Embedded
 from fp4rl.spec.task import Problem
 from fp4rl.tasks.overlap import check_disjoint
 
@@ -49,7 +49,7 @@ def check(experiment: Experiment, stages: Stages = ALONE) -> None:
     require_prompts_fit((*learned, *runner.problems), experiment.training.max_prompt_length, tokenizer)
     one_of_each = (*learned[:1], *runner.problems[:1])  # they share their template
     require_prompts_open(one_of_each, token_ids(tokenizer(), one_of_each), tokenizer())
-    model = _without_weights(experiment, path)
+    model = described_skeleton(experiment.model, path)
     _answers_fit_the_positions(experiment, model.config)
     if (teacher := teacher_folder(experiment, stages)) is not None:
         _teacher_reads_the_same(teacher, skeleton(teacher), model, tokenizer())
@@ -74,12 +74,6 @@ def _what_chooses_does_not_judge(experiment: Experiment, judged: tuple[Problem, 
     """Raise CheckFailed where the best step would be chosen on problems that it is judged on at the end."""
     if experiment.training.deployed == "best":
         check_disjoint(experiment.task, choosing_runner(experiment).problems, judged)
-
-
-def _without_weights(experiment: Experiment, path: str | Path | None) -> Any:
-    if path is not None:
-        return skeleton(path, experiment.model.experts_implementation)
-    return embedded_skeleton(experiment.model.embedded or Embedded())
 
 
 def _other_runs_are_given(experiment: Experiment, stages: Stages) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fp4rl.models.transforms.note import note_of
 from fp4rl.rl.reward_code import sources
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
@@ -21,6 +22,7 @@ from fp4rl.tasks.arithmetic import Arithmetic
 # Input -> the keys that point to it: where one is a declared factor, the contents may differ too.
 POINTERS = {
     "start model": ("model", START),
+    "untransformed model": ("model", START),
     "teacher": (TEACHER,),
     "problems": ("task",),
     "reward's source": ("training.reward",),
@@ -34,10 +36,14 @@ OnWarmUp = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Stages:
-    """Folders of models that other runs trained: `start`, in place of the model's own weights, and `teacher`."""
+    """Folders of models that other runs trained: `start`, in place of the model's own weights, and `teacher`.
+
+    `transformed`: the start went through the transforms of `model` before it was trained.
+    """
 
     start: Path | None = None
     teacher: Path | None = None
+    transformed: bool = False
 
 
 ALONE = Stages()
@@ -46,11 +52,24 @@ _read: dict[tuple[Path, int, int], str] = {}
 _demonstrations = lru_cache(maxsize=2)(Arithmetic.demonstrations)  # the same for every run of a suite
 
 
-def start_folder(model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
-    """Return the folder that training starts from; the embedded model is warmed up on first use and kept in `cache`."""
-    if model.path is not None:
-        return Path(model.path)
-    return warmed_up(model.embedded or Embedded(), task, cache, on_warm_up)
+def start_folder(
+    model: Model, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None, stages: Stages = ALONE
+) -> Path:
+    """Return the folder that training starts from.
+
+    The embedded model is warmed up on first use, and a model is transformed; both are kept in `cache`. Raises
+    InvalidValueError for a model that cannot be transformed, CheckFailed where a transform changes its function.
+    """
+    named = Path(model.path) if model.path is not None else None
+    folder = stages.start or named or warmed_up(model.embedded or Embedded(), task, cache, on_warm_up)
+    if not model.transforms or stages.transformed:
+        return folder
+    from fp4rl.models.transforms.start import transformed
+
+    def texts(count: int) -> list[str]:
+        return [f"{problem.prompt} {problem.solution}" for problem in task.problems("train", count)]
+
+    return transformed(folder, of_model(folder), model, texts, cache)
 
 
 def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp | None = None) -> Path:
@@ -68,10 +87,12 @@ def teacher_folder(experiment: Experiment, stages: Stages) -> Path | None:
 
 
 def inputs(experiment: Experiment, start: Path, teacher: Path | None = None) -> dict[str, str]:
-    """Return name -> twelve hex digits: of the model that training starts from (`start`), of a `teacher` of its own, of
-    the file of problems and of the source of a reward function of the user's own."""
+    """Return name -> twelve hex digits: of the model that training starts from (`start`), as it was before transforms
+    too, of a `teacher` of its own, of the file of problems and of the source of a reward function of the user's own."""
     taught = {} if teacher is None else {"teacher": of_model(teacher)}
-    return {"start model": of_model(start), **taught, **pointed_at(experiment)}
+    note = note_of(start)
+    before = {} if note is None or note.of is None else {"untransformed model": note.of}
+    return {"start model": of_model(start), **before, **taught, **pointed_at(experiment)}
 
 
 def require_unchanged(then: Mapping[str, str], now: Mapping[str, str], step: int, checkpoints: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4rl.models.packed.as_served import packed_note
+from fp4rl.models.transforms.note import note_of
 from fp4rl.noise.warnings import noise_warnings, without_effect
 from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike
@@ -34,6 +35,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.evidence import RolledBack
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.records import DeployedWeights, Summary
+from fp4rl.spec.transforms import Transformed
 from fp4rl.spec.words import counted
 
 
@@ -85,6 +87,8 @@ def train(
         _require_resumable(resume.checkpoint, run)
         session = TrainingSession(run, resume)
     else:
+        if transforms := experiment.model.transforms:
+            run.emit(note_of(run.start) or Transformed(transforms=tuple(t.model_dump(mode="json") for t in transforms)))
         list(run.evaluated(run.start, 0))
         session = TrainingSession(run, resume)
         require_verifiable(experiment, session.model, session.attachment, run.start)
@@ -123,10 +127,10 @@ def _run(
             raise Interrupted("in the warm-up, which starts over")
 
     # In turn: under a launcher transformers saves nothing in another process than the first, and says nothing.
-    if processes.is_first() and stages.start is None:
-        start_folder(experiment.model, experiment.task, cache, warming)
+    if processes.is_first():
+        start_folder(experiment.model, experiment.task, cache, warming, stages)
     processes.wait()
-    start = stages.start or start_folder(experiment.model, experiment.task, cache)
+    start = start_folder(experiment.model, experiment.task, cache, stages=stages)
     teacher = teacher_folder(experiment, stages)
     digests = processes.from_first(inputs(experiment, start, teacher))
     return Run(experiment, folder, start, emit, stamp, digests, interrupted, teacher)

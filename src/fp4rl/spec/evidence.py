@@ -5,38 +5,22 @@ are read by `fp4rl.spec.records`.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+from fp4rl.spec.frozen import Record
 from fp4rl.spec.health import Policy, State
 from fp4rl.spec.points import Phase
 from fp4rl.spec.task import SCORES
+from fp4rl.spec.transforms import Transformed
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Record(BaseModel):
-    """One object of a file: immutable, closed to unknown keys, and strict about types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True, defer_build=True)
-
-    def as_json(self) -> dict[str, JsonValue]:
-        """Return the keys that were set, under their names on disk; the writer of a line of evidence adds `kind`."""
-        content: dict[str, JsonValue] = self.model_dump(exclude_unset=True, by_alias=True)
-        return content
-
-    def extended(self, **more: Any) -> Self:
-        """Return a copy with more keys, validated like the first."""
-        return type(self)(**{key: getattr(self, key) for key in self.model_fields_set} | more)
 
 
 class Profile(Record):
@@ -283,6 +267,7 @@ Evidence = (
     | RolledBack
     | RolloutNoise
     | Rounded
+    | Transformed
     | Warned
     | WeightsMoved
     | WeightsServed

@@ -17,6 +17,7 @@ from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
 from fp4rl.spec.stages import Start
 from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
+from fp4rl.spec.transforms import unties
 from fp4rl.spec.words import counted
 
 _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
@@ -81,7 +82,7 @@ class Experiment(Spec):
     def _conflicts(self) -> Iterator[str]:
         embedded, injection = self.model.embedded, self.injection
         if injection is not None and "lm_head" in injection.targets.opt_in:
-            if embedded and embedded.tie_word_embeddings:
+            if embedded and embedded.tie_word_embeddings and not unties(self.model.transforms):
                 yield (
                     "injection.targets.opt_in: the embedded model's lm_head shares its weight with the embedding, "
                     "which is not rounded; write model.embedded.tie_word_embeddings: false, or drop lm_head"

@@ -1,10 +1,10 @@
-"""The base class of every description: immutable, and closed to unknown keys."""
+"""The base classes of every description and of every record of a run: immutable, and closed to unknown keys."""
 
 import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 
 def at_home(path: str | os.PathLike[str]) -> str:
@@ -41,6 +41,21 @@ class Spec(BaseModel):
         for conflict in self._conflicts():
             raise ValueError(conflict)
         return self
+
+
+class Record(BaseModel):
+    """One object of a file: immutable, closed to unknown keys, and strict about types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True, defer_build=True)
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return the keys that were set, under their names on disk; the writer of a line of evidence adds `kind`."""
+        content: dict[str, JsonValue] = self.model_dump(exclude_unset=True, by_alias=True)
+        return content
+
+    def extended(self, **more: Any) -> Self:
+        """Return a copy with more keys, validated like the first."""
+        return type(self)(**{key: getattr(self, key) for key in self.model_fields_set} | more)
 
 
 def later_key(default: Any, **field: Any) -> Any:

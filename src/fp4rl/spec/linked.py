@@ -93,6 +93,8 @@ def other_model(own: Experiment, start: Experiment) -> str | None:
     ours, theirs = own.model, start.model
     if (ours.path, ours.embedded) != (theirs.path, theirs.embedded):
         return "it is built from another model; give both the same model.path or model.embedded"
+    if theirs.transforms and ours.transforms != theirs.transforms:
+        return "its weights went through its model.transforms; give both the same, which are then not done again"
     if ours.lora is not None and theirs.lora is not None:
         return "it ends with an adapter; drop model.lora to train that one on"
     return None

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fp4rl.spec.frozen import LocalPath, Spec, WordOrList, later_key
+from fp4rl.spec.transforms import Transform
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 # Those of transformers whose matmuls can be met; the others are kernels that read the weight themselves.
@@ -84,6 +85,9 @@ class Model(Spec):
     lora: Lora | None = None
     experts_implementation: ExpertsImplementation | None = later_key(
         None, description="how stacked experts are computed; none: as the folder says, else grouped_mm, else eager"
+    )
+    transforms: tuple[Transform, ...] = later_key(
+        (), description="what is done to the start model in turn, without a change of its function"
     )
 
     @property

@@ -12,7 +12,8 @@ from typing import Annotated, TypeVar
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from fp4rl.spec.errors import InvalidValueError, shown
-from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding, Record
+from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding
+from fp4rl.spec.frozen import Record
 from fp4rl.spec.health import State
 
 VERSION = 1  # the format of run folders; results that name none were written before there was one and count as 0

@@ -32,6 +32,8 @@ def _model(experiment: Experiment) -> Iterator[str]:
         yield "model.embedded: verl loads a Hugging Face folder; name one in model.path"
     if model.experts_implementation is not None:
         yield "model.experts_implementation: verl chooses how experts are computed; leave it out"
+    if model.transforms:
+        yield "model.transforms: verl loads the folder as it is; transform it first (docs/concepts/transforms.md)"
     if model.lora is not None:
         yield from _lora(model.lora)
 

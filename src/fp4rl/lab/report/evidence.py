@@ -13,6 +13,7 @@ from fp4rl.spec.evidence import Injected, LayerNoise, LiveCheck, MasterCheck, No
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import FORMAT_POINTS, LINEAR_POINTS, PHASES
 from fp4rl.spec.records import PlannedSite
+from fp4rl.spec.transforms import Transformed
 from fp4rl.spec.words import counted
 
 MOST_RUNS = 6
@@ -124,6 +125,7 @@ def _rows(finished: Sequence[tuple[SuiteRun, Run]]) -> _Cells:
         return
     runs = [run for _, run in finished]
     yield "enters the means", [f"no: {'; '.join(run.gaps)}" if run.gaps else "yes" for run in runs]
+    yield from _if_any("start model", [_transforms(run) for run in runs])
     sites = [sites_quantized(run) for run in runs]
     yield "sites quantized", [None if count is None else str(count) for count in sites]
     yield from _if_any("site table", [run.sites.digest for run in runs])
@@ -211,6 +213,15 @@ def _in_phase(phase: str, rows: list[Injected]) -> str:
 def _phase_of(row: Injected) -> str:
     """Return `rollout`, or `evaluation as w4a16`: evaluations are recorded per profile."""
     return f"{row.phase} as {row.profile}" if row.profile else row.phase
+
+
+def _transforms(run: Run) -> str | None:
+    """Return what was done to the start model, and by how much that changed its logits."""
+    for line in run.of(Transformed):
+        names = ", ".join(str(transform["name"]) for transform in line.transforms)
+        how = "as its start was" if line.difference is None else f"logits changed by {line.difference:.1g}"
+        return f"{names}; {how}{'; the head has a weight of its own now' if line.untied else ''}"
+    return None
 
 
 def _masters(run: Run) -> str | None:
