@@ -41,6 +41,26 @@ def compiled(model, backend="aot_eager"):
 
 
 @pytest.mark.slow
+def test_a_graph_follows_a_precision_that_changes():
+    schedule = {"input": {"before": "mxfp8", "from_step": 1, "over": 1}, "weight": {"from_step": 1, "over": 1}}
+    injection = Injection.named("w4a4", straight_through="clipped", schedule=schedule)
+    for step in (0, 1, 2):
+        results = []
+        for wrap in (lambda model: model, compiled):
+            model = policy()
+            with attach(model, injection) as harmed:
+                harmed.set_phase("training", step)
+                y = wrap(model)(X)
+                y.square().sum().backward()
+                rows = {(row.site, row.point, row.stage, row.calls, row.elements) for row in harmed.evidence()}
+            results.append((y.detach(), [p.grad for p in model.parameters()], rows))
+        (y, gradients, rows), (fast, fast_gradients, fast_rows) = results
+        assert torch.equal(y, fast)
+        assert rows == fast_rows
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(gradients, fast_gradients, strict=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["attach first", "compile first"])
 def test_one_graph_holds_the_quantizer_whichever_comes_first(order):
     injection, model = Injection.named("w4a4", straight_through="clipped"), policy()

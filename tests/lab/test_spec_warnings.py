@@ -108,3 +108,29 @@ def test_no_question_of_the_catalogue_will_be_refused():
         suite = described(name)
         assert suite.comparisons or row.control is None
         assert not list(refused_beforehand(suite))
+
+
+@pytest.mark.parametrize(
+    ("from_step", "over", "said"),
+    [
+        (16, 0, None),
+        (17, 0, "only for 3 of 20 steps"),
+        (10, 9, "only for 1 of 20 steps"),
+        (20, 0, "in none of 20 steps"),
+    ],
+)
+def test_a_precision_that_is_hardly_trained_with_is_said(from_step, over, said):
+    schedule = {"input": {"from_step": from_step, "over": over}}
+    warned = lines(a={"training": {"steps": 20}, "injection": {"mode": "w4a4", "schedule": schedule}})
+    assert [line for line in warned if "schedule" in line] == (
+        []
+        if said is None
+        else [f"injection.schedule.input: mxfp4, which is deployed and evaluated, is trained with {said}"]
+    )
+
+
+def test_engines_that_do_not_follow_a_changing_precision_are_refused():
+    injection = {"mode": "w4a16", "schedule": {"weight": {"from_step": 2}}}
+    for engine, cure in (({"engine": "verl"}, "trl"), ({"rollout": {"engine": "vllm"}}, "transformers")):
+        with pytest.raises(ValueError, match=f"does not follow a precision that changes; write {cure}"):
+            Experiment.model_validate({"injection": injection, **engine})

@@ -115,6 +115,17 @@ def test_an_interrupted_run_ends_in_the_same_bits(carried, kept, stop_at):
     assert (resumed in (folder.path / "log.txt").read_text()) == (stop_at > 0)
 
 
+@pytest.mark.slow
+def test_a_precision_that_changes_goes_on_at_its_step(carried):
+    schedule = {"weight": {"before": "mxfp8", "from_step": 1, "over": 2}}
+    injection = HARD["injection"] | {"schedule": schedule}
+    whole = carried("whole", injection=injection)
+    shares = [values["injection/weight_share"] for values in whole.metrics().values()]
+    assert shares == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert not carried("broken", 2, injection=injection).finished
+    assert numbers(carried("broken", injection=injection)) == numbers(whole)
+
+
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_ctrl_c_keeps_a_checkpoint_after_the_step_and_the_run_goes_on_in_the_same_bits(carried, kept, tmp_path, step):
     """What interrupts a run with the defaults, which asked for no checkpoint at all."""

@@ -5,7 +5,8 @@ import pytest
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import FORMATS, NVFP4
-from fp4rl.spec.injection import Injection, batch_note, shared_scales
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.shared_scales import batch_note, shared_scales
 
 TWO_D = {"input": "mxfp4_2d"}
 BY_CALL = {"mode": "nvfp4_w4a4", "input": "nvfp4"}  # as runs of earlier versions have it written out

@@ -14,7 +14,7 @@ from fp4rl.cli.terminal import table
 from fp4rl.lab.files import whole
 from fp4rl.lab.serving import changed, packed_otherwise
 from fp4rl.spec.evidence import Evaluation
-from fp4rl.spec.injection import batch_note
+from fp4rl.spec.shared_scales import batch_note
 
 if TYPE_CHECKING:
     from fp4rl.lab.statistics.proportions import ShareDifference

@@ -11,6 +11,7 @@ from rich.table import Table
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.precision_view import precision_stages, print_precision
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.prospect import print_expected, print_next, print_power
 from fp4rl.cli.stages_view import print_stages, total_steps
@@ -66,6 +67,7 @@ def command(
     _print_what(runs_planned[0].experiment)
     _print_recipes(runs_planned)
     print_stages(runs_planned)
+    print_precision(runs_planned)
     screen.print(_what_interrupting_costs(runs_planned[0].experiment.training.save_freq))
     if isinstance(described, Suite):
         print_expected(described)
@@ -104,7 +106,13 @@ def _earlier(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> l
 
 def _as_row(run: PlannedRun, status: Status) -> dict[str, Any]:
     names = ("suite", "arm", "seed", "run_id", "spec_digest", "needs")
-    state = {"finished": status.finished, **status.as_dict(), "served_as": served_as(run.experiment.injection)}
+    state: dict[str, Any] = {
+        "finished": status.finished,
+        **status.as_dict(),
+        "served_as": served_as(run.experiment.injection),
+    }
+    if stages := precision_stages(run):
+        state["precision"] = [dict(zip(("point", "steps", "computed_in"), stage, strict=True)) for stage in stages]
     return {name: getattr(run, name) for name in names} | state
 
 

@@ -14,8 +14,8 @@ from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import rank_correlation
 from fp4rl.diagnose.texts import ENOUGH_TEXTS
 from fp4rl.spec.errors import NotFoundError, nearest
-from fp4rl.spec.injection import batch_note
 from fp4rl.spec.points import PHASES
+from fp4rl.spec.shared_scales import batch_note
 from fp4rl.spec.words import agreeing, counted
 
 STANDS_OUT = 1.25  # times the ideal's relative error: 1.9 dB worse than the format on Gaussian data

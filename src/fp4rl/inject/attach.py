@@ -1,6 +1,7 @@
 """Put a site table into a live model, switch it by phase, take it out again. Nothing else changes the model."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +35,12 @@ class Attachment:
         self._hooks = [module.register_forward_pre_hook(check) for module in checked_modules(model, table)]
         self.set_phase("training")
 
-    def set_phase(self, phase: Phase) -> None:
-        """Switch to a phase: the points that `apply_during` names for it act, the others do not."""
+    def set_phase(self, phase: Phase, step: int | None = None) -> None:
+        """Switch to a phase: the points that `apply_during` names for it act, the others do not.
+
+        `step`: of training, counted from 0, where the injection has a `schedule`; without one the formats that it ends
+        with act, as they do in every evaluation.
+        """
         if phase not in PHASES:
             raise InvalidValueError(f"no phase is called {phase!r}; known: {', '.join(PHASES)}")
         points, sharded = self.table.injection.apply_during.active(phase), _is_sharded(self.model)
@@ -44,7 +49,7 @@ class Attachment:
         for state in self.states.values():
             state.keep_copies = not sharded
             state.forget()
-            state.enter(phase, points)
+            state.enter(phase, points, step)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -78,6 +83,15 @@ class Attachment:
         """Return one row per phase, site and point, in the order of the phases and of the model."""
         rows = [row for state in self.states.values() for row in state.rows()]
         return sorted(rows, key=lambda row: PHASES.index(row.phase))
+
+    def values_rounded(self) -> dict[str, int]:
+        """Return point -> the number of values rounded in rollouts and training so far."""
+        counts: Counter[str] = Counter()
+        for state in self.states.values():
+            state.book()
+            for (phase, point, _), meter in state.meters.items():
+                counts[point] += meter.elements if phase in ("rollout", "training") else 0
+        return dict(counts)
 
     def reset_evidence(self) -> None:
         """Set all counters to zero."""

@@ -57,8 +57,8 @@ class StackState(LinearState):
 
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Round as for one matrix; a weight expert by expert, in one call where no scale or draw depends on others."""
-        fmt = getattr(self.plan, point)
-        if point != "weight" or (fmt.scale in ("e8m0", "none") and generator is None):
+        alone = all(fmt.scale in ("e8m0", "none") for fmt in self.present[point].formats) and generator is None
+        if point != "weight" or alone:
             return super().rounded(x, point, generator)
         made = [super(StackState, self).rounded(expert.contiguous(), point, generator) for expert in x.unbind(0)]
         reach = [reach for _, reach in made if reach is not None]

@@ -20,11 +20,12 @@ from fp4rl.inject.linear import InjectedLinear, LinearState
 from fp4rl.inject.packed import PackedLinear, PackedModule, PackedStack, PackedState, codes_of
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.inject.site import KEY, SiteState, change_class
+from fp4rl.spec.injection import Injection
 
 
 def install(model: nn.Module, table: SiteTable) -> tuple[list[nn.Module], dict[str, SiteState]]:
     """Swap the class of every module in the table, of none where it raises; return modules, and states by site name."""
-    shared = _shared_inputs(table.plans)
+    shared = _shared_inputs(table.plans, table.injection)
     states: dict[str, SiteState] = {}
     stacks: dict[nn.Module, dict[str, StackState]] = defaultdict(dict)
     modules: list[nn.Module] = []
@@ -103,12 +104,13 @@ def _ignored_by_ddp(model: nn.Module) -> list[str]:
     return getattr(model, "_ddp_params_and_buffers_to_ignore", [])
 
 
-def _shared_inputs(plans: Iterable[SitePlan]) -> dict[str, SharedInput]:
+def _shared_inputs(plans: Iterable[SitePlan], injection: Injection) -> dict[str, SharedInput]:
     """Return a shared input for each fused group: its layers read one tensor, and in one format share its rounding."""
     groups: dict[tuple[object, ...], list[SitePlan]] = defaultdict(list)
     for plan in plans:
         group = plan.site.fused_group
-        rounded_apart = group is None or plan.input is None or plan.input.rounding == "stochastic"
+        formats = (plan.input, *injection.formats_before("input"))
+        rounded_apart = group is None or any(fmt is None or fmt.rounding == "stochastic" for fmt in formats)
         groups[(plan.name,) if rounded_apart else (group, plan.input)].append(plan)
     return {plan.name: shared for group in groups.values() for shared in [SharedInput(len(group))] for plan in group}
 

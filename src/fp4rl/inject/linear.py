@@ -122,9 +122,8 @@ class LinearState(SiteState):
 
     def _made(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         copy, reach = weight.detach(), None
-        fmt = self.plan.weight if "weight" in self.points else None
-        if fmt is not None:
-            generator = self._weight_rng(weight) if fmt.rounding == "stochastic" else None
+        if "weight" in self.points:
+            generator = self._weight_rng(weight) if self.present["weight"].draws else None
             copy, reach = self._under_one_factor(weight, generator)
         if self.has_errors("weight"):
             copy = self.with_errors(copy, "weight", copy)
@@ -148,9 +147,9 @@ class LinearState(SiteState):
         weight = self.as_used(x).contiguous()
         return super().would_change(point, weight if self.group is None else with_largest(weight, self.group.largest()))
 
-    def enter(self, phase: Any, points: frozenset[str]) -> None:
+    def enter(self, phase: Any, points: frozenset[str], step: int | None = None) -> None:
         """Begin a phase: compute once here everything that a forward has to check."""
-        super().enter(phase, points)
+        super().enter(phase, points, step)
         self.weight_on = "weight" in self.points or self.has_errors("weight")
         self.input_on = "input" in self.points or self.has_errors("input")
         self.output_on = "output" in self.points

@@ -92,11 +92,9 @@ class SiteTable:
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for the whole table: sites, formats, phases, what a gradient does."""
         injection = self.injection
-        facts: dict[str, Any] = {
-            "dtype": injection.dtype,
-            "straight_through": injection.straight_through,
-            "seed": injection.seed,
-        }
+        facts: dict[str, Any] = injection.model_dump(
+            mode="json", include={"dtype", "straight_through", "seed", "schedule"}
+        )
         if injection.straight_through == "smooth":
             facts["smooth"] = injection.smooth.model_dump(mode="json")
         return _digest({phase: self._active_rows(phase) for phase in PHASES} | facts)

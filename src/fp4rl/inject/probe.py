@@ -21,8 +21,8 @@ from fp4rl.inject.attach import Attachment
 from fp4rl.inject.experts import ExpertsState, StackState
 from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import CodesState
+from fp4rl.inject.present import computed
 from fp4rl.inject.site import KEY, SiteState
-from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import CheckFailed
 
 ROWS = 4
@@ -97,8 +97,7 @@ def _rows(master: Tensor) -> Tensor:
 
 def _repeatable(state: SiteState, point: str) -> bool:
     """Return whether an operand's rounding is deterministic."""
-    fmt = getattr(state.plan, point)
-    return not state.has_errors(point) and (fmt is None or fmt.rounding != "stochastic")
+    return not state.has_errors(point) and not (point in state.present and state.present[point].draws)
 
 
 def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
@@ -114,8 +113,7 @@ def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
             row = torch.zeros_like(x[:1])
             row[0, 0] = other.master(module).abs().max()
             whole = torch.cat([whole, row])
-    seen = whole.to(getattr(torch, state.injection.dtype))
-    return fake_quantize(seen, getattr(state.plan, point)).to(x.dtype)[: len(x)]
+    return computed(whole, state.present[point], getattr(torch, state.injection.dtype))[: len(x)]
 
 
 def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:

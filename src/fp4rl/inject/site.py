@@ -17,12 +17,14 @@ from fp4rl.inject.evidence import Meter
 from fp4rl.inject.faults import SiteRng, apply_error
 from fp4rl.inject.fused import KEY as KEY
 from fp4rl.inject.plan import SitePlan
-from fp4rl.inject.rounding import Estimator, format_text, round_as, through
+from fp4rl.inject.present import Rounding, blended, computed, label_at, passing, presents
+from fp4rl.inject.rounding import round_as, through
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.evidence import Injected
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import Phase
+from fp4rl.spec.precision import Stage
 
 # Every site of the process, copied and unpickled ones too, is told of every optimizer step, since a fused optimizer
 # writes weights without a trace. Weak references, so that a model can be freed without `remove`.
@@ -45,12 +47,10 @@ class SiteState:
     def __init__(self, plan: SitePlan, injection: Injection, shared: SharedInput) -> None:
         self.plan, self.injection, self.shared = plan, injection, shared
         self.dtype: torch.dtype = getattr(torch, injection.dtype)
-        formats = {point: getattr(plan, point) for point in plan.points()}
-        self._formats = {point: format_text(fmt) for point, fmt in formats.items()}
-        self._estimators = {point: Estimator.of(injection, point, fmt) for point, fmt in formats.items()}
+        self.present = presents(plan, injection, None)
         self.rng = SiteRng(crc32(f"{injection.seed}/{plan.name}".encode()))
         self.original: type[nn.Module] = nn.Module
-        self.meters: dict[tuple[Phase, str], Meter] = {}
+        self.meters: dict[tuple[Phase, str, Stage], Meter] = {}
         self.calls = 0
         self.numbers: dict[int, int] = {}  # of the product that is computed, by thread
         self.keep_copies = True
@@ -58,32 +58,38 @@ class SiteState:
         # Counters for torch.compile, where a Python number would become a constant: calls, and elements of each point.
         self.compiled_calls = torch.zeros((), dtype=torch.int64)
         errors = [error.name for error in plan.errors if error.forward]
-        self.compiled_elements = {point: torch.zeros((), dtype=torch.int64) for point in (*formats, *errors)}
+        self.compiled_elements = {point: torch.zeros((), dtype=torch.int64) for point in (*self.present, *errors)}
         self.phase: Phase = "training"
+        self.step: int | None = None
         self.points: frozenset[str] = frozenset()
         self.errors: tuple[HardwareError, ...] = ()
         _SITES.add(self)
 
     def __reduce__(self) -> Any:
         points = self.points | ({"errors"} if self.errors else set())
-        active = self.original, self.keep_copies, self.rng.step, self.phase, points
+        active = self.original, self.keep_copies, self.rng.step, self.phase, points, self.step
         return type(self), (self.plan, self.injection, self.shared), active
 
-    def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str]]) -> None:
-        self.original, self.keep_copies, self.rng.step, phase, points = state
-        self.enter(phase, points)
+    def __setstate__(self, state: tuple[type[nn.Module], bool, int, Phase, frozenset[str], int | None]) -> None:
+        self.original, self.keep_copies, self.rng.step, *active = state
+        self.enter(*active)  # type: ignore[arg-type]
 
-    def enter(self, phase: Phase, points: frozenset[str]) -> None:
-        """Begin a phase in which `points` are active; what was counted so far is booked under the previous phase."""
+    def enter(self, phase: Phase, points: frozenset[str], step: int | None = None) -> None:
+        """Begin a phase in which `points` are active; what was counted so far is booked under the previous phase.
+
+        `step`: of training, for precision that changes; evaluations have none.
+        """
         self.book()
-        self.phase = phase
-        self.points = points.intersection(self._formats)
+        self.phase, self.step = phase, step
+        if self.injection.schedule is not None:
+            self.present = presents(self.plan, self.injection, None if phase == "evaluation" else step)
+        self.points = points.intersection(self.present)
         self.errors = self.plan.errors if "errors" in points else ()
 
     @property
     def active(self) -> tuple[str, ...]:
         """The points and errors that act in the forwards of this phase."""
-        points = [point for point in self._formats if point in self.points and not point.startswith("grad_")]
+        points = [point for point in self.present if point in self.points and not point.startswith("grad_")]
         return (*points, *(error.name for error in self.errors if error.forward))
 
     @property
@@ -100,11 +106,14 @@ class SiteState:
 
     def meter(self, point: str) -> Meter:
         """Return the meter of a point in this phase."""
-        return self.meters.setdefault((self.phase, point), Meter())
+        return self.meters.setdefault(self._key(point), Meter())
+
+    def _key(self, point: str) -> tuple[Phase, str, Stage]:
+        return self.phase, point, self.present[point].stage if point in self.present else "after"
 
     def missed(self) -> bool:
         """Return whether some look of this phase found a tensor unchanged that rounding would change."""
-        return any(meter.missed for (phase, _), meter in self.meters.items() if phase == self.phase)
+        return any(meter.missed for (phase, *_), meter in self.meters.items() if phase == self.phase)
 
     def book(self) -> None:
         """Move the running call counters into the meters of this phase."""
@@ -130,11 +139,11 @@ class SiteState:
 
     def silent(self) -> bool:
         """Return whether the site should act in this phase but none of its points has seen a tensor."""
-        return bool(self.active) and not any((self.phase, point) in self.meters for point in self.active)
+        return bool(self.active) and not any(self._key(point) in self.meters for point in self.active)
 
     def untouched(self) -> tuple[str, ...]:
         """Return the active points that have seen no tensor although calls of the forward were counted."""
-        met = {point: self.meters.get((self.phase, point)) for point in self.active}
+        met = {point: self.meters.get(self._key(point)) for point in self.active}
         return tuple(p for p, meter in met.items() if meter and meter.calls and not (meter.elements or meter.looks))
 
     def note(self, point: str, before: Tensor, after: Tensor, elements: int, *, own_call: bool = False) -> None:
@@ -155,39 +164,46 @@ class SiteState:
 
     def would_change(self, point: str, x: Tensor) -> bool:
         """Return whether rounding `x` to the format of a point changes any value; False for an error: it need not."""
-        fmt = getattr(self.plan, point, None)
-        if fmt is None:
+        present = self.present.get(point)
+        if present is None:
             return False
-        generator = torch.Generator(x.device).manual_seed(0) if fmt.rounding == "stochastic" else None
-        rounded = fake_quantize(x.detach().to(self.dtype), fmt, generator=generator)
-        return not torch.equal(rounded.to(x.dtype), x)
+        generator = torch.Generator(x.device).manual_seed(0) if present.draws else None
+        return not torch.equal(computed(x, present, self.dtype, generator), x)
 
     def rounded_values(self, x: Tensor, point: str) -> Tensor:
         """Round `x` to the format of a point along its last axis, in its own dtype; the gradient passes through."""
-        generator = self._drawn_for(x, point) if getattr(self.plan, point).rounding == "stochastic" else None
+        generator = self._drawn_for(x, point) if self.present[point].draws else None
         # The cast is part of the rounding: if autograd saw it, it would cast the gradient as well.
         copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
         return through(x, copy, reach)
 
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Return Q(x in the injection's dtype) in x's own dtype, without gradient, and the mask of where one passes."""
-        if not torch.compiler.is_compiling():
-            return self._rounded_now(x, point, generator)
-        if generator is not None:
-            return self._rounded_outside(x, point, generator)  # type: ignore[no-any-return]
-        fmt = self._formats[point]
+        """Return Q(x in the injection's dtype) in x's own dtype, without gradient, and the share of it that passes."""
+        present = self.present[point]
+        copy, reach = self._rounded_to(x, present.own, generator)
+        if present.share == 1:
+            return copy, reach
         with torch.no_grad():
-            estimator = self._estimators[point]
-            reach = None if estimator is None else estimator.in_graph(x.detach(), fmt, self.dtype)
-            return round_as(x.detach(), fmt, self.dtype), reach
+            first = present.before
+            before, passes = (x.detach(), None) if first is None else self._rounded_to(x, first, generator)
+            return blended(before, copy, present.share), passing(passes, reach, copy, present.share)
 
-    def _rounded_now(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    def _rounded_to(self, x: Tensor, to: Rounding, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            return self._rounded_now(x, to, generator)
+        if generator is not None:
+            return self._rounded_outside(x, to, generator)  # type: ignore[no-any-return]
         with torch.no_grad():
-            fmt, seen = getattr(self.plan, point), x.detach().to(self.dtype)
-            estimator = self._estimators[point]
-            reach = None if estimator is None else estimator.factor(seen, fmt, x.dtype)
-            return fake_quantize(seen, fmt, generator=generator).to(x.dtype), reach
+            estimator = to.estimator
+            reach = None if estimator is None else estimator.in_graph(x.detach(), to.text, self.dtype)
+            return round_as(x.detach(), to.text, self.dtype), reach
+
+    def _rounded_now(self, x: Tensor, to: Rounding, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            seen, estimator = x.detach().to(self.dtype), to.estimator
+            reach = None if estimator is None else estimator.factor(seen, to.fmt, x.dtype)
+            return fake_quantize(seen, to.fmt, generator=generator).to(x.dtype), reach
 
     # Random rounding breaks a compiled graph, or raises where breaks are not allowed (fullgraph).
     _rounded_outside = torch.compiler.disable(_rounded_now)  # type: ignore[no-untyped-call]
@@ -217,8 +233,7 @@ class SiteState:
         """Return the gradient as operand of `product` (grad_input, grad_weight), rounded where its format is active."""
         if product not in self.points:
             return g
-        stochastic = getattr(self.plan, product).rounding == "stochastic"
-        generator = self.rng.for_tensor(g, product) if stochastic else None
+        generator = self.rng.for_tensor(g, product) if self.present[product].draws else None
         rounded, _ = self.rounded(g, product, generator)
         self.note(product, g, rounded, g.numel(), own_call=True)
         return rounded
@@ -238,10 +253,12 @@ class SiteState:
         self.shared.forget()
 
     def rows(self) -> Iterator[Injected]:
-        """Yield the evidence, a row per phase and point."""
+        """Yield the evidence, a row per phase and point, and per stage of a precision that changes."""
         self.book()
-        for (phase, point), meter in self.meters.items():
-            yield meter.row(phase, self.plan.name, point, self.plan.label(point))
+        for (phase, point, stage), meter in self.meters.items():
+            label = label_at(self.plan, self.injection, point, stage)
+            row = meter.row(phase, self.plan.name, point, label)
+            yield row if stage == "after" else row.extended(stage=stage)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step that random errors depend on, and the meters; for JSON."""
@@ -252,7 +269,7 @@ class SiteState:
         """Restore what `state_dict` gave."""
         self.uncount()
         self.rng.step = state["step"]
-        self.meters = {(phase, point): Meter(*values) for phase, point, *values in state["meters"]}
+        self.meters = {(phase, point, stage): Meter(*values) for phase, point, stage, *values in state["meters"]}
 
 
 def runs_its_class(module: nn.Module) -> bool:

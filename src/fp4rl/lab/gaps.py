@@ -1,10 +1,11 @@
 """Find the gaps between what a run's spec requires and what it recorded: without any, its treatment is proven."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fp4rl.spec.evidence import ActivePoints, Evaluation, Evidence, Injected, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.points import FORMAT_POINTS, GRADIENTS, PHASES, ApplyDuring, Phase
+from fp4rl.spec.precision import PrecisionSchedule, Stage
 from fp4rl.spec.records import Summary
 from fp4rl.spec.transforms import Transformed
 from fp4rl.spec.words import agreeing, counted
@@ -48,7 +49,8 @@ def _transform_gaps(spec: Spec, lines: Sequence[Transformed]) -> Iterator[str]:
 
 def _injection_gaps(spec: Spec, summary: Summary, lines: Sequence[Evidence]) -> Iterator[str]:
     injection = spec.get("injection")
-    wanted = _wanted(injection if isinstance(injection, Mapping) else {})
+    injection = injection if isinstance(injection, Mapping) else {}
+    wanted, schedule = _wanted(injection), PrecisionSchedule.model_validate(injection.get("schedule") or {})
     if not any(wanted.values()):
         if summary.sites:
             were = agreeing(summary.sites, "was", "were")
@@ -63,7 +65,14 @@ def _injection_gaps(spec: Spec, summary: Summary, lines: Sequence[Evidence]) -> 
         active = [line for line in lines_of(lines, ActivePoints) if line.phase == phase and line.profile is None]
         if wanted[phase]:
             streamed = phase == "rollout" and spec.get("engine") == "verl"
-            yield from _rounding_gaps(wanted[phase], active, rows, f"during {phase}", streamed=streamed)
+            lasting = [_of_points(line, line.points.keys() - schedule.points) for line in active]
+            points = wanted[phase] - schedule.points.keys()
+            yield from _rounding_gaps(points, lasting, rows, f"during {phase}", streamed=streamed)
+            for point in sorted(wanted[phase] & schedule.points.keys()):
+                stages = schedule.points[point].stages((spec.get("training") or {}).get("steps") or 0)
+                own, sites = [row for row in rows if row.point == point], [_of_points(line, {point}) for line in active]
+                stages = stages if schedule.before(point) else {k: span for k, span in stages.items() if k != "before"}
+                yield from _stage_gaps(point, stages, sites, own, phase)
         elif any(row.calls for row in rows):
             yield f"sites were rounded during {phase}, which its spec leaves out"
     trained = any(wanted[phase] for phase in PHASES if phase != "evaluation")
@@ -89,6 +98,23 @@ def points_named(injection: Spec) -> set[str]:
 
 def _name(error: Spec) -> str:
     return f"{error.get('kind', 'relative')}@{error.get('point', 'matmul')}/{error.get('when', 'forward')}"
+
+
+def _of_points(line: ActivePoints, points: Collection[str]) -> ActivePoints:
+    return line.extended(points={point: count for point, count in line.points.items() if point in points})
+
+
+def _stage_gaps(
+    point: str, stages: Mapping[Stage, range], active: Sequence[ActivePoints], rows: Sequence[Injected], phase: Phase
+) -> Iterator[str]:
+    """Yield what is missing of a point whose precision changes: each stage that it reaches must have acted, alone."""
+    for stage in get_args(Stage):
+        own = [row for row in rows if (row.stage or "after") == stage]
+        if stage in stages:
+            steps = f"steps {stages[stage][0]} to {stages[stage][-1]}"
+            yield from _rounding_gaps({point}, active, own, f"for {point} during {phase}, {steps}")
+        elif any(row.calls for row in own):
+            yield f"{point} was rounded during {phase} in the stage `{stage}`, which its schedule does not have"
 
 
 def _rounding_gaps(

@@ -47,6 +47,19 @@ def _noise(experiment: Experiment) -> Iterator[str]:
         yield f"noise: {few} for its schedule, sigma never reaches {values}"
 
 
+def _precision(experiment: Experiment) -> Iterator[str]:
+    """Yield the formats that a precision that changes reaches too late, or never."""
+    injection, steps = experiment.injection, experiment.training.steps
+    if injection is None or injection.schedule is None:
+        return
+    for point, own in injection.schedule.points.items():
+        last = len(own.stages(steps).get("after", ()))
+        if last < steps / 5:
+            formats = ", ".join(dict.fromkeys(fmt.name for fmt in injection.formats_at(point)))
+            trained = f"only for {last} of {counted(steps, 'step')}" if last else f"in none of {counted(steps, 'step')}"
+            yield f"injection.schedule.{point}: {formats}, which is deployed and evaluated, is trained with {trained}"
+
+
 def _served(experiment: Experiment) -> Iterator[str]:
     """Yield what the deployment serves otherwise."""
     if (line := changed(experiment.injection)) is not None:
@@ -112,6 +125,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "judged": _left_out,
         "loss": _loss,
         "schedule": _noise,
+        "precision": _precision,
     }
 )
 """Name -> what it warns of in one experiment; `fp4rl preflight` tells which trap each is about."""

@@ -83,9 +83,9 @@ def evidence_of_all(attachment: Attachment) -> tuple[list[Injected], list[list[I
 
 
 def _added(meters: list[list[Any]]) -> list[Any]:
-    """Add up the counters [phase, point, numbers...] of the same site in several processes."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    for phase, point, *numbers in (meter for of_one in meters for meter in of_one):
-        known = sums.get((phase, point), [0] * len(numbers))
-        sums[phase, point] = [a + b for a, b in zip(known, numbers, strict=True)]
+    """Add up the counters [phase, point, stage, numbers...] of the same site in several processes."""
+    sums: dict[tuple[str, ...], list[float]] = {}
+    for *key, numbers in ((*meter[:3], meter[3:]) for of_one in meters for meter in of_one):
+        known = sums.get(tuple(key), [0] * len(numbers))
+        sums[tuple(key)] = [a + b for a, b in zip(known, numbers, strict=True)]
     return [[*key, *numbers] for key, numbers in sums.items()]

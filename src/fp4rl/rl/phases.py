@@ -19,6 +19,7 @@ from fp4rl.rl.verify import Record, rounded, weights_unchanged
 from fp4rl.spec.evidence import NoiseStages
 from fp4rl.spec.injection import Phase
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.precision import PrecisionSchedule, Stage
 from fp4rl.spec.records import NoiseSummary
 
 # Operands are compared with their rounded masters in the first 3 steps, then in every 10th: it rounds all weights once.
@@ -43,7 +44,9 @@ class Phases:
     sigma: float = 0.0
     stages: StageLog = field(default_factory=StageLog)
     _noise_seen: list[NoiseEvidence] = field(default_factory=list)  # one for each rollout, its weights pooled
-    _called: set[Phase] = field(default_factory=set)
+    _called: set[tuple[Phase, tuple[Stage, ...]]] = field(default_factory=set)
+    _step: int | None = None  # of training, from its rollout on
+    _rounded: dict[str, int] = field(default_factory=dict)  # values by point, before the step
     _to_check: int | None = None  # the step whose training is still to be compared with its masters
 
     def __post_init__(self) -> None:
@@ -56,6 +59,9 @@ class Phases:
 
         `data_epochs`: passes over the training problems so far, which an epoch-aware schedule follows.
         """
+        self._step = step
+        if self.schedule is not None and self.attachment is not None:
+            self._rounded = self.attachment.values_rounded()
         with weights_unchanged(self.model, "rollout", step, self.record) as digest, self.reference("rollout"):
             if not is_sharded(self.model):  # then there is one copy, and each process has another part of it
                 require_alike(digest, f"step {step}: the weights")
@@ -64,6 +70,20 @@ class Phases:
                 # While the noise is still on, since it is part of the policy that sampled.
                 self._to_check = self._require_rounded(step)
             self.require_calls("rollout")
+
+    @property
+    def schedule(self) -> PrecisionSchedule | None:
+        """How the precision changes over the steps, if it does."""
+        return self.attachment.table.injection.schedule if self.attachment is not None else None
+
+    def precision(self) -> dict[str, float]:
+        """Return, of each point whose precision changes, lambda at this step and the values rounded in it so far."""
+        if self.schedule is None or self.attachment is None:
+            return {}
+        counts, points = self.attachment.values_rounded(), self.schedule.points
+        shares = {f"injection/{point}_share": own.share(self._step) for point, own in points.items()}
+        since = {point: counts.get(point, 0) - self._rounded.get(point, 0) for point in points}
+        return shares | {f"injection/{point}_rounded": float(count) for point, count in since.items()}
 
     @property
     def scores_with_noise(self) -> bool:
@@ -101,12 +121,13 @@ class Phases:
             self.attachment.invalidate()
 
     def require_calls(self, phase: Phase) -> None:
-        """Raise CheckFailed, once a phase, for a site that should act and did not. Training's operands are compared
-        with their masters once in each step whose rollout was."""
+        """Raise CheckFailed, once a phase and stage of precision, for a site that should act and did not. Training's
+        operands are compared with their masters once in each step whose rollout was."""
         if self.attachment is None:
             return
-        if phase not in self._called:
-            self._called.add(phase)
+        now = phase, self.schedule.stage(self._step) if self.schedule is not None else ()
+        if now not in self._called:
+            self._called.add(now)
             self.attachment.require_calls()
         if phase == "training" and self._to_check is not None:
             with whole(self.model, self.attachment):
@@ -114,8 +135,10 @@ class Phases:
             self._to_check = None
 
     def _require_rounded(self, step: int) -> int | None:
-        """Compare operands with their rounded masters in the first steps and every tenth; return the step if it did."""
-        if self.attachment is None or not (step < _CHECKED_STEPS or step % _CHECKED_EVERY == 0):
+        """Compare operands with their rounded masters in the first steps, every tenth and where the precision enters
+        another stage; return the step if it did."""
+        new = self.schedule is not None and self.schedule.stage(step) != self.schedule.stage(max(step - 1, 0))
+        if self.attachment is None or not (step < _CHECKED_STEPS or step % _CHECKED_EVERY == 0 or new):
             return None
         self.record(rounded(self.attachment, step))
         return step
@@ -154,7 +177,7 @@ class Phases:
 
     def _switch(self, phase: Phase) -> None:
         if self.attachment is not None:
-            self.attachment.set_phase(phase)
+            self.attachment.set_phase(phase, self._step)
 
     @contextmanager
     def _noisy(self, step: int, data_epochs: float) -> Iterator[None]:

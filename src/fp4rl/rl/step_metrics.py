@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from fp4rl.spec.errors import require_finite
+from fp4rl.spec.precision import PrecisionSchedule
 
 # A micro-batch's value is its part of the update's value, so these are added.
 _IN_PARTS = {"policy_loss", "kl_loss"}
@@ -14,6 +15,7 @@ _IN_PARTS = {"policy_loss", "kl_loss"}
 _COUNTS = {
     *("rollout/groups", "rollout/answers", "sampling/generated_groups", "sampling/trained_groups"),
     *("tokens/rollout", "time/cpu_s"),
+    *(f"injection/{point}_rounded" for point in PrecisionSchedule.model_fields),
 }
 # These are means over answers, all others over tokens.
 _OF_ANSWERS = {

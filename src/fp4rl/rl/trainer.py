@@ -242,7 +242,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
         metrics = self._means.take(self.parts.recipe.updates_per_step) | self.routers.take()
         metrics["time/step_s"], metrics["time/cpu_s"] = map(sub, clocks(), self._began)
         self.timer.lap("other")
-        metrics |= {f"time/{name}_s": seconds for name, seconds in self.timer.take().items()}
+        metrics |= {f"time/{name}_s": s for name, s in self.timer.take().items()} | self.parts.phases.precision()
         if self.parts.supervisor.on_step(self.step, joined(processes.from_all({**self._step_metrics, **metrics}))):
             self.control.should_training_stop = True
 

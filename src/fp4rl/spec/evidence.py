@@ -111,7 +111,8 @@ class Injected(Record):
     """What one point of one site did in one phase; under a `profile` where that was an evaluation.
 
     `looks` counts the calls whose tensors were compared before and after, `missed` those of them that rounded nothing
-    although rounding would change the tensor; both are None in files of versions that did not count.
+    although rounding would change the tensor; both are None in files of versions that did not count. `stage`: of a
+    precision that changes, where the injection's own format did not act alone yet.
     """
 
     kind: Literal["injection"] = Field("injection", exclude=True)
@@ -125,6 +126,7 @@ class Injected(Record):
     relative_error: float | None = None
     looks: int | None = None
     missed: int | None = None
+    stage: Literal["before", "blend"] | None = None
     profile: str | None = None
     step: int | None = None
 

@@ -9,11 +9,12 @@ from fp4rl.spec.criteria import Criterion
 from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.health import Health
-from fp4rl.spec.injection import Injection, batch_note, shared_scales
+from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.points import LINEAR_POINTS, MODES
 from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
+from fp4rl.spec.shared_scales import batch_note, shared_scales
 from fp4rl.spec.stages import Start
 from fp4rl.spec.task_registry import TASKS, AnyTask
 from fp4rl.spec.training import Training
@@ -106,6 +107,7 @@ class Experiment(Spec):
         if self.sharding != "none" and self.processes == 1:
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
         yield from self._wrong_choice()
+        yield from self._not_followed()
         if self.sharding != "none" and self.training.distillation is not None:
             yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
@@ -126,6 +128,14 @@ class Experiment(Spec):
                 f"training.deployed: best chooses among each evaluation.test_freq steps, which is {judged.test_freq}; "
                 f"write 1 to {recipe.steps}"
             )
+
+    def _not_followed(self) -> Iterator[str]:
+        if self.injection is None or self.injection.schedule is None:
+            return
+        followed = {"engine": (self.engine, "trl"), "rollout.engine": (self.rollout.engine, "transformers")}
+        for key, (engine, cure) in followed.items():
+            if engine != cure:
+                yield f"injection.schedule: {key} {engine} does not follow a precision that changes; write {cure}"
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for everything that is allowed but hardly ever meant."""

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.formats import FORMATS, Format
+from fp4rl.spec.formats import FORMATS
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import FORMAT_POINTS, MODES, PHASES, ApplyDuring, Smooth
 from fp4rl.spec.targets import Targets
@@ -112,9 +112,7 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
     elsewhere = any(injection.acts_in(phase) for phase in PHASES if phase != "evaluation")
     if not elsewhere and not any(name == "deployment" or "=" in name for name in profiles):
         yield "it acts in evaluations alone, and none of evaluation.profiles is deployment", ("injection",)
-    rows = (injection, *injection.by_pattern)
-    points = [getattr(row, point, None) for row in rows for point in FORMAT_POINTS]
-    formats = [fmt for fmt in points if isinstance(fmt, Format)]
+    formats = [fmt for p in FORMAT_POINTS for fmt in (*injection.formats_at(p), *injection.formats_before(p))]
     if not any(fmt.scale == "e8m0" and fmt.rounding != "stochastic" for fmt in formats):
         yield "it rules power-of-two scales, and no format here has one", ("injection.deployment",)
     if not injection.errors and all(fmt.rounding != "stochastic" for fmt in formats):
@@ -123,6 +121,9 @@ def _of_injection(injection: Injection, profiles: tuple[str, ...]) -> Rules:
         yield "injection.straight_through is not smooth", _keys("injection.smooth", *Smooth.model_fields)
     if not injection.by_pattern and injection.targets == Targets():
         yield "every site has the same formats", ("injection.fused_groups",)
+    for point, own in injection.schedule.points.items() if injection.schedule is not None else ():
+        if own.stage(0) == "after":
+            yield "from_step is 0, and there is no step before it", (f"injection.schedule.{point}",)
 
 
 def _of_evaluation(experiment: Experiment) -> Rules:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from fp4rl.spec.deployment import DEPLOYMENTS, Deployment, deployment_named
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.formats import Format
 from fp4rl.spec.former_names import of_deployment, renaming
-from fp4rl.spec.frozen import Spec, later_key
+from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.hardware import HardwareError
 from fp4rl.spec.points import (
     FORMAT_POINTS,
@@ -28,6 +28,7 @@ from fp4rl.spec.points import (
     can_smooth,
     read_format,
 )
+from fp4rl.spec.precision import PrecisionSchedule
 from fp4rl.spec.targets import Targets
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Injection(Spec):
     mxfp8`, `router: leave`). Groups that serving kernels fuse (q/k/v, gate/up) must agree unless `fused_groups` is
     `free`. `lora` says what is deployed: `adapter` Q(W) + BA, `merged` Q(W + sBA). `frozen_base: packed` keeps frozen
     weights as codes and scales alone; taking the injection out gives back the rounded weights, the only ones there are
-    then.
+    then. `schedule` gives points another format at first.
     """
 
     mode: str | None = Field(default=None, description=f"formats at once: {', '.join(MODES)}")
@@ -82,6 +83,7 @@ class Injection(Spec):
         default="copy", description="packed: frozen weights are kept as codes and scales alone"
     )
     seed: int = Field(default=0, ge=0, description="for stochastic rounding and hardware errors")
+    schedule: Annotated[PrecisionSchedule | None, NoneIsAWord] = later_key(None)
 
     @classmethod
     def named(cls, mode: str, deployment: str | None = None, **changes: Any) -> "Injection":
@@ -103,7 +105,8 @@ class Injection(Spec):
         ]
         words = [self.mode] if self.mode else []
         words += [f"{point}:{getattr(self, point).name}" for point in beyond] + [error.name for error in self.errors]
-        words += ["by_pattern"] if self.by_pattern else []  # mixed precision is not what its mode says alone
+        # Mixed or changing precision is not what its mode says alone.
+        words += [key for key in ("by_pattern", "schedule") if getattr(self, key)]
         return "+".join(word for word in words if word) or "none"
 
     @property
@@ -130,10 +133,18 @@ class Injection(Spec):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """Every format that stands at a point with a forward, exceptions included."""
-        rows = [self, *self.by_pattern]
-        points = [getattr(row, point) for row in rows for point in LINEAR_POINTS]
-        return tuple(fmt for fmt in (*points, self.kv_cache) if isinstance(fmt, Format))
+        """Every format that stands at a point with a forward, exceptions and those of the first steps included."""
+        points = (*LINEAR_POINTS, "kv_cache")
+        return tuple(fmt for point in points for fmt in (*self.formats_at(point), *self.formats_before(point)))
+
+    def formats_at(self, point: str) -> tuple[Format, ...]:
+        """Return the formats of a point, exceptions included."""
+        formats = (getattr(row, point, None) for row in (self, *self.by_pattern))
+        return tuple(fmt for fmt in formats if isinstance(fmt, Format))
+
+    def formats_before(self, point: str) -> tuple[Format, ...]:
+        """Return the format that a schedule gives a point in the first steps, none where there is none."""
+        return self.schedule.before(point) if self.schedule is not None else ()
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +160,8 @@ class Injection(Spec):
             content.setdefault(point, getattr(mode, point) if mode else None)
         for point in (*LINEAR_POINTS, "kv_cache"):
             content[point] = _under(deployment, point, content.get(point))
+        if isinstance(schedule := content.get("schedule"), Mapping):
+            content["schedule"] = {point: _first(deployment, point, own) for point, own in schedule.items()}
         entries = _of_deployment(deployment, content, _entries(content.get("by_pattern", ())))
         if entries or "by_pattern" in content:
             content["by_pattern"] = [_exception(entry, content, deployment) for entry in entries]
@@ -174,18 +187,30 @@ class Injection(Spec):
             )
         if self.lora == "merged" and self.frozen_base == "packed":
             yield "lora: merged rounds the sum W + sBA, which needs the unpacked W; take frozen_base: copy"
+        if self.schedule is not None:
+            yield from self.schedule.wrong(
+                {point: self.formats_at(point) for point in FORMAT_POINTS}, self.apply_during
+            )
+            if own := self.schedule.weight:
+                if self.frozen_base == "packed":
+                    yield "schedule.weight: packed weights have codes of one format; write frozen_base: copy"
+                if self.lora == "merged" and own.before is None:
+                    yield (
+                        "schedule.weight.before: the sum of lora: merged is computed where it is rounded; name a "
+                        "format, or write lora: adapter"
+                    )
 
     def _wrong_factors(self) -> Iterator[str]:
         wrong: dict[str, tuple[str, ...]] = dict.fromkeys(("input", "output", "kv_cache"), ("fused",))
         wrong |= {"weight": ("per_token", "static"), **dict.fromkeys(GRADIENTS, ("static", "fused"))}
         for point, factors in wrong.items():
-            for fmt in (getattr(row, point, None) for row in (self, *self.by_pattern)):
-                if isinstance(fmt, Format) and fmt.factor in factors:
+            for fmt in (*self.formats_at(point), *self.formats_before(point)):
+                if fmt.factor in factors:
                     yield f"{point} {fmt.name}: factor {fmt.factor} is not for this point; leave it out here"
 
     def _not_smooth(self) -> Iterator[str]:
         for point in self.smooth.points:
-            at_point = [fmt for row in (self, *self.by_pattern) if isinstance(fmt := getattr(row, point), Format)]
+            at_point = (*self.formats_at(point), *self.formats_before(point))
             if not any(can_smooth(fmt) for fmt in at_point):
                 yield f"straight_through: smooth would do nothing at {point}: no format there rounds to nearest levels"
             for fmt in at_point:
@@ -228,6 +253,13 @@ def _under(deployment: Deployment | None, point: str, given: Any) -> Any:
     return fmt if deployment is None else deployment.at(point, fmt)
 
 
+def _first(deployment: Deployment | None, point: str, own: Any) -> Any:
+    """Return a point's schedule with its first format under the deployment's rules."""
+    if not isinstance(own, Mapping) or "before" not in own:
+        return own
+    return {**own, "before": _under(deployment, point, own["before"])}
+
+
 def _entries(value: Any) -> list[Any]:
     """Return `{pattern: format}` as a list, so that its order survives sorted JSON."""
     if isinstance(value, Mapping):
@@ -256,31 +288,3 @@ def _exception(entry: Any, content: Mapping[str, Any], deployment: Deployment | 
         rounded = [point for point in LINEAR_POINTS if content[point] not in (None, "none")] or ["weight"]
         entry |= fmt if isinstance(fmt, Mapping) and "name" not in fmt else dict.fromkeys(rounded, fmt)
     return {key: _under(deployment, key, given) if key in LINEAR_POINTS else given for key, given in entry.items()}
-
-
-def shared_scales(injection: Injection | None, *phases: Phase) -> tuple[str, ...]:
-    """List the points of `injection` at which tokens share a scale in any of `phases`, such as `input nvfp4`.
-
-    Under `factor: tensor` NVFP4 has one FP32 factor, and FP8 one scale, for the whole tensor of a call; a block of 32 x
-    32 spans 32 tokens. Decoding one token and scoring a whole answer then round the same value differently, and so do
-    two batch sizes. Weights are the same tensor in every call, so they may share what they like.
-    """
-    if injection is None:
-        return ()
-    active = frozenset[str]().union(*(injection.apply_during.active(phase) for phase in phases))
-    points = dict[str, None]()
-    for point in ("input", "output", "kv_cache", *GRADIENTS):
-        rows = [injection, *injection.by_pattern] if point in ("input", "output") else [injection]
-        for row in rows if point in active else ():
-            fmt = getattr(row, point)
-            if isinstance(fmt, Format) and fmt.spans_rows:
-                points[f"{point} {fmt.name}"] = None
-    return tuple(points)
-
-
-def batch_note(injection: Injection | None, *phases: Phase) -> str | None:
-    """Return a sentence that numbers under `injection` depend on the batch; None where they do not."""
-    shared = shared_scales(injection, *phases)
-    if not shared:
-        return None
-    return f"{', '.join(shared)}: tokens of one call share a scale, so these numbers depend on the batch size"

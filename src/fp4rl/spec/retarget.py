@@ -23,6 +23,11 @@ def under_deployment(injection: Injection, deployment: str) -> Injection:
         | {point: _without_rules(injection, point, fmt) for point, fmt in row if point in _ROUNDED}
         for row in (injection, *_own_exceptions(injection))
     )
+    if injection.schedule is not None:
+        own["schedule"] = {
+            point: first.model_dump(mode="json") | {"before": _without_rules(injection, point, first.before)}
+            for point, first in injection.schedule.points.items()
+        }
     return parse(Injection, own | {"deployment": deployment, "by_pattern": exceptions}, "deployment")
 
 

@@ -25,7 +25,8 @@ from fp4rl.models.positions import forward_inputs
 from fp4rl.rl.generate import Generation, dropout_off
 from fp4rl.rl.mismatch import DECODED, DECODED_FUSED, mismatch_metrics
 from fp4rl.rl.prompts import padded
-from fp4rl.spec.injection import Injection, shared_scales
+from fp4rl.spec.injection import Injection
+from fp4rl.spec.shared_scales import shared_scales
 from fp4rl.spec.words import counted
 
 NATS = (1e-4, 1e-2)  # differences whose share of the tokens is counted

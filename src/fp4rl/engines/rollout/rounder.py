@@ -41,7 +41,7 @@ class Rounder:
         if self.fp4rl_rounding is not None:
             self.fp4rl_rounding.close()
         counted = [
-            {"calls": state.calls, "meters": {point: astuple(meter) for (_, point), meter in state.meters.items()}}
+            {"calls": state.calls, "meters": {point: astuple(meter) for (_, point, _), meter in state.meters.items()}}
             for state in self.fp4rl_states
         ]
         self.fp4rl_rounding, self.fp4rl_states = None, ()

@@ -209,7 +209,9 @@ class Policy:
     def _elements(self, point: str) -> dict[str, int]:
         """Return site -> elements rounded so far, in all phases."""
         states = self.attachment.states.items() if self.attachment is not None else ()
-        return {name: sum(m.elements for (_, own), m in state.meters.items() if own == point) for name, state in states}
+        return {
+            name: sum(m.elements for (_, own, _), m in state.meters.items() if own == point) for name, state in states
+        }
 
     def _require_all_rounded(self, phase: Phase, before: dict[str, int]) -> int:
         now = self._elements("weight")
