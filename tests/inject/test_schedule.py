@@ -1,6 +1,7 @@
 """Precision that changes over the steps: the format before, the blend and the format itself, by value."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from expert_kinds import arguments, experts_of, rooted
 from torch import nn
 
+from fp4rl.cli.main import main
 from fp4rl.inject.attach import attach
 from fp4rl.inject.probe import require_rounded
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4, MXFP8
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.retarget import under_deployment
 
 TO_W4A4 = {"mode": "w4a4", "schedule": {"input": {"before": "mxfp8", "from_step": 2, "over": 3}}}
 
@@ -189,3 +192,26 @@ def test_a_first_format_follows_the_rules_of_the_deployment():
     }
     (first,) = Injection.model_validate(described).formats_before("input")
     assert first == Injection.named("w4a8", "ascend950").input
+
+
+def test_another_deployment_has_its_own_rules_for_the_first_format_too():
+    described = {"mode": "w4a4", "deployment": "ascend950", "schedule": {"input": {"before": "mxfp8", "from_step": 1}}}
+    there = under_deployment(Injection.model_validate(described), "vllm_blackwell")
+    assert there == Injection.model_validate(described | {"deployment": "vllm_blackwell"})
+
+
+def test_a_plan_prints_which_steps_compute_in_which_format(tmp_path, capsys):
+    schedule = {"input": {"before": "mxfp8", "from_step": 20, "over": 5}, "weight": {"from_step": 1}}
+    spec = tmp_path / "trial.json"
+    spec.write_text(json.dumps({"training": {"steps": 30}, "injection": {"mode": "w4a4", "schedule": schedule}}))
+    assert main(["plan", str(spec), "--runs", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert [(each["point"], each["steps"], each["computed_in"]) for each in row["precision"]] == [
+        ("weight", "0", "none"),
+        ("weight", "1 to 29", "mxfp4"),
+        ("input", "0 to 19", "mxfp8"),
+        ("input", "20 to 24", "a blend of mxfp8 and mxfp4"),
+        ("input", "25 to 29", "mxfp4"),
+    ]
+    assert main(["plan", str(spec), "--runs", str(tmp_path)]) == 0
+    assert "a blend of mxfp8 and mxfp4" in capsys.readouterr().out

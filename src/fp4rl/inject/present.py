@@ -15,7 +15,7 @@ from fp4rl.spec.precision import PointSchedule, Stage
 
 
 class Rounding(NamedTuple):
-    """A format as a site applies it: `text` is for compiled operators, `estimator` for gradients (None: as they come)."""
+    """A format as a site applies it: `text` for compiled operators, `estimator` for gradients, if not as they come."""
 
     fmt: Format
     text: str
