@@ -50,6 +50,11 @@ CASES = [  # a key, where it cannot act, and one change more after which it can
         {"injection": {"mode": "w4a4", "smooth": {"cap": 2.0}}},
         {"injection": {"straight_through": "smooth"}},
     ),
+    (
+        "injection.schedule.input",
+        {"injection": {"mode": "w4a4", "schedule": {"input": {"from_step": 0}}}},
+        {"injection": {"schedule": {"input": {"over": 1}}}},
+    ),
     ("training.save_total_limit", {"training": {"save_total_limit": 5}}, {"training": {"save_freq": 2}}),
     (
         "training.rollout_correction.threshold",
@@ -127,7 +132,8 @@ def test_defaults_are_never_named():
 
 
 def test_every_rule_speaks_of_keys_that_there_are_and_has_a_case():
-    full = Experiment.model_validate({"injection": "w4a4", "noise": {}, "training": {"distillation": {}}})
+    injection = {"mode": "w4a4", "schedule": {"input": {"from_step": 1}}}
+    full = Experiment.model_validate({"injection": injection, "noise": {}, "training": {"distillation": {}}})
     with_a_case = set()
     for key, content, _ in CASES:
         for why, keys in rules(Experiment.model_validate(content)):

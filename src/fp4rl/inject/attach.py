@@ -55,12 +55,12 @@ class Attachment:
     def off(self) -> Iterator[None]:
         """Let nothing act inside the `with`: the model computes as without injection, and no call is counted."""
         for state in self.states.values():
-            state.enter(self.phase, frozenset())
+            state.enter(self.phase, frozenset(), state.step)
         try:
             yield
         finally:
             for state in self.states.values():
-                state.enter(self.phase, self.table.injection.apply_during.active(self.phase))
+                state.enter(self.phase, self.table.injection.apply_during.active(self.phase), state.step)
 
     def invalidate(self) -> None:
         """Drop every rounded copy; to be called after weights were written other than by an optimizer step."""
