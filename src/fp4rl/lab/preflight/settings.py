@@ -69,6 +69,14 @@ def _updates(experiment: Experiment) -> str:
     return f"{counted(number, 'update')} from each batch{'' if number == 1 else ', which clipping can bound'}"
 
 
+def _precision(experiment: Experiment) -> str | None:
+    injection = experiment.injection
+    if injection is None or injection.schedule is None:
+        return None
+    points = injection.schedule.points.items()
+    return ", ".join(f"{point} in its own format from step {own.from_step + own.over} on" for point, own in points)
+
+
 def _recipe(experiment: Experiment) -> str:
     recipe = experiment.training
     return f"lr rises in {recipe.lr_warmup_steps} of {counted(recipe.steps, 'step')}"
@@ -76,6 +84,9 @@ def _recipe(experiment: Experiment) -> str:
 
 CHECKS = (
     Check("schedule", ("P01", "P02"), schedule),
+    Check(
+        "precision", ("P02",), warned("precision", "the deployed format in a fifth of the steps or more", _precision)
+    ),
     Check("keys", ("P04", "P12", "P36"), keys),
     Check(
         "recipe", ("P28", "P32"), warned("recipe", "warm-up in at most a fifth; checkpoints within the run", _recipe)
