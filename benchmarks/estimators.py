@@ -6,95 +6,114 @@ All arms take turns, as in `injection.py`. A new arm is one entry in ARMS. `--wr
 benchmarks/results/estimators.md.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fp4rl.inject.attach import attach
+from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import embedded_skeleton
+from fp4rl.rl.oscillation import OscillationWatch
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
-from injection import TRAINING, Arm, in_turn, measure
+from fp4rl.spec.oscillation import Oscillation
+from injection import Arm, in_turn, measure
 
-# What an arm changes of its mode's injection; the first one is what all others are compared with.
+# What an arm changes of its mode's injection, and its `oscillation`; all others are compared with the first one.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "identity": {},
     "clipped": {"straight_through": "clipped"},
     "smooth": {"straight_through": "smooth"},
     "smooth, inputs too": {"straight_through": "smooth", "smooth": {"points": ["weight", "input"]}},
+    "oscillation": {"oscillation": {}},
+    "dampen and freeze": {"oscillation": {"dampen": 1e-3, "freeze": 0.02}},
 }
 MODES = ("w4a4", "nvfp4_w4a4")
-TOKENS = 64
 RESULTS = Path(__file__).parent / "results" / "estimators.md"
 
 
-class Wide(nn.Module):
-    """The widest layer of a 1.5B model."""
+class Watching:
+    """Codes followed around the updates of an arm, where its entry names `oscillation`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(1536, 8960, bias=False)
+    def __init__(self, harmed: Attachment, settings: Mapping[str, Any] | None) -> None:
+        named = None if settings is None else Oscillation.model_validate(settings)
+        self.watch = None if named is None else OscillationWatch(harmed, None, named)
 
-    def training_step(self) -> None:
-        """Forward and backward of 64 tokens, the weight rounded anew as after every optimizer step."""
-        x = torch.randn(TOKENS, 1536, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        self.gate_proj(x).float().square().mean().backward()
-        self.zero_grad()
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Follow one update."""
+        if self.watch is not None:
+            self.watch.before()
+        yield
+        if self.watch is not None:
+            self.watch.after()
+
+
+class EmbeddedArm(Arm):
+    """The embedded model with its optimizer."""
+
+    def __init__(self, injection: Injection, settings: Mapping[str, Any] | None) -> None:
+        torch.manual_seed(0)
+        super().__init__(embedded_skeleton(Embedded()), injection)
+        self.watching = Watching(self.harmed, settings)
+        step = self.optimizer.step
+
+        def followed() -> None:
+            with self.watching.around():
+                step()
+
+        self.optimizer.step = followed
 
 
 class LayerArm:
-    """One wide layer under an injection."""
+    """The widest layer of a 1.5B model; its weight is rounded anew, as after every optimizer step."""
 
-    def __init__(self, injection: Injection) -> None:
+    def __init__(self, injection: Injection, settings: Mapping[str, Any] | None) -> None:
         torch.manual_seed(0)
-        self.layer = Wide()
-        self.harmed = attach(self.layer, injection)
+        self.model = nn.Sequential(nn.Linear(1536, 8960, bias=False))
+        self.harmed = attach(self.model, injection)
+        self.watching = Watching(self.harmed, settings)
 
     def training(self) -> None:
-        """One step."""
+        """Forward and backward of 64 tokens."""
         self.harmed.set_phase("training")
-        self.layer.training_step()
+        x = torch.randn(64, 1536, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        self.model(x).square().mean().backward()
+        with self.watching.around():
+            pass
+        self.model.zero_grad()
 
 
-def injection_of(mode: str, changes: Mapping[str, Any]) -> Injection | None:
-    """Return the injection of an arm; None where it does nothing in this mode."""
-    try:
-        return Injection.model_validate({"mode": mode, **changes})
-    except ValueError:
-        return None
+def made(kind: type[EmbeddedArm | LayerArm], mode: str, changes: Mapping[str, Any]) -> EmbeddedArm | LayerArm:
+    """Return an arm of ARMS."""
+    own = {key: value for key, value in changes.items() if key != "oscillation"}
+    return kind(Injection.model_validate({"mode": mode, **own}), changes.get("oscillation"))
+
+
+def table(what: str, kind: type[EmbeddedArm | LayerArm], rounds: int) -> Iterator[str]:
+    """Yield a row for each arm and a column for each mode."""
+    first, *others = ARMS
+    columns = []
+    for mode in MODES:
+        arms = {None if name == first else name: made(kind, mode, changes) for name, changes in ARMS.items()}
+        columns.append(in_turn(arms, "training", rounds, {}).split(" | "))
+    yield f"| {what} | " + " | ".join(MODES) + " |"
+    yield "|---" * (len(MODES) + 1) + "|"
+    for name, cells in zip((first, *others), zip(*columns, strict=True), strict=True):
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def layer(rounds: int) -> Iterator[str]:
-    """The wide layer, a row for each mode."""
+    """The wide layer."""
     yield from table("nn.Linear(1536, 8960), 64 tokens", LayerArm, rounds)
 
 
 def embedded(rounds: int) -> Iterator[str]:
-    """A training step of the embedded model, its optimizer among it, a row for each mode."""
-    base = embedded_skeleton(Embedded())
-    yield from table(
-        "embedded model, 128 x 60 tokens",
-        lambda injection: Arm(copy.deepcopy(base), injection, TRAINING),
-        rounds,
-    )
-
-
-def table(what: str, made: Any, rounds: int) -> Iterator[str]:
-    """Yield rows of `made` arms, the modes one below the other."""
-    first, *others = ARMS
-    yield f"| {what} | {first} | " + " | ".join(others) + " |"
-    yield "|---" * (len(ARMS) + 1) + "|"
-    for mode in MODES:
-        injections = {name: injection_of(mode, changes) for name, changes in ARMS.items()}
-        arms = {None if name == first else name: made(i) for name, i in injections.items() if i is not None}
-        cells = dict(
-            zip((name or first for name in arms), in_turn(arms, "training", rounds, {}).split(" | "), strict=True)
-        )
-        yield f"| {mode} | " + " | ".join(cells.get(name, "does nothing") for name in ARMS) + " |"
+    """A training step of the embedded model, its optimizer among it."""
+    yield from table("embedded model, 128 x 60 tokens", EmbeddedArm, rounds)
 
 
 HEAD = (

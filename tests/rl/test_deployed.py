@@ -108,7 +108,7 @@ def test_what_is_saved_is_the_average_and_training_is_as_without(carried, monkey
         if not averages:
             averages.append(AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY)))
         averages[0].update_parameters(self.model)
-        real(self)
+        return real(self)
 
     plain = carried("plain", **TRAINED)
     monkeypatch.setattr(session_room.TrainingSession, "on_update", followed)
@@ -122,9 +122,17 @@ def test_what_is_saved_is_the_average_and_training_is_as_without(carried, monkey
     assert plain.result().evidence.deployed is None
 
 
-@pytest.mark.parametrize("stop_at", [1, 2])
-def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop_at):
-    changes = {"training": {**AVERAGED["training"], "deployed": "best"}, "evaluation": {"test_freq": 1}}
+HELD = {
+    "oscillation": {"dampen": 0.01, "freeze": 0.5, "decay": 0.5},
+    "betas": [0.0, 0.9],
+    "mini_batch_size": 2,
+    "lr": 0.01,
+}
+
+
+@pytest.mark.parametrize(("stop_at", "more"), [(1, {}), (2, HELD)])
+def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop_at, more):
+    changes = {"training": {**AVERAGED["training"], "deployed": "best", **more}, "evaluation": {"test_freq": 1}}
     whole = carried("whole", **changes)
     assert carried("broken", stop_at, **changes) is None
     broken = carried("broken", **changes)
@@ -132,6 +140,13 @@ def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop
     for one, other in zip(*(f.result().evidence for f in (whole, broken)), strict=True):
         assert one == other
     assert learned(whole) == learned(broken)
+    if more:
+        last = learned(whole)[3]
+        assert 0 < last["weights/frozen"] < last["weights/oscillating"] < 1
+        layers = [line for line in whole.evidence() if line.kind == "oscillation"]
+        assert layers == [line for line in broken.evidence() if line.kind == "oscillation"]
+        assert [line.layer for line in layers] == [0, 1]
+        assert all(0 < line.code_flips < 1 for line in layers)
 
 
 def test_the_best_step_is_deployed_and_recorded(carried, monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp4rl.numerics.blocks import Grouping
 from fp4rl.numerics.reference import block_scale, reference, widened
-from fp4rl.numerics.rounding import spacing
+from fp4rl.numerics.rounding import round_magnitude, spacing
 from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
@@ -69,6 +69,20 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     grouping = Grouping.of(x.shape, fmt)
     magnitude = grouping.split(widened(inner)).abs()
     return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt, inner.dtype) * fmt.element.largest)
+
+
+def levels(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Return the signed element value that each value of `x` is rounded to, and the scale that it is multiplied by.
+
+    Both like x, in float32 or float64; inside rotation and coarse scale. The format has scales and draws nothing.
+    """
+    inner, _ = inside(x, fmt)
+    grouping = Grouping.of(x.shape, fmt)
+    blocks = grouping.split(widened(inner))
+    magnitude = blocks.abs()
+    scale = block_scale(magnitude, grouping.axes, fmt, inner.dtype)
+    level = round_magnitude(magnitude.div_(scale), fmt.element, fmt.rounding).copysign_(blocks)
+    return grouping.join(level), grouping.join(scale.expand_as(blocks).contiguous())
 
 
 def smooth_slope(x: Tensor, fmt: Format, sharpness: float, cap: float) -> Tensor:

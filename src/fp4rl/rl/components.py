@@ -26,8 +26,12 @@ class Supervisor(Protocol):
     def on_begin(self, trainer: Any) -> None:
         """Begin, once model, optimizer and scheduler exist and those of a checkpoint are loaded."""
 
-    def on_update(self) -> None:
-        """Take note of an optimizer update that was just made."""
+    def on_gradients(self) -> None:
+        """Take note of the whole gradient of an update, before it is clipped."""
+
+    def on_update(self) -> dict[str, float]:
+        """Take note of an optimizer update that was just made; return metrics of it."""
+        ...
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Take the metrics of a step; return whether to stop."""

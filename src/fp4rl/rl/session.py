@@ -23,6 +23,7 @@ from fp4rl.rl.generate import dropout_off, evidence_of, sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.mismatch import is_repeatable
+from fp4rl.rl.oscillation import OscillationWatch
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.problems import problems_of
 from fp4rl.rl.reference import reference_and_teacher
@@ -72,6 +73,7 @@ class TrainingSession:
         self.sampler = sampler_named(experiment.rollout)
         self.trainer = Trainer(self.model, self.tokenizer, self._parts(), run.folder / "checkpoints")
         self.deployed = Deployed(self.model, None, experiment.training, self.phases.weights_changed)
+        self.oscillation: OscillationWatch | None = None
         self._at: tuple[int, dict[str, Any]] | None = None  # the last boundary of a run that a server samples for
 
     def train(self) -> None:
@@ -137,12 +139,16 @@ class TrainingSession:
         checkpoint, rolled_back = self.resume.checkpoint, self.resume.rollbacks
         recipe, masters = self.run.experiment.training, self.trainer.masters
         self.deployed = Deployed(self.model, masters, recipe, self.phases.weights_changed)
+        if recipe.oscillation is not None and self.attachment is not None:
+            self.oscillation = OscillationWatch(self.attachment, masters, recipe.oscillation)
         if checkpoint is not None:
             self.stream.position = checkpoint.state["positions"][self.stream.rank]
             self.phases.restore(checkpoint.state["phases"][self.stream.rank])
             if masters is not None:
                 masters.load(checkpoint.path)
             self.deployed.load(checkpoint.path, checkpoint.state["deployed"])
+            if self.oscillation is not None:
+                self.oscillation.load(checkpoint.path, checkpoint.state["oscillation"])
             rolled_back -= checkpoint.state["rollbacks"]
         if processes.count() > 1 and (self.attachment is None or is_repeatable(self.attachment)):
             with self.phases.unobserved(), trainer.routers.paused(), dropout_off(self.model):
@@ -150,9 +156,16 @@ class TrainingSession:
         if rolled_back:
             _scale_lr(trainer, self.run.experiment.health.rollback_lr**rolled_back)
 
-    def on_update(self) -> None:
-        """Let the average of the weights follow."""
+    def on_gradients(self) -> None:
+        """Add the gradient of dampening."""
+        if self.oscillation is not None:
+            self.oscillation.before()
+
+    def on_update(self) -> dict[str, float]:
+        """Compare codes with those before the update, and let the average of the weights follow; return metrics."""
+        metrics = self.oscillation.after() if self.oscillation is not None else {}
         self.deployed.update()
+        return metrics
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Evaluate where it is due, report the step and let the monitor judge it; return whether to stop."""
@@ -210,6 +223,8 @@ class TrainingSession:
             masters.save(folder)
         if processes.is_first():
             self.deployed.save(folder)
+            if self.oscillation is not None:
+                self.oscillation.save(folder)
         processes.wait()  # each process writes a file of its own into it
         if processes.is_first():
             complete(folder, step, self.run.stamp, state)
@@ -224,6 +239,7 @@ class TrainingSession:
             "rollbacks": self.resume.rollbacks,
             "inputs": self.run.inputs,
             "deployed": self.deployed.state(),
+            **({} if self.oscillation is None else {"oscillation": self.oscillation.state()}),
         }
 
     def _keep_boundary(self) -> None:

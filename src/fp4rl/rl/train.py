@@ -175,6 +175,8 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
     stopped = str(session.monitor.decisive) if session.monitor.decisive is not None else None
     if stopped is None:  # a run that ended early may not have reached its noisy stages
         session.phases.finish()
+    for row in session.oscillation.rows() if session.oscillation is not None else ():
+        run.emit(row)
     chosen = _deployed(run, session)
     final = session.save(run.folder / "final")
     share, steps = share_changed(beginning(run), session.model, run.emit), session.resume.metrics.values()

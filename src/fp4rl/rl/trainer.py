@@ -44,10 +44,8 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: TrainerComponents, folder: Path
     ) -> None:
         self.parts = parts
-        self._means = StepMeans()
         self._step_metrics: dict[str, float] = {}
-        self.timer = StepTimer()
-        self.learned = True
+        self._means, self.timer, self.learned = StepMeans(), StepTimer(), True
         self.masters: Masters | None = None
         recipe = parts.recipe
         super().__init__(
@@ -103,6 +101,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        self.parts.supervisor.on_gradients()
         if self.masters is None:
             return finite_norm(super()._clip_grad_norm(model))
         return finite_norm(self.accelerator.clip_grad_norm_(self.masters.parameters(), self.args.max_grad_norm))
@@ -279,8 +278,8 @@ class _AroundTheOptimizer(TrainerCallback):  # type: ignore[misc]
         """Drop cached rounded weights: a fused AdamW leaves no other trace of its step."""
         if self._trainer.masters is not None:
             self._trainer.masters.write()
+        self._trainer._means.add_update(**self._trainer.parts.supervisor.on_update())
         self._trainer.parts.phases.weights_changed()
-        self._trainer.parts.supervisor.on_update()
         self._trainer.timer.lap("optimizer")
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:

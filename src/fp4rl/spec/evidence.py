@@ -43,7 +43,6 @@ class Evaluation(Record):
     `n` counts answers, `problems` the problems. With several answers to a problem `strict` is their mean. `of_samples`
     holds `mean@k`, `pass@k`, `maj@k` and any further score of `spec.task.Score`; on disk these stand beside the other
     keys. Two evaluations have the same `answers_digest` where every answer is the same.
-
     `kl`: KL(unrounded || rounded) of the policy in nats, `same_top`: the share of tokens whose likeliest next token is
     the same; means over `kl_tokens`, the tokens of these answers. None: not measured.
     """
@@ -108,12 +107,10 @@ class Rounded(Record):
 
 
 class Injected(Record):
-    """What one point of one site did in one phase; under a `profile` where that was an evaluation.
-
-    `looks` counts the calls whose tensors were compared before and after, `missed` those of them that rounded nothing
-    although rounding would change the tensor; both are None in files of versions that did not count. `stage`: of a
-    precision that changes, where the injection's own format did not act alone yet.
-    """
+    """What one point of one site did in one phase; under a `profile` where that was an evaluation. `looks` counts calls
+    whose tensors were compared before and after, `missed` those that rounded nothing although rounding would change
+    the tensor; both are None in files of versions that did not count. `stage`: of a precision that changes, where the
+    injection's own format did not act alone yet."""
 
     kind: Literal["injection"] = Field("injection", exclude=True)
     phase: Phase
@@ -177,6 +174,17 @@ class NoiseStages(Record):
     kind: Literal["noise_stages"] = Field("noise_stages", exclude=True)
     ran: tuple[tuple[float, int], ...]
     missed: tuple[float, ...]
+
+
+class Oscillated(Record):
+    """One layer's codes in a run: the mean share that an update changed, those oscillating and frozen at its end."""
+
+    kind: Literal["oscillation"] = Field("oscillation", exclude=True)
+    layer: int | None
+    weights: int
+    code_flips: Share
+    oscillating: Share
+    frozen: Share | None = None
 
 
 class LiveCheck(Record):
@@ -266,6 +274,7 @@ Evidence = (
     | LiveCheck
     | MasterCheck
     | NoiseStages
+    | Oscillated
     | RolledBack
     | RolloutNoise
     | Rounded

@@ -108,10 +108,20 @@ class Experiment(Spec):
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
         yield from self._wrong_choice()
         yield from self._not_followed()
+        yield from (f"training.oscillation: {why}" for why in self._not_watched())
         if self.sharding != "none" and self.training.distillation is not None:
             yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
             yield "injection.frozen_base: FSDP cannot shard packed weights; write copy, or sharding: none"
+
+    def _not_watched(self) -> Iterator[str]:
+        if (settings := self.training.oscillation) is None:
+            return
+        if self.model.lora is not None:
+            yield "adapters are trained, and have no codes of their own; leave it out"
+        if self.sharding != "none":
+            yield "codes need whole weights; write sharding: none"
+        yield from settings.refused(self.injection)
 
     def _wrong_choice(self) -> Iterator[str]:
         recipe, judged = self.training, self.evaluation

@@ -58,6 +58,8 @@ def _training(recipe: Training) -> Iterator[str]:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
     if recipe.ema is not None:
         yield "training.ema: verl keeps no average of its weights; leave it out"
+    if recipe.oscillation is not None:
+        yield "training.oscillation: verl updates shards, whose codes are not followed; leave it out"
     if recipe.deployed != "last":
         yield "training.deployed: verl keeps every checkpoint, and the last is imported; write last"
     if recipe.stop:
