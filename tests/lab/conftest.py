@@ -71,15 +71,16 @@ def make_run(tmp_path: Path) -> MakeRun:
         run.write_sites(Sites(digest="aaaa", plans=(), left_out=()))
         for row in _rounded(described, result.get("evidence", EVIDENCE)):
             run.add_evidence(row)
-        run.add_evidence(line("master", step=30))
+        steps = described["training"]["steps"]
+        run.add_evidence(line("master", step=steps))
         run.add_evidence(line("live_equals_fresh"))
         for step in range(3):
             run.add_metrics(step, {"reward/mean": 0.1 * step + 0.01 * seed, "grad_norm": float("nan")})
         share = strict if isinstance(strict, float) else sum(strict) / len(strict)
         if not isinstance(strict, float):
-            run.write_items(30, conditions["name"], _items(strict))
+            run.write_items(steps, conditions["name"], _items(strict))
         scores = {"n": 40, "strict": share, "flexible": share, "formatted": 1.0, "mean_length": 20.0}
-        last = {"step": 30, "last": True, "profile": conditions} | scores
+        last = {"step": steps, "last": True, "profile": conditions} | scores
         first = {"step": 0, "last": False, "profile": conditions} | scores | {"strict": 0.3}
         content = {
             "run_id": run.run_id,
@@ -91,8 +92,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             "versions": {"torch": "2.13"},
             "evaluations": [first, last],
             "evidence": EVIDENCE,
-            "steps_asked": 30,
-            "steps_done": 30,
+            "steps_asked": steps,
+            "steps_done": steps,
             "wall_s": 12.5,
         } | result
         run.write_result(read_result(content))

@@ -170,7 +170,7 @@ def trained(monkeypatch):
         from fp4rl.rl.train import Trained
         from fp4rl.spec.records import Summary
 
-        emit(StepDone(1, {"loss": 0.5, "time/forward_s": 2.0}))
+        emit(StepDone(1, {"loss": 0.5, "time/forward_s": 2.0, "time/cpu_s": 1.5, "tokens/rollout": 70.0}))
         emit(line("master"))
         does.what(emit, folder)
         return Trained(folder, folder / "final", 1, Summary(masters_unchanged=True))
@@ -195,8 +195,8 @@ def test_each_attempt_is_kept_with_what_it_repeats(trained, tmp_path):
     assert planned_in(tmp_path).status.why == "once"
     trained.what = lambda emit, folder: None
     folder = work.execute_run(RUN, tmp_path)
-    kept = [(a["after_step"], a["repeats_steps"], a["repeats_s"]) for a in folder.attempts()]
-    assert kept == [(0, 0, 0.0), (0, 1, 2.0)]
+    names = ("after_step", "repeats_steps", "repeats_s", "repeats_cpu_s", "repeats_tokens")
+    assert [tuple(attempt[name] for name in names) for attempt in folder.attempts()] == [(0,) * 5, (0, 1, 2.0, 1.5, 70)]
     assert planned_in(tmp_path).status.word == "invalid"  # nothing was evaluated here
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp4rl.cli.budgets_view import print_budgets, print_missing
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled
@@ -17,6 +18,7 @@ from fp4rl.spec.words import agreeing, counted
 
 if TYPE_CHECKING:
     from fp4rl.lab.compare.comparison import Answer, CrossChecks
+    from fp4rl.lab.compare.controls import MissingControl
     from fp4rl.lab.compare.sides import At, Side
     from fp4rl.lab.ledger.store import Ledger
 
@@ -44,6 +46,7 @@ def command(
 
     Examples: `fp4rl compare w4a4@deployment bf16@w4a4 --factor injection`, `fp4rl compare quickstart`
     """
+    from fp4rl.lab.compare.controls import lacking
     from fp4rl.lab.compare.sides import At
 
     factors = in_present_words({"factors": factor or []})["factors"]
@@ -52,11 +55,13 @@ def command(
         raise InvalidValueError(f"--score is one of {', '.join(SCORES)}; got {score!r}")
     with opened(runs, ledger) as book:
         answers = _answers(book, treatment, control, runs, factors, margin, At(step, score), force)
+    missing = lacking(answers, runs / answers[0].treatment.suite)
     if as_json:
-        print_json([answer.as_dict() for answer in answers])
+        print_json([answer.as_dict() | {"equal_control": _of(answer, missing)} for answer in answers])
     else:
         for answer in answers:
             _print(answer)
+        print_missing(missing)
     refused = sum(not answer.comparable for answer in answers)
     if refused and not force:
         of_all = f"{refused} of {len(answers)} comparisons {agreeing(refused, 'is', 'are')}"
@@ -98,6 +103,11 @@ def _answers(
     return tuple(checked(a) for a in answers if known is None or a.question.declaration == known.declaration)
 
 
+def _of(answer: "Answer", missing: "Sequence[MissingControl]") -> dict[str, Any] | None:
+    arms = [side.runs[0].run.arm for side in (answer.treatment, answer.control) if side.runs]
+    return next((each.as_dict() for each in missing if [*each.arms] == arms), None)
+
+
 def _print(answer: "Answer") -> None:
     label = answer.question.label or f"{answer.treatment.name} against {answer.control.name}"
     console().print(styled((label, "bold")))
@@ -117,6 +127,8 @@ def _print(answer: "Answer") -> None:
         return
     print_indented(answer.verdict.sentence())
     print_indented(answer.verdict.why)
+    if answer.budgets is not None:
+        print_budgets(answer.budgets)
     if not answer.question.declared:
         print_indented("exploratory: no suite declared this question before its runs, so it stands alone")
     for line in _checks(answer.checks):

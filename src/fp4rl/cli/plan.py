@@ -8,14 +8,16 @@ import typer
 import yaml
 from rich.table import Table
 
+from fp4rl.cli.budgets_view import print_missing
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.ledger import ledger_address
 from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.precision_view import precision_stages, print_precision
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.prospect import print_expected, print_next, print_power
-from fp4rl.cli.stages_view import print_stages, total_steps
+from fp4rl.cli.stages_view import budgets_of, print_stages
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
+from fp4rl.lab.compare.controls import missing_controls
 from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.provenance import missing_files
@@ -60,13 +62,14 @@ def command(
     statuses = statuses_of(runs_planned, runs)
     finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
-        steps = {run.run_id: total_steps(run, {each.run_id: each for each in runs_planned}) for run in runs_planned}
-        print_json([_as_row(run, statuses[run.run_id]) | {"total_steps": steps[run.run_id]} for run in runs_planned])
+        whole = budgets_of(runs_planned, runs)
+        steps = {arm: None if budget is None else budget.steps for arm, budget in whole.items()}
+        print_json([_as_row(run, statuses[run.run_id]) | {"total_steps": steps[run.arm]} for run in runs_planned])
         return
     screen = console()
     _print_what(runs_planned[0].experiment)
     _print_recipes(runs_planned)
-    print_stages(runs_planned)
+    print_stages(runs_planned, runs)
     print_precision(runs_planned)
     screen.print(_what_interrupting_costs(runs_planned[0].experiment.training.save_freq))
     if isinstance(described, Suite):
@@ -82,6 +85,7 @@ def command(
         print_indented(line, by=0)
     if isinstance(described, Suite):
         print_power(described, runs_planned[0].experiment, ledger_address(runs, ledger))
+        print_missing(missing_controls(described, runs))
     for line in own_code(runs_planned):
         print_indented(("code", "yellow"), f": {line}")
     for line in warnings_of(runs_planned, described):

@@ -9,6 +9,7 @@ import typer
 import yaml
 from rich.table import Table
 
+from fp4rl.cli.budgets_view import print_spent
 from fp4rl.cli.ledger import opened
 from fp4rl.cli.options import Address, AsJson, RunsRoot
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
@@ -121,6 +122,7 @@ def _print(about: "About") -> None:
         screen.print("; ".join(filter(None, origin)), soft_wrap=True)
     if result.evaluations:
         screen.print(accuracies(result.evaluations))
+    print_spent(about.spent)
     _print_evidence(about)
     if about.curves:
         screen.print(_curves(about.curves))

@@ -19,7 +19,7 @@ from fp4rl.spec.load import merge, parse
 from fp4rl.spec.words import counted
 
 TOLERANCE = 0.02  # the share by which two budgets may differ and still count as equal
-_DECAYING = ("cosine", "linear")
+DECAYING = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def equal_control(
     counting = (treatment,) if common else (*stages, treatment)
     recipe = treatment.training
     steps = ceil(budget_of(*counting).updates / recipe.updates_per_step)
-    shaped = next((s.training for s in reversed(counting) if s.training.lr_scheduler in _DECAYING), recipe)
+    shaped = next((s.training for s in reversed(counting) if s.training.lr_scheduler in DECAYING), recipe)
     schedule = {
         "steps": steps,
         "lr_scheduler": shaped.lr_scheduler,

@@ -1,11 +1,17 @@
 """The runs whose weights another run takes: where they are, and whether they are what they are said to be."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
+from typing import Any
 
+from fp4rl.lab.files import Damaged
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.runs import Run
 from fp4rl.rl.inputs import Stages, of_model
+from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.former_names import with_present_names
@@ -13,6 +19,7 @@ from fp4rl.spec.linked import START, TEACHER, other_model
 from fp4rl.spec.load import parse
 
 FINAL = "final"
+_INPUTS = {START: ("start model", "untransformed model"), TEACHER: ("teacher",)}  # key -> names of what it gives a run
 
 
 def sources(run: PlannedRun, root: Path) -> dict[str, RunFolder]:
@@ -55,6 +62,67 @@ def present_digests(run: PlannedRun, root: Path) -> dict[str, str]:
     names = {START: "untransformed model" if transforms else "start model", TEACHER: "teacher"}
     folders = {names[key]: source.path / FINAL for key, source in given.items()}
     return {name: of_model(folder) for name, folder in folders.items() if folder.is_dir()}
+
+
+def link_of(spec: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """Return the run or folder that a described experiment takes weights from under a key; None for none."""
+    link: Any = spec
+    for part in key.split("."):
+        link = link.get(part) if isinstance(link, Mapping) else None
+    return link if isinstance(link, Mapping) and (link.get("arm") or link.get("run")) else None
+
+
+def taken_from(run: Run, key: str) -> RunFolder | None:
+    """Return the run whose weights a finished run took; None where it is not here as it was then."""
+    link = link_of(run.spec, key)
+    if link is None or run.folder is None:
+        return None
+    taken = [run.inputs.get(name) for name in _INPUTS[key]]
+    for folder in _candidates(run.folder, run.seed, link):
+        if folder.finished and folder.result().evidence.final_files in (None, *taken):
+            return folder
+    return None
+
+
+def planned_stages(experiment: Experiment, arms: Mapping[str, Experiment], root: Path) -> tuple[Experiment, ...] | None:
+    """Return the experiments that a planned one starts from, the first one first; `arms` are those of its suite.
+
+    None where it starts from a run that is not below `root` any more.
+    """
+    start = experiment.start
+    if start is None:
+        return ()
+    if start.arm is not None:
+        before = arms.get(start.arm)
+        return None if before is None else _and_own(planned_stages(before, arms, root), before)
+    with suppress(NotFoundError, Damaged):
+        return _on_disk(_named(str(start.run), root), root)
+    return None
+
+
+def _on_disk(folder: RunFolder, root: Path) -> tuple[Experiment, ...] | None:
+    own = parse(Experiment, with_present_names(folder.spec()), f"{folder.key}: spec.yaml")
+    if own.start is None or own.start.arm is None:
+        return _and_own(planned_stages(own, {}, root), own)
+    of_the_arm = next(_candidates(folder, own.seed, own.start.model_dump()), None)
+    return None if of_the_arm is None else _and_own(_on_disk(of_the_arm, root), own)
+
+
+def _and_own(before: tuple[Experiment, ...] | None, own: Experiment) -> tuple[Experiment, ...] | None:
+    return None if before is None else (*before, own)
+
+
+def _candidates(folder: RunFolder, seed: int | None, link: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """Yield the runs that a link of the run in `folder` may mean: its arm's as described, of the same seed, or that
+    which it names."""
+    if link.get("run"):
+        with suppress(NotFoundError):
+            yield _named(str(link["run"]), folder.path.parent.parent)
+        return
+    for path in sorted(folder.path.parent.glob(f"{escape(link['arm'])}-s{seed}-*")):
+        described = {key: value for key, value in RunFolder(path).spec().items() if key != "seed"}
+        if link.get("digest") in (None, digest(described)):
+            yield RunFolder(path)
 
 
 def _named(name: str, root: Path) -> RunFolder:

@@ -121,6 +121,10 @@ def _note_attempt(folder: RunFolder, step: int) -> None:
     except Damaged:  # told where it is in the way
         lost = []
     seconds = sum(values.get(f"time/{name}_s", 0.0) for values in lost for name in WHAT)
+    cpu_s, tokens = (
+        sum(values[name] for values in lost) if all(name in values for values in lost) else None
+        for name in ("time/cpu_s", "tokens/rollout")
+    )
     folder.add_attempt(
         at=round(time.time(), 3),
         host=socket.gethostname(),
@@ -128,6 +132,8 @@ def _note_attempt(folder: RunFolder, step: int) -> None:
         after_step=step,
         repeats_steps=len(lost),
         repeats_s=round(seconds, 3),
+        repeats_cpu_s=cpu_s,
+        repeats_tokens=tokens,
     )
 
 
@@ -160,6 +166,7 @@ def _kept(folder: RunFolder, sinks: Sinks, heart: Heartbeat, emit: events.Emit) 
             case events.SitesResolved():
                 folder.write_sites(event.sites)
             case events.StepsDropped():
+                _note_attempt(folder, event.step)
                 folder.drop_metrics_after(event.step)
             case events.Message():
                 _log(folder, [event.line])

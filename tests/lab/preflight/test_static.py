@@ -91,6 +91,13 @@ def test_a_decay_in_one_arm_alone_is_warned_of(subject, rows):
     assert "training.lr_scheduler" in row.measured
 
 
+def test_a_treatment_that_trains_longer_than_its_control_is_warned_of(subject, rows):
+    longer = {"injection": W4A8, "training": {"steps": 4}}
+    (row,) = rows(questions, "budgets", subject(suite=asking(), a={}, b=longer))
+    assert (row.verdict, "2 steps" in row.measured, "4 steps" in row.measured) == ("warn", True, True)
+    assert verdicts(rows(questions, "budgets", subject(suite=asking(), a={}, b={"injection": W4A8}))) == ["pass"]
+
+
 def test_one_seed_is_warned_of(subject, rows):
     arms = {"a": {}, "b": {"injection": W4A8}}
     assert verdicts(rows(questions, "seeds", subject(suite=asking(seeds=[0]), **arms))) == ["warn"]

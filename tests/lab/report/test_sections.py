@@ -84,22 +84,23 @@ def test_steps_are_spread_evenly_with_both_ends():
 
 
 def test_the_cost_of_an_arm_is_the_sum_of_its_runs(make_trial):
-    """Twelve runs of 21.5 s and 12 steps; one logs 10 answers of 20 tokens in 2 of 6 groups: 30 in all."""
+    """Twelve runs of 21.5 s and 12 steps; each step of one logs 10 answers in 2 of 6 groups, 30 in all, and tokens."""
     trial = make_trial()
     trial.write()
     run = next(run for run in planned(trial.suite) if run.arm == "w4a4")
     logged = {"rollout/answers": 10.0, "rollout/groups": 2.0, "sampling/generated_groups": 6.0, "time/step_s": 4.0}
-    RunFolder(trial.folder / run.run_id).add_metrics(STEP + 1, logged | {"response_length/mean": 20.0})
+    for step in range(1, STEP + 1):
+        RunFolder(trial.folder / run.run_id).add_metrics(step, logged | {"tokens/rollout": 600.0})
     by_arm = {cost.arm: cost for cost in collect(trial.folder).costs}
-    assert (by_arm["w4a4"].answers, by_arm["w4a4"].tokens, by_arm["w4a4"].training_s) == (30, 600, 4.0)
+    assert (by_arm["w4a4"].answers, by_arm["w4a4"].tokens, by_arm["w4a4"].training_s) == (12 * 30, None, 48.0)
     assert (by_arm["bf16"].runs, by_arm["bf16"].steps, by_arm["bf16"].wall_s) == (3, 36, pytest.approx(64.5))
-    assert (by_arm["all"].runs, by_arm["all"].tokens, by_arm["all"].cpu_s) == (12, 600, None)
+    assert (by_arm["all"].runs, by_arm["all"].tokens, by_arm["all"].cpu_s) == (12, None, None)
 
 
 def test_the_table_of_traps_names_the_runs_that_do_not_pass(make_trial):
     trial = make_trial()
     report = collect(trial.write(without_evidence=[("w4a16", 1)], stale=[("w4a4", 0)]))
-    rows = {check.trap: check for check in checks(report.runs)}
+    rows = {check.trap: check for check in checks(report.runs, report.questions)}
     acted = rows["The treatment was described and never acted"]
     assert (acted.passed, acted.total, acted.others) == (11, 12, "w4a16 seed 1")
     assert rows["Runs of different code are compared"].others == "w4a4 seed 0"

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from fp4rl.lab import criteria
+from fp4rl.lab.compare.budgets import Budgets, budgets
 from fp4rl.lab.compare.fairness import Objection, objections
 from fp4rl.lab.compare.sides import Side
 from fp4rl.lab.criteria import Verdict, evaluate_family
 from fp4rl.lab.runs import Run
+from fp4rl.lab.spent import Spending
 from fp4rl.lab.statistics.crossed import Bootstrapped, Scores, multi_bootstrap, two_way
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference, Spread, pooled
@@ -54,7 +56,10 @@ class CrossChecks:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question. With `objections` it is refused: no verdict, or with `force` one without a word."""
+    """The answer to a question. With `objections` it is refused: no verdict, or with `force` one without a word.
+
+    `budgets`: what the training of both sides took; None without a verdict.
+    """
 
     question: Question
     treatment: Side
@@ -63,6 +68,7 @@ class Answer:
     verdict: Verdict | None = None
     checks: CrossChecks = field(default_factory=CrossChecks)
     force: bool = False
+    budgets: Budgets | None = None
 
     @property
     def comparable(self) -> bool:
@@ -80,6 +86,12 @@ class Answer:
         if self.objections or self.verdict is None:
             return "not comparable"
         return self.verdict.word or "no verdict"
+
+    @property
+    def quotable(self) -> bool:
+        """Whether its word stands alone: it was declared beforehand, and other training alone does not explain it."""
+        earned = self.comparable and self.verdict is not None and self.verdict.word is not None
+        return earned and self.question.declared and self.budgets is not None and not self.budgets.confounded
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -105,6 +117,8 @@ class Answer:
             "marks": self.marks,
             "verdict": asdict(self.verdict) if self.verdict else None,
             "checks": asdict(self.checks),
+            "budgets": self.budgets and asdict(self.budgets) | {"equal": self.budgets.equal},
+            "quotable": self.quotable,
         }
 
 
@@ -121,10 +135,21 @@ def answer_all(
     fair = [answer for answer in answers if answer.comparable]
     spread = _spread(answers, spread_of)
     verdicts = iter(evaluate_family(list(map(_member, fair)), spread=spread, others=len(answers) - len(fair)))
-    return tuple(
+    judged = (
         replace(answer, verdict=_earned(answer, next(verdicts)) if answer.comparable else _forced(answer, spread))
         for answer in answers
     )
+    spending = Spending(own.run for a in answers for side in (a.treatment, a.control) for own in side.runs)
+    return tuple(_at_budget(answer, spending) for answer in judged)
+
+
+def _at_budget(answer: Answer, spending: Spending) -> Answer:
+    """Return the answer with what both sides took, and its verdict with what of it is unequal."""
+    if answer.verdict is None:
+        return answer
+    took = budgets(answer.treatment, answer.control, spending)
+    why = "; ".join(filter(None, (answer.verdict.why, took.sentence())))
+    return replace(answer, verdict=replace(answer.verdict, why=why), budgets=took)
 
 
 def checked(answer: Answer) -> Answer:

@@ -9,10 +9,26 @@ from fp4rl.spec.load import arm_contents
 
 # Each of these is one factor as a whole, however many of its keys differ.
 _WHOLE = ("injection", "noise", START, TEACHER)
-# Where what trains differs, so do its losses' details and its libraries: no difference that is meant in silence.
-_DECLARED = "engine"
+STEPS = "training.steps"
+# Where what trains differs, so do its losses' details and its libraries; where steps differ, so does the step that is
+# compared: no difference that is meant in silence.
+_DECLARED = ("engine", STEPS)
 # Which profiles are measured changes no number; the conditions of a number are compared with the number.
 _NO_FACTOR = ("evaluation.profiles", "evaluation.injections")
+
+# Where arms differ in nothing but these, how long and how they train is the question itself.
+_OF_TRAINING = tuple(
+    f"training.{key}"
+    for key in (
+        "steps",
+        "epochs",
+        "train_batch_size",
+        "mini_batch_size",
+        "rollout_n",
+        "lr_scheduler",
+        "lr_warmup_steps",
+    )
+)
 
 Differences = dict[str, tuple[Any, Any]]
 
@@ -54,11 +70,18 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differen
 def undeclared(differing: Differences, factors: Sequence[str]) -> Differences:
     """Return the differences that no declared factor covers.
 
-    Where none is declared, one factor may differ: one key but the engine, or the injection or the noise as a whole.
+    Where none is declared, one factor may differ: one key but the engine and the steps, or the injection or the noise
+    as a whole.
     """
     if factors:
         return {key: pair for key, pair in differing.items() if not covered(key, factors)}
-    return differing if len({factor_of(key) for key in differing}) > 1 or _DECLARED in differing else {}
+    several = len({factor_of(key) for key in differing}) > 1
+    return differing if several or any(key in differing for key in _DECLARED) else {}
+
+
+def about_training(differing: Differences) -> bool:
+    """Return whether all that differs is how long arms train, and by which schedule."""
+    return bool(differing) and all(covered(key, _OF_TRAINING) for key in differing)
 
 
 def covered(key: str, factors: Sequence[str]) -> bool:

@@ -2,14 +2,15 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from fp4rl.lab.compare.differing import covered, differences, factor_of, in_few_words, undeclared
+from fp4rl.lab.compare.differing import STEPS, covered, differences, factor_of, in_few_words, undeclared
 from fp4rl.lab.compare.sides import Side, SideRun
 from fp4rl.lab.gaps import points_named
 from fp4rl.lab.runs import Run
+from fp4rl.lab.stages import link_of
 from fp4rl.rl.inputs import POINTERS
 from fp4rl.spec.linked import START, TEACHER
 from fp4rl.spec.points import FORMAT_POINTS, PHASES, ApplyDuring
@@ -34,12 +35,14 @@ _VERSIONS_IN_THE_CODE = ("python", "fp4rl")  # the digest of the code is more pr
 
 @dataclass(frozen=True)
 class Objection:
-    """Why a comparison is refused: the kind of unfairness, what differs, and the value on each side."""
+    """Why a comparison is refused: the kind of unfairness, what differs, the value on each side, and the cure if the
+    difference may be meant."""
 
     kind: Kind
     what: str
     treatment: str
     control: str
+    cure: str = ""
 
     def sentence(self) -> str:
         """Return the objection in one line."""
@@ -50,7 +53,7 @@ class Objection:
                 return self.what
             case "evidence":
                 return f"{self.what}: {self.treatment}"
-        return f"{self.what}: {self.treatment} against {self.control}"
+        return f"{self.what}: {self.treatment} against {self.control}{f'; {self.cure}' if self.cure else ''}"
 
 
 def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> tuple[Objection, ...]:
@@ -67,7 +70,7 @@ def objections(treatment: Side, control: Side, factors: Sequence[str] = ()) -> t
         *_nothing_differs(treatment, control, factors),
         *_identical(treatment, control),
         *_seeds(treatment, control),
-        *_steps(treatment, control),
+        *_steps(treatment, control, factors),
         *_conditions(treatment, control, covered("precision", factors)),
         *_code(treatment, control, factors),
         *_inputs(treatment, control, factors),
@@ -129,9 +132,15 @@ def _seeds(treatment: Side, control: Side) -> Iterator[Objection]:
                 yield Objection("seeds", f"seed {seed} counts {count} times in {side.name}", f"{count} runs", "one")
 
 
-def _steps(treatment: Side, control: Side) -> Iterator[Objection]:
+def _steps(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[Objection]:
+    """Yield numbers of different steps: where the steps or stages are a declared factor, the last ones are compared."""
     steps = _values(treatment, control, lambda run: run.measured.step)
-    yield from _unequal("step", "the evaluated step", steps)
+    ends = all(run.measured.last for side in (treatment, control) for run in side.runs)
+    declared = any(covered(key, factors) for key in (STEPS, START))
+    if not (ends and declared and all(len(of_side) == 1 for of_side in steps)):
+        meant = ends and len({run.steps[0] for side in (treatment, control) for run in side.runs}) > 1
+        cure = f"where that is meant, declare it as a factor ({STEPS})" if meant else ""
+        yield from (replace(objection, cure=cure) for objection in _unequal("step", "the evaluated step", steps))
     for side in (treatment, control):
         for key in side.unmeasured:
             yield Objection("step", f"{key} was not evaluated there", "no number", "the other runs have one")
@@ -189,10 +198,7 @@ def _inputs(treatment: Side, control: Side, factors: Sequence[str]) -> Iterator[
 def _of_same_seed(spec: Mapping[str, Any]) -> Iterator[str]:
     """Yield the inputs that are another run's weights, of the same seed: repeats differ in them."""
     for name, key in (("start model", START), ("teacher", TEACHER)):
-        link: Any = spec
-        for part in key.split("."):
-            link = link.get(part) if isinstance(link, Mapping) else None
-        if isinstance(link, Mapping) and link.get("arm"):
+        if (link_of(spec, key) or {}).get("arm"):
             yield name
 
 

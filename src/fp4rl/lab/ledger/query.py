@@ -3,7 +3,8 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from fp4rl.lab.ledger import tables
 from fp4rl.lab.ledger.store import open_ledger
 from fp4rl.lab.ledger.tables import Row, evaluation_row, run_of
 from fp4rl.lab.runs import Run, read_run
+from fp4rl.lab.spent import Spending, TotalSpent
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
@@ -196,6 +198,11 @@ class About:
         """Name -> first, last, lowest, highest; None where a value was not a number."""
         return curves_of(self.run.curves.values())
 
+    @cached_property
+    def spent(self) -> TotalSpent:
+        """What its training, its stages and its teacher took."""
+        return Spending().of(self.run)
+
     @property
     def lines(self) -> dict[str, int]:
         """Kind of evidence -> how many lines there are."""
@@ -211,6 +218,7 @@ class About:
             "gaps": run.gaps,
             "warnings": run.warnings,
             "evidence_lines": self.lines,
+            "spent": asdict(self.spent),
             "metrics": self.curves,
             "items": self.items,
             "artefacts": self.files,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from math import sqrt
 
+from fp4rl.lab.compare.controls import missing_controls
 from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.serving import of_profiles
@@ -23,6 +24,17 @@ def differing(subject: Subject) -> Iterator[Row]:
     yield from (Row("warn", line, expected, "name the factor, or make the arms alike") for line in refused)
     if not refused:
         yield Row("pass", f"{counted(len(suite.comparisons), 'question')}, none with another difference", expected)
+
+
+def budgets(subject: Subject) -> Iterator[Row]:
+    """Count what both sides of every question train, with all stages, and look for a control that trains as long."""
+    suite, expected = subject.described, "a control that trains as long as the treatment, by such a schedule"
+    if not isinstance(suite, Suite) or not suite.comparisons:
+        return
+    missing = [*missing_controls(suite, subject.root)]
+    yield from (Row("warn", each.sentence(), expected, "paste what `fp4rl plan` prints") for each in missing)
+    if not missing:
+        yield Row("pass", f"{counted(len(suite.comparisons), 'question')}, none that lacks it", expected)
 
 
 def seeds(subject: Subject) -> Iterator[Row]:
@@ -82,6 +94,7 @@ def _noisy_profiles(experiment: Experiment) -> Row:
 
 CHECKS = (
     Check("questions", ("P20", "P46"), differing),
+    Check("budgets", ("P46",), budgets),
     Check("seeds", ("P21",), seeds),
     Check("sample", ("P34",), sample),
     Check("reference", ("P22",), reference),

@@ -1,8 +1,9 @@
 """What could fool a reader of these runs, and how many of them are proof against it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.report.evidence import live_difference, masters_unchanged, noise_steps
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun
@@ -14,13 +15,15 @@ _CUT, _FORMATTED = 0.05, 0.9  # shares of answers: more cut off, or fewer in the
 
 @dataclass(frozen=True)
 class Check:
-    """One trap. `passed` of `total` finished runs are proof against it; `others` names those that are not."""
+    """One trap. `passed` of `total` finished runs (or questions: `of`) are proof against it; `others` names those that
+    are not."""
 
     trap: str
     how: str
     passed: int
     total: int
     others: str
+    of: str = "runs"
 
 
 # trap, how it is ruled out, verdict on one run: None where it is not asked of it
@@ -74,17 +77,37 @@ _CHECKS: tuple[tuple[str, str, Callable[[SuiteRun, Run], bool | None]], ...] = (
 )
 
 
-def checks(runs: Sequence[SuiteRun]) -> list[Check]:
-    """Return every check that some finished run is asked for."""
+def checks(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> list[Check]:
+    """Return every check that some finished run, or some answered question, is asked for."""
     finished = [(own, own.run) for own in runs if own.run is not None]
     rows = []
     for trap, how, verdict_on in _CHECKS:
         judged = [(own, verdict) for own, run in finished if (verdict := verdict_on(own, run)) is not None]
         failed = [f"{own.planned.arm} seed {own.planned.seed}" for own, verdict in judged if not verdict]
-        more = f" and {len(failed) - _FEW} more" if len(failed) > _FEW else ""
         if judged:
-            rows.append(Check(trap, how, len(judged) - len(failed), len(judged), ", ".join(failed[:_FEW]) + more))
-    return rows
+            rows.append(Check(trap, how, len(judged) - len(failed), len(judged), _few(failed)))
+    return [*rows, *_budgets(questions)]
+
+
+def _budgets(questions: Sequence[Answer]) -> Iterator[Check]:
+    """Yield the check of unequal training. A question passes where another asks for the same treatment at equal one."""
+    answered = [(a, a.budgets) for a in questions if a.budgets is not None]
+    controlled = {a.treatment.name for a, took in answered if not took.confounded}
+    failed = [
+        f"{a.treatment.name} against {a.control.name}"
+        for a, took in answered
+        if took.confounded and a.treatment.name not in controlled
+    ]
+    if answered:
+        how = "steps, updates, answers and schedule of both sides, with all stages, or a control of equal budget beside"
+        passed = len(answered) - len(failed)
+        yield Check(
+            "Longer or other training explains the difference", how, passed, len(answered), _few(failed), "questions"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _noisy(run: Run) -> bool:

@@ -120,7 +120,7 @@ def collect(suite_folder: Path, ledger: str | None = None) -> SuiteReport:
         bands=banded(suite, suite.described.criteria) if suite.described is not None else (),
         flips=tuple(flips_of(answers, arms)),
         rollouts=tuple(rollouts_of(suite.by_arm)),
-        costs=tuple(costs(suite.by_arm)),
+        costs=tuple(costs(suite.by_arm, suite_folder.resolve().parent)),
     )
 
 

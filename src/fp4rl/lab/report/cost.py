@@ -1,9 +1,13 @@
 """What each arm cost: runs, steps, time, and tokens generated."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from fp4rl.lab.budget import budget_of
+from fp4rl.lab.spent import over_steps, sum_known
+from fp4rl.lab.stages import planned_stages
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.records import RunResult
 
@@ -14,7 +18,8 @@ class Cost:
 
     `wall_s`, `cpu_s` (of the first process) and `gpu_s` are of the attempts that finished, evaluations included;
     `training_s` and `rollout_s` are of all steps. `answers` are those sampled to train on, also the groups that dynamic
-    sampling dropped; `tokens` takes the mean length of each step's first generation.
+    sampling dropped, `tokens` those of all their rollouts. `steps_in_all` are those of one run with its stages, as
+    planned; None where a stage is not here.
     """
 
     arm: str
@@ -26,13 +31,21 @@ class Cost:
     training_s: float
     rollout_s: float
     answers: int
-    tokens: int
+    tokens: float | None
     device: str
+    steps_in_all: int | None = None
 
 
-def costs(by_arm: Mapping[str, Sequence[SuiteRun]]) -> list[Cost]:
-    """Return the cost of every arm with a finished run, and of all of them together (arm "all")."""
-    rows = [_cost(arm, own) for arm, runs in by_arm.items() if (own := [run for run in runs if run.run is not None])]
+def costs(by_arm: Mapping[str, Sequence[SuiteRun]], root: Path) -> list[Cost]:
+    """Return the cost of every arm with a finished run, and of all of them together (arm "all"); stages that are runs
+    of other suites are looked up below `root`."""
+    arms = {arm: runs[0].planned.experiment for arm, runs in by_arm.items()}
+    rows = [
+        replace(_cost(arm, own), steps_in_all=None if stages is None else budget_of(*stages, arms[arm]).steps)
+        for arm, runs in by_arm.items()
+        if (own := [run for run in runs if run.run is not None])
+        for stages in [planned_stages(arms[arm], arms, root)]
+    ]
     return [*rows, _together(rows)] if len(rows) > 1 else rows
 
 
@@ -40,28 +53,29 @@ def _cost(arm: str, runs: Sequence[SuiteRun]) -> Cost:
     results = [run.run.result for run in runs if run.run is not None]
     steps = [step for run in runs for step in run.curves.values()]
     answers = [_answers(step) for step in steps]
-    lengths = [_of(step, "response_length/mean") for step in steps]
     return Cost(
         arm=arm,
         runs=len(results),
         steps=sum(result.steps_done or 0 for result in results),
         wall_s=sum(result.wall_s or 0.0 for result in results),
-        cpu_s=_total(result.cpu_s for result in results),
-        gpu_s=_total(map(_gpu_s, results)),
+        cpu_s=sum_known(result.cpu_s for result in results),
+        gpu_s=sum_known(map(_gpu_s, results)),
         training_s=sum(_of(step, "time/step_s") for step in steps),
         rollout_s=sum(_of(step, "time/rollout_s") for step in steps),
         answers=round(sum(answers)),
-        tokens=round(sum(count * length for count, length in zip(answers, lengths, strict=True))),
+        tokens=sum_known(
+            over_steps(run.curves, "tokens/rollout", run.run.result.steps_done) for run in runs if run.run
+        ),
         device=", ".join(sorted({result.device or "not recorded" for result in results})),
     )
 
 
 def _together(rows: Sequence[Cost]) -> Cost:
-    added = ("runs", "steps", "wall_s", "training_s", "rollout_s", "answers", "tokens")
+    added = ("runs", "steps", "wall_s", "training_s", "rollout_s", "answers")
     sums = {name: sum(getattr(row, name) for row in rows) for name in added}
     devices = sorted({name for row in rows for name in row.device.split(", ")})
-    cpu_s, gpu_s = (_total(getattr(row, name) for row in rows) for name in ("cpu_s", "gpu_s"))
-    return Cost(arm="all", device=", ".join(devices), cpu_s=cpu_s, gpu_s=gpu_s, **sums)
+    sums |= {name: sum_known(getattr(row, name) for row in rows) for name in ("cpu_s", "gpu_s", "tokens")}
+    return Cost(arm="all", device=", ".join(devices), **sums)
 
 
 def _gpu_s(result: RunResult) -> float | None:
@@ -75,11 +89,6 @@ def _answers(step: Mapping[str, float]) -> float:
     answers, groups = _of(step, "rollout/answers"), _of(step, "rollout/groups")
     generated = _of(step, "sampling/generated_groups")
     return answers * generated / groups if groups and generated else answers
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
 
 
 def _of(step: Mapping[str, float], name: str) -> float:

@@ -55,8 +55,11 @@ def _lines(report: SuiteReport) -> Iterator[str]:
     ]
     yield from _table(("place", "arm @ profile", "accuracy, % [95 %]", "against full precision", "seeds"), ranked)
     yield from ("## Evidence", "")
-    proof = [(own.trap, own.how, f"{own.passed} of {own.total}", own.others or "-") for own in checks(report.runs)]
-    yield from _table(("trap", "ruled out by", "runs that pass", "not passed by"), proof)
+    proof = [
+        (own.trap, own.how, f"{own.passed} of {own.total} {own.of}", own.others or "-")
+        for own in checks(report.runs, report.questions)
+    ]
+    yield from _table(("trap", "ruled out by", "that pass", "not passed by"), proof)
     yield from ("## Read with this", "", *(f"- {_cell(note)}" for note in report.notes), "")
     yield from ("## How to make these numbers again", "")
     yield from _table(("command", "what it does"), [(f"`{command}`", what) for command, what in commands(report)])

@@ -52,7 +52,8 @@ def _answered(report: SuiteReport) -> Iterator[str]:
         treatment, control = answer.question.treatment, answer.question.control
         size = f" ({verdict.difference:+.1f} points)" if verdict is not None and answer.comparable else ""
         meaning = _MEANS.get(answer.word, answer.word)
-        yield f"{label}? {treatment} against {control} {meaning}{size}."
+        unequal = answer.budgets.sentence() if answer.budgets is not None and answer.comparable else None
+        yield f"{label}? {treatment} against {control} {meaning}{size}{f', {unequal}' if unequal else ''}."
     if len(report.questions) > _MOST:
         words = Counter(answer.word for answer in report.questions)
         counts = ", ".join(f"{count} {word}" for word, count in words.most_common())

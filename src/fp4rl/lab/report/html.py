@@ -41,7 +41,7 @@ def render(report: SuiteReport) -> str:
         answers=questions,
         heat=heat,
         evidence=_evidence(report),
-        checks=checks(report.runs),
+        checks=checks(report.runs, report.questions),
         rollouts=[
             {"name": f"{own.arm}, seed {own.seed}", "steps": list(own.by_step.items())} for own in report.rollouts
         ],

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 
 from fp4rl.lab.compare.comparison import Answer
+from fp4rl.lab.compare.controls import lacking
 from fp4rl.lab.report.scores import Score
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.lab.suites import SuiteRun, SuiteRuns
@@ -29,6 +30,7 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
         *_before(scores),
         *_spread(scores),
         *_sampling(runs),
+        *_controls(suite, questions),
         *_scope(runs, questions),
         *_not_planned(suite.not_planned),
     )
@@ -121,6 +123,12 @@ def _sampling(runs: Sequence[SuiteRun]) -> Iterator[str]:
             f"Dynamic sampling dropped {100 * dropped:.0f} % of the groups (all answers equal), "
             f"at {batches:.1f} generations a step."
         )
+
+
+def _controls(suite: SuiteRuns, questions: Sequence[Answer]) -> Iterator[str]:
+    """Yield a note on every question that lacks a control of equal budget."""
+    for missing in lacking(questions, suite.folder):
+        yield f"Unequal budget: {missing.sentence()} (`fp4rl compare {suite.folder.name}` prints it)."
 
 
 def _scope(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> Iterator[str]:
