@@ -7,14 +7,18 @@ from typing import get_args
 import pytest
 
 from fp4rl.cli.main import main
+from fp4rl.lab.budget import equal_control
 from fp4rl.lab.catalogue import described, names
 from fp4rl.lab.catalogue.reported import reported
 from fp4rl.lab.catalogue.rows import Scale, table
+from fp4rl.lab.compare.controls import missing_controls
+from fp4rl.lab.compare.differing import refused_beforehand
 from fp4rl.lab.matrix import planned, single
 from fp4rl.lab.work import execute_run
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
+from fp4rl.spec.load import arm_contents
 
 ROWS = table().rows
 PLANNED = [name for name, row in ROWS.items() if row.refused is None]
@@ -100,6 +104,48 @@ def test_what_was_reported_is_complete_unique_and_names_nobody():
     assert reported()["E6b"].step == 20
     assert any("step 20 of 29" in reason for reason in reported()["E6b"].confounds)
     assert all(0 <= record.accuracy <= 100 for record in reported().values() if record.accuracy is not None)
+
+
+def test_the_recipe_of_w4a4_asks_at_equal_budget_over_seven_seeds(tmp_path):
+    """By hand: 30 steps of the start and 60 of its own are the 90 of the control, in one cosine."""
+    suite = described("w4a4_recipe")
+    arms = dict(arm_contents(suite))
+    assert len(suite.seeds) == 7
+    assert [*refused_beforehand(suite)] == [*missing_controls(suite, tmp_path)] == []
+    assert {question.margin for question in suite.comparisons if question.test == "reaches"} == {0.01}
+    control = equal_control(arms["w4a4_qad"], [arms["bf16"]], like=arms["bf16_equal"])
+    assert control == arms["bf16_equal"]
+    assert (control.training.steps, control.training.lr_scheduler) == (90, "cosine")
+
+
+@pytest.mark.slow
+def test_the_recipe_of_w4a4_is_run_and_judged_by_a_command_each(tmp_path, capsys):
+    """Two seeds of fewer and smaller steps, in the same proportions: every question is answered, at equal budget."""
+    small = [
+        "train_batch_size=4",
+        "mini_batch_size=2",
+        "rollout_n=4",
+        "filter_groups={enable: false}",
+        "entropy_coeff=1e-3",
+    ]
+    steps = [f"arms.{arm}.training.steps={n}" for n, arm in ((1, "bf16"), (1, "w4a4_short"), (2, "w4a4_qad"))]
+    steps += ["training.steps=3", "arms.w4a4_qad_layer0.training.steps=2"]
+    others = ["seeds=[101,102]", "evaluation.count=16", "model.embedded.warm_up_steps=60"]
+    runs = ["--runs", str(tmp_path)]
+    words = [*(f"training.{word}" for word in small), *steps, *others]
+    assert main(["run", "catalogue/w4a4_recipe", *words, *runs, "--jobs", "1"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "w4a4_recipe", *runs, "--json"]) in (0, 1)
+    answers = json.loads(capsys.readouterr().out)
+    assert len(answers) == 4
+    for answer in answers:
+        assert {each["kind"] for each in answer["objections"]} <= {"identical", "evidence"}, answer["objections"]
+    staged = next(answer["budgets"] for answer in answers if answer["budgets"])
+    assert staged["equal"] is True
+    assert (staged["treatment"]["stages"]["steps"], staged["treatment"]["own"]["steps"]) == (1, 2)
+    assert all(
+        staged[side]["own"][what] > 0 for side in ("treatment", "control") for what in ("tokens", "cpu_s", "wall_s")
+    )
 
 
 def test_names_and_scales_are_one_line_errors(capsys):

@@ -63,8 +63,8 @@ def command(
     finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
         whole = budgets_of(runs_planned, runs)
-        steps = {arm: None if budget is None else budget.steps for arm, budget in whole.items()}
-        print_json([_as_row(run, statuses[run.run_id]) | {"total_steps": steps[run.arm]} for run in runs_planned])
+        in_all = {arm: {"total_steps": budget and budget.steps} for arm, budget in whole.items()}
+        print_json([_as_row(run, statuses[run.run_id]) | in_all[run.arm] for run in runs_planned])
         return
     screen = console()
     _print_what(runs_planned[0].experiment)
