@@ -18,6 +18,7 @@ SMALLEST = {
     "numerics": ["--rounds", "2", "--dry"],
     "rl": ["--rounds", "2", "--cache", "{folder}"],
     "scan": ["sensitivity", "--folder", "{folder}"],
+    "search": ["--tries", "2"],
     "report": ["--runs", "12", "--arms", "3", "--folder", "{folder}/suite"],
     "transforms": ["--cache", "{folder}"],
     "verdicts": ["--tries", "20"],

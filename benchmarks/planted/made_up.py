@@ -55,9 +55,15 @@ class World:
         return low
 
 
-def make_world(rng: np.random.Generator, problems: int = 1319, spread: float = 1.5) -> World:
-    """A world in which repeats of a run have the standard deviation `spread` in points, chance of problems included."""
-    chances = np.clip(rng.beta(*_DIFFICULTY, size=problems), 1e-4, 1 - 1e-4)
+def make_world(
+    rng: np.random.Generator,
+    problems: int = 1319,
+    spread: float = 1.5,
+    difficulty: tuple[float, float] = _DIFFICULTY,
+) -> World:
+    """A world in which repeats of a run have the standard deviation `spread` in points, chance of problems included;
+    `difficulty`: of the beta distribution of the chances to solve a problem."""
+    chances = np.clip(rng.beta(*difficulty, size=problems), 1e-4, 1 - 1e-4)
     # d accuracy / d skill; divided by the number of problems, also the variance that the problems alone give one run.
     slope = float((chances * (1 - chances)).mean())
     of_seeds = max((spread / 100) ** 2 - slope / problems, 0.0) ** 0.5

@@ -43,7 +43,7 @@ def test_it_fits_eighty_columns(capsys, monkeypatch):
 
 def test_every_extra_that_enables_something_is_listed():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert set(machine.EXTRAS) == set(project["optional-dependencies"]) - {"dev", "search"}  # nothing uses search yet
+    assert set(machine.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

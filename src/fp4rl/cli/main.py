@@ -36,6 +36,7 @@ VERBS = (
     "preflight",
     "data",
     "run",
+    "search",
     "watch",
     "reward",
     "eval",
@@ -162,7 +163,7 @@ def _answer(error: BaseException, verb: str | None) -> tuple[int, str] | None:
         case CheckFailed():
             return 1, str(error)
         case KeyboardInterrupt() | typer.Abort():
-            resumes = verb in ("run", "quickstart")
+            resumes = verb in ("run", "search", "quickstart")
             return _INTERRUPTED, f"stopped{'; the same command continues where it left off' if resumes else ''}"
         case BrokenPipeError():
             return 0, ""

@@ -81,7 +81,7 @@ def command(
     _print_reasons({run_id: status for run_id, status in statuses.items() if status.why})
     _print_served({run.arm: run.experiment for run in runs_planned})
     missing = [run for run in runs_planned if not statuses[run.run_id].finished]
-    for line in estimated(missing, _earlier(missing, runs, ledger), jobs):
+    for line in estimated(missing, earlier_runs(missing, runs, ledger), jobs):
         print_indented(line, by=0)
     if isinstance(described, Suite):
         print_power(described, runs_planned[0].experiment, ledger_address(runs, ledger))
@@ -94,7 +94,7 @@ def command(
         screen.print(styled(("missing", "yellow"), f": {line}"))
 
 
-def _earlier(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> list[Run]:
+def earlier_runs(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> list[Run]:
     """Return the runs of the ledger that are of the task and model of one that is missing; none without a ledger."""
     address = ledger_address(runs, ledger)
     if not missing or (isinstance(address, Path) and not address.is_file()):

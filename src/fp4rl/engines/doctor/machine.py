@@ -26,6 +26,7 @@ EXTRAS = {
     "train": "fp4rl run: training by TRL, adapters by peft",
     "verl": "the plug-in for verl, in an environment of its own",
     "report": "fp4rl report: the HTML page",
+    "search": "fp4rl search: candidates drawn by Optuna",
     "postgres": "a ledger on PostgreSQL: --ledger postgresql://...",
     "wandb": "live metrics: run --report-to wandb",
     "mlflow": "live metrics: run --report-to mlflow",

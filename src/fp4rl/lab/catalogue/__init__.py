@@ -46,6 +46,22 @@ def files() -> list[str]:
     return sorted(file.stem for file in _HERE.glob("*.yaml") if file.stem != "experiments")
 
 
+def space_file(path: Path) -> Path:
+    """Return the file of a space: `path` itself, or the space that comes with the package as `spaces/NAME.yaml`.
+
+    Raises NotFoundError with the nearest name.
+    """
+    if path.exists() or path.parent.name != "spaces":
+        return path
+    own = _HERE / "spaces" / f"{path.stem}.yaml"
+    if not own.is_file():
+        known = [f"spaces/{file.name}" for file in own.parent.glob("*.yaml")]
+        raise NotFoundError(
+            f"{path}: no such file, and no space that comes with the package{nearest(str(path), known)}"
+        )
+    return own
+
+
 def names() -> list[str]:
     """List all suites of the catalogue."""
     return [*files(), *table().rows]

@@ -1,0 +1,136 @@
+"""Searches whose truth is planted: what is chosen, that a kill changes nothing, and that what chose never judges."""
+
+import json
+
+import pytest
+import yaml
+
+from fp4rl.cli.main import main
+from fp4rl.lab.search.leakage import require_separate
+from fp4rl.lab.search.records import Added, Book, Chosen, Decided, Measured, Planned, Proposed, Spent
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.space import Space, load_space
+from planted.searched import MadeUp, search, space_of
+
+BEST = {"training.lr": "0.2", "training.weight_decay": "0.3", "training.grad_clip": "0.1"}
+SPACE = space_of((3, 3, 2), seeds=[0, 1, 2])
+
+
+def worth(point):
+    return 6.0 if dict(point) == BEST else 0.0
+
+
+class Killed(BaseException):
+    """What a kill does to the program: nothing after it is done."""
+
+
+class Mortal(Book):
+    """Records of a process that is killed when so many lines are written."""
+
+    def __init__(self, file, lines, last):
+        super().__init__(file, lines)
+        self.last_line = last
+
+    def add(self, *lines):
+        for line in lines:
+            if len(self.lines) >= self.last_line:
+                raise Killed
+            super().add(line)
+
+
+def without_clock(book):
+    return [line for line in book.lines if not isinstance(line, Spent)]
+
+
+@pytest.mark.parametrize("space", [SPACE, space_of((6, 6, 6), candidates=24, seeds=[0, 1, 2])], ids=["grid", "tpe"])
+def test_a_search_that_is_killed_at_five_moments_goes_on_and_chooses_the_same(tmp_path, space):
+    whole = Book()
+    search(MadeUp(space, worth), whole).run()
+    file, steps = tmp_path / "search.jsonl", (3, 9, 15, 40, len(whole.lines) - 4)
+    for last in steps:
+        book = Mortal(file, Book.read(file).lines, last) if file.is_file() else Mortal(file, [], last)
+        with pytest.raises(Killed):
+            search(MadeUp(space, worth), book).run()
+        with file.open("ab") as torn:  # the kill was in the middle of a line
+            torn.write(b'{"kind": "propo')
+    again = Book.read(file)
+    search(MadeUp(space, worth), again).run()
+    assert without_clock(again) == without_clock(whole)
+    assert {type(line) for line in again.lines} >= {Proposed, Measured, Planned, Added, Decided, Chosen}
+    done = len(again.lines)
+    search(MadeUp(space, worth), again).run()
+    assert [type(line) for line in again.lines[done:]] == []
+
+
+def test_the_planted_recipe_is_chosen_and_called_better():
+    book = Book()
+    judged = search(MadeUp(SPACE, worth, seed=3), book).run()
+    chosen = next(line for line in book.of(Proposed) if line.number == book.last(Chosen).candidate)
+    assert (dict(chosen.point), judged.word) == (BEST, "better")
+
+
+def test_a_combination_that_a_description_refuses_is_no_candidate_and_says_why():
+    content = SPACE.model_dump(mode="json") | {"space": {"training.mini_batch_size": [8, 5, 16]}}
+    book = Book()
+    search(MadeUp(Space.model_validate(content), lambda point: 0.0), book).run()
+    refused = {line.words: line.refused for line in book.of(Proposed) if line.refused}
+    assert list(refused) == ["mini_batch_size 5"]
+    assert "train_batch_size 16 is not a multiple of mini_batch_size 5" in refused["mini_batch_size 5"]
+
+
+def test_two_combinations_that_describe_the_same_are_one_candidate():
+    same = {"injection": [{"name": "by its mode", "set": {"injection": "w4a4"}}, {"name": "as it is"}]}
+    book = Book()
+    search(MadeUp(Space.model_validate(SPACE.model_dump(mode="json") | {"space": same}), lambda point: 0.0), book).run()
+    assert [bool(line.refused) for line in book.of(Proposed)] == [False, True]
+
+
+def test_a_budget_without_room_for_the_final_is_refused_with_the_smallest_that_would_do():
+    with pytest.raises(CheckFailed, match=r"--budget (\d+)m would do") as error:
+        search(MadeUp(SPACE, worth), Book(), budget_s=300).run()
+    enough = 60 * float(str(error.value).split("--budget ")[1].split("m")[0])
+    book = Book()
+    search(MadeUp(SPACE, worth), book, budget_s=enough).run()
+    assert book.last(Planned).final_seeds == SPACE.final.seeds
+    assert book.used_s <= enough
+
+
+def write(tmp_path, **change):
+    content = {
+        "search": "leaks",
+        "base": {"injection": "w4a4"},
+        "space": {"training.lr": [1e-4, 2e-4]},
+        "final": {"seeds": [11, 12], "count": 40, "margin": 0.01},
+    } | change
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"screening": {"seeds": [0, 12]}}, "12 chooses in screening.seeds too"),
+        ({"screening": {"split": "test", "count": 10}}, "10 of 40 problems of the final are screened with too"),
+        ({"space": {"training.steps": [10, 20]}}, "the search sets it"),
+        ({"space": {"training.rl": [1e-4]}}, "did you mean 'lr'"),
+    ],
+)
+def test_what_chooses_cannot_judge(tmp_path, capsys, change, message):
+    code = main(["search", str(write(tmp_path, **change)), "--runs", str(tmp_path / "runs")])
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_files_of_the_same_questions_are_found_by_what_they_ask(tmp_path):
+    """The file of the test split has another name, order and layout than the one that validation is cut from."""
+    rows = [(f"What is {n} + {n}?", str(2 * n)) for n in range(400)]
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows))
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"answer": a, "question": f" {q.upper()} "}) + "\n" for q, a in reversed(rows))
+    )
+    task = {"name": "table", "path": str(tmp_path / "a.csv"), "test_path": str(tmp_path / "b.jsonl")}
+    change = {"base": {"injection": "w4a4", "task": task}, "screening": {"count": 10}}
+    with pytest.raises(InvalidValueError, match="are screened with too"):
+        require_separate(load_space(write(tmp_path, **change, final={"seeds": [11, 12], "count": 400, "margin": 0.01})))
