@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fp4rl.lab.search.records import Added, Decided, Planned, called
+from fp4rl.lab.search.records import Added, Cut, Decided, Planned, called
 from fp4rl.lab.search.result import Result, Tried
 from fp4rl.pages import page as pages
 from fp4rl.pages.page import SYMBOLS, Figure, Trace, marks, over_steps, with_legend
@@ -32,12 +32,15 @@ def page(result: Result, recipe: Mapping[str, Any] | None) -> str:
 
 def _rounds(result: Result) -> Iterator[str]:
     """Yield what each round decided, in words."""
-    for added in result.book.of(Added):
-        names = ", ".join(map(called, added.candidates))
-        yield f"Round {added.round + 1}: seed {added.seed} was added for {names}, since {added.why}."
-    for decided in result.book.of(Decided):
-        kept = ", ".join(map(called, decided.kept)) or "nobody"
-        yield f"Round {decided.round + 1}: {kept} went on, {len(decided.dropped)} did not."
+    for line in result.book.lines:
+        if isinstance(line, Added):
+            names = ", ".join(map(called, line.candidates))
+            yield f"Round {line.round + 1}: seed {line.seed} was added for {names}, since {line.why}."
+        elif isinstance(line, Decided):
+            kept = ", ".join(map(called, line.kept)) or "nobody"
+            yield f"Round {line.round + 1}: {kept} went on, {len(line.dropped)} did not."
+        elif isinstance(line, Cut):
+            yield f"Screening ended before round {line.round + 1}: {line.why}."
 
 
 def _front(result: Result, *, by_bits: bool) -> Figure | None:

@@ -1,0 +1,84 @@
+"""A real search that is killed at five random moments goes on, and chooses and measures what one does that is not."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from fp4rl.lab.search.records import FILE, Added, Book, Chosen, Decided, Judged, Measured, Proposed
+
+SPACE = {
+    "search": "killed",
+    "base": {
+        "model": {"embedded": {"warm_up_steps": 60}},
+        "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
+        "injection": {"mode": "w4a4", "deployment": "compressed_tensors"},
+        "training": {
+            "train_batch_size": 4,
+            "mini_batch_size": 2,
+            "rollout_n": 4,
+            "max_response_length": 32,
+            "overlong_buffer": {"len": 8},
+            "filter_groups": {"metric": "reward"},
+        },
+        "evaluation": {"deployment": "compressed_tensors"},
+    },
+    "stages": {"bf16": {"injection": "none", "training": {"steps": 2}}},
+    "space": {
+        "begin": [{"name": "fresh"}, {"name": "bf16", "set": {"start": {"arm": "bf16"}}}],
+        "training.lr": [2e-4, 8e-4],
+    },
+    "screening": {"rungs": [2], "seeds": [0, 1], "count": 16},
+    "final": {"seeds": [11, 12], "count": 16, "margin": 0.05},
+}
+PROGRAM = "from fp4rl.cli.main import entry; entry()"
+TIMES = {"step_s", "run_s"}
+
+
+def start(space, root):
+    with space.with_suffix(".log").open("w") as log:
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, "search", str(space), "--runs", str(root)]
+        return subprocess.Popen(
+            [*command, "--budget", "9h"], stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+
+
+def finish(space, root):
+    assert start(space, root).wait(timeout=1500) == 0, space.with_suffix(".log").read_text()[-3000:]
+
+
+def decisions(root):
+    """All that was proposed, measured and decided, in order, without the clock; the runs of the final by their ids."""
+    kinds = (Proposed, Measured, Added, Decided, Chosen, Judged)
+    book = Book.read(root / "killed" / FILE)
+    lines = [line.model_dump(exclude=TIMES) for line in book.lines if isinstance(line, kinds)]
+    return lines, sorted(run.name for run in (root / "killed-final").iterdir() if (run / "result.json").is_file())
+
+
+@pytest.mark.slow
+def test_a_search_killed_at_five_random_moments_ends_like_one_that_never_was(tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump(SPACE))
+    began = time.monotonic()
+    finish(space, tmp_path / "whole")
+    took = time.monotonic() - began
+    drawn = random.Random(20261128)
+    killed = 0
+    for _ in range(5):
+        process = start(space, tmp_path / "killed")
+        time.sleep(drawn.uniform(0.05, 0.5) * took)
+        killed += process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed >= 2, "nearly every search was done before its kill"
+    finish(space, tmp_path / "killed")
+    assert decisions(tmp_path / "killed") == decisions(tmp_path / "whole")
+    recipes = [(tmp_path / root / "killed" / "recipe.yaml").read_text() for root in ("whole", "killed")]
+    assert recipes[0] == recipes[1]
