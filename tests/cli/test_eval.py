@@ -10,10 +10,11 @@ import yaml
 from rich.console import Console
 
 from fp4rl.cli.eval_profiles import asked_profiles
-from fp4rl.cli.eval_source import Source, asked_task, described, source_of
+from fp4rl.cli.eval_source import Source, asked_task, described, source_of, with_task
 from fp4rl.cli.eval_view import differences_table, notes, samples_table, saved_in, shares_table
 from fp4rl.cli.main import main
 from fp4rl.rl.evaluate import EvaluationRunner
+from fp4rl.spec import evaluation as spec
 from fp4rl.spec.errors import InvalidValueError, UserError
 from fp4rl.spec.evidence import Evaluation, Profile
 from fp4rl.spec.experiment import Experiment
@@ -93,6 +94,22 @@ def test_one_answer_a_problem_needs_no_more_words(lines):
         (["mine=alone.yaml"], ["mine"], {"mine": {"weight": "mxfp8"}}),
         (["q/w4a4-s0/spec.yaml"], ["w4a4-s0"], {"w4a4-s0": {"kv_cache": "mxfp8"}}),
         (["kv={kv_cache: mxfp8}", "full"], ["kv", "full"], {"kv": {"kv_cache": "mxfp8"}}),
+        (["mode=w4a4 deployment=amct"], ["w4a4+amct"], {"w4a4+amct": {"mode": "w4a4", "deployment": "amct"}}),
+        (["mine=mode=w4a4 preset=amct"], ["mine"], {"mine": {"mode": "w4a4", "deployment": "amct"}}),
+        (["weight=mxfp8"], ["weight_mxfp8"], {"weight_mxfp8": {"weight": "mxfp8"}}),
+        (
+            ['mode=w4a4 by_pattern={"*.up_proj": mxfp8, "*.q_proj": none} targets.layers=[1]'],
+            ["w4a4+by_pattern+targets"],
+            {
+                "w4a4+by_pattern+targets": {
+                    "mode": "w4a4",
+                    "by_pattern": {"*.up_proj": "mxfp8", "*.q_proj": "none"},
+                    "targets": {"layers": [1]},
+                }
+            },
+        ),
+        (["several.yaml"], ["a", "b"], {"a": {"weight": "mxfp8"}, "b": {"mode": "w4a4"}}),
+        (["x=several.yaml"], ["x.a", "x.b"], {"x.a": {"weight": "mxfp8"}, "x.b": {"mode": "w4a4"}}),
     ],
 )
 def test_a_profile_is_a_name_or_any_injection(words, names, injections, tmp_path, monkeypatch):
@@ -101,8 +118,13 @@ def test_a_profile_is_a_name_or_any_injection(words, names, injections, tmp_path
     (tmp_path / "q" / "w4a4-s0").mkdir(parents=True)
     (tmp_path / "advice.yaml").write_text("injection: {mode: w4a4}\nnoise: {}\n")
     (tmp_path / "alone.yaml").write_text("weight: mxfp8\n")
+    (tmp_path / "several.yaml").write_text("a: {weight: mxfp8}\nb: {injection: {mode: w4a4}, noise: {}}\n")
     (tmp_path / "q" / "w4a4-s0" / "spec.yaml").write_text("seed: 0\ninjection: {kv_cache: mxfp8}\n")
     assert asked_profiles(words) == {"profiles": names, "injections": injections}
+    own = [word for word in words if word not in ("full", "w4a4", "matmul_noise=0.05")]
+    assert asked_profiles(["full"], own) == {"profiles": ["full", *injections], "injections": injections}
+    for name, content in injections.items():
+        assert parse(spec.Evaluation, {"profiles": [name], "injections": {name: content}}, "").injections
 
 
 @pytest.mark.parametrize(
@@ -113,12 +135,15 @@ def test_a_profile_is_a_name_or_any_injection(words, names, injections, tmp_path
         ("gone.yaml", "no such file"),
         ("mine=w4a4", "write NAME=FILE.yaml"),
         ("mine={weight: ", "not valid YAML"),
+        ("mode=w4a4 deplyment=amct", "no key of an injection is called 'deplyment'; did you mean 'deployment'?"),
+        ("empty.yaml", "is empty"),
     ],
 )
 def test_a_profile_that_is_no_injection_is_one_line(word, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "suite.yaml").write_text("suite: a\narms: {b: {}}\n")
     (tmp_path / "bf16.yaml").write_text("injection: null\n")
+    (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError) as caught:
         asked_profiles([word])
     assert said in str(caught.value)
@@ -295,6 +320,33 @@ def test_another_file_or_task_takes_the_place_of_a_runs_own(of_a_run):
         asked_task(own, "arithmetic", {}, None, 3)
     with pytest.raises(InvalidValueError, match="solved problems come from --data"):
         asked_task(own, None, {"test_path": Path("test.jsonl")}, None, 3)
+
+
+def test_a_folder_is_judged_on_the_task_of_a_suite_or_of_words(tmp_path):
+    arms = {"a": {"training": {"max_response_length": 33}}, "b": {"injection": "w4a4"}}
+    suite = {"suite": "s", "base": {"task": OWN["task"], "evaluation": {"stop": ["X"]}}, "arms": arms}
+    files = {name: tmp_path / f"{name}.yaml" for name in ("same", "two")}
+    files["same"].write_text(yaml.safe_dump(suite))
+    files["two"].write_text(yaml.safe_dump(suite | {"arms": {**arms, "c": {"task": {"prompt": "{question}"}}}}))
+
+    def judged(word, **given):
+        source = with_task(Source(Path("m")), word)
+        return described(source, None, asked_task(source.own["task"], None, {}, None), [], False, given)
+
+    of_suite, of_words = judged(str(files["same"])), judged("name=gsm8k path=train.jsonl prompt=Say {question} =>")
+    assert of_suite.task == parse(Experiment, {"task": OWN["task"]}, "").task
+    assert (of_suite.evaluation.stop, of_suite.evaluation.profiles) == (("X",), ("full",))
+    assert (of_words.task.path, of_words.task.prompt) == ("train.jsonl", "Say {question} =>")
+    assert (of_words.evaluation.max_new_tokens, judged(str(files["same"]), stop=["Y"]).evaluation.stop) == (
+        1024,
+        ("Y",),
+    )
+    with pytest.raises(InvalidValueError, match="its arms have several tasks; name one by words"):
+        judged(str(files["two"]))
+    with pytest.raises(InvalidValueError, match="say which task: name=gsm8k"):
+        judged("path=train.jsonl")
+    with pytest.raises(InvalidValueError, match="a run's own injection"):
+        described(with_task(Source(Path("m")), str(files["same"])), None, OWN["task"], ["deployment"], False, {})
 
 
 def test_a_folder_has_no_deployment_of_its_own(of_a_run):

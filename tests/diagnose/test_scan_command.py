@@ -170,6 +170,18 @@ def test_keys_change_a_specs_own_injection_and_keep_the_rest_of_it(spec, capsys,
     assert len(found["parts"]) == (7 if wanted.targets.layers else 14)
 
 
+def test_several_injections_are_scanned_as_each_alone_is(folder, spec, capsys, tmp_path):
+    (tmp_path / "advice.yaml").write_text(f"injection: {json.dumps(MIXED)}\nnoise: {{}}\n")
+    named = ("--injection", "mode=w4a16 deployment=ocp", "--injection", str(tmp_path / "advice.yaml"))
+    first, second = scanned(capsys, folder, "weights_only=true", *named)
+    assert (
+        first["parts"]
+        == scanned(capsys, folder, "weights_only=true", "injection.mode=w4a16", "deployment=ocp")["parts"]
+    )
+    assert second["parts"] == scanned(capsys, spec, "arm=mixed", "weights_only=true")["parts"] != first["parts"]
+    assert second["model"] == f"{folder.name}, advice"
+
+
 def test_the_command_that_takes_the_advice_of_an_arm_loads(spec, tmp_path, capsys):
     """Another deployment than the arm's own, so that only the arm itself can take it."""
     advice = tmp_path / "advice.yaml"
@@ -248,6 +260,10 @@ MISTAKES = [
     (["{folder}", "task.name=gsm8k"], "task.path"),
     (["{folder}", "weights_only=true", "--advise", "x.yaml"], "--advise needs the model"),
     (["{folder}", "leave=*.qproj"], "*.q_proj"),
+    (["{folder}", "--injection", "w4a4", "injection.mode=w4a4"], "both say what is scanned"),
+    (["{folder}", "--injection", "mode=none"], "nothing to scan"),
+    (["{folder}", "--injection", "w4a4", "--injection", "w4a8", "--advise", "x.yaml"], "2 injections are named"),
+    (["{folder}", "--injection", "{text}"], "write NAME=FILE.yaml"),
 ]
 
 

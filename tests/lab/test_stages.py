@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fp4rl.cli.main import entry
+from fp4rl.cli.main import entry, main
 from fp4rl.engines.executors.processes import LocalPool
 from fp4rl.lab.agenda import Agenda
 from fp4rl.lab.folders import run_folder
@@ -18,7 +18,7 @@ from fp4rl.lab.matrix import PlannedRun, planned
 from fp4rl.lab.provenance import changed_inputs
 from fp4rl.lab.runner import Outcome, run_all, stale
 from fp4rl.lab.runs import read_run
-from fp4rl.lab.stages import require_sources
+from fp4rl.lab.stages import at_start, require_sources
 from fp4rl.lab.work import execute_run
 from fp4rl.rl import session as session_room
 from fp4rl.rl import train as train_room
@@ -208,13 +208,49 @@ def _killed():
     raise Killed
 
 
-def test_nothing_starts_from_a_run_that_is_missing_unfinished_or_ended_early(staged, tmp_path):
+def described(folder):
+    (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE))
+    return folder / "suite.yaml"
+
+
+def test_an_arm_is_measured_in_the_weights_that_it_starts_from(staged, tmp_path, capsys):
+    """Kind: a scan or reward of a later stage that measures the base model and does not say so."""
+    runs = staged()
+    final = execute_run(runs["bf16"], tmp_path).path / "final"
+    assert at_start(runs["qad"], tmp_path).model.path == str(final)
+    assert at_start(runs["other"], tmp_path) == runs["other"].experiment
+
+    def errors(*words):
+        assert main(["scan", *map(str, words), "parts=precision", "--json", "--runs", str(tmp_path)]) == 0
+        return [
+            row["measures"]["relative_l2"]
+            for row in json.loads(capsys.readouterr().out)["parts"]
+            if row["part"] == "weight"
+        ]
+
+    suite = described(tmp_path)
+    started, changed = errors(suite, "arm=qad"), errors(suite, "arm=bf16", "injection=w4a4")
+    assert started == errors(final, "injection=w4a4") != changed
+    assert errors(suite, "arm=qad", "injection.by_pattern={'*.q_proj': mxfp8}")[1:] == started[1:]
+    assert main(["reward", str(suite), "--arm", "qad", "--sample", "3", "--json", "--runs", str(tmp_path)]) == 0
+    of_stage = json.loads(capsys.readouterr().out)["answers"]
+    words = ["reward", str(suite), f"arms.bf16.model.path={final}", "arms.bf16.model.embedded=null"]
+    assert main([*words, "--arm", "bf16", "--sample", "3", "--json", "--runs", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == of_stage
+
+
+def test_nothing_starts_from_a_run_that_is_missing_unfinished_or_ended_early(staged, tmp_path, capsys):
     runs = staged()
     with pytest.raises(NotFoundError, match=r"start: staged/bf16-s0-\w+ is not finished; run it too \(--arm bf16\)"):
         require_sources([runs["qad"], runs["other"]], tmp_path)
     require_sources(list(runs.values()), tmp_path)
     with pytest.raises(NotFoundError, match=r"no result.json: the run is not finished"):
         execute_run(runs["qad"], tmp_path)
+    for verb in (["scan", "parts=precision", "arm=qad"], ["reward", "--arm", "qad", "--sample", "2"]):
+        assert main([verb[0], str(described(tmp_path)), *verb[1:], "--runs", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "arm qad starts from staged/bf16-s0-" in said
+        assert "run it first (fp4rl run SPEC --arm bf16 --seed 0)" in said
     start = execute_run(runs["bf16"], tmp_path)
     result = json.loads((start.path / "result.json").read_text())
     (start.path / "result.json").write_text(json.dumps(result | {"stopped": "entropy fell"}))

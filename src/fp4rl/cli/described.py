@@ -114,8 +114,4 @@ def run_described(source: str, overrides: list[str], arm: str | None) -> Planned
     if arm is not None and arm not in arms:
         raise NotFoundError(f"{source} has no arm {arm!r}{nearest(arm, arms)}")
     chosen = [run for run in runs if run.arm == arm] or [run for run in runs if run.experiment.injection] or runs
-    if chosen[0].experiment.start is not None:
-        say_once(
-            [f"arm {chosen[0].arm}: taken are the weights of its model; of its start, name that run's folder final"]
-        )
     return chosen[0]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp4rl.cli.described import require_here
-from fp4rl.cli.eval_source import Source, asked_task, cut_from, described, source_of
+from fp4rl.cli.described import is_spec, require_here
+from fp4rl.cli.eval_source import Source, asked_task, cut_from, described, source_of, with_task
 from fp4rl.cli.eval_view import (
     as_rows,
     differences,
@@ -17,6 +17,7 @@ from fp4rl.cli.eval_view import (
     shares_table,
     write_items,
 )
+from fp4rl.cli.injections import Injections
 from fp4rl.cli.options import AsJson, Deployed, FormerPreset, RunsRoot, asked_deployment, require_writable
 from fp4rl.cli.packed_start import say_packed
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
@@ -47,7 +48,8 @@ Judged = Annotated[
 TaskName = Annotated[
     str | None,
     typer.Option(
-        help="arithmetic (the default), gsm8k with --data, or another of `fp4rl keys task.name`; a run's own."
+        help="arithmetic (the default), gsm8k with --data, or another of `fp4rl keys task.name`; a run's own. Or a "
+        "suite's file, with its task and limits of answers; or keys, such as 'name=table path=FILE'."
     ),
 ]
 Data = Annotated[
@@ -82,6 +84,7 @@ def command(
     split: Annotated[str | None, typer.Option(help="test (the default) or validation: which tenth of --data.")] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="Solved problems before each; not of every task.")] = None,
     precision: Precisions = None,
+    injection: Injections = None,
     deployment: Deployed = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of problems; by default all, up to 500.")] = None,
     max_new_tokens: MaxNewTokens = None,
@@ -104,7 +107,8 @@ def command(
     Beside accuracy stands the KL between the policy unrounded and at each precision, over the answers that it gave: two
     forwards of every answer, which cost far less than writing it did.
 
-    Example: `fp4rl eval quickstart/w4a8-s0 -p full -p deployment -p matmul_noise=0.05`
+    Examples: `fp4rl eval quickstart/w4a8-s0 -p full -p deployment -p matmul_noise=0.05`,
+    `fp4rl eval MODEL --injection "mode=w4a4 deployment=compressed_tensors" --injection advice.yaml`
     """
     require_writable(out, "--out", new=True)
     given: dict[str, Any] = {
@@ -117,8 +121,10 @@ def command(
     }
     given |= {"max_new_tokens": max_new_tokens, "stop": [text for text in stop if text] if stop else None}
     source = source_of(model, runs)
+    if task is not None and (is_spec(task) or "=" in task):
+        source, task = with_task(source, task), None
     asked_for = asked_task(source.own.get("task") or {}, task, {"data": data, "test_path": test_path}, split, few_shot)
-    experiment = described(source, dtype, asked_for, precision or [], sweep, given)
+    experiment = described(source, dtype, asked_for, precision or [], sweep, given, injection or [])
     if experiment.evaluation.samples == 1 and (temperature is not None or seed is not None):
         raise InvalidValueError("--temperature and --seed draw several answers; one is greedy: add --samples 4")
     runner, evaluations = _evaluated(experiment, source, count)

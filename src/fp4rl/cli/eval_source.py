@@ -1,18 +1,20 @@
 """From the words of `fp4rl eval` to the experiment that it evaluates: a folder with a task, or a run's own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fp4rl.cli.described import is_spec, runs_of
 from fp4rl.cli.eval_profiles import asked_profiles
+from fp4rl.cli.injections import words_in
 from fp4rl.cli.packed_start import with_stored
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.meant import run_meant
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.former_names import with_present_names
-from fp4rl.spec.load import parse
+from fp4rl.spec.load import change_of, merge, parse
 from fp4rl.spec.task_registry import TASKS
 
 # The robustness sweep of a checkpoint: relative errors in every matmul, and formats of the weights.
@@ -21,7 +23,8 @@ _SWEEP = {"matmul_noise": (0.0, 0.01, 0.02, 0.05, 0.1), "formats": ("bf16", "mxf
 
 @dataclass(frozen=True)
 class Source:
-    """What is evaluated: a model folder, and the description of the run that it is of (`own`, empty without one)."""
+    """What is evaluated: a model folder, and the description that judges it: of the run `name` that it is of, or of a
+    `--task` with more than a name."""
 
     folder: Path
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +36,28 @@ class Source:
         experts = own.get("experts_implementation")
         model = {"path": str(self.folder), "dtype": dtype or own.get("dtype") or "float32"}
         return model | ({"experts_implementation": experts} if experts else {})
+
+
+def with_task(source: Source, word: str) -> Source:
+    """Return the source with the task of a suite or experiment, and its limits of answers, or with that of words.
+
+    Raises InvalidValueError for a suite whose arms have several tasks, and for words without a name.
+    """
+    if is_spec(word):
+        experiment, *others = (run.experiment for run in runs_of(Path(word), []))
+        if any(other.task != experiment.task for other in others):
+            cure = "name one by words: --task 'name=gsm8k path=FILE'"
+            raise InvalidValueError(f"--task {word}: its arms have several tasks; {cure}")
+        limits = experiment.evaluation.model_dump(include={"max_new_tokens", "stop"})
+        judged = {**(source.own.get("evaluation") or {}), **limits}
+        task = experiment.task.model_dump(mode="json")
+        return replace(source, own={**source.own, "task": task, "evaluation": judged})
+    content: dict[str, Any] = {}
+    for key_value in words_in(word):
+        content = merge(content, change_of(f"task.{key_value}"))
+    if "name" not in content["task"]:
+        raise InvalidValueError(f"--task {shown(word)}: say which task: name=gsm8k; {', '.join(TASKS)} are known")
+    return replace(source, own={**source.own, "task": content["task"]})
 
 
 def source_of(what: Path, runs: Path) -> Source:
@@ -76,6 +101,7 @@ def described(
     precision: Sequence[str],
     sweep: bool,
     given: dict[str, Any],
+    injections: Sequence[str] = (),
 ) -> Experiment:
     """Return the experiment to evaluate; its errors are found before torch is imported.
 
@@ -83,10 +109,11 @@ def described(
     """
     own, model = source.own, source.model(dtype)
     judged = dict(own.get("evaluation") or {}) | {"matmul_noise": (), "formats": ()}
-    if precision or not own:
-        named = with_stored(asked_profiles(precision or ["full"]), model, given.get("deployment"))
+    if precision or injections or "profiles" not in judged:
+        named = asked_profiles(precision or judged.get("profiles", ["full"]), injections)
+        named = with_stored(named, model, given.get("deployment"))
         judged |= named | {"injections": {**judged.get("injections", {}), **named["injections"]}}
-    if not own and "deployment" in judged["profiles"]:
+    if not source.name and "deployment" in judged["profiles"]:
         raise InvalidValueError("--precision deployment: is a run's own injection; name a mode such as w4a8, or a run")
     if sweep:
         judged |= _SWEEP

@@ -11,6 +11,7 @@ from fp4rl.cli.terminal import console, progress, ready_to_round, table
 from fp4rl.diagnose.calibration import calibrate_answers
 from fp4rl.diagnose.noise_loss import noise_losses
 from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.stages import at_start
 from fp4rl.lab.statistics.seeds import holm, welch
 from fp4rl.noise.schedule import asked_sigma
 from fp4rl.rl.verify import load_saved
@@ -30,10 +31,11 @@ def losses_of(runs: Sequence[PlannedRun], draws: int, sigma: float | None, root:
     first = runs[0].experiment
     alike: dict[str, Experiment] = {}
     for run in runs:
-        if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "task", "injection")):
+        if all(getattr(run.experiment, key) == getattr(first, key) for key in ("model", "start", "task", "injection")):
             alike.setdefault(run.arm, run.experiment)
-    start, how = start_of(first.model, first.task, root), first.model.experts_implementation
-    model, tokenizer = load_saved(start, first.model.dtype, first.model.lora, how)
+    own = at_start(runs[0], root).model
+    start = start_of(own, first.task, root)
+    model, tokenizer = load_saved(start, own.dtype, own.lora, own.experts_implementation)
     pairs = [(p.prompt, p.solution) for p in first.task.problems("train", TEXTS)]
     used_sigma = sigma if sigma is not None else max(map(_greatest, alike.values()))
     with progress() as advance:

@@ -11,6 +11,7 @@ from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, RunsRoot
 from fp4rl.cli.packed_start import EMBEDDED, say_packed, start_of
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, say_once, styled
+from fp4rl.lab.stages import at_start
 from fp4rl.models.quiet import quiet
 from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
@@ -130,7 +131,7 @@ def _policy(
     if is_spec(source):
         planned = run_described(source, overrides, arm)
         require_here([planned])
-        return None, planned.experiment
+        return None, at_start(planned, runs)
     if overrides or arm:
         raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
     from fp4rl.engines.checkpoints.source import dtype_of, policy_of

@@ -12,6 +12,7 @@ from fp4rl.cli.described import own_code, require_here, run_described
 from fp4rl.cli.options import AsJson, Overrides, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_by_kind, print_indented, print_json, progress, say_once, table
 from fp4rl.lab.answers import stored_answers
+from fp4rl.lab.stages import at_start
 from fp4rl.models.quiet import quiet
 from fp4rl.rl.gold_check import Fault, compares, gold_faults, spread, suspicion, tells_apart
 from fp4rl.rl.judges import Judge
@@ -63,7 +64,7 @@ def command(
     """
     planned = run_described(str(spec), overrides or [], arm)
     require_here([planned])
-    experiment = planned.experiment
+    experiment = planned.experiment if answers is not None or not sample else at_start(planned, runs)
     say_once(own_code([planned]))
     parts, task = rewards_of(experiment.training), experiment.task
     problems = tuple(problem for split in SPLITS for problem in task.problems(split))

@@ -1,6 +1,7 @@
 """`fp4rl scan`: measure what a format does to a model, site by site, and advise."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp4rl.cli.injections import Injections
 from fp4rl.cli.options import AsJson, RunsRoot, require_writable, write_fragment
 from fp4rl.cli.packed_start import say_packed, start_of
-from fp4rl.cli.scan_source import ScanTarget, described
+from fp4rl.cli.scan_source import ScanTarget, targets_of
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round
 from fp4rl.diagnose.texts import texts_of
 from fp4rl.models.quiet import quiet
@@ -52,13 +54,14 @@ def command(
     against: Annotated[
         Path | None, typer.Option(help="Compare with a model folder or with the JSON of another scan.")
     ] = None,
+    injection: Injections = None,
     runs: RunsRoot = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Measure what rounding does to every site of a model, find faulty layers, and advise.
 
     Keys of `model`, `task` and `injection` are those of an experiment and change the arm that is scanned; W4A16 is
-    scanned where no injection is named.
+    scanned where no injection is named. Several of `--injection` are scanned one after the other.
 
     Examples: `fp4rl scan embedded injection=w4a4 --html scan.html --advise advice.yaml`,
     `fp4rl scan suite.yaml arm=w4a4 deployment=vllm_ascend measured=false`,
@@ -69,9 +72,12 @@ def command(
     for option, file in {"--html": html, "--advise": advise, "--calibrate": calibrate}.items():
         require_writable(file, option)
     other = _other_scan(against)
-    target = described(model, words or [])
-    _check(target, advise, calibrate, against)
-    request = target.request
+    targets = targets_of(model, words or [], injection or [], runs)
+    files = {"--html": html, "--advise": advise, "--calibrate": calibrate, "--against": against}
+    for target in targets:
+        _check(target, advise, calibrate, against)
+    _require_single(targets, files)
+    target, request = targets[0], targets[0].request
     lines = None if request.text is None else texts_of(Path(request.text))
 
     ready_to_round()
@@ -79,18 +85,19 @@ def command(
     from fp4rl.cli.scan_view import compare, show
     from fp4rl.diagnose.page import page
 
-    whole = partial(_scanned, target, lines, runs, calibrate, advised=bool(advise))
-    report, advice = _stored(target) if request.weights_only else whole()
-    report = replace(report, model=target.name, limits=dict[str, float](request.limits.items()))
+    results = [_result(each, lines, runs, calibrate, advised=bool(advise)) for each in targets]
+    report, advice = results[0]
     if advise and advice:
         heading = f"Advice of `fp4rl scan`: {advice.strategy}"
         write_fragment(advise, (heading, *(f"  {reason}" for reason in advice.reasons)), advice.fragment(request.take))
     if html:
         html.write_text(page(report, advice), encoding="utf-8")
     if as_json:
-        print_json(_as_dict(report, advice, request))
+        rows = [_as_dict(*each, request) for each in results]
+        print_json(rows if len(rows) > 1 else rows[0])
     else:
-        show(report, advice)
+        for each in results:
+            show(*each)
         for line in _written(target, html, calibrate, advise, advice):
             console().print(line, soft_wrap=True)
     if against:
@@ -141,6 +148,22 @@ def _check(target: ScanTarget, advise: Path | None, calibrate: Path | None, agai
     if against and against.is_dir() and folder is None:
         cure = "give the JSON of another scan"
         raise InvalidValueError(f"--against {against}: the embedded model has no files to compare; {cure}")
+
+
+def _require_single(targets: Sequence[ScanTarget], files: Mapping[str, Path | None]) -> None:
+    """Raise InvalidValueError for a file of one scan where several injections are scanned."""
+    given = [option for option, file in files.items() if file]
+    if given and len(targets) > 1:
+        raise InvalidValueError(f"{given[0]} is of one scan, and {len(targets)} injections are named; name one of them")
+
+
+def _result(
+    target: ScanTarget, lines: list[str] | None, runs: Path, calibrate_into: Path | None, *, advised: bool
+) -> "tuple[ScanReport, Advice | None]":
+    """Scan a target, from its files or as a model, under its name and limits."""
+    whole = partial(_scanned, target, lines, runs, calibrate_into, advised=advised)
+    report, advice = _stored(target) if target.request.weights_only else whole()
+    return replace(report, model=target.name, limits=dict[str, float](target.request.limits.items())), advice
 
 
 def _scanned(

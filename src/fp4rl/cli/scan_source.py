@@ -1,13 +1,16 @@
 """From the words of `fp4rl scan` to a model, its texts, and the injection to scan."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fp4rl.cli.described import described_by, is_spec, require_here, run_described, source_of
+from fp4rl.cli.injections import injections_by_name
 from fp4rl.cli.terminal import say_once
 from fp4rl.lab.matrix import PlannedRun, single
+from fp4rl.lab.stages import at_start
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.injection import Injection
@@ -38,11 +41,38 @@ class ScanTarget:
         return f"fp4rl run {self.source} {f'arms.{arm}=' if arm else ''}+{file}"
 
 
-def described(source: str, words: Sequence[str]) -> ScanTarget:
-    """Read a model folder, the word `embedded` or a spec file, with `key=value` words.
+def targets_of(source: str, words: Sequence[str], injections: Sequence[str], runs: Path) -> list[ScanTarget]:
+    """Read a model folder, the word `embedded` or a spec file, with `key=value` words, once for each injection, or with
+    its own.
 
-    Raises InvalidValueError for a wrong key or value, NotFoundError for a file that is not on this machine.
+    An arm that starts from a run below `runs` has the weights of that run. Raises InvalidValueError for a wrong key or
+    value, NotFoundError for a file or a run that is not on this machine.
     """
+    named = injections_by_name(injections, "--injection")
+    if stray := [word for word in words if named and re.match(r"injection[.=]", word)]:
+        raise InvalidValueError(f"{stray[0]} and --injection both say what is scanned; drop one")
+    target = described(source, words, runs)
+    if not named:
+        return [target]
+    own = {name: parse(Injection, _as_mapping(content), f"--injection {name}") for name, content in named.items()}
+    if idle := [name for name, each in own.items() if each.is_nothing]:
+        raise InvalidValueError(f"--injection {idle[0]}: rounds nothing, so there is nothing to scan; name a mode")
+    return [
+        replace(
+            target,
+            name=f"{target.name}, {name}" if len(own) > 1 else target.name,
+            injection=_injection(target.request, target.experiment.model_copy(update={"injection": each})),
+        )
+        for name, each in own.items()
+    ]
+
+
+def _as_mapping(content: Any) -> Any:
+    return {"mode": content} if isinstance(content, str) else content
+
+
+def described(source: str, words: Sequence[str], runs: Path = Path("runs")) -> ScanTarget:
+    """Return what is scanned without an injection beside the words. Raises what `targets_of` does."""
     say_once(former_words(None, words))
     requested, change, of_suite = _sorted(words, is_spec(source))
     request = parse(ScanRequest, requested, "")
@@ -52,7 +82,10 @@ def described(source: str, words: Sequence[str]) -> ScanTarget:
         raise InvalidValueError(f"text {request.text} and task both name what to calibrate on; drop one")
     if "injection" in change and change["injection"] in ("none", None):
         raise InvalidValueError("injection=none rounds nothing, so there is nothing to scan; name a mode such as w4a16")
-    run = (_of_spec if is_spec(source) else _of_model)(source, change, of_suite, request.arm)
+    if is_spec(source):
+        run = _of_spec(source, change, of_suite, request.arm, runs)
+    else:
+        run = _of_model(source, change, request.arm)
     require_here([run])
     path = run.experiment.model.path
     if path is not None and not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -81,14 +114,17 @@ def _sorted(words: Sequence[str], of_spec: bool) -> tuple[dict[str, Any], dict[s
     return requested, change, of_suite
 
 
-def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None) -> PlannedRun:
-    """Return one arm of a suite, or an experiment, with the changes applied."""
+def _of_spec(source: str, change: Mapping[str, Any], of_suite: list[str], arm: str | None, runs: Path) -> PlannedRun:
+    """Return one arm of a suite, or an experiment, in the weights that it starts from, with the changes applied."""
     run = run_described(source, of_suite, arm)
+    started = run.experiment if "model" in change else at_start(run, runs)
     if not change:
-        return run
+        return replace(run, experiment=started)
     suite = described_by(Path(source), of_suite)
     content = arm_content(suite, run.arm) if isinstance(suite, Suite) else read_spec(source_of(Path(source)).path)
     experiment = parse(Experiment, _with_task(content, change), source)
+    if "model" not in change:
+        experiment = experiment.model_copy(update={"model": started.model, "start": None})
     return PlannedRun(run.suite, run.arm, run.seed, experiment)
 
 
@@ -100,7 +136,7 @@ def _with_task(content: Mapping[str, Any], change: Mapping[str, Any]) -> dict[st
     return merge(content, change)
 
 
-def _of_model(source: str, change: Mapping[str, Any], _: list[str], arm: str | None) -> PlannedRun:
+def _of_model(source: str, change: Mapping[str, Any], arm: str | None) -> PlannedRun:
     stray = [*(["arm"] if arm else []), *(key for key in change if key not in OF_A_MODEL)]
     if stray:
         raise InvalidValueError(

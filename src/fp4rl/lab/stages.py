@@ -44,6 +44,22 @@ def stages_of(run: PlannedRun, root: Path) -> Stages:
     return Stages(start=folders.get(START), teacher=folders.get(TEACHER), transformed=done)
 
 
+def at_start(run: PlannedRun, root: Path) -> Experiment:
+    """Return the run's experiment with the weights that it starts from as its model.
+
+    Raises NotFoundError where the run that trained them is not finished, and what `stages_of` raises.
+    """
+    if run.experiment.start is None:
+        return run.experiment
+    source = sources(run, root)[START]
+    if not source.finished:
+        arm = run.experiment.start.arm
+        first = f"run it first (fp4rl run SPEC --arm {arm} --seed {run.seed})" if arm else "run it first"
+        raise NotFoundError(f"arm {run.arm} starts from {source.key}, which is not finished; {first}")
+    model = run.experiment.model.model_copy(update={"path": str(_weights(START, run, source)), "embedded": None})
+    return run.experiment.model_copy(update={"model": model, "start": None})
+
+
 def require_sources(runs: Sequence[PlannedRun], root: Path) -> None:
     """Raise NotFoundError where a run takes weights from one that is neither finished nor among `runs`."""
     ids = {run.run_id for run in runs}
