@@ -51,9 +51,7 @@ def command(
         Path | None,
         typer.Option(help="Write static factors of NVFP4 and FP8 inputs as a fragment for `fp4rl run SPEC +FILE`."),
     ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Compare with a model folder or with the JSON of another scan.")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Compare with a folder or the JSON of another scan.")] = None,
     injection: Injections = None,
     runs: RunsRoot = Path("runs"),
     as_json: AsJson = False,
@@ -69,16 +67,14 @@ def command(
     """
     _refuse_options([model, *(words or [])])
     # Everything that can be checked without torch, which takes seconds to import, is checked before it is imported.
-    for option, file in {"--html": html, "--advise": advise, "--calibrate": calibrate}.items():
+    files = {"--html": html, "--advise": advise, "--calibrate": calibrate}
+    for option, file in files.items():
         require_writable(file, option)
     other = _other_scan(against)
     targets = targets_of(model, words or [], injection or [], runs)
-    files = {"--html": html, "--advise": advise, "--calibrate": calibrate, "--against": against}
-    for target in targets:
-        _check(target, advise, calibrate, against)
-    _require_single(targets, files)
+    _check_all(targets, files, against)
     target, request = targets[0], targets[0].request
-    lines = None if request.text is None else texts_of(Path(request.text))
+    lines = texts_of(Path(request.text)) if request.text is not None else None
 
     ready_to_round()
     quiet()
@@ -88,8 +84,7 @@ def command(
     results = [_result(each, lines, runs, calibrate, advised=bool(advise)) for each in targets]
     report, advice = results[0]
     if advise and advice:
-        heading = f"Advice of `fp4rl scan`: {advice.strategy}"
-        write_fragment(advise, (heading, *(f"  {reason}" for reason in advice.reasons)), advice.fragment(request.take))
+        write_fragment(advise, _heading(advice), advice.fragment(request.take))
     if html:
         html.write_text(page(report, advice), encoding="utf-8")
     if as_json:
@@ -150,9 +145,15 @@ def _check(target: ScanTarget, advise: Path | None, calibrate: Path | None, agai
         raise InvalidValueError(f"--against {against}: the embedded model has no files to compare; {cure}")
 
 
-def _require_single(targets: Sequence[ScanTarget], files: Mapping[str, Path | None]) -> None:
-    """Raise InvalidValueError for a file of one scan where several injections are scanned."""
-    given = [option for option, file in files.items() if file]
+def _heading(advice: "Advice") -> tuple[str, ...]:
+    return (f"Advice of `fp4rl scan`: {advice.strategy}", *(f"  {reason}" for reason in advice.reasons))
+
+
+def _check_all(targets: Sequence[ScanTarget], files: Mapping[str, Path | None], against: Path | None) -> None:
+    """Check every target; InvalidValueError for a file of one scan where several injections are scanned."""
+    for target in targets:
+        _check(target, files["--advise"], files["--calibrate"], against)
+    given = [option for option, file in {**files, "--against": against}.items() if file]
     if given and len(targets) > 1:
         raise InvalidValueError(f"{given[0]} is of one scan, and {len(targets)} injections are named; name one of them")
 

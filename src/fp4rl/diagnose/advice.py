@@ -10,7 +10,7 @@ from torch import nn
 
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.findings import STANDS_OUT, layers_of, standing_out
-from fp4rl.diagnose.formats_advice import FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
+from fp4rl.diagnose.formats_advice import Budget, FormatAdvice, Variant, advised_formats, fused_groups, weight_variants
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.noise.schedule import multiplier_at
 from fp4rl.spec.deployment import accepted
@@ -22,6 +22,7 @@ from fp4rl.spec.words import agreeing, counted
 
 WORTH_SAYING = 0.01  # a variant that saves less than 1 % of the error is not recommended
 NOISE_RULES: tuple[str, ...] = get_args(NoiseRule)  # two of them serve as controls
+MOST_KL = 0.5  # share of the layers' summed KL from which on one layer is named
 LEAST, MOST = 0.25, 4.0  # bounds of a multiplier, so that one layer cannot take all the noise
 Strategy = Literal["no action", "mixed precision", "mixed precision and noise", "reconsider the format"]
 _PIECES: dict[Strategy, tuple[Piece, ...]] = {
@@ -34,11 +35,12 @@ _PIECES: dict[Strategy, tuple[Piece, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the advice. `bits_per_weight` is the budget for mixed formats; `bands` are shares of sites that stand
-    out, from which on another strategy is advised."""
+    """Settings of the advice. `bits_per_weight` is the budget for mixed formats, `compute` of it by the time of
+    matmuls; `bands` are shares of sites that stand out, from which on another strategy is advised."""
 
     noise_rule: NoiseRule = "proportional"
     bits_per_weight: float = 4.5
+    compute: float = 0.5
     limit: float = STANDS_OUT
     bands: tuple[float, float] = (0.10, 0.30)
 
@@ -118,7 +120,9 @@ def advise(
     formats = None
     if calibration is not None and report.sensitivity is not None and report.table.injection.weight is not None:
         generator = torch.Generator().manual_seed(0)
-        formats = advised_formats(model, report, calibration, options.bits_per_weight, generator)
+        formats = advised_formats(
+            model, report, calibration, Budget(options.bits_per_weight, options.compute), generator
+        )
     variants = weight_variants(model, report.table)
     reasons = _reasons(report, out, share, formats, variants)
     plan = strategy(share, options.bands)
@@ -168,19 +172,34 @@ def _reasons(
     reasons = [f"{len(out)} of {len(report.table.plans)} sites ({share:.0%}) {are} well above the format's ideal error"]
     if report.sensitivity is not None:
         reasons.append(f"rounding all of it costs {report.sensitivity.everything.kl:.4g} nats of KL per token")
+        reasons += worst_layer(report)
     if formats is not None:
         now = sum(site.kl for site in report.sensitivity.sites) if report.sensitivity else 0.0
-        names = list(dict.fromkeys(exception.pattern for exception in formats.exceptions(report.table.injection)))
-        some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-        sites = f"{counted(len(names), 'site')} wider{some}"
-        fall = f"the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}"
-        reasons.append(f"{sites}, {formats.bits_per_weight:.2f} bits a weight: {fall}")
+        wider = formats.wider(report.table.injection)
+        sites = f"{counted(len(wider), 'site')} wider, {formats.bits_per_weight:.2f} bits a weight"
+        if report.table.injection.input is not None:
+            sites += f", matmuls {formats.slowdown:.2f} times as long ({formats.rates})"
+        reasons.append(f"{sites}: the sum of the sites' KL falls from {now:.4g} to {formats.chosen.kl:.4g}")
+        for pair in dict.fromkeys(wider.values()):
+            own = [site for site, other in wider.items() if other == pair]
+            reasons.append(f"{pair.name}: {', '.join(own[:6])}{f' and {len(own) - 6} more' if len(own) > 6 else ''}")
     deployment = report.table.injection.deployment
     hindrance = f"; deployment {deployment} does not round so" if deployment else "; no deployment rounds so"
     for variant in (variant for variant in variants if variant.change < -WORTH_SAYING):
         but = "" if accepted(variant.format, deployment) else hindrance
         reasons.append(f"{variant.name} would change the weights' error by {variant.change:+.1%}{but}")
     return reasons
+
+
+def worst_layer(report: ScanReport) -> list[str]:
+    """Return a line where one layer of several makes more than half of the sites' summed KL; else none."""
+    severity = report.severity() if report.sensitivity is not None else {}
+    total = sum(severity.values())
+    if len(severity) < 2 or not total:
+        return []
+    worst = max(severity, key=lambda layer: severity[layer])
+    share = severity[worst] / total
+    return [f"layer {worst} makes {share:.0%} of the harm: of the sum of the sites' KL"] if share > MOST_KL else []
 
 
 def _noise_in_words(rule: str, multipliers: Multipliers, layers: Sequence[int]) -> str:

@@ -1,8 +1,7 @@
-"""Advice on formats: the best format for each site by a knapsack on KL, and what another scale rule would save."""
+"""Advice on formats: the best ones for each site by a knapsack on KL, and what another scale rule would save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 import torch
@@ -11,28 +10,37 @@ from torch import nn
 from fp4rl.diagnose.calibration import Calibration
 from fp4rl.diagnose.estimate import estimated_kl
 from fp4rl.diagnose.precision import PIECE, weights_of
+from fp4rl.diagnose.prices import Pair, computes, pairs_of, prices_of
 from fp4rl.diagnose.report import ScanReport
 from fp4rl.diagnose.sensitivity import divergences
 from fp4rl.inject.plan import SitePlan, SiteTable
 from fp4rl.numerics.errors import ErrorSums, round_piece
 from fp4rl.spec.deployment import deployment_named
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import BF16, MXFP8, Format, ScaleRule
+from fp4rl.spec.formats import BF16, Format, ScaleRule
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import PatternFormats
 
-WIDER: tuple[Format, ...] = (MXFP8, BF16)
 _RULES: tuple[ScaleRule, ...] = ("floor", "even", "mse")
 BUCKETS = 1 << 16  # steps of the budget; costs are rounded up to whole steps, so that the budget is never exceeded
 
 
 @dataclass(frozen=True)
+class Budget:
+    """An average price in bits a weight, of which the share `compute` is by the time of matmuls (see `prices`)."""
+
+    bits: float = 4.5
+    compute: float = 0.5
+
+
+@dataclass(frozen=True)
 class Choice:
-    """A format for one group: its cost in bits, and the KL that remains, in nats per token."""
+    """Formats for one group: the weight's by name, the price in bits, and the KL that remains, in nats per token."""
 
     format: str
     bits: float
     kl: float
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -75,54 +83,94 @@ def knapsack(groups: Mapping[str, Sequence[Choice]], budget_bits: float) -> Chos
 
 @dataclass(frozen=True)
 class FormatAdvice:
-    """The chosen format of each group of sites (fused groups stay together), and the average bits per weight."""
+    """The chosen formats of each group of sites (fused groups stay together), the average bits per weight, and how many
+    times as long the matmuls take as they do as scanned, with the source of their rates."""
 
     chosen: Chosen
     groups: Mapping[str, tuple[str, ...]]
     bits_per_weight: float
+    slowdown: float
+    rates: str
+
+    def wider(self, injection: Injection) -> dict[str, Pair]:
+        """Return site -> its formats, where they are others than the injection's own."""
+        own = Pair(injection.weight, injection.input)
+        choices = self.chosen.choices.items()
+        return {
+            site: choice.pair
+            for group, choice in choices
+            if choice.pair is not None and choice.pair != own
+            for site in self.groups[group]
+        }
 
     def exceptions(self, injection: Injection) -> tuple[PatternFormats, ...]:
-        """Return an exception for each site with another format than the injection's own; BF16 means no rounding."""
-        exceptions = []
-        for group, choice in self.chosen.choices.items():
-            if injection.weight is not None and choice.format != injection.weight.name:
-                fmt = next(wide for wide in WIDER if wide.name == choice.format)
-                point = None if fmt is BF16 else fmt
-                inputs = point if injection.input is not None else "keep"
-                exceptions += [PatternFormats(pattern=s, weight=point, input=inputs) for s in self.groups[group]]
-        return tuple(exceptions)
+        """Return an exception for each site with other formats than the injection's own; BF16 means no rounding."""
+        return tuple(
+            PatternFormats(
+                pattern=site,
+                weight="keep" if pair.weight == injection.weight else pair.weight,
+                input="keep" if pair.input == injection.input else pair.input,
+            )
+            for site, pair in self.wider(injection).items()
+        )
 
 
 def advised_formats(
-    model: nn.Module, report: ScanReport, calibration: Calibration, bits_per_weight: float, generator: torch.Generator
+    model: nn.Module, report: ScanReport, calibration: Calibration, settings: Budget, generator: torch.Generator
 ) -> FormatAdvice:
-    """Choose among the scanned format, MXFP8 and BF16 for least predicted KL at an average of `bits_per_weight`.
+    """Choose for least predicted KL within a budget: as scanned, wider inputs where the deployment computes that mode,
+    MXFP8 or BF16.
 
-    The KL of a wider format is that of the scanned one, times the ratio of their estimates by backward passes. Raises
-    InvalidValueError without a sensitivity scan, and for a budget below the scanned format's own bits.
+    The KL of wider formats is that of the scanned ones, times the ratio of their estimates by backward passes over the
+    same answers. Raises InvalidValueError without a sensitivity scan, and for a budget below the scanned format's bits.
     """
     if report.sensitivity is None:
         raise InvalidValueError("formats are advised from sensitivity; scan with it")
-    injection, plans = report.table.injection, [p for p in report.table.plans if p.weight is not None]
+    table, injection = report.table, report.table.injection
+    plans = [plan for plan in table.plans if plan.weight is not None]
     if injection.weight is None or not plans:
         raise InvalidValueError("no weight is rounded in this scan; scan a mode that rounds weights, such as w4a16")
-    kl = {site.name: site.kl for site in report.sensitivity.sites}
-    widened = _widened(report.table)
-    narrow = estimated_kl(model, report.table, calibration, generator=generator)
-    wide = estimated_kl(model, widened, calibration, generator=generator)
-    stacks = [plan for plan in widened.plans if plan.name not in narrow]  # experts are measured, by a pass each
-    tables = [replace(widened, plans=(plan,)) for plan in stacks]
-    measured = divergences(model, tables, calibration)
-    narrow |= {plan.name: kl[plan.name] for plan in stacks}
-    wide |= {plan.name: divergence.kl for plan, divergence in zip(stacks, measured, strict=True)}
-    groups = fused_groups(plans)
-    size = {plan.name: prod(plan.site.shape) for plan in plans}
-    choices = {
-        group: _choices(injection.weight, sites, size, kl, {s: _ratio(wide[s], narrow[s]) for s in sites})
+    own, *wider = pairs_of(injection)
+    kl = {own: {site.name: site.kl for site in report.sensitivity.sites}}
+    state = generator.get_state()
+    narrow = estimated_kl(model, table, calibration, generator=generator)
+    for pair in wider[:-1]:
+        generator.set_state(state)
+        changed = _in(table, pair)
+        wide = estimated_kl(model, changed, calibration, generator=generator)
+        stacks = [plan for plan in changed.plans if plan.name not in narrow]  # experts are measured, by a pass each
+        measured = divergences(model, [replace(changed, plans=(plan,)) for plan in stacks], calibration)
+        ratios = {site: _ratio(wide[site], narrow[site]) for site in narrow}
+        kl[pair] = {site: kl[own][site] * ratio for site, ratio in ratios.items()}
+        kl[pair] |= {plan.name: max(0.0, each.kl) for plan, each in zip(stacks, measured, strict=True)}
+    kl[wider[-1]] = dict.fromkeys(kl[own], 0.0)
+    groups, by_name = fused_groups(plans), {plan.name: plan for plan in plans}
+    prices = prices_of(model, plans, injection, settings.compute)
+    # What was scanned is taken as it is, and MXFP8 weights and BF16 are left to whoever serves them.
+    offered = {
+        group: [
+            pair
+            for pair in kl
+            if pair in (own, *wider[-2:]) or all(computes(injection.deployment, pair, by_name[s]) for s in sites)
+        ]
         for group, sites in groups.items()
     }
-    chosen = knapsack(choices, bits_per_weight * sum(size.values()))
-    return FormatAdvice(chosen, groups, chosen.bits / sum(size.values()))
+    choices = {
+        group: [
+            Choice(_name(pair), sum(prices.of(pair, s) for s in sites), sum(kl[pair][s] for s in sites), pair)
+            for pair in offered[group]
+        ]
+        for group, sites in groups.items()
+    }
+    chosen = knapsack(choices, settings.bits * prices.total)
+    taken = {site: choice.pair or own for group, choice in chosen.choices.items() for site in groups[group]}
+    bits = sum(prices.sizes[site] * pair.weight_bits for site, pair in taken.items()) / prices.total
+    time = sum(prices.macs[site] * prices.slowdown(pair) for site, pair in taken.items())
+    return FormatAdvice(chosen, groups, bits, time, prices.source)
+
+
+def _name(pair: Pair) -> str:
+    return pair.weight.name if pair.weight is not None else BF16.name
 
 
 @dataclass(frozen=True)
@@ -165,27 +213,26 @@ def _error(model: nn.Module, plans: Sequence[SitePlan], table: SiteTable, fmt: F
     return tally.measures()["relative_l2"] if tally.values else float("inf")
 
 
-def _choices(
-    fmt: Format, sites: Sequence[str], size: Mapping[str, int], kl: Mapping[str, float], wider: Mapping[str, float]
-) -> list[Choice]:
-    values = sum(size[site] for site in sites)
-    return [
-        Choice(fmt.name, values * fmt.bits_per_value, sum(kl[site] for site in sites)),
-        Choice(MXFP8.name, values * MXFP8.bits_per_value, sum(kl[site] * wider[site] for site in sites)),
-        Choice(BF16.name, values * 16.0, 0.0),
-    ]
-
-
 def _ratio(wide: float, narrow: float) -> float:
     return min(1.0, wide / narrow) if narrow > 0 else 0.0
 
 
-def _widened(table: SiteTable) -> SiteTable:
-    """Return the table with every site in MXFP8, as the scanned deployment rounds it."""
-    name = table.injection.deployment
-    at = deployment_named(name).at if name else lambda _point, fmt: fmt
+def _in(table: SiteTable, pair: Pair) -> SiteTable:
+    """Return the table with every site in these formats where it is rounded, as the scanned deployment rounds them."""
+    injection, name = table.injection, table.injection.deployment
+
+    def at(point: str, own: Format | None, fmt: Format | None, scanned: Format | None) -> Format | None:
+        if own is None or fmt is None or fmt == scanned:
+            return own if fmt == scanned else None
+        return deployment_named(name).at(point, fmt) if name else fmt
+
     plans = (
-        replace(p, weight=p.weight and at("weight", MXFP8), input=p.input and at("input", MXFP8)) for p in table.plans
+        replace(
+            p,
+            weight=at("weight", p.weight, pair.weight, injection.weight),
+            input=at("input", p.input, pair.input, injection.input),
+        )
+        for p in table.plans
     )
     return replace(table, plans=tuple(plans))
 
