@@ -129,9 +129,11 @@ def test_a_scripted_model_offers_nothing_that_could_be_swapped():
         attach(torch.jit.trace(policy(), X), Injection.named("w4a16"))
 
 
+ROTATED = {"name": "mxfp4", "rotation": 32}
 INDUCTOR = {
     "w4a4": Injection.named("w4a4"),
     "clipped": Injection.named("w4a4", straight_through="clipped"),
+    "clipped, rotated": Injection(**dict.fromkeys(("weight", "input"), ROTATED), straight_through="clipped"),
     "smooth": Injection.named("w4a4", straight_through="smooth", smooth={"points": ["weight", "input"]}),
     "nvfp4": Injection.named("nvfp4_w4a4"),
     "all in float16": Injection(weight="mxfp8", input="mxfp4", output="fp8", dtype="float16"),

@@ -7,8 +7,10 @@ from itertools import product
 
 import pytest
 import torch
+from scipy.linalg import hadamard
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.pytorch_utils import Conv1D
 
 from fp4rl.inject.attach import attach
 from fp4rl.numerics.levels import within_reach
@@ -41,6 +43,15 @@ def seen_as(x, fmt, dtype, clipped):
     return fake_quantize(cast, fmt).double(), reach.double()
 
 
+def passed(gradient, reach, fmt):
+    """The gradient through the rounding: x -> H Q(H x) has the derivative H diag(reach) H; the matrix is scipy's."""
+    if fmt is None or fmt.rotation is None:
+        return gradient * reach
+    matrix = torch.tensor(hadamard(fmt.rotation), dtype=torch.float64) / fmt.rotation**0.5
+    turn = torch.block_diag(*[matrix] * (gradient.shape[-1] // fmt.rotation))
+    return ((gradient @ turn) * reach) @ turn
+
+
 def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm().detach())
 
@@ -64,9 +75,10 @@ def expected(layer, x, g, injection):
         # The point sees y in the model's dtype; the oracle starts from the same number.
         y_seen = nn.functional.linear(xq.to(x.dtype), wq.to(x.dtype), layer.bias)
         y, y_reach = seen_as(y_seen, injection.output, injection.dtype, clipped)
-        g = g * y_reach
-    grad_weight = (g.flatten(0, 1).T @ xq.flatten(0, 1)) * w_reach
-    return y, (g @ wq) * x_reach, grad_weight, g.sum((0, 1)), (g @ layer.weight.detach().double()) * x_reach
+        g = passed(g, y_reach, injection.output)
+    grad_weight = passed(g.flatten(0, 1).T @ xq.flatten(0, 1), w_reach, injection.weight)
+    with_master = passed(g @ layer.weight.detach().double(), x_reach, injection.input)
+    return y, passed(g @ wq, x_reach, injection.input), grad_weight, g.sum((0, 1)), with_master
 
 
 @pytest.mark.parametrize("variant", ["identity", "clipped"])
@@ -85,6 +97,19 @@ def test_linear_points_against_the_oracle(point, model_dtype, dtype, variant):
         assert relative(got, oracle) < TOLERANCE[model_dtype]
     if injection.weight is not None:
         assert relative(x.grad, with_master) > 2 * TOLERANCE[model_dtype]
+
+
+@pytest.mark.parametrize("point", ["rotated", "weight+input"])
+def test_a_weight_that_is_stored_transposed_gets_the_same_gradient(point):
+    injection = Injection.model_validate({**POINTS[point], "straight_through": "clipped"})
+    layer, x, g = model_and_data(torch.float64)
+    other = Conv1D(96, 64).double()
+    with torch.no_grad():
+        other.weight.copy_(layer.weight.T)
+    for module in (layer, other):
+        with attach(nn.ModuleDict({"c_proj": module}), injection):
+            module(x).backward(g)
+    assert torch.allclose(other.weight.grad, layer.weight.grad.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("point", ["weight", "input", "output"])

@@ -29,6 +29,14 @@ def test_a_setting_of_the_base_that_one_arm_uses_is_no_mistake():
     assert len(lines(base, a={}, b={"training": {"lr": 1e-3}})) == 1
 
 
+def test_codes_of_two_bases_are_said_to_have_no_kernel():
+    turned = {"name": "mxfp4", "rotation": 32}
+    (line,) = lines(a={"injection": {"weight": turned, "input": "mxfp4"}})
+    assert "injection.weight has the rotation 32 and injection.input none" in line
+    assert lines(a={"injection": {"weight": turned, "input": turned}}) == []
+    assert lines(a={"injection": {"weight": turned}}) == []  # inputs in full: the weight is turned back when it is read
+
+
 @pytest.mark.parametrize(
     ("injection", "left"),
     [

@@ -95,7 +95,10 @@ class LinearState(SiteState):
                 self.cache.put(copy, reach, *made_from)
         if "weight" in self.points:
             self.note("weight", weight, copy, elements)
-        return through(weight, copy, reach)
+        rotation = self.plan.weight.rotation if self.plan.weight is not None else None
+        if reach is not None and rotation is not None and self.transposed:
+            return through(weight.mT, copy.mT, reach.mT, rotation).mT
+        return through(weight, copy, reach, rotation)
 
     def master(self, layer: nn.Linear) -> Tensor:
         """Return the present master weight as [out, in]."""

@@ -13,21 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4rl.numerics.levels import smooth_slope, within_reach
+from fp4rl.numerics.levels import rotate, smooth_slope, within_reach
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.numerics.reference import widened
 from fp4rl.spec.formats import Format, describe, format_of
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import GRADIENTS, can_clip, can_smooth
 
 
-def through(master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
-    """Return `copy`, with its gradient passed to `master`. Under `torch.compile` as a sum that adds an exact zero."""
+def through(master: Tensor, copy: Tensor, reach: Tensor | None, rotation: int | None = None) -> Tensor:
+    """Return `copy`, with its gradient passed to `master`. Under `torch.compile` as a sum that adds an exact zero.
+
+    `reach` is what the gradient is multiplied by, in the basis of blocks of `rotation` columns if that is given.
+    """
     if not (master.requires_grad and torch.is_grad_enabled()):
         return copy
     if torch.compiler.is_compiling():
         zero = master - master.detach()
-        return copy + (zero if reach is None else zero * reach)
-    return StraightThrough.apply(master, copy, reach)  # type: ignore[no-any-return, no-untyped-call]
+        return copy + _passed(zero, reach, rotation)
+    return StraightThrough.apply(master, copy, reach, rotation)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _passed(gradient: Tensor, reach: Tensor | None, rotation: int | None) -> Tensor:
+    """Return the gradient times `reach`: of H Q(H x) with H = H^T the derivative is H diag(reach) H."""
+    if reach is None or rotation is None:
+        return gradient if reach is None else gradient * reach
+    return rotate(rotate(widened(gradient), rotation) * reach, rotation).to(gradient.dtype)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -35,15 +46,15 @@ class StraightThrough(torch.autograd.Function):
     arXiv 1308.3432), or, where `reach` is given, times that."""
 
     @staticmethod
-    def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None) -> Tensor:
+    def forward(ctx: Any, _master: Tensor, copy: Tensor, reach: Tensor | None, rotation: int | None) -> Tensor:
         """Return `copy`, the rounded master of the same shape; `reach` is a bool mask, a derivative or None."""
-        ctx.reach = reach
+        ctx.reach, ctx.rotation = reach, rotation
         return copy.view_as(copy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Return the gradient for the master; the other arguments have none."""
-        return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None
+        return _passed(gradients[0], ctx.reach, ctx.rotation), None, None, None
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class SiteState:
         # The cast is part of the rounding: if autograd saw it, it would cast the gradient as well.
         copy, reach = self.rounded(x, point, generator)
         self.note(point, x, copy, x.numel())
-        return through(x, copy, reach)
+        return through(x, copy, reach, getattr(self.plan, point).rotation)
 
     def rounded(self, x: Tensor, point: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Return Q(x in the injection's dtype) in x's own dtype, without gradient, and the share of it that passes."""

@@ -7,6 +7,7 @@ from fp4rl.lab.serving import changed, of_profiles, packed_otherwise
 from fp4rl.noise.schedule import values_missed
 from fp4rl.spec.algorithms import ALGORITHMS, Algorithm
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.formats import Format
 from fp4rl.spec.idle import idle, is_set, value_at
 from fp4rl.spec.words import agreeing, counted
 
@@ -67,6 +68,20 @@ def _served(experiment: Experiment) -> Iterator[str]:
     for name, imitated in of_profiles(experiment.evaluation).items():
         if (line := changed(imitated)) is not None:
             yield f"evaluation profile {name}: {line}"
+    yield from _turned_apart(experiment)
+
+
+def _turned_apart(experiment: Experiment) -> Iterator[str]:
+    """Yield a line where weights and inputs of one product are rounded in two bases, which no kernel multiplies."""
+    injection = experiment.injection
+    for row in (injection, *injection.by_pattern) if injection is not None else ():
+        weight, given = getattr(row, "weight", None), getattr(row, "input", None)
+        if isinstance(weight, Format) and isinstance(given, Format) and weight.rotation != given.rotation:
+            ours, theirs = weight.rotation or "none", given.rotation or "none"
+            yield (
+                f"injection.weight has the rotation {ours} and injection.input {theirs}: no kernel multiplies the "
+                "codes of two bases; give both one rotation"
+            )
 
 
 def _packed(experiment: Experiment) -> Iterator[str]:

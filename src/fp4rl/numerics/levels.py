@@ -21,6 +21,7 @@ from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.formats import ROTATIONS, Coarse, Format
 
+IN_CACHE = 2**17  # values that are turned at a time on a CPU
 FRACTIONS = 16  # steps within one power of two; the E8M0 scales below a coarse scale cover all other factors
 
 
@@ -121,6 +122,12 @@ def hadamard(x: Tensor) -> Tensor:
 
     A fast Walsh-Hadamard transform: log2(size) sums and differences in a fixed order, one scaling by 1/sqrt(size).
     """
+    if x.device.type != "cpu" or x.numel() <= IN_CACHE or torch.compiler.is_compiling():
+        return _hadamard(x)
+    return torch.cat([_hadamard(part) for part in torch.split(x, max(1, IN_CACHE // x.shape[-1]))])
+
+
+def _hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     turned, step = x, size // 2
     while step:
