@@ -75,12 +75,12 @@ setup:
 	@./setup.sh train report
 
 setup-dev:
-	@./setup.sh train report search postgres dev oracles wandb mlflow math
+	@./setup.sh train report search ray postgres dev oracles wandb mlflow math
 
 # Resolved without find-links, so that nothing of one machine gets in; what belongs to a CUDA build stays out.
 constraints: setup
 	echo 'torch==2.13.0' > .venv/pin.txt
-	env -u PIP_FIND_LINKS -u UV_FIND_LINKS .venv/bin/uv pip compile pyproject.toml $(foreach extra,train report search postgres wandb mlflow math oracles dev,--extra $(extra)) --python-version 3.11 \
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS .venv/bin/uv pip compile pyproject.toml $(foreach extra,train report search ray postgres wandb mlflow math oracles dev,--extra $(extra)) --python-version 3.11 \
 	  --constraint .venv/pin.txt --no-header --no-annotate --quiet \
 	  | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
 
