@@ -11,12 +11,13 @@ from rich.table import Table
 from fp4rl.cli.budgets_view import print_missing
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, warnings_of
 from fp4rl.cli.ledger import ledger_address
-from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile
+from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, RunsRoot, SpecFile, require_writable
 from fp4rl.cli.precision_view import precision_stages, print_precision
 from fp4rl.cli.prompt_view import has_template, print_prompts, prompts_of
 from fp4rl.cli.prospect import print_expected, print_next, print_power
 from fp4rl.cli.stages_view import budgets_of, print_stages
 from fp4rl.cli.terminal import console, print_indented, print_json, styled, table
+from fp4rl.engines.executors.slurm import script
 from fp4rl.lab.compare.controls import missing_controls
 from fp4rl.lab.estimates import lines as estimated
 from fp4rl.lab.matrix import PlannedRun
@@ -43,12 +44,16 @@ def command(
         bool, typer.Option("--show-prompt", help="Show instead what the model sees of problem 1: text and token ids.")
     ] = False,
     jobs: Jobs = 2,
+    slurm: Annotated[
+        Path | None, typer.Option("--slurm", help="Write a job array for Slurm to this file: its index is the run.")
+    ] = None,
     ledger: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a file describes: its arms, its questions, and its runs with their ids.
 
-    Examples: `fp4rl plan catalogue/quickstart training.steps=10`, `fp4rl plan my_suite.yaml --show-prompt`
+    Examples: `fp4rl plan catalogue/quickstart training.steps=10`, `fp4rl plan my_suite.yaml --show-prompt`,
+    `fp4rl plan my_suite.yaml --slurm array.sh`
     """
     described = described_by(spec, overrides or [], scale)
     runs_planned = runs_described(described, spec.stem)
@@ -56,11 +61,14 @@ def command(
         require_here(runs_planned)
         print_json([*prompts_of(runs_planned).values()]) if as_json else print_prompts(runs_planned)
         return
+    if slurm is not None:
+        words = [str(spec), *(overrides or []), *(["--scale", scale] if scale else []), "--runs", str(runs)]
+        _write_array(slurm, runs_planned, words)
+        return
     if next_steps:
         print_next(described, runs, as_json=as_json)
         return
     statuses = statuses_of(runs_planned, runs)
-    finished = [run for run in runs_planned if statuses[run.run_id].finished]
     if as_json:
         whole = budgets_of(runs_planned, runs)
         in_all = {arm: {"total_steps": budget and budget.steps} for arm, budget in whole.items()}
@@ -75,10 +83,7 @@ def command(
     if isinstance(described, Suite):
         print_expected(described)
         _print_suite(described)
-    title = f"{runs_planned[0].suite}: {counted(len(runs_planned), 'run')}, {len(finished)} finished"
-    rows = ((run.arm, str(run.seed), run.run_id, statuses[run.run_id].word) for run in runs_planned)
-    screen.print(table("arm", "seed>", "run=", "status", rows=rows, title=title, lines=True))
-    _print_reasons({run_id: status for run_id, status in statuses.items() if status.why})
+    _print_runs(runs_planned, statuses)
     _print_served({run.arm: run.experiment for run in runs_planned})
     missing = [run for run in runs_planned if not statuses[run.run_id].finished]
     for line in estimated(missing, earlier_runs(missing, runs, ledger), jobs):
@@ -86,12 +91,32 @@ def command(
     if isinstance(described, Suite):
         print_power(described, runs_planned[0].experiment, ledger_address(runs, ledger))
         print_missing(missing_controls(described, runs))
-    for line in own_code(runs_planned):
+    _print_remarks(runs_planned, described)
+
+
+def _print_runs(runs: Sequence[PlannedRun], statuses: Mapping[str, Status]) -> None:
+    finished = sum(statuses[run.run_id].finished for run in runs)
+    title = f"{runs[0].suite}: {counted(len(runs), 'run')}, {finished} finished"
+    rows = ((run.arm, str(run.seed), run.run_id, statuses[run.run_id].word) for run in runs)
+    console().print(table("arm", "seed>", "run=", "status", rows=rows, title=title, lines=True))
+    _print_reasons({run_id: status for run_id, status in statuses.items() if status.why})
+
+
+def _write_array(file: Path, runs: Sequence[PlannedRun], words: Sequence[str]) -> None:
+    require_writable(file, "--slurm")
+    file.write_text(script(file, runs, words), encoding="utf-8")
+    console().print(
+        f"`bash {file}` submits its runs, and resumes what is not finished when called again", soft_wrap=True
+    )
+
+
+def _print_remarks(runs: Sequence[PlannedRun], described: Suite | Experiment) -> None:
+    for line in own_code(runs):
         print_indented(("code", "yellow"), f": {line}")
-    for line in warnings_of(runs_planned, described):
-        screen.print(styled(("warning", "yellow"), f": {line}"))
-    for line in missing_files(runs_planned):
-        screen.print(styled(("missing", "yellow"), f": {line}"))
+    for line in warnings_of(runs, described):
+        console().print(styled(("warning", "yellow"), f": {line}"))
+    for line in missing_files(runs):
+        console().print(styled(("missing", "yellow"), f": {line}"))
 
 
 def earlier_runs(missing: Sequence[PlannedRun], runs: Path, ledger: str | None) -> list[Run]:

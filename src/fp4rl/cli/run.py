@@ -12,13 +12,22 @@ from rich.console import Console, Group
 
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, selected, warnings_of
 from fp4rl.cli.display import Display
+from fp4rl.cli.executor import STALL_MINUTES, ClusterAddress, StallTimeout, Where, executor_of
 from fp4rl.cli.ledger import ledger_address
-from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.options import (
+    Address,
+    AsJson,
+    AtScale,
+    Jobs,
+    Overrides,
+    ReportTo,
+    RunsRoot,
+    SpecFile,
+)
 from fp4rl.cli.run_end import import_the_end
 from fp4rl.cli.terminal import console, leave_out, print_json, say_once, table
 from fp4rl.engines.environment import launched
-from fp4rl.engines.executors.processes import LocalPool
-from fp4rl.engines.executors.torchrun import TorchrunExecutor, follow
+from fp4rl.engines.executors.torchrun import follow
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.profile import WHAT, write_profile
@@ -40,14 +49,7 @@ from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import agreeing, counted
 
 _CELL = len("12.345 100%")  # of a table of times
-STALL_MINUTES = 60.0
 _FRAME = 3  # what a column adds to its widest cell: a line and a space on both sides
-
-
-StallTimeout = Annotated[
-    float,
-    typer.Option("--stall-timeout", min=0.0, help="End a run after so many minutes without any progress; 0: never."),
-]
 
 
 def command(
@@ -70,11 +72,13 @@ def command(
         bool, typer.Option("--profile", help="Show where the time of a step goes; every run has it as profile.md.")
     ] = False,
     stall_timeout: StallTimeout = STALL_MINUTES,
+    executor: Where = "local",
+    address: ClusterAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a suite or an experiment. Finished runs are skipped; the same command resumes interrupted ones.
 
-    Example: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`
+    Examples: `fp4rl run catalogue/quickstart seeds=[0,1] --jobs 2`, `fp4rl run suite.yaml --executor ray --jobs 16`
     """
     described = described_by(spec, overrides or [], scale)
     outcome = carry_out_all(
@@ -89,6 +93,8 @@ def command(
         seeds=seed or (),
         quiet=as_json,
         stall_minutes=stall_timeout,
+        where=executor,
+        address=address,
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
@@ -143,6 +149,8 @@ def carry_out_all(
     stall_minutes: float = STALL_MINUTES,
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    where: Where = "local",
+    address: str | None = None,
 ) -> SuiteOutcome:
     """Run what is described below `root` with a live display, of named `arms` and `seeds` only these.
 
@@ -151,6 +159,7 @@ def carry_out_all(
     from fp4rl.lab.sinks import close_left_open, require_sinks
 
     require_sinks(report_to)
+    executor = executor_of(where, address, jobs, report_to, stall_minutes)
     every = selected(runs_described(described, name), arms, seeds)
     require_here(every)
     runs = _trained_here(every, root)
@@ -166,20 +175,17 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
-    pool = LocalPool(jobs, report_to=tuple(report_to), stall_s=60 * stall_minutes or None)
-    executor = TorchrunExecutor(tuple(report_to)) if launched() else pool
     if launched():
         processes.from_first(missing)
     if "mlflow" in report_to and missing:
         close_left_open(root / runs[0].suite)
-    screen = console(stderr=True)
+    screen, book = console(stderr=True), ledger_address(root, ledger)
     if not quiet:
         _say_finished(runs, missing, screen)
     for line in own_code(missing):
         screen.print(f"code: {line}", soft_wrap=True)
     for line in warnings_of(missing, described) if missing and not quiet else ():
         screen.print(f"warning: {line}")
-    book = ledger_address(root, ledger)
     _record(book, root, screen)  # also runs that a killed process finished but did not record
     display = Display(missing, screen)
     import_the_end()

@@ -62,7 +62,7 @@ class LocalPool:
         workers: list[_Worker] = []
         dealt = self._dealt(runs)
         idle: list[_Worker | int] = [*range(len(dealt))]  # the number of one that is still to be started
-        with _interruptible() as interrupted, contextlib.ExitStack() as at_last:
+        with interruptible() as interrupted, contextlib.ExitStack() as at_last:
             at_last.callback(_kill, workers)
             at_last.callback(lambda: _kill([each for each in idle if isinstance(each, _Worker)]))
             while True:
@@ -134,7 +134,7 @@ class LocalPool:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Set the yielded event at the first Ctrl-C; the second is raised as KeyboardInterrupt."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -173,17 +173,20 @@ def _received(worker: _Worker, root: Path, on_event: OnEvent) -> Outcome | None:
 
 def _ended(worker: _Worker, root: Path) -> Outcome:
     """End a worker that has not moved for too long; its run failed, and the reason names where it stood."""
-    assert worker.run is not None
-    folder = run_folder(root, worker.run.suite, worker.run.run_id).path
     worker.process.kill()
     worker.process.join()
+    assert worker.run is not None
+    return stalled(worker.run, root, time.monotonic() - worker.heard_at)
+
+
+def stalled(run: PlannedRun, root: Path, silent_s: float) -> Outcome:
+    """Return the outcome of a run that was ended after `silent_s` seconds without progress, and note it there."""
+    folder = run_folder(root, run.suite, run.run_id).path
     beat = heartbeat.read(folder)
-    where = beat.where if beat is not None else "its start"
-    silent = f"{(time.monotonic() - worker.heard_at) / 60:.3g} minutes"
-    then = f"the same command {what_follows(folder)}"
-    why = f"it stalled at {where}: no progress for {silent}, so it was ended; {then}"
+    where, then = beat.where if beat is not None else "its start", f"the same command {what_follows(folder)}"
+    why = f"it stalled at {where}: no progress for {silent_s / 60:.3g} minutes, so it was ended; {then}"
     heartbeat.note_end(folder, "failed", why)
-    return Outcome(worker.run, why)
+    return Outcome(run, why)
 
 
 def died(code: int | None, folder: RunFolder) -> str:
@@ -239,12 +242,12 @@ def _serve(pipe: Connection, parent: int, threads: int, environment: dict[str, s
         if run.experiment.processes > 1:
             pipe.send(together(run, root, report_to, pipe.send, stop_requested.is_set))
             continue
-        _ready(threads)
+        ready(threads)
         pipe.send(attempt(run, root, report_to, pipe.send, stop_requested.is_set))
 
 
 @cache
-def _ready(threads: int) -> None:
+def ready(threads: int) -> None:
     """Import torch for the runs of this process; those that are trained together import it in theirs."""
     from fp4rl.models.quiet import quiet
 
