@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import wrap
+from textwrap import shorten, wrap
 from typing import Annotated, Any
 
 import typer
@@ -83,17 +83,15 @@ def show(rows: Sequence[Row]) -> None:
 
 def _print(row: Row) -> bool:
     """Print a row, the measured value first; return whether words were left out, since two lines do not hold them."""
-    arms = f" (arm {', '.join(row.arms)})" if row.arms else ""
-    if row.verdict == "pass":
-        words = f"{row.measured}{arms}; expected {row.expected}"
-    else:
-        words = "; ".join(filter(None, (f"{row.measured}{arms}", row.cure, f"expected {row.expected}")))
-    screen = console()
+    measured = row.measured + (f" (arm {', '.join(row.arms)})" if row.arms else "")
+    screen, expected = console(), f"expected {row.expected}"
     room = screen.width - _NAME - 7
-    lines = [line.rstrip() for line in wrap(words, room, break_on_hyphens=False)]
-    if len(lines) > _LINES:
-        lines[_LINES - 1] = f"{lines[_LINES - 1][: room - 2].rstrip()} …"
+    lines = wrap("; ".join(filter(None, (measured, row.cure, expected))), room, break_on_hyphens=False)
+    if row.verdict == "pass" and len(lines) > _LINES:
+        lines = wrap(measured, room, break_on_hyphens=False)
     for number, line in enumerate(lines[:_LINES]):
         head = (f"{row.verdict:5} ", _COLOURS[row.verdict]), f"{row.check:{_NAME}} "
-        screen.print(styled(*(head if number == 0 else (" " * (_NAME + 7),)), line), soft_wrap=True)
+        more = number == _LINES - 1 and len(lines) > _LINES
+        shown = shorten(f"{line} {lines[number + 1]}", room, placeholder=" …") if more else line
+        screen.print(styled(*(head if number == 0 else (" " * (_NAME + 7),)), shown), soft_wrap=True)
     return len(lines) > _LINES

@@ -12,7 +12,7 @@ GROUPS = MappingProxyType(
     {
         "nothing": ("settings", "questions", "deployment", "surroundings"),
         "model": ("numbers", "model"),
-        "weights": (),
+        "weights": ("live", "steps"),
     }
 )
 _WORST: tuple[Verdict, ...] = ("fail", "warn", "waits", "pass")

@@ -14,7 +14,7 @@ Verdict = Literal["pass", "warn", "fail", "waits"]
 Needs = Literal["nothing", "model", "weights"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """What is checked: the runs that are planned, what describes them, and where and with which loggers they will run.
 
