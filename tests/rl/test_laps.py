@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from fp4rl.cli.main import main
-from fp4rl.cli.run import profiled
+from fp4rl.cli.profile_view import profiled
 from fp4rl.lab.folders import RunFolder, run_folder
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.profile import WHAT, seconds_a_step, write_profile

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from fp4rl.cli.described import described_by, runs_described, selected
 from fp4rl.cli.options import AsJson, AtScale, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
-from fp4rl.lab.preflight.preflight import preflight
+from fp4rl.engines.environment import launched
+from fp4rl.lab.matrix import PlannedRun
+from fp4rl.lab.preflight.preflight import EVERY, at_stake, keep_passed, passed_before, preflight
 from fp4rl.lab.preflight.rows import Needs, Row, Subject
 from fp4rl.lab.preflight.traps import traps
 from fp4rl.models.quiet import quiet
@@ -42,18 +46,43 @@ def command(
     """
     described = described_by(spec, overrides or [], scale)
     planned = selected(runs_described(described, spec.stem), arm or (), ())
-    levels: tuple[Needs, ...] = ("nothing",) if static else ("nothing", "model", "weights")
-    if not static:
-        quiet()
-        ready_to_round()
-    subject = Subject(described, planned, runs, tuple(report_to or ()))
-    with progress() as advance:
-        rows = [*preflight(subject, levels, partial(advance, "preflight"))]
+    rows = looked_at(Subject(described, planned, runs, tuple(report_to or ())), ("nothing",) if static else EVERY)
     if as_json:
         print_json(as_dict(rows, planned[0].suite))
     else:
         show(rows)
     require_passed(rows)
+
+
+def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
+    """Return the rows of some levels, with progress on stderr."""
+    if "model" in levels:
+        quiet()
+        ready_to_round()
+    with progress() as advance:
+        return [*preflight(subject, levels, partial(advance, "preflight"))]
+
+
+def checked_first(subject: Subject, screen: Console, *, skip: bool) -> list[PlannedRun]:
+    """Look for known traps before runs begin, or `skip` that and return runs that say so.
+
+    What is free is looked at each time, the rest once, where hours are at stake. Raises CheckFailed, with what was
+    measured and the cure, where a check fails.
+    """
+    if skip or not subject.runs:
+        return [replace(run, unchecked=skip) for run in subject.runs]
+    levels = at_stake(subject.runs) if not launched() else ("nothing",)
+    known = "model" in levels and passed_before(subject)
+    rows = looked_at(subject, ("nothing",) if known else levels)
+    for row in (row for row in rows if row.verdict == "fail"):
+        what = "; ".join(filter(None, (row.measured, row.cure)))
+        raise CheckFailed(f"preflight, {row.check}: {what}; --skip-preflight runs it all the same, and says so")
+    if "model" in levels and not known:
+        counts = Counter[str](row.verdict for row in rows)
+        said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if counts[verdict])
+        screen.print(f"preflight: {said} (`fp4rl preflight` shows them)")
+        keep_passed(subject, rows)
+    return [*subject.runs]
 
 
 def as_dict(rows: Sequence[Row], suite: str) -> dict[str, Any]:

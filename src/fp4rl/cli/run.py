@@ -1,36 +1,28 @@
 """`fp4rl run`: run everything in a file that is not finished, then show the comparison."""
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 
 from fp4rl.cli.described import described_by, own_code, require_here, runs_described, selected, warnings_of
 from fp4rl.cli.display import Display
 from fp4rl.cli.executor import STALL_MINUTES, ClusterAddress, StallTimeout, Where, executor_of
 from fp4rl.cli.ledger import ledger_address
-from fp4rl.cli.options import (
-    Address,
-    AsJson,
-    AtScale,
-    Jobs,
-    Overrides,
-    ReportTo,
-    RunsRoot,
-    SpecFile,
-)
+from fp4rl.cli.options import Address, AsJson, AtScale, Jobs, Overrides, ReportTo, RunsRoot, SpecFile
+from fp4rl.cli.preflight import checked_first
+from fp4rl.cli.profile_view import profiled
 from fp4rl.cli.run_end import import_the_end
-from fp4rl.cli.terminal import console, leave_out, print_json, say_once, table
+from fp4rl.cli.terminal import console, leave_out, print_json, say_once
 from fp4rl.engines.environment import launched
 from fp4rl.engines.executors.torchrun import follow
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.profile import WHAT, write_profile
+from fp4rl.lab.preflight.rows import Subject
 from fp4rl.lab.provenance import changed_inputs
 from fp4rl.lab.runner import (
     Outcome,
@@ -47,9 +39,6 @@ from fp4rl.models.quiet import quiet as quiet_libraries
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import agreeing, counted
-
-_CELL = len("12.345 100%")  # of a table of times
-_FRAME = 3  # what a column adds to its widest cell: a line and a space on both sides
 
 
 def command(
@@ -74,6 +63,9 @@ def command(
     stall_timeout: StallTimeout = STALL_MINUTES,
     executor: Where = "local",
     address: ClusterAddress = None,
+    skip_preflight: Annotated[
+        bool, typer.Option("--skip-preflight", help="Begin without `fp4rl preflight`; the results say so.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a suite or an experiment. Finished runs are skipped; the same command resumes interrupted ones.
@@ -95,6 +87,7 @@ def command(
         stall_minutes=stall_timeout,
         where=executor,
         address=address,
+        skip_preflight=skip_preflight,
     )
     done = [*outcome.skipped, *outcome.done]
     if not done and not outcome.failed:
@@ -151,6 +144,7 @@ def carry_out_all(
     seeds: Sequence[int] = (),
     where: Where = "local",
     address: str | None = None,
+    skip_preflight: bool = False,
 ) -> SuiteOutcome:
     """Run what is described below `root` with a live display, of named `arms` and `seeds` only these.
 
@@ -175,11 +169,14 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
+    screen = console(stderr=True)
+    missing = checked_first(Subject(described, tuple(missing), root, tuple(report_to)), screen, skip=skip_preflight)
+    runs = [*finished, *missing]
     if launched():
         processes.from_first(missing)
     if "mlflow" in report_to and missing:
         close_left_open(root / runs[0].suite)
-    screen, book = console(stderr=True), ledger_address(root, ledger)
+    book = ledger_address(root, ledger)
     if not quiet:
         _say_finished(runs, missing, screen)
     for line in own_code(missing):
@@ -254,40 +251,3 @@ def refuse_others(finished: Sequence[PlannedRun], root: Path) -> None:
             f"{run} is finished, but was made from another {' and '.join(names)} than there is now{more}; "
             "--rerun-stale repeats it, --runs names a place for new ones"
         )
-
-
-def profiled(runs: Sequence[PlannedRun], root: Path, width: int) -> Group:
-    """Write `profile.md` into the folder of every run; return tables of seconds a step and shares by arm, each of as
-    many arms as fit into `width` columns."""
-    by_arm: dict[str, list[dict[str, float]]] = {}
-    for run in runs:
-        by_arm.setdefault(run.arm, []).append(write_profile(run_folder(root, run.suite, run.run_id)))
-    means = {arm: {name: mean(s.get(name, 0.0) for s in seeds) for name in WHAT} for arm, seeds in by_arm.items()}
-    whole = {arm: sum(seconds.values()) for arm, seconds in means.items()}
-    names = [name for name in WHAT if any(seconds[name] for seconds in means.values())]
-    names.sort(key=lambda name: -max(seconds[name] / whole[arm] for arm, seconds in means.items()))
-    beside = width - max(map(len, names)) - _FRAME - 1
-    tables = []
-    for arms in _fitting(means, beside):
-        made = table("work=", *(f"{arm}>" for arm in arms), lines=True)
-        made.add_row("all", *(f"{whole[arm]:.3f}" for arm in arms), end_section=True)
-        for name in names:
-            made.add_row(name, *(f"{means[arm][name]:.3f} {means[arm][name] / whole[arm]:.0%}" for arm in arms))
-        tables.append(made)
-    tables[0].title = "Where a step goes, s and share of it"
-    tables[-1].caption = "all steps but the first, mean over seeds; each run's own table is its profile.md"
-    return Group(*tables)
-
-
-def _fitting(arms: Mapping[str, object], width: int) -> Iterator[list[str]]:
-    """Yield the arms in groups, in order, whose columns take at most `width` together; at least one arm each."""
-    group: list[str] = []
-    used = 0
-    for arm in arms:
-        needed = max(len(arm), _CELL) + _FRAME
-        if group and used + needed > width:
-            yield group
-            group, used = [], 0
-        group.append(arm)
-        used += needed
-    yield group

@@ -58,6 +58,8 @@ def list_all(
         known = profiles_of(connection)
         own = runs_of(connection, [row["id"] for row in rows if not row["imported"]])
     statuses = {number: judged(run) for number, run in own.items()}
+    for row in rows:
+        row["preflight"] = own[row["id"]].result.preflight if row["id"] in own else None
     others = _unfinished(runs, wanted)
     if profile is not None and profile not in known and known:
         raise NotFoundError(f"no run was evaluated as {profile!r}{nearest(profile, known)}")
@@ -109,7 +111,8 @@ def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: in
         steps = f"{row['steps_done']}" + (f"/{planned}" if planned not in (None, row["steps_done"]) else "")
         own = "current" if row["code_digest"] == now else "stale"
         status = statuses[row["id"]].word if row["id"] in statuses else row["status"]
-        state = ", ".join(filter(None, ("foreign" if row["imported"] else own, status if status != "done" else None)))
+        parts = "foreign" if row["imported"] else own, status if status != "done" else None, _unchecked(row)
+        state = ", ".join(filter(None, parts))
         scores = {name: share for name, share in row["strict"].items() if profile in (None, name)}
         shown = ("  " if wide else "\n").join(
             f"{name} {100 * share:.1f}{_kl(row['kl'].get(name))}" for name, share in scores.items() if share is not None
@@ -122,6 +125,10 @@ def _print(rows: list[dict[str, Any]], statuses: Mapping[int, Status], total: in
             print_indented((row["run_id"], "bold"), f" {statuses[row['id']].word}: {statuses[row['id']].why}")
     if total > len(rows):
         console().print(f"{total - len(rows)} more; --limit 0 shows all, --suite and --arm choose")
+
+
+def _unchecked(row: Mapping[str, Any]) -> str | None:
+    return f"preflight {row['preflight']}" if row["preflight"] else None
 
 
 def _kl(kl: float | None) -> str:

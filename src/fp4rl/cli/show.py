@@ -117,6 +117,8 @@ def _print(about: "About") -> None:
     wall = f", {result.wall_s:.0f} s" if result.wall_s is not None else ""
     steps = f"{result.steps_done} of {result.steps_asked or '?'} steps"
     screen.print(f"{steps}{wall}, code {result.code_digest}")
+    if result.preflight is not None:
+        screen.print(f"preflight {result.preflight}: nobody looked for known traps before it began")
     if (source := result.imported) is not None:
         origin = [f"from {source.source} ({source.dialect})", source.status, source.note]
         screen.print("; ".join(filter(None, origin)), soft_wrap=True)

@@ -17,7 +17,7 @@ class PlannedRun:
     """One cell of the matrix. `run_id` is arm, seed and the digest of the described experiment with its seed.
 
     `needs`: key of the experiment -> the id of the run of the same suite and seed whose weights it takes.
-    `digested`: an experiment whose digest is known, with it.
+    `digested`: an experiment whose digest is known, with it. `unchecked`: its preflight was skipped.
     """
 
     suite: str
@@ -26,6 +26,7 @@ class PlannedRun:
     experiment: Experiment
     needs: Mapping[str, str] = field(default_factory=dict, hash=False)
     digested: tuple[Experiment, str] | None = field(default=None, repr=False, compare=False)
+    unchecked: bool = field(default=False, repr=False, compare=False)
 
     @cached_property
     def spec_digest(self) -> str:

@@ -215,4 +215,5 @@ def _result(
         wall_s=round(taken[0], 3),
         cpu_s=round(taken[1], 3),
     )
+    result = result.extended(preflight="skipped") if run.unchecked else result
     return result if trained.stopped is None else result.extended(stopped=trained.stopped)

@@ -7,7 +7,7 @@ no word for ("nan") is a float again, and a key of a newer version is left out.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
@@ -132,7 +132,7 @@ class RunResult(Record):
 
     `wall_s`, `cpu_s`: seconds by the clock and of the first process's CPUs, of the attempt that finished; `device`:
     what it computed on. `versions` are those it was trained with. `evaluated_with` are those its final weights were
-    evaluated with, where another engine trained them.
+    evaluated with, where another engine trained them. `preflight` says that nobody looked for known traps before.
     """
 
     version: int = 0
@@ -153,6 +153,7 @@ class RunResult(Record):
     wall_s: float | None = None
     cpu_s: float | None = None
     device: str | None = None
+    preflight: Literal["skipped"] | None = None
 
 
 ENGINE_RUN, ENGINE_METRICS = "fp4rl_run.json", "fp4rl_metrics.jsonl"

@@ -4,6 +4,7 @@ import pytest
 
 from fp4rl.lab.catalogue import described, names
 from fp4rl.lab.catalogue.rows import table
+from fp4rl.lab.estimates import Memory
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import planned
 from fp4rl.lab.preflight import deployment, questions, settings, surroundings
@@ -179,11 +180,17 @@ def test_what_the_machine_lacks_fails_with_its_remedy(subject, rows, tmp_path, m
 
 
 def test_a_place_that_cannot_be_written_and_a_full_disk_fail(subject, rows, monkeypatch):
+    """The size of the embedded model's run is a guess, for which nobody is stopped; that of a folder is known."""
     own = subject()
     assert verdicts(rows(surroundings, "room", own)) == ["pass"]
     usage = surroundings.shutil.disk_usage(own.root.parent)
     monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    assert verdicts(rows(surroundings, "room", own)) == ["fail"]
+    assert verdicts(rows(surroundings, "room", own)) == ["warn"]
+    weights = Memory({"weights": 600.0, "optimizer": 900.0})  # twice the weights, with one checkpoint, and its states
+    monkeypatch.setattr(surroundings, "memory_of", lambda _: weights)
+    (row,) = rows(surroundings, "room", own)
+    assert row.verdict == "fail"
+    assert surroundings._size(own.arms["a"]) == 600 + 600 + 900
 
     def denied(**_):
         raise PermissionError(13, "Permission denied")

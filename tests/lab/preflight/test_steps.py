@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fp4rl.cli.described import runs_described
-from fp4rl.lab.preflight import steps
+from fp4rl.lab.preflight import live, steps
 from fp4rl.lab.preflight.rows import Subject
 from fp4rl.noise import perturb
 from fp4rl.spec.evidence import LiveCheck, MasterCheck, RolloutNoise
@@ -110,16 +110,24 @@ def test_metrics_that_an_export_drops_fail(whole, rows, changed):
     assert row.measured.endswith("3 lost, such as reward/mean")
 
 
-def test_a_start_that_is_too_large_is_stood_in_for(subject, rows, tmp_path):
+def test_a_start_that_is_too_large_is_stood_in_for(whole, subject, rows, monkeypatch):
     """The injection, the noise and the loss are the arm's own; what only the start can show waits for it."""
-    (tmp_path / "config.json").write_text("{}")
-    own = subject({"model": {"path": str(tmp_path)}}, a=ARM | {"training": {"algorithm": "grpo"}})
+    (folder,) = (path for path in (whole.root / "models").iterdir() if (path / "config.json").is_file())
+    monkeypatch.setattr(live, "LARGEST", 10)
+    own = subject({"model": {"path": str(folder)}}, a=ARM | {"training": {"algorithm": "grpo"}})
     (taken,) = steps.tried(own).values()
     assert taken.stand_in
     assert taken.run.spec["injection"]["mode"] == "w4a4"
     assert taken.run.spec["training"]["algorithm"] == "grpo"
     assert "on the embedded model in its place" in rows(steps, "steps", own)[0].measured
     assert verdicts(rows(steps, "spread", own)) == ["waits"]
+
+
+def test_a_start_without_weights_waits_for_them(subject, rows, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    own = subject({"model": {"path": str(tmp_path)}}, a=ARM)
+    assert verdicts(rows(steps, "steps", own)) == ["waits"]
+    assert rows(steps, "noise", own) == ()
 
 
 def test_what_starts_from_another_run_waits_for_it(subject, rows):

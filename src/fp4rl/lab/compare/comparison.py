@@ -95,10 +95,15 @@ class Answer:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Remarks beside the numbers: runs whose training changed few weights and that are almost their start."""
+        """Remarks beside the numbers: runs that training hardly changed, and those whose preflight was skipped."""
         runs = [side_run.run for side in (self.treatment, self.control) for side_run in side.runs]
         few = ((run.key, run.result.evidence.hardly_moved) for run in runs)
-        return tuple(f"{key} is hardly trained: {why}" for key, why in few if why)
+        skipped = [run.key for run in runs if run.result.preflight == "skipped"]
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        return (
+            *(f"{key} is hardly trained: {why}" for key, why in few if why),
+            *([f"the preflight of {skipped[0]}{more} was skipped"] if skipped else []),
+        )
 
     def sentence(self) -> str:
         """Return the answer in words."""

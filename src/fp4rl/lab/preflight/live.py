@@ -25,6 +25,7 @@ from fp4rl.spec.points import PHASES
 from fp4rl.spec.words import counted
 
 LARGEST = 100_000_000  # weights of a model that is loaded here: on a CPU a larger one takes longer than this may
+NOT_HERE = "no weights to read"
 _TOKENS = 16
 Look = Callable[[Experiment, Any], Iterator[Row]]
 
@@ -40,7 +41,7 @@ def without_weights(experiment: Experiment) -> str | None:
         return None
     shapes = shapes_of(Path(path))
     if shapes is None:
-        return f"no weights to read in {path}"
+        return f"{NOT_HERE} in {path}"
     number = sum(map(prod, shapes.values()))
     return f"{number / 1e9:.2g}e9 weights are too many to be loaded here" if number > LARGEST else None
 

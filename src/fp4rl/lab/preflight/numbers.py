@@ -31,7 +31,11 @@ def gradients(subject: Subject) -> Iterator[Row]:
                     pairs[point, replace(fmt, factor="tensor")] = None
     if pairs:
         made = [check for point, fmt in pairs for check in gradients_of(point, fmt, torch.device("cpu"))]
-        yield _row(made, f"within 1e-9 of float64 at {counted(len(pairs), 'point')}", "report it: a fault of fp4rl")
+        yield _row(
+            made,
+            f"straight through, within 1e-9 of float64, at {counted(len(pairs), 'point')}",
+            "report it: a fault of fp4rl",
+        )
 
 
 def _row(checks: Sequence[selftest.Check], expected: str, cure: str) -> Row:

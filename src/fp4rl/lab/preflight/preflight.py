@@ -1,10 +1,17 @@
 """All checks in their order: what needs nothing, what needs the model's configuration, what needs its weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 
+from fp4rl.lab.files import write_whole
+from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.preflight.rows import Check, Needs, Row, Subject, Verdict
+from fp4rl.lab.provenance import code_digest, versions
+from fp4rl.rl.inputs import pointed_at
+from fp4rl.spec.digest import digest
 
 _HERE = "fp4rl.lab.preflight"
 # Imported when they are asked for: what `nothing` needs imports no torch.
@@ -15,6 +22,10 @@ GROUPS = MappingProxyType(
         "weights": ("live", "steps"),
     }
 )
+EVERY: tuple[Needs, ...] = ("nothing", "model", "weights")
+# From how much on a run's own preflight takes the time for everything (half a minute, and seconds an arm).
+_STEPS, _STEPS_OF_A_MODEL = 1000, 20
+_KEPT = "preflight.json"
 _WORST: tuple[Verdict, ...] = ("fail", "warn", "waits", "pass")
 
 
@@ -37,3 +48,36 @@ def worst(rows: Iterable[Row]) -> Verdict:
     """Return the worst verdict of some rows; `pass` of none."""
     verdicts = {row.verdict for row in rows}
     return next((verdict for verdict in _WORST if verdict in verdicts), "pass")
+
+
+def at_stake(runs: Sequence[PlannedRun]) -> tuple[Needs, ...]:
+    """Return the levels that `fp4rl run` looks at first: all of them where hours are at stake, else the free ones."""
+    steps = [run.experiment.training.steps for run in runs]
+    own = any(
+        run.experiment.model.path is not None and n >= _STEPS_OF_A_MODEL for run, n in zip(runs, steps, strict=True)
+    )
+    return EVERY if own or sum(steps) >= _STEPS else ("nothing",)
+
+
+def key_of(runs: Sequence[PlannedRun]) -> str:
+    """Return a digest of what a preflight of these runs depends on besides the machine: descriptions, files, code."""
+    files = {run.arm: pointed_at(run.experiment) for run in runs}
+    return digest([sorted(run.run_id for run in runs), files, code_digest(), versions()])
+
+
+def passed_before(subject: Subject) -> bool:
+    """Return whether all checks of these very runs, files and code passed already."""
+    try:
+        return bool(json.loads(_kept(subject).read_text(encoding="utf-8"))["key"] == key_of(subject.runs))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def keep_passed(subject: Subject, rows: Sequence[Row]) -> None:
+    """Keep beside the runs of a suite that all checks of these runs passed, with the rows."""
+    content = {"key": key_of(subject.runs), "rows": [row.as_dict() for row in rows]}
+    write_whole(_kept(subject), json.dumps(content, indent=2))
+
+
+def _kept(subject: Subject) -> Path:
+    return subject.root / subject.runs[0].suite / _KEPT

@@ -1,6 +1,6 @@
 """Three fake steps of every arm through the path that a run takes, and what they recorded, by value.
 
-A start that is not here, or too large, is stood in for by the embedded model: noise, injection, loss and recipe are the
+A start that is too large is stood in for by the embedded model: noise, injection, loss and recipe are the
 arm's own. Sizes are cut to what a CPU does in seconds.
 """
 
@@ -15,10 +15,9 @@ from weakref import WeakKeyDictionary
 
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.matrix import single
-from fp4rl.lab.preflight.live import without_weights
+from fp4rl.lab.preflight.live import NOT_HERE, without_weights
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.runs import Run, read_run
-from fp4rl.lab.work import execute_run
 from fp4rl.spec.errors import CheckFailed, UserError
 from fp4rl.spec.evidence import LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.experiment import Experiment
@@ -72,11 +71,16 @@ def _scratch(root: Path) -> Iterator[Path]:
 def _try(arm: str, experiment: Experiment, scratch: Path) -> Tried:
     if links(experiment):
         return Tried(False, waits="it takes weights that another run has yet to train")
-    stand_in = without_weights(experiment) is not None
+    why = without_weights(experiment)
+    if why is not None and why.startswith(NOT_HERE):
+        return Tried(False, waits=why)
+    stand_in = why is not None
     try:
         small = cut(experiment, stand_in=stand_in)
     except (UserError, ValueError) as error:
         return Tried(stand_in, waits=f"no small copy of it: {str(error).splitlines()[0]}")
+    from fp4rl.lab.work import execute_run  # and with it TRL
+
     try:
         folder = execute_run(single(small, f"tried-{arm}"), scratch)
         curves = read_tensorboard(folder.path / "tensorboard").steps
@@ -86,6 +90,9 @@ def _try(arm: str, experiment: Experiment, scratch: Path) -> Tried:
         return Tried(stand_in, waits=str(error)) if stand_in else Tried(False, error=str(error))
     except CheckFailed as error:
         return Tried(stand_in, error=str(error))
+    except Exception as error:  # of a library; a run would keep the traceback in its log
+        first = (str(error).splitlines() or ["no message"])[0]
+        return Tried(stand_in, error=f"{type(error).__name__}: {first}")
 
 
 def cut(experiment: Experiment, *, stand_in: bool) -> Experiment:

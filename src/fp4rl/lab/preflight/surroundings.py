@@ -43,19 +43,21 @@ def room(subject: Subject) -> Iterator[Row]:
     except OSError as error:
         yield Row("fail", f"{home}: {error.strerror}", expected, "name another place with --runs")
         return
-    needed, free = sum(map(_size, subject.arms.values())), shutil.disk_usage(home).free
-    needed *= max(1, len({run.seed for run in subject.runs}))
-    measured = f"{_gib(free)} GiB free at {home}"
-    verdict: Verdict = "fail" if free < needed else "warn" if free < 2 * needed else "pass"
+    sizes = [_size(own) for own in subject.arms.values()]
+    needed = sum(size or _LEAST for size in sizes) * max(1, len({run.seed for run in subject.runs}))
+    free = shutil.disk_usage(home).free
+    short: Verdict = "fail" if all(sizes) else "warn"  # where a size is a guess, nobody is stopped for it
+    verdict: Verdict = short if free < needed else "warn" if free < 2 * needed else "pass"
     cure = "" if verdict == "pass" else "make room, fewer seeds at a time, or save_total_limit 1"
+    measured = f"{_gib(free)} GiB free at {home}"
     yield Row(verdict, measured, f"{_gib(needed)} GiB for weights and checkpoints", cure)
 
 
-def _size(experiment: Experiment) -> int:
-    """Return about how many bytes a run leaves: its final weights, and checkpoints with masters and optimizer."""
+def _size(experiment: Experiment) -> int | None:
+    """Return how many bytes a run leaves, in final weights and checkpoints; None where that is not known."""
     memory = memory_of(experiment)
     if memory is None:
-        return _LEAST
+        return None
     parts = dict(memory.parts)
     recipe = experiment.training
     state = sum(parts.get(name, 0.0) for name in ("adapter", "FP32 masters", "average", "optimizer"))

@@ -182,6 +182,7 @@ def _run_dict(run: SuiteRun) -> dict[str, object]:
         "versions": dict(result.versions) if result else {},
         "wall_s": result.wall_s if result else None,
         "stopped": result.stopped if result else None,
+        "preflight": result.preflight if result else None,
         "evidence": None if run.run is None else _evidence_dict(run.run),
     }
 

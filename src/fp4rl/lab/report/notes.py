@@ -53,6 +53,9 @@ def _otherwise(runs: Sequence[SuiteRun]) -> Iterator[str]:
         finished = sum(run.state == "finished" for run in runs)
         which = f"all {counted(finished, 'run')}" if len(stale) == finished else _named(stale)
         yield f"Stale, computed by other code than this: {which}; `fp4rl run --rerun-stale` repeats them."
+    skipped = [run for run in runs if run.run is not None and run.run.result.preflight == "skipped"]
+    if skipped:
+        yield f"The preflight was skipped of {_named(skipped)}: nobody looked for known traps beforehand."
     for run in runs:
         if run.run is not None and run.run.result.stopped:
             yield f"Ended early by the monitor: {_named([run])} ({run.run.result.stopped})."
