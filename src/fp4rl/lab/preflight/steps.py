@@ -167,7 +167,7 @@ def rollouts(run: Run, _: Tried) -> Iterator[Row]:
 
 
 def noise(run: Run, _: Tried) -> Iterator[Row]:
-    """Divide the noise that was measured on each layer's weights by sigma times the layer's factor."""
+    """Compare the noise that was measured on each layer's weights with sigma times the layer's factor."""
     noisy = [line for line in run.of(RolloutNoise) if line.sigma > 0]
     layers = [layer for line in noisy for layer in line.layers if layer.sigma > 0]
     if run.spec.get("noise") is None or run.spec["noise"].get("control") == "sigma_zero":
