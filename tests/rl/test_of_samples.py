@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from fp4rl.rl.evaluate import Evaluation, Item
+from fp4rl.rl.answered import Evaluation, Item
 from fp4rl.rl.of_samples import majority_at, pass_at
 from fp4rl.spec.evidence import Profile
 

@@ -13,7 +13,7 @@ from fp4rl.cli.main import main
 from fp4rl.inject.label import label
 from fp4rl.inject.resolve import resolve
 from fp4rl.models.load import embedded_skeleton
-from fp4rl.rl.evaluate import Evaluation, Item, answers_digest
+from fp4rl.rl.answered import Evaluation, Item, answers_digest
 from fp4rl.rl.profiles import precision_named
 from fp4rl.rl.verify import weights_digest
 from fp4rl.spec import evaluation as spec

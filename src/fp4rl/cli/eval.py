@@ -27,7 +27,7 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 
 if TYPE_CHECKING:
-    from fp4rl.rl.evaluate import Evaluation as Measured
+    from fp4rl.rl.answered import Evaluation as Measured
     from fp4rl.rl.evaluate import EvaluationRunner
 
 Precisions = Annotated[

@@ -18,7 +18,7 @@ from fp4rl.spec.shared_scales import batch_note
 
 if TYPE_CHECKING:
     from fp4rl.lab.statistics.proportions import ShareDifference
-    from fp4rl.rl.evaluate import Evaluation as Measured
+    from fp4rl.rl.answered import Evaluation as Measured
     from fp4rl.rl.evaluate import EvaluationRunner
 
 # One answer in twenty: that changes the accuracy more than most recipes do.

@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from fp4rl.rl import events, processes
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import all_of, newest, remove
 from fp4rl.rl.components import require_own_engine
+from fp4rl.rl.inputs import Shelf
 from fp4rl.rl.session import ResumeState
 from fp4rl.rl.train import Trained, train
 from fp4rl.spec.errors import require_finite
@@ -63,6 +64,7 @@ def execute_run(
     require_own_engine(run.experiment)
     stages = stages_of(run, root)
     check(run.experiment, stages)
+    stages = replace(stages, evaluations=Shelf(root / "evaluations", {"code": code_digest(), **versions()}))
     train_here = partial(train, run.experiment, folder.path, root / "models", stamp=code_digest(), stages=stages)
     if not processes.is_first():  # of several processes that train this run together the first writes the folder
         train_here(events.ignore, processes.from_first(ResumeState()))

@@ -5,7 +5,6 @@ Evaluated is always a model folder on disk, never the live model.
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.label import label
-from fp4rl.rl.divergence import Divergence, Kept, divergence
+from fp4rl.rl.answered import Answered, Evaluation, Item
+from fp4rl.rl.divergence import Kept, divergence
 from fp4rl.rl.generate import Sampler, Sampling, evidence_of, sampler_named, transformers_sampler
-from fp4rl.rl.of_samples import majority_at, pass_at
 from fp4rl.rl.problems import problems_of
 from fp4rl.rl.profiles import Precision, precision_named
 from fp4rl.rl.prompts import encoded, require_positions
@@ -32,96 +31,7 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import ExpertsImplementation, Lora
 from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
-from fp4rl.spec.task import SCORES, Problem, Score, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item(Score):
-    """One answer with its score. `length` counts generated tokens, the end-of-sequence token included; `read` is the
-    answer that the task reads out of it, None where it reads none or does not tell."""
-
-    problem_id: str
-    sample: int
-    completion: str
-    length: int
-    truncated: bool
-    read: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The rows of one evaluation and the profile they were measured under."""
-
-    step: int
-    last: bool
-    profile: evidence.Profile
-    items: tuple[Item, ...]
-    divergence: Divergence | None = None
-
-    def share(self, what: str) -> float:
-        """Return the share of the answers that have a score of `SCORES`, or are `truncated`."""
-        return sum(bool(getattr(item, what)) for item in self.items) / len(self.items)
-
-    def by_problem(self) -> dict[str, list[Item]]:
-        """Return the answers to each problem, in order."""
-        answers: dict[str, list[Item]] = {}
-        for item in self.items:
-            answers.setdefault(item.problem_id, []).append(item)
-        return answers
-
-    def of_samples(self, powers: Sequence[int]) -> dict[str, float]:
-        """Return `pass@k` for each k, and `maj@k` where the task tells which answers it reads, as means over problems.
-
-        An answer is right by majority where any of its wordings was scored as right.
-        """
-        answers = list(self.by_problem().values())
-        right = [sum(item.strict for item in items) for items in answers]
-        n = len(answers[0])
-        shares = {f"pass@{k}": sum(pass_at(each, n, k) for each in right) / len(right) for k in powers}
-        if all(item.read is None for item in self.items) and any(right):
-            return shares
-        votes = [Counter(item.read for item in items) for items in answers]
-        solved = [{item.read for item in items if item.strict} for items in answers]
-        for k in powers[1:]:
-            won = (majority_at(*each, k) for each in zip(votes, solved, strict=True))
-            shares[f"maj@{k}"] = sum(won) / len(votes)
-        return shares
-
-    def summary(self) -> evidence.Evaluation:
-        """Return shares over all items, with the profile.
-
-        With several answers to each problem also `mean@k`, the mean accuracy, `pass@k`: at least one of k is right, and
-        `maj@k`: the most frequent of k is right.
-        """
-        shares = {name: self.share(name) for name in SCORES}
-        evaluation = evidence.Evaluation(
-            step=self.step,
-            last=self.last,
-            profile=self.profile,
-            n=len(self.items),
-            strict=shares.pop("strict"),
-            flexible=shares.pop("flexible"),
-            formatted=shares.pop("formatted"),
-            truncated=self.share("truncated"),
-            mean_length=sum(i.length for i in self.items) / len(self.items),
-            answers_digest=answers_digest(self.items),
-            of_samples=shares,
-        )
-        if (far := self.divergence) is not None:
-            evaluation = evaluation.extended(kl=far.kl, same_top=far.same_top, kl_tokens=far.tokens)
-        samples = max(item.sample for item in self.items) + 1
-        if samples == 1:
-            return evaluation
-        powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
-        mean = {f"mean@{samples}": self.share("strict")}
-        of_samples = shares | mean | self.of_samples((*powers, samples))
-        return evaluation.extended(problems=len(self.items) // samples, of_samples=of_samples)
-
-
-def answers_digest(items: Sequence[Item]) -> str:
-    """Return twelve hex digits over all answers as generated; equal digests mean the same answers."""
-    rows = (f"{item.problem_id}\x1f{item.sample}\x1f{item.length}\x1f{item.completion}" for item in items)
-    return hashlib.sha256("\x1e".join(rows).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+from fp4rl.spec.task import Problem, Task
 
 
 def items_digest(problems: Sequence[Problem]) -> str:
@@ -173,6 +83,10 @@ def answer(
     return tuple(item for i in range(len(problems)) for item in rows[i])
 
 
+Again = Callable[[evidence.Profile, Injection | None, Callable[[], Answered]], Answered]
+"""From a profile, its injection, and what answers under it, to the answers: those of an earlier time, or new ones."""
+
+
 @dataclass(frozen=True)
 class EvaluationRunner:
     """Evaluates models on held-out problems under each profile; the same for every step of a run.
@@ -202,38 +116,48 @@ class EvaluationRunner:
         last: bool,
         on_items: Callable[[str, int, int], None] = lambda *_: None,
         record: Record = lambda _: None,
+        again: Again = lambda _profile, _injection, answered: answered(),
     ) -> Iterator[Evaluation]:
         """Load `folder` and answer all problems once per profile; `record` gets the evidence of what was rounded.
 
-        `on_items` is called with (profile, done, all). Raises CheckFailed for sites that were never called while
-        answering, and for changed master weights; NotFinite for logits that are no numbers.
+        `on_items` is called with (profile, done, all). `again` may give answers of an earlier time. Raises CheckFailed
+        for sites that were never called while answering, and for changed master weights; NotFinite for logits that are
+        no numbers.
         """
         model, tokenizer = load_saved(folder, dtype, self.lora, self.experts)
-        sampler = sampler_named(self.rollout)
         for name, precision in self.precisions(last=last).items():
-            on_answered, far = partial(on_items, name), None
-            kept = Kept(sampler) if self.spec.kl else None
             with (
                 weights_unchanged(model, "evaluation", step, record, profile=name),
                 _injected(model, precision.injection) as attachment,
             ):
-                with located(f"evaluation as {name}"):
-                    items = answer(
-                        model, tokenizer, self.problems, self.task.score, self.spec, on_answered, kept or sampler
-                    )
-                items = tuple(replace(item, read=self.task.extracted(item.completion)) for item in items)
-                for served in evidence_of(sampler):
-                    record(served.extended(profile=name, step=step))
-                if attachment is not None:  # evidence: what should have acted meanwhile, and what did
-                    attachment.require_calls()
-                    points = attachment.table.active_sites("evaluation")
-                    plan: evidence.Evidence = evidence.ActivePoints(phase="evaluation", points=points)
-                    for line in (plan, rounded(attachment, step), *attachment.evidence()):
-                        record(line.extended(profile=name, step=step))
-                if kept is not None:
-                    on_rows = partial(on_items, f"{name}, KL")
-                    far = divergence(model, attachment, kept.rows, self.spec.batch_size, on_rows)
-            yield Evaluation(step, last, self._profile(name, precision, attachment), items, far)
+                profile = self._profile(name, precision, attachment)
+                answered = partial(self._answered, (model, tokenizer), attachment, name, on_items)
+                items, lines, far = again(profile, precision.injection, answered)
+                for line in lines:
+                    record(line.extended(profile=name, step=step))
+            yield Evaluation(step, last, profile, items, far)
+
+    def _answered(
+        self,
+        policy: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        attachment: Attachment | None,
+        name: str,
+        on_items: Callable[[str, int, int], None],
+    ) -> Answered:
+        sampler, far = sampler_named(self.rollout), None
+        kept, on_batch = Kept(sampler) if self.spec.kl else None, partial(on_items, name)
+        with located(f"evaluation as {name}"):
+            items = answer(*policy, self.problems, self.task.score, self.spec, on_batch, kept or sampler)
+        items = tuple(replace(item, read=self.task.extracted(item.completion)) for item in items)
+        lines: list[evidence.Evidence] = [*evidence_of(sampler)]
+        if attachment is not None:  # evidence: what should have acted meanwhile, and what did
+            attachment.require_calls()
+            points = attachment.table.active_sites("evaluation")
+            lines += [evidence.ActivePoints(phase="evaluation", points=points), rounded(attachment, 0)]
+            lines += attachment.evidence()
+        if kept is not None:
+            far = divergence(policy[0], attachment, kept.rows, self.spec.batch_size, partial(on_items, f"{name}, KL"))
+        return Answered(items, tuple(lines), far)
 
     def _profile(self, name: str, precision: Precision, attachment: Attachment | None) -> evidence.Profile:
         spec, table = self.spec, attachment.table if attachment is not None else None

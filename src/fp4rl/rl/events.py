@@ -11,7 +11,7 @@ from fp4rl.spec.evidence import Evidence
 from fp4rl.spec.records import Sites
 
 if TYPE_CHECKING:
-    from fp4rl.rl.evaluate import Evaluation
+    from fp4rl.rl.answered import Evaluation
 
 
 class Interrupted(Exception):

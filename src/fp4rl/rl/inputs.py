@@ -35,8 +35,18 @@ OnWarmUp = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
+class Shelf:
+    """A folder where runs that begin with the same model keep its evaluations. `origin`: the code and the versions that
+    numbers depend on, by name."""
+
+    folder: Path
+    origin: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Stages:
-    """Folders of models that other runs trained: `start`, in place of the model's own weights, and `teacher`.
+    """What other runs have made: folders of models that they trained, `start`, in place of the model's own weights, and
+    `teacher`; and the evaluations of starts.
 
     `transformed`: the start went through the transforms of `model` before it was trained.
     """
@@ -44,6 +54,7 @@ class Stages:
     start: Path | None = None
     teacher: Path | None = None
     transformed: bool = False
+    evaluations: Shelf | None = None
 
 
 ALONE = Stages()

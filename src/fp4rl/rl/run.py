@@ -2,15 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from fp4rl.rl import processes
+from fp4rl.rl.answered import Answered, Evaluation
 from fp4rl.rl.checkpoints import all_of
-from fp4rl.rl.evaluate import Evaluation, EvaluationRunner, choosing_runner, evaluation_runner
+from fp4rl.rl.evaluate import Again, EvaluationRunner, choosing_runner, evaluation_runner
 from fp4rl.rl.events import Emit, Evaluated, Interrupted, Progress, never
+from fp4rl.rl.inputs import Shelf
+from fp4rl.rl.reuse import facts, taken
 from fp4rl.spec.errors import located
+from fp4rl.spec.evidence import Profile
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.injection import Injection
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Run:
     inputs: Mapping[str, str] = field(default_factory=dict)
     interrupted: Callable[[], bool] = never
     teacher: Path | None = None
+    shelf: Shelf | None = None
 
     @cached_property
     def runner(self) -> EvaluationRunner:
@@ -61,6 +67,22 @@ class Run:
 
         if processes.is_first():
             with located(f"after step {step}"):
-                for evaluation in self.runner.run(folder, self.experiment.model.dtype, step, last, on_items, self.emit):
+                dtype, known = self.experiment.model.dtype, self._known(on_items) if step == 0 else {}
+                for evaluation in self.runner.run(folder, dtype, step, last, on_items, self.emit, **known):
                     self.emit(Evaluated(evaluation))
                     yield evaluation
+
+    def _known(self, on_items: Callable[[str, int, int], None]) -> dict[str, Again]:
+        """Return what gives the answers of the start where another run has made them."""
+        if (shelf := self.shelf) is None or self.experiment.rollout.engine != "transformers":
+            return {}
+
+        def again(profile: Profile, injection: Injection | None, answered: Callable[[], Answered]) -> Answered:
+            if injection is not None and any(error.kind == "jitter" for error in injection.errors):
+                return answered()  # they differ each time
+            model = self.inputs["start model"], self.experiment.model.dtype
+            described = facts(model, self.runner, profile, injection) | {"origin": dict(shelf.origin)}
+            waiting = partial(on_items, profile.name, 0, len(self.runner.problems))
+            return taken(shelf.folder, described, profile.name, answered, (waiting, self.emit))
+
+        return {"again": again}

@@ -69,7 +69,7 @@ def train(
 
     `resume` continues from a checkpoint in `folder`/checkpoints, with its metrics; step 0 is not evaluated again.
     `emit` gets every event; once `interrupted()` is true the run keeps a checkpoint and raises Interrupted. `stages`:
-    the folders of weights that other runs trained and this one takes. Raises NotFoundError and InvalidValueError,
+    what other runs have made and this one takes. Raises NotFoundError and InvalidValueError,
     before anything is trained, for anything in the experiment that cannot be used, and CheckFailed when the run's
     evidence contradicts its spec.
     """
@@ -133,7 +133,7 @@ def _run(
     start = start_folder(experiment.model, experiment.task, cache, stages=stages)
     teacher = teacher_folder(experiment, stages)
     digests = processes.from_first(inputs(experiment, start, teacher))
-    return Run(experiment, folder, start, emit, stamp, digests, interrupted, teacher)
+    return Run(experiment, folder, start, emit, stamp, digests, interrupted, teacher, stages.evaluations)
 
 
 def _require_resumable(checkpoint: Checkpoint, run: Run) -> None:

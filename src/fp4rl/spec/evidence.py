@@ -243,6 +243,14 @@ class WeightsServed(Record):
     step: int | None = None
 
 
+class Reused(Record):
+    """The answers of the start under a profile are those of an entry that a run before had made."""
+
+    kind: Literal["reused"] = Field("reused", exclude=True)
+    profile: str
+    entry: str
+
+
 class CheckpointKept(Record):
     """A checkpoint was written after `step`; a run that resumes from it drops the lines below this one."""
 
@@ -275,6 +283,7 @@ Evidence = (
     | MasterCheck
     | NoiseStages
     | Oscillated
+    | Reused
     | RolledBack
     | RolloutNoise
     | Rounded

@@ -15,7 +15,8 @@ from fp4rl.engines.checkpoints.verify.loaded import Loaded, compare_logits, eval
 from fp4rl.engines.checkpoints.verify.trained import Trained
 from fp4rl.engines.checkpoints.verify.weights import Said
 from fp4rl.models.load import base_of, load, load_tokenizer
-from fp4rl.rl.evaluate import EvaluationRunner, Item, answer, evaluation_runner, items_digest
+from fp4rl.rl.answered import Item
+from fp4rl.rl.evaluate import EvaluationRunner, answer, evaluation_runner, items_digest
 from fp4rl.spec.errors import UserError
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.injection import Injection
