@@ -121,6 +121,10 @@ def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(famil
         ({"injection": {"weight": "mxfp4_sr"}}, "drawn anew"),
         ({"injection": {"weight": {"name": "mxfp4", "rotation": 32}}}, "measured alone"),
         ({"injection": "w4a16", "model": {"lora": {"rank": 4}}}, "adapters are trained"),
+        (
+            {"injection": {"mode": "w4a16", "schedule": {"weight": {"from_step": 2}}}},
+            "changes the codes over the steps",
+        ),
         ({"injection": "w4a16", "processes": 2, "sharding": "fsdp2"}, "write sharding: none"),
     ],
 )

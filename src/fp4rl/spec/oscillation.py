@@ -30,6 +30,8 @@ class Oscillation(Spec):
         formats = [fmt for fmt in named if isinstance(fmt, Format) and fmt.scale != "none"]
         if not formats:
             yield "no weight has codes in training; name a format for injection.weight, or leave it out"
+        if injection is not None and injection.schedule is not None and injection.schedule.weight is not None:
+            yield "injection.schedule.weight changes the codes over the steps; leave one of both out"
         for fmt in formats:
             if fmt.rounding == "stochastic":
                 yield f"the codes of {fmt.name} are drawn anew in each step; take a format with nearest rounding"
