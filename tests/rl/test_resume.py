@@ -92,7 +92,7 @@ def numbers(folder):
         for step, values in folder.metrics().items()
     }
     items = {f"{step}-{name}": folder.items(step, name).to_pylist() for step, name in folder.item_sets()}
-    marks_aside = [str(line) for line in folder.evidence() if line.kind != "checkpoint"]
+    marks_aside = [str(line) for line in folder.evidence() if line.kind not in ("checkpoint", "reused")]
     return json.dumps([metrics, str(folder.result().evaluations), str(folder.result().evidence), items, marks_aside])
 
 
