@@ -9,9 +9,11 @@ from torch import nn
 
 from fp4rl.inject.attach import attach
 from fp4rl.inject.plan import SiteTable
+from fp4rl.inject.probe import require_rounded
 from fp4rl.inject.resolve import resolve
 from fp4rl.numerics.levels import smooth_slope
 from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.formats import MXFP4, NVFP4, Format
 from fp4rl.spec.injection import Injection
 
@@ -27,6 +29,16 @@ def dge(x: float, scale: float, k: float, cap: float) -> float:
             distance = abs(2 * (magnitude - low) / (high - low) - 1)
             return min(cap, distance ** (1 / k - 1) / k) if distance else cap
     return 0.0
+
+
+def q_ema(x: float, average: float, scale: float) -> float:
+    """TetraJet's Q-EMA (arXiv 2502.20853) for one value: q1 <= W/s <= q2, and the one nearer W_ema/s."""
+    signed = sorted({*LEVELS, *(-level for level in LEVELS)})
+    value, wanted = x / scale, average / scale
+    if abs(value) >= 6 or value in signed:
+        return max(-6.0, min(6.0, value)) * scale
+    low, high = next((a, b) for a, b in pairwise(signed) if a < value < b)
+    return (low if abs(wanted - low) < abs(wanted - high) else high) * scale
 
 
 def scale_of(block: torch.Tensor, fmt: Format) -> float:
@@ -103,3 +115,36 @@ def test_its_numbers_are_part_of_the_digest_of_sites():
         return table.digest
 
     assert len({digest(), digest(cap=2.0), digest(sharpness=3.0)}) == 3
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=lambda fmt: fmt.name)
+def test_the_average_decides_between_the_two_levels_of_a_weight_while_it_learns(fmt):
+    """Weights, on and off levels and clipped, whose averages lie on either side, in between, and beyond zero."""
+    layer = nn.Linear(fmt.block[1], 40, bias=False)
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        largest = 7.0 if fmt is MXFP4 else 6.0
+        layer.weight.copy_((torch.randn(40, fmt.block[1], generator=random) * 2.5).clamp(-largest, largest))
+        layer.weight[:, 0] = largest
+        layer.weight[:, 1] = 1.5
+    average = layer.weight.detach() + torch.randn(layer.weight.shape, generator=random) * 0.6
+    model, x = nn.Sequential(layer), torch.eye(fmt.block[1])
+    usual = fake_quantize(layer.weight.detach(), fmt)
+    scale = scale_of(layer.weight.detach(), fmt)
+    wanted = [
+        [q_ema(*pair, scale) for pair in zip(*rows, strict=True)]
+        for rows in zip(layer.weight.tolist(), average.tolist(), strict=True)
+    ]
+    with attach(model, Injection(weight=fmt, dtype="float32")) as attachment:
+        attachment.states["0"].anchor = average
+        for phase in ("training", "rollout", "evaluation"):
+            attachment.set_phase(phase)
+            expected = usual if phase == "evaluation" else torch.tensor(wanted)
+            assert torch.allclose(model(x).T, expected, rtol=1e-6, atol=0)
+            assert require_rounded(attachment) == 1
+        attachment.set_phase("training")
+        model(x)
+        average.mul_(-1)  # a copy that the average has left behind is noticed
+        with pytest.raises(CheckFailed, match="the matmul receives other numbers"):
+            require_rounded(attachment)
+    assert 0.05 < (torch.tensor(wanted) != usual).double().mean() < 0.5

@@ -130,6 +130,21 @@ HELD = {
 }
 
 
+def test_a_killed_run_whose_average_rounds_goes_on_with_the_same_codes(carried):
+    changes = {"training": {**AVERAGED["training"], "lr": 0.01, "ema": {"decay": DECAY, "rounds": True}}}
+    whole = carried("whole", **changes)
+    usual = carried("usual", training={**changes["training"], "ema": {"decay": DECAY}})
+    assert carried("broken", 2, **changes) is None
+    broken = carried("broken", **changes)
+    for one, other in zip(*(f.result().evidence for f in (whole, broken)), strict=True):
+        assert one == other
+    assert learned(whole) == learned(broken)
+    assert learned(whole)[1] == learned(usual)[1]  # the average begins as the weights
+    assert learned(whole)[3] != learned(usual)[3]
+    assert 0 < whole.result().evidence.deployed.codes_unlike < 0.2
+    assert usual.result().evidence.deployed.codes_unlike is None
+
+
 @pytest.mark.parametrize(("stop_at", "more"), [(1, {}), (2, HELD)])
 def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop_at, more):
     changes = {"training": {**AVERAGED["training"], "deployed": "best", **more}, "evaluation": {"test_freq": 1}}

@@ -94,9 +94,17 @@ def test_dampening_adds_the_gradient_of_its_loss_and_none_beyond_the_grid():
     assert watched.after()["weights/dampening"] == pytest.approx(loss.item())
 
 
+def usual(state, matrix):
+    """The rounding without the average."""
+    anchor, state.anchor = state.anchor, None
+    rounded, state.anchor = expected(state, "weight", matrix.contiguous()), anchor
+    return rounded
+
+
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("mode", ["w4a16", "nvfp4_w4a16"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt2", "qwen3"])
-def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(family, mode):
+def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(family, mode, anchored):
     """Stacked experts, weights stored as [in, out], and layers under one factor; against the rounding of the probe."""
     more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if family == "qwen3_moe" else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **more))
@@ -104,11 +112,14 @@ def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(famil
         model(torch.arange(6)[None])
         watched = OscillationWatch(attachment, None, Oscillation()).watched
         assert len(watched) == len(attachment.states)
+        for each in watched.values() if anchored else ():
+            each.state.anchor = each.weight.detach().roll(1, -1)
         for each in watched.values():
             level, scale = each.levels()
             stored = each.state.as_used(each.weight.detach())
             matrices = stored if stored.ndim == 3 else stored[None]
-            wanted = torch.stack([expected(each.state, "weight", matrix.contiguous()) for matrix in matrices])
+            wanted = torch.stack([expected(each.state, "weight", m.contiguous(), n) for n, m in enumerate(matrices)])
+            assert anchored != torch.equal(wanted, torch.stack([usual(each.state, m) for m in matrices]))
             assert torch.equal(each.state.as_used(level * scale), wanted.view(stored.shape))
 
 
@@ -119,7 +130,7 @@ def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(famil
         ({"injection": "w16a4"}, "no weight has codes in training"),
         ({"injection": {"mode": "w4a16", "apply_during": ["evaluation"]}}, "no weight has codes in training"),
         ({"injection": {"weight": "mxfp4_sr"}}, "drawn anew"),
-        ({"injection": {"weight": {"name": "mxfp4", "rotation": 32}}}, "measured alone"),
+        ({"injection": {"weight": {"name": "mxfp4", "rotation": 32}}}, "leave dampen and freeze out"),
         ({"injection": "w4a16", "model": {"lora": {"rank": 4}}}, "adapters are trained"),
         (
             {"injection": {"mode": "w4a16", "schedule": {"weight": {"from_step": 2}}}},
@@ -128,6 +139,20 @@ def test_levels_times_scales_are_the_rounded_weights_of_every_kind_of_site(famil
         ({"injection": "w4a16", "processes": 2, "sharding": "fsdp2"}, "write sharding: none"),
     ],
 )
-def test_it_is_refused_where_nothing_could_oscillate(content, why):
+@pytest.mark.parametrize("training", [{"oscillation": {"dampen": 0.1}}, {"ema": {"decay": 0.9, "rounds": True}}])
+def test_it_is_refused_where_no_code_could_be_followed(content, why, training):
+    with pytest.raises(InvalidValueError, match=why.replace("dampen and freeze", "(dampen and freeze|it)")):
+        parse(Experiment, {**content, "training": training}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"rollout": {"engine": "vllm"}}, "vllm rounds by itself"),
+        ({"training": {"oscillation": {"freeze": 0.1}}}, "both decide on levels"),
+    ],
+)
+def test_what_would_decide_otherwise_than_the_average_is_refused(content, why):
+    training = {"ema": {"decay": 0.9, "rounds": True}, **content.pop("training", {})}
     with pytest.raises(InvalidValueError, match=why):
-        parse(Experiment, {**content, "training": {"oscillation": {"dampen": 0.1}}}, "x.yaml")
+        parse(Experiment, {"injection": "w4a16", **content, "training": training}, "x.yaml")

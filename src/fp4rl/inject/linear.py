@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from fp4rl.inject.cache import QuantCache, SharedInput
 from fp4rl.inject.fused import FusedGroup, with_largest
@@ -12,6 +12,7 @@ from fp4rl.inject.matmul import linear_with_errors
 from fp4rl.inject.plan import SitePlan
 from fp4rl.inject.rounding import through
 from fp4rl.inject.site import SiteState
+from fp4rl.numerics.levels import levels
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.points import GRADIENTS
 
@@ -28,6 +29,7 @@ class LinearState(SiteState):
         self.scaling: tuple[float, ...] = ()  # of the adapters in the kept copy, where it is of a sum
         self.group: FusedGroup | None = None  # the layers that share a factor
         self.scaling_beside: tuple[float, ...] = ()  # of the adapters of the others
+        self.anchor: Tensor | None = None  # like the stored weight: what decides between its two levels while it learns
 
     def __reduce__(self) -> Any:
         kind, arguments, active = super().__reduce__()
@@ -128,6 +130,9 @@ class LinearState(SiteState):
         if "weight" in self.points:
             generator = self._weight_rng(weight) if self.present["weight"].draws else None
             copy, reach = self._under_one_factor(weight, generator)
+            if self.anchored:
+                level, scale = self.levels(weight)
+                copy = (level * scale).to(weight.dtype)
         if self.has_errors("weight"):
             copy = self.with_errors(copy, "weight", copy)
         return copy, reach
@@ -137,6 +142,27 @@ class LinearState(SiteState):
             return self.rounded(weight, "weight", generator)
         copy, reach = self.rounded(with_largest(weight, self.group.largest()), "weight", generator)
         return copy[:-1], None if reach is None else reach[:-1]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether an anchor decides in this phase; evaluations and what is saved have the usual rounding."""
+        return self.anchor is not None and self.phase in ("rollout", "training")
+
+    def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the present levels of a weight given as [..., out, in], and the scales that they are multiplied by."""
+        fmt, rows = self.plan.weight, weight.shape[-2]
+        assert fmt is not None
+        anchor = self.as_used(self.anchor).to(self.dtype) if self.anchor is not None and self.anchored else None
+        seen = weight.detach().to(self.dtype)
+        if self.group is not None:
+            seen = with_largest(seen, self.group.largest())
+            anchor = None if anchor is None else pad(anchor, (0, 0, 0, 1))
+        made = []
+        for number, matrix in enumerate(seen.reshape(-1, *seen.shape[-2:])):
+            own = None if anchor is None else anchor.reshape(-1, *seen.shape[-2:])[number].contiguous()
+            made.append(levels(matrix.contiguous(), fmt, own))
+        level, scale = (torch.stack([pair[i][:rows] for pair in made]).view(weight.shape) for i in (0, 1))
+        return level, scale
 
     def _weight_rng(self, weight: Tensor) -> torch.Generator:
         # Training draws new numbers at every step; in other phases the same weights round the same way twice.

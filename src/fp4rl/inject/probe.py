@@ -23,6 +23,7 @@ from fp4rl.inject.linear import LinearState
 from fp4rl.inject.packed import CodesState
 from fp4rl.inject.present import computed
 from fp4rl.inject.site import KEY, SiteState
+from fp4rl.numerics.levels import levels
 from fp4rl.spec.errors import CheckFailed
 
 ROWS = 4
@@ -100,10 +101,10 @@ def _repeatable(state: SiteState, point: str) -> bool:
     return not state.has_errors(point) and not (point in state.present and state.present[point].draws)
 
 
-def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
+def expected(state: SiteState, point: str, x: Tensor, expert: int = 0) -> Tensor:
     """Return `x` as it must arrive at the product: rounded by numerics alone where the point is active.
 
-    It is cast to what the injection declares, whatever the site casts to.
+    It is cast to what the injection declares, whatever the site casts to; `expert` is the number of a stack's matrix.
     """
     if point not in state.points:
         return x
@@ -113,7 +114,13 @@ def expected(state: SiteState, point: str, x: Tensor) -> Tensor:
             row = torch.zeros_like(x[:1])
             row[0, 0] = other.master(module).abs().max()
             whole = torch.cat([whole, row])
-    return computed(whole, state.present[point], getattr(torch, state.injection.dtype))[: len(x)]
+    dtype = getattr(torch, state.injection.dtype)
+    if point == "weight" and isinstance(state, LinearState) and state.anchor is not None and state.anchored:
+        anchor = torch.zeros_like(whole, dtype=dtype)
+        anchor[: len(x)] = state.as_used(state.anchor).reshape(-1, *x.shape)[expert]
+        level, scale = levels(whole.to(dtype), state.present[point].own.fmt, anchor)
+        return (level * scale).to(x.dtype)[: len(x)]
+    return computed(whole, state.present[point], dtype)[: len(x)]
 
 
 def _adapts(layer: Any, experts: nn.Module, name: str) -> bool:
@@ -130,7 +137,7 @@ def _stack_is_right(stack: StackState, weight: Tensor, adapter: Any) -> bool:
     seen, _ = stack.reads_as(weight, adapter)
     master = AdaptedSum(adapter).weight if adapter is not None and stack.plan.merged else weight
     experts = zip(stack.as_used(seen).unbind(0), stack.as_used(master).unbind(0), strict=True)
-    return all(_same(copy, expected(stack, "weight", own.contiguous())) for copy, own in experts)
+    return all(_same(copy, expected(stack, "weight", own.contiguous(), n)) for n, (copy, own) in enumerate(experts))
 
 
 def _operands_are_right(module: nn.Module, state: LinearState) -> dict[str, bool]:

@@ -72,17 +72,28 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
     return grouping.join(magnitude <= block_scale(magnitude, grouping.axes, fmt, inner.dtype) * fmt.element.largest)
 
 
-def levels(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def levels(x: Tensor, fmt: Format, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the signed element value that each value of `x` is rounded to, and the scale that it is multiplied by.
 
-    Both like x, in float32 or float64; inside rotation and coarse scale. The format has scales and draws nothing.
+    Both like x, in float32 or float64; inside rotation and coarse scale. The format has scales and draws nothing. With
+    an `anchor` like x each value goes to that of its two neighbouring levels which is nearer the anchor, on a tie as
+    the format rounds (Q-EMA, arXiv 2502.20853, for a format without rotation or coarse scale); what lies on a level
+    stays.
     """
     inner, _ = inside(x, fmt)
     grouping = Grouping.of(x.shape, fmt)
     blocks = grouping.split(widened(inner))
     magnitude = blocks.abs()
     scale = block_scale(magnitude, grouping.axes, fmt, inner.dtype)
-    level = round_magnitude(magnitude.div_(scale), fmt.element, fmt.rounding).copysign_(blocks)
+    magnitude.div_(scale)
+    if anchor is None:
+        level = round_magnitude(magnitude, fmt.element, fmt.rounding)
+    else:
+        low = round_magnitude(magnitude, fmt.element, "toward_zero")
+        high = torch.where(low < magnitude, low + spacing(low, fmt.element), low).clamp_(max=fmt.element.largest)
+        wanted = grouping.split(anchor.to(blocks.dtype)) * blocks.sign() / scale
+        level = round_magnitude(wanted.clamp(low, high), fmt.element, fmt.rounding)
+    level = level.copysign_(blocks)
     return grouping.join(level), grouping.join(scale.expand_as(blocks).contiguous())
 
 

@@ -57,6 +57,11 @@ class Deployed:
         for name, mean in self._mean.items():
             mean.lerp_(self._exact[name].float(), 1 - self._decay)
 
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """The averages by the names of their weights, which are written in place; none before the first update."""
+        return self._mean
+
     @contextmanager
     def policy(self) -> Iterator[None]:
         """Put the average into the model, rounded to its dtype, and take it out again: the same bits come back."""

@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4rl.inject.attach import Attachment
-from fp4rl.inject.fused import with_largest
 from fp4rl.inject.linear import LinearState
-from fp4rl.numerics.levels import levels
 from fp4rl.numerics.rounding import round_magnitude
 from fp4rl.rl.masters import Masters
 from fp4rl.spec.evidence import Oscillated
@@ -45,21 +43,30 @@ class Watched:
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Return the present levels and the scales they are multiplied by, as the weight is stored."""
-        state, fmt = self.state, self.state.plan.weight
-        assert fmt is not None
-        seen = state.as_used(self.weight.detach()).to(state.dtype)
-        shape = seen.shape
-        if state.group is not None:
-            seen = with_largest(seen, state.group.largest())
-        made = [levels(matrix.contiguous(), fmt) for matrix in seen.view(-1, *seen.shape[-2:]).unbind(0)]
-        level, scale = (torch.stack([pair[i][: shape[-2]] for pair in made]).view(shape) for i in (0, 1))
-        return state.as_used(level).contiguous(), state.as_used(scale).contiguous()
+        level, scale = self.state.levels(self.state.as_used(self.weight))
+        return self.state.as_used(level).contiguous(), self.state.as_used(scale).contiguous()
 
     def put(self, values: Tensor, where: Tensor) -> None:
         """Write values into the weights of a mask."""
         self.exact.copy_(torch.where(where, values, self.exact))
         if self.exact is not self.weight:
             self.weight.copy_(self.exact)
+
+
+def watched_weights(attachment: Attachment, masters: Masters | None) -> dict[str, Watched]:
+    """Return the trained weights that are rounded under scales, by the names of the model's parameters."""
+    names = {id(weight): name for name, weight in attachment.model.named_parameters()}
+    copies = masters.copies() if masters is not None else {}
+    watched = {}
+    for state in attachment.states.values():
+        if not isinstance(state, LinearState) or state.plan.weight is None or state.plan.weight.scale == "none":
+            continue
+        module = attachment.model.get_submodule(state.plan.site.path)
+        weight = module._parameters[state.plan.site.parameter or "weight"]
+        if weight is not None and weight.requires_grad:
+            name = names[id(weight)]
+            watched[name] = Watched(state, weight, copies.get(name, weight))
+    return watched
 
 
 class OscillationWatch:
@@ -70,17 +77,7 @@ class OscillationWatch:
 
     def __init__(self, attachment: Attachment, masters: Masters | None, settings: Oscillation) -> None:
         self.settings = settings
-        names = {id(weight): name for name, weight in attachment.model.named_parameters()}
-        copies = masters.copies() if masters is not None else {}
-        self.watched: dict[str, Watched] = {}
-        for state in attachment.states.values():
-            if not isinstance(state, LinearState) or state.plan.weight is None or state.plan.weight.scale == "none":
-                continue
-            module = attachment.model.get_submodule(state.plan.site.path)
-            weight = module._parameters[state.plan.site.parameter or "weight"]
-            if weight is not None and weight.requires_grad:
-                name = names[id(weight)]
-                self.watched[name] = Watched(state, weight, copies.get(name, weight))
+        self.watched = watched_weights(attachment, masters)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.flips: dict[str, int] = dict.fromkeys(self.watched, 0)
         self.updates, self._distance = 0, 0.0

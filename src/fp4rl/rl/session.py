@@ -23,7 +23,7 @@ from fp4rl.rl.generate import dropout_off, evidence_of, sampler_named
 from fp4rl.rl.health.monitor import LiveMonitor
 from fp4rl.rl.lora import with_lora
 from fp4rl.rl.mismatch import is_repeatable
-from fp4rl.rl.oscillation import OscillationWatch
+from fp4rl.rl.oscillation import OscillationWatch, watched_weights
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.problems import problems_of
 from fp4rl.rl.reference import reference_and_teacher
@@ -147,6 +147,7 @@ class TrainingSession:
             if masters is not None:
                 masters.load(checkpoint.path)
             self.deployed.load(checkpoint.path, checkpoint.state["deployed"])
+            self._anchor()
             if self.oscillation is not None:
                 self.oscillation.load(checkpoint.path, checkpoint.state["oscillation"])
             rolled_back -= checkpoint.state["rollbacks"]
@@ -163,9 +164,35 @@ class TrainingSession:
 
     def on_update(self) -> dict[str, float]:
         """Compare codes with those before the update, and let the average of the weights follow; return metrics."""
+        if self.rounds_by_average:  # which decides on the codes that are then compared
+            self.deployed.update()
+            self._anchor()
         metrics = self.oscillation.after() if self.oscillation is not None else {}
-        self.deployed.update()
+        if not self.rounds_by_average:  # it follows what was frozen
+            self.deployed.update()
         return metrics
+
+    @property
+    def rounds_by_average(self) -> bool:
+        """Whether the average decides between the two levels of each weight."""
+        ema = self.run.experiment.training.ema
+        return ema is not None and ema.rounds
+
+    def _anchor(self) -> None:
+        """Let the averages decide, where the recipe says so."""
+        if self.rounds_by_average and self.attachment is not None and self.deployed.means:
+            for name, watched in watched_weights(self.attachment, None).items():
+                watched.state.anchor = self.deployed.means[name]
+
+    @torch.no_grad()
+    def codes_unlike(self) -> float:
+        """Return the share of codes that the average, as it is deployed, has otherwise than the weights in training."""
+        assert self.attachment is not None
+        watched = watched_weights(self.attachment, None).values()
+        trained = [each.levels()[0] for each in watched]
+        with self.deployed.policy(), self.phases.reference("evaluation"):
+            unlike = sum(int((each.levels()[0] != own).sum()) for each, own in zip(watched, trained, strict=True))
+        return unlike / sum(own.numel() for own in trained)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Evaluate where it is due, report the step and let the monitor judge it; return whether to stop."""

@@ -207,12 +207,13 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
 def _deployed(run: Run, session: TrainingSession) -> DeployedWeights | None:
     """Put the weights that are to be deployed into the model; return which they are, None for the live ones at last."""
     recipe, best = run.experiment.training, session.deployed.best
+    unlike = session.codes_unlike() if session.rounds_by_average and best is None else None
     session.deployed.deploy()
     if recipe.ema is None and recipe.deployed == "last":
         return None
     chosen = DeployedWeights(step=session.trainer.step, ema_decay=recipe.ema.decay if recipe.ema is not None else None)
     if best is None:
-        return chosen
+        return chosen if unlike is None else chosen.extended(codes_unlike=unlike)
     problems, profile = run.chooser.problems, run.chooser.spec.profiles[0]
     run.emit(
         Message(

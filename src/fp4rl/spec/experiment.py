@@ -12,6 +12,7 @@ from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Model
 from fp4rl.spec.noise import Noise
+from fp4rl.spec.oscillation import without_codes
 from fp4rl.spec.points import LINEAR_POINTS, MODES
 from fp4rl.spec.rollout import TRANSFORMERS, RolloutEngine
 from fp4rl.spec.shared_scales import batch_note, shared_scales
@@ -108,20 +109,32 @@ class Experiment(Spec):
             yield f"sharding: {self.sharding} divides the weights over several processes; set processes"
         yield from self._wrong_choice()
         yield from self._not_followed()
-        yield from (f"training.oscillation: {why}" for why in self._not_watched())
+        yield from self._not_watched()
         if self.sharding != "none" and self.training.distillation is not None:
             yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
             yield "injection.frozen_base: FSDP cannot shard packed weights; write copy, or sharding: none"
 
     def _not_watched(self) -> Iterator[str]:
-        if (settings := self.training.oscillation) is None:
+        settings, ema = self.training.oscillation, self.training.ema
+        rounds = ema is not None and ema.rounds
+        key = "training.oscillation" if settings is not None else "training.ema.rounds"
+        if settings is None and not rounds:
             return
         if self.model.lora is not None:
-            yield "adapters are trained, and have no codes of their own; leave it out"
+            yield f"{key}: adapters are trained, and have no codes of their own; leave it out"
         if self.sharding != "none":
-            yield "codes need whole weights; write sharding: none"
-        yield from settings.refused(self.injection)
+            yield f"{key}: codes need whole weights; write sharding: none"
+        if settings is not None:
+            yield from (f"{key}: {why}" for why in settings.refused(self.injection))
+        if rounds:
+            yield from (f"training.ema.rounds: {why}" for why in without_codes(self.injection, "it"))
+        if rounds and self.rollout.engine != "transformers":
+            yield f"training.ema.rounds: {self.rollout.engine} rounds by itself; take rollout.engine transformers"
+        if rounds and self.injection is not None and self.injection.schedule and self.injection.schedule.weight:
+            yield "training.ema.rounds: levels are of one format; leave injection.schedule.weight out"
+        if rounds and settings is not None and settings.freeze is not None:
+            yield "training.oscillation.freeze and training.ema.rounds both decide on levels; take one of them"
 
     def _wrong_choice(self) -> Iterator[str]:
         recipe, judged = self.training, self.evaluation

@@ -25,15 +25,20 @@ class Oscillation(Spec):
 
     def refused(self, injection: Injection | None) -> Iterator[str]:
         """Yield why it cannot act under an injection."""
-        trained = injection is not None and "training" in injection.apply_during.weight
-        named = [injection.weight, *(row.weight for row in injection.by_pattern)] if injection and trained else []
-        formats = [fmt for fmt in named if isinstance(fmt, Format) and fmt.scale != "none"]
-        if not formats:
-            yield "no weight has codes in training; name a format for injection.weight, or leave it out"
-        if injection is not None and injection.schedule is not None and injection.schedule.weight is not None:
-            yield "injection.schedule.weight changes the codes over the steps; leave one of both out"
-        for fmt in formats:
-            if fmt.rounding == "stochastic":
-                yield f"the codes of {fmt.name} are drawn anew in each step; take a format with nearest rounding"
-            if (self.dampen or self.freeze is not None) and (fmt.rotation or fmt.coarse):
-                yield f"{fmt.name} with a rotation or coarse scale can be measured alone; leave dampen and freeze out"
+        yield from without_codes(injection, "dampen and freeze" if self.dampen or self.freeze is not None else "")
+
+
+def without_codes(injection: Injection | None, unrotated: str) -> Iterator[str]:
+    """Yield why codes of trained weights cannot be followed; `unrotated` names what no rotation goes with."""
+    trained = injection is not None and "training" in injection.apply_during.weight
+    named = [injection.weight, *(row.weight for row in injection.by_pattern)] if injection and trained else []
+    formats = [fmt for fmt in named if isinstance(fmt, Format) and fmt.scale != "none"]
+    if not formats:
+        yield "no weight has codes in training; name a format for injection.weight, or leave it out"
+    if injection is not None and injection.schedule is not None and injection.schedule.weight is not None:
+        yield "injection.schedule.weight changes the codes over the steps; leave one of both out"
+    for fmt in formats:
+        if fmt.rounding == "stochastic":
+            yield f"the codes of {fmt.name} are drawn anew in each step; take a format with nearest rounding"
+        if unrotated and (fmt.rotation or fmt.coarse):
+            yield f"{fmt.name} with a rotation or coarse scale: a level is of no weight alone; leave {unrotated} out"

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from fp4rl.spec.errors import InvalidValueError, shown
-from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding
+from fp4rl.spec.evidence import KINDS, Evaluation, Evidence, HealthFinding, Share
 from fp4rl.spec.frozen import Record
 from fp4rl.spec.health import State
 
@@ -78,13 +78,16 @@ class HealthSummary(Record):
 
 class DeployedWeights(Record):
     """Which weights are in `final` where they are not the live ones after the last step: those after `step`, averaged
-    with `ema_decay`, chosen by its `score` among the steps that were judged on the validation `problems` (a digest)."""
+    with `ema_decay`, chosen by its `score` among the steps that were judged on the validation `problems` (a digest).
+
+    `codes_unlike`: the share of codes that training had otherwise, since the average decided on them (`ema.rounds`)."""
 
     step: int
     ema_decay: float | None = None
     score: float | None = None
     profile: str | None = None
     problems: str | None = None
+    codes_unlike: Share | None = None
 
 
 class Summary(Record):

@@ -90,6 +90,9 @@ class Ema(Spec):
     decay: float = Field(
         gt=0.0, lt=1.0, description="what is kept of the average at each update; .98 averages about 50"
     )
+    rounds: bool = later_key(
+        False, description="whether rollouts and training take, of a weight's two levels, the one nearer its average"
+    )
 
 
 class Training(Spec):
