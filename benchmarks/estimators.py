@@ -16,13 +16,14 @@ from torch import nn
 
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.models.load import embedded_skeleton
-from fp4rl.rl.oscillation import OscillationWatch
+from fp4rl.rl.oscillation import OscillationWatch, watched_weights
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.oscillation import Oscillation
 from injection import Arm, in_turn, measure
 
-# What an arm changes of its mode's injection, and its `oscillation`; all others are compared with the first one.
+# What an arm changes of its mode's injection, its `oscillation`, and whether the average of a weight decides on its
+# level (`rounds`, of training.ema); all others are compared with the first one.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "identity": {},
     "clipped": {"straight_through": "clipped"},
@@ -30,6 +31,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "smooth, inputs too": {"straight_through": "smooth", "smooth": {"points": ["weight", "input"]}},
     "oscillation": {"oscillation": {}},
     "dampen and freeze": {"oscillation": {"dampen": 1e-3, "freeze": 0.02}},
+    "ema.rounds": {"rounds": True},
 }
 MODES = ("w4a4", "nvfp4_w4a4")
 RESULTS = Path(__file__).parent / "results" / "estimators.md"
@@ -89,8 +91,11 @@ class LayerArm:
 
 def made(kind: type[EmbeddedArm | LayerArm], mode: str, changes: Mapping[str, Any]) -> EmbeddedArm | LayerArm:
     """Return an arm of ARMS."""
-    own = {key: value for key, value in changes.items() if key != "oscillation"}
-    return kind(Injection.model_validate({"mode": mode, **own}), changes.get("oscillation"))
+    own = {key: value for key, value in changes.items() if key not in ("oscillation", "rounds")}
+    arm = kind(Injection.model_validate({"mode": mode, **own}), changes.get("oscillation"))
+    for watched in watched_weights(arm.harmed, None).values() if "rounds" in changes else ():
+        watched.state.anchor = watched.weight.detach().clone()
+    return arm
 
 
 def table(what: str, kind: type[EmbeddedArm | LayerArm], rounds: int) -> Iterator[str]:
