@@ -18,7 +18,9 @@ from torch import Tensor
 from fp4rl.inject.attach import Attachment
 from fp4rl.inject.linear import LinearState
 from fp4rl.numerics.rounding import round_magnitude
+from fp4rl.rl.deployed import Deployed
 from fp4rl.rl.masters import Masters
+from fp4rl.rl.phases import Phases
 from fp4rl.spec.evidence import Oscillated
 from fp4rl.spec.formats import Element
 from fp4rl.spec.oscillation import Oscillation
@@ -67,6 +69,16 @@ def watched_weights(attachment: Attachment, masters: Masters | None) -> dict[str
             name = names[id(weight)]
             watched[name] = Watched(state, weight, copies.get(name, weight))
     return watched
+
+
+@torch.no_grad()
+def codes_unlike(attachment: Attachment, deployed: Deployed, phases: Phases) -> float:
+    """Return the share of codes that the average, as it is deployed, has otherwise than the weights in training."""
+    watched = watched_weights(attachment, None).values()
+    trained = [each.levels()[0] for each in watched]
+    with deployed.policy(), phases.reference("evaluation"):
+        unlike = sum(int((each.levels()[0] != own).sum()) for each, own in zip(watched, trained, strict=True))
+    return unlike / sum(own.numel() for own in trained)
 
 
 class OscillationWatch:

@@ -184,16 +184,6 @@ class TrainingSession:
             for name, watched in watched_weights(self.attachment, None).items():
                 watched.state.anchor = self.deployed.means[name]
 
-    @torch.no_grad()
-    def codes_unlike(self) -> float:
-        """Return the share of codes that the average, as it is deployed, has otherwise than the weights in training."""
-        assert self.attachment is not None
-        watched = watched_weights(self.attachment, None).values()
-        trained = [each.levels()[0] for each in watched]
-        with self.deployed.policy(), self.phases.reference("evaluation"):
-            unlike = sum(int((each.levels()[0] != own).sum()) for each, own in zip(watched, trained, strict=True))
-        return unlike / sum(own.numel() for own in trained)
-
     def on_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Evaluate where it is due, report the step and let the monitor judge it; return whether to stop."""
         every, last = self.run.experiment.evaluation.test_freq, self.run.experiment.training.steps

@@ -16,6 +16,7 @@ from fp4rl.rl.evaluate import items_digest
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
 from fp4rl.rl.health.monitor import last_healthy
 from fp4rl.rl.inputs import ALONE, Stages, inputs, of_model, require_unchanged, start_folder, teacher_folder
+from fp4rl.rl.oscillation import codes_unlike
 from fp4rl.rl.problems import dropped
 from fp4rl.rl.run import Run
 from fp4rl.rl.session import ResumeState, TrainingSession, beginning
@@ -207,7 +208,9 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
 def _deployed(run: Run, session: TrainingSession) -> DeployedWeights | None:
     """Put the weights that are to be deployed into the model; return which they are, None for the live ones at last."""
     recipe, best = run.experiment.training, session.deployed.best
-    unlike = session.codes_unlike() if session.rounds_by_average and best is None else None
+    unlike = None
+    if session.rounds_by_average and best is None and session.attachment is not None:
+        unlike = codes_unlike(session.attachment, session.deployed, session.phases)
     session.deployed.deploy()
     if recipe.ema is None and recipe.deployed == "last":
         return None
