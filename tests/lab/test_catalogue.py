@@ -195,3 +195,16 @@ def test_every_row_trains_two_steps_at_the_tiny_scale(name, tmp_path_factory):
     assert {e.profile.name for e in result.evaluations if e.last} == set(experiment.evaluation.profiles)
     sites = sum(1 for plan in folder.sites().plans)
     assert (sites > 0) == (experiment.injection is not None and experiment.injection != Injection())
+
+
+@pytest.mark.parametrize("name, size, weights", [("embedded_m", "m", 1.9e6), ("embedded_l", "l", 41e6)])
+def test_the_larger_test_beds_plan_three_arms_of_five_seeds(name, size, weights):
+    suite = described(name)
+    experiments = [run.experiment for run in planned(suite)]
+    assert len(experiments) == 15
+    assert {e.model.embedded.size for e in experiments} == {size}
+    wide, inner = experiments[0].model.embedded.hidden_size, experiments[0].model.embedded.intermediate_size
+    count = experiments[0].model.embedded.num_layers * (4 * wide**2 + 3 * wide * inner)
+    assert count == pytest.approx(weights, rel=0.03)
+    fitting = Experiment.model_validate({"model": f"embedded-{size}"})  # the suite writes out what is the default
+    assert {(e.training.lr, e.task) for e in experiments} == {(fitting.training.lr, fitting.task)}

@@ -39,6 +39,32 @@ def test_it_has_a_tenth_to_half_a_million_weights():
     assert 100_000 <= sum(weight.numel() for weight in build(SHORT, TOKENIZER).parameters()) <= 500_000
 
 
+@pytest.mark.parametrize("size, least, most", [("m", 1e6, 4e6), ("l", 30e6, 100e6)])
+def test_larger_sizes_have_the_weights_that_they_promise(size, least, most):
+    """By hand: four products of attention, three biases, three products of the MLP, two norms; the embedding once."""
+    recipe, words = Embedded(size=size), len(TOKENIZER)
+    wide, inner = recipe.hidden_size, recipe.intermediate_size
+    layer = 4 * wide**2 + 3 * wide + 3 * wide * inner + 2 * wide
+    counted = recipe.num_layers * layer + wide + words * wide
+    assert counted == sum(weight.numel() for weight in build(recipe, TOKENIZER).parameters())
+    assert least <= counted <= most
+
+
+def test_a_warm_up_on_an_accelerator_is_the_same_computation_there(monkeypatch):
+    on_cpu, there = warmed(SHORT), build(SHORT, TOKENIZER)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
+    warm_up(there, TOKENIZER, EXAMPLES, SHORT.model_copy(update={"warm_up_on": "accelerator"}))
+    assert same(on_cpu, dict(there.named_parameters()))
+
+
+def test_without_an_accelerator_the_largest_size_is_refused_with_the_cure(monkeypatch):
+    recipe = Embedded(size="l", hidden_size=32, num_heads=1, num_layers=1, intermediate_size=32)
+    model = build(recipe, TOKENIZER)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+    with pytest.raises(InvalidValueError, match=r"warm_up_on: accelerator, and torch has none here; write cpu"):
+        warm_up(model, TOKENIZER, EXAMPLES, recipe)
+
+
 def test_every_linear_layer_divides_into_blocks_of_32_along_its_inputs():
     linears = [module for module in build(SHORT, TOKENIZER).modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 2 * 7 + 1

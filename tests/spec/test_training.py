@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment, Suite
-from fp4rl.spec.load import arm_contents
+from fp4rl.spec.load import arm_contents, merge
 from fp4rl.spec.training import Training
 
 REFUSED = [
@@ -85,6 +86,8 @@ def test_the_overlong_buffer_is_dapos_share_of_the_cap():
     [
         (None, 4e-4, 48),
         ({"embedded": {"seed": 1}}, 4e-4, 48),
+        ("embedded-m", 1e-4, 52),
+        ({"embedded": {"size": "m", "seed": 1}}, 1e-4, 52),
         ("models/real", 1e-6, 1024),
         ({"path": "models/real", "lora": {}}, 1e-5, 1024),
     ],
@@ -99,6 +102,19 @@ def test_a_real_model_does_not_get_the_numbers_of_the_small_one(model, lr, longe
     recipe = Experiment.model_validate(named)
     assert (recipe.training.lr, recipe.training.max_response_length, recipe.evaluation.max_new_tokens) == (1e-3, 77, 77)
     assert Experiment.model_validate(found.model_dump()) == found
+
+
+def test_a_size_gives_defaults_which_named_keys_go_before():
+    """`model: embedded` is what it was, to the byte of its description."""
+    small, middle = Experiment.model_validate({"model": "embedded"}), Experiment.model_validate({"model": "embedded-m"})
+    assert small == Experiment() == Experiment.model_validate({"model": {"embedded": {"size": "s"}}})
+    assert "size" not in small.model_dump()["model"]["embedded"]
+    assert (small.task.difficulty, middle.task.difficulty) == (2, 6)
+    own = {"model": {"embedded": {"size": "m", "num_layers": 5}}, "task": {"difficulty": 4}}
+    named = Experiment.model_validate(own)
+    assert (named.model.embedded.num_layers, named.model.embedded.hidden_size, named.task.difficulty) == (5, 256, 4)
+    assert merge({"model": "embedded-m"}, {"model.embedded.num_layers": 5})["model"] == own["model"]
+    assert digest(small.model_dump(mode="json")) == "eca6bf890676"
 
 
 def test_arms_of_other_models_in_one_suite_get_each_its_own():

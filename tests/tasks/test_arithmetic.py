@@ -1,6 +1,7 @@
 """Generated problems are right, repeatable, and different in substance from split to split."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -41,11 +42,12 @@ def test_the_prompt_asks_what_the_solution_solves(difficulty):
 def test_the_dial_keeps_its_ranges_and_no_total_is_negative(difficulty):
     task, level = Arithmetic(difficulty=difficulty), LEVELS[difficulty]
     for problem in task.problems("train", 200):
-        numbers = task.substance(problem).replace("-", "+-").split("+")
-        start, steps = int(numbers[0]), [abs(int(step)) for step in numbers[1:]]
-        assert level.start[0] <= start <= level.start[1]
+        start, *steps = re.findall(r"[-+*]?[0-9]+", re.sub("[()]", "", task.substance(problem)))
+        assert level.start[0] <= int(start) <= level.start[1]
         assert level.operations[0] <= len(steps) <= level.operations[1]
-        assert all(level.operand[0] <= step <= level.operand[1] for step in steps)
+        for sign, *digits in steps:
+            low, high = level.factor if sign == "*" else level.operand
+            assert low <= int("".join(digits)) <= high
         assert all(claimed >= 0 for _, claimed in computed(problem.solution))
 
 
@@ -54,6 +56,22 @@ def test_the_dial_makes_answers_longer_step_by_step():
         return sum(len(p.solution.split()) for p in Arithmetic(difficulty=difficulty).problems("train", 300)) / 300
 
     assert length(1) < length(2) < length(4) < length(5)
+
+
+def test_products_are_of_two_digits_and_one_and_brackets_stand_where_sums_come_first():
+    """Counted by hand from the texts: without factors no level has any."""
+    assert not any(
+        "*" in p.prompt for level in (1, 2, 3, 4, 5) for p in Arithmetic(difficulty=level).problems("test", 90)
+    )
+    problems = Arithmetic(difficulty=6).problems("test", 400)
+    factors = [step.split(" = ")[0].split(" * ") for p in problems for step in joined_digits(p.solution).split(" . ")]
+    products = [pair for pair in factors if len(pair) == 2]
+    assert 380 < len(products) < 440
+    assert {(len(left), len(right)) for left, right in products} == {(2, 1)}
+    assert {right for _, right in products} == set("23")
+    prompt = "Q: Tom has 2 3 coins . buys 4 more . has 3 * many . loses 2 . How many ? A:"
+    assert substance_of(prompt) == "(23+4)*3-2"
+    assert max(len(p.solution.split()) + p.solution.count("*") for p in problems) < 48
 
 
 def test_a_solution_of_the_default_difficulty_fits_into_48_tokens_with_room_for_the_end():
@@ -147,7 +165,7 @@ def test_without_a_count_a_small_split_gives_all_it_has():
 
 
 def test_a_difficulty_off_the_dial_is_a_clear_mistake():
-    with pytest.raises(ValueError, match=r"difficulty\n.*less than or equal to 5"):
+    with pytest.raises(ValueError, match=r"difficulty\n.*less than or equal to 6"):
         Arithmetic(difficulty=9)
 
 

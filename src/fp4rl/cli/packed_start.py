@@ -10,11 +10,10 @@ from fp4rl.models.quiet import quiet
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import parse
-from fp4rl.spec.model import Embedded, Model
+from fp4rl.spec.model import EMBEDDED, Model
 from fp4rl.spec.task import Task
 
 STORED = "stored"
-EMBEDDED = "embedded"  # the word that names the embedded model where a folder may stand
 
 
 def say_packed(folder: str | Path | None) -> bool:
@@ -40,10 +39,10 @@ def start_of(model: Model, task: Task, runs: Path) -> Path:
 
 
 def or_embedded(word: str, runs: Path) -> str:
-    """Return a word that names a policy as it is; for `embedded` the folder of that model."""
-    if word != EMBEDDED:
+    """Return a word that names a policy as it is; for `embedded` or a larger size of it the folder of that model."""
+    if word not in EMBEDDED:
         return word
-    started = Experiment(model=Model(embedded=Embedded()))
+    started = Experiment.model_validate({"model": word})
     return str(start_of(started.model, started.task, runs))
 
 

@@ -9,7 +9,7 @@ import typer
 
 from fp4rl.cli.described import is_spec, require_here, run_described
 from fp4rl.cli.options import AsJson, RunsRoot
-from fp4rl.cli.packed_start import EMBEDDED, say_packed, start_of
+from fp4rl.cli.packed_start import say_packed, start_of
 from fp4rl.cli.terminal import console, print_indented, print_json, progress, ready_to_round, say_once, styled
 from fp4rl.lab.stages import at_start
 from fp4rl.models.quiet import quiet
@@ -18,6 +18,7 @@ from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
+from fp4rl.spec.model import EMBEDDED
 from fp4rl.spec.retarget import under_deployment
 from fp4rl.spec.rollout import RolloutEngine
 
@@ -136,14 +137,14 @@ def _policy(
         raise InvalidValueError(f"{source} is no spec file, so key=value and --arm have nothing to change; use --mode")
     from fp4rl.engines.checkpoints.source import dtype_of, policy_of
 
-    folder, run = (None, None) if source == EMBEDDED else policy_of(source, runs)
+    folder, run = (None, None) if source in EMBEDDED else policy_of(source, runs)
     if run is not None:
         experiment = Experiment.model_validate(dict(run.spec))
     elif folder is not None:
         dtype = dtype_of(folder) or "float32"
         experiment = Experiment.model_validate({"model": {"path": str(folder), "dtype": dtype}})
     else:
-        experiment = Experiment.model_validate({"model": EMBEDDED})
+        experiment = Experiment.model_validate({"model": source})
     return folder, experiment if mode is None else experiment.model_copy(update={"injection": Injection.named(mode)})
 
 

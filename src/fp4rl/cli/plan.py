@@ -153,7 +153,7 @@ def _print_reasons(statuses: Mapping[str, Status]) -> None:
 def _print_what(experiment: Experiment) -> None:
     """Print what the first run trains; the arms show in which keys the others differ."""
     recipe, model = experiment.training, experiment.model
-    source = model.path or f"the embedded model ({(model.embedded or Embedded()).hidden_size} wide)"
+    source = model.path or f"{model.embedded_word} ({(model.embedded or Embedded()).hidden_size} wide)"
     source += "".join(f", {transform.name}" for transform in model.transforms)
     console().print(
         f"{recipe.algorithm} on {experiment.task.name}, {counted(recipe.steps, 'step')} of {recipe.train_batch_size} x "

@@ -15,6 +15,7 @@ from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest, shown
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import arm_content, change_of, former_words, merge, parse, read_spec
+from fp4rl.spec.model import embedded
 from fp4rl.spec.retarget import in_format, under_deployment
 from fp4rl.spec.scan import ScanRequest
 
@@ -142,7 +143,7 @@ def _of_model(source: str, change: Mapping[str, Any], arm: str | None) -> Planne
         raise InvalidValueError(
             f"{source} is no spec file, so {stray[0]} has nothing to change; keys of {', '.join(OF_A_MODEL)} act"
         )
-    model: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
+    model = embedded(source) or {"path": source}
     content = merge({"model": {**model, "dtype": "float32"}, "task": {"name": "arithmetic"}}, change)
     injection = content.pop("injection", None)  # by itself: a scan takes what no run would
     experiment = parse(Experiment, content, "")

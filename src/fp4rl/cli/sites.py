@@ -20,7 +20,7 @@ from fp4rl.spec.formats import E2M1
 from fp4rl.spec.injection import Injection
 from fp4rl.spec.legacy import translate
 from fp4rl.spec.load import parse
-from fp4rl.spec.model import Model
+from fp4rl.spec.model import Model, embedded
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS, PHASES
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="A model folder, `embedded`, or a spec file of a suite or experiment.")],
+    source: Annotated[
+        str, typer.Argument(help="A model folder, `embedded` (or -m, -l), or a spec file of a suite or experiment.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes of a spec file, key.path=value.")] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="A mode or an injection, instead of the spec's.")] = None,
     deployment: Deployed = None,
@@ -94,8 +96,7 @@ def _described(source: str, overrides: list[str], arm: str | None) -> tuple[Mode
         if overrides or arm:
             why = "is no spec file, so key=value and --arm have nothing to change; use --mode"
             raise InvalidValueError(f"{source} {why}")
-        content: dict[str, Any] = {"embedded": {}} if source == "embedded" else {"path": source}
-        return parse(Model, content, ""), Injection.named("w4a16")
+        return parse(Model, embedded(source) or {"path": source}, ""), Injection.named("w4a16")
     experiment = run_described(source, overrides, arm).experiment
     return experiment.model, experiment.injection or Injection()
 

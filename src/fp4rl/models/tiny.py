@@ -1,7 +1,8 @@
 """The embedded model: small enough to be made and warmed up here, Qwen2-shaped so that it is treated like any other.
 
 Its recipe decides every bit of it. Weights and order come from generators of their own, and the warm-up runs on one
-thread, because sums that are split over another number of threads round differently.
+thread, because sums that are split over another number of threads round differently. Only the largest size is warmed
+up on an accelerator.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from fp4rl.models import tokenizer as tokenizer_code
 from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.model import Embedded
+from fp4rl.spec.words import counted
 
 Example = tuple[str, str]  # prompt, and the solution that follows it after a blank
 IGNORED = -100
@@ -71,13 +73,15 @@ def warm_up(
     if not examples:
         raise InvalidValueError("no examples to warm up on; give some, or set warm_up_steps to 0")
     losses: list[float] = []
+    device = _device(recipe)
+    model.to(device)
     with one_thread():
         batches = _batches(tokenizer, examples, recipe)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.warm_up_lr, weight_decay=0.0, fused=True)
         model.train()
         for step, (ids, labels) in enumerate(batches, start=1):
             optimizer.param_groups[0]["lr"] = recipe.warm_up_lr * _rise_and_fall(step, recipe)
-            loss = _loss(model, ids, labels)
+            loss = _loss(model, ids.to(device), labels.to(device))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -85,7 +89,7 @@ def warm_up(
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
-    model.eval()
+    model.to("cpu").eval()
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
 
@@ -145,6 +149,19 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _device(recipe: Embedded) -> torch.device:
+    """Return where the warm-up computes; InvalidValueError where that is an accelerator and torch has none."""
+    if recipe.warm_up_on == "cpu":
+        return torch.device("cpu")
+    device = torch.accelerator.current_accelerator(True)
+    if device is None:
+        raise InvalidValueError(
+            f"model.embedded.warm_up_on: accelerator, and torch has none here; write cpu, where "
+            f"{counted(recipe.warm_up_steps, 'step')} of this size can take hours"
+        )
+    return device
 
 
 def _rise_and_fall(step: int, recipe: Embedded) -> float:

@@ -10,7 +10,7 @@ from fp4rl.spec.evaluation import Evaluation
 from fp4rl.spec.frozen import NoneIsAWord, Spec, later_key
 from fp4rl.spec.health import Health
 from fp4rl.spec.injection import Injection
-from fp4rl.spec.model import Model
+from fp4rl.spec.model import Model, embedded
 from fp4rl.spec.noise import Noise
 from fp4rl.spec.oscillation import without_codes
 from fp4rl.spec.points import LINEAR_POINTS, MODES
@@ -24,26 +24,45 @@ from fp4rl.spec.words import counted
 
 _USUAL_WEIGHT = 0.02  # the size of most weights of a language model
 
-# Defaults that depend on the model: what fits the small embedded model ruins a real one. Its learning rate was found by
+# Defaults that depend on the model: what fits a small embedded model ruins a real one. Its learning rate was found by
 # trying; the default of 1e-6 is that of the GRPO and DAPO papers, and adapters take about ten times the rate of whole
 # weights.
-_EMBEDDED = {"lr": 4e-4, "max_response_length": 48}
+_EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "s": {"lr": 4e-4, "max_response_length": 48},
+    "m": {"lr": 1e-4, "max_response_length": 52},
+    "l": {"lr": 5e-5, "max_response_length": 52},
+}
+_HARDER = {"m": 6, "l": 6}  # size -> difficulty of the arithmetic task
 _ADAPTER = {"lr": 1e-5}
 
 
 def _with_fitting_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the unchecked `content` of an experiment with defaults that fit its model: `training.lr`,
-    `training.max_response_length`, and the same length of answers in evaluations as in training."""
+    `training.max_response_length`, the same length of answers in evaluations as in training, and `task.difficulty`."""
     model = _named(content.get("model") or {})
     if isinstance(model, str):
-        model = {} if model == "embedded" else {"path": model}
+        model = embedded(model) or {"path": model}
     training, evaluation = _named(content.get("training", {})), _named(content.get("evaluation", {}))
     if not (isinstance(model, Mapping) and isinstance(training, Mapping) and isinstance(evaluation, Mapping)):
         return dict(content)  # validation reports what is wrong with it
-    fitting = _EMBEDDED if not model.get("path") else _ADAPTER if model.get("lora") is not None else {}
+    size = _size(model)
+    fitting = _EMBEDDED[size] if size else _ADAPTER if model.get("lora") is not None else {}
     training = {**fitting, **training}
     longest = training.get("max_response_length", Training.model_fields["max_response_length"].default)
-    return {**content, "training": training, "evaluation": {"max_new_tokens": longest, **evaluation}}
+    fitted = {**content, "training": training, "evaluation": {"max_new_tokens": longest, **evaluation}}
+    task = _named(content.get("task", {}))
+    if size in _HARDER and isinstance(task, Mapping) and task.get("name", "arithmetic") == "arithmetic":
+        fitted["task"] = {"name": "arithmetic", "difficulty": _HARDER[size], **task}
+    return fitted
+
+
+def _size(model: Mapping[str, Any]) -> str | None:
+    """Return the size of an embedded model; None for a folder."""
+    if model.get("path"):
+        return None
+    given = _named(model.get("embedded") or {})
+    size = given.get("size", "s") if isinstance(given, Mapping) else "s"
+    return size if isinstance(size, str) and size in _EMBEDDED else "s"
 
 
 def _named(part: Any) -> Any:
@@ -82,9 +101,9 @@ class Experiment(Spec):
         return _with_fitting_numbers(value) | ({"injection": None} if unrounded else {})
 
     def _conflicts(self) -> Iterator[str]:
-        embedded, injection = self.model.embedded, self.injection
+        tiny, injection = self.model.embedded, self.injection
         if injection is not None and "lm_head" in injection.targets.opt_in:
-            if embedded and embedded.tie_word_embeddings and not unties(self.model.transforms):
+            if tiny and tiny.tie_word_embeddings and not unties(self.model.transforms):
                 yield (
                     "injection.targets.opt_in: the embedded model's lm_head shares its weight with the embedding, "
                     "which is not rounded; write model.embedded.tie_word_embeddings: false, or drop lm_head"

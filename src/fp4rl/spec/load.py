@@ -17,6 +17,7 @@ from fp4rl.spec.former_names import in_present_words, renamings
 from fp4rl.spec.frozen import at_home
 from fp4rl.spec.keys import keys_at, truth_as_number, validation_message, wrong_part
 from fp4rl.spec.linked import linked
+from fp4rl.spec.model import embedded
 from fp4rl.spec.own_code import beside
 from fp4rl.spec.plain_yaml import plain_values
 from fp4rl.spec.points import FORMAT_POINTS
@@ -238,7 +239,7 @@ def _written_out(key: str, present: Any) -> Mapping[str, Any]:
         return present
     if key not in _SHORT or present in (None, "none") or not isinstance(present, str | int | float):
         return {}
-    return {"embedded": {}} if (key, present) == ("model", "embedded") else {_SHORT[key]: present}
+    return (embedded(present) if key == "model" and isinstance(present, str) else None) or {_SHORT[key]: present}
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

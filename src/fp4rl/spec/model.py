@@ -1,7 +1,7 @@
-"""Which model a run starts from: the embedded one, or a Hugging Face folder on this disk."""
+"""Which model a run starts from: an embedded one, or a Hugging Face folder on this disk."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -13,14 +13,51 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ExpertsImplementation = Literal["eager", "grouped_mm", "batched_mm"]
 
 
-class Embedded(Spec):
-    """The small Qwen2-shaped model that is built here and warmed up on sloppy demonstrations of the arithmetic task.
+Size = Literal["s", "m", "l"]
+# Word -> size, where a model or a folder may be named.
+EMBEDDED: Mapping[str, Size] = {"embedded": "s", "embedded-m": "m", "embedded-l": "l"}
+# Defaults of each size, beside those of the fields themselves.
+SIZES: Mapping[Size, Mapping[str, Any]] = {
+    "s": {},
+    "m": {
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_heads": 4,
+        "intermediate_size": 256,
+        "initializer_range": 0.04,
+        "warm_up_steps": 600,
+        "warm_up_batch_size": 32,
+        "warm_up_lr": 1e-3,
+    },
+    "l": {
+        "hidden_size": 512,
+        "num_layers": 12,
+        "num_heads": 8,
+        "intermediate_size": 1536,
+        "initializer_range": 0.02,
+        "warm_up_steps": 1500,
+        "warm_up_lr": 5e-4,
+        "warm_up_on": "accelerator",
+    },
+}
 
-    These fields and the text of its demonstrations decide what it becomes; its folder in the cache is named by a digest
-    of both, so that arms and seeds share one warm-up. Widths are multiples of 32, so that every linear layer divides
-    into MX blocks.
+
+def embedded(word: str) -> dict[str, Any] | None:
+    """Return the description of an embedded model that is named by a word; None for any other word."""
+    size = EMBEDDED.get(word)
+    return None if size is None else {"embedded": {} if size == "s" else {"size": size}}
+
+
+class Embedded(Spec):
+    """The Qwen2-shaped model that is built here and warmed up on sloppy demonstrations of the arithmetic task.
+
+    `size` gives the other fields their defaults: s has 0.1 million weights, m 1.9 and l 41; l is warmed up on an
+    accelerator. These fields and the text of its demonstrations decide what it becomes; its folder in the cache is
+    named by a digest of both, so that arms and seeds share one warm-up. Widths are multiples of 32, so that every
+    linear layer divides into MX blocks.
     """
 
+    size: Size = later_key("s", description="defaults of the fields below; `model: embedded-m` is size m")
     seed: NonNegativeInt = Field(default=0, description="initial weights, order of the demonstrations")
     hidden_size: PositiveInt = Field(default=64, multiple_of=32)
     num_layers: PositiveInt = 2
@@ -33,6 +70,16 @@ class Embedded(Spec):
     warm_up_batch_size: PositiveInt = 64
     warm_up_lr: PositiveFloat = 3e-3
     warm_up_rise: float = Field(default=0.1, ge=0.0, lt=1.0, description="share of the steps in which lr rises")
+    warm_up_on: Literal["cpu", "accelerator"] = later_key(
+        "cpu", description="cpu: one thread, the same on every machine of its kind; accelerator: the one of torch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_its_size(cls, value: object) -> object:
+        if isinstance(value, dict) and isinstance(size := value.get("size"), str):
+            return {**SIZES.get(size, {}), **value}  # type: ignore[call-overload]
+        return value
 
     def _conflicts(self) -> Iterator[str]:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
@@ -91,6 +138,12 @@ class Model(Spec):
     )
 
     @property
+    def embedded_word(self) -> str:
+        """The word that names the size of the embedded model; `embedded` where a folder is named."""
+        size = self.embedded.size if self.embedded is not None else "s"
+        return next(word for word, named in EMBEDDED.items() if named == size)
+
+    @property
     def coarse_masters(self) -> bool:
         """Whether updates are made to weights of low precision. Adapters are kept in float32 in any case."""
         return self.master_dtype != "float32" and self.lora is None
@@ -104,7 +157,7 @@ class Model(Spec):
     @classmethod
     def _embedded_unless_a_path_is_named(cls, value: object) -> object:
         if isinstance(value, str):
-            return {"path": value} if value != "embedded" else {"embedded": {}}
+            return embedded(value) or {"path": value}
         if isinstance(value, dict) and not value.get("path") and not value.get("embedded"):
             return {**value, "embedded": {}}
         return value

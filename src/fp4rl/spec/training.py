@@ -106,7 +106,8 @@ class Training(Spec):
     mini_batch_size: PositiveInt = Field(default=8, description="prompts an update")
     micro_batch_size: PositiveInt | None = Field(default=None, description="answers a backward pass; whole by default")
     lr: PositiveFloat = Field(
-        default=1e-6, description="learning rate of AdamW; by default 1e-5 with LoRA, 4e-4 for the embedded model"
+        default=1e-6,
+        description="learning rate of AdamW; by default 1e-5 with LoRA, 4e-4 for the embedded model (m: 1e-4, l: 5e-5)",
     )
     lr_scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0, description="steps in which lr rises")
@@ -149,7 +150,7 @@ class Training(Spec):
         False, description="whether problems with longer prompts are left out, and counted, instead"
     )
     max_response_length: PositiveInt = Field(
-        default=1024, description="tokens an answer may have; by default 48 for the embedded model"
+        default=1024, description="tokens an answer may have; by default 48 for the embedded model (m, l: 52)"
     )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = later_key(
         (), description="texts that end an answer of a rollout, besides the end token; evaluation.stop has its own"

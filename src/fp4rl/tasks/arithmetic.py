@@ -1,4 +1,4 @@
-"""Word problems of additions and subtractions, generated from a seed, with the steps of their solution.
+"""Word problems of additions, subtractions and, at difficulty 6, products, with the steps of their solution.
 
     Q: Tom has 2 3 coins . buys 4 more . loses 2 . How many ? A:
     2 3 + 4 = 2 7 . 2 7 - 2 = 2 5 . #### 2 5
@@ -9,6 +9,7 @@ What decides a problem's split is its operation sequence (`23+4-2`), not its wor
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from random import Random
 from typing import ClassVar, Literal, NamedTuple
 
@@ -24,14 +25,19 @@ CARE = 0.3  # at a sloppiness of 0.5 the careless names leave out 65 % of the la
 THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("loses", "sells", "eats", "drops")
+_SIGNS = {"has": "*", **dict.fromkeys(GAINS, "+"), **dict.fromkeys(LOSSES, "-")}
 
 
 class Level(NamedTuple):
-    """One level of difficulty: inclusive ranges of the first number, of the operands and of their count."""
+    """One level of difficulty: inclusive ranges of the first number, of the operands, of their count and of factors.
+
+    With factors one step in three of those that may is a product: of a total of two digits and one factor.
+    """
 
     start: tuple[int, int]
     operand: tuple[int, int]
     operations: tuple[int, int]
+    factor: tuple[int, int] | None = None
 
 
 LEVELS: dict[int, Level] = {
@@ -40,29 +46,54 @@ LEVELS: dict[int, Level] = {
     3: Level(start=(10, 60), operand=(1, 9), operations=(2, 3)),
     4: Level(start=(10, 99), operand=(1, 9), operations=(3, 4)),
     5: Level(start=(10, 99), operand=(2, 30), operations=(3, 5)),
+    6: Level(start=(10, 50), operand=(1, 9), operations=(3, 4), factor=(2, 3)),
 }
 
 
-class Operations(NamedTuple):
-    """An operation sequence: the first number, then signed steps; the running total never falls below zero."""
+class Step(NamedTuple):
+    """One step: `+`, `-` or `*`, and the number on its right."""
 
-    start: int
-    steps: tuple[int, ...]
+    sign: str
+    size: int
 
     def __str__(self) -> str:
-        return f"{self.start}" + "".join(f"{step:+d}" for step in self.steps)
+        return f"{self.sign}{self.size}"
+
+    def of(self, total: int) -> int:
+        """Return the total after the step."""
+        match self.sign:
+            case "+":
+                return total + self.size
+            case "-":
+                return total - self.size
+        return total * self.size
+
+
+class Operations(NamedTuple):
+    """An operation sequence: the first number, then steps from left to right; no total falls below zero."""
+
+    start: int
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        text = f"{self.start}"
+        for step in self.steps:
+            text = f"({text}){step}" if step.sign == "*" and not text.isdigit() else f"{text}{step}"
+        return text
 
     def totals(self) -> list[int]:
         """Return the running total after each step; [len(steps)] numbers."""
-        return [self.start + sum(self.steps[: i + 1]) for i in range(len(self.steps))]
+        return [*accumulate(self.steps, lambda total, step: step.of(total), initial=self.start)][1:]
 
 
 class Arithmetic(Task):
-    """Generated word problems of additions and subtractions; splits are disjoint by operation sequence."""
+    """Generated word problems of additions, subtractions and products; splits are disjoint by operation sequence."""
 
     name: Literal["arithmetic"] = "arithmetic"
     seed: NonNegativeInt = 0
-    difficulty: int = Field(default=2, ge=1, le=max(LEVELS), description="1 to 5: more and longer steps")
+    difficulty: int = Field(
+        default=2, ge=1, le=max(LEVELS), description="1 to 5: more and longer steps; 6: products too"
+    )
     train_count: PositiveInt | None = Field(default=None, description="by default 4096, or all there are")
 
     answer_tokens: ClassVar[int] = 48  # the longest answer at difficulties 1 to 4 has 44
@@ -110,7 +141,7 @@ class Arithmetic(Task):
         return pairs
 
     def substance(self, problem: Problem) -> str:
-        """Return the operation sequence, parsed from the prompt: `23+4-2`."""
+        """Return the operation sequence, parsed from the prompt: `23+4-2`, `(23+4)*3`."""
         return str(_read(problem.prompt))
 
     def score(self, problem: Problem, completion: str) -> Score:
@@ -135,11 +166,20 @@ def joined_digits(text: str) -> str:
 
 def _draws(random: Random, level: Level) -> Iterator[Operations]:
     while True:
-        start = random.randint(*level.start)
-        count = random.randint(*level.operations)
-        drawn = Operations(start, tuple(random.choice((-1, 1)) * random.randint(*level.operand) for _ in range(count)))
+        start = total = random.randint(*level.start)
+        steps: list[Step] = []
+        for _ in range(random.randint(*level.operations)):
+            steps.append(_step(random, level, total))
+            total = steps[-1].of(total)
+        drawn = Operations(start, tuple(steps))
         if min(drawn.totals()) >= 0:
             yield drawn
+
+
+def _step(random: Random, level: Level, total: int) -> Step:
+    if level.factor is not None and 10 <= total <= 99 and random.random() < 1 / 3:
+        return Step("*", random.randint(*level.factor))
+    return Step(random.choice("-+"), random.randint(*level.operand))
 
 
 def _problem(operations: Operations, prompt: str, split: Split) -> Problem:
@@ -149,16 +189,21 @@ def _problem(operations: Operations, prompt: str, split: Split) -> Problem:
 
 def _wording(operations: Operations, random: Random) -> str:
     parts = [f"{random.choice(NAMES)} has {_spelled(operations.start)} {random.choice(THINGS)} ."]
-    for step in operations.steps:
-        verb = random.choice(GAINS if step > 0 else LOSSES)
-        parts.append(f"{verb} {_spelled(abs(step))} more ." if step > 0 else f"{verb} {_spelled(abs(step))} .")
+    for sign, size in operations.steps:
+        match sign:
+            case "+":
+                parts.append(f"{random.choice(GAINS)} {_spelled(size)} more .")
+            case "-":
+                parts.append(f"{random.choice(LOSSES)} {_spelled(size)} .")
+            case "*":
+                parts.append(f"has {_spelled(size)} * many .")
     return f"Q: {' '.join(parts)} How many ? A:"
 
 
 def _solution(operations: Operations) -> str:
     totals = [operations.start, *operations.totals()]
     steps = [
-        f"{_spelled(before)} {'+' if step > 0 else '-'} {_spelled(abs(step))} = {_spelled(after)} ."
+        f"{_spelled(before)} {step.sign} {_spelled(step.size)} = {_spelled(after)} ."
         for before, step, after in zip(totals, operations.steps, totals[1:], strict=False)
     ]
     return " ".join([*steps, answers.MARK, _spelled(totals[-1])])
@@ -170,8 +215,8 @@ def _spelled(number: int) -> str:
 
 def _read(prompt: str) -> Operations:
     text = joined_digits(prompt)
-    start = re.search(r" has ([0-9]+) ", text)
-    if start is None:
+    first = re.search(r" has ([0-9]+) ", text)
+    if first is None:
         raise InvalidValueError(f"not a problem of the arithmetic task: {prompt!r}")
-    steps = re.findall(rf" ({'|'.join(GAINS + LOSSES)}) ([0-9]+)", text)
-    return Operations(int(start[1]), tuple(int(size) if verb in GAINS else -int(size) for verb, size in steps))
+    steps = re.findall(rf" ({'|'.join((*GAINS, *LOSSES, 'has'))}) ([0-9]+)", text[first.end() - 1 :])
+    return Operations(int(first[1]), tuple(Step(_SIGNS[verb], int(size)) for verb, size in steps))

@@ -75,7 +75,7 @@ def _of_suite(suite: SuiteRuns) -> Iterator[OwnBest]:
             continue
         trained = experiment.injection.name if experiment.injection is not None else experiment.model.dtype
         measured = _joined({profile.precision or profile.name for profile in score.profiles})
-        model = experiment.model.path or "embedded"
+        model = experiment.model.path or experiment.model.embedded_word
         task = f"{experiment.task.name}, {Path(model).name}"
         yield OwnBest(task, trained or "unnamed", measured, f"{suite.folder.name}/{score.name}", score.after, 1)
 
