@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from filelock import FileLock, Timeout
 
+from fp4rl.cli.executor import STALL_MINUTES, StallTimeout
 from fp4rl.cli.options import Address, AsJson, Jobs, RunsRoot
 from fp4rl.cli.plan import earlier_runs
-from fp4rl.cli.run import STALL_MINUTES, StallTimeout, carry_out_all
+from fp4rl.cli.run import carry_out_all
 from fp4rl.cli.terminal import console, print_json
 from fp4rl.lab.catalogue import space_file
 from fp4rl.lab.estimates import time_of
