@@ -31,4 +31,4 @@ def in_process(monkeypatch):
 
         return execute_run
 
-    monkeypatch.setattr("fp4rl.cli.run.LocalPool", pool)
+    monkeypatch.setattr("fp4rl.cli.executor.LocalPool", pool)
