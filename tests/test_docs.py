@@ -24,6 +24,7 @@ from fp4rl.spec.formats import Format
 from fp4rl.spec.keys import described_keys
 from fp4rl.spec.load import load_spec, merge, parse
 from fp4rl.spec.scan import ScanRequest
+from fp4rl.spec.space import Space, load_space
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -77,7 +78,7 @@ def loads(content, place):
     file = place / "page.yaml"
     file.write_text(yaml.safe_dump(content))
     try:
-        load_spec(file)
+        load_space(file) if "search" in content else load_spec(file)
     except InvalidValueError as error:
         return str(error)
     return None
@@ -129,7 +130,7 @@ def test_every_setting_named_on_a_page_is_taken(setting, tmp_path):
     key, value = re.split(r": |=", setting, maxsplit=1)
     paths = [k.path for k in described_keys(Experiment) if f".{k.path}".endswith(f".{key}")]
     paths += [f"{p}.{key}" for p in ("injection.weight",) if key in {f.name for f in fields(Format)}]
-    if key in Suite.model_fields:
+    if key in Suite.model_fields or key in Space.model_fields:
         return
     if key.partition(".")[0] in ScanRequest.model_fields:
         parse(ScanRequest, merge({}, {key: yaml.safe_load(value)}), "")

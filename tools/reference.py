@@ -18,6 +18,7 @@ from fp4rl.lab.preflight.traps import WHEN, Trap, traps
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.keys import Key, described_keys
 from fp4rl.spec.scan import ScanRequest
+from fp4rl.spec.space import Space
 
 PAGES = Path(__file__).parents[1] / "docs"
 
@@ -71,6 +72,8 @@ def keys() -> Iterator[str]:
     yield from _keys(described_keys(Experiment))
     yield "\n## Of a suite\n"
     yield from _keys(described_keys(Suite))
+    yield "\n## Of a space that `fp4rl search` reads\n"
+    yield from _keys(described_keys(Space))
     yield "\n## Of a scan\n"
     yield from _keys(described_keys(ScanRequest))
 

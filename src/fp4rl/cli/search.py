@@ -24,7 +24,7 @@ from fp4rl.lab.estimates import time_of
 from fp4rl.lab.files import unwritable_named
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.runner import SuiteOutcome, require_trl
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Suite
 from fp4rl.spec.space import Space, load_space
 
@@ -125,7 +125,9 @@ def _searched(
     try:
         search.run()
     except OutOfTime:
-        screen.print("the budget is used up", soft_wrap=True)
+        raise CheckFailed(
+            "the budget was used up before the final, so that there is no verdict; a larger --budget goes on"
+        ) from None
     finally:
         book.add(Spent(used_s=watch.used_s))
         keep_study(space, book, folder / "search.db")

@@ -124,7 +124,7 @@ class Result:
     def _sentences(self) -> Iterator[str]:
         begun, space, count = self.book.last(Begun), self.space, len(self.tried)
         if begun is None or not count:
-            yield f"The search {space.search} has not begun."
+            yield f"The search {space.search} has no candidate that has run yet."
             return
         size = "a space with ranges" if begun.size is None else f"{counted(begun.size, 'combination')}"
         how = "drawn by TPE" if begun.sampler == "tpe" else "in the order of a grid"

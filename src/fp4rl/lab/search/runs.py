@@ -122,7 +122,9 @@ class Runs:
 
     def run_final(self, chosen: Proposed, seeds: Sequence[int]) -> Judged:
         """Run the final, seed by seed, and return its verdict."""
-        self.run_suite(final_suite(self.recipes, chosen, seeds, self.final), [], [])
+        suite = final_suite(self.recipes, chosen, seeds, self.final)
+        if any(not ended.mistake for ended in self.run_suite(suite, [], []).failed):
+            self.run_suite(suite, [], [])  # those that failed, once more
         return self.verdict(seeds)
 
     def verdict(self, seeds: Sequence[int]) -> Judged:
