@@ -111,7 +111,7 @@ class Search:
         return self.watch.used_s
 
     def run(self) -> Judged:
-        """Carry the search out, or go on with it; return its verdict.
+        """Run the search, or go on with it; return its verdict.
 
         Raises InvalidValueError for records of another space, CheckFailed where the budget does not hold the final
         (without `force`) or no candidate is left, and OutOfTime where the bench does, before the final.
@@ -194,7 +194,7 @@ class Search:
             )
 
     def expected(self, seconds: Mapping[str, float]) -> None:
-        """Refuse at the start a budget that is too short, by what earlier runs like these took: arm -> seconds."""
+        """Raise CheckFailed for a budget that is too short by what earlier runs like these took: arm -> seconds."""
         first, steps = self.first(), self.space.screening.rungs[0]
         paces = [seconds[own.name] / steps for own in first]
         stages = sum(own for arm, own in seconds.items() if arm in self.space.stages)

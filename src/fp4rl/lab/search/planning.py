@@ -75,7 +75,7 @@ def smallest_s(space: Space, pace: Pace, jobs: int) -> float:
 
 
 def plan(space: Space, pace: Pace, budget_s: float, used_s: float, jobs: int) -> Planned:
-    """Divide a budget. Where it does not hold the final, the final gets the seeds that fit, at least two."""
+    """Return how a budget is divided. Where it does not hold the final, that gets the seeds that fit, at least two."""
     most = min(space.screening.candidates, space.size or space.screening.candidates)
     seeds = len(space.final.seeds)
     fits = used_s + pace.final_s(space, seeds, jobs)
