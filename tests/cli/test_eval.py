@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from fp4rl.cli.eval_profiles import asked_profiles
-from fp4rl.cli.eval_source import Source, asked_task, described, source_of, with_task
+from fp4rl.cli.eval_source import Source, asked_task, cut_from, described, source_of, with_task
 from fp4rl.cli.eval_view import differences_table, notes, samples_table, saved_in, shares_table
 from fp4rl.cli.main import main
 from fp4rl.rl.evaluate import EvaluationRunner
@@ -340,6 +340,10 @@ def test_a_folder_is_judged_on_the_task_of_a_suite_or_of_words(tmp_path):
     assert (of_words.evaluation.max_new_tokens, judged(str(files["same"]), stop=["Y"]).evaluation.stop) == (
         1024,
         ("Y",),
+    )
+    assert (
+        cut_from(with_task(Source(Path("m")), str(files["same"])), None, None, "test")
+        == "problems: the task's test split"
     )
     with pytest.raises(InvalidValueError, match="its arms have several tasks; name one by words"):
         judged(str(files["two"]))

@@ -176,4 +176,7 @@ def cut_from(source: Source, data: Path | None, test_path: Path | None, split: s
         return f"problems: {test_path}, held out whole"
     if data is not None:
         return f"problems: the {split} split, the tenth of {data} that its questions' hash picks"
-    return f"problems and limits: those of {source.name}, its {split} split" if source.own else None
+    if source.own:
+        whose = f"problems and limits: those of {source.name}, its" if source.name else "problems: the task's"
+        return f"{whose} {split} split"
+    return None
