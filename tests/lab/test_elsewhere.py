@@ -118,7 +118,7 @@ def test_ctrl_c_ends_runs_on_ray_after_their_step_and_they_go_on_here(tmp_path):
     process = start(spec, root)
     begun(root, done + 1, process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert f"resumed from the checkpoint after step {done}" in (run.path / "log.txt").read_text()
 
 
