@@ -176,13 +176,10 @@ def carry_out_all(
         processes.from_first(missing)
     if "mlflow" in report_to and missing:
         close_left_open(root / runs[0].suite)
-    book = ledger_address(root, ledger)
     if not quiet:
         _say_finished(runs, missing, screen)
-    for line in own_code(missing):
-        screen.print(f"code: {line}", soft_wrap=True)
-    for line in warnings_of(missing, described) if missing and not quiet else ():
-        screen.print(f"warning: {line}")
+    _say_beforehand(missing, described, screen, quiet=quiet)
+    book = ledger_address(root, ledger)
     _record(book, root, screen)  # also runs that a killed process finished but did not record
     display = Display(missing, screen)
     import_the_end()
@@ -200,6 +197,16 @@ def _say_finished(runs: Sequence[PlannedRun], missing: Sequence[PlannedRun], scr
     finished = len(runs) - len(missing)
     if finished:
         screen.print(f"{finished} of {counted(len(runs), 'run')} {agreeing(finished, 'is', 'are')} finished already")
+
+
+def _say_beforehand(
+    missing: Sequence[PlannedRun], described: Suite | Experiment, screen: Console, *, quiet: bool
+) -> None:
+    """Say what code of the user's own is loaded and, unless `quiet`, what is hardly ever meant."""
+    for line in own_code(missing):
+        screen.print(f"code: {line}", soft_wrap=True)
+    for line in warnings_of(missing, described) if missing and not quiet else ():
+        screen.print(f"warning: {line}")
 
 
 @contextmanager
