@@ -169,7 +169,7 @@ def carry_out_all(
         archive_stale(stale(runs, root), root)
     finished, missing = split_finished(runs, root)
     refuse_others(finished, root)
-    screen = console(stderr=True)
+    screen, book = console(stderr=True), ledger_address(root, ledger)
     missing = checked_first(Subject(described, tuple(missing), root, tuple(report_to)), screen, skip=skip_preflight)
     runs = [*finished, *missing]
     if launched():
@@ -179,7 +179,6 @@ def carry_out_all(
     if not quiet:
         _say_finished(runs, missing, screen)
     _say_beforehand(missing, described, screen, quiet=quiet)
-    book = ledger_address(root, ledger)
     _record(book, root, screen)  # also runs that a killed process finished but did not record
     display = Display(missing, screen)
     import_the_end()
