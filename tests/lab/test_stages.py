@@ -231,11 +231,13 @@ def test_an_arm_is_measured_in_the_weights_that_it_starts_from(staged, tmp_path,
     suite = described(tmp_path)
     started, changed = errors(suite, "arm=qad"), errors(suite, "arm=bf16", "injection=w4a4")
     assert started == errors(final, "injection=w4a4") != changed
-    assert errors(suite, "arm=qad", "injection.by_pattern={'*.q_proj': mxfp8}")[1:] == started[1:]
+    wider = errors(suite, "arm=qad", "injection.by_pattern={'*.down_proj': mxfp8}")
+    assert (wider[:6], wider[6] < started[6] / 2) == (started[:6], True)
     assert main(["reward", str(suite), "--arm", "qad", "--sample", "3", "--json", "--runs", str(tmp_path)]) == 0
     of_stage = json.loads(capsys.readouterr().out)["answers"]
-    words = ["reward", str(suite), f"arms.bf16.model.path={final}", "arms.bf16.model.embedded=null"]
-    assert main([*words, "--arm", "bf16", "--sample", "3", "--json", "--runs", str(tmp_path)]) == 0
+    model = {"path": str(final), "dtype": runs["qad"].experiment.model.dtype}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(SUITE["base"] | {"model": model}))
+    assert main(["reward", str(tmp_path / "own.yaml"), "--sample", "3", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == of_stage
 
 
