@@ -19,6 +19,7 @@ from planted.searched import MadeUp, search, space_of
 Point = Mapping[str, str | float]
 BEST: Point = {"training.lr": "0.2", "training.weight_decay": "0.3", "training.grad_clip": "0.1"}
 GRID = (4, 4, 3)
+AHEAD = (3.0, 5.0)  # points by which the planted arm is better than all others
 
 
 def searched(worth: Callable[[Point], float], seed: int, *, telling: bool, first: int = 64) -> tuple[Point, Judged]:
@@ -40,7 +41,7 @@ def planted(tries: int) -> list[str]:
         "| the best is ahead by | KL tells | best chosen | called better than the control |",
         "|---|---|---:|---:|",
     ]
-    for ahead in (3.0, 5.0):
+    for ahead in AHEAD:
         for telling in (False, True):
             ends = [
                 searched(lambda point, own=ahead: own if dict(point) == BEST else 0.0, seed, telling=telling)
@@ -82,7 +83,7 @@ def main() -> int:
         "",
         "**A best arm is planted, all others equal the control**",
         "",
-        *planted(asked.tries),
+        *planted(max(1, asked.tries // 2)),
         "",
         "**No arm is better**",
         "",
