@@ -131,6 +131,8 @@ def test_what_passed_once_is_not_looked_at_again_until_something_changes(tmp_pat
     screen = verb.console(stderr=True)
     for _ in range(2):
         assert verb.checked_first(long, screen, skip=False) == [*long.runs]
+    rest = replace(long, runs=long.runs[1:])  # what is left of an interrupted suite
+    assert passed_before(rest)
     verb.checked_first(subject(tmp_path, steps=501), screen, skip=False)
     assert looked == [EVERY, ("nothing",), EVERY]
     monkeypatch.setattr("fp4rl.lab.preflight.preflight.code_digest", lambda: "other")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from fp4rl.lab.files import write_whole
 from fp4rl.lab.matrix import PlannedRun
@@ -59,24 +60,27 @@ def at_stake(runs: Sequence[PlannedRun]) -> tuple[Needs, ...]:
     return EVERY if own or sum(steps) >= _STEPS else ("nothing",)
 
 
-def key_of(runs: Sequence[PlannedRun]) -> str:
-    """Return a digest of what a preflight of these runs depends on besides the machine: descriptions, files, code."""
-    files = {run.arm: pointed_at(run.experiment) for run in runs}
-    return digest([sorted(run.run_id for run in runs), files, code_digest(), versions()])
-
-
 def passed_before(subject: Subject) -> bool:
-    """Return whether all checks of these very runs, files and code passed already."""
+    """Return whether all checks of these runs, or of more, passed with these files and this code already."""
+    now = _depends_on(subject.runs)
     try:
-        return bool(json.loads(_kept(subject).read_text(encoding="utf-8"))["key"] == key_of(subject.runs))
-    except (OSError, ValueError, LookupError, TypeError):
+        then = json.loads(_kept(subject).read_text(encoding="utf-8"))["passed"]
+        files = all(then["files"].get(arm) == own for arm, own in now["files"].items())
+        return bool(files and set(now["runs"]) <= set(then["runs"]) and then["code"] == now["code"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
 def keep_passed(subject: Subject, rows: Sequence[Row]) -> None:
     """Keep beside the runs of a suite that all checks of these runs passed, with the rows."""
-    content = {"key": key_of(subject.runs), "rows": [row.as_dict() for row in rows]}
+    content = {"passed": _depends_on(subject.runs), "rows": [row.as_dict() for row in rows]}
     write_whole(_kept(subject), json.dumps(content, indent=2))
+
+
+def _depends_on(runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """Return what a preflight of these runs depends on besides the machine: descriptions, files of theirs, code."""
+    files = {run.arm: pointed_at(run.experiment) for run in runs}
+    return {"runs": [run.run_id for run in runs], "files": files, "code": digest([code_digest(), versions()])}
 
 
 def _kept(subject: Subject) -> Path:
