@@ -14,6 +14,7 @@ from fp4rl.engines.parity.audit import Engine, audit
 from fp4rl.engines.parity.causes import CAUSES, causes_of
 from fp4rl.engines.parity.engines import engine_of
 from fp4rl.engines.parity.scores import in_float32
+from fp4rl.inject.present import presents
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
 from fp4rl.models.tokenizer import build_tokenizer
@@ -90,13 +91,13 @@ def with_input(name):
     """An engine that rounds inputs to another format than was trained."""
 
     def sampler(model, tokenizer, prompts, sampling):
-        kept = {state: state.plan for state in injected_states(model)}
+        kept = {state: state.present for state in injected_states(model)}
         for state in kept:
-            state.plan = replace(state.plan, input=format_named(name))
+            state.present = presents(replace(state.plan, input=format_named(name)), state.injection, None)
             state.enter("rollout", state.points)
         answers = transformers_sampler(model, tokenizer, prompts, sampling)
-        for state, plan in kept.items():
-            state.plan = plan
+        for state, present in kept.items():
+            state.present = present
         return answers
 
     return sampler

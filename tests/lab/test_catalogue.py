@@ -205,6 +205,6 @@ def test_the_larger_test_beds_plan_three_arms_of_five_seeds(name, size, weights)
     assert {e.model.embedded.size for e in experiments} == {size}
     wide, inner = experiments[0].model.embedded.hidden_size, experiments[0].model.embedded.intermediate_size
     count = experiments[0].model.embedded.num_layers * (4 * wide**2 + 3 * wide * inner)
-    assert count == pytest.approx(weights, rel=0.03)
+    assert count == pytest.approx(weights, rel=0.05)  # embedding, norms and biases are left out
     fitting = Experiment.model_validate({"model": f"embedded-{size}"})  # the suite writes out what is the default
     assert {(e.training.lr, e.task) for e in experiments} == {(fitting.training.lr, fitting.task)}

@@ -72,8 +72,8 @@ GUARDS_OF_A_ROUNDED_COPY = (
     Mutant(
         "a change of phase",
         "inject/attach.py",
-        "            state.forget()\n            state.enter(phase, points)",
-        "            state.enter(phase, points)",
+        "            state.forget()\n            state.enter(phase, points, step)",
+        "            state.enter(phase, points, step)",
         (f"{_FRESH}a_write_outside_the_sample_is_rounded_once_it_is_told[False-set_phase]",),
     ),
     Mutant(
@@ -124,8 +124,8 @@ INJECTION = (
     Mutant(
         "clipped values keep their gradient",
         "inject/rounding.py",
-        "return (gradients[0] if ctx.reach is None else gradients[0] * ctx.reach), None, None",
-        "return gradients[0], None, None",
+        "return _passed(gradients[0], ctx.reach, ctx.rotation), None, None, None",
+        "return gradients[0], None, None, None",
         (
             "tests/inject/test_gradients.py::test_linear_points_against_the_oracle[weight-model_dtype1-bfloat16-clipped]",
         ),

@@ -27,6 +27,7 @@ EXTRAS = {
     "verl": "the plug-in for verl, in an environment of its own",
     "report": "fp4rl report: the HTML page",
     "search": "fp4rl search: candidates drawn by Optuna",
+    "ray": "fp4rl run --executor ray: runs on a Ray cluster",
     "postgres": "a ledger on PostgreSQL: --ledger postgresql://...",
     "wandb": "live metrics: run --report-to wandb",
     "mlflow": "live metrics: run --report-to mlflow",
