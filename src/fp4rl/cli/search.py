@@ -66,11 +66,14 @@ def command(
 
     Example: `fp4rl search spaces/w4a4.yaml --budget 60m --jobs 2`
     """
+    from fp4rl.lab.search.final import own_control
     from fp4rl.lab.search.leakage import require_separate
     from fp4rl.lab.search.proposals import require_optuna
 
     allowed_s, described = seconds_of(budget), load_space(space_file(space))
     require_separate(described)
+    if described.control is not None:
+        own_control(described, described.control)  # refused now, not when the final begins
     require_optuna()
     require_trl()
     options = {"quiet": True, "stall_minutes": stall_timeout}

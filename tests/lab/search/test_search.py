@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
+from fp4rl.lab.search.conduct import OutOfTime
 from fp4rl.lab.search.leakage import require_separate
-from fp4rl.lab.search.records import Added, Book, Chosen, Decided, Measured, Planned, Proposed, Spent
+from fp4rl.lab.search.records import Added, Book, Chosen, Decided, Judged, Measured, Planned, Proposed, Spent
+from fp4rl.lab.search.result import Result
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.space import Space, load_space
 from planted.searched import MadeUp, search, space_of
@@ -95,6 +97,57 @@ def test_a_budget_without_room_for_the_final_is_refused_with_the_smallest_that_w
     assert book.used_s <= enough
 
 
+def test_time_that_earlier_sessions_used_is_refused_and_never_taken_from_the_seeds_of_the_final():
+    """By the clock that an earlier session left, the budget holds screening and final, but not what was used too."""
+    spent = Spent(used_s=1200.0)
+    with pytest.raises(CheckFailed, match=r"--budget (\d+)m would do") as error:
+        search(MadeUp(SPACE, worth), Book(lines=[spent]), budget_s=1500).run()
+    enough = 60 * float(str(error.value).split("--budget ")[1].split("m")[0])
+    assert enough > 1500
+    book = Book(lines=[spent])
+    search(MadeUp(SPACE, worth), book, budget_s=enough).run()
+    assert book.last(Planned).final_seeds == SPACE.final.seeds
+    forced = Book(lines=[spent])
+    own = search(MadeUp(SPACE, worth), forced, budget_s=1500)
+    own.force = True
+    own.run()
+    assert len(forced.last(Planned).final_seeds) < len(SPACE.final.seeds)
+
+
+class Interrupted(MadeUp):
+    """A bench whose budget ends in the final, after so many of its seeds."""
+
+    seeds_in = 3
+
+    def run_final(self, chosen, seeds):
+        self.whole = super().run_final(chosen, seeds)
+        raise OutOfTime
+
+    def verdict(self, seeds):
+        return self.whole.extended(
+            seeds=tuple(seeds[: self.seeds_in]),
+            treatment=self.whole.treatment[: self.seeds_in],
+            control=self.whole.control[: self.seeds_in],
+            whole=self.seeds_in >= len(seeds),
+            needed="something",
+            p=0.01,
+            quotable=True,
+        )
+
+
+def test_a_final_that_the_budget_ended_has_numbers_and_no_word_until_all_its_seeds_are_in():
+    book = Book()
+    judged = search(Interrupted(SPACE, worth, seed=3), book).run()
+    assert (judged.word, judged.whole, judged.quotable, judged.needed, judged.p) == (None, False, False, None, None)
+    assert judged.sentence == "not decided: 3 of 7 seeds are in"
+    paragraph = Result(SPACE, book).paragraph
+    assert "not decided: 3 of 7 seeds are in" in paragraph
+    assert not any(word in paragraph for word in ("better", "reaches", "lies", "no difference", "would decide"))
+    assert book.last(Judged) == judged
+    more = search(MadeUp(SPACE, worth, seed=3), book).run()
+    assert (more.word, more.whole, len(more.seeds)) == ("better", True, 7)
+
+
 def write(tmp_path, **change):
     content = {
         "search": "leaks",
@@ -113,6 +166,7 @@ def write(tmp_path, **change):
         ({"screening": {"seeds": [0, 12]}}, "12 chooses in screening.seeds too"),
         ({"screening": {"split": "test", "count": 10}}, "10 of 40 problems of the final are screened with too"),
         ({"space": {"training.steps": [10, 20]}}, "the search sets it"),
+        ({"control": {"injection": "w4a8"}}, "control: injection: the control is unquantized"),
         ({"space": {"training.rl": [1e-4]}}, "did you mean 'lr'"),
     ],
 )

@@ -111,7 +111,7 @@ class Search:
         return self.watch.used_s
 
     def run(self) -> Judged:
-        """Run the search, or go on with it; return its verdict.
+        """Run the search, or go on with it; return its verdict, without a word until all seeds of the plan are in.
 
         Raises InvalidValueError for records of another space, CheckFailed where the budget does not hold the final
         (without `force`) or no candidate is left, and OutOfTime where the bench does, before the final.
@@ -128,9 +128,10 @@ class Search:
         number = next(line for line in self.book.of(Proposed) if line.number == chosen.candidate)
         self.tell(f"final: {number.words}, over {counted(len(plan.final_seeds), 'fresh seed')}")
         try:
-            judged = self.bench.run_final(number, plan.final_seeds)
+            numbers = self.bench.run_final(number, plan.final_seeds)
         except OutOfTime:
-            judged = self.bench.verdict(plan.final_seeds)
+            numbers = self.bench.verdict(plan.final_seeds)
+        judged = numbers.over(plan.final_seeds)
         self.book.add(judged, Spent(used_s=self.used_s))
         return judged
 
@@ -184,13 +185,15 @@ class Search:
         return plan
 
     def require_enough(self, pace: planning.Pace) -> None:
-        """Raise CheckFailed for a budget that does not hold the first candidates and the whole final."""
-        needed = planning.smallest_s(self.space, pace, self.jobs)
+        """Raise CheckFailed for a budget that does not hold the first candidates and the whole final beside what is
+        used already."""
+        needed = planning.smallest_s(self.space, pace, self.jobs, self.used_s, len(self.book.of(Measured)))
         if needed > self.budget_s and not self.force:
+            used = f" ({self.used_s / 60:.0f} of them used)" if self.used_s >= 60 else ""
             raise CheckFailed(
-                f"{self.budget_s / 60:.0f} minutes with {counted(self.jobs, 'job')} do not hold a screening and the "
-                f"final over all {len(self.space.final.seeds)} seeds: --budget {needed / 60 + 1:.0f}m would do, more "
-                "jobs may; --force goes on with as many seeds as fit"
+                f"{self.budget_s / 60:.0f} minutes{used} with {counted(self.jobs, 'job')} do not hold a screening and "
+                f"the final over all {len(self.space.final.seeds)} seeds: --budget {needed / 60 + 1:.0f}m would do, "
+                "more jobs may; --force goes on with as many seeds as fit"
             )
 
     def expected(self, seconds: Mapping[str, float]) -> None:

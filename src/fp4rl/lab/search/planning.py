@@ -68,10 +68,15 @@ def screening_s(space: Space, rounds: Sequence[Round], pace: Pace, jobs: int) ->
     return stages + waves + sum(pace.round_s(own, jobs) for own in rounds)
 
 
-def smallest_s(space: Space, pace: Pace, jobs: int) -> float:
-    """Return the smallest budget that does: the first candidates through all rounds, and the whole final."""
+def smallest_s(space: Space, pace: Pace, jobs: int, used_s: float = 0.0, ran: int = 0) -> float:
+    """Return the smallest budget that does: what is used, the first candidates through all rounds, and the whole final.
+
+    Of the first round `ran` candidates have run, with the stages of its seed.
+    """
     first = min(FIRST, space.size or FIRST)
-    return screening_s(space, sizes(space, first), pace, jobs) + pace.final_s(space, len(space.final.seeds), jobs)
+    done_s = pace.usual_s * space.screening.rungs[0] * ran / jobs + (pace.stages_s / min(jobs, 2) if ran else 0.0)
+    left_s = screening_s(space, sizes(space, first), pace, jobs) - done_s
+    return used_s + max(left_s, 0.0) + pace.final_s(space, len(space.final.seeds), jobs)
 
 
 def plan(space: Space, pace: Pace, budget_s: float, used_s: float, jobs: int) -> Planned:

@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, TypeAdapter
 
 from fp4rl.lab.files import append_line, damage_named, finished_lines
 from fp4rl.spec.frozen import Record
+from fp4rl.spec.words import counted
 
 FILE = "search.jsonl"
 L = TypeVar("L", bound="Line")
@@ -136,7 +137,12 @@ class Chosen(Line):
 
 
 class Judged(Line):
-    """The verdict of the final: `word` as everywhere (None: no verdict), the difference in points with its interval."""
+    """The verdict of the final: `word` as everywhere (None: no verdict), the difference in points with its interval.
+
+    `budgets`: what the runs of both sides took, whether that is `equal`, and a `sentence` where something is not.
+    `quotable`, `marks`: as in every comparison. `trained`: learning rate, schedule and steps of recipe and control.
+    `whole`: whether all seeds of the plan are in; before that there is no word, or the budget would choose it.
+    """
 
     kind: Literal["judged"] = "judged"
     word: str | None
@@ -153,6 +159,18 @@ class Judged(Line):
     refused: tuple[str, ...] = ()
     needed: str | None = None
     whole: bool = True
+    budgets: Mapping[str, JsonValue] | None = None
+    quotable: bool = False
+    marks: tuple[str, ...] = ()
+    trained: tuple[str, str] | None = None
+
+    def over(self, seeds: Sequence[int]) -> "Judged":
+        """Return it as the verdict over all these seeds; where some are missing, its numbers alone."""
+        if {*self.seeds}.issuperset(seeds):
+            return self.extended(whole=True)
+        nothing = dict.fromkeys(("word", "lower_bound", "p", "needed"))
+        sentence = f"not decided: {len(self.seeds)} of {counted(len(seeds), 'seed')} are in"
+        return self.extended(**nothing, sentence=sentence, quotable=False, whole=False)
 
 
 class Spent(Line):

@@ -147,21 +147,44 @@ class Result:
 
     def _verdict(self) -> Iterator[str]:
         judged, final = self.judged, self.space.final
-        if judged is None or not judged.seeds:
+        if judged is None:
             yield "The final has not been run."
             return
+        took = judged.budgets or {}
+        equal = " of equal budget" if took.get("equal") else ""
         yield (
             f"Judged on {counted(final.count, 'test problem')} over {counted(len(judged.seeds), 'fresh seed')}, with a "
-            f"margin of {judged.margin:g} points that was fixed before, against an unquantized control"
-            f"{' of equal budget' if self.space.control is None else ''}:"
+            f"margin of {judged.margin:g} points that was fixed before, against an unquantized control{equal}:"
         )
-        yield judged.sentence
+        yield (
+            judged.sentence
+            if judged.whole
+            else f"{judged.sentence}, and no word is said before all are: a larger --budget goes on."
+        )
         if judged.difference is not None and judged.low is not None and judged.high is not None:
-            yield f"The difference is {judged.difference:+.2f} points [{judged.low:+.2f}, {judged.high:+.2f}]."
-        if len(judged.seeds) < len(final.seeds):
+            so_far = "is" if judged.whole else "so far is"
+            yield f"The difference {so_far} {judged.difference:+.2f} points [{judged.low:+.2f}, {judged.high:+.2f}]."
+        if judged.whole and len(judged.seeds) < len(final.seeds):
             yield f"The file asks for {len(final.seeds)} seeds: the budget held {len(judged.seeds)} of them."
+        if took.get("sentence") and str(took["sentence"]) not in judged.sentence:
+            yield f"It is {took['sentence']}."
+        if judged.word is not None and took and not judged.quotable:
+            yield "It may not be quoted alone: other training than the control's may explain it."
+        yield from self._trained(judged)
+        yield from (f"Note: {mark}." for mark in judged.marks)
         if judged.needed:
             yield f"What would decide: {judged.needed}."
+
+    def _trained(self, judged: Judged) -> Iterator[str]:
+        if judged.trained is None:
+            return
+        recipe, control = judged.trained
+        yield f"The recipe trained with {recipe}; the control with {control}."
+        if self.space.control is None:
+            yield (
+                "These hyperparameters were chosen for the recipe and not for the control, so that the verdict holds "
+                "for this control; one that is tuned on its own may do better."
+            )
 
     def lines(self) -> Iterator[str]:
         """Yield the result for a terminal."""
