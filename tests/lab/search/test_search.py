@@ -1,17 +1,21 @@
 """Searches whose truth is planted: what is chosen, that a kill changes nothing, and that what chose never judges."""
 
 import json
+import re
 
 import pytest
 import yaml
 
 from fp4rl.cli.main import main
+from fp4rl.lab.search.alike import uncounted
 from fp4rl.lab.search.conduct import OutOfTime
 from fp4rl.lab.search.leakage import require_separate
 from fp4rl.lab.search.records import Added, Book, Chosen, Decided, Judged, Measured, Planned, Proposed, Spent
 from fp4rl.lab.search.result import Result
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.space import Space, load_space
+from fp4rl.spec.task_registry import TASKS
+from fp4rl.tasks.arithmetic import Arithmetic
 from planted.searched import MadeUp, search, space_of
 
 BEST = {"training.lr": "0.2", "training.weight_decay": "0.3", "training.grad_clip": "0.1"}
@@ -151,7 +155,7 @@ def test_a_final_that_the_budget_ended_has_numbers_and_no_word_until_all_its_see
 def write(tmp_path, **change):
     content = {
         "search": "leaks",
-        "base": {"injection": "w4a4"},
+        "base": {"injection": "w4a4", "task": {"name": "arithmetic"}},
         "space": {"training.lr": [1e-4, 2e-4]},
         "final": {"seeds": [11, 12], "count": 40, "margin": 0.01},
     } | change
@@ -168,6 +172,21 @@ def write(tmp_path, **change):
         ({"space": {"training.steps": [10, 20]}}, "the search sets it"),
         ({"control": {"injection": "w4a8"}}, "control: injection: the control is unquantized"),
         ({"space": {"training.rl": [1e-4]}}, "did you mean 'lr'"),
+        (
+            {"space": {"injection.apply_during": [{"weight": ["training"], "input": ["training"]}]}},
+            "deployment would be judged with weight and input unrounded",
+        ),
+        ({"base": {"injection": {"mode": "w4a4", "apply_during": ["rollout"]}}}, "base: injection.apply_during.weight"),
+        ({"space": {"task.difficulty": [1, 2]}}, "task.difficulty would be 1 here and 2 in the base"),
+        ({"space": {"task": [{"name": "arithmetic", "seed": 3}]}}, "task.seed would be 3 here and 0"),
+        ({"space": {"model.embedded.size": ["s", "m"]}}, "task.difficulty would be 6 here and 2"),
+        ({"space": {"training.max_response_length": [48, 96]}}, "evaluation.max_new_tokens would be 96 here and 48"),
+        ({"control": {"injection": "none", "task": {"difficulty": 1}}}, "control: task.difficulty would be 1"),
+        ({"control": {"injection": "none", "evaluation.count": 500}}, "control: evaluation.count would be 500"),
+        ({"base": {"injection": "w4a4", "start": {"run": "s/r"}}}, "base: start.run: s/r"),
+        ({"stages": {"bf16": {"start.run": "s/r"}}}, "stages.bf16: start.run: s/r"),
+        ({"space": {"start": [{"run": "s/r"}]}}, "write start: {arm: STAGE}"),
+        ({"space": {"from": [{"name": "bf16", "set": {"start.run": "s/r"}}]}}, "space.from: bf16: start.run: s/r"),
     ],
 )
 def test_what_chooses_cannot_judge(tmp_path, capsys, change, message):
@@ -175,6 +194,75 @@ def test_what_chooses_cannot_judge(tmp_path, capsys, change, message):
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_choice_that_another_makes_judge_otherwise_is_no_candidate():
+    space = {
+        "injection": [{"name": own, "set": {"injection.mode": own}} for own in ("w4a4", "w4a16")],
+        "phases": [
+            {"name": "all"},
+            {"name": "inputs train alone", "set": {"injection.apply_during.input": ["training"]}},
+        ],
+    }
+    content = SPACE.model_dump(mode="json") | {"base": {}, "space": space}
+    book = Book()
+    search(MadeUp(Space.model_validate(content), lambda point: 0.0), book).run()
+    refused = {line.words: line.refused for line in book.of(Proposed) if line.refused}
+    assert list(refused) == ["injection w4a4, phases inputs train alone"]
+    assert "judged with input unrounded" in refused["injection w4a4, phases inputs train alone"]
+
+
+def test_a_teacher_that_a_run_trained_is_told_from_other_folders(tmp_path):
+    final, exported = tmp_path / "runs" / "s" / "r" / "final", tmp_path / "exported"
+    final.mkdir(parents=True)
+    exported.mkdir()
+
+    def why(folder):
+        return uncounted({"training.distillation": {"teacher": {"path": str(folder)}}})
+
+    assert [why(final), why(exported)] == [None, None]
+    (final.parent / "result.json").write_text("{}")
+    (exported / "fp4rl_export.json").write_text('{"run": null}')
+    assert "was trained by a run" in why(final)
+    assert why(exported) is None
+    (exported / "fp4rl_export.json").write_text('{"run": "s/r"}')
+    assert "teacher: {arm: STAGE}" in why(exported)
+
+
+def table(file, rows):
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    return {"name": "table", "path": str(file)}
+
+
+@pytest.mark.parametrize("reworded", [False, True])
+def test_a_stage_that_learns_the_questions_of_the_final_from_a_table_is_refused(tmp_path, capsys, reworded):
+    """They are the first 40 of the test split, in the table's train and validation split or in its own test split."""
+    tested = [(own.prompt, own.answer) for own in Arithmetic().problems("test", 60)]
+    if reworded:
+        tested = [(re.sub(r"Q: \w+ has", "Zoe has", q).removesuffix(" A:"), a) for q, a in tested]
+    learned = table(tmp_path / "a.jsonl", tested[:40])
+    code = main(["search", str(write(tmp_path, stages={"first": {"injection": "none", "task": learned}}))])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert int(re.search(r"stages.first: task: (\d+) of 40 problems of the final", message)[1]) >= 25
+    harmless = table(tmp_path / "b.jsonl", tested[40:])
+    require_separate(load_space(write(tmp_path, stages={"first": {"injection": "none", "task": harmless}})))
+
+
+def test_a_table_stage_may_hold_the_questions_of_the_final_in_other_words_than_its_digits_tell(tmp_path):
+    asked = Arithmetic().problems("test", 1)[0]
+    more = table(tmp_path / "a.jsonl", [(f"{asked.prompt} Then 7 others come.", asked.answer)] * 1)
+    require_separate(load_space(write(tmp_path, stages={"first": {"injection": "none", "task": more}})))
+
+
+def test_a_question_of_the_final_that_is_only_trained_on_is_refused(tmp_path):
+    rows = [(f"What is {n} + {n}?", str(2 * n)) for n in range(400)]
+    cut = table(tmp_path / "a.jsonl", rows)
+    learned = TASKS["table"](**cut).problems("train")[0]
+    task = cut | {"test_path": table(tmp_path / "b.jsonl", [(learned.question, learned.answer)])["path"]}
+    change = {"base": {"injection": "w4a4", "task": task}, "screening": {"count": 10}}
+    with pytest.raises(InvalidValueError, match="base: task: 1 of 1 problems of the final are in its train split"):
+        require_separate(load_space(write(tmp_path, **change, final={"seeds": [11, 12], "count": 1, "margin": 0.01})))
 
 
 def test_two_files_of_the_same_questions_are_found_by_what_they_ask(tmp_path):

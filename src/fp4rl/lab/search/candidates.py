@@ -7,6 +7,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
+from fp4rl.lab.search.alike import unlike
 from fp4rl.spec.digest import canonical
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment, Suite
@@ -54,6 +55,11 @@ class Recipes:
         """The stages, each as the experiment that it is."""
         return {name: parse(Experiment, merge(self.space.base, own), name) for name, own in self.space.stages.items()}
 
+    @cached_property
+    def base(self) -> Experiment:
+        """What candidates change: they are judged alike."""
+        return self.experiment({})
+
     def suite(
         self, name: str, arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], judging: Mapping[str, Any]
     ) -> Suite:
@@ -89,12 +95,17 @@ class Recipes:
         return dict(arm_contents(self.suite("candidate", {"candidate": content}, [0], {}), ""))["candidate"]
 
     def refused(self, point: Point, known: Mapping[str, int]) -> str | None:
-        """Return why a point is no candidate; None where it is. `known`: descriptions of candidates -> their number."""
+        """Return why a point is no candidate; None where it is. `known`: descriptions of candidates -> their number.
+
+        It is none where a description refuses it, where it is another's twin, and where it is judged otherwise.
+        """
         try:
-            described = canonical(self.experiment(changes(self.space, point)))
+            own = self.experiment(changes(self.space, point))
         except InvalidValueError as error:
             return str(error).removeprefix(": ").removeprefix("arm candidate: ")
-        twin = known.get(described)
+        if why := unlike(own, self.base, self.space.judged):
+            return why
+        twin = known.get(canonical(own))
         return f"describes the same experiment as candidate {twin}" if twin is not None else None
 
     def described(self, point: Point) -> str:
