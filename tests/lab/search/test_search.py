@@ -174,9 +174,14 @@ def write(tmp_path, **change):
         ({"space": {"training.rl": [1e-4]}}, "did you mean 'lr'"),
         (
             {"space": {"injection.apply_during": [{"weight": ["training"], "input": ["training"]}]}},
-            "deployment would be judged with weight and input unrounded",
+            "the deployment would be judged with weight and input unrounded",
         ),
         ({"base": {"injection": {"mode": "w4a4", "apply_during": ["rollout"]}}}, "base: injection.apply_during.weight"),
+        ({"space": {"injection": ["none", "w4a4"]}}, "space.injection: none: injection: rounds nothing"),
+        (
+            {"space": {"noise": [{"schedule": {"kind": "constant", "sigma": 0.01}, "control": "bf16"}]}},
+            "where the base rounds weight and input: the control is that already",
+        ),
         ({"space": {"task.difficulty": [1, 2]}}, "task.difficulty would be 1 here and 2 in the base"),
         ({"space": {"task": [{"name": "arithmetic", "seed": 3}]}}, "task.seed would be 3 here and 0"),
         ({"space": {"model.embedded.size": ["s", "m"]}}, "task.difficulty would be 6 here and 2"),

@@ -38,7 +38,9 @@ def require_alike(space: Space) -> None:
 
 def unlike(own: Experiment, base: Experiment, profile: str) -> str | None:
     """Return why a candidate that is judged under a profile cannot be held against the base; None where it can."""
-    return _judged_otherwise(own, base) or _unrounded(own, profile)
+    if why := _judged_otherwise(own, base):
+        return why
+    return _unrounded(own, base) if profile == "deployment" or profile.startswith(MATMUL_NOISE) else None
 
 
 def uncounted(content: Mapping[str, Any]) -> str | None:
@@ -58,9 +60,7 @@ def _of_a_run(folder: Path) -> bool:
     whole = folder.expanduser().resolve()
     if any(RunFolder(own).finished for own in (whole, *whole.parents[:2])):
         return True
-    return (whole / _EXPORTED).is_file() and loads((whole / _EXPORTED).read_text(encoding="utf-8")).get(
-        "run"
-    ) is not None
+    return (whole / _EXPORTED).is_file() and loads((whole / _EXPORTED).read_bytes()).get("run") is not None
 
 
 def _choices(space: Space) -> list[Named]:
@@ -100,19 +100,25 @@ def _judged_otherwise(own: Experiment, base: Experiment) -> str | None:
     return None
 
 
-def _unrounded(own: Experiment, profile: str) -> str | None:
-    """Return which points a profile that follows the injection leaves unrounded; None where there are none."""
-    injection = own.injection
-    if injection is None or not (profile == "deployment" or profile.startswith(MATMUL_NOISE)):
-        return None
-    left = injection.points - injection.acts_in("evaluation")
-    points = [point for point in FORMAT_POINTS if point in left and point not in GRADIENTS]
-    if not points:
+def _unrounded(own: Experiment, base: Experiment) -> str | None:
+    """Return which points its own injection names and leaves unrounded in evaluations, or that it lost the base's."""
+    points, of_base = _points(own), _points(base)
+    if of_base and not points:
+        return f"injection: rounds nothing, where the base rounds {' and '.join(of_base)}: the control is that already"
+    active = own.injection.acts_in("evaluation") if own.injection is not None else ()
+    left = [point for point in points if point not in active]
+    if not left:
         return None
     return (
-        f"injection.apply_during.{points[0]} leaves evaluation out, so that {profile} would be judged with "
-        f"{' and '.join(points)} unrounded; name evaluation there, or write `judged: full`"
+        f"injection.apply_during.{left[0]} leaves evaluation out, so that the deployment would be judged with "
+        f"{' and '.join(left)} unrounded; name evaluation there, or write `judged: full`"
     )
+
+
+def _points(experiment: Experiment) -> list[str]:
+    """Return the points of a forward that the injection names."""
+    named = experiment.injection.points if experiment.injection is not None else ()
+    return [point for point in FORMAT_POINTS if point in named and point not in GRADIENTS]
 
 
 def _at(content: Mapping[str, Any], path: str) -> Any:
