@@ -50,7 +50,7 @@ def uncounted(content: Mapping[str, Any]) -> str | None:
     why = "its training would not be counted, and all seeds would share it: name its recipe as a stage, and write"
     if run is not None:
         return f"{START}.run: {run}: {why} {START}: {{arm: STAGE}}"
-    if teacher is not None and _of_a_run(Path(teacher)):
+    if teacher is not None and _of_a_run(Path(str(teacher))):
         return f"{TEACHER}.path: {teacher} was trained by a run: {why} teacher: {{arm: STAGE}}"
     return None
 
