@@ -276,6 +276,24 @@ def test_compare_shows_what_both_sides_took_and_the_control_that_is_lacking(reci
     assert answer["equal_control"]["overrides"] == {"training": {"steps": 90, "lr_scheduler": "cosine"}}
 
 
+def test_a_damaged_run_is_named_and_refused_and_one_that_is_not_there_is_counted(recipe, capsys):
+    """Of three planned seeds one is damaged: left out in silence, the others alone gave the verdict."""
+    lost, gone = sorted(recipe.glob("qad-s*"))[1:]
+    shutil.rmtree(gone)
+    words = ["compare", "recipe", "--runs", str(recipe.parent), "--json"]
+    assert main(words) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert "; it rests on 2 of the 3 planned runs of qad@deployment; at unequal budget" in answer["verdict"]["why"]
+    assert (answer["treatment"]["planned"], answer["control"]["planned"]) == (3, 3)
+    (lost / "result.json").write_text("{")
+    assert main(words) == 1
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] is None
+    (objection,) = answer["objections"]
+    assert objection["what"].startswith(f"{lost.name} (damaged: ")
+    assert "result.json" in objection["what"]
+
+
 def test_the_report_tells_the_unequal_budget_wherever_it_tells_the_verdict(recipe):
     report = collect(recipe)
     unequal = "at unequal budget: qad took 90 steps with its stages, bf16 took 30 steps"

@@ -149,11 +149,12 @@ def answer_all(
 
 
 def _at_budget(answer: Answer, spending: Spending) -> Answer:
-    """Return the answer with what both sides took, and its verdict with what of it is unequal."""
+    """Return the answer with what both sides took, and its verdict with what is unequal or not there yet."""
     if answer.verdict is None:
         return answer
     took = budgets(answer.treatment, answer.control, spending)
-    why = "; ".join(filter(None, (answer.verdict.why, took.sentence())))
+    part = " and ".join(filter(None, (answer.treatment.part, answer.control.part)))
+    why = "; ".join(filter(None, (answer.verdict.why, part and f"it rests on {part}", took.sentence())))
     return replace(answer, verdict=replace(answer.verdict, why=why), budgets=took)
 
 
@@ -248,6 +249,7 @@ def _side_dict(side: Side) -> dict[str, object]:
     return {
         "name": side.name,
         "suite": side.suite,
+        "planned": side.planned,
         "runs": [
             {
                 "run": side_run.run.key,

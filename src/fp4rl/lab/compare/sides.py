@@ -10,6 +10,7 @@ from typing import Any
 from fp4rl.lab.runs import Run
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Evaluation
+from fp4rl.spec.words import counted
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class SideRun:
 
 @dataclass(frozen=True)
 class Side:
-    """One side. `unmeasured`: its runs without such a number; `missing`: why it has no run at all."""
+    """One side. `unmeasured`: its runs without such a number; `missing`: why it has no run at all; `planned`: how many
+    runs its suite plans, where that is known."""
 
     name: str
     suite: str
@@ -43,6 +45,14 @@ class Side:
     score: str = "strict"
     unmeasured: tuple[str, ...] = ()
     missing: str | None = None
+    planned: int | None = None
+
+    @property
+    def part(self) -> str | None:
+        """How many of the planned runs are in it, in words; None for all of them, and where none are planned."""
+        if self.planned is None or len(self.runs) == self.planned:
+            return None
+        return f"{len(self.runs)} of the {counted(self.planned, 'planned run')} of {self.name}"
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -69,18 +79,28 @@ class At:
 
 
 def planned_side(name: str, by_arm: Mapping[str, Sequence[SuiteRun]], at: At) -> Side:
-    """Return the side `arm@profile` of a suite's own question, from the runs that the suite plans."""
+    """Return the side `arm@profile` of a suite's own question, from the runs that the suite plans.
+
+    A run that failed or is damaged is named, so that the comparison is refused; of those that are not there yet the
+    side tells the number alone.
+    """
     arm, _, profile = name.partition("@")
     planned = by_arm.get(arm, ())
     runs = [own.run for own in planned if own.run is not None]
     side = side_of(name, planned[0].planned.suite if planned else "", runs, profile, at)
-    failed = tuple(f"{own.planned.run_id} (failed: {own.failure})" for own in planned if own.failure)
+    lost = tuple(f"{own.planned.run_id} ({why})" for own in planned if (why := _lost(own)) is not None)
     if side.runs:  # left out in silence, what fails would make its arm look better than it is
-        return replace(side, unmeasured=side.unmeasured + failed)
+        return replace(side, unmeasured=side.unmeasured + lost, planned=len(planned))
     where = "at its last step" if at.step is None else f"at step {at.step}"
     missing = f"no run of {name} was evaluated {where}" if runs else f"no run of {arm} is finished"
-    missing += f": {failed[0]}" if failed else ""
-    return Side(name, side.suite, (), at.score, missing=missing)
+    missing += f": {lost[0]}" if lost else ""
+    return Side(name, side.suite, (), at.score, missing=missing, planned=len(planned))
+
+
+def _lost(own: SuiteRun) -> str | None:
+    if own.failure is not None:
+        return f"failed: {own.failure}"
+    return None if own.damage is None else f"damaged: {own.damage}"
 
 
 def side_of(name: str, suite: str, runs: Sequence[Run], profile: str, at: At) -> Side:
