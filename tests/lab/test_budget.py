@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fp4rl.lab.budget import Budget, as_arm, budget_of, equal_control, unequal
+from fp4rl.lab.budget import Budget, as_arm, budget_of, differing, equal_control, unequal
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import merge
@@ -79,6 +79,43 @@ def test_a_control_that_rounds_keeps_what_it_rounds_and_a_start_that_is_common()
         None,
         90,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "by_hand", "differs"),
+    [
+        (16, Budget(steps=120, updates=120, answers=11_520), False),  # 60 + 60 updates of 12 prompts
+        (4, Budget(steps=75, updates=300, answers=12_000), True),  # 60 + 240 updates of 4.8 prompts: 5 are 4 % above
+    ],
+)
+def test_of_stages_with_other_batches_the_answers_are_equal_too_or_not_fewer(size, by_hand, differs):
+    """A control of 60 + 240 updates from batches of 4 prompts had 9,600 of the 11,520 answers."""
+    treatment = made(**merge(QAD, {"training": {"mini_batch_size": size}}))
+    whole = budget_of(BF16, treatment)
+    assert whole.answers == 11_520
+    control = equal_control(treatment, [BF16])
+    assert budget_of(control) == by_hand
+    assert unequal(by_hand, whole) is differs
+    assert differing(by_hand, whole) == ("answers" if differs else None)
+
+
+def test_a_control_splits_its_updates_into_micro_batches_as_the_treatment_does():
+    """By hand: 16 does not divide the 40 answers of 5 prompts; of 6 they are 25 % more, 360 updates of 4 are 20 %."""
+    treatment = made(**merge(QAD, {"training": {"mini_batch_size": 4, "micro_batch_size": 16}}))
+    recipe = equal_control(treatment, [BF16]).training
+    assert (recipe.mini_batch_size, recipe.updates_per_step, recipe.steps) == (4, 4, 90)
+
+
+def test_as_many_updates_and_answers_in_other_steps_are_an_equal_budget():
+    longer = made(training={"steps": 60, "train_batch_size": 8})
+    assert budget_of(longer).steps == 2 * budget_of(BF16).steps
+    assert not unequal(budget_of(longer), budget_of(BF16))
+
+
+def test_what_is_trained_for_the_control_too_is_no_part_of_its_own_steps():
+    """By hand: the arm bf16 teaches both, so of 30 + 60 steps 60 are left."""
+    taught = made(**{key: QAD[key] for key in ("training", "injection")})
+    assert equal_control(TREATMENT, [BF16], taught, kept=[BF16]).training.steps == 60
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
+from fp4rl.lab.budget import equal_control
 from fp4rl.lab.matrix import planned
 from fp4rl.lab.report.checks import checks
 from fp4rl.lab.report.collect import collect
@@ -15,7 +16,7 @@ from fp4rl.lab.report.headline import headline
 from fp4rl.lab.runs import read_run
 from fp4rl.lab.spent import NOT_KNOWN, Spending, Spent
 from fp4rl.spec.digest import digest
-from fp4rl.spec.experiment import Suite
+from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.load import merge
 
 UNTOUCHED = {"sites": 0, "calls": {}, "master_unharmed": True}
@@ -38,15 +39,15 @@ def logged(run, tokens, cpu_s, step_s, attempts=(BEGUN,)):
 def staged(make_run):
     """`staged(seeds)`: bf16 of 30 steps, and qad of 60 that starts from it and learns from it, of each seed."""
 
-    def make(seeds=(0,), attempts=(BEGUN, RESUMED), learns=True, device="cpu", processes=1):
+    def make(seeds=(0,), attempts=(BEGUN, RESUMED), starts=True, device="cpu", processes=1):
         for seed in seeds:
             mine = UNTOUCHED | {"final_files": f"f{seed}", "inputs": {"start model": "base"}, "processes": processes}
             first = make_run("bf16", seed, 0.90 + 0.01 * seed, profile=FULL, evidence=mine, device=device)
             logged(first, tokens=100.0, cpu_s=2.0, step_s=1.0)
             link = {"arm": "bf16", "digest": digest({k: v for k, v in first.spec().items() if k != "seed"})}
-            taught = {"distillation": {"teacher": link}} if learns else {}
-            spec = {"start": link, "training": {"steps": 60, **taught}, "injection": {"weight": "mxfp4"}}
-            theirs = {"start model": f"f{seed}"} | ({"teacher": f"f{seed}"} if learns else {})
+            taught = {"steps": 60, "distillation": {"teacher": link}}
+            spec = {"start": link if starts else None, "training": taught, "injection": {"weight": "mxfp4"}}
+            theirs = {"start model": f"f{seed}" if starts else "base", "teacher": f"f{seed}"}
             evidence = QUANTIZED | {"inputs": theirs, "processes": processes}
             second = make_run("qad", seed, 0.95 + 0.01 * seed, spec=spec, evidence=evidence, device=device)
             logged(second, tokens=200.0, cpu_s=3.0, step_s=2.0, attempts=attempts)
@@ -55,15 +56,23 @@ def staged(make_run):
     return make
 
 
-def test_stages_and_what_was_repeated_are_counted_and_a_teacher_apart(staged):
+def test_stages_and_what_was_repeated_are_counted_and_a_teacher_that_is_one_once(staged):
     """By hand: 30 steps of 100 tokens, 2 s of CPU and 1 s, then 60 of 200, 3 s and 2 s, and 5 in vain."""
     _, second = staged()
     total = Spending().of(read_run(second, curves=False))
     assert total.stages == Spent(30, 60, 3840, repeated=0, tokens=3000, cpu_s=60, gpu_s=0, wall_s=30)
     assert total.own == Spent(60, 120, 7680, repeated=5, tokens=13_000, cpu_s=195, gpu_s=0, wall_s=130)
     assert total.whole == Spent(90, 180, 11_520, repeated=5, tokens=16_000, cpu_s=255, gpu_s=0, wall_s=160)
-    assert total.teacher == total.stages
+    assert (total.teacher, total.in_all) == (None, total.whole)
     assert Spending().of(read_run(second)) == total  # with curves that are read already
+
+
+def test_a_teacher_that_is_no_stage_is_shown_apart_and_is_part_of_the_budget(staged):
+    """By hand: 60 steps from the start model, and 30 that trained the teacher."""
+    _, second = staged(starts=False)
+    total = Spending().of(read_run(second))
+    assert (total.stages.steps, total.whole.steps, total.teacher.steps, total.in_all.steps) == (0, 60, 30, 90)
+    assert total.in_all.tokens == 16_000
 
 
 def test_gpus_count_for_every_process_and_those_of_a_server_are_not_known(staged, make_run):
@@ -110,9 +119,9 @@ def test_a_stage_that_is_not_here_as_it_was_is_not_known(staged, how):
     assert total.own.steps == 60
 
 
-def compared(tmp_path, capsys, *words):
+def compared(tmp_path, capsys, *words, control="bf16"):
     """Exit code, and the one answer."""
-    sides = ("qad", "bf16", "--runs", str(tmp_path / "runs"), "--json")
+    sides = ("qad", control, "--runs", str(tmp_path / "runs"), "--json")
     code = main(["compare", *sides, *words])
     return code, json.loads(capsys.readouterr().out)[0]
 
@@ -159,6 +168,24 @@ def test_a_schedule_that_decays_on_one_side_is_told(make_run, tmp_path, capsys):
         "at unequal schedule: cosine against constant; other training alone may explain it" in answer["verdict"]["why"]
     )
     assert answer["budgets"]["equal"] is True
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_recipe_and_the_control_made_equal_to_it_are_of_equal_budget(staged, make_run, tmp_path, capsys, starts):
+    """The start model + QAD to a trained arm takes 60 + 30 steps: its control of 90 was called unequal."""
+    staged(range(3), attempts=(BEGUN,), starts=starts)
+    stage, recipe = (Experiment.model_validate({"training": {"steps": steps}}) for steps in (30, 60))
+    steps = equal_control(recipe, [stage]).training.steps
+    for seed in range(3):
+        inputs = {"inputs": {"start model": "base"}}
+        make_run("long", seed, 0.9, spec={"training": {"steps": steps}}, evidence=UNTOUCHED | inputs, profile=FULL)
+    _, answer = compared(tmp_path, capsys, *FACTORS, "--factor", "training.steps", control="long")
+    assert answer["objections"] == []
+    assert answer["budgets"]["equal"] is True
+    assert "unequal budget" not in answer["verdict"]["why"]
+    _, answer = compared(tmp_path, capsys, *FACTORS, "--factor", "training.steps")
+    also = "stages" if starts else "teacher"
+    assert f"at unequal budget: qad took 90 steps with its {also}, bf16 took 30 steps" in answer["verdict"]["why"]
 
 
 SUITE = {
@@ -210,6 +237,30 @@ def test_a_plan_names_the_equal_budget_control_and_what_it_prints_can_be_pasted(
     without = planned_text(tmp_path, capsys, monkeypatch, merge(SUITE, {"arms": pasted["arms"]}))
     assert "compare it with bf16_equal@full, which trains as long" in " ".join(without.split())
     assert "arms" not in yaml.safe_load(without[without.index("  comparisons:") :])
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_plan_counts_an_arm_that_teaches_once(tmp_path, capsys, monkeypatch, starts):
+    own = {"training": {"distillation": {"teacher": {"arm": "bf16"}}}} | ({} if starts else {"start": None})
+    suite = merge(SUITE, {"arms": {"qad": own}})
+    text = planned_text(tmp_path, capsys, monkeypatch, suite)
+    said = f"the treatment qad 90 steps with its {'stages' if starts else 'teacher'} and a learning rate that decays"
+    assert f"{said}: add an arm of 90 steps" in " ".join(text.split())
+
+
+def test_a_plan_names_what_no_whole_batch_makes_equal_and_asks_no_more(tmp_path, capsys, monkeypatch):
+    """By hand: 300 updates from 11,520 answers are 4.8 prompts of 8 answers each."""
+    suite = merge(SUITE, {"arms": {"qad": {"training": {"mini_batch_size": 4}}}})
+    factors = [*suite["comparisons"][0]["factors"], "training.mini_batch_size"]
+    suite |= {"comparisons": [suite["comparisons"][0] | {"factors": factors}]}
+    text = planned_text(tmp_path, capsys, monkeypatch, suite)
+    said = "add an arm of 75 steps, which takes 12,000 answers, since no whole batches make updates and answers equal"
+    assert said in " ".join(text.split())
+    added = yaml.safe_load(text[text.index("  arms:") :])
+    whole = merge(suite, {"arms": added["arms"]}) | {"comparisons": [*suite["comparisons"], *added["comparisons"]]}
+    again = planned_text(tmp_path, capsys, monkeypatch, whole)
+    assert "unequal budget" not in again
+    assert "will be refused" not in again
 
 
 def test_a_plan_asks_for_a_control_that_decays_where_the_treatment_does(tmp_path, capsys, monkeypatch):

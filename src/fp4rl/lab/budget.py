@@ -1,13 +1,14 @@
 """What training a policy takes beforehand, all stages together, and the control that would take as much.
 
+A teacher that had to be trained is part of what a recipe takes; an arm that is its start and its teacher counts once.
 Pure values: no torch is imported and no file read. `budget_of` counts; `equal_control` turns a treatment and the stages
 that it starts from into the experiment of its equal-budget control; `as_arm` writes that as an arm of a suite.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
-from typing import Any
+from math import ceil, floor
+from typing import Any, Protocol
 
 from pydantic_core import to_jsonable_python
 
@@ -16,10 +17,28 @@ from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.frozen import Spec
 from fp4rl.spec.load import merge, parse
+from fp4rl.spec.training import Training
 from fp4rl.spec.words import counted
 
 TOLERANCE = 0.02  # the share by which two budgets may differ and still count as equal
 DECAYING = ("cosine", "linear")
+COUNTED = ("steps", "updates", "answers")
+
+
+class Counts(Protocol):
+    """What has the three counts of a budget; None where one is not known."""
+
+    @property
+    def steps(self) -> float | None:
+        """Batches of rollouts."""
+
+    @property
+    def updates(self) -> float | None:
+        """Optimizer updates."""
+
+    @property
+    def answers(self) -> float | None:
+        """Answers sampled for them."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +73,45 @@ def beyond(number: float, other: float) -> bool:
 
 def unequal(first: Budget, second: Budget) -> bool:
     """Return whether two budgets differ by more than the tolerance in updates or answers."""
-    return beyond(first.updates, second.updates) or beyond(first.answers, second.answers)
+    return differing(first, second) is not None
+
+
+def differing(first: Counts, second: Counts) -> str | None:
+    """Return the count in which budgets are unequal: updates or answers, and steps where these stand for both; None
+    where they are equal, as they are at other steps of as many updates and answers."""
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in COUNTED}
+    over = {name for name, (a, b) in pairs.items() if a is not None and b is not None and beyond(a, b)}
+    open_ = {name for name, pair in pairs.items() if None in pair}
+    if over | open_ == set(COUNTED) and "steps" in over:
+        return "steps"
+    return next((name for name in COUNTED[1:] if name in over), None)
 
 
 def equal_control(
-    treatment: Experiment, stages: Sequence[Experiment] = (), like: Experiment | None = None
+    treatment: Experiment,
+    stages: Sequence[Experiment] = (),
+    like: Experiment | None = None,
+    kept: Sequence[Experiment] | None = None,
 ) -> Experiment:
-    """Return the control that trains as long as `treatment` and the `stages` it starts from, in their order, together.
+    """Return the control that trains as long as `treatment` and all `stages` trained for it, in their order, together.
 
     It is the treatment's recipe in a single stage without quantization: no injection, no noise, no distillation, no
-    start; judged as `full`. It makes as many optimizer updates, from batches as large. Its schedule is the last one of
-    these stages that decays (else the treatment's), stretched over all steps with its warm-up. With `like` it keeps the
-    injection, noise, distillation and profiles of that experiment, and the start where both have the same.
+    start; judged as `full`. It makes as many optimizer updates from as many answers: with the treatment's batches where
+    these do both, else with others. Where no whole batch does, it has not fewer of either. Its schedule is the last one
+    of these stages that decays (else the treatment's), stretched over all steps with its warm-up. With `like` it keeps
+    the injection, noise, distillation and profiles of that experiment, and the start where both have the same; what is
+    then trained for the control too is `kept`, by default the stages of such a start.
     """
     common = like is not None and like.start is not None and like.start == treatment.start
-    counting = (treatment,) if common else (*stages, treatment)
+    if kept is None:
+        kept = stages if common else ()
+    counting = (*(stage for stage in stages if stage not in kept), treatment)
     recipe = treatment.training
-    steps = ceil(budget_of(*counting).updates / recipe.updates_per_step)
+    whole, without = budget_of(*stages, treatment), budget_of(*kept)
+    batches = _batches(recipe, whole.updates - without.updates, whole.answers - without.answers)
+    steps = batches["steps"]
     shaped = next((s.training for s in reversed(counting) if s.training.lr_scheduler in DECAYING), recipe)
-    schedule = {
-        "steps": steps,
+    schedule = batches | {
         "lr_scheduler": shaped.lr_scheduler,
         "lr_warmup_steps": round(steps * shaped.lr_warmup_steps / shaped.steps),
         "distillation": like.training.distillation if like is not None else None,
@@ -90,6 +128,30 @@ def equal_control(
         }
     )
     return parse(Experiment, control.model_dump(exclude_unset=True), "equal-budget control")
+
+
+def _batches(recipe: Training, updates: int, answers: int) -> dict[str, int]:
+    """Return steps and batch sizes of a recipe that makes these updates from these answers, its own where they do.
+
+    Where none do both within the tolerance, it is the least of those that have not fewer of either.
+    """
+    updates, answers = max(updates, 1), max(answers, 1)
+    wanted, answers_each = Budget(0, updates, answers), recipe.rollout_n
+    prompts, own = answers / (updates * answers_each), recipe.updates_per_step
+    micro = recipe.micro_batch_size or 1
+    sizes = [n for n in range(max(floor(prompts), 1), ceil(prompts) + micro) if n * answers_each % micro == 0]
+    tried = [(own, recipe.mini_batch_size)]
+    tried += [(each, size) for each in sorted(range(1, 2 * own + 1), key=lambda n: abs(n - own)) for size in sizes]
+    enough = list[tuple[float, dict[str, int]]]()
+    for each, size in tried:
+        least = ceil(updates / each)
+        for steps in (least, max(least, ceil(answers / (each * size * answers_each)))):
+            made = Budget(steps, steps * each, steps * each * size * answers_each)
+            keys = {"steps": steps, "train_batch_size": each * size, "mini_batch_size": size}
+            if not unequal(made, wanted):
+                return keys
+        enough.append((max(made.updates / updates, made.answers / answers), keys))
+    return min(enough, key=lambda pair: pair[0])[1]
 
 
 def as_arm(experiment: Experiment, base: Mapping[str, Any]) -> dict[str, Any]:

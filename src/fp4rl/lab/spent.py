@@ -1,4 +1,4 @@
-"""What the training of finished runs took, as they recorded it: their own, that of their stages, that of a teacher."""
+"""What the training of finished runs took, as they recorded it: their own, their stages', a teacher's."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -36,8 +36,12 @@ NOTHING, NOT_KNOWN = Spent(**dict.fromkeys(_NAMES, 0)), Spent()
 
 @dataclass(frozen=True)
 class TotalSpent:
-    """What one run took: its `own` training, that of the `stages` that it starts from, and, in neither, that of the
-    arm that taught it; `teacher` is None without one, and `stages` are NOT_KNOWN where one is not here any more."""
+    """What one run took: its `own` training, that of the `stages` that it starts from, and that of a `teacher` that was
+    trained for it, without what is among the stages already, as where it starts from what teaches it.
+
+    A run that taught a stage is among the stages. `teacher` is None where nothing was trained for it besides, `stages`
+    and `teacher` are NOT_KNOWN where a run of them is not here any more.
+    """
 
     own: Spent
     stages: Spent = NOTHING
@@ -48,19 +52,30 @@ class TotalSpent:
         """Its own training and its stages."""
         return added([self.own, self.stages])
 
+    @property
+    def in_all(self) -> Spent:
+        """All that led to its weights, a teacher's training included: what budgets are compared by."""
+        return added([self.whole, self.teacher or NOTHING])
+
+
+_Runs = dict[str, Run] | None  # by their keys; None where one is not here
+
 
 class Spending:
     """Reads what runs took. A run that several start from is read once, and none of `runs`, which were read before."""
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
-        self._runs = {run.folder: run for run in runs}
+        self._runs = {run.folder: run for run in runs if run.folder is not None}
         self._known: dict[str, TotalSpent] = {}
+        self._own: dict[str, Spent] = {}
 
     def of(self, run: Run) -> TotalSpent:
         """Return what a run took. Raises `Damaged` for files that cannot be read."""
         if run.key not in self._known:
-            teacher = self._source(run, TEACHER)
-            self._known[run.key] = TotalSpent(spent(run), self._source(run, START) or NOTHING, teacher)
+            stages, taught = self._source(run, START), self._source(run, TEACHER)
+            besides = None if taught is None else {key: one for key, one in taught.items() if key not in (stages or {})}
+            teacher = None if besides == {} else self._sum(besides)
+            self._known[run.key] = TotalSpent(self._spent(run), self._sum(stages), teacher)
         return self._known[run.key]
 
     def mean(self, runs: Iterable[Run]) -> TotalSpent:
@@ -70,11 +85,25 @@ class Spending:
         own, stages = (_mean([getattr(total, name) for total in totals]) for name in ("own", "stages"))
         return TotalSpent(own, stages, _mean(teachers) if teachers else None)
 
-    def _source(self, run: Run, key: str) -> Spent | None:
+    def _source(self, run: Run, key: str) -> _Runs:
+        """Return the run whose weights a run takes under a key, and all that led to it."""
         if link_of(run.spec, key) is None:
+            return {}
+        if (folder := taken_from(run, key)) is None:
             return None
-        folder = taken_from(run, key)
-        return NOT_KNOWN if folder is None else self.of(self._runs.get(folder) or read_run(folder)).whole
+        source = self._runs[folder] = self._runs.get(folder) or read_run(folder)
+        before = [self._source(source, name) for name in (START, TEACHER)]
+        return (
+            None if None in before else {k: r for own in before for k, r in (own or {}).items()} | {source.key: source}
+        )
+
+    def _sum(self, runs: _Runs) -> Spent:
+        return NOT_KNOWN if runs is None else added(map(self._spent, runs.values()))
+
+    def _spent(self, run: Run) -> Spent:
+        if run.key not in self._own:
+            self._own[run.key] = spent(run)
+        return self._own[run.key]
 
 
 def spent(run: Run) -> Spent:

@@ -4,23 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fp4rl.lab.budget import DECAYING, beyond
+from fp4rl.lab.budget import COUNTED, DECAYING, differing
 from fp4rl.lab.compare.differing import about_training, differences
 from fp4rl.lab.compare.sides import Side
-from fp4rl.lab.spent import Spending, TotalSpent
-from fp4rl.spec.linked import START
+from fp4rl.lab.spent import NOTHING, Spending, Spent, TotalSpent, added
+from fp4rl.lab.stages import link_of
+from fp4rl.spec.linked import START, TEACHER
 from fp4rl.spec.words import counted
-
-_COUNTED = ("steps", "updates", "answers")
 
 
 @dataclass(frozen=True)
 class Budgets:
     """What a run of each side took, as the mean over its runs, and the names of both.
 
-    `about_it`: the sides differ in nothing but how long, and by which schedule, they train. `one_start`: both start
-    from the same run, whether that is here or not. `schedules`: how the learning rate of each goes, where one decays
-    and the other does not.
+    `about_it`: the sides differ in nothing but how long, and by which schedule, they train. `one_start`, `one_teacher`:
+    both take it from the same run, whether that is here or not. `schedules`: how the learning rate of each goes, where
+    one decays and the other does not.
     """
 
     treatment: TotalSpent
@@ -28,13 +27,13 @@ class Budgets:
     names: tuple[str, str]
     about_it: bool = False
     one_start: bool = True
+    one_teacher: bool = True
     schedules: tuple[str, str] | None = None
 
     @property
     def differing(self) -> str | None:
-        """The first count in which the sides differ by more than the tolerance: steps, updates or answers."""
-        pairs = ((name, self._counts(name)) for name in _COUNTED)
-        return next((name for name, (a, b) in pairs if a is not None and b is not None and beyond(a, b)), None)
+        """The count in which the sides differ by more than the tolerance: steps, updates or answers."""
+        return differing(*self._compared())
 
     @property
     def equal(self) -> bool | None:
@@ -58,7 +57,8 @@ class Budgets:
         """Return what is unequal, in words; None where nothing is."""
         parts = []
         if (name := self.differing) is not None:
-            each = (_amount(side, name) for side in (self.treatment, self.control))
+            sides = zip((self.treatment, self.control), self._counts(name), strict=True)
+            each = (_amount(side, name, number or 0) for side, number in sides)
             parts.append("at unequal budget: " + ", ".join(map("{} took {}".format, self.names, each)))
         elif self.equal is None:
             parts.append("at a budget that is not known: the runs of a stage are not here")
@@ -70,11 +70,19 @@ class Budgets:
         return "; ".join(parts) or None
 
     def _counts(self, name: str) -> tuple[float | None, float | None]:
-        """Return a count of both sides, stages included as far as they are known or differ."""
-        first, second = (getattr(side.whole, name) for side in (self.treatment, self.control))
-        if self.one_start and None in (first, second):
-            return getattr(self.treatment.own, name), getattr(self.control.own, name)
-        return first, second
+        first, second = self._compared()
+        return getattr(first, name), getattr(second, name)
+
+    def _compared(self) -> tuple[Spent, Spent]:
+        """Return what both took, stages and teachers included as far as they are known or differ."""
+        first, second = self.treatment.in_all, self.control.in_all
+        if not any(getattr(side, name) is None for side in (first, second) for name in COUNTED):
+            return first, second
+        return self._without_common(self.treatment), self._without_common(self.control)
+
+    def _without_common(self, side: TotalSpent) -> Spent:
+        stages, teacher = NOTHING if self.one_start else side.stages, NOTHING if self.one_teacher else side.teacher
+        return added([side.own, stages, teacher or NOTHING])
 
 
 def budgets(treatment: Side, control: Side, spending: Spending) -> Budgets:
@@ -86,6 +94,7 @@ def budgets(treatment: Side, control: Side, spending: Spending) -> Budgets:
         names=(treatment.name.partition("@")[0], control.name.partition("@")[0]),
         about_it=about_training(differences(treatment.spec, control.spec)),
         one_start=treatment.spec.get(START) == control.spec.get(START),
+        one_teacher=link_of(treatment.spec, TEACHER) == link_of(control.spec, TEACHER),
         schedules=_schedules(treatment.spec, control.spec),
     )
 
@@ -95,6 +104,7 @@ def _schedules(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str
     return (names[0], names[1]) if (names[0] in DECAYING) != (names[1] in DECAYING) else None
 
 
-def _amount(side: TotalSpent, name: str) -> str:
-    number = counted(round(getattr(side.whole, name)), name.removesuffix("s"))
-    return f"{number} with its stages" if side.stages.steps else number
+def _amount(side: TotalSpent, name: str, number: float) -> str:
+    parts = [word for word, of in (("stages", side.stages), ("teacher", side.teacher)) if of is not None and of.steps]
+    words = counted(round(number), name.removesuffix("s"))
+    return f"{words} with its {' and '.join(parts)}" if parts else words

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fp4rl.lab.budget import DECAYING, Budget, as_arm, beyond, budget_of, equal_control, unequal
+from fp4rl.lab.budget import DECAYING, Budget, as_arm, beyond, budget_of, differing, equal_control, unequal
+from fp4rl.lab.compare.beforehand import Beforehand, beforehand
 from fp4rl.lab.compare.differing import about_training, covered, differences, factor_of, factors_between, undeclared
-from fp4rl.lab.stages import planned_stages
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
 from fp4rl.spec.load import arm_contents, load_spec, read_yaml
@@ -24,19 +24,20 @@ class MissingControl:
     """A question whose treatment trains for longer than its control, or by a learning rate that decays where the
     control's does not (`decays`), and the question that would be at equal budget.
 
-    `treatment`, `control`: what both train, `staged` whether stages are part of the former. `equal`: the question
-    against the arm `name` of `steps` steps. `overrides` of the suite's base make that arm; None where the suite has it,
-    and where none can be written, as beside axes.
+    `treatment`, `control`: what both train, `beforehand` what of the former is before its own. `equal`: the question
+    against the arm `name` of `steps` steps, which trains `made` with what is trained for it too. `overrides` of the
+    suite's base make that arm; None where the suite has it, and where none can be written, as beside axes.
     """
 
     question: Comparison
     treatment: Budget
     control: Budget
-    staged: bool
+    beforehand: Beforehand
     decays: bool
     equal: Comparison
     name: str
     steps: int
+    made: Budget
     present: bool
     overrides: Mapping[str, Any] | None
 
@@ -48,14 +49,17 @@ class MissingControl:
     def sentence(self) -> str:
         """Return why it is needed, and what to do."""
         own, other = self.arms
-        steps, answers = (beyond(getattr(self.treatment, n), getattr(self.control, n)) for n in ("steps", "answers"))
-        count = "answers" if answers and not steps else "steps"
+        count = differing(self.treatment, self.control) or "steps"
         first, second = (counted(getattr(b, count), count.removesuffix("s")) for b in (self.treatment, self.control))
-        told = f"control arm {other} has {second}, the treatment {own} {first}{' with its stages' * self.staged}"
+        told = f"control arm {other} has {second}, the treatment {own} {first}{self.beforehand.words()}"
         told += " and a learning rate that decays" * self.decays
         if self.present:
             return f"{told}: compare it with {self.equal.control}, which trains as long"
-        return f"{told}: add an arm of {counted(self.steps, 'step')}"
+        told += f": add an arm of {counted(self.steps, 'step')}"
+        if (name := differing(self.made, self.treatment)) is None:
+            return told
+        word = counted(getattr(self.made, name), name.removesuffix("s"))
+        return f"{told}, which takes {word}, since no whole batches make updates and answers equal"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same as plain values for JSON."""
@@ -79,8 +83,9 @@ def missing_controls(
     already, and where nobody knows, since a stage is a run that is not below `root`.
     """
     arms = dict(arm_contents(suite))
-    stages = {name: planned_stages(own, arms, root) for name, own in arms.items()}
-    whole = {name: budget_of(*before, arms[name]) for name, before in stages.items() if before is not None}
+    known = {name: beforehand(own, arms, root) for name, own in arms.items()}
+    before = {name: own for name, own in known.items() if own is not None}
+    whole = {name: budget_of(*own.whole, arms[name]) for name, own in before.items()}
     for question in _pairs(suite.comparisons if questions is None else questions):
         own, other = _arm(question.treatment), _arm(question.control)
         if not (own in whole and other in whole) or about_training(_between(arms[own], arms[other])):
@@ -88,28 +93,41 @@ def missing_controls(
         decays = _decays(arms[own]) and not _decays(arms[other])
         if not (_larger(whole[own], whole[other]) or (decays and not unequal(whole[own], whole[other]))):
             continue
+        made, kept = _made(arms[own], before[own], arms[other], arms, root)
+        best = budget_of(*kept, made)
         alike = [
             name
             for name, budget in whole.items()
-            if _same_treatment(arms[name], arms[other]) and not unequal(budget, whole[own])
+            if _same_treatment(arms[name], arms[other]) and (budget == best or not unequal(budget, whole[own]))
             if _decays(arms[name]) or not _decays(arms[own])
         ]
         if any(_arm(q.treatment) == own and _arm(q.control) in alike for q in suite.comparisons):
             continue
-        made = arms[alike[0]] if alike else equal_control(arms[own], stages[own] or (), arms[other])
+        made = arms[alike[0]] if alike else made
         name = alike[0] if alike else _free(f"{other}_equal", made, suite)
         yield MissingControl(
             question=question,
             treatment=whole[own],
             control=whole[other],
-            staged=bool(stages[own]),
+            beforehand=before[own],
             decays=decays,
             equal=_against(question, name, arms[own], made),
             name=name,
             steps=made.training.steps,
+            made=whole[alike[0]] if alike else best,
             present=bool(alike),
             overrides=None if alike else _overrides(made, suite),
         )
+
+
+def _made(
+    own: Experiment, before: Beforehand, like: Experiment, arms: Mapping[str, Experiment], root: Path
+) -> tuple[Experiment, tuple[Experiment, ...]]:
+    """Return the control of equal budget that treats as `like` does, and what is trained for that control too."""
+    start = like.start if like.start == own.start else None
+    needed = beforehand(like.model_copy(update={"start": start}), arms, root)
+    kept = needed.whole if needed is not None else ()
+    return equal_control(own, before.whole, like, kept), kept
 
 
 def lacking(answers: "Sequence[Answer]", folder: Path) -> list[MissingControl]:
@@ -173,7 +191,8 @@ def _decays(own: Experiment) -> bool:
 
 
 def _larger(first: Budget, second: Budget) -> bool:
-    return unequal(first, second) and (first.updates, first.answers) > (second.updates, second.answers)
+    counts = (first.updates, second.updates), (first.answers, second.answers)
+    return any(a > b and beyond(a, b) for a, b in counts)
 
 
 def _between(first: Experiment, second: Experiment) -> dict[str, tuple[Any, Any]]:
