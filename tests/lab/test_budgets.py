@@ -177,7 +177,7 @@ def test_a_recipe_and_the_control_made_equal_to_it_are_of_equal_budget(staged, m
     stage, recipe = (Experiment.model_validate({"training": {"steps": steps}}) for steps in (30, 60))
     steps = equal_control(recipe, [stage]).training.steps
     for seed in range(3):
-        inputs = {"inputs": {"start model": "base"}}
+        inputs = {"inputs": {"start model": "base"}, "processes": 1}
         make_run("long", seed, 0.9, spec={"training": {"steps": steps}}, evidence=UNTOUCHED | inputs, profile=FULL)
     _, answer = compared(tmp_path, capsys, *FACTORS, "--factor", "training.steps", control="long")
     assert answer["objections"] == []
@@ -186,6 +186,20 @@ def test_a_recipe_and_the_control_made_equal_to_it_are_of_equal_budget(staged, m
     _, answer = compared(tmp_path, capsys, *FACTORS, "--factor", "training.steps")
     also = "stages" if starts else "teacher"
     assert f"at unequal budget: qad took 90 steps with its {also}, bf16 took 30 steps" in answer["verdict"]["why"]
+
+
+def test_a_common_stage_that_is_gone_leaves_what_differs_to_be_told(staged, make_run, tmp_path, capsys):
+    """By hand: both start from the same 30 steps, which nobody can read any more; 60 and 20 steps are their own."""
+    firsts = [staged([seed], attempts=(BEGUN,))[0] for seed in range(3)]
+    for seed, first in enumerate(firsts):
+        link = {"arm": "bf16", "digest": digest({k: v for k, v in first.spec().items() if k != "seed"})}
+        mine = {"inputs": {"start model": f"f{seed}"}, "processes": 1}
+        spec = {"start": link, "training": {"steps": 20}}
+        make_run("short", seed, 0.9, spec=spec, evidence=UNTOUCHED | mine, profile=FULL)
+        shutil.rmtree(first.path)
+    words = ("--factor", "injection", "--factor", "precision", "--factor", "training.distillation")
+    _, answer = compared(tmp_path, capsys, *words, "--factor", "training.steps", "--force", control="short")
+    assert "at unequal budget: qad took 60 steps, short took 20 steps" in answer["verdict"]["why"]
 
 
 SUITE = {

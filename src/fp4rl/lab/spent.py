@@ -72,8 +72,9 @@ class Spending:
     def of(self, run: Run) -> TotalSpent:
         """Return what a run took. Raises `Damaged` for files that cannot be read."""
         if run.key not in self._known:
-            stages, taught = self._source(run, START), self._source(run, TEACHER)
-            besides = None if taught is None else {key: one for key, one in taught.items() if key not in (stages or {})}
+            stages = self._source(run, START)
+            taught = {} if _one_link(run) else self._source(run, TEACHER)
+            besides = None if taught is None else {key: own for key, own in taught.items() if key not in (stages or {})}
             teacher = None if besides == {} else self._sum(besides)
             self._known[run.key] = TotalSpent(self._spent(run), self._sum(stages), teacher)
         return self._known[run.key]
@@ -104,6 +105,12 @@ class Spending:
         if run.key not in self._own:
             self._own[run.key] = spent(run)
         return self._own[run.key]
+
+
+def _one_link(run: Run) -> bool:
+    """Return whether what teaches a run is what it starts from, be that here or not."""
+    start, teacher = link_of(run.spec, START), link_of(run.spec, TEACHER)
+    return bool(start and teacher) and all((start or {}).get(k) == (teacher or {}).get(k) for k in ("arm", "digest"))
 
 
 def spent(run: Run) -> Spent:

@@ -39,8 +39,8 @@ def beforehand(own: Experiment, arms: Mapping[str, Experiment], root: Path) -> B
     before = [each for stage in stages for each in (_taught(stage, arms, root), (stage,))]
     if any(each is None for each in before):
         return None
-    known = _once(one for each in before for one in each or ())
-    return Beforehand(known, tuple(one for one in _once(taught) if one not in known))
+    known = _once(stage for each in before for stage in each or ())
+    return Beforehand(known, tuple(each for each in _once(taught) if each not in known))
 
 
 def _taught(own: Experiment, arms: Mapping[str, Experiment], root: Path) -> tuple[Experiment, ...] | None:
