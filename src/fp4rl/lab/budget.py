@@ -5,7 +5,7 @@ Pure values: no torch is imported and no file read. `budget_of` counts; `equal_c
 that it starts from into the experiment of its equal-budget control; `as_arm` writes that as an arm of a suite.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Any, Protocol
@@ -136,22 +136,29 @@ def _batches(recipe: Training, updates: int, answers: int) -> dict[str, int]:
     Where none do both within the tolerance, it is the least of those that have not fewer of either.
     """
     updates, answers = max(updates, 1), max(answers, 1)
-    wanted, answers_each = Budget(0, updates, answers), recipe.rollout_n
-    prompts, own = answers / (updates * answers_each), recipe.updates_per_step
-    micro = recipe.micro_batch_size or 1
-    sizes = [n for n in range(max(floor(prompts), 1), ceil(prompts) + micro) if n * answers_each % micro == 0]
-    tried = [(own, recipe.mini_batch_size)]
-    tried += [(each, size) for each in sorted(range(1, 2 * own + 1), key=lambda n: abs(n - own)) for size in sizes]
+    wanted = Budget(0, updates, answers)
     enough = list[tuple[float, dict[str, int]]]()
-    for each, size in tried:
+    for each, size in _recipes(recipe, answers / (updates * recipe.rollout_n)):
+        from_each = each * size * recipe.rollout_n
         least = ceil(updates / each)
-        for steps in (least, max(least, ceil(answers / (each * size * answers_each)))):
-            made = Budget(steps, steps * each, steps * each * size * answers_each)
+        near = range(ceil(updates * (1 - TOLERANCE) / each), floor(updates / (1 - TOLERANCE) / each) + 1)
+        full = max(least, ceil(answers / from_each))
+        for steps in (least, *sorted(near, key=lambda n: (n < least, abs(n - least))), full):
+            made = Budget(steps, steps * each, steps * from_each)
             keys = {"steps": steps, "train_batch_size": each * size, "mini_batch_size": size}
-            if not unequal(made, wanted):
+            if steps and not unequal(made, wanted):
                 return keys
         enough.append((max(made.updates / updates, made.answers / answers), keys))
     return min(enough, key=lambda pair: pair[0])[1]
+
+
+def _recipes(recipe: Training, prompts: float) -> Iterator[tuple[int, int]]:
+    """Yield updates a step and prompts an update: the recipe's, then those about as large as `prompts`."""
+    own, micro = recipe.updates_per_step, recipe.micro_batch_size or 1
+    yield own, recipe.mini_batch_size
+    sizes = range(max(floor(prompts), 1), ceil(prompts) + micro)
+    for each in sorted(range(1, 2 * own + 1), key=lambda n: abs(n - own)):
+        yield from ((each, size) for size in sizes if size * recipe.rollout_n % micro == 0)
 
 
 def as_arm(experiment: Experiment, base: Mapping[str, Any]) -> dict[str, Any]:
