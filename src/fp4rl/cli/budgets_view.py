@@ -29,11 +29,10 @@ def print_spent(total: "TotalSpent") -> None:
 
 
 def rows_of(name: str, total: "TotalSpent") -> "list[tuple[str, Spent]]":
-    """Return the rows of one side: all that led to its weights, what of it stages took, and a teacher's, which is in
-    neither."""
+    """Return the rows of one side: all that led to its weights, and what of it stages and a teacher took."""
     staged = [("  of it stages", total.stages)] if total.stages.steps != 0 else []
-    taught = [("  besides, its teacher", total.teacher)] if total.teacher is not None else []
-    return [(name, total.whole), *staged, *taught]
+    taught = [("  of it its teacher", total.teacher)] if total.teacher is not None else []
+    return [(name, total.in_all), *staged, *taught]
 
 
 def print_missing(controls: "Iterable[MissingControl]") -> None:

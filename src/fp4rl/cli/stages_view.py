@@ -5,17 +5,17 @@ from pathlib import Path
 
 from fp4rl.cli.terminal import console, table
 from fp4rl.lab.budget import Budget, budget_of
+from fp4rl.lab.compare.beforehand import beforehand
 from fp4rl.lab.matrix import PlannedRun
-from fp4rl.lab.stages import planned_stages
 from fp4rl.spec.linked import START, TEACHER, links
 
 
 def budgets_of(runs: Sequence[PlannedRun], root: Path) -> dict[str, Budget | None]:
-    """Return arm -> what leads to its weights: its own training and that of its stages; None where one of these is a
-    run that is not below `root`."""
+    """Return arm -> what leads to its weights: its own training and that of its stages and teachers; None where one of
+    these is a run that is not below `root`."""
     arms = {run.arm: run.experiment for run in reversed(runs)}
-    stages = {arm: planned_stages(experiment, arms, root) for arm, experiment in arms.items()}
-    return {arm: None if before is None else budget_of(*before, arms[arm]) for arm, before in stages.items()}
+    known = {arm: beforehand(experiment, arms, root) for arm, experiment in arms.items()}
+    return {arm: None if before is None else budget_of(*before.whole, arms[arm]) for arm, before in known.items()}
 
 
 def print_stages(runs: Sequence[PlannedRun], root: Path) -> None:

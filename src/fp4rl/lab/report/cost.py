@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fp4rl.lab.budget import budget_of
+from fp4rl.lab.compare.beforehand import beforehand
 from fp4rl.lab.spent import over_steps, sum_known
-from fp4rl.lab.stages import planned_stages
 from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.records import RunResult
 
@@ -18,8 +18,8 @@ class Cost:
 
     `wall_s`, `cpu_s` (of the first process) and `gpu_s` are of the attempts that finished, evaluations included;
     `training_s` and `rollout_s` are of all steps. `answers` are those sampled to train on, also the groups that dynamic
-    sampling dropped, `tokens` those of all their rollouts. `steps_in_all` are those of one run with its stages, as
-    planned; None where a stage is not here.
+    sampling dropped, `tokens` those of all their rollouts. `steps_in_all` are those of one run with its stages and
+    teachers, as planned; None where one of them is not here.
     """
 
     arm: str
@@ -41,10 +41,10 @@ def costs(by_arm: Mapping[str, Sequence[SuiteRun]], root: Path) -> list[Cost]:
     of other suites are looked up below `root`."""
     arms = {arm: runs[0].planned.experiment for arm, runs in by_arm.items()}
     rows = [
-        replace(_cost(arm, own), steps_in_all=None if stages is None else budget_of(*stages, arms[arm]).steps)
+        replace(_cost(arm, own), steps_in_all=None if before is None else budget_of(*before.whole, arms[arm]).steps)
         for arm, runs in by_arm.items()
         if (own := [run for run in runs if run.run is not None])
-        for stages in [planned_stages(arms[arm], arms, root)]
+        for before in [beforehand(arms[arm], arms, root)]
     ]
     return [*rows, _together(rows)] if len(rows) > 1 else rows
 
