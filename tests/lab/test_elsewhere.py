@@ -13,23 +13,14 @@ import yaml
 from fp4rl.cli.main import main
 from fp4rl.lab import heartbeat
 from fp4rl.lab.folders import all_runs, finished_runs
+from planted.small import SMALL
 
 SUITE = {
     "suite": "elsewhere",
     "seeds": [0, 1],
-    "base": {
-        "model": {"embedded": {"warm_up_steps": 20}},
-        "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
-        "training": {
-            "steps": 12,
-            "train_batch_size": 4,
-            "mini_batch_size": 2,
-            "rollout_n": 4,
-            "max_response_length": 32,
-            "overlong_buffer": {"len": 8},
-            "filter_groups": {"enable": False},
-            "save_freq": 2,
-        },
+    "base": SMALL
+    | {
+        "training": SMALL["training"] | {"steps": 12, "save_freq": 2},
         "evaluation": {"count": 24, "profiles": ["full"]},
     },
     "arms": {"bf16": {}, "w4a4": {"start": {"arm": "bf16"}, "injection": {"mode": "w4a4"}}},
