@@ -40,7 +40,8 @@ def test_a_run_under_advice_shows_the_advised_multipliers_and_formats_per_layer(
 
     advised = yaml.safe_load(advice.read_text())
     (run,) = (tmp_path / "runs").glob("*/*/result.json")
-    formats = {row["pattern"]: (row["weight"], row["input"]) for row in advised["injection"]["by_pattern"]}
+    rows = advised["injection"]["by_pattern"]  # a row names what it widens: weights, inputs or both
+    formats = {row["pattern"]: (row.get("weight", "mxfp4"), row.get("input", "mxfp4")) for row in rows}
     plans = {row["site"]: row for row in json.loads((run.parent / "sites.json").read_text())["plans"]}
     assert formats
     for site, plan in plans.items():
