@@ -102,8 +102,9 @@ def _searched(
     """Carry a search out as far as the budget goes, and write what it came to, also where it is interrupted."""
     from fp4rl.lab.search.candidates import Recipes
     from fp4rl.lab.search.conduct import OutOfTime, Search, Stopwatch
+    from fp4rl.lab.search.earlier import earlier
     from fp4rl.lab.search.proposals import keep_study
-    from fp4rl.lab.search.records import FILE, Book, Planned, Spent
+    from fp4rl.lab.search.records import FILE, Book, Earlier, Planned, Spent
     from fp4rl.lab.search.runs import Runs
     from fp4rl.lab.search.written import write_result
 
@@ -123,6 +124,8 @@ def _searched(
     bench = Runs(recipes, book, runs, run_suite)
     search = Search(recipes, book, bench, budget.seconds, budget.jobs, budget.force, tell, watch)
     search.begin()
+    if book.last(Earlier) is None and (looked := earlier(runs, space)):
+        book.add(Earlier(searches=looked))
     if book.last(Planned) is None:
         _require_enough(search, bench.planned(search.first()), runs, ledger)
     try:

@@ -7,12 +7,26 @@ import pytest
 import yaml
 
 from fp4rl.cli.main import main
+from fp4rl.lab.search import beginning
 from fp4rl.lab.search.alike import uncounted
 from fp4rl.lab.search.conduct import OutOfTime
+from fp4rl.lab.search.earlier import earlier
 from fp4rl.lab.search.leakage import require_separate
-from fp4rl.lab.search.records import Added, Book, Chosen, Decided, Judged, Measured, Planned, Proposed, Spent
+from fp4rl.lab.search.records import (
+    FILE,
+    Added,
+    Book,
+    Chosen,
+    Decided,
+    Earlier,
+    Judged,
+    Measured,
+    Planned,
+    Proposed,
+    Spent,
+)
 from fp4rl.lab.search.result import Result
-from fp4rl.spec.errors import CheckFailed, InvalidValueError
+from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.space import Space, load_space
 from fp4rl.spec.task_registry import TASKS
 from fp4rl.tasks.arithmetic import Arithmetic
@@ -92,7 +106,7 @@ def test_two_combinations_that_describe_the_same_are_one_candidate():
 
 
 def test_a_budget_without_room_for_the_final_is_refused_with_the_smallest_that_would_do():
-    with pytest.raises(CheckFailed, match=r"--budget (\d+)m would do") as error:
+    with pytest.raises(InvalidValueError, match=r"--budget (\d+)m would do") as error:
         search(MadeUp(SPACE, worth), Book(), budget_s=300).run()
     enough = 60 * float(str(error.value).split("--budget ")[1].split("m")[0])
     book = Book()
@@ -104,7 +118,7 @@ def test_a_budget_without_room_for_the_final_is_refused_with_the_smallest_that_w
 def test_time_that_earlier_sessions_used_is_refused_and_never_taken_from_the_seeds_of_the_final():
     """By the clock that an earlier session left, the budget holds screening and final, but not what was used too."""
     spent = Spent(used_s=1200.0)
-    with pytest.raises(CheckFailed, match=r"--budget (\d+)m would do") as error:
+    with pytest.raises(InvalidValueError, match=r"--budget (\d+)m would do") as error:
         search(MadeUp(SPACE, worth), Book(lines=[spent]), budget_s=1500).run()
     enough = 60 * float(str(error.value).split("--budget ")[1].split("m")[0])
     assert enough > 1500
@@ -116,6 +130,39 @@ def test_time_that_earlier_sessions_used_is_refused_and_never_taken_from_the_see
     own.force = True
     own.run()
     assert len(forced.last(Planned).final_seeds) < len(SPACE.final.seeds)
+
+
+def test_candidates_of_other_code_are_not_ranked_with_those_of_this(monkeypatch):
+    book, whole = Mortal(None, [], 9), Book()
+    with pytest.raises(Killed):
+        search(MadeUp(SPACE, worth), book).run()
+    search(MadeUp(SPACE, worth), whole).run()
+    monkeypatch.setattr(beginning, "code_digest", lambda: "0123456789ab")
+    with pytest.raises(InvalidValueError, match=r"was begun with code \w{12}, and this is 0123456789ab"):
+        search(MadeUp(SPACE, worth), Book(lines=book.lines)).run()
+    assert search(MadeUp(SPACE, worth), whole).run() == whole.last(Judged)
+
+
+def test_searches_that_were_judged_on_the_same_problems_are_named(tmp_path):
+    def run(name, task, file):
+        content = SPACE.model_dump(mode="json") | {"search": name, "base": {"injection": "w4a4", "task": task}}
+        space = Space.model_validate(content)
+        search(MadeUp(space, worth), Book(file)).run()
+        return space
+
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / FILE).write_text("no line of a search\n")
+    task = {"name": "arithmetic", "difficulty": 2}
+    for name, own in (("first", task), ("other", {"name": "arithmetic", "difficulty": 3})):
+        (tmp_path / name).mkdir()
+        space = run(name, own, tmp_path / name / FILE)
+    assert earlier(tmp_path, space) == ()
+    again = Space.model_validate(space.model_dump(mode="json") | {"search": "third", "base": {"task": task}})
+    looked = earlier(tmp_path, again)
+    assert looked == ("first",)
+    book = Book(lines=[Earlier(searches=looked)])
+    search(MadeUp(again, worth), book).run()
+    assert "On the same test problems first was judged before." in Result(again, book).paragraph
 
 
 class Interrupted(MadeUp):

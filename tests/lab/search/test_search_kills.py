@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -38,7 +39,7 @@ SPACE = {
     "final": {"seeds": [11, 12], "count": 16, "margin": 0.05},
 }
 PROGRAM = "from fp4rl.cli.main import entry; entry()"
-TIMES = {"step_s", "run_s"}
+TIMES = {"step_s", "run_s", "cpu_s", "gpu_s", "wall_s"}
 
 
 def start(space, root):
@@ -53,17 +54,25 @@ def finish(space, root):
     assert start(space, root).wait(timeout=1500) == 0, space.with_suffix(".log").read_text()[-3000:]
 
 
+def untimed(value):
+    """A value without what the clock measured, however deep it stands."""
+    if isinstance(value, dict):
+        return {key: untimed(own) for key, own in value.items() if key not in TIMES}
+    return value
+
+
 def decisions(root):
     """All that was proposed, measured and decided, in order, without the clock; the runs of the final by their ids."""
     kinds = (Proposed, Measured, Added, Decided, Chosen, Judged)
     book = Book.read(root / "killed" / FILE)
-    lines = [line.model_dump(exclude=TIMES) for line in book.lines if isinstance(line, kinds)]
-    return lines, sorted(run.name for run in (root / "killed-final").iterdir() if (run / "result.json").is_file())
+    made = [untimed(line.model_dump(mode="json")) for line in book.lines if isinstance(line, kinds)]
+    return made, sorted(run.name for run in (root / "killed-final").iterdir() if (run / "result.json").is_file())
 
 
 def lines(root):
     """How many lines the search and its runs have written: how far it is, on whichever machine."""
-    return sum(file.read_bytes().count(b"\n") for file in root.rglob("*.jsonl"))
+    files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(".jsonl"))
+    return sum(file.read_bytes().count(b"\n") for file in files)
 
 
 def kill_after(process, root, more):

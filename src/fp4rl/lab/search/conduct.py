@@ -12,11 +12,11 @@ from math import ceil
 from typing import Protocol
 
 from fp4rl.lab.search import planning, screening
+from fp4rl.lab.search.beginning import begin
 from fp4rl.lab.search.candidates import Recipes, changes
 from fp4rl.lab.search.proposals import propose
 from fp4rl.lab.search.records import (
     Added,
-    Begun,
     Book,
     Chosen,
     Cut,
@@ -27,7 +27,6 @@ from fp4rl.lab.search.records import (
     Proposed,
     Spent,
 )
-from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.space import Space
 from fp4rl.spec.words import agreeing, counted
@@ -113,8 +112,9 @@ class Search:
     def run(self) -> Judged:
         """Run the search, or go on with it; return its verdict, without a word until all seeds of the plan are in.
 
-        Raises InvalidValueError for records of another space, CheckFailed where the budget does not hold the final
-        (without `force`) or no candidate is left, and OutOfTime where the bench does, before the final.
+        Raises InvalidValueError for records of another space or of other code and for a budget that does not hold the
+        final (without `force`), CheckFailed where no candidate is left, and OutOfTime where the bench does, before the
+        final.
         """
         self.begin()
         first = self.first()
@@ -138,17 +138,8 @@ class Search:
     # -- what is tried
 
     def begin(self) -> None:
-        """Write what is searched, or raise InvalidValueError for records of another space."""
-        own = digest(self.space.model_dump(mode="json"))
-        begun = self.book.last(Begun)
-        if begun is not None and begun.digest != own:
-            raise InvalidValueError(
-                f"search {self.space.search} was begun with another space; what was screened there stays chosen by: "
-                "give this one another name (`search`), or another place with --runs"
-            )
-        if begun is None:
-            content = self.space.model_dump(mode="json")
-            self.book.add(Begun(digest=own, space=content, size=self.space.size, sampler=self.space.sampler))
+        """Write what is searched, or raise InvalidValueError for records of another space or of other code."""
+        begin(self.space, self.book)
 
     def _batch(self, batch: int, count: int) -> list[Proposed]:
         """Return the candidates of a batch; what is not in the records yet is proposed and written."""
@@ -185,19 +176,19 @@ class Search:
         return plan
 
     def require_enough(self, pace: planning.Pace) -> None:
-        """Raise CheckFailed for a budget that does not hold the first candidates and the whole final beside what is
+        """Raise InvalidValueError for a budget too short for the first candidates and the whole final beside what is
         used already."""
         needed = planning.smallest_s(self.space, pace, self.jobs, self.used_s, len(self.book.of(Measured)))
         if needed > self.budget_s and not self.force:
             used = f" ({self.used_s / 60:.0f} of them used)" if self.used_s >= 60 else ""
-            raise CheckFailed(
+            raise InvalidValueError(
                 f"{self.budget_s / 60:.0f} minutes{used} with {counted(self.jobs, 'job')} do not hold a screening and "
                 f"the final over all {len(self.space.final.seeds)} seeds: --budget {needed / 60 + 1:.0f}m would do, "
                 "more jobs may; --force goes on with as many seeds as fit"
             )
 
     def expected(self, seconds: Mapping[str, float]) -> None:
-        """Raise CheckFailed for a budget that is too short by what earlier runs like these took: arm -> seconds."""
+        """Raise InvalidValueError for a budget too short by what earlier runs like these took: arm -> seconds."""
         first, steps = self.first(), self.space.screening.rungs[0]
         paces = [seconds[own.name] / steps for own in first]
         stages = sum(own for arm, own in seconds.items() if arm in self.space.stages)

@@ -26,13 +26,21 @@ def called(number: int) -> str:
 
 
 class Begun(Line):
-    """What is searched: the space as it was read, its digest, and the number of combinations."""
+    """What is searched: the space as it was read, its digest, the number of combinations; and the code's digest."""
 
     kind: Literal["begun"] = "begun"
     digest: str
     space: Mapping[str, JsonValue]
     size: int | None
     sampler: str
+    code: str | None = None
+
+
+class Earlier(Line):
+    """Other searches of the same folder that were judged on the same problems before this one began."""
+
+    kind: Literal["earlier"] = "earlier"
+    searches: tuple[str, ...]
 
 
 class Proposed(Line):
@@ -181,7 +189,7 @@ class Spent(Line):
     why: str | None = None
 
 
-AnyLine = Begun | Proposed | Measured | Planned | Added | Decided | Cut | Chosen | Judged | Spent
+AnyLine = Begun | Earlier | Proposed | Measured | Planned | Added | Decided | Cut | Chosen | Judged | Spent
 _READ: TypeAdapter[AnyLine] = TypeAdapter(Annotated[AnyLine, Field(discriminator="kind")])
 
 

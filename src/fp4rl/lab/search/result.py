@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fp4rl.lab.files import json_ready
-from fp4rl.lab.search.records import Begun, Book, Chosen, Cut, Decided, Judged, Measured, Planned, Proposed
+from fp4rl.lab.search.records import Begun, Book, Chosen, Cut, Decided, Earlier, Judged, Measured, Planned, Proposed
 from fp4rl.spec.space import Space
 from fp4rl.spec.words import agreeing, counted
 
@@ -172,6 +172,9 @@ class Result:
             yield "It may not be quoted alone: other training than the control's may explain it."
         yield from self._trained(judged)
         yield from (f"Note: {mark}." for mark in judged.marks)
+        if (looked := self.book.last(Earlier)) is not None:
+            were = agreeing(len(looked.searches), "was", "were")
+            yield f"On the same test problems {' and '.join(looked.searches)} {were} judged before."
         if judged.needed:
             yield f"What would decide: {judged.needed}."
 
