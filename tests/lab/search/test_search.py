@@ -26,7 +26,7 @@ from fp4rl.lab.search.records import (
     Spent,
 )
 from fp4rl.lab.search.result import Result
-from fp4rl.spec.errors import InvalidValueError
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.space import Space, load_space
 from fp4rl.spec.task_registry import TASKS
 from fp4rl.tasks.arithmetic import Arithmetic
@@ -163,6 +163,26 @@ def test_searches_that_were_judged_on_the_same_problems_are_named(tmp_path):
     book = Book(lines=[Earlier(searches=looked)])
     search(MadeUp(again, worth), book).run()
     assert "On the same test problems first was judged before." in Result(again, book).paragraph
+
+
+class Broken(MadeUp):
+    """A bench on which every run fails."""
+
+    mistake = True
+
+    def measure(self, cells, title):
+        made = super().measure(cells, title)
+        return [own.extended(solved=(), failed="no tokenizer", mistake=self.mistake) for own in made]
+
+
+@pytest.mark.parametrize(("mistake", "error"), [(True, InvalidValueError), (False, CheckFailed)])
+def test_first_candidates_that_all_fail_are_tried_again_by_the_same_command(mistake, error):
+    book, bench = Book(), Broken(SPACE, worth, seed=3)
+    bench.mistake = mistake
+    with pytest.raises(error, match="none of the first candidates ran: no tokenizer"):
+        search(bench, book).run()
+    assert book.of(Measured) == []
+    assert search(MadeUp(SPACE, worth, seed=3), book).run().word == "better"
 
 
 class Interrupted(MadeUp):

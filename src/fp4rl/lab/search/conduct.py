@@ -157,14 +157,15 @@ class Search:
             runs, steps = counted(len(missing), "run"), counted(missing[0].steps, "step")
             self.tell(f"{title}: {runs} of {steps}, seed {missing[0].seed}")
             measured = self.bench.measure(missing, title)
+            if self.book.last(Planned) is None:
+                _require_any(measured)
             self.book.add(*measured, Spent(used_s=self.used_s))
 
     def _plan(self, first: Sequence[Proposed]) -> Planned:
         """Write the plan, or refuse a budget that does not hold it."""
         runs = [line for line in self.book.of(Measured) if line.failed is None]
         if not runs:
-            why = next((line.failed for line in self.book.of(Measured)), "the space holds no candidate")
-            raise CheckFailed(f"none of the first candidates ran: {why}")
+            raise InvalidValueError("the space holds no candidate: report.html in its folder names why each is refused")
         stages_s = self.bench.stages_s(first)
         wave_s = self.used_s - (sum(run.run_s for run in runs) + stages_s) / self.jobs
         paces = [run.run_s / run.steps for run in runs]
@@ -285,3 +286,11 @@ class Search:
         self.book.add(Cut(round=number, why=why))
         self.tell(f"screening ends before round {number + 1}: {why}")
         return True
+
+
+def _require_any(measured: Sequence[Measured]) -> None:
+    """Raise where all of the first candidates failed, before that is recorded: the same command tries them again."""
+    if any(line.failed is None for line in measured):
+        return
+    error = InvalidValueError if all(line.mistake for line in measured) else CheckFailed
+    raise error(f"none of the first candidates ran: {measured[0].failed}")

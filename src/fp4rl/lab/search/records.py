@@ -60,7 +60,8 @@ class Proposed(Line):
 
 
 class Measured(Line):
-    """One run of a candidate: how many of the samples of each problem it solved, in their order; or why it failed.
+    """One run of a candidate: how many of the samples of each problem it solved, in their order; or why it `failed`,
+    and whether by a `mistake` of the user's.
 
     `kl`: nats per token to its own unquantized policy. `bits`: a weight of its linear layers, and an input.
     """
@@ -77,6 +78,7 @@ class Measured(Line):
     step_s: float = 0.0
     run_s: float = 0.0
     failed: str | None = None
+    mistake: bool = False
 
     @property
     def share(self) -> float:

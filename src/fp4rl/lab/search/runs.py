@@ -8,7 +8,7 @@ from typing import Any
 
 from fp4rl.lab.folders import run_folder
 from fp4rl.lab.matrix import PlannedRun, planned
-from fp4rl.lab.runner import SuiteOutcome
+from fp4rl.lab.runner import Outcome, SuiteOutcome
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.lab.search.candidates import Recipes, changes
 from fp4rl.lab.search.conduct import Cell
@@ -53,12 +53,11 @@ class Runs:
         suite = self._screening(arms, seed)
         names = [*self.recipes.needed(arms.values()), *arms]
         runs = {run.arm: run for run in planned(suite) if run.seed == seed}
-        why: dict[str, str] = {}
         for _ in range(2):
-            outcome = self.run_suite(suite, names, [seed])
-            why = {ended.run.arm: str(ended.error) for ended in outcome.failed}
-            if all(ended.mistake for ended in outcome.failed):
+            failed = self.run_suite(suite, names, [seed]).failed
+            if all(ended.mistake for ended in failed):
                 break
+        why = {ended.run.arm: ended for ended in failed}
         return [self._measured(cell, runs[_arm(cell.candidate.number, cell.steps)], why) for cell in cells]
 
     def planned(self, candidates: Sequence[Proposed]) -> tuple[PlannedRun, ...]:
@@ -91,11 +90,13 @@ class Runs:
     def _seeds_used(self) -> set[int]:
         return {line.seed for line in self.book.of(Measured)}
 
-    def _measured(self, cell: Cell, run: PlannedRun, why: Mapping[str, str]) -> Measured:
+    def _measured(self, cell: Cell, run: PlannedRun, why: Mapping[str, Outcome]) -> Measured:
         folder = run_folder(self.root, run.suite, run.run_id)
         plain = Measured(candidate=cell.candidate.number, steps=cell.steps, seed=cell.seed, run=folder.key)
         if not folder.finished:
-            return plain.extended(failed=why.get(run.arm) or folder.failure or "it did not finish")
+            ended = why.get(run.arm)
+            failed = str(ended.error) if ended is not None else folder.failure or "it did not finish"
+            return plain.extended(failed=failed, mistake=ended is not None and ended.mistake)
         done = read_run(folder, curves=False)
         evaluation = done.evaluations().get(self.recipes.space.judged)
         if evaluation is None or done.gaps:
