@@ -14,6 +14,7 @@ from fp4rl.engines.parity.audit import Engine, audit
 from fp4rl.engines.parity.causes import CAUSES, causes_of
 from fp4rl.engines.parity.engines import engine_of
 from fp4rl.engines.parity.scores import in_float32
+from fp4rl.inject.attach import attach
 from fp4rl.inject.present import presents
 from fp4rl.models.load import load
 from fp4rl.models.tiny import build
@@ -119,6 +120,25 @@ def almost_without_numbers(model, tokenizer, prompts, sampling):
 
     answers = transformers_sampler(model, tokenizer, prompts, sampling)
     return [answer._replace(logps=first_alone(answer.logps)) for answer in answers]
+
+
+def rounding_by_itself(mode):
+    """An engine that read a quantization from a folder, and rounds a policy that nobody asked it to round."""
+
+    def sampler(model, tokenizer, prompts, sampling):
+        with attach(model, Injection.named(mode)) as own:
+            own.set_phase("rollout")
+            return transformers_sampler(model, tokenizer, prompts, sampling)
+
+    return sampler
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w8a8"])
+def test_an_engine_that_rounds_an_unquantized_policy_differs(mode, folder):
+    """The fault that was made: the unrounded arm of a comparison was served in few bits, by auto-detection."""
+    assert audited(folder, None)["scores"].passed
+    check = audited(folder, None, rounding_by_itself(mode))["scores"]
+    assert check.passed is False, check.seen
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

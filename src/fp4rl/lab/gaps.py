@@ -29,6 +29,7 @@ def gaps(
         *_policy_gaps(summary, lines_of(lines, MasterCheck), lines_of(lines, LiveCheck)),
         *_evaluation_gaps(lines),
         *(_missing_evaluations(spec, evaluations) if evaluations is not None else ()),
+        *_of_another_run(evaluations or (), lines_of(lines, Evaluation)),
     )
 
 
@@ -207,6 +208,16 @@ def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Itera
             yield f"no evaluation of {profile} at the last step"
         elif steps is not None and last.step != steps:
             yield f"its last evaluation of {profile} is of step {last.step}, not {steps}"
+
+
+def _of_another_run(evaluations: Sequence[Evaluation], logged: Sequence[Evaluation]) -> Iterator[str]:
+    """Yield the numbers of a result that its own evidence has otherwise: typed, or copied from another run."""
+    for told in evaluations:
+        place = told.profile.name, told.step
+        own = [line for line in logged if (line.profile.name, line.step) == place]
+        if own and not any((line.n, line.strict) == (told.n, told.strict) for line in own):
+            was = f"{told.strict:.2%} of {told.n}, and its evidence has {own[-1].strict:.2%} of {own[-1].n}"
+            yield f"its result says that {told.profile.name} scored {was} at step {told.step}"
 
 
 def _positive(value: float | None) -> bool:

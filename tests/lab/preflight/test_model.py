@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fp4rl.inject.site import SiteState
-from fp4rl.lab.preflight import model, numbers
+from fp4rl.lab.preflight import live, model, numbers
 from fp4rl.numerics import selftest
 from fp4rl.spec.injection import Injection
 
@@ -184,3 +184,24 @@ def test_every_format_of_the_modes_has_its_gradients_checked(subject, rows):
     modes = {"a": {"injection": "w4a4"}, "b": {"injection": "w4a8"}, "c": {"injection": "nvfp4_w4a4"}}
     (row,) = rows(numbers, "gradients", subject(**modes))
     assert (row.verdict, row.measured) == ("pass", "15 comparisons hold")  # 3 of weight and of input each; mxfp4, nvfp4
+
+
+def test_an_unrounded_arm_from_a_folder_that_an_engine_rounds_is_warned_of(subject, rows, tmp_path):
+    """A folder that llm-compressor's library packed: an engine reads its configuration, and serves every arm by it."""
+    from packed_models import LINEAR, by_compressed_tensors, start
+
+    plain, tokenizer = start()
+    for part in (plain, tokenizer):
+        part.save_pretrained(tmp_path / "plain")
+    packed = by_compressed_tensors(tmp_path / "packed", ("MXFP4", LINEAR))
+    (row,) = rows(model, "start", subject({"model": {"path": str(tmp_path / "plain")}}, a={}, b=W4A4))
+    assert row.verdict == "pass"
+    bare, rounded = rows(model, "start", own := subject({"model": {"path": str(packed)}}, a={}, b=W4A4))
+    assert (bare.verdict, bare.arms, rounded.arms) == ("warn", ("a",), ("b",))
+    assert "is packed (compressed-tensors" in bare.measured
+    assert "rounds this arm, which rounds nothing" in bare.measured
+    assert live.without_weights(own.arms["a"]) is None  # packed weights are read like others
+    for file in packed.glob("*.safetensors"):
+        file.unlink()
+    (row, _) = rows(model, "start", own)
+    assert "is packed (compressed-tensors)" in row.measured

@@ -16,6 +16,7 @@ from fp4rl.inject.evidence import master_digest
 from fp4rl.lab.estimates import shapes_of
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.models.load import load
+from fp4rl.models.packed.as_served import packed_at
 from fp4rl.noise.warnings import noise_warnings
 from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.lora import with_lora
@@ -39,11 +40,18 @@ def without_weights(experiment: Experiment) -> str | None:
     path = experiment.model.path
     if path is None:
         return None
-    shapes = shapes_of(Path(path))
-    if shapes is None:
+    number = _size(Path(path))
+    if number is None:
         return f"{NOT_HERE} in {path}"
-    number = sum(map(prod, shapes.values()))
     return f"{number / 1e9:.2g}e9 weights are too many to be loaded here" if number > LARGEST else None
+
+
+def _size(folder: Path) -> int | None:
+    """Return the number of weights of a folder, of packed ones as they are decoded; None where none are here."""
+    if shapes := shapes_of(folder):
+        return sum(map(prod, shapes.values()))
+    packed = packed_at(folder) if any(folder.glob("*.safetensors")) else None
+    return sum(tensor.elements for tensor in packed.tensors.values()) if packed is not None else None
 
 
 @lru_cache(maxsize=2)

@@ -1,5 +1,6 @@
 """Checks of the model from its configuration alone, on the meta device: its sites, its noise, its problems."""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -14,6 +15,8 @@ from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.serving import unserved
 from fp4rl.lab.stages import stages_of
 from fp4rl.models.load import embedded_skeleton, load_tokenizer, skeleton
+from fp4rl.models.packed.as_served import packed_at
+from fp4rl.models.packed.folder import IN_CONFIG
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.check import check
 from fp4rl.rl.evaluate import evaluation_runner
@@ -210,7 +213,36 @@ def _fits(run: Any, subject: Subject) -> Row:
     return Row("pass", f"{longest}; profiles and patterns fit", expected)
 
 
+def start(subject: Subject) -> Iterator[Row]:
+    """Look for a quantization in each start's folder: an engine that reads it rounds an arm that should be unrounded."""
+    yield from merged((arm, row) for arm, own in subject.arms.items() for row in _start(own))
+
+
+def _start(experiment: Experiment) -> Iterator[Row]:
+    if experiment.model.path is None:
+        return
+    folder, expected = Path(experiment.model.path), "unrounded weights in an unrounded arm"
+    packed = packed_at(folder) if any(folder.glob("*.safetensors")) else None
+    method = packed.method if packed is not None else _named_in(folder)
+    if method is None:
+        yield Row("pass", "nothing in the start's folder says that it is quantized", expected)
+    elif experiment.injection is None or not experiment.injection.formats_at("weight"):
+        measured = f"the start is packed ({method}): an engine that reads its folder rounds this arm, which rounds nothing"
+        yield Row("warn", measured, expected, "start from the folder that it was packed from")
+    else:
+        yield Row("warn", f"the start is packed ({method}): its weights lie on that grid already", expected)
+
+
+def _named_in(folder: Path) -> str | None:
+    """Return the method of quantization that a configuration names, where there are no weights that could be read."""
+    config = folder / "config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    tables = [table for key in IN_CONFIG if isinstance(table := said.get(key), dict)]
+    return str(tables[0].get("quant_method", "a method without a name")) if tables else None
+
+
 CHECKS = (
+    Check("start", ("P43",), start),
     Check("problems", ("P37", "P47"), problems),
     Check("fits", ("P11", "P28", "P47"), fits),
     Check("sites", ("P11",), _of_models(sites)),

@@ -10,7 +10,7 @@ from fp4rl.lab.suites import SuiteRun
 from fp4rl.spec.evidence import Rounded
 
 _FEW = 3
-_CUT, _FORMATTED = 0.05, 0.9  # shares of answers: more cut off, or fewer in the asked format, may measure that instead
+_CUT, FORMATTED = 0.05, 0.9  # shares of answers: more cut off, or fewer in the asked format, may measure that instead
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ _CHECKS: tuple[tuple[str, str, Callable[[SuiteRun, Run], bool | None]], ...] = (
     ),
     (
         "Answers miss the asked format, so format was measured",
-        f"at least {_FORMATTED:.0%} of the answers at the last step have it",
-        lambda _, run: _all(run, "formatted", lambda share: share >= _FORMATTED),
+        f"at least {FORMATTED:.0%} of the answers at the last step have it",
+        lambda _, run: _all(run, "formatted", lambda share: share >= FORMATTED),
     ),
     ("Runs of different code are compared", "a digest of the code", lambda own, _: not own.stale),
 )
@@ -85,7 +85,7 @@ def checks(runs: Sequence[SuiteRun], questions: Sequence[Answer]) -> list[Check]
         judged = [(own, verdict) for own, run in finished if (verdict := verdict_on(own, run)) is not None]
         failed = [f"{own.planned.arm} seed {own.planned.seed}" for own, verdict in judged if not verdict]
         if judged:
-            rows.append(Check(trap, how, len(judged) - len(failed), len(judged), _few(failed)))
+            rows.append(Check(trap, how, len(judged) - len(failed), len(judged), few(failed)))
     return [*rows, *_budgets(questions)]
 
 
@@ -102,11 +102,12 @@ def _budgets(questions: Sequence[Answer]) -> Iterator[Check]:
         how = "steps, updates, answers and schedule of both sides, with all stages, or a control of equal budget beside"
         passed = len(answered) - len(failed)
         yield Check(
-            "Longer or other training explains the difference", how, passed, len(answered), _few(failed), "questions"
+            "Longer or other training explains the difference", how, passed, len(answered), few(failed), "questions"
         )
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
     return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from fp4rl.lab.compare.comparison import Answer
 from fp4rl.lab.compare.controls import lacking
 from fp4rl.lab.report.scores import Score
+from fp4rl.lab.report.starts import copied_starts, low_starts
 from fp4rl.lab.spec_warnings import spec_warnings
 from fp4rl.lab.suites import SuiteRun, SuiteRuns
 from fp4rl.spec.words import agreeing, counted
@@ -28,6 +29,8 @@ def notes(suite: SuiteRuns, scores: Sequence[Score], questions: Sequence[Answer]
         *_warned(runs),
         *_mixed(scores),
         *_before(scores),
+        *low_starts(runs),
+        *copied_starts(runs),
         *_spread(scores),
         *_sampling(runs),
         *_controls(suite, questions),
