@@ -1,5 +1,7 @@
 """Errors of real trained weights and of the inputs they meet, beside the ideal of the format."""
 
+import copy
+
 import pytest
 import torch
 
@@ -71,6 +73,27 @@ def test_a_scan_measures_what_the_injection_does(trained, tokens):
     with attach(trained, table) as injected, torch.no_grad():
         injected.set_phase("evaluation")
         trained(torch.tensor(tokens[:4]))
+        seen = [row for row in injected.evidence() if row.site == scanned.site]
+    assert seen[0].relative_error == pytest.approx(scanned.measures["relative_l2"], rel=0.1)
+
+
+def test_the_residual_stream_has_another_error_than_what_is_rounded(trained, tokens):
+    """The fault that was made: the stream was scanned, which no run rounds; where it has an outlier it looks unlike."""
+    model, stream = copy.deepcopy(trained), []
+    model.model.embed_tokens.weight.data[:, 0] += 3.0
+    model.model.layers[0].input_layernorm.weight.data[0] = 1e-3  # what reads the stream does without its outlier
+    table = resolve(model, Injection.named("w16a4"))
+    (scanned,) = [p for p in input_errors(model, table, from_tokens(tokens[:4])) if "0.self_attn.q" in p.site]
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, given: stream.append(given[0].detach()))
+    with torch.no_grad():
+        model(torch.tensor(tokens[:4]))
+    hook.remove()
+    tally = ErrorSums()
+    tally.add(round_piece(stream[0].flatten(0, 1), MXFP4))
+    assert tally.measures()["deadzone_share"] > 2 * scanned.measures["deadzone_share"]
+    with attach(model, table) as injected, torch.no_grad():
+        injected.set_phase("evaluation")
+        model(torch.tensor(tokens[:4]))
         seen = [row for row in injected.evidence() if row.site == scanned.site]
     assert seen[0].relative_error == pytest.approx(scanned.measures["relative_l2"], rel=0.1)
 

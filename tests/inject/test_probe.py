@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.functional import linear
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fp4rl.inject.attach import attach
@@ -114,6 +115,22 @@ def hidden_way(monkeypatch):
 
     get = QuantCache.get
     monkeypatch.setattr(QuantCache, "get", stale)
+
+
+def test_outputs_rounded_in_place_of_inputs_are_caught(monkeypatch):
+    """The fault that was made: a W4A4 that rounds what a layer gives, and not what its matmul is given."""
+
+    def in_place(self, layer, x):
+        self.count()
+        return fake_quantize(linear(x, self.as_used(self.rounded_weight(layer)), layer.bias), MXFP4)
+
+    model = policy()
+    with attach(model, Injection.named("w4a4")) as harmed:
+        generate(model)
+        assert require_rounded(harmed) == 2
+        monkeypatch.setattr(LinearState, "forward", in_place)
+        with pytest.raises(CheckFailed, match=r"at 2 of 2 sites .* 0 \(input\)"):
+            require_rounded(harmed)
 
 
 @pytest.mark.parametrize("plant", [first_copy_returned, hidden_way])

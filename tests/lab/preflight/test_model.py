@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fp4rl.inject.site import SiteState
-from fp4rl.lab.preflight import live, model, numbers
+from fp4rl.lab.preflight import data, live, model, numbers
 from fp4rl.numerics import selftest
 from fp4rl.spec.injection import Injection
 
@@ -82,6 +82,19 @@ def test_a_linear_layer_that_is_neither_rounded_nor_left_fails(subject, rows, mo
     assert row.measured == "1 linear layer neither rounded nor left, such as model.layers.0.self_attn.q_proj"
 
 
+def test_a_head_among_the_rounded_fails(subject, rows, monkeypatch):
+    whole = model.resolve
+
+    def taken(modules, injection):
+        table = whole(modules, injection)
+        head = next(left.site for left in table.left_out if left.site.role == "lm_head")
+        return replace(table, plans=(*table.plans, replace(table.plans[0], site=head)))
+
+    monkeypatch.setattr(model, "resolve", taken)
+    (row,) = rows(model, "sites", subject(a=W4A4))
+    assert (row.verdict, row.measured) == ("fail", "1 site rounded that nobody asked for, such as lm_head")
+
+
 def test_a_weight_that_is_rounded_twice_fails(subject, rows, monkeypatch):
     whole = model.resolve
     monkeypatch.setattr(
@@ -101,6 +114,16 @@ def test_a_group_with_two_formats_fails(subject, rows):
     (row,) = rows(model, "fused", subject(a=free))
     assert (row.verdict, row.measured) == ("warn", "2 groups with several, such as model.layers.0.self_attn.qkv")
     assert told(rows(model, "fused", subject(a=W4A4)))[0][0] == "pass"
+
+
+def test_fused_weights_with_an_nvfp4_factor_each_are_warned_of(subject, rows):
+    """q, k and v agree in their format, and had a factor each; a mode gives them one."""
+    (row,) = rows(model, "fused", subject(a={"injection": {"weight": "nvfp4"}}))
+    assert (row.verdict, row.measured) == (
+        "warn",
+        "each weight has a factor of its own in 4 groups, such as model.layers.0.self_attn.qkv",
+    )
+    assert told(rows(model, "fused", subject(a={"injection": "nvfp4_w4a16"})))[0][0] == "pass"
 
 
 def test_a_router_among_the_rounded_fails(folder, subject, rows, monkeypatch):
@@ -145,11 +168,31 @@ def test_noise_that_would_reach_a_router_fails(folder, subject, rows, monkeypatc
 
 def test_a_held_out_problem_that_is_trained_on_fails(subject, rows, monkeypatch):
     own = subject(a={"evaluation": {"count": 8}})
-    assert told(rows(model, "problems", own)) == [("pass", "64 learned, 8 judged, 0 shared")]
-    monkeypatch.setattr(model, "_judged", lambda experiment: experiment.task.problems("train", 8))
-    (row,) = rows(model, "problems", own)
+    assert told(rows(data, "problems", own)) == [("pass", "64 learned, 8 judged, 0 shared")]
+    monkeypatch.setattr(data, "_judged", lambda experiment: experiment.task.problems("train", 8))
+    (row,) = rows(data, "problems", own)
     assert row.verdict == "fail"
     assert row.measured.startswith("64 learned, 8 judged, 8 shared")
+
+
+def test_an_epoch_that_dynamic_sampling_cuts_short_is_warned_of(subject, rows):
+    """By hand: two epochs of silence and five values in 12 steps, of which the last is the first of the next epoch.
+
+    The data last six steps. With two batches a step the first epoch ends after its second value, with three after its
+    first: two and three values never come.
+    """
+    noise = {"schedule": {"kind": "epoch_aware", "epochs": 2}}
+    recipe = {"steps": 12, "train_batch_size": 4, "mini_batch_size": 4}
+    often = recipe | {"filter_groups": {"enable": True, "max_num_gen_batches": 3}}
+    data_of_six = {"task": {"name": "arithmetic", "train_count": 24}}
+    (row,) = rows(data, "draws", subject(data_of_six, a={"training": often, "noise": noise}))
+    assert row.verdict == "warn"
+    assert row.measured.endswith("of 24 problems by batches drawn: 0 at 1 a step, 2 at 2 a step, 3 at 3 a step")
+    once = recipe | {"filter_groups": {"enable": False}}
+    assert told(rows(data, "draws", subject(data_of_six, a={"training": once, "noise": noise})))[0][0] == "pass"
+    plain = {"noise": {"schedule": {"num_stages": 3}}, "training": often}
+    (row,) = rows(data, "draws", subject(data_of_six, a=plain))
+    assert (row.verdict, row.measured) == ("pass", "geometric follows the steps that are done, not the data")
 
 
 def test_what_a_run_is_refused_for_is_a_row(subject, rows):

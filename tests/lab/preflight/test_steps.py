@@ -6,9 +6,13 @@ import pytest
 import yaml
 
 from fp4rl.cli.described import runs_described
+from fp4rl.lab.folders import RunFolder
+from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.preflight import live, steps
 from fp4rl.lab.preflight.rows import Subject
-from fp4rl.noise import perturb
+from fp4rl.lab.sinks import TensorBoardSink
+from fp4rl.noise import perturb, targets
+from fp4rl.noise.schedule import ScheduleProgress, asked_sigma
 from fp4rl.spec.evidence import LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.load import load_spec
 from planted import small
@@ -74,6 +78,33 @@ def test_noise_of_another_size_fails(whole, rows, changed):
     assert row.measured.startswith("realised over asked 0.")
 
 
+LINEAR = {"kind": "linear", "sigma_start": 0.05, "sigma_end": 0.01}
+UNWIRED = {
+    "a step that is never advanced": (
+        (ScheduleProgress, "sigma", lambda self, noise, step: asked_sigma(noise, 0, self.total)),
+        {"schedule": LINEAR},
+        "realised over asked 0.9",
+    ),
+    "factors that never reach the sampler": (
+        (targets, "multiplier_at", lambda *_: 1.0),
+        NOISE | {"multipliers": {"by_layer": {0: 2.0}}},
+        "realised over asked 0.4",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", UNWIRED)
+def test_noise_that_is_not_what_the_description_asks_for_fails(which, subject, rows, monkeypatch):
+    """Kind: a knob wired to nothing; what the run says that it asked for agrees with what it drew."""
+    (holder, name, unwired), described, measured = UNWIRED[which]
+    (row,) = rows(steps, "noise", subject(a={"noise": described}))
+    assert row.verdict == "pass"
+    monkeypatch.setattr(holder, name, unwired)
+    (row,) = rows(steps, "noise", subject(a={"noise": described}))
+    assert row.verdict == "fail"
+    assert row.measured.startswith(measured)
+
+
 def test_steps_that_stop_themselves_fail_with_the_reason(subject, rows, monkeypatch):
     """Noise that is drawn at a tenth of its size is stopped by the rollout itself."""
     drawn = perturb.standard_noise
@@ -108,6 +139,17 @@ def test_metrics_that_an_export_drops_fail(whole, rows, changed):
     (row,) = rows(steps, "curves", whole)
     assert row.verdict == "fail"
     assert row.measured.endswith("3 lost, such as reward/mean")
+
+
+def test_an_exporter_that_joins_names_fails(whole, rows, changed, tmp_path):
+    """One curve hides another where `a/b` and `a_b` are one name; the files are written and read back."""
+    for name, joined in (("sound", str), ("joined", lambda tag: tag.partition("/")[0])):
+        sink = TensorBoardSink(RunFolder(tmp_path / name))
+        for step, line in steps.tried(whole)["a"].run.curves.items():
+            sink.log(step, {joined(tag): value for tag, value in line.items()})
+        sink.close()
+        changed(exported=read_tensorboard(tmp_path / name / "tensorboard").steps)
+        assert verdicts(rows(steps, "curves", whole)) == ["pass" if name == "sound" else "fail"]
 
 
 def test_a_start_that_is_too_large_is_stood_in_for(whole, subject, rows, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checks of the model from its configuration alone, on the meta device: its sites, its noise, its problems."""
+"""Checks of the model from its configuration alone, on the meta device: its start, its sites, its noise."""
 
 import json
 from collections import Counter, defaultdict
@@ -11,25 +11,23 @@ from torch import nn
 
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
+from fp4rl.lab.preflight.data import without_tokenizer
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.serving import unserved
 from fp4rl.lab.stages import stages_of
-from fp4rl.models.load import embedded_skeleton, load_tokenizer, skeleton
+from fp4rl.models.load import embedded_skeleton, skeleton
 from fp4rl.models.packed.as_served import packed_at
 from fp4rl.models.packed.folder import IN_CONFIG
 from fp4rl.noise.targets import noisy_weights
 from fp4rl.rl.check import check
-from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.lora import with_lora
-from fp4rl.rl.problems import problems_of
 from fp4rl.sites.walk import is_conv1d, walk
-from fp4rl.spec.errors import NotFoundError, UserError
+from fp4rl.spec.errors import UserError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.formats import E2M1
+from fp4rl.spec.formats import E2M1, Format
 from fp4rl.spec.linked import links
 from fp4rl.spec.model import Embedded, Model
 from fp4rl.spec.words import counted
-from fp4rl.tasks.overlap import overlap
 
 _NEVER = ("router", "embedding", "adapter")  # kinds that nothing rounds or puts noise on unless it is opted in
 Look = Callable[[Experiment, Any], Iterator[Row]]
@@ -43,16 +41,6 @@ def modules_of(model: Model) -> Any:
     else:
         bare = skeleton(model.path, model.experts_implementation, tokenizer=False)
     return bare if model.lora is None else with_lora(bare, model.lora, model.path or "")
-
-
-def without_tokenizer(model: Model) -> str | None:
-    """Return why no prompt can be tokenized here; None where it can."""
-    try:
-        if model.path is not None:
-            load_tokenizer(Path(model.path))
-    except NotFoundError as error:
-        return str(error)
-    return None
 
 
 def _of_models(look: Look) -> Callable[[Subject], Iterator[Row]]:
@@ -90,7 +78,8 @@ def sites(experiment: Experiment, model: Any) -> Iterator[Row]:
     wrong = [plan.name for plan in table.plans if _forbidden(plan.site) and _forbidden(plan.site) not in opted]
     if wrong:
         cure = "targets.leave, or targets.opt_in where it is meant"
-        yield Row("fail", f"{wrong[0]} is rounded, and {counted(len(wrong) - 1, 'more')}", expected, cure)
+        measured = f"{counted(len(wrong), 'site')} rounded that nobody asked for, such as {wrong[0]}"
+        yield Row("fail", measured, expected, cure)
     elif not missed and not twice:
         yield Row("pass", f"{measured}; {len(table.left_out)} left", expected)
 
@@ -108,11 +97,19 @@ def fused(experiment: Experiment, model: Any) -> Iterator[Row]:
             groups[plan.site.fused_group].add((plan.weight, plan.input))
     split = [group for group, formats in groups.items() if len(formats) > 1]
     expected = "one format and one factor in a group"
+    own = [name for name, formats in groups.items() if any(_factor_of_its_own(weight) for weight, _ in formats)]
     if split:
         cure = "one format for all of it, or injection.fused_groups: free"
         yield Row("warn", f"{counted(len(split), 'group')} with several, such as {split[0]}", expected, cure)
+    elif own:
+        measured = f"each weight has a factor of its own in {counted(len(own), 'group')}, such as {own[0]}"
+        yield Row("warn", measured, expected, "weight: {name: nvfp4, factor: fused}, or a mode, which has it")
     elif groups:
         yield Row("pass", f"{counted(len(groups), 'group')} of fused layers, each alike", expected)
+
+
+def _factor_of_its_own(fmt: Format | None) -> bool:
+    return fmt is not None and fmt.scale == "e4m3" and fmt.factor == "tensor"
 
 
 def experts(experiment: Experiment, model: Any) -> Iterator[Row]:
@@ -166,29 +163,6 @@ def noisy(experiment: Experiment, model: Any) -> Iterator[Row]:
         yield Row("pass", measured, expected)
 
 
-def problems(subject: Subject) -> Iterator[Row]:
-    """Hold the problems that are learned against those that are judged, in substance."""
-    yield from merged((arm, row) for arm, own in subject.arms.items() for row in _shared(own))
-
-
-def _shared(experiment: Experiment) -> Iterator[Row]:
-    expected = "no problem that is the same in substance"
-    if why := experiment.training.filter_overlong_prompts and without_tokenizer(experiment.model):
-        yield Row("waits", why, expected)
-        return
-    learned, judged = problems_of(experiment, "train"), _judged(experiment)
-    shared = overlap(experiment.task, learned, judged)
-    measured = f"{len(learned)} learned, {len(judged)} judged, {len(shared)} shared"
-    if shared:
-        yield Row("fail", f"{measured}, such as {shared[0]!r}", expected, "cut the splits by substance")
-    else:
-        yield Row("pass", measured, expected)
-
-
-def _judged(experiment: Experiment) -> Any:
-    return evaluation_runner(experiment).problems
-
-
 def fits(subject: Subject) -> Iterator[Row]:
     """Check what a run checks before it begins: rewards, prompts, positions, profiles, patterns, teachers."""
     yield from merged((run.arm, _fits(run, subject)) for run in subject.firsts)
@@ -214,7 +188,7 @@ def _fits(run: Any, subject: Subject) -> Row:
 
 
 def start(subject: Subject) -> Iterator[Row]:
-    """Look for a quantization in each start's folder: an engine that reads it rounds an arm that should be unrounded."""
+    """Look for a quantization in each start's folder: an engine that reads it rounds an arm that rounds nothing."""
     yield from merged((arm, row) for arm, own in subject.arms.items() for row in _start(own))
 
 
@@ -227,7 +201,9 @@ def _start(experiment: Experiment) -> Iterator[Row]:
     if method is None:
         yield Row("pass", "nothing in the start's folder says that it is quantized", expected)
     elif experiment.injection is None or not experiment.injection.formats_at("weight"):
-        measured = f"the start is packed ({method}): an engine that reads its folder rounds this arm, which rounds nothing"
+        measured = (
+            f"the start is packed ({method}): an engine that reads its folder rounds this arm, which rounds nothing"
+        )
         yield Row("warn", measured, expected, "start from the folder that it was packed from")
     else:
         yield Row("warn", f"the start is packed ({method}): its weights lie on that grid already", expected)
@@ -243,7 +219,6 @@ def _named_in(folder: Path) -> str | None:
 
 CHECKS = (
     Check("start", ("P43",), start),
-    Check("problems", ("P37", "P47"), problems),
     Check("fits", ("P11", "P28", "P47"), fits),
     Check("sites", ("P11",), _of_models(sites)),
     Check("fused", ("P41",), _of_models(fused)),

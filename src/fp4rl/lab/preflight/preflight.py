@@ -19,7 +19,7 @@ _HERE = "fp4rl.lab.preflight"
 GROUPS = MappingProxyType(
     {
         "nothing": ("settings", "questions", "deployment", "surroundings"),
-        "model": ("numbers", "model"),
+        "model": ("numbers", "data", "model"),
         "weights": ("live", "steps"),
     }
 )

@@ -16,13 +16,17 @@ from weakref import WeakKeyDictionary
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.matrix import single
 from fp4rl.lab.preflight.live import NOT_HERE, without_weights
+from fp4rl.lab.preflight.model import modules_of
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.runs import Run, read_run
+from fp4rl.noise.schedule import asked_sigma, multiplier_at
+from fp4rl.sites.walk import layer_count, walk
 from fp4rl.spec.errors import CheckFailed, UserError
-from fp4rl.spec.evidence import LiveCheck, MasterCheck, RolloutNoise
+from fp4rl.spec.evidence import LayerNoise, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.linked import links
 from fp4rl.spec.load import merge
+from fp4rl.spec.noise import EpochAware, Noise
 from fp4rl.spec.words import counted
 
 STEPS = 3
@@ -167,25 +171,38 @@ def rollouts(run: Run, _: Tried) -> Iterator[Row]:
 
 
 def noise(run: Run, _: Tried) -> Iterator[Row]:
-    """Compare the noise that was measured on each layer's weights with sigma times the layer's factor."""
-    noisy = [line for line in run.of(RolloutNoise) if line.sigma > 0]
-    layers = [layer for line in noisy for layer in line.layers if layer.sigma > 0]
-    if run.spec.get("noise") is None or run.spec["noise"].get("control") == "sigma_zero":
+    """Compare the noise measured on each layer's weights with the schedule's sigma of that step times its factor."""
+    planned = Experiment.model_validate(run.spec).noise
+    if planned is None or planned.control == "sigma_zero":
         return
+    drawn = [(layer, asked) for layer, asked in _asked(run, planned) if asked > 0]
     expected = "1 in every layer, within its sampling error"
-    if not layers:
+    if not drawn:
         yield Row("warn", f"sigma is 0 in all of {STEPS} steps", "a sigma above 0", "see `fp4rl schedule`")
         return
-    ratios = [layer.drawn / layer.sigma for layer in layers]
-    allowed = [_DEVIATIONS / sqrt(2 * layer.elements) for layer in layers]
-    still = [layer.layer for layer in layers if not layer.share_changed > 0]
-    measured = f"realised over asked {min(ratios):.3f} to {max(ratios):.3f} in {counted(len(layers), 'draw')}"
+    ratios = [layer.drawn / asked for layer, asked in drawn]
+    allowed = [_DEVIATIONS / sqrt(2 * layer.elements) for layer, _ in drawn]
+    still = [layer.layer for layer, _ in drawn if not layer.share_changed > 0]
+    measured = f"realised over asked {min(ratios):.3f} to {max(ratios):.3f} in {counted(len(drawn), 'draw')}"
     if any(not abs(ratio - 1) <= most for ratio, most in zip(ratios, allowed, strict=True)):
-        yield Row("fail", measured, expected, "the noise is not wired to these layers")
+        yield Row("fail", measured, expected, "the noise is not wired to these layers, or not to the step")
     elif still:
         yield Row("warn", f"{measured}; layer {still[0]} keeps its bits", expected, "noise.precision: float32")
     else:
         yield Row("pass", measured, expected)
+
+
+def _asked(run: Run, planned: Noise) -> Iterator[tuple[LayerNoise, float]]:
+    """Yield the noise of each layer and step with what the description asks for there, whatever the run says of it."""
+    lines = run.of(RolloutNoise)
+    layers = layer_count(walk(modules_of(Experiment.model_validate(run.spec).model)))
+    # Its epochs end when the data do, which the steps tell.
+    by_data = isinstance(planned.schedule, EpochAware) and any(line.sigma > 0 for line in lines)
+    for line in lines:
+        sigma = line.sigma if by_data else asked_sigma(planned, line.step, STEPS)
+        share = line.step / STEPS
+        for own in line.layers:
+            yield own, sigma * multiplier_at(planned.multipliers, own.layer, layers, share)
 
 
 def spread(run: Run, own: Tried) -> Iterator[Row]:

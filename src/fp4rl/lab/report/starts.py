@@ -39,7 +39,11 @@ def low_starts(runs: Sequence[SuiteRun]) -> Iterator[str]:
     for run, start in _starts(runs):
         full = unrounded.get((_start(run), _conditions(start)))
         shares = [each.formatted for each in (start, full) if each is not None and each.formatted is not None]
-        if full is not None and full.profile.precision != start.profile.precision and min(shares, default=1) < FORMATTED:
+        if (
+            full is not None
+            and full.profile.precision != start.profile.precision
+            and min(shares, default=1) < FORMATTED
+        ):
             told[_cause(start, full)] = None
     yield from told
 
