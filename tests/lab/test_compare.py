@@ -466,7 +466,8 @@ def of_values(make_run, ask: Ask) -> Callable[..., Answer]:
                 digests = {"final_weights": weights[arm][seed]} if weights else {}
                 summary = {"sites": 0, "calls": {}, "master_unharmed": True} | digests
                 run = make_run(arm, seed, 0.5 + 0.01 * seed, spec=described, evidence=summary)
-                judged = {"kind": "evaluation", "step": 30, "profile": {"name": "deployment", "sites_digest": None}}
+                judged = {"kind": "evaluation", "step": 30, "strict": 0.5 + 0.01 * seed}
+                judged |= {"profile": {"name": "deployment", "sites_digest": None}}
                 run.add_evidence(line(**judged | ({"answers_digest": answers[arm][seed]} if answers else {})))
         return ask("with", "without", factors=(f"training.{key}",))
 
@@ -507,7 +508,7 @@ def test_a_rounding_that_costs_no_answer_is_a_result(make_run, ask: Ask):
             summary = {"sites": 0, "calls": {}, "master_unharmed": True, "final_weights": f"{arm}{seed}"}
             run = make_run(arm, seed, 0.5 + 0.01 * seed, profile=change, evidence=summary, suite=arm)
             judged = {"kind": "evaluation", "step": 30, "profile": {"name": name, "sites_digest": None}}
-            run.add_evidence(line(**judged | {"answers_digest": f"same{seed}"}))
+            run.add_evidence(line(**judged | {"strict": 0.5 + 0.01 * seed, "answers_digest": f"same{seed}"}))
     assert ask("bf16x/bf16x@w8a8", "bf16/bf16@full", factors=("precision",)).comparable
 
 
@@ -519,7 +520,8 @@ def test_a_treatment_of_evaluations_alone_leaves_the_weights_alone(make_run, ask
         make_run("bf16", seed, 0.7 + 0.01 * seed, profile={"sites_digest": None}, evidence=summary | {"sites": 0})
         run = make_run("later", seed, 0.6 + 0.01 * seed, spec=alone, evidence=summary | {"sites": 14})
         profile = {"name": "deployment", "sites_digest": "aaaa"}
-        run.add_evidence(line("evaluation", step=30, profile=profile, answers_digest=f"b{seed}"))
+        own = {"strict": 0.6 + 0.01 * seed, "answers_digest": f"b{seed}"}
+        run.add_evidence(line("evaluation", step=30, profile=profile, **own))
         row = {"point": "weight", "site": "a", "calls": 9, "share_changed": 0.9, "looks": 1}
         run.add_evidence(line("injection", phase="evaluation", profile="deployment", step=30, **row))
     assert ask("later", "bf16", factors=("injection", "precision")).objections == ()

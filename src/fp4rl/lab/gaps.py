@@ -215,9 +215,9 @@ def _of_another_run(evaluations: Sequence[Evaluation], logged: Sequence[Evaluati
     for told in evaluations:
         place = told.profile.name, told.step
         own = [line for line in logged if (line.profile.name, line.step) == place]
-        if own and not any((line.n, line.strict) == (told.n, told.strict) for line in own):
-            was = f"{told.strict:.2%} of {told.n}, and its evidence has {own[-1].strict:.2%} of {own[-1].n}"
-            yield f"its result says that {told.profile.name} scored {was} at step {told.step}"
+        if own and not any(line.strict == told.strict for line in own):
+            was = f"{told.strict:.2%} at step {told.step}, and its evidence has {own[-1].strict:.2%}"
+            yield f"its result says that {told.profile.name} scored {was}"
 
 
 def _positive(value: float | None) -> bool:

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fp4rl.inject.site import SiteState
 from fp4rl.lab.preflight import data, live, model, numbers
 from fp4rl.numerics import selftest
-from fp4rl.spec.injection import Injection
 
 W4A4 = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
 # Qwen2.5-1.5B's own sizes, from its config.json.
@@ -201,17 +199,6 @@ def test_what_a_run_is_refused_for_is_a_row(subject, rows):
     assert (row.verdict, row.arms) == ("fail", ("b",))
 
 
-def test_a_gradient_through_the_wrong_weight_fails(subject, rows, monkeypatch):
-    """The operand of a backward product that is left unrounded is another gradient than the one that is defined."""
-    rounding = {"injection": {"mode": "w4a4", "grad_input": "mxfp8"}}
-    assert [row.verdict for row in rows(numbers, "gradients", subject(a=rounding))] == ["pass"]
-    sound = SiteState.gradient
-    monkeypatch.setattr(SiteState, "gradient", lambda self, p, g: g if p == "grad_input" else sound(self, p, g))
-    (row,) = rows(numbers, "gradients", subject(a=rounding))
-    assert row.verdict == "fail"
-    assert row.measured.startswith("grad_input under grad_input mxfp8: off by")
-
-
 def test_a_quantizer_without_its_factor_fails(subject, rows, monkeypatch):
     assert [row.verdict for row in rows(numbers, "quantizer", subject())] == ["pass"]
     whole = selftest.self_test
@@ -219,14 +206,6 @@ def test_a_quantizer_without_its_factor_fails(subject, rows, monkeypatch):
     (row,) = rows(numbers, "quantizer", subject())
     assert row.verdict == "fail"
     assert row.measured.startswith("known vectors, mxfp4")
-
-
-def test_every_format_of_the_modes_has_its_gradients_checked(subject, rows):
-    points = {fmt.name for mode in ("w4a4", "w4a8") for fmt in Injection.named(mode).formats}
-    assert points == {"mxfp4", "mxfp8"}
-    modes = {"a": {"injection": "w4a4"}, "b": {"injection": "w4a8"}, "c": {"injection": "nvfp4_w4a4"}}
-    (row,) = rows(numbers, "gradients", subject(**modes))
-    assert (row.verdict, row.measured) == ("pass", "15 comparisons hold")  # 3 of weight and of input each; mxfp4, nvfp4
 
 
 def test_an_unrounded_arm_from_a_folder_that_an_engine_rounds_is_warned_of(subject, rows, tmp_path):

@@ -63,7 +63,7 @@ def test_a_suite_whose_numbers_are_its_own_has_no_such_note(trial):
 def test_a_number_copied_from_another_run_is_named_by_report_and_compare(trial, capsys):
     """The fault that was made: the start of one run was typed into the table of another."""
     at_start(trial, "w4a4-s0", "w4a4", evidence=False, strict=FULL / 100)
-    said = "its result says that deployment scored 46.00% of 500, and its evidence has 9.80% of 500 at step 0"
+    said = "its result says that deployment scored 46.00% at step 0, and its evidence has 9.80%"
     (found,) = (run for run in collect(trial).runs if run.gaps)
     assert (found.planned.arm, found.planned.seed, found.gaps) == ("w4a4", 0, (said,))
     assert main(["compare", "trial", "--runs", str(trial.parent), "--json"]) == 1
