@@ -13,8 +13,9 @@ from fp4rl.lab.preflight.rows import Subject
 from fp4rl.lab.sinks import TensorBoardSink
 from fp4rl.noise import perturb, targets
 from fp4rl.noise.schedule import ScheduleProgress, asked_sigma
-from fp4rl.spec.evidence import LiveCheck, MasterCheck, RolloutNoise
+from fp4rl.spec.evidence import Injected, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.load import load_spec
+from fp4rl.spec.transforms import Transformed
 from planted import small
 
 NOISE = {"schedule": {"kind": "constant", "sigma": 0.05}}
@@ -172,6 +173,32 @@ def test_a_start_without_weights_waits_for_them(subject, rows, tmp_path):
     assert rows(steps, "noise", own) == ()
 
 
-def test_what_starts_from_another_run_waits_for_it(subject, rows):
-    own = subject(a={}, b={"start": {"arm": "a"}})
+KEYS = {
+    "changing": ARM | {"injection": ARM["injection"] | {"schedule": {"weight": {"from_step": 9, "over": 6}}}},
+    "turned": ARM | {"model": {"transforms": [{"name": "rotate_residual"}]}},
+    "hopping": ARM | {"training": {"oscillation": {"dampen": 1e-3}}},
+    "averaged": ARM | {"training": {"ema": {"decay": 0.9, "rounds": True}}},
+    "later": ARM | {"start": {"arm": "first"}},
+}
+
+
+def test_what_the_newer_keys_do_is_tried_too(subject, rows):
+    """Each leaves its own evidence in three steps: all stages of a schedule, a transform, codes that flip."""
+    own = subject(None, None, (), first={}, **KEYS)
+    taken = steps.tried(own)
+    assert {name: tried.error or tried.waits or tried.run.gaps for name, tried in taken.items()} == dict.fromkeys(
+        taken, ()
+    )
+    runs = {name: tried.run for name, tried in taken.items()}
+    stages = {row.stage or "after" for row in runs["changing"].of(Injected) if row.point == "weight"}
+    assert stages == {"blend", "after"}  # none before: not rounded
+    assert runs["turned"].of(Transformed)[-1].difference is not None
+    assert "weights/oscillating" in runs["hopping"].curves[3]
+    assert runs["averaged"].spec["training"]["ema"]["rounds"]
+    assert taken["later"].stand_in == steps.UNTRAINED
+
+
+def test_what_a_teacher_has_yet_to_learn_is_waited_for(subject, rows):
+    taught = {"training": {"distillation": {"teacher": {"arm": "a"}}}}
+    own = subject(a={}, b=taught)
     assert steps._try("b", own.arms["b"], own.root).waits == "it takes weights that another run has yet to train"

@@ -1,7 +1,8 @@
 """Three fake steps of every arm through the path that a run takes, and what they recorded, by value.
 
 A start that is too large is stood in for by the embedded model: noise, injection, loss and recipe are the
-arm's own. Sizes are cut to what a CPU does in seconds.
+arm's own. A stage that begins with what another trains is tried on their common model. Sizes are cut to what a CPU
+does in seconds.
 """
 
 import tempfile
@@ -24,12 +25,13 @@ from fp4rl.sites.walk import layer_count, walk
 from fp4rl.spec.errors import CheckFailed, UserError
 from fp4rl.spec.evidence import LayerNoise, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.linked import links
+from fp4rl.spec.linked import START, TEACHER, links
 from fp4rl.spec.load import merge
 from fp4rl.spec.noise import EpochAware, Noise
 from fp4rl.spec.words import counted
 
 STEPS = 3
+EMBEDDED, UNTRAINED = "the embedded model in its place", "its model before the stages that it starts from"
 _PROMPTS, _ANSWERS, _LONGEST, _JUDGED = 16, 8, 64, 4
 _DEVIATIONS = 7  # of standard errors, 1 / sqrt(2 n) of n values: as the run's own check of each rollout
 # Without a warm-up no answer is right; every update still moves the weights.
@@ -42,9 +44,12 @@ _IN_ITS_PLACE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Tried:
-    """The fake run of one arm: what it recorded, its curves as they were exported, or why it came to no end."""
+    """The fake run of one arm: what it recorded, its curves as they were exported, or why it came to no end.
 
-    stand_in: bool
+    `stand_in`: what it ran on where that is not the start of the arm itself.
+    """
+
+    stand_in: str = ""
     run: Run | None = None
     exported: Mapping[int, Mapping[str, float]] | None = None
     error: str = ""
@@ -73,14 +78,14 @@ def _scratch(root: Path) -> Iterator[Path]:
 
 
 def _try(arm: str, experiment: Experiment, scratch: Path) -> Tried:
-    if links(experiment):
-        return Tried(False, waits="it takes weights that another run has yet to train")
-    why = without_weights(experiment)
+    linked, why = links(experiment), without_weights(experiment)
+    if TEACHER in linked:
+        return Tried(waits="it takes weights that another run has yet to train")
     if why is not None and why.startswith(NOT_HERE):
-        return Tried(False, waits=why)
-    stand_in = why is not None
+        return Tried(waits=why)
+    stand_in = EMBEDDED if why is not None else UNTRAINED if START in linked else ""
     try:
-        small = cut(experiment, stand_in=stand_in)
+        small = cut(experiment, stand_in=stand_in == EMBEDDED)
     except (UserError, ValueError) as error:
         return Tried(stand_in, waits=f"no small copy of it: {str(error).splitlines()[0]}")
     from fp4rl.lab.work import execute_run  # and with it TRL
@@ -91,7 +96,7 @@ def _try(arm: str, experiment: Experiment, scratch: Path) -> Tried:
         return Tried(stand_in, read_run(folder), curves)
     except (UserError, LookupError) as error:
         # Patterns and layers of a large model need not be those of the one in its place.
-        return Tried(stand_in, waits=str(error)) if stand_in else Tried(False, error=str(error))
+        return Tried(stand_in, waits=str(error)) if stand_in == EMBEDDED else Tried(stand_in, error=str(error))
     except CheckFailed as error:
         return Tried(stand_in, error=str(error))
     except Exception as error:  # of a library; a run would keep the traceback in its log
@@ -126,7 +131,12 @@ def cut(experiment: Experiment, *, stand_in: bool) -> Experiment:
     }
     changes: dict[str, Any] = {"training": training, "evaluation": evaluation, "health": {}, "processes": 1}
     changes |= {"sharding": "none", "engine": "trl", "rollout": {"engine": "transformers"}}
+    if experiment.injection is not None and (schedule := experiment.injection.schedule) is not None:
+        # Every stage within the steps: before in the first one, a blend in the second, the own format in the last.
+        soon = {p: {"from_step": min(own.from_step, 1), "over": min(own.over, 1)} for p, own in schedule.points.items()}
+        changes["injection"] = {"schedule": soon}
     described = experiment.model_dump(mode="json") | {"health": {}, "rollout": {}}
+    described.pop("start", None)
     described = merge(described, changes)
     if stand_in:
         described["task"], described["training"]["rewards"] = {}, []
@@ -153,7 +163,7 @@ def _end(own: Tried) -> Row:
         return Row("waits", own.waits, expected)
     if own.run is None:
         return Row("fail", own.error, expected)
-    where = " on the embedded model in its place" if own.stand_in else ""
+    where = f" on {own.stand_in}" if own.stand_in else ""
     if own.run.gaps:
         return Row("fail", "; ".join(own.run.gaps), expected)
     calls = sum(own.run.result.evidence.calls.values())
