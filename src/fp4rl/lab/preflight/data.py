@@ -9,6 +9,7 @@ from fp4rl.models.load import load_tokenizer
 from fp4rl.noise.schedule import ScheduleProgress, StageLog
 from fp4rl.rl.evaluate import evaluation_runner
 from fp4rl.rl.problems import problems_of
+from fp4rl.spec.digest import digest
 from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Model
@@ -29,7 +30,18 @@ def without_tokenizer(model: Model) -> str | None:
 
 def problems(subject: Subject) -> Iterator[Row]:
     """Hold the problems that are learned against those that are judged, in substance."""
-    yield from merged((arm, row) for arm, own in subject.arms.items() for row in _shared(own))
+    looked: dict[str, list[Row]] = {}
+    for own in subject.arms.values():
+        if (key := _split(own)) not in looked:
+            looked[key] = [*_shared(own)]
+    yield from merged((arm, row) for arm, own in subject.arms.items() for row in looked[_split(own)])
+
+
+def _split(experiment: Experiment) -> str:
+    """Return a digest of what decides which problems an arm learns and is judged on."""
+    judged, recipe = experiment.evaluation, experiment.training
+    limits = recipe.filter_overlong_prompts, recipe.max_prompt_length
+    return digest([experiment.task.model_dump(mode="json"), experiment.model.path, judged.split, judged.count, limits])
 
 
 def _shared(experiment: Experiment) -> Iterator[Row]:
