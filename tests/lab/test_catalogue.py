@@ -106,16 +106,25 @@ def test_what_was_reported_is_complete_unique_and_names_nobody():
     assert all(0 <= record.accuracy <= 100 for record in reported().values() if record.accuracy is not None)
 
 
-def test_the_recipe_of_w4a4_asks_at_equal_budget_over_seven_seeds(tmp_path):
-    """By hand: 30 steps of the start and 60 of its own are the 90 of the control, in one cosine."""
-    suite = described("w4a4_recipe")
+@pytest.mark.parametrize(
+    ("name", "treatment", "seeds", "steps"),
+    [
+        ("w4a4_recipe", "w4a4_qad", 7, (30, 60, 90)),
+        ("w4a4_late", "rl_and_qad", 7, (60, 30, 90)),
+        ("w4a4_embedded_m", "first", 5, (20, 40, 60)),
+    ],
+)
+def test_a_recipe_of_w4a4_asks_at_equal_budget_over_seeds_that_were_named(tmp_path, name, treatment, seeds, steps):
+    """By hand: the steps of the start and its own are those of the control, in one cosine."""
+    suite = described(name)
     arms = dict(arm_contents(suite))
-    assert len(suite.seeds) == 7
+    assert len(suite.seeds) == seeds
     assert [*refused_beforehand(suite)] == [*missing_controls(suite, tmp_path)] == []
     assert {question.margin for question in suite.comparisons if question.test == "reaches"} == {0.01}
-    control = equal_control(arms["w4a4_qad"], [arms["bf16"]], like=arms["bf16_equal"])
+    control = equal_control(arms[treatment], [arms["bf16"]], like=arms["bf16_equal"])
     assert control == arms["bf16_equal"]
-    assert (control.training.steps, control.training.lr_scheduler) == (90, "cosine")
+    assert tuple(arms[arm].training.steps for arm in ("bf16", treatment, "bf16_equal")) == steps
+    assert control.training.lr_scheduler == "cosine"
 
 
 @pytest.mark.slow
