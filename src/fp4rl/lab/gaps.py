@@ -213,8 +213,8 @@ def _missing_evaluations(spec: Spec, evaluations: Sequence[Evaluation]) -> Itera
 def _of_another_run(evaluations: Sequence[Evaluation], logged: Sequence[Evaluation]) -> Iterator[str]:
     """Yield the numbers of a result that its own evidence has otherwise: typed, or copied from another run."""
     for told in evaluations:
-        place = told.profile.name, told.step
-        own = [line for line in logged if (line.profile.name, line.step) == place]
+        key = told.profile.name, told.step
+        own = [line for line in logged if (line.profile.name, line.step) == key]
         if own and not any(line.strict == told.strict for line in own):
             was = f"{told.strict:.2%} at step {told.step}, and its evidence has {own[-1].strict:.2%}"
             yield f"its result says that {told.profile.name} scored {was}"

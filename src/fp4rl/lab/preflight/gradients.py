@@ -150,14 +150,14 @@ def _drawn(site: Injection, point: str) -> Iterator[Check]:
     """Check one point that draws: its values lie on the two levels about them and are right on average, and the
     gradients are those of the very draw that the result was made of."""
     oracle, fmt = Oracle(site), getattr(site, point)
-    one = torch.eye(_WIDTH, dtype=torch.float64)
+    diagonal = torch.eye(_WIDTH, dtype=torch.float64)
     x, weight, g = _data((_WIDTH, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH, _WIDTH))
     where = f"{point} {fmt.name}, {site.straight_through}"
     if point == "kv_cache":
         yield from _on_levels(_cached(site), fmt, site, where)
         return
     # Beside a matrix of ones on its diagonal the product is the rounded operand itself.
-    x, weight = (one, weight) if point in ("weight", "grad_weight") else (x, one)
+    x, weight = (diagonal, weight) if point in ("weight", "grad_weight") else (x, diagonal)
     made = _through(site, _layer(weight), x, g)
     kept = {"weight": (weight, "result"), "grad_input": (g, "grad_input"), "grad_weight": (g.mT, "grad_weight")}
     seen, name = kept.get(point, (x, "result"))

@@ -190,12 +190,12 @@ def noise(run: Run, _: Tried) -> Iterator[Row]:
     planned = Experiment.model_validate(run.spec).noise
     if planned is None or planned.control == "sigma_zero":
         return
-    drawn = [(layer, asked) for layer, asked in _asked(run, planned) if asked > 0]
+    drawn = [(layer, sigma) for layer, sigma in _due(run, planned) if sigma > 0]
     expected = "1 in every layer, within its sampling error"
     if not drawn:
         yield Row("warn", f"sigma is 0 in all of {STEPS} steps", "a sigma above 0", "see `fp4rl schedule`")
         return
-    ratios = [layer.drawn / asked for layer, asked in drawn]
+    ratios = [layer.drawn / sigma for layer, sigma in drawn]
     allowed = [_DEVIATIONS / sqrt(2 * layer.elements) for layer, _ in drawn]
     still = [layer.layer for layer, _ in drawn if not layer.share_changed > 0]
     measured = f"realised over asked {min(ratios):.3f} to {max(ratios):.3f} in {counted(len(drawn), 'draw')}"
@@ -207,7 +207,7 @@ def noise(run: Run, _: Tried) -> Iterator[Row]:
         yield Row("pass", measured, expected)
 
 
-def _asked(run: Run, planned: Noise) -> Iterator[tuple[LayerNoise, float]]:
+def _due(run: Run, planned: Noise) -> Iterator[tuple[LayerNoise, float]]:
     """Yield the noise of each layer and step with what the description asks for there, whatever the run says of it."""
     lines = run.of(RolloutNoise)
     layers = layer_count(walk(modules_of(Experiment.model_validate(run.spec).model)))
