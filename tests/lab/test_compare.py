@@ -387,6 +387,15 @@ def test_one_seed_an_arm_gets_the_band_of_the_repeats_in_the_ledger(make_run, tw
     assert "1.00 points run-to-run SD" in compared.verdict.why
 
 
+def test_where_every_answer_is_wrong_there_is_no_word_and_it_says_why(make_run, ask: Ask):
+    for seed in range(2):
+        make_run("bf16", seed, [0] * 8, evidence=NONE)
+        make_run("w4a4", seed, [0] * 8, spec=W4A4, evidence=QUANTIZED)
+    compared = ask()
+    assert (compared.word, compared.checks.two_way, compared.checks.bootstrap) == ("no verdict", None, None)
+    assert "no seed differs from another within its arm, so chance cannot be measured" in compared.sentence()
+
+
 def test_items_give_the_cross_checks_over_seeds_and_problems(make_run, ask: Ask):
     rng = np.random.default_rng(0)
     for seed in range(4):

@@ -146,7 +146,7 @@ def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=240) == 130, spec.with_suffix(".log").read_text()
     said = spec.with_suffix(".log").read_text()
-    assert "Ctrl-C: each run keeps a checkpoint after the step it is in" in said
+    assert "ending: each run keeps a checkpoint after the step it is in" in said
     assert said.rstrip().endswith("fp4rl: stopped; the same command continues where it left off")
     assert "Traceback" not in said
     (run,) = all_runs(root)

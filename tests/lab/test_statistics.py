@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way
+from fp4rl.lab.statistics.crossed import multi_bootstrap, two_way, varying
 from fp4rl.lab.statistics.power import power, seeds_needed
 from fp4rl.lab.statistics.proportions import mcnemar, newcombe, wilson
 from fp4rl.lab.statistics.seeds import holm, holm_grouped, not_worse, pooled, welch
@@ -134,6 +134,18 @@ def test_two_way_does_not_count_the_chance_of_single_answers_twice():
 def test_two_way_refuses_other_problems():
     with pytest.raises(InvalidValueError, match="must be the same"):
         two_way(np.ones((2, 3)), np.ones((2, 4)))
+
+
+@pytest.mark.parametrize("scores", [(0.0, 0.0), (100.0, 0.0)])
+def test_two_way_says_where_nothing_varies(scores):
+    treatment, control = (np.full((2, 5), own) for own in scores)
+    assert not varying(treatment, control)
+    with pytest.raises(InvalidValueError, match="neither seeds nor problems vary"):
+        two_way(treatment, control)
+    for changed in ((0, slice(None)), (slice(None), 0)):  # a seed, then a problem
+        other = treatment.copy()
+        other[changed] += 1.0
+        assert varying(other, control)
 
 
 def test_the_multi_bootstrap_is_reproducible_and_holds_a_clear_difference():

@@ -50,7 +50,7 @@ class Display:
     def on_event(self, event: Event) -> None:
         """Update the display for an event of a run."""
         if event.stage == STOPPING:
-            line = "Ctrl-C: each run keeps a checkpoint after the step it is in; Ctrl-C again ends them at once"
+            line = "ending: each run keeps a checkpoint after the step it is in; Ctrl-C now ends them at once"
             self._console.print(line)
             return
         if event.line is not None:

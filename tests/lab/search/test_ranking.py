@@ -69,6 +69,12 @@ def test_who_is_contested_stands_on_both_sides_of_the_cut_nearest_first():
     assert not gap(order[0], order[2]).open
 
 
+@pytest.mark.parametrize(("first", "open_"), [(0.0, True), (1.0, False)])
+def test_candidates_that_do_not_vary_are_told_apart_by_their_problems_alone(first, open_):
+    against = gap(contender(0, [first, first]), contender(1, [0.0, 0.0]))
+    assert (against.value, against.open) == (first, open_)
+
+
 @pytest.fixture(scope="module")
 def ended():
     space, book = space_of((4, 4, 2)), Book()

@@ -15,7 +15,7 @@ from fp4rl.lab.compare.sides import Side
 from fp4rl.lab.criteria import Verdict, evaluate_family
 from fp4rl.lab.runs import Run
 from fp4rl.lab.spent import Spending
-from fp4rl.lab.statistics.crossed import Bootstrapped, Scores, multi_bootstrap, two_way
+from fp4rl.lab.statistics.crossed import Bootstrapped, Scores, multi_bootstrap, two_way, varying
 from fp4rl.lab.statistics.proportions import PairedFlips, mcnemar
 from fp4rl.lab.statistics.seeds import Difference, Spread, pooled
 from fp4rl.spec.errors import InvalidValueError
@@ -179,6 +179,8 @@ def _cross_checks(treatment: Side, control: Side) -> CrossChecks:
     if min(len(first), len(second)) < 2:
         return CrossChecks()
     points = 100 * first, 100 * second
+    if not varying(*points):
+        return CrossChecks()
     return CrossChecks(two_way(*points), multi_bootstrap(*points, generator=np.random.default_rng(_DRAWS_SEED)))
 
 

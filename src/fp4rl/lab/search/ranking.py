@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp4rl.lab.search.records import Measured
-from fp4rl.lab.statistics.crossed import Scores, two_way
+from fp4rl.lab.statistics.crossed import Scores, two_way, varying
 from fp4rl.lab.statistics.paired import paired
 from fp4rl.lab.statistics.seeds import pooled
 
@@ -66,11 +66,11 @@ class Gap:
 
 
 def gap(first: Contender, second: Contender) -> Gap:
-    """Compare two candidates on the seeds and problems that both have: over problems alone with one seed, over seeds
-    and problems with more."""
+    """Compare two candidates on the seeds and problems that both have: over problems alone with one seed or where
+    nothing varies, else over seeds and problems."""
     seeds = [seed for seed in first.runs if seed in second.runs]
     ours, theirs = first.table(seeds), second.table(seeds)
-    if len(seeds) > 1 and not np.array_equal(ours, theirs):
+    if len(seeds) > 1 and varying(ours, theirs):
         both = two_way(ours, theirs)
         return Gap(both.value, both.low, both.high)
     over = paired(ours.mean(0).tolist(), theirs.mean(0).tolist())

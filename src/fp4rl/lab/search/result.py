@@ -141,7 +141,7 @@ class Result:
         if chosen is None or line is None:
             yield "Screening has not ended, so that nothing is chosen and nothing may be said."
             return
-        near = f"; {len(line.close)} others could not be told from it" if line.close else ""
+        near = f"; {counted(len(line.close), 'other')} could not be told from it" if line.close else ""
         yield f"Chosen was {chosen.name} ({chosen.words}), with {line.why}{near}."
         yield from self._verdict()
 

@@ -60,7 +60,7 @@ def two_way(treatment: Scores, control: Scores) -> Difference:
     The variance is V(seeds) + V(problems) - V(cell): that of the seed means, plus that of the per-problem differences,
     less the residual that both contain, and at least each of them (Cameron, Gelbach and Miller, J. of Business and
     Economic Statistics 29 (2011)). Degrees of freedom after Satterthwaite.
-    Raises `InvalidValueError` unless the problems are the same and each arm has two seeds.
+    Raises `InvalidValueError` unless the problems are the same and each arm has two seeds, and where nothing varies.
     """
     _check_problems(treatment, control)
     if min(len(treatment), len(control), treatment.shape[1]) < 2:
@@ -70,13 +70,19 @@ def two_way(treatment: Scores, control: Scores) -> Difference:
     problems = float((treatment.mean(0) - control.mean(0)).var(ddof=1)) / treatment.shape[1]
     # Estimates can make the sum smaller than one of its parts, which would be too confident.
     total = max(sum(seeds) + problems - _cell(treatment) - _cell(control), sum(seeds), problems)
-    if not total > 0:
+    if not varying(treatment, control):
         raise InvalidValueError("neither seeds nor problems vary, so chance cannot be measured")
     freedom = total**2 / (
         sum(part**2 / (len(arm) - 1) for part, arm in zip(seeds, (treatment, control), strict=True))
         + problems**2 / (treatment.shape[1] - 1)
     )
     return student_t(value, math.sqrt(total), freedom, (len(treatment), len(control)))
+
+
+def varying(treatment: Scores, control: Scores) -> bool:
+    """Return whether a seed differs from another within its arm, or a problem from another in what the arms differ."""
+    spreads = (np.ptp(treatment.mean(1)), np.ptp(control.mean(1)), np.ptp(treatment.mean(0) - control.mean(0)))
+    return any(spread > 0 for spread in spreads)
 
 
 def _cell(arm: Scores) -> float:
