@@ -9,6 +9,7 @@ on two cores at a second a step. `--write` puts the tables into benchmarks/resul
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 from scipy import stats
@@ -19,12 +20,16 @@ from planted.searched import MadeUp, search, space_of
 Point = Mapping[str, str | float]
 BEST: Point = {"training.lr": "0.2", "training.weight_decay": "0.3", "training.grad_clip": "0.1"}
 GRID = (4, 4, 3)
-AHEAD = (3.0, 5.0)  # points by which the planted arm is better than all others
+# Points by which the planted arm is better than all others, and by which a training seed shifts all arms alike.
+AHEAD = ((3.0, 0.0), (5.0, 0.0), (5.0, 1.0))
 
 
-def searched(worth: Callable[[Point], float], seed: int, *, telling: bool, first: int = 64) -> tuple[Point, Judged]:
+def searched(
+    worth: Callable[[Point], float], seed: int, *, telling: bool, first: int = 64, shared: float = 0.0
+) -> tuple[Point, Judged]:
     """The recipe that one search chose, and its verdict; with fewer candidates than combinations TPE draws them."""
-    bench, book = MadeUp(space_of(GRID, candidates=first), worth, seed=seed, telling=telling), Book()
+    bench = MadeUp(space_of(GRID, candidates=first), worth, seed=seed, telling=telling, shared=shared)
+    book = Book()
     judged = search(bench, book).run()
     chosen = book.last(Chosen)
     assert chosen is not None
@@ -38,19 +43,18 @@ def share(hits: int, tries: int) -> str:
 
 def planted(tries: int) -> list[str]:
     lines = [
-        "| the best is ahead by | KL tells | best chosen | called better than the control |",
-        "|---|---|---:|---:|",
+        "| the best is ahead by | seeds shift all by (SD) | KL tells | best chosen | called better than the control |",
+        "|---|---|---|---:|---:|",
     ]
-    for ahead in AHEAD:
-        for telling in (False, True):
-            ends = [
-                searched(lambda point, own=ahead: own if dict(point) == BEST else 0.0, seed, telling=telling)
-                for seed in range(tries)
-            ]
-            hits = sum(dict(point) == BEST for point, _ in ends)
-            better = sum(judged.word == "better" and dict(point) == BEST for point, judged in ends)
-            tells = "something" if telling else "nothing"
-            lines.append(f"| {ahead:g} points | {tells} | {share(hits, tries)} | {share(better, tries)} |")
+    for (ahead, shared), telling in product(AHEAD, (False, True)):
+        ends = [
+            searched(lambda point, own=ahead: own if dict(point) == BEST else 0.0, seed, telling=telling, shared=shared)
+            for seed in range(tries)
+        ]
+        hits = sum(dict(point) == BEST for point, _ in ends)
+        better = sum(judged.word == "better" and dict(point) == BEST for point, judged in ends)
+        tells = "something" if telling else "nothing"
+        lines.append(f"| {ahead:g} points | {shared:g} | {tells} | {share(hits, tries)} | {share(better, tries)} |")
     return lines
 
 

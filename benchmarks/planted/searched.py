@@ -46,7 +46,8 @@ def space_of(grid: Sequence[int], **screening: Any) -> Space:
 class MadeUp:
     """A bench of made-up runs: `worth` says by how many points a recipe is better than the control, at the last rung.
 
-    At an earlier rung differences are `early` of that. KL tells nothing about the recipe, unless `telling`.
+    At an earlier rung differences are `early` of that. KL tells nothing about the recipe, unless `telling`. `shared`:
+    the standard deviation, in points, of what a training seed does to all recipes alike.
     """
 
     space: Space
@@ -54,6 +55,7 @@ class MadeUp:
     seed: int = 0
     early: float = 0.6
     telling: bool = False
+    shared: float = 0.0
     clock_s: float = 0.0
     jobs: int = 2
     worlds: dict[str, World] = field(init=False)
@@ -73,7 +75,8 @@ class MadeUp:
         rng = np.random.default_rng([self.seed, cell.candidate.number, cell.steps, cell.seed])
         share = 1.0 if cell.steps == self.space.screening.rungs[-1] else self.early
         points = share * self.worth(cell.candidate.point)
-        solved = self._runs(rng, "screening", 1, points)[0]
+        common = self.shared * np.random.default_rng([self.seed, cell.seed, 77]).normal()
+        solved = self._runs(rng, "screening", 1, points + common)[0]
         kl = float(np.exp(rng.normal(-4.0 - (0.3 * points if self.telling else 0.0), 0.3)))
         return Measured(
             candidate=cell.candidate.number,
