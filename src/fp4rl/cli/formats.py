@@ -131,6 +131,8 @@ def _in_words(fmt: Format) -> Iterator[tuple[str, str]]:
         yield "coarse", f"one FP32 scale for {fmt.coarse.columns} columns, chosen by {fmt.coarse.choice}"
     if fmt.rotation:
         yield "rotation", f"Hadamard {fmt.rotation} along the last axis"
+    if fmt.fallback:
+        yield "fallback", f"{fmt.fallback:g} of a row's blocks, those of the largest magnitude, are rounded twice"
 
 
 def _formula(fmt: Format) -> str:
@@ -195,6 +197,7 @@ def _compared() -> Iterator[tuple[str, Format]]:
                 yield f"mxfp4 {rule}", replace(fmt, scale_rule=rule)
             yield "mxfp4 even, rotation 32", replace(fmt, scale_rule="even", rotation=32)
             yield "mxfp4 coarse 128, search", replace(fmt, coarse=Coarse(128, "search"))
+            yield "mxfp4 even, fallback 0.25", replace(fmt, scale_rule="even", fallback=0.25)
 
 
 def _facts(fmt: Format) -> dict[str, object]:
@@ -217,6 +220,7 @@ def _facts(fmt: Format) -> dict[str, object]:
         "rounding": fmt.rounding,
         "coarse": vars(fmt.coarse) if fmt.coarse else None,
         "rotation": fmt.rotation,
+        "fallback": fmt.fallback,
     }
 
 

@@ -165,7 +165,7 @@ def advised_formats(
     chosen = knapsack(choices, settings.bits * prices.total)
     taken = {site: choice.pair or own for group, choice in chosen.choices.items() for site in groups[group]}
     bits = sum(prices.sizes[site] * pair.weight_bits for site, pair in taken.items()) / prices.total
-    time = sum(prices.macs[site] * prices.slowdown(pair) for site, pair in taken.items())
+    time = sum(prices.macs[site] * prices.slowdown(pair, site) for site, pair in taken.items())
     return FormatAdvice(chosen, groups, bits, time, prices.source)
 
 

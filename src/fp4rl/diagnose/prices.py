@@ -1,6 +1,7 @@
 """What the formats of a site cost where it is deployed: bits of its weights, and time of its matmul by peak rates.
 
-A matmul runs at the rate of its wider operand: MXFP4 weights times MXFP8 inputs (W4A8) at that of 8 bits.
+A matmul runs at the rate of its wider operand: MXFP4 weights times MXFP8 inputs (W4A8) at that of 8 bits. Input blocks
+that are rounded twice are multiplied twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ class Pair:
     @property
     def operand_bits(self) -> int:
         """Bits of the wider operand, as matmuls are built: 4, 8 or 16."""
-        widest = max(int(fmt.bits_per_value) if fmt is not None else 16 for fmt in (self.weight, self.input))
+        widest = max(int(fmt.bits_once) if fmt is not None else 16 for fmt in (self.weight, self.input))
         return next(bits for bits in (4, 8, 16) if widest <= bits)
 
 
@@ -83,7 +84,7 @@ class Prices:
 
     (1 - compute) of a price is the weights' own bits; `compute` of it is the time of the matmul in units of its time as
     scanned, times the weights' bits as scanned, so that all sites as scanned cost these bits. `macs`: site -> its share
-    of the multiplications of a token.
+    of the multiplications of a token; `columns`: -> its in_features.
     """
 
     scanned: Pair
@@ -91,6 +92,7 @@ class Prices:
     deployment: str | None
     macs: Mapping[str, float]
     sizes: Mapping[str, int]
+    columns: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -100,14 +102,16 @@ class Prices:
     def of(self, pair: Pair, site: str) -> float:
         """Return the price of one site."""
         weights = self.sizes[site] * pair.weight_bits
-        matmul = self.total * self.macs[site] * self.scanned.weight_bits * self.slowdown(pair)
+        matmul = self.total * self.macs[site] * self.scanned.weight_bits * self.slowdown(pair, site)
         return (1 - self.compute) * weights + self.compute * matmul
 
-    def slowdown(self, pair: Pair) -> float:
-        """Return how many times as long the matmul takes as it does as scanned."""
+    def slowdown(self, pair: Pair, site: str) -> float:
+        """Return how many times as long the matmul of a site takes as it does as scanned."""
         peaks, _ = self._peaks
         now, then = pair.operand_bits, self.scanned.operand_bits
-        return peaks[then] / peaks[now] if {now, then} <= peaks.keys() else now / then
+        rate = peaks[then] / peaks[now] if {now, then} <= peaks.keys() else now / then
+        passes = [fmt.passes(self.columns[site]) if fmt is not None else 1 for fmt in (pair.input, self.scanned.input)]
+        return rate * passes[0] / passes[1]
 
     @property
     def source(self) -> str:
@@ -128,7 +132,9 @@ def prices_of(model: nn.Module, plans: Sequence[SitePlan], injection: Injection,
     macs = {plan.name: sizes[plan.name] * _active(model, plan) for plan in plans}
     shares = {name: each / sum(macs.values()) for name, each in macs.items()}
     scanned = Pair(injection.weight, injection.input)
-    return Prices(scanned, compute if injection.input is not None else 0.0, injection.deployment, shares, sizes)
+    columns = {plan.name: plan.site.shape[-1] for plan in plans}
+    share = compute if injection.input is not None else 0.0
+    return Prices(scanned, share, injection.deployment, shares, sizes, columns)
 
 
 def _active(model: nn.Module, plan: SitePlan) -> float:

@@ -12,6 +12,7 @@ from fp4rl.spec.points import MODES
 from fp4rl.spec.words import counted
 
 UNNAMED = "ocp"  # whose rules formats have where no deployment is named
+TWICE = "inputs with a fallback are rounded twice in part, which no engine does"
 
 
 class Fate(NamedTuple):
@@ -48,6 +49,8 @@ def served_as(injection: Injection | None) -> str:
     """Return what is served of an injection, in one sentence."""
     if injection is None or not injection.formats:
         return "full precision, which every machine computes as it is"
+    if rounds_twice(injection):
+        return f"nothing serves it: {TWICE}"
     mode, name = injection.checkpoint_mode, injection.deployment or UNNAMED
     unnamed = "" if injection.deployment else " (no deployment is named)"
     if mode is None:
@@ -55,8 +58,15 @@ def served_as(injection: Injection | None) -> str:
     return f"{name}{unnamed}: {DEPLOYMENTS[name].sentence(mode)}"
 
 
+def rounds_twice(injection: Injection) -> bool:
+    """Return whether some format has a fallback, for which no deployment may be named."""
+    return any(fmt.fallback is not None for fmt in injection.formats)
+
+
 def changed(injection: Injection | None) -> str | None:
     """Return a warning where what is computed here is not what the deployment would serve; None where it is."""
+    if injection is not None and rounds_twice(injection):
+        return f"{injection.name} is computed here, but nothing serves it: {TWICE}"
     mode = injection.checkpoint_mode if injection is not None else None
     if injection is None or injection.deployment is None or mode is None:
         return None
@@ -105,6 +115,8 @@ def of_profiles(evaluation: Evaluation) -> dict[str, Injection]:
 def _fate(injection: Injection | None) -> Fate:
     if injection is None or not injection.formats:
         return Fate("-", "full precision", "as it is")
+    if rounds_twice(injection):
+        return Fate("-", injection.checkpoint_mode or "of no mode", "nothing", TWICE)
     mode, name = injection.checkpoint_mode, injection.deployment or f"{UNNAMED} (not named)"
     if mode is None:
         return Fate(name, "of no mode", "not known")

@@ -5,7 +5,8 @@
     native     the C kernels: every CPU tensor once they are built, which happens once a machine and when it pays
     triton     CUDA
 
-A backend that does not know a format leaves it to the reference.
+A backend that does not know a format leaves it to the reference. None knows rotations, coarse scales and
+fallbacks, which are done around them (`quantize`).
 """
 
 import ctypes
@@ -80,6 +81,8 @@ def round_tensor(x: Tensor, fmt: Format, seed: Seed | None, out: Tensor | None =
     """Compute `reference(x, fmt, seed)` on the backend that fits, into `out` where one is given (it may be x)."""
     if hasattr(x, "to_local"):  # its parts have other blocks, and no memory of their own that a kernel could read
         raise InvalidValueError("a sharded tensor (DTensor) cannot be rounded in parts; gather it: x.full_tensor()")
+    if fmt.fallback is not None:
+        raise InvalidValueError(f"{fmt.name}: a backend rounds once; for a format with a fallback call fake_quantize")
     backend = backend_for(x, fmt)
     if backend == "reference":
         result = reference(x, fmt, seed)

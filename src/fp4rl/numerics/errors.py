@@ -13,7 +13,7 @@ After arXiv 2605.20402, which names the three parts; the element-wise definition
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import inf, isfinite, log10, sqrt
 from statistics import median
 from types import MappingProxyType
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics.blocks import Grouping
+from fp4rl.numerics.fallback import rounded_twice
 from fp4rl.numerics.levels import inside, within_reach
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.numerics.reference import widened
@@ -197,9 +198,11 @@ def split(x: Tensor, rounded: Tensor, fmt: Format) -> ErrorSplit:
 
 
 def ideally_rounded(x: Tensor, fmt: Format) -> Tensor:
-    """Round `x` (float32 or float64) under each block's ideal, real-valued scale."""
+    """Round `x` (float32 or float64) under each block's ideal, real-valued scale; twice where the format does."""
     if fmt.scale == "none":
         return fake_quantize(x, fmt)
+    if fmt.fallback is not None:
+        return rounded_twice(x, fmt, partial(ideally_rounded, fmt=replace(fmt, fallback=None)))
     grouping = Grouping.of(x.shape, fmt)
     blocks = grouping.split(x)
     magnitude = blocks.abs()

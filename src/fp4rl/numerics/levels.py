@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4rl.numerics.blocks import Grouping
+from fp4rl.numerics.fallback import falling_back, remainder
 from fp4rl.numerics.reference import block_scale, reference, widened
 from fp4rl.numerics.rounding import round_magnitude, spacing
 from fp4rl.numerics.scales import FP32_LARGEST, FP32_TINY, divided
@@ -63,9 +64,17 @@ def inside(x: Tensor, fmt: Format) -> tuple[Tensor, Levels]:
 
 
 def within_reach(x: Tensor, fmt: Format) -> Tensor:
-    """Return a bool like x, rotated where the format is: whether each magnitude is within what its scale can hold."""
+    """Return a bool like x, rotated where the format is: whether each magnitude is within what its scale can hold.
+
+    Of a value that is rounded twice, whether it is, or what the first rounding left: clipped is what both clip.
+    """
     if fmt.scale == "none":
         return x.abs() <= fmt.element.largest
+    if fmt.fallback is not None:
+        once, chosen = replace(fmt, fallback=None), falling_back(x, fmt)
+        inner, around = inside(x, once)
+        rest = remainder(x, around.outside(reference(inner, once)), chosen)
+        return within_reach(x, once) | (chosen & within_reach(rest, once))
     inner, _ = inside(x, fmt)
     grouping = Grouping.of(x.shape, fmt)
     magnitude = grouping.split(widened(inner)).abs()
@@ -75,10 +84,10 @@ def within_reach(x: Tensor, fmt: Format) -> Tensor:
 def levels(x: Tensor, fmt: Format, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the signed element value that each value of `x` is rounded to, and the scale that it is multiplied by.
 
-    Both like x, in float32 or float64; inside rotation and coarse scale. The format has scales and draws nothing. With
-    an `anchor` like x each value goes to that of its two neighbouring levels which is nearer the anchor, on a tie as
-    the format rounds (Q-EMA, arXiv 2502.20853, for a format without rotation or coarse scale); what lies on a level
-    stays.
+    Both like x, in float32 or float64; inside rotation and coarse scale. The format has scales, draws nothing and has
+    no fallback. With an `anchor` like x each value goes to that of its two neighbouring levels which is nearer the
+    anchor, on a tie as the format rounds (Q-EMA, arXiv 2502.20853, for a format without rotation or coarse scale); what
+    lies on a level stays.
     """
     inner, _ = inside(x, fmt)
     grouping = Grouping.of(x.shape, fmt)
@@ -101,7 +110,7 @@ def smooth_slope(x: Tensor, fmt: Format, sharpness: float, cap: float) -> Tensor
     """Return a derivative of rounding `x`, like it in float32 or float64: |2t - 1|^(1/sharpness - 1) / sharpness, at
     most `cap`, where a magnitude is t of the way between two neighbouring levels, and 0 beyond the largest.
 
-    Scales count as constants. DGE of arXiv 2501.17116, eq. 8; formats that are not rotated.
+    Scales count as constants. DGE of arXiv 2501.17116, eq. 8; formats that are not rotated and have no fallback.
     """
     inner, _ = inside(x, fmt)
     grouping = Grouping.of(x.shape, fmt)

@@ -162,6 +162,8 @@ def _not_finite(fmt: Format, name: str) -> InvalidValueError:
 def _check(x: Tensor, fmt: Format, name: str) -> None:
     if fmt.scale == "none":
         raise InvalidValueError(f"{name}: {fmt.name} has no scale and no codes of its own; cast the tensor instead")
+    if fmt.fallback is not None:
+        raise InvalidValueError(f"{name}: no layout stores blocks that are rounded twice; leave fallback out")
     if fmt.factor == "per_token":
         raise InvalidValueError(f"{name}: no layout stores a factor for each token; {fmt.name} so is for inputs alone")
     if not x.is_floating_point() or not x.ndim:

@@ -1,9 +1,12 @@
 """Fake quantization: a tensor rounded to the values of a format, in its own dtype."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fp4rl.numerics.dispatch import round_tensor
+from fp4rl.numerics.fallback import rounded_twice
 from fp4rl.numerics.levels import inside
 from fp4rl.numerics.rounding import Seed, draw_seed, saturated
 from fp4rl.spec.errors import InvalidValueError
@@ -37,6 +40,10 @@ def fake_quantize(
     seed = seed_for(fmt, generator, name)
     if not x.numel():
         return x.clone() if out is None else out
+    if fmt.fallback is not None:
+        once = replace(fmt, fallback=None)
+        result = rounded_twice(x, fmt, lambda part: fake_quantize(part, once))
+        return result if out is None else out.copy_(result)
     if fmt.coarse is None and fmt.rotation is None:
         return saturated(round_tensor(x, fmt, seed, out), fmt.rounding)
     inner, levels = inside(x, fmt)

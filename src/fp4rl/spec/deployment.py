@@ -31,6 +31,11 @@ class Deployment:
         """
         if why := self.left_alone(point):
             raise InvalidValueError(why)
+        if fmt.fallback is not None:
+            raise InvalidValueError(
+                f"{fmt.name} with a fallback: deployment {self.name!r} rounds no block twice, nor does any other; "
+                "leave fallback out, or leave deployment out to measure it"
+            )
         rounds = self._rounds(point, fmt)
         if rounds is None or fmt.scale != "e8m0" or fmt.rounding == "stochastic":
             return fmt

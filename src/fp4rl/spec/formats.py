@@ -6,16 +6,23 @@ A new format is a new value, never a new branch, and one entry here is all it ta
     MXFP4 = add_format(Format("mxfp4", E2M1, block=(1, 32)))
     MXFP4_2D = add_format(replace(MXFP4, name="mxfp4_2d", block=(32, 32)))
 
-Sources: OCP Microscaling Formats (MX) v1.0 for elements, E8M0 and `floor`; OCP 8-bit Floating Point v1.0 for E4M3
-and E5M2; NVIDIA's NVFP4. The numbers themselves are made in `fp4rl.numerics`.
+Sources: OCP Microscaling Formats (MX) v1.0 for E8M0 and `floor`; NVIDIA's NVFP4. The numbers themselves
+are made in `fp4rl.numerics`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import frexp, inf
+from math import ceil, inf
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from fp4rl.spec.elements import E2M1 as E2M1
+from fp4rl.spec.elements import E2M3 as E2M3
+from fp4rl.spec.elements import E3M2 as E3M2
+from fp4rl.spec.elements import E4M3 as E4M3
+from fp4rl.spec.elements import E5M2 as E5M2
+from fp4rl.spec.elements import E8M7 as E8M7
+from fp4rl.spec.elements import Element as Element
 from fp4rl.spec.errors import InvalidValueError, NotFoundError, nearest
 
 Scale = Literal["e8m0", "e4m3", "fp32", "none"]
@@ -27,59 +34,6 @@ Factor = Literal["tensor", "per_token", "static", "fused"]
 
 ROTATIONS = (16, 32, 64, 128)
 UOS_LIMIT = 7.25  # Ascend's dst_type_max for E2M1: a block maximum up to 7.25 scales is clipped to 6, not rescaled
-
-
-@dataclass(frozen=True)
-class Element:
-    """A small floating-point type: sign, exponent, mantissa, subnormals; `largest` is its greatest finite magnitude.
-
-    With one exponent bit the grid is even: Element("INT4", 1, 2, 3.5) holds the integers -7 to 7 in units of one half.
-    Raises InvalidValueError where `largest` is not on the grid.
-    """
-
-    name: str
-    exponent_bits: int
-    mantissa_bits: int
-    largest: float
-
-    def __post_init__(self) -> None:
-        if self.exponent_bits < 1 or self.mantissa_bits < 0 or self.largest <= 0:
-            raise InvalidValueError(f"{self.name}: an element has an exponent bit at least and a largest value above 0")
-        steps = self.largest / 2.0 ** (self.max_exponent - self.mantissa_bits)
-        room = self.min_exponent <= self.max_exponent < self.min_exponent + 2**self.exponent_bits - 1
-        if steps != int(steps) or not room:
-            raise InvalidValueError(
-                f"{self.name}: {self.largest:g} is no value of {self.exponent_bits} exponent and {self.mantissa_bits} "
-                "mantissa bits"
-            )
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code, its sign among them."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def min_exponent(self) -> int:
-        """Exponent of the smallest normal magnitude; below it the grid is even (subnormals)."""
-        return 2 - (1 << (self.exponent_bits - 1))
-
-    @property
-    def max_exponent(self) -> int:
-        """Exponent of the largest magnitude: 2 for E2M1 (6 = 1.5 * 2^2)."""
-        return frexp(self.largest)[1] - 1
-
-    @property
-    def smallest(self) -> float:
-        """The smallest magnitude above zero."""
-        return 2.0 ** (self.min_exponent - self.mantissa_bits)
-
-    def grid(self) -> tuple[float, ...]:
-        """Return every magnitude, from 0 to `largest`; its position is the code without the sign."""
-        steps = 2**self.mantissa_bits
-        values = [i * self.smallest for i in range(steps)]
-        for exponent in range(self.min_exponent, self.max_exponent + 1):
-            values += [(1 + i / steps) * 2.0**exponent for i in range(steps)]
-        return tuple(v for v in values if v <= self.largest)
 
 
 @dataclass(frozen=True)
@@ -105,7 +59,9 @@ class Format:
     the rule is worked out: `exact`, or op by op in a dtype, as tools do (`tensor`: in that of the tensor itself). No
     scale is below 2^`scale_min_exponent`. `rotation` is the size of the Hadamard blocks along the last axis. `factor`:
     what has one FP32 number, above `e4m3` scales or as the scale: the `tensor`, each row (`per_token`), all calls
-    (`static`, for a magnitude `calibrated`), or weights that a kernel fuses (`fused`). Refuses what means nothing.
+    (`static`, for a magnitude `calibrated`), or weights that a kernel fuses (`fused`). `fallback`: the share of a row's
+    blocks, those of the largest magnitude, that are rounded twice, the second time what the first left (arXiv
+    2503.08040). Refuses what means nothing.
     """
 
     name: str
@@ -121,18 +77,35 @@ class Format:
     factor: Factor = "tensor"
     calibrated: float | None = None
     scale_min_exponent: int | None = None
+    fallback: float | None = None
 
     def __post_init__(self) -> None:
-        for mistake in (*_wrong_words(self), *_wrong_scale(self), *_wrong_factor(self), *_wrong_block(self)):
+        checks = (_wrong_words, _wrong_scale, _wrong_factor, _wrong_block, _wrong_fallback)
+        for mistake in (mistake for check in checks for mistake in check(self)):
             raise InvalidValueError(f"{self.name}: {mistake}")
 
     @property
     def bits_per_value(self) -> float:
-        """Bits stored for one value of a large tensor whose axes divide: code, and its share of the scales."""
+        """Bits for one value of a large tensor whose axes divide: those of every rounding of it."""
+        return self.bits_once * (1 + (self.fallback or 0))
+
+    @property
+    def bits_once(self) -> float:
+        """Bits for one rounding of a value of a large tensor whose axes divide: code, and its share of the scales."""
         bits = float(self.element.bits)
         if self.block is not None and self.scale != "none":
             bits += {"e8m0": 8, "e4m3": 8, "fp32": 32}[self.scale] / (self.block[0] * self.block[1])
         return bits + (32 / self.coarse.columns if self.coarse else 0)
+
+    def twice(self, columns: int) -> int:
+        """Return how many blocks of a row of so many columns are rounded twice: the share of them, rounded up."""
+        if self.fallback is None or self.block is None:
+            return 0
+        return ceil(self.fallback * -(-columns // self.block[1]) - 1e-9)  # 0.28 * 25 is a hair above 7
+
+    def passes(self, columns: int) -> float:
+        """Return how often the blocks of a row of so many columns are rounded on average; 1 without a fallback."""
+        return 1.0 if self.block is None else 1 + self.twice(columns) / -(-columns // self.block[1])
 
     @property
     def spans_rows(self) -> bool:
@@ -192,12 +165,16 @@ def _wrong_block(fmt: Format) -> Iterator[str]:
         yield f"rotation {fmt.rotation} is not one of {', '.join(map(str, ROTATIONS))}"
 
 
-E2M1 = Element("E2M1", 2, 1, 6.0)
-E2M3 = Element("E2M3", 2, 3, 7.5)
-E3M2 = Element("E3M2", 3, 2, 28.0)
-E4M3 = Element("E4M3", 4, 3, 448.0)
-E5M2 = Element("E5M2", 5, 2, 57344.0)
-E8M7 = Element("BF16", 8, 7, (2 - 2**-7) * 2.0**127)
+def _wrong_fallback(fmt: Format) -> Iterator[str]:
+    if fmt.fallback is None:
+        return
+    if not 0 < fmt.fallback <= 1:
+        yield f"fallback {fmt.fallback!r} must be a share of a row's blocks, above 0, at most 1; for none leave it out"
+    if fmt.block is None or fmt.block[0] != 1 or not (fmt.scale == "e8m0" or fmt.factor == "per_token"):
+        yield "fallback chooses among a row's own blocks: take blocks of one row, under e4m3 scales factor: per_token"
+    if fmt.rotation is not None or fmt.rounding == "stochastic":
+        yield "fallback goes with no rotation and no stochastic rounding; leave one of them out"
+
 
 _LISTED: dict[str, Format] = {}
 FORMATS: Mapping[str, Format] = MappingProxyType(_LISTED)
@@ -257,9 +234,9 @@ def _field_of(name: str, key: object, given: Any) -> Any:
     match key:
         case "scale_rule" | "rounding" | "scale_math" | "factor" if isinstance(given, str):
             return given
-        case "scale_epsilon" | "calibrated" if whole or isinstance(given, float):
+        case "scale_epsilon" | "calibrated" | "fallback" if whole or isinstance(given, float):
             return float(given)
-        case "rotation" | "calibrated" | "scale_min_exponent" if given is None or whole:
+        case "rotation" | "calibrated" | "scale_min_exponent" | "fallback" if given is None or whole:
             return given
         case "block" if whole:
             return (1, given)
@@ -277,7 +254,7 @@ def _field_of(name: str, key: object, given: Any) -> Any:
 
 
 _RULES = ("scale_rule", "rounding", "block", "coarse", "rotation")
-_SETTINGS = (*_RULES, "scale_epsilon", "scale_math", "factor", "calibrated", "scale_min_exponent")
+_SETTINGS = (*_RULES, "scale_epsilon", "scale_math", "factor", "calibrated", "scale_min_exponent", "fallback")
 
 
 def describe(fmt: Format) -> str | dict[str, object]:

@@ -207,6 +207,8 @@ class Injection(Spec):
             for fmt in (*self.formats_at(point), *self.formats_before(point)):
                 if fmt.factor in factors:
                     yield f"{point} {fmt.name}: factor {fmt.factor} is not for this point; leave it out here"
+                if fmt.fallback and point != "input":
+                    yield f"{point} {fmt.name}: fallback is for inputs, where outliers are; leave it out here"
 
     def _not_smooth(self) -> Iterator[str]:
         for point in self.smooth.points:
@@ -215,7 +217,8 @@ class Injection(Spec):
                 yield f"straight_through: smooth would do nothing at {point}: no format there rounds to nearest levels"
             for fmt in at_point:
                 if fmt.scale != "none" and not can_smooth(fmt):
-                    why = "a rotated value has no levels of its own" if fmt.rotation else f"it rounds {fmt.rounding}"
+                    how = "rotated" if fmt.rotation else "twice rounded" if fmt.fallback else None
+                    why = f"a {how} value has no levels of its own" if how else f"it rounds {fmt.rounding}"
                     yield f"straight_through: smooth cannot act on {point} {fmt.name}: {why}; see smooth.points"
 
     def _without_effect(self) -> Iterator[str]:

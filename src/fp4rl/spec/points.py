@@ -104,7 +104,8 @@ def can_clip(fmt: Format) -> bool:
 
 def can_smooth(fmt: Format) -> bool:
     """Return whether the gradient of rounding can be smoothed: values go to the nearest level, each by itself."""
-    return fmt.scale != "none" and fmt.rotation is None and fmt.rounding not in ("stochastic", "toward_zero")
+    apart = fmt.rotation is None and fmt.fallback is None
+    return fmt.scale != "none" and apart and fmt.rounding not in ("stochastic", "toward_zero")
 
 
 def as_served(point: str, fmt: Format) -> Format:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.preflight.settings import warned
-from fp4rl.lab.serving import served_as
+from fp4rl.lab.serving import TWICE, rounds_twice, served_as
 from fp4rl.spec.deployment import DEPLOYMENTS
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.formats import describe
@@ -25,6 +25,11 @@ def _rules(experiment: Experiment) -> Iterator[Row]:
     formats = [(p, fmt) for p in ("weight", "input") if injection and (fmt := getattr(injection, p)) is not None]
     powers = [(point, fmt) for point, fmt in formats if fmt.scale == "e8m0" and fmt.rounding != "stochastic"]
     if injection is None or not powers:
+        return
+    if rounds_twice(injection):
+        yield Row(
+            "warn", f"no deployment can be named: {TWICE}", expected, "leave fallback out of what is to be served"
+        )
         return
     if injection.deployment is None:
         cure = "name injection.deployment: `fp4rl deployments` lists them"

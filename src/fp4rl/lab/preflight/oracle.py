@@ -62,15 +62,13 @@ class Oracle:
 
     def _alone(self, point: str, x: Tensor, fmt: Format) -> Through:
         seen = x.to(getattr(torch, self.injection.dtype)).contiguous()
-        return Through(fake_quantize(seen, fmt).double(), self.factor(point, seen, fmt), fmt.rotation)
+        return Through(rounded(seen, fmt), self.factor(point, seen, fmt), fmt.rotation)
 
     def factor(self, point: str, seen: Tensor, fmt: Format) -> Tensor | None:
         """Return what the gradient of each value is multiplied by; None where it passes as it comes."""
         how, smooth = self.injection.straight_through, self.injection.smooth
         if how == "clipped" and point not in GRADIENTS and can_clip(fmt):
-            # In the scales' own float32, in which NVFP4's largest value is its level but for one rounding.
-            magnitude, scale = magnitude_and_scale(seen, fmt)
-            return (magnitude.to(scale.dtype) <= scale * fmt.element.largest).double()
+            return reaches(seen, fmt).double()
         if how == "smooth" and point in smooth.points and can_smooth(fmt):
             return slope(in_units(seen, fmt), fmt.element.grid(), smooth.sharpness, smooth.cap)
         return None
@@ -98,6 +96,44 @@ class Oracle:
             "grad_key": q_k.passed(of_scores.mT @ q),
             "grad_value": q_v.passed(shares.mT @ g),
         }
+
+
+def rounded(seen: Tensor, fmt: Format) -> Tensor:
+    """Return rounded values in float64: Q(x), and Q(x) + Q(x - Q(x)) in blocks that fall back."""
+    if fmt.fallback is None:
+        return fake_quantize(seen, fmt).double()
+    once = replace(fmt, fallback=None)
+    first = fake_quantize(seen, once).double()
+    return (first + fake_quantize(left(seen, first, fmt), once).double()).to(seen.dtype).double()
+
+
+def reaches(seen: Tensor, fmt: Format) -> Tensor:
+    """Return which values are not clipped, in the basis of the rotation: by no rounding, where there are two."""
+    once = replace(fmt, fallback=None)
+    magnitude, scale = magnitude_and_scale(seen, once)
+    # In the scales' own float32, in which NVFP4's largest value is its level but for one rounding.
+    reach = magnitude.to(scale.dtype) <= scale * fmt.element.largest
+    if fmt.fallback is None:
+        return reach
+    again = reaches(left(seen, fake_quantize(seen, once).double(), fmt), once)
+    return reach | (again & falling_back(seen, fmt))
+
+
+def left(seen: Tensor, first: Tensor, fmt: Format) -> Tensor:
+    """Return x - Q(x) in blocks that fall back, zero elsewhere."""
+    return ((seen.double() - first) * falling_back(seen, fmt)).to(seen.dtype)
+
+
+def falling_back(seen: Tensor, fmt: Format) -> Tensor:
+    """Return which values lie in the blocks of their row with the largest magnitude, of equals in the first."""
+    assert fmt.block is not None
+    columns, width = seen.shape[-1], fmt.block[1]
+    chosen = torch.zeros(seen.numel() // columns, columns, dtype=torch.bool)
+    for row, own in zip(seen.reshape(-1, columns).abs(), chosen, strict=True):
+        largest = [float(block.max()) for block in row.split(width)]
+        for number in sorted(range(len(largest)), key=lambda at: -largest[at])[: fmt.twice(columns)]:
+            own[number * width : (number + 1) * width] = True
+    return chosen.view(seen.shape)
 
 
 def magnitude_and_scale(seen: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

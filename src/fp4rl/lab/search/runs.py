@@ -149,14 +149,17 @@ def _solved(run: Run, evaluation: Evaluation) -> tuple[tuple[int, ...], int]:
 
 def _bits(sites: Sites) -> tuple[float, float] | None:
     """Return the mean bits of a weight, and of an input weighted by the weights it meets; None without a table."""
-    rows = [(prod(own.shape), own.weight, own.input) for own in sites.plans or () if own.kind == "linear"]
-    rows += [(prod(own.shape), None, None) for own in sites.left_out if own.kind == "linear"]
-    whole = sum(size for size, _, _ in rows)
+    rows = [(own.shape, own.weight, own.input) for own in sites.plans or () if own.kind == "linear"]
+    rows += [(own.shape, None, None) for own in sites.left_out if own.kind == "linear"]
+    whole = sum(prod(shape) for shape, _, _ in rows)
     if not whole:
         return None
-    weights, inputs = ((size * _bits_of(own[part]) for size, *own in rows) for part in (0, 1))
+    weights, inputs = ((prod(shape) * _bits_of(own[part], shape[-1]) for shape, *own in rows) for part in (0, 1))
     return round(sum(weights) / whole, 3), round(sum(inputs) / whole, 3)
 
 
-def _bits_of(fmt: Any) -> float:
-    return _UNROUNDED if fmt is None else format_of(fmt).bits_per_value
+def _bits_of(described: Any, columns: int) -> float:
+    if described is None:
+        return _UNROUNDED
+    fmt = format_of(described)
+    return fmt.bits_once * fmt.passes(columns)

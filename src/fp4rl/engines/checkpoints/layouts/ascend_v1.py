@@ -20,10 +20,10 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     as_text,
     config_of,
     kind_of,
+    require_computed,
     require_formats,
     require_fused,
     require_matrices,
-    require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -74,7 +74,7 @@ class AscendV1(Layout):
         """Raise InvalidValueError for other formats, and for layers that are fused when they are served and differ."""
         require_matrices(policy, self.name)
         require_formats(policy, (MXFP4, MXFP4_DUAL, MXFP8), self.name)
-        require_unrounded_outputs(policy)
+        require_computed(policy)
         require_fused(policy, type_of, PLAIN)
 
     def entries(self, policy: Policy) -> tuple[Entry, ...]:

@@ -21,10 +21,10 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     config_of,
     factors_apart,
     kind_of,
+    require_computed,
     require_formats,
     require_fused,
     require_matrices,
-    require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -52,7 +52,7 @@ class CompressedTensors(Layout):
     def require(self, policy: Policy) -> None:
         """Raise InvalidValueError, with the cure, for what no scheme says or its engines do not compute."""
         require_matrices(policy, self.name)
-        require_unrounded_outputs(policy)
+        require_computed(policy)
         require_formats(policy, _FORMATS, self.name)
         for entry in policy.rounded:
             _require_scheme(entry)

@@ -122,11 +122,16 @@ def require_matrices(policy: Policy, layout: str) -> None:
             raise InvalidValueError(f"{entry.name} {what}, and nothing loads it packed as {layout}; take --to bf16")
 
 
-def require_unrounded_outputs(policy: Policy) -> None:
-    """Raise InvalidValueError where outputs of layers are rounded, which no engine does."""
+def require_computed(policy: Policy) -> None:
+    """Raise InvalidValueError where outputs of layers are rounded, or inputs twice, which no engine does."""
     for entry in policy.rounded:
         if entry.plan is not None and entry.plan.output is not None:
             raise InvalidValueError(f"{entry.module}: outputs are rounded, which no engine does; take `output: none`")
+        if entry.input is not None and entry.input.fallback is not None:
+            raise InvalidValueError(
+                f"{entry.module}: inputs in {describe(entry.input)} are rounded twice, which no engine does; train "
+                "without fallback, or take --to bf16 for the weights alone"
+            )
 
 
 def require_fused(policy: Policy, type_of: Callable[[SitePlan], str], plain: str) -> None:

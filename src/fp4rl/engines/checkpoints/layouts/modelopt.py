@@ -22,10 +22,10 @@ from fp4rl.engines.checkpoints.layouts.layout import (
     as_text,
     config_of,
     factors_apart,
+    require_computed,
     require_formats,
     require_fused,
     require_matrices,
-    require_unrounded_outputs,
     row_scales,
 )
 from fp4rl.engines.checkpoints.policy import Entry, Policy
@@ -78,7 +78,7 @@ class ModelOpt(Layout):
                 )
         require_matrices(policy, self.name)
         require_formats(policy, (NVFP4,), self.name)
-        require_unrounded_outputs(policy)
+        require_computed(policy)
         require_fused(policy, _algorithm, "none")
 
     def tensors(self, policy: Policy, entry: Entry) -> Iterator[Named]:

@@ -17,7 +17,7 @@ from fp4rl.models.packed.weight import StoredWeight
 from fp4rl.models.shards import all_tensors
 from fp4rl.numerics.scales import nvfp4_global
 from fp4rl.spec.errors import InvalidValueError
-from fp4rl.spec.formats import E2M1, NVFP4, Format, describe
+from fp4rl.spec.formats import E2M1, NVFP4, Format
 from fp4rl.spec.words import counted
 
 Said = Callable[[str, int, int], None]  # what is being done, how much of it is done, and all
@@ -180,9 +180,8 @@ def _as_calibrated(fmt: Format, packed: StoredWeight) -> bool:
 
 
 def _kind(fmt: Format | None) -> tuple[object, ...]:
-    return (fmt.element.name, fmt.block and fmt.block[1], fmt.scale, bool(fmt.coarse)) if fmt else ()
+    return (fmt.element.name, fmt.block and fmt.block[1], fmt.scale, bool(fmt.coarse), fmt.fallback) if fmt else ()
 
 
 def _words(fmt: Format) -> str:
-    described = describe(fmt)
-    return described if isinstance(described, str) else str(described["name"])
+    return fmt.name + (f" with a fallback of {fmt.fallback:g}" if fmt.fallback else "")
