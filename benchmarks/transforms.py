@@ -41,8 +41,13 @@ TRANSFORMS: dict[str, list[str]] = {
     "both rotations": ["rotate_residual", "rotate_heads"],
     "smooth, then both rotations": ["smooth", "rotate_residual", "rotate_heads"],
 }
-# Blocks of 32 turned online, of weights and inputs alike, in place of a transform of the weights.
-ONLINE = "none; rotation: 32 online"
+# What is done at each call in place of a transform of the weights: to weights and to inputs. The inputs of the last row
+# are the control of the one before, with about its bits.
+ONLINE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none; rotation: 32 online": ({"rotation": 32}, {"rotation": 32}),
+    "none; fallback: 0.25": ({}, {"fallback": 0.25}),
+    "none; inputs in mxfp6_e2m3": ({}, {"name": "mxfp6_e2m3", "factor": "tensor"}),
+}
 FORMATS = ("mxfp4", "nvfp4")
 OUTLIERS, TIMES = 3, 30.0
 TEXTS = 64
@@ -97,14 +102,14 @@ def table(folder: Path, name: str, *, outliers: bool) -> Iterator[str]:
     yield f"| {name}, W4A4 | weights, dB | inputs, dB | largest / rms of inputs | KL, nats a token | start, s |"
     yield "|---" * 6 + "|"
     for fmt in FORMATS:
-        for label, transforms in {**TRANSFORMS, ONLINE: []}.items():
+        for label in (*TRANSFORMS, *ONLINE):
             model = with_outliers(load(folder)[0]) if outliers else load(folder)[0]
             begun = time.process_time()
-            apply(model, Model(transforms=transforms).transforms, rows)
+            apply(model, Model(transforms=TRANSFORMS.get(label, [])).transforms, rows)
             spent = time.process_time() - begun
-            settings: dict[str, Any] = {"name": fmt} | ({"rotation": 32} if label == ONLINE else {})
-            own = {"factor": "per_token"} if fmt == "nvfp4" else {}
-            injection = Injection.model_validate({"weight": settings, "input": settings | own})
+            weight, given = ONLINE.get(label, ({}, {}))
+            usual = {"name": fmt, "factor": "per_token" if fmt == "nvfp4" else "tensor"}
+            injection = Injection.model_validate({"weight": {"name": fmt} | weight, "input": usual | given})
             cells = row(model, injection, texts)
             yield f"| {fmt}: {label} | {' | '.join(cells)} | {spent:.2f} |"
 

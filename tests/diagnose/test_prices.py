@@ -42,6 +42,17 @@ def test_a_price_is_bits_of_weights_and_time_of_the_matmul(trained, deployment, 
     assert sum(prices.of(prices.scanned, plan.name) for plan in plans) == pytest.approx(4.25 * prices.total)
 
 
+def test_what_is_rounded_twice_is_multiplied_twice(trained):
+    """A quarter of a row's blocks: of in_features 64 (2 blocks) one, of 172 (6 blocks) two."""
+    injection = Injection.named("w4a4", input={"name": "mxfp4", "fallback": 0.25})
+    prices = prices_of(trained, resolve(trained, injection).plans, injection, 1.0)
+    q_proj, down_proj = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    own = Pair(MXFP4, injection.input)
+    assert [prices.slowdown(own, q_proj), prices.slowdown(W4A4, q_proj)] == [1.0, 1 / 1.5]
+    assert prices.slowdown(W4A8, down_proj) == pytest.approx(2 / (1 + 2 / 6))
+    assert own.operand_bits == 4
+
+
 def test_what_a_deployment_does_not_compute_is_not_offered(trained):
     """By the table of deployments: Blackwell serves W4A16 as W4A4, Ascend's W4A8 wants in_features % 64 == 0."""
     plans = {plan.name: plan for plan in resolve(trained, Injection.named("w4a4")).plans}

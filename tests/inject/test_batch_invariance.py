@@ -22,6 +22,8 @@ ACCEPTED = {
     **{mode: {"mode": mode} for mode in ("w4a16", "w4a8", "w4a4", "w8a8", "nvfp4_w4a16", "nvfp4_w4a4")},
     "nvfp4 static": {"mode": "nvfp4_w4a4", "input": STATIC},
     "nvfp4 everywhere": {"weight": "nvfp4", **dict.fromkeys(("input", "output", "kv_cache"), PER_TOKEN)},
+    "mxfp4 with a fallback": {"mode": "w4a4", "input": {"name": "mxfp4", "fallback": 0.5}},
+    "nvfp4 with a fallback": {"mode": "nvfp4_w4a4", "input": PER_TOKEN | {"fallback": 0.25}},
     "fp8 per token": {"weight": "fp8", "input": {"name": "fp8", "factor": "per_token"}},
     "fp8 static": {"weight": "fp8", "input": {"name": "fp8", "factor": "static", "calibrated": 4.0}},
 }

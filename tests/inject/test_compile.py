@@ -134,6 +134,9 @@ INDUCTOR = {
     "w4a4": Injection.named("w4a4"),
     "clipped": Injection.named("w4a4", straight_through="clipped"),
     "clipped, rotated": Injection(**dict.fromkeys(("weight", "input"), ROTATED), straight_through="clipped"),
+    "clipped, with a fallback": Injection.named(
+        "w4a4", input={"name": "mxfp4", "fallback": 0.5}, straight_through="clipped"
+    ),
     "smooth": Injection.named("w4a4", straight_through="smooth", smooth={"points": ["weight", "input"]}),
     "nvfp4": Injection.named("nvfp4_w4a4"),
     "all in float16": Injection(weight="mxfp8", input="mxfp4", output="fp8", dtype="float16"),

@@ -99,6 +99,14 @@ def test_smooth_acts_on_inputs_where_they_are_named():
         ({"weight": "mxfp4", "smooth": {"points": ["weight", "input"]}}, "would do nothing at input"),
         ({"weight": "mxfp4_sr", "by_pattern": {"*.q_proj": "mxfp4"}}, "mxfp4_sr: it rounds stochastic"),
         ({"weight": {"name": "mxfp4", "rotation": 32}, "by_pattern": {"*.q_proj": "mxfp4"}}, "rotated value"),
+        (
+            {
+                "input": {"name": "mxfp4", "fallback": 0.25},
+                "smooth": {"points": ["input"]},
+                "by_pattern": {"*.down_proj": {"input": "mxfp4"}},
+            },
+            "twice rounded value",
+        ),
         ({"weight": "mxfp4", "apply_during": ["rollout"]}, "no point is active in training"),
     ],
 )

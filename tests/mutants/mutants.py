@@ -159,7 +159,40 @@ INJECTION = (
     ),
 )
 
+_FALLBACK = "tests/numerics/test_fallback.py::test_"
+
 NUMERICS = (
+    Mutant(
+        "the blocks that fall back",
+        "numerics/fallback.py",
+        "descending=True",
+        "descending=False",
+        (
+            f"{_FALLBACK}values_are_those_of_the_definition[0.25-dtype0]",
+            f"{_FALLBACK}values_in_the_deadzone_of_an_outlier_come_back",
+        ),
+    ),
+    Mutant(
+        "of equal blocks the first",
+        "numerics/fallback.py",
+        "largest.argsort(dim=-1, descending=True, stable=True)",
+        "largest.flip(-1).argsort(dim=-1, descending=True, stable=True).neg().add(largest.shape[-1] - 1)",
+        (f"{_FALLBACK}a_token_is_rounded_by_itself_and_of_equal_blocks_the_first_falls_back",),
+    ),
+    Mutant(
+        "what the first rounding left",
+        "numerics/fallback.py",
+        "(widened(x) - widened(first))",
+        "widened(x)",
+        (f"{_FALLBACK}values_are_those_of_the_definition[1.0-dtype0]",),
+    ),
+    Mutant(
+        "beyond the reach of both roundings",
+        "numerics/levels.py",
+        " | (chosen & within_reach(rest, once))",
+        "",
+        (f"{_FALLBACK}what_both_roundings_clip_is_beyond_reach_and_nothing_else",),
+    ),
     Mutant(
         "the scale's exponent",
         "numerics/scales.py",

@@ -115,6 +115,13 @@ def test_a_rule_that_the_format_sets_itself_is_not_overruled_in_silence():
         deployment_named("ocp").at("weight", replace(MXFP4, scale_rule="even"))
 
 
+@pytest.mark.parametrize("name", ROUNDING_INPUTS)
+def test_no_deployment_rounds_a_block_twice(name):
+    for fmt in (replace(MXFP4, fallback=0.25), replace(NVFP4, factor="per_token", fallback=0.25)):
+        with pytest.raises(InvalidValueError, match=f"deployment '{name}' rounds no block twice.*leave deployment out"):
+            deployment_named(name).at("input", fmt)
+
+
 def test_an_unknown_deployment_names_the_nearest():
     with pytest.raises(NotFoundError, match="did you mean 'ascend950'"):
         deployment_named("ascend95")

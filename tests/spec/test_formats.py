@@ -53,7 +53,17 @@ def test_each_element_has_the_ends_that_its_specification_names(element, largest
     ("fmt", "bits"), [(MXFP4, 4.25), (NVFP4, 4.5), (MXFP4_2D, 4 + 8 / 1024), (MXFP8, 8.25), (FP8, 8.0), (BF16, 16.0)]
 )
 def test_bits_per_value_count_the_scales(fmt, bits):
-    assert fmt.bits_per_value == bits
+    assert fmt.bits_per_value == fmt.bits_once == bits
+
+
+def test_bits_per_value_count_what_is_rounded_twice():
+    """Of 200 columns, 7 blocks of 32, a quarter is 2; of 64 columns, 2 blocks, it is 1."""
+    fmt = replace(MXFP4, fallback=0.25)
+    assert (fmt.bits_per_value, fmt.bits_once) == (5.3125, 4.25)
+    assert [fmt.twice(columns) for columns in (4096, 200, 64, 8)] == [32, 2, 1, 1]
+    assert [fmt.passes(columns) for columns in (4096, 200, 64)] == [1.25, 1 + 2 / 7, 1.5]
+    assert replace(MXFP4, fallback=0.28).twice(25 * 32) == 7  # 0.28 * 25 is more than 7 in float64
+    assert (replace(MXFP4, coarse=Coarse(128), fallback=1.0).bits_per_value, MXFP4.passes(64)) == (9.0, 1.0)
 
 
 def test_a_format_cannot_be_changed():
@@ -76,6 +86,7 @@ def test_every_format_is_found_by_its_name_and_described_by_it(name):
         replace(MXFP4_SR, scale_rule="floor"),
         replace(MXFP4, scale_rule="even", scale_epsilon=9.6e-7, scale_math="tensor", rounding="half_added"),
         replace(MXFP4, scale_rule="round", scale_min_exponent=-30),
+        replace(NVFP4, factor="per_token", fallback=0.25),
     ],
 )
 def test_what_a_changed_format_is_described_as_parses_to_the_same_format(changed):
@@ -130,6 +141,13 @@ def test_an_unknown_setting_names_the_nearest_one():
         {"name": "nvfp4", "coarse": 128},
         {"name": "bf16", "rounding": "stochastic"},
         {"name": "fp8", "block": 32},
+        *({"name": "mxfp4", "fallback": share} for share in (0, -0.5, 1.5, float("nan"), True, "half")),
+        {"name": "mxfp4", "fallback": 0.25, "rotation": 32},
+        {"name": "mxfp4_sr", "fallback": 0.25},
+        {"name": "mxfp4_2d", "fallback": 0.25},
+        {"name": "nvfp4", "fallback": 0.25},
+        {"name": "fp8", "factor": "per_token", "fallback": 0.25},
+        {"name": "bf16", "fallback": 0.25},
         {"scale_rule": "even"},
         32,
         True,

@@ -113,3 +113,18 @@ def test_an_injection_without_a_mode_is_named_by_its_points():
     assert parse({"weight": "mxfp4", "input": "mxfp8"}).name == "weight:mxfp4+input:mxfp8"
     assert parse({"mode": "w4a4", "by_pattern": {"*.down_proj": "mxfp8"}}).name == "w4a4+by_pattern"
     assert parse({}).is_nothing
+
+
+@pytest.mark.parametrize("point", ["weight", "output", "kv_cache", "grad_input", "grad_weight"])
+def test_a_fallback_is_for_inputs_alone(point):
+    with pytest.raises(ValueError, match=f"{point} mxfp4: fallback is for inputs"):
+        Injection.model_validate({point: {"name": "mxfp4", "fallback": 0.25}})
+
+
+def test_a_fallback_goes_under_no_deployment_and_changes_no_injection_without_it():
+    own = {"mode": "w4a4", "input": {"name": "mxfp4", "fallback": 0.25}}
+    with pytest.raises(ValueError, match="mxfp4 with a fallback: deployment 'vllm_ascend' rounds no block twice"):
+        Injection.model_validate(own | {"deployment": "vllm_ascend"})
+    made = Injection.model_validate(own)
+    assert Injection.model_validate(made.model_dump(mode="json")) == made
+    assert "fallback" not in str(Injection.named("w4a4").model_dump(mode="json"))

@@ -150,6 +150,7 @@ def test_an_adapter_is_in_the_codes_or_beside_them(lora, tmp_path):
 
 REFUSED = [
     ("qwen2", {"weight": "nvfp4"}, "is rounded to nvfp4, for which ascend_v1 has no type"),
+    ("qwen2", {"mode": "w4a8", "input": {"name": "mxfp8", "fallback": 0.5}}, "are rounded twice, which no engine does"),
     ("qwen2", {"weight": {"name": "mxfp4", "block": 16}, "input": "mxfp8"}, "for which ascend_v1 has no type"),
     ("qwen2", {"weight": {"name": "mxfp4", "rotation": 32}, "input": "mxfp8"}, "without rotation"),
     ("qwen2", {"weight": "mxfp8"}, r"mxfp8 \(weight\) and unrounded \(input\), for which AscendV1 has no type"),

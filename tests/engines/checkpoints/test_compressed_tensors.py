@@ -347,6 +347,10 @@ REFUSED = {
     "stacks its experts, and nothing loads it packed": ("gpt_oss", CASES["w4a16"]),
     r"is stored \[in, out\] \(Conv1D\)": ("gpt2", CASES["w4a16"]),
     "outputs are rounded, which no engine does": ("qwen2", {"mode": "w4a4_out"}),
+    "are rounded twice, which no engine does": (
+        "qwen2",
+        {"mode": "w4a4", "input": {"name": "mxfp4", "fallback": 0.25}},
+    ),
     "for which compressed_tensors has no type": ("qwen2", {"weight": "mxfp6_e2m3"}),
     "mxfp4_b16, for which": ("qwen2", {"weight": "mxfp4_b16"}),
     "'coarse': .*for which": ("qwen2", {"weight": {"name": "mxfp4", "coarse": 64}}),

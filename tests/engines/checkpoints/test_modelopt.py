@@ -178,6 +178,11 @@ def test_layers_with_and_without_rounded_inputs_are_named_one_by_one(tmp_path):
         ),
         ("qwen2", {"weight": "mxfp8"}, "mxfp8, for which modelopt has no type"),
         ("qwen2", {"mode": "nvfp4_w4a4"}, "a factor for each token; ModelOpt has NVFP4 inputs with one factor"),
+        (
+            "qwen2",
+            {"mode": "nvfp4_w4a4", "input": {"name": "nvfp4", "factor": "per_token", "fallback": 0.25}},
+            "are rounded twice, which no engine does; train without fallback, or take --to bf16",
+        ),
         ("qwen2", {"weight": "nvfp4", "output": "mxfp8"}, "outputs are rounded, which no engine does"),
         ("qwen2", {"weight": "nvfp4", "input": "mxfp8"}, "inputs are rounded to mxfp8; ModelOpt has NVFP4 inputs"),
         (

@@ -1,5 +1,7 @@
 """Gradients of everything that is injected: sound ones pass, and each planted wrong one fails the check of its arm."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ SCHEDULE = {"weight": {"before": "mxfp8", "from_step": 2, "over": 3}, "input": {
 INJECTIONS = {
     "identity": W4A4,
     "clipped": W4A4 | {"straight_through": "clipped"},
+    "fallback": W4A4 | {"input": {"name": "mxfp4", "fallback": 0.5}, "straight_through": "clipped"},
+    "another fallback": W4A4 | {"input": {"name": "mxfp4", "fallback": 0.5}},
     "smooth": W4A4 | {"straight_through": "smooth", "smooth": {"points": ["weight", "input"]}},
     "rotated": {"weight": TURNED, "input": TURNED, "straight_through": "clipped"},
     "gradients": W4A4 | {"grad_input": "mxfp8", "grad_weight": "mxfp8"},
@@ -42,6 +46,20 @@ def nothing_passes(monkeypatch):
 
 def clipped_values_pass(monkeypatch):
     monkeypatch.setattr(rounding, "within_reach", lambda x, fmt: torch.ones_like(x, dtype=torch.bool))
+
+
+def what_one_rounding_clips_is_stopped(monkeypatch):
+    sound = rounding.within_reach
+    monkeypatch.setattr(rounding, "within_reach", lambda x, fmt: sound(x, replace(fmt, fallback=None)))
+
+
+def all_blocks_fall_back(monkeypatch):
+    sound = site.fake_quantize
+    monkeypatch.setattr(
+        site,
+        "fake_quantize",
+        lambda x, fmt, generator=None: sound(x, replace(fmt, fallback=fmt.fallback and 1.0), generator=generator),
+    )
 
 
 def without_its_cap(monkeypatch):
@@ -92,6 +110,11 @@ def the_gradient_of_the_last_format(monkeypatch):
 PLANTS = {
     "identity": (nothing_passes, "grad_input of weight mxfp4, input mxfp4, identity: off by 1"),
     "clipped": (clipped_values_pass, "grad_input of weight mxfp4, input mxfp4, clipped: off by"),
+    "fallback": (
+        what_one_rounding_clips_is_stopped,
+        "grad_input of weight mxfp4, input mxfp4, clipped: off by",
+    ),
+    "another fallback": (all_blocks_fall_back, "result of weight mxfp4, input mxfp4, identity: off by"),
     "smooth": (without_its_cap, "grad_input of weight mxfp4, input mxfp4, smooth: off by"),
     "rotated": (in_the_basis_of_the_values, "grad_input of weight mxfp4, input mxfp4, clipped: off by"),
     "gradients": (an_operand_unrounded, "grad_input of weight mxfp4, input mxfp4, grad_input mxfp8"),

@@ -144,6 +144,14 @@ def test_a_mode_that_is_served_as_another_is_warned_of(subject, rows):
     assert verdicts(rows(deployment, "served", subject(a={"injection": W4A8}))) == ["pass"]
 
 
+def test_inputs_that_nothing_serves_are_warned_of(subject, rows):
+    own = subject(a={"injection": {"mode": "w4a4", "input": {"name": "mxfp4", "fallback": 0.25}}})
+    for kind, words in (("served", "nothing serves it"), ("rule", "no deployment can be named")):
+        (row,) = rows(deployment, kind, own)
+        assert row.verdict == "warn"
+        assert f"{words}: inputs with a fallback are rounded twice" in row.measured
+
+
 def test_a_rule_of_inputs_that_the_kernel_does_not_have_fails(subject, rows):
     """A rule that the description sets beside a deployment is refused when it is read, so it is planted behind that."""
     own = subject(a={"injection": W4A8})

@@ -10,6 +10,8 @@ from fp4rl.lab.search.page import page
 from fp4rl.lab.search.ranking import Contender, _noise, _pulled, contested, gap, ranked
 from fp4rl.lab.search.records import Book, Measured
 from fp4rl.lab.search.result import Result
+from fp4rl.lab.search.runs import _bits
+from fp4rl.spec.records import PlannedSite, SiteLeftOut, Sites
 from planted.searched import MadeUp, search, space_of
 
 _FILE = Path(__file__).parents[3] / "tools" / "chromium.py"
@@ -97,3 +99,13 @@ def test_the_page_fits_into_a_phone_and_a_desk(ended, tmp_path, width):
     seen = chromium.seen(tmp_path / "report.html", width, ask="document.querySelectorAll('.main-svg').length")
     assert (seen.faults, seen.requests, seen.spill) == ([], [], 0)
     assert seen.value >= 2  # both figures are drawn
+
+
+def test_bits_are_those_of_every_rounding_weighted_by_weights():
+    """A quarter of two blocks is one of them: inputs of 64 columns are rounded 1.5 times on average."""
+    twice = {"name": "mxfp4", "fallback": 0.25}
+    sites = Sites(
+        plans=(PlannedSite(site="q", kind="linear", shape=(96, 64), weight="mxfp4", input=twice),),
+        left_out=(SiteLeftOut(site="head", kind="linear", shape=(32, 64)),),
+    )
+    assert _bits(sites) == (pytest.approx(0.75 * 4.25 + 4, abs=1e-3), pytest.approx(0.75 * 6.375 + 4, abs=1e-3))

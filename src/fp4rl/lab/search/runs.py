@@ -154,8 +154,10 @@ def _bits(sites: Sites) -> tuple[float, float] | None:
     whole = sum(prod(shape) for shape, _, _ in rows)
     if not whole:
         return None
-    weights, inputs = ((prod(shape) * _bits_of(own[part], shape[-1]) for shape, *own in rows) for part in (0, 1))
-    return round(sum(weights) / whole, 3), round(sum(inputs) / whole, 3)
+    weights, inputs = (
+        sum(prod(shape) * _bits_of(own[part], (1, *shape)[-1]) for shape, *own in rows) / whole for part in (0, 1)
+    )
+    return round(weights, 3), round(inputs, 3)
 
 
 def _bits_of(described: Any, columns: int) -> float:
