@@ -2,8 +2,8 @@
 
 An outlier makes its block's step so large that its neighbours vanish; rounded again, what the first rounding left has
 a step of its own. Source: block-level fallback (arXiv 2503.08040) by its criterion AbsMax, which there is held against
-a threshold that follows the batches. Here a fixed share of each row's blocks falls back, so that what a token is
-rounded to depends on that token alone.
+a threshold. Here a fixed share of each row's blocks falls back, so that what a token is rounded to depends on that
+token alone.
 """
 
 from collections.abc import Callable
