@@ -197,7 +197,7 @@ def _compared() -> Iterator[tuple[str, Format]]:
                 yield f"mxfp4 {rule}", replace(fmt, scale_rule=rule)
             yield "mxfp4 even, rotation 32", replace(fmt, scale_rule="even", rotation=32)
             yield "mxfp4 coarse 128, search", replace(fmt, coarse=Coarse(128, "search"))
-            yield "mxfp4 even, fallback 0.25", replace(fmt, scale_rule="even", fallback=0.25)
+            yield "mxfp4 fallback 0.25", replace(fmt, fallback=0.25)
 
 
 def _facts(fmt: Format) -> dict[str, object]:
