@@ -54,6 +54,7 @@ NEEDS = {
     "coarse: {columns: 128, choice: search}": {"injection.weight.name": "mxfp4", "injection.mode": None},
     "chat: false": {"task": {"name": "gsm8k", "path": "train.jsonl"}},
     "rotation: 32": {"injection.weight.name": "mxfp4"},
+    "fallback: 0.25": {"injection.input.name": "mxfp4", "injection.deployment": None},
     **{
         setting: {"injection.weight.name": "mxfp4", "injection.mode": None, "injection.deployment": None}
         for setting in (
@@ -129,7 +130,7 @@ def test_every_yaml_block_is_a_spec_or_a_part_of_one(page, body, tmp_path):
 def test_every_setting_named_on_a_page_is_taken(setting, tmp_path):
     key, value = re.split(r": |=", setting, maxsplit=1)
     paths = [k.path for k in described_keys(Experiment) if f".{k.path}".endswith(f".{key}")]
-    paths += [f"{p}.{key}" for p in ("injection.weight",) if key in {f.name for f in fields(Format)}]
+    paths += [f"{p}.{key}" for p in ("injection.weight", "injection.input") if key in {f.name for f in fields(Format)}]
     if key in Suite.model_fields or key in Space.model_fields:
         return
     if key.partition(".")[0] in ScanRequest.model_fields:
