@@ -1,5 +1,7 @@
 """Subjects of preflights: a suite, or arms over the embedded model that is not warmed up."""
 
+import json
+
 import pytest
 import yaml
 
@@ -33,3 +35,16 @@ def rows():
         return next(check for check in group.CHECKS if check.name == name).rows(subject)
 
     return of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(config)` -> an arm over a folder that holds a configuration and nothing else."""
+
+    def made(config):
+        place = tmp_path / config["model_type"]
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config))
+        return {"model": {"path": str(place)}}
+
+    return made

@@ -10,9 +10,10 @@ from fp4rl.inject.linear import LinearState
 from fp4rl.inject.rounding import Estimator
 from fp4rl.inject.site import SiteState
 from fp4rl.lab.preflight import numbers
-from fp4rl.lab.preflight.gradients import checks_of, sites_of
+from fp4rl.lab.preflight.gradients import checks_of
+from fp4rl.lab.preflight.kinds import kinds_of
+from fp4rl.lab.preflight.model import modules_of
 from fp4rl.lab.preflight.oracle import slope
-from fp4rl.spec.injection import Injection
 
 TURNED = {"name": "mxfp4", "rotation": 32}
 W4A4 = {"mode": "w4a4"}
@@ -148,12 +149,14 @@ def test_the_derivative_of_the_oracle_is_that_of_the_paper_by_hand():
     assert slope(units, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 5.0, 3.0).tolist() == pytest.approx(wanted)
 
 
-def test_every_kind_of_site_and_every_stage_is_compared():
+def test_every_kind_of_site_and_every_stage_is_compared(subject):
     """Three comparisons a layer, at four stages: before, in the blend, as inputs begin, and as deployed."""
-    names = [
-        check.name for own in sites_of(Injection.model_validate(INJECTIONS["a schedule"])) for check in checks_of(own)
-    ]
+
+    def kinds(which):
+        own = subject(a={"injection": INJECTIONS[which]}).arms["a"]
+        return [*kinds_of(modules_of(own.model), own.injection)]
+
+    names = [check.name for kind in kinds("a schedule") for check in checks_of(kind)]
     assert len(names) == 3 * 4
     assert {name.rpartition(", ")[2] for name in names} == {"step 1", "step 3", "step 4", "clipped"}
-    sites = [*sites_of(Injection.model_validate(INJECTIONS["a pattern"]))]
-    assert [own.input is None for own in sites] == [False, True]
+    assert [kind.site.input is None for kind in kinds("a pattern")] == [False, True]

@@ -1,10 +1,7 @@
 """Checks that need a configuration alone: each with the very defect planted, and a clean case beside it."""
 
-import json
 import time
 from dataclasses import replace
-
-import pytest
 
 from fp4rl.lab.preflight import data, live, model, numbers
 from fp4rl.numerics import selftest
@@ -37,19 +34,6 @@ MIXTURE = {
     "num_experts_per_tok": 2,
     "vocab_size": 160,
 }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """`folder(config)` -> an arm over a folder that holds a configuration and nothing else."""
-
-    def made(config):
-        place = tmp_path / config["model_type"]
-        place.mkdir(exist_ok=True)
-        (place / "config.json").write_text(json.dumps(config))
-        return {"model": {"path": str(place)}}
-
-    return made
 
 
 def told(rows):

@@ -1,11 +1,13 @@
 """Checks of arithmetic: the quantizer against known vectors, and every rounded point's gradients against float64."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from fp4rl.lab.preflight.gradients import checks_of, sites_of
+from fp4rl.lab.preflight.gradients import checks_of
+from fp4rl.lab.preflight.kinds import Kind, kinds_of
+from fp4rl.lab.preflight.model import modules_of
 from fp4rl.lab.preflight.rows import Check, Row, Subject
 from fp4rl.numerics import selftest
-from fp4rl.spec.injection import Injection
 from fp4rl.spec.words import counted
 
 _CURE = "`fp4rl doctor` tests every device; take another FP4RL_BACKEND"
@@ -17,16 +19,17 @@ def quantizer(_: Subject) -> Iterator[Row]:
 
 
 def gradients(subject: Subject) -> Iterator[Row]:
-    """Test the gradients of everything that the injections round, at each stage of a precision that changes."""
-    injections = (own.injection for own in subject.arms.values() if own.injection is not None)
-    sites: list[Injection] = []
-    for site in (site for injection in injections for site in sites_of(injection)):
-        if site not in sites:
-            sites.append(site)
-    if sites:
-        made = [check for site in sites for check in checks_of(site)]
-        expected = f"their formulas in float64, at {counted(len(sites), 'kind')} of sites"
-        yield _row(made, expected, "report it: a fault of fp4rl")
+    """Test results and gradients of everything that the injections round or make err, at each stage of a precision."""
+    kinds: dict[Any, Kind] = {}
+    for own in subject.arms.values():
+        if own.injection is not None:
+            kinds |= {kind.key: kind for kind in kinds_of(modules_of(own.model), own.injection)}
+    written = [kind for kind in kinds.values() if kind.unwritten is None]
+    expected = f"the formulas in float64 of {', '.join(dict.fromkeys(kind.what for kind in written))}"
+    if written:
+        yield _row([check for kind in written for check in checks_of(kind)], expected, "report it: a fault of fp4rl")
+    for name in sorted({kind.unwritten for kind in kinds.values() if kind.unwritten is not None}):
+        yield Row("waits", f"no formula of {name} is written here", "its gradients against float64")
 
 
 def _row(checks: Sequence[selftest.Check], expected: str, cure: str) -> Row:

@@ -1,19 +1,20 @@
-"""Gradients through what an injection rounds, by their formulas in float64 (docs/concepts/estimators.md has them).
+"""Values and gradients under an injection, by their formulas in float64 (docs/concepts/estimators.md has them).
 
 Rounded values and scales come from the quantizer, which has a test of its own. Of what passes gradients nothing is
-used: the derivative of a smooth rounding goes over the levels of the element, a rotation is a matrix.
+used: the derivative of a smooth rounding goes over the levels of the element, a rotation is a matrix. Products of
+weights are in `products`, errors in `draws`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from fp4rl.lab.preflight.draws import Draws, erring
 from fp4rl.numerics.levels import inside, levels
 from fp4rl.numerics.quantize import fake_quantize
 from fp4rl.spec.formats import Format
@@ -38,12 +39,24 @@ class Through(NamedTuple):
         return ((gradient @ turn) * self.factor) @ turn
 
 
+class Latents(NamedTuple):
+    """What attention over latents (MLA) computes from: queries [heads, tokens, d], a latent vector [tokens, l] and a
+    rotary key [tokens, r] a token, and the matrix [heads (d - r + v), l] that expands latents to keys and values."""
+
+    query: Tensor
+    latent: Tensor
+    rotary: Tensor
+    up: Tensor
+    scale: float
+
+
 @dataclass(frozen=True)
 class Oracle:
     """What an injection does to the tensors of one site at a `step` of training, None for what is deployed."""
 
     injection: Injection
     step: int | None = None
+    draws: Draws = field(default_factory=Draws)
 
     def through(self, point: str, x: Tensor) -> Through:
         """Return a tensor [..., n] in float64 as a point rounds it: before(x) + lambda (after(x) - before(x))."""
@@ -73,29 +86,42 @@ class Oracle:
             return slope(in_units(seen, fmt), fmt.element.grid(), smooth.sharpness, smooth.cap)
         return None
 
-    def product(self, x: Tensor, weight: Tensor, g: Tensor) -> dict[str, Tensor]:
-        """Return y = Q(x) Q(W)^T and the gradients of x [rows, in] and W [out, in], given that of y [rows, out]."""
-        q_x, q_w = self.through("input", x), self.through("weight", weight)
-        y = self.through("output", linear(q_x.value, q_w.value))
-        g = y.passed(g)
-        grad_x = self.through("grad_input", g).value @ q_w.value
-        grad_w = self.through("grad_weight", g.mT.contiguous()).value @ q_x.value
-        return {"result": y.value, "grad_input": q_x.passed(grad_x), "grad_weight": q_w.passed(grad_w)}
+    def wrong(self, point: str, y: Tensor, *, backward: bool = False) -> Tensor:
+        """Return y with the errors at a point, one after the other: of the forward, or of a gradient's product."""
+        for error in self.injection.errors:
+            if error.point == point and (error.backward if backward else error.forward):
+                y = erring(y, error, self.draws)
+        return y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Return causal softmax(q Q(k)^T / sqrt(d)) Q(v) of [..., tokens, d], and the gradients of q, k and v."""
         q_k, q_v = self.through("kv_cache", k), self.through("kv_cache", v)
-        tokens, scale = q.shape[-2], 1 / sqrt(q.shape[-1])
-        future = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype).triu(1)
-        shares = (q @ q_k.value.mT * scale + future).softmax(-1)
-        of_shares = g @ q_v.value.mT
+        result, grad_q, grad_k, grad_v = self._attended(q, q_k.value, q_v.value, g, 1 / sqrt(q.shape[-1]))
+        passed = {"grad_key": q_k.passed(grad_k), "grad_value": q_v.passed(grad_v)}
+        return {"result": result, "grad_query": grad_q} | passed
+
+    def latent(self, made: Latents, g: Tensor) -> dict[str, Tensor]:
+        """Return causal attention over keys [U_k Q(c), Q(r)] and values U_v Q(c) of each head, and all gradients."""
+        q_c, q_r = self.through("kv_cache", made.latent), self.through("kv_cache", made.rotary)
+        heads, wide = len(made.query), made.query.shape[-1] - made.rotary.shape[-1]
+        u_k, u_v = made.up.reshape(heads, -1, made.up.shape[1]).tensor_split([wide], 1)
+        k = torch.cat([q_c.value @ u_k.mT, q_r.value.expand(heads, -1, -1)], -1)
+        result, grad_q, grad_k, grad_v = self._attended(made.query, k, q_c.value @ u_v.mT, g, made.scale)
+        grad_c, grad_r = grad_k[..., :wide], grad_k[..., wide:].sum(0)
+        grad_up = torch.cat([grad_c.mT @ q_c.value, grad_v.mT @ q_c.value], 1).flatten(0, 1)
+        grads = {"grad_query": grad_q, "grad_rotary": q_r.passed(grad_r), "grad_up": grad_up}
+        return {"result": result, "grad_latent": q_c.passed((grad_c @ u_k + grad_v @ u_v).sum(0))} | grads
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """Return causal attention [..., tokens, d] and the gradients of q, k and v, with errors in all six products."""
+        future = torch.full((q.shape[-2],) * 2, -torch.inf, dtype=q.dtype).triu(1)
+        shares = (self.wrong("scores", q @ k.mT) * scale + future).softmax(-1)
+        result = self.wrong("values", shares @ v)
+        of_shares = self.wrong("values", g @ v.mT, backward=True)
+        grad_v = self.wrong("values", g.mT @ shares, backward=True).mT
         of_scores = shares * (of_shares - (of_shares * shares).sum(-1, keepdim=True)) * scale
-        return {
-            "result": shares @ q_v.value,
-            "grad_query": of_scores @ q_k.value,
-            "grad_key": q_k.passed(of_scores.mT @ q),
-            "grad_value": q_v.passed(shares.mT @ g),
-        }
+        grad_q = self.wrong("scores", of_scores @ k, backward=True)
+        return result, grad_q, self.wrong("scores", of_scores.mT @ q, backward=True), grad_v
 
 
 def rounded(seen: Tensor, fmt: Format) -> Tensor:
