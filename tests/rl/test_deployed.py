@@ -88,6 +88,7 @@ def carried(experiment, model_cache, tmp_path, monkeypatch):
 
 TRAINED = {"training": {"steps": 3, "save_freq": 1, "lr": 2e-3}}
 AVERAGED = {"training": {**TRAINED["training"], "ema": {"decay": DECAY}}}
+CLAMPED = {"learned_clipping": {"init": 1.0, "lr": 0.1}}
 
 
 def saved(folder):
@@ -101,7 +102,9 @@ def learned(folder):
     }
 
 
-def test_what_is_saved_is_the_average_and_training_is_as_without(carried, monkeypatch):
+@pytest.mark.parametrize("more", [{}, CLAMPED])
+def test_what_is_saved_is_the_average_and_training_is_as_without(carried, monkeypatch, more):
+    """Of clamped weights it is the average of what the model holds, which is clamped."""
     averages, real = [], session_room.TrainingSession.on_update
 
     def followed(self):
@@ -110,9 +113,9 @@ def test_what_is_saved_is_the_average_and_training_is_as_without(carried, monkey
         averages[0].update_parameters(self.model)
         return real(self)
 
-    plain = carried("plain", **TRAINED)
+    plain = carried("plain", training=TRAINED["training"] | more)
     monkeypatch.setattr(session_room.TrainingSession, "on_update", followed)
-    folder = carried("averaged", **AVERAGED)
+    folder = carried("averaged", training=AVERAGED["training"] | more)
     expected, stored = averages[0].module.state_dict(), saved(folder)
     assert stored
     assert all(torch.equal(weight, expected[name]) for name, weight in stored.items())
@@ -145,7 +148,7 @@ def test_a_killed_run_whose_average_rounds_goes_on_with_the_same_codes(carried):
     assert usual.result().evidence.deployed.codes_unlike is None
 
 
-@pytest.mark.parametrize(("stop_at", "more"), [(1, {}), (2, HELD)])
+@pytest.mark.parametrize(("stop_at", "more"), [(1, {}), (2, HELD), (1, CLAMPED)])
 def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop_at, more):
     changes = {"training": {**AVERAGED["training"], "deployed": "best", **more}, "evaluation": {"test_freq": 1}}
     whole = carried("whole", **changes)
@@ -155,7 +158,13 @@ def test_a_killed_run_ends_with_the_same_average_and_the_same_best(carried, stop
     for one, other in zip(*(f.result().evidence for f in (whole, broken)), strict=True):
         assert one == other
     assert learned(whole) == learned(broken)
-    if more:
+    if more == CLAMPED:
+        bounds = [learned(whole)[step]["weights/clip_bound"] for step in (1, 2, 3)]
+        assert len({*bounds}) == 3
+        layers = [line for line in whole.evidence() if line.kind == "clipping"]
+        assert layers == [line for line in broken.evidence() if line.kind == "clipping"]
+        assert [line.layer for line in layers] == [0, 1]
+    if more == HELD:
         last = learned(whole)[3]
         assert 0 < last["weights/frozen"] < last["weights/oscillating"] < 1
         layers = [line for line in whole.evidence() if line.kind == "oscillation"]

@@ -116,6 +116,7 @@ def equal_control(
         "lr_warmup_steps": round(steps * shaped.lr_warmup_steps / shaped.steps),
         "distillation": like.training.distillation if like is not None else None,
         "oscillation": like.training.oscillation if like is not None else None,
+        "learned_clipping": like.training.learned_clipping if like is not None else None,
     }
     profiles = like.evaluation.profiles if like is not None else ("full",)
     control = treatment.model_copy(

@@ -60,7 +60,7 @@ def memory_of(experiment: Experiment) -> Memory | None:
     parts = {"weights": all_of_them * wide}
     if model.lora is not None:
         parts["adapter"] = trained * each
-    elif fine and model.dtype != "float32":
+    elif fine and (model.dtype != "float32" or recipe.learned_clipping is not None):
         parts["FP32 masters"] = trained * each
     if recipe.ema is not None:
         parts["average"] = trained * _BYTES["float32"]

@@ -3,14 +3,18 @@
 A recipe is translated to TRL's `GRPOConfig`; everything that is not named in `arguments` stays at TRL's default.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from fp4rl.rl.events import Emit
 from fp4rl.rl.fill import PromptStream
 from fp4rl.rl.generate import Sampler, transformers_sampler
+from fp4rl.rl.masters import Masters
 from fp4rl.rl.phases import Phases
 from fp4rl.rl.processes import device
 from fp4rl.rl.reference import FrozenPolicy
@@ -47,7 +51,7 @@ class Supervisor(Protocol):
 
 @dataclass(frozen=True)
 class TrainerComponents:
-    """What a trainer is made of besides the model. `float_masters`: the optimizer updates FP32 copies of weights."""
+    """What a trainer is made of besides the model. `masters` makes the FP32 copies that the optimizer updates."""
 
     recipe: Training
     stream: PromptStream
@@ -58,7 +62,7 @@ class TrainerComponents:
     supervisor: Supervisor
     emit: Emit
     seed: int
-    float_masters: bool = True
+    masters: Callable[[nn.Module], Masters | None] = Masters.of
     sampler: Sampler = transformers_sampler
 
 

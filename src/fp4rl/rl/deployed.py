@@ -1,6 +1,7 @@
 """The weights that are saved and judged: the live ones or their average (EMA), of the last step or of the best one.
 
-The average follows the FP32 masters after every optimizer update, as `torch.optim.swa_utils.get_ema_multi_avg_fn` does:
+The average follows the FP32 masters (clamped, where they are) after every optimizer update, as
+`torch.optim.swa_utils.get_ema_multi_avg_fn` does:
 
     mean_1 = master_1        mean_t = decay * mean_(t-1) + (1 - decay) * master_t
 """
@@ -40,7 +41,7 @@ class Deployed:
         self, model: nn.Module, masters: Masters | None, recipe: Training, weights_changed: Callable[[], None]
     ) -> None:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._exact = {**self._weights, **(masters.copies() if masters is not None else {})}
+        self._masters = masters
         self._decay = recipe.ema.decay if recipe.ema is not None else None
         self._weights_changed = weights_changed
         self._mean: dict[str, Tensor] = {}
@@ -51,11 +52,12 @@ class Deployed:
         """Let the average follow an optimizer update."""
         if self._decay is None:
             return
-        if not self._mean:
-            self._mean = {name: weight.detach().float().clone() for name, weight in self._exact.items()}
-            return
-        for name, mean in self._mean.items():
-            mean.lerp_(self._exact[name].float(), 1 - self._decay)
+        for name, weight in self._weights.items():
+            exact = self._masters.exact(name, weight) if self._masters is not None else weight.float()
+            if name in self._mean:
+                self._mean[name].lerp_(exact, 1 - self._decay)
+            else:
+                self._mean[name] = exact.detach().clone()
 
     @property
     def means(self) -> Mapping[str, Tensor]:
@@ -102,7 +104,7 @@ class Deployed:
         """Load what `save` and `state` kept."""
         if self._decay is not None:
             loaded = load_file(folder / _AVERAGE)
-            self._mean = {name: loaded[name].to(weight.device) for name, weight in self._exact.items()}
+            self._mean = {name: loaded[name].to(weight.device) for name, weight in self._weights.items()}
         if state:
             self.best = Best(int(state["step"]), float(state["score"]), load_file(folder / _BEST))
 

@@ -15,6 +15,7 @@ from fp4rl.models.save import save
 from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike, require_averaged
 from fp4rl.rl.checkpoints import Checkpoint, SaveClock, complete, rotate
+from fp4rl.rl.clipping import clipping_figures, masters_of
 from fp4rl.rl.components import TrainerComponents
 from fp4rl.rl.deployed import Deployed
 from fp4rl.rl.events import Interrupted, Message, StepDone
@@ -119,7 +120,7 @@ class TrainingSession:
             self,
             run.emit,
             experiment.seed,
-            experiment.model.master_dtype == "float32",
+            lambda model: masters_of(model, self.attachment, experiment),
             self.sampler,
         )
 
@@ -151,6 +152,9 @@ class TrainingSession:
             if self.oscillation is not None:
                 self.oscillation.load(checkpoint.path, checkpoint.state["oscillation"])
             rolled_back -= checkpoint.state["rollbacks"]
+        elif masters is not None and masters.clamps:  # the policy that the first rollout samples from
+            masters.write()
+            self.phases.weights_changed()
         if processes.count() > 1 and (self.attachment is None or is_repeatable(self.attachment)):
             with self.phases.unobserved(), trainer.routers.paused(), dropout_off(self.model):
                 require_averaged(trainer.model_wrapped, self.model)
@@ -170,7 +174,7 @@ class TrainingSession:
         metrics = self.oscillation.after() if self.oscillation is not None else {}
         if not self.rounds_by_average:  # it follows what was frozen
             self.deployed.update()
-        return metrics
+        return metrics | clipping_figures(self.trainer.masters)
 
     @property
     def rounds_by_average(self) -> bool:

@@ -87,7 +87,7 @@ class Trainer(CheckpointsInParts, GRPOTrainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create TRL's own optimizer, over FP32 copies of weights that are in another dtype."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        self.masters = Masters.of(self.model) if self.parts.float_masters else None
+        self.masters = self.parts.masters(self.model)
         if self.masters is not None:
             self.masters.put_into(optimizer)
         return optimizer

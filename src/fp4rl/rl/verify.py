@@ -68,13 +68,17 @@ def weights_unchanged(
 
 
 @torch.no_grad()
-def share_changed(start: PreTrainedModel, trained: PreTrainedModel, record: Record) -> float:
-    """Record and return the share of the trainable weights of `trained` whose bits differ from those in `start`."""
+def share_changed(
+    start: PreTrainedModel, trained: PreTrainedModel, record: Record, unclamped: Mapping[str, Tensor] | None = None
+) -> float:
+    """Record and return the share of the trainable weights of `trained` whose bits differ from those in `start`; of
+    weights that are clamped into the model, what the optimizer updates counts, since a clamp alone learns nothing."""
     before = dict(start.named_parameters())
     changed = total = 0
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
-            old, new = _whole(before[name]), _whole(parameter)
+            new = (unclamped or {}).get(name, parameter)
+            old, new = _whole(before[name]), _whole(new).to(parameter.dtype)
             changed += int((new != old.to(new.device, new.dtype)).sum())
             total += new.numel()
     share = changed / total

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from fp4rl.spec.clipping import Clipped
 from fp4rl.spec.frozen import Record
 from fp4rl.spec.health import Policy, State
 from fp4rl.spec.points import Phase
@@ -275,6 +276,7 @@ class Warned(Record):
 Evidence = (
     ActivePoints
     | CheckpointKept
+    | Clipped
     | Evaluation
     | Failed
     | HealthFinding

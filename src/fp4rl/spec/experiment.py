@@ -129,6 +129,7 @@ class Experiment(Spec):
         yield from self._wrong_choice()
         yield from self._not_followed()
         yield from self._not_watched()
+        yield from self._not_clipped()
         if self.sharding != "none" and self.training.distillation is not None:
             yield "training.distillation needs the whole head outside the forward; write sharding: none"
         if self.sharding != "none" and injection is not None and injection.frozen_base == "packed":
@@ -154,6 +155,18 @@ class Experiment(Spec):
             yield "training.ema.rounds: levels are of one format; leave injection.schedule.weight out"
         if rounds and settings is not None and settings.freeze is not None:
             yield "training.oscillation.freeze and training.ema.rounds both decide on levels; take one of them"
+
+    def _not_clipped(self) -> Iterator[str]:
+        recipe, key = self.training, "training.learned_clipping"
+        if recipe.learned_clipping is None:
+            return
+        yield from (f"{key}: {why}" for why in recipe.learned_clipping.refused(self.injection, recipe.oscillation))
+        if self.model.lora is not None:
+            yield f"{key}: adapters are trained, and the weights beside them stay as they are; leave it out"
+        if self.model.coarse_masters:
+            yield f"{key}: FP32 masters are clamped into the model; write model.master_dtype: float32"
+        if self.sharding != "none":
+            yield f"{key}: blocks need whole weights; write sharding: none"
 
     def _wrong_choice(self) -> Iterator[str]:
         recipe, judged = self.training, self.evaluation

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fp4rl.spec.algorithms import ALGORITHMS, AdvantageEstimator, Algorithm, AlgorithmName, KlLossType, LossAggregation
+from fp4rl.spec.clipping import LearnedClipping
 from fp4rl.spec.distillation import Distillation
 from fp4rl.spec.frozen import Spec, later_key
 from fp4rl.spec.oscillation import Oscillation
@@ -164,6 +165,7 @@ class Training(Spec):
     distillation: Distillation | None = None
     ema: Ema | None = later_key(None)
     oscillation: Oscillation | None = later_key(None)
+    learned_clipping: LearnedClipping | None = later_key(None)
     deployed: Literal["last", "best"] = later_key(
         "last",
         description="whose policy is saved: that of the last step, or of the one among each evaluation.test_freq steps "

@@ -194,6 +194,7 @@ def test_micro_batches_divide_what_a_device_has(asked, devices, given):
         ({"training": {"routing_replay": True}}, "training.routing_replay", "write false"),
         ({"training": {"ema": {"decay": 0.9}}}, "training.ema", "leave it out"),
         ({"training": {"oscillation": {}}, "injection": "w4a16"}, "training.oscillation", "leave it out"),
+        ({"training": {"learned_clipping": {}}, "injection": "w4a16"}, "training.learned_clipping", "leave it out"),
         (
             {"training": {"deployed": "best"}, "evaluation": {"test_freq": 1}},
             "training.deployed",
@@ -255,7 +256,7 @@ def test_no_key_of_training_is_dropped_silently():
         assert configured(devices=4, **without) != asked, key
     others = set(Training.model_fields) - set(RICH["training"])
     refused = {"mask_truncated", "routing_replay", "distillation", "optimizer", "betas", "stop", "ema", "deployed"}
-    refused |= {"oscillation"}
+    refused |= {"oscillation", "learned_clipping"}
     said = {"save_total_limit"}  # as a difference
     before = {"epochs", "filter_overlong_prompts"}  # in steps, and left out, when description and data are written
     assert others == refused | said | before | {"micro_batch_size", "reward", "rewards", "reference_precision"}

@@ -56,10 +56,14 @@ def _training(recipe: Training) -> Iterator[str]:
         yield "training.optimizer and betas: verl is started with torch's AdamW and its usual betas; leave them out"
     if recipe.mask_truncated:
         yield "training.mask_truncated: verl trains on answers that were cut off; write false (overlong_buffer acts)"
-    if recipe.ema is not None:
-        yield "training.ema: verl keeps no average of its weights; leave it out"
-    if recipe.oscillation is not None:
-        yield "training.oscillation: verl updates shards, whose codes are not followed; leave it out"
+    beside = {
+        "ema": "keeps no average of its weights",
+        "oscillation": "updates shards, whose codes are not followed",
+        "learned_clipping": "has no weights beside its own that could be clamped",
+    }
+    for key, why in beside.items():
+        if getattr(recipe, key) is not None:
+            yield f"training.{key}: verl {why}; leave it out"
     if recipe.deployed != "last":
         yield "training.deployed: verl keeps every checkpoint, and the last is imported; write last"
     if recipe.stop:

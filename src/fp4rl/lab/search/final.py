@@ -62,7 +62,8 @@ def own_control(space: Space, named: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises InvalidValueError for one that has an injection.
     """
-    training = {"steps": space.screening.rungs[-1], "distillation": None, "oscillation": None}
+    training = {"steps": space.screening.rungs[-1], "distillation": None}
+    training |= {"oscillation": None, "learned_clipping": None}
     control = merge({"injection": None, "noise": None, "training": training}, named)
     control = merge(control, {"evaluation": {"profiles": ["full"]}})
     if parse(Experiment, merge(space.base, control), "control").injection is not None:
