@@ -1,22 +1,22 @@
 """Learned clipping: the formula of the paper in float64, block by block, and a run that saves what it clamps."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fp4rl.inject.attach import attach
 from fp4rl.rl import session as session_room
-from fp4rl.rl.clipping import clipping_figures, clipping_rows, masters_of, unclamped
+from fp4rl.rl.clipping import clipping_figures, masters_of, unclamped
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.trainer import Trainer
 from fp4rl.rl.verify import share_changed
 from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.injection import Injection
 from fp4rl.spec.load import parse
 
 ALONE = type("Alone", (), {"num_processes": 1, "sync_gradients": True})
@@ -66,6 +66,7 @@ def by_hand(weight, strength, rows, columns):
         ("mxfp4", (1, 32), "clipped"),
         ("mxfp4_2d", (32, 32), "clipped"),
         ("nvfp4", (1, 16), "identity"),
+        ("fp8", (40, 80), "identity"),
     ],
 )
 def test_the_gradient_is_that_of_the_formula_in_float64(weight, block, estimator, stored):
@@ -101,6 +102,32 @@ def test_the_gradient_is_that_of_the_formula_in_float64(weight, block, estimator
     # Those that are clamped get nothing of their own; the largest of a block has what comes through its maximum.
     assert (wanted[0][outside] == 0).any()
     assert clipping_figures(masters)["weights/clipped"] == float(outside.double().mean())
+
+
+def mixture(**sizes):
+    settings = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 32, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **settings, **heads, **sizes))
+
+
+def test_stacked_experts_are_clamped_one_by_one_unless_nothing_tells_how_they_are_stored():
+    described = Experiment.model_validate({"injection": "w4a16", "training": {"learned_clipping": {"init": INIT}}})
+    model = mixture(moe_intermediate_size=32)
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    masters = masters_of(model, attach(model, described.injection), described)
+    masters.write()
+    stacks = [name for name in masters.clamps if "experts" in name]
+    assert len(stacks) == 2
+    for name in stacks:
+        strength = masters.clamps[name].strength
+        for number, matrix in enumerate(start[name]):
+            wanted = by_hand(matrix, strength[number], 1, 32)
+            assert torch.allclose(model.get_parameter(name)[number], wanted, rtol=1e-6)
+    attachment = attach(mixture(moe_intermediate_size=32), described.injection)
+    state = next(state for name, state in attachment.states.items() if "down_proj" in name)
+    state.plan = replace(state.plan, site=replace(state.plan.site, transposed=None))
+    with pytest.raises(InvalidValueError, match=r"experts\.down_proj .*targets.leave"):
+        masters_of(attachment.model, attachment, described)
 
 
 def test_strengths_have_a_rate_of_their_own_and_the_model_holds_what_is_clamped():
@@ -182,7 +209,7 @@ def test_strengths_that_no_optimizer_updates_end_the_run(run, experiment, monkey
 
     put = Masters.put_into
     monkeypatch.setattr(Masters, "put_into", left_out)
-    with pytest.raises(CheckFailed, match="no strength of .* blocks moved"):
+    with pytest.raises(CheckFailed, match=r"no strength of \d+ blocks moved"):
         run(experiment("w4a4", training=TRAINED))
 
 

@@ -21,7 +21,7 @@ class Clamp:
     def __init__(self, state: LinearState, weight: Tensor, init: float) -> None:
         fmt = state.plan.weight
         assert fmt is not None
-        if state.transposed is None:
+        if state.plan.site.transposed is None:  # whatever a forward has shown since: a resumed run makes none before
             raise InvalidValueError(
                 f"training.learned_clipping: nothing tells along which axis {state.plan.name} is rounded; leave it "
                 f"out: injection.targets.leave: [{state.plan.name}]"

@@ -177,6 +177,7 @@ KEYS = {
     "changing": ARM | {"injection": ARM["injection"] | {"schedule": {"weight": {"from_step": 9, "over": 6}}}},
     "turned": ARM | {"model": {"transforms": [{"name": "rotate_residual"}]}},
     "hopping": ARM | {"training": {"oscillation": {"dampen": 1e-3}}},
+    "clamped": ARM | {"training": {"learned_clipping": {}}},
     "averaged": ARM | {"training": {"ema": {"decay": 0.9, "rounds": True}}},
     "later": ARM | {"start": {"arm": "first"}},
 }
@@ -194,6 +195,7 @@ def test_what_the_newer_keys_do_is_tried_too(subject, rows):
     assert stages == {"blend", "after"}  # none before: not rounded
     assert runs["turned"].of(Transformed)[-1].difference is not None
     assert "weights/oscillating" in runs["hopping"].curves[3]
+    assert 0 < runs["clamped"].curves[3]["weights/clipped"] < 0.1
     assert runs["averaged"].spec["training"]["ema"]["rounds"]
     assert taken["later"].stand_in == steps.UNTRAINED
 
