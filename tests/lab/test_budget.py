@@ -49,8 +49,9 @@ def test_more_answers_for_as_many_updates_are_a_larger_budget():
     assert unequal(budget_of(BF16), budget_of(made(training={"rollout_n": 16})))
 
 
-def test_the_control_trains_as_long_in_one_stage_and_rounds_nothing():
-    control = equal_control(TREATMENT, [BF16])
+@pytest.mark.parametrize("beside", [{}, {"learned_clipping": {}, "oscillation": {}}])
+def test_the_control_trains_as_long_in_one_stage_and_rounds_nothing(beside):
+    control = equal_control(made(**merge(QAD, {"training": beside})), [BF16])
     by_hand = {"steps": 90, "lr_scheduler": "cosine", "lr_warmup_steps": 9}  # 6 of 60 is 9 of 90
     expected = made(injection="none", training=by_hand, evaluation={"profiles": ["full"]})
     assert control == expected

@@ -130,6 +130,13 @@ def test_stacked_experts_are_clamped_one_by_one_unless_nothing_tells_how_they_ar
         masters_of(attachment.model, attachment, described)
 
 
+def test_a_model_without_a_weight_to_clamp_is_refused():
+    described = Experiment.model_validate({"injection": "w4a16", "training": {"learned_clipping": {}}})
+    model = One(nn.Linear(64, 8)).requires_grad_(False)
+    with pytest.raises(InvalidValueError, match="both trained and rounded"):
+        masters_of(model, attach(model, described.injection), described)
+
+
 def test_strengths_have_a_rate_of_their_own_and_the_model_holds_what_is_clamped():
     """One step of plain AdamW goes lr against the sign of each gradient."""
     torch.manual_seed(0)

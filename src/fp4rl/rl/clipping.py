@@ -11,18 +11,24 @@ from fp4rl.rl.clamp import Clamp
 from fp4rl.rl.masters import Masters
 from fp4rl.rl.oscillation import watched_weights
 from fp4rl.spec.clipping import Clipped
-from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.errors import CheckFailed, InvalidValueError
 from fp4rl.spec.experiment import Experiment
 
 
 def masters_of(model: nn.Module, attachment: Attachment | None, experiment: Experiment) -> Masters | None:
     """Return the masters of a run's model, with a clamp for each trained weight that is rounded where the recipe has
-    learned clipping; None where the optimizer updates the model's own weights."""
+    learned clipping; None where the optimizer updates the model's own weights. InvalidValueError where none would be
+    clamped."""
     settings = experiment.training.learned_clipping
     if settings is None or attachment is None:
         return Masters.of(model) if experiment.model.master_dtype == "float32" else None
     watched = watched_weights(attachment, None)
     clamps = {name: Clamp(each.state, each.weight, settings.init) for name, each in watched.items()}
+    if not clamps:
+        raise InvalidValueError(
+            "training.learned_clipping: no weight of this model is both trained and rounded, so that nothing would be "
+            "clamped; leave it out"
+        )
     return Masters(model, clamps, settings.lr)
 
 
