@@ -201,7 +201,7 @@ def test_a_run_samples_from_saves_and_serves_the_clamped_weights(run, experiment
         assert torch.allclose(held["first"][name], first, rtol=1e-6)
     layers = heard.of("clipping")
     assert [line["layer"] for line in layers] == [0, 1]
-    assert all(line["moved"] > 0.5 and line["least"] < line["mean"] < line["largest"] for line in layers)
+    assert all(line["learned"] > 0.5 and line["least"] < line["mean"] < line["largest"] for line in layers)
     clipped_share = sum(line["clipped"] * line["weights"] for line in layers) / sum(line["weights"] for line in layers)
     assert heard.steps[-1][1]["weights/clip_bound"] != heard.steps[0][1]["weights/clip_bound"]
     assert 1 / 32 < clipped_share < 0.5

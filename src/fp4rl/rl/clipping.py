@@ -52,7 +52,7 @@ def clipping_rows(masters: Masters | None) -> Iterator[Clipped]:
             weights=weights,
             blocks=bounds.numel(),
             clipped=sum(int((clamp(master) != master).sum()) for clamp, master in own) / weights,
-            moved=sum(int((clamp.strength != clamp.init).sum()) for clamp, _ in own) / bounds.numel(),
+            learned=sum(int((clamp.strength != clamp.init).sum()) for clamp, _ in own) / bounds.numel(),
             mean=float(bounds.mean()),
             least=float(bounds.min()),
             largest=float(bounds.max()),
@@ -71,9 +71,9 @@ def clipping_figures(masters: Masters | None) -> dict[str, float]:
     }
 
 
-def require_moved(rows: Sequence[Clipped]) -> None:
+def require_learned(rows: Sequence[Clipped]) -> None:
     """Raise CheckFailed for clamps whose strengths training left as they began."""
-    if rows and not any(row.moved for row in rows):
+    if rows and not any(row.learned for row in rows):
         raise CheckFailed(
             f"training.learned_clipping: no strength of {sum(row.blocks for row in rows)} blocks moved, so nothing was "
             "learned of it; raise training.learned_clipping.lr"

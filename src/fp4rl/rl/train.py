@@ -11,7 +11,7 @@ from fp4rl.rl import processes
 from fp4rl.rl.agreement import require_alike
 from fp4rl.rl.check import check
 from fp4rl.rl.checkpoints import Checkpoint, all_of, read, remove
-from fp4rl.rl.clipping import clipping_rows, require_moved, unclamped
+from fp4rl.rl.clipping import clipping_rows, require_learned, unclamped
 from fp4rl.rl.components import require_own_engine, require_processes
 from fp4rl.rl.evaluate import items_digest
 from fp4rl.rl.events import Emit, Interrupted, Message, Progress, SitesResolved, StepsDropped, ignore, never
@@ -188,7 +188,7 @@ def _ended(run: Run, session: TrainingSession) -> Trained:
         run.emit(line)
     if stopped is None:
         require_changed(share, steps, session.trainer.filler.metric, run.experiment.model.dtype)
-        require_moved(clipped)
+        require_learned(clipped)
     hardly_moved = few_changed(share, run.experiment.model)
     if hardly_moved is not None:
         run.emit(Message(hardly_moved))

@@ -43,7 +43,7 @@ class Clipped(Record):
     weights: int
     blocks: int
     clipped: float
-    moved: float
+    learned: float
     mean: float
     least: float
     largest: float
