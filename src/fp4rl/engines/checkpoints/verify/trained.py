@@ -48,7 +48,8 @@ class Trained:
         model: Any
         model, tokenizer = load(folder, dtype, experts)
         phases = ApplyDuring.model_validate(["evaluation"])
-        injection = injection.model_copy(update={"apply_during": phases, "frozen_base": "copy"})
+        judged = {"apply_during": phases, "frozen_base": "copy", "straight_through": "identity"}  # nothing is trained
+        injection = injection.model_copy(update=judged)
         with attach(model, injection) as attachment, torch.no_grad():
             attachment.set_phase("evaluation")
             model(input_ids=prompt(model))
