@@ -1,9 +1,9 @@
 """Checks of the data: problems that are learned and judged, and schedules that follow how often they come again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from fp4rl.lab.preflight.questions import half_width
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.models.load import load_tokenizer
 from fp4rl.noise.schedule import ScheduleProgress, StageLog
@@ -14,6 +14,7 @@ from fp4rl.spec.errors import NotFoundError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Model
 from fp4rl.spec.noise import EpochAware
+from fp4rl.spec.task import Problem
 from fp4rl.spec.words import counted
 from fp4rl.tasks.overlap import overlap
 
@@ -29,7 +30,7 @@ def without_tokenizer(model: Model) -> str | None:
 
 
 def problems(subject: Subject) -> Iterator[Row]:
-    """Hold the problems that are learned against those that are judged, in substance."""
+    """Hold the problems that are learned against those that are judged, in substance, and these among themselves."""
     looked: dict[str, list[Row]] = {}
     for own in subject.arms.values():
         if (key := _split(own)) not in looked:
@@ -49,17 +50,24 @@ def _shared(experiment: Experiment) -> Iterator[Row]:
     if why := experiment.training.filter_overlong_prompts and without_tokenizer(experiment.model):
         yield Row("waits", why, expected)
         return
-    learned, judged = problems_of(experiment, "train"), _judged(experiment)
+    learned, judged = problems_of(experiment, "train"), evaluation_runner(experiment).problems
     shared = overlap(experiment.task, learned, judged)
     measured = f"{len(learned)} learned, {len(judged)} judged, {len(shared)} shared"
     if shared:
         yield Row("fail", f"{measured}, such as {shared[0]!r}", expected, "cut the splits by substance")
     else:
         yield Row("pass", measured, expected)
+    yield _distinct(experiment, judged)
 
 
-def _judged(experiment: Experiment) -> Any:
-    return evaluation_runner(experiment).problems
+def _distinct(experiment: Experiment, judged: Sequence[Problem]) -> Row:
+    """Count the problems that are judged, each substance once: what comes twice tells nothing more."""
+    number, count = len({experiment.task.substance(problem) for problem in judged}), experiment.evaluation.count
+    measured = f"{counted(number, 'distinct problem')} judged: +-{half_width(number):.1f} points"
+    expected = f"{count}, as evaluation.count says: +-{half_width(count):.1f} points"
+    return Row(
+        "pass" if number >= count else "fail", measured, expected, "" if number >= count else "drop what is twice"
+    )
 
 
 def draws(subject: Subject) -> Iterator[Row]:
@@ -105,6 +113,6 @@ def _missed(experiment: Experiment, problems: float) -> tuple[float, ...]:
 
 
 CHECKS = (
-    Check("problems", ("P37", "P47"), problems),
+    Check("problems", ("P34", "P37", "P47"), problems),
     Check("draws", ("P02",), draws),
 )

@@ -53,9 +53,13 @@ def sample(subject: Subject) -> Iterator[Row]:
     yield from merged((arm, _interval(own.evaluation.count)) for arm, own in subject.arms.items())
 
 
+def half_width(problems: int) -> float:
+    """Return half of the 95 % interval of an accuracy from so many problems, at its widest, in points."""
+    return 100 * _Z * sqrt(0.25 / problems)
+
+
 def _interval(problems: int) -> Row:
-    half = 100 * _Z * sqrt(0.25 / problems)
-    measured = f"{counted(problems, 'problem')}: the accuracy of a run is known to +-{half:.1f} points"
+    measured = f"{counted(problems, 'problem')}: the accuracy of a run is known to +-{half_width(problems):.1f} points"
     enough = problems >= _FEW
     cure = "" if enough else "raise evaluation.count"
     return Row("pass" if enough else "warn", measured, f"{_FEW} problems or more", cure)

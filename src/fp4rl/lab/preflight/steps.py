@@ -5,54 +5,45 @@ arm's own. A stage that begins with what another trains is tried on their common
 does in seconds.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.matrix import single
-from fp4rl.lab.preflight.live import NOT_HERE, without_weights
+from fp4rl.lab.preflight.copies import EMBEDDED, STEPS, attempted, basis, cut, scratch
 from fp4rl.lab.preflight.model import modules_of
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.noise.schedule import asked_sigma, multiplier_at
+from fp4rl.rl.events import SitesResolved
 from fp4rl.sites.walk import layer_count, walk
-from fp4rl.spec.errors import CheckFailed, UserError
+from fp4rl.spec.errors import UserError
 from fp4rl.spec.evidence import LayerNoise, LiveCheck, MasterCheck, RolloutNoise
 from fp4rl.spec.experiment import Experiment
-from fp4rl.spec.linked import START, TEACHER, links
-from fp4rl.spec.load import merge
 from fp4rl.spec.noise import EpochAware, Noise
 from fp4rl.spec.words import counted
-from fp4rl.tasks.arithmetic import Arithmetic
 
-STEPS = 3
-EMBEDDED, UNTRAINED = "the embedded model in its place", "its model before the stages that it starts from"
-_PROMPTS, _DRAWS, _ANSWERS, _LONGEST, _JUDGED = 8, 2, 8, 64, 4
 _DEVIATIONS = 7  # of standard errors, 1 / sqrt(2 n) of n values: as the run's own check of each rollout
-# Without a warm-up no answer is right; every update still moves the weights.
-_IN_ITS_PLACE: Mapping[str, Any] = {
-    "model": {"path": None, "embedded": {"warm_up_steps": 0}, "lora": None, "experts_implementation": None},
-    "task": {"name": "arithmetic", "difficulty": 1, "train_count": 64},
-    "training": {"lr": 4e-4, "entropy_coeff": 1e-3, "filter_groups": {"enable": False}, "reward": "accuracy"},
-}
 
 
 @dataclass(frozen=True)
 class Tried:
     """The fake run of one arm: what it recorded, its curves as they were exported, or why it came to no end.
 
-    `stand_in`: what it ran on where that is not the start of the arm itself.
+    `stand_in`: what it ran on where that is not the start of the arm itself. `rates`: the learning rate of each update
+    that its optimizer made.
     """
 
     stand_in: str = ""
     run: Run | None = None
     exported: Mapping[int, Mapping[str, float]] | None = None
+    rates: tuple[float, ...] = ()
     error: str = ""
     waits: str = ""
 
@@ -63,93 +54,47 @@ _tried: "WeakKeyDictionary[Subject, dict[str, Tried]]" = WeakKeyDictionary()
 def tried(subject: Subject) -> dict[str, Tried]:
     """Return the fake run of each arm; they are made once for a subject."""
     if subject not in _tried:
-        with _scratch(subject.root) as scratch:
-            _tried[subject] = {arm: _try(arm, own, scratch) for arm, own in subject.arms.items()}
+        with scratch(subject.root) as folder:
+            _tried[subject] = {arm: _try(arm, own, folder) for arm, own in subject.arms.items()}
     return _tried[subject]
 
 
-@contextmanager
-def _scratch(root: Path) -> Iterator[Path]:
-    """Yield a temporary folder of runs that shares the warmed-up models of `root`."""
-    with tempfile.TemporaryDirectory(prefix="fp4rl-") as name:
-        models = (root / "models").absolute()
-        models.mkdir(parents=True, exist_ok=True)
-        (Path(name) / "models").symlink_to(models)
-        yield Path(name)
-
-
-def _try(arm: str, experiment: Experiment, scratch: Path) -> Tried:
-    linked, why = links(experiment), without_weights(experiment)
-    if TEACHER in linked:
-        return Tried(waits="it takes weights that another run has yet to train")
-    if why is not None and why.startswith(NOT_HERE):
-        return Tried(waits=why)
-    stand_in = EMBEDDED if why is not None else UNTRAINED if START in linked else ""
+def _try(arm: str, experiment: Experiment, root: Path) -> Tried:
+    stand_in, waits = basis(experiment)
+    if waits:
+        return Tried(waits=waits)
     try:
         small = cut(experiment, stand_in=stand_in == EMBEDDED)
     except (UserError, ValueError) as error:
         return Tried(stand_in, waits=f"no small copy of it: {str(error).splitlines()[0]}")
+    made, failed, waits = attempted(stand_in, lambda: _run(small, arm, root))
+    return replace(made, stand_in=stand_in) if made is not None else Tried(stand_in, error=failed, waits=waits)
+
+
+def _run(small: Experiment, arm: str, root: Path) -> Tried:
     from fp4rl.lab.work import execute_run  # and with it TRL
 
+    rates: list[float] = []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, SitesResolved):  # training begins: what came before is the warm-up of a model
+            rates.clear()
+
+    hook = register_optimizer_step_post_hook(note)
     try:
-        folder = execute_run(single(small, f"tried-{arm}"), scratch)
-        curves = read_tensorboard(folder.path / "tensorboard").steps
-        return Tried(stand_in, read_run(folder), curves)
-    except (UserError, LookupError) as error:
-        # Patterns and layers of a large model need not be those of the one in its place.
-        return Tried(stand_in, waits=str(error)) if stand_in == EMBEDDED else Tried(stand_in, error=str(error))
-    except CheckFailed as error:
-        return Tried(stand_in, error=str(error))
-    except Exception as error:  # of a library; a run would keep the traceback in its log
-        first = (str(error).splitlines() or ["no message"])[0]
-        return Tried(stand_in, error=f"{type(error).__name__}: {first}")
+        folder = execute_run(single(small, f"tried-{arm}"), root, on_event)
+    finally:
+        hook.remove()
+    curves = read_tensorboard(folder.path / "tensorboard").steps
+    return Tried(run=read_run(folder), exported=curves, rates=tuple(rates))
 
 
-def cut(experiment: Experiment, *, stand_in: bool) -> Experiment:
-    """Return the experiment in three steps of few and short answers, in this process."""
-    recipe = experiment.training
-    prompts, longest = min(recipe.train_batch_size, _PROMPTS), min(recipe.max_response_length, _LONGEST)
-    updates = next(number for number in range(min(recipe.updates_per_step, prompts), 0, -1) if prompts % number == 0)
-    training: dict[str, Any] = {
-        "steps": STEPS,
-        "train_batch_size": prompts,
-        "mini_batch_size": prompts // updates,
-        "micro_batch_size": None,
-        "rollout_n": min(recipe.rollout_n, _ANSWERS),
-        "max_response_length": longest,
-        "save_freq": 0,
-        "deployed": "last",
-        "filter_groups": {"max_num_gen_batches": min(recipe.filter_groups.max_num_gen_batches, _DRAWS)},
-    }
-    if (recipe.overlong_buffer.len or 0) >= longest:
-        training["overlong_buffer"] = {"len": max(1, longest // 5)}
-    evaluation = {
-        "count": _JUDGED,
-        "test_freq": 0,
-        "max_new_tokens": longest,
-        "matmul_noise": [],
-        "formats": [],
-        "kl": False,
-    }
-    changes: dict[str, Any] = {"training": training, "evaluation": evaluation, "health": {}, "processes": 1}
-    changes |= {"sharding": "none", "engine": "trl", "rollout": {"engine": "transformers"}}
-    if experiment.injection is not None and (schedule := experiment.injection.schedule) is not None:
-        # Every stage within the steps: before in the first one, a blend in the second, the own format in the last.
-        soon = {p: {"from_step": min(own.from_step, 1), "over": min(own.over, 1)} for p, own in schedule.points.items()}
-        changes["injection"] = {"schedule": soon}
-    if isinstance(experiment.task, Arithmetic):  # which makes each of its problems, and checks them against the others
-        enough = STEPS * prompts * _DRAWS
-        changes["task"] = {"train_count": min(experiment.task.train_count or enough, enough)}
-    described = experiment.model_dump(mode="json") | {"health": {}, "rollout": {}}
-    described.pop("start", None)
-    described = merge(described, changes)
-    if stand_in:
-        described["task"], described["training"]["rewards"] = {}, []
-        described = merge(described, dict(_IN_ITS_PLACE))
-    return Experiment.model_validate(described)
+def of_steps(look: Callable[[Run, Tried], Iterator[Row]]) -> Callable[[Subject], Iterator[Row]]:
+    """Return a check that looks at the fake run of each arm that came to its end."""
 
-
-def _of_steps(look: Callable[[Run, Tried], Iterator[Row]]) -> Callable[[Subject], Iterator[Row]]:
     def rows(subject: Subject) -> Iterator[tuple[str, Row]]:
         for arm, own in tried(subject).items():
             yield from ((arm, row) for row in (look(own.run, own) if own.run is not None else ()))
@@ -270,9 +215,9 @@ def curves(run: Run, own: Tried) -> Iterator[Row]:
 
 CHECKS = (
     Check("steps", ("P10", "P13", "P24", "P25", "P50"), ended),
-    Check("rollouts", ("P06", "P09"), _of_steps(rollouts)),
-    Check("noise", ("P03",), _of_steps(noise)),
-    Check("spread", ("P25",), _of_steps(spread)),
-    Check("live", ("P35",), _of_steps(live)),
-    Check("curves", ("P33",), _of_steps(curves)),
+    Check("rollouts", ("P06", "P09"), of_steps(rollouts)),
+    Check("noise", ("P03",), of_steps(noise)),
+    Check("spread", ("P25",), of_steps(spread)),
+    Check("live", ("P35",), of_steps(live)),
+    Check("curves", ("P33",), of_steps(curves)),
 )
