@@ -12,6 +12,7 @@ import yaml
 from fp4rl.cli import preflight as verb
 from fp4rl.cli.described import runs_described
 from fp4rl.cli.main import main
+from fp4rl.lab import catalogue
 from fp4rl.lab.folders import all_runs
 from fp4rl.lab.preflight.preflight import EVERY, at_stake, keep_passed, passed_before
 from fp4rl.lab.preflight.rows import Check, Row, Subject
@@ -113,10 +114,12 @@ def subject(tmp_path, **training):
     return Subject(suite, runs_described(suite, "mine"), tmp_path / "runs")
 
 
-def test_all_is_looked_at_where_hours_are_at_stake(tmp_path):
-    """1,000 steps together, or 20 of a model of one's own; two arms of one seed here."""
-    assert at_stake(subject(tmp_path, steps=499).runs) == ("nothing",)
-    assert at_stake(subject(tmp_path, steps=500).runs) == EVERY
+def test_all_is_looked_at_where_enough_is_at_stake(tmp_path):
+    """300 steps together, or 20 of a model of one's own; two arms of one seed here. The quickstart has 360."""
+    assert at_stake(subject(tmp_path, steps=149).runs) == ("nothing",)
+    assert at_stake(subject(tmp_path, steps=150).runs) == EVERY
+    quickstart = catalogue.described("quickstart")
+    assert at_stake(runs_described(quickstart, "quickstart")) == EVERY
     short = subject(tmp_path, steps=20).runs
     model = short[0].experiment.model.model_copy(update={"path": "m"})
     own = [replace(run, experiment=run.experiment.model_copy(update={"model": model})) for run in short]

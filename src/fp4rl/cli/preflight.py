@@ -66,7 +66,7 @@ def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
 def checked_first(subject: Subject, screen: Console, *, skip: bool) -> list[PlannedRun]:
     """Look for known traps before runs begin, or `skip` that and return runs that say so.
 
-    What is free is looked at each time, the rest once, where hours are at stake. Raises CheckFailed, with what was
+    What is free is looked at each time, the rest once, where enough is at stake. Raises CheckFailed, with what was
     measured and the cure, where a check fails.
     """
     if skip or not subject.runs:

@@ -64,7 +64,11 @@ def command(
     executor: Where = "local",
     address: ClusterAddress = None,
     skip_preflight: Annotated[
-        bool, typer.Option("--skip-preflight", help="Begin without `fp4rl preflight`; the results say so.")
+        bool,
+        typer.Option(
+            "--skip-preflight",
+            help="Begin without `fp4rl preflight`, all of which is looked at from 300 steps on; the results say so.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -5,6 +5,8 @@ import torch
 
 from fp4rl.inject.attach import Attachment
 from fp4rl.lab.preflight import live
+from fp4rl.models.load import load
+from fp4rl.rl.inputs import start_folder
 
 W4A4 = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
 
@@ -79,6 +81,28 @@ def test_noise_that_bfloat16_swallows_is_warned_of(subject, rows):
     assert "bfloat16 will swallow all of its noise" in row.measured
     assert told(rows(live, "resolution", subject(a=fine))) == [("pass", "noise is kept in float32")]
     assert torch.tensor(1.0).bfloat16().add(2**-9) == 1
+
+
+def test_an_adapter_that_is_its_own_base_fails(subject, rows, tmp_path):
+    """Fresh adapters of peft have B = 0, so that they change nothing until they are trained."""
+    peft = pytest.importorskip("peft")
+    own = subject()
+    spec = own.arms["a"]
+    base = start_folder(spec.model, spec.task, own.root / "models")
+    verdicts = {}
+    for name, value in (("trained", 0.05), ("untrained", 0.0)):
+        plain, tokenizer = load(base)
+        adapted = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for key, weight in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.constant_(weight, value)
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        adapted.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        (row,) = rows(live, "adapter", subject({"model": {"path": str(tmp_path / name)}}))
+        verdicts[name] = row.verdict
+    assert verdicts == {"trained": "pass", "untrained": "fail"}
+    assert rows(live, "adapter", own) == ()
 
 
 def test_weights_that_are_not_here_are_waited_for(subject, rows, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from fp4rl.cli.described import runs_described
 from fp4rl.lab.folders import RunFolder
 from fp4rl.lab.foreign.tensorboard import read_tensorboard
-from fp4rl.lab.preflight import live, steps
+from fp4rl.lab.preflight import copies, live, steps
 from fp4rl.lab.preflight.rows import Subject
 from fp4rl.lab.sinks import TensorBoardSink
 from fp4rl.noise import perturb, targets
@@ -197,7 +197,7 @@ def test_what_the_newer_keys_do_is_tried_too(subject, rows):
     assert "weights/oscillating" in runs["hopping"].curves[3]
     assert 0 < runs["clamped"].curves[3]["weights/clipped"] < 0.1
     assert runs["averaged"].spec["training"]["ema"]["rounds"]
-    assert taken["later"].stand_in == steps.UNTRAINED
+    assert taken["later"].stand_in == copies.UNTRAINED
 
 
 def test_what_a_teacher_has_yet_to_learn_is_waited_for(subject, rows):

@@ -15,7 +15,7 @@ from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.lab.estimates import shapes_of
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
-from fp4rl.models.load import load
+from fp4rl.models.load import base_of, load
 from fp4rl.models.packed.as_served import packed_at
 from fp4rl.noise.warnings import noise_warnings
 from fp4rl.rl.inputs import start_folder
@@ -40,7 +40,7 @@ def without_weights(experiment: Experiment) -> str | None:
     path = experiment.model.path
     if path is None:
         return None
-    number = _size(Path(path))
+    number = _size(base_of(Path(path)) or Path(path))
     if number is None:
         return f"{NOT_HERE} in {path}"
     return f"{number / 1e9:.2g}e9 weights are too many to be loaded here" if number > LARGEST else None
@@ -178,6 +178,22 @@ def rounded(experiment: Experiment, model: Any) -> Iterator[Row]:
     yield Row("pass", f"logits off by up to: {most}; {counted(elements, 'element')}", expected)
 
 
+def adapter(_: Experiment, model: Any) -> Iterator[Row]:
+    """Compare the logits of a start that is an adapter with those of its base: equal ones are the base's own."""
+    with torch.no_grad():
+        own = _logits(model, _ids(model))
+        with model.disable_adapter():
+            apart = float((_logits(model, _ids(model)) - own).abs().max())
+    expected = "a start that is not its own base"
+    cure = "" if apart > 0 else "the adapter was never trained, or not saved: start from another folder"
+    yield Row("pass" if apart > 0 else "fail", f"logits of adapter and base are {apart:.2g} apart", expected, cure)
+
+
+def _adapts(experiment: Experiment) -> bool:
+    path = experiment.model.path
+    return path is not None and base_of(Path(path)) is not None
+
+
 def resolution(experiment: Experiment, model: Any) -> Iterator[Row]:
     """Compute, from the model's own weights, how many of them each sigma of the schedule changes."""
     assert experiment.noise is not None
@@ -190,6 +206,7 @@ def resolution(experiment: Experiment, model: Any) -> Iterator[Row]:
 
 
 CHECKS = (
+    Check("adapter", ("P18",), _of_weights(adapter, _adapts)),
     Check("masters", ("P09",), _of_weights(masters, _rounds)),
     Check("rounded", ("P10",), _of_weights(rounded, _rounds)),
     Check("resolution", ("P05",), _of_weights(resolution, lambda own: own.noise is not None)),

@@ -24,8 +24,9 @@ GROUPS = MappingProxyType(
     }
 )
 EVERY: tuple[Needs, ...] = ("nothing", "model", "weights")
-# From how much on a run's own preflight takes the time for everything (half a minute, and seconds an arm).
-_STEPS, _STEPS_OF_A_MODEL = 1000, 20
+# From how much on a run's own preflight takes the time for everything: half a minute and seconds an arm, which is about
+# a tenth of so many steps of the embedded model.
+_STEPS, _STEPS_OF_A_MODEL = 300, 20
 _KEPT = "preflight.json"
 _WORST: tuple[Verdict, ...] = ("fail", "warn", "waits", "pass")
 
@@ -52,7 +53,7 @@ def worst(rows: Iterable[Row]) -> Verdict:
 
 
 def at_stake(runs: Sequence[PlannedRun]) -> tuple[Needs, ...]:
-    """Return the levels that `fp4rl run` looks at first: all of them where hours are at stake, else the free ones."""
+    """Return the levels that `fp4rl run` looks at first: all of them where enough is at stake, else the free ones."""
     steps = [run.experiment.training.steps for run in runs]
     own = any(
         run.experiment.model.path is not None and n >= _STEPS_OF_A_MODEL for run, n in zip(runs, steps, strict=True)
