@@ -3,7 +3,9 @@
 import time
 from dataclasses import replace
 
-from fp4rl.lab.preflight import data, live, model, numbers
+import pytest
+
+from fp4rl.lab.preflight import data, live, model, numbers, surroundings
 from fp4rl.numerics import selftest
 
 W4A4 = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
@@ -211,3 +213,12 @@ def test_an_unrounded_arm_from_a_folder_that_an_engine_rounds_is_warned_of(subje
         file.unlink()
     (row, _) = rows(model, "start", own)
     assert "is packed (compressed-tensors)" in row.measured
+
+
+def test_a_folder_that_is_missing_is_named_once(subject, rows):
+    """By the check of files; what needs its modules has no row, and what needs its tokenizer waits."""
+    own = subject({"model": {"path": "/nowhere"}}, a={"injection": {"mode": "w4a16"}})
+    told = {check.name: [row.verdict for row in check.rows(own)] for check in (*surroundings.CHECKS, *model.CHECKS)}
+    assert [name for name, verdicts in told.items() if "fail" in verdicts] == ["files"]
+    assert told["fits"] == ["waits"]
+    assert told["sites"] == told["start"] == []
