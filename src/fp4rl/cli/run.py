@@ -64,11 +64,7 @@ def command(
     executor: Where = "local",
     address: ClusterAddress = None,
     skip_preflight: Annotated[
-        bool,
-        typer.Option(
-            "--skip-preflight",
-            help="Begin without `fp4rl preflight`, all of which is looked at from 300 steps on; the results say so.",
-        ),
+        bool, typer.Option("--skip-preflight", help="Begin without `fp4rl preflight` (all from 300 steps), and say so.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -19,14 +19,14 @@ from fp4rl.spec.words import counted
 from fp4rl.tasks.overlap import overlap
 
 
-def not_here(model: Model) -> bool:
+def is_missing(model: Model) -> bool:
     """Return whether a model's folder is missing, which the check of files says once."""
     return model.path is not None and not Path(model.path).is_dir()
 
 
 def without_tokenizer(model: Model) -> str | None:
     """Return why no prompt can be tokenized here; None where it can."""
-    if not_here(model):
+    if is_missing(model):
         return f"model folder {model.path!r} does not exist"
     try:
         if model.path is not None:

@@ -104,13 +104,13 @@ def _apart(pair: tuple[str, str], arms: Mapping[str, Experiment], runs: Mapping[
     meant = ", ".join(differences(*whole))
     keys = differences(*(training_part(run.spec) for run in (first, second)))
     silent = not any(line.sigma for run in (first, second) for line in run.of(RolloutNoise))
-    acting = [key for key in keys if not (covered(key, ("noise",)) and silent)]
+    at_work = [key for key in keys if not (covered(key, ("noise",)) and silent)]
     if not meant:
         return None
-    if not acting:
+    if not at_work:
         return Row("waits", f"{meant}: beyond {STEPS} small steps, which end alike", expected, "", pair)
-    named = f"both end in weights {first.result.evidence.final_weights}, whatever {', '.join(acting)}"
-    if all(covered(key, _AT_TIMES) for key in acting):
+    named = f"both end in weights {first.result.evidence.final_weights}, whatever {', '.join(at_work)}"
+    if all(covered(key, _AT_TIMES) for key in at_work):
         return Row("warn", f"{named}: it had no reason to act", expected, "see `fp4rl keys` for when it acts", pair)
     return Row("fail", named, expected, "what differs is wired to nothing: two names of one recipe", pair)
 

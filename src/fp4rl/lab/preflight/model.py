@@ -11,7 +11,7 @@ from torch import nn
 
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
-from fp4rl.lab.preflight.data import not_here, without_tokenizer
+from fp4rl.lab.preflight.data import is_missing, without_tokenizer
 from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
 from fp4rl.lab.serving import unserved
 from fp4rl.lab.stages import stages_of
@@ -45,7 +45,7 @@ def modules_of(model: Model) -> Any:
 
 def _of_models(look: Look) -> Callable[[Subject], Iterator[Row]]:
     def run(subject: Subject) -> Iterator[Row]:
-        arms = [(arm, own) for arm, own in subject.arms.items() if not not_here(own.model)]
+        arms = [(arm, own) for arm, own in subject.arms.items() if not is_missing(own.model)]
         yield from merged((arm, row) for arm, own in arms for row in look(own, modules_of(own.model)))
 
     return run
@@ -193,7 +193,7 @@ def start(subject: Subject) -> Iterator[Row]:
 
 
 def _start(experiment: Experiment) -> Iterator[Row]:
-    if experiment.model.path is None or not_here(experiment.model):
+    if experiment.model.path is None or is_missing(experiment.model):
         return
     folder, expected = Path(experiment.model.path), "unrounded weights in an unrounded arm"
     packed = packed_at(folder) if any(folder.glob("*.safetensors")) else None
