@@ -48,6 +48,12 @@ def test_masters_that_a_forward_loses_fail(subject, rows, model, monkeypatch):
     assert "interrupted" in row.measured
 
 
+def test_masters_under_a_merged_adapter_are_hashed_around_an_interrupted_forward_too(subject, rows):
+    merged = {"injection": W4A4["injection"] | {"lora": "merged"}, "model": {"lora": {}}}
+    (row,) = rows(live, "masters", subject(a=merged))
+    assert row.verdict == "pass", row
+
+
 def test_an_injection_that_rounds_nothing_fails(subject, rows, model, monkeypatch):
     (row,) = rows(live, "rounded", subject(a=W4A4))
     assert row.verdict == "pass"

@@ -3,8 +3,6 @@
 import time
 from dataclasses import replace
 
-import pytest
-
 from fp4rl.lab.preflight import data, live, model, numbers, surroundings
 from fp4rl.numerics import selftest
 

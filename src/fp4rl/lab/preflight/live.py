@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fp4rl.inject.adapted import adapter_of
 from fp4rl.inject.attach import Attachment, attach
 from fp4rl.inject.evidence import master_digest
 from fp4rl.lab.estimates import shapes_of
@@ -142,8 +143,9 @@ def _interrupted(model: Any, attachment: Attachment) -> None:
         raise Interrupting
 
     attachment.set_phase("training")
-    *_, last = (model.get_submodule(plan.site.path) for plan in attachment.table.plans)
-    hook = last.register_forward_hook(stop)
+    last = attachment.table.plans[-1]
+    called = adapter_of(model, last.site) if last.merged else None  # which computes with the sum, and not its base layer
+    hook = (called or model.get_submodule(last.site.path)).register_forward_hook(stop)
     try:
         _logits(model, _ids(model))
     except Interrupting:
