@@ -113,6 +113,7 @@ def test_what_was_reported_is_complete_unique_and_names_nobody():
         ("w4a4_late", "rl_and_qad", 7, (60, 30, 90)),
         ("w4a4_embedded_m", "first", 5, (20, 40, 60)),
         ("w4a4_embedded_m_90", "first", 5, (30, 60, 90)),
+        ("w4a4_methods", "fallback", 5, (30, 60, 90)),
     ],
 )
 def test_a_recipe_of_w4a4_asks_at_equal_budget_over_seeds_that_were_named(tmp_path, name, treatment, seeds, steps):

@@ -150,9 +150,11 @@ def test_noise_that_would_reach_a_router_fails(folder, subject, rows, monkeypatc
 
 def test_a_held_out_problem_that_is_trained_on_fails(subject, rows, monkeypatch):
     own = subject(a={"evaluation": {"count": 8}})
-    assert told(rows(data, "problems", own)) == [("pass", "64 learned, 8 judged, 0 shared")]
-    monkeypatch.setattr(data, "_judged", lambda experiment: experiment.task.problems("train", 8))
-    (row,) = rows(data, "problems", own)
+    assert told(rows(data, "problems", own))[0] == ("pass", "64 learned, 8 judged, 0 shared")
+    runner = data.evaluation_runner(own.arms["a"])
+    learned = replace(runner, problems=own.arms["a"].task.problems("train", 8))
+    monkeypatch.setattr(data, "evaluation_runner", lambda _: learned)
+    row = rows(data, "problems", own)[0]
     assert row.verdict == "fail"
     assert row.measured.startswith("64 learned, 8 judged, 8 shared")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from fp4rl.lab.search.leakage import require_separate
 from fp4rl.lab.search.records import (
     FILE,
     Added,
+    AnyLine,
     Book,
     Chosen,
     Decided,
@@ -206,16 +208,30 @@ class Interrupted(MadeUp):
         )
 
 
-def test_a_final_that_the_budget_ended_has_numbers_and_no_word_until_all_its_seeds_are_in():
-    book = Book()
+def test_what_is_not_known_is_left_out_of_the_file_and_read_as_unknown():
+    """A final without a word, and a space with a range, whose records could not be read again."""
+    optional = [
+        (kind, name)
+        for kind in get_args(AnyLine)
+        for name, field in kind.model_fields.items()
+        if type(None) in get_args(field.annotation)
+    ]
+    assert (Judged, "word") in optional
+    assert [(kind.__name__, name) for kind, name in optional if kind.model_fields[name].is_required()] == []
+
+
+def test_a_final_that_the_budget_ended_has_numbers_and_no_word_until_all_its_seeds_are_in(tmp_path):
+    file = tmp_path / "search.jsonl"
+    book = Book.read(file)
     judged = search(Interrupted(SPACE, worth, seed=3), book).run()
     assert (judged.word, judged.whole, judged.quotable, judged.needed, judged.p) == (None, False, False, None, None)
     assert judged.sentence == "not decided: 3 of 7 seeds are in"
     paragraph = Result(SPACE, book).paragraph
     assert "not decided: 3 of 7 seeds are in" in paragraph
     assert not any(word in paragraph for word in ("better", "reaches", "lies", "no difference", "would decide"))
-    assert book.last(Judged) == judged
-    more = search(MadeUp(SPACE, worth, seed=3), book).run()
+    kept = Book.read(file)
+    assert kept.last(Judged) == judged
+    more = search(MadeUp(SPACE, worth, seed=3), kept).run()
     assert (more.word, more.whole, len(more.seeds)) == ("better", True, 7)
 
 

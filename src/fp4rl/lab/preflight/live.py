@@ -144,7 +144,7 @@ def _interrupted(model: Any, attachment: Attachment) -> None:
 
     attachment.set_phase("training")
     last = attachment.table.plans[-1]
-    called = adapter_of(model, last.site) if last.merged else None  # which computes with the sum, and not its base layer
+    called = adapter_of(model, last.site) if last.merged else None  # it computes the sum, and calls no base layer
     hook = (called or model.get_submodule(last.site.path)).register_forward_hook(stop)
     try:
         _logits(model, _ids(model))

@@ -31,7 +31,7 @@ class Begun(Line):
     kind: Literal["begun"] = "begun"
     digest: str
     space: Mapping[str, JsonValue]
-    size: int | None
+    size: int | None = None
     sampler: str
     code: str | None = None
 
@@ -155,7 +155,7 @@ class Judged(Line):
     """
 
     kind: Literal["judged"] = "judged"
-    word: str | None
+    word: str | None = None
     sentence: str
     treatment: tuple[float, ...]
     control: tuple[float, ...]
