@@ -144,6 +144,44 @@ def test_what_differs_beside_the_factor_is_named_with_both_values(subject, rows)
     assert [row.verdict for row in rows(courses, "alike", subject(suite=declared, a={}, b=warmer))] == ["pass"]
 
 
+# A factor -> what it is in the second arm. What each changes by value is its own doing.
+FACTORS = {
+    "training.learned_clipping": {"lr": 0.1},
+    "training.max_response_length": 20,
+    "training.stop": ["#"],
+    "training.top_p": 0.9,
+    "training.rollout_n": 2 * RECIPE["rollout_n"],
+    "training.train_batch_size": 8,
+    "training.mini_batch_size": 4,
+    "training.steps": 12,
+    "training.epochs": 1,
+    "training.algorithm": "gspo",
+    "training.filter_groups": {"enable": True, "max_num_gen_batches": 2},
+    "training.optimizer": "adamw_torch_fused",
+    "training.lr": 1e-3,
+    "training.lr_scheduler": "cosine",
+    "training.weight_decay": 0.1,
+    "training.ema": {"decay": 0.9},
+    "training.oscillation": {},
+    "training.distillation": {},
+    "model.dtype": "bfloat16",
+    "model.lora": {},
+    "task.difficulty": 2,
+    "evaluation.max_new_tokens": 9,
+    "noise": {},
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_what_a_declared_factor_changes_by_value_is_no_difference_beside_it(verdict, factor):
+    asked = {"comparisons": [QUESTION | {"factors": [factor]}]}
+    group, _, key = factor.rpartition(".")
+    told, measured = verdict(
+        "alike", asked, recipe() | W4A8, a={}, b={group: {key: FACTORS[factor]}} if group else {key: FACTORS[factor]}
+    )
+    assert told == "pass", measured
+
+
 def test_problems_that_are_judged_twice_fail(subject, rows, monkeypatch):
     """Eight are claimed; of four that come twice the interval is 1.96 sqrt(.25 / 4)."""
     own = subject()

@@ -16,7 +16,7 @@ from fp4rl.spec.words import counted
 _RARE = 1e-4  # a coincidence below this chance is none
 _OF_DATA = ("task", "model", "start", "training.filter_overlong_prompts", "training.max_prompt_length")
 _OF_BATCHES = ("training.train_batch_size", "training.rollout_n")
-_OF_UPDATES = ("training.steps", "training.train_batch_size", "training.mini_batch_size")
+_OF_UPDATES = ("training.steps", "training.epochs", "training.train_batch_size", "training.mini_batch_size")
 # What arms are compared by -> the keys in which they may differ for it.
 _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -29,10 +29,21 @@ _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "training.max_response_length",
             "training.stop",
             "task",
+            "model",
+            "start",
+            "rollout",
         ),
         "problems judged": (*_OF_DATA, "evaluation"),
-        "judging": ("evaluation", "task"),
-        "optimizer": ("training.optimizer", "training.lr", "training.betas", "training.weight_decay", "model", "start"),
+        "judging": ("evaluation", "task", "model", "start", "training.max_response_length", "training.stop"),
+        "optimizer": (
+            "training.optimizer",
+            "training.lr",
+            "training.betas",
+            "training.weight_decay",
+            "training.learned_clipping",
+            "model",
+            "start",
+        ),
         "learning rate": ("training.lr", "training.lr_scheduler", "training.lr_warmup_steps", *_OF_UPDATES),
         "updates": _OF_UPDATES,
     }
