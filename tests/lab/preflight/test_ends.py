@@ -23,6 +23,21 @@ def test_arms_that_end_in_the_same_weights_fail(subject, rows, monkeypatch):
     assert of_a["c"].measured.startswith("training.steps: beyond 3 small steps")
 
 
+def test_noise_that_draws_no_other_token_is_warned_of(subject, rows):
+    """A little of it acts on weights in every rollout, and a few small steps need not show it."""
+    little = {"noise": {"schedule": {"kind": "geometric", "sigma_start": 1e-7, "sigma_end": 1e-7}}}
+    (row,) = rows(ends, "apart", subject(a={}, b=little))
+    assert row.verdict == "warn"
+    assert row.measured.endswith("whatever noise: in 3 small steps it changed nothing")
+
+
+def test_an_injection_that_is_wired_to_nothing_fails(subject, rows, monkeypatch):
+    rounded = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
+    assert told(rows(ends, "apart", subject(a={}, b=rounded))) == [("pass", ())]
+    assert ends._acts_each_step("injection", (None, rounded["injection"] | {"weight": "mxfp4"}))
+    assert not ends._acts_each_step("injection", (None, {"weight": None, "errors": [{"kind": "spike"}]}))
+
+
 def test_last_numbers_of_the_start_fail(subject, rows, monkeypatch):
     assert told(rows(ends, "last", subject())) == [("pass", ())]
     judged = run.Run.evaluated

@@ -1,7 +1,7 @@
 """Checks of what the fake steps end in: numbers of the last policy, as many updates as described, and treatments whose
 policies differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,25 +15,14 @@ from fp4rl.spec.evidence import MasterCheck, RolloutNoise
 from fp4rl.spec.experiment import Experiment, Suite
 from fp4rl.spec.words import counted
 
-# What acts only where there is reason to: a ratio beyond its bound, an answer that is too long, a group without spread.
-_AT_TIMES = tuple(
-    f"training.{key}"
-    for key in (
-        "algorithm",
-        "clip_ratio_low",
-        "clip_ratio_high",
-        "clip_ratio_c",
-        "grad_clip",
-        "filter_groups",
-        "overlong_buffer",
-        "max_response_length",
-        "stop",
-        "top_p",
-        "oscillation",
-        "routing_replay",
-        "micro_batch_size",
-        "gradient_checkpointing",
-    )
+# What acts in every step, however small. All else may have had no reason to: a ratio beyond its bound, an answer that
+# is too long, noise under which no other token is drawn.
+_EACH_STEP = (
+    *(f"training.{key}" for key in ("lr", "optimizer", "temperature", "distillation", "learned_clipping", "ema")),
+    *(f"training.{key}" for key in ("rollout_n", "train_batch_size", "mini_batch_size")),
+    *(f"injection.{point}" for point in ("weight", "input")),
+    "start",
+    "task",
 )
 
 
@@ -110,9 +99,17 @@ def _apart(pair: tuple[str, str], arms: Mapping[str, Experiment], runs: Mapping[
     if not at_work:
         return Row("waits", f"{meant}: beyond {STEPS} small steps, which end alike", expected, "", pair)
     named = f"both end in weights {first.result.evidence.final_weights}, whatever {', '.join(at_work)}"
-    if all(covered(key, _AT_TIMES) for key in at_work):
-        return Row("warn", f"{named}: it had no reason to act", expected, "see `fp4rl keys` for when it acts", pair)
-    return Row("fail", named, expected, "what differs is wired to nothing: two names of one recipe", pair)
+    if any(_acts_each_step(key, keys[key]) for key in at_work):
+        return Row("fail", named, expected, "what differs is wired to nothing: two names of one recipe", pair)
+    told = f"{named}: in {STEPS} small steps it changed nothing"
+    return Row("warn", told, expected, "see `fp4rl keys` for when it acts, or try more of it", pair)
+
+
+def _acts_each_step(key: str, sides: Sequence[Any]) -> bool:
+    """Return whether what differs under a key acts in every step; of an injection, formats of weights or inputs do."""
+    if key == "injection":
+        return any(side.get(point) is not None for side in sides if side for point in ("weight", "input"))
+    return covered(key, _EACH_STEP)
 
 
 CHECKS = (
