@@ -115,11 +115,14 @@ def subject(tmp_path, **training):
 
 
 def test_all_is_looked_at_where_enough_is_at_stake(tmp_path):
-    """300 steps together, or 20 of a model of one's own; two arms of one seed here. The quickstart has 360."""
+    """300 steps together and 75 an arm, or 20 of a model of one's own; two arms of one seed here. The quickstart has
+    360; many short candidates of a search are not worth seconds each."""
     assert at_stake(subject(tmp_path, steps=149).runs) == ("nothing",)
     assert at_stake(subject(tmp_path, steps=150).runs) == EVERY
     quickstart = catalogue.described("quickstart")
     assert at_stake(runs_described(quickstart, "quickstart")) == EVERY
+    many = [replace(run, arm=f"c{n}") for n in range(16) for run in subject(tmp_path, steps=20).runs]
+    assert at_stake(many) == ("nothing",)
     short = subject(tmp_path, steps=20).runs
     model = short[0].experiment.model.model_copy(update={"path": "m"})
     own = [replace(run, experiment=run.experiment.model_copy(update={"model": model})) for run in short]

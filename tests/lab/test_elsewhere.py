@@ -97,7 +97,7 @@ def test_a_worker_of_ray_that_is_killed_in_mid_run_loses_nothing_and_repeats_not
 @pytest.mark.slow
 def test_ctrl_c_ends_runs_on_ray_after_their_step_and_they_go_on_here(tmp_path):
     pytest.importorskip("ray")
-    spec, root = written(tmp_path, steps=400, save_freq=0), tmp_path / "ray"
+    spec, root = written(tmp_path, steps=250, save_freq=0), tmp_path / "ray"
     process = start(spec, root, "--executor", "ray", "--jobs", "2")
     run = begun(root, 3, process)
     os.killpg(process.pid, signal.SIGINT)

@@ -26,7 +26,7 @@ GROUPS = MappingProxyType(
 EVERY: tuple[Needs, ...] = ("nothing", "model", "weights")
 # From how much on a run's own preflight takes the time for everything: half a minute and seconds an arm, which is about
 # a tenth of so many steps of the embedded model.
-_STEPS, _STEPS_OF_A_MODEL = 300, 20
+_STEPS, _STEPS_AN_ARM, _STEPS_OF_A_MODEL = 300, 75, 20
 _KEPT = "preflight.json"
 _WORST: tuple[Verdict, ...] = ("fail", "warn", "waits", "pass")
 
@@ -58,7 +58,8 @@ def at_stake(runs: Sequence[PlannedRun]) -> tuple[Needs, ...]:
     own = any(
         run.experiment.model.path is not None and n >= _STEPS_OF_A_MODEL for run, n in zip(runs, steps, strict=True)
     )
-    return EVERY if own or sum(steps) >= _STEPS else ("nothing",)
+    least = max(_STEPS, _STEPS_AN_ARM * len({run.arm for run in runs}))
+    return EVERY if own or sum(steps) >= least else ("nothing",)
 
 
 def passed_before(subject: Subject) -> bool:
