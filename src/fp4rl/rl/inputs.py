@@ -87,7 +87,7 @@ def warmed_up(embedded: Embedded, task: Task, cache: Path, on_warm_up: OnWarmUp 
     """Return the folder of the embedded model after its warm-up on sloppy arithmetic, whatever the task of the run."""
     from fp4rl.models.tiny import cached
 
-    teacher = task if isinstance(task, Arithmetic) else Arithmetic()
+    teacher = task.model_copy(update={"train_count": None}) if isinstance(task, Arithmetic) else Arithmetic()
     return cached(cache, embedded, _demonstrations(teacher, embedded.examples_needed), on_warm_up)
 
 

@@ -9,6 +9,7 @@ What decides a problem's split is its operation sequence (`23+4-2`), not its wor
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate
 from random import Random
 from typing import ClassVar, Literal, NamedTuple
@@ -104,23 +105,7 @@ class Arithmetic(Task):
         Without a count: `train_count` of the train split, else 4096 or all there are. InvalidValueError for too few.
         """
         count = self.train_count if count is None and split == "train" else count
-        wanted = 4096 if count is None else count
-        drawn: dict[Operations, Problem] = {}
-        random, misses = self._random(split), 0
-        while len(drawn) < wanted:
-            operations = self._draw(random, split)
-            misses = misses + 1 if operations in drawn else 0
-            if misses > 1000 + 20 * len(drawn):  # any sequence not yet drawn would have come up by now
-                if count is None:
-                    break
-                key = "task.train_count" if split == "train" else "evaluation.count"
-                raise InvalidValueError(
-                    f"the {split} split of arithmetic has only about {len(drawn)} problems at difficulty "
-                    f"{self.difficulty}, not {wanted}; lower {key} or raise task.difficulty"
-                )
-            if operations not in drawn:
-                drawn[operations] = _problem(operations, _wording(operations, random), split)
-        return tuple(drawn.values())
+        return _problems(self.model_copy(update={"train_count": None}), split, count)
 
     def demonstrations(self, count: int, sloppy: float = 0.5) -> list[tuple[str, str]]:
         """Return `count` pairs (prompt, solution) of the train split for a warm-up; sequences repeat in new wordings.
@@ -157,6 +142,27 @@ class Arithmetic(Task):
 
     def _draw(self, random: Random, split: Split) -> Operations:
         return next(drawn for drawn in _draws(random, LEVELS[self.difficulty]) if split_of(str(drawn)) == split)
+
+
+@lru_cache(maxsize=32)  # a run asks for them several times, and a preflight for those of every arm
+def _problems(task: Arithmetic, split: Split, count: int | None) -> tuple[Problem, ...]:
+    wanted = 4096 if count is None else count
+    drawn: dict[Operations, Problem] = {}
+    random, misses = task._random(split), 0
+    while len(drawn) < wanted:
+        operations = task._draw(random, split)
+        misses = misses + 1 if operations in drawn else 0
+        if misses > 1000 + 20 * len(drawn):  # any sequence not yet drawn would have come up by now
+            if count is None:
+                break
+            key = "task.train_count" if split == "train" else "evaluation.count"
+            raise InvalidValueError(
+                f"the {split} split of arithmetic has only about {len(drawn)} problems at difficulty "
+                f"{task.difficulty}, not {wanted}; lower {key} or raise task.difficulty"
+            )
+        if operations not in drawn:
+            drawn[operations] = _problem(operations, _wording(operations, random), split)
+    return tuple(drawn.values())
 
 
 def joined_digits(text: str) -> str:

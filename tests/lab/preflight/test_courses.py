@@ -144,6 +144,16 @@ def test_what_differs_beside_the_factor_is_named_with_both_values(subject, rows)
     assert [row.verdict for row in rows(courses, "alike", subject(suite=declared, a={}, b=warmer))] == ["pass"]
 
 
+def test_a_value_that_a_factor_is_not_known_to_change_is_a_warning(verdict, monkeypatch):
+    """The table of what changes what may lack a key; a sound run is not refused for that."""
+    asked = {"comparisons": [QUESTION | {"factors": ["training.lr"]}]}
+    monkeypatch.setattr(courses, "_KEYS", dict.fromkeys(courses._KEYS, ()) | {"learning rate": ("training.lr",)})
+    told, measured = verdict("alike", asked, recipe(lr=1e-3), a={}, b={"training": {"lr": 2e-3}})
+    assert told == "warn"
+    assert "initial_lr 0.001" in measured
+    assert "initial_lr 0.002" in measured
+
+
 # A factor -> what it is in the second arm. What each changes by value is its own doing.
 FACTORS = {
     "training.learned_clipping": {"lr": 0.1},

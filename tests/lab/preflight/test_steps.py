@@ -42,7 +42,7 @@ def changed(whole, monkeypatch):
     def change(lines=None, **parts):
         ((arm, own),) = steps.tried(whole).items()
         run = own.run if lines is None else replace(own.run, lines=lines(own.run.lines))
-        monkeypatch.setattr(steps, "tried", lambda _: {arm: replace(own, run=run, **parts)})
+        monkeypatch.setitem(steps.tried.kept, whole, {arm: replace(own, run=run, **parts)})
 
     return change
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from fp4rl.lab.budget import Budget, budget_of
 from fp4rl.lab.compare.differing import covered, differences, factors_between, undeclared
 from fp4rl.lab.preflight.rehearsal import Rehearsed, rehearsed
-from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
+from fp4rl.lab.preflight.rows import Check, Row, Subject, of_arms
 from fp4rl.spec.experiment import Comparison, Experiment, Suite
 from fp4rl.spec.words import counted
 
@@ -17,7 +17,7 @@ _RARE = 1e-4  # a coincidence below this chance is none
 _OF_DATA = ("task", "model", "start", "training.filter_overlong_prompts", "training.max_prompt_length")
 _OF_BATCHES = ("training.train_batch_size", "training.rollout_n")
 _OF_UPDATES = ("training.steps", "training.epochs", "training.train_batch_size", "training.mini_batch_size")
-# What arms are compared by -> the keys in which they may differ for it.
+# What arms are compared by -> the keys that are known to change it. Others may too, but for those that act in forwards.
 _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "start weights": ("model", "start", "task"),
@@ -48,29 +48,27 @@ _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "updates": _OF_UPDATES,
     }
 )
+_IN_FORWARDS = ("injection", "noise")
 Look = Callable[[Rehearsed, Experiment], Iterator[Row]]
 
 
 def _of_courses(look: Look) -> Callable[[Subject], Iterator[Row]]:
-    def rows(subject: Subject) -> Iterator[tuple[str, Row]]:
-        for arm, own in rehearsed(subject).items():
-            yield from ((arm, row) for row in (look(own, own.described) if own.described is not None else ()))
-
-    return lambda subject: merged(rows(subject))
+    return of_arms(rehearsed, lambda own: look(own, own.described) if own.described is not None else ())
 
 
-def agenda(subject: Subject) -> Iterator[Row]:
+def agenda(own: Rehearsed) -> Iterator[Row]:
     """Hold the steps that are judged on the way, and the step at which the trainer stops, against those described."""
-    yield from merged((arm, _judged(own)) for arm, own in rehearsed(subject).items())
-
-
-def _judged(own: Rehearsed) -> Row:
     expected = "the last number is of the last step"
     if own.waits:
-        return Row("waits", own.waits, expected)
-    if own.described is None:
-        return Row("fail", own.error, expected)
-    steps, every = own.described.training.steps, own.described.evaluation.test_freq
+        yield Row("waits", own.waits, expected)
+    elif own.described is None:
+        yield Row("fail", own.error, expected)
+    else:
+        yield _judged(own, own.described, expected)
+
+
+def _judged(own: Rehearsed, described: Experiment, expected: str) -> Row:
+    steps, every = described.training.steps, described.evaluation.test_freq
     told = ", ".join(map(str, own.judged if len(own.judged) < 5 else (*own.judged[:2], "...", *own.judged[-1:])))
     measured = f"judged at steps 0{f', {told}' if told else ''} and {own.steps}, where the trainer stops"
     if own.steps != steps:
@@ -162,8 +160,11 @@ def _apart(number: int, question: Comparison, subject: Subject, courses: Mapping
         keys = [key for key in differing if covered(key, _KEYS[name])]
         measured = f"question {number}: {name} differ: {first[name]} against {second[name]}"
         expected = f"{name} alike, or a factor that changes them"
-        if not keys:
+        if not keys and all(covered(key, _IN_FORWARDS) for key in differing):
             yield Row("fail", measured, expected, "nothing that is described makes them differ", arms)
+        elif not keys:
+            cure = f"{', '.join(differing)} is not known to change them: look whether it should"
+            yield Row("warn", measured, expected, cure, arms)
         elif all(key in more for key in keys):
             yield Row("warn", measured, expected, f"make {', '.join(keys)} alike, or a factor", arms)
 
@@ -173,7 +174,7 @@ def _arms(question: Comparison) -> tuple[str, str]:
 
 
 CHECKS = (
-    Check("agenda", ("P19",), agenda),
+    Check("agenda", ("P19",), of_arms(rehearsed, agenda)),
     Check("warm-up", ("P32",), _of_courses(warm_up)),
     Check("budget", ("P46",), _of_courses(budget)),
     Check("two seeds", ("P21",), _of_courses(seeds)),

@@ -12,7 +12,7 @@ from torch import nn
 from fp4rl.inject.plan import SiteTable
 from fp4rl.inject.resolve import resolve
 from fp4rl.lab.preflight.data import is_missing, without_tokenizer
-from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
+from fp4rl.lab.preflight.rows import Check, Row, Subject, merged, of_arms
 from fp4rl.lab.serving import unserved
 from fp4rl.lab.stages import stages_of
 from fp4rl.models.load import embedded_skeleton, skeleton
@@ -44,11 +44,10 @@ def modules_of(model: Model) -> Any:
 
 
 def _of_models(look: Look) -> Callable[[Subject], Iterator[Row]]:
-    def run(subject: Subject) -> Iterator[Row]:
-        arms = [(arm, own) for arm, own in subject.arms.items() if not is_missing(own.model)]
-        yield from merged((arm, row) for arm, own in arms for row in look(own, modules_of(own.model)))
+    def here(subject: Subject) -> dict[str, Experiment]:
+        return {arm: own for arm, own in subject.arms.items() if not is_missing(own.model)}
 
-    return run
+    return of_arms(here, lambda own: look(own, modules_of(own.model)))
 
 
 def _table(experiment: Experiment, model: Any) -> SiteTable | None:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from fp4rl.lab.preflight.copies import EMBEDDED, attempted, basis, placed, scratch
 from fp4rl.lab.preflight.live import Interrupting
-from fp4rl.lab.preflight.rows import Subject
+from fp4rl.lab.preflight.rows import Once, Subject
 from fp4rl.spec.digest import digest
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.task import Score
@@ -55,17 +54,11 @@ class Rehearsed:
     waits: str = ""
 
 
-_rehearsed: "WeakKeyDictionary[Subject, dict[str, Rehearsed]]" = WeakKeyDictionary()
-
-
+@Once
 def rehearsed(subject: Subject) -> dict[str, Rehearsed]:
-    """Return the course of each arm; they are gone through once for a subject."""
-    if subject not in _rehearsed:
-        with scratch(subject.root) as folder:
-            _rehearsed[subject] = {
-                arm: _rehearse(own, _seeds(arm, subject), folder) for arm, own in subject.arms.items()
-            }
-    return _rehearsed[subject]
+    """Return the course of each arm."""
+    with scratch(subject.root) as folder:
+        return {arm: _rehearse(own, _seeds(arm, subject), folder) for arm, own in subject.arms.items()}
 
 
 def _seeds(arm: str, subject: Subject) -> tuple[int, int]:

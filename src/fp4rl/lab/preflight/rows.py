@@ -1,10 +1,11 @@
 """What a check is asked about, and its answer: a row with the measured value, the expected one and the cure."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.spec.errors import CheckFailed, UserError
@@ -12,6 +13,7 @@ from fp4rl.spec.experiment import Experiment, Suite
 
 Verdict = Literal["pass", "warn", "fail", "waits"]
 Needs = Literal["nothing", "model", "weights"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,27 @@ class Check:
             replace(row, check=self.name, traps=self.traps, arms=row.arms if len(row.arms) < every else ())
             for row in rows
         )
+
+
+class Once(Generic[_T]):
+    """What `make` returns for a subject, made once: several checks look at it. `kept` holds it by subject."""
+
+    def __init__(self, make: Callable[[Subject], _T]) -> None:
+        self._make = make
+        self.kept = WeakKeyDictionary[Subject, _T]()
+
+    def __call__(self, subject: Subject) -> _T:
+        """Return what is kept of a subject, or make it."""
+        if subject not in self.kept:
+            self.kept[subject] = self._make(subject)
+        return self.kept[subject]
+
+
+def of_arms(
+    made: Callable[[Subject], Mapping[str, _T]], look: Callable[[_T], Iterable[Row]]
+) -> Callable[[Subject], Iterator[Row]]:
+    """Return a check that looks at what is made of each arm."""
+    return lambda subject: merged((arm, row) for arm, own in made(subject).items() for row in look(own))
 
 
 def merged(rows: Iterable[tuple[str, Row]]) -> Iterator[Row]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -18,7 +17,7 @@ from fp4rl.lab.foreign.tensorboard import read_tensorboard
 from fp4rl.lab.matrix import single
 from fp4rl.lab.preflight.copies import EMBEDDED, STEPS, attempted, basis, cut, scratch
 from fp4rl.lab.preflight.model import modules_of
-from fp4rl.lab.preflight.rows import Check, Row, Subject, merged
+from fp4rl.lab.preflight.rows import Check, Once, Row, Subject, of_arms
 from fp4rl.lab.runs import Run, read_run
 from fp4rl.noise.schedule import asked_sigma, multiplier_at
 from fp4rl.rl.events import SitesResolved
@@ -48,15 +47,11 @@ class Tried:
     waits: str = ""
 
 
-_tried: "WeakKeyDictionary[Subject, dict[str, Tried]]" = WeakKeyDictionary()
-
-
+@Once
 def tried(subject: Subject) -> dict[str, Tried]:
-    """Return the fake run of each arm; they are made once for a subject."""
-    if subject not in _tried:
-        with scratch(subject.root) as folder:
-            _tried[subject] = {arm: _try(arm, own, folder) for arm, own in subject.arms.items()}
-    return _tried[subject]
+    """Return the fake run of each arm."""
+    with scratch(subject.root) as folder:
+        return {arm: _try(arm, own, folder) for arm, own in subject.arms.items()}
 
 
 def _try(arm: str, experiment: Experiment, root: Path) -> Tried:
@@ -94,30 +89,22 @@ def _run(small: Experiment, arm: str, root: Path) -> Tried:
 
 def of_steps(look: Callable[[Run, Tried], Iterator[Row]]) -> Callable[[Subject], Iterator[Row]]:
     """Return a check that looks at the fake run of each arm that came to its end."""
-
-    def rows(subject: Subject) -> Iterator[tuple[str, Row]]:
-        for arm, own in tried(subject).items():
-            yield from ((arm, row) for row in (look(own.run, own) if own.run is not None else ()))
-
-    return lambda subject: merged(rows(subject))
+    return of_arms(tried, lambda own: look(own.run, own) if own.run is not None else ())
 
 
-def ended(subject: Subject) -> Iterator[Row]:
+def ended(own: Tried) -> Iterator[Row]:
     """Take the fake steps, which stop themselves where something is wrong, and look for gaps in what they recorded."""
-    yield from merged((arm, _end(own)) for arm, own in tried(subject).items())
-
-
-def _end(own: Tried) -> Row:
     expected = "each step taken, and no gap in its evidence"
     if own.waits:
-        return Row("waits", own.waits, expected)
-    if own.run is None:
-        return Row("fail", own.error, expected)
-    where = f" on {own.stand_in}" if own.stand_in else ""
-    if own.run.gaps:
-        return Row("fail", "; ".join(own.run.gaps), expected)
-    calls = sum(own.run.result.evidence.calls.values())
-    return Row("pass", f"{STEPS} steps{where}; {counted(calls, 'rounded call')}", expected)
+        yield Row("waits", own.waits, expected)
+    elif own.run is None:
+        yield Row("fail", own.error, expected)
+    elif own.run.gaps:
+        yield Row("fail", "; ".join(own.run.gaps), expected)
+    else:
+        where = f" on {own.stand_in}" if own.stand_in else ""
+        calls = sum(own.run.result.evidence.calls.values())
+        yield Row("pass", f"{STEPS} steps{where}; {counted(calls, 'rounded call')}", expected)
 
 
 def rollouts(run: Run, _: Tried) -> Iterator[Row]:
@@ -214,7 +201,7 @@ def curves(run: Run, own: Tried) -> Iterator[Row]:
 
 
 CHECKS = (
-    Check("steps", ("P10", "P13", "P24", "P25", "P50"), ended),
+    Check("steps", ("P10", "P13", "P24", "P25", "P50"), of_arms(tried, ended)),
     Check("rollouts", ("P06", "P09"), of_steps(rollouts)),
     Check("noise", ("P03",), of_steps(noise)),
     Check("spread", ("P25",), of_steps(spread)),
