@@ -71,7 +71,9 @@ def model_of(experiment: Experiment, root: Path) -> Any:
     return loaded(folder, spec.dtype, spec.experts_implementation, spec.lora)
 
 
-def _of_weights(look: Look, applies: Callable[[Experiment], bool]) -> Callable[[Subject], Iterator[Row]]:
+def of_weights(look: Look, applies: Callable[[Experiment], bool]) -> Callable[[Subject], Iterator[Row]]:
+    """Return a check that looks at each arm's start where it applies; it waits where that cannot be loaded here."""
+
     def rows(subject: Subject) -> Iterator[tuple[str, Row]]:
         for arm, own in subject.arms.items():
             if applies(own):
@@ -92,7 +94,7 @@ def masters(experiment: Experiment, model: Any) -> Iterator[Row]:
     assert experiment.injection is not None
     expected = "the same bits after each"
     changed, forwards = [], {"without gradient": _plain, "checkpointed": _checkpointed, "interrupted": _interrupted}
-    with _attached(model, experiment) as attachment:
+    with attached(model, experiment) as attachment:
         before = master_digest(model)
         for name, forward in forwards.items():
             forward(model, attachment)
@@ -109,7 +111,8 @@ def masters(experiment: Experiment, model: Any) -> Iterator[Row]:
 
 
 @contextmanager
-def _attached(model: Any, experiment: Experiment) -> Iterator[Attachment]:
+def attached(model: Any, experiment: Experiment) -> Iterator[Attachment]:
+    """Yield an experiment's injection, attached to a model for a while."""
     assert experiment.injection is not None
     # A packed base would leave rounded weights behind; `copy` gives the same numbers.
     with attach(model, experiment.injection.model_copy(update={"frozen_base": "copy"})) as attachment:
@@ -160,7 +163,7 @@ def rounded(experiment: Experiment, model: Any) -> Iterator[Row]:
     expected = "other logits than unrounded ones, and elements at every site"
     with torch.no_grad():
         full = _logits(model, _ids(model))
-        with _attached(model, experiment) as attachment:
+        with attached(model, experiment) as attachment:
             phases = [phase for phase in PHASES if attachment.table.active_sites(phase)]
             apart = {}
             for phase in phases:
@@ -208,8 +211,8 @@ def resolution(experiment: Experiment, model: Any) -> Iterator[Row]:
 
 
 CHECKS = (
-    Check("adapter", ("P18",), _of_weights(adapter, _adapts)),
-    Check("masters", ("P09",), _of_weights(masters, _rounds)),
-    Check("rounded", ("P10",), _of_weights(rounded, _rounds)),
-    Check("resolution", ("P05",), _of_weights(resolution, lambda own: own.noise is not None)),
+    Check("adapter", ("P18",), of_weights(adapter, _adapts)),
+    Check("masters", ("P09",), of_weights(masters, _rounds)),
+    Check("rounded", ("P10",), of_weights(rounded, _rounds)),
+    Check("resolution", ("P05",), of_weights(resolution, lambda own: own.noise is not None)),
 )

@@ -20,7 +20,7 @@ GROUPS = MappingProxyType(
     {
         "nothing": ("settings", "questions", "deployment", "surroundings"),
         "model": ("numbers", "data", "model"),
-        "weights": ("live", "courses", "steps", "ends"),
+        "weights": ("live", "clamps", "courses", "steps", "ends"),
     }
 )
 EVERY: tuple[Needs, ...] = ("nothing", "model", "weights")
