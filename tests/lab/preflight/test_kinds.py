@@ -86,6 +86,24 @@ def rounded_along_the_outputs(monkeypatch):
     monkeypatch.setattr(experts.StackState, "_rounded_by_rows", lambda self, _, g: self.gradient("grad_weight", g))
 
 
+def another_draw_in_the_backward(monkeypatch):
+    sound = experts.StackState.computed
+
+    def twice(self, product):
+        given = sound(self, product)
+        self.rng.step += 1
+        passed = sound(self, product)
+        self.rng.step -= 1
+        return passed + (given - passed).detach()
+
+    monkeypatch.setattr(experts.StackState, "computed", twice)
+
+
+def draws_for_all_experts_at_once(monkeypatch):
+    """One draw for the stack, where each expert is described as a tensor of its own."""
+    monkeypatch.setattr(experts.StackState, "rounded", SiteState.rounded)
+
+
 def adapters_without_their_scaling(monkeypatch):
     """The sum is right; what reaches A and B is not multiplied by s."""
     sound = adapted.AdaptedSum._products
@@ -171,6 +189,18 @@ CASES = {
         W4A4 | GRADIENTS,
         rounded_along_the_outputs,
         "grad_gate_up_proj of MixtralExperts by grouped_mm, weight mxfp4, input mxfp4, grad_input mxfp8",
+    ),
+    "experts whose inputs are drawn": (
+        QWEN,
+        {"weight": "mxfp4_sr", "input": "mxfp4_sr"},
+        another_draw_in_the_backward,
+        "grad_gate_up_proj of Qwen3MoeExperts by grouped_mm, weight mxfp4_sr, input mxfp4_sr, identity: off by",
+    ),
+    "experts in bands whose weights and gradients are drawn": (
+        LLAMA4,
+        {"weight": "mxfp4_sr", "grad_input": "mxfp4_sr", "grad_weight": "mxfp4_sr"},
+        draws_for_all_experts_at_once,
+        "result of Llama4TextExperts, weight mxfp4_sr, grad_input mxfp4_sr, grad_weight mxfp4_sr, identity: off by nan",
     ),
     "experts that err": (
         QWEN,

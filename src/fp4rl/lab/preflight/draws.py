@@ -1,4 +1,4 @@
-"""Hardware errors by their formulas, with the very random numbers that were drawn while a live object made them."""
+"""Hardware errors and random rounding with the very random numbers that were drawn while a live object made them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,13 +11,19 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from fp4rl.inject import site
+from fp4rl.numerics.quantize import fake_quantize
+from fp4rl.spec.formats import Format
 from fp4rl.spec.hardware import HardwareError
+
+_QUANTIZER = "fake_quantize"  # as `site` calls it
 
 
 class Draws:
-    """Keeps what `torch.randn` and `torch.rand` give while it is `kept`, to be taken again in that order.
+    """Keeps what `torch.randn` and `torch.rand` give while it is `kept`, and the states of the generators that random
+    rounding draws from, to be taken again in that order.
 
-    Numbers are told apart by the size of the last axis and that of all others together.
+    They are told apart by the size of the last axis and that of all others together, and by the format.
     """
 
     def __init__(self) -> None:
@@ -29,13 +35,21 @@ class Draws:
     def kept(self) -> Iterator["Draws"]:
         """Keep what is drawn inside the `with`, in backwards too, which a mode of torch functions would not reach."""
         randn, rand = (partial(self._keep, name, getattr(torch, name)) for name in ("randn", "rand"))
-        with patch.multiple(torch, randn=randn, rand=rand):
+        rounding = partial(self._rounding, getattr(site, _QUANTIZER))
+        with patch.multiple(torch, randn=randn, rand=rand), patch.object(site, _QUANTIZER, rounding):
             yield self
 
     def _keep(self, name: str, draw: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         made = draw(*args, **kwargs)
         self._kept[_key(name, made.shape)].append(made.clone())
         return made
+
+    def _rounding(
+        self, quantize: Callable[..., Tensor], x: Tensor, fmt: Format, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        if _draws(fmt) and generator is not None:
+            self._kept[_key(str(fmt), x.shape)].append(generator.get_state())
+        return quantize(x, fmt, generator=generator)
 
     def rewound(self) -> "Draws":
         """Return itself with all that was drawn still to be taken."""
@@ -44,11 +58,27 @@ class Draws:
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
         """Return the next numbers of that shape in float64; NaN where none are left, which `wrong` then tells."""
+        drawn = self._next(name, shape)
+        if drawn is None:
+            return torch.full(shape, torch.nan, dtype=torch.float64)
+        return drawn.double().reshape(shape)
+
+    def rounded(self, x: Tensor, fmt: Format) -> Tensor:
+        """Round x as the quantizer does, at random with the next numbers of that format and shape; NaN without any."""
+        if not _draws(fmt):
+            return fake_quantize(x, fmt)
+        state, generator = self._next(str(fmt), x.shape), torch.Generator()
+        if state is None:
+            return torch.full_like(x, torch.nan)
+        generator.set_state(state)
+        return fake_quantize(x, fmt, generator=generator)
+
+    def _next(self, name: str, shape: torch.Size) -> Tensor | None:
         left = self._left.get(_key(name, shape))
         if not left:
             self._lacking += 1
-            return torch.full(shape, torch.nan, dtype=torch.float64)
-        return left.pop(0).double().reshape(shape)
+            return None
+        return left.pop(0)
 
     @property
     def wrong(self) -> str:
@@ -59,6 +89,10 @@ class Draws:
         noise = (drawn for (name, *_), drawn in self._kept.items() if name == "randn")
         alike = sum(torch.equal(a, b) for drawn in noise for a, b in combinations(drawn, 2) if a.shape == b.shape)
         return f"{alike} draws repeat another one" if alike else ""
+
+
+def _draws(fmt: Format) -> bool:
+    return fmt.rounding == "stochastic"
 
 
 def _key(name: str, shape: torch.Size) -> tuple[str, int, int]:

@@ -64,18 +64,30 @@ class Oracle:
         if fmt is None:
             return Through(x)
         schedule = self.injection.schedule.points.get(point) if self.injection.schedule is not None else None
+        share = 1.0
+        if schedule is not None and self.step is not None:
+            share = min(1.0, max(0, self.step - schedule.from_step + 1) / (schedule.over + 1))
+        if schedule is None or share == 1:
+            return self._alone(point, x, fmt)
+        if share == 0:  # and nothing is drawn for the format to come
+            return Through(x) if schedule.before is None else self._alone(point, x, schedule.before)
         after = self._alone(point, x, fmt)
-        if schedule is None or self.step is None:
-            return after
         before = Through(x) if schedule.before is None else self._alone(point, x, schedule.before)
-        share = min(1.0, max(0, self.step - schedule.from_step + 1) / (schedule.over + 1))
         first, last = (torch.ones_like(x) if each.factor is None else each.factor for each in (before, after))
         passed = None if before.factor is after.factor is None else first + share * (last - first)
         return Through(before.value + share * (after.value - before.value), passed, fmt.rotation)
 
     def _alone(self, point: str, x: Tensor, fmt: Format) -> Through:
         seen = x.to(getattr(torch, self.injection.dtype)).contiguous()
-        return Through(rounded(seen, fmt), self.factor(point, seen, fmt), fmt.rotation)
+        return Through(self._rounded(seen, fmt), self.factor(point, seen, fmt), fmt.rotation)
+
+    def _rounded(self, seen: Tensor, fmt: Format) -> Tensor:
+        """Return rounded values in float64: Q(x), and Q(x) + Q(x - Q(x)) in blocks that fall back."""
+        if fmt.fallback is None:
+            return self.draws.rounded(seen, fmt).double()
+        once = replace(fmt, fallback=None)
+        first = fake_quantize(seen, once).double()
+        return (first + fake_quantize(left(seen, first, fmt), once).double()).to(seen.dtype).double()
 
     def factor(self, point: str, seen: Tensor, fmt: Format) -> Tensor | None:
         """Return what the gradient of each value is multiplied by; None where it passes as it comes."""
@@ -122,15 +134,6 @@ class Oracle:
         of_scores = shares * (of_shares - (of_shares * shares).sum(-1, keepdim=True)) * scale
         grad_q = self.wrong("scores", of_scores @ k, backward=True)
         return result, grad_q, self.wrong("scores", of_scores.mT @ q, backward=True), grad_v
-
-
-def rounded(seen: Tensor, fmt: Format) -> Tensor:
-    """Return rounded values in float64: Q(x), and Q(x) + Q(x - Q(x)) in blocks that fall back."""
-    if fmt.fallback is None:
-        return fake_quantize(seen, fmt).double()
-    once = replace(fmt, fallback=None)
-    first = fake_quantize(seen, once).double()
-    return (first + fake_quantize(left(seen, first, fmt), once).double()).to(seen.dtype).double()
 
 
 def reaches(seen: Tensor, fmt: Format) -> Tensor:

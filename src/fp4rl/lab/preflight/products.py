@@ -33,8 +33,11 @@ class Product:
         calls: tuple[Call, ...],
         bias: Tensor | None = None,
         beside: Tensor | None = None,
+        *,
+        batched: bool = False,
     ) -> None:
         self._oracle, self._calls, self._bias, self._beside = oracle, calls, bias, beside
+        self._batched = batched
         self._stacked = len(weight) > 1
         self._rounded = [oracle.through("weight", each.contiguous()) for each in weight]
         self._weight = oracle.wrong("weight", torch.stack([each.value for each in self._rounded]))
@@ -64,9 +67,9 @@ class Product:
         grad_x, grad_w = g.new_zeros(len(g), self._weight.shape[2]), torch.zeros_like(self._weight)
         grad_d = torch.zeros_like(self._weight)
         for call, (rows, given, q_x, out) in reversed([*zip(self._calls, self._made, strict=True)]):
-            own_g = _split(out.passed(g[rows]), call)
-            to_x = [self._oracle.through("grad_input", own).value for own in own_g]
-            to_w = [self._oracle.through("grad_weight", own.mT.contiguous()).value for own in own_g]
+            whole = out.passed(g[rows])
+            to_x = _split(self._oracle.through("grad_input", whole).value, call)
+            to_w = self._along_rows(_split(whole, call))
             of_x = torch.cat([own @ self._weight[e] for (e, _), own in zip(call, to_x, strict=True)])
             of_w = torch.stack([own @ part for own, part in zip(to_w, _split(q_x.value, call), strict=True)])
             of_x, of_w = self._wrong(of_x, of_w)
@@ -79,6 +82,13 @@ class Product:
                     grad_x[own_rows] += own @ self._beside[expert]
         passed = [each.passed(own) for each, own in zip(self._rounded, grad_w, strict=True)]
         return grad_x, torch.stack(passed), grad_d
+
+    def _along_rows(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return g^T [out, rows] of each expert, rounded along its rows: where all are batched, in one tensor."""
+        if not self._batched:
+            return [self._oracle.through("grad_weight", part.mT.contiguous()).value for part in parts]
+        turned = torch.stack([part.mT for part in parts])
+        return [*self._oracle.through("grad_weight", turned).value]
 
     def _wrong(self, *products: Tensor) -> list[Tensor]:
         """Return both gradients with errors, which are drawn in the order in which autograd comes to the products."""
@@ -139,6 +149,7 @@ def _adapted(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    batched: bool = False,
 ) -> Product:
     """Return the product of a stored weight with what an adapter adds to it, before it is rounded or beside it."""
     added = None if adapter is None else adapter.delta(weight)
@@ -146,7 +157,7 @@ def _adapted(
         weight, added = weight + added, None
     if transposed:
         weight, added = weight.mT, None if added is None else added.mT
-    return Product(oracle, weight, calls, bias, added)
+    return Product(oracle, weight, calls, bias, added, batched=batched)
 
 
 def calls_of(how: str, chosen: Tensor) -> tuple[Call, ...]:
@@ -166,15 +177,18 @@ def experts(
     calls: tuple[Call, ...],
     given: tuple[Tensor, ...],
     adapters: Mapping[str, Adapter],
+    *,
+    batched: bool = False,
 ) -> dict[str, Tensor]:
     """Return what experts make of rows x [rows, in], times each row's share, and the gradients of x and of the stacks
-    as they are stored; `given` are x, the shares and the gradient of the result. The activation is the module's own."""
+    as they are stored; `given` are x, the shares and the gradient of the result. The activation is the module's own.
+    `batched`: a matmul has rows of several experts as [experts, rows, in]."""
     x, shares, g = given
     held = {name: own.detach() for name, own in module.named_parameters(recurse=False)}
     first, second = "gate_up_proj" if "gate_up_proj" in held else "up_proj", "down_proj"
     turned = is_transposed(module)
     up, down = (
-        _adapted(oracles[n], held[n], adapters.get(n), calls, held.get(f"{n}_bias"), transposed=turned)
+        _adapted(oracles[n], held[n], adapters.get(n), calls, held.get(f"{n}_bias"), transposed=turned, batched=batched)
         for n in (first, second)
     )
     h = up.forward(x).requires_grad_()

@@ -94,7 +94,9 @@ def of_experts(kind: Kind, step: int | None) -> Compared:
         made |= _of_matrices(own, f"grad_{name}")
     oracles = {name: Oracle(kind.sites.get(name, Injection()), step, draws) for name in module._parameters}
     adapters = {name: _adapter(own, len(module._parameters[name])) for name, own in layers.items()}
-    return made, experts(oracles, module, calls_of(kind.how, chosen), (x, shares, g), adapters), draws
+    calls, given_all = calls_of(kind.how, chosen), (x, shares, g)
+    batched = kind.how in ("batched_mm", IN_BANDS)
+    return made, experts(oracles, module, calls, given_all, adapters, batched=batched), draws
 
 
 class Attention(nn.Module):
