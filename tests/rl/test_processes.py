@@ -95,6 +95,21 @@ def test_two_processes_make_the_gradient_of_one(tmp_path, experiment, model_cach
 
 
 @pytest.mark.slow
+def test_the_first_of_several_processes_looks_at_everything_before_they_begin(tmp_path):
+    """Without a warm-up no answer is right: that shows in fake steps alone, which a launched process cannot take."""
+    from planted.small import SMALL
+
+    spec = tmp_path / "long.json"
+    described = {"model": {"embedded": {"warm_up_steps": 0}}, "training": SMALL["training"] | {"steps": 300}}
+    spec.write_text(json.dumps(SMALL | described | {"evaluation": {"count": 8}}))
+    command = [sys.executable, "-W", "ignore", *LAUNCHER, "-m", "fp4rl", "run", spec, "--runs", tmp_path / "runs"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 1
+    assert ended.stderr.count("preflight, spread: no group differs in 3 steps") == 1
+    assert not list((tmp_path / "runs" / "long").glob("*-s0-*"))
+
+
+@pytest.mark.slow
 def test_the_command_trains_with_two_processes_and_goes_on_as_if_never_interrupted(tmp_path, experiment, model_cache):
     described = experiment(
         "w4a16",

@@ -1,9 +1,11 @@
 """`fp4rl preflight`: every check that acts before a run, a row each, in seconds."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from rich.console import Console
 from fp4rl.cli.described import described_by, runs_described, selected
 from fp4rl.cli.options import AsJson, AtScale, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
-from fp4rl.engines.environment import launched
+from fp4rl.engines.environment import forget_launcher, launched
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.preflight.preflight import EVERY, at_stake, keep_passed, passed_before, preflight
 from fp4rl.lab.preflight.rows import Needs, Row, Subject
@@ -56,11 +58,24 @@ def command(
 
 def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
     """Return the rows of some levels, with progress on stderr."""
+    with progress() as advance:
+        return _rows(subject, levels, partial(advance, "preflight"))
+
+
+def _rows(
+    subject: Subject, levels: tuple[Needs, ...], on_check: Callable[[int, int], None] = lambda *_: None
+) -> list[Row]:
     if "model" in levels:
         quiet()
         ready_to_round()
-    with progress() as advance:
-        return [*preflight(subject, levels, partial(advance, "preflight"))]
+    return [*preflight(subject, levels, on_check)]
+
+
+def _looked_at_apart(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
+    """Return the rows of some levels as a process of its own sees them: under a launcher this one is part of a group,
+    and the fake steps would wait for the others."""
+    with ProcessPoolExecutor(1, get_context("spawn"), forget_launcher) as pool:
+        return pool.submit(_rows, subject, levels).result()
 
 
 def checked_first(subject: Subject, screen: Console, *, skip: bool) -> list[PlannedRun]:
@@ -71,9 +86,10 @@ def checked_first(subject: Subject, screen: Console, *, skip: bool) -> list[Plan
     """
     if skip or not subject.runs:
         return [replace(run, unchecked=skip) for run in subject.runs]
-    levels = at_stake(subject.runs) if not launched() else ("nothing",)
+    levels = at_stake(subject.runs)
     known = "model" in levels and passed_before(subject)
-    rows = looked_at(subject, ("nothing",) if known else levels)
+    look = _looked_at_apart if launched() and "model" in levels and not known else looked_at
+    rows = look(subject, ("nothing",) if known else levels)
     for row in (row for row in rows if row.verdict == "fail"):
         what = "; ".join(filter(None, (row.measured, row.cure)))
         raise CheckFailed(f"preflight, {row.check}: {what}; --skip-preflight runs it all the same, and says so")

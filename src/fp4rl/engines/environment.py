@@ -57,6 +57,12 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def forget_launcher() -> None:
+    """Make this process one that no launcher has started, for work that it does by itself."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def rank_of_launcher() -> int:
     """Return the number that a launcher has given this process, from 0."""
     return int(os.environ["RANK"])
