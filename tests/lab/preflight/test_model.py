@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 from fp4rl.lab.preflight import data, live, model, numbers, surroundings
+from fp4rl.lab.preflight.preflight import EVERY, checks
 from fp4rl.numerics import selftest
 
 W4A4 = {"injection": {"mode": "w4a4", "deployment": "compressed_tensors"}}
@@ -222,3 +223,12 @@ def test_a_folder_that_is_missing_is_named_once(subject, rows):
     assert [name for name, verdicts in told.items() if "fail" in verdicts] == ["files"]
     assert told["fits"] == ["waits"]
     assert told["sites"] == told["start"] == []
+
+
+def test_a_folder_that_is_missing_fails_once_and_all_else_waits_for_it(subject, rows):
+    own = subject({"model": {"path": "nowhere"}}, a={"injection": {"mode": "w4a4"}})
+    (row,) = rows(numbers, "gradients", own)
+    assert (row.verdict, row.measured) == ("waits", "model folder 'nowhere' does not exist")
+    every = [row for needs in EVERY for check in checks(needs) for row in check.rows(own)]
+    assert {row.check for row in every if row.verdict == "fail"} == {"files"}
+    assert {row.check for row in every if row.verdict == "waits"} >= {"gradients", "fits", "rounded", "agenda", "steps"}

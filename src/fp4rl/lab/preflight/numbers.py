@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fp4rl.lab.preflight.data import is_missing
 from fp4rl.lab.preflight.gradients import checks_of
 from fp4rl.lab.preflight.kinds import Kind, kinds_of
 from fp4rl.lab.preflight.model import modules_of
@@ -21,13 +22,18 @@ def quantizer(_: Subject) -> Iterator[Row]:
 def gradients(subject: Subject) -> Iterator[Row]:
     """Test results and gradients of everything that the injections round or make err, at each stage of a precision."""
     kinds: dict[Any, Kind] = {}
+    missing = None
     for own in subject.arms.values():
-        if own.injection is not None:
+        if own.injection is not None and is_missing(own.model):
+            missing = f"model folder {own.model.path!r} does not exist"
+        elif own.injection is not None:
             kinds |= {kind.key: kind for kind in kinds_of(modules_of(own.model), own.injection)}
     written = [kind for kind in kinds.values() if kind.unwritten is None]
     expected = f"the formulas in float64 of {', '.join(dict.fromkeys(kind.what for kind in written))}"
     if written:
         yield _row([check for kind in written for check in checks_of(kind)], expected, "report it: a fault of fp4rl")
+    if missing is not None:
+        yield Row("waits", missing, "gradients of what is rounded as their formulas in float64 give them")
     for name in sorted({kind.unwritten for kind in kinds.values() if kind.unwritten is not None}):
         yield Row("waits", f"no formula of {name} is written here", "its gradients against float64")
 

@@ -15,7 +15,7 @@ from fp4rl.spec.words import counted
 
 FIRST = 4  # candidates of the first batch, whose pace the plan is made by
 BATCH = 8  # candidates of each later batch that TPE draws
-SAFETY = 1.1  # times the final's own estimate
+SAFETY = 1.1  # times the final's own estimate: its preflight, and runs that take longer than those before
 
 
 @dataclass(frozen=True)
