@@ -16,6 +16,7 @@ from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.load import parse
 from fp4rl.spec.task import SPLITS
 from fp4rl.tasks.gsm8k import Gsm8k
+from fp4rl.tasks.rows import UnscorableError
 from fp4rl.tasks.table import Table
 
 ROWS = [{"q": f"What is {n} plus, say, {n}?\nTell me.", "a": str(2 * n)} for n in range(60)]
@@ -80,6 +81,13 @@ def test_the_line_of_a_csv_row_is_that_of_the_file_whatever_its_cells_hold(tmp_p
     rows = [*ROWS[:3], {"q": "Four?", "a": "four"}]
     with pytest.raises(InvalidValueError, match=r"qa.csv, line 8: the answer has no final number after '####'"):
         everything(table(tmp_path, as_csv(rows), "qa.csv", **COLUMNS))
+
+
+def test_the_first_wrong_row_is_named_with_the_number_of_others_and_the_verb_that_names_them(tmp_path):
+    rows = [*ROWS[:3], {"q": "Four?", "a": "four"}, {"q": "Five?", "a": ""}, {"q": "Six?", "a": "six"}]
+    told = r"line 4: the answer has no final number .*\(and 2 more rows: `fp4rl data` names each\)$"
+    with pytest.raises(UnscorableError, match=told):
+        everything(table(tmp_path, as_jsonl(rows), **COLUMNS))
 
 
 @pytest.mark.parametrize(

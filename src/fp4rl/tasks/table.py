@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from fp4rl.spec.errors import InvalidValueError, UserError
+from fp4rl.spec.errors import InvalidValueError, NotFoundError, UserError
 from fp4rl.spec.frozen import LocalPath, later_key
 from fp4rl.spec.task import SPLITS, Chat, Problem, Score, Split, Task, first, identity, split_of
+from fp4rl.spec.words import counted
 from fp4rl.tasks.records import cell, records, written_at
 from fp4rl.tasks.rows import Columns, Row, normalised, row_of
 from fp4rl.tasks.scorers import SCORERS, ScorerName
@@ -178,14 +179,24 @@ class TableTask(Task):
         return Problem(name, "\n\n".join(plain), row.gold, row.answer, split, chat, row.question)
 
     def by_split(self) -> dict[Split, list[Row]]:
-        """Read all rows into their splits. Raises the first error of a row, and InvalidValueError for a question that
-        is held out twice: it would count as two problems."""
+        """Read all rows into their splits. Raises the first error of a row with how many others there are, and
+        InvalidValueError for a question that is held out twice: it would count as two problems."""
         by_split: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+        errors: list[UserError] = []
         for key, path in self.files.items():
             for row in self.rows(path):
-                if isinstance(row, UserError):
+                if isinstance(row, NotFoundError):  # a column, which every row lacks
                     raise row
-                by_split[self.split_of_row(row, key)].append(row)
+                try:
+                    if isinstance(row, UserError):
+                        raise row
+                    by_split[self.split_of_row(row, key)].append(row)
+                except UserError as error:
+                    errors.append(error)
+        if others := errors[1:]:
+            raise type(errors[0])(f"{errors[0]} (and {counted(len(others), 'more row')}: `fp4rl data` names each)")
+        if errors:
+            raise errors[0]
         for held_out in (by_split["validation"], by_split["test"]):
             _require_distinct(held_out)
         return by_split
