@@ -68,7 +68,7 @@ def finish(spec, root):
 
 
 def numbers(root):
-    """Everything that a run measured, by run id; times left out."""
+    """Everything that a run measured, by run id, without times, and without which of two runs evaluated their start."""
     found = {}
     for run in finished_runs(root):
         metrics = {
@@ -76,7 +76,7 @@ def numbers(root):
             for step, values in run.metrics().items()
         }
         items = {f"{step}-{name}": run.items(step, name).to_pylist() for step, name in run.item_sets()}
-        evidence = [r.as_json() for r in run.evidence() if r.kind != "injection"]
+        evidence = [r.as_json() for r in run.evidence() if r.kind not in ("injection", "reused")]
         found[run.run_id] = (metrics, [e.as_json() for e in run.result().evaluations], items, evidence)
     return found
 
