@@ -14,6 +14,7 @@ from fp4rl.rl.step_metrics import joined
 from fp4rl.spec.errors import InvalidValueError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.training import Training
+from planted.small import SMALL
 
 # Each process takes its share of one fixed batch, in which later answers are longer: a loss that divided by a process's
 # own counts would have another gradient. Ends at once, since tearing down a process group now and then aborts.
@@ -97,8 +98,6 @@ def test_two_processes_make_the_gradient_of_one(tmp_path, experiment, model_cach
 @pytest.mark.slow
 def test_the_first_of_several_processes_looks_at_everything_before_they_begin(tmp_path):
     """Without a warm-up no answer is right: that shows in fake steps alone, which a launched process cannot take."""
-    from planted.small import SMALL
-
     spec = tmp_path / "long.json"
     described = {"model": {"embedded": {"warm_up_steps": 0}}, "training": SMALL["training"] | {"steps": 300}}
     spec.write_text(json.dumps(SMALL | described | {"evaluation": {"count": 8}}))

@@ -1,7 +1,7 @@
 """`fp4rl preflight`: every check that acts before a run, a row each, in seconds."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -58,24 +58,18 @@ def command(
 
 def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
     """Return the rows of some levels, with progress on stderr."""
-    with progress() as advance:
-        return _rows(subject, levels, partial(advance, "preflight"))
-
-
-def _rows(
-    subject: Subject, levels: tuple[Needs, ...], on_check: Callable[[int, int], None] = lambda *_: None
-) -> list[Row]:
     if "model" in levels:
         quiet()
         ready_to_round()
-    return [*preflight(subject, levels, on_check)]
+    with progress() as advance:
+        return [*preflight(subject, levels, partial(advance, "preflight"))]
 
 
 def _looked_at_apart(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
     """Return the rows of some levels as a process of its own sees them: under a launcher this one is part of a group,
     and the fake steps would wait for the others."""
     with ProcessPoolExecutor(1, get_context("spawn"), forget_launcher) as pool:
-        return pool.submit(_rows, subject, levels).result()
+        return pool.submit(looked_at, subject, levels).result()
 
 
 def checked_first(subject: Subject, screen: Console, *, skip: bool) -> list[PlannedRun]:

@@ -69,7 +69,14 @@ def _of_whole_rows(clamp):
     return call
 
 
-@pytest.mark.parametrize("fault", [_other_bound, _no_way_to_the_largest, _of_whole_rows])
+def _not_a_number(clamp):
+    def call(self, master):
+        return clamp(self, master) * float("nan")
+
+    return call
+
+
+@pytest.mark.parametrize("fault", [_not_a_number, _other_bound, _no_way_to_the_largest, _of_whole_rows])
 def test_a_clamp_that_is_not_its_formula_fails(fault, subject, rows, monkeypatch):
     assert verdicts(rows, subject, weight="mxfp4") == ["pass"]
     monkeypatch.setattr(clamp_room.Clamp, "__call__", fault(clamp_room.Clamp.__call__))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fp4rl.lab.preflight.data import is_missing
+from fp4rl.lab.preflight.data import is_missing, without_tokenizer
 from fp4rl.lab.preflight.gradients import checks_of
 from fp4rl.lab.preflight.kinds import Kind, kinds_of
 from fp4rl.lab.preflight.model import modules_of
@@ -25,7 +25,7 @@ def gradients(subject: Subject) -> Iterator[Row]:
     missing = None
     for own in subject.arms.values():
         if own.injection is not None and is_missing(own.model):
-            missing = f"model folder {own.model.path!r} does not exist"
+            missing = without_tokenizer(own.model)
         elif own.injection is not None:
             kinds |= {kind.key: kind for kind in kinds_of(modules_of(own.model), own.injection)}
     written = [kind for kind in kinds.values() if kind.unwritten is None]
