@@ -4,7 +4,9 @@ import gc
 import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from zlib import crc32
@@ -98,6 +100,29 @@ def pytest_runtest_setup(item):
     minutes = item.config.getoption("--minutes")
     if minutes is not None and item.get_closest_marker("slow") and monotonic() - BEGAN > 60 * minutes:
         pytest.skip(f"{minutes:g} minutes of slow tests are over; `make slow` runs them all")
+
+
+@pytest.fixture
+def popen():
+    """`subprocess.Popen`, whose processes end with the test, however it ends, those of an own session as a group."""
+    begun = []
+
+    def begin(*command, start_new_session=False, **options) -> subprocess.Popen:
+        process = subprocess.Popen(*command, start_new_session=start_new_session, **options)
+        begun.append((process, start_new_session))
+        return process
+
+    yield begin
+    for process, alone in begun:
+        with suppress(ProcessLookupError):
+            if alone:
+                os.killpg(process.pid, signal.SIGKILL)
+            elif process.poll() is None:
+                process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 _BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -28,8 +28,8 @@ SUITE = {
 PROGRAM = "from fp4rl.cli.main import entry; entry()"
 
 
-def start(spec, root, *words):
-    return subprocess.Popen(
+def start(popen, spec, root, *words):
+    return popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, "run", str(spec), "--runs", str(root), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -73,15 +73,15 @@ def begun(root, step, process):
 
 
 @pytest.mark.slow
-def test_a_worker_of_ray_that_is_killed_in_mid_run_loses_nothing_and_repeats_nothing(tmp_path):
+def test_a_worker_of_ray_that_is_killed_in_mid_run_loses_nothing_and_repeats_nothing(tmp_path, popen):
     pytest.importorskip("ray")
     spec = written(tmp_path)
-    local = start(spec, tmp_path / "local")
+    local = start(popen, spec, tmp_path / "local")
     said = local.communicate(timeout=900)[0]
     assert local.returncode == 0, said
 
     root = tmp_path / "ray"
-    process = start(spec, root, "--executor", "ray", "--jobs", "2")
+    process = start(popen, spec, root, "--executor", "ray", "--jobs", "2")
     killed = begun(root, 3, process)
     os.kill(heartbeat.read(killed.path).pid, signal.SIGKILL)
     said = process.communicate(timeout=900)[0]
@@ -95,10 +95,10 @@ def test_a_worker_of_ray_that_is_killed_in_mid_run_loses_nothing_and_repeats_not
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_runs_on_ray_after_their_step_and_they_go_on_here(tmp_path):
+def test_ctrl_c_ends_runs_on_ray_after_their_step_and_they_go_on_here(tmp_path, popen):
     pytest.importorskip("ray")
     spec, root = written(tmp_path, steps=250, save_freq=0), tmp_path / "ray"
-    process = start(spec, root, "--executor", "ray", "--jobs", "2")
+    process = start(popen, spec, root, "--executor", "ray", "--jobs", "2")
     run = begun(root, 3, process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=240)[0]
@@ -106,7 +106,7 @@ def test_ctrl_c_ends_runs_on_ray_after_their_step_and_they_go_on_here(tmp_path):
     assert said.rstrip().endswith("fp4rl: stopped; the same command continues where it left off")
     assert "Traceback" not in said
     done = max(run.metrics())
-    process = start(spec, root)
+    process = start(popen, spec, root)
     begun(root, done + 1, process)
     process.kill()
     process.communicate()

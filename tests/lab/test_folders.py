@@ -17,7 +17,7 @@ from fp4rl.lab.folders import RunFolder, all_runs, finished_runs, run_folder
 from fp4rl.spec.errors import InvalidValueError, NotFoundError
 from fp4rl.spec.evidence import Evaluation
 from fp4rl.spec.plain_yaml import plain_values
-from fp4rl.spec.records import RunResult
+from fp4rl.spec.records import RunResult, Sites
 
 ROW = {
     "problem_id": "p1",
@@ -64,6 +64,12 @@ def test_a_line_torn_by_a_crash_is_not_read_and_is_cut_off_by_the_next_append(tm
     assert list(read_lines(file)) == [{"a": 1}]
     append_line(file, {"a": 3})
     assert list(read_lines(file)) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_file_that_a_run_which_starts_over_removes_under_its_reader_has_no_lines(tmp_path: Path, monkeypatch):
+    run = RunFolder(tmp_path / "suite" / "run")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # as it was when the reader asked
+    assert (run.metrics(), run.evidence(), run.attempts(), run.sites()) == ({}, (), [], Sites())
 
 
 @pytest.mark.parametrize(

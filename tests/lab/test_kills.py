@@ -50,9 +50,9 @@ QUICK = ("--skip-preflight",)
 PROGRAM = "from fp4rl.cli.main import entry; entry()"
 
 
-def start(spec, root):
+def start(popen, spec, root):
     with spec.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(
+        return popen(
             [sys.executable, "-W", "ignore", "-c", PROGRAM, "run", str(spec), "--runs", str(root), *QUICK],
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -62,8 +62,8 @@ def start(spec, root):
         )
 
 
-def finish(spec, root):
-    process = start(spec, root)
+def finish(popen, spec, root):
+    process = start(popen, spec, root)
     assert process.wait(timeout=900) == 0, spec.with_suffix(".log").read_text()
 
 
@@ -82,14 +82,14 @@ def numbers(root):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+def test_ten_kills_at_random_moments_change_nothing(tmp_path, popen):
     spec = tmp_path / "killed.yaml"
     spec.write_text(yaml.safe_dump(SUITE))
-    finish(spec, tmp_path / "whole")
+    finish(popen, spec, tmp_path / "whole")
 
     root, moments, finished_at = tmp_path / "runs", random.Random(0), {}
     for kill in range(10):
-        process = start(spec, root)
+        process = start(popen, spec, root)
         # Mostly inside the work, some during the imports; kill -9 of the parent alone, or Ctrl-C to the whole group.
         time.sleep(moments.uniform(3.0, 12.0) if kill % 3 else moments.uniform(0.2, 6.0))
         assert process.poll() is None, "the suite was over before the kill: give it more runs"
@@ -97,14 +97,11 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
-        try:
-            process.wait(timeout=240)
-        finally:
-            process.kill()
+        process.wait(timeout=240)
         for run in finished_runs(root):
             written = (run.path / "result.json").stat().st_mtime_ns
             assert finished_at.setdefault(run.run_id, written) == written, f"{run.run_id} ran twice"
-    finish(spec, root)
+    finish(popen, spec, root)
     for run_id, written in finished_at.items():
         assert (root / "killed" / run_id / "result.json").stat().st_mtime_ns == written
     assert len(all_runs(root)) == len(finished_runs(root)) == 30
@@ -113,20 +110,17 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [1.5, 3.0, 5.0, 9.0])
-def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
+def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, popen, moment):
     """Kind: an interrupt that meets the way out, or children that are still importing."""
     spec = tmp_path / "s.yaml"
     spec.write_text(yaml.safe_dump(SUITE))
-    process = start(spec, tmp_path / "runs")
+    process = start(popen, spec, tmp_path / "runs")
     time.sleep(moment)
     for _ in range(6):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)
-    try:
-        assert process.wait(timeout=240) == 130
-    finally:
-        process.kill()
+    assert process.wait(timeout=240) == 130
     said = spec.with_suffix(".log").read_text()
     assert said.splitlines()[-1] == "fp4rl: stopped; the same command continues where it left off"
     assert "Traceback" not in said
@@ -137,12 +131,12 @@ def test_impatient_ctrl_c_is_one_line_and_no_flood(tmp_path, moment):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes_on(tmp_path, popen):
     """With the defaults, that ask for no checkpoint; the message after Ctrl-C must be true."""
     spec, root = tmp_path / "long.yaml", tmp_path / "runs"
     base = {**SUITE["base"], "training": {**SUITE["base"]["training"], "steps": 250}}
     spec.write_text(yaml.safe_dump({**SUITE, "base": base, "suite": "long", "seeds": [0], "arms": {"bf16": {}}}))
-    process = start(spec, root)
+    process = start(popen, spec, root)
     while process.poll() is None and not any(max(run.metrics(), default=0) >= 3 for run in all_runs(root)):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
@@ -154,7 +148,7 @@ def test_ctrl_c_ends_after_the_step_keeps_a_checkpoint_and_the_same_command_goes
     (run,) = all_runs(root)
     done = max(run.metrics())
     assert f"interrupted bf16, seed 0: after step {done}, with a checkpoint" in " ".join(said.split())
-    process = start(spec, root)
+    process = start(popen, spec, root)
     while process.poll() is None and max(run.metrics(), default=0) <= done:
         time.sleep(0.1)
     process.kill()

@@ -80,13 +80,13 @@ def test_a_launcher_that_cannot_start_ends_the_run_with_the_last_line_of_its_log
     assert "no_such_module" in ended.error
 
 
-def started(suite, root):
+def started(popen, suite, root):
     command = [sys.executable, "-m", "fp4rl", "run", suite, "--runs", root, "--jobs", "1"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finished(suite, root):
-    running = started(suite, root)
+def finished(popen, suite, root):
+    running = started(popen, suite, root)
     _, said = running.communicate(timeout=500)
     assert running.returncode == 0, said
 
@@ -114,11 +114,11 @@ ADAPTED = SHARDED | {"model": {"embedded": {"warm_up_steps": 60}, "lora": {"rank
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"processes": 2}, SHARDED, ADAPTED], ids=["ddp", "fsdp2", "fsdp2 and lora"])
-def test_a_killed_process_ends_its_run_in_one_line_and_the_same_command_resumes_to_the_same_end(tmp_path, keys):
+def test_a_killed_process_ends_its_run_in_one_line_and_the_same_command_resumes_to_the_same_end(tmp_path, popen, keys):
     suite = tmp_path / "suite.yaml"
     suite.write_text(yaml.safe_dump(SUITE | {"arms": SUITE["arms"] | {"two": keys}}))
-    finished(suite, tmp_path / "whole")
-    running, begun = started(suite, tmp_path / "killed"), time.monotonic()
+    finished(popen, suite, tmp_path / "whole")
+    running, begun = started(popen, suite, tmp_path / "killed"), time.monotonic()
     while not list((tmp_path / "killed").glob("together/two-s0-*/checkpoints/checkpoint-4/fp4rl.json")):
         assert time.monotonic() - begun < 400
         assert running.poll() is None
@@ -131,7 +131,7 @@ def test_a_killed_process_ends_its_run_in_one_line_and_the_same_command_resumes_
     assert "died (SIGKILL, often for want of memory)" in line
     assert len(list((tmp_path / "killed" / "together").glob("one-s0-*/result.json"))) == 1, "other runs go on"
     assert psutil.wait_procs(everyone, timeout=20)[1] == []
-    finished(suite, tmp_path / "killed")
+    finished(popen, suite, tmp_path / "killed")
     (log,) = (tmp_path / "killed" / "together").glob("two-s0-*/log.txt")
     assert "resumed from the checkpoint after step" in log.read_text()
     assert steps(tmp_path / "killed") == steps(tmp_path / "whole")

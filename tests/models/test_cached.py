@@ -113,9 +113,9 @@ def test_two_that_ask_at_once_make_it_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_ask_at_once_make_it_once(tmp_path):
+def test_two_processes_that_ask_at_once_make_it_once(tmp_path, popen):
     command = [sys.executable, "-c", ASK, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    both = [popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
     said = sorted(process.communicate(timeout=120)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert said == ["", "1\n2\n3\n4\n"]

@@ -112,9 +112,10 @@ def read_lines(path: Path, read: Callable[[bytes], Any] = loads) -> Iterator[Any
 
 def finished_lines(path: Path) -> list[bytes]:
     """Return the lines of a file that are not blank, none where there is no file, without an unfinished last line."""
-    if not path.is_file():
+    try:
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+    except FileNotFoundError:  # asked beforehand, a run that starts over could still remove it in between
         return []
-    *lines, _unfinished = path.read_bytes().split(b"\n")
     return [line for line in lines if line.strip()]
 
 

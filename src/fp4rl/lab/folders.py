@@ -170,7 +170,10 @@ class RunFolder:
     def sites(self) -> Sites:
         """Return the resolved site table; one without plans where none was written."""
         with damage_named(self.path / "sites.json") as file:
-            return sites_of(file.read_bytes()) if file.is_file() else Sites()
+            try:
+                return sites_of(file.read_bytes())
+            except FileNotFoundError:
+                return Sites()
 
     def evidence(self) -> tuple[Evidence, ...]:
         """Return every line of a kind that this version knows, in order."""

@@ -71,8 +71,10 @@ class Unfinished:
     @property
     def log_tail(self) -> list[str]:
         """The last lines of the log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
-        return text.splitlines()[-_TAIL:]
+        try:
+            return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        except FileNotFoundError:
+            return []
 
     @property
     def goes_on(self) -> str:
