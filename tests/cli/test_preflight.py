@@ -2,9 +2,12 @@
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -109,8 +112,9 @@ def test_a_run_without_its_preflight_says_so_wherever_its_numbers_are(told, in_p
     assert f"the preflight of mine/{results['a'].run_id} was skipped" in " ".join(out.split())
 
 
-def subject(tmp_path, **training):
-    suite = Suite.model_validate(SUITE | {"base": SMALL | {"training": small.SMALL["training"] | training}})
+def subject(tmp_path, warm_up_steps=60, **training):
+    base = SMALL | {"training": small.SMALL["training"] | training}
+    suite = Suite.model_validate(SUITE | {"base": base | {"model": {"embedded": {"warm_up_steps": warm_up_steps}}}})
     return Subject(suite, runs_described(suite, "mine"), tmp_path / "runs")
 
 
@@ -128,6 +132,40 @@ def test_all_is_looked_at_where_enough_is_at_stake(tmp_path):
     own = [replace(run, experiment=run.experiment.model_copy(update={"model": model})) for run in short]
     assert at_stake(own) == EVERY
     assert at_stake(short) == ("nothing",)
+
+
+def test_start_models_are_made_before_weights_are_looked_at_and_their_steps_are_shown(tmp_path, monkeypatch):
+    """A warm-up takes longer than all checks, and a bar that stands still tells nothing."""
+    seen, begun = [], []
+
+    @contextmanager
+    def progress():
+        yield lambda stage, done, total: seen.append((stage, done, total))
+
+    def weights(own):
+        begun.append(list((own.root / "models").glob("tiny-*/model.safetensors")))
+        yield Row("pass", "", "")
+
+    monkeypatch.setattr(verb, "progress", progress)
+    monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda needs: (Check(needs, ("P01",), weights),))
+    rows = verb.looked_at(subject(tmp_path, warm_up_steps=3), EVERY)
+    assert [row.check for row in rows] == [*EVERY]
+    assert list(map(len, begun)) == [0, 0, 1]
+    warm_up = [("warm-up", step, 3) for step in (1, 2, 3)]
+    assert seen == [("preflight", 1, 3), ("preflight", 2, 3), *warm_up, ("preflight", 3, 3)]
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [(0, ["freeze", "unfreeze"]), (7, [])])
+def test_imports_are_left_out_of_collections_while_weights_are_looked_at(tmp_path, monkeypatch, frozen, calls):
+    made = []
+    names = {name: partial(made.append, name) for name in ("freeze", "unfreeze")}
+    monkeypatch.setattr(verb, "gc", SimpleNamespace(get_freeze_count=lambda: frozen, **names))
+    monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda _: ())
+    verb.looked_at(subject(tmp_path, warm_up_steps=0), EVERY)
+    assert made == []  # nothing asks for weights
+    monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda needs: (Check(needs, (), lambda _: iter(())),))
+    verb.looked_at(subject(tmp_path, warm_up_steps=0), EVERY)
+    assert made == calls
 
 
 def test_what_passed_once_is_not_looked_at_again_until_something_changes(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """`fp4rl preflight`: every check that acts before a run, a row each, in seconds."""
 
+import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -22,7 +24,7 @@ from fp4rl.lab.preflight.preflight import EVERY, at_stake, keep_passed, passed_b
 from fp4rl.lab.preflight.rows import Needs, Row, Subject
 from fp4rl.lab.preflight.traps import traps
 from fp4rl.models.quiet import quiet
-from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.errors import CheckFailed, UserError
 from fp4rl.spec.words import counted
 
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "waits": "cyan"}
@@ -61,8 +63,36 @@ def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
     if "model" in levels:
         quiet()
         ready_to_round()
-    with progress() as advance:
-        return [*preflight(subject, levels, partial(advance, "preflight"))]
+    with progress() as advance, ExitStack() as at_last:
+
+        def before_weights() -> None:
+            _warm_up(subject, partial(advance, "warm-up"))
+            at_last.enter_context(_imports_kept())
+
+        return [*preflight(subject, levels, partial(advance, "preflight"), before_weights)]
+
+
+def _warm_up(subject: Subject, on_warm_up: Callable[[int, int], None]) -> None:
+    """Make the start models that are not there yet: it takes the longest, and its steps can be shown."""
+    from fp4rl.lab.preflight.live import start_of, without_weights
+
+    for own in subject.arms.values():
+        with suppress(UserError, CheckFailed):  # a check meets it again, and says it
+            if without_weights(own) is None:
+                start_of(own, subject.root, on_warm_up)
+
+
+@contextmanager
+def _imports_kept() -> Iterator[None]:
+    """Leave what is imported by now out of collections of garbage: Accelerate collects at each end of a training."""
+    if gc.get_freeze_count():  # whoever did it knows until when
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _looked_at_apart(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:

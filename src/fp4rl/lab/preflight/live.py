@@ -23,6 +23,7 @@ from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.lora import with_lora
 from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.experiment import Experiment
+from fp4rl.spec.model import Embedded
 from fp4rl.spec.points import PHASES
 from fp4rl.spec.words import counted
 
@@ -67,8 +68,13 @@ def loaded(folder: Path, dtype: str, experts: Any, lora: Any) -> Any:
 def model_of(experiment: Experiment, root: Path) -> Any:
     """Return the model that a run starts from; the embedded one is warmed up and kept below `root`, as by a run."""
     spec = experiment.model
-    folder = start_folder(spec, experiment.task, root / "models")
-    return loaded(folder, spec.dtype, spec.experts_implementation, spec.lora)
+    return loaded(start_of(experiment, root), spec.dtype, spec.experts_implementation, spec.lora)
+
+
+def start_of(experiment: Experiment, root: Path, on_warm_up: Callable[[int, int], None] = lambda *_: None) -> Path:
+    """Return the folder that a run starts from; `on_warm_up` is called with (step, steps)."""
+    steps = (experiment.model.embedded or Embedded()).warm_up_steps
+    return start_folder(experiment.model, experiment.task, root / "models", lambda step, _: on_warm_up(step, steps))
 
 
 def of_weights(look: Look, applies: Callable[[Experiment], bool]) -> Callable[[Subject], Iterator[Row]]:

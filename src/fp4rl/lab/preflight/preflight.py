@@ -37,11 +37,21 @@ def checks(needs: Needs) -> tuple[Check, ...]:
 
 
 def preflight(
-    subject: Subject, levels: Iterable[Needs], on_check: Callable[[int, int], None] = lambda *_: None
+    subject: Subject,
+    levels: Iterable[Needs],
+    on_check: Callable[[int, int], None] = lambda *_: None,
+    before_weights: Callable[[], None] = lambda: None,
 ) -> Iterator[Row]:
-    """Yield the rows of all checks of some levels. `on_check` is called with (done, all) after each."""
-    chosen = [check for needs in levels for check in checks(needs)]
-    for number, check in enumerate(chosen, 1):
+    """Yield the rows of all checks of some levels.
+
+    `on_check` is called with (done, all) after each, and `before_weights` before the first that looks at weights.
+    """
+    chosen = [(needs, check) for needs in levels for check in checks(needs)]
+    weighed = False
+    for number, (needs, check) in enumerate(chosen, 1):
+        if needs == "weights" and not weighed:
+            weighed = True
+            before_weights()
         yield from check.rows(subject)
         on_check(number, len(chosen))
 
