@@ -4,10 +4,8 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -134,8 +132,9 @@ def test_all_is_looked_at_where_enough_is_at_stake(tmp_path):
     assert at_stake(short) == ("nothing",)
 
 
-def test_start_models_are_made_before_weights_are_looked_at_and_their_steps_are_shown(tmp_path, monkeypatch):
-    """A warm-up takes longer than all checks, and a bar that stands still tells nothing."""
+@pytest.mark.parametrize("cores", [1, 2])
+def test_start_models_are_made_before_weights_are_looked_at_and_their_steps_are_shown(tmp_path, monkeypatch, cores):
+    """A warm-up takes longer than all checks, and a bar that stands still tells nothing. One core does it here."""
     seen, begun = [], []
 
     @contextmanager
@@ -146,26 +145,19 @@ def test_start_models_are_made_before_weights_are_looked_at_and_their_steps_are_
         begun.append(list((own.root / "models").glob("tiny-*/model.safetensors")))
         yield Row("pass", "", "")
 
+    def never(*_):
+        raise AssertionError("warmed up in this process")
+
     monkeypatch.setattr(verb, "progress", progress)
+    monkeypatch.setattr(verb, "cores", lambda: cores)
     monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda needs: (Check(needs, ("P01",), weights),))
+    if cores > 1:
+        monkeypatch.setattr("fp4rl.models.tiny.warm_up", never)
     rows = verb.looked_at(subject(tmp_path, warm_up_steps=3), EVERY)
     assert [row.check for row in rows] == [*EVERY]
-    assert list(map(len, begun)) == [0, 0, 1]
+    assert len(begun[2]) == 1
     warm_up = [("warm-up", step, 3) for step in (1, 2, 3)]
     assert seen == [("preflight", 1, 3), ("preflight", 2, 3), *warm_up, ("preflight", 3, 3)]
-
-
-@pytest.mark.parametrize(("frozen", "calls"), [(0, ["freeze", "unfreeze"]), (7, [])])
-def test_imports_are_left_out_of_collections_while_weights_are_looked_at(tmp_path, monkeypatch, frozen, calls):
-    made = []
-    names = {name: partial(made.append, name) for name in ("freeze", "unfreeze")}
-    monkeypatch.setattr(verb, "gc", SimpleNamespace(get_freeze_count=lambda: frozen, **names))
-    monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda _: ())
-    verb.looked_at(subject(tmp_path, warm_up_steps=0), EVERY)
-    assert made == []  # nothing asks for weights
-    monkeypatch.setattr("fp4rl.lab.preflight.preflight.checks", lambda needs: (Check(needs, (), lambda _: iter(())),))
-    verb.looked_at(subject(tmp_path, warm_up_steps=0), EVERY)
-    assert made == calls
 
 
 def test_what_passed_once_is_not_looked_at_again_until_something_changes(tmp_path, monkeypatch):

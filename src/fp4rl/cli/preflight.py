@@ -1,10 +1,9 @@
 """`fp4rl preflight`: every check that acts before a run, a row each, in seconds."""
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -18,13 +17,14 @@ from rich.console import Console
 from fp4rl.cli.described import described_by, runs_described, selected
 from fp4rl.cli.options import AsJson, AtScale, Overrides, ReportTo, RunsRoot, SpecFile
 from fp4rl.cli.terminal import console, print_json, progress, ready_to_round, styled
-from fp4rl.engines.environment import forget_launcher, launched
+from fp4rl.engines.environment import cores, forget_launcher, launched
+from fp4rl.engines.executors.beside import beside
 from fp4rl.lab.matrix import PlannedRun
 from fp4rl.lab.preflight.preflight import EVERY, at_stake, keep_passed, passed_before, preflight
 from fp4rl.lab.preflight.rows import Needs, Row, Subject
 from fp4rl.lab.preflight.traps import traps
 from fp4rl.models.quiet import quiet
-from fp4rl.spec.errors import CheckFailed, UserError
+from fp4rl.spec.errors import CheckFailed
 from fp4rl.spec.words import counted
 
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "waits": "cyan"}
@@ -60,39 +60,26 @@ def command(
 
 def looked_at(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:
     """Return the rows of some levels, with progress on stderr."""
-    if "model" in levels:
-        quiet()
-        ready_to_round()
+    apart = "weights" in levels and len(subject.arms) > 1 and cores() > 1
     with progress() as advance, ExitStack() as at_last:
+        warm_up = at_last.enter_context(beside(subject)) if apart else partial(_warmed_up, subject)
 
         def before_weights() -> None:
-            _warm_up(subject, partial(advance, "warm-up"))
-            at_last.enter_context(_imports_kept())
+            from fp4rl.lab.preflight.lighter import imports_kept
 
+            warm_up(partial(advance, "warm-up"))
+            at_last.enter_context(imports_kept())
+
+        if "model" in levels:
+            quiet()
+            ready_to_round()
         return [*preflight(subject, levels, partial(advance, "preflight"), before_weights)]
 
 
-def _warm_up(subject: Subject, on_warm_up: Callable[[int, int], None]) -> None:
-    """Make the start models that are not there yet: it takes the longest, and its steps can be shown."""
-    from fp4rl.lab.preflight.live import start_of, without_weights
+def _warmed_up(subject: Subject, on_warm_up: Callable[[int, int], None]) -> None:
+    from fp4rl.lab.preflight.live import warmed_up
 
-    for own in subject.arms.values():
-        with suppress(UserError, CheckFailed):  # a check meets it again, and says it
-            if without_weights(own) is None:
-                start_of(own, subject.root, on_warm_up)
-
-
-@contextmanager
-def _imports_kept() -> Iterator[None]:
-    """Leave what is imported by now out of collections of garbage: Accelerate collects at each end of a training."""
-    if gc.get_freeze_count():  # whoever did it knows until when
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+    warmed_up(subject, on_warm_up)
 
 
 def _looked_at_apart(subject: Subject, levels: tuple[Needs, ...]) -> list[Row]:

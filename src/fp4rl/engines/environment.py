@@ -27,6 +27,11 @@ def choose_backend(announce: Callable[[str], None]) -> None:
         raise InvalidValueError(f"{VARIABLE}: {error}") from None
 
 
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def for_vllm() -> None:
     """Let vLLM run inside this process, and log warnings alone, where nothing else is asked for."""
     for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")):

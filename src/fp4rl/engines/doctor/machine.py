@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fp4rl.engines.environment import cores
 from fp4rl.numerics.dispatch import backend_for
 from fp4rl.spec.formats import MXFP4
 
@@ -60,11 +61,10 @@ class Extra:
 def system() -> dict[str, str]:
     """Return Python, operating system, processor cores and memory in words."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": f"{cores}, of which torch uses {torch.get_num_threads()}",
+        "cores": f"{cores()}, of which torch uses {torch.get_num_threads()}",
         "memory": f"{memory:.1f} GiB",
     }
 

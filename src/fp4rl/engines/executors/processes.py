@@ -1,7 +1,6 @@
 """Runs in parallel on this machine: spawned processes, each with its own threads and its own torch."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
@@ -10,7 +9,6 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from fp4rl.engines.environment import choose_backend
 from fp4rl.engines.executors.deaths import described, die_with
 from fp4rl.engines.executors.devices import devices_here
+from fp4rl.engines.executors.spawned import spawned
 from fp4rl.engines.executors.together import together
 from fp4rl.engines.rollout.samplers import add_samplers
 from fp4rl.lab import heartbeat
@@ -118,18 +117,7 @@ class LocalPool:
         return self.stall_s is not None and time.monotonic() - worker.heard_at > self.stall_s
 
     def _spawned(self, number: int, environment: dict[str, str]) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, os.getpid(), self.threads, environment), daemon=True)
-        # Ctrl-C goes to the whole process group. It is blocked while a child starts, so that no child prints a
-        # traceback of its imports; both receive it afterwards.
-        resource_tracker.ensure_running()  # before blocking, since starting it unblocks the signal
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        theirs.close()
+        process, ours = spawned(_serve, self.threads, environment)
         return _Worker(process, ours, number)
 
 

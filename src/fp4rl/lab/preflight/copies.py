@@ -33,9 +33,9 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def scratch(root: Path) -> Iterator[Path]:
+def scratch(root: Path, within: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder of runs that shares the warmed-up models of `root`."""
-    with tempfile.TemporaryDirectory(prefix="fp4rl-") as name:
+    with tempfile.TemporaryDirectory(prefix="fp4rl-", dir=within) as name:
         models = (root / "models").absolute()
         models.mkdir(parents=True, exist_ok=True)
         (Path(name) / "models").symlink_to(models)

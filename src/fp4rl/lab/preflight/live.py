@@ -1,7 +1,7 @@
 """Checks on a model with its weights: its masters across forwards, rounding that acts, noise that its dtype holds."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from fp4rl.models.packed.as_served import packed_at
 from fp4rl.noise.warnings import noise_warnings
 from fp4rl.rl.inputs import start_folder
 from fp4rl.rl.lora import with_lora
-from fp4rl.spec.errors import CheckFailed
+from fp4rl.spec.errors import CheckFailed, UserError
 from fp4rl.spec.experiment import Experiment
 from fp4rl.spec.model import Embedded
 from fp4rl.spec.points import PHASES
@@ -69,6 +69,14 @@ def model_of(experiment: Experiment, root: Path) -> Any:
     """Return the model that a run starts from; the embedded one is warmed up and kept below `root`, as by a run."""
     spec = experiment.model
     return loaded(start_of(experiment, root), spec.dtype, spec.experts_implementation, spec.lora)
+
+
+def warmed_up(subject: Subject, on_warm_up: Callable[[int, int], None]) -> None:
+    """Make the start models that are not there yet, the longest part; `on_warm_up` is called with (step, steps)."""
+    for own in subject.arms.values():
+        with suppress(UserError, CheckFailed):  # a check meets it again, and says it
+            if without_weights(own) is None:
+                start_of(own, subject.root, on_warm_up)
 
 
 def start_of(experiment: Experiment, root: Path, on_warm_up: Callable[[int, int], None] = lambda *_: None) -> Path:

@@ -86,13 +86,19 @@ class Once(Generic[_T]):
 
     def __init__(self, make: Callable[[Subject], _T]) -> None:
         self._make = make
+        self._by = WeakKeyDictionary[Subject, Callable[[], _T]]()
         self.kept = WeakKeyDictionary[Subject, _T]()
 
     def __call__(self, subject: Subject) -> _T:
         """Return what is kept of a subject, or make it."""
         if subject not in self.kept:
-            self.kept[subject] = self._make(subject)
+            by = self._by.pop(subject, None)
+            self.kept[subject] = self._make(subject) if by is None else by()
         return self.kept[subject]
+
+    def made_by(self, subject: Subject, make: Callable[[], _T]) -> None:
+        """Let `make`, which has another process to help it, make it of a subject when it is asked for."""
+        self._by[subject] = make
 
 
 def of_arms(

@@ -5,7 +5,7 @@ arm's own. A stage that begins with what another trains is tried on their common
 does in seconds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -50,8 +50,13 @@ class Tried:
 @Once
 def tried(subject: Subject) -> dict[str, Tried]:
     """Return the fake run of each arm."""
-    with scratch(subject.root) as folder:
-        return {arm: _try(arm, own, folder) for arm, own in subject.arms.items()}
+    return tried_of(subject, tuple(subject.arms))
+
+
+def tried_of(subject: Subject, arms: Iterable[str], within: str | None = None) -> dict[str, Tried]:
+    """Return the fake runs of some arms, done in a temporary folder, `within` another one."""
+    with scratch(subject.root, within) as folder:
+        return {arm: _try(arm, subject.arms[arm], folder) for arm in arms}
 
 
 def _try(arm: str, experiment: Experiment, root: Path) -> Tried:
