@@ -50,7 +50,7 @@ def _begun(subject: Subject, pipe: Connection, on_warm_up: OnWarmUp) -> Iterator
     from fp4rl.lab.preflight.lighter import half_of_the_threads
     from fp4rl.lab.preflight.steps import Tried, tried, tried_of
 
-    with contextlib.suppress(EOFError, ConnectionResetError):
+    with contextlib.suppress(EOFError, OSError):
         while (told := pipe.recv()) is not None:
             on_warm_up(*told)
 
@@ -58,7 +58,7 @@ def _begun(subject: Subject, pipe: Connection, on_warm_up: OnWarmUp) -> Iterator
         made = tried_of(subject, _here(subject))
         try:
             made |= pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             made |= tried_of(subject, _there(subject))
         return {arm: made[arm] for arm in subject.arms}
 
@@ -80,20 +80,24 @@ def _part(pipe: Connection, parent: int, subject: Subject, scratch: str) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # `quiet` does without, for processes that have to share the cores
+    with contextlib.suppress(Exception):  # the parent meets it too, and says it
+        _do(subject, pipe, scratch)
+
+
+def _do(subject: Subject, pipe: Connection, scratch: str) -> None:
     from fp4rl.models.quiet import quiet
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # `quiet` does without, for processes that have to share the cores
     quiet()
     choose_backend(lambda _: None)
     from fp4rl.lab.preflight.lighter import half_of_the_threads, imports_kept
     from fp4rl.lab.preflight.live import warmed_up
     from fp4rl.lab.preflight.steps import tried_of
 
-    with contextlib.suppress(BrokenPipeError):
-        warmed_up(subject, lambda step, steps: _told(pipe, step, steps))
-        pipe.send(None)
-        with imports_kept(), half_of_the_threads():
-            pipe.send(tried_of(subject, _there(subject), scratch))
+    warmed_up(subject, lambda step, steps: _told(pipe, step, steps))
+    pipe.send(None)
+    with imports_kept(), half_of_the_threads():
+        pipe.send(tried_of(subject, _there(subject), scratch))
 
 
 def _told(pipe: Connection, step: int, steps: int) -> None:
