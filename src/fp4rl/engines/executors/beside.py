@@ -55,11 +55,11 @@ def _begun(subject: Subject, pipe: Connection, on_warm_up: OnWarmUp) -> Iterator
             on_warm_up(*told)
 
     def both() -> dict[str, Tried]:
-        made = tried_of(subject, _here(subject))
+        made = tried_of(subject, _ours(subject))
         try:
             made |= pipe.recv()
         except (EOFError, OSError):
-            made |= tried_of(subject, _there(subject))
+            made |= tried_of(subject, _theirs(subject))
         return {arm: made[arm] for arm in subject.arms}
 
     tried.made_by(subject, both)
@@ -67,11 +67,11 @@ def _begun(subject: Subject, pipe: Connection, on_warm_up: OnWarmUp) -> Iterator
         yield
 
 
-def _here(subject: Subject) -> tuple[str, ...]:
+def _ours(subject: Subject) -> tuple[str, ...]:
     return tuple(subject.arms)[::2]
 
 
-def _there(subject: Subject) -> tuple[str, ...]:
+def _theirs(subject: Subject) -> tuple[str, ...]:
     return tuple(subject.arms)[1::2]
 
 
@@ -97,7 +97,7 @@ def _do(subject: Subject, pipe: Connection, scratch: str) -> None:
     warmed_up(subject, lambda step, steps: _told(pipe, step, steps))
     pipe.send(None)
     with imports_kept(), half_of_the_threads():
-        pipe.send(tried_of(subject, _there(subject), scratch))
+        pipe.send(tried_of(subject, _theirs(subject), scratch))
 
 
 def _told(pipe: Connection, step: int, steps: int) -> None:
