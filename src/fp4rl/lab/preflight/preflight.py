@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,14 +47,14 @@ def preflight(
 
     `on_check` is called with (done, all) after each, and `before_weights` before the first that looks at weights.
     """
-    chosen = [(needs, check) for needs in levels for check in checks(needs)]
-    weighed = False
-    for number, (needs, check) in enumerate(chosen, 1):
-        if needs == "weights" and not weighed:
-            weighed = True
+    chosen = {needs: checks(needs) for needs in levels}
+    numbers, every = count(1), sum(map(len, chosen.values()))
+    for needs, own in chosen.items():
+        if needs == "weights":
             before_weights()
-        yield from check.rows(subject)
-        on_check(number, len(chosen))
+        for check in own:
+            yield from check.rows(subject)
+            on_check(next(numbers), every)
 
 
 def worst(rows: Iterable[Row]) -> Verdict:
